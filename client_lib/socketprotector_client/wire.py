@@ -1,0 +1,51 @@
+"""The wire format between the protector and its workers: the one definition.
+
+Rule: constants and pure packing only; the daemon and the client library both
+import this module, so nothing here may open, read or keep anything.
+
+Source: docs/protocol.md, sections "Environment" and "Channel".
+"""
+
+from __future__ import annotations
+
+import struct
+from urllib.parse import quote, unquote
+
+VERSION = 1
+
+#: One record on the channel begins with this, little-endian: version, kind,
+#: listener index, length of the state that follows, CLOCK_MONOTONIC ns at accept.
+HEADER = struct.Struct("<BBHIQ")
+
+KIND_CONNECTION = 1
+KIND_RETURNED = 2
+
+#: State that may follow the header in the same record; more travels as a memfd.
+STATE_MAX_BYTES = 4096
+
+ENV_CHANNEL = "SOCKETPROTECTOR_CHANNEL"
+ENV_RETURN = "SOCKETPROTECTOR_RETURN"
+ENV_LISTENERS = "SOCKETPROTECTOR_LISTENERS"
+ENV_GENERATION = "SOCKETPROTECTOR_GENERATION"
+ENV_WORKER = "SOCKETPROTECTOR_WORKER"
+ENV_NOTIFY = "NOTIFY_SOCKET"
+
+#: Said together with READY=1 by a worker that leaves when its RETURN line ends.
+#: A worker that never says so is asked to leave by SIGTERM instead.
+RETIRES_ON_RETURN = "X_SOCKETPROTECTOR_RETIRE=1"
+
+#: A listener that was removed keeps its place in the list under this name.
+REMOVED_LISTENER = "-"
+
+
+def pack_listeners(addresses: list[str]) -> str:
+    """Return the value of SOCKETPROTECTOR_LISTENERS for addresses in index order.
+
+    Each is `tcp:HOST:PORT`, `tcp:[HOST6]:PORT`, `unix:/path` or `unix:@name`.
+    """
+    return " ".join(quote(address, safe="/:@[].-_~") for address in addresses)
+
+
+def unpack_listeners(value: str) -> list[str]:
+    """Return the listen addresses held by a value of SOCKETPROTECTOR_LISTENERS."""
+    return [unquote(word) for word in value.split()]

@@ -1,0 +1,1 @@
+"""What it costs: the load generators and one script for each figure."""

@@ -1,0 +1,267 @@
+"""The words of the lifecycle: events are facts that happened, actions are orders.
+
+Pure data.  An event names generations and workers by number only; what a number
+stands for (a process, a channel) is the business of effects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Wait(Enum):
+    """What a deadline is about; the target is a generation's or a worker's number."""
+
+    START = "start"  # generation: all workers ready
+    SETTLE = "settle"  # generation: has lived long enough
+    DRAIN = "drain"  # generation: last worker gone
+    KILL = "kill"  # generation: was told to end
+    WORKER_START = "worker-start"  # worker: a replacement's READY
+    WORKER_RESPAWN = "worker-respawn"  # worker: back-off is over
+    WORKER_RETIRE = "worker-retire"  # worker: was asked to leave
+    WORKER_KILL = "worker-kill"  # worker: was told to end
+    OPEN = "open"  # fleet: back-off before the next generation is over
+    STOP = "stop"  # fleet: graceful stop takes too long
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """The name of a timer; starting it again replaces it."""
+
+    wait: Wait
+    target: int = 0
+
+
+# -- events ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """The program stands and may start its first generation."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReloadRequested:
+    """Somebody wants the command as it is now."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """Somebody wants an end; quick: without waiting for what is being served."""
+
+    quick: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRequested:
+    """Somebody wants so many workers more (or fewer)."""
+
+    change: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker said READY, or its timer said so for it."""
+
+    worker: int
+    retires: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    """A worker's process ended, or could not be spawned.
+
+    `served_s`: seconds since its READY, 0 without one.  `waiting`: connections in its
+    generation's queue then.  `detached`: ended with status 0 before READY.
+    """
+
+    worker: int
+    reason: str
+    served_s: float = 0.0
+    waiting: int = 0
+    detached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFailed:
+    """A generation could not be opened: the command or what it needs is not there."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelBroken:
+    """A worker shut down the channel that all of its generation share."""
+
+    generation: int
+    served_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TimeExtended:
+    """A worker asked for more time for what it is doing (EXTEND_TIMEOUT_USEC)."""
+
+    worker: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class BacklogEmptied:
+    """What had connected before the stop is sent; the listeners are closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """A timer ran out."""
+
+    deadline: Deadline
+
+
+Event = (
+    Launched
+    | ReloadRequested
+    | StopRequested
+    | ScaleRequested
+    | WorkerReady
+    | WorkerExited
+    | OpenFailed
+    | ChannelBroken
+    | TimeExtended
+    | BacklogEmptied
+    | DeadlinePassed
+)
+
+# -- actions -----------------------------------------------------------------
+
+
+class Sign(Enum):
+    """The signals the lifecycle sends to workers."""
+
+    TERM = "TERM"
+    KILL = "KILL"
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Make a generation's channel; fresh: resolve the command anew, else take the last good."""
+
+    generation: int
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start a worker's process in an open generation."""
+
+    generation: int
+    worker: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Send a signal to a worker; KILL goes to its whole process group."""
+
+    worker: int
+    sign: Sign
+
+
+@dataclass(frozen=True, slots=True)
+class Retire:
+    """End a worker's RETURN line."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteTo:
+    """Give new connections to this generation; None: hold them."""
+
+    generation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take back what nobody of this generation has taken, for the route; then end its channel."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Close what a generation that is gone has left; what still waits goes to the route."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseListeners:
+    """Take no new clients; quick: close at once, else first send on what has connected."""
+
+    quick: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StartTimer:
+    """Run a timer; with `extend` an earlier end is moved, a later one stays."""
+
+    deadline: Deadline
+    seconds: float
+    extend: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CancelTimer:
+    """Forget a timer."""
+
+    deadline: Deadline
+
+
+class News(Enum):
+    """What is told to whoever waits: operator, launcher, systemd."""
+
+    READY = "ready"  # the first generation serves
+    RELOADING = "reloading"
+    RELOADED = "reloaded"
+    RELOAD_FAILED = "reload-failed"
+    START_FAILED = "start-failed"
+    RETRYING = "retrying"
+    STOPPING = "stopping"
+    MANY_DRAINING = "many-draining"
+    REFUSED = "refused"
+    EXITED = "exited"
+    BROKEN = "channel-broken"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell what happened; reason is for people."""
+
+    news: News
+    generation: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """The last action: nothing is left to supervise."""
+
+    status: int
+
+
+Action = (
+    Open
+    | Spawn
+    | Signal
+    | Retire
+    | RouteTo
+    | Drain
+    | Release
+    | CloseListeners
+    | StartTimer
+    | CancelTimer
+    | Report
+    | Exit
+)

@@ -1,0 +1,198 @@
+"""What is supervised, as values: workers, generations, the fleet, its policy.
+
+Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
+keeps one Fleet and replaces it by what `lifecycle.decide` answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import Enum
+
+
+class Phase(Enum):
+    """Where a generation stands.  A generation that is gone is no longer in the fleet."""
+
+    STARTING = "starting"
+    SETTLING = "settling"  # has the route, but the one before it can still be switched back to
+    SERVING = "serving"
+    DRAINING = "draining"
+    ABANDONED = "abandoned"
+
+
+#: Each way a generation can go, and why.  `Fleet.moved` walks only these, and the
+#: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
+PHASES: dict[Phase, dict[Phase | None, str]] = {
+    Phase.STARTING: {
+        Phase.SERVING: "every worker is ready",
+        Phase.SETTLING: "every worker is ready, --settle",
+        Phase.ABANDONED: "a worker exited or was silent too long",
+    },
+    Phase.SETTLING: {
+        Phase.SERVING: "lived as long as --settle",
+        Phase.DRAINING: "a worker died: rollback",
+    },
+    Phase.SERVING: {Phase.DRAINING: "superseded, or stop"},
+    Phase.DRAINING: {None: "last worker gone"},
+    Phase.ABANDONED: {None: "last worker gone"},
+}
+
+
+class State(Enum):
+    """Where one worker stands."""
+
+    WAITING = "waiting"  # died; a back-off timer runs until its replacement is spawned
+    STARTING = "starting"
+    READY = "ready"
+    RETIRING = "retiring"  # was asked to leave; nobody replaces it
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One place in a generation and the process in it; `number` is never reused."""
+
+    number: int
+    slot: int
+    state: State = State.STARTING
+    retires: bool = False  # leaves when its RETURN line ends
+    quick_deaths: int = 0  # in a row, in this place
+
+    @property
+    def alive(self) -> bool:
+        return self.state is not State.WAITING
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """All workers started from one version of the command."""
+
+    number: int
+    phase: Phase = Phase.STARTING
+    fresh: bool = True  # started from the command as it is now, not from the last good one
+    ending: bool = False  # was sent TERM; KILL follows
+    workers: tuple[Worker, ...] = ()
+
+    @property
+    def alive(self) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers if worker.alive)
+
+    @property
+    def ready(self) -> bool:
+        return all(worker.state is State.READY for worker in self.workers)
+
+
+class Stop(Enum):
+    """How the whole fleet is to end."""
+
+    GRACEFUL = "graceful"
+    QUICK = "quick"
+
+
+class Next(Enum):
+    """Which command the next generation is opened with, once nothing stands in its way."""
+
+    FRESH = "fresh"
+    LAST_GOOD = "last good"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the operator chose.  Times in seconds; 0 means no limit where one is named."""
+
+    start_tries: int = 3
+    start_timeout_s: float = 60.0
+    settle_s: float = 0.0
+    drain_timeout_s: float = 0.0
+    max_draining: int = 0
+    stop_timeout_s: float = 30.0
+    kill_timeout_s: float = 5.0
+    stop_first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Everything the lifecycle knows.  Wishes (what is wanted) stand apart from what is."""
+
+    policy: Policy = Policy()
+    workers_wanted: int = 1
+    generations: tuple[Generation, ...] = ()
+    next_generation: int = 1
+    next_worker: int = 1
+
+    reload_wanted: bool = False
+    stopping: Stop | None = None
+    to_open: Next | None = None  # waits for an older generation's end or for
+    backing_off: bool = False  # this timer's end
+
+    served: bool = False  # something has been ready once
+    failed_starts: int = 0  # generations in a row that never served while nothing else did
+    listeners_open: bool = True
+    exit_status: int = 0
+    exiting: bool = False
+
+    def of(self, phase: Phase) -> Generation | None:
+        """The newest generation in a phase, or None."""
+        return next((g for g in reversed(self.generations) if g.phase is phase), None)
+
+    def all_of(self, phase: Phase) -> tuple[Generation, ...]:
+        return tuple(g for g in self.generations if g.phase is phase)
+
+    @property
+    def incoming(self) -> Generation | None:
+        """The generation that a reload (or start) in progress is about."""
+        return self.of(Phase.STARTING) or self.of(Phase.SETTLING)
+
+    @property
+    def route(self) -> Generation | None:
+        """The generation that gets new connections."""
+        return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
+
+    def generation(self, number: int) -> Generation | None:
+        return next((g for g in self.generations if g.number == number), None)
+
+    def find(self, worker: int) -> tuple[Generation, Worker] | None:
+        """The generation and entry of a worker by its number."""
+        for generation in self.generations:
+            for entry in generation.workers:
+                if entry.number == worker:
+                    return generation, entry
+        return None
+
+    def alive(self) -> Iterator[Worker]:
+        for generation in self.generations:
+            yield from generation.alive
+
+    def with_generation(self, changed: Generation) -> Fleet:
+        """Put a changed generation in the place of the one with its number."""
+        return replace(
+            self,
+            generations=tuple(
+                changed if g.number == changed.number else g for g in self.generations
+            ),
+        )
+
+    def with_worker(self, changed: Worker) -> Fleet:
+        """Put a changed worker in the place of the one in its generation and slot."""
+        found = self.find(changed.number)
+        if found is None:
+            return self
+        generation, _ = found
+        return self.with_generation(
+            replace(
+                generation,
+                workers=tuple(
+                    changed if w.number == changed.number else w for w in generation.workers
+                ),
+            )
+        )
+
+    def moved(self, number: int, phase: Phase) -> Fleet:
+        """Move a generation to another phase along PHASES.
+
+        Raises ValueError for a way PHASES does not have: a fault of ours.
+        """
+        generation = self.generation(number)
+        if generation is None or phase not in PHASES[generation.phase]:
+            raise ValueError(f"generation {number} cannot become {phase.value}")
+        return self.with_generation(replace(generation, phase=phase))

@@ -1,0 +1,124 @@
+"""What a load has seen: failures by kind and time, latencies, who answered.
+
+Values only; nothing here opens, waits or counts by itself.  bench.load fills it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["refused", "reset", "timed_out", "empty", "wrong", "local"]
+KINDS: tuple[Kind, ...] = ("refused", "reset", "timed_out", "empty", "wrong", "local")
+
+SUB_BITS = 5  # 32 buckets for each doubling: latencies are right to 3 %
+BUCKETS = 34 << SUB_BITS  # up to an hour
+
+
+def bucket_of(taken_s: float) -> int:
+    """Return the index of the bucket that counts this latency."""
+    taken_us = int(taken_s * 1e6)
+    shift = max(0, taken_us.bit_length() - SUB_BITS - 1)
+    return min(BUCKETS - 1, (shift << SUB_BITS) + (taken_us >> shift))
+
+
+def smallest_in_bucket_us(index: int) -> float:
+    """Return the smallest latency that the bucket counts."""
+    shift = max(0, (index >> SUB_BITS) - 1)
+    return float((index - (shift << SUB_BITS)) << shift)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One conversation that did not end as it should.  Times are CLOCK_MONOTONIC seconds."""
+
+    kind: Kind
+    at_s: float
+    started_s: float
+    pid: int | None  # who had answered an earlier line of the same conversation
+    detail: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What had happened at one moment.  `pids` is in the order in which they first answered."""
+
+    at_s: float
+    begun: int
+    open_now: int
+    connections: int  # those that ended as they should
+    failures: tuple[Failure, ...]
+    pids: dict[int, int]  # answers by each worker
+    backlog_full: int
+    buckets: array[int] = field(repr=False)
+
+    @property
+    def failed(self) -> dict[str, int]:
+        """The number of failures of each kind; kinds that did not happen are 0."""
+        counted = Counter(failure.kind for failure in self.failures)
+        return {kind: counted[kind] for kind in KINDS}
+
+    def latency_us(self, share: float) -> float:
+        """Return the latency, connect to first reply, not exceeded by `share` of them."""
+        wanted = share * sum(self.buckets)
+        seen = 0
+        for index, count in enumerate(self.buckets):
+            seen += count
+            if count and seen >= wanted:
+                return smallest_in_bucket_us(index)
+        return 0.0
+
+    def since(self, earlier: Snapshot) -> Snapshot:
+        """Return what happened between two snapshots of one load."""
+        answers = Counter(self.pids)
+        answers.subtract(earlier.pids)
+        return Snapshot(
+            self.at_s,
+            self.begun - earlier.begun,
+            self.open_now,
+            self.connections - earlier.connections,
+            self.failures[len(earlier.failures) :],
+            {pid: count for pid, count in answers.items() if count},
+            self.backlog_full - earlier.backlog_full,
+            array(
+                "Q", (now - then for now, then in zip(self.buckets, earlier.buckets, strict=True))
+            ),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the command prints, ready for json."""
+        return {
+            "connections": self.connections,
+            **self.failed,
+            "failed": len(self.failures),
+            "backlog_full": self.backlog_full,
+            "p50_us": self.latency_us(0.5),
+            "p99_us": self.latency_us(0.99),
+            "p999_us": self.latency_us(0.999),
+            "max_us": self.latency_us(1.0),
+            "pids": self.pids,
+            "failures": [[f.kind, f.at_s, f.detail] for f in self.failures],
+        }
+
+
+def split_by_kills(
+    failures: Iterable[Failure], kills_s: Iterable[float], within_s: float = 0.5
+) -> tuple[list[Failure], list[Failure]]:
+    """Divide failures into (what a killed worker held, all others).
+
+    A killed worker held it if the connection was reset or ended empty within `within_s` after a
+    kill; take each time of `kills_s` (time.monotonic) before the signal is sent.  Refused, timed
+    out and wrong never count as held: no kill excuses them.
+    """
+    kills = list(kills_s)
+    held: list[Failure] = []
+    others: list[Failure] = []
+    for failure in failures:
+        excused = failure.kind in ("reset", "empty") and any(
+            0 <= failure.at_s - kill <= within_s for kill in kills
+        )
+        (held if excused else others).append(failure)
+    return held, others

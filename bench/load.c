@@ -59,7 +59,7 @@ static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
 static unsigned long failures[KINDS], backlog_full, begun, most = (unsigned long)-1;
-static int epoll_fd, idle, open_now, keep, kept, until_reply;
+static int epoll_fd, idle, open_now, keep, kept, until_reply, plain;
 static volatile sig_atomic_t stopping;
 
 static void on_stop(int signal_number)
@@ -221,7 +221,7 @@ static void record(const struct connection *c)
 static void succeed(struct connection *c)
 {
     static const struct sockaddr nowhere = {.sa_family = AF_UNSPEC};
-    if (server.any.sa_family == AF_UNIX || connect(c->fd, &nowhere, sizeof nowhere) < 0) {
+    if (plain || server.any.sa_family == AF_UNIX || connect(c->fd, &nowhere, sizeof nowhere) < 0) {
         close(c->fd);
         c->fd = -1;
     }
@@ -306,13 +306,13 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"connections", 1, 0, 'c'}, {"seconds", 1, 0, 't'}, {"count", 1, 0, 'n'},
         {"send", 1, 0, 's'}, {"expect", 1, 0, 'x'}, {"timeout", 1, 0, 'T'},
-        {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {0, 0, 0, 0}};
+        {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {"plain", 0, 0, 'p'}, {0, 0, 0, 0}};
     double seconds = 0;
     int count = 1, option, said_kept = 0;
     struct sigaction stop = {.sa_handler = on_stop};
     struct epoll_event events[EVENTS];
 
-    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:", options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:p", options, NULL)) != -1)
         switch (option) {
         case 'c': count = atoi(optarg); break;
         case 't': seconds = atof(optarg); break;
@@ -321,13 +321,14 @@ int main(int argc, char **argv)
         case 'x': expected = optarg; break;
         case 'T': timeout_ns = (uint64_t)(atof(optarg) * 1e9); break;
         case 'r': until_reply = 1; break;
+        case 'p': plain = 1; break;
         case 'k': count = keep = atoi(optarg); most = (unsigned long)keep; break;
         default: return 2;
         }
     if (optind + 1 != argc || count < 1) {
         fprintf(stderr,
                 "usage: load [--connections C] [--seconds S | --count N] [--send LINE] "
-                "[--expect END]\n            [--timeout S] [--until-reply] [--keep N] ADDRESS\n");
+                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--keep N] ADDRESS\n");
         return 2;
     }
     parse_address(argv[optind]);

@@ -145,7 +145,10 @@ class Sign(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Make a generation's channel; fresh: resolve the command anew, else take the last good."""
+    """Make a generation's channel; fresh: resolve the command anew, else take the last good.
+
+    Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
+    """
 
     generation: int
     fresh: bool
@@ -184,14 +187,20 @@ class RouteTo:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Take back what nobody of this generation has taken, for the route; then end its channel."""
+    """Take back what nobody of this generation has taken, for the route; then end its channel.
+
+    Without a route nothing is taken back: its workers finish it.
+    """
 
     generation: int
 
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """Close what a generation that is gone has left; what still waits goes to the route."""
+    """Close what a generation that is gone has left; what still waits goes to the route.
+
+    Without a route it is held until there is one.
+    """
 
     generation: int
 
@@ -205,7 +214,7 @@ class CloseListeners:
 
 @dataclass(frozen=True, slots=True)
 class StartTimer:
-    """Run a timer; with `extend` an earlier end is moved, a later one stays."""
+    """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
 
     deadline: Deadline
     seconds: float
@@ -225,6 +234,7 @@ class News(Enum):
     READY = "ready"  # the first generation serves
     RELOADING = "reloading"
     RELOADED = "reloaded"
+    RECOVERED = "recovered"  # the last good command serves again, after something failed
     RELOAD_FAILED = "reload-failed"
     START_FAILED = "start-failed"
     RETRYING = "retrying"

@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from .events import Deadline
+
+
+#: stop-first has nobody serving while the old generation drains: never without an end.
+STOP_FIRST_DRAIN_S = 30.0
+
 
 class Phase(Enum):
     """Where a generation stands.  A generation that is gone is no longer in the fleet."""
@@ -27,13 +33,13 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready",
         Phase.SETTLING: "every worker is ready, --settle",
-        Phase.ABANDONED: "a worker exited or was silent too long",
+        Phase.ABANDONED: "a worker exited or was silent too long, or stop",
     },
     Phase.SETTLING: {
-        Phase.SERVING: "lived as long as --settle",
-        Phase.DRAINING: "a worker died: rollback",
+        Phase.SERVING: "lived as long as --settle, or stop",
+        Phase.DRAINING: "a worker died: rollback, or quick stop",
     },
-    Phase.SERVING: {Phase.DRAINING: "superseded, or stop"},
+    Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
     Phase.DRAINING: {None: "last worker gone"},
     Phase.ABANDONED: {None: "last worker gone"},
 }
@@ -70,7 +76,7 @@ class Generation:
     number: int
     phase: Phase = Phase.STARTING
     fresh: bool = True  # started from the command as it is now, not from the last good one
-    ending: bool = False  # was sent TERM; KILL follows
+    ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
     workers: tuple[Worker, ...] = ()
 
     @property
@@ -80,6 +86,11 @@ class Generation:
     @property
     def ready(self) -> bool:
         return all(worker.state is State.READY for worker in self.workers)
+
+    @property
+    def takers(self) -> tuple[Worker, ...]:
+        """Those who take, or will take, what waits in the queue."""
+        return tuple(w for w in self.alive if w.state is not State.RETIRING)
 
 
 class Stop(Enum):
@@ -109,6 +120,11 @@ class Policy:
     kill_timeout_s: float = 5.0
     stop_first: bool = False
 
+    @property
+    def drain_limit_s(self) -> float:
+        """How long a generation may drain when another takes, or will take, its place."""
+        return self.drain_timeout_s or (STOP_FIRST_DRAIN_S if self.stop_first else 0.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
@@ -122,14 +138,15 @@ class Fleet:
 
     reload_wanted: bool = False
     stopping: Stop | None = None
-    to_open: Next | None = None  # waits for an older generation's end or for
-    backing_off: bool = False  # this timer's end
+    to_open: Next | None = None  # waits for an older generation's end or a back-off's
 
     served: bool = False  # something has been ready once
-    failed_starts: int = 0  # generations in a row that never served while nothing else did
+    failed_starts: int = 0  # generations in a row that failed while nothing else served
     listeners_open: bool = True
     exit_status: int = 0
     exiting: bool = False
+
+    timers: frozenset[Deadline] = frozenset()  # those that run
 
     def of(self, phase: Phase) -> Generation | None:
         """The newest generation in a phase, or None."""
@@ -162,6 +179,11 @@ class Fleet:
     def alive(self) -> Iterator[Worker]:
         for generation in self.generations:
             yield from generation.alive
+
+    @property
+    def queue_is_last(self) -> bool:
+        """What waits with a draining generation has nobody else to go to, now or later."""
+        return self.stopping is Stop.GRACEFUL and self.route is None
 
     def with_generation(self, changed: Generation) -> Fleet:
         """Put a changed generation in the place of the one with its number."""

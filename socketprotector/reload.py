@@ -1,0 +1,213 @@
+"""From one generation to the next: open, ready, settle, promote; fail, roll back, recover.
+
+Pure.  Two rules hold it together:
+
+* Route before draining: there is no moment in which nobody owns a new connection.
+* A generation that fails while another serves changes nothing for anybody.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .events import Deadline, News, Open, Report, RouteTo, Spawn, Wait
+from .fleet import Fleet, Generation, Next, Phase, Worker
+from .step import PROVEN_S, Step, backoff_s
+from .stop import stop_quickly
+
+#: The exit status of a start that failed (3: rolled back).
+START_FAILED = 3
+
+
+# -- what is to come ----------------------------------------------------------
+
+
+def launched(step: Step) -> None:
+    if step.fleet.next_generation == 1:  # said twice: the program stands already
+        step.fleet = replace(step.fleet, to_open=Next.FRESH)
+
+
+def reload_requested(step: Step) -> None:
+    if step.fleet.stopping:
+        step.do(Report(News.REFUSED, reason="no reload while stopping"))
+    else:
+        # Remember the wish: the newest configuration wins without a second HUP.
+        step.fleet = replace(step.fleet, reload_wanted=True)
+
+
+def begin_if_wanted(step: Step) -> None:
+    """Begin the reload that is wanted, unless one (or the first start) is in progress."""
+    fleet = step.fleet
+    if not fleet.reload_wanted or not fleet.served:
+        return
+    if fleet.incoming or fleet.to_open is Next.FRESH:
+        return
+    # Where a back-off runs nobody serves: whoever asks for a reload wants it now.
+    step.cancel(Wait.OPEN)
+    step.do(Report(News.RELOADING))
+    step.fleet = replace(step.fleet, reload_wanted=False, to_open=Next.FRESH, failed_starts=0)
+    old = fleet.of(Phase.SERVING)
+    if old and fleet.policy.stop_first:
+        step.do(RouteTo(None))
+        step.drain(old.number, fleet.policy.drain_limit_s)
+
+
+def open_if_due(step: Step) -> None:
+    """Open the generation that is to come, unless something stands in its way."""
+    fleet = step.fleet
+    if fleet.to_open is None or Deadline(Wait.OPEN) in fleet.timers:
+        return
+    # Under stop-first an older generation may hold what this one needs, and so may
+    # the last try of a first start.
+    alone = fleet.policy.stop_first or not fleet.served
+    if not (alone and fleet.generations):
+        _open(step, fleet.to_open)
+
+
+def _open(step: Step, which: Next) -> None:
+    fleet = step.fleet
+    number, fresh = fleet.next_generation, which is Next.FRESH
+    workers = tuple(Worker(fleet.next_worker + slot, slot) for slot in range(fleet.workers_wanted))
+    step.fleet = replace(
+        fleet,
+        generations=(*fleet.generations, Generation(number, fresh=fresh, workers=workers)),
+        next_generation=number + 1,
+        next_worker=fleet.next_worker + len(workers),
+        to_open=None,
+    )
+    step.do(Open(number, fresh))
+    step.do(*(Spawn(number, worker.number, worker.slot) for worker in workers))
+    step.start(Wait.START, number, fleet.policy.start_timeout_s)
+
+
+def _recover(step: Step, delay_s: float) -> None:
+    """Nobody serves: open the last good command again; a wanted reload takes its place."""
+    if step.fleet.reload_wanted:
+        return
+    step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
+    if delay_s > 0:
+        step.start(Wait.OPEN, 0, delay_s)
+
+
+# -- a generation that succeeds -------------------------------------------------
+
+
+def all_ready(step: Step, number: int) -> None:
+    """Every worker of a starting generation is ready."""
+    step.cancel(Wait.START, number)
+    if step.fleet.policy.settle_s > 0 and step.fleet.of(Phase.SERVING):
+        step.fleet = step.fleet.moved(number, Phase.SETTLING)
+        step.do(RouteTo(number))
+        step.start(Wait.SETTLE, number, step.fleet.policy.settle_s)
+    else:
+        step.do(RouteTo(number))
+        promote(step, number)
+
+
+def promote(step: Step, number: int) -> None:
+    """Make the generation that has the route the serving one; the one before it drains."""
+    old = step.fleet.of(Phase.SERVING)
+    step.fleet = step.fleet.moved(number, Phase.SERVING)
+    if old:
+        step.drain(old.number, step.fleet.policy.drain_limit_s)
+    step.do(Report(_success(step.fleet, number), number))
+    step.fleet = replace(step.fleet, served=True)
+
+
+def _success(fleet: Fleet, number: int) -> News:
+    if not fleet.served:
+        return News.READY
+    generation = fleet.generation(number)
+    return News.RELOADED if generation and generation.fresh else News.RECOVERED
+
+
+# -- a generation that fails ----------------------------------------------------
+
+
+def open_failed(step: Step, number: int, reason: str) -> None:
+    generation = step.fleet.generation(number)
+    if generation is None or generation.phase not in (Phase.STARTING, Phase.ABANDONED):
+        return
+    # None of its workers was ever spawned, also where a stop came first.
+    step.fleet = step.fleet.with_generation(replace(generation, workers=()))
+    if generation.phase is Phase.STARTING:
+        abandon(step, number, reason, retry=False)
+
+
+def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
+    """Give up a starting generation, and say what comes instead."""
+    generation = step.fleet.generation(number)
+    fresh = generation is not None and generation.fresh
+    serving = step.fleet.of(Phase.SERVING)
+    step.fleet = step.fleet.moved(number, Phase.ABANDONED)
+    step.cancel(Wait.START, number)
+    step.end_generation(number)
+    if not step.fleet.served:
+        _first_start_failed(step, number, reason, retry=retry)
+    elif serving:
+        step.do(Report(News.RELOAD_FAILED, number, reason))
+    elif fresh:
+        step.do(Report(News.RELOAD_FAILED, number, reason))
+        _recover(step, 0.0)
+    else:
+        step.do(Report(News.RETRYING, number, reason))
+        _recover(step, _count_failure(step))
+
+
+def _count_failure(step: Step) -> float:
+    """Count a failure with nobody else serving; answers the seconds to wait after it."""
+    failed = step.fleet.failed_starts + 1
+    step.fleet = replace(step.fleet, failed_starts=failed)
+    return backoff_s(failed)
+
+
+def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) -> None:
+    _count_failure(step)
+    if retry and step.fleet.failed_starts < step.fleet.policy.start_tries:
+        step.do(Report(News.RETRYING, number, reason))
+        step.fleet = replace(step.fleet, to_open=Next.FRESH)
+    else:
+        step.fleet = replace(step.fleet, exit_status=START_FAILED)
+        step.do(Report(News.START_FAILED, number, reason))
+        stop_quickly(step)
+
+
+def roll_back(step: Step, number: int, reason: str) -> None:
+    """Switch from a settling generation back to the one that still serves."""
+    old = step.fleet.of(Phase.SERVING)
+    step.cancel(Wait.SETTLE, number)
+    step.do(RouteTo(old.number if old else None))
+    step.drain(number, step.fleet.policy.drain_limit_s)
+    step.do(Report(News.RELOAD_FAILED, number, reason))
+    if old is None:  # its channel broke meanwhile
+        _recover(step, 0.0)
+
+
+def channel_broken(step: Step, number: int, served_s: float) -> None:
+    """Nobody can be sent anything through this generation's channel any more."""
+    generation = step.fleet.generation(number)
+    phase = generation.phase if generation else None
+    if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
+        return  # ended already
+    reason = "a worker shut down the channel"
+    step.do(Report(News.BROKEN, number, reason))
+    if phase is Phase.STARTING:
+        abandon(step, number, reason, retry=False)
+    elif phase is Phase.SETTLING:
+        roll_back(step, number, reason)
+    else:
+        _serving_broken(step, number, served_s)
+
+
+def _serving_broken(step: Step, number: int, served_s: float) -> None:
+    if step.fleet.of(Phase.SETTLING) is None:
+        step.do(RouteTo(None))
+    step.drain(number, step.fleet.policy.drain_limit_s)
+    if step.fleet.stopping:
+        step.close_listeners()  # nobody can serve what is still in the backlog
+        return
+    if served_s >= PROVEN_S:
+        step.fleet = replace(step.fleet, failed_starts=0)
+    delay_s = _count_failure(step)
+    if step.fleet.incoming is None:
+        _recover(step, delay_s)

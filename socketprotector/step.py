@@ -1,0 +1,148 @@
+"""One decision in the making: the fleet so far, the actions so far, and the verbs for both.
+
+Pure, like all of the lifecycle.  A verb here changes the fleet and gives the order
+that goes with it in one place, so that they cannot come apart: no timer runs that
+the fleet does not know, no worker is spawned that it has forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .events import (
+    Action,
+    CancelTimer,
+    CloseListeners,
+    Deadline,
+    Drain,
+    News,
+    Report,
+    Sign,
+    Signal,
+    Spawn,
+    StartTimer,
+    Wait,
+)
+from .fleet import Fleet, Generation, Phase, State, Worker
+
+#: A worker (or generation) that served this long has proved itself; its death is not a quick one.
+PROVEN_S = 10.0
+#: Two quick deaths are forgiven at once; from the third on the delay doubles to its end.
+FREE_DEATHS = 2
+FIRST_DELAY_S = 0.1
+LAST_DELAY_S = 60.0
+#: From so many draining generations on a warning is due where nothing limits them.
+MANY_DRAINING = 4
+
+
+def backoff_s(quick_deaths: int) -> float:
+    """Seconds to wait before the next try after so many quick deaths in a row."""
+    if quick_deaths <= FREE_DEATHS:
+        return 0.0
+    # The exponent is bounded because a float overflows after a thousand doublings.
+    doublings = min(quick_deaths - FREE_DEATHS - 1, 16)
+    return float(min(LAST_DELAY_S, FIRST_DELAY_S * 2**doublings))
+
+
+class Step:
+    """What one event has led to so far."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+        self.actions: list[Action] = []
+
+    def do(self, *actions: Action) -> None:
+        self.actions.extend(actions)
+
+    # -- timers --------------------------------------------------------------
+
+    def start(self, wait: Wait, target: int, seconds: float) -> None:
+        deadline = Deadline(wait, target)
+        self.fleet = replace(self.fleet, timers=self.fleet.timers | {deadline})
+        self.do(StartTimer(deadline, seconds))
+
+    def cancel(self, wait: Wait, target: int = 0) -> None:
+        """Forget a timer if it runs."""
+        deadline = Deadline(wait, target)
+        if deadline in self.fleet.timers:
+            self.fleet = replace(self.fleet, timers=self.fleet.timers - {deadline})
+            self.do(CancelTimer(deadline))
+
+    # -- workers -------------------------------------------------------------
+
+    def add(self, generation: Generation, slot: int) -> Worker:
+        """Enter a new worker, not spawned yet, in a generation."""
+        worker = Worker(self.fleet.next_worker, slot, State.WAITING)
+        self.fleet = replace(
+            self.fleet.with_generation(replace(generation, workers=(*generation.workers, worker))),
+            next_worker=worker.number + 1,
+        )
+        return worker
+
+    def spawn(self, generation: int, worker: Worker) -> None:
+        """Start the process of a worker that waits in a generation that stands already."""
+        self.cancel(Wait.WORKER_RESPAWN, worker.number)
+        self.fleet = self.fleet.with_worker(replace(worker, state=State.STARTING))
+        self.do(Spawn(generation, worker.number, worker.slot))
+        self.start(Wait.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
+
+    def end_worker(self, worker: Worker) -> None:
+        """Send TERM to one worker; KILL follows."""
+        self.do(Signal(worker.number, Sign.TERM))
+        self.start(Wait.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
+
+    # -- generations ---------------------------------------------------------
+
+    def drain(self, number: int, timeout_s: float) -> None:
+        """Let a generation finish what it has."""
+        self.fleet = self.fleet.moved(number, Phase.DRAINING)
+        self.do(Drain(number))
+        if timeout_s > 0:
+            self.start(Wait.DRAIN, number, timeout_s)
+        generation = self.fleet.generation(number)
+        if generation and self.fleet.queue_is_last and not generation.takers:
+            # Its places all wait for a back-off: one must see whether something is queued.
+            waiting = [worker for worker in generation.workers if not worker.alive]
+            if waiting:
+                self.spawn(number, waiting[0])
+        self.forget_waiting(number)
+        if self.fleet.stopping is None:
+            self.limit_draining()
+
+    def limit_draining(self) -> None:
+        draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]
+        limit = self.fleet.policy.max_draining
+        if limit:
+            for generation in draining[: max(0, len(draining) - limit)]:
+                self.end_generation(generation.number)
+        elif len(draining) >= MANY_DRAINING:
+            self.do(Report(News.MANY_DRAINING, reason=f"{len(draining)} generations"))
+
+    def end_generation(self, number: int) -> None:
+        """Send TERM to what is left of a generation; KILL follows."""
+        self.forget_waiting(number)
+        self.cancel(Wait.DRAIN, number)
+        generation = self.fleet.generation(number)
+        if generation is None or generation.ending or not generation.workers:
+            return
+        self.fleet = self.fleet.with_generation(replace(generation, ending=True))
+        self.do(*(Signal(worker.number, Sign.TERM) for worker in generation.workers))
+        self.start(Wait.KILL, number, self.fleet.policy.kill_timeout_s)
+
+    def forget_waiting(self, number: int) -> None:
+        """Drop the places whose next process has not been spawned yet."""
+        generation = self.fleet.generation(number)
+        if generation is None:
+            return
+        for worker in generation.workers:
+            if not worker.alive:
+                self.cancel(Wait.WORKER_RESPAWN, worker.number)
+        self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
+
+    # -- listeners -----------------------------------------------------------
+
+    def close_listeners(self) -> None:
+        """Close them at once."""
+        if self.fleet.listeners_open:
+            self.fleet = replace(self.fleet, listeners_open=False)
+            self.do(CloseListeners(quick=True))

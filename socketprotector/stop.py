@@ -1,0 +1,86 @@
+"""How all of it ends: graceful (everyone finishes what has connected) or quick (TERM now).
+
+Pure.  A stop calls off whatever was to come; nothing new is started after it but a
+replacement for a worker that left something in a queue nobody else can serve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .events import CloseListeners, Exit, News, Report, RouteTo, Wait
+from .fleet import Phase, Stop
+from .step import Step
+
+
+def stop_requested(step: Step, quick: bool) -> None:
+    stopping = step.fleet.stopping
+    if stopping is Stop.QUICK:
+        return
+    if stopping is None:
+        step.do(Report(News.STOPPING))
+    if quick or stopping:
+        stop_quickly(step)
+    else:
+        _stop_gracefully(step)
+
+
+def _stop_gracefully(step: Step) -> None:
+    _call_off(step, Stop.GRACEFUL)
+    settling = step.fleet.of(Phase.SETTLING)
+    old = step.fleet.of(Phase.SERVING)
+    if settling:
+        step.cancel(Wait.SETTLE, settling.number)
+        step.fleet = step.fleet.moved(settling.number, Phase.SERVING)
+        if old:
+            step.drain(old.number, 0.0)
+    if step.fleet.route:
+        step.do(CloseListeners(quick=False))
+    else:
+        # Nobody can serve what has connected; the draining ones still finish theirs.
+        step.close_listeners()
+    if step.fleet.generations:
+        step.start(Wait.STOP, 0, step.fleet.policy.stop_timeout_s)
+
+
+def backlog_emptied(step: Step) -> None:
+    if step.fleet.stopping is not Stop.GRACEFUL or not step.fleet.listeners_open:
+        return
+    step.fleet = replace(step.fleet, listeners_open=False)
+    serving = step.fleet.of(Phase.SERVING)
+    if serving:
+        # Without a route first, Drain would take back what it has and send it to itself.
+        step.do(RouteTo(None))
+        step.drain(serving.number, 0.0)
+
+
+def stop_quickly(step: Step) -> None:
+    if step.fleet.route:
+        step.do(RouteTo(None))
+    _call_off(step, Stop.QUICK)
+    step.cancel(Wait.STOP)
+    step.close_listeners()
+    for generation in step.fleet.generations:
+        if generation.phase in (Phase.SERVING, Phase.SETTLING):
+            step.cancel(Wait.SETTLE, generation.number)
+            step.drain(generation.number, 0.0)
+        step.end_generation(generation.number)
+
+
+def _call_off(step: Step, stop: Stop) -> None:
+    """Give up whatever was to come."""
+    step.cancel(Wait.OPEN)
+    step.fleet = replace(step.fleet, stopping=stop, reload_wanted=False, to_open=None)
+    starting = step.fleet.of(Phase.STARTING)
+    if starting:
+        step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
+        step.cancel(Wait.START, starting.number)
+        step.end_generation(starting.number)
+
+
+def exit_if_done(step: Step) -> None:
+    fleet = step.fleet
+    if fleet.stopping and not fleet.generations and not fleet.listeners_open:
+        step.cancel(Wait.STOP)
+        step.fleet = replace(step.fleet, exiting=True)
+        step.do(Exit(fleet.exit_status))

@@ -1,0 +1,157 @@
+"""Workers in their generation: ready, dead, replaced, more of them, fewer of them.
+
+Pure.  The rule: a process is gone only on WorkerExited; a signal or a deadline never
+removes it from the fleet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .events import Deadline, News, Report, Retire, Sign, Signal, StartTimer, Wait, WorkerExited
+from .fleet import Fleet, Generation, Phase, State, Worker
+from .reload import abandon, all_ready, roll_back
+from .step import PROVEN_S, Step, backoff_s
+
+
+def worker_ready(step: Step, number: int, retires: bool) -> None:
+    found = step.fleet.find(number)
+    if found is None or found[1].state is not State.STARTING:
+        return  # said twice, or crossed our signal
+    step.cancel(Wait.WORKER_START, number)
+    step.fleet = step.fleet.with_worker(replace(found[1], state=State.READY, retires=retires))
+    generation = step.fleet.generation(found[0].number)
+    if generation and generation.phase is Phase.STARTING and generation.ready:
+        all_ready(step, generation.number)
+
+
+def worker_exited(step: Step, event: WorkerExited) -> None:
+    found = step.fleet.find(event.worker)
+    if found is None or not found[1].alive:
+        return
+    generation, worker = found
+    for wait in (Wait.WORKER_START, Wait.WORKER_RETIRE, Wait.WORKER_KILL):
+        step.cancel(wait, worker.number)
+    step.fleet = _without(step.fleet, generation, worker)
+    if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
+        step.do(Report(News.EXITED, generation.number, event.reason))
+        _respawn(step, generation.number, worker, event.served_s)
+    elif event.waiting and _nobody_else_serves(step.fleet, generation.number):
+        _respawn(step, generation.number, worker, event.served_s)
+    elif generation.phase is Phase.STARTING:
+        abandon(step, generation.number, event.reason, retry=not event.detached)
+    elif generation.phase is Phase.SETTLING:
+        roll_back(step, generation.number, event.reason)
+
+
+def _without(fleet: Fleet, generation: Generation, worker: Worker) -> Fleet:
+    left = tuple(w for w in generation.workers if w.number != worker.number)
+    return fleet.with_generation(replace(generation, workers=left))
+
+
+def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
+    """Say whether what waits in this queue would be lost without another worker."""
+    generation = fleet.generation(number)
+    if generation is None or generation.phase is not Phase.DRAINING or generation.ending:
+        return False
+    taken_care_of = generation.takers or any(not w.alive for w in generation.workers)
+    return fleet.queue_is_last and not taken_care_of
+
+
+def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
+    """Fill a dead worker's place, at once or after a back-off."""
+    generation = step.fleet.generation(number)
+    if generation is None:
+        return
+    deaths = 0 if served_s >= PROVEN_S else dead.quick_deaths + 1
+    new = replace(step.add(generation, dead.slot), quick_deaths=deaths)
+    step.fleet = step.fleet.with_worker(new)
+    delay_s = backoff_s(deaths)
+    if delay_s > 0:
+        step.start(Wait.WORKER_RESPAWN, new.number, delay_s)
+    else:
+        step.spawn(number, new)
+
+
+# -- scaling -------------------------------------------------------------------
+
+
+def scale_requested(step: Step, change: int) -> None:
+    wanted = step.fleet.workers_wanted + change
+    if step.fleet.stopping:
+        step.do(Report(News.REFUSED, reason="no scaling while stopping"))
+    elif wanted < 1:
+        step.do(Report(News.REFUSED, reason="there is always one worker at least"))
+    else:
+        step.fleet = replace(step.fleet, workers_wanted=wanted)
+
+
+def reconcile(step: Step) -> None:
+    """Bring the serving generation to as many workers as are wanted."""
+    serving = step.fleet.of(Phase.SERVING)
+    if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
+        return  # while another settles it is not known yet which one is to grow
+    staying = sorted(
+        (w for w in serving.workers if w.state is not State.RETIRING), key=lambda w: w.slot
+    )
+    for worker in reversed(staying[step.fleet.workers_wanted :]):
+        _retire(step, serving.number, worker)
+    taken = {worker.slot for worker in serving.workers}
+    for _ in range(step.fleet.workers_wanted - len(staying)):
+        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
+        taken.add(slot)
+        generation = step.fleet.generation(serving.number)
+        if generation:
+            step.spawn(serving.number, step.add(generation, slot))
+
+
+def _retire(step: Step, number: int, worker: Worker) -> None:
+    """Let one worker leave; nobody replaces it."""
+    generation = step.fleet.generation(number)
+    if generation is None:
+        return
+    step.cancel(Wait.WORKER_START, worker.number)
+    if worker.state is State.WAITING:
+        step.cancel(Wait.WORKER_RESPAWN, worker.number)
+        step.fleet = _without(step.fleet, generation, worker)
+        return
+    step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
+    if worker.state is not State.READY:
+        step.end_worker(worker)  # it has nothing to finish
+        return
+    step.do(Retire(worker.number) if worker.retires else Signal(worker.number, Sign.TERM))
+    if step.fleet.policy.drain_timeout_s > 0:
+        step.start(Wait.WORKER_RETIRE, worker.number, step.fleet.policy.drain_timeout_s)
+
+
+# -- time ----------------------------------------------------------------------
+
+
+def time_extended(step: Step, number: int, seconds: float) -> None:
+    found = step.fleet.find(number)
+    if found is None:
+        return
+    for deadline in (
+        Deadline(Wait.START, found[0].number),
+        Deadline(Wait.DRAIN, found[0].number),
+        Deadline(Wait.WORKER_START, number),
+        Deadline(Wait.WORKER_RETIRE, number),
+        Deadline(Wait.STOP),
+    ):
+        if deadline in step.fleet.timers:
+            step.do(StartTimer(deadline, seconds, extend=True))
+
+
+def worker_waited(step: Step, wait: Wait, number: int) -> None:
+    """A timer of a worker's own has run out."""
+    found = step.fleet.find(number)
+    if found is None:
+        return
+    generation, worker = found
+    match wait:
+        case Wait.WORKER_RESPAWN:
+            step.spawn(generation.number, worker)
+        case Wait.WORKER_KILL:
+            step.do(Signal(number, Sign.KILL))
+        case _ if not generation.ending:  # else TERM was sent already
+            step.end_worker(worker)

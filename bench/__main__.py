@@ -1,0 +1,54 @@
+"""python -m bench [NAME...] [--quick]: measure and print the table of figures."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+from bench.figures import Figure, Scale, machine, table
+from bench.processes import CannotMeasure
+from bench.reload_rows import draining, reloads, switch
+from bench.rows import cpu, idle, latency, rate
+
+ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
+    "rate": rate,
+    "latency": latency,
+    "reloads": reloads,
+    "switch": switch,
+    "idle": idle,
+    "cpu": cpu,
+    "draining": draining,
+}
+
+
+def main() -> int:
+    """Run the rows asked for; 1 if a bound does not hold or a figure could not be taken."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS) + "; all")
+    parser.add_argument("--quick", action="store_true", help="short runs: does it run at all?")
+    given = parser.parse_args()
+    unknown = set(given.names) - set(ROWS)
+    if unknown:
+        parser.error(f"{' '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # 5,000 connections are held open
+
+    figures: list[Figure] = []
+    where = machine()
+    for name in given.names or ROWS:
+        begun_s = time.monotonic()
+        print(f"{name} ... ", end="", file=sys.stderr, flush=True)
+        try:
+            figures += ROWS[name](Scale(given.quick))
+        except CannotMeasure as error:
+            figures.append(Figure(name, f"not measured: {error}", holds=False))
+        print(f"{time.monotonic() - begun_s:.0f} s", file=sys.stderr)
+    print(f"{where}{', quick' if given.quick else ''}\n\n{table(figures)}")
+    return 1 if any(figure.holds is False for figure in figures) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

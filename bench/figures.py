@@ -1,0 +1,95 @@
+"""How a figure is taken and shown: alternating runs, medians, and the bound beside each.
+
+Single runs on a small shared machine differ by 15 %, so nothing here compares a run with
+one from another minute: A B A B, and each ratio is of two neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+Taken = TypeVar("Taken")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How long to measure; `--quick` shows that it runs, not what it costs."""
+
+    quick: bool
+
+    def __call__(self, whole: float, quick: float) -> float:
+        return quick if self.quick else whole
+
+    def rounds(self, whole: int, quick: int = 2) -> int:
+        """Return how many times to alternate."""
+        return quick if self.quick else whole
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table.  `holds` is None where nothing was promised."""
+
+    what: str
+    value: str
+    must: str = ""
+    aim: str = ""
+    holds: bool | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def alternately(rounds: int, *takers: Callable[[], Taken]) -> list[list[Taken]]:
+    """Call the takers in turn, `rounds` times; return what each returned."""
+    taken: list[list[Taken]] = [[] for _ in takers]
+    for _ in range(rounds):
+        for results, take in zip(taken, takers, strict=True):
+            results.append(take())
+    return taken
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, str]:
+    """Return the median of the ratios of neighbours, and it in words with its spread."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    middle = median(ratios)
+    return middle, f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def machine() -> str:
+    """Say on what the figures were taken."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"  # an unpacked release
+    cores = len(os.sched_getaffinity(0))
+    return (
+        f"{cores} cores, kernel {platform.release()}, {platform.python_implementation()} "
+        f"{platform.python_version()}, commit {commit}, load before {os.getloadavg()[0]:.2f}"
+    )
+
+
+def table(figures: Sequence[Figure]) -> str:
+    """Return the figures as Markdown, the notes below the table."""
+    lines = ["| what | measured | must | aim | |", "|---|---|---|---|---|"]
+    notes: list[str] = []
+    for figure in figures:
+        verdict = {True: "holds", False: "**missed**", None: ""}[figure.holds]
+        lines.append(
+            f"| {figure.what} | {figure.value} | {figure.must} | {figure.aim} | {verdict} |"
+        )
+        if figure.notes:
+            notes += ["", f"{figure.what}:", *(f"- {note}" for note in figure.notes)]
+    return "\n".join(lines + notes)

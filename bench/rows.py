@@ -1,0 +1,237 @@
+"""One function for each line of the table: what a connection costs through the protector.
+
+Each starts what it needs, measures, and leaves nothing behind.  reload_rows.py has those
+about reloads and generations.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from typing import Any
+
+from bench.figures import Figure, Scale, alternately, median, ratio
+from bench.processes import (
+    CannotMeasure,
+    Started,
+    ask,
+    cpu_ns,
+    cpu_ticks,
+    descendants,
+    direct,
+    generate,
+    protector,
+    resident_kib,
+    stamps,
+    switches,
+)
+from bench.steps import steps_us
+
+Seen = dict[str, Any]
+
+
+def column(runs: list[Seen], name: str) -> list[float]:
+    """Return one value of each run."""
+    return [float(run[name]) for run in runs]
+
+
+def middle_of(runs: list[Seen], name: str) -> float:
+    """Return the median of one value over the runs."""
+    return median(column(runs, name))
+
+
+def nothing_failed(runs: list[Seen]) -> None:
+    """Refuse a figure from runs in which connections failed: failing is quick."""
+    failed = [run for run in runs if run["failed"]]
+    if failed:
+        raise CannotMeasure(f"connections failed: {failed[0]}")
+
+
+def load(started: Started, at_once: int, seconds: float, *more: str) -> Seen:
+    """Load it; beside what the generator saw, the CPU time of each process a connection."""
+    workers = descendants(started.pid)
+    before = {pid: cpu_ns(pid) for pid in (started.pid, *workers)}
+    ticks, changed = cpu_ticks(started.pid), switches(started.pid)
+    seen = generate(started.address, "-c", str(at_once), "-t", str(seconds), *more)
+    count = max(1, seen["connections"])
+    # A worker that a reload has ended meanwhile is left out; only rows without reloads use this.
+    there = {started.pid, *descendants(started.pid)} & before.keys()
+    spent_us = {pid: (cpu_ns(pid) - before[pid]) / count / 1e3 for pid in there}
+    seen["parent_us"] = spent_us.pop(started.pid)
+    seen["workers_us"] = sum(spent_us.values())
+    seen["parent_ticks"] = cpu_ticks(started.pid) - ticks
+    now = switches(started.pid)
+    seen["slept"] = (now.voluntary - changed.voluntary) / count
+    seen["preempted"] = (now.involuntary - changed.involuntary) / count
+    return seen
+
+
+def _rate(scale: Scale, client: str, *options: str) -> Figure:
+    with protector() as forwarded, direct() as accepting:
+        through, straight = alternately(
+            scale.rounds(9),
+            lambda: load(forwarded, 64, scale(3, 0.5), *options),
+            lambda: load(accepting, 64, scale(3, 0.5), *options),
+        )
+    nothing_failed(through + straight)
+    middle, words = ratio(column(through, "per_second"), column(straight, "per_second"))
+    return Figure(
+        f"connections/s forwarded / accepting directly, C=64, {client}",
+        words,
+        ">= 0.95",
+        "1.0",
+        middle >= 0.95,
+        [
+            f"{middle_of(through, 'per_second'):,.0f}/s forwarded, "
+            f"{middle_of(straight, 'per_second'):,.0f}/s directly",
+            f"CPU a connection, forwarded: protector {middle_of(through, 'parent_us'):.1f} us, "
+            f"worker {middle_of(through, 'workers_us'):.1f}, "
+            f"generator {middle_of(through, 'own_cpu_us'):.1f}; "
+            f"directly: worker {middle_of(straight, 'parent_us'):.1f}, "
+            f"generator {middle_of(straight, 'own_cpu_us'):.1f}",
+            f"the protector slept {middle_of(through, 'slept'):.2f} times a connection and "
+            f"lost its core {middle_of(through, 'preempted'):.2f} times",
+        ],
+    )
+
+
+def rate(scale: Scale) -> list[Figure]:
+    """Connections/s against the same worker on an inherited listener."""
+    return [_rate(scale, "ordinary client", "--plain"), _rate(scale, "leanest client")]
+
+
+def latency(scale: Scale) -> list[Figure]:
+    """The time to the reply when there is one connection at a time, and where it goes."""
+    with protector() as forwarded, direct() as accepting:
+        through, straight = alternately(
+            scale.rounds(9),
+            lambda: load(forwarded, 1, scale(2, 0.5)),
+            lambda: load(accepting, 1, scale(2, 0.5)),
+        )
+        told = stamps(forwarded.address)
+        calls = system_calls(forwarded, scale)
+    nothing_failed(through + straight)
+    middle, words = ratio(column(through, "p50_us"), column(straight, "p50_us"))
+    longer_us = middle_of(through, "p50_us") - middle_of(straight, "p50_us")
+    steps = steps_us()
+    handed_us = told["wait_p50_ns"] / 1e3
+    sent_us, taken_us = steps["sendmsg with the descriptor"], steps["recvmsg with the descriptor"]
+    return [
+        Figure(
+            "p50 of one connection at a time / directly",
+            words,
+            "<= 1.25",
+            "1.15",
+            middle <= 1.25,
+            [
+                f"{middle_of(through, 'p50_us'):.1f} us against "
+                f"{middle_of(straight, 'p50_us'):.1f}: {longer_us:.1f} us longer "
+                f"(p99 {middle_of(through, 'p99_us'):.0f} against "
+                f"{middle_of(straight, 'p99_us'):.0f})",
+                f"seen in place, from the protector's accept to the worker's take: "
+                f"{handed_us:.1f} us: sendmsg {sent_us:.1f}, recvmsg and making the socket "
+                f"{taken_us:.1f}, so waking the worker {handed_us - sent_us - taken_us:.1f}",
+                f"the other {longer_us - handed_us:+.1f} us: the protector's loop, and accept "
+                "there in place of accept in the worker; the close of the copy and the accept that "
+                "finds nothing come after the handing over",
+                "each step by itself: "
+                + "; ".join(f"{name} {us:.1f} us" for name, us in steps.items()),
+                calls,
+            ],
+        )
+    ]
+
+
+def system_calls(started: Started, scale: Scale) -> str:
+    """Count the protector's system calls a connection, by perf where there is one.
+
+    Counting, not timing: perf and strace add 10 us to each call here.
+    """
+    perf = shutil.which("perf")
+    if perf is None:
+        return "system calls a connection: not counted, no perf"
+    names = ("epoll_wait", "accept4", "sendmsg", "close", "read", "getsockname", "clock_gettime")
+    events = ["raw_syscalls:sys_enter", *(f"syscalls:sys_enter_{name}" for name in names)]
+    command = [perf, "stat", "-x", ",", "-e", ",".join(events), "-p", str(started.pid)]
+    watching = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    seen = generate(started.address, "-c", "1", "-t", str(scale(2, 1)))
+    watching.send_signal(2)
+    said = watching.communicate()[1]
+    counts = {}
+    for line in said.splitlines():
+        fields = line.split(",")
+        if len(fields) > 2 and fields[0].isdigit():
+            counts[fields[2].rpartition("sys_enter")[2].strip("_") or "all"] = int(fields[0])
+    if not counts:
+        return f"system calls a connection: perf could not count them ({said.strip()[:80]})"
+    each = ", ".join(
+        f"{name} {count / seen['connections']:.2f}" for name, count in counts.items() if count
+    )
+    return f"the protector's system calls a connection: {each}"
+
+
+def cpu(scale: Scale) -> list[Figure]:
+    """The protector's own CPU time a connection."""
+    with protector() as forwarded:
+        plain, lean, single = alternately(
+            scale.rounds(5),
+            lambda: load(forwarded, 64, scale(4, 0.5), "--plain"),
+            lambda: load(forwarded, 64, scale(4, 0.5)),
+            lambda: load(forwarded, 1, scale(2, 0.5)),
+        )
+    nothing_failed(plain + lean + single)
+    spent_us = middle_of(plain, "parent_us")
+    tick_us = 1e6 / os.sysconf("SC_CLK_TCK")
+    by_ticks = sum(column(plain, "parent_ticks")) * tick_us / sum(column(plain, "connections"))
+    return [
+        Figure(
+            "protector's CPU per forwarded connection, C=64",
+            f"{spent_us:.1f} us",
+            "<= 15 us",
+            "",
+            spent_us <= 15,
+            [
+                "from /proc/PID/task/*/schedstat; what the kernel does for others on its time "
+                "(packets on loopback, waking the worker) is in it",
+                f"utime + stime of the same runs: {by_ticks:.1f} us "
+                f"({sum(column(plain, 'parent_ticks')):.0f} ticks of {tick_us / 1e3:.0f} ms)",
+                f"with the leanest client {middle_of(lean, 'parent_us'):.1f} us; one at a time "
+                f"(so a wake-up for each) {middle_of(single, 'parent_us'):.1f} us",
+            ],
+        )
+    ]
+
+
+def idle(scale: Scale) -> list[Figure]:
+    """Wake-ups and memory of a protector for which nothing happens."""
+    wait_s, watch_s = scale(20, 2), scale(30, 3)
+    with protector() as started:
+        load(started, 64, 0.5)
+        ask(started.address)
+        time.sleep(wait_s)
+        before, cpu_before = switches(started.pid), cpu_ns(started.pid)
+        time.sleep(watch_s)
+        after, cpu_after = switches(started.pid), cpu_ns(started.pid)
+        resident_mb = resident_kib(started.pid) / 1024
+        threads = len(os.listdir(f"/proc/{started.pid}/task"))
+    woken = sum(after) - sum(before)
+    return [
+        Figure(
+            f"idle protector, {wait_s:.0f} s after the last event: wake-ups in {watch_s:.0f} s",
+            str(woken),
+            "0",
+            "0",
+            woken == 0,
+            [f"{(cpu_after - cpu_before) / 1e3:.0f} us of CPU; {threads} thread(s)"],
+        ),
+        Figure(
+            "its resident memory (VmRSS)",
+            f"{resident_mb:.1f} MB",
+            "<= 16 MB",
+            "13 MB",
+            resident_mb <= 16,
+            ["after half a second of load; Server::Starter 14.7, gunicorn 25, circus 31"],
+        ),
+    ]

@@ -12,7 +12,6 @@ from enum import Enum
 
 from .events import Deadline
 
-
 #: stop-first has nobody serving while the old generation drains: never without an end.
 STOP_FIRST_DRAIN_S = 30.0
 

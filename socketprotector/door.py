@@ -1,0 +1,52 @@
+"""The door through which the resident process gets its descriptors.
+
+The launching process leaves them at 3, 4, ... and names them, as systemd does for a
+service (sd_listen_fds(3)); ours begin with `sp.`.  One door for every giver.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+
+FIRST = 3
+SETTINGS = "sp.settings"
+LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
+PID_FILE = "sp.pidfile"  # holds the lock
+LISTENER = "sp.listener."  # and its index
+_VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+
+
+def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
+    """Put descriptors in their places for an exec, and return the variables that name them.
+
+    Takes ownership; only an exec may follow.
+    """
+    # Out of the way first: a place may be held by a descriptor of another name.
+    high = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(descriptors))
+        for fd in descriptors.values()
+    ]
+    for place, fd in enumerate(high, FIRST):
+        os.dup2(fd, place, inheritable=True)
+    return {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(descriptors)),
+        "LISTEN_FDNAMES": ":".join(descriptors),
+    }
+
+
+def enter() -> dict[str, int]:
+    """Return name -> descriptor of what was left for this process; the caller owns them.
+
+    Sets close-on-exec on each and removes the variables from the environment.
+    """
+    values = [os.environ.pop(variable, "") for variable in _VARIABLES]
+    count, pid, names, _ = values
+    if pid != str(os.getpid()) or not count.isdigit():
+        return {}
+    found = dict(zip(names.split(":"), range(FIRST, FIRST + int(count)), strict=False))
+    for fd in found.values():
+        os.set_inheritable(fd, False)
+    return found

@@ -1,0 +1,36 @@
+"""Environment files: NAME=VALUE lines, as EnvironmentFile= of systemd reads them.
+
+Blank lines and lines that begin with # or ; are passed over; a value may stand in
+single or double quotes; a leading `export ` is allowed, so that a shell can read it too.
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+def parse(text: str, name: str) -> dict[str, str]:
+    """Return the assignments in text.  Raises ValueError naming `name` and the line."""
+    found = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line[0] in "#;":
+            continue
+        variable, separator, value = line.removeprefix("export ").partition("=")
+        variable, value = variable.strip(), value.strip()
+        if not separator or not _NAME.match(variable):
+            raise ValueError(f"{name} line {number}: not NAME=VALUE")
+        if value[:1] in ("'", '"'):
+            if len(value) < 2 or value[-1] != value[0]:
+                raise ValueError(f"{name} line {number}: the quote is not closed")
+            value = value[1:-1]
+        found[variable] = value
+    return found
+
+
+def read(path: str) -> dict[str, str]:
+    """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
+    with open(path, encoding="utf-8") as file:
+        return parse(file.read(), path)

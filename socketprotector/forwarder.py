@@ -1,0 +1,301 @@
+"""The path of a connection: accept, send to the route, close our copy.
+
+Connections never pass through `decide`.  The lifecycle sets the route and orders
+drains; what comes back is two facts: the channel broke, the backlog is empty.
+
+Nothing is accepted that could not be delivered.  One connection at most is in our hands:
+the one whose send failed.  It goes first, to whoever serves then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from socketprotector_client import wire
+
+from .channel import SEND_FLAGS, Channel
+from .listener import AGAIN, SCARCE, Listener
+from .loop import WRITE, Loop
+
+#: Connections closer together than this mean load: then each wake-up takes a few.  While
+#: idle it takes one, because the accept that finds nothing costs 4 us (measured).
+BUSY_NS = 150_000
+BURST = 8
+#: Waits when the system is out of descriptors or memory.
+FIRST_WAIT_S = 0.01
+LAST_WAIT_S = 0.5
+#: A graceful stop lets handshakes under way finish: as long as nobody comes for this long.
+QUIET_S = 0.2
+
+_RETRY = "forwarder-retry"
+_QUIET = "forwarder-quiet"
+_PACK_DESCRIPTOR = struct.Struct("i").pack
+
+
+class Forwarder:
+    """Accepts while there is a route, and keeps each connection from being lost."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        listeners: Sequence[Listener],
+        *,
+        broken: Callable[[], None],
+        emptied: Callable[[], None],
+        trouble: Callable[[str, OSError], None],
+    ) -> None:
+        """Take ownership of the listeners.
+
+        broken: the route's channel was shut down.  emptied: a graceful close is over.
+        trouble: an error that holds the path up, told once each time it begins.
+        """
+        self._loop = loop
+        self._listeners = list(listeners)
+        self._broken = broken
+        self._emptied = emptied
+        self._trouble = trouble
+        self._route: Channel | None = None
+        self._in_hand: tuple[bytes, int] | None = None
+        self._left_over: deque[Channel] = deque()
+        self._full: Channel | None = None  # its write end is watched for room
+        self._waiting = False  # for descriptors or memory
+        self._wait_s = 0.0
+        self._scarce_at = 0.0
+        self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
+        self._last_ns = 0
+        self._looked = False  # once, since new clients are refused
+        self._reserve = -1
+        self._take_reserve()
+        self.forwarded = 0
+        self.lost = 0
+
+    # -- orders --------------------------------------------------------------
+
+    def route_to(self, channel: Channel | None) -> None:
+        """Give what comes from now on to this channel; None: hold it in the backlog."""
+        self._route = channel
+        self._unwatch_full()
+        self._stop_accepting()
+        self._go_on()
+
+    def drain(self, channel: Channel) -> None:
+        """Take back what nobody has taken, as far as the route has room; then end the channel."""
+        self._reclaim(channel)
+        channel.end()
+
+    def release(self, channel: Channel) -> None:
+        """Close a channel that has no workers, once what is left in it went to a route."""
+        channel.end()
+        self._left_over.append(channel)
+        self._go_on()
+
+    def close_listeners(self, *, quick: bool) -> None:
+        """Let nobody new in; quick: close at once, else first send on who has connected."""
+        if quick:
+            self._close_listeners()
+            return
+        for listener in self._listeners:
+            listener.refuse_new()
+        self._close_when_quiet(self.forwarded)
+
+    def close(self) -> None:
+        """Close everything, with what could not be delivered (counted in `lost`)."""
+        self._close_listeners()
+        self.route_to(None)
+        self._loop.cancel(_RETRY)
+        if self._in_hand is not None:
+            self.lost += 1
+            os.close(self._in_hand[1])
+            self._in_hand = None
+        for channel in self._left_over:
+            self.lost += channel.depth()
+            channel.close()
+        self._left_over.clear()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+
+    # -- the path ------------------------------------------------------------
+
+    @property
+    def _open(self) -> bool:
+        """Whether a connection could be delivered now."""
+        return (
+            self._route is not None
+            and self._in_hand is None
+            and self._full is None
+            and not self._waiting
+        )
+
+    def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
+        """Return the callback for a listener; all that a connection needs is in its closure."""
+        # socket.accept() would build a socket object only for us to take it apart.
+        accept = listener.socket._accept  # type: ignore[attr-defined]
+        send = route.write.sendmsg
+        pack = wire.HEADER.pack
+        version, kind, index = wire.VERSION, wire.KIND_CONNECTION, listener.index
+        level, rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
+        now, close = time.monotonic_ns, os.close
+
+        def ready() -> None:
+            for _ in range(BURST):
+                try:
+                    fd, _ = accept()
+                except OSError as error:
+                    self._accept_failed(listener, error)
+                    return
+                at = now()
+                header = pack(version, kind, index, 0, at)
+                try:
+                    send([header], [(level, rights, _PACK_DESCRIPTOR(fd))], SEND_FLAGS)
+                except OSError as error:
+                    self._in_hand = header, fd
+                    self._send_failed(error)
+                    return
+                close(fd)
+                self.forwarded += 1
+                idle = at - self._last_ns > BUSY_NS
+                self._last_ns = at
+                if idle:
+                    return
+
+        return ready
+
+    def _go_on(self) -> None:
+        """Deliver what is in hand, then what was left over, then accept; or stay held."""
+        if self._route is not None and self._full is None and not self._waiting:
+            if self._in_hand is not None:
+                header, fd = self._in_hand
+                self._in_hand = None
+                self._deliver(self._route, header, fd)
+            while self._left_over and self._open:
+                channel = self._left_over[0]
+                self._reclaim(channel)
+                if self._open and not channel.depth():
+                    self._left_over.popleft().close()
+        if self._open and self._route is not None:
+            for listener in self._listeners:
+                if listener.fileno() not in self._accepting:
+                    ready = self._accept_to(self._route, listener)
+                    self._accepting[listener.fileno()] = ready
+                    self._loop.watch(listener.fileno(), ready)
+
+    def _stop_accepting(self) -> None:
+        for fd in self._accepting:
+            self._loop.unwatch(fd)
+        self._accepting.clear()
+
+    def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
+        """Send one connection, or keep it in hand.  Takes ownership of fd."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd))]
+        try:
+            route.write.sendmsg([header], rights, SEND_FLAGS)
+        except OSError as error:
+            self._in_hand = header, fd
+            self._send_failed(error)
+        else:
+            os.close(fd)
+
+    def _reclaim(self, channel: Channel) -> None:
+        """Move what waits in a channel to the route, oldest first, while there is room."""
+        while self._open and self._route not in (None, channel) and self._take_reserve():
+            os.close(self._reserve)
+            self._reserve = -1
+            taken = channel.take_back()
+            if taken is None:
+                self._take_reserve()
+                return
+            header, fd = taken
+            if fd < 0:
+                self.lost += 1
+            elif self._route is not None:
+                self._deliver(self._route, header, fd)
+
+    def _take_reserve(self) -> bool:
+        """Keep a descriptor to spare: what the kernel cannot hand out it drops."""
+        if self._reserve < 0:
+            try:
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self._scarce("open", error)
+        return self._reserve >= 0
+
+    # -- what holds it up ----------------------------------------------------
+
+    def _accept_failed(self, listener: Listener, error: OSError) -> None:
+        if error.errno in AGAIN:
+            return
+        if error.errno in SCARCE:
+            self._scarce("accept", error)
+        elif error.errno == errno.EINVAL:
+            # Shut down for a stop, and empty by now: it would stay readable for ever.
+            self._loop.unwatch(listener.fileno())
+        else:
+            raise error
+
+    def _send_failed(self, error: OSError) -> None:
+        self._stop_accepting()
+        if error.errno == errno.EAGAIN and self._route is not None:
+            self._full = self._route
+            self._loop.watch(self._full.write.fileno(), self._room, WRITE)
+        elif error.errno in SCARCE:
+            self._scarce("sendmsg", error)
+        elif error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+            self._route = None
+            self._broken()
+        else:
+            raise error
+
+    def _room(self) -> None:
+        self._unwatch_full()
+        self._go_on()
+
+    def _unwatch_full(self) -> None:
+        if self._full is not None:
+            self._loop.unwatch(self._full.write.fileno())
+            self._full = None
+
+    def _scarce(self, call: str, error: OSError) -> None:
+        """Wait for descriptors or memory to come back, longer each time in a row."""
+        now = time.monotonic()
+        if now - self._scarce_at > 2 * LAST_WAIT_S:
+            self._wait_s = FIRST_WAIT_S
+            self._trouble(call, error)
+        else:
+            self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
+        self._scarce_at = now
+        self._waiting = True
+        self._stop_accepting()
+        self._loop.call_after(_RETRY, self._wait_s, self._retry)
+
+    def _retry(self) -> None:
+        self._waiting = False
+        self._go_on()
+
+    # -- the end -------------------------------------------------------------
+
+    def _close_when_quiet(self, before: int) -> None:
+        """Close the listeners once nobody has come since the last look."""
+        if self._open and not self._left_over:
+            for ready in tuple(self._accepting.values()):
+                ready()
+            if self.forwarded == before and self._open and self._looked:
+                self._close_listeners()
+                self._emptied()
+                return
+            self._looked = True
+        count = self.forwarded
+        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(count))
+
+    def _close_listeners(self) -> None:
+        self._loop.cancel(_QUIET)
+        self._stop_accepting()
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()

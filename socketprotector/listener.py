@@ -1,0 +1,99 @@
+"""The listening sockets in the resident process: accept from them, and end them well.
+
+They are bound before this process begins (address.py) and arrive as descriptors.
+
+Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import os
+import socket
+import struct
+
+from .settings import ListenerSettings
+
+_SO_ATTACH_FILTER = 26
+
+#: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
+#: nobody new comes while handshakes that are under way finish.
+_NO_NEW_CLIENTS = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the byte with the flags
+        (0x54, 0, 0, 0x12),  # keep SYN and ACK
+        (0x15, 0, 1, 0x02),  # SYN alone?
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass
+    )
+)
+
+#: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
+#: passes on errors of the connection itself).
+AGAIN = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ECONNABORTED,
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EPERM,
+    }
+)
+#: The system is out of something.  The socket stays readable, so only a timer helps.
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+
+
+class Listener:
+    """One listening socket.  Owns its descriptor, and the socket file if it made one."""
+
+    def __init__(self, fd: int, index: int, settings: ListenerSettings) -> None:
+        """Adopt a bound, listening, non-blocking descriptor.  `index` is for life."""
+        self.socket = socket.socket(fileno=fd)
+        self.index = index
+        self.settings = settings
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def refuse_new(self) -> None:
+        """Let nobody new connect; who has connected can still be accepted."""
+        if self.socket.family == socket.AF_UNIX:
+            self._remove_file()
+            self.socket.shutdown(socket.SHUT_RD)
+            return
+        program = array.array("B", _NO_NEW_CLIENTS)
+        address, length = program.buffer_info()
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
+        )
+
+    def close(self) -> None:
+        """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere."""
+        self._remove_file()
+        try:
+            self.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # was shut down already
+        self.socket.close()
+
+    def _remove_file(self) -> None:
+        """Remove the socket file unless somebody has put another in its place."""
+        if not self.settings.inode:
+            return
+        path = self.settings.address.removeprefix("unix:")
+        try:
+            found = os.lstat(path)
+            if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+                os.unlink(path)
+        except OSError:
+            pass  # removed already, or the folder is no longer ours: said at start

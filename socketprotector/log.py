@@ -1,0 +1,87 @@
+"""The protector's own log: one key=value line for each event and action, on stderr.
+
+Where stderr leads (terminal, file, journal, the relay to syslog) was settled before. A
+reader that is slow or gone never holds the protector up: a line that would block is
+dropped, and the next one that gets through says how many were.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+
+from . import words
+
+LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+_STDERR = 2
+
+
+class Log:
+    """Writes lines to stderr without ever blocking or raising."""
+
+    def __init__(self, level: str, *, prioritized: bool = False) -> None:
+        """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3))."""
+        self._threshold = LEVELS[level]
+        self._prioritized = prioritized or _is_journal()
+        self._dropped = 0
+        self._fd = -1
+        self._socket: socket.socket | None = None
+        self.reopen()
+
+    def reopen(self) -> None:
+        """Follow stderr to where it leads now.
+
+        A description of our own, because O_NONBLOCK on the inherited one would reach
+        every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
+        """
+        self.close()
+        if stat.S_ISSOCK(os.fstat(_STDERR).st_mode):
+            self._socket = socket.socket(fileno=os.dup(_STDERR))
+            return
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            self._fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
+        except OSError:
+            # Another user's terminal, or no /proc: better a line that may block than none.
+            self._fd = os.dup(_STDERR)
+
+    def write(self, level: str, event: str, **fields: object) -> None:
+        """Write one line.  A field that is None is left out."""
+        if LEVELS[level] > self._threshold:
+            return
+        pairs = [f"event={words.field(event)}"]
+        pairs += [f"{k}={words.field(v)}" for k, v in fields.items() if v is not None]
+        if self._dropped:
+            pairs.append(f"dropped_lines={self._dropped}")
+        if self._prioritized:
+            line = f"<{LEVELS[level]}>{' '.join(pairs)}\n"
+        else:
+            now = time.time()
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+            line = f"{stamp}.{int(now % 1 * 1000):03d}Z {level} {' '.join(pairs)}\n"
+        try:
+            data = line.encode("utf-8", "backslashreplace")
+            if self._socket is not None:
+                self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            else:
+                os.write(self._fd, data)
+        except OSError:
+            self._dropped += 1
+        else:
+            self._dropped = 0
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _is_journal() -> bool:
+    """Whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
+    found = os.fstat(_STDERR)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

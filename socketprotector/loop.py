@@ -1,0 +1,122 @@
+"""One thread's wait for everything: descriptors, signals and timers.
+
+`select.epoll` itself, not `selectors`: the wait is part of the path of every
+connection, and the wrapper adds 1 us to it.  Callbacks tolerate a wake-up that finds
+nothing, so an event for a number that was closed and used again does no harm.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Hashable, Iterable
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+
+
+class Loop:
+    """Calls back when a descriptor is ready, a timer runs out or a signal came."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[], None]] = {}
+        self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
+        self._heap: list[tuple[float, int, Hashable]] = []
+        self._count = 0
+        self.running = True
+
+    # -- descriptors ---------------------------------------------------------
+
+    def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
+        """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing."""
+        self._epoll.register(fd, events)
+        self._callbacks[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        """Stop calling back for fd; nothing happens if it is not watched."""
+        if self._callbacks.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    # -- timers --------------------------------------------------------------
+
+    def call_after(self, key: Hashable, seconds: float, callback: Callable[[], None]) -> None:
+        """Call back once after some seconds; the same key again replaces the timer."""
+        self._count += 1
+        due = time.monotonic() + seconds
+        self._timers[key] = (due, self._count, callback)
+        heapq.heappush(self._heap, (due, self._count, key))
+
+    def extend(self, key: Hashable, seconds: float) -> None:
+        """Move a running timer to so many seconds from now, if that is later."""
+        timer = self._timers.get(key)
+        if timer is not None and timer[0] < time.monotonic() + seconds:
+            self.call_after(key, seconds, timer[2])
+
+    def cancel(self, key: Hashable) -> None:
+        """Forget a timer; nothing happens if it does not run."""
+        self._timers.pop(key, None)
+        if not self._timers:
+            self._heap.clear()
+
+    def _drop_cancelled(self) -> None:
+        while self._heap:
+            _, count, key = self._heap[0]
+            timer = self._timers.get(key)
+            if timer is not None and timer[1] == count:
+                return
+            heapq.heappop(self._heap)
+
+    def _run_due(self) -> None:
+        now = time.monotonic()
+        while self.running:
+            self._drop_cancelled()
+            if not self._heap or self._heap[0][0] > now:
+                return
+            _, _, key = heapq.heappop(self._heap)
+            self._timers.pop(key)[2]()
+
+    # -- signals -------------------------------------------------------------
+
+    def catch(self, signals: Iterable[signal.Signals], callback: Callable[[int], None]) -> None:
+        """Call back from the loop, never from a handler, with the number of each signal."""
+        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        for number in signals:
+            signal.signal(number, _noted)
+
+        def read() -> None:
+            # A set, because a second HUP in one breath asks for nothing that the first did not.
+            for number in dict.fromkeys(os.read(receive, 512)):
+                callback(number)
+
+        self.watch(receive, read)
+
+    # -- running -------------------------------------------------------------
+
+    def run(self) -> None:
+        """Wait and call back until `running` is cleared."""
+        poll = self._epoll.poll
+        callbacks = self._callbacks
+        while self.running:
+            if self._timers:
+                self._run_due()
+                self._drop_cancelled()
+            timeout = max(0.0, self._heap[0][0] - time.monotonic()) if self._heap else None
+            if not self.running:
+                return
+            for fd, _ in poll(timeout):
+                callback = callbacks.get(fd)
+                if callback is not None:
+                    callback()
+
+    def close(self) -> None:
+        """Close the loop's own descriptor."""
+        self._epoll.close()
+
+
+def _noted(number: int, frame: object) -> None:
+    """The signal's number is in the wake-up pipe already."""

@@ -1,0 +1,133 @@
+"""Where the workers' output goes, and a failed worker's last words from there.
+
+Workers write to the terminal, the journal or the log file themselves.  Only where lines
+must be handled, on their way to syslog, a relay process reads them; the protector keeps
+the pipe's read end too, so that the relay's death breaks nobody's output, and starts it anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import stat
+import sys
+import termios
+from collections.abc import Callable
+
+from . import relay, words
+from .loop import Loop
+from .process import Process, Program, spawn
+
+_STDOUT, _STDERR = 1, 2
+LAST_LINES = 10
+_LAST_BYTES = 4096
+#: How long the last words of a worker may take through the relay.
+_RELAY_LAG_MS = 20
+_RELAY_LOOKS = 10
+_RESTART_S = 1.0
+
+
+class Output:
+    """The place that stdout and stderr of the protector and its workers lead to."""
+
+    def __init__(self, log_file: str | None) -> None:
+        self._log_file = log_file
+        self._tail = -1
+        self._pipe = -1
+        self._relay: Process | None = None
+
+    @property
+    def relayed(self) -> bool:
+        return self._pipe >= 0
+
+    def start_relay(self, name: str, loop: Loop, ended: Callable[[], None]) -> None:
+        """Send stdout and stderr through a relay to syslog.  Raises OSError."""
+        self._tail = os.memfd_create("sp.tail", os.MFD_CLOEXEC)
+        self._pipe, write = os.pipe2(os.O_CLOEXEC)
+        for fd in (_STDOUT, _STDERR):
+            os.dup2(write, fd, inheritable=True)
+        os.close(write)
+        self._spawn_relay(name, loop, ended)
+
+    def _spawn_relay(self, name: str, loop: Loop, ended: Callable[[], None]) -> None:
+        program = Program(
+            path=sys.executable,
+            argv=(sys.executable, "-I", "-S", relay.__file__, name, "3"),
+            directory="/",
+            environment=tuple(os.environ.items()),
+            umask=0o077,
+            limits=(),
+            nice=0,
+        )
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        # It must not hold the write end, or it would never see its last writer go.
+        descriptors = {0: self._pipe, 1: null, 2: null, 3: self._tail}
+        try:
+            process = spawn(program, {}, descriptors)
+        finally:
+            os.close(null)
+        self._relay = process
+
+        def again() -> None:
+            loop.unwatch(process.pidfd)
+            process.reap()
+            process.close()
+            ended()
+            loop.call_after("relay", _RESTART_S, lambda: self._spawn_relay(name, loop, ended))
+
+        loop.watch(process.pidfd, again)
+
+    def reopen(self) -> None:
+        """Open the log file anew under its name, after a rotation.  Raises OSError."""
+        if self._log_file is not None:
+            fd = os.open(
+                self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640
+            )
+            for standard in (_STDOUT, _STDERR):
+                os.dup2(fd, standard, inheritable=True)
+            os.close(fd)
+
+    def mark(self) -> int:
+        """Return where the output stands now: what a worker says comes after it."""
+        if self.relayed:
+            return relay.written(self._tail)
+        found = os.fstat(_STDERR)
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+    def last_words(self, mark: int) -> str:
+        """Return the last lines written since mark, escaped; or where to look for them."""
+        if self.relayed:
+            self._wait_for_relay()
+            data = relay.kept(self._tail, mark)
+        elif mark >= 0 and self._log_file is not None:
+            data = _end_of(self._log_file, mark)
+        elif mark >= 0:
+            data = _end_of(f"/proc/self/fd/{_STDERR}", mark)
+        else:
+            return ""
+        lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
+        own = tuple(f"<{level}>event=" for level in range(8))
+        lines = [line for line in lines if not line.startswith(own) and " event=" not in line]
+        return "\n".join(words.escape(line) for line in lines[-LAST_LINES:])
+
+    def _wait_for_relay(self) -> None:
+        """Give the relay a moment to read what is in the pipe."""
+        waiting = bytearray(4)
+        for _ in range(_RELAY_LOOKS):
+            fcntl.ioctl(self._pipe, termios.FIONREAD, waiting)
+            select.poll().poll(_RELAY_LAG_MS)
+            if not any(waiting):
+                return
+
+
+def _end_of(path: str, mark: int) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""  # a folder closed to the user that was dropped to
+    try:
+        size = os.fstat(fd).st_size
+        return os.pread(fd, _LAST_BYTES, max(mark, size - _LAST_BYTES))
+    finally:
+        os.close(fd)

@@ -1,0 +1,168 @@
+"""Worker processes: spawn, signal, reap.  Never a bare pid: each has its pidfd.
+
+Source: posix_spawn(3), pidfd_open(2), waitid(2), setrlimit(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from . import words
+
+_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+_NICE = "/usr/bin/nice"
+#: Source descriptors of a spawn are moved out of the way of its targets from here on.
+_ASIDE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What to execute, wholly resolved: the same again for a respawn."""
+
+    path: str
+    argv: tuple[str, ...]
+    directory: str
+    environment: tuple[tuple[str, str], ...]
+    umask: int
+    limits: tuple[tuple[str, int], ...]
+    nice: int
+
+
+class Process:
+    """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._reaped = False
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process; nothing happens if it has ended."""
+        if not self._reaped:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def kill_group(self) -> None:
+        """Send KILL to the process and all of its group.
+
+        Only while it is not reaped: until then its number cannot be another's.
+        """
+        if not self._reaped:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
+
+    def reap(self) -> tuple[bool, str] | None:
+        """Return (whether it exited with status 0, how it ended), or None while it runs."""
+        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        if result is None:
+            return None
+        self._reaped = True
+        exited = result.si_code == os.CLD_EXITED
+        dumped = result.si_code == os.CLD_DUMPED
+        clean = exited and result.si_status == 0
+        return clean, words.ended(exited, result.si_status, dumped=dumped)
+
+    def close(self) -> None:
+        """Close the pidfd."""
+        os.close(self.pidfd)
+
+
+def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int]) -> Process:
+    """Start a program as the leader of a session of its own.
+
+    extra: environment on top of the program's.  descriptors: number in the child ->
+    ours, which stays ours; nothing else than these and 0, 1, 2 is inherited, with
+    /dev/null as 0.  Raises OSError with the reason of posix_spawn, or of its directory.
+
+    posix_spawn sets neither directory, umask nor limits, so they are set here around
+    it and put back: this process has one thread.  A nice value could not be put back
+    without privilege, so a shim sets it.
+    """
+    path, argv = program.path, program.argv
+    if program.nice:
+        path, argv = _NICE, ("nice", "-n", str(program.nice), program.path, *argv[1:])
+    aside = [_moved(source) for source in descriptors.values()]
+    actions: list[tuple[int, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),  # type: ignore[list-item]
+        *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in zip(descriptors, aside)),
+    ]
+    limits = {_LIMITS[name]: value for name, value in program.limits}
+    kept = {which: resource.getrlimit(which) for which in limits}
+    umask = os.umask(program.umask)
+    try:
+        os.chdir(program.directory)
+        for which, value in limits.items():
+            resource.setrlimit(which, (value, kept[which][1]))
+        pid = os.posix_spawn(
+            path,
+            argv,
+            {**dict(program.environment), **extra},
+            file_actions=actions,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+    finally:
+        for which, pair in kept.items():
+            resource.setrlimit(which, pair)
+        os.umask(umask)
+        os.chdir("/")
+        for fd in aside:
+            os.close(fd)
+    return Process(pid)
+
+
+def _moved(fd: int) -> int:
+    """Duplicate a descriptor to a number that no target of a spawn has."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ASIDE)
+
+
+def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
+    """Return (real path, argv) of a command as it is now.
+
+    Symlinks are followed, so that a generation that was started from one release never
+    starts a process of the next; the last one only where the name stays the same or the
+    file is no script, because such a script goes by the name it was called by.
+    Raises FileNotFoundError, or PermissionError where it is no executable file.
+    """
+    name = command[0]
+    found = os.path.join(directory, name) if "/" in name else _search(name, search)
+    os.stat(found)
+    if os.path.isdir(found) or not os.access(found, os.X_OK):
+        raise PermissionError(13, "not executable", found)
+    real = os.path.realpath(found)
+    if os.path.basename(real) != os.path.basename(found) and _is_script(real):
+        folder = os.path.realpath(os.path.dirname(found))
+        real = os.path.join(folder, os.path.basename(found))
+    argv0 = (
+        name
+        if "/" not in name
+        else os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
+    )
+    return real, (argv0, *command[1:])
+
+
+def _search(name: str, search: str) -> str:
+    """Find an executable file by name in the folders of a PATH."""
+    for folder in search.split(":"):
+        path = os.path.join(folder or ".", name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return os.path.abspath(path)
+    raise FileNotFoundError(2, "not found in PATH", name)
+
+
+def _is_script(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"#!"
+    except OSError:
+        return False  # executable without being readable: a binary

@@ -1,0 +1,38 @@
+"""Words for people: how a process ended, and text that is safe to show.
+
+Pure.  Whatever comes from a worker or a client is escaped before it reaches a
+terminal or a log, so that nobody can forge a line or drive a terminal.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+def escape(text: str) -> str:
+    r"""Return text with every control character as \n, \t, \x1b or \u2028."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def field(value: object) -> str:
+    """Return a log field's value: bare where it can be, else quoted."""
+    text = str(value)
+    if text and text.isprintable() and not any(mark in text for mark in ' "=\\'):
+        return text
+    return '"' + escape(text.replace("\\", "\\\\")).replace('"', '\\"') + '"'
+
+
+def ended(exited: bool, status: int, *, dumped: bool = False) -> str:
+    """Say how a process ended: by its exit status or by a signal."""
+    if exited:
+        return f"exited with status {status}"
+    try:
+        name = signal.Signals(status).name
+    except ValueError:
+        name = f"signal {status}"
+    return f"was killed by {name}" + (" (core dumped)" if dumped else "")

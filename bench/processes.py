@@ -189,10 +189,10 @@ class Started:
 
 def worker_command(mode: str) -> list[str]:
     """Return the command of the worker that is measured."""
-    return [built("stamp"), sys.executable, "-S", "-E", str(HERE / "worker.py"), mode]
+    return [built("stamp"), sys.executable, str(HERE / "worker.py"), mode]
 
 
-def protector(mode: str = "channel", *options: str) -> Started:
+def protector(mode: str = "library", *options: str) -> Started:
     """Start SocketProtector in the foreground on a free port, with the worker behind it."""
     address = f"127.0.0.1:{free_port()}"
     program = os.environ.get("BENCH_PROTECTOR", "").split() or [

@@ -20,38 +20,77 @@ import sys
 import time
 from collections.abc import Callable
 
-EMPTY_HEADED = 1  # takes per wake-up while idle: the one that finds nothing costs 4 us
+IDLE = 1  # takes per wake-up while idle: the one that finds nothing costs 4 us
 BUSY = 16
 SAMPLES = 20_000  # queue waits kept, the newest; see `stamps`
 
-Take = Callable[[], tuple[socket.socket, int]]
+#: Returns a connection and the time of its accept (0 if unknown), None when there is none now;
+#: raises EOFError when no more will come.
+Take = Callable[[], tuple[socket.socket, int] | None]
 
 
-def take_from_listener(listener: socket.socket) -> Take:
-    """Return what takes the next connection; 0 as the time of its accept."""
+def from_listener() -> tuple[int, Take]:
+    """Return what to watch and what takes the next connection, accepting it itself."""
+    listener = socket.socket(fileno=int(os.environ["BENCH_LISTENER"]))
+    listener.setblocking(False)
 
-    def take() -> tuple[socket.socket, int]:
-        return listener.accept()[0], 0
+    def take() -> tuple[socket.socket, int] | None:
+        try:
+            return listener.accept()[0], 0
+        except BlockingIOError:
+            return None
 
-    return take
+    return listener.fileno(), take
 
 
-def take_from_channel(channel: socket.socket) -> Take:
-    """Return what takes the next connection with the time of its accept; EOFError: drain."""
+def from_channel() -> tuple[int, Take]:
+    """The same from the channel, by recvmsg alone."""
+    channel = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
     room = socket.CMSG_LEN(4)
     flags = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
     header = struct.Struct("<BBHIQ")
     number = struct.Struct("i")
 
-    def take() -> tuple[socket.socket, int]:
-        record, rights, _, _ = channel.recvmsg(16, room, flags)
+    def take() -> tuple[socket.socket, int] | None:
+        try:
+            record, rights, _, _ = channel.recvmsg(16, room, flags)
+        except BlockingIOError:
+            return None
         if not record:
             raise EOFError
         (fd,) = number.unpack(rights[0][2])
         connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, fileno=fd)
         return connection, header.unpack(record)[4]
 
-    return take
+    return channel.fileno(), take
+
+
+def from_library() -> tuple[int, Take]:
+    """The same from the channel, by the client library."""
+    from socketprotector_client.channel import Channel
+    from socketprotector_client.errors import Drained
+
+    channel = Channel.from_environment()
+    if channel is None:
+        raise SystemExit("library: there is no protector")
+    families = channel.families
+    take_one = channel.take
+
+    def take() -> tuple[socket.socket, int] | None:
+        try:
+            taken = take_one()
+        except Drained:
+            raise EOFError from None
+        if taken is None:
+            return None
+        fd, listener, accepted_ns = taken
+        family = families[listener] or socket.AF_INET
+        return socket.socket(family, socket.SOCK_STREAM, 0, fileno=fd), accepted_ns
+
+    return channel.fileno(), take
+
+
+SOURCES = {"direct": from_listener, "channel": from_channel, "library": from_library}
 
 
 def say_ready() -> None:
@@ -66,20 +105,11 @@ class Worker:
     """Owns the descriptor it takes from and every connection taken."""
 
     def __init__(self, mode: str) -> None:
-        if mode == "direct":
-            source = socket.socket(fileno=int(os.environ["BENCH_LISTENER"]))
-            source.setblocking(False)
-            self._take = take_from_listener(source)
-        elif mode == "channel":
-            source = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
-            self._take = take_from_channel(source)
-        else:
-            raise SystemExit(f"{mode}: want channel or direct")
-        self._source = source
+        self._source, self._take = SOURCES[mode]()
         self._poll = select.epoll()
-        self._poll.register(source.fileno(), select.EPOLLIN)
+        self._poll.register(self._source, select.EPOLLIN)
         self._kept: dict[int, socket.socket] = {}
-        self._budget = EMPTY_HEADED
+        self._budget = IDLE
         self._draining = False
         self._prefix = b"[%d] " % os.getpid()
         self._waits: list[int] = [0] * SAMPLES
@@ -93,7 +123,7 @@ class Worker:
         """Serve until the channel has ended and the last connection is closed."""
         self._stamps["ready_ns"] = time.monotonic_ns()
         say_ready()
-        source = self._source.fileno()
+        source = self._source
         while not self._draining or self._kept:
             for fd, _ in self._poll.poll():
                 if fd == source:
@@ -104,14 +134,15 @@ class Worker:
     def _take_some(self) -> None:
         for _ in range(self._budget):
             try:
-                connection, accepted_ns = self._take()
-            except BlockingIOError:
-                self._budget = EMPTY_HEADED
-                return
+                taken = self._take()
             except EOFError:
                 self._draining = True
-                self._poll.unregister(self._source.fileno())
+                self._poll.unregister(self._source)
                 return
+            if taken is None:
+                self._budget = IDLE
+                return
+            connection, accepted_ns = taken
             if accepted_ns:
                 self._waits[self._taken % SAMPLES] = time.monotonic_ns() - accepted_ns
             if self._taken == 0:

@@ -18,6 +18,8 @@ from socketprotector_client import wire
 #: The kernel charges one 16-byte message with one descriptor so much against SO_SNDBUF
 #: (measured: 278 messages in the default 212,992 bytes).
 MESSAGE_CHARGE_BYTES = 768
+#: The smallest buffer that the kernel grants holds so many (measured).
+SMALLEST_QUEUE = 6
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)

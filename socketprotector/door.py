@@ -50,3 +50,9 @@ def enter() -> dict[str, int]:
     for fd in found.values():
         os.set_inheritable(fd, False)
     return found
+
+
+def is_ours() -> bool:
+    """Whether descriptors were left for this very process, our settings among them."""
+    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    return SETTINGS in names and os.environ.get("LISTEN_PID") == str(os.getpid())

@@ -93,7 +93,10 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
     aside = [_moved(source) for source in descriptors.values()]
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),  # type: ignore[list-item]
-        *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in zip(descriptors, aside)),
+        *(
+            (os.POSIX_SPAWN_DUP2, ours, theirs)
+            for theirs, ours in zip(descriptors, aside, strict=True)
+        ),
     ]
     limits = {_LIMITS[name]: value for name, value in program.limits}
     kept = {which: resource.getrlimit(which) for which in limits}

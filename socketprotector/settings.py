@@ -7,7 +7,7 @@ memfd (`dump` and `load` are the two sides).  Units are in the names.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from .fleet import Policy
 
@@ -54,6 +54,10 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     foreground: bool = False
+
+    def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
+        """The same with the sockets that have been bound."""
+        return replace(self, listeners=listeners)
 
 
 def dump(settings: Settings) -> bytes:

@@ -59,6 +59,8 @@ class Supervisor:
         # Before our handlers replace it: whoever ignored HUP (nohup) wants to outlive the terminal.
         self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         loop.catch(_SIGNALS, self._signalled)
+        # They were blocked before the exec, so that none of them could come too early.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
@@ -110,10 +112,6 @@ class Supervisor:
         poll = select.poll()
         poll.register(self._terminal, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
-
-    @property
-    def effects(self) -> Effects:
-        return self._effects
 
 
 def terminal_of(foreground: bool) -> int | None:

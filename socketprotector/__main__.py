@@ -1,0 +1,27 @@
+"""`SocketProtector` and `python -m socketprotector`: two programs behind one name.
+
+Without our descriptors at the door this is the command line; with them it is the
+resident process, which must not load what only the command line needs.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from . import door
+
+
+def main() -> None:
+    """Run the one or the other, and exit with its status."""
+    if door.is_ours():
+        from . import resident
+
+        resident.main()
+    else:
+        from . import cli
+
+        sys.exit(cli.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

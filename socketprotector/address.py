@@ -1,0 +1,363 @@
+"""Listen addresses: parse what the operator wrote, and bind it.
+
+Runs in the launching process only, so that whatever is wrong is said on the operator's
+terminal before anything has changed.
+
+Source: bind(2), tcp(7), ipv6(7), unix(7), flock(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import grp
+import os
+import pwd
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from urllib.parse import parse_qsl
+
+import psutil
+
+from .errors import Refusal, SystemRefused, UsageError
+from .settings import ListenerSettings
+
+_TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "v6only")
+_UNIX_OPTIONS = ("backlog", "group", "mode", "user")
+_PATH_MAX_BYTES = 107
+#: One number for two sockets: another program may take it between the two binds.
+_SAME_PORT_TRIES = 16
+_IP_FREEBIND = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Listen:
+    """One LISTEN argument, checked but not resolved."""
+
+    text: str
+    port: int = 0
+    host: str | None = None  # None: every address of this machine
+    path: str | None = None  # UNIX; @name for an abstract one
+    options: dict[str, str] = field(default_factory=dict)
+
+    def backlog(self, default: int) -> int:
+        return int(self.options.get("backlog", default))
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A listening socket and what is known of it."""
+
+    socket: socket.socket
+    settings: ListenerSettings
+
+    def discard(self) -> None:
+        """Close it, and remove the socket file it made."""
+        self.socket.close()
+        if self.settings.inode:
+            os.unlink(self.settings.address.removeprefix("unix:"))
+
+
+def parse(text: str, directory: str) -> Listen:
+    """Read one LISTEN argument; a relative UNIX path is taken against directory.
+
+    Raises UsageError with the argument and what is allowed.
+    """
+    body, _, query = text.partition("?")
+    if body.startswith("udp:") or (body[:1] == "u" and body[1:].isdigit()):
+        raise UsageError(
+            f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
+        )
+    if body.startswith("unix:"):
+        path = body.removeprefix("unix:")
+        if not path or path == "@":
+            raise UsageError(f"{text}: unix: needs a path, or @name")
+        if not path.startswith("@"):
+            path = os.path.join(directory, path)
+        if len(os.fsencode(path)) > _PATH_MAX_BYTES:
+            raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
+        return Listen(text, path=path, options=_options(text, query, _UNIX_OPTIONS))
+    host, colon, port = body.rpartition(":")
+    if colon and (not host or (":" in host and not host.startswith("["))):
+        raise UsageError(f"{text}: write PORT, HOST:PORT, [HOST6]:PORT or unix:PATH")
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise UsageError(f"{text}: the port must be a number from 0 to 65535")
+    return Listen(
+        text,
+        port=int(port),
+        host=host.strip("[]") if colon else None,
+        options=_options(text, query, _TCP_OPTIONS),
+    )
+
+
+def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
+    found = dict(parse_qsl(query, keep_blank_values=True))
+    for name, value in found.items():
+        if name not in allowed:
+            raise UsageError(f"{text}: unknown option {name}; allowed: {', '.join(allowed)}")
+        if name in ("backlog", "defer_accept") and not (value.isdigit() and int(value) > 0):
+            raise UsageError(f"{text}: {name} must be a whole number above 0")
+        if name in ("v6only", "freebind") and value not in ("0", "1"):
+            raise UsageError(f"{text}: {name} must be 0 or 1")
+        if name == "mode":
+            _number(text, "mode", value)
+        if name == "user":
+            _lookup(text, "user", value, lambda name: pwd.getpwnam(name).pw_uid)
+        if name == "group":
+            _lookup(text, "group", value, lambda name: grp.getgrnam(name).gr_gid)
+    return found
+
+
+def _number(text: str, name: str, value: str) -> int:
+    try:
+        mode = int(value, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError(f"{text}: {name} must be octal, like 0660")
+    return mode
+
+
+def _lookup(text: str, what: str, value: str, find: Callable[[str], int]) -> int:
+    if value.isdigit():
+        return int(value)
+    try:
+        return find(value)
+    except KeyError:
+        raise UsageError(f"{text}: unknown {what} {value}") from None
+
+
+def bind_all(
+    listens: Sequence[Listen], backlog: int, *, notice: Callable[[str], None], dry: bool = False
+) -> list[Bound]:
+    """Bind every address, in order, and listen; dry: only see whether it could be done.
+
+    The caller owns what is returned (nothing when dry).  When one fails, what was bound
+    before is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
+    """
+    bound: list[Bound] = []
+    try:
+        for listen in listens:
+            if listen.path is not None:
+                bound += _bind_unix(listen, listen.backlog(backlog), dry=dry)
+            else:
+                bound += _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
+    except BaseException:
+        for each in bound:
+            each.discard()
+        raise
+    if dry:
+        for each in bound:
+            each.socket.close()
+        return []
+    return bound
+
+
+# -- TCP -----------------------------------------------------------------------
+
+
+def _addresses(
+    listen: Listen, notice: Callable[[str], None]
+) -> list[tuple[socket.AddressFamily, str]]:
+    """Return the (family, numeric host) pairs that a LISTEN argument means."""
+    if listen.host is None:
+        found = [(socket.AF_INET, "0.0.0.0")]
+        if _has_ipv6():
+            found.append((socket.AF_INET6, "::"))
+        else:
+            notice(f"{listen.text}: no IPv6 here; listening on 0.0.0.0 only")
+        return found
+    try:
+        answers = socket.getaddrinfo(
+            listen.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
+        raise SystemRefused(
+            f"cannot resolve {listen.host} in {listen.text}: {reason}; check the name, "
+            "or write the address as a number"
+        ) from error
+    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def _bind_tcp(
+    listen: Listen, backlog: int, notice: Callable[[str], None], *, dry: bool
+) -> list[Bound]:
+    addresses = _addresses(listen, notice)
+    for tries_left in reversed(range(_SAME_PORT_TRIES)):
+        bound: list[Bound] = []
+        port = listen.port
+        try:
+            for family, host in addresses:
+                each = _bind_one(listen, family, host, port, None if dry else backlog)
+                bound.append(each)
+                port = each.socket.getsockname()[1]
+        except OSError as error:
+            for each in bound:
+                each.socket.close()
+            taken = error.errno == errno.EADDRINUSE and listen.port == 0 and bound
+            if not (taken and tries_left):
+                raise _cannot_bind(listen, host, port, error) from error
+        else:
+            return bound
+    raise AssertionError("the last try returns or raises")
+
+
+def _bind_one(
+    listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
+) -> Bound:
+    options = listen.options
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            only = int(options.get("v6only", "1"))
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        if options.get("freebind") == "1":
+            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        if "device" in options:
+            device = os.fsencode(options["device"])
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        if "defer_accept" in options:
+            seconds = int(options["defer_accept"])
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+        sock.setblocking(False)
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+        chosen = sock.getsockname()[1]
+    except BaseException:
+        sock.close()
+        raise
+    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    return Bound(sock, ListenerSettings(f"tcp:{shown}:{chosen}"))
+
+
+def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
+    what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
+    if error.errno == errno.EADDRINUSE:
+        return SystemRefused(f"{what}; {_holder(port)}")
+    if error.errno == errno.EACCES:
+        return SystemRefused(
+            f"{what}; a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
+            "--user, or choose another port"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return SystemRefused(f"{what}; no interface has it: add ?freebind=1 if one will")
+    if error.errno == errno.ENODEV:
+        return SystemRefused(f"{what}; see `ip link` for the devices there are")
+    return SystemRefused(f"{what}; check the address and its options")
+
+
+def _holder(port: int) -> str:
+    """Say which process listens on a port, where the system tells."""
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            if connection.laddr.port == port:
+                if connection.pid is None:
+                    break
+                name = psutil.Process(connection.pid).name()
+                return f"process {connection.pid} ({name}) has it: stop that, or choose another"
+    except psutil.Error:
+        pass
+    return "another program has it: stop that, or choose another"
+
+
+# -- UNIX ----------------------------------------------------------------------
+
+
+def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
+    path = listen.path
+    assert path is not None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if path.startswith("@"):
+            sock.bind("\0" + path[1:])
+            settings = ListenerSettings(f"unix:{path}")
+        else:
+            settings = _bind_path(sock, listen, path, dry=dry)
+        if not dry:
+            sock.listen(backlog)
+    except OSError as error:
+        sock.close()
+        what = f"cannot listen on {listen.text}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            raise SystemRefused(f"{what}; a living program has it: stop that first") from error
+        raise SystemRefused(f"{what}; check the folder, its rights and the options") from error
+    except BaseException:
+        sock.close()
+        raise
+    return [Bound(sock, settings)]
+
+
+def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> ListenerSettings:
+    """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Two starters that both find a stale file must not remove each other's new one.
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        stale = _is_stale(path)
+        if dry:
+            if not os.access(os.path.dirname(path), os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return ListenerSettings(f"unix:{path}")
+        if stale:
+            os.unlink(path)
+        mode = listen.options.get("mode")
+        # The mode must hold from the first moment, so the umask makes it, not chmod.
+        before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
+        try:
+            sock.bind(path)
+        finally:
+            if before is not None:
+                os.umask(before)
+        found = os.lstat(path)
+        user, group = listen.options.get("user"), listen.options.get("group")
+        if user is not None or group is not None:
+            uid = (
+                -1 if user is None else _lookup("", "user", user, lambda n: pwd.getpwnam(n).pw_uid)
+            )
+            gid = (
+                -1
+                if group is None
+                else _lookup("", "group", group, lambda n: grp.getgrnam(n).gr_gid)
+            )
+            try:
+                os.chown(path, uid, gid, follow_symlinks=False)
+            except OSError:
+                os.unlink(path)
+                raise
+        return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
+    finally:
+        os.close(folder)
+
+
+def _is_stale(path: str) -> bool:
+    """Whether a socket file is there that nobody listens on.
+
+    Raises OSError(EADDRINUSE) when somebody does, and for a file that is no socket.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except FileNotFoundError:
+            return False
+        except ConnectionRefusedError:
+            if os.path.islink(path):
+                raise OSError(errno.EADDRINUSE, "it is a symbolic link") from None
+            return True
+        except BlockingIOError:
+            pass  # its backlog is full: somebody lives there
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

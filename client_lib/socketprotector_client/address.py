@@ -1,0 +1,188 @@
+"""Listen addresses: the forms people write, the names the protector gives, and binding.
+
+Without a protector a worker binds and listens itself, with the same meaning
+of each form as on the protector's command line.
+
+Rule: knows nothing of channels and workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
+
+#: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
+OneAddress = Union[int, str, Tuple[str, int]]
+#: One of these, or a list of them.
+ListenAddress = Union[OneAddress, Sequence[OneAddress]]
+
+# How often a free port may turn out to be taken on the other address family.
+_PORT_TRIES = 20
+
+
+class Endpoint(NamedTuple):
+    """Where to bind: one address family and one address as bind() takes it."""
+
+    family: int
+    address: Any
+
+
+def resolve(address: ListenAddress) -> list[list[Endpoint]]:
+    """Return the endpoints of each address given, in order.
+
+    A port alone means every address of this machine: 0.0.0.0, then [::].
+    Raises ValueError for what is no address, socket.gaierror for an unknown host.
+    """
+    if isinstance(address, (int, str)):
+        return [_resolve_one(address)]
+    if isinstance(address, tuple) and len(address) == 2:
+        host, port = address
+        # A pair is one address, unless it is two.
+        if isinstance(host, str) and isinstance(port, int):
+            return [_resolve_tcp(host, port)]
+    return [endpoints for one in address for endpoints in resolve(one)]
+
+
+def _resolve_one(address: OneAddress) -> list[Endpoint]:
+    text = str(address)
+    if text.startswith("unix:"):
+        path = text[len("unix:") :]
+        if not path:
+            raise ValueError(f"cannot listen on {text!r}: it names no path")
+        return [Endpoint(socket.AF_UNIX, "\0" + path[1:] if path[0] == "@" else path)]
+    if text.startswith("tcp:"):
+        text = text[len("tcp:") :]
+    host, _, port = text.rpartition(":")
+    if not port.isdecimal() or int(port) > 65535:
+        raise ValueError(
+            f"cannot listen on {address!r}: expected PORT, HOST:PORT, [HOST6]:PORT or unix:PATH"
+        )
+    return _resolve_tcp(host[1:-1] if host.startswith("[") else host, int(port))
+
+
+def _resolve_tcp(host: str, port: int) -> list[Endpoint]:
+    if not host:
+        everywhere = ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))
+        return [Endpoint(family, (any_host, port)) for family, any_host in everywhere]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in dict.fromkeys(found)]
+
+
+def listen(address: ListenAddress, backlog: int) -> list[socket.socket]:
+    """Bind and listen on every endpoint of address; return the sockets, non-blocking.
+
+    The caller owns them.  A stale UNIX socket is replaced, a live one is not.
+    Raises what `resolve` raises, and OSError if one cannot be bound; then none is.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        for endpoints in resolve(address):
+            sockets += _listen_together(endpoints, backlog)
+    except BaseException:
+        close_all(sockets)
+        raise
+    return sockets
+
+
+def _listen_together(endpoints: Sequence[Endpoint], backlog: int) -> list[socket.socket]:
+    """Listen on the endpoints of one address: port 0 takes one number for all."""
+    for tries_left in reversed(range(_PORT_TRIES)):
+        sockets: list[socket.socket] = []
+        port = 0
+        try:
+            for family, address in endpoints:
+                if family != socket.AF_UNIX and not address[1]:
+                    address = (address[0], port, *address[2:])
+                try:
+                    listener = _listen_on(family, address, backlog)
+                except OSError as error:
+                    # No IPv6 on this machine: the addresses before it do.
+                    if sockets and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                        continue
+                    raise
+                sockets.append(listener)
+                if family != socket.AF_UNIX:
+                    port = listener.getsockname()[1]
+            return sockets
+        except OSError as error:
+            close_all(sockets)
+            port_was_chosen = bool(sockets) and not endpoints[0].address[1]
+            if error.errno != errno.EADDRINUSE or not port_was_chosen or not tries_left:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family == socket.AF_UNIX:
+            _remove_if_stale(address)
+        else:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+        listener.listen(backlog)
+        listener.setblocking(False)
+    except BaseException as error:
+        listener.close()
+        if isinstance(error, OSError):
+            reason = os.strerror(error.errno or 0)
+            where = name_of(family, address)
+            raise OSError(error.errno, f"cannot listen on {where}: {reason}") from error
+        raise
+    return listener
+
+
+def _remove_if_stale(path: str) -> None:
+    if path.startswith("\0"):
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # A full backlog must read as "alive", not block.
+        probe.setblocking(False)
+        if probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+
+
+def close_all(listeners: Iterable[socket.socket]) -> None:
+    """Close listening sockets, and remove the paths of UNIX ones."""
+    for listener in listeners:
+        path = listener.getsockname() if listener.family == socket.AF_UNIX else ""
+        listener.close()
+        if isinstance(path, str) and path:
+            try:
+                os.unlink(path)
+            except FileNotFoundError:
+                pass
+
+
+def name_of(family: int, address: Any) -> str:
+    """Return the name of a listen address as the protector writes it: `tcp:[::1]:4321`."""
+    if family == socket.AF_UNIX:
+        # An abstract name is read back as bytes.
+        path = os.fsdecode(address)
+        return f"unix:@{path[1:]}" if path.startswith("\0") else f"unix:{path}"
+    host, port = address[:2]
+    return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
+
+
+def family_of(name: str) -> Optional[int]:
+    """Return the address family of a listener's name, None if the name does not tell."""
+    if name.startswith("unix:"):
+        return socket.AF_UNIX
+    if name.startswith("tcp:["):
+        return socket.AF_INET6
+    return socket.AF_INET if name.startswith("tcp:") else None
+
+
+def sockname_of(name: str) -> Any:
+    """Return what getsockname() would give on the listener of that name."""
+    if name.startswith("unix:"):
+        path = name[len("unix:") :]
+        return b"\0" + os.fsencode(path[1:]) if path.startswith("@") else path
+    host, _, port = name[len("tcp:") :].rpartition(":")
+    if not port.isdecimal():
+        return ("0.0.0.0", 0)
+    return (host[1:-1], int(port), 0, 0) if host.startswith("[") else (host, int(port))

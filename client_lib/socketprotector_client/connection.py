@@ -1,0 +1,103 @@
+"""A connection as it is handed out, and the count of those still open.
+
+The count decides when a worker may take more and when a draining one may
+leave, so it must be right however a connection ends: closed, closed only by
+the last file made from it, dropped without close, or wrapped in TLS.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import weakref
+from typing import Any, Callable, Optional
+
+
+class Connection(socket.socket):
+    """A plain blocking socket that also knows where it came from."""
+
+    #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
+    listener: str = ""
+    #: The client's address, as accept() gives it.
+    peer: Any = None
+    #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
+    accepted_at_ns: int = 0
+
+    _ledger: Optional[OpenConnections] = None
+
+    def close(self) -> None:
+        """Close the socket; files made from it with makefile() keep it open."""
+        super().close()
+        # The last of those files calls close() again.
+        if self._ledger is not None and self.fileno() < 0:
+            self._ledger.forget(self)
+
+    def detach(self) -> int:
+        """Give up the descriptor, which counts as open until somebody closes it."""
+        if self._ledger is not None:
+            self._ledger.follow(self)
+        return super().detach()
+
+    def dup(self) -> Connection:
+        """Return a second descriptor of the same connection; it counts on its own."""
+        copy = super().dup()
+        copy.listener, copy.peer = self.listener, self.peer
+        copy.accepted_at_ns = self.accepted_at_ns
+        if self._ledger is not None:
+            self._ledger.add(copy)
+        return copy
+
+
+class OpenConnections:
+    """How many handed-out connections are open.  Thread-safe without a lock.
+
+    A lock would be taken by the garbage collector in the middle of whatever
+    holds it; single operations on sets and dicts are atomic instead.
+    """
+
+    def __init__(self, on_close: Callable[[], None]) -> None:
+        """Call on_close after each end that is noticed, in whichever thread it happens."""
+        self._on_close = on_close
+        self._open: set[weakref.ref[Connection]] = set()
+        # Descriptor to inode, of those that ssl or others took over: nobody
+        # tells when they close them.
+        self._detached: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        if self._detached:
+            self._drop_closed()
+        return len(self._open) + len(self._detached)
+
+    @property
+    def must_be_asked(self) -> bool:
+        """Whether one of them may end without on_close being called."""
+        return bool(self._detached)
+
+    def add(self, connection: Connection) -> None:
+        connection._ledger = self
+        self._open.add(weakref.ref(connection, self._collected))
+
+    def forget(self, connection: Connection) -> None:
+        self._open.discard(weakref.ref(connection))
+        self._on_close()
+
+    def follow(self, connection: Connection) -> None:
+        fd = connection.fileno()
+        if fd >= 0:
+            self._detached[fd] = os.fstat(fd).st_ino
+            self._open.discard(weakref.ref(connection))
+
+    def _collected(self, reference: weakref.ref[Connection]) -> None:
+        if reference in self._open:
+            self._open.discard(reference)
+            self._on_close()
+
+    def _drop_closed(self) -> None:
+        for fd, inode in list(self._detached.items()):
+            try:
+                # The number may belong to another file by now.
+                is_open = os.fstat(fd).st_ino == inode
+            except OSError:
+                is_open = False
+            if not is_open:
+                self._detached.pop(fd, None)

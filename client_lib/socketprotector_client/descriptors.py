@@ -1,0 +1,45 @@
+"""How many descriptors there are, and one held ready for the next connection.
+
+The kernel drops a connection that it cannot give a number to, and nobody is
+told but the receiver.  So none is taken unless one number is certainly free.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+#: Descriptors that are left to the program by the default limit.
+LEFT_TO_PROGRAM = 64
+
+
+def default_limit() -> int:
+    """Return how many connections this process may hold: RLIMIT_NOFILE less a reserve."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1 << 30
+    return max(1, soft - LEFT_TO_PROGRAM)
+
+
+class Spare:
+    """A descriptor to give up right before one is received.  One thread at a time."""
+
+    def __init__(self, of: int) -> None:
+        """Hold a copy of the descriptor `of`: any open file would do."""
+        self._of = of
+        self._fd = -1
+
+    def hold(self) -> bool:
+        """Return whether a descriptor is held, after trying to get one."""
+        if self._fd < 0:
+            try:
+                self._fd = os.dup(self._of)
+            except OSError:
+                return False
+        return True
+
+    def give_up(self) -> None:
+        """Close what is held, if anything."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -1,0 +1,83 @@
+"""What the protector tells a worker through its environment.
+
+Rule: reads and checks, keeps nothing.  The one thing it does to the process
+is to set close-on-exec on the descriptors named there, so that a program
+which the worker starts never holds a channel open or takes from it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from typing import Mapping, Optional
+
+from . import wire
+from .errors import ProtocolError
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A worker's place: its descriptors and what its connections' listeners are called."""
+
+    channel_fd: int
+    #: This worker's own line to the protector, -1 if it has none.
+    return_fd: int
+    #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
+    listeners: tuple[str, ...]
+    generation: int
+    worker: int
+
+
+def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
+    """Return the worker's place, or None where no protector started this process.
+
+    Raises ProtocolError if the variables are there but the channel is not.
+    """
+    if wire.ENV_CHANNEL not in environ:
+        return None
+    channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
+    return_fd = _number(environ, wire.ENV_RETURN, -1)
+    _check_channel(channel_fd)
+    scoreboard_fd = environ.get(wire.ENV_SCOREBOARD, "").partition(":")[0]
+    for fd in (channel_fd, return_fd, int(scoreboard_fd) if scoreboard_fd.isdigit() else -1):
+        if fd >= 0:
+            os.set_inheritable(fd, False)
+    return Environment(
+        channel_fd=channel_fd,
+        return_fd=return_fd,
+        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
+        generation=_number(environ, wire.ENV_GENERATION, 0),
+        worker=_number(environ, wire.ENV_WORKER, 0),
+    )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise ProtocolError(f"cannot use {name}={text!r}: it is not a number")
+    return int(text)
+
+
+def _check_channel(fd: int) -> None:
+    # Variables are inherited further than descriptors.  A program started by a
+    # worker would otherwise take whatever happens to have this number.
+    try:
+        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+    except OSError:
+        is_socket = False
+    if is_socket:
+        probe = socket.socket(fileno=fd)
+        try:
+            if (probe.family, probe.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+                return
+        finally:
+            probe.detach()
+    raise ProtocolError(
+        f"cannot use descriptor {fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
+        f"a program that a worker starts inherits the variable but not the descriptor, "
+        f"so unset {wire.ENV_CHANNEL} for it"
+    )

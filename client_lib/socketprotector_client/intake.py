@@ -1,0 +1,234 @@
+"""Takes connections one at a time, counts them, and knows when to stop.
+
+Everything above (iterator, threads, asyncio, drop-in listener) asks here.  At
+the limit, and after the end, the channel is simply not waited for: nothing
+spins, and no flag of the shared channel is ever touched.
+
+Rule: never takes a connection without a descriptor to spare.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+import time
+from typing import Callable, Optional
+
+from . import forking
+from .connection import Connection, OpenConnections
+from .descriptors import Spare, default_limit
+from .drain import Drain
+from .errors import Drained
+from .source import Source
+from .waiting import WaitSet
+
+_log = logging.getLogger(__name__)
+
+# How soon to look again when nothing will tell that it is worth it.
+_RETRY_S = 0.05
+
+# accept() fails with these while the system is short of something; the
+# connection waits.
+_OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Intake:
+    """The connections of one call or listener.  Several threads may call `get`."""
+
+    def __init__(
+        self, source: Source, drain: Drain, limit: Optional[int], names: dict[int, str]
+    ) -> None:
+        """Take ownership of source.  At most limit connections are open at once.
+
+        names: is told the listener of each connection, by descriptor.
+        """
+        self.open = OpenConnections(self._one_closed)
+        self.source = source
+        #: Called in a forked child after the descriptor stands for another epoll.
+        self.on_renewal: Optional[Callable[[], None]] = None
+        self._drain = drain
+        self._limit = default_limit() if limit is None else limit
+        self._names = names
+        self._fds = tuple(source.fds)
+        self._orders: dict[int, Callable[[], None]] = {}
+        self._set = WaitSet()
+        self._set.add(self._fds)
+        self._paused = False
+        self._stop_asked = False
+        self._ended = False
+        self._awaits_last = False
+        self._spare = Spare(self._set.fileno())
+        self._spare.hold()
+        self._turn = threading.Lock()
+        self._pid = os.getpid()
+        forking.register(self)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when `get` has something to do."""
+        return self._set.fileno()
+
+    def obey(self, fd: int, act: Callable[[], None]) -> None:
+        """Call act from `get` when fd is readable.  fd stays the caller's."""
+        self._orders[fd] = act
+        self._set.add([fd])
+
+    def get(self, timeout_s: Optional[float] = None) -> Optional[Connection]:
+        """Return the next connection, None if none came within timeout_s.
+
+        The caller owns it.  Raises Drained once nothing more will come, and
+        ProtocolError for a message of another version.
+        """
+        # One thread waits, the others wait for its place: a connection wakes
+        # one of them, not all.
+        if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            return None
+        try:
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s
+            while not self._ended:
+                connection = self._look(timeout_s)
+                if connection is not None:
+                    return connection
+                if deadline is not None and not self._ended:
+                    timeout_s = deadline - time.monotonic()
+                    if timeout_s <= 0:
+                        return None
+            raise Drained
+        finally:
+            self._turn.release()
+
+    def ask_to_stop(self) -> None:
+        """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
+        self._stop_asked = True
+        self._drain.begin()
+
+    def drained(self) -> None:
+        """Begin the drain and take no more: the protector said so."""
+        self._drain.begin()
+        self.end()
+
+    def interrupt(self) -> None:
+        """Take no more, and let every thread that waits in `get` know."""
+        self.end()
+        self._set.ring()
+
+    def end(self) -> None:
+        """Take no more.  What is queued stays for others; what was handed out stays open."""
+        if self._ended:
+            return
+        self._ended = True
+        self._set.remove((*self._fds, *self._orders))
+        self.source.close()
+        self._spare.give_up()
+
+    def await_last(self) -> None:
+        """After the end: become readable when no handed-out connection is open."""
+        self._awaits_last = True
+        self._one_closed()
+        if self._awaits_last and self.open.must_be_asked:
+            self._later(self.await_last)
+
+    def idle(self, timeout_s: Optional[float]) -> None:
+        """Wait on the descriptor without taking anything."""
+        self._set.wait(timeout_s)
+
+    def hush(self) -> None:
+        """Be readable no more."""
+        self._set.hush()
+
+    def close(self) -> None:
+        """Take no more and close the descriptor."""
+        self.end()
+        self._set.close()
+
+    def after_fork_in_child(self) -> None:
+        self._turn = threading.Lock()
+        self._pid = os.getpid()
+        taking = () if self._paused else self._fds
+        self._set.renew(() if self._ended else (*self._orders, *taking))
+        if self.on_renewal is not None:
+            self.on_renewal()
+
+    def _look(self, timeout_s: Optional[float]) -> Optional[Connection]:
+        ready = self._set.wait(timeout_s)
+        # Orders before connections: under load there is always a connection.
+        for fd in ready:
+            if fd in self._orders:
+                self._orders[fd]()
+        if self._stop_asked:
+            self.end()
+        for fd in ready:
+            if self._ended:
+                break
+            if fd in self._fds:
+                connection = self._take(fd)
+                if connection is not None:
+                    return connection
+        return None
+
+    def _take(self, fd: int) -> Optional[Connection]:
+        if len(self.open) >= self._limit:
+            self._pause()
+            return None
+        if not self._spare.hold():
+            self._pause_for_resources()
+            return None
+        self._spare.give_up()
+        try:
+            connection = self.source.take(fd)
+        except Drained:
+            self.drained()
+            return None
+        except OSError as error:
+            if error.errno not in _OUT_OF_RESOURCES:
+                raise
+            _log.error("%s; trying again in %s s", error, _RETRY_S)
+            self._pause_for_resources()
+            return None
+        finally:
+            if not self._ended:
+                self._spare.hold()
+        if connection is not None:
+            self._names[connection.fileno()] = connection.listener
+            self.open.add(connection)
+            if len(self.open) >= self._limit:
+                self._pause()
+        return connection
+
+    def _pause(self) -> None:
+        """Leave further connections in the queue until one of ours is closed."""
+        self._paused = True
+        self._set.remove(self._fds)
+        # One may have been closed just before _paused was set.
+        if len(self.open) < self._limit:
+            self._resume()
+        elif self.open.must_be_asked:
+            self._later(self._resume)
+
+    def _pause_for_resources(self) -> None:
+        self._paused = True
+        self._set.remove(self._fds)
+        self._later(self._resume)
+
+    def _resume(self) -> None:
+        # Without a lock, in any thread: too early is harmless, for _take looks
+        # at the count again.
+        if self._paused and not self._ended and os.getpid() == self._pid:
+            self._paused = False
+            self._set.add(self._fds)
+            if self._ended:  # in the meantime, by another thread
+                self._set.remove(self._fds)
+
+    def _one_closed(self) -> None:
+        if self._paused:
+            self._resume()
+        if self._awaits_last and not len(self.open) and os.getpid() == self._pid:
+            self._awaits_last = False
+            self._set.ring()
+
+    @staticmethod
+    def _later(act: Callable[[], None]) -> None:
+        timer = threading.Timer(_RETRY_S, act)
+        timer.daemon = True
+        timer.start()

@@ -1,0 +1,165 @@
+"""A listening socket whose accept() takes from the protector.
+
+For frameworks that want a socket: asyncio, aiohttp, uvicorn, waitress,
+socketserver, http.server.  They call accept in Python, so a subclass is
+enough; uvloop and others that accept below Python need `--handoff listener`.
+
+The descriptor that the framework watches is the intake's epoll, private to
+this process.  So the framework may set it non-blocking, shut it down or close
+it without touching the channel, which all workers share.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from typing import Any, Optional, Tuple
+
+from .address import ListenAddress, name_of
+from .connection import Connection
+from .errors import Drained
+from .intake import Intake
+from .leaving import Leave
+from .worker import DEFAULT_BACKLOG, current
+
+_ANSWERS = {
+    socket.SO_ACCEPTCONN: 1,
+    socket.SO_TYPE: int(socket.SOCK_STREAM),
+    socket.SO_ERROR: 0,
+}
+
+
+class Listener(socket.socket):
+    """A drop-in for a listening socket, with or without a protector."""
+
+    def __init__(
+        self,
+        address: Optional[ListenAddress] = None,
+        *,
+        limit: Optional[int] = None,
+        take: Optional[int] = 1,
+    ) -> None:
+        """Bind `address` where there is no protector, or leave that to bind().
+
+        While `limit` accepted connections are open, further ones stay in the queue.
+
+        Event loops call accept until it fails, and would take the whole queue
+        before they serve the first: after `take` connections in a row accept
+        fails once with BlockingIOError.  None for loops that accept once for
+        each wake-up.  Without effect on a blocking listener.
+
+        Raises what `connections` raises, except that the address may be missing.
+        """
+        super().__init__(socket.AF_INET, socket.SOCK_STREAM)
+        self._limit = limit
+        self._take = take
+        self._taken = 0
+        self._intake: Optional[Intake] = None
+        self._leave: Optional[Leave] = None
+        try:
+            if address is not None or current().channel is not None:
+                self._open(address)
+        except BaseException:
+            super().close()
+            raise
+
+    def accept(self) -> Tuple[Connection, Any]:
+        """Return (socket, client's address), as socket.accept does.
+
+        When the worker drains nothing is returned any more, and the process
+        ends: by SIGTERM if it has a handler for that, else with SystemExit(0) from
+        here once every connection handed out is closed.
+        """
+        intake = self._opened()
+        current().ready()
+        timeout_s = self.gettimeout()
+        if timeout_s == 0 and self._take is not None and self._taken >= self._take:
+            self._taken = 0
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        connection = None
+        try:
+            connection = intake.get(timeout_s)
+        except Drained:
+            if self._leave is None:
+                self._leave = Leave(intake)
+            self._leave.proceed(timeout_s)
+        if connection is None:
+            self._taken = 0
+            if timeout_s == 0:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            raise socket.timeout("timed out")
+        self._taken += 1
+        return connection, connection.peer
+
+    def bind(self, address: Any) -> None:
+        """Bind and listen, unless there is a protector or it is bound already."""
+        if self._intake is None:
+            if isinstance(address, tuple):
+                # Exactly what the caller says, not what a bare port would mean.
+                host = address[0] or "0.0.0.0"
+                address = (host, address[1])
+            else:
+                address = name_of(socket.AF_UNIX, address)
+            self._open(address)
+
+    def listen(self, backlog: int = DEFAULT_BACKLOG) -> None:
+        """Say READY=1; without a protector, also set the backlog."""
+        self._opened().source.set_backlog(backlog)
+        current().ready()
+
+    def getsockname(self) -> Any:
+        """Return the address of the first listener."""
+        return super().getsockname() if self._intake is None else self._intake.source.sockname
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """The address family of the first listener."""
+        address = self.getsockname()
+        if isinstance(address, (str, bytes)):
+            return socket.AF_UNIX
+        return socket.AF_INET if len(address) == 2 else socket.AF_INET6
+
+    def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
+        """Answer what a listening stream socket answers; other options are not known here."""
+        if level == socket.SOL_SOCKET and optname in _ANSWERS and not buflen:
+            return _ANSWERS[optname]
+        if level == socket.SOL_SOCKET and optname == socket.SO_DOMAIN and not buflen:
+            return int(self.family)
+        raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
+
+    def setsockopt(self, *args: Any) -> None:
+        """Do nothing: the protector's listeners are set by its own options."""
+
+    def shutdown(self, how: int) -> None:
+        """Do nothing: on the channel it would end the whole generation."""
+
+    def close(self) -> None:
+        """Accept no more.  The channel stays open for the other workers and listeners."""
+        super().close()
+        if self._intake is not None and self.fileno() < 0:
+            self._intake.close()
+
+    def detach(self) -> int:
+        """Refused: what is left is no socket, so nobody could accept from it."""
+        raise OSError(
+            errno.EOPNOTSUPP, "cannot detach a Listener: wrap the accepted connections instead"
+        )
+
+    def _open(self, address: Optional[ListenAddress]) -> None:
+        self._intake = current().open_intake(address, self._limit)
+        self._intake.on_renewal = self._take_number
+        self._take_number()
+
+    def _take_number(self) -> None:
+        # This socket's number now stands for the epoll.  The reverse, a socket
+        # made of the epoll's number, CPython refuses.
+        if self._intake is not None and self.fileno() >= 0:
+            os.dup2(self._intake.fileno(), self.fileno(), inheritable=False)
+
+    def _opened(self) -> Intake:
+        if self._intake is None:
+            raise ValueError(
+                "cannot tell where to listen: there is no protector and no address was given"
+            )
+        return self._intake

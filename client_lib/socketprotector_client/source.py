@@ -1,0 +1,151 @@
+"""Where connections come from: the channel, or listening sockets of our own.
+
+Both give the same thing, so that nothing above needs to know whether there is
+a protector.
+
+Rule: a source never waits, never counts and never decides when to take.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import time
+from typing import Any, Optional, Protocol, Sequence
+
+from .address import ListenAddress, close_all, family_of, listen, name_of, sockname_of
+from .channel import Channel
+from .connection import Connection
+
+_log = logging.getLogger(__name__)
+
+# The kernel took the connection from the backlog and it was broken already,
+# or the network failed just then: man 2 accept says to go on as after EAGAIN.
+_NOTHING_TO_ACCEPT = frozenset(
+    {
+        errno.EAGAIN,
+        errno.ECONNABORTED,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENONET,
+        errno.ENOPROTOOPT,
+        errno.EPERM,
+        errno.EPROTO,
+    }
+)
+
+
+class Source(Protocol):
+    """What an Intake takes from."""
+
+    @property
+    def fds(self) -> Sequence[int]:
+        """The descriptors to wait on."""
+
+    @property
+    def sockname(self) -> Any:
+        """What getsockname() gives on the first listener."""
+
+    def take(self, fd: int) -> Optional[Connection]:
+        """Take one connection from fd, None if there is none.  The caller owns it."""
+
+    def set_backlog(self, backlog: int) -> None:
+        """Let so many connections wait in the kernel, where that is ours to say."""
+
+    def close(self) -> None:
+        """Give up what this source owns."""
+
+
+class ChannelSource:
+    """Connections that the protector accepted.  The channel stays the caller's."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._take = channel.take
+        self._listeners = [_Kind(name) for name in channel.listeners]
+        self.fds = (channel.fileno(),)
+        first = next((name for name in channel.listeners if family_of(name) is not None), "")
+        self.sockname = sockname_of(first)
+
+    def take(self, fd: int) -> Optional[Connection]:
+        taken = self._take()
+        if taken is None:
+            return None
+        fd, index, accepted_at_ns = taken
+        # A listener that this generation was not told of: ask the kernel.
+        kind = self._listeners[index] if index < len(self._listeners) else _Kind("")
+        connection = Connection(kind.family, kind.type, kind.proto, fd)
+        try:
+            connection.peer = connection.getpeername()
+        except OSError:
+            # The client reset it while it was queued: whatever it had sent is
+            # gone with it, and accept() would not have shown it either.
+            _log.debug("a client of %s was gone before its connection was taken", kind.name)
+            connection.close()
+            return None
+        connection.listener = kind.name
+        connection.accepted_at_ns = accepted_at_ns
+        return connection
+
+    def set_backlog(self, backlog: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class _Kind:
+    """What is known of all connections of one listener."""
+
+    def __init__(self, name: str) -> None:
+        family = family_of(name)
+        self.name = name
+        self.family = -1 if family is None else family
+        self.type = -1 if family is None else socket.SOCK_STREAM
+        # As in sockets that asyncio makes itself: it sets TCP_NODELAY only
+        # where the protocol number says TCP.
+        self.proto = {-1: -1, int(socket.AF_UNIX): 0}.get(self.family, socket.IPPROTO_TCP)
+
+
+class ListenSource:
+    """Connections that this process accepts itself, where there is no protector."""
+
+    def __init__(self, address: ListenAddress, backlog: int) -> None:
+        """Bind and listen; raises what address.listen raises."""
+        self._owner_pid = os.getpid()
+        self.listeners = listen(address, backlog)
+        self._by_fd = {one.fileno(): one for one in self.listeners}
+        self._kinds = {
+            one.fileno(): _Kind(name_of(one.family, one.getsockname())) for one in self.listeners
+        }
+        self.fds = tuple(self._by_fd)
+        self.sockname = self.listeners[0].getsockname()
+
+    def take(self, fd: int) -> Optional[Connection]:
+        kind = self._kinds[fd]
+        try:
+            accepted, peer = self._by_fd[fd].accept()
+        except OSError as error:
+            if error.errno in _NOTHING_TO_ACCEPT:
+                return None
+            raise
+        connection = Connection(kind.family, kind.type, kind.proto, accepted.detach())
+        connection.peer = peer
+        connection.listener = kind.name
+        connection.accepted_at_ns = time.monotonic_ns()
+        return connection
+
+    def set_backlog(self, backlog: int) -> None:
+        for one in self.listeners:
+            one.listen(backlog)
+
+    def close(self) -> None:
+        if os.getpid() == self._owner_pid:
+            close_all(self.listeners)
+        else:  # a forked child must not remove its parent's UNIX sockets
+            for one in self.listeners:
+                one.close()
+        self.listeners = []

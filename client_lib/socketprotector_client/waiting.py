@@ -1,0 +1,79 @@
+"""One descriptor that stands for everything an intake waits for.
+
+It is an epoll of this process's own.  The channel's own descriptor would not
+do: it is shared, stays readable for ever at its end, and even replacing it
+(dup2) leaves it in the epoll of an event loop as long as another worker holds
+it.  What is taken out of this one is out, whoever watches from outside.
+
+Safe against other threads and the garbage collector without a lock: each
+step is one system call, and doing it twice is harmless.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from typing import Iterable, Optional
+
+_EVENTS_AT_ONCE = 8
+
+
+class WaitSet:
+    """The descriptors that are waited for.  They stay their owners'."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._bell: Optional[socket.socket] = None
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when one of the set is."""
+        return self._epoll.fileno()
+
+    def wait(self, timeout_s: Optional[float]) -> list[int]:
+        """Return those that are readable or at their end, after timeout_s none."""
+        return [fd for fd, _ in self._epoll.poll(timeout_s, _EVENTS_AT_ONCE)]
+
+    def add(self, fds: Iterable[int]) -> None:
+        for fd in fds:
+            try:
+                self._epoll.register(fd, select.EPOLLIN)
+            except FileExistsError:
+                pass
+            except (OSError, ValueError):
+                # Closed by another thread just now, which is no news for whoever
+                # closes a connection and thereby came here.
+                if not self._epoll.closed:
+                    raise
+
+    def remove(self, fds: Iterable[int]) -> None:
+        for fd in fds:
+            try:
+                self._epoll.unregister(fd)
+            except (OSError, ValueError):
+                pass  # it was not in there, or all is closed
+
+    def ring(self) -> None:
+        """Be readable, whatever is in the set, until `hush`."""
+        if self._bell is None and not self._epoll.closed:
+            # A fresh stream socket polls as hung up: one descriptor, not two.
+            self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.add([self._bell.fileno()])
+
+    def hush(self) -> None:
+        """Take `ring` back."""
+        if self._bell is not None:
+            self.remove([self._bell.fileno()])
+
+    def renew(self, fds: Iterable[int]) -> None:
+        """In a forked child: keep the number, but share nothing with the parent any more."""
+        if not self._epoll.closed:
+            fresh = select.epoll()
+            os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
+            fresh.close()
+            self.add(fds)
+
+    def close(self) -> None:
+        self._epoll.close()
+        if self._bell is not None:
+            self._bell.close()

@@ -1,0 +1,115 @@
+"""This process's place under a protector, or the lack of one.
+
+A process has one environment, one channel and one drain, so there is one
+Worker, made when it is first asked for and never at import.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import threading
+from functools import lru_cache
+from typing import Callable, Mapping, Optional
+
+from . import wire
+from .address import ListenAddress
+from .channel import Channel
+from .drain import Drain
+from .environment import read_environment
+from .intake import Intake
+from .notify import notify
+from .source import ChannelSource, ListenSource, Source
+
+#: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.
+DEFAULT_BACKLOG = 4096
+
+
+@lru_cache(maxsize=None)
+def current() -> Worker:
+    """Return what this process is.  Raises ProtocolError for a broken environment."""
+    return Worker(os.environ)
+
+
+class Worker:
+    """Owns the channel and the RETURN line for the life of the process."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        environment = read_environment(environ)
+        self.channel: Optional[Channel] = None
+        self._return_line: Optional[socket.socket] = None
+        if environment is not None:
+            self.channel = Channel(environment.channel_fd, environment.listeners)
+            # Kept for life: closing is the kernel's job, and warning about it
+            # at exit nobody's.
+            atexit.register(self.channel.detach)
+            if environment.return_fd >= 0:
+                self._return_line = socket.socket(fileno=environment.return_fd)
+                atexit.register(self._return_line.detach)
+        self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
+        #: Which listener each connection came through.  Entries are replaced when
+        #: their number is used again, so those of open connections are right.
+        self.listener_by_fd: dict[int, str] = {}
+        self._said_ready = False
+        self._lock = threading.Lock()
+
+    def open_intake(
+        self,
+        address: Optional[ListenAddress],
+        limit: Optional[int],
+        backlog: int = DEFAULT_BACKLOG,
+    ) -> Intake:
+        """Return a new intake; the caller closes it.
+
+        Without a protector it binds and listens on address.  Raises ValueError
+        if then there is none, and what address.listen raises.
+        """
+        # Before anything is bound.
+        if limit is not None and limit < 1:
+            raise ValueError(f"cannot work with limit={limit}: at least 1 is needed")
+        source: Source
+        if self.channel is not None:
+            source = ChannelSource(self.channel)
+        elif address is not None:
+            source = ListenSource(address, backlog)
+        else:
+            raise ValueError(
+                "cannot tell where to listen: there is no protector and no address was given"
+            )
+        intake = Intake(source, self.drain, limit, self.listener_by_fd)
+        if self._return_line is not None:
+            intake.obey(self._return_line.fileno(), self._reader_of_return_line(intake))
+        return intake
+
+    def ready(self, *, retires: bool = True) -> None:
+        """Say READY=1, the first time; later calls do nothing.
+
+        retires: whether this worker leaves when its RETURN line ends.
+        """
+        with self._lock:
+            if self._said_ready:
+                return
+            self._said_ready = True
+        # In one datagram: the protector must know both before it relies on one.
+        if retires and self._return_line is not None:
+            notify("READY=1", wire.RETIRES_ON_RETURN)
+        else:
+            notify("READY=1")
+
+    def _reader_of_return_line(self, intake: Intake) -> Callable[[], None]:
+        line = self._return_line
+        assert line is not None
+
+        def read() -> None:
+            try:
+                data = line.recv(wire.STATE_MAX_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""  # the protector is gone, which ends the line as well
+            # Nothing is said on it yet; a later protector may.
+            if not data:
+                intake.drained()
+
+        return read

@@ -308,7 +308,7 @@ class Effects:
             served_s = time.monotonic() - worker.ready_at
             reason = how
         else:
-            reason = f"{generation.program.path} {how} before it was ready"
+            reason = f"{self._settings.command[0]} {how} before it was ready"
             if clean:
                 reason += "; does it detach itself? run it in the foreground"
             last = self._output.last_words(worker.mark)

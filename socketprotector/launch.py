@@ -139,6 +139,9 @@ def _exec(
         descriptors[door.LAUNCHER] = launcher.fileno()
     if pid_file is not None:
         descriptors[door.PID_FILE] = pid_file.fd
+    # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
+    for fd in (0, 1, 2):
+        os.set_inheritable(fd, True)
     # A signal between the exec and the new handlers would kill; so it waits for them.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     environment = {**os.environ, **door.leave(descriptors)}

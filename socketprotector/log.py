@@ -37,15 +37,20 @@ class Log:
         every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
         """
         self.close()
-        if stat.S_ISSOCK(os.fstat(_STDERR).st_mode):
+        mode = os.fstat(_STDERR).st_mode
+        if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(_STDERR))
             return
-        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        self._fd = os.dup(_STDERR)
+        if stat.S_ISREG(mode):
+            return  # never blocks, and everybody must write at one and the same offset
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
-            self._fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
+            fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
         except OSError:
-            # Another user's terminal, or no /proc: better a line that may block than none.
-            self._fd = os.dup(_STDERR)
+            return  # another user's terminal, or no /proc: better a line that may block than none
+        os.close(self._fd)
+        self._fd = fd
 
     def write(self, level: str, event: str, **fields: object) -> None:
         """Write one line.  A field that is None is left out."""

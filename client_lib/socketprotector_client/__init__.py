@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import Drained, OutOfDescriptors, ProtocolError
     from .listener import Listener
     from .notify import notify
-    from .process import channel, draining, listener_of, on_drain, ready
+    from .process import draining, listener_of, on_drain, ready
     from .serving import connections, serve
     from .streams import aserve
 
@@ -50,7 +50,6 @@ __all__ = [
     "OutOfDescriptors",
     "ProtocolError",
     "aserve",
-    "channel",
     "connections",
     "draining",
     "listener_of",

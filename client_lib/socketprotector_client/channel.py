@@ -18,6 +18,7 @@ from typing import Optional
 
 from . import wire
 from .address import family_of
+from .environment import read_environment
 from .errors import Drained, OutOfDescriptors, ProtocolError
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,18 @@ class Channel:
         #: Address family of each listener; with it `socket.socket(family, type, 0, fd)`
         #: needs not ask the kernel.
         self.families: tuple[Optional[int], ...] = tuple(map(family_of, listeners))
+
+    @classmethod
+    def from_environment(cls) -> Optional[Channel]:
+        """Return the channel this worker was started with, None without a protector.
+
+        Call it once: the Channel owns the descriptor from then on.  Raises
+        ProtocolError if the environment names something that is no channel.
+        """
+        environment = read_environment(os.environ)
+        if environment is None:
+            return None
+        return cls(environment.channel_fd, environment.listeners)
 
     def fileno(self) -> int:
         """Return the descriptor to wait on.  Never set O_NONBLOCK on it."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional, Protocol, Union
+from typing import Callable, Protocol, Union
 
-from .channel import Channel
 from .worker import current
 
 
@@ -41,14 +40,6 @@ def ready() -> None:
     All other ways to get connections say it on their own.
     """
     current().ready(retires=False)
-
-
-def channel() -> Optional[Channel]:
-    """Return the channel of this worker, None where there is no protector.
-
-    It is for a loop of your own and stays the library's: do not close it.
-    """
-    return current().channel
 
 
 def listener_of(connection: Union[HasFileno, HasExtraInfo]) -> str:

@@ -9,7 +9,6 @@ Source: docs/protocol.md, sections "Environment" and "Channel".
 from __future__ import annotations
 
 import struct
-from urllib.parse import quote, unquote
 
 VERSION = 1
 
@@ -44,9 +43,22 @@ def pack_listeners(addresses: list[str]) -> str:
 
     Each is `tcp:HOST:PORT`, `tcp:[HOST6]:PORT`, `unix:/path` or `unix:@name`.
     """
-    return " ".join(quote(address, safe="/:@[].-_~") for address in addresses)
+    return " ".join(_quote(address) for address in addresses)
 
 
 def unpack_listeners(value: str) -> list[str]:
     """Return the listen addresses held by a value of SOCKETPROTECTOR_LISTENERS."""
-    return [unquote(word) for word in value.split()]
+    from urllib.parse import unquote
+
+    return [unquote(word, errors="surrogateescape") for word in value.split()]
+
+
+def _quote(address: str) -> str:
+    # urllib.parse.quote would do, for 0.7 MB in the protector's memory.
+    return "".join(
+        chr(byte) if byte in _PLAIN else f"%{byte:02X}"
+        for byte in address.encode("utf-8", "surrogateescape")
+    )
+
+
+_PLAIN = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/:@[].-_~")

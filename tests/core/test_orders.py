@@ -1,0 +1,139 @@
+"""Every order of events: random ones, and all short ones, in a model of the world.
+
+What must hold after each event is in world.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+
+import pytest
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from socketprotector.events import (
+    BacklogEmptied,
+    ChannelBroken,
+    DeadlinePassed,
+    Event,
+    Launched,
+    ReloadRequested,
+    ScaleRequested,
+    StopRequested,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Phase, Policy
+from tests.core.world import DIED, World
+
+POLICIES = [
+    Policy(),
+    Policy(settle_s=5.0),
+    Policy(stop_first=True),
+    Policy(stop_first=True, settle_s=5.0, drain_timeout_s=9.0),
+    Policy(drain_timeout_s=9.0, start_tries=1),
+    Policy(max_draining=1),
+    Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
+]
+#: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
+#: a drain follows a start, each a round, and a few of these one after another.
+ROUNDS = 12
+
+#: All orders of so many events after the first READY are tried.
+DEPTH = 5
+#: Without a size of its own a list has five elements on average: too few to get anywhere.
+choices = st.integers(0, 60).flatmap(
+    lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)
+)
+worlds = st.builds(World, st.sampled_from(POLICIES), st.integers(1, 3))
+
+
+def live_through(world: World, orders: list[int]) -> None:
+    for choice in orders:
+        world.opens_fail = choice % 11 == 0
+        event = world.pick(choice)
+        note(f"{event!r}{' (opening fails)' if world.opens_fail else ''}")
+        world.take(event)
+
+
+@settings(max_examples=400, deadline=None)
+@given(worlds, choices)
+def test_the_promises_hold_after_every_event_in_any_order(world: World, orders: list[int]) -> None:
+    live_through(world, [0, *orders])
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, choices)
+def test_a_quick_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
+    live_through(world, orders)
+
+    world.take(StopRequested(quick=True))
+    for _ in range(ROUNDS):
+        world.let_time_pass()
+
+    assert world.exited
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, choices)
+def test_a_graceful_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
+    live_through(world, orders)
+
+    world.take(StopRequested())
+    for _ in range(ROUNDS):
+        world.let_time_pass()
+
+    assert world.exited
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, choices)
+def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
+    world: World, orders: list[int]
+) -> None:
+    live_through(world, orders)
+
+    world.take(Launched())
+    for _ in range(ROUNDS):
+        world.let_time_pass(all_goes_well=True)
+
+    if world.fleet.stopping is None:
+        [serving] = world.fleet.generations
+        assert serving.phase is Phase.SERVING
+        assert serving.ready
+        assert len(serving.workers) == world.fleet.workers_wanted
+        assert not world.timers
+
+
+def next_events(world: World) -> Iterator[Event]:
+    """The ten kinds of events that matter, about the oldest and the newest there is."""
+    yield from (ReloadRequested(), StopRequested(), StopRequested(quick=True))
+    yield from (ScaleRequested(+1), ScaleRequested(-1), BacklogEmptied())
+    yield from world.owed
+    processes = [*world.processes]
+    for number in {*processes[:1], *processes[-1:]}:
+        yield WorkerReady(number)
+        yield WorkerExited(number, DIED, waiting=3)
+    for generation in {*[*world.channels][:1], *[*world.channels][-1:]}:
+        yield ChannelBroken(generation)
+    yield from map(DeadlinePassed, world.timers)
+
+
+@pytest.mark.parametrize(
+    "policy", [Policy(settle_s=5.0), Policy(stop_first=True)], ids=["settle", "stop-first"]
+)
+def test_the_promises_hold_in_every_short_order(policy: Policy) -> None:
+    beginning = World(policy)
+    beginning.take(Launched())
+    beginning.take(WorkerReady(1))
+
+    worlds = {beginning.key(): beginning}
+    for _ in range(DEPTH):
+        after: dict[Hashable, World] = {}
+        for world in worlds.values():
+            for event in next_events(world):
+                successor = world.copy()
+                successor.take(event)
+                # Orders that lead to the same world go on alike: one of them is enough.
+                after.setdefault(successor.key(), successor)
+        worlds = after

@@ -1,0 +1,278 @@
+"""TERM and INT: how everything ends, at whatever moment it is asked for."""
+
+from __future__ import annotations
+
+from socketprotector.events import (
+    BacklogEmptied,
+    CancelTimer,
+    ChannelBroken,
+    CloseListeners,
+    Deadline,
+    Drain,
+    Exit,
+    News,
+    Release,
+    ReloadRequested,
+    Report,
+    RouteTo,
+    Sign,
+    Signal,
+    Spawn,
+    StartTimer,
+    StopRequested,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Policy
+from tests.core.conftest import Story
+
+DIED = "./daemon exited with status 1"
+CRASHED = "killed by SIGSEGV"
+LEFT = "exited with status 0"
+
+
+# -- graceful --------------------------------------------------------------------
+
+
+def test_a_graceful_stop_serves_what_has_connected_and_waits_for_the_workers(
+    story: Story,
+) -> None:
+    story.given_serving()
+
+    assert story.when(StopRequested()) == [
+        Report(News.STOPPING),
+        CloseListeners(quick=False),
+        StartTimer(Deadline(Wait.STOP), 30.0),
+    ]
+    assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(1)]
+    assert story.when(WorkerExited(1, LEFT)) == [
+        Release(1),
+        CancelTimer(Deadline(Wait.STOP)),
+        Exit(0),
+    ]
+    assert story.when(StopRequested()) == []
+
+
+def test_a_graceful_stop_that_takes_too_long_becomes_a_quick_one(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(), BacklogEmptied())
+
+    assert story.when_over(Wait.STOP) == [
+        Signal(1, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+    ]
+    assert story.when_over(Wait.KILL, 1) == [Signal(1, Sign.KILL)]
+    assert story.when(WorkerExited(1, "killed by SIGKILL")) == [Release(1), Exit(0)]
+
+
+def test_a_worker_that_dies_while_the_backlog_is_served_is_replaced(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(WorkerExited(1, CRASHED)) == [
+        Report(News.EXITED, 1, CRASHED),
+        Spawn(1, worker=2, slot=0),
+        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+    ]
+
+
+def test_the_last_worker_of_a_stop_is_replaced_while_connections_wait(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(), BacklogEmptied())
+
+    assert story.when(WorkerExited(1, CRASHED, served_s=60.0, waiting=3)) == [
+        Spawn(1, worker=2, slot=0),
+        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+    ]
+    assert story.when(WorkerExited(2, LEFT)) == [
+        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        Release(1),
+        CancelTimer(Deadline(Wait.STOP)),
+        Exit(0),
+    ]
+
+
+def test_a_worker_of_a_stop_is_not_replaced_while_another_takes_what_waits(story: Story) -> None:
+    story.given_serving(workers=2).and_also(StopRequested(), BacklogEmptied())
+
+    assert story.when(WorkerExited(1, CRASHED, waiting=3)) == []
+
+
+def test_in_a_crash_loop_a_stop_spawns_one_worker_at_once_for_what_may_wait(
+    story: Story,
+) -> None:
+    story.given_serving()
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)), StopRequested())
+
+    assert story.when(BacklogEmptied()) == [
+        RouteTo(None),
+        Drain(1),
+        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        Spawn(1, worker=4, slot=0),
+        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+    ]
+
+
+def test_an_older_draining_generation_leaves_what_waits_to_the_route_while_there_is_one(
+    story: Story,
+) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2), StopRequested())
+
+    assert story.when(WorkerExited(1, CRASHED, waiting=3)) == [Release(1)]
+
+
+def test_a_stop_waits_for_older_draining_generations_too(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2))
+    story.and_also(StopRequested(), BacklogEmptied())
+
+    assert story.when(WorkerExited(2, LEFT)) == [Release(2)]
+    assert story.when(WorkerExited(1, LEFT))[-1] == Exit(0)
+
+
+def test_a_channel_that_breaks_during_a_stop_ends_taking_connections(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(ChannelBroken(1)) == [
+        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        RouteTo(None),
+        Drain(1),
+        CloseListeners(quick=True),
+    ]
+    assert story.when(BacklogEmptied()) == [], "too late"
+
+
+# -- quick -----------------------------------------------------------------------
+
+
+def test_a_quick_stop_sends_term_at_once_and_then_kill(story: Story) -> None:
+    story.given_serving(workers=2)
+
+    assert story.when(StopRequested(quick=True)) == [
+        Report(News.STOPPING),
+        RouteTo(None),
+        CloseListeners(quick=True),
+        Drain(1),
+        Signal(1, Sign.TERM),
+        Signal(2, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+    ]
+    assert story.when(WorkerExited(1, "killed by SIGTERM", waiting=3)) == []
+    assert story.when_over(Wait.KILL, 1) == [Signal(2, Sign.KILL)]
+    assert story.when(WorkerExited(2, "killed by SIGKILL")) == [Release(1), Exit(0)]
+
+
+def test_a_second_term_is_a_quick_stop(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(StopRequested()) == [
+        RouteTo(None),
+        CancelTimer(Deadline(Wait.STOP)),
+        CloseListeners(quick=True),
+        Drain(1),
+        Signal(1, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+    ]
+    assert story.when(BacklogEmptied()) == [], "too late"
+    assert story.when(StopRequested()) == [], "a third one changes nothing"
+
+
+def test_a_quick_stop_in_a_crash_loop_ends_at_once(story: Story) -> None:
+    story.given_serving()
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
+
+    assert story.when(StopRequested(quick=True)) == [
+        Report(News.STOPPING),
+        RouteTo(None),
+        CloseListeners(quick=True),
+        Drain(1),
+        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        Release(1),
+        Exit(0),
+    ]
+
+
+# -- at a bad moment ---------------------------------------------------------------
+
+
+def test_a_stop_during_a_reload_calls_the_new_generation_off(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested(), ReloadRequested())
+
+    assert story.when(StopRequested()) == [
+        Report(News.STOPPING),
+        CancelTimer(Deadline(Wait.START, 2)),
+        Signal(2, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 2), 5.0),
+        CloseListeners(quick=False),
+        StartTimer(Deadline(Wait.STOP), 30.0),
+    ]
+    assert story.when(WorkerReady(2)) == []
+    assert story.when(WorkerExited(2, "killed by SIGTERM")) == [
+        CancelTimer(Deadline(Wait.KILL, 2)),
+        Release(2),
+    ]
+    assert story.serving == {1}
+
+
+def test_a_stop_while_settling_lets_both_generations_finish(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(StopRequested()) == [
+        Report(News.STOPPING),
+        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        Drain(1),
+        CloseListeners(quick=False),
+        StartTimer(Deadline(Wait.STOP), 30.0),
+    ]
+    assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(2)]
+
+
+def test_a_quick_stop_while_settling_ends_both_generations(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(StopRequested(quick=True)) == [
+        Report(News.STOPPING),
+        RouteTo(None),
+        CloseListeners(quick=True),
+        Drain(1),
+        Signal(1, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        Drain(2),
+        Signal(2, Sign.TERM),
+        StartTimer(Deadline(Wait.KILL, 2), 5.0),
+    ]
+
+
+def test_a_stop_between_two_generations_lets_the_old_one_finish(story: Story) -> None:
+    story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
+
+    assert story.when(StopRequested()) == [
+        Report(News.STOPPING),
+        CloseListeners(quick=True),
+        StartTimer(Deadline(Wait.STOP), 30.0),
+    ]
+    assert story.when(WorkerExited(1, LEFT)) == [
+        CancelTimer(Deadline(Wait.DRAIN, 1)),
+        Release(1),
+        CancelTimer(Deadline(Wait.STOP)),
+        Exit(0),
+    ]
+
+
+def test_a_stop_during_a_back_off_ends_at_once(story: Story) -> None:
+    story.given_serving(Policy(stop_first=True))
+    story.and_also(ReloadRequested(), WorkerExited(1, LEFT))
+    story.and_also(*(WorkerExited(number, DIED) for number in (2, 3, 4, 5)))
+
+    assert story.when(StopRequested()) == [
+        Report(News.STOPPING),
+        CancelTimer(Deadline(Wait.OPEN)),
+        CloseListeners(quick=True),
+        Exit(0),
+    ]
+
+
+def test_a_reload_while_stopping_is_refused(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(ReloadRequested()) == [
+        Report(News.REFUSED, reason="no reload while stopping")
+    ]

@@ -1,0 +1,251 @@
+"""Workers of the serving generation: replaced when they die, more of them, fewer of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from socketprotector.events import (
+    CancelTimer,
+    Deadline,
+    Launched,
+    News,
+    ReloadRequested,
+    Report,
+    Retire,
+    ScaleRequested,
+    Sign,
+    Signal,
+    Spawn,
+    StartTimer,
+    StopRequested,
+    TimeExtended,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Policy
+from socketprotector.step import backoff_s
+from tests.core.conftest import Story
+
+CRASHED = "killed by SIGSEGV"
+
+
+# -- replaced --------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_is_replaced_at_once_in_its_slot(story: Story) -> None:
+    story.given_serving(workers=2)
+
+    assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [
+        Report(News.EXITED, 1, CRASHED),
+        Spawn(1, worker=3, slot=0),
+        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
+    ]
+    assert story.when(WorkerReady(3)) == [CancelTimer(Deadline(Wait.WORKER_START, 3))]
+
+
+def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> None:
+    story.given_serving()
+    story.and_also(WorkerExited(1, CRASHED, served_s=9.9), WorkerReady(2))
+    story.and_also(WorkerExited(2, CRASHED, served_s=0.1))
+
+    assert story.when(WorkerExited(3, CRASHED)) == [
+        CancelTimer(Deadline(Wait.WORKER_START, 3)),
+        Report(News.EXITED, 1, CRASHED),
+        StartTimer(Deadline(Wait.WORKER_RESPAWN, 4), 0.1),
+    ]
+    assert story.when_over(Wait.WORKER_RESPAWN, 4) == [
+        Spawn(1, worker=4, slot=0),
+        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+    ]
+
+
+def test_a_death_after_ten_seconds_of_service_is_no_quick_one(story: Story) -> None:
+    story.given_serving()
+    story.and_also(WorkerExited(1, CRASHED), WorkerExited(2, CRASHED), WorkerReady(3))
+    story.and_also(WorkerExited(3, CRASHED, served_s=10.0))
+
+    assert Spawn(1, worker=5, slot=0) in story.when(WorkerExited(4, CRASHED))
+    assert Spawn(1, worker=6, slot=0) in story.when(WorkerExited(5, CRASHED))
+    assert StartTimer(Deadline(Wait.WORKER_RESPAWN, 7), 0.1) in story.when(WorkerExited(6, CRASHED))
+
+
+def test_each_slot_counts_its_own_quick_deaths(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(WorkerExited(1, CRASHED), WorkerExited(3, CRASHED))
+
+    assert Spawn(1, worker=5, slot=1) in story.when(WorkerExited(2, CRASHED))
+
+
+@pytest.mark.parametrize(
+    ("deaths", "seconds"),
+    [(0, 0.0), (2, 0.0), (3, 0.1), (4, 0.2), (12, 51.2), (13, 60.0), (5000, 60.0)],
+)
+def test_the_delay_doubles_up_to_a_minute(deaths: int, seconds: float) -> None:
+    assert backoff_s(deaths) == pytest.approx(seconds)
+
+
+def test_a_replacement_that_never_becomes_ready_is_ended_and_counted(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, CRASHED), WorkerExited(2, CRASHED))
+
+    assert story.when_over(Wait.WORKER_START, 3) == [
+        Signal(3, Sign.TERM),
+        StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
+    ]
+    assert story.when_over(Wait.WORKER_KILL, 3) == [Signal(3, Sign.KILL)]
+    assert story.when(WorkerExited(3, "killed by SIGKILL")) == [
+        Report(News.EXITED, 1, "killed by SIGKILL"),
+        StartTimer(Deadline(Wait.WORKER_RESPAWN, 4), 0.1),
+    ]
+
+
+def test_ready_after_term_does_not_save_a_replacement_from_kill(story: Story) -> None:
+    story.given_serving().and_also(WorkerExited(1, CRASHED))
+    story.when_over(Wait.WORKER_START, 2)
+
+    assert story.when(WorkerReady(2)) == []
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+
+
+# -- more and fewer ----------------------------------------------------------------
+
+
+def test_one_more_worker_is_spawned_into_the_serving_generation(story: Story) -> None:
+    story.given_serving()
+
+    assert story.when(ScaleRequested(+1)) == [
+        Spawn(1, worker=2, slot=1),
+        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+    ]
+
+
+def test_of_too_many_the_one_in_the_highest_slot_leaves_by_its_return_line(story: Story) -> None:
+    story.given(Policy(), workers=2)
+    story.and_also(Launched(), WorkerReady(1, retires=True), WorkerReady(2, retires=True))
+
+    assert story.when(ScaleRequested(-1)) == [Retire(2)]
+    assert story.when(WorkerExited(2, "exited with status 0")) == []
+    assert story.serving == {1}
+
+
+def test_a_worker_that_cannot_retire_is_sent_term(story: Story) -> None:
+    story.given_serving(workers=2)
+
+    assert story.when(ScaleRequested(-1)) == [Signal(2, Sign.TERM)]
+
+
+def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: Story) -> None:
+    story.given(Policy(drain_timeout_s=9.0), workers=2)
+    story.and_also(Launched(), WorkerReady(1), WorkerReady(2, retires=True))
+
+    assert story.when(ScaleRequested(-1)) == [
+        Retire(2),
+        StartTimer(Deadline(Wait.WORKER_RETIRE, 2), 9.0),
+    ]
+    assert story.when_over(Wait.WORKER_RETIRE, 2) == [
+        Signal(2, Sign.TERM),
+        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+    ]
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+    assert story.when(WorkerExited(2, "killed by SIGKILL")) == []
+
+
+def test_a_retiring_worker_that_never_became_ready_is_killed_in_the_end(story: Story) -> None:
+    story.given_serving().and_also(ScaleRequested(+1))
+
+    assert story.when(ScaleRequested(-1)) == [
+        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        Signal(2, Sign.TERM),
+        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+    ]
+    assert story.when(WorkerReady(2)) == []
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+
+
+def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))
+
+    assert story.when(ScaleRequested(-1)) == [CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5))]
+
+
+def test_the_slot_of_a_retiring_worker_is_not_given_away_while_it_lives(story: Story) -> None:
+    story.given_serving(workers=2).and_also(ScaleRequested(-1))
+
+    assert story.when(ScaleRequested(+1))[0] == Spawn(1, worker=3, slot=2)
+
+
+def test_there_is_always_one_worker(story: Story) -> None:
+    story.given_serving()
+
+    assert story.when(ScaleRequested(-1)) == [
+        Report(News.REFUSED, reason="there is always one worker at least")
+    ]
+    assert story.fleet.workers_wanted == 1
+
+
+def test_scaling_during_a_reload_holds_for_both_generations(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+
+    assert story.when(ScaleRequested(+1)) == [
+        Spawn(1, worker=3, slot=1),
+        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
+    ]
+    assert story.when(WorkerReady(2))[-2:] == [
+        Spawn(2, worker=4, slot=1),
+        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+    ]
+
+
+def test_scaling_while_settling_waits_for_its_outcome(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+
+    assert story.when(ScaleRequested(+1)) == []
+    assert story.when_over(Wait.SETTLE, 2)[-2] == Spawn(2, worker=3, slot=1)
+
+
+def test_scaling_while_nobody_serves_holds_for_the_next_generation(story: Story) -> None:
+    story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
+
+    assert story.when(ScaleRequested(+1)) == []
+    assert story.when(WorkerExited(1, "exited with status 0"))[3:5] == [
+        Spawn(2, worker=2, slot=0),
+        Spawn(2, worker=3, slot=1),
+    ]
+
+
+def test_scaling_while_stopping_is_refused(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(ScaleRequested(+1)) == [
+        Report(News.REFUSED, reason="no scaling while stopping")
+    ]
+
+
+# -- more time ---------------------------------------------------------------------
+
+
+def test_a_request_for_time_extends_the_start_that_it_is_in(story: Story) -> None:
+    story.given(Policy()).and_also(Launched())
+
+    assert story.when(TimeExtended(1, 90.0)) == [
+        StartTimer(Deadline(Wait.START, 1), 90.0, extend=True)
+    ]
+
+
+def test_a_request_for_time_never_starts_a_timer(story: Story) -> None:
+    story.given_serving()
+
+    assert story.when(TimeExtended(1, 90.0)) == []
+
+
+def test_a_request_for_time_extends_the_stop(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+
+    assert story.when(TimeExtended(1, 90.0)) == [StartTimer(Deadline(Wait.STOP), 90.0, extend=True)]
+
+
+def test_a_request_for_time_does_not_put_off_kill(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(quick=True))
+
+    assert story.when(TimeExtended(1, 90.0)) == []

@@ -1,0 +1,348 @@
+"""A model of the world around the lifecycle: processes, channels, timers, listeners.
+
+It carries the actions out as the operating system would, and checks after each event
+that the fleet and the world still say the same and that the promises hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+
+from socketprotector.events import (
+    Action,
+    BacklogEmptied,
+    CancelTimer,
+    ChannelBroken,
+    CloseListeners,
+    Deadline,
+    DeadlinePassed,
+    Drain,
+    Event,
+    Exit,
+    Launched,
+    News,
+    Open,
+    OpenFailed,
+    Release,
+    ReloadRequested,
+    Report,
+    Retire,
+    RouteTo,
+    ScaleRequested,
+    Sign,
+    Signal,
+    Spawn,
+    StartTimer,
+    StopRequested,
+    TimeExtended,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Fleet, Generation, Phase, Policy, State, Stop, Worker
+from socketprotector.lifecycle import decide
+
+DIED = "exited with status 1"
+
+
+class World:
+    """What the numbers in the fleet stand for: processes, channels, timers, listeners."""
+
+    def __init__(self, policy: Policy, workers: int = 1) -> None:
+        self.fleet = Fleet(policy=policy, workers_wanted=workers)
+        self.processes: dict[int, Spawn] = {}
+        self.killed: frozenset[int] = frozenset()
+        self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
+        self.route: int | None = None
+        self.timers: frozenset[Deadline] = frozenset()
+        self.listeners = "open"
+        self.opens_fail = False  # from now on
+        self.owed: tuple[Event, ...] = ()  # what must still be told
+        self.exited = False
+        self.highest_generation = 0
+        self.spawned: frozenset[int] = frozenset()
+
+    def copy(self) -> World:
+        other = World.__new__(World)
+        other.__dict__.update(self.__dict__)
+        other.processes, other.channels = dict(self.processes), dict(self.channels)
+        return other
+
+    def key(self) -> Hashable:
+        """Two worlds with the same key go on alike; `check` holds the rest to the fleet."""
+        return self.fleet, self.killed, self.owed, self.listeners
+
+    # -- what happens --------------------------------------------------------
+
+    def take(self, event: Event) -> None:
+        """Tell the lifecycle an event, carry out what it orders, look whether all is well."""
+        if isinstance(event, WorkerExited):
+            self.processes.pop(event.worker, None)
+        elif isinstance(event, DeadlinePassed):
+            self.timers -= {event.deadline}
+        elif isinstance(event, BacklogEmptied) and self.listeners == "closing":
+            self.listeners = "closed"
+        self.owed = tuple(each for each in self.owed if each != event)
+
+        before, was_over = self.fleet, self.exited
+        self.fleet, actions = decide(before, event)
+
+        assert not (was_over and actions), "nothing follows after Exit"
+        for action in actions:
+            assert not self.exited, "Exit is the last action"
+            self.perform(action)
+        self.check()
+        check_step(before, event, self.fleet, actions)
+
+    def perform(self, action: Action) -> None:
+        match action:
+            case Open(number):
+                assert number > self.highest_generation, "a generation's number is never used twice"
+                self.highest_generation = number
+                self.channels[number] = "failed" if self.opens_fail else "open"
+                if self.opens_fail:
+                    self.owed += (OpenFailed(number, "command not found"),)
+            case Spawn(number, worker, slot):
+                assert worker not in self.spawned, "a worker's number is never used twice"
+                self.spawned |= {worker}
+                assert number in self.channels, "spawned into a generation that is not open"
+                others = [p.slot for p in self.processes.values() if p.generation == number]
+                assert slot not in others, "two living workers in one slot"
+                if self.channels[number] != "failed":
+                    self.processes[worker] = action
+            case Signal(worker, sign):
+                assert worker in self.processes or "failed" in self.channels.values()
+                if sign is Sign.KILL:
+                    self.killed |= {worker}
+            case Retire(worker):
+                assert worker in self.processes
+            case RouteTo(None):
+                assert self.route is not None, "an order that changes nothing"
+                self.route = None
+            case RouteTo(number):
+                assert self.route != number, "an order that changes nothing"
+                assert self.channels[number or 0] == "open", "routed to what cannot take it"
+                self.route = number
+            case Drain(number):
+                assert self.channels[number] == "open", "drained twice, or what is not there"
+                assert self.route != number, "drained while it gets new connections"
+                self.channels[number] = "drained"
+            case Release(number):
+                assert self.route != number
+                assert number not in [p.generation for p in self.processes.values()]
+                del self.channels[number]
+            case CloseListeners(quick):
+                assert self.listeners == "open" or (quick and self.listeners == "closing")
+                self.listeners = "closed" if quick else "closing"
+            case StartTimer(deadline, seconds, extend):
+                assert seconds > 0
+                assert deadline in self.timers or not extend, "a request for time started a timer"
+                self.timers |= {deadline}
+            case CancelTimer(deadline):
+                assert deadline in self.timers, "cancelled what does not run"
+                self.timers -= {deadline}
+            case Exit():
+                left = (self.processes, self.channels, self.timers, self.route)
+                assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
+                assert self.listeners == "closed"
+                self.exited = True
+            case Report():
+                pass
+
+    # -- what holds at all times ---------------------------------------------
+
+    def check(self) -> None:
+        fleet = self.fleet
+        assert fleet.timers == self.timers
+        assert [g.number for g in fleet.generations] == sorted(self.channels)
+        for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
+            assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
+        assert not (fleet.of(Phase.STARTING) and fleet.of(Phase.SETTLING))
+        assert self.route == (fleet.route.number if fleet.route else None)
+
+        for generation in fleet.generations:
+            self.check_generation(generation)
+            for worker in generation.workers:
+                self.check_worker(generation, worker)
+        known = {worker.number for worker in fleet.alive()}
+        assert set(self.processes) <= known, "a worker is forgotten"
+
+        if fleet.stopping:
+            assert not fleet.to_open
+            assert not fleet.incoming
+            assert not fleet.reload_wanted
+        elif fleet.served:
+            self.check_somebody_serves_or_will()
+        if fleet.stopping is Stop.GRACEFUL and not self.exited:
+            assert self.runs(Wait.STOP)
+        if fleet.stopping is Stop.QUICK:
+            assert all(generation.ending for generation in fleet.generations)
+            assert self.listeners == "closed"
+
+    def runs(self, wait: Wait, target: int = 0) -> bool:
+        return Deadline(wait, target) in self.timers
+
+    def check_generation(self, generation: Generation) -> None:
+        number, phase = generation.number, generation.phase
+        drained = self.channels[number] == "drained"
+        assert drained == (phase is Phase.DRAINING)
+        assert self.runs(Wait.START, number) == (phase is Phase.STARTING)
+        assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
+        assert generation.workers, "nobody is left in it, and it is not released"
+        slots = [worker.slot for worker in generation.workers]
+        assert len(slots) == len(set(slots))
+        if phase is Phase.ABANDONED:
+            assert generation.ending
+        if generation.ending and self.channels[number] != "failed":
+            told = {worker.number for worker in generation.workers} <= self.killed
+            assert self.runs(Wait.KILL, number) or told, "TERM without KILL after it"
+        staying = [w for w in generation.workers if w.state is not State.RETIRING]
+        if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
+            assert len(staying) == self.fleet.workers_wanted
+
+    def check_worker(self, generation: Generation, worker: Worker) -> None:
+        """Every wait for a worker has a deadline, but those the operator chose to be endless."""
+        number = worker.number
+        assert worker.alive or number not in self.processes
+        assert worker.alive == (not self.runs(Wait.WORKER_RESPAWN, number))
+        last_word = (
+            self.runs(Wait.WORKER_KILL, number) or number in self.killed or generation.ending
+        )
+        if worker.state is State.STARTING and generation.phase is not Phase.STARTING:
+            assert self.runs(Wait.WORKER_START, number) or last_word
+        if worker.state is State.RETIRING and self.fleet.policy.drain_timeout_s:
+            assert self.runs(Wait.WORKER_RETIRE, number) or last_word
+
+    def check_somebody_serves_or_will(self) -> None:
+        fleet = self.fleet
+        if fleet.route or fleet.incoming or self.runs(Wait.OPEN):
+            return
+        assert fleet.to_open, "nobody serves, and nobody ever will"
+        assert fleet.policy.stop_first, "nothing stands in the way, and nothing is opened"
+        for generation in fleet.generations:  # each of which has an end
+            deadline = self.runs(Wait.DRAIN, generation.number) or generation.ending
+            assert deadline, "what is to come waits for a generation that may stay for ever"
+
+    # -- what could happen next ----------------------------------------------
+
+    def asked(self) -> Iterator[Event]:
+        yield ReloadRequested()
+        yield ReloadRequested()
+        yield ScaleRequested(-1)
+        if self.fleet.workers_wanted < 4:
+            yield ScaleRequested(+1)
+
+    def stopped(self) -> Iterator[Event]:
+        yield StopRequested()
+        yield StopRequested(quick=True)
+
+    def ready(self) -> Iterator[Event]:
+        for number in self.processes:
+            yield WorkerReady(number)
+            yield WorkerReady(number, retires=True)
+
+    def died(self) -> Iterator[Event]:
+        for number in self.processes:
+            yield WorkerExited(number, DIED)
+            yield WorkerExited(number, DIED, waiting=3)
+            yield WorkerExited(number, DIED, served_s=20.0)
+            yield WorkerExited(number, "exited with status 0", detached=True)
+
+    def waited(self) -> Iterator[Event]:
+        yield from map(DeadlinePassed, sorted(self.timers, key=repr))
+
+    def broke(self) -> Iterator[Event]:
+        for number in self.channels:
+            yield ChannelBroken(number)
+            yield ChannelBroken(number, served_s=20.0)
+
+    def told(self) -> Iterator[Event]:
+        yield Launched()
+        yield from self.owed
+        yield from (TimeExtended(number, 7.0) for number in self.processes)
+        if self.listeners == "closing":
+            yield BacklogEmptied()
+
+    def late(self) -> Iterator[Event]:
+        """About what was, never was, or does not wait for it."""
+        for number in range(max(self.spawned, default=0) + 2):
+            found = self.fleet.find(number)
+            never = found and self.channels[found[0].number] == "failed"
+            if number not in self.processes and not never:
+                yield from (WorkerReady(number), TimeExtended(number, 7.0))
+                yield WorkerExited(number, DIED, waiting=3)
+        for number in range(self.highest_generation + 2):
+            if number not in self.channels:
+                yield from (ChannelBroken(number), OpenFailed(number, "command not found"))
+            for wait in Wait:
+                if not self.runs(wait, number):
+                    yield DeadlinePassed(Deadline(wait, number))
+        if self.listeners != "closing":
+            yield BacklogEmptied()
+
+    def pick(self, choice: int) -> Event:
+        """Choose what happens next; the same choice in the same world is the same event."""
+        kinds: list[Callable[[], Iterator[Event]]] = [
+            *[self.ready] * 10,
+            *[self.asked] * 5,
+            *[self.waited] * 5,
+            *[self.died] * 4,
+            *[self.told] * 3,
+            self.late,
+            self.broke,
+            self.stopped,
+        ]
+        choice, kind = divmod(choice, len(kinds))
+        events = list(kinds[kind]()) or list(self.told())
+        return events[choice % len(events)]
+
+    # -- how it all ends -----------------------------------------------------
+
+    def let_time_pass(self, *, all_goes_well: bool = False) -> None:
+        """What must be told is told, who was told to go is gone, every timer is over.
+
+        all_goes_well: from now on commands exist, and workers are ready in time.
+        """
+        self.opens_fail = self.opens_fail and not all_goes_well
+        for event in self.owed:
+            self.take(event)
+        if all_goes_well:
+            for number in [*self.processes]:
+                self.take(WorkerReady(number))
+        for number in [*self.processes]:
+            found = self.fleet.find(number)
+            assert found
+            generation, worker = found
+            drained = generation.phase is Phase.DRAINING
+            told = self.runs(Wait.WORKER_KILL, number) or worker.state is State.RETIRING
+            if generation.ending or drained or told:
+                self.take(WorkerExited(number, "exited with status 0", served_s=20.0))
+        if self.listeners == "closing":
+            self.take(BacklogEmptied())
+        for deadline in sorted(self.timers, key=repr):
+            in_time = all_goes_well and deadline.wait in (Wait.START, Wait.WORKER_START)
+            if deadline in self.timers and not in_time:
+                self.take(DeadlinePassed(deadline))
+
+
+def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action, ...]) -> None:
+    """What holds between before and after."""
+    news = [action.news for action in actions if isinstance(action, Report)]
+    serving = before.of(Phase.SERVING)
+    if News.RELOAD_FAILED in news and serving:
+        route = after.route
+        assert route
+        assert route.number == serving.number, "a failed reload changed what serves"
+        if before.workers_wanted >= len(serving.workers):  # else some leave now for that
+            assert set(serving.workers) <= set(route.workers)
+    lost_route = RouteTo(None) in actions
+    if lost_route and not before.policy.stop_first:
+        assert isinstance(event, ChannelBroken | WorkerExited) or after.stopping
+    if isinstance(event, WorkerExited) and lost_route:
+        assert before.of(Phase.SERVING) is None or before.policy.stop_first or after.stopping
+    if News.START_FAILED in news:
+        assert not before.served
+        assert after.exit_status == 3
+    assert before.served <= after.served
+    if Open(after.next_generation - 1, False) in actions:
+        assert before.served, "there is no last good command yet"

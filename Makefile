@@ -1,0 +1,47 @@
+# Everything a developer or a newcomer runs.  `make help` says what there is.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-core lint format bench clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## make .venv with both packages, editable, and the developers' tools
+
+$(INSTALLED): pyproject.toml client_lib/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python3 >= 3.11 is needed; say make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## protect the sample client, reload it under load, show that nothing fails (15 s)
+	@$(BIN)/python -m bench.demo
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/python -m pytest -n 4 tests
+
+test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
+	$(BIN)/python -m pytest tests/core
+
+lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck .ci/run tools/install-packages $(wildcard init.d/socketprotector init.d/*.sh)
+
+format: $(INSTALLED) ## let ruff format and mend what it can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED) ## measure and print the table of figures (some minutes; installs a C compiler)
+	tools/install-packages gcc libc6-dev
+	$(BIN)/python -m bench
+
+clean: ## remove .venv and what tools leave
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

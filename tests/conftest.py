@@ -1,0 +1,53 @@
+"""What all rings share: the real command, and a look at what a test leaves behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector, mark
+
+
+@pytest.fixture
+def marked_environment() -> Iterator[dict[str, str]]:
+    """An environment for whatever the test starts; afterwards none of it may live."""
+    with mark() as environment:
+        yield environment
+
+
+@pytest.fixture
+def protector(
+    marked_environment: dict[str, str], request: pytest.FixtureRequest
+) -> Iterator[Callable[..., Protector]]:
+    """Start the real command in the foreground: protector("127.0.0.1:0", "--", *command)."""
+    started: list[Protector] = []
+
+    def start(*arguments: str | Path, **environment: str) -> Protector:
+        words = [str(each) for each in arguments]
+        started.append(Protector(words, {**marked_environment, **environment}))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+        print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compare the test process's descriptors before and after.
+
+    A stream's reading thread closes its end at end of file, so that is waited for.
+    """
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    from tests.running import eventually
+
+    eventually(
+        lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1,  # listing needs one itself
+        "the descriptors that were open before",
+        5.0,
+    )

@@ -31,12 +31,12 @@ class Phase(Enum):
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready",
-        Phase.SETTLING: "every worker is ready, --settle",
-        Phase.ABANDONED: "a worker exited or was silent too long, or stop",
+        Phase.SETTLING: "the same, with --settle",
+        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, or stop",
     },
     Phase.SETTLING: {
         Phase.SERVING: "lived as long as --settle, or stop",
-        Phase.DRAINING: "a worker died: rollback, or quick stop",
+        Phase.DRAINING: "rolled back, or quick stop",
     },
     Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
     Phase.DRAINING: {None: "last worker gone"},

@@ -1,0 +1,129 @@
+"""The phases of a generation: what each event makes of each, and how they are drawn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from socketprotector.events import (
+    BacklogEmptied,
+    ChannelBroken,
+    Deadline,
+    DeadlinePassed,
+    Event,
+    Launched,
+    OpenFailed,
+    ReloadRequested,
+    ScaleRequested,
+    StopRequested,
+    TimeExtended,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import PHASES, Phase, Policy
+from tests.core.conftest import Story
+
+ROOT = Path(__file__).parents[2]
+STARTING, SETTLING, SERVING, DRAINING, ABANDONED = Phase
+
+#: How generation 2 gets into each phase; generation 1 serves before it.  Its worker is number 2.
+HISTORIES: dict[Phase, list[Event]] = {
+    STARTING: [],
+    SETTLING: [WorkerReady(2)],
+    SERVING: [WorkerReady(2), DeadlinePassed(Deadline(Wait.SETTLE, 2))],
+    DRAINING: [WorkerReady(2), ChannelBroken(2)],
+    ABANDONED: [DeadlinePassed(Deadline(Wait.START, 2))],
+}
+
+#: What becomes of generation 2 (None: it is gone).  Where a phase is not named it stays.
+ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
+    (Launched(), {}),
+    (ReloadRequested(), {}),
+    (ScaleRequested(+1), {}),
+    (ScaleRequested(-1), {}),
+    (StopRequested(), {STARTING: ABANDONED, SETTLING: SERVING}),
+    (
+        StopRequested(quick=True),
+        {STARTING: ABANDONED, SETTLING: DRAINING, SERVING: DRAINING},
+    ),
+    (WorkerReady(2), {STARTING: SETTLING}),
+    (
+        WorkerExited(2, "exited with status 1"),
+        {STARTING: None, SETTLING: None, DRAINING: None, ABANDONED: None},
+    ),
+    # That nothing could be opened can be known only after a stop has given the start up.
+    (OpenFailed(2, "command not found"), {STARTING: None, ABANDONED: None}),
+    (ChannelBroken(2), {STARTING: ABANDONED, SETTLING: DRAINING, SERVING: DRAINING}),
+    (TimeExtended(2, 7.0), {}),
+    (BacklogEmptied(), {}),
+    (DeadlinePassed(Deadline(Wait.START, 2)), {STARTING: ABANDONED}),
+    (DeadlinePassed(Deadline(Wait.SETTLE, 2)), {SETTLING: SERVING}),
+    (DeadlinePassed(Deadline(Wait.DRAIN, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.KILL, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.WORKER_START, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.WORKER_RESPAWN, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.WORKER_RETIRE, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.WORKER_KILL, 2)), {}),
+    (DeadlinePassed(Deadline(Wait.OPEN)), {}),
+    (DeadlinePassed(Deadline(Wait.STOP)), {}),
+]
+
+
+@pytest.mark.parametrize("phase", Phase, ids=lambda phase: str(phase.value))
+@pytest.mark.parametrize(("event", "answers"), ANSWERS, ids=lambda value: repr(value)[:60])
+def test_every_event_is_answered_in_every_phase(
+    story: Story, phase: Phase, event: Event, answers: dict[Phase, Phase | None]
+) -> None:
+    story.given_serving(Policy(settle_s=5.0))
+    story.and_also(ReloadRequested(), *HISTORIES[phase])
+    assert story.numbers(phase) >= {2}
+
+    story.when(event)
+
+    generation = story.fleet.generation(2)
+    assert (generation.phase if generation else None) is answers.get(phase, phase)
+
+
+def test_no_event_is_missing_from_the_answers() -> None:
+    events = [event for event, _ in ANSWERS]
+
+    assert {type(event) for event in events} == set(get_args(Event))
+    assert {e.deadline.wait for e in events if isinstance(e, DeadlinePassed)} == set(Wait)
+
+
+@pytest.mark.parametrize("event", [event for event, _ in ANSWERS], ids=lambda e: repr(e)[:60])
+def test_events_about_what_never_was_are_answered_too(story: Story, event: Event) -> None:
+    story.when(event)
+
+    assert story.fleet.generation(2) is None
+
+
+@pytest.mark.parametrize("phase", Phase, ids=lambda phase: str(phase.value))
+def test_a_generation_moves_only_along_the_table(story: Story, phase: Phase) -> None:
+    story.given_serving(Policy(settle_s=5.0))
+    story.and_also(ReloadRequested(), *HISTORIES[phase])
+
+    for other in set(Phase) - set(PHASES[phase]):
+        with pytest.raises(ValueError, match="generation 2 cannot become"):
+            story.fleet.moved(2, other)
+
+
+def test_the_diagram_in_architecture_md_is_the_one_drawn_from_the_table() -> None:
+    command = [sys.executable, str(ROOT / "docs/draw_phases.py")]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+
+    _, begin, rest = text.partition("<!-- phases -->")
+    shown, end, _ = rest.partition("<!-- /phases -->")
+
+    assert begin, "ARCHITECTURE.md has no line `<!-- phases -->`"
+    assert end, "ARCHITECTURE.md has no line `<!-- /phases -->` after `<!-- phases -->`"
+    assert shown.strip() == drawn, (
+        "ARCHITECTURE.md shows another diagram of the phases than fleet.PHASES: put what "
+        "`python docs/draw_phases.py` prints between its `phases` markers"
+    )

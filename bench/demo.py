@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.load import Load
-from bench.seen import Snapshot, split_by_kills
+from bench.seen import KINDS, Snapshot, split_by_kills
 
 LASTS_S = 15.0
 RELOAD_EVERY_S = 1.0
@@ -34,6 +34,7 @@ KILL_EVERY_S = 4.0
 SHOW_EVERY_S = 0.25
 PLAIN_EVERY_S = 1.0
 CONCURRENCY = 16
+LASTING = 6
 SHOWN_GENERATIONS = 6
 INTERRUPTED = 130
 _STYLES = {"starting": "yellow", "serving": "bold green", "draining": "cyan", "gone": "dim"}
@@ -95,7 +96,9 @@ class Demo:
         self.address = address
         self.generations = Generations(log)
         self.kills: list[float] = []
+        # Short ones for the rate; longer ones so that a generation is seen to drain.
         self.load = Load(address, concurrency=CONCURRENCY)
+        self.lasting = Load(address, concurrency=LASTING, lines=6, pause_s=0.5)
         self.begun_s = time.monotonic()
         self._last: Snapshot | None = None
         self._per_s = 0.0
@@ -134,9 +137,11 @@ class Demo:
         recent = now.since(self._last) if self._last else now
         since_s = now.at_s - (self._last.at_s if self._last else self.begun_s)
         self._per_s, self._last = recent.connections / max(since_s, 1e-9), now
-        held, failed = split_by_kills(now.failures, self.kills)
+        lasting = self.lasting.snapshot()
+        held, failed = split_by_kills(now.failures + lasting.failures, self.kills)
         figures = (
-            f"{now.connections} connections, {self._per_s:.0f}/s, {len(failed)} failed, "
+            f"{now.connections + lasting.connections} connections, {self._per_s:.0f}/s, "
+            f"{len(failed)} failed, "
             f"{len(held)} held by killed workers, p50 {recent.latency_us(0.5) / 1000:.2f} ms, "
             f"p99 {recent.latency_us(0.99) / 1000:.2f} ms, {self.generations.reloads} reloads"
         )
@@ -152,13 +157,16 @@ class Demo:
         bar = "#" * int(elapsed / LASTS_S * 40)
         live.update(Group(table, Text(figures), Text(f"[{bar:40}] {elapsed:4.1f} s")))
 
-    def verdict(self, whole: Snapshot) -> bool:
-        """Print the summary; say whether everything went as promised."""
+    def verdict(self) -> bool:
+        """End the load and print the summary; say whether everything went as promised."""
+        whole, lasting = self.load.stop(), self.lasting.stop()
         self.generations.look()
-        held, failed = split_by_kills(whole.failures, self.kills)
+        connections = whole.connections + lasting.connections
+        held, failed = split_by_kills(whole.failures + lasting.failures, self.kills)
         for failure in failed:
             print(f"{failure.kind} {failure.at_s - self.begun_s:.3f} s: {failure.detail}")
-        kinds = ", ".join(f"{count} {kind}" for kind, count in whole.failed.items() if count)
+        counts = {kind: whole.failed[kind] + lasting.failed[kind] for kind in KINDS}
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         print(
             f"\nby kind: {kinds or 'no failures'}; {len(self.kills)} workers killed; "
             f"latency p50 {whole.latency_us(0.5) / 1000:.2f} ms, "
@@ -166,10 +174,10 @@ class Demo:
             f"longest {whole.latency_us(1.0) / 1000:.2f} ms"
         )
         print(
-            f"{whole.connections} connections, {len(failed)} failed, "
+            f"{connections} connections, {len(failed)} failed, "
             f"{len(held)} held by killed workers, {self.generations.reloads} reloads"
         )
-        return not failed and whole.connections > 0 and self.generations.reloads > 0
+        return not failed and connections > 0 and self.generations.reloads > 0
 
 
 @contextmanager
@@ -201,19 +209,20 @@ def protected(folder: Path) -> Iterator[tuple[int, str, Path]]:
 
 def main() -> int:
     """Run the demo; return its exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-"))
     console = Console()
     try:
         with protected(folder) as (pid, address, log):
             demo = Demo(pid, address, log)
-            with demo.load:
+            with demo.load, demo.lasting:
                 if console.is_terminal:
-                    with Live(console=console, auto_refresh=True) as live:
+                    with Live(console=console) as live:
                         demo.run(live)
                 else:
                     demo.run(None)
-                whole = demo.load.stop()
-        return 0 if demo.verdict(whole) else 1
+            return 0 if demo.verdict() else 1
     except KeyboardInterrupt:
         print("interrupted; everything that was started has been stopped")
         return INTERRUPTED

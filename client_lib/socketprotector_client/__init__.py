@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .connection import Connection
     from .errors import Drained, OutOfDescriptors, ProtocolError
     from .listener import Listener
-    from .notify import notify
     from .process import draining, listener_of, on_drain, ready
+    from .sd_notify import notify
     from .serving import connections, serve
     from .streams import aserve
 
@@ -32,11 +32,10 @@ _HOMES = {
     "OutOfDescriptors": "errors",
     "ProtocolError": "errors",
     "aserve": "streams",
-    "channel": "process",
     "connections": "serving",
     "draining": "process",
     "listener_of": "process",
-    "notify": "notify",
+    "notify": "sd_notify",
     "on_drain": "process",
     "ready": "process",
     "serve": "serving",

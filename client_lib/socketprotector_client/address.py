@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import stat
 from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
 #: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
@@ -137,7 +138,8 @@ def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
 
 
 def _remove_if_stale(path: str) -> None:
-    if path.startswith("\0"):
+    # connect() refuses a regular file in the same words as a stale socket.
+    if path.startswith("\0") or not (os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         # A full backlog must read as "alive", not block.

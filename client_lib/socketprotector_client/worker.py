@@ -19,7 +19,7 @@ from .channel import Channel
 from .drain import Drain
 from .environment import read_environment
 from .intake import Intake
-from .notify import notify
+from .sd_notify import notify
 from .source import ChannelSource, ListenSource, Source
 
 #: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.

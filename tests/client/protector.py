@@ -1,0 +1,269 @@
+"""A protector for tests of the client library: a channel, RETURN lines, and no policy.
+
+It accepts where a test says so, and sends what a test says, in or out of the
+protocol.  Workers are real processes.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from socketprotector_client import wire
+
+#: How long anything may take before a test gives up; nothing waits for it to pass.
+DEADLINE_S = 30.0
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+
+
+class Worker:
+    """One process of a worker program, and our end of its RETURN line."""
+
+    def __init__(self, process: subprocess.Popen[bytes], return_line: socket.socket) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.return_line = return_line
+        self.ready_lines: list[str] = []
+
+    def read_line(self) -> str:
+        """The next line that it printed."""
+        assert self.process.stdout is not None
+        assert select.select([self.process.stdout], [], [], DEADLINE_S)[0], "it printed nothing"
+        return self.process.stdout.readline().decode().rstrip("\n")
+
+    def read_rest(self) -> list[str]:
+        """What it prints until it ends."""
+        lines = []
+        while line := self.read_line():
+            lines.append(line)
+        return lines
+
+    def read_last(self) -> str:
+        """The last line that it prints."""
+        return self.read_rest()[-1]
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended."""
+        return self.process.wait(DEADLINE_S)
+
+    def term(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def retire(self) -> None:
+        self.return_line.shutdown(socket.SHUT_WR)
+
+    def cpu_s(self) -> float:
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def close(self) -> None:
+        self.return_line.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+class Client:
+    """A client that talks in lines."""
+
+    def __init__(self, family: int, address: Any) -> None:
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.settimeout(DEADLINE_S)
+        self.socket.connect(address)
+        self._lines = self.socket.makefile("rb")
+
+    def send(self, line: str) -> None:
+        self.socket.sendall(line.encode() + b"\n")
+
+    def read(self) -> str:
+        """The next line of the answer, "" at its end."""
+        return self._lines.readline().decode().rstrip("\n")
+
+    def ask(self, line: str) -> str:
+        self.send(line)
+        return self.read()
+
+    def has_answer(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def close(self) -> None:
+        self._lines.close()
+        self.socket.close()
+
+
+class Protector:
+    """Owns listeners, one channel and workers; close() ends them all."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.listeners = [socket.create_server(("127.0.0.1", 0), backlog=1024)]
+        self.sender, self.reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self.notify.settimeout(DEADLINE_S)
+        self.notify.bind("")  # the kernel chooses an abstract name
+        self.workers: list[Worker] = []
+        self.clients: list[Client] = []
+
+    # Workers
+
+    def start(
+        self,
+        *command: str | Path,
+        alone: bool = False,
+        nofile: int | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Worker:
+        """Start a program of programs/ (or a command) and wait until it is ready."""
+        worker = self.spawn(*command, alone=alone, nofile=nofile, env=env)
+        self.wait_ready(worker)
+        return worker
+
+    def spawn(
+        self,
+        *command: str | Path,
+        alone: bool = False,
+        nofile: int | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Worker:
+        """Start it; `alone` means without a channel, as if there were no protector."""
+        if isinstance(command[0], str) and (PROGRAMS / command[0]).exists():
+            command = (sys.executable, PROGRAMS / command[0], *command[1:])
+        if nofile is not None:
+            command = ("sh", "-c", f'ulimit -n {nofile}; exec "$@"', "sh", *command)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        notify_name = "@" + self.notify.getsockname()[1:].decode()
+        environ = {**os.environ, wire.ENV_NOTIFY: notify_name, **(env or {})}
+        if not alone:
+            environ |= {
+                wire.ENV_CHANNEL: str(self.reader.fileno()),
+                wire.ENV_RETURN: str(theirs.fileno()),
+                wire.ENV_LISTENERS: wire.pack_listeners([name(one) for one in self.listeners]),
+                wire.ENV_GENERATION: "1",
+                wire.ENV_WORKER: "0",
+            }
+        with theirs, self.log.open("ab") as log:
+            process = subprocess.Popen(
+                list(map(str, command)),
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=ROOT,
+                pass_fds=() if alone else (self.reader.fileno(), theirs.fileno()),
+            )
+        self.workers.append(Worker(process, ours))
+        return self.workers[-1]
+
+    def wait_ready(self, worker: Worker) -> None:
+        while not worker.ready_lines:
+            message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
+            pid, _, _ = struct.unpack("3i", control[0][2])
+            for one in self.workers:
+                if one.pid == pid:
+                    one.ready_lines += message.decode().split("\n")
+
+    # Connections
+
+    def listen_unix(self, path: Path) -> None:
+        self.listeners.append(socket.create_server(str(path), family=socket.AF_UNIX))
+
+    def connect(self, listener: int = 0) -> Client:
+        """A client whose connection is in the queue."""
+        client = self.connect_only(listener)
+        self.hand_off(listener)
+        return client
+
+    def connect_only(self, listener: int = 0) -> Client:
+        """A client whose connection nobody has accepted yet."""
+        one = self.listeners[listener]
+        return self.client(one.family, one.getsockname())
+
+    def client(self, family: int, address: Any) -> Client:
+        self.clients.append(Client(family, address))
+        return self.clients[-1]
+
+    def hand_off(
+        self,
+        listener: int = 0,
+        *,
+        version: int = wire.VERSION,
+        kind: int = wire.KIND_CONNECTION,
+        state: bytes = b"",
+    ) -> None:
+        accepted, _ = self.listeners[listener].accept()
+        with accepted:
+            self.send(accepted.fileno(), listener, version=version, kind=kind, state=state)
+
+    def send(
+        self,
+        fd: int | None,
+        listener: int = 0,
+        *,
+        version: int = wire.VERSION,
+        kind: int = wire.KIND_CONNECTION,
+        state: bytes = b"",
+    ) -> None:
+        header = wire.HEADER.pack(version, kind, listener, len(state), time.monotonic_ns())
+        fds = array.array("i", [] if fd is None else [fd])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if fds else []
+        self.sender.sendmsg([header + state], rights)
+
+    def queued(self) -> int:
+        """How many connections nobody has taken yet."""
+        size = array.array("i", [0])
+        fcntl.ioctl(self.reader.fileno(), termios.FIONREAD, size)
+        return size[0] // wire.HEADER.size
+
+    def end_channel(self) -> None:
+        self.sender.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        for worker in self.workers:
+            worker.close()
+        for one in (*self.listeners, self.sender, self.reader, self.notify):
+            one.close()
+
+
+def name(listener: socket.socket) -> str:
+    """The name of a listener as workers are told it."""
+    address = listener.getsockname()
+    return f"unix:{address}" if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
+
+
+def until(fact: Callable[[], bool], what: str) -> None:
+    """Wait for a fact that nothing announces."""
+    deadline = time.monotonic() + DEADLINE_S
+    pause = select.poll()
+    while not fact():
+        assert time.monotonic() < deadline, f"waited in vain: {what}"
+        pause.poll(2)
+
+
+def ports_of(pid: int) -> Sequence[int]:
+    """The TCP ports that a process listens on, in order."""
+    sockets = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    ports = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                ports.append(int(fields[1].rpartition(":")[2], 16))
+    return sorted(ports)

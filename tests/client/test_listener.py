@@ -1,0 +1,166 @@
+"""The drop-in listening socket: what frameworks ask of it, and how it ends."""
+
+from __future__ import annotations
+
+import http.client
+import select
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from socketprotector_client import Connection, Listener, listener_of
+
+from tests.client.protector import Protector, until
+
+
+@pytest.fixture
+def listener(tmp_path: Path) -> Iterator[Listener]:
+    with Listener("127.0.0.1:0") as one:
+        one.listen(16)
+        yield one
+
+
+def connect(listener: Listener) -> socket.socket:
+    return socket.create_connection(listener.getsockname())
+
+
+def test_it_accepts_as_a_listening_socket_does(listener: Listener) -> None:
+    with connect(listener) as client:
+        accepted, peer = listener.accept()
+
+        with accepted:
+            assert peer == client.getsockname() == accepted.getpeername()
+            assert accepted.gettimeout() is None
+            assert (accepted.family, accepted.type) == (socket.AF_INET, socket.SOCK_STREAM)
+            client.sendall(b"hello")
+            assert accepted.recv(5) == b"hello"
+
+
+def test_it_looks_like_a_listening_socket(listener: Listener) -> None:
+    assert (listener.family, listener.type) == (socket.AF_INET, socket.SOCK_STREAM)
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+    assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with pytest.raises(OSError, match="Protocol not available"):
+        listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
+
+
+def test_a_connection_knows_where_it_came_through(listener: Listener) -> None:
+    host, port = listener.getsockname()
+    with connect(listener):
+        accepted, peer = listener.accept()
+        with accepted:
+            assert accepted.listener == listener_of(accepted) == f"tcp:{host}:{port}"
+            assert accepted.peer == peer
+            assert accepted.accepted_at_ns > 0
+
+
+def test_a_listener_without_blocking_fails_once_after_each_connection(listener: Listener) -> None:
+    listener.setblocking(False)
+    with connect(listener), connect(listener):
+        for _ in range(2):
+            assert select.select([listener], [], [], 10)[0]
+            listener.accept()[0].close()
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+
+        assert not select.select([listener], [], [], 0)[0]
+
+
+@pytest.mark.parametrize(("take", "in_a_row"), [(1, 1), (3, 3), (None, 5)])
+def test_it_takes_as_many_in_a_row_as_it_was_told(take: int | None, in_a_row: int) -> None:
+    with Listener("127.0.0.1:0", take=take) as listener:
+        listener.setblocking(False)
+        clients = [connect(listener) for _ in range(5)]
+
+        accepted: list[Connection] = [listener.accept()[0] for _ in range(in_a_row)]
+
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        for one in (*accepted, *clients):
+            one.close()
+
+
+def test_a_timeout_is_kept(listener: Listener) -> None:
+    listener.settimeout(0.01)
+
+    with pytest.raises(TimeoutError):
+        listener.accept()
+
+
+def test_shutdown_is_harmless(listener: Listener) -> None:
+    listener.shutdown(socket.SHUT_RDWR)
+
+    with connect(listener):
+        listener.accept()[0].close()
+
+
+def test_it_cannot_be_wrapped_in_tls_as_a_whole(listener: Listener) -> None:
+    with pytest.raises(OSError, match="wrap the accepted connections instead"):
+        listener.detach()
+
+
+def test_one_without_an_address_is_bound_later() -> None:
+    with Listener() as listener:
+        with pytest.raises(ValueError, match="no protector and no address"):
+            listener.listen()
+
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        with connect(listener):
+            listener.accept()[0].close()
+
+
+def test_one_on_a_path_removes_it_at_the_end(tmp_path: Path) -> None:
+    with Listener() as listener:
+        listener.bind(str(tmp_path / "socket"))
+        assert listener.family == socket.AF_UNIX
+        assert listener.getsockname() == str(tmp_path / "socket")
+
+    assert not (tmp_path / "socket").exists()
+
+
+def test_http_server_answers_and_tells_its_clients_to_go_at_drain(protector: Protector) -> None:
+    worker = protector.start("http_server.py", "0")
+    host, port = protector.listeners[0].getsockname()
+    client = http.client.HTTPConnection(host, port, timeout=30)
+    client.connect()
+    protector.hand_off()
+
+    client.request("GET", "/")
+    assert client.getresponse().read() == f"{worker.pid} False".encode()
+    protector.end_channel()
+    client.request("GET", "/")
+    response = client.getresponse()
+
+    assert response.read() == f"{worker.pid} True".encode()
+    assert response.headers["Connection"] == "close"
+    client.close()
+    assert worker.wait() == 0
+
+
+@pytest.mark.parametrize("way", ["asyncio", "thread"])
+def test_a_server_that_knows_nothing_of_draining_ends_after_its_last_client(
+    protector: Protector, way: str
+) -> None:
+    worker = protector.start("listens_bare.py", way)
+    client = protector.connect()
+    assert client.ask("hello") == "echo hello"
+
+    protector.end_channel()
+    until(lambda: client.ask("draining") == "True", "the worker notices")
+    assert client.ask("hello") == "echo hello"
+    client.close()
+
+    assert (worker.read_last(), worker.wait()) == ("cleaned up", 0)
+
+
+def test_a_main_thread_that_waits_for_ever_is_interrupted(protector: Protector) -> None:
+    worker = protector.start("listens_bare.py", "waiting main thread")
+
+    protector.end_channel()
+
+    assert worker.read_rest() == ["interrupted", "cleaned up"]
+    assert worker.wait() == 0

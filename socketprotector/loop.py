@@ -1,7 +1,7 @@
 """One thread's wait for everything: descriptors, signals and timers.
 
 `select.epoll` itself, not `selectors`: the wait is part of the path of every
-connection, and the wrapper adds 1 us to it.  Callbacks tolerate a wake-up that finds
+connection, and the wrapper adds 0.7 us to it.  Callbacks tolerate a wake-up that finds
 nothing, so an event for a number that was closed and used again does no harm.
 """
 

@@ -9,6 +9,7 @@ Source: docs/protocol.md, section "Channel"; unix(7), cmsg(3).
 from __future__ import annotations
 
 import fcntl
+import select
 import socket
 import sys
 import termios
@@ -34,6 +35,9 @@ class Channel:
         Raises OSError when the system is out of descriptors or memory.
         """
         self.read, self.write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Nothing is read here, and what a worker had sent would be an ECONNRESET for whoever
+        # takes next once this end is closed (unix_release_sock).
+        self.write.shutdown(socket.SHUT_RD)
         # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
         self.write.setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, queue * MESSAGE_CHARGE_BYTES // 2
@@ -46,6 +50,14 @@ class Channel:
         waiting = bytearray(4)
         fcntl.ioctl(self.read, termios.FIONREAD, waiting)
         return int.from_bytes(waiting, "little") // wire.HEADER.size
+
+    def is_shut(self) -> bool:
+        """Say whether a worker has shut it down, so that nothing more can be sent through it."""
+        if self.write.fileno() < 0:
+            return False  # ended by us
+        poll = select.poll()
+        poll.register(self.read, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def take_back(self) -> tuple[bytes, int] | None:
         """Receive the oldest untaken message as (header and state, descriptor).

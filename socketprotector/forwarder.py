@@ -20,13 +20,15 @@ from collections.abc import Callable, Sequence
 from socketprotector_client import wire
 
 from .channel import SEND_FLAGS, Channel
-from .listener import AGAIN, SCARCE, Listener
+from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
 
 #: Connections closer together than this were waiting: then each wake-up takes a few.  Else
 #: it takes one, because the accept that finds nothing costs 4 us (measured).
 BUSY_NS = 25_000
 BURST = 8
+#: What sending to a channel says once a worker has shut it down.
+BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 #: Waits when the system is out of descriptors or memory.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
@@ -62,7 +64,8 @@ class Forwarder:
         self._trouble = trouble
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
-        self._left_over: deque[Channel] = deque()
+        self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
+        self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
         self._full: Channel | None = None  # its write end is watched for room
         self._waiting = False  # for descriptors or memory
         self._wait_s = 0.0
@@ -85,14 +88,23 @@ class Forwarder:
         self._go_on()
 
     def drain(self, channel: Channel) -> None:
-        """Take back what nobody has taken, as far as the route has room; then end the channel."""
+        """Take back what nobody has taken, as far as the route has room; then end the channel.
+
+        Without a route its workers finish it, except where one of them has shut it down:
+        they may not look again, so it is taken back for the next route.
+        """
+        shut = channel.is_shut()
         self._reclaim(channel)
         channel.end()
+        if shut and channel.depth():
+            self._shut.append(channel)
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""
         channel.end()
         self._left_over.append(channel)
+        if channel in self._shut:
+            self._shut.remove(channel)
         self._go_on()
 
     def close_listeners(self, *, quick: bool) -> None:
@@ -117,6 +129,7 @@ class Forwarder:
             self.lost += channel.depth()
             channel.close()
         self._left_over.clear()
+        self._shut.clear()
         if self._reserve >= 0:
             os.close(self._reserve)
             self._reserve = -1
@@ -174,17 +187,27 @@ class Forwarder:
                 header, fd = self._in_hand
                 self._in_hand = None
                 self._deliver(self._route, header, fd)
+            while self._shut and self._open:
+                self._reclaim(self._shut[0])
+                if self._open:
+                    self._shut.pop(0)
             while self._left_over and self._open:
                 channel = self._left_over[0]
                 self._reclaim(channel)
-                if self._open and not channel.depth():
+                if self._open:
                     self._left_over.popleft().close()
         if self._open and self._route is not None:
+            self._accept_for(self._route)
+
+    def _accept_for(self, route: Channel) -> None:
+        try:
             for listener in self._listeners:
                 if listener.fileno() not in self._accepting:
-                    ready = self._accept_to(self._route, listener)
-                    self._accepting[listener.fileno()] = ready
+                    ready = self._accept_to(route, listener)
                     self._loop.watch(listener.fileno(), ready)
+                    self._accepting[listener.fileno()] = ready
+        except OSError as error:  # max_user_watches, or no memory
+            self._scarce("epoll_ctl", error)
 
     def _stop_accepting(self) -> None:
         for fd in self._accepting:
@@ -207,7 +230,11 @@ class Forwarder:
         while self._open and self._route not in (None, channel) and self._take_reserve():
             os.close(self._reserve)
             self._reserve = -1
-            taken = channel.take_back()
+            try:
+                taken = channel.take_back()
+            except OSError as error:
+                self._scarce("recvmsg", error)
+                return
             if taken is None:
                 self._take_reserve()
                 return
@@ -231,26 +258,33 @@ class Forwarder:
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in AGAIN:
             return
-        if error.errno in SCARCE:
-            self._scarce("accept", error)
-        elif error.errno == errno.EINVAL:
+        if error.errno == errno.EINVAL:
             # Shut down for a stop, and empty by now: it would stay readable for ever.
             self._loop.unwatch(listener.fileno())
         else:
-            raise error
+            # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has
+            # thought of it: no reason to let go of the listeners.  The socket stays readable,
+            # so only a timer helps.
+            self._scarce("accept", error)
 
     def _send_failed(self, error: OSError) -> None:
+        """Decide what the connection in hand waits for."""
         self._stop_accepting()
         if error.errno == errno.EAGAIN and self._route is not None:
-            self._full = self._route
-            self._loop.watch(self._full.write.fileno(), self._room, WRITE)
-        elif error.errno in SCARCE:
-            self._scarce("sendmsg", error)
-        elif error.errno in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+            self._await_room(self._route)
+        elif error.errno in BROKEN:
             self._route = None
             self._broken()
         else:
-            raise error
+            self._scarce("sendmsg", error)
+
+    def _await_room(self, channel: Channel) -> None:
+        try:
+            self._loop.watch(channel.write.fileno(), self._room, WRITE)
+        except OSError as error:
+            self._scarce("epoll_ctl", error)
+        else:
+            self._full = channel
 
     def _room(self) -> None:
         self._unwatch_full()
@@ -284,7 +318,8 @@ class Forwarder:
         """Close the listeners once nobody has come since the last look."""
         if self._open and not self._left_over:
             for ready in tuple(self._accepting.values()):
-                ready()
+                if self._open:  # the one before may have filled the channel, or found it broken
+                    ready()
             if self.forwarded == before and self._open and self._looked:
                 self._close_listeners()
                 self._emptied()

@@ -49,8 +49,6 @@ AGAIN = frozenset(
         errno.EPERM,
     }
 )
-#: The system is out of something.  The socket stays readable, so only a timer helps.
-SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
 
 
 class Listener:
@@ -73,9 +71,12 @@ class Listener:
             return
         program = array.array("B", _NO_NEW_CLIENTS)
         address, length = program.buffer_info()
-        self.socket.setsockopt(
-            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
-        )
+        try:
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
+            )
+        except OSError:
+            pass  # not granted (optmem_max, a locked filter): new ones come until it is closed
 
     def close(self) -> None:
         """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere."""

@@ -16,6 +16,9 @@ from collections.abc import Callable, Hashable, Iterable
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+#: Cancelled timers stay in the heap until they come up or are this many too many: a reload
+#: each second with a drain limit of a day would else keep 86,400 of them.
+_STALE = 64
 
 
 class Loop:
@@ -49,6 +52,9 @@ class Loop:
         due = time.monotonic() + seconds
         self._timers[key] = (due, self._count, callback)
         heapq.heappush(self._heap, (due, self._count, key))
+        if len(self._heap) > 2 * len(self._timers) + _STALE:
+            self._heap = [(due, count, key) for key, (due, count, _) in self._timers.items()]
+            heapq.heapify(self._heap)
 
     def extend(self, key: Hashable, seconds: float) -> None:
         """Move a running timer to so many seconds from now, if that is later."""
@@ -89,8 +95,7 @@ class Loop:
             signal.signal(number, _noted)
 
         def read() -> None:
-            # A set, because a second HUP in one breath asks for nothing that the first did not.
-            for number in dict.fromkeys(os.read(receive, 512)):
+            for number in os.read(receive, 512):
                 callback(number)
 
         self.watch(receive, read)

@@ -37,8 +37,12 @@ class NotifySocket:
         self._allowed = allowed_uids
         self.address = f"@socketprotector-{os.urandom(12).hex()}"
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.socket.bind("\0" + self.address[1:])
+        try:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            self.socket.bind("\0" + self.address[1:])
+        except OSError:
+            self.socket.close()
+            raise
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -79,6 +83,11 @@ class NotifySocket:
         self.socket.close()
 
 
+def _is_number(text: str) -> bool:
+    # isdigit() alone is true of digits that int() does not take.
+    return text.isascii() and text.isdigit()
+
+
 def parse(data: bytes) -> dict[str, str]:
     """Return the NAME=VALUE lines of a datagram; what is no such line is passed over."""
     fields = {}
@@ -97,7 +106,7 @@ class Systemd:
         usec = environment.get("WATCHDOG_USEC", "")
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
-        self.watchdog_s = int(usec) / 2_000_000 if usec.isdigit() and ours else 0.0
+        self.watchdog_s = int(usec) / 2_000_000 if _is_number(usec) and ours else 0.0
         if not self._address:
             self.watchdog_s = 0.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import select
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,6 @@ from . import words
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 _NICE = "/usr/bin/nice"
-#: Source descriptors of a spawn are moved out of the way of its targets from here on.
-_ASIDE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +36,16 @@ class Process:
     """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
 
     def __init__(self, pid: int) -> None:
+        """Raises OSError when the system is out of descriptors."""
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self._reaped = False
 
     def signal(self, number: int) -> None:
-        """Send a signal to the process; nothing happens if it has ended."""
+        """Send a signal to the process; nothing happens if it has ended.
+
+        Raises PermissionError if it has become another user's.
+        """
         if not self._reaped:
             try:
                 signal.pidfd_send_signal(self.pidfd, number)
@@ -53,6 +56,7 @@ class Process:
         """Send KILL to the process and all of its group.
 
         Only while it is not reaped: until then its number cannot be another's.
+        Raises PermissionError if all of it has become another user's.
         """
         if not self._reaped:
             try:
@@ -60,9 +64,19 @@ class Process:
             except ProcessLookupError:
                 self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
 
+    def has_ended(self) -> bool:
+        """Say whether it has ended, reaped or not."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
     def reap(self) -> tuple[bool, str] | None:
         """Return (whether it exited with status 0, how it ended), or None while it runs."""
-        result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        try:
+            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+        except ChildProcessError:  # somebody traces it, or has taken its status
+            self._reaped = True
+            return False, "ended, nobody knows how"
         if result is None:
             return None
         self._reaped = True
@@ -71,9 +85,20 @@ class Process:
         clean = exited and result.si_status == 0
         return clean, words.ended(exited, result.si_status, dumped=dumped)
 
+    def destroy(self) -> None:
+        """Kill it with its group and wait for its end."""
+        _destroy(self.pid)
+        self._reaped = True
+
     def close(self) -> None:
         """Close the pidfd."""
         os.close(self.pidfd)
+
+
+def _destroy(pid: int) -> None:
+    """Kill a child that was not reaped yet, and its group; take its status."""
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int]) -> Process:
@@ -81,7 +106,8 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
 
     extra: environment on top of the program's.  descriptors: number in the child ->
     ours, which stays ours; nothing else than these and 0, 1, 2 is inherited, with
-    /dev/null as 0.  Raises OSError with the reason of posix_spawn, or of its directory.
+    /dev/null as 0.  Raises OSError with the reason of posix_spawn, or of its directory, and
+    ValueError for a limit above the hard one or a NUL in the environment; then no process is left.
 
     posix_spawn sets neither directory, umask nor limits, so they are set here around
     it and put back: this process has one thread.  A nice value could not be put back
@@ -90,18 +116,18 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
     path, argv = program.path, program.argv
     if program.nice:
         path, argv = _NICE, ("nice", "-n", str(program.nice), program.path, *argv[1:])
-    aside = [_moved(source) for source in descriptors.values()]
     actions: list[tuple[int, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),  # type: ignore[list-item]
-        *(
-            (os.POSIX_SPAWN_DUP2, ours, theirs)
-            for theirs, ours in zip(descriptors, aside, strict=True)
-        ),
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
     limits = {_LIMITS[name]: value for name, value in program.limits}
     kept = {which: resource.getrlimit(which) for which in limits}
+    aside: list[int] = []
     umask = os.umask(program.umask)
     try:
+        for theirs, ours in descriptors.items():
+            # Out of the way first: a target's number may be another source's.
+            aside.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1))
+            actions.append((os.POSIX_SPAWN_DUP2, aside[-1], theirs))
         os.chdir(program.directory)
         for which, value in limits.items():
             resource.setrlimit(which, (value, kept[which][1]))
@@ -121,12 +147,11 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
         os.chdir("/")
         for fd in aside:
             os.close(fd)
-    return Process(pid)
-
-
-def _moved(fd: int) -> int:
-    """Duplicate a descriptor to a number that no target of a spawn has."""
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ASIDE)
+    try:
+        return Process(pid)
+    except OSError:
+        _destroy(pid)  # nobody would ever learn of its end
+        raise
 
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:

@@ -58,6 +58,8 @@ class Supervisor:
         self._effects = effects(self.post)
         # Before our handlers replace it: whoever ignored HUP (nohup) wants to outlive the terminal.
         self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        # Ignored by the caller, it would have the kernel throw away how workers ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         loop.catch(_SIGNALS, self._signalled)
         # They were blocked before the exec, so that none of them could come too early.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "tests" / "workers"
 COMMAND = (sys.executable, "-m", "socketprotector")
 DEADLINE_S = 30.0
-#: In the environment of whatever a test starts, so that what it leaves behind is found.
-MARK = "SOCKETPROTECTOR_TEST_MARK"
+#: In the environment of whatever a test starts, so that what it leaves behind is found.  Not
+#: SOCKETPROTECTOR_*, which never reaches a worker.
+MARK = "TEST_OF_SOCKETPROTECTOR"
 
 
 class Lines:

@@ -1,0 +1,244 @@
+"""The worker processes behind the numbers: start them, hear them, signal them, see them end.
+
+Effects says what is to be done with a worker; what comes back is an event.  Each worker
+here owns its process, its notify socket and our end of its RETURN line.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from socketprotector_client import wire
+
+from .channel import Channel
+from .events import Event, Sign, TimeExtended, WorkerExited, WorkerReady
+from .log import Log
+from .loop import Loop
+from .notify import NotifySocket
+from .output import Output
+from .process import Process, Program, spawn
+from .settings import Settings
+
+#: Where a worker finds its channel and its RETURN line.
+_CHANNEL_FD, _RETURN_FD = 3, 4
+#: Messages heard in one go: whoever sends without end must not keep us from the rest.
+#: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
+#: a worker's end is missed.
+_HEARD_AT_ONCE = 1024
+#: Microseconds a worker may ask for, in digits: some 30 years.
+_USEC_DIGITS = 15
+
+
+@dataclass(slots=True)
+class _Worker:
+    generation: int
+    channel: Channel  # its generation's, not ours to close
+    process: Process
+    notify: NotifySocket
+    line: socket.socket  # our end of its RETURN line
+    mark: int  # where the output stood when it began
+    ready_at: float | None = None  # it said so, or its timer did
+    died_saying_so: bool = False
+
+    def close(self) -> None:
+        self.process.close()
+        self.notify.close()
+        self.line.close()
+
+
+class Crew:
+    """All workers that live."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        loop: Loop,
+        log: Log,
+        output: Output,
+        post: Callable[[Event], None],
+        broken: Callable[[int], None],
+    ) -> None:
+        """`broken` is told the generation whose channel a worker had shut down before it ended."""
+        self._settings = settings
+        self._loop = loop
+        self._log = log
+        self._output = output
+        self._post = post
+        self._broken = broken
+        self._listeners = wire.pack_listeners([each.address for each in settings.listeners])
+        self._uids = frozenset(
+            {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
+        )
+        self._workers: dict[int, _Worker] = {}
+
+    # -- orders --------------------------------------------------------------
+
+    def spawn(self, number: int, slot: int, generation: int, program: Program, to: Channel) -> None:
+        """Start a worker on the channel `to`.  What fails is its exit."""
+        try:
+            worker = self._start(slot, generation, program, to)
+        except (OSError, ValueError) as error:
+            self._post(WorkerExited(number, f"cannot start: {what_failed(error)}"))
+            return
+        try:
+            self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
+            self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
+        except OSError as error:
+            self._loop.unwatch(worker.process.pidfd)
+            worker.process.destroy()
+            worker.close()
+            self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
+            return
+        self._workers[number] = worker
+        after_s = self._settings.ready_after_s
+        if after_s is not None:
+            self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
+        self._log.write(
+            "info",
+            "spawned",
+            generation=generation,
+            worker=number,
+            slot=slot,
+            pid=worker.process.pid,
+        )
+
+    def signal(self, number: int, sign: Sign) -> None:
+        """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
+        worker = self._workers.get(number)
+        if worker is None:
+            return
+        try:
+            if sign is Sign.KILL:
+                worker.process.kill_group()
+            else:
+                worker.process.signal(signal.SIGTERM)
+        except PermissionError as error:  # it has become another user's
+            self._log.write(
+                "error",
+                "cannot-signal",
+                worker=number,
+                pid=worker.process.pid,
+                signal=sign.value,
+                error=error.strerror,
+            )
+            return
+        self._log.write("info", "signalled", worker=number, signal=sign.value)
+
+    def retire(self, number: int) -> None:
+        """End a worker's RETURN line; what it says on it can still be heard."""
+        worker = self._workers.get(number)
+        if worker is not None:
+            worker.line.shutdown(socket.SHUT_WR)
+            self._log.write("info", "retired", worker=number)
+
+    # -- what comes back -----------------------------------------------------
+
+    def _start(self, slot: int, generation: int, program: Program, to: Channel) -> _Worker:
+        """Start the process with all it needs; nothing is left of it when that raises."""
+        closing: list[socket.socket | NotifySocket] = []
+        try:
+            notify = NotifySocket(self._uids)
+            closing.append(notify)
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            closing.extend((ours, theirs))
+            mark = self._output.mark()
+            process = spawn(
+                program,
+                {
+                    wire.ENV_CHANNEL: str(_CHANNEL_FD),
+                    wire.ENV_RETURN: str(_RETURN_FD),
+                    wire.ENV_LISTENERS: self._listeners,
+                    wire.ENV_GENERATION: str(generation),
+                    wire.ENV_WORKER: str(slot),
+                    wire.ENV_NOTIFY: notify.address,
+                },
+                {_CHANNEL_FD: to.read.fileno(), _RETURN_FD: theirs.fileno()},
+            )
+        except BaseException:
+            for each in closing:
+                each.close()
+            raise
+        theirs.close()
+        return _Worker(generation, to, process, notify, ours, mark)
+
+    def _heard(self, number: int) -> None:
+        """Handle what a worker has said on its notify socket."""
+        worker = self._workers[number]
+        for _ in range(_HEARD_AT_ONCE):
+            message = worker.notify.receive(worker.process.pid)
+            if message is None:
+                return
+            fields = message.fields
+            if fields.get("READY") == "1" and self._settings.ready_after_s is None:
+                self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
+            usec = fields.get("EXTEND_TIMEOUT_USEC", "")
+            # isdigit() alone is true of digits that int() does not take.
+            if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
+                self._post(TimeExtended(number, int(usec) / 1_000_000))
+            if "STATUS" in fields:
+                self._log.write("debug", "status", worker=number, status=fields["STATUS"])
+            if message.barrier >= 0:
+                os.close(message.barrier)
+
+    def _is_ready(self, number: int, *, retires: bool = False) -> None:
+        worker = self._workers.get(number)
+        if worker is None or worker.ready_at is not None:
+            return
+        worker.ready_at = time.monotonic()
+        if worker.process.has_ended():
+            worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
+            return
+        self._log.write("info", "worker-ready", generation=worker.generation, worker=number)
+        self._post(WorkerReady(number, retires))
+
+    def _ended(self, number: int) -> None:
+        """Take in a worker's end, after what it had still said."""
+        self._heard(number)
+        worker = self._workers[number]
+        result = worker.process.reap()
+        if result is None:
+            return
+        clean, how = result
+        del self._workers[number]
+        self._loop.unwatch(worker.process.pidfd)
+        self._loop.unwatch(worker.notify.fileno())
+        self._loop.cancel(("ready", number))
+        worker.close()
+        self._log.write("info", "exited", generation=worker.generation, worker=number, how=how)
+        if worker.channel.is_shut():
+            self._broken(worker.generation)  # else each replacement would read end of file
+        detached = clean and worker.ready_at is None
+        reason, served_s = how, 0.0
+        if worker.ready_at is None or worker.died_saying_so:
+            reason = self._why(worker, how, detached=detached)
+        else:
+            served_s = time.monotonic() - worker.ready_at
+        waiting = worker.channel.depth()
+        self._post(WorkerExited(number, reason, served_s, waiting, detached))
+
+    def _why(self, worker: _Worker, how: str, *, detached: bool) -> str:
+        """Say why a worker that never served has ended, as far as can be known."""
+        when = "as soon as it was ready" if worker.died_saying_so else "before it was ready"
+        reason = f"{self._settings.command[0]} {how} {when}"
+        if detached:
+            reason += "; does it detach itself? run it in the foreground"
+        last = self._output.last_words(worker.mark)
+        return f"{reason}; its last words:\n{last}" if last else reason
+
+
+_RETIRES = wire.RETIRES_ON_RETURN.split("=")
+
+
+def what_failed(error: Exception) -> str:
+    """Say an error's cause and the file it is about."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

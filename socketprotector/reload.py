@@ -38,9 +38,7 @@ def reload_requested(step: Step) -> None:
 def begin_if_wanted(step: Step) -> None:
     """Begin the reload that is wanted, unless one (or the first start) is in progress."""
     fleet = step.fleet
-    if not fleet.reload_wanted or not fleet.served:
-        return
-    if fleet.incoming or fleet.to_open is Next.FRESH:
+    if not fleet.reload_wanted or fleet.incoming or fleet.to_open is Next.FRESH:
         return
     # Where a back-off runs nobody serves: whoever asks for a reload wants it now.
     step.cancel(Wait.OPEN)
@@ -81,9 +79,7 @@ def _open(step: Step, which: Next) -> None:
 
 
 def _recover(step: Step, delay_s: float) -> None:
-    """Nobody serves: open the last good command again; a wanted reload takes its place."""
-    if step.fleet.reload_wanted:
-        return
+    """Nobody serves: open the last good command again."""
     step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     if delay_s > 0:
         step.start(Wait.OPEN, 0, delay_s)

@@ -52,7 +52,7 @@ def _without(fleet: Fleet, generation: Generation, worker: Worker) -> Fleet:
 def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
     """Say whether what waits in this queue would be lost without another worker."""
     generation = fleet.generation(number)
-    if generation is None or generation.phase is not Phase.DRAINING or generation.ending:
+    if generation is None or generation.ending:
         return False
     taken_care_of = generation.takers or any(not w.alive for w in generation.workers)
     return fleet.queue_is_last and not taken_care_of

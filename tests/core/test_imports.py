@@ -17,10 +17,12 @@ CLIENT = ROOT / "client_lib" / "socketprotector_client"
 #: From top to bottom.  A module imports from its own layer and from those below it.
 LAYERS = {
     "entry": {"__main__", "cli", "ctl", "launch", "resident"},
-    "shell": {"supervisor", "effects", "forwarder", "launcher", "output", "adopt", "control"},
+    "shell": {
+        *{"adopt", "control", "crew", "effects", "forwarder", "launcher", "output", "supervisor"},
+    },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
-        *{"address", "channel", "door", "envfile", "listener", "log", "loop", "notify"},
+        *{"address", "channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
         *{"pidfile", "process", "relay", "scoreboard"},
     },
     "values": {"__init__", "errors", "events", "fleet", "settings", "words"},
@@ -80,7 +82,9 @@ def test_imports_between_the_daemons_modules_go_downward(module: str) -> None:
         "add it to LAYERS in tests/core/test_imports.py (and to ARCHITECTURE.md)"
     )
 
-    upward = {other for other in siblings(module) if DEPTH.get(other, 0) < DEPTH[module]}
+    upward = {
+        other for other in siblings(module) if DEPTH.get(other, DEPTH[module]) < DEPTH[module]
+    }
 
     assert not upward, f"{module} imports from a layer above its own: {sorted(upward)}"
 

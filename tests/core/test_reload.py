@@ -387,6 +387,22 @@ def test_a_reload_does_not_wait_for_the_end_of_a_back_off(story: Story) -> None:
     ]
 
 
+def test_a_reload_asked_for_while_the_old_generation_drains_is_made_too(story: Story) -> None:
+    story.given_serving(STOP_FIRST).and_also(ReloadRequested())
+
+    assert story.when(ReloadRequested()) == []
+    story.when(WorkerExited(1, "exited with status 0"))
+    assert story.when(WorkerReady(2)) == [
+        CancelTimer(Deadline(Wait.START, 2)),
+        RouteTo(2),
+        Report(News.RELOADED, 2),
+        Report(News.RELOADING),
+        RouteTo(None),
+        Drain(2),
+        StartTimer(Deadline(Wait.DRAIN, 2), 30.0),
+    ]
+
+
 def test_stop_first_with_every_worker_dead_starts_the_new_generation_at_once(
     story: Story,
 ) -> None:
@@ -438,6 +454,15 @@ def test_a_release_that_breaks_each_channel_is_started_with_a_growing_delay(
         Drain(3),
         StartTimer(Deadline(Wait.OPEN), 0.1),
     ]
+
+
+def test_a_channel_that_breaks_after_ten_seconds_of_service_starts_a_new_count(
+    story: Story,
+) -> None:
+    story.given_serving()
+    story.and_also(ChannelBroken(1), WorkerReady(2), ChannelBroken(2), WorkerReady(3))
+
+    assert story.when(ChannelBroken(3, served_s=10.0))[3:] == opened(4, worker=4, fresh=False)
 
 
 def test_a_broken_channel_during_a_reload_leaves_it_to_the_new_generation(story: Story) -> None:

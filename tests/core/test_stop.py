@@ -15,6 +15,7 @@ from socketprotector.events import (
     ReloadRequested,
     Report,
     RouteTo,
+    ScaleRequested,
     Sign,
     Signal,
     Spawn,
@@ -94,6 +95,17 @@ def test_a_worker_of_a_stop_is_not_replaced_while_another_takes_what_waits(story
     story.given_serving(workers=2).and_also(StopRequested(), BacklogEmptied())
 
     assert story.when(WorkerExited(1, CRASHED, waiting=3)) == []
+
+
+def test_a_generation_that_was_told_to_end_gets_no_worker_more(story: Story) -> None:
+    story.given_serving(Policy(drain_timeout_s=9.0)).and_also(ReloadRequested(), WorkerReady(2))
+    story.when_over(Wait.DRAIN, 1)
+    story.and_also(StopRequested(), BacklogEmptied())
+
+    assert story.when(WorkerExited(1, "killed by SIGTERM", waiting=3)) == [
+        CancelTimer(Deadline(Wait.KILL, 1)),
+        Release(1),
+    ]
 
 
 def test_in_a_crash_loop_a_stop_spawns_one_worker_at_once_for_what_may_wait(
@@ -222,6 +234,13 @@ def test_a_stop_while_settling_lets_both_generations_finish(story: Story) -> Non
         StartTimer(Deadline(Wait.STOP), 30.0),
     ]
     assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(2)]
+
+
+def test_workers_asked_for_while_settling_are_not_spawned_for_a_stop(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0))
+    story.and_also(ReloadRequested(), WorkerReady(2), ScaleRequested(+1))
+
+    assert not any(isinstance(action, Spawn) for action in story.when(StopRequested()))
 
 
 def test_a_quick_stop_while_settling_ends_both_generations(story: Story) -> None:

@@ -60,6 +60,13 @@ def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> No
     ]
 
 
+def test_the_delay_grows_from_one_quick_death_to_the_next(story: Story) -> None:
+    story.given_serving().and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
+    story.when_over(Wait.WORKER_RESPAWN, 4)
+
+    assert StartTimer(Deadline(Wait.WORKER_RESPAWN, 5), 0.2) in story.when(WorkerExited(4, CRASHED))
+
+
 def test_a_death_after_ten_seconds_of_service_is_no_quick_one(story: Story) -> None:
     story.given_serving()
     story.and_also(WorkerExited(1, CRASHED), WorkerExited(2, CRASHED), WorkerReady(3))
@@ -117,6 +124,14 @@ def test_one_more_worker_is_spawned_into_the_serving_generation(story: Story) ->
         Spawn(1, worker=2, slot=1),
         StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
     ]
+
+
+def test_each_new_worker_gets_a_slot_of_its_own(story: Story) -> None:
+    story.given_serving()
+
+    spawned = [a for a in story.when(ScaleRequested(+2)) if isinstance(a, Spawn)]
+
+    assert spawned == [Spawn(1, worker=2, slot=1), Spawn(1, worker=3, slot=2)]
 
 
 def test_of_too_many_the_one_in_the_highest_slot_leaves_by_its_return_line(story: Story) -> None:

@@ -154,6 +154,8 @@ class World:
     def check(self) -> None:
         fleet = self.fleet
         assert fleet.timers == self.timers
+        for deadline in self.timers:
+            assert self.is_about_something(deadline), f"a timer for what is gone: {deadline}"
         assert [g.number for g in fleet.generations] == sorted(self.channels)
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
             assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
@@ -178,6 +180,17 @@ class World:
         if fleet.stopping is Stop.QUICK:
             assert all(generation.ending for generation in fleet.generations)
             assert self.listeners == "closed"
+
+    def is_about_something(self, deadline: Deadline) -> bool:
+        match deadline.wait:
+            case Wait.OPEN:
+                return self.fleet.to_open is not None
+            case Wait.STOP:
+                return self.fleet.stopping is Stop.GRACEFUL
+            case Wait.START | Wait.SETTLE | Wait.DRAIN | Wait.KILL:
+                return self.fleet.generation(deadline.target) is not None
+            case _:
+                return self.fleet.find(deadline.target) is not None
 
     def runs(self, wait: Wait, target: int = 0) -> bool:
         return Deadline(wait, target) in self.timers

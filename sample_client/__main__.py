@@ -39,7 +39,7 @@ def main() -> int:
     """Run the command; return its exit status."""
     try:
         port, pause_s = sys.argv[1], float(sys.argv[2]) if sys.argv[2:] else 0.0
-        if sys.argv[3:] or not port.isdecimal() or pause_s < 0:
+        if sys.argv[3:] or not 0 <= int(port) < 65536 or not 0 <= pause_s < 1e9:
             raise ValueError
     except (IndexError, ValueError):
         print(USAGE, file=sys.stderr)

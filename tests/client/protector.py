@@ -115,7 +115,6 @@ class Protector:
         self.sender, self.reader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.notify.settimeout(DEADLINE_S)
         self.notify.bind("")  # the kernel chooses an abstract name
         self.workers: list[Worker] = []
         self.clients: list[Client] = []
@@ -142,7 +141,7 @@ class Protector:
         env: dict[str, str] | None = None,
     ) -> Worker:
         """Start it; `alone` means without a channel, as if there were no protector."""
-        if isinstance(command[0], str) and (PROGRAMS / command[0]).exists():
+        if isinstance(command[0], str) and command[0].endswith(".py"):
             command = (sys.executable, PROGRAMS / command[0], *command[1:])
         if nofile is not None:
             command = ("sh", "-c", f'ulimit -n {nofile}; exec "$@"', "sh", *command)
@@ -164,6 +163,7 @@ class Protector:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
+                bufsize=0,  # or lines would hide from select
                 cwd=ROOT,
                 pass_fds=() if alone else (self.reader.fileno(), theirs.fileno()),
             )
@@ -171,7 +171,16 @@ class Protector:
         return self.workers[-1]
 
     def wait_ready(self, worker: Worker) -> None:
+        pidfd = os.pidfd_open(worker.pid)
+        try:
+            self._hear_until_ready(worker, pidfd)
+        finally:
+            os.close(pidfd)
+
+    def _hear_until_ready(self, worker: Worker, pidfd: int) -> None:
         while not worker.ready_lines:
+            heard = select.select([self.notify, pidfd], [], [], DEADLINE_S)[0]
+            assert self.notify in heard, "it ended, or said nothing"
             message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
             pid, _, _ = struct.unpack("3i", control[0][2])
             for one in self.workers:

@@ -1,4 +1,4 @@
-"""A worker whose child shares its descriptors; the child tells how it fares."""
+"""Workers that fork: children that serve, that wait, and that share a Listener."""
 
 from __future__ import annotations
 
@@ -12,33 +12,39 @@ from tests.client.programs.talk import say, talk
 
 
 def fork_and_talk(connection: Connection, peer: object) -> None:
-    """Fork a child that waits to be killed, while this process serves on."""
+    """Fork a child that waits to be killed, while this process goes on."""
     child = os.fork()
     if not child:
         say(f"child {os.getpid()}")
         signal.pause()
     talk(connection)
+    os.waitpid(child, 0)
 
 
-def prefork() -> None:
-    """Two processes that accept from one Listener made before the fork."""
-    listener = Listener()
-    listener.listen()
-    child = os.fork()
+def accept_for_ever(listener: Listener) -> None:
     while True:
         connection, _ = listener.accept()
         talk(connection)
-        if child and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG):
-            child = 0
 
 
-if sys.argv[1] == "serve":
-    serve(fork_and_talk, threads=4)
-elif sys.argv[1] == "connections":
+if sys.argv[1] == "child waits":
+    serve(fork_and_talk, threads=2)
+elif sys.argv[1] == "child serves":
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for connection, _ in connections():
         if not os.fork():
             talk(connection)
             os._exit(0)
         connection.close()
-else:
-    prefork()
+elif sys.argv[1] == "prefork":
+    shared = Listener(limit=1)
+    shared.listen()
+    child = os.fork()
+    if not child:
+        accept_for_ever(shared)
+    say(f"child {child}")
+    try:
+        accept_for_ever(shared)
+    finally:
+        say(f"child ended {os.waitpid(child, 0)[1]}")
+say("ended")

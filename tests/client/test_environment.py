@@ -1,0 +1,89 @@
+"""What a worker makes of its environment, and what importing costs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import socketprotector_client
+from socketprotector_client import ProtocolError, wire
+from socketprotector_client.environment import Environment, read_environment
+
+
+@pytest.fixture
+def fds() -> Iterator[tuple[int, int, int]]:
+    pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with pair[0], pair[1], open(os.devnull) as scoreboard:
+        numbers = pair[0].fileno(), pair[1].fileno(), scoreboard.fileno()
+        for fd in numbers:
+            os.set_inheritable(fd, True)
+        yield numbers
+
+
+def environ(fds: tuple[int, int, int]) -> dict[str, str]:
+    return {
+        wire.ENV_CHANNEL: str(fds[0]),
+        wire.ENV_RETURN: str(fds[1]),
+        wire.ENV_LISTENERS: wire.pack_listeners(["tcp:0.0.0.0:80", "unix:/run/a b", "-"]),
+        wire.ENV_GENERATION: "7",
+        wire.ENV_WORKER: "3",
+        wire.ENV_SCOREBOARD: f"{fds[2]}:4096",
+    }
+
+
+def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
+    fds: tuple[int, int, int],
+) -> None:
+    assert read_environment(environ(fds)) == Environment(
+        channel_fd=fds[0],
+        return_fd=fds[1],
+        listeners=("tcp:0.0.0.0:80", "unix:/run/a b", "-"),
+        generation=7,
+        worker=3,
+    )
+    assert [os.get_inheritable(fd) for fd in fds] == [False] * 3
+
+
+def test_only_the_channel_is_needed(fds: tuple[int, int, int]) -> None:
+    found = read_environment({wire.ENV_CHANNEL: str(fds[0])})
+
+    assert found == Environment(fds[0], return_fd=-1, listeners=(), generation=0, worker=0)
+
+
+def test_without_the_variable_there_is_no_protector() -> None:
+    assert read_environment({}) is None
+
+
+def test_a_variable_inherited_without_its_descriptor_is_explained(
+    fds: tuple[int, int, int],
+) -> None:
+    free = os.dup(0)
+    os.close(free)
+    for number in (free, 0, fds[2]):
+        with pytest.raises(ProtocolError, match="inherits the variable but not the descriptor"):
+            read_environment({wire.ENV_CHANNEL: str(number)})
+
+
+def test_a_variable_that_is_no_number_is_named() -> None:
+    with pytest.raises(ProtocolError, match="cannot use SOCKETPROTECTOR_CHANNEL='x'"):
+        read_environment({wire.ENV_CHANNEL: "x"})
+
+
+def test_every_public_name_is_there() -> None:
+    for name in socketprotector_client.__all__:
+        assert getattr(socketprotector_client, name) is not None
+    with pytest.raises(AttributeError):
+        _ = socketprotector_client.nothing_of_that_name
+
+
+def test_the_wire_format_costs_no_other_import() -> None:
+    code = (
+        "import sys; from socketprotector_client import wire; "
+        "print([name for name in ('socket', 'asyncio', 'logging') if name in sys.modules])"
+    )
+
+    assert subprocess.check_output([sys.executable, "-c", code]) == b"[]\n"

@@ -3,17 +3,18 @@
 Runs in the launching process only, so that whatever is wrong is said on the operator's
 terminal before anything has changed.
 
-Source: bind(2), tcp(7), ipv6(7), unix(7), flock(2).
+Source: bind(2), tcp(7), ipv6(7), unix(7).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import grp
 import os
 import pwd
 import socket
+import stat
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
@@ -21,6 +22,7 @@ from urllib.parse import parse_qsl
 import psutil
 
 from .errors import Refusal, SystemRefused, UsageError
+from .folder import locked
 from .settings import ListenerSettings
 
 _TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "v6only")
@@ -29,6 +31,7 @@ _PATH_MAX_BYTES = 107
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
 _IP_FREEBIND = 15
+_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,13 @@ class Bound:
         """Close it, and remove the socket file it made."""
         self.socket.close()
         if self.settings.inode:
-            os.unlink(self.settings.address.removeprefix("unix:"))
+            path = self.settings.address.removeprefix("unix:")
+            try:
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+                    os.unlink(path)
+            except OSError:
+                pass  # removed already
 
 
 def parse(text: str, directory: str) -> Listen:
@@ -65,7 +74,12 @@ def parse(text: str, directory: str) -> Listen:
     Raises UsageError with the argument and what is allowed.
     """
     body, _, query = text.partition("?")
-    if body.startswith("udp:") or (body[:1] == "u" and body[1:].isdigit()):
+    lower = body.lower()
+    if (
+        lower.startswith("udp:")
+        or lower.endswith("/udp")
+        or (lower[:1] == "u" and _whole(lower[1:]))
+    ):
         raise UsageError(
             f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
         )
@@ -81,7 +95,7 @@ def parse(text: str, directory: str) -> Listen:
     host, colon, port = body.rpartition(":")
     if colon and (not host or (":" in host and not host.startswith("["))):
         raise UsageError(f"{text}: write PORT, HOST:PORT, [HOST6]:PORT or unix:PATH")
-    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+    if not _whole(port) or int(port) > 65535:
         raise UsageError(f"{text}: the port must be a number from 0 to 65535")
     return Listen(
         text,
@@ -96,17 +110,23 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
     for name, value in found.items():
         if name not in allowed:
             raise UsageError(f"{text}: unknown option {name}; allowed: {', '.join(allowed)}")
-        if name in ("backlog", "defer_accept") and not (value.isdigit() and int(value) > 0):
+        if name in ("backlog", "defer_accept") and not (_whole(value) and 0 < int(value) < 2**31):
             raise UsageError(f"{text}: {name} must be a whole number above 0")
+        if name == "device" and not value:
+            raise UsageError(f"{text}: device needs a name, like eth0")
         if name in ("v6only", "freebind") and value not in ("0", "1"):
             raise UsageError(f"{text}: {name} must be 0 or 1")
         if name == "mode":
             _number(text, "mode", value)
         if name == "user":
-            _lookup(text, "user", value, lambda name: pwd.getpwnam(name).pw_uid)
+            _uid(text, value)
         if name == "group":
-            _lookup(text, "group", value, lambda name: grp.getgrnam(name).gr_gid)
+            _gid(text, value)
     return found
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() and text.isdigit()
 
 
 def _number(text: str, name: str, value: str) -> int:
@@ -119,13 +139,18 @@ def _number(text: str, name: str, value: str) -> int:
     return mode
 
 
-def _lookup(text: str, what: str, value: str, find: Callable[[str], int]) -> int:
-    if value.isdigit():
-        return int(value)
+def _uid(text: str, user: str) -> int:
     try:
-        return find(value)
+        return int(user) if _whole(user) else pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise UsageError(f"{text}: unknown {what} {value}") from None
+        raise UsageError(f"{text}: unknown user {user}") from None
+
+
+def _gid(text: str, group: str) -> int:
+    try:
+        return int(group) if _whole(group) else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UsageError(f"{text}: unknown group {group}") from None
 
 
 def bind_all(
@@ -161,6 +186,8 @@ def _addresses(
     listen: Listen, notice: Callable[[str], None]
 ) -> list[tuple[socket.AddressFamily, str]]:
     """Return the (family, numeric host) pairs that a LISTEN argument means."""
+    if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
+        return [(socket.AF_INET6, "::")]  # takes IPv4 too
     if listen.host is None:
         found = [(socket.AF_INET, "0.0.0.0")]
         if _has_ipv6():
@@ -178,15 +205,20 @@ def _addresses(
             f"cannot resolve {listen.host} in {listen.text}: {reason}; check the name, "
             "or write the address as a number"
         ) from error
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+    found = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+    usable = [each for each in found if each[0] != socket.AF_INET6 or _has_ipv6()]
+    if usable and usable != found:
+        notice(f"{listen.text}: no IPv6 here; listening on {usable[0][1]} only")
+    return usable or found
 
 
 def _has_ipv6() -> bool:
+    """Whether an IPv6 socket can be bound: the kernel may lack it, or have it turned off."""
     try:
         with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
             probe.bind(("::1", 0))
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
     return True
 
 
@@ -246,7 +278,7 @@ def _bind_one(
 def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
     what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
     if error.errno == errno.EADDRINUSE:
-        return SystemRefused(f"{what}; {_holder(port)}")
+        return SystemRefused(f"{what}; {_holder(host, port)}")
     if error.errno == errno.EACCES:
         return SystemRefused(
             f"{what}; a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
@@ -259,20 +291,27 @@ def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusa
     return SystemRefused(f"{what}; check the address and its options")
 
 
-def _holder(port: int) -> str:
-    """Say which process listens on a port, where the system tells."""
+def _holder(host: str, port: int) -> str:
+    """Say which process listens there, where the system tells."""
+    pid = None
     try:
         for connection in psutil.net_connections("tcp"):
             if connection.status != psutil.CONN_LISTEN or not connection.laddr:
                 continue
-            if connection.laddr.port == port:
-                if connection.pid is None:
-                    break
-                name = psutil.Process(connection.pid).name()
-                return f"process {connection.pid} ({name}) has it: stop that, or choose another"
+            there = {connection.laddr.ip, host} & {"0.0.0.0", "::"}
+            if connection.laddr.port == port and (there or connection.laddr.ip == host):
+                pid = pid or connection.pid
+    except (psutil.Error, OSError):
+        pass  # no /proc, or it is closed to us
+    return f"{_called(pid)} has it: stop that, or choose another"
+
+
+def _called(pid: int | None) -> str:
+    """Name a process by its number and program."""
+    try:
+        return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
     except psutil.Error:
-        pass
-    return "another program has it: stop that, or choose another"
+        return f"process {pid}"
 
 
 # -- UNIX ----------------------------------------------------------------------
@@ -294,7 +333,10 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
         sock.close()
         what = f"cannot listen on {listen.text}: {error.strerror}"
         if error.errno == errno.EADDRINUSE:
-            raise SystemRefused(f"{what}; a living program has it: stop that first") from error
+            who = _called(_peer("\0" + path[1:] if path.startswith("@") else path))
+            raise SystemRefused(f"{what}; {who} has it: stop that, or choose another") from error
+        if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
+            raise SystemRefused(f"{what}; to give a socket away needs root") from error
         raise SystemRefused(f"{what}; check the folder, its rights and the options") from error
     except BaseException:
         sock.close()
@@ -304,10 +346,7 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
 
 def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> ListenerSettings:
     """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # Two starters that both find a stale file must not remove each other's new one.
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with locked(path):
         stale = _is_stale(path)
         if dry:
             if not os.access(os.path.dirname(path), os.W_OK):
@@ -323,41 +362,56 @@ def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> 
         finally:
             if before is not None:
                 os.umask(before)
-        found = os.lstat(path)
-        user, group = listen.options.get("user"), listen.options.get("group")
-        if user is not None or group is not None:
-            uid = (
-                -1 if user is None else _lookup("", "user", user, lambda n: pwd.getpwnam(n).pw_uid)
-            )
-            gid = (
-                -1
-                if group is None
-                else _lookup("", "group", group, lambda n: grp.getgrnam(n).gr_gid)
-            )
-            try:
-                os.chown(path, uid, gid, follow_symlinks=False)
-            except OSError:
-                os.unlink(path)
-                raise
-        return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
-    finally:
-        os.close(folder)
+        try:
+            _give(path, listen)
+            found = os.lstat(path)
+        except OSError:
+            os.unlink(path)
+            raise
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
+
+
+def _give(path: str, listen: Listen) -> None:
+    """Give a socket file to the user and group that were asked for."""
+    user, group = listen.options.get("user"), listen.options.get("group")
+    uid = -1 if user is None else _uid(listen.text, user)
+    gid = -1 if group is None else _gid(listen.text, group)
+    if (uid, gid) != (-1, -1):
+        os.chown(path, uid, gid, follow_symlinks=False)
 
 
 def _is_stale(path: str) -> bool:
     """Whether a socket file is there that nobody listens on.
 
-    Raises OSError(EADDRINUSE) when somebody does, and for a file that is no socket.
+    Raises OSError(EADDRINUSE) when somebody does, and OSError(EEXIST) for what is no socket.
     """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(path)
-        except FileNotFoundError:
-            return False
         except ConnectionRefusedError:
-            if os.path.islink(path):
-                raise OSError(errno.EADDRINUSE, "it is a symbolic link") from None
             return True
         except BlockingIOError:
             pass  # its backlog is full: somebody lives there
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+            # a datagram socket, and somebody has it open
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _peer(address: str) -> int | None:
+    """Return the pid of who listens on a UNIX socket, if it lets us ask."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+            found = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return None
+    pid, _, _ = _CREDENTIALS.unpack(found)
+    return int(pid)

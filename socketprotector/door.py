@@ -13,6 +13,7 @@ from collections.abc import Mapping
 FIRST = 3
 SETTINGS = "sp.settings"
 LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
+TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed start is said
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")

@@ -1,20 +1,21 @@
 """From a parsed command line to a resident process: detach, pid file, exec.
 
 Runs in the launching process.  In the foreground that process becomes the resident one;
-otherwise it waits, and leaves with the verdict of the first start.
+otherwise it waits (waiting.py), and leaves with the verdict of the first start.  Signals
+are blocked from here until somebody can answer them: the waiting process, or the resident one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import sys
 from collections.abc import Sequence
 
 from daemon import DaemonContext
+from daemon.daemon import DaemonError
 from lockfile import AlreadyLocked
 
 from . import door
@@ -22,29 +23,37 @@ from .address import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .pidfile import PidFile
 from .settings import Settings, dump
+from .waiting import wait
 
-_INTERRUPTED = 130
+_LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 
 
-def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str]) -> int:
+def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], here: str) -> int:
     """Start the resident process with the bound sockets; takes ownership of them.
 
-    label: words that `ps` shows behind the program.  Returns the exit status of the
-    command once the first generation serves or has failed; in the foreground it does not
-    return.  Raises Refusal.
+    label: words that `ps` shows behind the program.  here: the caller's directory, from
+    where this package may have been imported.  Returns the exit status of the command once
+    the first generation serves or has failed; in the foreground it does not return.
+    Raises Refusal.
     """
-    log = _open_log(settings.log_file)
-    if settings.foreground:
-        _become_resident(settings, bound, label, log, None)
-    ours, theirs = socket.socketpair()
-    child = os.fork()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        log = _open_log(settings)
+        if settings.foreground:
+            _in_the_foreground(settings, bound, label, here, log)
+        ours, theirs = socket.socketpair()
+        child = os.fork()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
     if child == 0:
         ours.close()
         try:
-            _become_resident(settings, bound, label, log, theirs)
+            _become_resident(settings, bound, label, here, log, theirs.fileno())
         except BaseException as error:
             status = error.status if isinstance(error, Refusal) else SystemRefused.status
-            _discard(bound)
+            for each in bound:
+                each.discard()
             theirs.sendall(json.dumps({"failed": str(error), "status": status}).encode() + b"\n")
         finally:
             os._exit(1)
@@ -53,42 +62,52 @@ def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str]) -> 
     for each in bound:
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
-    return _wait(ours)
+    return wait(ours)
 
 
-def _discard(bound: Sequence[Bound]) -> None:
-    for each in bound:
-        try:
-            each.discard()
-        except OSError:
-            pass
-
-
-def _open_log(path: str | None) -> int | None:
+def _open_log(settings: Settings) -> int | None:
+    path = settings.log_file
     if path is None:
         return None
     try:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(path, flags, 0o640)
+        try:
+            fd = os.open(path, _LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
+        except FileExistsError:
+            return os.open(path, _LOG_FLAGS)
+        if settings.identity is not None:
+            os.fchown(fd, settings.identity.uid, settings.identity.gid)  # it will reopen it
+        return fd
     except OSError as error:
         raise SystemRefused(
             f"cannot write the log file {path}: {error.strerror}; check the folder and its rights"
         ) from error
 
 
+def _in_the_foreground(
+    settings: Settings, bound: Sequence[Bound], label: Sequence[str], here: str, log: int | None
+) -> None:
+    terminal = os.dup(2)
+    try:
+        _become_resident(settings, bound, label, here, log, terminal)
+    except BaseException:
+        os.dup2(terminal, 2)  # the reason is for the terminal, not for the log
+        raise
+
+
 def _become_resident(
     settings: Settings,
     bound: Sequence[Bound],
     label: Sequence[str],
+    here: str,
     log: int | None,
-    launcher: socket.socket | None,
+    verdict: int,
 ) -> None:
-    """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising."""
+    """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising.
+
+    verdict: who waits for how it goes, the launcher's line or the foreground's terminal.
+    """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
-    detach = launcher is not None
-    kept = [each.socket.fileno() for each in bound]
-    if launcher is not None:
-        kept.append(launcher.fileno())
+    detach = not settings.foreground
     # None is /dev/null to it; in the foreground all three stay what they are.
     # ruff: noqa: SIM115 -- they stay open for the life of the daemon
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
@@ -97,7 +116,8 @@ def _become_resident(
     context = DaemonContext(
         pidfile=pid_file,
         detach_process=detach,
-        files_preserve=kept,
+        files_preserve=[verdict, *(each.socket.fileno() for each in bound)],
+        working_directory=here,
         umask=settings.umask,
         prevent_core=False,
         signal_map={},
@@ -107,6 +127,8 @@ def _become_resident(
     )
     try:
         context.open()
+    except DaemonError as error:
+        raise SystemRefused(f"cannot detach: {error}") from error
     except AlreadyLocked as error:
         raise AlreadyRunning(
             f"the pid file {settings.pid_file} is {error}; stop or reload that one"
@@ -117,11 +139,13 @@ def _become_resident(
             "check the folder and its rights"
         ) from error
     try:
-        _exec(settings, bound, label, pid_file, launcher)
+        _exec(settings, bound, label, pid_file, verdict)
     except OSError as error:
         if pid_file is not None:
             pid_file.release()
-        raise SystemRefused(f"cannot execute {error.filename}: {error.strerror}") from error
+        raise SystemRefused(
+            f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile?"
+        ) from error
 
 
 def _exec(
@@ -129,61 +153,20 @@ def _exec(
     bound: Sequence[Bound],
     label: Sequence[str],
     pid_file: PidFile | None,
-    launcher: socket.socket | None,
+    verdict: int,
 ) -> None:
     descriptors = {door.SETTINGS: os.memfd_create(door.SETTINGS, os.MFD_CLOEXEC)}
     os.write(descriptors[door.SETTINGS], dump(settings))
     for index, each in enumerate(bound):
         descriptors[f"{door.LISTENER}{index}"] = each.socket.fileno()
-    if launcher is not None:
-        descriptors[door.LAUNCHER] = launcher.fileno()
+    descriptors[door.TERMINAL if settings.foreground else door.LAUNCHER] = verdict
     if pid_file is not None:
         descriptors[door.PID_FILE] = pid_file.fd
     # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
-    # A signal between the exec and the new handlers would kill; so it waits for them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     environment = {**os.environ, **door.leave(descriptors)}
-    os.execve(sys.executable, [sys.executable, "-P", "-m", "socketprotector", *label], environment)
-
-
-def _wait(line: socket.socket) -> int:
-    """Wait for the verdict; Ctrl-C (or TERM) ends the start and waits for its end."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    pid = 0
-    try:
-        with line.makefile("rb") as lines:
-            for data in lines:
-                words = json.loads(data)
-                pid = words.get("pid", pid)
-                if words.get("ready"):
-                    return 0
-                if "failed" in words:
-                    _wait_for_end(pid)
-                    print(f"SocketProtector: {words['failed']}", file=sys.stderr)
-                    return int(words["status"])
-    except KeyboardInterrupt:
-        line.shutdown(socket.SHUT_RDWR)
-        line.close()
-        _wait_for_end(pid)
-        print("SocketProtector: interrupted; nothing was started", file=sys.stderr)
-        return _INTERRUPTED
-    _wait_for_end(pid)
-    print(
-        "SocketProtector: the protector ended before anything served; see its log", file=sys.stderr
-    )
-    return SystemRefused.status
-
-
-def _wait_for_end(pid: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    if pid:
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll()
-        os.close(pidfd)
+    # Run by -m from a folder with the package in it, that folder is needed again.
+    safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
+    command = [sys.executable, *safe, "-m", "socketprotector", *label]
+    os.execve(sys.executable, command, environment)

@@ -1,6 +1,7 @@
-"""The launching process, as the resident one sees it: somebody who waits for a verdict.
+"""Whoever waits for the first start, as the resident process sees it.
 
-One JSON object a line over a socketpair; see launch.py for the other side.
+Detached that is the launching process, which gets one JSON object a line (waiting.py has
+the other side); in the foreground it is whoever reads the terminal.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ import os
 import socket
 from collections.abc import Callable
 
+from .errors import Refusal
 from .loop import Loop
 
 
 class Launcher:
-    """Tells the launcher how the start went.  In the foreground there is none."""
+    """Tells how the start went: once, and only the start."""
 
-    def __init__(self, fd: int | None) -> None:
-        """Take ownership of the descriptor."""
-        self._socket = socket.socket(fileno=fd) if fd is not None else None
+    def __init__(self, line: int | None, terminal: int | None = None) -> None:
+        """Take ownership of the descriptors."""
+        self._socket = socket.socket(fileno=line) if line is not None else None
+        self._terminal = terminal
         self._loop: Loop | None = None
         self.failure = ""
 
@@ -26,7 +29,12 @@ class Launcher:
         """Call back when the launcher goes away before it was told anything."""
         if self._socket is not None:
             self._loop = loop
-            loop.watch(self._socket.fileno(), gone)
+
+            def hung_up() -> None:
+                self._unwatch()
+                gone()
+
+            loop.watch(self._socket.fileno(), hung_up)
             self._say(pid=os.getpid())
 
     def started(self) -> None:
@@ -35,16 +43,33 @@ class Launcher:
         self.close()
 
     def failed(self, status: int) -> None:
-        """Tell, at the very end, that the start has failed and nothing is left behind."""
-        self._say(failed=self.failure, status=status)
-        self.close()
+        """Tell, at the very end, that the start has failed and nothing is left behind.
+
+        The line stays open until this process has ended: that is what the other side waits for.
+        """
+        self._say(
+            failed=self.failure or "it was stopped before anything served",
+            status=status or Refusal.status,
+        )
+        if self._terminal is not None and self.failure:
+            try:
+                os.write(self._terminal, f"SocketProtector: {self.failure}\n".encode())
+            except OSError:
+                pass  # nobody reads there any more
 
     def close(self) -> None:
+        self._unwatch()
         if self._socket is not None:
-            if self._loop is not None:
-                self._loop.unwatch(self._socket.fileno())
             self._socket.close()
             self._socket = None
+        if self._terminal is not None:
+            os.close(self._terminal)
+            self._terminal = None
+
+    def _unwatch(self) -> None:
+        if self._loop is not None and self._socket is not None:
+            self._loop.unwatch(self._socket.fileno())
+            self._loop = None
 
     def _say(self, **words: object) -> None:
         if self._socket is not None:

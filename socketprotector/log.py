@@ -86,6 +86,15 @@ class Log:
             self._fd = -1
 
 
+def is_own(line: str) -> bool:
+    """Whether a line is one that `Log` writes: where workers write too, it tells them apart."""
+    if line[:1] == "<" and line[2:3] == ">":
+        return line[3:].startswith("event=")
+    _, _, rest = line.partition("Z ")
+    level, _, rest = rest.partition(" ")
+    return level in LEVELS and rest.startswith("event=")
+
+
 def _is_journal() -> bool:
     """Whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
     found = os.fstat(_STDERR)

@@ -16,6 +16,7 @@ import termios
 from collections.abc import Callable
 
 from . import relay, words
+from .log import is_own
 from .loop import Loop
 from .process import Process, Program, spawn
 
@@ -26,6 +27,8 @@ _LAST_BYTES = 4096
 _RELAY_LAG_MS = 20
 _RELAY_LOOKS = 10
 _RESTART_S = 1.0
+#: How long the end waits for the relay, which ends at once unless somebody still writes.
+_RELAY_END_S = 1.0
 
 
 class Output:
@@ -88,6 +91,18 @@ class Output:
                 os.dup2(fd, standard, inheritable=True)
             os.close(fd)
 
+    def finish(self) -> None:
+        """Write no more, and let the relay pass on the last; it stays if somebody else writes."""
+        if self._relay is None:
+            return
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        for fd in (_STDOUT, _STDERR):
+            os.dup2(null, fd)
+        os.close(null)
+        poll = select.poll()
+        poll.register(self._relay.pidfd, select.POLLIN)
+        poll.poll(_RELAY_END_S * 1000)
+
     def mark(self) -> int:
         """Return where the output stands now: what a worker says comes after it."""
         if self.relayed:
@@ -107,8 +122,7 @@ class Output:
         else:
             return ""
         lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
-        own = tuple(f"<{level}>event=" for level in range(8))
-        lines = [line for line in lines if not line.startswith(own) and " event=" not in line]
+        lines = [line for line in lines if not is_own(line)]
         return "\n".join(words.escape(line) for line in lines[-LAST_LINES:])
 
     def _wait_for_relay(self) -> None:

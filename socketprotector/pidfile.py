@@ -3,7 +3,8 @@
 Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
 stale needs no guess about a pid that may be another program's by now: nobody holds it.
 
-Source: link(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be seen.
+Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
+seen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 
 from lockfile import AlreadyLocked, NotMyLock
 from lockfile.pidlockfile import PIDLockFile
+
+from .folder import locked
 
 
 class PidFile(PIDLockFile):  # type: ignore[misc]
@@ -31,57 +34,39 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         Raises OSError when the file cannot be made.
         """
         temporary = f"{self.path}.{os.getpid()}"
-        self.fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.fchmod(self.fd, 0o644)
-            os.write(self.fd, b"%d\n" % os.getpid())
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            while not self._put(temporary):
-                pass  # somebody removed or replaced the file while we looked at it
-        except BaseException:
-            os.close(self.fd)
-            self.fd = -1
-            raise
-        finally:
+        with locked(self.path):
+            holder = self._holder()
+            if holder is not None:
+                raise AlreadyLocked(f"held by process {holder}")
             if os.path.lexists(temporary):
-                os.unlink(temporary)
-
-    def _put(self, temporary: str) -> bool:
-        """Give our file the name; False when that has to be tried again."""
-        try:
-            os.link(temporary, self.path)
-            return True
-        except FileExistsError:
-            pass
-        try:
-            stale = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
+                os.unlink(temporary)  # of a process with our pid that was killed right here
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(temporary, flags, 0o644)
             try:
-                fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise AlreadyLocked(f"held by process {self.read_pid()}") from None
-            found, ours = os.lstat(self.path), os.fstat(stale)
-            if (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
-                return False
-            os.rename(temporary, self.path)
-            return True
-        except FileNotFoundError:
-            return False
-        finally:
-            os.close(stale)
+                os.fchmod(fd, 0o644)
+                os.write(fd, b"%d\n" % os.getpid())
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                os.rename(temporary, self.path)
+            except BaseException:
+                os.unlink(temporary)
+                os.close(fd)
+                raise
+        self.fd = fd
 
     def holder(self) -> int | None:
         """Return the pid of the living protector that holds the file, or None."""
+        with locked(self.path):
+            return self._holder()
+
+    def _holder(self) -> int | None:
         try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return int(self.read_pid() or 0)
+            return _pid(os.pread(fd, 32, 0))
         finally:
             os.close(fd)
         return None
@@ -93,3 +78,8 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         os.unlink(self.path)
         os.close(self.fd)
         self.fd = -1
+
+
+def _pid(content: bytes) -> int:
+    first = content.split(b"\n")[0].strip()
+    return int(first) if first.isdigit() else 0

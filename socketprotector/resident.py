@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from . import door
 from .effects import Effects
+from .errors import Refusal, SystemRefused
 from .events import Event, StopRequested
 from .fleet import Fleet
 from .launcher import Launcher
@@ -33,28 +34,48 @@ def main() -> None:
 
 def run(descriptors: dict[str, int]) -> int:
     """Supervise with the descriptors from the door, which it owns.  Returns the exit status."""
+    os.chdir("/")  # only now: until here modules may have come from the caller's directory
     settings = _settings(descriptors[door.SETTINGS])
     _name_process()
+    launcher = Launcher(descriptors.get(door.LAUNCHER), descriptors.get(door.TERMINAL))
+    listeners = [
+        Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
+        for index, each in enumerate(settings.listeners)
+    ]
+    output = Output(settings.log_file)
+    try:
+        status = _supervise(settings, launcher, listeners, output)
+    except Exception as error:
+        # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
+        if not isinstance(error, Refusal):
+            sys.excepthook(type(error), error, error.__traceback__)
+        launcher.failure = launcher.failure or str(error)
+        for listener in listeners:
+            listener.close()
+        status = SystemRefused.status
+    output.finish()
+    _remove_pid_file(settings.pid_file, descriptors.get(door.PID_FILE))
+    launcher.failed(status)
+    return status
+
+
+def _supervise(
+    settings: Settings, launcher: Launcher, listeners: list[Listener], output: Output
+) -> int:
     # Only the soft limit, and workers get the caller's back: each draining generation and
     # each worker costs descriptors here.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if settings.identity is not None:
-        become(settings.identity)
+        become(settings.identity, settings.nice)
 
     loop = Loop()
-    output = Output(settings.log_file)
     relayed = not settings.foreground and settings.log_file is None
     log = Log(settings.log_level, prioritized=relayed)
     if relayed:
         output.start_relay(settings.name, loop, lambda: log.write("error", "relay-ended"))
         log.reopen()
-    launcher = Launcher(descriptors.get(door.LAUNCHER))
     systemd = Systemd(os.environ)
-    listeners = [
-        Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
-        for index, each in enumerate(settings.listeners)
-    ]
     log.write(
         "info",
         "start",
@@ -62,6 +83,8 @@ def run(descriptors: dict[str, int]) -> int:
         name=settings.name,
         listen=" ".join(each.address for each in settings.listeners),
     )
+    for notice in settings.notices:
+        log.write("warning", "notice", text=notice)
 
     def effects(post: Callable[[Event], None]) -> Effects:
         return Effects(
@@ -91,12 +114,11 @@ def run(descriptors: dict[str, int]) -> int:
         reopen_logs=reopen_logs,
         terminal=terminal_of(settings.foreground),
     )
-    launcher.watch(loop, lambda: _launcher_gone(launcher, supervisor.post))
+    launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
     if systemd.watchdog_s:
         _feed(systemd, loop)
     status = supervisor.run()
-    _remove_pid_file(settings.pid_file, descriptors.get(door.PID_FILE))
-    launcher.failed(status)
+    log.close()
     return status
 
 
@@ -114,17 +136,22 @@ def _name_process() -> None:
         pass  # no /proc: the name is a courtesy
 
 
-def become(identity: Identity) -> None:
-    """Drop to another user for good, supplementary groups too.  Raises OSError."""
-    os.setgroups(identity.groups)
-    os.setresgid(identity.gid, identity.gid, identity.gid)
-    os.setresuid(identity.uid, identity.uid, identity.uid)
+def become(identity: Identity, nice: int) -> None:
+    """Drop to another user for good, supplementary groups too.  Raises OSError.
 
-
-def _launcher_gone(launcher: Launcher, post: Callable[[Event], None]) -> None:
-    """Nobody waits for the start any more: Ctrl-C, or killed.  Then it is not wanted."""
-    launcher.close()
-    post(StopRequested(quick=True))
+    nice: what workers are to have; a value below 0 is allowed to that user before.
+    """
+    try:
+        if nice < 0:
+            resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
+        os.setgroups(identity.groups)
+        os.setresgid(identity.gid, identity.gid, identity.gid)
+        os.setresuid(identity.uid, identity.uid, identity.uid)
+    except OSError as error:
+        raise SystemRefused(
+            f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
+            "CAP_SETGID cannot"
+        ) from error
 
 
 def _feed(systemd: Systemd, loop: Loop) -> None:

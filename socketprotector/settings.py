@@ -7,6 +7,7 @@ memfd (`dump` and `load` are the two sides).  Units are in the names.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from .fleet import Policy
@@ -54,10 +55,15 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     foreground: bool = False
+    notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
 
     def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
         """The same with the sockets that have been bound."""
         return replace(self, listeners=listeners)
+
+    def noticed(self, notices: Sequence[str]) -> Settings:
+        """The same with what the operator was told."""
+        return replace(self, notices=tuple(notices))
 
 
 def dump(settings: Settings) -> bytes:
@@ -78,5 +84,6 @@ def load(data: bytes) -> Settings:
             "identity": identity and Identity(**{**identity, "groups": tuple(identity["groups"])}),
             "limits": tuple((name, value) for name, value in values["limits"]),
             "environment": tuple((name, value) for name, value in values["environment"]),
+            "notices": tuple(values["notices"]),
         }
     )

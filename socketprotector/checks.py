@@ -1,0 +1,135 @@
+"""Whether what was asked for can be had: looked at before anything is changed.
+
+So that the operator reads one clear line instead of a start that fails half-way.
+Everything here raises Refusal, or says a notice.
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from . import envfile, process
+from .address import Listen
+from .errors import AlreadyRunning, SystemRefused, UsageError
+from .pidfile import PidFile
+from .settings import Identity, Settings
+
+T = TypeVar("T")
+
+_SOMAXCONN = "/proc/sys/net/core/somaxconn"
+
+
+def here() -> str:
+    """The caller's directory, by the name it has for him: a symlink in it is meant."""
+    logical = os.environ.get("PWD", "")
+    try:
+        if os.path.isabs(logical) and os.path.samefile(logical, "."):
+            return logical
+        return os.getcwd()
+    except OSError as error:
+        raise SystemRefused(
+            f"the current directory is gone ({error.strerror}); cd to one that exists"
+        ) from error
+
+
+def identity(user: str | None, group: str | None) -> Identity | None:
+    """Look up --user and --group; None when neither is given."""
+    if user is None and group is None:
+        return None
+    try:
+        entry = _find(user or str(os.getuid()), pwd.getpwuid, pwd.getpwnam)
+    except KeyError:
+        raise UsageError(f"--user {user}: unknown user; see getent passwd") from None
+    gid = entry.pw_gid
+    if group is not None:
+        try:
+            gid = _find(group, grp.getgrgid, grp.getgrnam).gr_gid
+        except KeyError:
+            raise UsageError(f"--group {group}: unknown group; see getent group") from None
+    if os.geteuid() != 0:
+        raise UsageError("--user and --group need root; leave them out or start as root")
+    return Identity(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
+
+
+def _find(name: str, by_number: Callable[[int], T], by_name: Callable[[str], T]) -> T:
+    return by_number(int(name)) if name.isdecimal() else by_name(name)
+
+
+def command(settings: Settings) -> None:
+    """Refuse a command that could not be started now."""
+    try:
+        environment = {**os.environ}
+        if settings.env_file is not None:
+            environment.update(envfile.read(settings.env_file))
+        environment.update(settings.environment)
+        search = environment.get("PATH", os.defpath)
+        process.resolve(settings.command, settings.directory, search)
+    except PermissionError as error:
+        raise UsageError(
+            f"cannot run {error.filename}: {error.strerror}; chmod +x it, or name its interpreter"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot run {error.filename}: {error.strerror}; check the path"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"--env-file: {error}") from error
+
+
+def pid_file(path: str | None) -> None:
+    """Refuse early what would otherwise show as `port in use`."""
+    if path is None:
+        return
+    folder = os.path.dirname(path)
+    try:
+        holder = PidFile(path).holder()
+    except OSError as error:
+        raise SystemRefused(
+            f"cannot use the pid file {path}: {error.strerror}; check {folder} and its rights"
+        ) from error
+    if holder is not None:
+        raise AlreadyRunning(
+            f"the pid file {path} is held by process {holder}; stop or reload that one"
+        )
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise SystemRefused(
+            f"cannot write the pid file {path}: Permission denied; check {folder} and its rights"
+        )
+
+
+def log_file(path: str | None) -> None:
+    """Refuse a log file that could not be written; for --check, which must not make it."""
+    if path is None:
+        return
+    there = path if os.path.lexists(path) else os.path.dirname(path)
+    if os.path.isdir(path) or not os.access(there, os.W_OK):
+        raise SystemRefused(
+            f"cannot write the log file {path}: Permission denied; check {there} and its rights"
+        )
+
+
+def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
+    """Say what will work less well than the operator may think."""
+    asked = max(listen.backlog(backlog) for listen in listens)
+    try:
+        with open(_SOMAXCONN, encoding="ascii") as file:
+            most = int(file.read())
+    except (OSError, ValueError):
+        most = asked
+    if asked > most:
+        yield f"backlog {asked} is cut to {most}: raise the sysctl net.core.somaxconn"
+    if settings.identity is None:
+        return
+    files = [settings.pid_file, settings.log_file]
+    files += [each.address.removeprefix("unix:") for each in settings.listeners if each.inode]
+    folders = dict.fromkeys(os.path.dirname(file) for file in files if file)
+    others = [folder for folder in folders if os.stat(folder).st_uid != settings.identity.uid]
+    if others:
+        yield (
+            f"{' and '.join(others)} should be {settings.identity.user}'s: files there cannot be "
+            "removed at the end or opened anew"
+        )

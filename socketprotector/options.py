@@ -1,0 +1,123 @@
+"""How the values of options are read: durations, NAME=VALUE pairs, limits, umasks.
+
+For cli.py only.  Whatever is wrong is said in one line with what may be written instead.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import click
+
+from .errors import UsageError
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+#: The original program's long options, which began with one dash.
+_SINGLE_DASH = ("-pid-file", "-foreground", "-verbose")
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split at the first `--`, which click would drop; give old long options their second dash."""
+    words = list(arguments)
+    at = words.index("--") if "--" in words else len(words)
+    options = [
+        f"-{word}" if word.partition("=")[0] in _SINGLE_DASH else word for word in words[:at]
+    ]
+    return options, words[at + 1 :]
+
+
+class Duration(click.ParamType[float]):
+    """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
+
+    name = "duration"
+
+    def __init__(self, *, zero: bool = True) -> None:
+        self._zero = zero
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        text = str(value).strip()
+        unit = next((u for u in _UNITS if text.endswith(u)), "")
+        try:
+            seconds = float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds < 1e9:
+            self.fail(f"{text!r} is no duration; write 500ms, 10s, 2m or seconds", param, ctx)
+        if seconds == 0 and not self._zero:
+            self.fail("it must be above 0", param, ctx)
+        return seconds
+
+
+def ready(ctx: click.Context, param: click.Parameter, value: str) -> float | None:
+    """`notify` -> None, `after:DURATION` -> seconds."""
+    if value == "notify":
+        return None
+    kind, _, time = value.partition(":")
+    if kind != "after" or not time:
+        raise click.BadParameter(f"{value!r}: write notify or after:1s", ctx, param)
+    return Duration().convert(time, param, ctx)
+
+
+def pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:
+    """NAME=VALUE, any number of times; the last of a name holds."""
+    found = {}
+    for each in value:
+        name, separator, content = each.partition("=")
+        if not separator or not name:
+            raise click.BadParameter(f"{each!r} is not NAME=VALUE", ctx, param)
+        found[name] = content
+    return found
+
+
+def octal(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """An umask, as the shell writes it."""
+    try:
+        number = int(value, 8) if value is not None else 0
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0o777:
+        raise click.BadParameter(f"{value!r} is not octal, like 022", ctx, param)
+    return number if value is not None else None
+
+
+def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
+    """Return the resource limits and the nice value asked for, which can be had.
+
+    Raises UsageError for what is unknown, no number, or more than is allowed.
+    """
+    found = {name: _limit(name, value) for name, value in written.items()}
+    nice = found.pop("nice", 0)
+    for name, value in found.items():
+        _, hard = resource.getrlimit(_LIMITS[name])
+        unlimited = resource.RLIM_INFINITY
+        if hard != unlimited and (value == unlimited or value > hard):
+            raise UsageError(
+                f"--limit {name}={written[name]}: the hard limit is {hard}; raise that"
+            )
+    floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
+    if nice < min(floor, 0) and os.geteuid() != 0:
+        raise UsageError(f"--limit nice={nice}: below 0 needs root, or RLIMIT_NICE raised")
+    return found, nice
+
+
+def _limit(name: str, value: str) -> int:
+    if name not in (*_LIMITS, "nice"):
+        raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
+    if value == "unlimited" and name == "core":
+        return resource.RLIM_INFINITY
+    try:
+        number = int(value)
+    except ValueError:
+        raise UsageError(f"--limit {name}={value}: not a whole number") from None
+    low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
+    if not low <= number <= high:
+        raise UsageError(f"--limit {name}={value}: must be from {low} to {high}")
+    return number

@@ -1,0 +1,102 @@
+"""The launching process waits for the verdict of the first start.
+
+What it hears are JSON lines from the resident process (launcher.py), whose end of the line
+stays open until it has ended or has said that it serves.  Ctrl-C and TERM call the start
+off; whoever kills this process calls it off too, by the end of file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any
+
+from .errors import SystemRefused
+
+_INTERRUPTED = 130
+_CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+
+
+def wait(line: socket.socket) -> int:
+    """Wait, tell the terminal what went wrong, and return the exit status.
+
+    Takes ownership of the line; to be called with signals blocked, which it unblocks.
+    """
+    receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(send)
+    for number in _CALLS_OFF:
+        signal.signal(number, _noted)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    poll = select.poll()
+    poll.register(line, select.POLLIN)
+    poll.register(receive, select.POLLIN)
+    called_off = False
+    resident = -1  # its pidfd
+    verdict: dict[str, Any] = {}
+    rest = b""
+    while True:
+        ready = [fd for fd, _ in poll.poll()]
+        if receive in ready and not called_off:
+            called_off = True
+            poll.unregister(receive)
+            line.shutdown(socket.SHUT_WR)  # it sees the end of file, and stops
+        if line.fileno() not in ready:
+            continue
+        data = _read(line)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        for words in map(json.loads, lines):
+            if "pid" in words:
+                resident = _pidfd(words["pid"])
+            verdict.update(words)
+        if verdict.get("ready"):
+            if not called_off:
+                return 0
+            # Both crossed: it serves, and nobody wants it.
+            if resident >= 0:
+                signal.pidfd_send_signal(resident, signal.SIGINT)
+            break
+    _wait_for_end(resident)
+    if called_off:
+        print("SocketProtector: interrupted; nothing was started", file=sys.stderr)
+        return _INTERRUPTED
+    if "failed" in verdict:
+        print(f"SocketProtector: {verdict['failed']}", file=sys.stderr)
+        return int(verdict["status"])
+    print(
+        "SocketProtector: the protector was killed before anything served; look at the log",
+        file=sys.stderr,
+    )
+    return SystemRefused.status
+
+
+def _read(line: socket.socket) -> bytes:
+    try:
+        return line.recv(65536)
+    except ConnectionResetError:
+        return b""  # killed with something unread
+
+
+def _pidfd(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return -1  # it has ended meanwhile
+
+
+def _wait_for_end(pidfd: int) -> None:
+    """Wait until a process that is not our child has ended."""
+    if pidfd >= 0:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+
+
+def _noted(number: int, frame: object) -> None:
+    """The signal's number is in the wake-up pipe already."""

@@ -121,7 +121,6 @@ class Step:
     def end_generation(self, number: int) -> None:
         """Send TERM to what is left of a generation; KILL follows."""
         self.forget_waiting(number)
-        self.cancel(Wait.DRAIN, number)
         generation = self.fleet.generation(number)
         if generation is None or generation.ending or not generation.workers:
             return

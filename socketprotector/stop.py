@@ -14,12 +14,11 @@ from .step import Step
 
 
 def stop_requested(step: Step, quick: bool) -> None:
-    stopping = step.fleet.stopping
-    if stopping is Stop.QUICK:
+    if step.fleet.stopping:
+        stop_quickly(step)  # the third time and later this finds nothing left to do
         return
-    if stopping is None:
-        step.do(Report(News.STOPPING))
-    if quick or stopping:
+    step.do(Report(News.STOPPING))
+    if quick:
         stop_quickly(step)
     else:
         _stop_gracefully(step)
@@ -44,7 +43,7 @@ def _stop_gracefully(step: Step) -> None:
 
 
 def backlog_emptied(step: Step) -> None:
-    if step.fleet.stopping is not Stop.GRACEFUL or not step.fleet.listeners_open:
+    if step.fleet.stopping is not Stop.GRACEFUL:
         return
     step.fleet = replace(step.fleet, listeners_open=False)
     serving = step.fleet.of(Phase.SERVING)
@@ -80,7 +79,7 @@ def _call_off(step: Step, stop: Stop) -> None:
 
 def exit_if_done(step: Step) -> None:
     fleet = step.fleet
-    if fleet.stopping and not fleet.generations and not fleet.listeners_open:
+    if fleet.stopping and not fleet.generations:
         step.cancel(Wait.STOP)
         step.fleet = replace(step.fleet, exiting=True)
         step.do(Exit(fleet.exit_status))

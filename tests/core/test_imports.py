@@ -16,7 +16,7 @@ CLIENT = ROOT / "client_lib" / "socketprotector_client"
 
 #: From top to bottom.  A module imports from its own layer and from those below it.
 LAYERS = {
-    "entry": {"__main__", "cli", "ctl", "launch", "resident"},
+    "entry": {"__main__", "checks", "cli", "ctl", "launch", "options", "resident", "waiting"},
     "shell": {
         *{"adopt", "control", "crew", "effects", "forwarder", "launcher", "output", "supervisor"},
     },

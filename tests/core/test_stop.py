@@ -123,6 +123,28 @@ def test_in_a_crash_loop_a_stop_spawns_one_worker_at_once_for_what_may_wait(
     ]
 
 
+def test_a_stop_does_not_wait_for_a_crashing_place_beside_a_living_worker(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 3, 4)), StopRequested())
+
+    assert story.when(BacklogEmptied()) == [
+        RouteTo(None),
+        Drain(1),
+        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5)),
+    ]
+
+
+def test_a_stop_that_takes_too_long_ends_a_crash_loop_too(story: Story) -> None:
+    story.given_serving().and_also(StopRequested(), BacklogEmptied())
+    story.and_also(*(WorkerExited(number, CRASHED, waiting=3) for number in (1, 2, 3)))
+
+    assert story.when_over(Wait.STOP) == [
+        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        Release(1),
+        Exit(0),
+    ]
+
+
 def test_an_older_draining_generation_leaves_what_waits_to_the_route_while_there_is_one(
     story: Story,
 ) -> None:

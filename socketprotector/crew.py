@@ -23,6 +23,7 @@ from .notify import NotifySocket
 from .output import Output
 from .process import Process, Program, spawn
 from .settings import Settings
+from .strays import Strays
 
 #: Where a worker finds its channel and its RETURN line.
 _CHANNEL_FD, _RETURN_FD = 3, 4
@@ -76,6 +77,7 @@ class Crew:
             {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         )
         self._workers: dict[int, _Worker] = {}
+        self._strays = Strays(loop, log, settings.policy.kill_timeout_s)
 
     # -- orders --------------------------------------------------------------
 
@@ -136,6 +138,10 @@ class Crew:
         if worker is not None:
             worker.line.shutdown(socket.SHUT_WR)
             self._log.write("info", "retired", worker=number)
+
+    def close(self) -> None:
+        """See that nothing is left of the workers that never served."""
+        self._strays.close()
 
     # -- what comes back -----------------------------------------------------
 
@@ -213,6 +219,8 @@ class Crew:
         self._log.write("info", "exited", generation=worker.generation, worker=number, how=how)
         if worker.channel.is_shut():
             self._broken(worker.generation)  # else each replacement would read end of file
+        if worker.ready_at is None:
+            self._strays.end(worker.notify.address)
         detached = clean and worker.ready_at is None
         reason, served_s = how, 0.0
         if worker.ready_at is None or worker.died_saying_so:
@@ -227,7 +235,7 @@ class Crew:
         when = "as soon as it was ready" if worker.died_saying_so else "before it was ready"
         reason = f"{self._settings.command[0]} {how} {when}"
         if detached:
-            reason += "; does it detach itself? run it in the foreground"
+            reason += "; does it detach itself? tell it to stay in the foreground"
         last = self._output.last_words(worker.mark)
         return f"{reason}; its last words:\n{last}" if last else reason
 

@@ -241,6 +241,7 @@ class Effects:
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
         self._forwarder.close()
+        self._crew.close()
         self._log.write(
             "info",
             "stopped",

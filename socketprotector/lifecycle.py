@@ -36,6 +36,12 @@ from .events import (
 from .fleet import PHASES, Fleet
 from .step import Step
 
+#: What to do about a generation that stays silent.
+READY_HINT = (
+    "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it, or is taken "
+    "as ready by --ready after:1s"
+)
+
 
 def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
     """Say what follows from one event.  Never raises for an event that comes late."""
@@ -80,7 +86,8 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
     match deadline.wait:
         case Wait.START:
             limit_s = step.fleet.policy.start_timeout_s
-            reload.abandon(step, number, f"not ready within {limit_s:g} s", retry=False)
+            reason = f"not ready within {limit_s:g} s; {READY_HINT}"
+            reload.abandon(step, number, reason, retry=False)
         case Wait.SETTLE:
             reload.promote(step, number)
         case Wait.DRAIN:

@@ -1,0 +1,99 @@
+"""Processes that a worker which never served has left behind: found and ended.
+
+A program that detaches itself, or that fails with children of its own, would go on living
+with its port and its files while the start is reported as failed.  What it has started
+carries its notify address, which is random and its own, in the environment.
+
+Source: proc(5), pidfd_send_signal(2).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+from .log import Log
+from .loop import Loop
+
+#: Looks for what was started while the others were killed.
+_LOOKS = 10
+#: A killed process is gone at once, unless the system is busy with it.
+_DEATH_S = 1.0
+
+
+class Strays:
+    """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
+
+    def __init__(self, loop: Loop, log: Log, kill_timeout_s: float) -> None:
+        self._loop = loop
+        self._log = log
+        self._kill_timeout_s = kill_timeout_s
+        self._left: dict[str, float] = {}  # notify address -> when KILL is due
+
+    def end(self, address: str) -> None:
+        """End whatever has this notify address in its environment."""
+        if not self._signal(address, signal.SIGTERM):
+            return
+        self._left[address] = time.monotonic() + self._kill_timeout_s
+        self._loop.call_after(address, self._kill_timeout_s, lambda: self._kill(address))
+
+    def close(self) -> None:
+        """Wait for their end, at most the time they have; nothing of them is left then."""
+        for address, due in list(self._left.items()):
+            for _, pidfd in _carrying(address):
+                _wait(pidfd, max(0.0, due - time.monotonic()))
+                os.close(pidfd)
+            self._loop.cancel(address)
+            self._kill(address)
+
+    def _kill(self, address: str) -> None:
+        self._left.pop(address, None)
+        for _ in range(_LOOKS):
+            if not self._signal(address, signal.SIGKILL, wait_s=_DEATH_S):
+                return
+
+    def _signal(self, address: str, number: signal.Signals, wait_s: float = 0.0) -> bool:
+        """Signal them, and wait for each; say whether there were any."""
+        found = _carrying(address)
+        for pid, pidfd in found:
+            try:
+                signal.pidfd_send_signal(pidfd, number)
+                self._log.write("warning", "left-behind", pid=pid, signal=number.name)
+                _wait(pidfd, wait_s)
+            except (ProcessLookupError, PermissionError):
+                pass  # ended, or become another user's, who must end it
+            os.close(pidfd)
+        return bool(found)
+
+
+def _carrying(address: str) -> list[tuple[int, int]]:
+    """Return (pid, pidfd) of each process with this address; the caller closes the pidfds."""
+    wanted = f"NOTIFY_SOCKET={address}".encode()
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            # First the pidfd: what is read then is of this process or of none.
+            pidfd = os.pidfd_open(int(name))
+        except OSError:
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                theirs = wanted in file.read().split(b"\0")
+        except OSError:
+            theirs = False
+        if theirs and not _wait(pidfd, 0.0):
+            found.append((int(name), pidfd))
+        else:
+            os.close(pidfd)
+    return found
+
+
+def _wait(pidfd: int, seconds: float) -> bool:
+    """Wait for a process's end; say whether it has come."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench.figures import Figure, Scale, machine, table
+from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, reloads, switch
 from bench.rows import cpu, idle, latency, rate
@@ -38,15 +38,19 @@ def main() -> int:
 
     figures: list[Figure] = []
     where = machine()
+    bystanders = Bystanders()
     for name in given.names or ROWS:
         begun_s = time.monotonic()
         print(f"{name} ... ", end="", file=sys.stderr, flush=True)
         try:
             figures += ROWS[name](Scale(given.quick))
         except CannotMeasure as error:
-            figures.append(Figure(name, f"not measured: {error}", holds=False))
+            said = str(error).strip().splitlines()
+            figures.append(Figure(name, "not measured", holds=False, notes=[said[0], said[-1]]))
         print(f"{time.monotonic() - begun_s:.0f} s", file=sys.stderr)
-    print(f"{where}{', quick' if given.quick else ''}\n\n{table(figures)}")
+    quick = "; short runs" if given.quick else ""
+    print(f"{where}; others kept {bystanders.cores():.2f} cores busy meanwhile{quick}\n")
+    print(table(figures))
     return 1 if any(figure.holds is False for figure in figures) else 0
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,31 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, str]:
     return middle, f"{middle:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
+class Bystanders:
+    """How much of the machine went to processes that this run did not start.
+
+    Needs all of ours to have been waited for; on a busy machine the figures mean little.
+    """
+
+    def __init__(self) -> None:
+        self._begun_s = time.monotonic()
+        self._busy_s = self._all_busy_s() - self._ours_s()
+
+    def cores(self) -> float:
+        """Return the cores that they kept busy since the beginning, on average."""
+        busy_s = self._all_busy_s() - self._ours_s() - self._busy_s
+        return max(0.0, busy_s / (time.monotonic() - self._begun_s))
+
+    def _all_busy_s(self) -> float:
+        first = Path("/proc/stat").read_text().partition("\n")[0].split()[1:8]
+        user, nice, system, _, _, irq, softirq = map(int, first)
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+    def _ours_s(self) -> float:
+        spent = os.times()
+        return spent.user + spent.system + spent.children_user + spent.children_system
+
+
 def machine() -> str:
     """Say on what the figures were taken."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
@@ -77,7 +103,7 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     return (
         f"{cores} cores, kernel {platform.release()}, {platform.python_implementation()} "
-        f"{platform.python_version()}, commit {commit}, load before {os.getloadavg()[0]:.2f}"
+        f"{platform.python_version()}, commit {commit}"
     )
 
 

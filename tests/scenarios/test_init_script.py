@@ -1,0 +1,508 @@
+"""The init script, really run, in each shell there is, against a scratch root."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from tests.running import DEADLINE_S, ROOT, WORKERS, ask, exchange, wait_gone
+
+SCRIPT = ROOT / "init.d" / "socketprotector"
+SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
+#: What the script may ask of a machine; flock is not among it.
+TOOLS = "cat chmod chown grep id ls mkdir rm rmdir sed sh sleep sort tail tr"
+ECHO = f"{sys.executable} {WORKERS / 'echo.py'}"
+
+
+class Machine:
+    """A scratch root with the program installed, and what the script does to it."""
+
+    def __init__(self, root: Path, shell: str, environment: dict[str, str]) -> None:
+        self.root = root
+        self._shell = shell
+        self._environment = {**os.environ, **environment, "SOCKETPROTECTOR_ROOT": str(root)}
+        self.program = root / "usr" / "bin" / "SocketProtector"
+        self.program.parent.mkdir(parents=True)
+        self.program.write_text(f'#!/bin/sh\nexec {sys.executable} -m socketprotector "$@"\n')
+        self.program.chmod(0o755)
+        (root / "etc" / "default" / "socketprotector.d").mkdir(parents=True)
+        (root / "run").mkdir()
+        self.output = ""
+
+    def configure(self, name: str = "web", command: str = ECHO, **more: str) -> Path:
+        """Write an instance's file: more settings, with or without the long prefix."""
+        file = self.root / "etc" / "default" / "socketprotector"
+        if name != "default":
+            file = Path(f"{file}.d") / name
+        settings = {"LISTEN": "127.0.0.1:0", "COMMAND": command, **more}
+        file.write_text(
+            "".join(
+                f'{"" if key.startswith("MY_") else "SOCKETPROTECTOR_"}{key}="{value}"\n'
+                for key, value in settings.items()
+            )
+        )
+        return file
+
+    def run(self, *words: str, path: Path | None = None) -> int:
+        """Run the script; return its exit status, and keep what it said."""
+        environment = {**self._environment, **({"PATH": str(path)} if path else {})}
+        done = subprocess.run(
+            [shutil.which(self._shell) or "sh", str(SCRIPT), *words],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=2 * DEADLINE_S,
+            check=False,
+        )
+        self.output = done.stdout
+        print(f"$ socketprotector {' '.join(words)}\n{done.stdout}[{done.returncode}]")
+        return done.returncode
+
+    def start(self, *names: str) -> tuple[str, int]:
+        """Start instances; return the address that the first of them listens on."""
+        assert self.run("start", *names) == 0
+        return self.address()
+
+    def address(self) -> tuple[str, int]:
+        """The address that the last start has told."""
+        found = re.search(r"listening on tcp:127\.0\.0\.1:(\d+)", self.output)
+        assert found, self.output
+        return "127.0.0.1", int(found[1])
+
+    def run_directory(self, name: str = "web") -> Path:
+        return self.root / "run" / "socketprotector" / name
+
+    def pid_file(self, name: str = "web") -> Path:
+        return self.run_directory(name) / "pid"
+
+    def pid(self, name: str = "web") -> int:
+        return int(self.pid_file(name).read_text())
+
+    def leave_pid_file(self, content: str) -> None:
+        """What a protector leaves behind that was killed."""
+        self.run_directory().mkdir(parents=True)
+        self.pid_file().write_text(content)
+
+    def end(self) -> None:
+        """End at once whatever still runs, by a pid file that a living protector holds."""
+        for file in (self.root / "run").glob("socketprotector/*/pid"):
+            if self.run("status", file.parent.name) == 0:
+                pid = int(file.read_text())
+                os.kill(pid, signal.SIGINT)
+                assert wait_gone([pid]) == []
+
+
+@pytest.fixture(params=SHELLS)
+def machine(
+    request: pytest.FixtureRequest, marked_environment: dict[str, str]
+) -> Iterator[Machine]:
+    # Not tmp_path: another user (SOCKETPROTECTOR_USER) must get there.
+    with tempfile.TemporaryDirectory(prefix="sp-root-") as directory:
+        root = Path(directory)
+        root.chmod(0o755)
+        machine = Machine(root, request.param, marked_environment)
+        yield machine
+        machine.end()
+
+
+def worker_of(address: tuple[str, int]) -> int:
+    """The pid that answers."""
+    found = re.match(r"\[(\d+)\] hello", ask(address))
+    assert found
+    return int(found[1])
+
+
+def release(machine: Machine, text: str) -> str:
+    """Install a release of the daemon, a shell script, in the place of the one before."""
+    daemon = machine.root / "daemon"
+    new = machine.root / "daemon.new"
+    new.write_text(f"#!/bin/sh\n{text}\n")
+    new.chmod(0o755)
+    new.rename(daemon)
+    return str(daemon)
+
+
+# --- start, status, stop ------------------------------------------------------
+
+
+def test_start_returns_when_the_daemon_serves_and_stop_when_all_has_ended(machine: Machine) -> None:
+    machine.configure()
+
+    address = machine.start()
+
+    worker = worker_of(address)
+    pid = machine.pid()
+    assert f"web: started (pid {pid})" in machine.output
+    assert machine.run("status") == 0
+    assert f"web: is running (pid {pid})" in machine.output
+
+    assert machine.run("stop") == 0
+
+    assert machine.output == "socketprotector: web: stopped\n"
+    assert wait_gone([pid, worker], 0.0) == []
+    assert not machine.run_directory().exists()
+    assert machine.run("status") == 3
+
+
+def test_what_is_asked_of_a_state_that_is_there_already_succeeds(machine: Machine) -> None:
+    machine.configure()
+    machine.start()
+    pid = machine.pid()
+
+    assert machine.run("start") == 0
+    assert f"is running already (pid {pid})" in machine.output
+    assert machine.pid() == pid
+
+    assert machine.run("stop") == 0
+    assert machine.run("stop") == 0
+    assert "is not running" in machine.output
+
+
+def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own(
+    machine: Machine,
+) -> None:
+    machine.configure(MY_COLOUR="light blue", OPTIONS="--workers 1")
+
+    worker = worker_of(machine.start())
+
+    environment = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
+    assert b"MY_COLOUR=light blue" in environment
+    assert not [line for line in environment if line.startswith(b"SOCKETPROTECTOR_OPTIONS")]
+    assert Path(f"/proc/{worker}/cwd").readlink() == Path("/")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
+    # No Python: it may be installed where nobody cannot go.
+    machine.configure(
+        command="sleep 1000",
+        USER="nobody",
+        OPTIONS=f"--ready after:1ms --stop-timeout 0 --log-file {machine.root / 'log'}",
+    )
+
+    machine.start()
+
+    assert machine.run_directory().owner() == "nobody"
+    pid = machine.pid()
+    [worker] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    for process in (pid, worker):
+        assert Path(f"/proc/{process}").owner() == "nobody"
+    assert machine.run("stop") == 0
+    assert not machine.run_directory().exists()
+
+
+def test_it_works_without_flock(machine: Machine) -> None:
+    tools = machine.root / "tools"
+    tools.mkdir()
+    for tool in TOOLS.split():
+        (tools / tool).symlink_to(shutil.which(tool) or f"/bin/{tool}")
+    machine.configure()
+
+    assert machine.run("start", path=tools) == 0
+    assert machine.run("status", path=tools) == 0
+    assert machine.run("reload", path=tools) == 0
+    assert machine.run("stop", path=tools) == 0
+    assert machine.run("status", path=tools) == 3
+
+    machine.leave_pid_file(f"{os.getpid()}\n")
+    assert machine.run("status", path=tools) == 1
+    assert machine.run("stop", path=tools) == 0
+    assert machine.run("status", path=tools) == 3
+
+
+def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
+    machine.configure(OPTIONS="--stop-timeout 100ms --kill-timeout 100ms", RELOAD_WAIT="0")
+    address = machine.start()
+    old = worker_of(address)
+    with socket.create_connection(address) as held:
+        assert exchange(held, "mine") == f"[{old}] mine"
+        with Load(f"127.0.0.1:{address[1]}", concurrency=1) as load:
+            assert machine.run("reload") == 0
+            load.wait_for(lambda now: set(now.pids) - {old} != set(), DEADLINE_S)
+        new = worker_of(address)
+        assert exchange(held, "still mine") == f"[{old}] still mine"
+
+        assert machine.run("stop") == 0
+
+    assert wait_gone([old, new], 0.0) == []
+
+
+def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine: Machine) -> None:
+    machine.configure(OPTIONS="--stop-timeout 10m --kill-timeout 100ms", STOP_WAIT="1")
+    address = machine.start()
+    worker = worker_of(address)
+    with socket.create_connection(address) as held:
+        assert exchange(held, "mine") == f"[{worker}] mine"
+
+        assert machine.run("stop") == 1
+
+        assert f"has not ended yet (pid {machine.pid()})" in machine.output
+        assert exchange(held, "still mine") == f"[{worker}] still mine"
+        assert machine.run("restart") == 0, "the second TERM is a quick stop"
+    assert worker_of(machine.address()) != worker
+
+
+# --- reload -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action", ["reload", "force-reload"])
+def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
+    machine: Machine, action: str
+) -> None:
+    machine.configure(OPTIONS="--workers 2")
+    address = machine.start()
+    pid = machine.pid()
+    with Load(f"127.0.0.1:{address[1]}", concurrency=8) as load:
+        old = set(load.wait_for(lambda now: now.connections > 100, DEADLINE_S).pids)
+
+        assert machine.run(action) == 0
+
+        assert "reloaded: generation 2 has taken over from generation 1" in machine.output
+        now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
+        load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
+    assert load.snapshot().failures == ()
+    assert machine.pid() == pid
+    assert worker_of(address) not in old
+
+
+def test_while_the_old_generation_finishes_a_reload_says_what_it_cannot_tell(
+    machine: Machine,
+) -> None:
+    machine.configure(RELOAD_WAIT="2")
+    address = machine.start()
+    with socket.create_connection(address) as held:
+        old = exchange(held, "mine")
+
+        assert machine.run("reload") == 0
+
+        assert "reload signal delivered" in machine.output
+        assert "taken over" not in machine.output
+        assert exchange(held, "mine") == old
+
+
+@pytest.mark.parametrize(
+    ("broken", "watch"), [("exit 3", "3"), ("exec sleep 1000", "30")], ids=["exits", "hangs"]
+)
+def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serves_on(
+    machine: Machine, broken: str, watch: str
+) -> None:
+    daemon = release(machine, f"exec {ECHO}")
+    machine.configure(command=daemon, OPTIONS="--start-timeout 1s", RELOAD_WAIT=watch)
+    address = machine.start()
+    with Load(f"127.0.0.1:{address[1]}", concurrency=4) as load:
+        load.wait_for(lambda now: now.connections > 10, DEADLINE_S)
+        release(machine, broken)
+
+        assert machine.run("reload") == 1
+
+        assert "reload failed" in machine.output
+        assert "generation 1 serves on" in machine.output
+        now = load.snapshot()
+        load.wait_for(lambda later: later.connections > now.connections + 10, DEADLINE_S)
+    assert load.snapshot().failures == ()
+    assert len(load.snapshot().pids) == 1
+
+
+def test_a_reload_of_what_does_not_run_is_7(machine: Machine) -> None:
+    machine.configure()
+
+    assert machine.run("reload") == 7
+    assert machine.run("force-reload", "web") == 7
+
+
+# --- restart ------------------------------------------------------------------
+
+
+def test_restart_stops_and_starts(machine: Machine) -> None:
+    machine.configure()
+    first = worker_of(machine.start())
+    pid = machine.pid()
+
+    assert machine.run("restart") == 0
+
+    assert wait_gone([pid, first], 0.0) == []
+    assert worker_of(machine.address()) != first
+
+
+def test_restart_starts_what_does_not_run_and_try_restart_leaves_it(machine: Machine) -> None:
+    machine.configure()
+
+    assert machine.run("try-restart") == 0
+    assert machine.run("status") == 3
+
+    assert machine.run("restart") == 0
+    pid = machine.pid()
+    assert machine.run("try-restart") == 0
+    assert machine.pid() != pid
+
+
+# --- what can be wrong --------------------------------------------------------
+
+
+@pytest.fixture
+def foreign() -> Iterator[subprocess.Popen[bytes]]:
+    """A living process that is no protector, and must not get a signal."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
+    )
+    yield process
+    process.communicate()
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("content", ["dead", "foreign", "empty", "nonsense"])
+def test_a_stale_pid_file_deceives_nobody(
+    machine: Machine, foreign: subprocess.Popen[bytes], content: str
+) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    text = {"dead": f"{gone.pid}\n", "foreign": f"{foreign.pid}\n", "empty": ""}
+    machine.configure()
+    machine.leave_pid_file(text.get(content, "; reboot\n"))
+
+    assert machine.run("status") == 1
+    assert str(machine.pid_file()) in machine.output
+    assert machine.run("reload") == 7
+    assert machine.run("try-restart") == 0
+    assert machine.run("status") == 1
+
+    address = machine.start()
+    assert worker_of(address)
+    assert machine.run("stop") == 0
+
+
+def test_stop_removes_a_stale_pid_file(machine: Machine, foreign: subprocess.Popen[bytes]) -> None:
+    machine.configure()
+    machine.leave_pid_file(f"{foreign.pid}\n")
+
+    assert machine.run("stop") == 0
+
+    assert machine.run("status") == 3
+    assert not machine.run_directory().exists()
+
+
+def test_a_killed_protector_is_dead_with_its_pid_file_left_and_starts_again(
+    machine: Machine,
+) -> None:
+    machine.configure()
+    machine.start()
+    pid = machine.pid()
+    os.kill(pid, signal.SIGKILL)
+    assert wait_gone([pid]) == []
+
+    assert machine.run("status") == 1
+    assert worker_of(machine.start())
+
+
+def test_a_release_that_does_not_start_is_told_with_its_reason_and_leaves_nothing(
+    machine: Machine,
+) -> None:
+    machine.configure(command=release(machine, "echo no such module >&2; exit 3"))
+
+    assert machine.run("start") == 1
+
+    assert "no such module" in machine.output
+    assert "web: does not start" in machine.output
+    assert not machine.run_directory().exists()
+    assert machine.run("status") == 3
+
+
+def test_a_machine_without_the_program_is_5(machine: Machine) -> None:
+    machine.configure()
+    machine.program.rename(machine.root / "elsewhere")
+
+    assert machine.run("start") == 5
+    assert "not installed" in machine.output
+
+    machine.configure(PROGRAM=str(machine.root / "elsewhere"))
+    assert machine.run("start") == 0
+
+
+def test_what_is_not_configured_is_6(machine: Machine) -> None:
+    assert machine.run("start") == 6
+    assert machine.run("start", "ghost") == 6
+
+    file = machine.configure(LISTEN="")
+    assert machine.run("start") == 6
+    assert str(file) in machine.output
+
+    file.write_text('SOCKETPROTECTOR_LISTEN="4321\n')
+    assert machine.run("start") == 6
+    assert str(file) in machine.output
+
+    machine.configure(OPTIONS="--no-such-option")
+    assert machine.run("start") == 6
+    assert "--no-such-option" in machine.output
+
+
+def test_without_any_instance_there_is_nothing_to_stop(machine: Machine) -> None:
+    assert machine.run("stop") == 0
+    assert machine.run("status") == 3
+    assert machine.run("status", "ghost") == 4
+
+
+@pytest.mark.parametrize("words", [[], ["nonsense"], ["start", "../web"], ["start", "web;"]])
+def test_bad_arguments_are_2(machine: Machine, words: list[str]) -> None:
+    machine.configure()
+
+    assert machine.run(*words) == 2
+    assert machine.output.startswith("usage: ")
+
+
+# --- several instances --------------------------------------------------------
+
+
+def test_an_action_is_for_all_instances_or_for_the_named_one(machine: Machine) -> None:
+    machine.configure("default")
+    machine.configure("api")
+    web = machine.configure("web")
+    shutil.copy(web, web.with_name("web~"))
+    shutil.copy(web, web.with_name("web.dpkg-old"))
+
+    assert machine.run("start") == 0
+    pids = {name: machine.pid(name) for name in ("default", "api", "web")}
+    assert len(set(pids.values())) == 3
+    assert sorted(each.name for each in machine.run_directory().parent.iterdir()) == sorted(pids)
+    assert machine.run("status") == 0
+
+    assert machine.run("restart", "web") == 0
+    web_address = machine.address()
+    assert machine.pid("web") != pids["web"]
+    assert [machine.pid(name) for name in ("default", "api")] == [pids["default"], pids["api"]]
+
+    assert machine.run("stop", "api", "default") == 0
+    assert [machine.run("status", name) for name in ("default", "api", "web")] == [3, 3, 0]
+    assert machine.run("status") == 3
+    assert worker_of(web_address)
+
+    assert machine.run("reload") == 7, "not all of them run"
+    assert "web: reloaded: generation 2" in machine.output
+
+    web.unlink()
+    assert machine.run("status", "web") == 0
+    assert machine.run("stop") == 0, "what runs is stopped although its file is gone"
+    assert wait_gone([*pids.values()], 0.0) == []
+
+
+def test_one_instance_that_does_not_start_keeps_no_other_from_it(machine: Machine) -> None:
+    machine.configure("bad", command=release(machine, "exit 3"), MY_COLOUR="blue")
+    machine.configure("good")
+
+    assert machine.run("start") == 1
+
+    assert machine.run("status", "good") == 0
+    assert machine.run("status", "bad") == 3
+    assert "MY_COLOUR" not in Path(f"/proc/{machine.pid('good')}/environ").read_text()

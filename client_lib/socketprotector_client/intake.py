@@ -38,7 +38,12 @@ class Intake:
     """The connections of one call or listener.  Several threads may call `get`."""
 
     def __init__(
-        self, source: Source, drain: Drain, limit: Optional[int], names: dict[int, str]
+        self,
+        source: Source,
+        drain: Drain,
+        limit: Optional[int],
+        names: dict[int, str],
+        waiting: Optional[WaitSet] = None,
     ) -> None:
         """Take ownership of source.  At most limit connections are open at once.
 
@@ -53,7 +58,7 @@ class Intake:
         self._names = names
         self._fds = tuple(source.fds)
         self._orders: dict[int, Callable[[], None]] = {}
-        self._set = WaitSet()
+        self._set = waiting or WaitSet()
         self._set.add(self._fds)
         self._paused = False
         self._stop_asked = False
@@ -198,17 +203,18 @@ class Intake:
 
     def _pause(self) -> None:
         """Leave further connections in the queue until one of ours is closed."""
-        self._paused = True
+        # In this order: whoever sees _paused adds what has been removed.
         self._set.remove(self._fds)
-        # One may have been closed just before _paused was set.
+        self._paused = True
+        # One may have been closed in between, and seen nothing.
         if len(self.open) < self._limit:
             self._resume()
         elif self.open.must_be_asked:
             self._later(self._resume)
 
     def _pause_for_resources(self) -> None:
-        self._paused = True
         self._set.remove(self._fds)
+        self._paused = True
         self._later(self._resume)
 
     def _resume(self) -> None:

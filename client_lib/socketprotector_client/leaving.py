@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 # A server in a thread of its own has the main thread waiting for something.
 # If that is the server's end, the process is gone long before.
-_MAIN_THREAD_GRACE_S = 5.0
+_MAIN_THREAD_GRACE_S = 2.0
 
 
 class Leave:

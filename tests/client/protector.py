@@ -26,6 +26,8 @@ from socketprotector_client import wire
 #: How long anything may take before a test gives up; nothing waits for it to pass.
 DEADLINE_S = 30.0
 ROOT = Path(__file__).resolve().parents[2]
+#: Which Python the workers run under: WORKER_PYTHON=python3.9 pytest tests/client
+PYTHON = os.environ.get("WORKER_PYTHON", sys.executable)
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -142,12 +144,13 @@ class Protector:
     ) -> Worker:
         """Start it; `alone` means without a channel, as if there were no protector."""
         if isinstance(command[0], str) and command[0].endswith(".py"):
-            command = (sys.executable, PROGRAMS / command[0], *command[1:])
+            command = (PYTHON, PROGRAMS / command[0], *command[1:])
         if nofile is not None:
             command = ("sh", "-c", f'ulimit -n {nofile}; exec "$@"', "sh", *command)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         notify_name = "@" + self.notify.getsockname()[1:].decode()
         environ = {**os.environ, wire.ENV_NOTIFY: notify_name, **(env or {})}
+        environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'client_lib'}"
         if not alone:
             environ |= {
                 wire.ENV_CHANNEL: str(self.reader.fileno()),
@@ -179,8 +182,9 @@ class Protector:
 
     def _hear_until_ready(self, worker: Worker, pidfd: int) -> None:
         while not worker.ready_lines:
-            heard = select.select([self.notify, pidfd], [], [], DEADLINE_S)[0]
-            assert self.notify in heard, "it ended, or said nothing"
+            waited_for = [self.notify.fileno(), pidfd]
+            heard = select.select(waited_for, [], [], DEADLINE_S)[0]
+            assert self.notify.fileno() in heard, "it ended, or said nothing"
             message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
             pid, _, _ = struct.unpack("3i", control[0][2])
             for one in self.workers:

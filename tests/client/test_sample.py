@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from tests.client.protector import ROOT, Protector, ports_of
+from tests.client.protector import PYTHON, ROOT, Protector, ports_of
 
-SAMPLE = (sys.executable, "-m", "sample_client")
+SAMPLE = (PYTHON, "-m", "sample_client")
 MINIMAL = ROOT / "tests" / "workers" / "minimal.py"
 
 
@@ -93,7 +92,7 @@ def test_wrong_usage_is_one_line_and_status_2(
 
 
 def test_the_minimal_worker_echoes_and_ends_with_the_channel(protector: Protector) -> None:
-    worker = protector.start(sys.executable, MINIMAL)
+    worker = protector.start(PYTHON, MINIMAL)
     assert worker.ready_lines == ["READY=1"]
     client = protector.connect()
     assert client.ask("hello") == "hello"

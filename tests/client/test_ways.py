@@ -181,6 +181,21 @@ def test_the_limit_leaves_further_connections_in_the_queue(
     assert not clients[3].has_answer()
 
 
+@every_way
+def test_connections_that_end_while_the_limit_is_reached_wake_the_worker(
+    protector: Protector, program: str
+) -> None:
+    protector.start(program, "--limit", "2", "--threads", "8", "--hectic")
+
+    for _ in range(30):
+        clients = [protector.connect() for _ in range(10)]
+        for client in clients:
+            client.send("hello")
+        for client in clients:
+            assert client.read() == "echo hello"
+            client.close()
+
+
 @pytest.mark.parametrize("program", ["serves.py", "streams.py"])
 def test_a_handler_that_fails_is_logged_and_harms_nobody_else(
     protector: Protector, program: str

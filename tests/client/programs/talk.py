@@ -19,7 +19,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--announce", action="store_true", help="say when the drain begins")
+    parser.add_argument("--hectic", action="store_true", help="switch threads all the time")
     parsed = parser.parse_args()
+    if parsed.hectic:
+        sys.setswitchinterval(1e-6)
     if parsed.announce:
         on_drain(lambda: say("drain begun"))
     return parsed

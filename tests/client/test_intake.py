@@ -1,0 +1,60 @@
+"""The moments at which a connection may end while its worker decides to pause."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+from socketprotector_client.drain import Drain
+from socketprotector_client.intake import Intake
+from socketprotector_client.source import ListenSource
+from socketprotector_client.waiting import WaitSet
+
+
+class Interrupted(WaitSet):
+    """Lets something happen right before or right after a removal, once."""
+
+    def __init__(self, act: Callable[[], None], *, before: bool) -> None:
+        super().__init__()
+        self._acts = [act]
+        self._before = before
+
+    def remove(self, fds: Iterable[int]) -> None:
+        if self._before and self._acts:
+            self._acts.pop()()
+        super().remove(fds)
+        if self._acts:
+            self._acts.pop()()
+
+
+@pytest.fixture
+def source() -> Iterator[ListenSource]:
+    one = ListenSource("127.0.0.1:0", 16)
+    yield one
+    one.close()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_connection_that_ends_while_the_limit_is_being_reached_is_noticed(
+    source: ListenSource, before: bool
+) -> None:
+    taken: list[socket.socket] = []
+    waiting = Interrupted(lambda: taken.pop().close(), before=before)
+    intake = Intake(source, Drain(()), 2, {}, waiting)
+    with (
+        socket.create_connection(source.sockname),
+        socket.create_connection(source.sockname),
+        socket.create_connection(source.sockname),
+    ):
+        for _ in range(2):  # the second one reaches the limit, and the first ends
+            connection = intake.get(10)
+            assert connection is not None
+            taken.append(connection)
+
+        third = intake.get(10)
+
+        assert third is not None
+        for one in (*taken, third):
+            one.close()
+    intake.close()

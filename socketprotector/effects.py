@@ -61,6 +61,9 @@ _LEVELS = {
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
 
+#: From the last worker's end to our own, with time to spare.
+_TO_END_S = 5.0
+
 
 @dataclass(slots=True)
 class _Generation:
@@ -236,7 +239,10 @@ class Effects:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._launcher.failure = report.reason
             case News.STOPPING:
-                self._systemd.send(STOPPING="1", STATUS="stopping")
+                # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
+                policy = self._settings.policy
+                usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
+                self._systemd.send(STOPPING="1", STATUS="stopping", EXTEND_TIMEOUT_USEC=str(usec))
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""

@@ -48,6 +48,9 @@ def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], her
         raise
     if child == 0:
         ours.close()
+        # The resident process is the heir of whom systemd watches.
+        if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
+            del os.environ["WATCHDOG_PID"]
         try:
             _become_resident(settings, bound, label, here, log, theirs.fileno())
         except BaseException as error:

@@ -9,11 +9,14 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
+#: What waits for a full notify socket; beyond that the oldest is of no interest any more.
+_MAX_UNSENT = 16
 _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * 253)
 
@@ -101,30 +104,55 @@ def parse(data: bytes) -> dict[str, str]:
 class Systemd:
     """The service manager that started us, if one did.  Never blocks, never raises."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], later: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """`later` calls what it is given after a moment."""
+        self._later = later
+        self._unsent: deque[bytes] = deque(maxlen=_MAX_UNSENT)
         self._address = environment.get("NOTIFY_SOCKET", "")
+        if self._address.startswith("@"):
+            self._address = "\0" + self._address[1:]
+        self._socket: socket.socket | None = None
+        if self._address:
+            # For life: where descriptors have run out, the watchdog wants to be fed all the same.
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         usec = environment.get("WATCHDOG_USEC", "")
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        wanted = ours and self._socket is not None and _is_number(usec)
         #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
-        self.watchdog_s = int(usec) / 2_000_000 if _is_number(usec) and ours else 0.0
-        if not self._address:
-            self.watchdog_s = 0.0
+        self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
 
     def send(self, **fields: str) -> None:
-        """Send assignments as one datagram."""
-        if not self._address:
+        """Send assignments as one datagram, after those that could not be sent yet."""
+        if self._socket is None:
             return
-        address = self._address
-        if address.startswith("@"):
-            address = "\0" + address[1:]
-        data = "\n".join(f"{name}={value}" for name, value in fields.items()).encode()
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.sendto(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, address)
-        except OSError:
-            pass  # it is full or gone; the next message may get through
+        text = "\n".join(f"{name}={value}" for name, value in fields.items())
+        # A file's name in a status need not be UTF-8.
+        self._unsent.append(text.encode("utf-8", "backslashreplace"))
+        if len(self._unsent) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._socket is not None and self._unsent:
+            try:
+                self._socket.sendto(
+                    self._unsent[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._address
+                )
+            except (BlockingIOError, InterruptedError):
+                # A manager that misses READY=1 waits for it, and then ends us.
+                self._later(self._flush)
+                return
+            except OSError:
+                pass  # it is gone, or takes nothing from us
+            self._unsent.popleft()
 
     def reloading(self) -> None:
         """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.send(RELOADING="1", MONOTONIC_USEC=str(usec), STATUS="reloading")
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None

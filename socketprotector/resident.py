@@ -26,6 +26,9 @@ from .output import Output
 from .settings import Identity, Settings, load
 from .supervisor import Supervisor, terminal_of
 
+#: How soon to try again where systemd's socket was full.
+_NOTIFY_AGAIN_S = 0.1
+
 
 def main() -> None:
     """Run until nothing is left to supervise, and exit with the status of that."""
@@ -75,7 +78,7 @@ def _supervise(
     if relayed:
         output.start_relay(settings.name, loop, lambda: log.write("error", "relay-ended"))
         log.reopen()
-    systemd = Systemd(os.environ)
+    systemd = Systemd(os.environ, lambda again: loop.call_after("notify", _NOTIFY_AGAIN_S, again))
     log.write(
         "info",
         "start",

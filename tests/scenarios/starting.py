@@ -1,0 +1,170 @@
+"""Start the real command as an operator does, detached, and look at what it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.running import COMMAND, DEADLINE_S, MARK, eventually, marked, wait_gone
+from tests.scenarios.tools import Client, worker
+
+MINIMAL = worker("minimal")
+#: Answers each connection with what it sees of itself.
+TELLS = worker("tells")
+
+
+class Ended:
+    """A command that has ended."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status = status
+        self.out = out
+        self.err = err
+
+    def __repr__(self) -> str:
+        return f"status {self.status}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+    @property
+    def lines(self) -> list[str]:
+        """What it said on stderr."""
+        return self.err.splitlines()
+
+
+class Start:
+    """Runs the command to its end, which is when the first generation serves or has failed."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, **environment}
+        self.pid_file = folder / "pid"
+        self.log_file = folder / "log"
+
+    def popen(
+        self,
+        *arguments: str | Path,
+        before: Sequence[str] = (),
+        command: Sequence[str] = COMMAND,
+        cwd: Path | str | None = None,
+        environment: Mapping[str, str] | None = None,
+        **more: Any,
+    ) -> subprocess.Popen[str]:
+        """Start the launching process.  `before` are words in front of it, like setpriv."""
+        words = [*before, *command, *(str(each) for each in arguments)]
+        given = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "start_new_session": True,
+            **more,
+        }
+        return subprocess.Popen(
+            words,
+            text=True,
+            cwd=cwd or self.folder,
+            env={
+                **self.environment,
+                "PWD": str(cwd or self.folder),
+                **(environment or {}),
+            },
+            **given,
+        )
+
+    def __call__(self, *arguments: str | Path, **more: Any) -> Ended:
+        """Run it with the folder's pid file; a detached protector goes on after that."""
+        with self.popen("--pid-file", self.pid_file, *arguments, **more) as process:
+            try:
+                out, err = process.communicate(timeout=DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return Ended(process.returncode, out or "", err or "")
+
+    def up(self, *arguments: str | Path, **more: Any) -> Ended:
+        """Run it, and see that it serves."""
+        ended = self("--log-file", self.log_file, *arguments, **more)
+        assert ended.status == 0, ended
+        return ended
+
+    # -- the protector that runs now -----------------------------------------
+
+    @property
+    def pid(self) -> int:
+        return int(self.pid_file.read_text(encoding="ascii"))
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8") if self.log_file.exists() else ""
+
+    @property
+    def addresses(self) -> list[str]:
+        """The canonical addresses it listens on, in index order."""
+        found = re.findall(r'event=start\b.* listen="?([^"\n]+)"?', self.log)
+        return str(found[-1]).split()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Of the first listener, a TCP one."""
+        return tcp(self.addresses[0])
+
+    def wait_for(self, pattern: str) -> None:
+        """Wait for a line in the log file."""
+        eventually(lambda: re.search(pattern, self.log) is not None, f"{pattern} in the log")
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def reload(self) -> None:
+        """Reload, and wait until the new generation serves."""
+        before = len(re.findall("event=reloaded", self.log))
+        self.send(signal.SIGHUP)
+        eventually(lambda: len(re.findall("event=reloaded", self.log)) > before, "a reload")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Stop it and wait for its end."""
+        pid = self.pid
+        os.kill(pid, number)
+        assert not wait_gone([pid]), self.log
+
+    def left(self) -> list[str]:
+        """What there is of it now: processes, and files other than its log."""
+        found = [shown(pid) for pid in marked(self.environment[MARK])]
+        kept = {self.log_file, *(f for f in self.folder.iterdir() if f.suffix in (".py", ".sh"))}
+        return found + [str(file) for file in self.folder.iterdir() if file not in kept]
+
+    def end(self) -> None:
+        """Whatever the test left."""
+        try:
+            pid = self.pid
+            os.kill(pid, signal.SIGINT)
+        except (OSError, ValueError):
+            return
+        wait_gone([pid])
+
+
+def shown(pid: int) -> str:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+    except OSError:
+        words = b"(gone)"
+    return f"process {pid}: {words.decode()}"
+
+
+def tcp(address: str) -> tuple[str, int]:
+    """host and port of a canonical address."""
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def told(address: tuple[str, int] | str) -> dict[str, Any]:
+    """What a worker that tells says of itself."""
+    client: Client = Client(address)
+    with client.socket, client.socket.makefile("rb") as lines:
+        found: dict[str, Any] = json.loads(lines.readline())
+    found["listener"] = found["header"][2] + 256 * found["header"][3]
+    return found

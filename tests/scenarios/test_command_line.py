@@ -1,0 +1,316 @@
+"""The command line: what it says, what it refuses, and what each option does to a worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import COMMAND, Lines, Protector, ask, eventually, wait_gone
+from tests.scenarios.starting import MINIMAL, TELLS, Start, told
+
+SCRIPT = (str(Path(sys.executable).with_name("SocketProtector")),)
+
+OPTIONS = (
+    *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
+    *("--reload-order", "--ready", "--settle", "--start-timeout", "--start-tries"),
+    *("--drain-timeout", "--max-draining", "--stop-timeout", "--kill-timeout", "--backlog"),
+    *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
+    *("--log-file", "--log-level", "--name", "--check"),
+)
+
+# -- words ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", ["-h", "-?", "--help"])
+@pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["module", "script"])
+def test_help_names_every_option(start: Start, words: str, command: tuple[str, ...]) -> None:
+    ended = start(words, command=command)
+
+    assert ended.status == 0
+    assert "LISTEN... -- COMMAND [ARG...]" in ended.out
+    assert [option for option in OPTIONS if option not in ended.out] == []
+
+
+def test_the_version_is_said(start: Start) -> None:
+    ended = start("--version")
+
+    assert ended.status == 0
+    assert re.fullmatch(r"SocketProtector, version \d+\.\d+\.\d+\n", ended.out)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no LISTEN"),
+        (["--", "true"], "no LISTEN"),
+        (["0"], "no command; put it behind --"),
+        (["0", "--"], "no command; put it behind --"),
+        (["0", "./daemon", "0"], "no command; put it behind --"),
+        (["--nonsense", "0", "--", "true"], "No such option"),
+        (["0", "--workers"], "requires an argument"),
+        (["--workers", "0", "0", "--", "true"], "--workers"),
+        (["--workers", "many", "0", "--", "true"], "not a valid integer"),
+        (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 2m or seconds"),
+        (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
+        (["--settle", "nan", "0", "--", "true"], "write 500ms"),
+        (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),
+        (["--start-tries", "0", "0", "--", "true"], "--start-tries"),
+        (["--ready", "soon", "0", "--", "true"], "write notify or after:1s"),
+        (["--ready", "after:", "0", "--", "true"], "write notify or after:1s"),
+        (["--ready", "after:x", "0", "--", "true"], "write 500ms"),
+        (["--reload-order", "any", "0", "--", "true"], "start-first"),
+        (["--queue", "5", "0", "--", "true"], "--queue"),
+        (["--backlog", "0", "0", "--", "true"], "--backlog"),
+        (["--backlog", "9" * 30, "0", "--", "true"], "--backlog"),
+        (["--umask", "9", "0", "--", "true"], "is not octal"),
+        (["--limit", "nofile", "0", "--", "true"], "NAME=VALUE"),
+        (["--limit", "memory=1", "0", "--", "true"], "allowed: nofile, core, nice"),
+        (["--limit", "nofile=x", "0", "--", "true"], "not a whole number"),
+        (["--limit", "nofile=unlimited", "0", "--", "true"], "not a whole number"),
+        (["--limit", "nofile=9000000000000", "0", "--", "true"], "the hard limit is"),
+        (["--limit", "nice=20", "0", "--", "true"], "must be from -20 to 19"),
+        (["--env", "PLAIN", "0", "--", "true"], "is not NAME=VALUE"),
+        (["--env", "=x", "0", "--", "true"], "is not NAME=VALUE"),
+        (["--env-file", "/no/such/file", "0", "--", "true"], "/no/such/file"),
+        (["--chdir", "/no/such/folder", "0", "--", "true"], "no such directory"),
+        (["--log-level", "loud", "0", "--", "true"], "debug"),
+        (["--user", "no-such-user", "0", "--", "true"], "unknown user"),
+        (["--group", "no-such-group", "0", "--", "true"], "unknown group"),
+        (["70000", "--", "true"], "from 0 to 65535"),
+        (["0?colour=red", "--", "true"], "unknown option colour"),
+        (["udp:4321", "--", "true"], "UDP has no connections"),
+        (["u4321", "--", "true"], "UDP has no connections"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(start: Start, words: list[str], said: str) -> None:
+    ended = start(*words)
+
+    assert ended.status == 2, ended
+    assert len(ended.lines) == 1, ended
+    assert ended.err.startswith("SocketProtector: ")
+    assert said in ended.err
+    assert start.left() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["A\n", "A=1\n=2\n", "A='1\n", "9A=1\n"], ids=["bare", "nameless", "open", "digit"]
+)
+def test_an_env_file_with_a_mistake_is_refused_with_its_line(start: Start, text: str) -> None:
+    file = start.folder / "settings.sh"
+    file.write_text(text)
+
+    ended = start("--env-file", "settings.sh", "0", "--", *MINIMAL)
+
+    assert ended.status == 2
+    assert f"{file} line {text.count(chr(10))}: " in ended.err
+
+
+@pytest.mark.parametrize("words", [["-pid-file", "{}"], ["-pid-file={}"], ["--pid-file={}"]])
+def test_the_originals_options_with_one_dash_are_understood(start: Start, words: list[str]) -> None:
+    given = [word.format(start.folder / "other") for word in words]
+
+    with start.popen(*given, "-foreground", "-verbose", "127.0.0.1:0", "--", *MINIMAL) as process:
+        assert process.stderr
+        log = Lines(os.dup(process.stderr.fileno()))
+        log.wait_for(r" debug event=decided .*Launched")
+        log.wait_for(r"event=ready\b")
+        assert (start.folder / "other").read_text() == f"{process.pid}\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        log.join()
+
+
+# -- check ---------------------------------------------------------------------
+
+
+def test_check_says_that_it_would_start_and_starts_nothing(start: Start) -> None:
+    words = ["--log-file", start.log_file, "127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
+
+    ended = start("--check", *words)
+
+    assert ended.status == 0, ended
+    assert "would start" in ended.out
+    assert start.left() == []
+    assert not start.log_file.exists()
+
+
+def test_check_says_why_it_would_not_start(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = start("--check", f"127.0.0.1:{port}", "--", *MINIMAL)
+
+    assert ended.status == 111
+    assert "Address already in use" in ended.err
+    assert start.left() == []
+
+
+def test_check_does_not_disturb_the_one_that_runs(start: Start) -> None:
+    words = ["127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
+    start.up(*words)
+
+    ended = start("--check", *words)
+
+    assert ended.status == 100
+    assert f"held by process {start.pid}" in ended.err
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+# -- what options do to workers ------------------------------------------------
+
+
+def test_a_worker_gets_what_the_options_say(start: Start) -> None:
+    room = start.folder / "room.sh"
+    room.mkdir()
+    (start.folder / "settings.sh").write_text("FROM_FILE='in the file'\nBOTH=file\n")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    start.up(
+        *("--chdir", "room.sh", "--umask", "027", "--env-file", "settings.sh"),
+        *("--env", "BOTH=option", "--env", "WITH_EQUALS=a=b", "--env", "EMPTY="),
+        *("--limit", "nofile=300", "--limit", "core=0", "--limit", "nice=3"),
+        *("127.0.0.1:0", "--", *TELLS, "one", "--", "-f"),
+    )
+    found = told(start.address)
+
+    assert found["directory"] == str(room)
+    assert found["umask"] == 0o027
+    environment = found["environment"]
+    assert environment["FROM_FILE"] == "in the file"
+    assert environment["BOTH"] == "option"
+    assert environment["WITH_EQUALS"] == "a=b"
+    assert environment["EMPTY"] == ""
+    assert environment["PWD"] == str(room)
+    assert found["nofile"] == [300, hard]
+    assert found["core"][0] == 0
+    assert found["nice"] == os.nice(0) + 3
+    assert found["argv"][1:] == ["one", "--", "-f"]
+    start.stop()
+
+
+def test_a_worker_without_options_gets_what_the_caller_had(start: Start) -> None:
+    start.up("127.0.0.1:0", "--", *TELLS, environment={"FROM_CALLER": "yes"}, umask=0o077)
+    found = told(start.address)
+
+    assert found["directory"] == str(start.folder)
+    assert found["umask"] == 0o077
+    assert found["nofile"] == list(resource.getrlimit(resource.RLIMIT_NOFILE))
+    assert found["core"] == list(resource.getrlimit(resource.RLIMIT_CORE))
+    assert found["nice"] == os.nice(0)
+    assert found["environment"]["FROM_CALLER"] == "yes"
+    assert found["environment"]["PATH"] == os.environ["PATH"]
+    start.stop()
+
+
+def test_the_env_file_is_read_again_at_each_reload(start: Start) -> None:
+    file = start.folder / "settings.sh"
+    file.write_text("# a comment\n\nexport COLOUR=red\n")
+    start.up("--env-file", "settings.sh", "127.0.0.1:0", "--", *TELLS)
+    assert told(start.address)["environment"]["COLOUR"] == "red"
+
+    file.write_text('COLOUR="dark blue"\n')
+    assert told(start.address)["environment"]["COLOUR"] == "red"
+    start.reload()
+
+    assert told(start.address)["environment"]["COLOUR"] == "dark blue"
+    start.stop()
+
+
+def test_a_command_without_a_slash_is_found_in_the_workers_path(start: Start) -> None:
+    folder = start.folder / "bin.sh"
+    folder.mkdir()
+    (folder / "my-daemon").symlink_to("/bin/sh")
+
+    start.up(
+        "--env", f"PATH={folder}", "127.0.0.1:0", "--", "my-daemon", "-c", f"exec {' '.join(TELLS)}"
+    )
+
+    assert told(start.address)["environment"]["PATH"] == str(folder)
+    assert " name=my-daemon " in start.log
+    start.stop()
+
+
+def test_several_workers_are_started(protector: Callable[..., Protector]) -> None:
+    daemon = protector("--workers", "3", "127.0.0.1:0", "--", *MINIMAL).ready()
+
+    assert daemon.log.count("event=spawned generation=1 ") == 3
+    assert len(daemon.worker_pids()) == 3
+    daemon.stop()
+
+
+@pytest.mark.parametrize("time", ["1ms", "0.001", "0.001s", "0.00002m", "0.0000003h", "1e-3"])
+def test_a_duration_is_read_in_every_unit(start: Start, time: str) -> None:
+    """A worker that lives for so long is ready; and one never says so by itself."""
+    start.up("--ready", f"after:{time}", "127.0.0.1:0", "--", "/bin/sleep", "1000")
+
+    assert "event=ready" in start.log
+    start.stop(signal.SIGINT)
+
+
+def test_the_log_level_is_a_threshold(start: Start) -> None:
+    start.up("--log-level", "warning", "127.0.0.1:0", "--", *MINIMAL)
+    start.stop()
+
+    assert "event=" not in start.log
+
+
+def test_the_name_is_shown_in_the_log_and_by_ps(start: Start) -> None:
+    start.up("--name", "shop", "--env", "SECRET=hush", "127.0.0.1:0", "--", *MINIMAL, "hush")
+
+    words = Path(f"/proc/{start.pid}/cmdline").read_text()
+    assert " name=shop " in start.log
+    assert "shop" in words.split("\0")
+    assert "hush" not in words
+    assert Path(f"/proc/{start.pid}/comm").read_text() == "SocketProtector\n"
+    start.stop()
+
+
+def test_the_log_is_reopened_on_usr1(start: Start) -> None:
+    start.up("127.0.0.1:0", "--", *MINIMAL)
+    rotated = start.folder / "log.1"
+    start.log_file.rename(rotated)
+
+    start.send(signal.SIGUSR1)
+    start.wait_for("event=reopened")
+    start.reload()
+
+    # The workers of the first generation keep the old file; those of the new one do not.
+    assert "event=ready" in rotated.read_text()
+    assert "event=reloaded" not in rotated.read_text()
+    worker = re.findall(r"event=spawned generation=2 .*pid=(\d+)", start.log)[0]
+    assert os.readlink(f"/proc/{worker}/fd/2") == str(start.log_file)
+    start.stop()
+
+
+def test_a_log_that_cannot_be_reopened_goes_on_where_it_was(start: Start) -> None:
+    folder = start.folder / "logs.sh"
+    folder.mkdir()
+    start.log_file = folder / "log"
+    start.up("127.0.0.1:0", "--", *MINIMAL)
+    moved = start.folder / "moved.sh"
+    folder.rename(moved)
+    start.log_file = moved / "log"
+
+    start.send(signal.SIGUSR1)
+
+    start.wait_for("event=reopen-failed .*No such file")
+    start.reload()
+    start.stop()
+
+
+def test_the_launching_process_says_nothing_when_all_is_well(start: Start) -> None:
+    ended = start.up(f"unix:{start.folder}/s", "--", *MINIMAL)
+
+    assert (ended.out, ended.err) == ("", "")
+    pid = start.pid
+    start.stop()
+    assert not wait_gone([pid])
+    eventually(lambda: start.left() == [], "nothing left")

@@ -55,9 +55,12 @@ class OpenConnections:
     holds it; single operations on sets and dicts are atomic instead.
     """
 
-    def __init__(self, on_close: Callable[[], None]) -> None:
-        """Call on_close after each end that is noticed, in whichever thread it happens."""
-        self._on_close = on_close
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        """Call on_change after each end that is noticed, in whichever thread it happens.
+
+        Also when an end can no longer be noticed, only looked for.
+        """
+        self._on_change = on_change
         self._open: set[weakref.ref[Connection]] = set()
         # Descriptor to inode, of those that ssl or others took over: nobody
         # tells when they close them.
@@ -70,7 +73,7 @@ class OpenConnections:
 
     @property
     def must_be_asked(self) -> bool:
-        """Whether one of them may end without on_close being called."""
+        """Whether one of them may end without on_change being called."""
         return bool(self._detached)
 
     def add(self, connection: Connection) -> None:
@@ -79,18 +82,19 @@ class OpenConnections:
 
     def forget(self, connection: Connection) -> None:
         self._open.discard(weakref.ref(connection))
-        self._on_close()
+        self._on_change()
 
     def follow(self, connection: Connection) -> None:
         fd = connection.fileno()
         if fd >= 0:
             self._detached[fd] = os.fstat(fd).st_ino
             self._open.discard(weakref.ref(connection))
+            self._on_change()
 
     def _collected(self, reference: weakref.ref[Connection]) -> None:
         if reference in self._open:
             self._open.discard(reference)
-            self._on_close()
+            self._on_change()
 
     def _drop_closed(self) -> None:
         for fd, inode in list(self._detached.items()):

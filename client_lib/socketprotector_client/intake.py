@@ -49,7 +49,7 @@ class Intake:
 
         names: is told the listener of each connection, by descriptor.
         """
-        self.open = OpenConnections(self._one_closed)
+        self.open = OpenConnections(self._look_again)
         self.source = source
         #: Called in a forked child after the descriptor stands for another epoll.
         self.on_renewal: Optional[Callable[[], None]] = None
@@ -64,6 +64,7 @@ class Intake:
         self._stop_asked = False
         self._ended = False
         self._awaits_last = False
+        self._will_look_again = False
         self._spare = Spare(self._set.fileno())
         self._spare.hold()
         self._turn = threading.Lock()
@@ -130,9 +131,7 @@ class Intake:
     def await_last(self) -> None:
         """After the end: become readable when no handed-out connection is open."""
         self._awaits_last = True
-        self._one_closed()
-        if self._awaits_last and self.open.must_be_asked:
-            self._later(self.await_last)
+        self._look_again()
 
     def idle(self, timeout_s: Optional[float]) -> None:
         """Wait on the descriptor without taking anything."""
@@ -150,6 +149,7 @@ class Intake:
     def after_fork_in_child(self) -> None:
         self._turn = threading.Lock()
         self._pid = os.getpid()
+        self._will_look_again = False
         taking = () if self._paused else self._fds
         self._set.renew(() if self._ended else (*self._orders, *taking))
         if self.on_renewal is not None:
@@ -210,12 +210,12 @@ class Intake:
         if len(self.open) < self._limit:
             self._resume()
         elif self.open.must_be_asked:
-            self._later(self._resume)
+            self._look_again_later()
 
     def _pause_for_resources(self) -> None:
         self._set.remove(self._fds)
         self._paused = True
-        self._later(self._resume)
+        self._look_again_later()
 
     def _resume(self) -> None:
         # Without a lock, in any thread: too early is harmless, for _take looks
@@ -226,15 +226,24 @@ class Intake:
             if self._ended:  # in the meantime, by another thread
                 self._set.remove(self._fds)
 
-    def _one_closed(self) -> None:
+    def _look_again(self) -> None:
+        """See what follows from the number of open connections, in any thread."""
         if self._paused:
             self._resume()
-        if self._awaits_last and not len(self.open) and os.getpid() == self._pid:
-            self._awaits_last = False
-            self._set.ring()
+        if self._awaits_last and os.getpid() == self._pid:
+            if not len(self.open):
+                self._awaits_last = False
+                self._set.ring()
+            elif self.open.must_be_asked:
+                self._look_again_later()
 
-    @staticmethod
-    def _later(act: Callable[[], None]) -> None:
-        timer = threading.Timer(_RETRY_S, act)
-        timer.daemon = True
-        timer.start()
+    def _look_again_later(self) -> None:
+        if not self._will_look_again:
+            self._will_look_again = True
+            timer = threading.Timer(_RETRY_S, self._on_timer)
+            timer.daemon = True
+            timer.start()
+
+    def _on_timer(self) -> None:
+        self._will_look_again = False
+        self._look_again()

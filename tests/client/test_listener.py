@@ -157,6 +157,21 @@ def test_a_server_that_knows_nothing_of_draining_ends_after_its_last_client(
     assert (worker.read_last(), worker.wait()) == ("cleaned up", 0)
 
 
+def test_connections_wrapped_in_tls_keep_a_draining_worker(protector: Protector) -> None:
+    worker = protector.start("tls.py")
+    before, after = protector.connect(), protector.connect()
+    assert [worker.read_line() for _ in range(2)] == ["held"] * 2
+
+    protector.end_channel()
+    before.close()
+    assert worker.read_line() == "let go"
+    assert not after.has_answer()
+    after.close()
+
+    assert worker.read_rest() == ["let go"]
+    assert worker.wait() == 0
+
+
 def test_a_main_thread_that_waits_for_ever_is_interrupted(protector: Protector) -> None:
     worker = protector.start("listens_bare.py", "waiting main thread")
 

@@ -1,0 +1,25 @@
+"""Callbacks for the drain: several, one that fails, and one that comes late."""
+
+from __future__ import annotations
+
+import threading
+
+from socketprotector_client import on_drain, serve
+
+from tests.client.programs.talk import say, talk
+
+
+def fail() -> None:
+    raise RuntimeError("a callback failed")
+
+
+def say_where() -> None:
+    say(f"in the main thread: {threading.current_thread() is threading.main_thread()}")
+
+
+on_drain(say_where)
+on_drain(fail)
+on_drain(lambda: say("the one after it"))
+serve(talk, threads=1)
+on_drain(lambda: say("at once"))
+say("ended")

@@ -1,0 +1,126 @@
+"""When a connection counts as open, however it ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+from socketprotector_client import Connection, Listener, listener_of
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    """One that hands out one connection at a time, with two clients waiting."""
+    with Listener("127.0.0.1:0", limit=1) as one:
+        one.listen(16)
+        address = one.getsockname()
+        with socket.create_connection(address), socket.create_connection(address):
+            yield one
+    for thread in threading.enumerate():
+        if isinstance(thread, threading.Timer):
+            thread.join()
+
+
+def accept(listener: Listener) -> Connection:
+    listener.settimeout(10)
+    return listener.accept()[0]
+
+
+def is_full(listener: Listener) -> bool:
+    listener.settimeout(0.01)
+    try:
+        listener.accept()
+    except TimeoutError:
+        return True
+    return False
+
+
+def wrap(connection: Connection) -> ssl.SSLSocket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+
+
+def close_twice(connection: Connection) -> None:
+    connection.close()
+    connection.close()
+
+
+def close_in_another_thread(connection: Connection) -> None:
+    thread = threading.Thread(target=connection.close)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("close", [Connection.close, close_twice, close_in_another_thread])
+def test_it_ends_with_close(listener: Listener, close: Callable[[Connection], None]) -> None:
+    connection = accept(listener)
+    assert is_full(listener)
+
+    close(connection)
+
+    accept(listener).close()
+
+
+def test_it_ends_with_the_last_file_made_from_it(listener: Listener) -> None:
+    connection = accept(listener)
+    lines = connection.makefile("rb")
+    connection.close()
+    assert is_full(listener)
+
+    lines.close()
+
+    accept(listener).close()
+
+
+def test_it_ends_when_nobody_refers_to_it(listener: Listener) -> None:
+    connection = accept(listener)
+    assert is_full(listener)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        del connection
+
+    accept(listener).close()
+
+
+def test_it_goes_on_under_tls_and_ends_there(listener: Listener) -> None:
+    connection = accept(listener)
+    name = connection.listener
+    wrapped = wrap(connection)
+    assert is_full(listener)
+    assert listener_of(wrapped) == name
+
+    wrapped.close()
+
+    accept(listener).close()
+
+
+def test_it_goes_on_as_a_bare_descriptor_and_ends_there(listener: Listener) -> None:
+    fd = accept(listener).detach()
+    assert is_full(listener)
+
+    os.close(fd)
+
+    accept(listener).close()
+
+
+def test_a_copy_counts_on_its_own(listener: Listener) -> None:
+    connection = accept(listener)
+    copy = connection.dup()
+    connection.close()
+    assert is_full(listener)
+    assert (copy.listener, copy.peer) == (connection.listener, connection.peer)
+
+    copy.close()
+
+    accept(listener).close()
+
+
+def test_a_socket_of_another_origin_has_no_listener() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(KeyError):
+        listener_of(other)

@@ -63,15 +63,13 @@ class Crew:
         log: Log,
         output: Output,
         post: Callable[[Event], None],
-        broken: Callable[[int], None],
     ) -> None:
-        """`broken` is told the generation whose channel a worker had shut down before it ended."""
+        """`post` hands an event to the supervisor."""
         self._settings = settings
         self._loop = loop
         self._log = log
         self._output = output
         self._post = post
-        self._broken = broken
         self._listeners = wire.pack_listeners([each.address for each in settings.listeners])
         self._uids = frozenset(
             {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
@@ -217,8 +215,6 @@ class Crew:
         self._loop.cancel(("ready", number))
         worker.close()
         self._log.write("info", "exited", generation=worker.generation, worker=number, how=how)
-        if worker.channel.is_shut():
-            self._broken(worker.generation)  # else each replacement would read end of file
         if worker.ready_at is None:
             self._strays.end(worker.notify.address)
         detached = clean and worker.ready_at is None
@@ -237,7 +233,9 @@ class Crew:
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
         last = self._output.last_words(worker.mark)
-        return f"{reason}; its last words:\n{last}" if last else reason
+        if last:
+            return f"{reason}; its last words:\n{last}"
+        return "; ".join(filter(None, (reason, self._output.where_to_look())))
 
 
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")

@@ -24,7 +24,7 @@ class Log:
     def __init__(self, level: str, *, prioritized: bool = False) -> None:
         """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3))."""
         self._threshold = LEVELS[level]
-        self._prioritized = prioritized or _is_journal()
+        self._prioritized = prioritized or is_journal()
         self._dropped = 0
         self._fd = -1
         self._socket: socket.socket | None = None
@@ -95,7 +95,7 @@ def is_own(line: str) -> bool:
     return level in LEVELS and rest.startswith("event=")
 
 
-def _is_journal() -> bool:
+def is_journal() -> bool:
     """Whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
     found = os.fstat(_STDERR)
     return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

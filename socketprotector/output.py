@@ -16,7 +16,7 @@ import termios
 from collections.abc import Callable
 
 from . import relay, words
-from .log import is_own
+from .log import is_journal, is_own
 from .loop import Loop
 from .process import Process, Program, spawn
 
@@ -111,7 +111,7 @@ class Output:
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def last_words(self, mark: int) -> str:
-        """Return the last lines written since mark, escaped; or where to look for them."""
+        """Return the last lines written since mark, escaped; "" where nobody can read them."""
         if self.relayed:
             self._wait_for_relay()
             data = relay.kept(self._tail, mark)
@@ -124,6 +124,12 @@ class Output:
         lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
         lines = [line for line in lines if not is_own(line)]
         return "\n".join(words.escape(line) for line in lines[-LAST_LINES:])
+
+    def where_to_look(self) -> str:
+        """Say where a worker's words are when they cannot be read back from here."""
+        if self.relayed or stat.S_ISREG(os.fstat(_STDERR).st_mode):
+            return ""
+        return "see the journal" if is_journal() else "see above for what it said"
 
     def _wait_for_relay(self) -> None:
         """Give the relay a moment to read what is in the pipe."""

@@ -140,6 +140,10 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
             setsigmask=(),
             setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
         )
+    except FileNotFoundError as error:
+        if error.filename == path and os.path.exists(path):
+            error.strerror = "the interpreter in its first line is missing"
+        raise
     finally:
         for which, pair in kept.items():
             resource.setrlimit(which, pair)

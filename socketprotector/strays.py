@@ -17,7 +17,7 @@ import time
 from .log import Log
 from .loop import Loop
 
-#: Looks for what was started while the others were killed.
+#: How often to look for what was started while one looked.
 _LOOKS = 10
 #: A killed process is gone at once, unless the system is busy with it.
 _DEATH_S = 1.0
@@ -70,26 +70,39 @@ class Strays:
 
 def _carrying(address: str) -> list[tuple[int, int]]:
     """Return (pid, pidfd) of each process with this address; the caller closes the pidfds."""
-    wanted = f"NOTIFY_SOCKET={address}".encode()
+    known: set[int] = set()
+    for _ in range(_LOOKS):
+        found, ended = _look(f"NOTIFY_SOCKET={address}".encode())
+        if found or ended <= known:
+            return found
+        # One that has just ended may have left a child which this look came too early for.
+        known |= ended
+    return []
+
+
+def _look(wanted: bytes) -> tuple[list[tuple[int, int]], set[int]]:
+    """Return those that have `wanted` in their environment, and the pids of those just ended."""
     found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+    ended = set()
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         try:
             # First the pidfd: what is read then is of this process or of none.
-            pidfd = os.pidfd_open(int(name))
+            pidfd = os.pidfd_open(pid)
         except OSError:
+            ended.add(pid)
             continue
         try:
-            with open(f"/proc/{name}/environ", "rb") as file:
+            with open(f"/proc/{pid}/environ", "rb") as file:
                 theirs = wanted in file.read().split(b"\0")
         except OSError:
-            theirs = False
-        if theirs and not _wait(pidfd, 0.0):
-            found.append((int(name), pidfd))
-        else:
-            os.close(pidfd)
-    return found
+            theirs = False  # ended, or another user's
+        if _wait(pidfd, 0.0):
+            ended.add(pid)
+        elif theirs:
+            found.append((pid, pidfd))
+            continue
+        os.close(pidfd)
+    return found, ended
 
 
 def _wait(pidfd: int, seconds: float) -> bool:

@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ from tests.scenarios.tools import Client, worker
 MINIMAL = worker("minimal")
 #: Answers each connection with what it sees of itself.
 TELLS = worker("tells")
+
+
+Popen = subprocess.Popen[str]
 
 
 class Ended:
@@ -53,7 +57,7 @@ class Start:
         cwd: Path | str | None = None,
         environment: Mapping[str, str] | None = None,
         **more: Any,
-    ) -> subprocess.Popen[str]:
+    ) -> Popen:
         """Start the launching process.  `before` are words in front of it, like setpriv."""
         words = [*before, *command, *(str(each) for each in arguments)]
         given = {
@@ -145,6 +149,17 @@ class Start:
         except (OSError, ValueError):
             return
         wait_gone([pid])
+
+
+@contextmanager
+def start_of(start: Start, *arguments: str | Path, **more: Any) -> Iterator[Popen]:
+    """The launching process while it waits; it has ended when this is left."""
+    with start.popen("--pid-file", start.pid_file, *arguments, **more) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
 
 
 def shown(pid: int) -> str:

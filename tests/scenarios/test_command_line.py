@@ -132,9 +132,9 @@ def test_the_originals_options_with_one_dash_are_understood(start: Start, words:
 
 
 def test_check_says_that_it_would_start_and_starts_nothing(start: Start) -> None:
-    words = ["--log-file", start.log_file, "127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
+    words = ["127.0.0.1:0", f"unix:{start.folder}/s", "--", *MINIMAL]
 
-    ended = start("--check", *words)
+    ended = start("--check", "--log-file", start.log_file, *words)
 
     assert ended.status == 0, ended
     assert "would start" in ended.out

@@ -1,0 +1,336 @@
+"""A start that fails: the exit status, one clear line with what to do, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.running import MARK, marked
+from tests.scenarios.starting import MINIMAL, Ended, Start, start_of
+from tests.scenarios.tools import worker
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give rights away")
+
+
+def refused(ended: Ended, status: int, *said: str) -> None:
+    """It ended with this status and one line in which all of this is said."""
+    assert ended.status == status, ended
+    assert len(ended.lines) == 1, ended
+    assert ended.err.startswith("SocketProtector: ")
+    assert [words for words in said if not re.search(words, ended.err)] == [], ended
+
+
+@pytest.fixture(params=["detached", "foreground"])
+def mode(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return ("-f",) if request.param == "foreground" else ()
+
+
+# -- before anything is started ------------------------------------------------
+
+
+def test_a_port_in_use_is_refused_with_the_name_of_who_has_it(
+    start: Start, mode: tuple[str, ...]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = start(*mode, f"unix:{start.folder}/s", f"127.0.0.1:{port}", "--", *MINIMAL)
+
+    who = rf"process {os.getpid()} \(.+\) has it: stop that, or choose another"
+    refused(ended, 111, rf"cannot listen on 127.0.0.1:{port} .*Address already in use", who)
+    assert start.left() == []
+
+
+def test_the_wildcard_is_in_use_where_one_address_is(start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = start(str(taken.getsockname()[1]), "--", *MINIMAL)
+
+    refused(ended, 111, "Address already in use", f"process {os.getpid()} ")
+    assert start.left() == []
+
+
+@needs_root
+def test_a_privileged_port_without_the_right_is_refused(start: Start) -> None:
+    if Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":
+        pytest.skip("here every user may bind every port")
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+
+    ended = start(
+        *("127.0.0.1:81", "--", *MINIMAL), before=("setpriv", "--bounding-set=-net_bind_service")
+    )
+
+    refused(ended, 111, "Permission denied", "needs root or CAP_NET_BIND_SERVICE", "--user")
+    assert start.left() == []
+
+
+def test_a_host_that_does_not_resolve_is_refused(start: Start, mode: tuple[str, ...]) -> None:
+    ended = start(*mode, "no-such-host.invalid:0", "--", *MINIMAL)
+
+    refused(ended, 111, "cannot resolve no-such-host.invalid", "check the name")
+    assert start.left() == []
+
+
+def test_an_address_that_is_nobodys_is_refused(start: Start) -> None:
+    ended = start("192.0.2.77:0", "--", *MINIMAL)
+
+    refused(ended, 111, "Cannot assign requested address", "freebind=1")
+    assert start.left() == []
+
+
+def test_a_command_that_is_not_there_is_refused(start: Start, mode: tuple[str, ...]) -> None:
+    ended = start(*mode, "127.0.0.1:0", "--", "./no-such-daemon")
+
+    refused(ended, 2, "cannot run .*/no-such-daemon: No such file", "check the path")
+    assert start.left() == []
+
+
+def test_a_command_that_is_not_in_the_path_is_refused(start: Start) -> None:
+    ended = start("127.0.0.1:0", "--", "no-such-daemon-anywhere")
+
+    refused(ended, 2, "cannot run no-such-daemon-anywhere: not found in PATH")
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_command_that_is_not_executable_is_refused(start: Start, kind: str) -> None:
+    daemon = start.folder / "daemon.sh"
+    daemon.mkdir() if kind == "folder" else daemon.touch()
+
+    ended = start("127.0.0.1:0", "--", "./daemon.sh")
+
+    refused(ended, 2, "cannot run .*/daemon.sh: not executable", r"chmod \+x")
+    assert start.left() == []
+
+
+def test_a_current_directory_that_is_gone_is_refused(start: Start) -> None:
+    gone = start.folder / "gone"
+    gone.mkdir()
+
+    ended = start(
+        *("127.0.0.1:0", "--", *MINIMAL),
+        cwd=gone,
+        before=("sh", "-c", 'rmdir "$PWD"; exec "$@"', "-"),
+    )
+
+    refused(ended, 111, "the current directory is gone", "cd to one that exists")
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
+def test_a_file_in_a_folder_that_is_not_there_is_refused(
+    start: Start, option: str, mode: tuple[str, ...]
+) -> None:
+    ended = start(*mode, option, "no/such/file", f"unix:{start.folder}/s", "--", *MINIMAL)
+
+    refused(ended, 111, f"{option[2:].replace('-', ' ')} .*/no/such/file", "and its rights")
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
+def test_a_folder_in_the_place_of_a_file_is_refused(start: Start, option: str) -> None:
+    (start.folder / "folder.sh").mkdir()
+
+    ended = start(option, "folder.sh", f"unix:{start.folder}/s", "--", *MINIMAL)
+
+    refused(ended, 111, "cannot write the .*/folder.sh", "and its rights")
+    assert start.left() == []
+
+
+@needs_root
+@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
+def test_a_file_that_may_not_be_written_is_refused(start: Start, option: str) -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+    folder = start.folder / "closed.sh"
+    folder.mkdir(mode=0o555)
+    rights = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
+
+    ended = start(option, "closed.sh/file", "127.0.0.1:0", "--", *MINIMAL, before=rights)
+
+    refused(ended, 111, "closed.sh/file: Permission denied", "and its rights")
+    assert start.left() == []
+
+
+@needs_root
+def test_a_user_that_may_not_be_taken_on_is_refused(start: Start, mode: tuple[str, ...]) -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+
+    ended = start(
+        *(*mode, "--user", "nobody", f"unix:{start.folder}/s", "--", *MINIMAL),
+        before=("setpriv", "--bounding-set=-setuid,-setgid"),
+    )
+
+    assert ended.status == 111
+    assert "SocketProtector: cannot become nobody: Operation not permitted; " in ended.err
+    assert start.left() == []
+
+
+# -- when workers are started --------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["log file", "log file in the foreground", "relay", "stderr"])
+def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
+    start: Start, where: str
+) -> None:
+    words: list[str | Path] = [f"unix:{start.folder}/s", "--", *worker("dies_before_ready")]
+    stderr: int = subprocess.PIPE
+    if "log file" in where:
+        words[:0] = ["--log-file", start.log_file]
+    if where in ("log file in the foreground", "stderr"):
+        words.insert(0, "-f")
+    if where == "stderr":
+        stderr = os.open(start.folder / "stderr.sh", os.O_RDWR | os.O_CREAT)
+        ended = start(*words, stderr=stderr)
+        os.close(stderr)
+        ended.err = (start.folder / "stderr.sh").read_text()
+    else:
+        ended = start(*words)
+
+    assert ended.status == 3, ended
+    expected = (
+        r"^SocketProtector: \S+ exited with status 1 before it was ready; "
+        "its last words:\ncannot read the configuration: no such luck\n\\Z"
+    )
+    assert re.search(expected, ended.err, re.MULTILINE), ended
+    assert start.left() == []
+
+
+def test_a_worker_that_exits_at_once_where_nobody_can_read_back_says_where_to_look(
+    start: Start,
+) -> None:
+    ended = start("-f", "127.0.0.1:0", "--", *worker("dies_before_ready"))
+
+    assert ended.status == 3
+    assert "exited with status 1 before it was ready" in ended.lines[-1]
+    assert "see above for what it said" in ended.lines[-1]
+
+
+def test_control_characters_in_last_words_are_escaped(start: Start) -> None:
+    ended = start("127.0.0.1:0", "--", "sh", "-c", r"printf 'a\033[31mb\n' >&2; exit 3")
+
+    assert r"a\x1b[31mb" in ended.err
+    assert "\x1b" not in ended.err
+
+
+def test_a_worker_that_is_killed_at_once_is_reported(start: Start) -> None:
+    ended = start("127.0.0.1:0", "--", "sh", "-c", "kill -KILL $$")
+
+    refused(ended, 3, "sh was killed by SIGKILL before it was ready")
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("kind", ["no interpreter", "no program"])
+def test_a_command_that_the_system_cannot_execute_is_reported(start: Start, kind: str) -> None:
+    daemon = start.folder / "daemon.sh"
+    daemon.write_text("#!/no/such/interpreter\n" if kind == "no interpreter" else "\0\0\0\0")
+    daemon.chmod(0o755)
+
+    ended = start("127.0.0.1:0", "--", "./daemon.sh")
+
+    said = (
+        "the interpreter in its first line is missing"
+        if kind == "no interpreter"
+        else "Exec format error"
+    )
+    refused(ended, 3, f"cannot start: .*/daemon.sh: .*{said}")
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("name", ["never_ready", "has_children_never_ready"])
+def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
+    start: Start, name: str, mode: tuple[str, ...]
+) -> None:
+    command = worker("never_ready")
+    if name != "never_ready":
+        command = ("sh", "-c", "sleep 1000 & sleep 1000 & wait")
+
+    ended = start(*mode, "--start-timeout", "300ms", f"unix:{start.folder}/s", "--", *command)
+
+    assert ended.status == 3, ended
+    last = ended.lines[-1]
+    assert last.startswith("SocketProtector: not ready within 0.3 s; ")
+    for hint in ("READY=1", "socketprotector_client", "--ready after:1s"):
+        assert hint in last
+    assert start.left() == []
+
+
+def test_a_worker_that_is_never_ready_and_deaf_is_killed(start: Start) -> None:
+    command = ("sh", "-c", "trap '' TERM; sleep 1000; sleep 1000")
+
+    ended = start(
+        *("--start-timeout", "100ms", "--kill-timeout", "100ms", "127.0.0.1:0", "--", *command)
+    )
+
+    refused(ended, 3, "not ready within 0.1 s")
+    assert start.left() == []
+
+
+def test_a_worker_that_detaches_itself_is_reported_and_ended(
+    start: Start, mode: tuple[str, ...]
+) -> None:
+    ended = start(
+        *mode,
+        *("--kill-timeout", "100ms", f"unix:{start.folder}/s", "--", *worker("detaches_itself")),
+    )
+
+    assert ended.status == 3
+    last = ended.lines[-1]
+    assert "exited with status 0 before it was ready" in last
+    assert "does it detach itself? tell it to stay in the foreground" in last
+    assert start.left() == []
+
+
+def test_one_of_several_workers_that_fails_fails_the_start(start: Start) -> None:
+    command = ("sh", "-c", '[ "$SOCKETPROTECTOR_WORKER" = 0 ] && exec "$@"; exit 9', "-", *MINIMAL)
+
+    ended = start("--workers", "3", "127.0.0.1:0", "--", *command)
+
+    refused(ended, 3, "sh exited with status 9 before it was ready")
+    assert start.left() == []
+
+
+def test_a_start_is_tried_as_often_as_asked(start: Start) -> None:
+    tries = start.folder / "tries.sh"
+
+    ended = start(
+        *("--start-tries", "2", "127.0.0.1:0", "--"),
+        *("sh", "-c", 'echo x >> "$0"; exit 1', str(tries)),
+    )
+
+    assert ended.status == 3
+    assert tries.read_text() == "x\nx\n"
+
+
+def test_a_worker_that_starts_at_the_second_try_is_good_enough(start: Start) -> None:
+    tried = start.folder / "tried.sh"
+    command = ("sh", "-c", '[ -e "$0" ] && exec "$@"; : > "$0"; exit 1', str(tried), *MINIMAL)
+
+    start.up("127.0.0.1:0", "--", *command)
+
+    assert "event=retrying" in start.log
+    start.stop()
+
+
+def test_the_command_returns_only_when_the_first_generation_is_ready(start: Start) -> None:
+    gate = start.folder / "gate.sh"
+    os.mkfifo(gate)
+    command = worker("ready_at_gate", gate)
+
+    with start_of(start, "--log-file", start.log_file, "127.0.0.1:0", "--", *command) as process:
+        # The worker has the gate open to read it: so it lives, and READY was not said.
+        held = os.open(gate, os.O_WRONLY)
+        assert process.poll() is None
+        assert start.pid in marked(start.environment[MARK])
+        os.close(held)
+        assert process.wait() == 0
+
+    assert "event=ready" in start.log
+    start.stop(signal.SIGINT)

@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import termios
+from collections.abc import Mapping
 
 from socketprotector_client import wire
 
@@ -29,21 +30,53 @@ _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 class Channel:
     """A generation's queue: `write` is ours alone, `read` is shared with its workers."""
 
-    def __init__(self, queue: int) -> None:
+    def __init__(self, read: socket.socket, write: socket.socket) -> None:
+        """Take ownership of both ends; `write` is closed already in one that was ended."""
+        self.read = read
+        self.write = write
+
+    @classmethod
+    def make(cls, queue: int) -> Channel:
         """Make the pair with room for about `queue` untaken connections.
 
         Raises OSError when the system is out of descriptors or memory.
         """
-        self.read, self.write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # Nothing is read here, and what a worker had sent would be an ECONNRESET for whoever
         # takes next once this end is closed (unix_release_sock).
-        self.write.shutdown(socket.SHUT_RD)
+        write.shutdown(socket.SHUT_RD)
         # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
-        self.write.setsockopt(
-            socket.SOL_SOCKET, socket.SO_SNDBUF, queue * MESSAGE_CHARGE_BYTES // 2
-        )
+        write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, queue * MESSAGE_CHARGE_BYTES // 2)
+        return cls(read, write)
+
+    @classmethod
+    def adopt(cls, descriptors: Mapping[str, int]) -> Channel:
+        """Take ownership of the ends that descriptors() named in an earlier program.
+
+        Raises KeyError when the read end is missing.  Without a write end it was ended.
+        """
+        read = socket.socket(fileno=descriptors["read"])
+        write = socket.socket(fileno=descriptors["write"]) if "write" in descriptors else None
+        if write is None:
+            write = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            write.close()
+        return cls(read, write)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name."""
+        found = {"read": self.read.fileno()}
+        if self.write.fileno() >= 0:
+            found["write"] = self.write.fileno()
+        return found
+
+    def capacity(self) -> int:
+        """Return how many untaken connections it has room for."""
         granted = self.write.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self.capacity = -(-granted // MESSAGE_CHARGE_BYTES)
+        return -(-granted // MESSAGE_CHARGE_BYTES)
+
+    @property
+    def closed(self) -> bool:
+        return self.read.fileno() < 0
 
     def depth(self) -> int:
         """Return how many connections were sent and not yet taken."""

@@ -10,18 +10,20 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from socketprotector_client import wire
 
+from . import door
 from .channel import Channel
 from .events import Event, Sign, TimeExtended, WorkerExited, WorkerReady
 from .log import Log
 from .loop import Loop
 from .notify import NotifySocket
 from .output import Output
-from .process import Process, Program, spawn
+from .process import Process, spawn
+from .records import Program, WorkerRecord
 from .settings import Settings
 from .strays import Strays
 
@@ -31,6 +33,8 @@ _CHANNEL_FD, _RETURN_FD = 3, 4
 #: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
 #: a worker's end is missed.
 _HEARD_AT_ONCE = 1024
+#: How long the guard may take to tell how a worker ended.
+_STATUS_S = 1.0
 #: Microseconds a worker may ask for, in digits: some 30 years.
 _USEC_DIGITS = 15
 
@@ -45,6 +49,15 @@ class _Worker:
     mark: int  # where the output stood when it began
     ready_at: float | None = None  # it said so, or its timer did
     died_saying_so: bool = False
+    status_due: bool = False  # it has ended, and who has reaped it is to say how
+
+    def descriptors(self) -> dict[str, int]:
+        """What an adopter needs, by name."""
+        return {
+            "process": self.process.pidfd,
+            "notify": self.notify.fileno(),
+            "line": self.line.fileno(),
+        }
 
     def close(self) -> None:
         self.process.close()
@@ -75,6 +88,7 @@ class Crew:
             {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         )
         self._workers: dict[int, _Worker] = {}
+        self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s)
 
     # -- orders --------------------------------------------------------------
@@ -82,23 +96,18 @@ class Crew:
     def spawn(self, number: int, slot: int, generation: int, program: Program, to: Channel) -> None:
         """Start a worker on the channel `to`.  What fails is its exit."""
         try:
-            worker = self._start(slot, generation, program, to)
+            worker = self._start(number, slot, generation, program, to)
         except (OSError, ValueError) as error:
             self._post(WorkerExited(number, f"cannot start: {what_failed(error)}"))
             return
         try:
-            self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
-            self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
+            self._watch(number, worker)
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
             worker.process.destroy()
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
             return
-        self._workers[number] = worker
-        after_s = self._settings.ready_after_s
-        if after_s is not None:
-            self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
         self._log.write(
             "info",
             "spawned",
@@ -141,13 +150,79 @@ class Crew:
         """See that nothing is left of the workers that never served."""
         self._strays.close()
 
+    # -- to the next program and from the one before -----------------------------
+
+    def records(self) -> tuple[WorkerRecord, ...]:
+        """Return what is known of each worker."""
+        return tuple(
+            WorkerRecord(
+                number,
+                worker.generation,
+                worker.process.pid,
+                worker.mark,
+                worker.ready_at,
+            )
+            for number, worker in self._workers.items()
+        )
+
+    def descriptors(self) -> dict[str, int]:
+        """Return all descriptors of workers, by name."""
+        return {
+            f"{door.WORKER}{number}.{name}": fd
+            for number, worker in self._workers.items()
+            for name, fd in worker.descriptors().items()
+        }
+
+    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], channel: Channel) -> None:
+        """Go on with a worker that an earlier program started; takes ownership.
+
+        Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
+        """
+        notify = socket.socket(fileno=descriptors["notify"])
+        worker = _Worker(
+            record.generation,
+            channel,
+            Process(record.pid, descriptors["process"]),
+            NotifySocket(notify, self._address(record.number), self._uids),
+            socket.socket(fileno=descriptors["line"]),
+            record.mark,
+            record.ready_at,
+        )
+        self._watch(record.number, worker)
+
+    def lost(self, number: int) -> None:
+        """A worker was being started when the earlier program was killed: end what there is."""
+        self._strays.end(self._address(number))
+
+    def told(self, pid: int, clean: bool, how: str) -> None:
+        """Learn how a process ended from who has reaped it, because it was no child of ours."""
+        for number, worker in self._workers.items():
+            if worker.process.pid == pid:
+                self._statuses[pid] = clean, how
+                if worker.status_due:
+                    self._ended(number)
+                return
+
     # -- what comes back -----------------------------------------------------
 
-    def _start(self, slot: int, generation: int, program: Program, to: Channel) -> _Worker:
+    def _address(self, number: int) -> str:
+        return f"@socketprotector-{self._settings.secret}-{number}"
+
+    def _watch(self, number: int, worker: _Worker) -> None:
+        self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
+        self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
+        self._workers[number] = worker
+        after_s = self._settings.ready_after_s
+        if after_s is not None and worker.ready_at is None:
+            self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
+
+    def _start(
+        self, number: int, slot: int, generation: int, program: Program, to: Channel
+    ) -> _Worker:
         """Start the process with all it needs; nothing is left of it when that raises."""
         closing: list[socket.socket | NotifySocket] = []
         try:
-            notify = NotifySocket(self._uids)
+            notify = NotifySocket.make(self._address(number), self._uids)
             closing.append(notify)
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             closing.extend((ours, theirs))
@@ -205,7 +280,10 @@ class Crew:
         """Take in a worker's end, after what it had still said."""
         self._heard(number)
         worker = self._workers[number]
-        result = worker.process.reap()
+        try:
+            result = worker.process.reap()
+        except ChildProcessError:
+            result = self._status_from_elsewhere(number, worker)
         if result is None:
             return
         clean, how = result
@@ -225,6 +303,17 @@ class Crew:
             served_s = time.monotonic() - worker.ready_at
         waiting = worker.channel.depth()
         self._post(WorkerExited(number, reason, served_s, waiting, detached))
+
+    def _status_from_elsewhere(self, number: int, worker: _Worker) -> tuple[bool, str] | None:
+        """Return how a worker ended that another process has reaped; None: not told yet."""
+        told = self._statuses.pop(worker.process.pid, None)
+        if told is not None or worker.status_due:
+            self._loop.cancel(("status", number))
+            return told or (False, "ended, nobody knows how")
+        worker.status_due = True
+        self._loop.unwatch(worker.process.pidfd)
+        self._loop.call_after(("status", number), _STATUS_S, lambda: self._ended(number))
+        return None
 
     def _why(self, worker: _Worker, how: str, *, detached: bool) -> str:
         """Say why a worker that never served has ended, as far as can be known."""

@@ -16,6 +16,15 @@ LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
 TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed start is said
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
+STATE = "sp.state"
+GUARD = "sp.guard"  # the line to the guard
+PROBE = "sp.probe"  # this process is only asked whether it could take over
+CHANNEL = "sp.channel."  # and its generation, .read or .write
+WORKER = "sp.worker."  # and its number, .process, .notify or .line
+HAND = "sp.hand."  # and a number: the connection whose send failed
+RELAY = "sp.relay."  # read, write, tail, process
+#: Stands for a number in between that is nobody's.
+_NOBODY = "sp.none"
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
@@ -38,6 +47,39 @@ def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
     }
 
 
+def leave_in_place(descriptors: Mapping[str, int]) -> dict[str, str]:
+    """Let descriptors survive an exec where they are, and return the variables that name them.
+
+    Nothing is moved, so that close_again() undoes it all if the exec fails.
+    """
+    by_number = {fd: name for name, fd in descriptors.items()}
+    for fd in by_number:
+        os.set_inheritable(fd, True)
+    last = max(by_number, default=FIRST - 1)
+    names = [by_number.get(fd, _NOBODY) for fd in range(FIRST, last + 1)]
+    return {
+        "LISTEN_PID": str(os.getpid()),
+        "LISTEN_FDS": str(len(names)),
+        "LISTEN_FDNAMES": ":".join(names),
+    }
+
+
+def close_again(descriptors: Mapping[str, int]) -> None:
+    """Undo leave_in_place()."""
+    for fd in descriptors.values():
+        os.set_inheritable(fd, False)
+
+
+def under(descriptors: Mapping[str, int], prefix: str) -> dict[str, dict[str, int]]:
+    """Group the descriptors whose names begin with a prefix: `P7.read` is {"7": {"read": fd}}."""
+    found: dict[str, dict[str, int]] = {}
+    for name, fd in descriptors.items():
+        if name.startswith(prefix):
+            key, _, rest = name[len(prefix) :].partition(".")
+            found.setdefault(key, {})[rest] = fd
+    return found
+
+
 def enter() -> dict[str, int]:
     """Return name -> descriptor of what was left for this process; the caller owns them.
 
@@ -48,6 +90,7 @@ def enter() -> dict[str, int]:
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
     found = dict(zip(names.split(":"), range(FIRST, FIRST + int(count)), strict=False))
+    found.pop(_NOBODY, None)
     for fd in found.values():
         os.set_inheritable(fd, False)
     return found

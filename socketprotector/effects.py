@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from . import envfile
+from . import door, envfile
 from .channel import Channel
 from .crew import Crew, what_failed
 from .events import (
@@ -35,7 +35,9 @@ from .events import (
     Signal,
     Spawn,
     StartTimer,
+    WorkerExited,
 )
+from .fleet import Fleet, Phase
 from .forwarder import Forwarder
 from .launcher import Launcher
 from .listener import Listener
@@ -43,7 +45,8 @@ from .log import Log
 from .loop import Loop
 from .notify import Systemd
 from .output import Output
-from .process import Program, resolve
+from .process import resolve
+from .records import GenerationRecord, Program, Snapshot
 from .settings import Settings
 
 #: What belongs to the protector alone and must not reach a worker.
@@ -58,6 +61,9 @@ _LEVELS = {
     News.EXITED: "warning",
     News.BROKEN: "error",
 }
+#: Why something is missing that the fleet knows.
+_KILLED = "the protector was killed while it was being started"
+_WORKER_DESCRIPTORS = 3
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
 
@@ -70,6 +76,10 @@ class _Generation:
     program: Program
     channel: Channel
     serving_since: float = 0.0
+
+    def record(self, number: int, *, released: bool) -> GenerationRecord:
+        ended = self.channel.write.fileno() < 0
+        return GenerationRecord(number, self.program, self.serving_since, ended, released)
 
 
 class Effects:
@@ -86,8 +96,12 @@ class Effects:
         systemd: Systemd,
         launcher: Launcher,
         post: Callable[[Event], None],
+        held: Callable[[], None],
     ) -> None:
-        """Take ownership of the listeners.  `post` hands an event to the supervisor."""
+        """Take ownership of the listeners.
+
+        `post` hands an event to the supervisor; `held` says that the state has changed without one.
+        """
         self._settings = settings
         self._loop = loop
         self._log = log
@@ -95,6 +109,7 @@ class Effects:
         self._launcher = launcher
         self._post = post
         self._generations: dict[int, _Generation] = {}
+        self._released: dict[int, _Generation] = {}  # until their channels are empty
         self._route: int | None = None
         self._good: Program | None = None  # what served last
         self.exit_status: int | None = None
@@ -107,6 +122,7 @@ class Effects:
             broken=self._route_broken,
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
+            held=held,
         )
 
     def perform(self, action: Action) -> None:
@@ -126,7 +142,8 @@ class Effects:
             case Drain(number) if number in self._generations:
                 self._forwarder.drain(self._generations[number].channel)
             case Release(number) if number in self._generations:
-                self._forwarder.release(self._generations.pop(number).channel)
+                self._released[number] = self._generations.pop(number)
+                self._forwarder.release(self._released[number].channel)
             case CloseListeners(quick):
                 self._forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -143,22 +160,113 @@ class Effects:
             case _:  # of a generation that could not be opened, and that was told
                 pass
 
+    # -- to the next program and from the one before -----------------------------
+
+    def snapshot(self, fleet: Fleet, actions: Iterable[Action] = ()) -> Snapshot:
+        """Return all that another program needs to go on, with these actions still to be done."""
+        due = {each: self._loop.due(each) for each in fleet.timers}
+        now = time.monotonic()
+        due.update((a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer))
+        self._released = {n: g for n, g in self._released.items() if not g.channel.closed}
+        generations = (
+            *(each.record(n, released=False) for n, each in self._generations.items()),
+            *(each.record(n, released=True) for n, each in self._released.items()),
+        )
+        return Snapshot(
+            fleet=fleet,
+            generations=generations,
+            workers=self._crew.records(),
+            good=self._good,
+            due=tuple((each, when) for each, when in due.items() if when is not None),
+            hand=self._forwarder.hand,
+            forwarded=self._forwarder.forwarded,
+            lost=self._forwarder.lost,
+        )
+
+    def descriptors(self) -> dict[str, int]:
+        """Return all descriptors that the next program needs, by name."""
+        found = {**self._forwarder.descriptors(), **self._crew.descriptors()}
+        for number, each in (*self._generations.items(), *self._released.items()):
+            for name, fd in each.channel.descriptors().items():
+                found[f"{door.CHANNEL}{number}.{name}"] = fd
+        return found
+
+    def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> list[Event]:
+        """Go on where another program stopped; takes ownership of the descriptors.
+
+        Returns what it had not come to: events of what is in the fleet but was not made yet.
+        """
+        channels = door.under(descriptors, door.CHANNEL)
+        for record in snapshot.generations:
+            if "read" not in channels.get(str(record.number), {}):
+                continue  # not stored yet, so nothing was ever sent to it
+            channel = Channel.adopt(channels[str(record.number)])
+            each = _Generation(record.program, channel, record.serving_since)
+            if record.released:
+                self._released[record.number] = each
+            else:
+                self._generations[record.number] = each
+        lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
+        self._good = snapshot.good
+        self._forwarder.forwarded = snapshot.forwarded
+        self._forwarder.lost = snapshot.lost
+        for number, fd in door.under(descriptors, door.HAND).items():
+            if snapshot.hand is not None:
+                self._forwarder.adopt_hand(snapshot.hand, fd[""], int(number))
+            else:
+                os.close(fd[""])
+        for each in self._released.values():
+            self._forwarder.release(each.channel)
+        for number, each in self._generations.items():
+            generation = snapshot.fleet.generation(number)
+            if generation is not None and generation.phase is Phase.DRAINING:
+                self._forwarder.adopt_drained(each.channel)
+        return lost
+
+    def _adopt_workers(
+        self, snapshot: Snapshot, descriptors: Mapping[str, Mapping[str, int]]
+    ) -> list[Event]:
+        for record in snapshot.workers:
+            generation = self._generations.get(record.generation)
+            mine = descriptors.get(str(record.number))
+            if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
+                self._crew.adopt(record, mine, generation.channel)
+        known = {record.number for record in self._crew.records()}
+        lost: list[Event] = []
+        for each in snapshot.fleet.generations:
+            if each.number not in self._generations:
+                lost.append(OpenFailed(each.number, _KILLED))
+        for worker in snapshot.fleet.alive():
+            if worker.number not in known:
+                self._crew.lost(worker.number)
+                lost.append(WorkerExited(worker.number, _KILLED))
+        return lost
+
+    def welcome(self, fleet: Fleet) -> None:
+        """Say again what the program before may not have come to say."""
+        if fleet.served and not fleet.stopping:
+            self._systemd.send(
+                READY="1", MAINPID=str(os.getpid()), STATUS="went on after a restart"
+            )
+            self._launcher.started()
+
     # -- generations ---------------------------------------------------------
 
     def _open(self, number: int, fresh: bool) -> None:
         try:
             program = self._good if self._good and not fresh else self._program()
-            channel = Channel(self._settings.queue)
+            channel = Channel.make(self._settings.queue)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
         self._generations[number] = _Generation(program, channel)
-        if channel.capacity < self._settings.queue:
+        capacity = channel.capacity()
+        if capacity < self._settings.queue:
             self._log.write(
                 "warning",
                 "queue-clamped",
                 wanted=self._settings.queue,
-                got=channel.capacity,
+                got=capacity,
                 hint="raise the sysctl net.core.wmem_max",
             )
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 from socketprotector_client import wire
 
+from . import door
 from .channel import SEND_FLAGS, Channel
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
@@ -51,17 +52,21 @@ class Forwarder:
         broken: Callable[[], None],
         emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
+        held: Callable[[], None],
     ) -> None:
         """Take ownership of the listeners.
 
         broken: the route's channel was shut down.  emptied: a graceful close is over.
         trouble: an error that holds the path up, told once each time it begins.
+        held: what is in our hands has changed.
         """
         self._loop = loop
         self._listeners = list(listeners)
         self._broken = broken
         self._emptied = emptied
         self._trouble = trouble
+        self._held = held
+        self._hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
@@ -134,6 +139,30 @@ class Forwarder:
             os.close(self._reserve)
             self._reserve = -1
 
+    # -- to the next program and from the one before -----------------------------
+
+    @property
+    def hand(self) -> bytes | None:
+        """The header of the connection in hand, if there is one."""
+        return self._in_hand[0] if self._in_hand is not None else None
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptors that are ours to pass on, by name."""
+        found = {f"{door.LISTENER}{each.index}": each.fileno() for each in self._listeners}
+        if self._in_hand is not None:
+            found[f"{door.HAND}{self._hands}"] = self._in_hand[1]
+        return found
+
+    def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
+        """Take the connection that an earlier program had in hand.  Takes ownership of fd."""
+        self._in_hand = header, fd
+        self._hands = number
+
+    def adopt_drained(self, channel: Channel) -> None:
+        """Go on with a channel that an earlier program has ended: empty it for the next route."""
+        if channel.depth():
+            self._shut.append(channel)
+
     # -- the path ------------------------------------------------------------
 
     @property
@@ -186,6 +215,8 @@ class Forwarder:
             if self._in_hand is not None:
                 header, fd = self._in_hand
                 self._in_hand = None
+                # Before it is sent: killed in between we lose it, but never send it twice.
+                self._held()
                 self._deliver(self._route, header, fd)
             while self._shut and self._open:
                 self._reclaim(self._shut[0])
@@ -269,6 +300,7 @@ class Forwarder:
 
     def _send_failed(self, error: OSError) -> None:
         """Decide what the connection in hand waits for."""
+        self._hands += 1
         self._stop_accepting()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)
@@ -277,6 +309,7 @@ class Forwarder:
             self._broken()
         else:
             self._scarce("sendmsg", error)
+        self._held()
 
     def _await_room(self, channel: Channel) -> None:
         try:

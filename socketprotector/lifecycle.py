@@ -10,6 +10,7 @@ The order of the actions is part of the answer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from . import reload, stop, workers
@@ -17,23 +18,28 @@ from .events import (
     Action,
     BacklogEmptied,
     ChannelBroken,
+    CloseListeners,
     Deadline,
     DeadlinePassed,
+    Drain,
     Event,
     Launched,
     OpenFailed,
     Release,
     ReloadRequested,
+    Retire,
+    RouteTo,
     ScaleRequested,
     Sign,
     Signal,
+    StartTimer,
     StopRequested,
     TimeExtended,
     Wait,
     WorkerExited,
     WorkerReady,
 )
-from .fleet import PHASES, Fleet
+from .fleet import PHASES, Fleet, Phase, State, Stop
 from .step import Step
 
 #: What to do about a generation that stays silent.
@@ -121,3 +127,27 @@ def _release_what_is_gone(step: Step) -> None:
             left = tuple(g for g in step.fleet.generations if g.number != generation.number)
             step.fleet = replace(step.fleet, generations=left)
             step.do(Release(generation.number))
+
+
+def resume(fleet: Fleet, left_s: Mapping[Deadline, float]) -> tuple[Action, ...]:
+    """Say what brings the world to what a fleet says, when another program stopped midway.
+
+    Every action can be done again without harm.  `left_s`: seconds left of each timer; one
+    that is not known runs out at once.
+    """
+    route = fleet.route
+    actions: list[Action] = [RouteTo(route.number if route else None)]
+    actions += [Drain(generation.number) for generation in fleet.all_of(Phase.DRAINING)]
+    for generation in fleet.generations:
+        for worker in generation.alive:
+            if generation.ending:
+                actions.append(Signal(worker.number, Sign.TERM))
+            elif worker.state is State.RETIRING and worker.retires:
+                actions.append(Retire(worker.number))
+            elif worker.state is State.RETIRING:
+                actions.append(Signal(worker.number, Sign.TERM))
+    if fleet.stopping:
+        quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
+        actions.append(CloseListeners(quick))
+    actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
+    return tuple(actions)

@@ -65,6 +65,8 @@ class Listener:
 
     def refuse_new(self) -> None:
         """Let nobody new connect; who has connected can still be accepted."""
+        if self.settings.foreign:
+            return  # who has given it to us listens on
         if self.socket.family == socket.AF_UNIX:
             self._remove_file()
             self.socket.shutdown(socket.SHUT_RD)
@@ -81,10 +83,11 @@ class Listener:
     def close(self) -> None:
         """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere."""
         self._remove_file()
-        try:
-            self.socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # was shut down already
+        if not self.settings.foreign:
+            try:
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # was shut down already
         self.socket.close()
 
     def _remove_file(self) -> None:

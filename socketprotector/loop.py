@@ -62,6 +62,11 @@ class Loop:
         if timer is not None and timer[0] < time.monotonic() + seconds:
             self.call_after(key, seconds, timer[2])
 
+    def due(self, key: Hashable) -> float | None:
+        """Return when a timer runs out (CLOCK_MONOTONIC seconds), None if it does not run."""
+        timer = self._timers.get(key)
+        return timer[0] if timer is not None else None
+
     def cancel(self, key: Hashable) -> None:
         """Forget a timer; nothing happens if it does not run."""
         self._timers.pop(key, None)

@@ -5,18 +5,23 @@ Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
-#: What waits for a full notify socket; beyond that the oldest is of no interest any more.
-_MAX_UNSENT = 16
+#: The manager is behind, or the system short; all else means that it is gone.
+_LATER = frozenset(
+    {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
+)
+_DESCRIPTOR = struct.Struct("i")
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * 253)
 
@@ -35,17 +40,23 @@ class Message:
 class NotifySocket:
     """Where one worker speaks to us.  Its address says who speaks."""
 
-    def __init__(self, allowed_uids: frozenset[int]) -> None:
-        """Bind an abstract address of random name.  Raises OSError."""
+    def __init__(self, bound: socket.socket, address: str, allowed_uids: frozenset[int]) -> None:
+        """Take ownership of a socket that make() bound to the address."""
+        self.socket = bound
+        self.address = address
         self._allowed = allowed_uids
-        self.address = f"@socketprotector-{os.urandom(12).hex()}"
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    @classmethod
+    def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:
+        """Bind an abstract address (`@name`) that nobody can guess.  Raises OSError."""
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self.socket.bind("\0" + self.address[1:])
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            bound.bind("\0" + address[1:])
         except OSError:
-            self.socket.close()
+            bound.close()
             raise
+        return cls(bound, address, allowed_uids)
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -101,58 +112,126 @@ def parse(data: bytes) -> dict[str, str]:
     return fields
 
 
-class Systemd:
-    """The service manager that started us, if one did.  Never blocks, never raises."""
+class Outbox:
+    """Messages to a service manager, in order.  Never blocks, never raises.
+
+    What cannot be sent yet waits: a manager that misses READY=1 waits for it and then ends
+    us, and one that misses a descriptor cannot give it back.
+    """
 
     def __init__(
-        self, environment: Mapping[str, str], later: Callable[[Callable[[], None]], None]
+        self,
+        later: Callable[[Callable[[], None]], None],
+        line: socket.socket | None = None,
+        address: str = "",
     ) -> None:
-        """`later` calls what it is given after a moment."""
+        """Send over a connected line, which it owns, or to an address; with neither, nowhere.
+
+        `later` calls what it is given after a moment.
+        """
         self._later = later
-        self._unsent: deque[bytes] = deque(maxlen=_MAX_UNSENT)
-        self._address = environment.get("NOTIFY_SOCKET", "")
-        if self._address.startswith("@"):
-            self._address = "\0" + self._address[1:]
-        self._socket: socket.socket | None = None
-        if self._address:
+        name = "\0" + address[1:] if address.startswith("@") else address
+        # Each time anew: a manager that was restarted has another socket under the same name.
+        self._to = (name,) if address else ()
+        if line is None and address:
             # For life: where descriptors have run out, the watchdog wants to be fed all the same.
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._line = line
+        self._unsent: deque[tuple[bytes, int]] = deque()
+
+    @property
+    def open(self) -> bool:
+        return self._line is not None
+
+    def send(self, text: str, fd: int = -1) -> bool:
+        """Send a message, with a copy of a descriptor if one is given; False if that fails."""
+        if self._line is None:
+            return True
+        try:
+            copy = os.dup(fd) if fd >= 0 else -1
+        except OSError:
+            return False
+        # A file's name in a status need not be UTF-8.
+        self._unsent.append((text.encode("utf-8", "backslashreplace"), copy))
+        if len(self._unsent) == 1:
+            self._flush()
+        return True
+
+    def _flush(self) -> None:
+        while self._line is not None and self._unsent:
+            data, fd = self._unsent[0]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
+            try:
+                self._line.sendmsg([data], rights if fd >= 0 else [], _FLAGS, *self._to)
+            except OSError as error:
+                if error.errno in _LATER:
+                    self._later(self._flush)
+                    return
+                # Else it is gone, or takes nothing from us.
+            self._unsent.popleft()
+            if fd >= 0:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Send no more."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        for _, fd in self._unsent:
+            if fd >= 0:
+                os.close(fd)
+        self._unsent.clear()
+
+
+class Store:
+    """Whoever keeps our descriptors for the next program: systemd, or the guard.
+
+    Source: sd_notify(3), FDSTORE=1 and FDSTOREREMOVE=1.
+    """
+
+    def __init__(self, outbox: Outbox, kept: Iterable[str] = ()) -> None:
+        """`kept`: the names under which descriptors came from there."""
+        self._outbox = outbox
+        self._kept = set(kept)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is anybody to keep anything."""
+        return self._outbox.open
+
+    def sync(self, wanted: Mapping[str, int]) -> None:
+        """Have these descriptors kept, by name, and no others.  They stay the caller's.
+
+        A name stands for one descriptor for ever, so only names are compared.
+        """
+        if not self._outbox.open:
+            return
+        for name in wanted.keys() - self._kept:
+            # Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
+            if self._outbox.send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", wanted[name]):
+                self._kept.add(name)  # else it is tried again the next time
+        for name in self._kept - wanted.keys():
+            self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            self._kept.discard(name)
+
+
+class Systemd:
+    """The service manager that started us, if one did."""
+
+    def __init__(self, environment: Mapping[str, str], outbox: Outbox) -> None:
+        """`outbox` leads to its NOTIFY_SOCKET."""
+        self._outbox = outbox
         usec = environment.get("WATCHDOG_USEC", "")
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        wanted = ours and self._socket is not None and _is_number(usec)
+        wanted = ours and outbox.open and _is_number(usec)
         #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
         self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
 
     def send(self, **fields: str) -> None:
         """Send assignments as one datagram, after those that could not be sent yet."""
-        if self._socket is None:
-            return
-        text = "\n".join(f"{name}={value}" for name, value in fields.items())
-        # A file's name in a status need not be UTF-8.
-        self._unsent.append(text.encode("utf-8", "backslashreplace"))
-        if len(self._unsent) == 1:
-            self._flush()
-
-    def _flush(self) -> None:
-        while self._socket is not None and self._unsent:
-            try:
-                self._socket.sendto(
-                    self._unsent[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, self._address
-                )
-            except (BlockingIOError, InterruptedError):
-                # A manager that misses READY=1 waits for it, and then ends us.
-                self._later(self._flush)
-                return
-            except OSError:
-                pass  # it is gone, or takes nothing from us
-            self._unsent.popleft()
+        self._outbox.send("\n".join(f"{name}={value}" for name, value in fields.items()))
 
     def reloading(self) -> None:
         """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""
         usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
         self.send(RELOADING="1", MONOTONIC_USEC=str(usec), STATUS="reloading")
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None

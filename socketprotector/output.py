@@ -18,7 +18,8 @@ from collections.abc import Callable
 from . import relay, words
 from .log import is_journal, is_own
 from .loop import Loop
-from .process import Process, Program, spawn
+from .process import Process, spawn
+from .records import Program
 
 _STDOUT, _STDERR = 1, 2
 LAST_LINES = 10

@@ -11,34 +11,24 @@ import resource
 import select
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from . import words
+from .records import Program
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 _NICE = "/usr/bin/nice"
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """What to execute, wholly resolved: the same again for a respawn."""
-
-    path: str
-    argv: tuple[str, ...]
-    directory: str
-    environment: tuple[tuple[str, str], ...]
-    umask: int
-    limits: tuple[tuple[str, int], ...]
-    nice: int
-
-
 class Process:
     """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
 
-    def __init__(self, pid: int) -> None:
-        """Raises OSError when the system is out of descriptors."""
+    def __init__(self, pid: int, pidfd: int = -1) -> None:
+        """Open it, or take ownership of a pidfd that an earlier program had opened.
+
+        Raises OSError when the system is out of descriptors.
+        """
         self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._reaped = False
 
     def signal(self, number: int) -> None:
@@ -71,12 +61,18 @@ class Process:
         return bool(poll.poll(0))
 
     def reap(self) -> tuple[bool, str] | None:
-        """Return (whether it exited with status 0, how it ended), or None while it runs."""
+        """Return (whether it exited with status 0, how it ended), or None while it runs.
+
+        Raises ChildProcessError when it is no child of ours (any more) and has ended: then its
+        status is with whoever has reaped it.
+        """
         try:
             result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-        except ChildProcessError:  # somebody traces it, or has taken its status
+        except ChildProcessError:
+            if not self.has_ended():
+                return None
             self._reaped = True
-            return False, "ended, nobody knows how"
+            raise
         if result is None:
             return None
         self._reaped = True

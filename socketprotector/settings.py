@@ -20,6 +20,7 @@ class ListenerSettings:
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
+    foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,9 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     foreground: bool = False
+    guarded: bool = False
+    program: tuple[str, ...] = ()  # how to execute the protector itself
+    secret: str = ""  # part of each worker's notify address, so that nobody can guess it
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
 
     def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
@@ -79,6 +83,7 @@ def load(data: bytes) -> Settings:
         **{
             **values,
             "command": tuple(values["command"]),
+            "program": tuple(values["program"]),
             "listeners": tuple(ListenerSettings(**each) for each in values["listeners"]),
             "policy": Policy(**values["policy"]),
             "identity": identity and Identity(**{**identity, "groups": tuple(identity["groups"])}),

@@ -1,0 +1,241 @@
+"""`--guard`: a tiny parent that keeps the protector's descriptors and starts it again.
+
+It plays systemd's file descriptor store for everyone without systemd: the same messages
+(sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  It is the pid file's
+process, passes signals on, and adopts and reaps what the protector leaves when it is killed.
+
+Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
+
+    python guard.py NAME COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket as socket
+import fcntl
+import os
+import select
+import sys
+import time
+
+#: Where the protector finds its line to us; door.py has the other names.
+LINE = "sp.guard"
+#: Waits between two starts of a protector that dies before it accepts.
+FIRST_WAIT_S = 0.1
+LAST_WAIT_S = 10.0
+#: Its exit status when the protector cannot be started at all (errors.SystemRefused).
+FAILED = 111
+_FIRST_FD = 3
+_PASSED_ON = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+_MESSAGE_BYTES = 4096
+_NO_SIGNALS: tuple[int, ...] = ()
+
+
+class Guard:
+    """Keeps descriptors by name, and one protector running."""
+
+    def __init__(self, command: list[str], store: dict[str, int]) -> None:
+        """Take ownership of the descriptors in the store."""
+        self.command = command
+        self.store = store
+        self.line: socket.socket | None = None
+        self.pid = 0  # of the protector, 0 while none runs
+        self.accepted = False  # this protector has said READY
+        self.ever_accepted = False
+        self.verdict: int | None = None  # the exit status it said it will have
+        self.wait_s = 0.0
+        self.due: float | None = None  # when to start the next one
+        self.pending: list[int] = []  # signals for the next one
+
+    # -- the protector ---------------------------------------------------------
+
+    def start(self) -> None:
+        """Start a protector with all that is in the store."""
+        self.due = None
+        self.accepted = False
+        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.line, theirs):
+            os.set_inheritable(end.fileno(), False)
+        # Blocked until its handlers stand: a signal in between waits, it does not kill.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                self._become({**self.store, LINE: theirs.fileno()})
+            finally:
+                os._exit(FAILED)
+        theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
+        for number in self.pending:
+            os.kill(self.pid, number)
+        self.pending.clear()
+
+    def _become(self, descriptors: dict[str, int]) -> None:
+        above = _FIRST_FD + len(descriptors)
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in descriptors.values()]
+        for place, fd in enumerate(high, _FIRST_FD):
+            os.dup2(fd, place)
+        os.environ["LISTEN_PID"] = str(os.getpid())
+        os.environ["LISTEN_FDS"] = str(len(descriptors))
+        os.environ["LISTEN_FDNAMES"] = ":".join(descriptors)
+        os.execv(self.command[0], self.command)
+
+    def ended(self, status: int) -> None:
+        """The protector is gone: for good if it said so, else start it again."""
+        self.hear()
+        self.pid = 0
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+        if self.verdict is not None:
+            sys.exit(self.verdict)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        if not self.ever_accepted and code >= 0:
+            log("guard-gives-up", f'protector="{how} before it ever accepted"')
+            sys.exit(code or FAILED)
+        if self.accepted:
+            self.wait_s = 0.0
+        else:
+            self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
+        log("protector-died", f'protector="{how}" again_in_s={self.wait_s:g}')
+        self.due = time.monotonic() + self.wait_s
+
+    # -- what it says ----------------------------------------------------------
+
+    def hear(self) -> None:
+        """Take in all messages that wait on the line."""
+        while self.line is not None:
+            try:
+                data, control, flags, _ = self.line.recvmsg(
+                    _MESSAGE_BYTES,
+                    socket.CMSG_LEN(4),
+                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
+                )
+            except OSError:
+                return  # nothing more for now, or the other end is gone
+            if not data:
+                self.line.close()
+                self.line = None
+                return
+            fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
+            self.take(dict(pairs(data)), fds[0] if fds else -1)
+            if flags & socket.MSG_CTRUNC:
+                log("guard-cannot-keep", "error=out-of-descriptors")
+
+    def take(self, said: dict[str, str], fd: int) -> None:
+        """Do what one message asks for.  Takes ownership of its descriptor."""
+        name = said.get("FDNAME", "")
+        if "FDSTORE" in said and fd >= 0 and name:
+            self.forget(name)
+            self.store[name] = fd
+        elif fd >= 0:
+            os.close(fd)
+        if "FDSTOREREMOVE" in said:
+            self.forget(name)
+        if said.get("READY") == "1":
+            self.accepted = self.ever_accepted = True
+            self.wait_s = 0.0
+        if "EXIT_STATUS" in said:
+            self.verdict = int(said["EXIT_STATUS"])
+
+    def forget(self, name: str) -> None:
+        if name in self.store:
+            os.close(self.store.pop(name))
+
+    # -- signals and children --------------------------------------------------
+
+    def signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self.reap()
+        elif self.pid:
+            os.kill(self.pid, number)
+        else:
+            self.pending.append(number)
+            self.due = time.monotonic()
+
+    def reap(self) -> None:
+        """Reap every child that has ended; the protector is told of those it left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.ended(status)
+            elif self.line is not None:
+                try:
+                    self.line.send(b"X_EXITED=%d %d" % (pid, status), socket.MSG_DONTWAIT)
+                except OSError:
+                    pass  # it is gone or far behind: then the status is unknown to it
+
+    def run(self) -> None:
+        """Serve until the protector has ended for good; leaves by SystemExit."""
+        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        for number in (*_PASSED_ON, signal.SIGCHLD):
+            signal.signal(number, noted)
+        self.start()
+        while True:
+            poll = select.poll()
+            poll.register(receive, select.POLLIN)
+            if self.line is not None:
+                poll.register(self.line.fileno(), select.POLLIN)
+            wait_ms = None
+            if self.due is not None:
+                wait_ms = max(0.0, self.due - time.monotonic()) * 1000
+            ready = [fd for fd, _ in poll.poll(wait_ms)]
+            self.hear()
+            if receive in ready:
+                for number in dict.fromkeys(os.read(receive, 512)):
+                    self.signalled(number)
+            if self.due is not None and time.monotonic() >= self.due:
+                self.start()
+
+
+def pairs(data: bytes) -> list[tuple[str, str]]:
+    """Return the NAME=VALUE lines of a message."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    return [(name, value) for name, found, value in (l.partition("=") for l in lines) if found]
+
+
+def noted(number: int, frame: object) -> None:
+    """The signal's number is in the wake-up pipe already."""
+
+
+def log(event: str, rest: str) -> None:
+    """Write a line as the protector writes its own."""
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    try:
+        os.write(2, f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n".encode())
+    except OSError:
+        pass
+
+
+def main() -> None:
+    name, command = sys.argv[1], sys.argv[2:]
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    store = dict(zip(names, range(_FIRST_FD, _FIRST_FD + count)))
+    for fd in store.values():
+        os.set_inheritable(fd, False)
+    with open("/proc/self/comm", "w", encoding="ascii") as file:
+        file.write(name[:15])
+    Guard(command, store).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""What the shell holds of generations and workers, as values that can outlive the program.
+
+Pure data.  Descriptors are not in here: they have names (`names` below) under which the
+next program finds them again.  Times are CLOCK_MONOTONIC seconds: they hold until a reboot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .events import Deadline, Wait
+from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What to execute, wholly resolved: the same again for a respawn."""
+
+    path: str
+    argv: tuple[str, ...]
+    directory: str
+    environment: tuple[tuple[str, str], ...]
+    umask: int
+    limits: tuple[tuple[str, int], ...]
+    nice: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRecord:
+    """An open generation, or one that is released and not yet empty."""
+
+    number: int
+    program: Program
+    serving_since: float = 0.0
+    ended: bool = False  # its write end is shut down
+    released: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """A worker's process and what it has said."""
+
+    number: int
+    generation: int
+    pid: int
+    mark: int  # where the output stood when it began
+    ready_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a program needs to go on where another one stopped."""
+
+    fleet: Fleet
+    generations: tuple[GenerationRecord, ...] = ()
+    workers: tuple[WorkerRecord, ...] = ()
+    good: Program | None = None
+    due: tuple[tuple[Deadline, float], ...] = ()
+    hand: bytes | None = None  # the header of the connection in hand
+    forwarded: int = 0
+    lost: int = 0
+    relay: int = 0  # pid of the relay
+    version: str = ""  # of the program that wrote this
+
+
+#: All classes that a Snapshot is made of.
+CLASSES = (
+    *(Deadline, Wait, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
+    *(Program, GenerationRecord, WorkerRecord, Snapshot),
+)

@@ -40,7 +40,7 @@ from .forwarder import Forwarder
 from .launcher import Launcher
 from .listener import Listener
 from .log import Log
-from .loop import Loop
+from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .process import Program, resolve
@@ -98,9 +98,7 @@ class Effects:
         self._route: int | None = None
         self._good: Program | None = None  # what served last
         self.exit_status: int | None = None
-        self._crew = Crew(
-            settings, loop=loop, log=log, output=output, post=post, broken=self._broken
-        )
+        self._crew = Crew(settings, loop=loop, log=log, output=output, post=post)
         self._forwarder = Forwarder(
             loop,
             listeners,
@@ -124,9 +122,13 @@ class Effects:
             case RouteTo(number):
                 self._route_to(number)
             case Drain(number) if number in self._generations:
-                self._forwarder.drain(self._generations[number].channel)
+                channel = self._generations[number].channel
+                self._loop.unwatch(channel.read.fileno())
+                self._forwarder.drain(channel)
             case Release(number) if number in self._generations:
-                self._forwarder.release(self._generations.pop(number).channel)
+                channel = self._generations.pop(number).channel
+                self._loop.unwatch(channel.read.fileno())
+                self._forwarder.release(channel)
             case CloseListeners(quick):
                 self._forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -150,6 +152,13 @@ class Effects:
             program = self._good if self._good and not fresh else self._program()
             channel = Channel(self._settings.queue)
         except (OSError, ValueError) as error:
+            self._post(OpenFailed(number, what_failed(error)))
+            return
+        try:
+            # Seen at once: what is queued may have nobody left who looks.
+            self._loop.watch(channel.read.fileno(), lambda: self._shut_down(number), SHUT)
+        except OSError as error:
+            channel.close()
             self._post(OpenFailed(number, what_failed(error)))
             return
         self._generations[number] = _Generation(program, channel)
@@ -196,10 +205,13 @@ class Effects:
 
     def _route_broken(self) -> None:
         if self._route is not None:
-            self._broken(self._route)
+            self._shut_down(self._route)
 
-    def _broken(self, number: int) -> None:
-        since = self._generations[number].serving_since
+    def _shut_down(self, number: int) -> None:
+        """A worker has shut the channel down, which tells us but once."""
+        generation = self._generations[number]
+        self._loop.unwatch(generation.channel.read.fileno())
+        since = generation.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
 
     def _trouble(self, call: str, error: OSError) -> None:

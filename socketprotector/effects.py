@@ -42,7 +42,7 @@ from .forwarder import Forwarder
 from .launcher import Launcher
 from .listener import Listener
 from .log import Log
-from .loop import Loop
+from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .process import resolve
@@ -113,9 +113,7 @@ class Effects:
         self._route: int | None = None
         self._good: Program | None = None  # what served last
         self.exit_status: int | None = None
-        self._crew = Crew(
-            settings, loop=loop, log=log, output=output, post=post, broken=self._broken
-        )
+        self._crew = Crew(settings, loop=loop, log=log, output=output, post=post)
         self._forwarder = Forwarder(
             loop,
             listeners,
@@ -140,10 +138,14 @@ class Effects:
             case RouteTo(number):
                 self._route_to(number)
             case Drain(number) if number in self._generations:
-                self._forwarder.drain(self._generations[number].channel)
+                channel = self._generations[number].channel
+                self._loop.unwatch(channel.read.fileno())
+                self._forwarder.drain(channel)
             case Release(number) if number in self._generations:
-                self._released[number] = self._generations.pop(number)
-                self._forwarder.release(self._released[number].channel)
+                generation = self._generations.pop(number)
+                self._released[number] = generation
+                self._loop.unwatch(generation.channel.read.fileno())
+                self._forwarder.release(generation.channel)
             case CloseListeners(quick):
                 self._forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -204,15 +206,17 @@ class Effects:
             each = _Generation(record.program, channel, record.serving_since)
             if record.released:
                 self._released[record.number] = each
-            else:
-                self._generations[record.number] = each
+                continue
+            self._generations[record.number] = each
+            if not record.ended:
+                self._watch(record.number, channel)
         lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
         self._good = snapshot.good
         self._forwarder.forwarded = snapshot.forwarded
         self._forwarder.lost = snapshot.lost
-        for number, fd in door.under(descriptors, door.HAND).items():
+        for hand, fd in door.under(descriptors, door.HAND).items():
             if snapshot.hand is not None:
-                self._forwarder.adopt_hand(snapshot.hand, fd[""], int(number))
+                self._forwarder.adopt_hand(snapshot.hand, fd[""], int(hand))
             else:
                 os.close(fd[""])
         for each in self._released.values():
@@ -259,6 +263,12 @@ class Effects:
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
+        try:
+            self._watch(number, channel)
+        except OSError as error:
+            channel.close()
+            self._post(OpenFailed(number, what_failed(error)))
+            return
         self._generations[number] = _Generation(program, channel)
         capacity = channel.capacity()
         if capacity < self._settings.queue:
@@ -269,6 +279,10 @@ class Effects:
                 got=capacity,
                 hint="raise the sysctl net.core.wmem_max",
             )
+
+    def _watch(self, number: int, channel: Channel) -> None:
+        # Seen at once: what is queued may have nobody left who looks.
+        self._loop.watch(channel.read.fileno(), lambda: self._shut_down(number), SHUT)
 
     def _program(self) -> Program:
         """Resolve the command as it is now.  Raises OSError or ValueError."""
@@ -304,10 +318,13 @@ class Effects:
 
     def _route_broken(self) -> None:
         if self._route is not None:
-            self._broken(self._route)
+            self._shut_down(self._route)
 
-    def _broken(self, number: int) -> None:
-        since = self._generations[number].serving_since
+    def _shut_down(self, number: int) -> None:
+        """A worker has shut the channel down, which tells us but once."""
+        generation = self._generations[number]
+        self._loop.unwatch(generation.channel.read.fileno())
+        since = generation.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
 
     def _trouble(self, call: str, error: OSError) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+SHUT = select.EPOLLRDHUP
 #: Cancelled timers stay in the heap until they come up or are this many too many: a reload
 #: each second with a drain limit of a day would else keep 86,400 of them.
 _STALE = 64

@@ -44,7 +44,7 @@ def wait(line: socket.socket) -> int:
         if receive in ready and not called_off:
             called_off = True
             poll.unregister(receive)
-            line.shutdown(socket.SHUT_WR)  # it sees the end of file, and stops
+            _hang_up(line)
         if line.fileno() not in ready:
             continue
         data = _read(line)
@@ -74,6 +74,14 @@ def wait(line: socket.socket) -> int:
         file=sys.stderr,
     )
     return SystemRefused.status
+
+
+def _hang_up(line: socket.socket) -> None:
+    """Let the other side see end of file: then it stops."""
+    try:
+        line.shutdown(socket.SHUT_WR)
+    except OSError:
+        pass  # it has closed its end, and said why before
 
 
 def _read(line: socket.socket) -> bytes:

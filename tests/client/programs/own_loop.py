@@ -37,4 +37,5 @@ while taking or clients:
             assert family is not None
             clients[fd] = socket.socket(family, socket.SOCK_STREAM, 0, fd)
             epoll.register(fd, select.EPOLLIN)
+channel.close()
 say("ended")

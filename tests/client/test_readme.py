@@ -1,0 +1,37 @@
+"""The programs in the library's README do what it says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import socketprotector_client
+
+from tests.client.protector import PYTHON, ROOT, Protector
+
+TEXT = (ROOT / "client_lib" / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_a_program_serves_and_ends(protector: Protector, number: int, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAMS[number])
+    speaks_http = "http.server" in PROGRAMS[number]
+    worker = protector.start(PYTHON, program)
+    client = protector.connect()
+
+    client.send("GET / HTTP/1.0\r\n\r" if speaks_http else "hello")
+    assert client.read().rstrip("\r") == ("HTTP/1.1 200 OK" if speaks_http else "hello")
+    client.close()
+    protector.end_channel()
+
+    assert worker.wait() == 0
+    assert protector.log.read_text().count("\n") == int(speaks_http)  # its access log
+
+
+def test_every_public_name_is_explained() -> None:
+    missing = [name for name in socketprotector_client.__all__ if f"`{name}" not in TEXT]
+
+    assert missing == []

@@ -1,0 +1,18 @@
+"""Starts a process of its own in its group, says its number, and then ignores everything."""
+
+import os
+import signal
+import sys
+
+from plain import answer, say, take
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = os.fork()
+if child == 0:
+    signal.pause()
+say(b"READY=1")
+print(f"child={child}", file=sys.stderr, flush=True)
+while taken := take():
+    with taken[1] as client:
+        answer(client)
+signal.pause()

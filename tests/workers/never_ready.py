@@ -1,0 +1,5 @@
+"""Lives, and never says that it is ready."""
+
+import signal
+
+signal.pause()

@@ -45,6 +45,7 @@ _FOR_LATER = (
 @click.argument("listen", nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]")
 @click.option("--pid-file", metavar="FILE", help="Write the protector's pid there.")
 @click.option("-f", "--foreground", is_flag=True, help="Do not detach.")
+@click.option("--guard", is_flag=True, help="Keep a tiny parent that survives the protector.")
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision (--log-level debug).")
 @click.option("--name", help="Name of this instance.  [default: the command's]")
 @click.option("--check", is_flag=True, help="Say whether it would start; start nothing.")
@@ -189,6 +190,9 @@ def _settings(given: dict[str, Any], command: list[str], directory: str) -> Sett
         log_file=path("log_file"),
         log_level="debug" if given["verbose"] else given["log_level"],
         foreground=given["foreground"],
+        guarded=given["guard"],
+        outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+        secret=os.urandom(12).hex(),
     )
 
 

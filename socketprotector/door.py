@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 FIRST = 3
 SETTINGS = "sp.settings"
@@ -40,11 +40,13 @@ def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
     ]
     for place, fd in enumerate(high, FIRST):
         os.dup2(fd, place, inheritable=True)
-    return {
-        "LISTEN_PID": str(os.getpid()),
-        "LISTEN_FDS": str(len(descriptors)),
-        "LISTEN_FDNAMES": ":".join(descriptors),
-    }
+    return {"LISTEN_PID": str(os.getpid()), **names(descriptors)}
+
+
+def names(descriptors: Iterable[str]) -> dict[str, str]:
+    """Return the variables that name descriptors at 3, 4, ..., without the pid they are for."""
+    found = tuple(descriptors)
+    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": ":".join(found)}
 
 
 def leave_in_place(descriptors: Mapping[str, int]) -> dict[str, str]:
@@ -56,12 +58,8 @@ def leave_in_place(descriptors: Mapping[str, int]) -> dict[str, str]:
     for fd in by_number:
         os.set_inheritable(fd, True)
     last = max(by_number, default=FIRST - 1)
-    names = [by_number.get(fd, _NOBODY) for fd in range(FIRST, last + 1)]
-    return {
-        "LISTEN_PID": str(os.getpid()),
-        "LISTEN_FDS": str(len(names)),
-        "LISTEN_FDNAMES": ":".join(names),
-    }
+    places = (by_number.get(fd, _NOBODY) for fd in range(FIRST, last + 1))
+    return {"LISTEN_PID": str(os.getpid()), **names(places)}
 
 
 def close_again(descriptors: Mapping[str, int]) -> None:
@@ -85,11 +83,10 @@ def enter() -> dict[str, int]:
 
     Sets close-on-exec on each and removes the variables from the environment.
     """
-    values = [os.environ.pop(variable, "") for variable in _VARIABLES]
-    count, pid, names, _ = values
+    count, pid, told, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
-    found = dict(zip(names.split(":"), range(FIRST, FIRST + int(count)), strict=False))
+    found = dict(zip(told.split(":"), range(FIRST, FIRST + int(count)), strict=False))
     found.pop(_NOBODY, None)
     for fd in found.values():
         os.set_inheritable(fd, False)
@@ -98,5 +95,5 @@ def enter() -> dict[str, int]:
 
 def is_ours() -> bool:
     """Whether descriptors were left for this very process, our settings among them."""
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    return SETTINGS in names and os.environ.get("LISTEN_PID") == str(os.getpid())
+    told = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    return SETTINGS in told and os.environ.get("LISTEN_PID") == str(os.getpid())

@@ -164,7 +164,7 @@ class Effects:
 
     # -- to the next program and from the one before -----------------------------
 
-    def snapshot(self, fleet: Fleet, actions: Iterable[Action] = ()) -> Snapshot:
+    def snapshot(self, fleet: Fleet, actions: Iterable[Action], version: str) -> Snapshot:
         """Return all that another program needs to go on, with these actions still to be done."""
         due = {each: self._loop.due(each) for each in fleet.timers}
         now = time.monotonic()
@@ -183,6 +183,7 @@ class Effects:
             hand=self._forwarder.hand,
             forwarded=self._forwarder.forwarded,
             lost=self._forwarder.lost,
+            version=version,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -236,21 +237,26 @@ class Effects:
             if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
                 self._crew.adopt(record, mine, generation.channel)
         known = {record.number for record in self._crew.records()}
-        lost: list[Event] = []
-        for each in snapshot.fleet.generations:
-            if each.number not in self._generations:
-                lost.append(OpenFailed(each.number, _KILLED))
+        lost: list[Event] = [
+            OpenFailed(each.number, _KILLED)
+            for each in snapshot.fleet.generations
+            if each.number not in self._generations
+        ]
         for worker in snapshot.fleet.alive():
             if worker.number not in known:
                 self._crew.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
 
+    def told(self, pid: int, clean: bool, how: str) -> None:
+        """Learn how a worker ended from who has reaped it."""
+        self._crew.told(pid, clean, how)
+
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""
         if fleet.served and not fleet.stopping:
             self._systemd.send(
-                READY="1", MAINPID=str(os.getpid()), STATUS="went on after a restart"
+                READY="1", MAINPID=str(self._systemd.pid), STATUS="went on after a restart"
             )
             self._launcher.started()
 
@@ -351,7 +357,7 @@ class Effects:
         serves = f"generation {report.generation} serves"
         match report.news:
             case News.READY:
-                self._systemd.send(READY="1", MAINPID=str(os.getpid()), STATUS=serves)
+                self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=serves)
                 self._launcher.started()
             case News.RELOADING:
                 self._systemd.reloading()

@@ -6,7 +6,7 @@ process, passes signals on, and adopts and reaps what the protector leaves when 
 
 Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
 
-    python guard.py NAME COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
+    python guard.py COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 
 #: Where the protector finds its line to us; door.py has the other names.
 LINE = "sp.guard"
+NAME = "SocketProtector"
 #: Waits between two starts of a protector that dies before it accepts.
 FIRST_WAIT_S = 0.1
 LAST_WAIT_S = 10.0
@@ -208,7 +209,7 @@ class Guard:
 def pairs(data: bytes) -> list[tuple[str, str]]:
     """Return the NAME=VALUE lines of a message."""
     lines = data.decode("utf-8", "replace").split("\n")
-    return [(name, value) for name, found, value in (l.partition("=") for l in lines) if found]
+    return [(name, value) for name, found, value in (line.partition("=") for line in lines) if found]
 
 
 def noted(number: int, frame: object) -> None:
@@ -226,14 +227,14 @@ def log(event: str, rest: str) -> None:
 
 
 def main() -> None:
-    name, command = sys.argv[1], sys.argv[2:]
+    command = sys.argv[1:]
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    store = dict(zip(names, range(_FIRST_FD, _FIRST_FD + count)))
+    store = dict(zip(names, range(_FIRST_FD, _FIRST_FD + count), strict=True))
     for fd in store.values():
         os.set_inheritable(fd, False)
     with open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write(name[:15])
+        file.write(NAME)
     Guard(command, store).run()
 
 

@@ -7,6 +7,7 @@ are blocked from here until somebody can answer them: the waiting process, or th
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -18,13 +19,15 @@ from daemon import DaemonContext
 from daemon.daemon import DaemonError
 from lockfile import AlreadyLocked
 
-from . import door
+from . import door, guard
 from .address import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .pidfile import PidFile
 from .settings import Settings, dump
+from .upgrade import command_of
 from .waiting import wait
 
+_PR_SET_CHILD_SUBREAPER = 36
 _LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -171,5 +174,15 @@ def _exec(
     environment = {**os.environ, **door.leave(descriptors)}
     # Run by -m from a folder with the package in it, that folder is needed again.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
-    command = [sys.executable, *safe, "-m", "socketprotector", *label]
-    os.execve(sys.executable, command, environment)
+    command = list(command_of(tuple(label), safe))
+    if settings.guarded:
+        _adopt_orphans()
+        command = [sys.executable, "-I", "-S", guard.__file__, *command]
+    os.execve(command[0], command, environment)
+
+
+def _adopt_orphans() -> None:
+    """Make this process, and what it executes, the parent of what a dead protector leaves."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "prctl")

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable
 
+from . import door
 from .errors import Refusal
 from .loop import Loop
 
@@ -18,8 +19,9 @@ from .loop import Loop
 class Launcher:
     """Tells how the start went: once, and only the start."""
 
-    def __init__(self, line: int | None, terminal: int | None = None) -> None:
-        """Take ownership of the descriptors."""
+    def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
+        """Take ownership of the descriptors.  pid: of whose end it is to wait for."""
+        self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
         self._loop: Loop | None = None
@@ -35,7 +37,16 @@ class Launcher:
                 gone()
 
             loop.watch(self._socket.fileno(), hung_up)
-            self._say(pid=os.getpid())
+            self._say(pid=self._pid)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what the next program needs to tell it in our place, by name."""
+        found = {}
+        if self._socket is not None:
+            found[door.LAUNCHER] = self._socket.fileno()
+        if self._terminal is not None:
+            found[door.TERMINAL] = self._terminal
+        return found
 
     def started(self) -> None:
         """Tell that the first generation serves; this is the last word."""

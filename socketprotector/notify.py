@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
 import struct
 import time
@@ -172,6 +173,17 @@ class Outbox:
             if fd >= 0:
                 os.close(fd)
 
+    def finish(self, seconds: float) -> None:
+        """Send what is left, waiting for room so long; then no more."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        if self._line is not None:
+            poll.register(self._line, select.POLLOUT)
+        while self._unsent and (left := deadline - time.monotonic()) > 0:
+            poll.poll(left * 1000)
+            self._flush()
+        self.close()
+
     def close(self) -> None:
         """Send no more."""
         if self._line is not None:
@@ -216,20 +228,23 @@ class Store:
 
 
 class Systemd:
-    """The service manager that started us, if one did."""
+    """The service manager that started us, if one did; and the guard, which listens along."""
 
-    def __init__(self, environment: Mapping[str, str], outbox: Outbox) -> None:
-        """`outbox` leads to its NOTIFY_SOCKET."""
-        self._outbox = outbox
+    def __init__(self, environment: Mapping[str, str], pid: int, *outboxes: Outbox) -> None:
+        """pid: the main process of the service.  The first outbox leads to NOTIFY_SOCKET."""
+        self.pid = pid
+        self._outboxes = outboxes
         usec = environment.get("WATCHDOG_USEC", "")
-        ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        wanted = ours and outbox.open and _is_number(usec)
+        ours = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
+        wanted = ours and outboxes[0].open and _is_number(usec)
         #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
         self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
 
     def send(self, **fields: str) -> None:
         """Send assignments as one datagram, after those that could not be sent yet."""
-        self._outbox.send("\n".join(f"{name}={value}" for name, value in fields.items()))
+        text = "\n".join(f"{name}={value}" for name, value in fields.items())
+        for outbox in self._outboxes:
+            outbox.send(text)
 
     def reloading(self) -> None:
         """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""

@@ -13,9 +13,9 @@ import select
 import stat
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from . import relay, words
+from . import door, relay, words
 from .log import is_journal, is_own
 from .loop import Loop
 from .process import Process, spawn
@@ -54,6 +54,32 @@ class Output:
         os.close(write)
         self._spawn_relay(name, loop, ended)
 
+    def descriptors(self) -> dict[str, int]:
+        """Return what the next program needs to go on with the relay, by name."""
+        if not self.relayed:
+            return {}
+        found = {"read": self._pipe, "write": _STDERR, "tail": self._tail}
+        if self._relay is not None:
+            found[f"process.{self._relay.pid}"] = self._relay.pidfd
+        return {f"{door.RELAY}{name}": fd for name, fd in found.items()}
+
+    def adopt_relay(
+        self, descriptors: Mapping[str, int], name: str, loop: Loop, ended: Callable[[], None]
+    ) -> None:
+        """Go on with the relay that an earlier program started; takes ownership."""
+        self._tail, self._pipe = descriptors["tail"], descriptors["read"]
+        if "write" in descriptors:  # else stderr has come along as it is
+            for fd in (_STDOUT, _STDERR):
+                os.dup2(descriptors["write"], fd, inheritable=True)
+            os.close(descriptors["write"])
+        for key, pidfd in descriptors.items():
+            if key.startswith("process."):
+                self._relay = Process(int(key.removeprefix("process.")), pidfd)
+        if self._relay is None:
+            self._spawn_relay(name, loop, ended)
+        else:
+            self._watch_relay(self._relay, name, loop, ended)
+
     def _spawn_relay(self, name: str, loop: Loop, ended: Callable[[], None]) -> None:
         program = Program(
             path=sys.executable,
@@ -71,12 +97,21 @@ class Output:
             process = spawn(program, {}, descriptors)
         finally:
             os.close(null)
+        self._watch_relay(process, name, loop, ended)
+
+    def _watch_relay(
+        self, process: Process, name: str, loop: Loop, ended: Callable[[], None]
+    ) -> None:
         self._relay = process
 
         def again() -> None:
             loop.unwatch(process.pidfd)
-            process.reap()
+            try:
+                process.reap()
+            except ChildProcessError:
+                pass  # an earlier program's child: reaped by whoever adopted it
             process.close()
+            self._relay = None
             ended()
             loop.call_after("relay", _RESTART_S, lambda: self._spawn_relay(name, loop, ended))
 

@@ -59,7 +59,6 @@ class Snapshot:
     hand: bytes | None = None  # the header of the connection in hand
     forwarded: int = 0
     lost: int = 0
-    relay: int = 0  # pid of the relay
     version: str = ""  # of the program that wrote this
 
 

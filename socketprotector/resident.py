@@ -1,128 +1,293 @@
 """The resident process: what stays when the command line has been parsed.
 
-It is executed by the launching process with its descriptors at the door (door.py), so
-that nothing of the command line's libraries stays in memory.  Heavy imports do not
-belong here: tests hold the list, bench/ the megabytes.
+It is executed with its descriptors at the door (door.py): by the launching process, by
+itself (an upgrade in place), by the guard, or by systemd after a crash.  With a state among
+them it goes on where another program stopped.  Heavy imports do not belong here: tests
+hold the list, bench/ the megabytes.
 """
 
 from __future__ import annotations
 
 import os
 import resource
+import signal
+import socket
 import sys
-from collections.abc import Callable
 
-from . import door
+from . import __version__, door, heritage, upgrade
 from .effects import Effects
 from .errors import Refusal, SystemRefused
-from .events import Event, StopRequested
+from .events import StopRequested
 from .fleet import Fleet
+from .heritage import Heritage
 from .launcher import Launcher
 from .listener import Listener
 from .log import Log
 from .loop import Loop
-from .notify import Systemd
+from .notify import Outbox, Store, Systemd, parse
 from .output import Output
+from .records import Snapshot
 from .settings import Identity, Settings, load
+from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
+from .upgrade import Upgrade
+from .words import status_of
 
-#: How soon to try again where systemd's socket was full.
-_NOTIFY_AGAIN_S = 0.1
+#: How soon to try again where a manager's socket was full.
+_AGAIN_S = 0.1
+#: How long the guard may take to hear that we end for good.
+_FAREWELL_S = 5.0
+_MESSAGE_BYTES = 4096
 
 
 def main() -> None:
     """Run until nothing is left to supervise, and exit with the status of that."""
-    sys.exit(run(door.enter()))
+    command = upgrade.command_of(tuple(sys.argv[1:]))
+    descriptors = door.enter()
+    if door.PROBE in descriptors:
+        sys.exit(_probe(descriptors))
+    sys.exit(run(descriptors, command))
 
 
-def run(descriptors: dict[str, int]) -> int:
-    """Supervise with the descriptors from the door, which it owns.  Returns the exit status."""
+def _probe(descriptors: dict[str, int]) -> int:
+    """Say whether this program could take over from the one that asks."""
+    try:
+        _settings(descriptors[door.SETTINGS])
+        heritage.read(descriptors[door.STATE])
+    except (StateError, ValueError, TypeError, KeyError) as error:
+        print(error, file=sys.stderr)
+        return SystemRefused.status
+    os.write(descriptors[door.PROBE], f"ok {__version__}\n".encode())
+    return 0
+
+
+def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
+    """Supervise with the descriptors from the door, which it owns.  Returns the exit status.
+
+    command: how to execute this program again.
+    """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
     settings = _settings(descriptors[door.SETTINGS])
     _name_process()
-    launcher = Launcher(descriptors.get(door.LAUNCHER), descriptors.get(door.TERMINAL))
-    listeners = [
-        Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
-        for index, each in enumerate(settings.listeners)
-    ]
-    output = Output(settings.log_file)
+    resident = _Resident(settings, descriptors, command)
     try:
-        status = _supervise(settings, launcher, listeners, output)
+        status = resident.supervise()
     except Exception as error:
+        if resident.can_come_back:
+            raise  # whoever keeps the descriptors starts another one, which goes on
         # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
         if not isinstance(error, Refusal):
             sys.excepthook(type(error), error, error.__traceback__)
-        launcher.failure = launcher.failure or str(error)
-        for listener in listeners:
-            listener.close()
         status = SystemRefused.status
-    output.finish()
-    _remove_pid_file(settings.pid_file, descriptors.get(door.PID_FILE))
-    launcher.failed(status)
+        resident.fail(str(error))
+    resident.finish(status)
     return status
 
 
-def _supervise(
-    settings: Settings, launcher: Launcher, listeners: list[Listener], output: Output
-) -> int:
-    # Only the soft limit, and workers get the caller's back: each draining generation and
-    # each worker costs descriptors here.
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if settings.identity is not None:
-        become(settings.identity, settings.nice)
+class _Resident:
+    """The parts of the process, and how they are put together."""
 
-    loop = Loop()
-    relayed = not settings.foreground and settings.log_file is None
-    log = Log(settings.log_level, prioritized=relayed)
-    if relayed:
-        output.start_relay(settings.name, loop, lambda: log.write("error", "relay-ended"))
-        log.reopen()
-    systemd = Systemd(os.environ, lambda again: loop.call_after("notify", _NOTIFY_AGAIN_S, again))
-    log.write(
-        "info",
-        "start",
-        pid=os.getpid(),
-        name=settings.name,
-        listen=" ".join(each.address for each in settings.listeners),
-    )
-    for notice in settings.notices:
-        log.write("warning", "notice", text=notice)
+    def __init__(
+        self, settings: Settings, descriptors: dict[str, int], command: tuple[str, ...]
+    ) -> None:
+        self.settings = settings
+        self.descriptors = descriptors
+        self.command = command
+        self.loop = Loop()
+        self.output = Output(settings.log_file)
+        # Under a guard it is the guard whose end means the end.
+        guarded = door.GUARD in descriptors
+        self.pid = os.getppid() if guarded else os.getpid()
+        self.launcher = Launcher(
+            descriptors.get(door.LAUNCHER), descriptors.get(door.TERMINAL), self.pid
+        )
+        self.listeners = [
+            Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
+            for index, each in enumerate(settings.listeners)
+            if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
+        ]
+        self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
+        self.guard = Outbox(self._later, self.line)
+        manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
+        self.systemd = Systemd(os.environ, self.pid, manager, self.guard)
+        kept = {name for name in descriptors if name != door.GUARD}
+        self.store = Store(self.guard if guarded else manager, kept)
+        self.can_come_back = False
 
-    def effects(post: Callable[[Event], None]) -> Effects:
-        return Effects(
-            settings,
-            listeners,
-            loop=loop,
+    def supervise(self) -> int:
+        """Go on with what there is, or begin; return the exit status when nothing is left."""
+        settings, loop = self.settings, self.loop
+        snapshot = self._inherited()
+        self.can_come_back = snapshot is not None
+        # Only the soft limit, and workers get the caller's back: each draining generation and
+        # each worker costs descriptors here.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if settings.identity is not None:
+            become(settings.identity, settings.nice)
+        log = self._open_log()
+        log.write(
+            "info",
+            "adopted" if snapshot else "start",
+            pid=os.getpid(),
+            name=settings.name,
+            version=__version__,
+            listen=" ".join(each.address for each in settings.listeners),
+        )
+        if snapshot is None:
+            for notice in settings.notices:
+                log.write("warning", "notice", text=notice)
+        else:
+            self._write_pid(log)
+        supervisor = self._supervisor(log)
+        if self.line is not None:
+            loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
+        self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
+        if self.systemd.watchdog_s:
+            self._feed_watchdog()
+        # They were blocked before the exec, so that none of them could come too early.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self.can_come_back = self.store.keeps
+        if snapshot is None:
+            supervisor.launch()
+        else:
+            supervisor.adopt(snapshot, self.descriptors)
+        status = supervisor.run()
+        log.close()
+        return status
+
+    def fail(self, reason: str) -> None:
+        """Nothing could be started, or can go on: let go of what is ours."""
+        self.launcher.failure = self.launcher.failure or reason
+        for listener in self.listeners:
+            listener.close()
+
+    def finish(self, status: int) -> None:
+        """Leave nothing behind, and tell whoever waits for the end."""
+        self.output.finish()
+        _remove_pid_file(self.settings.pid_file, self.descriptors.get(door.PID_FILE))
+        self.launcher.failed(status)
+        if self.line is None:
+            self.store.sync({})
+        self.systemd.send(EXIT_STATUS=str(status))
+        self.guard.finish(_FAREWELL_S)
+
+    # -- putting together ----------------------------------------------------
+
+    def _inherited(self) -> Snapshot | None:
+        """Return where another program stopped, unless it had come to its end."""
+        if door.STATE not in self.descriptors:
+            self.descriptors[door.STATE] = StateFile.make().fd
+            return None
+        snapshot = heritage.read(self.descriptors[door.STATE])
+        return snapshot if snapshot is None or not snapshot.fleet.exiting else None
+
+    def _open_log(self) -> Log:
+        settings = self.settings
+        relayed = not settings.foreground and settings.log_file is None
+        log = Log(settings.log_level, prioritized=relayed)
+        if relayed:
+            inherited = {
+                name.removeprefix(door.RELAY): fd
+                for name, fd in self.descriptors.items()
+                if name.startswith(door.RELAY)
+            }
+
+            def ended() -> None:
+                log.write("error", "relay-ended")
+
+            if inherited:
+                self.output.adopt_relay(inherited, settings.name, self.loop, ended)
+            else:
+                self.output.start_relay(settings.name, self.loop, ended)
+            log.reopen()
+        return log
+
+    def _supervisor(self, log: Log) -> Supervisor:
+        file = StateFile(self.descriptors[door.STATE])
+        return Supervisor(
+            Fleet(policy=self.settings.policy, workers_wanted=self.settings.workers),
+            lambda post, held: Effects(
+                self.settings,
+                self.listeners,
+                loop=self.loop,
+                log=log,
+                output=self.output,
+                systemd=self.systemd,
+                launcher=self.launcher,
+                post=post,
+                held=held,
+            ),
+            Heritage(file, self.store, log, self._others),
+            Upgrade(self.command, self.loop, log),
+            loop=self.loop,
             log=log,
-            output=output,
-            systemd=systemd,
-            launcher=launcher,
-            post=post,
+            reopen_logs=lambda: self._reopen_logs(log),
+            terminal=terminal_of(self.settings.foreground),
+            outlives_terminal=self.settings.outlives_terminal,
         )
 
-    def reopen_logs() -> None:
+    def _others(self) -> dict[str, int]:
+        """The descriptors of the process itself, by name."""
+        found = {
+            name: self.descriptors[name]
+            for name in (door.SETTINGS, door.STATE, door.PID_FILE)
+            if name in self.descriptors
+        }
+        if self.line is not None and self.line.fileno() >= 0:
+            found[door.GUARD] = self.line.fileno()
+        return {**found, **self.launcher.descriptors(), **self.output.descriptors()}
+
+    def _later(self, again: object) -> None:
+        self.loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]
+
+    def _feed_watchdog(self) -> None:
+        """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
+        self.systemd.send(WATCHDOG="1")
+        self.loop.call_after("watchdog", self.systemd.watchdog_s, self._feed_watchdog)
+
+    def _reopen_logs(self, log: Log) -> None:
         try:
-            output.reopen()
+            self.output.reopen()
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         log.reopen()
         log.write("info", "reopened")
 
-    supervisor = Supervisor(
-        Fleet(policy=settings.policy, workers_wanted=settings.workers),
-        effects,
-        loop=loop,
-        log=log,
-        reopen_logs=reopen_logs,
-        terminal=terminal_of(settings.foreground),
-    )
-    launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
-    if systemd.watchdog_s:
-        _feed(systemd, loop)
-    status = supervisor.run()
-    log.close()
-    return status
+    # -- the guard -----------------------------------------------------------
+
+    def _hear_guard(self, supervisor: Supervisor, log: Log) -> None:
+        """Take in how processes ended that the guard has reaped; or the guard's own end."""
+        assert self.line is not None
+        try:
+            data = self.line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.loop.unwatch(self.line.fileno())
+            self.guard.close()
+            self.pid = self.systemd.pid = os.getpid()
+            log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
+            self._write_pid(log)
+            return
+        pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
+        if pid.isdigit() and status.isdigit():
+            supervisor.told(int(pid), *status_of(int(status)))
+
+    def _write_pid(self, log: Log) -> None:
+        """Write the pid of whoever is to be signalled into the pid file, which we hold."""
+        lock = self.descriptors.get(door.PID_FILE)
+        if lock is None:
+            return
+        try:
+            text = b"%d\n" % self.pid
+            # In this order a reader always finds a whole pid in the first line.
+            os.pwrite(lock, text, 0)
+            os.ftruncate(lock, len(text))
+        except OSError as error:
+            log.write("error", "pid-file-not-written", error=error.strerror)
 
 
 def _settings(fd: int) -> Settings:
@@ -144,6 +309,8 @@ def become(identity: Identity, nice: int) -> None:
 
     nice: what workers are to have; a value below 0 is allowed to that user before.
     """
+    if os.getresuid() == (identity.uid,) * 3 != (0, 0, 0):
+        return  # an earlier program has
     try:
         if nice < 0:
             resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
@@ -155,12 +322,6 @@ def become(identity: Identity, nice: int) -> None:
             f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
             "CAP_SETGID cannot"
         ) from error
-
-
-def _feed(systemd: Systemd, loop: Loop) -> None:
-    """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
-    systemd.send(WATCHDOG="1")
-    loop.call_after("watchdog", systemd.watchdog_s, lambda: _feed(systemd, loop))
 
 
 def _remove_pid_file(path: str | None, lock: int | None) -> None:

@@ -57,7 +57,7 @@ class Settings:
     log_level: str = "info"
     foreground: bool = False
     guarded: bool = False
-    program: tuple[str, ...] = ()  # how to execute the protector itself
+    outlives_terminal: bool = False  # HUP was ignored at start (nohup)
     secret: str = ""  # part of each worker's notify address, so that nobody can guess it
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
 
@@ -83,7 +83,6 @@ def load(data: bytes) -> Settings:
         **{
             **values,
             "command": tuple(values["command"]),
-            "program": tuple(values["program"]),
             "listeners": tuple(ListenerSettings(**each) for each in values["listeners"]),
             "policy": Policy(**values["policy"]),
             "identity": identity and Identity(**{**identity, "groups": tuple(identity["groups"])}),

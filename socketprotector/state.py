@@ -102,6 +102,11 @@ class StateFile:
         """Make an empty one.  Raises OSError."""
         return cls(os.memfd_create("sp.state", os.MFD_CLOEXEC))
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has ever been written."""
+        return os.fstat(self.fd).st_size == 0
+
     def write(self, payload: bytes) -> None:
         """Replace the state.  Raises OSError, and then the one before still stands."""
         sequence = self._sequence + 1

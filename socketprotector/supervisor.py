@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from .effects import Effects
-from .events import Event, Launched, ReloadRequested, ScaleRequested, StopRequested
+from .events import Action, Event, Launched, ReloadRequested, ScaleRequested, StopRequested
 from .fleet import Fleet
-from .lifecycle import decide
+from .heritage import Heritage
+from .lifecycle import decide, resume
 from .log import Log
 from .loop import Loop
+from .records import Snapshot
+from .upgrade import Upgrade
 
 _SIGNALS = (
     signal.SIGHUP,
@@ -37,16 +41,20 @@ class Supervisor:
     def __init__(
         self,
         fleet: Fleet,
-        effects: Callable[[Callable[[Event], None]], Effects],
+        effects: Callable[[Callable[[Event], None], Callable[[], None]], Effects],
+        heritage: Heritage,
+        upgrade: Upgrade,
         *,
         loop: Loop,
         log: Log,
         reopen_logs: Callable[[], None],
         terminal: int | None,
+        outlives_terminal: bool,
     ) -> None:
-        """`effects` is given the queue's entrance and returns what carries actions out.
+        """`effects` is given the queue's entrance and `save`, and returns what acts.
 
-        terminal: a descriptor of the terminal that a foreground protector lives on.
+        terminal: a descriptor of the terminal that a foreground protector lives on;
+        outlives_terminal: it was started so as to go on without (nohup).
         """
         self._fleet = fleet
         self._queue: deque[Event] = deque()
@@ -55,18 +63,32 @@ class Supervisor:
         self._log = log
         self._reopen_logs = reopen_logs
         self._terminal = terminal
-        self._effects = effects(self.post)
-        # Before our handlers replace it: whoever ignored HUP (nohup) wants to outlive the terminal.
-        self._outlives_terminal = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._outlives_terminal = outlives_terminal
+        self._heritage = heritage
+        self._upgrade = upgrade
+        self._effects = effects(self.post, self._save)
         # Ignored by the caller, it would have the kernel throw away how workers ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         loop.catch(_SIGNALS, self._signalled)
-        # They were blocked before the exec, so that none of them could come too early.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def launch(self) -> None:
+        """Begin with the first generation."""
+        self.post(Launched())
+
+    def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> None:
+        """Go on where another program stopped; takes ownership of its descriptors."""
+        self._fleet = snapshot.fleet
+        lost = self._effects.adopt(snapshot, descriptors)
+        now = time.monotonic()
+        for action in resume(self._fleet, {each: due - now for each, due in snapshot.due}):
+            self._effects.perform(action)
+        for event in lost:
+            self.post(event)
+        self._save()
+        self._effects.welcome(self._fleet)
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
-        self.post(Launched())
         self._loop.run()
         self._effects.close()
         return self._effects.exit_status or 0
@@ -82,10 +104,28 @@ class Supervisor:
                 event = self._queue.popleft()
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
+                self._save(actions)
                 for action in actions:
                     self._effects.perform(action)
         finally:
             self._working = False
+        self._save()
+
+    def told(self, pid: int, clean: bool, how: str) -> None:
+        """Learn how a worker ended from who has reaped it."""
+        self._effects.told(pid, clean, how)
+
+    def _save(self, actions: Iterable[Action] = ()) -> None:
+        self._heritage.save(self._effects, self._fleet, actions)
+
+    def _begin_upgrade(self) -> None:
+        """Ask the new program whether it can take over; it is executed when it says so."""
+        if self._heritage.write(self._effects, self._fleet):
+            self._upgrade.begin(self._heritage.descriptors(self._effects), self._hand_over)
+
+    def _hand_over(self) -> None:
+        if self._heritage.write(self._effects, self._fleet):
+            self._upgrade.execute(self._heritage.descriptors(self._effects))
 
     def _signalled(self, number: int) -> None:
         self._log.write("info", "signal", signal=signal.Signals(number).name)
@@ -105,8 +145,8 @@ class Supervisor:
                 self.post(ScaleRequested(-1))
             case signal.SIGUSR1:
                 self._reopen_logs()
-            case _:
-                self._log.write("warning", "refused", reason="no upgrade in place yet")
+            case signal.SIGUSR2:
+                self._begin_upgrade()
 
     def _terminal_is_gone(self) -> bool:
         if self._terminal is None:

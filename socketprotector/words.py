@@ -36,3 +36,10 @@ def ended(exited: bool, status: int, *, dumped: bool = False) -> str:
     except ValueError:
         name = f"signal {status}"
     return f"was killed by {name}" + (" (core dumped)" if dumped else "")
+
+
+def status_of(wait_status: int) -> tuple[bool, str]:
+    """Return (whether it exited with status 0, how it ended) of a status as wait(2) gives it."""
+    if wait_status & 0x7F:
+        return False, ended(False, wait_status & 0x7F, dumped=bool(wait_status & 0x80))
+    return wait_status == 0, ended(True, wait_status >> 8)

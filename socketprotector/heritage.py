@@ -1,0 +1,80 @@
+"""What the next program needs, kept ready for it at any time.
+
+Descriptors go to whoever keeps them (systemd's store, or the guard); how they belong
+together is written to the state memfd.  Descriptors first, then the state, then the act: so
+whatever the state tells of can be found, whenever we are killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from . import __version__, door
+from .effects import Effects
+from .events import Action
+from .fleet import Fleet
+from .log import Log
+from .notify import Store
+from .records import CLASSES, Snapshot
+from .state import Codec, StateError, StateFile
+
+CODEC = Codec(CLASSES)
+
+
+class Heritage:
+    """Writes down, after each step, where another program could go on."""
+
+    def __init__(
+        self,
+        file: StateFile,
+        store: Store,
+        log: Log,
+        others: Callable[[], Mapping[str, int]],
+    ) -> None:
+        """`others` names the descriptors that are neither generations', workers' nor listeners'."""
+        self._file = file
+        self._store = store
+        self._log = log
+        self._others = others
+        self._failing = False
+
+    def descriptors(self, effects: Effects) -> dict[str, int]:
+        """Return every descriptor that another program would need, by name."""
+        return {**self._others(), **effects.descriptors()}
+
+    def save(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> None:
+        """Make it so that a kill from here on loses nothing that can be kept.
+
+        Does nothing where nobody keeps descriptors: then a kill takes all of them anyway.
+        """
+        if self._store.keeps:
+            wanted = self.descriptors(effects)
+            wanted.pop(door.GUARD, None)  # each program gets a line of its own
+            self._store.sync(wanted)
+            self.write(effects, fleet, actions)
+
+    def write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> bool:
+        """Write the state; say whether that could be done."""
+        try:
+            self._file.write(CODEC.encode(effects.snapshot(fleet, actions, __version__)))
+        except OSError as error:
+            if not self._failing:
+                self._log.write("error", "state-not-written", error=error.strerror)
+            self._failing = True
+            return False
+        self._failing = False
+        return True
+
+
+def read(fd: int) -> Snapshot | None:
+    """Return what another program has written to its state memfd; None for an empty one.
+
+    Raises StateError when it is a newer program's, or damaged.
+    """
+    file = StateFile(fd)
+    if file.empty:
+        return None
+    snapshot = CODEC.decode(file.read())
+    if not isinstance(snapshot, Snapshot):
+        raise StateError("the state is no snapshot of a protector")
+    return snapshot

@@ -1,0 +1,133 @@
+"""USR2: the protector's own program is replaced in place, if the new one says that it can.
+
+A probe, which is a process of the new program, loads the state first and answers.  Only then
+does this process execute the new program: same pid, same children, nothing closed.
+A broken install is found out by the probe, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from . import __version__, door, words
+from .log import Log
+from .loop import Loop
+from .process import Process, spawn
+from .records import Program
+
+#: How long the probe may take: it loads a program, on a busy machine.
+PROBE_S = 30.0
+_LAST_BYTES = 4096
+_ANSWER = b"ok "
+_TIMER = "probe"
+
+
+class Upgrade:
+    """One upgrade at a time: probe, then exec."""
+
+    def __init__(self, command: tuple[str, ...], loop: Loop, log: Log) -> None:
+        """`command` executes the protector, by a path that a new release changes."""
+        self._command = command
+        self._loop = loop
+        self._log = log
+        self._probe: Process | None = None
+
+    def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
+        """Probe the new program with the settings and the state; call back if it says yes."""
+        if self._probe is not None:
+            self._log.write("info", "upgrade-under-way")
+            return
+        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+        try:
+            self._probe = self._spawn(descriptors, send, said)
+        except OSError as error:
+            self._failed(f"{error.filename or self._command[0]}: {error.strerror}")
+            os.close(receive)
+            os.close(said)
+            return
+        finally:
+            os.close(send)
+        probe = self._probe
+
+        def ended() -> None:
+            self._loop.unwatch(probe.pidfd)
+            self._loop.cancel(_TIMER)
+            result = probe.reap()
+            answer, last = _read(receive), os.pread(said, _LAST_BYTES, _start_of_end(said))
+            probe.close()
+            os.close(receive)
+            os.close(said)
+            self._probe = None
+            if answer.startswith(_ANSWER):
+                version = answer[len(_ANSWER) :].decode("ascii", "replace").strip()
+                self._log.write("info", "upgrading", version=version)
+                ready()
+                return
+            lines = last.decode("utf-8", "replace").strip().splitlines()
+            why = words.escape(lines[-1]) if lines else "it said nothing"
+            self._failed(f"the new program {result[1] if result else 'hangs'}: {why}")
+
+        self._loop.watch(probe.pidfd, ended)
+        self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)
+
+    def _spawn(self, descriptors: Mapping[str, int], answer: int, said: int) -> Process:
+        given = {
+            door.SETTINGS: descriptors[door.SETTINGS],
+            door.STATE: descriptors[door.STATE],
+            door.PROBE: answer,
+        }
+        # posix_spawn cannot tell the child its own pid, which LISTEN_PID has to be.
+        shell = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command)
+        program = Program(
+            path="/bin/sh",
+            argv=shell,
+            directory="/",
+            environment=tuple(os.environ.items()),
+            umask=0o077,
+            limits=(),
+            nice=0,
+        )
+        places = dict(enumerate(given.values(), door.FIRST))
+        return spawn(program, door.names(given), {1: said, 2: said, **places})
+
+    def _failed(self, reason: str) -> None:
+        self._log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
+
+    def execute(self, descriptors: Mapping[str, int]) -> None:
+        """Become the new program.  Returns only if that fails, with everything as it was."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
+        environment = {**os.environ, **door.leave_in_place(kept)}
+        try:
+            os.execve(self._command[0], self._command, environment)
+        except OSError as error:
+            door.close_again(kept)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            self._failed(f"{self._command[0]}: {error.strerror}")
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, _LAST_BYTES)
+    except BlockingIOError:
+        return b""
+
+
+def _start_of_end(fd: int) -> int:
+    return max(0, os.fstat(fd).st_size - _LAST_BYTES)
+
+
+def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
+    """Return how this very program is executed again, by the path it was called by.
+
+    A script is taken by that path, so that a symlink to another release is followed; else
+    it is the interpreter with -m.  `label` is for whoever looks at the process list.
+    """
+    script = sys.argv[0]
+    if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
+        return (os.path.abspath(script), *label)
+    return (sys.executable, *safe, "-m", "socketprotector", *label)

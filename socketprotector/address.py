@@ -311,7 +311,7 @@ def _called(pid: int | None) -> str:
     try:
         return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
     except psutil.Error:
-        return f"process {pid}"
+        return "another program"  # it has ended, and left its socket to a child
 
 
 # -- UNIX ----------------------------------------------------------------------
@@ -324,9 +324,9 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
     try:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
-            settings = ListenerSettings(f"unix:{path}")
+            settings = ListenerSettings(f"unix:{path}", backlog=backlog)
         else:
-            settings = _bind_path(sock, listen, path, dry=dry)
+            settings = _bind_path(sock, listen, path, backlog, dry=dry)
         if not dry:
             sock.listen(backlog)
     except OSError as error:
@@ -344,7 +344,9 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
     return [Bound(sock, settings)]
 
 
-def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> ListenerSettings:
+def _bind_path(
+    sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
+) -> ListenerSettings:
     """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
     with locked(path):
         stale = _is_stale(path)
@@ -368,7 +370,7 @@ def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> 
         except OSError:
             os.unlink(path)
             raise
-    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
 def _give(path: str, listen: Listen) -> None:

@@ -71,6 +71,8 @@ def _supervise(
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if settings.identity is not None:
         become(settings.identity, settings.nice)
+    for listener in listeners:
+        listener.claim()
 
     loop = Loop()
     relayed = not settings.foreground and settings.log_file is None

@@ -20,6 +20,7 @@ class ListenerSettings:
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
+    backlog: int = 0  # of a UNIX socket: whoever listens says it
 
 
 @dataclass(frozen=True, slots=True)

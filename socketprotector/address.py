@@ -15,7 +15,7 @@ import pwd
 import socket
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
 
@@ -42,10 +42,20 @@ class Listen:
     port: int = 0
     host: str | None = None  # None: every address of this machine
     path: str | None = None  # UNIX; @name for an abstract one
+    name: str | None = None  # of a socket that the service manager passes to us
     options: dict[str, str] = field(default_factory=dict)
 
     def backlog(self, default: int) -> int:
         return int(self.options.get("backlog", default))
+
+    def means(self, address: str) -> bool:
+        """Whether a socket that is bound to this canonical address is what is wanted."""
+        if self.path is not None:
+            return address == f"unix:{self.path}"
+        if self.name is not None or not self.port:
+            return False
+        hosts = [self.host] if self.host is not None else ["0.0.0.0", "::"]
+        return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +93,10 @@ def parse(text: str, directory: str) -> Listen:
         raise UsageError(
             f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
         )
+    if body.startswith("fd:"):
+        if not body.removeprefix("fd:"):
+            raise UsageError(f"{text}: fd: needs the name of a socket that was passed to us")
+        return Listen(text, name=body.removeprefix("fd:"), options=_options(text, query, ()))
     if body.startswith("unix:"):
         path = body.removeprefix("unix:")
         if not path or path == "@":
@@ -94,7 +108,7 @@ def parse(text: str, directory: str) -> Listen:
         return Listen(text, path=path, options=_options(text, query, _UNIX_OPTIONS))
     host, colon, port = body.rpartition(":")
     if colon and (not host or (":" in host and not host.startswith("["))):
-        raise UsageError(f"{text}: write PORT, HOST:PORT, [HOST6]:PORT or unix:PATH")
+        raise UsageError(f"{text}: write PORT, HOST:PORT, [HOST6]:PORT, unix:PATH or fd:NAME")
     if not _whole(port) or int(port) > 65535:
         raise UsageError(f"{text}: the port must be a number from 0 to 65535")
     return Listen(
@@ -109,7 +123,9 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
     found = dict(parse_qsl(query, keep_blank_values=True))
     for name, value in found.items():
         if name not in allowed:
-            raise UsageError(f"{text}: unknown option {name}; allowed: {', '.join(allowed)}")
+            raise UsageError(
+                f"{text}: unknown option {name}; allowed: {', '.join(allowed) or 'none'}"
+            )
         if name in ("backlog", "defer_accept") and not (_whole(value) and 0 < int(value) < 2**31):
             raise UsageError(f"{text}: {name} must be a whole number above 0")
         if name == "device" and not value:
@@ -154,17 +170,24 @@ def _gid(text: str, group: str) -> int:
 
 
 def bind_all(
-    listens: Sequence[Listen], backlog: int, *, notice: Callable[[str], None], dry: bool = False
+    listens: Sequence[Listen],
+    backlog: int,
+    *,
+    notice: Callable[[str], None],
+    passed: Mapping[int, list[Bound]] | None = None,
+    dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done.
 
-    The caller owns what is returned (nothing when dry).  When one fails, what was bound
+    passed: what stands for an argument (by its index) already; it is taken as it is.  The caller owns what is returned (nothing when dry).  When one fails, what was bound
     before is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
     try:
-        for listen in listens:
-            if listen.path is not None:
+        for index, listen in enumerate(listens):
+            if passed and index in passed:
+                bound += passed[index]
+            elif listen.path is not None:
                 bound += _bind_unix(listen, listen.backlog(backlog), dry=dry)
             else:
                 bound += _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
@@ -311,7 +334,7 @@ def _called(pid: int | None) -> str:
     try:
         return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
     except psutil.Error:
-        return f"process {pid}"
+        return "another program"  # it has ended, and left its socket to a child
 
 
 # -- UNIX ----------------------------------------------------------------------
@@ -324,9 +347,9 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
     try:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
-            settings = ListenerSettings(f"unix:{path}")
+            settings = ListenerSettings(f"unix:{path}", backlog=backlog)
         else:
-            settings = _bind_path(sock, listen, path, dry=dry)
+            settings = _bind_path(sock, listen, path, backlog, dry=dry)
         if not dry:
             sock.listen(backlog)
     except OSError as error:
@@ -344,7 +367,9 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
     return [Bound(sock, settings)]
 
 
-def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> ListenerSettings:
+def _bind_path(
+    sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
+) -> ListenerSettings:
     """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
     with locked(path):
         stale = _is_stale(path)
@@ -368,7 +393,7 @@ def _bind_path(sock: socket.socket, listen: Listen, path: str, *, dry: bool) -> 
         except OSError:
             os.unlink(path)
             raise
-    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
 def _give(path: str, listen: Listen) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from . import __version__, checks, options
+from . import __version__, activation, checks, options
 from .address import bind_all, parse
 from .channel import SMALLEST_QUEUE
 from .errors import Refusal, UsageError
@@ -108,7 +108,7 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
     """Own the listening sockets of a daemon, so that it can be restarted, upgraded or crash
     and nobody who connects notices.
 
-    LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH or unix:@NAME, with options as in
+    LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH, unix:@NAME or fd:NAME, with options as in
     4321?backlog=100&defer_accept=5 or unix:/run/x.sock?mode=0660&user=www&group=www.
 
     Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file;
@@ -126,7 +126,13 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
     checks.pid_file(settings.pid_file)
     checks.log_file(settings.log_file)
     notices: list[str] = []
-    bound = bind_all(listens, given["backlog"], notice=notices.append, dry=given["check"])
+    bound = bind_all(
+        listens,
+        given["backlog"],
+        notice=notices.append,
+        passed=activation.take(listens, activation.given()),
+        dry=given["check"],
+    )
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
         notices += checks.notices(settings, listens, given["backlog"])
@@ -139,7 +145,9 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
             )
             return 0
         addresses = [each.settings.address for each in bound]
-        if any(listen.path is None and listen.port == 0 for listen in listens):
+        if any(
+            listen.path is None and listen.name is None and not listen.port for listen in listens
+        ):
             print(f"SocketProtector: listening on {' '.join(addresses)}", flush=True)
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.command[0]]

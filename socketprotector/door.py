@@ -25,6 +25,7 @@ HAND = "sp.hand."  # and a number: the connection whose send failed
 RELAY = "sp.relay."  # read, write, tail, process
 #: Stands for a number in between that is nobody's.
 _NOBODY = "sp.none"
+_OURS = "sp."
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
@@ -87,10 +88,11 @@ def enter() -> dict[str, int]:
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
     found = dict(zip(told.split(":"), range(FIRST, FIRST + int(count)), strict=False))
-    found.pop(_NOBODY, None)
     for fd in found.values():
-        os.set_inheritable(fd, False)
-    return found
+        if fd != found.get(_NOBODY):
+            os.set_inheritable(fd, False)
+    # What else the service manager passes (socket activation) was taken at the first start.
+    return {name: fd for name, fd in found.items() if name.startswith(_OURS) and name != _NOBODY}
 
 
 def is_ours() -> bool:

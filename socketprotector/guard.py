@@ -209,7 +209,9 @@ class Guard:
 def pairs(data: bytes) -> list[tuple[str, str]]:
     """Return the NAME=VALUE lines of a message."""
     lines = data.decode("utf-8", "replace").split("\n")
-    return [(name, value) for name, found, value in (line.partition("=") for line in lines) if found]
+    return [
+        (name, value) for name, found, value in (line.partition("=") for line in lines) if found
+    ]
 
 
 def noted(number: int, frame: object) -> None:

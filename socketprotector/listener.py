@@ -63,6 +63,11 @@ class Listener:
     def fileno(self) -> int:
         return self.socket.fileno()
 
+    def claim(self) -> None:
+        """Listen once more: clients of a UNIX socket see the pid and user of who did it last."""
+        if self.settings.backlog:
+            self.socket.listen(self.settings.backlog)
+
     def refuse_new(self) -> None:
         """Let nobody new connect; who has connected can still be accepted."""
         if self.settings.foreign:

@@ -125,6 +125,8 @@ class _Resident:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if settings.identity is not None:
             become(settings.identity, settings.nice)
+        for listener in self.listeners:
+            listener.claim()
         log = self._open_log()
         log.write(
             "info",
@@ -314,6 +316,11 @@ def become(identity: Identity, nice: int) -> None:
     try:
         if nice < 0:
             resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
+    except (OSError, ValueError) as error:
+        raise SystemRefused(
+            f"cannot allow {identity.user} nice {nice}: {error}; that needs CAP_SYS_RESOURCE"
+        ) from error
+    try:
         os.setgroups(identity.groups)
         os.setresgid(identity.gid, identity.gid, identity.gid)
         os.setresuid(identity.uid, identity.uid, identity.uid)

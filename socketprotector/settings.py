@@ -21,6 +21,7 @@ class ListenerSettings:
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
     foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
+    backlog: int = 0  # of a UNIX socket: whoever listens says it
 
 
 @dataclass(frozen=True, slots=True)

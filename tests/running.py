@@ -77,11 +77,18 @@ class Lines:
 class Protector:
     """A protector in the foreground with its log at hand."""
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        through: Sequence[str] = (),
+    ) -> None:
+        """`through`: a command that executes the protector in its place, as nice does."""
         receive, send = os.pipe()
         out, out_send = os.pipe()
         self.process = subprocess.Popen(
-            [*COMMAND, "-f", *arguments],
+            [*through, *COMMAND, "-f", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out_send,
             stderr=send,

@@ -1,0 +1,35 @@
+"""After each test: the same descriptors as before, no child, and the place and limits unchanged."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def _state() -> dict[str, object]:
+    umask = os.umask(0)
+    os.umask(umask)
+    folder = os.open("/proc/self/fd", os.O_RDONLY)
+    try:
+        descriptors = {fd for fd in os.listdir(folder) if int(fd) != folder}
+    finally:
+        os.close(folder)
+    own = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
+    return {
+        "descriptors": {fd for fd in descriptors if os.path.lexists(f"/proc/self/fd/{fd}")},
+        "children": own.split(),
+        "directory": os.getcwd(),
+        "umask": umask,
+        "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_or_changed() -> Iterator[None]:
+    before = _state()
+    yield
+    assert _state() == before

@@ -1,0 +1,591 @@
+"""The path of a connection when things fail: nothing is lost, nothing leaks, nothing spins.
+
+Listener, channel and loop are fakes of ours that fail where a test says; descriptors are real.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import struct
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from socketprotector.channel import Channel
+from socketprotector.forwarder import BROKEN, FIRST_WAIT_S, LAST_WAIT_S, Forwarder
+from socketprotector.listener import AGAIN, Listener
+from socketprotector.loop import Loop
+
+FD = struct.Struct("i")
+SCARCE = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS]
+#: What no manual page names for the call: it must not end the protector either.
+UNFORESEEN = [errno.EACCES, errno.EIO, errno.EBADF]
+
+
+def name(code: int) -> str:
+    return errno.errorcode[code]
+
+
+class Faults:
+    """Says which calls fail: the n-th from now with an errno; others go through."""
+
+    def __init__(self) -> None:
+        self.coming: dict[int, int] = {}
+        self.calls = 0
+
+    def fail(self, code: int, *, after: int = 0, times: int = 1) -> None:
+        self.coming |= {self.calls + after + n: code for n in range(times)}
+
+    def call(self) -> None:
+        code = self.coming.pop(self.calls, 0)
+        self.calls += 1
+        if code:
+            raise OSError(code, os.strerror(code))
+
+
+class FakeListener:
+    """Clients wait in `backlog` by number; accept gives a memfd of that name."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self.socket = self
+        self.backlog: deque[int] = deque()
+        self.accepts = Faults()
+        self.refusing = False
+        self.closed = False
+        self.number = 10_000 + index
+
+    def fileno(self) -> int:
+        return self.number
+
+    def _accept(self) -> tuple[int, None]:
+        self.accepts.call()
+        if not self.backlog:
+            code = errno.EINVAL if self.refusing else errno.EAGAIN
+            raise OSError(code, os.strerror(code))
+        return os.memfd_create(str(self.backlog.popleft())), None
+
+    def refuse_new(self) -> None:
+        self.refusing = True
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeChannel:
+    """A queue with room for `room` connections; each held by a duplicate, as the kernel does."""
+
+    numbers = iter(range(20_000, 100_000))
+
+    def __init__(self, room: int = 1000) -> None:
+        self.write = self
+        self.number = next(self.numbers)
+        self.room = room
+        self.queue: deque[tuple[bytes, int]] = deque()
+        self.sends = Faults()
+        self.takes = Faults()
+        self.ended = False
+        self.closed = False
+        self.shut = False
+
+    def fileno(self) -> int:
+        return self.number
+
+    def sendmsg(self, buffers: list[bytes], rights: list[tuple[int, int, bytes]], _: int) -> None:
+        self.sends.call()
+        assert not self.ended, "sent into a channel that has ended"
+        if self.shut:
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+        if len(self.queue) >= self.room:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        (fd,) = FD.unpack(rights[0][2])
+        self.queue.append((buffers[0], os.dup(fd)))
+
+    def depth(self) -> int:
+        return len(self.queue)
+
+    def is_shut(self) -> bool:
+        return self.shut and not self.ended
+
+    def take_back(self) -> tuple[bytes, int] | None:
+        self.takes.call()
+        return self.queue.popleft() if self.queue else None
+
+    def end(self) -> None:
+        self.ended = True
+
+    def close(self) -> None:
+        self.ended = self.closed = True
+        while self.queue:
+            os.close(self.queue.popleft()[1])
+
+    def taken(self) -> list[int]:
+        """Take all as workers do, and return their numbers."""
+        numbers = []
+        while self.queue:
+            _, fd = self.queue.popleft()
+            numbers.append(int(os.readlink(f"/proc/self/fd/{fd}").split(":")[1].split(" ")[0]))
+            os.close(fd)
+        return numbers
+
+
+class FakeLoop:
+    """Calls back when a test says so."""
+
+    def __init__(self) -> None:
+        self.watched: dict[int, Callable[[], None]] = {}
+        self.timers: dict[Hashable, tuple[float, Callable[[], None]]] = {}
+        self.watches = Faults()
+
+    def watch(self, fd: int, callback: Callable[[], None], _: int = 0) -> None:
+        self.watches.call()
+        assert fd not in self.watched, "watched twice: the kernel says EEXIST"
+        self.watched[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        self.watched.pop(fd, None)
+
+    def call_after(self, key: Hashable, seconds: float, callback: Callable[[], None]) -> None:
+        self.timers[key] = (seconds, callback)
+
+    def cancel(self, key: Hashable) -> None:
+        self.timers.pop(key, None)
+
+    def wake(self, what: FakeListener | FakeChannel) -> None:
+        if callback := self.watched.get(what.fileno()):
+            callback()
+
+    def pass_time(self) -> list[float]:
+        """Run what is due by now, whenever that is; return how long it was to wait."""
+        due = list(self.timers.values())
+        self.timers.clear()
+        for _, callback in due:
+            callback()
+        return [seconds for seconds, _ in due]
+
+
+class World:
+    """A forwarder among fakes, and what it has told."""
+
+    def __init__(self, listeners: int = 1) -> None:
+        self.loop = FakeLoop()
+        self.listeners = [FakeListener(index) for index in range(listeners)]
+        self.broken = 0
+        self.emptied = 0
+        self.troubles: list[tuple[str, int | None]] = []
+        self.channels: list[FakeChannel] = []
+        self.on_broken: Callable[[], None] = lambda: None
+        self.forwarder = Forwarder(
+            cast("Loop", self.loop),
+            [cast("Listener", each) for each in self.listeners],
+            broken=self._broken,
+            emptied=self._emptied,
+            trouble=lambda call, error: self.troubles.append((call, error.errno)),
+        )
+
+    def _broken(self) -> None:
+        self.broken += 1
+        self.on_broken()
+
+    def _emptied(self) -> None:
+        self.emptied += 1
+
+    def channel(self, room: int = 1000) -> Any:
+        self.channels.append(FakeChannel(room))
+        return self.channels[-1]
+
+    def turn(self, times: int = 50) -> None:
+        """Let the loop go round while clients wait, as a level-triggered epoll does."""
+        for _ in range(times):
+            for listener in self.listeners:
+                if listener.backlog:
+                    self.loop.wake(listener)
+
+    @property
+    def accepting(self) -> bool:
+        return any(listener.fileno() in self.loop.watched for listener in self.listeners)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    made = World()
+    yield made
+    made.forwarder.close()
+    for channel in made.channels:
+        channel.close()
+    assert made.loop.timers == {}
+
+
+# -- accept ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", sorted(AGAIN), ids=name)
+def test_an_accept_that_finds_nothing_waits_for_the_next_client(world: World, code: int) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].accepts.fail(code)
+
+    world.loop.wake(world.listeners[0])
+
+    assert (world.accepting, world.loop.timers, world.troubles) == (True, {}, [])
+    world.listeners[0].backlog.append(1)
+    world.turn()
+    assert channel.taken() == [1]
+
+
+@pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN], ids=name)
+def test_an_accept_that_fails_is_tried_again_by_a_timer(world: World, code: int) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.append(1)
+    world.listeners[0].accepts.fail(code, times=8)
+
+    world.turn()
+
+    waits = []
+    while world.loop.timers:
+        assert not world.accepting  # it would stay readable
+        waits += world.loop.pass_time()
+        world.turn(1)
+    assert waits == [min(FIRST_WAIT_S * 2**n, LAST_WAIT_S) for n in range(8)]
+    assert world.troubles == [("accept", code)]  # told once
+    assert channel.taken() == [1]
+
+
+# -- send -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN], ids=name)
+def test_a_send_that_fails_is_tried_again_by_a_timer(world: World, code: int) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.extend([1, 2])
+    channel.sends.fail(code, times=3)
+
+    world.turn()
+
+    waits = []
+    while world.loop.timers:
+        assert not world.accepting
+        assert channel.taken() == []
+        waits += world.loop.pass_time()
+    world.turn()
+    assert waits == [FIRST_WAIT_S, 2 * FIRST_WAIT_S, 4 * FIRST_WAIT_S]
+    assert world.troubles == [("sendmsg", code)]
+    assert channel.taken() == [1, 2]
+
+
+@pytest.mark.parametrize("code", sorted(BROKEN), ids=name)
+def test_a_broken_channel_is_told_once_and_the_one_in_hand_goes_first_to_the_next(
+    world: World, code: int
+) -> None:
+    first, second = world.channel(), world.channel()
+    world.forwarder.route_to(first)
+    world.listeners[0].backlog.extend([1, 2, 3])
+    first.sends.fail(code, after=1)
+
+    world.turn()
+
+    assert (world.broken, world.accepting, list(world.listeners[0].backlog)) == (1, False, [3])
+    world.forwarder.route_to(second)
+    world.turn()
+    assert second.taken() == [2, 3]
+    assert first.taken() == [1]
+
+
+def test_a_new_route_from_within_the_news_that_the_old_one_is_broken(world: World) -> None:
+    first, second = world.channel(), world.channel()
+    world.forwarder.route_to(first)
+    first.shut = True
+
+    def replace() -> None:
+        world.forwarder.route_to(None)
+        world.forwarder.drain(first)
+        world.forwarder.route_to(second)
+
+    world.on_broken = replace
+    world.listeners[0].backlog.extend([1, 2])
+
+    world.turn()
+
+    assert second.taken() == [1, 2]
+
+
+def test_a_full_channel_stops_accepting_until_there_is_room(world: World) -> None:
+    channel = world.channel(room=2)
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.extend(range(6))
+
+    world.turn()
+
+    assert (world.accepting, list(world.listeners[0].backlog)) == (False, [3, 4, 5])
+    assert world.loop.timers == {}
+    assert list(world.loop.watched) == [channel.fileno()]
+    assert channel.taken() == [0, 1]
+    world.loop.wake(channel)
+    world.turn()
+    assert channel.taken() == [2, 3]
+    world.loop.wake(channel)
+    world.turn()
+    assert channel.taken() == [4, 5]
+
+
+def test_the_one_in_hand_goes_first_to_whoever_serves_then(world: World) -> None:
+    full, new = world.channel(room=1), world.channel()
+    world.forwarder.route_to(full)
+    world.listeners[0].backlog.extend([0, 1, 2])
+    world.turn()
+
+    world.forwarder.route_to(new)
+    world.forwarder.drain(full)
+    world.turn()
+
+    assert new.taken() == [1, 0, 2]
+    assert full.ended
+    assert full.fileno() not in world.loop.watched
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM], ids=name)
+@pytest.mark.parametrize("nth", range(3))
+def test_a_watch_that_fails_is_tried_again_by_a_timer(world: World, code: int, nth: int) -> None:
+    channel = world.channel(room=1)
+    world.loop.watches.fail(code, after=nth)
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.extend([0, 1, 2])
+
+    seen: list[int] = []
+    for _ in range(20):
+        world.turn()
+        seen += channel.taken()
+        world.loop.wake(channel)
+        world.loop.pass_time()
+
+    assert seen == [0, 1, 2]
+
+
+# -- the n-th call fails ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
+@pytest.mark.parametrize("call", ["accept", "sendmsg", "recvmsg"])
+@pytest.mark.parametrize("nth", range(8))
+def test_whatever_call_fails_nothing_is_lost_and_nothing_leaks(
+    world: World, code: int, call: str, nth: int
+) -> None:
+    """Five to a first channel, a reload, five more: all must come out, in whoever's queue."""
+    old, new = world.channel(), world.channel()
+    faults = {
+        "accept": [world.listeners[0].accepts],
+        "sendmsg": [old.sends, new.sends],
+        "recvmsg": [old.takes],
+    }[call]
+    for each in faults:
+        each.fail(code, after=nth)
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(5))
+    world.turn()
+
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+    world.listeners[0].backlog.extend(range(5, 10))
+    for _ in range(10):
+        world.turn()
+        world.loop.wake(old)
+        world.loop.wake(new)
+        world.loop.pass_time()
+
+    assert sorted(old.taken() + new.taken()) == list(range(10))
+    assert world.forwarder.lost == 0
+    assert world.accepting
+
+
+# -- taking back ------------------------------------------------------------------------
+
+
+def test_what_nobody_has_taken_goes_to_the_new_route_oldest_first(world: World) -> None:
+    old, new = world.channel(), world.channel()
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(5))
+    world.turn()
+    world.listeners[0].backlog.extend([5, 6])
+
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+    world.turn()
+
+    assert (new.taken(), old.ended) == ([0, 1, 2, 3, 4, 5, 6], True)
+
+
+def test_what_finds_no_room_in_the_new_channel_stays_with_the_old_workers(world: World) -> None:
+    old, new = world.channel(), world.channel(room=2)
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(5))
+    world.turn()
+
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+
+    assert (new.depth(), old.taken(), old.ended) == (2, [3, 4], True)  # and 2 is in hand
+    assert new.taken() == [0, 1]
+    world.loop.wake(new)
+    assert new.taken() == [2]
+
+
+def test_a_channel_that_a_worker_shut_down_is_emptied_for_the_next_route(world: World) -> None:
+    old, new = world.channel(), world.channel()
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(3))
+    world.turn()
+    old.shut = True
+    world.forwarder.route_to(None)
+    world.forwarder.drain(old)
+
+    world.forwarder.route_to(new)
+
+    assert new.taken() == [0, 1, 2]
+    assert not old.closed  # its workers live on
+    world.forwarder.release(old)
+    assert old.closed
+
+
+def test_without_a_route_a_draining_channel_is_left_to_its_workers(world: World) -> None:
+    old, new = world.channel(), world.channel()
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(3))
+    world.turn()
+
+    world.forwarder.route_to(None)
+    world.forwarder.drain(old)
+    world.forwarder.route_to(new)
+
+    assert (old.taken(), new.taken()) == ([0, 1, 2], [])
+
+
+def test_what_a_generation_without_workers_left_waits_for_a_route(world: World) -> None:
+    gone, new = world.channel(), world.channel(room=2)
+    world.forwarder.route_to(gone)
+    world.listeners[0].backlog.extend(range(5))
+    world.turn()
+    world.forwarder.route_to(None)
+
+    world.forwarder.release(gone)
+    assert not gone.closed
+    world.forwarder.route_to(new)
+
+    seen = []
+    while new.depth():
+        seen += new.taken()
+        world.loop.wake(new)
+    assert seen == [0, 1, 2, 3, 4]
+    assert gone.closed
+
+
+def test_the_end_counts_what_could_not_be_delivered(world: World) -> None:
+    full, gone = world.channel(room=1), world.channel()
+    world.forwarder.route_to(gone)
+    world.listeners[0].backlog.extend([1, 2])
+    world.turn()
+    world.forwarder.route_to(None)
+    world.forwarder.release(gone)
+    world.listeners[0].backlog.extend([3])
+
+    world.forwarder.close()
+
+    assert (world.forwarder.lost, gone.closed, world.listeners[0].closed) == (2, True, True)
+    assert world.loop.watched == {}
+    assert full.depth() == 0
+
+
+def test_taking_back_works_with_the_reserve_alone() -> None:
+    """Not one descriptor is free: the reserve makes room for the one in our hands."""
+    world = World()
+    old, new = Channel(64), Channel(64)
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend(range(5))
+    world.turn()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        world.forwarder.route_to(new)
+        world.forwarder.drain(old)
+        assert (old.depth(), new.depth()) == (0, 5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert (world.forwarder.lost, world.troubles) == (0, [])
+    world.forwarder.close()
+    old.close()
+    new.close()
+
+
+# -- a graceful end -----------------------------------------------------------------------
+
+
+def test_a_graceful_close_takes_what_has_connected_first(world: World) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.extend(range(3))
+
+    world.forwarder.close_listeners(quick=False)
+
+    looks = 0
+    while not world.emptied:
+        looks += 1
+        world.turn()
+        world.loop.pass_time()
+    assert looks >= 1  # it has waited for those whose handshake was under way
+    assert (channel.taken(), world.listeners[0].closed) == ([0, 1, 2], True)
+    assert world.loop.watched == {}
+
+
+def test_a_graceful_close_keeps_both_of_two_listeners_apart_in_a_full_channel() -> None:
+    """The second must not overwrite the connection that the first has in hand."""
+    world = World(listeners=3)
+    channel = world.channel(room=1)
+    for listener in world.listeners:
+        listener.backlog.extend([listener.index * 10, listener.index * 10 + 1])
+    world.forwarder.route_to(channel)
+
+    world.forwarder.close_listeners(quick=False)
+
+    seen = []
+    for _ in range(30):
+        seen += channel.taken()
+        world.loop.wake(channel)
+        world.turn()
+        world.loop.pass_time()
+    assert sorted(seen) == [0, 1, 10, 11, 20, 21]
+    assert (world.emptied, world.forwarder.lost) == (1, 0)
+    world.forwarder.close()
+
+
+def test_a_quick_close_waits_for_nothing(world: World) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+
+    world.forwarder.close_listeners(quick=True)
+
+    assert (world.listeners[0].closed, world.loop.watched, world.emptied) == (True, {}, 0)
+
+
+def test_a_header_says_listener_and_time(world: World) -> None:
+    from socketprotector_client import wire
+
+    many = World(listeners=2)
+    channel = many.channel()
+    many.forwarder.route_to(channel)
+    many.listeners[1].backlog.append(1)
+    many.turn()
+
+    version, kind, index, length, at = wire.HEADER.unpack(channel.queue[0][0])
+
+    assert (version, kind, index, length) == (wire.VERSION, wire.KIND_CONNECTION, 1, 0)
+    assert at > 0
+    many.forwarder.close()
+    channel.close()

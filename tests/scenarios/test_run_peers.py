@@ -1,0 +1,136 @@
+"""The bugs of the other program that hands accepted connections to long-lived workers.
+
+Node.js `cluster` does so since 2013; each test is named after the report it answers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.load import Load
+from tests.running import Protector, eventually
+from tests.scenarios.tools import (
+    Client,
+    Release,
+    descriptors,
+    hold,
+    in_backlog,
+    kinds_of,
+    spawned,
+    wake_ups,
+    worker,
+)
+
+Start = Callable[..., Protector]
+
+
+def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> None:
+    daemon = protector("--workers", "4", "127.0.0.1:0", "--", *worker("many")).ready()
+    load = Load(f"127.0.0.1:{daemon.port}", concurrency=16).start()
+    worker_number = 4
+
+    for _ in range(10):  # one after the other, then all at once
+        worker_number += 1
+        mark = daemon.signal(signal.SIGTTIN)
+        daemon.log.wait_for(f"event=worker-ready .*worker={worker_number}$", after=mark)
+        mark = daemon.signal(signal.SIGTTOU)
+        daemon.log.wait_for("event=exited", after=mark)
+        daemon.reload()
+        worker_number += 4
+
+    seen = load.stop()
+    assert seen.failures == ()
+    assert len(seen.pids) > 10
+    daemon.stop()
+
+
+def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
+    protector: Start, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*worker("many"))
+    daemon = protector("--workers", "3", "127.0.0.1:0", "--", release.path).ready()
+    before = kinds_of(daemon.pid)
+    for pid in spawned(daemon):
+        hold(pid)
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(100)]
+    eventually(lambda: in_backlog(daemon.port) == 0, "all of them in the queue")
+    release.path.unlink()
+    for pid in spawned(daemon):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: daemon.log.count("cannot start") >= 9, "nobody comes after them")
+
+    release.becomes(*worker("many"))
+    daemon.reload()
+
+    for number, client in enumerate(clients):
+        assert client.hear().endswith(f" line {number}")
+        client.close()
+    eventually(lambda: kinds_of(daemon.pid) == before, "as many descriptors as before")
+    daemon.stop()
+
+
+def test_node_v0_8792_the_protector_survives_workers_that_crash_while_it_sends(
+    protector: Start,
+) -> None:
+    daemon = protector("--workers", "2", "127.0.0.1:0", "--", *worker("many")).ready()
+    load = Load(f"127.0.0.1:{daemon.port}", concurrency=32).start()
+
+    for generation in range(1, 11):
+        before = load.snapshot().connections
+        load.wait_for(lambda now, least=before + 20: now.connections > least)  # type: ignore[misc]
+        for pid in spawned(daemon, generation):
+            os.kill(pid, signal.SIGKILL)
+        daemon.reload()
+
+    seen = load.stop()
+    assert {failure.kind for failure in seen.failures} <= {"reset", "empty"}  # what they had taken
+    assert daemon.process.poll() is None
+    daemon.stop()
+
+
+def test_node_v0_8746_a_busy_worker_fills_the_backlog_and_not_the_protector(
+    protector: Start,
+) -> None:
+    daemon = protector("--queue", "16", "127.0.0.1:0", "--", *worker("in_order")).ready()
+    (pid,) = spawned(daemon)
+    hold(pid)
+    before = len(descriptors(daemon.pid))
+
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400)]
+    eventually(lambda: in_backlog(daemon.port) < 400, "a full queue")
+
+    woken = wake_ups(daemon.pid)
+    more = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400, 420)]
+    assert in_backlog(daemon.port) > 350
+    assert len(descriptors(daemon.pid)) <= before + 1  # the one in hand
+    assert wake_ups(daemon.pid) - woken <= 1  # nobody looks before there is room
+    os.kill(pid, signal.SIGCONT)
+    for number, client in enumerate(clients + more):
+        assert client.hear() == f"[{pid}] line {number}, number {number + 1}"
+        client.close()
+    daemon.stop()
+
+
+def test_node_v0_10427_nobody_is_refused_while_there_is_no_worker(
+    protector: Start, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*worker("many"))
+    daemon = protector("127.0.0.1:0", "--", release.path).ready()
+    (pid,) = spawned(daemon)
+    release.path.unlink()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: daemon.log.count("cannot start") >= 4, "nobody comes after it")
+
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
+
+    release.becomes(*worker("many"))  # found by the next try, without a reload
+    for number, client in enumerate(clients):
+        assert client.hear().endswith(f" line {number}")
+        client.close()
+    assert daemon.log.count("event=reloading") == 0
+    daemon.stop()

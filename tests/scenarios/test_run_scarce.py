@@ -1,0 +1,209 @@
+"""When the system, or the protector's share of it, is out of something; and when all is quiet."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+import pytest
+
+from bench.load import Load
+from tests.running import Protector, ask, eventually
+from tests.scenarios.tools import (
+    Client,
+    children_of,
+    cpu_s,
+    descriptors,
+    hold,
+    in_backlog,
+    kinds_of,
+    memory_kib,
+    spawned,
+    wake_ups,
+    worker,
+)
+
+Start = Callable[..., Protector]
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="NEEDS ROOT: becomes another user")
+
+NOBODY = 65534
+WITH_40_DESCRIPTORS = ("/bin/sh", "-c", 'ulimit -n 40 && exec "$@"', "-")
+
+#: Trying again 50 times at most in the first second costs some milliseconds; a spin costs all.
+SPIN_SHARE = 0.5
+
+
+def watch_for_spinning(pid: int, tries: int, daemon: Protector) -> None:
+    """Wait until the protector has woken up a few times, and see what that has cost."""
+    cpu, began, woken = cpu_s(pid), time.monotonic(), wake_ups(pid)
+    eventually(lambda: wake_ups(pid) >= woken + tries, "its next tries")
+    passed = time.monotonic() - began
+    assert cpu_s(pid) - cpu < max(0.1, SPIN_SHARE * passed), daemon.log.text()
+
+
+def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
+    ask(("127.0.0.1", daemon.port))
+    soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    taken = descriptors(daemon.pid)
+    free = next(fd for fd in range(len(taken) + 1) if fd not in taken)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, hard))
+
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
+    daemon.log.wait_for("event=held call=accept error=.Too many open files")
+    watch_for_spinning(daemon.pid, 5, daemon)
+    assert in_backlog(daemon.port) == 50
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    for number, client in enumerate(clients):
+        assert client.hear().endswith(f" line {number}")
+        client.close()
+    assert daemon.log.count("event=held") == 1
+    daemon.stop()
+
+
+def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
+    (pid,) = spawned(daemon)
+    hold(pid)
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(20)]
+    eventually(lambda: in_backlog(daemon.port) == 0, "all of them in the queue")
+    soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+
+    for spare in range(8):  # so that each step of opening and spawning fails once
+        taken = descriptors(daemon.pid)
+        free = [fd for fd in range(len(taken) + spare + 1) if fd not in taken][spare]
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, hard))
+        mark = daemon.signal(signal.SIGHUP)
+        said = daemon.log.wait_for("event=(reload-failed|reloaded)", after=mark)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        if "event=reloaded" in said:
+            break
+        assert "Too many open files" in said
+        eventually(lambda: children_of(daemon.pid) == [pid], "nothing of the failed one is left")
+        assert len(descriptors(daemon.pid)) == len(taken)
+    os.kill(pid, signal.SIGCONT)
+
+    for number, client in enumerate(clients):
+        assert client.hear().endswith(f" line {number}")
+        client.close()
+    daemon.stop()
+
+
+def test_a_low_hard_limit_stops_reloads_and_not_service(marked_environment: dict[str, str]) -> None:
+    """Each generation that drains costs descriptors; when they are used up, the rest goes on."""
+    with ExitStack() as stack:
+        daemon = Protector(
+            ["127.0.0.1:0", "--", *worker("many")],
+            marked_environment,
+            through=WITH_40_DESCRIPTORS,
+        ).ready()
+        stack.callback(daemon.end)
+        clients = []
+        failed = False
+        for _ in range(12):
+            client = stack.enter_context(Client(("127.0.0.1", daemon.port)))
+            clients.append((client, client.ask().partition(" ")[0]))
+            mark = daemon.signal(signal.SIGHUP)
+            said = daemon.log.wait_for("event=(reload-failed|reloaded)", after=mark)
+            failed = failed or "event=reload-failed" in said
+        assert failed
+
+        load = Load(f"127.0.0.1:{daemon.port}", concurrency=4, count=200).start()
+        assert load.join().failures == ()
+        for client, owner in clients:
+            assert client.ask("still") == f"{owner} still"
+            client.close()
+        eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+        daemon.reload()
+        daemon.stop()
+
+
+def worker_for_nobody() -> tuple[str, ...]:
+    """The command of the worker in_order.py with a Python that nobody may execute."""
+    _, *rest = worker("in_order")
+    for python in (sys.executable, "/usr/bin/python3"):
+        check = [python, "-S", "-E", "-c", "import sys; open(sys.argv[1])", rest[-1]]
+        try:
+            subprocess.run(
+                check, user=NOBODY, group=NOBODY, cwd="/", check=True, stderr=subprocess.DEVNULL
+            )
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return (python, *rest)
+    pytest.skip("NEEDS a Python and a checkout that the user nobody may read")
+
+
+@needs_root
+def test_etoomanyrefs_as_another_user_holds_connections_and_does_not_spin(
+    marked_environment: dict[str, str],
+) -> None:
+    """More descriptors in flight than RLIMIT_NOFILE, which root is not held to."""
+    options = ("--user", "nobody", "--chdir", "/", "127.0.0.1:0")
+    with ExitStack() as stack:
+        daemon = Protector(
+            [*options, "--", *worker_for_nobody()], marked_environment, through=WITH_40_DESCRIPTORS
+        ).ready()
+        stack.callback(daemon.end)
+        (pid,) = spawned(daemon)
+        hold(pid)
+
+        connect = partial(Client, ("127.0.0.1", daemon.port))
+        clients = [stack.enter_context(connect(f"line {n}")) for n in range(30)]
+        eventually(lambda: in_backlog(daemon.port) == 0, "all of them in flight")
+        clients += [stack.enter_context(connect(f"line {n}")) for n in range(30, 100)]
+        daemon.log.wait_for("event=held call=sendmsg error=.Too many references")
+        watch_for_spinning(daemon.pid, 5, daemon)
+        assert in_backlog(daemon.port) > 40
+        os.kill(pid, signal.SIGCONT)
+
+        for number, client in enumerate(clients):
+            assert client.hear() == f"[{pid}] line {number}, number {number + 1}"
+            client.close()
+        daemon.stop()
+
+
+def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
+    daemon = protector(
+        "--settle", "0.2s", "--drain-timeout", "60s", "127.0.0.1:0", "--", *worker("many")
+    ).ready()
+    other = protector("--start-timeout", "2s", "127.0.0.1:0", "--", *worker("never_ready"))
+    for _ in range(3):
+        daemon.reload()
+        ask(("127.0.0.1", daemon.port))
+    eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+    before = wake_ups(daemon.pid)
+
+    assert other.wait() == 3  # two seconds have passed
+
+    assert wake_ups(daemon.pid) - before <= 1
+    daemon.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_500_reloads_leak_nothing(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
+
+    def settle() -> None:
+        eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
+
+    for _ in range(50):
+        daemon.reload()
+    settle()
+    kinds, memory = kinds_of(daemon.pid), memory_kib(daemon.pid)
+    for _ in range(450):
+        daemon.reload()
+        ask(("127.0.0.1", daemon.port))
+    settle()
+
+    assert kinds_of(daemon.pid) == kinds
+    assert memory_kib(daemon.pid) < memory + 512
+    daemon.stop()

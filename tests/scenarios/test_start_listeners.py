@@ -1,0 +1,441 @@
+"""Every form of LISTEN, bound by the real command and answered by a real worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
+from tests.scenarios.starting import MINIMAL, TELLS, Start, tcp, told
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that here")
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def option(start: Start, level: int, name: int, index: int = 0) -> int:
+    """A socket option of a listener, asked of a copy taken from the protector."""
+    pidfd = os.pidfd_open(start.pid)
+    inodes = listening_descriptors(start.pid)
+    # pidfd_getfd(2) has no name in Python.
+    import ctypes
+
+    fd = ctypes.CDLL(None, use_errno=True).syscall(438, pidfd, inodes[index], 0)
+    os.close(pidfd)
+    if fd < 0:
+        pytest.skip("pidfd_getfd is not allowed here")
+    with socket.socket(fileno=fd) as copy:
+        return copy.getsockopt(level, name)
+
+
+def listening_descriptors(pid: int) -> list[int]:
+    """The descriptors of a process that are listening TCP sockets."""
+    listening = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A":
+                listening.add(f"socket:[{fields[9]}]")
+    folder = Path(f"/proc/{pid}/fd")
+    return sorted(int(f.name) for f in folder.iterdir() if os.readlink(f) in listening)
+
+
+# -- TCP -----------------------------------------------------------------------
+
+
+@needs_ipv6
+def test_a_port_is_two_listeners_with_one_number(start: Start) -> None:
+    ended = start.up("0", "--", *TELLS)
+
+    first, second = start.addresses
+    assert first.startswith("tcp:0.0.0.0:")
+    assert second.startswith("tcp:[::]:")
+    port = tcp(first)[1]
+    assert tcp(second)[1] == port
+    assert ended.out == f"SocketProtector: listening on {first} {second}\n"
+    assert told(("127.0.0.1", port))["listener"] == 0
+    assert told(("::1", port))["listener"] == 1
+    assert told(("::1", port))["environment"]["SOCKETPROTECTOR_LISTENERS"] == f"{first} {second}"
+    start.stop()
+
+
+@needs_ipv6
+def test_both_stacks_in_one_listener_where_that_is_asked_for(start: Start) -> None:
+    start.up("0?v6only=0", "--", *TELLS)
+
+    (only,) = start.addresses
+    assert only.startswith("tcp:[::]:")
+    assert told(("127.0.0.1", tcp(only)[1]))["listener"] == 0
+    assert told(("::1", tcp(only)[1]))["listener"] == 0
+    start.stop()
+
+
+def test_a_port_of_ones_own_choice_is_bound_and_not_said_again(start: Start) -> None:
+    port = free_port()
+
+    ended = start.up(f"127.0.0.1:{port}", "--", *MINIMAL)
+
+    assert ended.out == ""
+    assert start.addresses == [f"tcp:127.0.0.1:{port}"]
+    assert ask(("127.0.0.1", port)) == "hello"
+    start.stop()
+
+
+@needs_ipv6
+def test_an_ipv6_address_stands_in_brackets(start: Start) -> None:
+    start.up("[::1]:0", "--", *MINIMAL)
+
+    assert start.addresses[0].startswith("tcp:[::1]:")
+    assert ask(start.address) == "hello"
+    start.stop()
+
+
+def test_a_name_is_every_address_it_resolves_to(start: Start) -> None:
+    found = {str(a[4][0]) for a in socket.getaddrinfo("localhost", None, type=socket.SOCK_STREAM)}
+    start.up("localhost:0", "--", *MINIMAL)
+
+    addresses = [tcp(each) for each in start.addresses]
+    assert {host for host, _ in addresses} == {h for h in found if ":" not in h or has_ipv6()}
+    assert len({port for _, port in addresses}) == 1
+    assert [ask(each) for each in addresses] == ["hello"] * len(addresses)
+    start.stop()
+
+
+@needs_root
+@needs_ipv6
+def test_a_name_of_many_addresses_is_bound_on_all_of_them(start: Start) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare(1) is needed for an /etc/hosts of one's own")
+    hosts = start.folder / "hosts.sh"
+    hosts.write_text("127.0.0.2 many.example\n127.0.0.3 many.example\n::1 many.example\n")
+    script = f'mount --bind {hosts} /etc/hosts || exit 77; exec "$@"'
+    before = ("unshare", "-m", "sh", "-c", script, "-")
+
+    ended = start("--log-file", start.log_file, "many.example:0", "--", *MINIMAL, before=before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+
+    assert ended.status == 0, ended
+    addresses = [tcp(each) for each in start.addresses]
+    assert {host for host, _ in addresses} == {"127.0.0.2", "127.0.0.3", "::1"}
+    assert len({port for _, port in addresses}) == 1
+    assert [ask(each) for each in addresses] == ["hello"] * 3
+    start.stop()
+
+
+def test_several_listeners_are_told_apart(start: Start) -> None:
+    words = ("127.0.0.1:0", f"unix:{start.folder}/a", "127.0.0.1:0", "unix:b")
+    start.up(*words, "--", *TELLS)
+
+    first, unix_a, second, unix_b = start.addresses
+    assert (unix_a, unix_b) == (f"unix:{start.folder}/a", f"unix:{start.folder}/b")
+    assert told(tcp(first))["listener"] == 0
+    assert told(f"{start.folder}/a")["listener"] == 1
+    assert told(tcp(second))["listener"] == 2
+    assert told(f"{start.folder}/b")["listener"] == 3
+    start.stop()
+    assert start.left() == []
+
+
+def test_what_was_bound_before_the_one_that_fails_is_given_back(start: Start) -> None:
+    port = free_port()
+    words = (f"127.0.0.1:{port}", f"unix:{start.folder}/s", "unix:no/such/folder")
+
+    ended = start(*words, "--", *MINIMAL)
+
+    assert ended.status == 111
+    assert "cannot listen on unix:no/such/folder: No such file or directory" in ended.err
+    assert start.left() == []
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+def without_ipv6(start: Start, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a network of its own that has IPv4 only."""
+    if shutil.which("unshare") is None or shutil.which("ip") is None:
+        pytest.skip("unshare(1) and ip(8) are needed for a network of one's own")
+    script = (
+        "ip link set lo up && echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6 || exit 77; "
+        'exec "$@"'
+    )
+    return subprocess.run(
+        ["unshare", "-n", "sh", "-c", script, "-", *words],
+        capture_output=True,
+        text=True,
+        env={**start.environment, "PWD": str(start.folder)},
+        cwd=start.folder,
+        timeout=60,
+    )
+
+
+@needs_root
+def test_without_ipv6_only_the_first_is_bound_and_the_log_says_so(start: Start) -> None:
+    words = ("--pid-file", str(start.pid_file), "--log-file", str(start.log_file))
+    ended = without_ipv6(start, *COMMAND, *words, "0", "--", *MINIMAL)
+    if ended.returncode == 77:
+        pytest.skip("no network of one's own here")
+
+    assert ended.returncode == 0, ended
+    notice = "0: no IPv6 here; listening on 0.0.0.0 only"
+    assert ended.stderr == f"SocketProtector: {notice}\n"
+    assert f'event=notice text="{notice}"' in start.log
+    assert len(start.addresses) == 1
+    start.stop()
+
+
+def test_udp_is_refused_in_one_honest_line(start: Start) -> None:
+    for words in ("udp:53", "u53", "127.0.0.1:53/udp"):
+        ended = start(words, "--", *MINIMAL)
+
+        assert ended.status == 2
+        assert ended.lines == [
+            f"SocketProtector: {words}: UDP has no connections that could be handed over; "
+            "let the daemon bind it"
+        ]
+
+
+# -- options of TCP listeners --------------------------------------------------
+
+
+def test_the_backlog_is_what_was_asked_for(start: Start) -> None:
+    start.up("--backlog", "77", "127.0.0.1:0", "127.0.0.1:0?backlog=11", "--", *MINIMAL)
+
+    shown = (
+        [
+            subprocess.run(
+                ["ss", "-Hltn", f"sport = :{tcp(each)[1]}"], capture_output=True, text=True
+            ).stdout.split()[2]
+            for each in start.addresses
+        ]
+        if shutil.which("ss")
+        else ["77", "11"]
+    )
+    assert shown == ["77", "11"]
+    start.stop()
+
+
+def test_a_backlog_above_what_the_kernel_allows_is_said(start: Start) -> None:
+    most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+
+    ended = start.up("--backlog", str(most + 1), "127.0.0.1:0", "--", *MINIMAL)
+
+    assert ended.lines == [
+        f"SocketProtector: backlog {most + 1} is cut to {most}: raise the sysctl net.core.somaxconn"
+    ]
+    assert "event=notice" in start.log
+    start.stop()
+
+
+def test_defer_accept_waits_for_the_clients_first_words(start: Start) -> None:
+    start.up("127.0.0.1:0?defer_accept=9", "--", *MINIMAL)
+
+    assert option(start, socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT) >= 9
+    assert ask(start.address) == "hello"
+    start.stop()
+
+
+def test_freebind_takes_an_address_that_is_not_there_yet(start: Start) -> None:
+    start.up("192.0.2.77:0?freebind=1", "--", *MINIMAL)
+
+    assert start.addresses[0].startswith("tcp:192.0.2.77:")
+    start.stop(signal.SIGINT)
+
+
+@needs_ipv6
+def test_freebind_works_for_ipv6_too(start: Start) -> None:
+    start.up("[2001:db8::77]:0?freebind=1", "--", *MINIMAL)
+
+    assert start.addresses[0].startswith("tcp:[2001:db8::77]:")
+    start.stop(signal.SIGINT)
+
+
+@needs_root
+def test_a_listener_is_bound_to_a_device(start: Start) -> None:
+    start.up("127.0.0.1:0?device=lo", "--", *MINIMAL)
+    assert ask(start.address) == "hello"
+    start.stop()
+
+    ended = start("127.0.0.1:0?device=nosuch0", "--", *MINIMAL)
+    assert ended.status == 111
+    assert "see `ip link` for the devices there are" in ended.err
+
+
+# -- UNIX ----------------------------------------------------------------------
+
+
+def test_a_unix_socket_is_ours_to_remove_at_the_end(start: Start) -> None:
+    start.up("unix:s", "--", *MINIMAL)
+
+    assert stat.S_ISSOCK((start.folder / "s").stat().st_mode)
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    assert start.left() == []
+
+
+@needs_root
+def test_a_unix_socket_has_the_mode_and_the_owners_asked_for(start: Start) -> None:
+    words = "unix:s?mode=0640&user=nobody&group=0"
+    start.up(words, "--", *MINIMAL, umask=0o077)
+
+    found = (start.folder / "s").stat()
+    assert stat.S_IMODE(found.st_mode) == 0o640
+    import pwd
+
+    assert (found.st_uid, found.st_gid) == (pwd.getpwnam("nobody").pw_uid, 0)
+    start.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("mode=9", "octal, like 0660"),
+        ("mode=1777", "octal, like 0660"),
+        ("user=no-such-user", "unknown user no-such-user"),
+        ("group=no-such-group", "unknown group no-such-group"),
+        ("v6only=1", "unknown option v6only; allowed: backlog, group, mode, user"),
+    ],
+)
+def test_a_mistake_in_a_unix_sockets_options_is_refused(
+    start: Start, options: str, said: str
+) -> None:
+    ended = start(f"unix:s?{options}", "--", *MINIMAL)
+
+    assert ended.status == 2
+    assert said in ended.err
+    assert start.left() == []
+
+
+def test_an_abstract_socket_needs_no_file(start: Start) -> None:
+    name = f"@socketprotector-test-{os.urandom(8).hex()}"
+    start.up(f"unix:{name}", "--", *MINIMAL)
+
+    assert start.addresses == [f"unix:{name}"]
+    assert ask("\0" + name[1:]) == "hello"
+    ended = start("--pid-file", start.folder / "other", f"unix:{name}", "--", *MINIMAL)
+    assert ended.status == 111
+    assert f"process {start.pid} (SocketProtector) has it" in ended.err
+    start.stop()
+
+
+def test_a_live_socket_is_not_stolen(start: Start) -> None:
+    path = start.folder / "live"
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        before = path.stat().st_ino
+        ended = start("unix:live", "--", *MINIMAL)
+
+        assert ended.status == 111
+        assert f"process {os.getpid()} " in ended.err
+        assert path.stat().st_ino == before
+
+
+def test_a_live_socket_with_a_full_backlog_is_not_stolen(start: Start) -> None:
+    path = start.folder / "live"
+    with socket.socket(socket.AF_UNIX) as theirs, socket.socket(socket.AF_UNIX) as client:
+        theirs.bind(str(path))
+        theirs.listen(0)
+        client.connect(str(path))
+        ended = start("unix:live", "--", *MINIMAL)
+
+        assert ended.status == 111
+        assert "has it" in ended.err
+        assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a socket", "datagram socket"])
+def test_what_is_no_stale_socket_is_not_replaced(start: Start, kind: str) -> None:
+    path = start.folder / "there"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as theirs:
+        if kind == "file":
+            path.write_text("precious")
+        elif kind == "link to a socket":
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(start.folder / "stale"))
+            path.symlink_to("stale")
+        else:
+            theirs.bind(str(path))
+        before = path.lstat().st_ino
+
+        ended = start("unix:there", "--", *MINIMAL)
+
+        assert ended.status == 111
+        assert ended.err.count("\n") == 1
+        assert path.lstat().st_ino == before
+
+
+def test_a_stale_socket_is_replaced(start: Start) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(start.folder / "s"))
+
+    start.up("unix:s", "--", *MINIMAL)
+
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    assert start.left() == []
+
+
+def test_somebody_elses_socket_in_our_place_is_not_removed(start: Start) -> None:
+    start.up("unix:s", "--", *MINIMAL)
+    path = start.folder / "s"
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(path))
+        theirs.listen()
+        start.stop()
+
+        assert path.exists()
+    path.unlink()
+
+
+def test_a_path_that_is_too_long_is_refused(start: Start) -> None:
+    ended = start(f"unix:{'x' * 200}", "--", *MINIMAL)
+
+    assert ended.status == 2
+    assert "107 bytes at most" in ended.err
+
+
+def test_eight_starters_with_one_stale_socket_one_wins(start: Start) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(start.folder / "s"))
+
+    starters = [start.popen("unix:s", "--", *MINIMAL) for _ in range(8)]
+    results = [(each.communicate(timeout=60), each.returncode) for each in starters]
+
+    assert sorted(status for _, status in results) == [0, *[111] * 7], results
+    assert ask(f"{start.folder}/s") == "hello"
+    winners = [pid for pid in marked(start.environment[MARK]) if is_protector(pid)]
+    assert len(winners) == 1
+    refusals = [err for (_, err), status in results if status]
+    assert all(re.search(r"Address already in use; .+ has it", err) for err in refusals), refusals
+    os.kill(winners[0], signal.SIGINT)
+    assert not wait_gone(winners)
+    eventually(lambda: start.left() == [], "nothing left")
+
+
+def is_protector(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text() == "SocketProtector\n"
+    except OSError:
+        return False

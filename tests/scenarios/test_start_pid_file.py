@@ -1,0 +1,155 @@
+"""The pid file: whole or not there, held by one, replaced when it is stale."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.running import MARK, ask, eventually, marked, wait_gone
+from tests.scenarios.starting import MINIMAL, Start
+
+
+def dead_pid() -> int:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("mode", ["detached", "foreground"])
+def test_it_holds_the_pid_of_the_protector_and_goes_with_it(start: Start, mode: str) -> None:
+    if mode == "foreground":
+        with start.popen("-f", "--pid-file", "pid", "unix:s", "--", *MINIMAL) as process:
+            assert process.stderr
+            while "event=ready" not in process.stderr.readline():
+                pass
+            assert start.pid_file.read_text() == f"{process.pid}\n"
+            process.send_signal(signal.SIGTERM)
+            process.communicate()
+    else:
+        start.up("unix:s", "--", *MINIMAL)
+        assert Path(f"/proc/{start.pid}/comm").read_text() == "SocketProtector\n"
+        assert start.pid_file.stat().st_mode & 0o777 == 0o644
+        start.stop()
+    assert start.left() == []
+
+
+def test_one_that_a_living_protector_holds_is_respected(start: Start) -> None:
+    start.up("unix:s", "--", *MINIMAL)
+    before = start.pid
+
+    ended = start("unix:other", "--", *MINIMAL)
+
+    assert ended.status == 100
+    assert ended.lines == [
+        f"SocketProtector: the pid file {start.pid_file} is held by process {before}; "
+        "stop or reload that one"
+    ]
+    assert start.pid == before
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    assert start.left() == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [f"{dead_pid()}\n", f"{os.getpid()}\n", "1\n", "", "garbage\n", "-1\n", "9" * 40, "\0\0"],
+    ids=["dead", "another program's", "init's", "empty", "garbage", "negative", "huge", "nul"],
+)
+def test_a_stale_one_is_replaced(start: Start, content: str) -> None:
+    start.pid_file.write_text(content)
+
+    start.up("unix:s", "--", *MINIMAL)
+
+    assert Path(f"/proc/{start.pid}/comm").read_text() == "SocketProtector\n"
+    start.stop()
+    assert start.left() == []
+
+
+def test_a_symbolic_link_is_not_followed(start: Start) -> None:
+    precious = start.folder / "precious.sh"
+    precious.write_text("precious")
+    start.pid_file.symlink_to(precious)
+
+    ended = start("unix:s", "--", *MINIMAL)
+
+    assert ended.status == 111
+    assert f"cannot use the pid file {start.pid_file}: " in ended.err
+    assert precious.read_text() == "precious"
+    start.pid_file.unlink()
+    assert start.left() == []
+
+
+def test_somebody_elses_in_our_place_is_not_removed(start: Start) -> None:
+    start.up("unix:s", "--", *MINIMAL)
+    pid = start.pid
+    start.pid_file.unlink()
+    start.pid_file.write_text("1\n")
+
+    os.kill(pid, signal.SIGTERM)
+    assert not wait_gone([pid])
+
+    assert start.pid_file.read_text() == "1\n"
+    start.pid_file.unlink()
+
+
+def test_the_rest_of_a_writer_that_was_killed_is_not_in_the_way(start: Start) -> None:
+    """In a container the same pid comes again: the temporary file has its number."""
+    words = ("unix:s", "--", *MINIMAL)
+    first = start.popen("-f", "--pid-file", "pid", *words, before=("sh", "-c", PLANT, "-"))
+    with first as process:
+        assert process.stderr
+        while "event=ready" not in process.stderr.readline():
+            pass
+        assert start.pid_file.read_text() == f"{process.pid}\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
+    assert start.left() == []
+
+
+PLANT = 'echo rest > "pid.$$"; exec "$@"'
+
+
+@pytest.mark.parametrize("stale", [None, f"{dead_pid()}\n", ""], ids=["none", "dead", "empty"])
+def test_of_eight_starters_at_once_exactly_one_wins(start: Start, stale: str | None) -> None:
+    if stale is not None:
+        start.pid_file.write_text(stale)
+    seen: set[str] = set()
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            try:
+                seen.add(start.pid_file.read_text())
+            except FileNotFoundError:
+                pass
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    words = ("--pid-file", "pid")
+    starters = [start.popen(*words, f"unix:s{n}", "--", *MINIMAL) for n in range(8)]
+    results = [(each.communicate(timeout=60)[1], each.returncode) for each in starters]
+    done.set()
+    watcher.join()
+
+    assert sorted(status for _, status in results) == [0, *[100] * 7], results
+    winner = start.pid
+    held = f"the pid file {start.pid_file} is held by process {winner}; stop or reload that one"
+    assert {err for err, status in results if status} == {f"SocketProtector: {held}\n"}
+    assert seen - {stale} == {f"{winner}\n"}, "whole, or not there"
+    served = [n for n in range(8) if (start.folder / f"s{n}").exists()]
+    assert [ask(f"{start.folder}/s{n}") for n in served] == ["hello"]
+    start.stop()
+    eventually(lambda: not marked(start.environment[MARK]), "the end of all")
+    assert start.left() == []
+
+
+def test_a_failed_start_leaves_none(start: Start) -> None:
+    ended = start("unix:s", "--", "false")
+
+    assert ended.status == 3
+    assert start.left() == []

@@ -1,0 +1,231 @@
+"""--user and --group: bind as root, then never be root again."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import WORKERS, eventually, wait_gone
+from tests.scenarios.starting import Start, told
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """A Python that `nobody` can execute, with the workers here in reach."""
+    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        script = WORKERS / "tells.py"
+        probe = (
+            subprocess.run(
+                [candidate, "-S", "-E", "-c", f"open({str(script)!r})"],
+                user="nobody",
+                capture_output=True,
+                cwd="/",
+            )
+            if shutil.which(candidate) and may_run(candidate)
+            else None
+        )
+        if probe is not None and probe.returncode == 0:
+            return candidate
+    pytest.skip("no Python here that nobody can execute")
+
+
+def may_run(path: str) -> bool:
+    """Whether nobody may execute a file."""
+    return (
+        subprocess.run(
+            ["/bin/sh", "-c", 'test -x "$0"', path], user="nobody", cwd="/", capture_output=True
+        ).returncode
+        == 0
+    )
+
+
+def may_raise_limits() -> bool:
+    """Whether root may raise hard limits here; in some containers it may not."""
+    try:
+        with subprocess.Popen(
+            ["true"],
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NICE, (23, 23)),
+        ) as process:
+            return process.wait() == 0
+    except subprocess.SubprocessError:
+        return False
+
+
+def low_port() -> int:
+    """A free port that only root may bind."""
+    for port in random.sample(range(600, 1024), 400):
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
+    pytest.skip("no free port below 1024")
+
+
+@pytest.fixture
+def theirs(start: Start) -> Iterator[Path]:
+    """A folder of nobody's, in which the test's files are."""
+    with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
+        folder = Path(name)
+        os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
+        start.folder = folder
+        start.pid_file = folder / "pid"
+        start.log_file = folder / "log"
+        yield folder
+
+
+def status_of(pid: int) -> dict[str, list[int]]:
+    """User, group and supplementary groups of a process."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {
+        name: [int(word) for word in value.split()]
+        for name, value in re.findall(r"^(Uid|Gid|Groups):\t(.*)$", text, re.MULTILINE)
+    }
+
+
+def test_everything_runs_as_that_user_from_before_the_first_worker(
+    start: Start, theirs: Path, python: str
+) -> None:
+    nobody = pwd.getpwnam("nobody")
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    # Port 81 and the caller's groups are root's: bound before, dropped after.
+    ended = start.up(
+        "--user", "nobody", "127.0.0.1:81", "unix:s", "--", *command, extra_groups=[0, 1]
+    )
+
+    assert ended.err == "", "the folder is that user's: nothing to say"
+    found = told(("127.0.0.1", port))
+    groups = sorted(os.getgrouplist("nobody", nobody.pw_gid))
+    assert found["uids"] == [nobody.pw_uid] * 3
+    assert found["gids"] == [nobody.pw_gid] * 3
+    assert sorted(found["groups"]) == groups
+    resident = status_of(start.pid)
+    assert resident["Uid"] == [nobody.pw_uid] * 4
+    assert resident["Gid"] == [nobody.pw_gid] * 4
+    assert sorted(resident["Groups"]) == groups
+    start.stop()
+    assert start.left() == [], "it could remove what it made as root"
+
+
+def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
+    start: Start, theirs: Path, python: str
+) -> None:
+    """In a folder that is root's, only what happens before the drop can be made."""
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o755)
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    ended = start.up("--user", "nobody", "unix:s", "--", *command)
+
+    assert ended.lines == [
+        f"SocketProtector: {theirs} should be nobody's: files there cannot be removed at the end "
+        "or opened anew"
+    ]
+    assert f"event=notice text=\"{theirs} should be nobody's" in start.log
+    assert start.pid_file.stat().st_uid == 0
+    assert (theirs / "s").stat().st_uid == 0
+    pid = start.pid
+    start.stop()
+    assert not wait_gone([pid])
+    assert sorted(start.left()) == [f"{theirs}/pid", f"{theirs}/s"], "as it was said"
+
+
+def test_folders_of_several_files_are_named_in_one_line(
+    start: Start, theirs: Path, python: str
+) -> None:
+    other = theirs / "run.sh"
+    other.mkdir()
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+    os.chown(theirs, 0, -1)
+    theirs.chmod(0o755)
+
+    ended = start.up("--user", "nobody", f"unix:{other}/s", "--", *command)
+
+    assert len(ended.lines) == 1
+    assert f"{theirs} and {other} should be nobody's" in ended.err
+    start.stop()
+
+
+def test_a_group_of_ones_own_choice(start: Start, theirs: Path, python: str) -> None:
+    group = next(g for g in grp.getgrall() if g.gr_gid not in (0, pwd.getpwnam("nobody").pw_gid))
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    start.up("--user", "nobody", "--group", group.gr_name, "unix:s", "--", *command)
+
+    found = told(f"{theirs}/s")
+    assert found["gids"] == [group.gr_gid] * 3
+    assert group.gr_gid in found["groups"]
+    assert 0 not in found["groups"]
+    start.stop()
+
+
+def test_the_log_can_be_reopened_after_the_drop(start: Start, theirs: Path, python: str) -> None:
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+    start.up("--user", "nobody", "unix:s", "--", *command)
+    (theirs / "log").rename(theirs / "log.1.sh")
+
+    start.send(signal.SIGUSR1)
+
+    eventually(lambda: "event=reopened" in start.log, "the new log")
+    assert start.log_file.stat().st_uid == pwd.getpwnam("nobody").pw_uid
+    start.send(signal.SIGUSR1)
+    eventually(lambda: start.log.count("event=reopened") == 2, "the same log opened again")
+    start.stop()
+
+
+def test_a_nice_value_below_zero_is_had_as_another_user(
+    start: Start, theirs: Path, python: str
+) -> None:
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    ended = start("--user", "nobody", "--limit", "nice=-3", "unix:s", "--", *command)
+
+    if may_raise_limits():
+        assert told(f"{theirs}/s")["nice"] == -3
+        start.stop()
+    else:
+        assert ended.status == 111
+        assert "cannot allow nobody nice -3: " in ended.err
+        assert start.left() == []
+
+
+def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str) -> None:
+    uid = pwd.getpwnam("nobody").pw_uid
+    command = (python, "-S", "-E", str(WORKERS / "tells.py"))
+
+    start.up("--user", str(uid), "unix:s", "--", *command)
+
+    assert told(f"{theirs}/s")["uids"] == [uid] * 3
+    start.stop()
+
+
+def test_who_is_not_root_cannot_become_somebody_else(start: Start, theirs: Path) -> None:
+    if shutil.which("setpriv") is None:
+        pytest.skip("setpriv(1) is not installed")
+    if not may_run(sys.executable):
+        pytest.skip("nobody cannot execute this Python")
+
+    ended = start(
+        *("--user", "root", "unix:s", "--", "true"),
+        before=("setpriv", "--reuid=nobody", "--clear-groups"),
+    )
+
+    assert ended.status == 2
+    assert "need root; leave them out or start as root" in ended.err

@@ -179,8 +179,9 @@ def bind_all(
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done.
 
-    passed: what stands for an argument (by its index) already; it is taken as it is.  The caller owns what is returned (nothing when dry).  When one fails, what was bound
-    before is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
+    passed: what stands for an argument (by its index) already; it is taken as it is.  The
+    caller owns what is returned (nothing when dry).  When one fails, what was bound before is
+    closed again.  Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
     try:

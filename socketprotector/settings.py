@@ -20,8 +20,8 @@ class ListenerSettings:
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
-    foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
     backlog: int = 0  # of a UNIX socket: whoever listens says it
+    foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
 
 
 @dataclass(frozen=True, slots=True)

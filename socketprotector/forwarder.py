@@ -288,10 +288,8 @@ class Forwarder:
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         if error.errno in AGAIN:
-            return
-        if error.errno == errno.EINVAL:
-            # Shut down for a stop, and empty by now: it would stay readable for ever.
-            self._loop.unwatch(listener.fileno())
+            if listener.always_readable:  # shut down for a stop, and empty for the moment
+                self._loop.unwatch(listener.fileno())
         else:
             # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has
             # thought of it: no reason to let go of the listeners.  The socket stays readable,

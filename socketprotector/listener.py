@@ -59,6 +59,8 @@ class Listener:
         self.socket = socket.socket(fileno=fd)
         self.index = index
         self.settings = settings
+        #: It tells of clients whether there are any or not, so nobody should wait for it.
+        self.always_readable = False
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -75,6 +77,7 @@ class Listener:
         if self.socket.family == socket.AF_UNIX:
             self._remove_file()
             self.socket.shutdown(socket.SHUT_RD)
+            self.always_readable = True
             return
         program = array.array("B", _NO_NEW_CLIENTS)
         address, length = program.buffer_info()

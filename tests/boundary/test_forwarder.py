@@ -55,7 +55,7 @@ class FakeListener:
         self.socket = self
         self.backlog: deque[int] = deque()
         self.accepts = Faults()
-        self.refusing = False
+        self.always_readable = False
         self.closed = False
         self.number = 10_000 + index
 
@@ -65,12 +65,11 @@ class FakeListener:
     def _accept(self) -> tuple[int, None]:
         self.accepts.call()
         if not self.backlog:
-            code = errno.EINVAL if self.refusing else errno.EAGAIN
-            raise OSError(code, os.strerror(code))
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.memfd_create(str(self.backlog.popleft())), None
 
     def refuse_new(self) -> None:
-        self.refusing = True
+        self.always_readable = True  # as a UNIX socket that was shut down
 
     def close(self) -> None:
         self.closed = True
@@ -563,6 +562,21 @@ def test_a_graceful_close_keeps_both_of_two_listeners_apart_in_a_full_channel() 
     assert sorted(seen) == [0, 1, 10, 11, 20, 21]
     assert (world.emptied, world.forwarder.lost) == (1, 0)
     world.forwarder.close()
+
+
+def test_a_listener_that_was_shut_down_is_not_waited_for_once_it_is_empty(world: World) -> None:
+    """It says for ever that it is readable."""
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.append(1)
+    world.forwarder.close_listeners(quick=False)
+
+    world.turn()
+    world.loop.wake(world.listeners[0])
+    world.loop.wake(world.listeners[0])
+
+    assert not world.accepting
+    assert channel.taken() == [1]
 
 
 def test_a_quick_close_waits_for_nothing(world: World) -> None:

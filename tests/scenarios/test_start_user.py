@@ -14,13 +14,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.running import WORKERS, eventually, wait_gone
-from tests.scenarios.starting import Start, told
+from tests.running import ROOT, WORKERS, ask, eventually, wait_gone
+from tests.scenarios.starting import Ended, Start, told
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -88,6 +88,7 @@ def theirs(start: Start) -> Iterator[Path]:
         start.pid_file = folder / "pid"
         start.log_file = folder / "log"
         yield folder
+        start.end()
 
 
 def status_of(pid: int) -> dict[str, list[int]]:
@@ -105,10 +106,10 @@ def test_everything_runs_as_that_user_from_before_the_first_worker(
     nobody = pwd.getpwnam("nobody")
     command = (python, "-S", "-E", str(WORKERS / "tells.py"))
 
-    # Port 81 and the caller's groups are root's: bound before, dropped after.
-    ended = start.up(
-        "--user", "nobody", "127.0.0.1:81", "unix:s", "--", *command, extra_groups=[0, 1]
-    )
+    # A low port and the caller's groups are root's: bound before, dropped after.
+    port = low_port()
+    words = (f"127.0.0.1:{port}", "unix:s", "--", *command)
+    ended = start.up("--user", "nobody", *words, extra_groups=[0, 1])
 
     assert ended.err == "", "the folder is that user's: nothing to say"
     found = told(("127.0.0.1", port))
@@ -216,16 +217,82 @@ def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str
     start.stop()
 
 
-def test_who_is_not_root_cannot_become_somebody_else(start: Start, theirs: Path) -> None:
-    if shutil.which("setpriv") is None:
-        pytest.skip("setpriv(1) is not installed")
-    if not may_run(sys.executable):
-        pytest.skip("nobody cannot execute this Python")
+# -- as somebody who is not root -----------------------------------------------
 
-    ended = start(
-        *("--user", "root", "unix:s", "--", "true"),
-        before=("setpriv", "--reuid=nobody", "--clear-groups"),
+
+@pytest.fixture
+def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
+    """Run the command as nobody, from a Python and modules that nobody can read."""
+    readable = [entry for entry in sys.path if entry and may_run(entry)]
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])}
+    imports = "import socketprotector.cli, socketprotector.resident"
+    probe = subprocess.run(
+        [python, "-c", imports], user="nobody", cwd="/", env=environment, capture_output=True
     )
+    if probe.returncode != 0:
+        pytest.skip("no Python here with which nobody can run the command")
+
+    def run(*words: str) -> Ended:
+        return start(
+            *words,
+            command=(python, "-m", "socketprotector"),
+            environment=environment,
+            user="nobody",
+            group="nogroup",
+            extra_groups=[],
+        )
+
+    return run
+
+
+def test_a_low_port_needs_the_right(
+    start: Start, as_nobody: Callable[..., Ended], python: str
+) -> None:
+    if Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text().strip() == "0":
+        pytest.skip("here every user may bind every port")
+
+    ended = as_nobody(f"127.0.0.1:{low_port()}", "--", python, str(WORKERS / "minimal.py"))
+
+    assert ended.status == 111
+    assert "needs root or CAP_NET_BIND_SERVICE" in ended.err
+    assert start.left() == []
+
+
+@pytest.mark.parametrize("option", ["--user", "--group"])
+def test_who_is_not_root_cannot_become_somebody_else(
+    as_nobody: Callable[..., Ended], option: str
+) -> None:
+    ended = as_nobody(option, "0", "unix:s", "--", "true")
 
     assert ended.status == 2
     assert "need root; leave them out or start as root" in ended.err
+
+
+def test_a_nice_value_below_zero_needs_root(as_nobody: Callable[..., Ended]) -> None:
+    ended = as_nobody("--limit", "nice=-1", "unix:s", "--", "true")
+
+    assert ended.status == 2
+    assert "--limit nice=-1: below 0 needs root" in ended.err
+
+
+def test_everybody_can_run_it_with_what_the_python_path_leads_to(
+    start: Start, as_nobody: Callable[..., Ended], python: str
+) -> None:
+    """No root, nothing installed, no log file: the relay runs too."""
+    ended = as_nobody("unix:s", "--", python, "-S", "-E", str(WORKERS / "minimal.py"))
+
+    assert ended.status == 0, ended
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    assert start.left() == []
+
+
+def test_a_port_in_use_is_refused_where_the_system_does_not_tell_by_whom(
+    start: Start, as_nobody: Callable[..., Ended]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = as_nobody(f"127.0.0.1:{taken.getsockname()[1]}", "--", "true")
+
+    assert ended.status == 111
+    assert "another program has it: stop that, or choose another" in ended.err
+    assert start.left() == []

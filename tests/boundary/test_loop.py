@@ -1,0 +1,187 @@
+"""The loop: descriptors, timers, signals, and no wake-up for nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from socketprotector.loop import READ, WRITE, Loop
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    receive, send = os.pipe2(os.O_NONBLOCK)
+    yield receive, send
+    os.close(receive)
+    os.close(send)
+
+
+def stop(loop: Loop) -> None:
+    loop.running = False
+
+
+def test_a_descriptor_that_is_ready_calls_back_until_it_is_unwatched(
+    loop: Loop, pipe: tuple[int, int]
+) -> None:
+    receive, send = pipe
+    called: list[bytes] = []
+
+    def read() -> None:
+        called.append(os.read(receive, 1))
+        if len(called) == 3:
+            loop.unwatch(receive)
+            loop.call_after("end", 0, lambda: stop(loop))
+
+    os.write(send, b"abcd")
+    loop.watch(receive, read, READ)
+
+    loop.run()
+
+    assert called == [b"a", b"b", b"c"]
+    loop.unwatch(receive)  # once more changes nothing
+
+
+def test_a_descriptor_unwatched_by_another_callback_of_the_same_wake_up_is_not_called(
+    loop: Loop, pipe: tuple[int, int]
+) -> None:
+    receive, send = pipe
+    os.write(send, b"a")
+    called = []
+
+    def either() -> None:
+        called.append(1)
+        loop.unwatch(receive)
+        loop.unwatch(send)
+        stop(loop)
+
+    loop.watch(receive, either, READ)
+    loop.watch(send, either, WRITE)
+
+    loop.run()
+
+    assert called == [1]
+
+
+def test_timers_run_in_the_order_of_their_ends(loop: Loop) -> None:
+    called: list[str] = []
+    loop.call_after("c", 0.03, lambda: called.append("c"))
+    loop.call_after("end", 0.04, lambda: stop(loop))
+    loop.call_after("a", 0, lambda: called.append("a"))
+    loop.call_after("b", 0.01, lambda: called.append("b"))
+
+    loop.run()
+
+    assert called == ["a", "b", "c"]
+
+
+def test_the_same_key_replaces_a_timer_and_cancel_forgets_it(loop: Loop) -> None:
+    called: list[str] = []
+    loop.call_after("a", 0, lambda: called.append("old"))
+    loop.call_after("a", 0.01, lambda: called.append("new"))
+    loop.call_after("b", 0, lambda: called.append("cancelled"))
+    loop.cancel("b")
+    loop.cancel("never there")
+    loop.call_after("end", 0.02, lambda: stop(loop))
+
+    loop.run()
+
+    assert called == ["new"]
+
+
+def test_extend_moves_a_timer_later_and_never_earlier(loop: Loop) -> None:
+    called: list[str] = []
+    loop.call_after("moved", 0, lambda: called.append("moved"))
+    loop.extend("moved", 0.02)
+    loop.call_after("stays", 0.01, lambda: called.append("stays"))
+    loop.extend("stays", 0)
+    loop.extend("never there", 1)
+    loop.call_after("end", 0.03, lambda: stop(loop))
+
+    loop.run()
+
+    assert called == ["stays", "moved"]
+
+
+def test_a_timer_may_start_and_cancel_others(loop: Loop) -> None:
+    called: list[str] = []
+
+    def third() -> None:
+        called.append("third")
+        stop(loop)
+
+    def first() -> None:
+        called.append("first")
+        loop.cancel("second")
+        loop.call_after("third", 0, third)
+
+    loop.call_after("first", 0, first)
+    loop.call_after("second", 0, lambda: called.append("second"))
+
+    loop.run()
+
+    assert called == ["first", "third"]
+
+
+def test_cancelled_timers_do_not_pile_up_below_one_that_lasts(loop: Loop) -> None:
+    loop.call_after("a day", 86_400, lambda: None)
+
+    for number in range(10_000):
+        loop.call_after(number, 3600, lambda: None)
+        loop.cancel(number)
+
+    assert len(loop._heap) < 200
+
+
+def test_nothing_is_waited_for_once_all_timers_are_cancelled(
+    loop: Loop, pipe: tuple[int, int]
+) -> None:
+    """A cancelled timer that stayed in the heap would wake an idle protector once more."""
+    receive, _ = pipe
+    loop.watch(receive, lambda: None)
+    for number in range(3):
+        loop.call_after(number, 60, lambda: None)
+    loop.call_after("last", 0, lambda: loop.call_after("end", 0, lambda: stop(loop)))
+    for number in range(3):
+        loop.cancel(number)
+
+    loop.run()
+
+    assert loop._heap == []
+
+
+def test_each_signal_calls_back_from_the_loop_in_order(loop: Loop) -> None:
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    called: list[int] = []
+    free = [fd for fd in range(256) if not os.path.lexists(f"/proc/self/fd/{fd}")]
+
+    def note(number: int) -> None:
+        called.append(number)
+        if len(called) == 3:
+            stop(loop)
+
+    loop.catch(numbers, note)
+    try:
+        # Twice the same: a second TERM means something that the first did not.
+        for number in (signal.SIGUSR2, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(os.getpid(), number)
+        loop.run()
+    finally:
+        signal.set_wakeup_fd(-1)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for fd in free:  # its pipe, which lives as long as the protector
+            if os.path.lexists(f"/proc/self/fd/{fd}"):
+                os.close(fd)
+
+    assert called == [signal.SIGUSR2, signal.SIGUSR1, signal.SIGUSR2]

@@ -1,0 +1,178 @@
+"""sd_notify, both ways, over real sockets."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from socketprotector.notify import Message, NotifySocket, Systemd, parse
+
+STRANGERS = frozenset({54_321})  # nobody here
+OURS = frozenset({os.getuid()})
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., Systemd]]:
+    """Start a Systemd with an environment; what it wants to do later is never done."""
+    made: list[Systemd] = []
+
+    def start(environment: dict[str, str]) -> Systemd:
+        made.append(Systemd(environment, lambda _: None))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def notify() -> Iterator[NotifySocket]:
+    made = NotifySocket(OURS)
+    yield made
+    made.close()
+
+
+def send(to: NotifySocket, message: bytes, *descriptors: int) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        sender.sendmsg([message], rights if descriptors else [], 0, "\0" + to.address[1:])
+
+
+def test_messages_come_in_order_and_then_there_is_none(notify: NotifySocket) -> None:
+    send(notify, b"READY=1\nSTATUS=well")
+    send(notify, b"STATUS=better")
+
+    assert notify.receive(1) == Message({"READY": "1", "STATUS": "well"})
+    assert notify.receive(1) == Message({"STATUS": "better"})
+    assert notify.receive(1) is None
+
+
+def test_each_socket_has_an_address_of_its_own() -> None:
+    first, second = NotifySocket(OURS), NotifySocket(OURS)
+    assert first.address != second.address
+    first.close()
+    second.close()
+
+
+def test_who_is_not_the_worker_nor_a_known_user_says_nothing() -> None:
+    notify = NotifySocket(STRANGERS)
+    send(notify, b"READY=1")
+    send(notify, b"READY=1")
+
+    assert notify.receive(1) == Message({})
+    assert notify.receive(os.getpid()) == Message({"READY": "1"})  # the worker, whatever its user
+    notify.close()
+
+
+def test_a_barrier_keeps_its_descriptor_until_the_message_is_handled(notify: NotifySocket) -> None:
+    send(notify, b"BARRIER=1", 0)
+
+    message = notify.receive(1)
+
+    assert message is not None
+    assert message.barrier > 2
+    assert not os.get_inheritable(message.barrier)
+    os.close(message.barrier)
+
+
+@pytest.mark.parametrize("count", [1, 2, 253])
+@pytest.mark.parametrize("message", [b"READY=1", b"", b"BARRIER=2", b"FDSTORE=1"])
+def test_foreign_descriptors_are_closed(notify: NotifySocket, message: bytes, count: int) -> None:
+    send(notify, message, *[0] * count)  # and the fixture compares
+
+    received = notify.receive(1)
+
+    assert received is not None
+    assert received.barrier == -1
+
+
+def test_a_barrier_with_more_than_its_descriptor_is_none(notify: NotifySocket) -> None:
+    send(notify, b"BARRIER=1", 0, 0)
+
+    assert notify.receive(1) == Message({"BARRIER": "1"})
+
+
+def test_a_strangers_barrier_is_closed() -> None:
+    notify = NotifySocket(STRANGERS)
+    send(notify, b"BARRIER=1", 0)
+
+    assert notify.receive(1) == Message({})
+    notify.close()
+
+
+def test_what_is_no_assignment_is_passed_over() -> None:
+    assert parse(b"READY=1\n\nnonsense\n=x\nA=b=c\n\xff=\xfe") == {
+        "READY": "1",
+        "A": "b=c",
+        "\ufffd": "\ufffd",
+    }
+
+
+def test_a_long_message_is_cut(notify: NotifySocket) -> None:
+    send(notify, b"READY=1\nSTATUS=" + b"x" * 50_000)
+
+    message = notify.receive(1)
+
+    assert message is not None
+    assert message.fields["READY"] == "1"
+    assert len(message.fields["STATUS"]) < 5000
+
+
+# -- towards systemd ------------------------------------------------------------------------
+
+
+def test_systemd_hears_what_is_said(tmp_path: Path, started: Callable[..., Systemd]) -> None:
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        systemd = started({"NOTIFY_SOCKET": path})
+
+        systemd.send(READY="1", STATUS="serves")
+        systemd.reloading()
+
+        assert manager.recv(4096) == b"READY=1\nSTATUS=serves"
+        said = dict(line.split("=") for line in manager.recv(4096).decode().split("\n"))
+        assert said.pop("MONOTONIC_USEC").isdigit()
+        assert said == {"RELOADING": "1", "STATUS": "reloading"}
+
+
+def test_an_abstract_address_will_do(notify: NotifySocket, started: Callable[..., Systemd]) -> None:
+    started({"NOTIFY_SOCKET": notify.address}).send(READY="1")
+
+    assert notify.receive(1) == Message({"READY": "1"})
+
+
+def test_nobody_there_or_nobody_reading_holds_nothing_up(
+    tmp_path: Path, started: Callable[..., Systemd]
+) -> None:
+    started({}).send(READY="1")
+    started({"NOTIFY_SOCKET": str(tmp_path / "nowhere")}).send(READY="1")
+    path = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(path)
+        systemd = started({"NOTIFY_SOCKET": path})
+        for _ in range(2000):
+            systemd.send(STATUS="x")
+
+
+@pytest.mark.parametrize(
+    ("environment", "watchdog_s"),
+    [
+        ({"WATCHDOG_USEC": "4000000"}, 2.0),
+        ({"WATCHDOG_USEC": "4000000", "WATCHDOG_PID": str(os.getpid())}, 2.0),
+        ({"WATCHDOG_USEC": "4000000", "WATCHDOG_PID": "1"}, 0.0),
+        ({"WATCHDOG_USEC": "never"}, 0.0),
+        ({"WATCHDOG_USEC": "\u00b2"}, 0.0),
+        ({}, 0.0),
+    ],
+)
+def test_the_watchdog_is_fed_in_half_its_time(
+    environment: dict[str, str], watchdog_s: float, started: Callable[..., Systemd]
+) -> None:
+    assert started({"NOTIFY_SOCKET": "@x", **environment}).watchdog_s == watchdog_s
+    assert started(environment).watchdog_s == 0.0

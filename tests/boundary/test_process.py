@@ -1,0 +1,214 @@
+"""Spawning, signalling and reaping one real process; a failure half way leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from socketprotector.process import Process, Program, resolve, spawn
+
+SHELL = Program(
+    path="/bin/sh",
+    argv=("sh", "-c", "exit 3"),
+    directory="/",
+    environment=(("A", "1"),),
+    umask=0o022,
+    limits=(),
+    nice=0,
+)
+
+
+@pytest.fixture(autouse=True)
+def _directory() -> Iterator[None]:
+    """The protector lives in /; a spawn goes back there."""
+    before = os.getcwd()
+    os.chdir("/")
+    yield
+    os.chdir(before)
+
+
+def running(script: str) -> Program:
+    return replace(SHELL, argv=("sh", "-c", script))
+
+
+def end_of(process: Process) -> tuple[bool, str]:
+    poll = select.poll()
+    poll.register(process.pidfd, select.POLLIN)
+    assert poll.poll(30_000)
+    result = process.reap()
+    assert result is not None
+    process.close()
+    return result
+
+
+def is_open(fd: int) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
+def output_of(script: str, **given: object) -> str:
+    receive, send = os.pipe()
+    process = spawn(replace(running(script), **given), {"B": "2"}, {5: send})  # type: ignore[arg-type]
+    os.close(send)
+    with open(receive, encoding="utf-8") as file:
+        text = file.read()
+    end_of(process)
+    return text
+
+
+def test_how_a_process_ended_is_told_once_it_has() -> None:
+    receive, send = os.pipe()
+    process = spawn(running("read line <&5; exit 3"), {}, {5: receive})
+    os.close(receive)
+    assert (process.reap(), process.has_ended()) == (None, False)
+
+    os.write(send, b"go\n")
+    os.close(send)
+
+    assert end_of(process) == (False, "exited with status 3")
+
+
+def test_an_exit_with_status_0_is_clean_and_a_signal_has_a_name() -> None:
+    assert end_of(spawn(running("exit 0"), {}, {})) == (True, "exited with status 0")
+    assert end_of(spawn(running("kill -TERM $$"), {}, {}))[1] == "was killed by SIGTERM"
+
+
+def test_a_process_gets_what_is_said_and_nothing_else() -> None:
+    inheritable = {fd for fd in range(3, 256) if is_open(fd) and os.get_inheritable(fd)}
+    script = "n=0; while [ $n -lt 99 ]; do [ -e /proc/$$/fd/$n ] && echo $n >&5; n=$((n+1)); done"
+    seen = {int(fd) for fd in output_of(script).split()}
+    assert seen - inheritable == {0, 1, 2, 5}
+    assert output_of("readlink /proc/self/fd/0 >&5") == "/dev/null\n"
+    assert output_of("echo $A$B >&5") == "12\n"
+    assert output_of("umask >&5; pwd >&5", umask=0o077, directory="/proc") == "0077\n/proc\n"
+    assert output_of("ulimit -Sn >&5", limits=(("nofile", 99),)) == "99\n"
+
+
+def test_descriptors_may_change_places() -> None:
+    receive, send = os.pipe()
+    # Each goes to the number that the other has here.
+    process = spawn(
+        running(f"echo over > /proc/self/fd/{receive}"), {}, {receive: send, send: receive}
+    )
+    os.close(send)
+    with open(receive, encoding="utf-8") as file:
+        assert file.read() == "over\n"
+    end_of(process)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"path": "/nowhere/at/all"},
+        {"path": "/etc/passwd"},
+        {"directory": "/nowhere/at/all"},
+        {"limits": (("nofile", 1 << 40),)},
+        {"environment": (("A", "\0"),)},
+    ],
+)
+def test_a_spawn_that_fails_leaves_and_changes_nothing(broken: dict[str, object]) -> None:
+    with pytest.raises((OSError, ValueError)):
+        spawn(replace(SHELL, umask=0o077, **broken), {}, {3: 0, 4: 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "spare"),
+    [
+        ({3: 0, 4: 1}, 0),  # the first duplicate fails
+        ({3: 0, 4: 1}, 1),  # the second
+        ({}, 0),  # the pidfd, when the child runs already
+    ],
+)
+def test_a_spawn_without_free_descriptors_leaves_and_changes_nothing(
+    given: dict[int, int], spare: int
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.dup(0) for _ in range(30)]  # no hole is left below
+    room = [os.dup(0) for _ in range(spare)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(held + room) + 1, hard))
+    for fd in room:
+        os.close(fd)
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            spawn(running("sleep 1000"), {}, given)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in held:
+            os.close(fd)
+
+
+def test_kill_reaches_the_whole_group() -> None:
+    receive, send = os.pipe()
+    process = spawn(running("sleep 1000 & echo started >&5; wait"), {}, {5: send})
+    os.close(send)
+    with open(receive, encoding="utf-8") as file:
+        assert file.readline() == "started\n"
+
+        process.kill_group()
+
+        assert file.read() == ""  # the child held it, too
+    assert end_of(process)[1] == "was killed by SIGKILL"
+
+
+def test_signals_to_one_that_has_ended_do_nothing() -> None:
+    process = spawn(running("exit 0"), {}, {})
+    poll = select.poll()
+    poll.register(process.pidfd, select.POLLIN)
+    assert poll.poll(30_000)
+
+    assert process.has_ended()
+    process.signal(signal.SIGTERM)
+    process.kill_group()
+    process.reap()
+    process.signal(signal.SIGTERM)
+    process.kill_group()  # its number may be another's by now
+    process.close()
+
+
+def test_a_status_that_somebody_else_took_is_unknown() -> None:
+    process = spawn(running("exit 3"), {}, {})
+    os.waitpid(process.pid, 0)
+
+    assert process.reap() == (False, "ended, nobody knows how")
+    process.close()
+
+
+# -- which program ------------------------------------------------------------------------
+
+
+def test_a_command_is_what_its_symlinks_lead_to_now(tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        script = tmp_path / name / "daemon"
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+    (tmp_path / "current").symlink_to("1")
+
+    path, argv = resolve(["./current/daemon", "x"], str(tmp_path), "")
+
+    assert (path, argv) == (str(tmp_path / "1/daemon"), (str(tmp_path / "1/daemon"), "x"))
+
+
+def test_a_command_without_a_slash_is_found_in_the_path(tmp_path: Path) -> None:
+    path, argv = resolve(["sh", "-c", "true"], str(tmp_path), "/nowhere:/bin")
+
+    assert os.path.samefile(path, "/bin/sh")
+    assert argv == ("sh", "-c", "true")
+
+
+def test_what_is_not_there_or_not_executable_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("")
+    with pytest.raises(FileNotFoundError):
+        resolve(["./nothing"], str(tmp_path), "")
+    with pytest.raises(FileNotFoundError):
+        resolve(["no-such-command-anywhere"], str(tmp_path), "/bin")
+    with pytest.raises(PermissionError):
+        resolve(["./text"], str(tmp_path), "")
+    with pytest.raises(PermissionError):
+        resolve(["./"], str(tmp_path), "")

@@ -16,16 +16,47 @@ CLIENT = ROOT / "client_lib" / "socketprotector_client"
 
 #: From top to bottom.  A module imports from its own layer and from those below it.
 LAYERS = {
-    "entry": {"__main__", "checks", "cli", "ctl", "launch", "options", "resident", "waiting"},
+    "entry": {
+        "__main__",
+        "activation",
+        "checks",
+        "cli",
+        "ctl",
+        "launch",
+        "options",
+        "resident",
+        "waiting",
+    },
     "shell": {
-        *{"adopt", "control", "crew", "effects", "forwarder", "launcher", "output", "supervisor"},
+        *{
+            "control",
+            "crew",
+            "effects",
+            "forwarder",
+            "heritage",
+            "launcher",
+            "output",
+            "supervisor",
+        },
+        *{"upgrade"},
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
-        *{"address", "channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
-        *{"pidfile", "process", "relay", "scoreboard", "strays"},
+        *{
+            "address",
+            "channel",
+            "door",
+            "envfile",
+            "folder",
+            "guard",
+            "listener",
+            "log",
+            "loop",
+            "notify",
+        },
+        *{"pidfile", "process", "relay", "scoreboard", "state", "strays"},
     },
-    "values": {"__init__", "errors", "events", "fleet", "settings", "words"},
+    "values": {"__init__", "errors", "events", "fleet", "records", "settings", "words"},
 }
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 

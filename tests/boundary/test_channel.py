@@ -19,7 +19,7 @@ FD = struct.Struct("i")
 
 @pytest.fixture
 def channel() -> Iterator[Channel]:
-    made = Channel(64)
+    made = Channel.make(64)
     yield made
     made.close()
 
@@ -76,18 +76,18 @@ def test_what_comes_back_is_closed_on_exec(channel: Channel) -> None:
 
 @pytest.mark.parametrize("queue", [SMALLEST_QUEUE, 64, 256, 1000])
 def test_a_channel_holds_about_as_many_as_wanted(queue: int) -> None:
-    channel = Channel(queue)
+    channel = Channel.make(queue)
     try:
-        wanted = min(queue, channel.capacity)
-        assert wanted <= fill(channel) <= channel.capacity * 2
+        wanted = min(queue, channel.capacity())
+        assert wanted <= fill(channel) <= channel.capacity() * 2
     finally:
         channel.close()
 
 
 def test_a_wish_beyond_what_the_system_grants_is_clamped_and_can_be_read_back() -> None:
-    channel = Channel(1_000_000)
+    channel = Channel.make(1_000_000)
     try:
-        assert channel.capacity < 1_000_000
+        assert channel.capacity() < 1_000_000
     finally:
         channel.close()
 
@@ -186,7 +186,7 @@ def test_a_channel_that_cannot_be_made_leaves_nothing(spare: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + spare, hard))
     try:
         with pytest.raises(OSError, match="Too many open files") as caught:
-            Channel(64)
+            Channel.make(64)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

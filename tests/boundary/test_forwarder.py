@@ -177,6 +177,7 @@ class World:
         self.emptied = 0
         self.troubles: list[tuple[str, int | None]] = []
         self.channels: list[FakeChannel] = []
+        self.hands: list[bytes | None] = []  # what was in hand, each time that changed
         self.on_broken: Callable[[], None] = lambda: None
         self.forwarder = Forwarder(
             cast("Loop", self.loop),
@@ -184,6 +185,7 @@ class World:
             broken=self._broken,
             emptied=self._emptied,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
+            held=lambda: self.hands.append(self.forwarder.hand),
         )
 
     def _broken(self) -> None:
@@ -502,7 +504,7 @@ def test_the_end_counts_what_could_not_be_delivered(world: World) -> None:
 def test_taking_back_works_with_the_reserve_alone() -> None:
     """Not one descriptor is free: the reserve makes room for the one in our hands."""
     world = World()
-    old, new = Channel(64), Channel(64)
+    old, new = Channel.make(64), Channel.make(64)
     world.forwarder.route_to(old)
     world.listeners[0].backlog.extend(range(5))
     world.turn()

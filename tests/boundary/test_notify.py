@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.notify import Message, NotifySocket, Systemd, parse
+from socketprotector.notify import Message, NotifySocket, Outbox, Systemd, parse
 
 STRANGERS = frozenset({54_321})  # nobody here
 OURS = frozenset({os.getuid()})
@@ -19,20 +19,21 @@ OURS = frozenset({os.getuid()})
 @pytest.fixture
 def started() -> Iterator[Callable[..., Systemd]]:
     """Start a Systemd with an environment; what it wants to do later is never done."""
-    made: list[Systemd] = []
+    outboxes: list[Outbox] = []
 
     def start(environment: dict[str, str]) -> Systemd:
-        made.append(Systemd(environment, lambda _: None))
-        return made[-1]
+        address = environment.get("NOTIFY_SOCKET", "")
+        outboxes.append(Outbox(lambda _: None, address=address))
+        return Systemd(environment, os.getpid(), outboxes[-1])
 
     yield start
-    for each in made:
+    for each in outboxes:
         each.close()
 
 
 @pytest.fixture
 def notify() -> Iterator[NotifySocket]:
-    made = NotifySocket(OURS)
+    made = NotifySocket.make("@socketprotector-test-" + os.urandom(8).hex(), OURS)
     yield made
     made.close()
 
@@ -52,15 +53,8 @@ def test_messages_come_in_order_and_then_there_is_none(notify: NotifySocket) -> 
     assert notify.receive(1) is None
 
 
-def test_each_socket_has_an_address_of_its_own() -> None:
-    first, second = NotifySocket(OURS), NotifySocket(OURS)
-    assert first.address != second.address
-    first.close()
-    second.close()
-
-
 def test_who_is_not_the_worker_nor_a_known_user_says_nothing() -> None:
-    notify = NotifySocket(STRANGERS)
+    notify = NotifySocket.make("@socketprotector-test-" + os.urandom(8).hex(), STRANGERS)
     send(notify, b"READY=1")
     send(notify, b"READY=1")
 
@@ -98,7 +92,7 @@ def test_a_barrier_with_more_than_its_descriptor_is_none(notify: NotifySocket) -
 
 
 def test_a_strangers_barrier_is_closed() -> None:
-    notify = NotifySocket(STRANGERS)
+    notify = NotifySocket.make("@socketprotector-test-" + os.urandom(8).hex(), STRANGERS)
     send(notify, b"BARRIER=1", 0)
 
     assert notify.receive(1) == Message({})

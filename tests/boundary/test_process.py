@@ -171,11 +171,12 @@ def test_signals_to_one_that_has_ended_do_nothing() -> None:
     process.close()
 
 
-def test_a_status_that_somebody_else_took_is_unknown() -> None:
+def test_a_status_that_somebody_else_took_is_asked_for_there() -> None:
     process = spawn(running("exit 3"), {}, {})
     os.waitpid(process.pid, 0)
 
-    assert process.reap() == (False, "ended, nobody knows how")
+    with pytest.raises(ChildProcessError):
+        process.reap()
     process.close()
 
 

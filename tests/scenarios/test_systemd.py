@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.notify import Systemd, parse
+from socketprotector.notify import Outbox, Systemd, parse
 from tests.running import COMMAND, DEADLINE_S, ROOT, WORKERS, Protector, ask, exchange, wait_gone
 
 UNITS = ROOT / "init.d"
@@ -356,7 +356,8 @@ def test_it_is_said_when_no_descriptor_is_left_and_in_bytes_that_can_be_sent(
     # In a process of its own: a limit concerns all of it.
     said = os.fork()
     if said == 0:
-        systemd = Systemd({"NOTIFY_SOCKET": manager.address}, lambda again: None)
+        outbox = Outbox(lambda again: None, address=manager.address)
+        systemd = Systemd({}, os.getpid(), outbox)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
         systemd.send(WATCHDOG="1", STATUS="cannot run /srv/caf\udce9")
         os._exit(0)

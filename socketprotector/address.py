@@ -324,11 +324,11 @@ def _bind_unix(listen: Listen, backlog: int, *, dry: bool) -> list[Bound]:
     try:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
+            if not dry:
+                sock.listen(backlog)
             settings = ListenerSettings(f"unix:{path}", backlog=backlog)
         else:
             settings = _bind_path(sock, listen, path, backlog, dry=dry)
-        if not dry:
-            sock.listen(backlog)
     except OSError as error:
         sock.close()
         what = f"cannot listen on {listen.text}: {error.strerror}"
@@ -366,6 +366,7 @@ def _bind_path(
                 os.umask(before)
         try:
             _give(path, listen)
+            sock.listen(backlog)  # still under the lock: it would look stale to the next
             found = os.lstat(path)
         except OSError:
             os.unlink(path)

@@ -129,7 +129,11 @@ class Systemd:
             return
         text = "\n".join(f"{name}={value}" for name, value in fields.items())
         # A file's name in a status need not be UTF-8.
-        self._unsent.append(text.encode("utf-8", "backslashreplace"))
+        data = text.encode("utf-8", "backslashreplace")
+        # Once is enough, or the watchdog's would push READY=1 out; the last word stays last.
+        if data in self._unsent:
+            self._unsent.remove(data)
+        self._unsent.append(data)
         if len(self._unsent) == 1:
             self._flush()
 

@@ -18,7 +18,7 @@ from daemon import DaemonContext
 from lockfile import AlreadyLocked, LockFailed
 
 from . import door
-from .address import Bound
+from .bind import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .pidfile import PidFile
 from .settings import Settings, dump

@@ -22,7 +22,8 @@ LAYERS = {
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
-        *{"address", "channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
+        *{"address", "bind", "bind_unix", "holder"},
+        *{"channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
         *{"pidfile", "process", "relay", "scoreboard", "strays"},
     },
     "values": {"__init__", "errors", "events", "fleet", "settings", "words"},

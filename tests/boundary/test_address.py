@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import bind, bind_unix
+from socketprotector import bind
 from socketprotector.address import Listen, parse
 from socketprotector.bind import bind_all
 from socketprotector.errors import Refusal, SystemRefused, UsageError
@@ -63,22 +63,8 @@ def test_an_argument_is_read(text: str, meaning: Listen) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *(
-            "",
-            ":80",
-            "::1:80",
-            "host",
-            "host:",
-            "host:http",
-            "65536",
-            "-1",
-            "80 ",
-            "\u00b2",
-            "\u0663",
-        ),
-        *("unix:", "unix:@", "unix:" + "x" * 108, "1?", "1?backlog", "1?backlog=", "1?backlog=0")[
-            :-3
-        ],
+        *("", ":80", "::1:80", "host", "host:", "host:http", "65536", "-1", "80 "),
+        *("\u00b2", "\u0663", "unix:", "unix:@", "unix:" + "x" * 108),
         *("1?backlog=-1", "1?backlog=99999999999", "1?backlog=\u00b2", "1?v6only=2", "1?device="),
         *("1?mode=660", "unix:/x?device=lo", "unix:/x?mode=8", "unix:/x?mode=-1", "1?nonsense=1"),
         *("unix:/x?user=no-such-user", "unix:/x?group=no-such-group", "1?backlog=0"),
@@ -86,9 +72,6 @@ def test_an_argument_is_read(text: str, meaning: Listen) -> None:
     ],
 )
 def test_a_mistake_is_refused_with_the_argument(text: str) -> None:
-    if text == "1?":
-        assert parse(text, "/").options == {}
-        return
     with pytest.raises(UsageError) as refusal:
         parse(text, "/")
     assert str(refusal.value).startswith(f"{text}: ")
@@ -114,7 +97,8 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
     """The kernel chooses a free port for 127.0.0.1; on 127.0.0.2 it may be taken."""
     addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
     monkeypatch.setattr(bind, "_addresses", lambda listen, notice: addresses)
-    real, taken = bind._bind_one, []
+    real = bind._bind_one
+    taken: list[int] = []
 
     def half_taken(listen: Listen, family: int, host: str, port: int, backlog: int) -> bind.Bound:
         if host == "127.0.0.2" and len(taken) < 3:
@@ -155,7 +139,7 @@ def test_a_socket_that_cannot_be_given_away_is_removed_again(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(bind_unix.os, "chown", refused)
+    monkeypatch.setattr(os, "chown", refused)
 
     with pytest.raises(SystemRefused, match="to give a socket away needs root"):
         bound("unix:s?user=0", folder=tmp_path)

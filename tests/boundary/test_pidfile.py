@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from lockfile import AlreadyLocked, LockFailed, NotMyLock
 
-from socketprotector import pidfile
 from socketprotector.pidfile import PidFile
 
 
@@ -64,7 +63,7 @@ def test_a_system_call_that_fails_leaves_nothing(
     def opens(path: str, flags: int, *more: int, **named: int) -> int:
         return fails() if flags & os.O_CREAT else real_open(path, flags, *more, **named)
 
-    monkeypatch.setattr(pidfile.os, call, opens if call == "open" else fails)
+    monkeypatch.setattr(os, call, opens if call == "open" else fails)
     ours = PidFile(str(tmp_path / "pid"))
 
     with pytest.raises(LockFailed, match="No space left on device"):

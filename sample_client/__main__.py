@@ -47,8 +47,11 @@ def main() -> int:
 
     time.sleep(pause_s)
     # Under the protector connections come from it; alone, from this port.
-    for client, _ in connections(port):
-        threading.Thread(target=echo, args=(client,)).start()
+    try:
+        for client, _ in connections(port):
+            threading.Thread(target=echo, args=(client,)).start()
+    except KeyboardInterrupt:
+        pass  # Ctrl-C, where it runs alone
     return 0
 
 

@@ -12,7 +12,8 @@ import os
 import socket
 from dataclasses import dataclass
 
-from .address import Bound, Listen
+from .address import Listen
+from .bind import Bound
 from .errors import UsageError
 from .settings import ListenerSettings
 

@@ -15,7 +15,8 @@ from typing import Any
 import click
 
 from . import __version__, activation, checks, options
-from .address import bind_all, parse
+from .address import parse
+from .bind import bind_all
 from .channel import SMALLEST_QUEUE
 from .errors import Refusal, UsageError
 from .fleet import Policy

@@ -26,11 +26,14 @@ def parse(text: str, name: str) -> dict[str, str]:
             if len(value) < 2 or value[-1] != value[0]:
                 raise ValueError(f"{name} line {number}: the quote is not closed")
             value = value[1:-1]
+        if "\0" in value:
+            raise ValueError(f"{name} line {number}: a NUL cannot be in a variable")
         found[variable] = value
     return found
 
 
 def read(path: str) -> dict[str, str]:
     """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
-    with open(path, encoding="utf-8") as file:
+    # Bytes that are no text are passed on as they are, like those of our own environment.
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
         return parse(file.read(), path)

@@ -16,11 +16,10 @@ import sys
 from collections.abc import Sequence
 
 from daemon import DaemonContext
-from daemon.daemon import DaemonError
-from lockfile import AlreadyLocked
+from lockfile import AlreadyLocked, LockFailed
 
 from . import door, guard
-from .address import Bound
+from .bind import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .pidfile import PidFile
 from .settings import Settings, dump
@@ -133,17 +132,17 @@ def _become_resident(
     )
     try:
         context.open()
-    except DaemonError as error:
-        raise SystemRefused(f"cannot detach: {error}") from error
     except AlreadyLocked as error:
         raise AlreadyRunning(
             f"the pid file {settings.pid_file} is {error}; stop or reload that one"
         ) from error
-    except OSError as error:
+    except LockFailed as error:
         raise SystemRefused(
-            f"cannot write the pid file {settings.pid_file}: {error.strerror}; "
-            "check the folder and its rights"
+            f"cannot write the pid file {settings.pid_file}: {error}; check the folder and its "
+            "rights"
         ) from error
+    except OSError as error:
+        raise SystemRefused(f"cannot detach: {error}") from error
     try:
         _exec(settings, bound, label, pid_file, verdict)
     except OSError as error:

@@ -153,7 +153,11 @@ class Outbox:
         except OSError:
             return False
         # A file's name in a status need not be UTF-8.
-        self._unsent.append((text.encode("utf-8", "backslashreplace"), copy))
+        message = text.encode("utf-8", "backslashreplace"), copy
+        # Once is enough: the watchdog's would fill the memory, and the last word stays last.
+        if message in self._unsent:
+            self._unsent.remove(message)
+        self._unsent.append(message)
         if len(self._unsent) == 1:
             self._flush()
         return True

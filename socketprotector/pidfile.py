@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from lockfile import AlreadyLocked, NotMyLock
+from lockfile import AlreadyLocked, LockFailed, NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
 from .folder import locked
@@ -28,30 +28,38 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         self.fd = -1
 
     def acquire(self, timeout: float | None = None) -> None:
-        """Write our pid, or raise AlreadyLocked when a living protector holds the file.
+        """Write our pid.
 
         timeout is lockfile's and ignored: a living daemon's lock does not go away by waiting.
-        Raises OSError when the file cannot be made.
+        Raises AlreadyLocked when a living protector holds the file, LockFailed when it
+        cannot be made.
         """
+        try:
+            with locked(self.path):
+                holder = self._holder()
+                if holder is None:
+                    self.fd = self._put()
+        except OSError as error:
+            raise LockFailed(error.strerror) from error
+        if holder is not None:
+            raise AlreadyLocked(f"held by process {holder}")
+
+    def _put(self) -> int:
+        """Give the name to a locked file with our pid; return its descriptor."""
         temporary = f"{self.path}.{os.getpid()}"
-        with locked(self.path):
-            holder = self._holder()
-            if holder is not None:
-                raise AlreadyLocked(f"held by process {holder}")
-            if os.path.lexists(temporary):
-                os.unlink(temporary)  # of a process with our pid that was killed right here
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(temporary, flags, 0o644)
-            try:
-                os.fchmod(fd, 0o644)
-                os.write(fd, b"%d\n" % os.getpid())
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                os.rename(temporary, self.path)
-            except BaseException:
-                os.unlink(temporary)
-                os.close(fd)
-                raise
-        self.fd = fd
+        if os.path.lexists(temporary):
+            os.unlink(temporary)  # of a process with our pid that was killed right here
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.fchmod(fd, 0o644)
+            os.write(fd, b"%d\n" % os.getpid())
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.rename(temporary, self.path)
+        except BaseException:
+            os.unlink(temporary)
+            os.close(fd)
+            raise
+        return fd
 
     def holder(self) -> int | None:
         """Return the pid of the living protector that holds the file, or None."""

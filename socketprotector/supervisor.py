@@ -157,7 +157,14 @@ class Supervisor:
 
 
 def terminal_of(foreground: bool) -> int | None:
-    """Return a descriptor of the terminal that stdin, stdout or stderr is, if we live on one."""
+    """Return a descriptor of the terminal that we live on, if there is one.
+
+    The controlling one, whose end sends HUP, whatever stdin, stdout and stderr are (nohup
+    turns all three away from it).
+    """
     if not foreground:
         return None
-    return next((os.dup(fd) for fd in (0, 1, 2) if os.isatty(fd)), None)
+    try:
+        return os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return next((os.dup(fd) for fd in (0, 1, 2) if os.isatty(fd)), None)

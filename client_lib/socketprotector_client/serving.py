@@ -116,7 +116,10 @@ class _Pool:
             thread.start()
         try:
             self._work()
-        except BaseException:
+        except Exception as error:
+            self._errors.insert(0, error)
+            self._intake.interrupt()
+        except BaseException:  # Ctrl-C waits for nobody
             self._intake.interrupt()
             raise
         for thread in others:

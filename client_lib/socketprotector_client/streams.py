@@ -47,6 +47,8 @@ async def aserve(
     try:
         await service.drained
         await service.finish()
+        if service.error is not None:
+            raise service.error
     finally:
         service.stop()
     # In a thread: a callback may want this very loop to do something.
@@ -60,6 +62,8 @@ class _Service:
         self._handler = handler
         self._tasks: Set[asyncio.Task[None]] = set()
         self._handles_term = False
+        #: Why no more is taken, if that is not the drain.
+        self.error: Optional[Exception] = None
         self.drained: asyncio.Future[None] = self._loop.create_future()
 
     def start(self) -> None:
@@ -103,12 +107,9 @@ class _Service:
 
     def _settle(self, error: Optional[Exception]) -> None:
         self._loop.remove_reader(self._intake.fileno())
-        if self.drained.done():
-            return
-        if error is None:
+        if not self.drained.done():
+            self.error = error
             self.drained.set_result(None)
-        else:
-            self.drained.set_exception(error)
 
     async def _serve_one(self, connection: Connection) -> None:
         listener = connection.listener

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.process import Process, Program, resolve, spawn
+from socketprotector.process import Process, resolve, spawn
+from socketprotector.records import Program
 
 SHELL = Program(
     path="/bin/sh",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +22,13 @@ def _descriptors() -> dict[str, str]:
 
 
 def _children() -> set[str]:
-    return {
-        pid
-        for task in Path("/proc/self/task").iterdir()
-        for pid in (task / "children").read_text().split()
-    }
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            found |= set((task / "children").read_text().split())
+        except FileNotFoundError:
+            pass  # a thread that has just ended; its children are another's now
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,9 @@ def _nothing_is_left_behind() -> Iterator[None]:
 
 @pytest.fixture
 def protector(tmp_path: Path) -> Iterator[Protector]:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As under nohup; workers start with default dispositions.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     log = tmp_path / "stderr.log"
     one = Protector(log)
     yield one

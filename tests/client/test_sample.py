@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from pathlib import Path
@@ -77,6 +78,15 @@ def test_alone_it_serves_its_port(protector: Protector) -> None:
     client.close()
     worker.term()
     assert worker.wait() == 0
+
+
+def test_alone_ctrl_c_ends_it_without_a_word(protector: Protector) -> None:
+    worker = protector.start(*SAMPLE, "0", alone=True)
+
+    worker.process.send_signal(signal.SIGINT)
+
+    assert worker.wait() == 0
+    assert protector.log.read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,23 @@ def test_a_message_of_another_version_is_refused_in_clear_words(
     until(lambda: "cannot read a message of version 2" in protector.log.read_text(), "the log")
 
 
+@pytest.mark.parametrize("program", SERVING)
+def test_a_message_of_another_version_ends_the_program_after_its_last_client(
+    protector: Protector, program: str
+) -> None:
+    worker = protector.start(program)
+    client = protector.connect()
+    assert client.ask("hello") == "echo hello"
+    protector.connect_only()
+
+    protector.hand_off(version=2)
+
+    assert client.ask("hello") == "echo hello"
+    client.close()
+    assert worker.wait() == 1
+    assert "ProtocolError: cannot read a message of version 2" in protector.log.read_text()
+
+
 @every_way
 def test_a_returned_connection_is_refused_and_the_next_one_served(
     protector: Protector, program: str

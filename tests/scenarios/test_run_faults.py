@@ -52,18 +52,21 @@ def test_a_worker_killed_50_times_under_load_loses_only_what_it_had_taken(
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=16, lines=3, pause_s=0.002).start()
     victims: list[int] = []
     held = 0
+    generation = 1
     while len(victims) < 50:
-        if len(victims) % 8 == 0:
+        if len(victims) % 8 == 7:
             daemon.reload()  # or else the back-off for quick deaths would begin
+            generation += 1
         before = load.snapshot().connections
         load.wait_for(lambda now, least=before + 5: now.connections > least)  # type: ignore[misc]
-        alive = set(spawned(daemon)[-4:]) - set(victims)
-        victim = min(alive)
+        victim = next(pid for pid in spawned(daemon, generation) if pid not in victims)
         hold(victim)
         held += connections_of(victim)
         os.kill(victim, signal.SIGKILL)
         victims.append(victim)
-        daemon.log.wait_for(rf"event=spawned .*pid=(?!{victim}$)", after=len(daemon.log.seen) - 1)
+        eventually(
+            lambda: daemon.log.count("how=.was killed by SIGKILL") == len(victims), "its end"
+        )
 
     seen = load.stop()
 

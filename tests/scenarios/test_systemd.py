@@ -274,6 +274,30 @@ def test_a_full_notify_socket_blocks_nothing_and_hears_all_of_it_later(
     daemon.stop()
 
 
+def test_feeding_the_watchdog_pushes_nothing_out_that_waits_for_a_full_socket(
+    manager: Manager,
+) -> None:
+    again: list[Callable[[], None]] = []
+    outbox = Outbox(again.append, address=manager.address)
+    systemd = Systemd({}, os.getpid(), outbox)
+    noise = manager.fill()
+
+    systemd.send(READY="1")
+    for _ in range(100):
+        systemd.send(WATCHDOG="1")
+    systemd.send(STATUS="x")
+    for _ in range(noise):
+        manager.hear()
+    again[-1]()
+
+    assert [manager.hear() for _ in range(3)] == [
+        {"READY": "1"},
+        {"WATCHDOG": "1"},
+        {"STATUS": "x"},
+    ]
+    outbox.close()
+
+
 def test_a_stop_does_not_wait_for_a_full_notify_socket(
     service: Callable[..., Protector], manager: Manager
 ) -> None:

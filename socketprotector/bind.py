@@ -1,0 +1,189 @@
+"""Bind what the operator asked for, all or nothing.
+
+Runs in the launching process only, so that whatever is wrong is said on the operator's
+terminal before anything has changed.
+
+Source: bind(2), tcp(7), ipv6(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from . import holder
+from .address import Listen
+from .bind_unix import bind_unix
+from .errors import Refusal, SystemRefused
+from .settings import ListenerSettings
+
+#: One number for two sockets: another program may take it between the two binds.
+_SAME_PORT_TRIES = 16
+_IP_FREEBIND = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A listening socket and what is known of it."""
+
+    socket: socket.socket
+    settings: ListenerSettings
+
+    def discard(self) -> None:
+        """Close it, and remove the socket file it made."""
+        self.socket.close()
+        if self.settings.inode:
+            path = self.settings.address.removeprefix("unix:")
+            try:
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+                    os.unlink(path)
+            except OSError:
+                pass  # removed already
+
+
+def bind_all(
+    listens: Sequence[Listen],
+    backlog: int,
+    *,
+    notice: Callable[[str], None],
+    passed: Mapping[int, list[Bound]] | None = None,
+    dry: bool = False,
+) -> list[Bound]:
+    """Bind every address, in order, and listen; dry: only see whether it could be done.
+
+    passed: what stands for an argument (by its index) already; it is taken as it is.  The
+    caller owns what is returned (nothing when dry).  When one fails, what was bound before is
+    closed again.  Raises Refusal.  `notice` is told what is worth knowing.
+    """
+    bound: list[Bound] = []
+    try:
+        for index, listen in enumerate(listens):
+            if passed and index in passed:
+                bound += passed[index]
+            elif listen.path is not None:
+                found = bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry)
+                bound.append(Bound(*found))
+            else:
+                bound += _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
+    except BaseException:
+        for each in bound:
+            each.discard()
+        raise
+    if dry:
+        for each in bound:
+            each.socket.close()
+        return []
+    return bound
+
+
+def _addresses(
+    listen: Listen, notice: Callable[[str], None]
+) -> list[tuple[socket.AddressFamily, str]]:
+    """Return the (family, numeric host) pairs that a LISTEN argument means."""
+    if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
+        return [(socket.AF_INET6, "::")]  # takes IPv4 too
+    if listen.host is None:
+        found = [(socket.AF_INET, "0.0.0.0")]
+        if _has_ipv6():
+            found.append((socket.AF_INET6, "::"))
+        else:
+            notice(f"{listen.text}: no IPv6 here; listening on 0.0.0.0 only")
+        return found
+    try:
+        answers = socket.getaddrinfo(
+            listen.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
+        raise SystemRefused(
+            f"cannot resolve {listen.host} in {listen.text}: {reason}; check the name, "
+            "or write the address as a number"
+        ) from error
+    found = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+    usable = [each for each in found if each[0] != socket.AF_INET6 or _has_ipv6()]
+    if usable and usable != found:
+        notice(f"{listen.text}: no IPv6 here; listening on {usable[0][1]} only")
+    return usable or found
+
+
+def _has_ipv6() -> bool:
+    """Whether an IPv6 socket can be bound: the kernel may lack it, or have it turned off."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        return error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+    return True
+
+
+def _bind_tcp(
+    listen: Listen, backlog: int, notice: Callable[[str], None], *, dry: bool
+) -> list[Bound]:
+    addresses = _addresses(listen, notice)
+    for tries_left in reversed(range(_SAME_PORT_TRIES)):
+        bound: list[Bound] = []
+        port = listen.port
+        try:
+            for family, host in addresses:
+                each = _bind_one(listen, family, host, port, None if dry else backlog)
+                bound.append(each)
+                port = each.socket.getsockname()[1]
+        except OSError as error:
+            for each in bound:
+                each.socket.close()
+            taken = error.errno == errno.EADDRINUSE and listen.port == 0 and bound
+            if not (taken and tries_left):
+                raise _cannot_bind(listen, host, port, error) from error
+        else:
+            return bound
+    raise AssertionError("the last try returns or raises")
+
+
+def _bind_one(
+    listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
+) -> Bound:
+    options = listen.options
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            only = int(options.get("v6only", "1"))
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        if options.get("freebind") == "1":
+            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        if "device" in options:
+            device = os.fsencode(options["device"])
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+        if "defer_accept" in options:
+            seconds = int(options["defer_accept"])
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+        sock.setblocking(False)
+        sock.bind((host, port))
+        if backlog is not None:
+            sock.listen(backlog)
+        chosen = sock.getsockname()[1]
+    except BaseException:
+        sock.close()
+        raise
+    shown = f"[{host}]" if family == socket.AF_INET6 else host
+    return Bound(sock, ListenerSettings(f"tcp:{shown}:{chosen}"))
+
+
+def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
+    what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
+    if error.errno == errno.EADDRINUSE:
+        return SystemRefused(f"{what}; {holder.of_port(host, port)}")
+    if error.errno == errno.EACCES:
+        return SystemRefused(
+            f"{what}; a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
+            "--user, or choose another port"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return SystemRefused(f"{what}; no interface has it: add ?freebind=1 if one will")
+    if error.errno == errno.ENODEV:
+        return SystemRefused(f"{what}; see `ip link` for the devices there are")
+    return SystemRefused(f"{what}; check the address and its options")

@@ -1,0 +1,111 @@
+"""Bind a UNIX socket: a live one is not stolen, a stale one is replaced.
+
+Source: unix(7), bind(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+from . import holder
+from .address import Listen, gid_of, uid_of
+from .errors import SystemRefused
+from .folder import locked
+from .settings import ListenerSettings
+
+
+def bind_unix(
+    listen: Listen, path: str, backlog: int, *, dry: bool
+) -> tuple[socket.socket, ListenerSettings]:
+    """Bind a path or @name and listen; dry: only see whether it could be done.
+
+    The caller owns the socket, and the file that the settings tell of.  Raises SystemRefused.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if path.startswith("@"):
+            sock.bind("\0" + path[1:])
+            if not dry:
+                sock.listen(backlog)
+            settings = ListenerSettings(f"unix:{path}", backlog=backlog)
+        else:
+            settings = _bind_path(sock, listen, path, backlog, dry=dry)
+    except OSError as error:
+        sock.close()
+        what = f"cannot listen on {listen.text}: {error.strerror}"
+        if error.errno == errno.EADDRINUSE:
+            raise SystemRefused(f"{what}; {holder.of_path(path)}") from error
+        if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
+            raise SystemRefused(f"{what}; to give a socket away needs root") from error
+        raise SystemRefused(f"{what}; check the folder, its rights and the options") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock, settings
+
+
+def _bind_path(
+    sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
+) -> ListenerSettings:
+    """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
+    with locked(path):
+        stale = _is_stale(path)
+        if dry:
+            if not os.access(os.path.dirname(path), os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return ListenerSettings(f"unix:{path}")
+        if stale:
+            os.unlink(path)
+        mode = listen.options.get("mode")
+        # The mode must hold from the first moment, so the umask makes it, not chmod.
+        before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
+        try:
+            sock.bind(path)
+        finally:
+            if before is not None:
+                os.umask(before)
+        try:
+            _give(path, listen)
+            sock.listen(backlog)  # still under the lock: it would look stale to the next
+            found = os.lstat(path)
+        except OSError:
+            os.unlink(path)
+            raise
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def _give(path: str, listen: Listen) -> None:
+    """Give a socket file to the user and group that were asked for."""
+    user, group = listen.options.get("user"), listen.options.get("group")
+    uid = -1 if user is None else uid_of(listen.text, user)
+    gid = -1 if group is None else gid_of(listen.text, group)
+    if (uid, gid) != (-1, -1):
+        os.chown(path, uid, gid, follow_symlinks=False)
+
+
+def _is_stale(path: str) -> bool:
+    """Whether a socket file is there that nobody listens on.
+
+    Raises OSError(EADDRINUSE) when somebody does, and OSError(EEXIST) for what is no socket.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:
+            pass  # its backlog is full: somebody lives there
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+            # a datagram socket, and somebody has it open
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

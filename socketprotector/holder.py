@@ -1,0 +1,53 @@
+"""Who has an address already, where the system tells.
+
+Source: proc(5) through psutil; unix(7) for SO_PEERCRED.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+
+import psutil
+
+_CREDENTIALS = struct.Struct("3i")
+
+
+def of_port(host: str, port: int) -> str:
+    """Say which process listens on a TCP port."""
+    pid = None
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
+                continue
+            there = {connection.laddr.ip, host} & {"0.0.0.0", "::"}
+            if connection.laddr.port == port and (there or connection.laddr.ip == host):
+                pid = pid or connection.pid
+    except (psutil.Error, OSError):
+        pass  # no /proc, or it is closed to us
+    return f"{_called(pid)} has it: stop that, or choose another"
+
+
+def _called(pid: int | None) -> str:
+    """Name a process by its number and program."""
+    try:
+        return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
+    except psutil.Error:
+        return "another program"  # it has ended, and left its socket to a child
+
+
+def of_path(path: str) -> str:
+    """Say which process listens on a UNIX socket (@name for an abstract one)."""
+    pid = _peer("\0" + path[1:] if path.startswith("@") else path)
+    return f"{_called(pid)} has it: stop that, or choose another"
+
+
+def _peer(address: str) -> int | None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(address)
+            found = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        except OSError:
+            return None
+    pid, _, _ = _CREDENTIALS.unpack(found)
+    return int(pid)

@@ -1,0 +1,194 @@
+"""What a LISTEN argument means, and what binding gives back when it fails half-way."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from socketprotector import bind
+from socketprotector.address import Listen, parse
+from socketprotector.bind import bind_all
+from socketprotector.errors import Refusal, SystemRefused, UsageError
+from socketprotector.folder import locked
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("4321", Listen("4321", 4321)),
+        ("0", Listen("0", 0)),
+        ("65535", Listen("65535", 65535)),
+        ("127.0.0.1:80", Listen("127.0.0.1:80", 80, "127.0.0.1")),
+        ("[::1]:80", Listen("[::1]:80", 80, "::1")),
+        ("[fe80::1%eth0]:80", Listen("[fe80::1%eth0]:80", 80, "fe80::1%eth0")),
+        ("host.example:80", Listen("host.example:80", 80, "host.example")),
+        ("unix:/run/x.sock", Listen("unix:/run/x.sock", path="/run/x.sock")),
+        ("unix:x.sock", Listen("unix:x.sock", path="/here/x.sock")),
+        ("unix:@name", Listen("unix:@name", path="@name")),
+        ("unix:/a:b", Listen("unix:/a:b", path="/a:b")),
+        (
+            "1?backlog=5&defer_accept=2&v6only=0&freebind=1&device=eth0",
+            Listen(
+                "1?backlog=5&defer_accept=2&v6only=0&freebind=1&device=eth0",
+                1,
+                options={
+                    "backlog": "5",
+                    "defer_accept": "2",
+                    "v6only": "0",
+                    "freebind": "1",
+                    "device": "eth0",
+                },
+            ),
+        ),
+        (
+            "unix:/x?mode=0660&user=0&group=0&backlog=7",
+            Listen(
+                "unix:/x?mode=0660&user=0&group=0&backlog=7",
+                path="/x",
+                options={"mode": "0660", "user": "0", "group": "0", "backlog": "7"},
+            ),
+        ),
+    ],
+)
+def test_an_argument_is_read(text: str, meaning: Listen) -> None:
+    assert parse(text, "/here") == meaning
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", ":80", "::1:80", "host", "host:", "host:http", "65536", "-1", "80 "),
+        *("\u00b2", "\u0663", "unix:", "unix:@", "unix:" + "x" * 108),
+        *("1?backlog=-1", "1?backlog=99999999999", "1?backlog=\u00b2", "1?v6only=2", "1?device="),
+        *("1?mode=660", "unix:/x?device=lo", "unix:/x?mode=8", "unix:/x?mode=-1", "1?nonsense=1"),
+        *("unix:/x?user=no-such-user", "unix:/x?group=no-such-group", "1?backlog=0"),
+        *("udp:53", "UDP:53", "u53", "0.0.0.0:53/udp"),
+    ],
+)
+def test_a_mistake_is_refused_with_the_argument(text: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse(text, "/")
+    assert str(refusal.value).startswith(f"{text}: ")
+    assert "\n" not in str(refusal.value)
+
+
+def bound(*texts: str, folder: Path) -> list[bind.Bound]:
+    return bind_all([parse(text, str(folder)) for text in texts], 16, notice=lambda text: None)
+
+
+def test_when_one_fails_all_before_it_are_given_back(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemRefused, match="Address already in use"):
+            bound("unix:s", "127.0.0.1:0", f"127.0.0.1:{port}", folder=tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel chooses a free port for 127.0.0.1; on 127.0.0.2 it may be taken."""
+    addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
+    monkeypatch.setattr(bind, "_addresses", lambda listen, notice: addresses)
+    real = bind._bind_one
+    taken: list[int] = []
+
+    def half_taken(listen: Listen, family: int, host: str, port: int, backlog: int) -> bind.Bound:
+        if host == "127.0.0.2" and len(taken) < 3:
+            taken.append(port)
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        return real(listen, socket.AddressFamily(family), host, port, backlog)
+
+    monkeypatch.setattr(bind, "_bind_one", half_taken)
+
+    first, second = bound("0", folder=tmp_path)
+
+    assert len(taken) == 3
+    assert first.socket.getsockname()[1] == second.socket.getsockname()[1]
+    for each in (first, second):
+        each.discard()
+
+
+def test_dry_leaves_nothing(tmp_path: Path) -> None:
+    listens = [parse("unix:s", str(tmp_path)), parse("127.0.0.1:0", "/")]
+
+    assert bind_all(listens, 16, notice=lambda text: None, dry=True) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_socket_file_that_was_replaced_is_not_discarded(tmp_path: Path) -> None:
+    (ours,) = bound("unix:s", folder=tmp_path)
+    (tmp_path / "s").unlink()
+    (tmp_path / "s").touch()
+
+    ours.discard()
+
+    assert (tmp_path / "s").exists()
+
+
+def test_a_socket_that_cannot_be_given_away_is_removed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chown", refused)
+
+    with pytest.raises(SystemRefused, match="to give a socket away needs root"):
+        bound("unix:s?user=0", folder=tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_socket_has_its_mode_from_the_first_moment(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        (ours,) = bound("unix:s?mode=0600", folder=tmp_path)
+        assert (tmp_path / "s").stat().st_mode & 0o777 == 0o600
+        assert os.umask(0) == 0, "the umask is put back"
+    finally:
+        os.umask(before)
+    ours.discard()
+
+
+# -- the lock of a folder ------------------------------------------------------
+
+
+def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
+    order = []
+    entered = threading.Event()
+
+    def second() -> None:
+        entered.set()
+        with locked(str(tmp_path / "x")):
+            order.append("second")
+
+    with locked(str(tmp_path / "x")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        entered.wait()
+        order.append("first")
+    thread.join()
+
+    assert order == ["first", "second"]
+
+
+def test_who_keeps_a_folder_locked_does_not_hang_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.folder._LOCK_S", 0.01)
+    held = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    with pytest.raises(Refusal, match="another program keeps the folder locked"):
+        bound("unix:s", folder=tmp_path)
+
+    os.close(held)
+    assert list(tmp_path.iterdir()) == []

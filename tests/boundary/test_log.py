@@ -1,0 +1,145 @@
+"""The log: one line for each call, never blocking, never raising."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from socketprotector.log import Log, is_own
+
+
+@contextmanager
+def stderr_is(fd: int) -> Iterator[None]:
+    """Let descriptor 2 be another one for a while."""
+    kept = os.dup(2)
+    os.dup2(fd, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@contextmanager
+def log_to(fd: int, level: str = "info", *, prioritized: bool = False) -> Iterator[Log]:
+    with stderr_is(fd):
+        log = Log(level, prioritized=prioritized)
+        try:
+            yield log
+        finally:
+            log.close()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    receive, send = os.pipe()
+    yield receive, send
+    os.close(receive)
+    os.close(send)
+
+
+def test_a_line_is_time_level_and_fields(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send) as log:
+        log.write("info", "ready", generation=1, name="two words", left_out=None, odd='a"b=\n\x1b')
+
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info event=ready generation=1 "
+        r'name="two words" odd="a\\"b=\\n\\x1b"\n',
+        os.read(receive, 4096).decode(),
+    )
+
+
+def test_a_reader_that_adds_the_time_gets_a_priority(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, "debug", prioritized=True) as log:
+        for level in ("debug", "info", "warning", "error"):
+            log.write(level, "told")
+
+    assert os.read(receive, 4096) == b"<7>event=told\n<6>event=told\n<4>event=told\n<3>event=told\n"
+
+
+def test_what_is_below_the_threshold_is_not_written(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, "warning", prioritized=True) as log:
+        log.write("info", "quiet")
+        log.write("error", "loud")
+
+    assert os.read(receive, 4096) == b"<3>event=loud\n"
+
+
+def test_lines_that_would_block_are_dropped_and_counted(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, prioritized=True) as log:
+        for _ in range(10_000):
+            log.write("info", "many", padding="x" * 50)
+        while len(os.read(receive, 1 << 20)) == 1 << 20:
+            pass
+        log.write("info", "first")
+        log.write("info", "second")
+        first, second = os.read(receive, 4096).decode().splitlines()[-2:]
+
+    assert re.fullmatch(r"<6>event=first dropped_lines=\d+", first)
+    assert second == "<6>event=second"
+    assert os.get_blocking(send), "the workers' description is as it was"
+
+
+def test_a_reader_that_is_gone_is_no_trouble() -> None:
+    receive, send = os.pipe()
+    with log_to(send) as log:
+        os.close(receive)
+        log.write("info", "unheard")
+        log.reopen()
+        log.write("info", "unheard")
+    os.close(send)
+
+
+def test_a_socket_is_written_to_without_blocking() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, log_to(theirs.fileno(), prioritized=True) as log:
+        for _ in range(20_000):
+            log.write("info", "many", padding="x" * 50)
+        assert ours.recv(4096).startswith(b"<6>event=many")
+        assert theirs.getblocking()
+
+
+def test_lines_in_a_file_keep_step_with_other_writers(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT)
+    with log_to(fd, prioritized=True) as log:
+        log.write("info", "one")
+        os.write(2, b"a worker's\n")
+        log.write("info", "two")
+    os.close(fd)
+
+    assert (tmp_path / "log").read_text() == "<6>event=one\na worker's\n<6>event=two\n"
+
+
+def test_a_terminal_is_written_to(pipe: tuple[int, int]) -> None:
+    ours, theirs = pty.openpty()
+    with log_to(theirs, prioritized=True) as log:
+        log.write("info", "shown")
+        assert os.read(ours, 4096) == b"<6>event=shown\r\n"
+    os.close(theirs)
+    os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("2026-01-02T03:04:05.678Z info event=ready generation=1", True),
+        ("<6>event=ready", True),
+        ("<3>disk full", False),
+        ("2026-01-02T03:04:05.678Z info request served event=click", False),
+        ("my daemon says event=start", False),
+        ("", False),
+    ],
+)
+def test_its_own_lines_are_told_from_those_of_workers(line: str, own: bool) -> None:
+    assert is_own(line) is own

@@ -1,0 +1,93 @@
+"""The pid file's lock, whatever fails half-way."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from lockfile import AlreadyLocked, LockFailed, NotMyLock
+
+from socketprotector.pidfile import PidFile
+
+
+def test_it_is_whole_locked_and_removed(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    ours, theirs = PidFile(str(path)), PidFile(str(path))
+
+    ours.acquire()
+
+    assert path.read_text() == f"{os.getpid()}\n"
+    assert theirs.holder() == os.getpid()
+    with pytest.raises(AlreadyLocked, match=f"held by process {os.getpid()}"):
+        theirs.acquire()
+    ours.release()
+    assert list(tmp_path.iterdir()) == []
+    assert theirs.holder() is None
+
+
+def test_it_is_replaced_when_nobody_holds_it(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("1\n")
+    ours = PidFile(str(path))
+
+    assert ours.holder() is None
+    ours.acquire()
+
+    assert path.read_text() == f"{os.getpid()}\n"
+    ours.release()
+
+
+def test_looking_does_not_lock(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("1\n")
+    looking, ours = PidFile(str(path)), PidFile(str(path))
+
+    looking.holder()
+    ours.acquire()
+
+    assert looking.holder() == os.getpid()
+    ours.release()
+
+
+@pytest.mark.parametrize("call", ["open", "fchmod", "write", "rename"])
+def test_a_system_call_that_fails_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real_open = os.open
+
+    def fails(*arguments: object, **_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def opens(path: str, flags: int, *more: int, **named: int) -> int:
+        return fails() if flags & os.O_CREAT else real_open(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, call, opens if call == "open" else fails)
+    ours = PidFile(str(tmp_path / "pid"))
+
+    with pytest.raises(LockFailed, match="No space left on device"):
+        ours.acquire()
+
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(NotMyLock):
+        ours.release()
+
+
+def test_a_folder_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(LockFailed, match="No such file or directory"):
+        PidFile(str(tmp_path / "no" / "pid")).acquire()
+
+
+@pytest.mark.parametrize("content", ["", "garbage", "12 34", "-5", "\0"])
+def test_a_held_file_with_other_content_has_a_holder_all_the_same(
+    tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "pid"
+    ours = PidFile(str(path))
+    ours.acquire()
+    path.write_text(content)
+
+    assert PidFile(str(path)).holder() == 0
+    ours.release()

@@ -1,0 +1,286 @@
+"""Where output goes: syslog through the relay, the log file, the terminal of the foreground."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import termios
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import MARK, Lines, ask, eventually, marked, wait_gone
+from tests.scenarios.starting import MINIMAL, Start, start_of
+from tests.scenarios.tools import Client, worker
+
+#: Gives a command a /dev of its own, with /dev/log where the test listens.
+OWN_DEV = """
+mount -t tmpfs none "$1" && cd "$1" || exit 77
+for node in null zero full random urandom tty; do
+    : > $node && mount --bind /dev/$node $node || exit 77
+done
+ln -s /proc/self/fd fd
+mkdir shm
+ln -s "$2" log
+mount --rbind . /dev || exit 77
+shift 2
+cd "$OLDPWD" || exit 77
+exec "$@"
+"""
+
+
+class Syslog:
+    """Listens as syslogd does, and keeps what it is told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dev = folder / "dev.sh"
+        self.dev.mkdir()
+        self._path = folder / "syslog.sh"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(self._path))
+        self.seen: list[str] = []
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Words in front of a command that is to log here."""
+        script = ("sh", "-c", OWN_DEV, "-", str(self.dev), str(self._path))
+        return ("unshare", "-m", *script)
+
+    def _listen(self) -> None:
+        while data := self._socket.recv(65536):
+            self.seen.append(data.decode())
+
+    def wait_for(self, pattern: str) -> str:
+        """Wait for a message; returns the first that matches."""
+        wanted = re.compile(pattern)
+
+        def found() -> list[str]:
+            return [line for line in list(self.seen) if wanted.search(line)]
+
+        eventually(lambda: bool(found()), f"{pattern} among {self.seen}")
+        return found()[0]
+
+    def close(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
+            last.sendto(b"", str(self._path))
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def syslog(start: Start) -> Iterator[Syslog]:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root with unshare(1) can have a /dev/log of its own")
+    listener = Syslog(start.folder)
+    yield listener
+    start.end()
+    listener.close()
+
+
+def relay_of(start: Start) -> int:
+    """The pid of the relay."""
+    for pid in marked(start.environment[MARK]):
+        if b"relay.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return pid
+    return 0
+
+
+# -- the relay -----------------------------------------------------------------
+
+#: Prints what it is told to, one line for each line.
+TALKS = worker("talks")
+
+
+def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Syslog) -> None:
+    ended = start("--name", "shop", "unix:s", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    assert ended.status == 0, ended
+
+    # daemon.info is facility 3, severity 6; daemon.warning is 28.
+    assert syslog.wait_for("event=ready").startswith("<30>")
+    assert re.search(r" shop(\[\d+\])?: event=ready", syslog.wait_for("event=ready"))
+    with Client(f"{start.folder}/s", "a line from the worker"):
+        assert syslog.wait_for("a line from the worker").startswith("<30>")
+    with Client(f"{start.folder}/s", "<4>a warning"):
+        assert syslog.wait_for("a warning$").startswith("<28>")
+    with Client(f"{start.folder}/s", "x" * 20000):
+        eventually(lambda: sum(line.count("x" * 1000) for line in list(syslog.seen)) >= 19, "all")
+    start.stop()
+    assert syslog.wait_for("event=stopped")
+    assert [left for left in start.left() if "process" in left] == []
+
+
+def test_a_relay_that_is_killed_breaks_nobodys_output_and_comes_back(
+    start: Start, syslog: Syslog
+) -> None:
+    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    relay = relay_of(start)
+    protector = start.pid
+
+    os.kill(relay, signal.SIGKILL)
+    assert not wait_gone([relay])
+    # What is written while there is none waits in the pipe.
+    with Client(f"{start.folder}/s", "in between"):
+        syslog.wait_for("in between")
+
+    syslog.wait_for("event=relay-ended")
+    assert relay_of(start) not in (0, relay)
+    assert start.pid == protector
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog) -> None:
+    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    relay = relay_of(start)
+    client = Client(f"{start.folder}/s")
+    client.say("one")
+    syslog.wait_for("one$")
+
+    protector = start.pid
+    os.kill(protector, signal.SIGKILL)
+    assert not wait_gone([protector])
+
+    # The worker goes on serving whom it has, and is heard.
+    client.say("two")
+    syslog.wait_for("two$")
+    assert relay_of(start) == relay
+    client.close()
+    assert not wait_gone([relay])
+
+
+def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None:
+    ended = start("unix:s", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    relay = relay_of(start)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(relay, number)
+    with Client(f"{start.folder}/s", "still here"):
+        syslog.wait_for("still here")
+
+    assert relay_of(start) == relay
+    start.stop()
+
+
+def test_without_any_syslog_it_runs_all_the_same(start: Start) -> None:
+    """/dev/log may be missing: then the lines are lost and nothing else is."""
+    ended = start("unix:s", "--", *TALKS)
+
+    assert ended.status == 0, ended
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+    assert start.left() == []
+
+
+# -- the log file --------------------------------------------------------------
+
+
+def test_the_log_file_is_appended_to_and_shared(start: Start) -> None:
+    start.log_file.write_text("from before\n")
+    start.up("unix:s", "--", *TALKS)
+    with Client(f"{start.folder}/s", "from the worker"):
+        start.wait_for("from the worker")
+    start.stop()
+
+    lines = start.log.splitlines()
+    assert lines[0] == "from before"
+    assert "event=stopped" in lines[-1]
+    assert "from the worker" in lines
+    # Every line is whole, and the protector's begin with the time.
+    own = [line for line in lines if "event=" in line]
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \w+ event=", line) for line in own)
+
+
+def test_a_relative_log_file_is_the_callers(start: Start) -> None:
+    ended = start("--log-file", "log", "--chdir", "/", "unix:s", "--", *MINIMAL)
+
+    assert ended.status == 0
+    assert "event=ready" in start.log
+    start.stop()
+
+
+# -- the foreground ------------------------------------------------------------
+
+
+def test_the_foreground_is_the_process_that_the_caller_started(start: Start) -> None:
+    with start_of(start, "-f", "unix:s", "--", *TALKS) as process:
+        assert process.stderr
+        assert process.stdout
+        log = Lines(os.dup(process.stderr.fileno()))
+        out = Lines(os.dup(process.stdout.fileno()))
+        log.wait_for(f"event=start pid={process.pid} ")
+        log.wait_for("event=ready")
+        assert start.pid == process.pid
+        with Client(f"{start.folder}/s", "from the worker"):
+            out.wait_for("^from the worker$")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 0
+        log.join()
+        out.join()
+    assert start.left() == []
+
+
+def test_lines_in_a_regular_file_do_not_overwrite_each_other(start: Start) -> None:
+    """`2>&1 >file` without append: all have one offset, so it must be one description."""
+    with (
+        open(start.folder / "all.sh", "wb") as file,
+        start_of(start, "-f", "unix:s", "--", *TALKS, stdout=file, stderr=file) as process,
+    ):
+        path = start.folder / "all.sh"
+        eventually(lambda: "event=ready" in path.read_text(), "ready")
+        with Client(f"{start.folder}/s") as client:
+            for number in range(50):
+                client.say(f"line {number}")
+                process.send_signal(signal.SIGTTIN if number % 2 else signal.SIGTTOU)
+            eventually(lambda: "line 49\n" in path.read_text(), "the last line")
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+    lines = path.read_text().splitlines()
+    assert [line for line in lines if line.startswith("line")] == [f"line {n}" for n in range(50)]
+    stamp = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \w+ event=\w|line \d+$")
+    assert [line for line in lines if not stamp.match(line)] == []
+    assert "event=stopped" in lines[-1]
+
+
+def test_a_reader_of_the_log_that_does_not_read_never_holds_anything_up(start: Start) -> None:
+    receive, send = os.pipe()
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
+    with start_of(start, "-f", "unix:s", "--", *MINIMAL, stderr=send, stdout=send) as process:
+        os.close(send)
+
+        def waiting() -> int:
+            return int.from_bytes(fcntl.ioctl(receive, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+        def full() -> bool:
+            process.send_signal(signal.SIGUSR1)  # each is two lines
+            return waiting() > 4096 - 200
+
+        eventually(lambda: waiting() > 0, "the first line")
+        eventually(full, "a full pipe")
+        for _ in range(20):
+            process.send_signal(signal.SIGUSR1)
+            assert ask(f"{start.folder}/s") == "hello"
+        os.close(receive)
+        for _ in range(20):
+            process.send_signal(signal.SIGUSR1)
+            assert ask(f"{start.folder}/s") == "hello"
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+    assert start.left() == []

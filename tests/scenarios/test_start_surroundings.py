@@ -1,0 +1,320 @@
+"""What the protector is started from: descriptors, limits, folders, terminals, installs."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import socketprotector_client
+
+import socketprotector
+from tests.running import COMMAND, DEADLINE_S, ask
+from tests.scenarios.starting import MINIMAL, TELLS, Popen, Start, start_of, told
+from tests.scenarios.tools import Client, worker
+
+# -- descriptors ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"])
+def test_standard_descriptors_may_be_closed(start: Start, closed: str) -> None:
+    before = ("sh", "-c", f'exec "$@" {closed}', "-")
+
+    ended = start("--log-file", "log", "127.0.0.1:0", "unix:s", "--", *TELLS, before=before)
+
+    assert ended.status == 0, ended
+    assert ended.err == ""
+    found = told(f"{start.folder}/s")
+    assert found["descriptors"]["0"] == "/dev/null"
+    assert found["descriptors"]["2"] == str(start.log_file)
+    assert os.readlink(f"/proc/{start.pid}/fd/0") == "/dev/null"
+    start.stop()
+    assert start.left() == []
+
+
+def test_standard_descriptors_may_be_closed_in_the_foreground(start: Start) -> None:
+    before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
+
+    with start_of(start, "-f", "--log-file", "log", "unix:s", "--", *TELLS, before=before) as run:
+        start.wait_for("event=ready")
+        found = told(f"{start.folder}/s")
+        assert found["descriptors"]["0"] == "/dev/null"
+        assert found["descriptors"]["1"] == str(start.log_file)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(DEADLINE_S) == 0
+    assert start.left() == []
+
+
+def test_a_failed_start_with_closed_descriptors_has_its_status(start: Start) -> None:
+    before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
+
+    for mode in ((), ("-f",)):
+        ended = start(*mode, "unix:s", "--", "false", before=before)
+
+        assert (ended.status, ended.out, ended.err) == (3, "", "")
+        assert start.left() == []
+
+
+@pytest.mark.parametrize("mode", ["detached", "foreground"])
+def test_stray_descriptors_reach_nobody(start: Start, mode: str) -> None:
+    receive, send = os.pipe()
+    high = fcntl.fcntl(send, fcntl.F_DUPFD, 200)
+    stray = os.readlink(f"/proc/self/fd/{send}")
+    options = ("-f",) if mode == "foreground" else ()
+    words = (*options, "--log-file", "log", "unix:s", "--", *TELLS)
+    with start_of(start, *words, pass_fds=(send, high)) as process:
+        os.close(send)
+        os.close(high)
+        start.wait_for("event=ready")
+        found = told(f"{start.folder}/s")
+        folder = Path(f"/proc/{start.pid}/fd")
+        assert [f for f in folder.iterdir() if os.readlink(f) == stray] == []
+        assert sorted(map(int, found["descriptors"])) == [0, 1, 2, 3, 4]
+        assert os.read(receive, 1) == b"", "nobody has it any more"
+        if mode == "foreground":
+            process.send_signal(signal.SIGTERM)
+    os.close(receive)
+    if mode == "detached":
+        start.stop()
+
+
+def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
+    """python-daemon closes all that could be open: a million of them here."""
+    nr_open = int(Path("/proc/sys/fs/nr_open").read_text())
+    limit = min(1_048_576, nr_open)
+
+    def raise_it() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, limit))
+
+    try:
+        ended = start("--log-file", "log", "unix:s", "--", *TELLS, preexec_fn=raise_it)
+    except subprocess.SubprocessError:
+        pytest.skip("may not raise the hard limit here")
+
+    assert ended.status == 0
+    found = told(f"{start.folder}/s")
+    assert found["nofile"] == [1024, limit], "the caller's soft limit"
+    usage = Path(f"/proc/{start.pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    assert (int(usage[11]) + int(usage[12])) / ticks < 2.0, "seconds of its own CPU time"
+    start.stop()
+
+
+# -- folders and installs ------------------------------------------------------
+
+
+def test_a_current_link_to_a_release_is_followed_at_each_reload(start: Start) -> None:
+    for name in ("one.sh", "two.sh"):
+        release = start.folder / name
+        release.mkdir()
+        daemon = release / "daemon"
+        daemon.write_text(f"#!/bin/sh\nRELEASE={name} exec {' '.join(TELLS)}\n")
+        daemon.chmod(0o755)
+    current = start.folder / "current.sh"
+    current.symlink_to("one.sh")
+
+    start.up(f"unix:{start.folder}/s", "--", "./daemon", cwd=current)
+    first = told(f"{start.folder}/s")
+    current.unlink()
+    current.symlink_to("two.sh")
+    start.reload()
+    second = told(f"{start.folder}/s")
+
+    assert first["environment"]["RELEASE"] == "one.sh"
+    assert first["directory"] == str(start.folder / "one.sh")
+    assert second["environment"]["RELEASE"] == "two.sh"
+    assert second["directory"] == str(start.folder / "two.sh")
+    start.stop()
+
+
+def test_paths_are_the_callers_and_the_command_too(start: Start) -> None:
+    """./daemon, --chdir and the files are taken against the caller's folder, not --chdir's."""
+    room = start.folder / "room.sh"
+    room.mkdir()
+    daemon = start.folder / "daemon.sh"
+    daemon.write_text(f"#!/bin/sh\nexec {' '.join(TELLS)}\n")
+    daemon.chmod(0o755)
+
+    ended = start(
+        *("--pid-file", "pid", "--log-file", "log", "--chdir", "room.sh", "unix:s"),
+        *("--", "./daemon.sh"),
+    )
+
+    assert ended.status == 0, ended
+    assert told(f"{start.folder}/s")["directory"] == str(room)
+    assert Path(f"/proc/{start.pid}/cwd").resolve() == Path("/"), "it holds no folder busy"
+    start.stop()
+
+
+def test_a_folder_that_goes_away_later_fails_only_reloads(start: Start) -> None:
+    room = start.folder / "room.sh"
+    room.mkdir()
+    start.up("--chdir", "room.sh", "unix:s", "--", *MINIMAL)
+    room.rmdir()
+
+    start.send(signal.SIGHUP)
+
+    start.wait_for("event=reload-failed .*room.sh: No such file or directory")
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+@pytest.mark.parametrize("path", ["absolute", "relative", "current directory"])
+def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
+    """As from a checkout; the module is found by the resident process and by workers too."""
+    copy = start.folder / "copy.sh"
+    copy.mkdir()
+    for package in (socketprotector, socketprotector_client):
+        source = Path(str(package.__file__)).parent
+        shutil.copytree(source, copy / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    script = start.folder / "worker.py"
+    script.write_text(
+        "import sys, socketprotector_client as c\n"
+        "print(c.__file__, file=sys.stderr, flush=True)\n"
+        "for client, address in c.connections():\n"
+        "    client.close()\n"
+    )
+    environment = {"PYTHONPATH": str(copy) if path == "absolute" else "copy.sh"}
+    cwd = start.folder
+    if path == "current directory":
+        cwd, environment = copy, {"PYTHONPATH": ""}
+
+    start.up(
+        *(f"unix:{start.folder}/s", "--", sys.executable, script),
+        environment=environment,
+        cwd=cwd,
+    )
+
+    if path == "current directory":
+        assert "socketprotector_client" in start.log
+    else:
+        assert f"{copy}/socketprotector_client/__init__.py" in start.log
+    start.reload()
+    start.stop()
+
+
+# -- terminals -----------------------------------------------------------------
+
+
+def read_until(fd: int, pattern: str) -> str:
+    """Read from a terminal until a line matches; returns all of it."""
+    seen = ""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while not re.search(pattern, seen):
+        assert poll.poll(DEADLINE_S * 1000), seen
+        seen += os.read(fd, 65536).decode()
+    return seen
+
+
+@contextmanager
+def on_a_terminal(
+    start: Start, *words: str, before: tuple[str, ...] = ()
+) -> Iterator[tuple[Popen, int]]:
+    """A foreground protector that leads the session of a terminal, and the other end of that."""
+    ours, theirs = pty.openpty()
+    with start_of(
+        start,
+        *("-f", *words),
+        before=("setsid", "--ctty", *before),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=False,
+    ) as process:
+        os.close(theirs)
+        yield process, ours
+
+
+def test_output_of_the_foreground_is_on_the_terminal(start: Start) -> None:
+    with on_a_terminal(start, "unix:s", "--", *worker("talks")) as (process, terminal):
+        read_until(terminal, "event=ready")
+        with Client(f"{start.folder}/s", "a line of the worker"):
+            read_until(terminal, "a line of the worker")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "event=stopped")
+        assert process.wait(DEADLINE_S) == 0
+        os.close(terminal)
+    assert start.left() == []
+
+
+def test_the_terminal_of_the_foreground_going_away_stops_it(start: Start) -> None:
+    with on_a_terminal(start, "--log-file", "log", "unix:s", "--", *MINIMAL) as (process, terminal):
+        start.wait_for("event=ready")
+        os.close(terminal)
+        assert process.wait(DEADLINE_S) == 0
+    assert "event=signal signal=SIGHUP" in start.log
+    assert "event=stopping" in start.log
+    assert start.left() == []
+
+
+def test_under_nohup_the_terminal_may_go_away(start: Start) -> None:
+    words = ("--log-file", "log", "unix:s", "--", *MINIMAL)
+    with on_a_terminal(start, *words, before=("nohup",)) as (process, terminal):
+        start.wait_for("event=ready")
+        os.close(terminal)
+        # Nothing comes of it: what comes after it is served.
+        assert ask(f"{start.folder}/s") == "hello"
+        process.send_signal(signal.SIGUSR1)
+        start.wait_for("event=reopened")
+        assert process.poll() is None
+        assert "event=stopping" not in start.log
+        assert "event=reloading" not in start.log
+        process.send_signal(signal.SIGHUP)
+        start.wait_for("event=signal signal=SIGHUP")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -> None:
+    """Also when HUP was ignored by who started it."""
+    start.up("unix:s", "--", *MINIMAL, before=("nohup",))
+
+    assert os.getsid(start.pid) != start.pid, "no session leader: it can get no terminal"
+    assert os.getsid(start.pid) != os.getsid(0)
+    terminal = Path(f"/proc/{start.pid}/stat").read_text().rpartition(")")[2].split()[4]
+    assert terminal == "0"
+    start.reload()
+    start.stop()
+
+
+def test_stdin_may_be_a_socket(start: Start) -> None:
+    """As under `ssh host SocketProtector ...`, where others take it for inetd and do not detach."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ended = start("unix:s", "--", *MINIMAL, stdin=theirs)
+
+        assert ended.status == 0
+        assert os.getsid(start.pid) != os.getsid(0)
+        theirs.close()
+        assert ours.recv(1) == b"", "nobody holds the other end"
+    start.stop()
+
+
+def test_whoever_waits_for_the_commands_output_gets_its_end(start: Start) -> None:
+    """`$(SocketProtector ...)` returns: the protector holds none of the caller's descriptors."""
+    words = (*COMMAND, "--pid-file", "pid", "unix:s", "--", *MINIMAL)
+    ended = subprocess.run(
+        ["sh", "-c", 'echo "$("$@" 2>&1)"', "-", *words],
+        cwd=start.folder,
+        env={**start.environment, "PWD": str(start.folder)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\n", "")
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()

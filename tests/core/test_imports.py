@@ -26,7 +26,7 @@ LAYERS = {
         *{"channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
         *{"pidfile", "process", "relay", "scoreboard", "strays"},
     },
-    "values": {"__init__", "errors", "events", "fleet", "settings", "words"},
+    "values": {"__init__", "errors", "events", "fleet", "lean", "settings", "words"},
 }
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 

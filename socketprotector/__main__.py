@@ -14,6 +14,9 @@ from . import door
 def main() -> None:
     """Run the one or the other, and exit with its status."""
     if door.is_ours():
+        from . import lean
+
+        lean.defer("inspect")
         from . import resident
 
         resident.main()

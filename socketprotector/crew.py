@@ -41,6 +41,8 @@ _USEC_DIGITS = 15
 
 @dataclass(slots=True)
 class _Worker:
+    """One process, and how it speaks with us."""
+
     generation: int
     channel: Channel  # its generation's, not ours to close
     process: Process

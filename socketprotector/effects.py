@@ -73,6 +73,8 @@ _TO_END_S = 5.0
 
 @dataclass(slots=True)
 class _Generation:
+    """What its workers are started from, and their channel."""
+
     program: Program
     channel: Channel
     serving_since: float = 0.0

@@ -46,7 +46,7 @@ LAYERS = {
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "loop", "notify"},
         *{"pidfile", "process", "relay", "scoreboard", "state", "strays"},
     },
-    "values": {"__init__", "errors", "events", "fleet", "records", "settings", "words"},
+    "values": {"__init__", "errors", "events", "fleet", "lean", "records", "settings", "words"},
 }
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 

@@ -18,7 +18,7 @@ from tests.scenarios.tools import (
     descriptors,
     hold,
     in_backlog,
-    kinds_of,
+    kinds_at_rest,
     spawned,
     wake_ups,
     worker,
@@ -53,7 +53,7 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     release = Release(tmp_path / "daemon")
     release.becomes(*worker("many"))
     daemon = protector("--workers", "3", "127.0.0.1:0", "--", release.path).ready()
-    before = kinds_of(daemon.pid)
+    before = kinds_at_rest(daemon)
     for pid in spawned(daemon):
         hold(pid)
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(100)]
@@ -69,7 +69,7 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     for number, client in enumerate(clients):
         assert client.hear().endswith(f" line {number}")
         client.close()
-    eventually(lambda: kinds_of(daemon.pid) == before, "as many descriptors as before")
+    eventually(lambda: kinds_at_rest(daemon) == before, "as many descriptors as before")
     daemon.stop()
 
 
@@ -98,6 +98,7 @@ def test_node_v0_8746_a_busy_worker_fills_the_backlog_and_not_the_protector(
     daemon = protector("--queue", "16", "127.0.0.1:0", "--", *worker("in_order")).ready()
     (pid,) = spawned(daemon)
     hold(pid)
+    kinds_at_rest(daemon)
     before = len(descriptors(daemon.pid))
 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400)]

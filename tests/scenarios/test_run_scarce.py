@@ -23,7 +23,7 @@ from tests.scenarios.tools import (
     descriptors,
     hold,
     in_backlog,
-    kinds_of,
+    kinds_at_rest,
     memory_kib,
     spawned,
     wake_ups,
@@ -52,6 +52,7 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     ask(("127.0.0.1", daemon.port))
     soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    kinds_at_rest(daemon)
     taken = descriptors(daemon.pid)
     free = next(fd for fd in range(len(taken) + 1) if fd not in taken)
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, hard))
@@ -76,6 +77,7 @@ def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(protector: Star
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(20)]
     eventually(lambda: in_backlog(daemon.port) == 0, "all of them in the queue")
     soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    kinds_at_rest(daemon)
 
     for spare in range(8):  # so that each step of opening and spawning fails once
         taken = descriptors(daemon.pid)
@@ -203,12 +205,12 @@ def test_500_reloads_leak_nothing(protector: Start) -> None:
     for _ in range(50):
         daemon.reload()
     settle()
-    kinds, memory = kinds_of(daemon.pid), memory_kib(daemon.pid)
+    kinds, memory = kinds_at_rest(daemon), memory_kib(daemon.pid)
     for _ in range(450):
         daemon.reload()
         ask(("127.0.0.1", daemon.port))
     settle()
 
-    assert kinds_of(daemon.pid) == kinds
+    assert kinds_at_rest(daemon) == kinds
     assert memory_kib(daemon.pid) < memory + 512
     daemon.stop()

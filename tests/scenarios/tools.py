@@ -186,6 +186,13 @@ def kinds_of(pid: int) -> dict[str, int]:
     return counted
 
 
+def kinds_at_rest(daemon: Protector) -> dict[str, int]:
+    """The same of a protector that has done all that it was told before."""
+    mark = daemon.signal(signal.SIGUSR1)
+    daemon.log.wait_for("event=reopened", after=mark)
+    return kinds_of(daemon.pid)
+
+
 def in_backlog(port: int) -> int:
     """How many connections wait in the kernel's backlog of a listener on 127.0.0.1."""
     for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:

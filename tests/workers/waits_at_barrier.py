@@ -17,7 +17,7 @@ os.close(send)
 poll = select.poll()
 poll.register(receive, 0)
 poll.poll()  # until nobody holds the other end
-print("passed", file=sys.stderr, flush=True)
+os.write(2, b"passed\n")
 while taken := take():
     with taken[1] as client:
         answer(client)

@@ -1,0 +1,67 @@
+"""What the resident process does without, and what that saves."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector
+from tests.scenarios.tools import worker
+
+
+def run(program: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=30
+    ).stdout
+
+
+def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
+    said = run(
+        "from socketprotector import lean\n"
+        "import sys\n"
+        "lean.defer('inspect')\n"
+        "import inspect\n"
+        "print('dis' in sys.modules)\n"
+        "def f(a: int) -> str: ...\n"
+        "print(inspect.signature(f))\n"
+        "print('dis' in sys.modules)\n"
+        "import inspect as again\n"
+        "print(again is not inspect, again.signature is inspect.signature)\n"
+    )
+
+    assert said == "False\n(a: int) -> str\nTrue\nTrue True\n"
+
+
+def test_a_module_that_is_there_is_not_deferred() -> None:
+    assert run(
+        "from socketprotector import lean\nimport json\nlean.defer('json')\nprint(json.dumps(1))"
+    )
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="dataclasses uses more of inspect there")
+def test_the_resident_process_never_needs_inspect() -> None:
+    said = run(
+        "from socketprotector import lean\n"
+        "import sys\n"
+        "lean.defer('inspect')\n"
+        "import socketprotector.resident\n"
+        "print('dis' in sys.modules)\n"
+    )
+
+    assert said == "False\n"
+
+
+def test_the_protector_is_resident_in_less_than_16_mb(
+    protector: Callable[..., Protector],
+) -> None:
+    daemon = protector("127.0.0.1:0", "--", *worker("minimal")).ready()
+
+    status = Path(f"/proc/{daemon.pid}/status").read_text()
+    resident_kb = int(status.split("VmRSS:")[1].split()[0])
+
+    assert resident_kb <= 16 * 1024
+    daemon.stop()

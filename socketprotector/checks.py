@@ -55,6 +55,20 @@ def identity(user: str | None, group: str | None) -> Identity | None:
     return Identity(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
 
 
+def worker_identity(worker_user: str | None, user: str | None) -> Identity | None:
+    """Look up --worker-user; None when it is not given."""
+    if worker_user is None:
+        return None
+    if user is None:
+        raise UsageError("--worker-user needs --user: who the protector itself is to be")
+    try:
+        entry = _find(worker_user, pwd.getpwuid, pwd.getpwnam)
+    except KeyError:
+        raise UsageError(f"--worker-user {worker_user}: unknown user; see getent passwd") from None
+    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    return Identity(entry.pw_name, entry.pw_uid, entry.pw_gid, groups)
+
+
 def _find(name: str, by_number: Callable[[int], T], by_name: Callable[[str], T]) -> T:
     return by_number(int(name)) if name.isdecimal() else by_name(name)
 

@@ -84,6 +84,8 @@ _FOR_LATER = (
 )
 @click.option("--user", help="Run as this user once the sockets are bound.")
 @click.option("--group", help="And as this group.")
+@click.option("--worker-user", help="Start workers as this user instead; needs --user.")
+@click.option("--no-new-privs", is_flag=True, help="No set-user-id program gains anything.")
 @click.option("--chdir", metavar="DIR", help="Where workers start; looked up at each reload.")
 @click.option("--umask", callback=options.octal, metavar="OCTAL", help="Of the workers.")
 @click.option(
@@ -189,6 +191,8 @@ def _settings(given: dict[str, Any], command: list[str], directory: str) -> Sett
         ready_after_s=given["ready"],
         queue=given["queue"],
         identity=checks.identity(given["user"], given["group"]),
+        worker_identity=checks.worker_identity(given["worker_user"], given["user"]),
+        no_new_privileges=given["no_new_privs"],
         umask=umask if given["umask"] is None else given["umask"],
         nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         limits=tuple(limits.items()),

@@ -86,9 +86,8 @@ class Crew:
         self._output = output
         self._post = post
         self._listeners = wire.pack_listeners([each.address for each in settings.listeners])
-        self._uids = frozenset(
-            {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
-        )
+        users = (settings.identity, settings.worker_identity)
+        self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s)

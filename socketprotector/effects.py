@@ -312,6 +312,7 @@ class Effects:
             umask=settings.umask,
             limits=tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
             nice=settings.nice,
+            identity=settings.worker_identity,
         )
 
     def _route_to(self, number: int | None) -> None:

@@ -7,7 +7,6 @@ are blocked from here until somebody can answer them: the waiting process, or th
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from daemon import DaemonContext
 from lockfile import AlreadyLocked, LockFailed
 
-from . import door, guard
+from . import door, guard, privileges
 from .bind import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .pidfile import PidFile
@@ -26,7 +25,6 @@ from .settings import Settings, dump
 from .upgrade import command_of
 from .waiting import wait
 
-_PR_SET_CHILD_SUBREAPER = 36
 _LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 
 
@@ -174,14 +172,12 @@ def _exec(
     # Run by -m from a folder with the package in it, that folder is needed again.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
     command = list(command_of(tuple(label), safe))
+    if settings.no_new_privileges:
+        privileges.no_new_privileges()
     if settings.guarded:
-        _adopt_orphans()
+        privileges.adopt_orphans()
+        if settings.identity is not None and settings.worker_identity is None:
+            # The guard needs no more than the protector; to start others it would.
+            privileges.become(settings.identity, settings.nice, starts_others=False)
         command = [sys.executable, "-I", "-S", guard.__file__, *command]
     os.execve(command[0], command, environment)
-
-
-def _adopt_orphans() -> None:
-    """Make this process, and what it executes, the parent of what a dead protector leaves."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "prctl")

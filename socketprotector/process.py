@@ -11,8 +11,9 @@ import resource
 import select
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 
-from . import words
+from . import privileges, words
 from .records import Program
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
@@ -110,8 +111,10 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
     without privilege, so a shim sets it.
     """
     path, argv = program.path, program.argv
+    if program.identity is not None:
+        path, argv = privileges.as_user(program.identity, path, argv)
     if program.nice:
-        path, argv = _NICE, ("nice", "-n", str(program.nice), program.path, *argv[1:])
+        path, argv = _NICE, ("nice", "-n", str(program.nice), path, *argv[1:])
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
@@ -127,15 +130,16 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
         os.chdir(program.directory)
         for which, value in limits.items():
             resource.setrlimit(which, (value, kept[which][1]))
-        pid = os.posix_spawn(
-            path,
-            argv,
-            {**dict(program.environment), **extra},
-            file_actions=actions,
-            setsid=True,
-            setsigmask=(),
-            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-        )
+        with privileges.lent() if program.identity is not None else nullcontext():
+            pid = os.posix_spawn(
+                path,
+                argv,
+                {**dict(program.environment), **extra},
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            )
     except FileNotFoundError as error:
         if error.filename == path and os.path.exists(path):
             error.strerror = "the interpreter in its first line is missing"

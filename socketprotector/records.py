@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .events import Deadline, Wait
 from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from .settings import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Program:
     umask: int
     limits: tuple[tuple[str, int], ...]
     nice: int
+    identity: Identity | None = None  # the user to run as, if not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,5 +67,5 @@ class Snapshot:
 #: All classes that a Snapshot is made of.
 CLASSES = (
     *(Deadline, Wait, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
-    *(Program, GenerationRecord, WorkerRecord, Snapshot),
+    *(Identity, Program, GenerationRecord, WorkerRecord, Snapshot),
 )

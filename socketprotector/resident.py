@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from . import __version__, door, heritage, upgrade
+from . import __version__, door, heritage, privileges, upgrade
 from .effects import Effects
 from .errors import Refusal, SystemRefused
 from .events import StopRequested
@@ -27,7 +27,7 @@ from .loop import Loop
 from .notify import Outbox, Store, Systemd, parse
 from .output import Output
 from .records import Snapshot
-from .settings import Identity, Settings, load
+from .settings import Settings, load
 from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
@@ -124,7 +124,10 @@ class _Resident:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if settings.identity is not None:
-            become(settings.identity, settings.nice)
+            starts_others = settings.worker_identity is not None
+            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
+            if starts_others:
+                privileges.reclaim()  # an upgrade in place has brought them along
         for listener in self.listeners:
             listener.claim()
         log = self._open_log()
@@ -221,7 +224,12 @@ class _Resident:
                 held=held,
             ),
             Heritage(file, self.store, log, self._others),
-            Upgrade(self.command, self.loop, log),
+            Upgrade(
+                self.command,
+                self.loop,
+                log,
+                keeps=self.settings.worker_identity is not None,
+            ),
             loop=self.loop,
             log=log,
             reopen_logs=lambda: self._reopen_logs(log),
@@ -304,31 +312,6 @@ def _name_process() -> None:
             file.write("SocketProtector")
     except OSError:
         pass  # no /proc: the name is a courtesy
-
-
-def become(identity: Identity, nice: int) -> None:
-    """Drop to another user for good, supplementary groups too.  Raises OSError.
-
-    nice: what workers are to have; a value below 0 is allowed to that user before.
-    """
-    if os.getresuid() == (identity.uid,) * 3 != (0, 0, 0):
-        return  # an earlier program has
-    try:
-        if nice < 0:
-            resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
-    except (OSError, ValueError) as error:
-        raise SystemRefused(
-            f"cannot allow {identity.user} nice {nice}: {error}; that needs CAP_SYS_RESOURCE"
-        ) from error
-    try:
-        os.setgroups(identity.groups)
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
-    except OSError as error:
-        raise SystemRefused(
-            f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
-            "CAP_SETGID cannot"
-        ) from error
 
 
 def _remove_pid_file(path: str | None, lock: int | None) -> None:

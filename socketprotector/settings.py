@@ -12,6 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 
 from .fleet import Policy
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 
 @dataclass(frozen=True, slots=True)
 class ListenerSettings:
@@ -47,6 +51,8 @@ class Settings:
     ready_after_s: float | None = None  # None: READY=1 is waited for
     queue: int = 256
     identity: Identity | None = None
+    worker_identity: Identity | None = None  # None: the same
+    no_new_privileges: bool = False
     umask: int = 0o022
     nofile_soft: int = 1024  # what the caller had; the protector raises its own
     limits: tuple[tuple[str, int], ...] = ()  # of workers: nofile, core
@@ -79,16 +85,20 @@ def dump(settings: Settings) -> bytes:
 def load(data: bytes) -> Settings:
     """Return the settings `dump` wrote.  Raises ValueError or TypeError for anything else."""
     values = json.loads(data)
-    identity = values["identity"]
     return Settings(
         **{
             **values,
             "command": tuple(values["command"]),
             "listeners": tuple(ListenerSettings(**each) for each in values["listeners"]),
             "policy": Policy(**values["policy"]),
-            "identity": identity and Identity(**{**identity, "groups": tuple(identity["groups"])}),
+            "identity": _identity(values["identity"]),
+            "worker_identity": _identity(values["worker_identity"]),
             "limits": tuple((name, value) for name, value in values["limits"]),
             "environment": tuple((name, value) for name, value in values["environment"]),
             "notices": tuple(values["notices"]),
         }
     )
+
+
+def _identity(values: dict[str, Any] | None) -> Identity | None:
+    return Identity(**{**values, "groups": tuple(values["groups"])}) if values else None

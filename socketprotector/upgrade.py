@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
-from . import __version__, door, words
+from . import __version__, door, privileges, words
 from .log import Log
 from .loop import Loop
 from .process import Process, spawn
@@ -28,8 +29,12 @@ _TIMER = "probe"
 class Upgrade:
     """One upgrade at a time: probe, then exec."""
 
-    def __init__(self, command: tuple[str, ...], loop: Loop, log: Log) -> None:
-        """`command` executes the protector, by a path that a new release changes."""
+    def __init__(self, command: tuple[str, ...], loop: Loop, log: Log, *, keeps: bool) -> None:
+        """`command` executes the protector, by a path that a new release changes.
+
+        keeps: the new program is to have the capabilities that we kept (privileges.py).
+        """
+        self._keeps = keeps
         self._command = command
         self._loop = loop
         self._log = log
@@ -103,7 +108,8 @@ class Upgrade:
         kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
         environment = {**os.environ, **door.leave_in_place(kept)}
         try:
-            os.execve(self._command[0], self._command, environment)
+            with privileges.lent() if self._keeps else nullcontext():
+                os.execve(self._command[0], self._command, environment)
         except OSError as error:
             door.close_again(kept)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -44,7 +44,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_unix", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "loop", "notify"},
-        *{"pidfile", "process", "relay", "scoreboard", "state", "strays"},
+        *{"pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
     },
     "values": {"__init__", "errors", "events", "fleet", "lean", "records", "settings", "words"},
 }

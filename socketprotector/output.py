@@ -72,14 +72,21 @@ class Output:
             os.close(null)
         self._relay = process
 
-        def again() -> None:
+        def gone() -> None:
+            if process.reap() is None:
+                return  # a wake-up for a number that was another's before
             loop.unwatch(process.pidfd)
-            process.reap()
             process.close()
             ended()
-            loop.call_after("relay", _RESTART_S, lambda: self._spawn_relay(name, loop, ended))
+            loop.call_after("relay", _RESTART_S, again)
 
-        loop.watch(process.pidfd, again)
+        def again() -> None:
+            try:
+                self._spawn_relay(name, loop, ended)
+            except OSError:  # out of descriptors: what is written waits in the pipe
+                loop.call_after("relay", _RESTART_S, again)
+
+        loop.watch(process.pidfd, gone)
 
     def reopen(self) -> None:
         """Open the log file anew under its name, after a rotation.  Raises OSError."""

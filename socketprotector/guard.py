@@ -22,6 +22,8 @@ import time
 #: Where the protector finds its line to us; door.py has the other names.
 LINE = "sp.guard"
 NAME = "SocketProtector"
+#: The way to syslog, where that is where lines go.
+RELAY = "sp.relay.write"
 #: Waits between two starts of a protector that dies before it accepts.
 FIRST_WAIT_S = 0.1
 LAST_WAIT_S = 10.0
@@ -103,13 +105,13 @@ class Guard:
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
         if not self.ever_accepted and code >= 0:
-            log("guard-gives-up", f'protector="{how} before it ever accepted"')
+            self.log("guard-gives-up", f'protector="{how} before it ever accepted"')
             sys.exit(code or FAILED)
         if self.accepted:
             self.wait_s = 0.0
         else:
             self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        log("protector-died", f'protector="{how}" again_in_s={self.wait_s:g}')
+        self.log("protector-died", f'protector="{how}" again_in_s={self.wait_s:g}')
         self.due = time.monotonic() + self.wait_s
 
     # -- what it says ----------------------------------------------------------
@@ -132,7 +134,7 @@ class Guard:
             fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
             self.take(dict(pairs(data)), fds[0] if fds else -1)
             if flags & socket.MSG_CTRUNC:
-                log("guard-cannot-keep", "error=out-of-descriptors")
+                self.log("guard-cannot-keep", "error=out-of-descriptors")
 
     def take(self, said: dict[str, str], fd: int) -> None:
         """Do what one message asks for.  Takes ownership of its descriptor."""
@@ -153,6 +155,10 @@ class Guard:
     def forget(self, name: str) -> None:
         if name in self.store:
             os.close(self.store.pop(name))
+
+    def log(self, event: str, rest: str) -> None:
+        """Write a line to where the protector writes its own: to the relay, if it has one."""
+        log(event, rest, self.store.get(RELAY, 2))
 
     # -- signals and children --------------------------------------------------
 
@@ -218,12 +224,12 @@ def noted(number: int, frame: object) -> None:
     """The signal's number is in the wake-up pipe already."""
 
 
-def log(event: str, rest: str) -> None:
+def log(event: str, rest: str, fd: int = 2) -> None:
     """Write a line as the protector writes its own."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     try:
-        os.write(2, f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n".encode())
+        os.write(fd, f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n".encode())
     except OSError:
         pass
 

@@ -24,12 +24,13 @@ from .records import Program
 _STDOUT, _STDERR = 1, 2
 LAST_LINES = 10
 _LAST_BYTES = 4096
-#: How long the last words of a worker may take through the relay.
-_RELAY_LAG_MS = 20
-_RELAY_LOOKS = 10
+#: How long the last words of a worker may take through the relay: a moment, but longer
+#: when it is just being started, and for ever when it has died.
+_RELAY_LOOK_MS = 5
+_RELAY_LOOKS = 200
 _RESTART_S = 1.0
 #: How long the end waits for the relay, which ends at once unless somebody still writes.
-_RELAY_END_S = 1.0
+_RELAY_END_S = 3.0
 
 
 class Output:
@@ -104,18 +105,25 @@ class Output:
     ) -> None:
         self._relay = process
 
-        def again() -> None:
-            loop.unwatch(process.pidfd)
+        def gone() -> None:
             try:
-                process.reap()
+                if process.reap() is None:
+                    return  # a wake-up for a number that was another's before
             except ChildProcessError:
                 pass  # an earlier program's child: reaped by whoever adopted it
+            loop.unwatch(process.pidfd)
             process.close()
             self._relay = None
             ended()
-            loop.call_after("relay", _RESTART_S, lambda: self._spawn_relay(name, loop, ended))
+            loop.call_after("relay", _RESTART_S, again)
 
-        loop.watch(process.pidfd, again)
+        def again() -> None:
+            try:
+                self._spawn_relay(name, loop, ended)
+            except OSError:  # out of descriptors: what is written waits in the pipe
+                loop.call_after("relay", _RESTART_S, again)
+
+        loop.watch(process.pidfd, gone)
 
     def reopen(self) -> None:
         """Open the log file anew under its name, after a rotation.  Raises OSError."""
@@ -168,13 +176,13 @@ class Output:
         return "see the journal" if is_journal() else "see above for what it said"
 
     def _wait_for_relay(self) -> None:
-        """Give the relay a moment to read what is in the pipe."""
+        """Wait until the relay has read, and kept, all that is in the pipe."""
         waiting = bytearray(4)
         for _ in range(_RELAY_LOOKS):
             fcntl.ioctl(self._pipe, termios.FIONREAD, waiting)
-            select.poll().poll(_RELAY_LAG_MS)
-            if not any(waiting):
+            if not any(waiting) and relay.is_idle(self._tail):
                 return
+            select.poll().poll(_RELAY_LOOK_MS)
 
 
 def _end_of(path: str, mark: int) -> bytes:

@@ -10,6 +10,7 @@ reads a failed worker's last words.  Run as a script, on the standard library al
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import syslog
@@ -17,6 +18,8 @@ import syslog
 #: The memfd: 8 bytes that count all bytes ever written, then a ring of this size.
 TAIL_BYTES = 65536
 COUNT_BYTES = 8
+#: After the ring: one byte that is 1 while all that was read is in the ring.
+_IDLE_AT = COUNT_BYTES + TAIL_BYTES
 #: A longer line goes out in pieces: syslog daemons cut at 8 KiB.
 LINE_BYTES = 8000
 
@@ -50,6 +53,23 @@ def written(tail: int) -> int:
     return int.from_bytes(os.pread(tail, COUNT_BYTES, 0), "little")
 
 
+def is_idle(tail: int) -> bool:
+    """Whether a relay runs that has put all it has read into the ring."""
+    return os.pread(tail, 1, _IDLE_AT) == b"\1"
+
+
+def read(tail: int) -> bytes:
+    """Wait for data on stdin.  Idle is taken back while the data is still in the pipe:
+    so whoever sees the pipe empty and us idle knows that everything is in the ring.
+    """
+    os.pwrite(tail, b"\1", _IDLE_AT)
+    poll = select.poll()
+    poll.register(0, select.POLLIN)
+    poll.poll()
+    os.pwrite(tail, b"\0", _IDLE_AT)
+    return os.read(0, 65536)
+
+
 def log(line: bytes) -> None:
     """Send one line to syslog, with the priority it begins with if it does."""
     priority = syslog.LOG_INFO
@@ -67,7 +87,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     syslog.openlog(name, 0, syslog.LOG_DAEMON)
     total, rest = written(tail), b""
-    while data := os.read(0, 65536):
+    while data := read(tail):
         total = keep(tail, total, data)
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-
-from tests.running import Protector
-from tests.scenarios.tools import worker
 
 
 def run(program: str) -> str:
@@ -53,15 +48,3 @@ def test_the_resident_process_never_needs_inspect() -> None:
     )
 
     assert said == "False\n"
-
-
-def test_the_protector_is_resident_in_less_than_16_mb(
-    protector: Callable[..., Protector],
-) -> None:
-    daemon = protector("127.0.0.1:0", "--", *worker("minimal")).ready()
-
-    status = Path(f"/proc/{daemon.pid}/status").read_text()
-    resident_kb = int(status.split("VmRSS:")[1].split()[0])
-
-    assert resident_kb <= 16 * 1024
-    daemon.stop()

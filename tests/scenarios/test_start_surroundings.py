@@ -112,6 +112,16 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
     start.stop()
 
 
+def test_the_protector_is_resident_in_less_than_16_mb(start: Start) -> None:
+    start.up("unix:s", "--", *MINIMAL)
+
+    status = Path(f"/proc/{start.pid}/status").read_text()
+    resident_kb = int(status.split("VmRSS:")[1].split()[0])
+
+    assert resident_kb <= 16 * 1024
+    start.stop()
+
+
 # -- folders and installs ------------------------------------------------------
 
 

@@ -119,7 +119,9 @@ def pid_in(reply: str) -> int:
 
 
 def spawned(daemon: Protector, generation: int | None = None) -> list[int]:
-    """The pids of all workers that were started, in order."""
+    """The pids of all workers that were started, in order; waits for one of the generation."""
+    if generation is not None:
+        daemon.log.wait_for(f"event=spawned generation={generation} ")
     found = []
     for line in list(daemon.log.seen):
         match = re.search(r"event=spawned generation=(\d+) .*\bpid=(\d+)", line)

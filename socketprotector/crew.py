@@ -90,7 +90,8 @@ class Crew:
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
-        self._strays = Strays(loop, log, settings.policy.kill_timeout_s)
+        self._guarded = settings.guarded  # somebody tells how workers ended that we adopted
+        self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
 
     # -- orders --------------------------------------------------------------
 
@@ -194,6 +195,10 @@ class Crew:
     def lost(self, number: int) -> None:
         """A worker was being started when the earlier program was killed: end what there is."""
         self._strays.end(self._address(number))
+
+    def unguarded(self) -> None:
+        """Nobody is left who would tell how a process ended that is no child of ours."""
+        self._guarded = False
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a process ended from who has reaped it, because it was no child of ours."""
@@ -308,7 +313,7 @@ class Crew:
     def _status_from_elsewhere(self, number: int, worker: _Worker) -> tuple[bool, str] | None:
         """Return how a worker ended that another process has reaped; None: not told yet."""
         told = self._statuses.pop(worker.process.pid, None)
-        if told is not None or worker.status_due:
+        if told is not None or worker.status_due or not self._guarded:
             self._loop.cancel(("status", number))
             return told or (False, "ended, nobody knows how")
         worker.status_due = True

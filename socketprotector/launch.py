@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from daemon import DaemonContext
 from lockfile import AlreadyLocked, LockFailed
@@ -174,10 +175,12 @@ def _exec(
     command = list(command_of(tuple(label), safe))
     if settings.no_new_privileges:
         privileges.no_new_privileges()
+    starts_others = settings.worker_identity is not None
     if settings.guarded:
         privileges.adopt_orphans()
-        if settings.identity is not None and settings.worker_identity is None:
-            # The guard needs no more than the protector; to start others it would.
-            privileges.become(settings.identity, settings.nice, starts_others=False)
+        if settings.identity is not None:
+            # The guard needs no more than the protector, and can give no more to the next one.
+            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
         command = [sys.executable, "-I", "-S", guard.__file__, *command]
-    os.execve(command[0], command, environment)
+    with privileges.lent() if settings.guarded and starts_others else nullcontext():
+        os.execve(command[0], command, environment)

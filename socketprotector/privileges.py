@@ -1,9 +1,9 @@
 """Who we are allowed to be: drop to a user for good, and start workers as another one.
 
 With --worker-user the protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL and nothing else.
-They reach a program that it executes only where that is wanted: `lent()`.
+No program that it executes has them, but its own next one: `lent()`.
 
-Source: capabilities(7), prctl(2), capset(2), setpriv(1).
+Source: capabilities(7), prctl(2), capset(2).
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID = 5, 6, 7
 KEPT = (_CAP_KILL, _CAP_SETGID, _CAP_SETUID)
-_LAST_CAP = 40
+_LAST_CAP = "/proc/sys/kernel/cap_last_cap"
 _PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
 _CAPABILITY_VERSION_3 = 0x20080522
-#: Executes a program as another user with nothing of ours; from util-linux.
-_SETPRIV = "/usr/bin/setpriv"
 
 
 def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
@@ -43,19 +42,26 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
     """
     if os.getresuid() == (identity.uid,) * 3 != (0, 0, 0):
         return  # an earlier program has
-    try:
-        if nice < 0:
+    if nice < 0:
+        try:
             resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
+        except (OSError, ValueError) as error:
+            raise SystemRefused(
+                f"cannot allow {identity.user} nice {nice}: {error}; root without "
+                "CAP_SYS_RESOURCE cannot"
+            ) from error
+    try:
         if starts_others:
             _prctl(_PR_SET_KEEPCAPS, 1)
-            for capability in range(_LAST_CAP + 1):
-                if capability not in KEPT:
+            with open(_LAST_CAP, encoding="ascii") as file:
+                last = int(file.read())
+            for capability in range(last + 1):
+                # An earlier program may have: then it cannot be done again.
+                if capability not in KEPT and _prctl(_PR_CAPBSET_READ, capability):
                     _prctl(_PR_CAPBSET_DROP, capability)
-        os.setgroups(identity.groups)
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
+        _change_user(identity)
         if starts_others:
-            _keep_only(KEPT)
+            _set_capabilities(KEPT)
     except OSError as error:
         raise SystemRefused(
             f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
@@ -79,24 +85,28 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def as_user(identity: Identity, path: str, argv: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """Return (path, argv) that executes a program as this user, with no capability of ours."""
-    # A script is known by its real path anyway; another program by the name it goes by.
-    program = argv[0] if os.path.isabs(argv[0]) else path
-    groups = ",".join(map(str, identity.groups))
-    return _SETPRIV, (
-        *("setpriv", f"--reuid={identity.uid}", f"--regid={identity.gid}"),
-        *((f"--groups={groups}",) if groups else ("--clear-groups",)),
-        *("--inh-caps=-all", "--ambient-caps=-all", "--", program, *argv[1:]),
-    )
+def hand_over(identity: Identity) -> None:
+    """Become a user that a worker runs as, with no capability; for a forked child.
+
+    Raises OSError.
+    """
+    _change_user(identity)
+    _set_capabilities(())
+
+
+def _change_user(identity: Identity) -> None:
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
 
 
 @contextmanager
 def lent() -> Iterator[None]:
     """While this lasts, what is executed has the capabilities that we keep."""
-    for capability in KEPT:
-        _prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability)
     try:
+        _set_capabilities(KEPT, inheritable=KEPT)
+        for capability in KEPT:
+            _prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability)
         yield
     finally:
         reclaim()
@@ -105,6 +115,7 @@ def lent() -> Iterator[None]:
 def reclaim() -> None:
     """Let nothing that we execute from here on have our capabilities."""
     _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+    _set_capabilities(KEPT)
 
 
 def _libc() -> CDLL:
@@ -114,20 +125,23 @@ def _libc() -> CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _prctl(option: int, *arguments: int) -> None:
+def _prctl(option: int, *arguments: int) -> int:
     import ctypes
 
-    if _libc().prctl(option, *(ctypes.c_ulong(each) for each in (*arguments, 0, 0, 0, 0)[:4])):
+    words = (ctypes.c_ulong(each) for each in (*arguments, 0, 0, 0, 0)[:4])
+    result = int(_libc().prctl(option, *words))
+    if result < 0:
         _raise(ctypes.get_errno())
+    return result
 
 
-def _keep_only(capabilities: tuple[int, ...]) -> None:
-    """Have these capabilities permitted, effective and inheritable, and no others."""
+def _set_capabilities(kept: tuple[int, ...], inheritable: tuple[int, ...] = ()) -> None:
+    """Have these capabilities permitted and effective, and no others."""
     import ctypes
 
-    mask = sum(1 << each for each in capabilities)
+    mask, inherited = (sum(1 << each for each in those) for those in (kept, inheritable))
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
-    data = struct.pack("6I", mask, mask, mask, 0, 0, 0)
+    data = struct.pack("6I", mask, mask, inherited, 0, 0, 0)
     if _libc().capset(header, data):
         _raise(ctypes.get_errno())
 

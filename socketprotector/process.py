@@ -5,16 +5,17 @@ Source: posix_spawn(3), pidfd_open(2), waitid(2), setrlimit(2).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
 import select
 import signal
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 from . import privileges, words
 from .records import Program
+from .settings import Identity
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 _NICE = "/usr/bin/nice"
@@ -108,12 +109,10 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
 
     posix_spawn sets neither directory, umask nor limits, so they are set here around
     it and put back: this process has one thread.  A nice value could not be put back
-    without privilege, so a shim sets it.
+    without privilege, so a shim sets it.  As another user it is forked: see _fork().
     """
     path, argv = program.path, program.argv
-    if program.identity is not None:
-        path, argv = privileges.as_user(program.identity, path, argv)
-    if program.nice:
+    if program.nice and program.identity is None:
         path, argv = _NICE, ("nice", "-n", str(program.nice), path, *argv[1:])
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
@@ -130,11 +129,15 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
         os.chdir(program.directory)
         for which, value in limits.items():
             resource.setrlimit(which, (value, kept[which][1]))
-        with privileges.lent() if program.identity is not None else nullcontext():
+        environment = {**dict(program.environment), **extra}
+        if program.identity is not None:
+            places = dict(zip(descriptors, aside, strict=True))
+            pid = _fork(program.identity, program, environment, places)
+        else:
             pid = os.posix_spawn(
                 path,
                 argv,
-                {**dict(program.environment), **extra},
+                environment,
                 file_actions=actions,
                 setsid=True,
                 setsigmask=(),
@@ -156,6 +159,62 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
     except OSError:
         _destroy(pid)  # nobody would ever learn of its end
         raise
+
+
+def _fork(
+    identity: Identity, program: Program, environment: Mapping[str, str], places: Mapping[int, int]
+) -> int:
+    """Start a program as another user; return its pid.
+
+    Not through a program that changes the user: the loader in it would follow the worker's
+    environment (LD_PRELOAD) while it still has the privilege to become anybody.
+    places: number in the child -> ours, which is above all of these.
+    """
+    above = max((2, *places)) + 1
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    # Else a signal in the child would be reported to our own loop.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                send = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
+                _become(identity, program, environment, places)
+            except OSError as error:
+                os.write(send, b"%d" % (error.errno or errno.EIO))
+            finally:
+                os._exit(127)
+    except BaseException:
+        os.close(receive)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(send)
+    with open(receive, "rb") as answer:
+        failure = answer.read()  # end of file: it was executed
+    if failure:
+        os.waitpid(pid, 0)
+        raise OSError(int(failure), os.strerror(int(failure)), program.path)
+    return pid
+
+
+def _become(
+    identity: Identity, program: Program, environment: Mapping[str, str], places: Mapping[int, int]
+) -> None:
+    """In the forked child: become the worker.  Returns only by raising."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    for theirs, ours in places.items():
+        os.dup2(ours, theirs)
+    if program.nice:
+        os.nice(program.nice)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    privileges.hand_over(identity)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(program.path, program.argv, environment)
 
 
 def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:

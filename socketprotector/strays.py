@@ -12,21 +12,30 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+import sys
 import time
 
+from . import privileges
 from .log import Log
 from .loop import Loop
+from .settings import Identity
 
 #: How often to look for what was started while one looked.
 _LOOKS = 10
 #: A killed process is gone at once, unless the system is busy with it.
 _DEATH_S = 1.0
+_ANCILLARY = socket.CMSG_LEN(4)
 
 
 class Strays:
     """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
 
-    def __init__(self, loop: Loop, log: Log, kill_timeout_s: float) -> None:
+    def __init__(
+        self, loop: Loop, log: Log, kill_timeout_s: float, identity: Identity | None
+    ) -> None:
+        """identity: the user whom the workers run as, if not ours."""
+        self._identity = identity
         self._loop = loop
         self._log = log
         self._kill_timeout_s = kill_timeout_s
@@ -42,7 +51,7 @@ class Strays:
     def close(self) -> None:
         """Wait for their end, at most the time they have; nothing of them is left then."""
         for address, due in list(self._left.items()):
-            for _, pidfd in _carrying(address):
+            for _, pidfd in self._find(address):
                 _wait(pidfd, max(0.0, due - time.monotonic()))
                 os.close(pidfd)
             self._loop.cancel(address)
@@ -56,7 +65,7 @@ class Strays:
 
     def _signal(self, address: str, number: signal.Signals, wait_s: float = 0.0) -> bool:
         """Signal them, and wait for each; say whether there were any."""
-        found = _carrying(address)
+        found = self._find(address)
         for pid, pidfd in found:
             try:
                 signal.pidfd_send_signal(pidfd, number)
@@ -66,6 +75,45 @@ class Strays:
                 pass  # ended, or become another user's, who must end it
             os.close(pidfd)
         return bool(found)
+
+    def _find(self, address: str) -> list[tuple[int, int]]:
+        if self._identity is None:
+            return _carrying(address)
+        return _carrying_as(self._identity, address)
+
+
+def _carrying_as(identity: Identity, address: str) -> list[tuple[int, int]]:
+    """Do the same as _carrying(), as another user: its environments are closed to us.
+
+    So nothing is found that is not that user's, though we may signal everybody.
+    """
+    receive, send = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        child = os.fork()
+        if child == 0:
+            try:
+                privileges.hand_over(identity)
+                for pid, pidfd in _carrying(address):
+                    socket.send_fds(send, [b"%d" % pid], [pidfd])
+            finally:
+                os._exit(0)
+    except BaseException:
+        receive.close()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        send.close()
+    found = []
+    with receive:
+        while True:
+            data, control, _, _ = receive.recvmsg(32, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
+            if not data:
+                break
+            for _, _, content in control:  # none, where we are out of descriptors
+                found.append((int(data), int.from_bytes(content[:4], sys.byteorder)))
+    os.waitpid(child, 0)
+    return found
 
 
 def _carrying(address: str) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core lint format bench clean
+.PHONY: help install demo test test-core lint format bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ format: $(INSTALLED) ## let ruff format and mend what it can
 bench: $(INSTALLED) ## measure and print the table of figures (some minutes; installs a C compiler)
 	tools/install-packages gcc libc6-dev
 	$(BIN)/python -m bench
+
+MINUTES ?= 3
+
+soak: $(INSTALLED) ## kill, reload, upgrade a loaded service at random for MINUTES=3 [SEED=N], and report
+	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp

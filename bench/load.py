@@ -64,6 +64,14 @@ def parse_address(text: str) -> tuple[socket.AddressFamily, Any]:
     return found[0][0], found[0][4]
 
 
+def _port_of(sock: socket.socket) -> int:
+    try:
+        name = sock.getsockname()
+    except OSError:
+        return 0
+    return int(name[1]) if isinstance(name, tuple) else 0
+
+
 class _Conversation:
     __slots__ = (
         "answered", "connecting", "due_s", "ending", "line", "lines_left",
@@ -159,6 +167,19 @@ class Load:
             if not self._ended:
                 os.eventfd_write(self._wake, 1)
         return self.join()
+
+    def hurry(self) -> None:
+        """Let each conversation say one last line at once and end; none is begun any more."""
+        with self._changed:
+            self._stopping = True
+            if self._ended:
+                return
+            pausing = {id(entry[2]) for entry in self._pauses}
+            self._pauses = [(0.0, number, each) for _, number, each in self._pauses]
+            heapq.heapify(self._pauses)
+            for conversation in self._open.values():
+                conversation.lines_left = 1 if id(conversation) in pausing else 0
+            os.eventfd_write(self._wake, 1)
 
     def join(self) -> Snapshot:
         """Wait until the load has ended by itself (`count`) and return the whole."""
@@ -345,12 +366,15 @@ class Load:
         self._fail(conversation, KIND_OF_ERRNO.get(error.errno or 0, "local"), str(error))
 
     def _fail(self, conversation: _Conversation, kind: Kind, detail: str) -> None:
-        self._count_failure(kind, conversation.started_s, conversation.pid, detail)
+        port = _port_of(conversation.sock)
+        self._count_failure(kind, conversation.started_s, conversation.pid, detail, port)
         self._close(conversation)
 
-    def _count_failure(self, kind: Kind, started_s: float, pid: int | None, detail: str) -> None:
+    def _count_failure(
+        self, kind: Kind, started_s: float, pid: int | None, detail: str, port: int = 0
+    ) -> None:
         now_s = time.monotonic()
-        self._failures.append(Failure(kind, now_s, started_s, pid, detail))
+        self._failures.append(Failure(kind, now_s, started_s, pid, detail, port))
         self._next_begin_s = max(self._next_begin_s, now_s + AFTER_FAILURE_S)
 
 

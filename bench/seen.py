@@ -40,6 +40,7 @@ class Failure:
     started_s: float
     pid: int | None  # who had answered an earlier line of the same conversation
     detail: str
+    port: int = 0  # the client's own, 0 for a UNIX socket
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The worker of the soak: it leaves on record which connections it holds, whatever ends it.
+
+A file of one byte for each port of a client, mapped into memory: 1 from when a connection
+was taken until it is closed.  It outlives a SIGKILL, so it tells exactly which connections
+the kill has cost.  One at most is missing: taken, and not noted yet.
+
+    python -m bench.held FOLDER     (the file is FOLDER/PID)
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import sys
+from pathlib import Path
+
+from bench.worker import Take, Worker
+
+PORTS = 65536
+
+
+class NotingWorker(Worker):
+    """Serves as the worker that is measured does, and notes whom."""
+
+    def __init__(self, table: Path) -> None:
+        """Make the file."""
+        super().__init__("library")
+        fd = os.open(table, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        os.ftruncate(fd, PORTS)
+        self._held = mmap.mmap(fd, PORTS)
+        os.close(fd)
+        self._ports: dict[int, int] = {}  # descriptor -> the client's port
+        self._take = self._noting(self._take)
+
+    def _noting(self, take: Take) -> Take:
+        def noted() -> tuple[socket.socket, int] | None:
+            taken = take()
+            if taken is not None:
+                try:
+                    port = taken[0].getpeername()[1]
+                except OSError:
+                    port = 0  # reset already: nobody can miss it
+                self._held[port] = 1
+                self._ports[taken[0].fileno()] = port
+            return taken
+
+        return noted
+
+    def _answer(self, connection: socket.socket) -> None:
+        fd = connection.fileno()
+        super()._answer(connection)
+        if connection.fileno() < 0:
+            self._held[self._ports.pop(fd)] = 0
+
+
+def held_ports(table: Path) -> frozenset[int]:
+    """Return the ports of the clients that a worker held when it ended."""
+    try:
+        noted = table.read_bytes()
+    except FileNotFoundError:
+        return frozenset()  # it was killed before it could take any
+    return frozenset(port for port, held in enumerate(noted) if held and port)
+
+
+if __name__ == "__main__":
+    file = Path(sys.argv[1]) / str(os.getpid())
+    NotingWorker(file).run()
+    file.unlink()

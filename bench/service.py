@@ -1,0 +1,279 @@
+"""The protected service of a soak: how it is started, watched and ended.
+
+Its processes are found by kinship: this process is their sub-reaper, so all that it ever
+started stays below it, and nothing else is ever signalled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.account import Kill, Victim
+from bench.held import held_ports
+from bench.processes import descendants, resident_kib
+
+ROOT = Path(__file__).resolve().parent.parent
+_PR_SET_CHILD_SUBREAPER = 36
+_NAME = "SocketProtector"
+_DIES_S = 10.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a process takes at one moment."""
+
+    descriptors: int
+    rss_kib: int
+    pss_kib: int
+
+
+def size_of(pid: int) -> Size:
+    """Measure a process.  Raises OSError when it is gone."""
+    rolled_up = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+)", rolled_up, re.MULTILINE)
+    count = len(os.listdir(f"/proc/{pid}/fd"))
+    return Size(count, resident_kib(pid), int(found[1]) if found else 0)
+
+
+def described(pid: int) -> list[str]:
+    """Return what each descriptor of a process is, sorted by what it is."""
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(f"{os.readlink(f'/proc/{pid}/fd/{number}')} ({number})")
+        except OSError:
+            continue  # closed meanwhile
+    return sorted(found)
+
+
+def become_sub_reaper() -> None:
+    """From now on whatever our descendants leave behind becomes our child."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def reap() -> None:
+    """Take the statuses of orphans that were left to us."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _stat(pid: int) -> tuple[str, int, int]:
+    """Return (state, parent, start time); ("", 0, 0) when it is gone."""
+    try:
+        after = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "", 0, 0
+    return after[0], int(after[1]), int(after[19])
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+class Service:
+    """A guarded protector with its releases in a folder, as its log and /proc show it."""
+
+    def __init__(self, folder: Path, options: Sequence[str], workers: int) -> None:
+        """Lay out the releases; start() starts it."""
+        self.log = folder / "log"
+        self.pid_file = folder / "pid"
+        self.address = ""
+        self.guard = 0
+        self.guarded = True
+        self.events: Counter[str] = Counter()
+        self.serving = 0  # generation
+        self.generation_of: dict[int, int] = {}  # worker's pid -> generation
+        self._folder = folder
+        self._options = ("--workers", str(workers), *options)
+        self._protector = 0
+        self._read = 0
+        self._held = folder / "held"
+        self._held.mkdir()
+        self._make_releases()
+
+    def _make_releases(self) -> None:
+        good = (
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}\n"
+            f"exec {shlex.quote(sys.executable)} -m bench.held {shlex.quote(str(self._held))}\n"
+        )
+        releases = {
+            "good": good,
+            "exits": "exit 3\n",
+            "hangs": "exec sleep 600\n",
+            "not-executable": good,
+        }
+        for name, text in releases.items():
+            program = self._folder / name / "daemon"
+            program.parent.mkdir()
+            program.write_text("#!/bin/sh\n" + text)
+            program.chmod(0o644 if name == "not-executable" else 0o755)
+        self.release("good")
+
+    def release(self, name: str) -> None:
+        """Let `current` lead to another release."""
+        new = self._folder / "current.new"
+        new.symlink_to(name)
+        new.replace(self._folder / "current")
+
+    def command(self) -> list[str]:
+        """Return the command that starts it."""
+        program = Path(sys.executable).parent / _NAME
+        return [
+            *(str(program), "--guard", *self._options),
+            *("--pid-file", str(self.pid_file), "--log-file", str(self.log), "127.0.0.1:0"),
+            *("--", str(self._folder / "current" / "daemon")),
+        ]
+
+    def start(self) -> None:
+        """Start it and wait until it serves.  Raises CalledProcessError."""
+        done = subprocess.run(self.command(), stdout=subprocess.PIPE, text=True, check=True)
+        self.address = done.stdout.split()[-1].removeprefix("tcp:")
+        self.guard = int(self.pid_file.read_text())
+        self.look()
+
+    # -- what is seen ----------------------------------------------------------
+
+    def look(self) -> None:
+        """Take in what the log says since the last look."""
+        with self.log.open("rb") as file:
+            file.seek(self._read)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            words = dict(re.findall(r"(\w+)=([^\s\"]+)", line))
+            event = words.get("event", "")
+            self.events[event] += 1
+            if event == "spawned":
+                self.generation_of[int(words["pid"])] = int(words["generation"])
+            elif event == "route":
+                self.serving = int(words["generation"])
+            elif event in ("start", "adopted"):
+                self._protector = int(words["pid"])
+
+    def protector(self) -> int:
+        """Return the pid of the protector, 0 while there is none."""
+        if self.guarded:
+            # By kinship: the log is late, and a protector may be killed before it writes any.
+            own = []
+            for pid in _children(self.guard):
+                try:
+                    name = Path(f"/proc/{pid}/comm").read_text().strip()
+                except OSError:
+                    continue
+                state, _, started = _stat(pid)
+                if name == _NAME and state not in ("", "Z"):
+                    own.append((started, pid))  # an orphaned probe is older
+            return max(own)[1] if own else 0
+        return self._protector if _stat(self._protector)[0] not in ("", "Z") else 0
+
+    def workers(self) -> dict[int, int]:
+        """Return the living workers: pid -> generation."""
+        kin = {self.guard, self.protector(), os.getpid()}
+        living = {}
+        for pid, generation in list(self.generation_of.items()):
+            state, parent, _ = _stat(pid)
+            if state in ("", "Z") or parent not in kin:
+                del self.generation_of[pid]  # a number of somebody else by now, or of nobody
+            else:
+                living[pid] = generation
+        return living
+
+    def lines_between(self, begin_s: float, end_s: float) -> list[str]:
+        """Return what the log says of the seconds between two moments of CLOCK_MONOTONIC."""
+        shift = time.time() - time.monotonic()
+        first, last = (
+            time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at_s + shift))
+            for at_s in (begin_s, end_s)
+        )
+        lines = self.log.read_text(errors="replace").splitlines()
+        return [line for line in lines if first <= line[: len(first)] <= last]
+
+    # -- what is done to it ----------------------------------------------------
+
+    def send(self, number: signal.Signals) -> bool:
+        """Send a signal as an administrator would: to whoever is in the pid file."""
+        pid = self.guard if self.guarded else self.protector()
+        if pid:
+            os.kill(pid, number)
+        return bool(pid)
+
+    def kill(self, victim: Victim, pid: int) -> Kill | None:
+        """Send KILL to a process of the service and wait for its end."""
+        state, parent, _ = _stat(pid)
+        if state in ("", "Z") or parent not in {self.guard, self.protector(), os.getpid()}:
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return None
+        try:
+            before_s = time.monotonic()
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            after_s = time.monotonic()
+            ended, _, _ = select.select([pidfd], [], [], _DIES_S)
+        except ProcessLookupError:
+            return None
+        finally:
+            os.close(pidfd)
+        if not ended:
+            raise TimeoutError(f"{victim} {pid} lives {_DIES_S:g} s after SIGKILL")
+        if victim == "guard":
+            self.guarded = False
+        table = self._held / str(pid)
+        held = held_ports(table) if victim == "worker" else frozenset()
+        table.unlink(missing_ok=True)
+        return Kill(victim, pid, before_s, after_s, held)
+
+    def wait(self, fact: Callable[[], bool], limit_s: float) -> bool:
+        """Look until a fact holds; say whether it did within the limit."""
+        until_s = time.monotonic() + limit_s
+        while True:
+            self.look()
+            reap()
+            if fact():
+                return True
+            if time.monotonic() > until_s:
+                return False
+            time.sleep(0.02)
+
+    def end(self, limit_s: float, sign: signal.Signals = signal.SIGTERM) -> bool:
+        """Stop it; say whether everything of it was gone within the limit."""
+        if not self.guard:
+            return True
+        try:
+            self.send(sign)
+        except ProcessLookupError:
+            pass  # it has ended by itself; what it left is seen below
+        return self.wait(lambda: not descendants_now(), limit_s)
+
+
+def descendants_now() -> list[int]:
+    """Return every living process below this one."""
+    for _ in range(3):
+        try:
+            return [pid for pid in descendants(os.getpid()) if _stat(pid)[0] not in ("", "Z")]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # one ended while it was looked at
+    return _children(os.getpid())

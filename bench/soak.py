@@ -1,0 +1,351 @@
+"""python -m bench.soak MINUTES: everything at once that may happen to a protected service.
+
+Load, idle connections, and random reloads, upgrades, kills, scaling, bad releases, stops and
+shortages, from a seed that is printed.  At the end a report; exit status 1 if a connection
+failed that no kill accounts for, if an idle one changed hands, or if anything leaked.
+docs/reliability.md says what is promised and how this tests it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.account import Account, account
+from bench.figures import machine
+from bench.load import Load
+from bench.seen import KINDS, Failure, Snapshot
+from bench.service import (
+    Service,
+    Size,
+    become_sub_reaper,
+    descendants_now,
+    described,
+    reap,
+    size_of,
+)
+from bench.torment import Torment
+
+WORKERS = 2
+#: Idle connections say a line every PAUSE_S and live for LINES of them: about a minute, which
+#: bounds how many old generations there are at a time.
+LINES = 5
+PAUSE_S = 15.0
+OPENED_PER_S = 150.0
+#: For each line of a client.  Longer than any back-off that the torment should lead to.
+PATIENCE_S = 20.0
+#: The guard is killed when this share of the time is over: nothing can replace it in place, so
+#: a kill of the protector after it would be an outage.  All other actions go on.
+GUARDED_SHARE = 0.85
+#: Descriptors that may be there at the end and were not at the start (log, timers).
+MORE_DESCRIPTORS = 2
+SHOW_EVERY_S = 10.0
+REST_S = 60.0
+STOP_S = 60.0
+INTERRUPTED = 130
+#: On top of what an idle connection needs: log, tables, listeners.
+OTHER_DESCRIPTORS = 200
+
+
+@dataclass
+class Sizes:
+    """What guard and protector took at one moment."""
+
+    when: str
+    guard: Size | None
+    protector: Size | None
+    generations: int
+    workers: int
+
+
+@dataclass
+class Report:
+    """What the run has shown."""
+
+    seed: int
+    minutes: float
+    command: str
+    sizes: list[Sizes] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # what is wrong beside failed connections
+
+
+class Soak:
+    """One run."""
+
+    def __init__(self, service: Service, seed: int, minutes: float, at_once: int, idle: int):
+        """The service has been started."""
+        self.service = service
+        self.report = Report(seed, minutes, " ".join(map(str, service.command())))
+        self.torment = Torment(service, seed, WORKERS)
+        self.short = Load(
+            service.address, concurrency=at_once, timeout_s=PATIENCE_S, until_eof=True
+        )
+        self.idle = Load(
+            service.address,
+            concurrency=idle,
+            rate_per_s=OPENED_PER_S,
+            timeout_s=PATIENCE_S,
+            lines=LINES,
+            pause_s=PAUSE_S,
+            until_eof=True,
+        )
+        self._idle_wanted = idle
+        self._begun_s = time.monotonic()
+        self._shown_s = 0.0
+
+    def run(self) -> tuple[Snapshot, Snapshot]:
+        """Do it all; return what the short and the idle connections have seen."""
+        self._weigh("at rest, before")
+        self.short.start()
+        self.idle.start()
+        most_s = 3 * self._idle_wanted / OPENED_PER_S + PATIENCE_S
+        self.idle.wait_for(lambda now: now.open_now >= self._idle_wanted, most_s)
+        self._weigh("loaded, before the first action")
+        begun_s = time.monotonic()
+        lasts_s = self.report.minutes * 60
+        self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._show)
+        self._weigh("loaded, before the guard is killed")
+        self.torment.unguard()
+        self._expect(
+            self.service.wait(lambda: self.service.events["unguarded"] > 0, REST_S),
+            "the protector never noticed that the guard was gone",
+        )
+        self._expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
+        self.torment.run(begun_s + lasts_s, self._show)
+        self.torment.undo_all()
+        self._weigh("loaded, after the last action")
+        short = self.short.stop()
+        self.idle.hurry()
+        idle = self.idle.join()
+        self._come_to_rest()
+        self._weigh("at rest, after")
+        return short, idle
+
+    def _pid_file_is_protectors(self) -> bool:
+        return self.service.wait(
+            lambda: self.service.pid_file.read_text().strip() == str(self.service.protector()),
+            REST_S,
+        )
+
+    def _come_to_rest(self) -> None:
+        """A last reload takes over, with as many workers as at the start, and old ones end."""
+        service = self.service
+        self._expect(service.wait(self._one_generation, REST_S), "old generations did not end")
+        self.torment.restore_workers()
+        before = service.events["reloaded"]
+        service.send(signal.SIGHUP)
+        self._expect(
+            service.wait(lambda: service.events["reloaded"] > before, REST_S),
+            "the last reload did not succeed",
+        )
+        self._expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
+        self._expect(len(service.workers()) == WORKERS, f"{len(service.workers())} workers left")
+        # It may notice the end of orphans a moment later than we do.
+        service.wait(lambda: not self._leaked(), REST_S / 6)
+        self._expect(not self._leaked(), f"descriptors left over: {', '.join(self._leaked())}")
+
+    def _leaked(self) -> list[str]:
+        """Return all descriptors of the protector if it has more of them than at the start."""
+        first, pid = self.report.sizes[0].protector, self.service.protector()
+        names = described(pid) if pid else []
+        most = first.descriptors + MORE_DESCRIPTORS if first is not None else 0
+        return names if len(names) > most else []
+
+    def _one_generation(self) -> bool:
+        return set(self.service.workers().values()) == {self.service.serving}
+
+    def _expect(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.report.wrong.append(otherwise)
+
+    def _weigh(self, when: str) -> None:
+        service = self.service
+        service.wait(lambda: service.protector() != 0, REST_S)
+        workers = service.workers()
+        guard = size_of(service.guard) if service.guarded else None
+        try:
+            protector = size_of(service.protector())
+        except OSError:
+            protector = None  # between two protectors
+        self.report.sizes.append(
+            Sizes(when, guard, protector, len(set(workers.values())), len(workers))
+        )
+
+    def _show(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._shown_s < SHOW_EVERY_S:
+            return
+        self._shown_s = now_s
+        short, idle = self.short.snapshot(), self.idle.snapshot()
+        judged = account(short.failures + idle.failures, self.torment.kills)
+        print(
+            f"{now_s - self._begun_s:6.0f} s: {short.connections:,} connections, "
+            f"{idle.open_now:,} idle, {len(judged.held)} held by killed workers, "
+            f"{len(judged.being_taken) + len(judged.in_hand)} in hand, "
+            f"{len(judged.unaccounted)} unaccounted for; "
+            f"{sum(self.torment.counts.values())} actions, "
+            f"{len(set(self.service.workers().values()))} generations",
+            flush=True,
+        )
+
+
+def _table(sizes: list[Sizes]) -> list[str]:
+    def words(size: Size | None) -> str:
+        if size is None:
+            return "- | -"
+        return f"{size.descriptors} | {size.rss_kib / 1024:.1f} / {size.pss_kib / 1024:.1f} MB"
+
+    return [
+        "| | guard's descriptors | RSS / PSS | protector's descriptors | RSS / PSS "
+        "| generations | workers |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {each.when} | {words(each.guard)} | {words(each.protector)} "
+            f"| {each.generations} | {each.workers} |"
+            for each in sizes
+        ),
+    ]
+
+
+def _kinds(failures: tuple[Failure, ...] | list[Failure]) -> str:
+    counted = Counter(failure.kind for failure in failures)
+    return ", ".join(f"{counted[kind]} {kind}" for kind in KINDS if counted[kind]) or "none"
+
+
+def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
+    """Print the report; say whether everything is accounted for."""
+    report, torment = soak.report, soak.torment
+    judged: Account = account(short.failures + idle.failures, torment.kills)
+    of_idle = set(map(id, idle.failures))
+    wrong = report.wrong
+    kills = Counter(kill.victim for kill in torment.kills)
+    events = soak.service.events
+    print(f"\nseed {report.seed}, {report.minutes:g} minutes; {machine()}")
+    print(f"command: {report.command}")
+    print(
+        f"\nshort connections: {short.connections:,} answered, p50 "
+        f"{short.latency_us(0.5) / 1e3:.1f} ms, p99.9 {short.latency_us(0.999) / 1e3:.1f} ms, "
+        f"longest {short.latency_us(1.0) / 1e3:.0f} ms; failed: {_kinds(short.failures)}"
+    )
+    print(
+        f"idle connections: {idle.begun:,} opened, {idle.connections:,} answered to their end by "
+        f"the worker that took them; failed: {_kinds(idle.failures)}"
+    )
+    held_idle = sum(id(failure) in of_idle for failure in judged.held)
+    print("\naccount of the failures:")
+    print(
+        f"- {len(judged.held)} held by a worker that was killed ({kills['worker']} kills), by its "
+        f"own record: {len(judged.held) - held_idle} short, {held_idle} idle"
+    )
+    print(f"- {len(judged.being_taken)} taken at the instant of such a kill, not recorded yet")
+    print(
+        f"- {len(judged.in_hand)} between accept and send in a protector that was killed "
+        f"({kills['protector']} kills)"
+    )
+    print(f"- {len(judged.unaccounted)} unaccounted for")
+    print("\nactions:")
+    for what, count in sorted(torment.counts.items()):
+        print(f"- {count} x {what}")
+    print(
+        f"\nwhat came of them: {events['reloaded']} reloaded, {events['reload-failed']} reloads "
+        f"failed, {events['upgrading']} upgraded, {events['upgrade-failed']} upgrades failed, "
+        f"{events['adopted']} adopted, {events['protector-died']} protectors died, "
+        f"{events['broken']} channels broken"
+    )
+    print("\n".join(["", *_table(report.sizes)]))
+    for text in wrong:
+        print(f"\nWRONG: {text}")
+    for failure in judged.unaccounted[:20]:
+        whose = "idle" if id(failure) in of_idle else "short"
+        print(
+            f"\nUNACCOUNTED FOR: {whose} {failure.kind} port {failure.port} worker {failure.pid} "
+            f"begun at {failure.started_s:.3f}, failed at {failure.at_s:.3f}: {failure.detail}"
+        )
+        near = [
+            f"{kill.victim} {kill.pid} at {kill.before_s:.3f}"
+            for kill in torment.kills
+            if abs(kill.before_s - failure.at_s) < 5
+        ]
+        print(f"  kills near: {'; '.join(near) or 'none'}")
+    for failure in judged.unaccounted[:3]:
+        lines = soak.service.lines_between(failure.at_s - 2, failure.at_s + 1)
+        print("\n".join(["\nlog around it:", *lines[-60:]]))
+    return not judged.unaccounted and not wrong
+
+
+def _clean_up(service: Service, torment: Torment | None) -> bool:
+    """End what is still there; say whether anything had to be killed."""
+    if torment is not None:
+        torment.undo_all()
+    left: list[int] = []
+    if not service.end(STOP_S) and not service.end(STOP_S, signal.SIGINT):
+        left = descendants_now()
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # with its parent
+        time.sleep(0.1)
+    reap()
+    return not left
+
+
+def main() -> int:
+    """Run the soak; return its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("minutes", type=float)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--at-once", type=int, default=64, help="short connections")
+    parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
+    parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
+    given = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Workers hold the idle ones, all of them perhaps: theirs is the same limit.
+    if most < given.idle + given.at_once + OTHER_DESCRIPTORS:
+        parser.error(f"{given.idle} idle connections need more than {most} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    become_sub_reaper()
+
+    print(f"seed {given.seed}", flush=True)
+    settle = random.Random(given.seed).choice(("0", "300ms"))
+    options = ("--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle)
+    folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
+    service = Service(folder, options, WORKERS)
+    soak: Soak | None = None
+    clean = False
+    try:
+        service.start()
+        soak = Soak(service, given.seed, given.minutes, given.at_once, given.idle)
+        short, idle = soak.run()
+        clean = service.end(STOP_S)
+        soak._expect(clean, f"it did not end within {STOP_S:g} s of TERM")
+        soak._expect(not service.pid_file.exists(), "the pid file was left behind")
+        return 0 if show(soak, short, idle) else 1
+    except KeyboardInterrupt:
+        print("interrupted; everything that was started is being stopped")
+        return INTERRUPTED
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)  # the protector has said why
+    finally:
+        if not clean:
+            _clean_up(service, soak.torment if soak else None)
+        if given.keep_log is not None and service.log.exists():
+            shutil.copyfile(service.log, given.keep_log)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""What the soak does to a service: random actions from a seed, each counted, each undone.
+
+The seed fixes what is done in which order and after which pauses; not what it meets.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from bench.account import Kill
+from bench.service import Service, reap
+
+#: Between two actions; short ones so that they meet each other half done.
+PAUSES_S = (0.0, 0.02, 0.1, 0.5, 1.0, 2.0)
+FEWEST_WORKERS = 1
+MOST_WORKERS = 4
+_TURN_S = 0.02
+
+
+class Torment:
+    """Does one thing after the other to a service, and keeps the books of it."""
+
+    def __init__(self, service: Service, seed: int, workers: int) -> None:
+        """`workers`: how many it was started with."""
+        self.kills: list[Kill] = []
+        self.counts: Counter[str] = Counter()
+        self._service = service
+        self._random = random.Random(seed)
+        self._workers = self._workers_at_start = workers
+        self._undo: list[tuple[float, Callable[[], None]]] = []
+        self._actions: dict[Callable[[], str], int] = {
+            self._reload: 6,
+            self._upgrade: 5,
+            self._kill_worker: 4,
+            self._kill_protector: 4,
+            self._bad_release: 3,
+            self._scale: 3,
+            self._stop_worker: 2,
+            self._stop_protector: 2,
+            self._few_descriptors: 1,
+        }
+
+    def run(self, until_s: float, each_turn: Callable[[], None]) -> None:
+        """Act until then."""
+        next_s = time.monotonic()
+        while (now_s := time.monotonic()) < until_s:
+            self._service.look()
+            reap()
+            self._undo_until(now_s)
+            each_turn()
+            if now_s >= next_s:
+                chosen = self._random.choices(
+                    list(self._actions), weights=list(self._actions.values())
+                )[0]
+                self.counts[chosen()] += 1
+                next_s = time.monotonic() + self._random.choice(PAUSES_S)
+            time.sleep(_TURN_S)
+
+    def undo_all(self) -> None:
+        """Let everything that was stopped, narrowed or exchanged be as it was."""
+        self._undo_until(float("inf"))
+
+    def unguard(self) -> None:
+        """Kill the guard.  From here on a kill of the protector would be an outage: no more."""
+        kill = self._service.kill("guard", self._service.guard)
+        if kill is None:
+            raise RuntimeError("the guard had gone before it was killed")
+        self.kills.append(kill)
+        self.counts["SIGKILL of the guard"] += 1
+        del self._actions[self._kill_protector]
+
+    def restore_workers(self) -> None:
+        """Bring the number of workers back to what it was at the start."""
+        service = self._service
+        for _ in range(2 * MOST_WORKERS):
+            serving = [g for g in service.workers().values() if g == service.serving]
+            if len(serving) == self._workers_at_start:
+                return
+            fewer = len(serving) > self._workers_at_start
+            count = len(serving)
+            service.send(signal.SIGTTOU if fewer else signal.SIGTTIN)
+            service.wait(
+                lambda before=count: (  # type: ignore[misc]
+                    before != sum(g == service.serving for g in service.workers().values())
+                ),
+                5.0,
+            )
+
+    def _undo_until(self, now_s: float) -> None:
+        due = [undo for when_s, undo in self._undo if when_s <= now_s]
+        self._undo = [entry for entry in self._undo if entry[0] > now_s]
+        for undo in due:
+            undo()
+
+    def _later(self, wait_s: float, undo: Callable[[], None]) -> None:
+        self._undo.append((time.monotonic() + wait_s, undo))
+
+    # -- the actions: each says what it has done ---------------------------------
+
+    def _reload(self) -> str:
+        self._service.send(signal.SIGHUP)
+        return "reload"
+
+    def _upgrade(self) -> str:
+        self._service.send(signal.SIGUSR2)
+        return "upgrade (USR2)"
+
+    def _any_worker(self) -> int:
+        """Return a worker's pid: of those that serve more often than of those that drain."""
+        workers = self._service.workers()
+        serving = [pid for pid, number in workers.items() if number == self._service.serving]
+        chosen = serving if serving and self._random.random() < 0.6 else list(workers)
+        return self._random.choice(chosen) if chosen else 0
+
+    def _kill_worker(self) -> str:
+        pid = self._any_worker()
+        kill = self._service.kill("worker", pid) if pid else None
+        if kill is None:
+            return "found nothing to kill"
+        self.kills.append(kill)
+        return "SIGKILL of a worker"
+
+    def _kill_protector(self) -> str:
+        pid = self._service.protector()
+        kill = self._service.kill("protector", pid) if pid else None
+        if kill is None:
+            return "found nothing to kill"
+        self.kills.append(kill)
+        return "SIGKILL of the protector"
+
+    def _bad_release(self) -> str:
+        name = self._random.choice(("exits", "hangs", "not-executable"))
+        self._service.release(name)
+        self._service.send(signal.SIGHUP)
+
+        def back() -> None:
+            self._service.release("good")
+            self._service.send(signal.SIGHUP)
+
+        self._later(self._random.uniform(0.2, 3.0), back)
+        return f"bad release ({name}) and back"
+
+    def _scale(self) -> str:
+        up = self._random.random() < 0.5
+        if self._workers <= FEWEST_WORKERS:
+            up = True
+        elif self._workers >= MOST_WORKERS:
+            up = False
+        self._workers += 1 if up else -1
+        self._service.send(signal.SIGTTIN if up else signal.SIGTTOU)
+        return "one worker more (TTIN)" if up else "one worker fewer (TTOU)"
+
+    def _stop(self, pid: int, what: str) -> str:
+        if not pid:
+            return "found nothing to stop"
+        pidfd = -1
+        try:
+            pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+        except ProcessLookupError:
+            if pidfd >= 0:
+                os.close(pidfd)
+            return "found nothing to stop"
+
+        def go_on() -> None:
+            try:
+                signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+            except ProcessLookupError:
+                pass  # killed while it was stopped
+            os.close(pidfd)
+
+        self._later(self._random.uniform(0.05, 1.0), go_on)
+        return f"SIGSTOP of {what}, and on"
+
+    def _stop_worker(self) -> str:
+        return self._stop(self._any_worker(), "a worker")
+
+    def _stop_protector(self) -> str:
+        return self._stop(self._service.protector(), "the protector")
+
+    def _few_descriptors(self) -> str:
+        """Leave the protector hardly any descriptor that it could still open."""
+        pid = self._service.protector()
+        spare = self._random.randint(0, 4)
+        try:
+            used = max(map(int, os.listdir(f"/proc/{pid}/fd")))
+            _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(hard, used + 1 + spare), hard))
+        except (OSError, ValueError):
+            return "found nothing to starve"
+
+        def enough() -> None:
+            if self._service.protector() == pid:
+                try:
+                    resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+                except OSError:
+                    pass  # it has just ended
+
+        self._later(self._random.uniform(0.5, 2.0), enough)
+        return "a moment without descriptors"

@@ -87,12 +87,18 @@ def enter() -> dict[str, int]:
     count, pid, told, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
-    found = dict(zip(told.split(":"), range(FIRST, FIRST + int(count)), strict=False))
-    for fd in found.values():
-        if fd != found.get(_NOBODY):
+    found = {}
+    for name, fd in zip(told.split(":"), range(FIRST, FIRST + int(count)), strict=False):
+        if name == _NOBODY:
+            continue
+        if name.startswith(_OURS) and name not in found:
+            found[name] = fd
             os.set_inheritable(fd, False)
-    # What else the service manager passes (socket activation) was taken at the first start.
-    return {name: fd for name, fd in found.items() if name.startswith(_OURS) and name != _NOBODY}
+        else:
+            # What else the service manager passes (socket activation) was taken at the first
+            # start and is among ours; several may have one name.
+            os.close(fd)
+    return found
 
 
 def is_ours() -> bool:

@@ -171,7 +171,7 @@ class Effects:
         due = {each: self._loop.due(each) for each in fleet.timers}
         now = time.monotonic()
         due.update((a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer))
-        self._released = {n: g for n, g in self._released.items() if not g.channel.closed}
+        self._forget_closed()
         generations = (
             *(each.record(n, released=False) for n, each in self._generations.items()),
             *(each.record(n, released=True) for n, each in self._released.items()),
@@ -182,7 +182,9 @@ class Effects:
             workers=self._crew.records(),
             good=self._good,
             due=tuple((each, when) for each, when in due.items() if when is not None),
+            undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
             hand=self._forwarder.hand,
+            hand_number=self._forwarder.hands,
             forwarded=self._forwarder.forwarded,
             lost=self._forwarder.lost,
             version=version,
@@ -190,11 +192,20 @@ class Effects:
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors that the next program needs, by name."""
+        self._forget_closed()
         found = {**self._forwarder.descriptors(), **self._crew.descriptors()}
         for number, each in (*self._generations.items(), *self._released.items()):
             for name, fd in each.channel.descriptors().items():
                 found[f"{door.CHANNEL}{number}.{name}"] = fd
         return found
+
+    def _forget_closed(self) -> None:
+        self._released = {n: g for n, g in self._released.items() if not g.channel.closed}
+
+    @property
+    def exiting(self) -> bool:
+        """Whether nothing is left to go on with."""
+        return self.exit_status is not None
 
     def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> list[Event]:
         """Go on where another program stopped; takes ownership of the descriptors.
@@ -207,21 +218,25 @@ class Effects:
                 continue  # not stored yet, so nothing was ever sent to it
             channel = Channel.adopt(channels[str(record.number)])
             each = _Generation(record.program, channel, record.serving_since)
-            if record.released:
+            if record.released or snapshot.fleet.generation(record.number) is None:
                 self._released[record.number] = each
                 continue
             self._generations[record.number] = each
             if not record.ended:
                 self._watch(record.number, channel)
         lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
-        self._good = snapshot.good
+        serving = snapshot.fleet.of(Phase.SERVING)
+        proven = self._generations.get(serving.number) if serving is not None else None
+        self._good = proven.program if proven is not None else snapshot.good
         self._forwarder.forwarded = snapshot.forwarded
         self._forwarder.lost = snapshot.lost
-        for hand, fd in door.under(descriptors, door.HAND).items():
-            if snapshot.hand is not None:
-                self._forwarder.adopt_hand(snapshot.hand, fd[""], int(hand))
-            else:
-                os.close(fd[""])
+        hand = descriptors.get(f"{door.HAND}{snapshot.hand_number}", -1)
+        if hand < 0 or snapshot.hand is None:
+            # Never again a number that may still be in the store for another one.
+            self._forwarder.hands = snapshot.hand_number + 1
+        else:
+            self._forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
+        self._close_unknown(descriptors)
         for each in self._released.values():
             self._forwarder.release(each.channel)
         for number, each in self._generations.items():
@@ -229,6 +244,13 @@ class Effects:
             if generation is not None and generation.phase is Phase.DRAINING:
                 self._forwarder.adopt_drained(each.channel)
         return lost
+
+    def _close_unknown(self, descriptors: Mapping[str, int]) -> None:
+        """Close what was on its way into the store, or out of it, when the other was killed."""
+        known = set(self.descriptors().values())
+        for name, fd in descriptors.items():
+            if name.startswith((door.CHANNEL, door.WORKER, door.HAND)) and fd not in known:
+                os.close(fd)
 
     def _adopt_workers(
         self, snapshot: Snapshot, descriptors: Mapping[str, Mapping[str, int]]
@@ -250,6 +272,10 @@ class Effects:
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
 
+    def unguarded(self) -> None:
+        """Nobody is left who would tell that."""
+        self._crew.unguarded()
+
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a worker ended from who has reaped it."""
         self._crew.told(pid, clean, how)
@@ -261,6 +287,10 @@ class Effects:
                 READY="1", MAINPID=str(self._systemd.pid), STATUS="went on after a restart"
             )
             self._launcher.started()
+            if fleet.incoming:
+                self._systemd.reloading()
+        elif fleet.stopping:
+            self._say_stopping()
 
     # -- generations ---------------------------------------------------------
 
@@ -373,10 +403,13 @@ class Effects:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._launcher.failure = report.reason
             case News.STOPPING:
-                # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
-                policy = self._settings.policy
-                usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
-                self._systemd.send(STOPPING="1", STATUS="stopping", EXTEND_TIMEOUT_USEC=str(usec))
+                self._say_stopping()
+
+    def _say_stopping(self) -> None:
+        # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
+        policy = self._settings.policy
+        usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
+        self._systemd.send(STOPPING="1", STATUS="stopping", EXTEND_TIMEOUT_USEC=str(usec))
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""

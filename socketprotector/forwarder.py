@@ -66,7 +66,7 @@ class Forwarder:
         self._emptied = emptied
         self._trouble = trouble
         self._held = held
-        self._hands = 0  # connections that have ever been in hand
+        self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
@@ -150,13 +150,13 @@ class Forwarder:
         """Return the descriptors that are ours to pass on, by name."""
         found = {f"{door.LISTENER}{each.index}": each.fileno() for each in self._listeners}
         if self._in_hand is not None:
-            found[f"{door.HAND}{self._hands}"] = self._in_hand[1]
+            found[f"{door.HAND}{self.hands}"] = self._in_hand[1]
         return found
 
     def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
         """Take the connection that an earlier program had in hand.  Takes ownership of fd."""
         self._in_hand = header, fd
-        self._hands = number
+        self.hands = number
 
     def adopt_drained(self, channel: Channel) -> None:
         """Go on with a channel that an earlier program has ended: empty it for the next route."""
@@ -298,7 +298,7 @@ class Forwarder:
 
     def _send_failed(self, error: OSError) -> None:
         """Decide what the connection in hand waits for."""
-        self._hands += 1
+        self.hands += 1
         self._stop_accepting()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)

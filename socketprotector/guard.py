@@ -24,11 +24,15 @@ LINE = "sp.guard"
 NAME = "SocketProtector"
 #: The way to syslog, where that is where lines go.
 RELAY = "sp.relay.write"
+PID_FILE = "sp.pidfile"
 #: Waits between two starts of a protector that dies before it accepts.
 FIRST_WAIT_S = 0.1
 LAST_WAIT_S = 10.0
 #: Its exit status when the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
+#: How workers ended is told to the next protector too when the one before may not have heard.
+LAST_STATUSES = 255
+TOLD_AGAIN_S = 10.0
 _FIRST_FD = 3
 _PASSED_ON = (
     signal.SIGHUP,
@@ -40,6 +44,7 @@ _PASSED_ON = (
     signal.SIGTTIN,
     signal.SIGTTOU,
 )
+_STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _MESSAGE_BYTES = 4096
 _NO_SIGNALS: tuple[int, ...] = ()
 
@@ -59,29 +64,57 @@ class Guard:
         self.wait_s = 0.0
         self.due: float | None = None  # when to start the next one
         self.pending: list[int] = []  # signals for the next one
+        self.passed_on: list[int] = []  # to this one, and maybe not taken
+        self.stopping = False  # a stop was taken
+        self.began = False  # it has said anything: it has gone on, and takes signals
+        self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
 
     # -- the protector ---------------------------------------------------------
 
     def start(self) -> None:
         """Start a protector with all that is in the store."""
         self.due = None
-        self.accepted = False
-        self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for end in (self.line, theirs):
+        self.accepted = self.began = False
+        try:
+            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self.again(f'error="{error.strerror}"')
+            return
+        for end in (line, theirs):
             os.set_inheritable(end.fileno(), False)
         # Blocked until its handlers stand: a signal in between waits, it does not kill.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.pid = os.fork()
-        if self.pid == 0:
-            try:
-                self._become({**self.store, LINE: theirs.fileno()})
-            finally:
-                os._exit(FAILED)
-        theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
-        for number in self.pending:
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                try:
+                    self._become({**self.store, LINE: theirs.fileno()})
+                except OSError as error:
+                    self.log("guard-cannot-execute", f'file={self.command[0]} error="{error}"')
+                finally:
+                    os._exit(FAILED)
+        except OSError as error:  # no more processes
+            line.close()
+            self.again(f'error="{error.strerror}"')
+            return
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
+        self.line = line
+        self.passed_on, self.pending = self.pending, []
+        for number in self.passed_on:
             os.kill(self.pid, number)
-        self.pending.clear()
+        # Those that the one before may have been told in vain.
+        recent = time.monotonic() - TOLD_AGAIN_S
+        self.statuses = [told for told in self.statuses if told[0] > recent]
+        for _, told in self.statuses:
+            self.tell(told)
+
+    def again(self, why: str) -> None:
+        """Start the next one, later each time in a row."""
+        self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
+        self.log("guard-cannot-start", f"{why} again_in_s={self.wait_s:g}")
+        self.due = time.monotonic() + self.wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
         above = _FIRST_FD + len(descriptors)
@@ -104,9 +137,13 @@ class Guard:
             sys.exit(self.verdict)
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        if not self.ever_accepted and code >= 0:
-            self.log("guard-gives-up", f'protector="{how} before it ever accepted"')
-            sys.exit(code or FAILED)
+        if code >= 0 and not self.ever_accepted:
+            self.give_up(f'protector="{how} before it ever accepted"', code or FAILED)
+        stops = any(number in _STOPS for number in self.passed_on)
+        if stops and code >= 0 and not self.began:
+            # Workers finish what they have when the last end of their channel is closed.
+            self.give_up(f'protector="{how} when it was to stop"', code or FAILED)
+        self.pending += self.passed_on
         if self.accepted:
             self.wait_s = 0.0
         else:
@@ -125,8 +162,13 @@ class Guard:
                     socket.CMSG_LEN(4),
                     socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
                 )
-            except OSError:
-                return  # nothing more for now, or the other end is gone
+            except BlockingIOError:
+                return  # nothing more for now
+            except ConnectionResetError:
+                continue  # it is gone and had not read all; what it said is still here
+            except OSError as error:
+                self.log("guard-cannot-hear", f'error="{error.strerror}"')
+                return  # out of memory for the moment
             if not data:
                 self.line.close()
                 self.line = None
@@ -138,6 +180,11 @@ class Guard:
 
     def take(self, said: dict[str, str], fd: int) -> None:
         """Do what one message asks for.  Takes ownership of its descriptor."""
+        self.began = True
+        self.stopping = self.stopping or "STOPPING" in said
+        self.passed_on = [
+            number for number in self.passed_on if number in _STOPS and not self.stopping
+        ]
         name = said.get("FDNAME", "")
         if "FDSTORE" in said and fd >= 0 and name:
             self.forget(name)
@@ -156,6 +203,18 @@ class Guard:
         if name in self.store:
             os.close(self.store.pop(name))
 
+    def give_up(self, why: str, status: int) -> None:
+        """Leave nothing behind that says we are here, and exit."""
+        self.log("guard-gives-up", why)
+        lock = self.store.get(PID_FILE, -1)
+        try:
+            path = os.readlink(f"/proc/self/fd/{lock}")
+            if os.path.samestat(os.lstat(path), os.fstat(lock)):
+                os.unlink(path)
+        except OSError:
+            pass  # there is none, or another's in its place
+        sys.exit(status)
+
     def log(self, event: str, rest: str) -> None:
         """Write a line to where the protector writes its own: to the relay, if it has one."""
         log(event, rest, self.store.get(RELAY, 2))
@@ -167,6 +226,8 @@ class Guard:
             self.reap()
         elif self.pid:
             os.kill(self.pid, number)
+            if not self.began or (number in _STOPS and not self.stopping):
+                self.passed_on.append(number)
         else:
             self.pending.append(number)
             self.due = time.monotonic()
@@ -182,11 +243,17 @@ class Guard:
                 return
             if pid == self.pid:
                 self.ended(status)
-            elif self.line is not None:
-                try:
-                    self.line.send(b"X_EXITED=%d %d" % (pid, status), socket.MSG_DONTWAIT)
-                except OSError:
-                    pass  # it is gone or far behind: then the status is unknown to it
+            else:
+                told = b"X_EXITED=%d %d" % (pid, status)
+                self.statuses = [*self.statuses[-LAST_STATUSES:], (time.monotonic(), told)]
+                self.tell(told)
+
+    def tell(self, told: bytes) -> None:
+        if self.line is not None:
+            try:
+                self.line.send(told, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                pass  # it is gone or far behind: then the status is unknown to it
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""

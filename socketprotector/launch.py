@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -178,6 +179,9 @@ def _exec(
     starts_others = settings.worker_identity is not None
     if settings.guarded:
         privileges.adopt_orphans()
+        # It holds all that the protector holds.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if settings.identity is not None:
             # The guard needs no more than the protector, and can give no more to the next one.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)

@@ -10,7 +10,7 @@ The order of the actions is part of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from . import reload, stop, workers
@@ -39,7 +39,7 @@ from .events import (
     WorkerExited,
     WorkerReady,
 )
-from .fleet import PHASES, Fleet, Phase, State, Stop
+from .fleet import PHASES, Fleet, Phase, Stop
 from .step import Step
 
 #: What to do about a generation that stays silent.
@@ -129,23 +129,20 @@ def _release_what_is_gone(step: Step) -> None:
             step.do(Release(generation.number))
 
 
-def resume(fleet: Fleet, left_s: Mapping[Deadline, float]) -> tuple[Action, ...]:
+def resume(
+    fleet: Fleet, left_s: Mapping[Deadline, float], undone: Iterable[Signal | Retire] = ()
+) -> tuple[Action, ...]:
     """Say what brings the world to what a fleet says, when another program stopped midway.
 
     Every action can be done again without harm.  `left_s`: seconds left of each timer; one
-    that is not known runs out at once.
+    that is not known runs out at once.  `undone`: what the other program was about to tell
+    workers; to tell them all again that are to end would be a second TERM, which many
+    programs take for "at once".
     """
     route = fleet.route
     actions: list[Action] = [RouteTo(route.number if route else None)]
     actions += [Drain(generation.number) for generation in fleet.all_of(Phase.DRAINING)]
-    for generation in fleet.generations:
-        for worker in generation.alive:
-            if generation.ending:
-                actions.append(Signal(worker.number, Sign.TERM))
-            elif worker.state is State.RETIRING and worker.retires:
-                actions.append(Retire(worker.number))
-            elif worker.state is State.RETIRING:
-                actions.append(Signal(worker.number, Sign.TERM))
+    actions += undone
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))

@@ -65,6 +65,11 @@ class Listener:
     def fileno(self) -> int:
         return self.socket.fileno()
 
+    @property
+    def listens(self) -> bool:
+        """Whether it was not shut down yet."""
+        return bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
     def claim(self) -> None:
         """Listen once more: clients of a UNIX socket see the pid and user of who did it last."""
         if self.settings.backlog:

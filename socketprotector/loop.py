@@ -32,6 +32,7 @@ class Loop:
         self._heap: list[tuple[float, int, Hashable]] = []
         self._count = 0
         self.running = True
+        self.take_signals: Callable[[], None] = lambda: None
 
     # -- descriptors ---------------------------------------------------------
 
@@ -101,9 +102,15 @@ class Loop:
             signal.signal(number, _noted)
 
         def read() -> None:
-            for number in os.read(receive, 512):
+            try:
+                numbers = os.read(receive, 512)
+            except BlockingIOError:
+                return  # taken meanwhile
+            for number in numbers:
                 callback(number)
 
+        #: Calls back now for those that have come.
+        self.take_signals = read
         self.watch(receive, read)
 
     # -- running -------------------------------------------------------------

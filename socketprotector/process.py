@@ -31,6 +31,7 @@ class Process:
         """
         self.pid = pid
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
+        self._adopted = pidfd >= 0
         self._reaped = False
 
     def signal(self, number: int) -> None:
@@ -50,7 +51,8 @@ class Process:
         Only while it is not reaped: until then its number cannot be another's.
         Raises PermissionError if all of it has become another user's.
         """
-        if not self._reaped:
+        # One that is no child of ours is reaped by somebody else as soon as it has ended.
+        if not self._reaped and not (self._adopted and self.has_ended()):
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .events import Deadline, Wait
+from .events import Deadline, Retire, Sign, Signal, Wait
 from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 from .settings import Identity
 
@@ -58,7 +58,9 @@ class Snapshot:
     workers: tuple[WorkerRecord, ...] = ()
     good: Program | None = None
     due: tuple[tuple[Deadline, float], ...] = ()
+    undone: tuple[Signal | Retire, ...] = ()  # ordered, and maybe not carried out
     hand: bytes | None = None  # the header of the connection in hand
+    hand_number: int = 0  # and which one that is
     forwarded: int = 0
     lost: int = 0
     version: str = ""  # of the program that wrote this
@@ -67,5 +69,6 @@ class Snapshot:
 #: All classes that a Snapshot is made of.
 CLASSES = (
     *(Deadline, Wait, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
+    *(Retire, Sign, Signal),
     *(Identity, Program, GenerationRecord, WorkerRecord, Snapshot),
 )

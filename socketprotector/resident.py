@@ -106,19 +106,29 @@ class _Resident:
             for index, each in enumerate(settings.listeners)
             if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
         ]
+        for each in [each for each in self.listeners if not each.listens]:
+            self.listeners.remove(each)  # an earlier program was about to close it
+            each.close()
         self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
         self.guard = Outbox(self._later, self.line)
         manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
         self.systemd = Systemd(os.environ, self.pid, manager, self.guard)
         kept = {name for name in descriptors if name != door.GUARD}
         self.store = Store(self.guard if guarded else manager, kept)
-        self.can_come_back = False
+        self._began = False
+
+    @property
+    def can_come_back(self) -> bool:
+        """Whether another program could go on where this one stops."""
+        return self._began and self.store.keeps
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
         settings, loop = self.settings, self.loop
         snapshot = self._inherited()
-        self.can_come_back = snapshot is not None
+        if snapshot is not None and snapshot.fleet.exiting:
+            return snapshot.fleet.exit_status  # all was done but the last words
+        self._began = snapshot is not None
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -152,11 +162,12 @@ class _Resident:
             self._feed_watchdog()
         # They were blocked before the exec, so that none of them could come too early.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.can_come_back = self.store.keeps
+        self._began = True
         if snapshot is None:
             supervisor.launch()
         else:
             supervisor.adopt(snapshot, self.descriptors)
+        self.guard.send("X_BEGAN=1")  # signals are taken from here on
         status = supervisor.run()
         log.close()
         return status
@@ -180,12 +191,11 @@ class _Resident:
     # -- putting together ----------------------------------------------------
 
     def _inherited(self) -> Snapshot | None:
-        """Return where another program stopped, unless it had come to its end."""
+        """Return where another program stopped."""
         if door.STATE not in self.descriptors:
             self.descriptors[door.STATE] = StateFile.make().fd
             return None
-        snapshot = heritage.read(self.descriptors[door.STATE])
-        return snapshot if snapshot is None or not snapshot.fleet.exiting else None
+        return heritage.read(self.descriptors[door.STATE])
 
     def _open_log(self) -> Log:
         settings = self.settings
@@ -281,6 +291,7 @@ class _Resident:
             self.pid = self.systemd.pid = os.getpid()
             log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
             self._write_pid(log)
+            supervisor.unguarded()
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():

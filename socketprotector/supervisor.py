@@ -11,7 +11,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 from .effects import Effects
 from .events import Action, Event, Launched, ReloadRequested, ScaleRequested, StopRequested
@@ -58,6 +58,7 @@ class Supervisor:
         """
         self._fleet = fleet
         self._queue: deque[Event] = deque()
+        self._undone: deque[Action] = deque()  # decided, and maybe not carried out
         self._working = False
         self._loop = loop
         self._log = log
@@ -66,6 +67,7 @@ class Supervisor:
         self._outlives_terminal = outlives_terminal
         self._heritage = heritage
         self._upgrade = upgrade
+        self._handing_over = False
         self._effects = effects(self.post, self._save)
         # Ignored by the caller, it would have the kernel throw away how workers ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -78,14 +80,14 @@ class Supervisor:
     def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> None:
         """Go on where another program stopped; takes ownership of its descriptors."""
         self._fleet = snapshot.fleet
-        lost = self._effects.adopt(snapshot, descriptors)
+        self._working = True  # what comes back meanwhile waits until all of it stands again
+        self._queue.extend(self._effects.adopt(snapshot, descriptors))
         now = time.monotonic()
-        for action in resume(self._fleet, {each: due - now for each, due in snapshot.due}):
-            self._effects.perform(action)
-        for event in lost:
-            self.post(event)
-        self._save()
+        left_s = {each: due - now for each, due in snapshot.due}
+        self._undone.extend(resume(self._fleet, left_s, snapshot.undone))
+        self._act()
         self._effects.welcome(self._fleet)
+        self._work()
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
@@ -96,27 +98,40 @@ class Supervisor:
     def post(self, event: Event) -> None:
         """Put an event on the queue, and work the queue off unless that is going on."""
         self._queue.append(event)
-        if self._working:
-            return
+        if not self._working:
+            self._work()
+
+    def _work(self) -> None:
+        """Work the queue off."""
         self._working = True
         try:
             while self._queue:
                 event = self._queue.popleft()
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
-                self._save(actions)
-                for action in actions:
-                    self._effects.perform(action)
+                self._undone.extend(actions)
+                self._save()
+                self._act()
         finally:
             self._working = False
         self._save()
+
+    def _act(self) -> None:
+        """Carry out what was decided.  Killed in the middle of one, the next program repeats it."""
+        while self._undone:
+            self._effects.perform(self._undone[0])
+            self._undone.popleft()
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a worker ended from who has reaped it."""
         self._effects.told(pid, clean, how)
 
-    def _save(self, actions: Iterable[Action] = ()) -> None:
-        self._heritage.save(self._effects, self._fleet, actions)
+    def unguarded(self) -> None:
+        """Nobody is left who would tell how a worker ended that is no child of ours."""
+        self._effects.unguarded()
+
+    def _save(self) -> None:
+        self._heritage.save(self._effects, self._fleet, self._undone)
 
     def _begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""
@@ -124,8 +139,15 @@ class Supervisor:
             self._upgrade.begin(self._heritage.descriptors(self._effects), self._hand_over)
 
     def _hand_over(self) -> None:
-        if self._heritage.write(self._effects, self._fleet):
+        """Become the new program, which goes on after the last signal that has come to us."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._handing_over = True
+        # Those whose handler has run are known to this program alone.
+        self._loop.take_signals()
+        if not self._effects.exiting and self._heritage.write(self._effects, self._fleet):
             self._upgrade.execute(self._heritage.descriptors(self._effects))
+        self._handing_over = False
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _signalled(self, number: int) -> None:
         self._log.write("info", "signal", signal=signal.Signals(number).name)
@@ -145,7 +167,7 @@ class Supervisor:
                 self.post(ScaleRequested(-1))
             case signal.SIGUSR1:
                 self._reopen_logs()
-            case signal.SIGUSR2:
+            case signal.SIGUSR2 if not self._handing_over:
                 self._begin_upgrade()
 
     def _terminal_is_gone(self) -> bool:

@@ -8,7 +8,6 @@ A broken install is found out by the probe, and changes nothing.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -103,8 +102,10 @@ class Upgrade:
         self._log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
-        """Become the new program.  Returns only if that fails, with everything as it was."""
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        """Become the new program, to be called with signals blocked.
+
+        Returns only if that fails, with everything as it was.
+        """
         kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
         environment = {**os.environ, **door.leave_in_place(kept)}
         try:
@@ -112,7 +113,6 @@ class Upgrade:
                 os.execve(self._command[0], self._command, environment)
         except OSError as error:
             door.close_again(kept)
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._failed(f"{self._command[0]}: {error.strerror}")
 
 

@@ -12,6 +12,7 @@ from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, reloads, switch
 from bench.rows import cpu, idle, latency, rate
+from bench.survive_rows import lasting, survive, upgrade
 
 ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "rate": rate,
@@ -21,6 +22,9 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "idle": idle,
     "cpu": cpu,
     "draining": draining,
+    "upgrade": upgrade,
+    "survive": survive,
+    "lasting": lasting,
 }
 
 
@@ -34,7 +38,7 @@ def main() -> int:
     if unknown:
         parser.error(f"{' '.join(sorted(unknown))}: there are {', '.join(ROWS)}")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # 5,000 connections are held open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # 10,000 connections are held open
 
     figures: list[Figure] = []
     where = machine()

@@ -168,7 +168,7 @@ def switch(scale: Scale) -> list[Figure]:
     ]
 
 
-def _pile_up(started: Started, generations: int, connections: int) -> list[socket.socket]:
+def pile_up(started: Started, generations: int, connections: int) -> list[socket.socket]:
     """Leave `connections` open, spread over `generations` that all drain; return them."""
     host, port = started.address.rsplit(":", 1)
     held: list[socket.socket] = []
@@ -183,7 +183,7 @@ def _pile_up(started: Started, generations: int, connections: int) -> list[socke
     return held
 
 
-def _still_there(held: list[socket.socket]) -> tuple[int, int]:
+def still_there(held: list[socket.socket]) -> tuple[int, int]:
     """Ask each held connection something; return how many answered, and by how many workers."""
     pids = set()
     answered = 0
@@ -203,7 +203,7 @@ def draining(scale: Scale) -> list[Figure]:
     """The same figures beside a protector that many old generations still hang on."""
     generations, connections = scale.rounds(GENERATIONS, 5), scale.rounds(KEPT, 100)
     with protector() as fresh, protector() as laden:
-        held = _pile_up(laden, generations, connections)
+        held = pile_up(laden, generations, connections)
         try:
             return _compared(scale, fresh, laden, held, generations)
         finally:
@@ -228,7 +228,7 @@ def _compared(
     woken, spent = sum(switches(laden.pid)) - sum(before), cpu_ns(laden.pid) - cpu_before
     switched = [_one_reload(laden) for _ in range(scale.rounds(10, 3))]
     added = median([run["whole"] - run["own"] for run in switched])
-    answered, by = _still_there(held)
+    answered, by = still_there(held)
     spent_ratio, spent_words = ratio(column(many, "parent_us"), column(many_fresh, "parent_us"))
     rate_ratio, rate_words = ratio(column(many, "per_second"), column(many_fresh, "per_second"))
     p50_ratio, p50_words = ratio(column(one, "p50_us"), column(one_fresh, "p50_us"))

@@ -232,7 +232,9 @@ class Service:
             before_s = time.monotonic()
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             after_s = time.monotonic()
-            ended, _, _ = select.select([pidfd], [], [], _DIES_S)
+            poll = select.poll()  # select() takes no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            ended = poll.poll(_DIES_S * 1000)
         except ProcessLookupError:
             return None
         finally:

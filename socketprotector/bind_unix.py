@@ -68,22 +68,32 @@ def _bind_path(
             if before is not None:
                 os.umask(before)
         try:
-            _give(path, listen)
+            found = _give(path, listen)
             sock.listen(backlog)  # still under the lock: it would look stale to the next
-            found = os.lstat(path)
         except OSError:
             os.unlink(path)
             raise
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
-def _give(path: str, listen: Listen) -> None:
-    """Give a socket file to the user and group that were asked for."""
+def _give(path: str, listen: Listen) -> os.stat_result:
+    """Give a socket file to the user and group that were asked for; return what it is.
+
+    By a descriptor: who may write the folder could put another file in its place meanwhile.
+    """
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
-    if (uid, gid) != (-1, -1):
-        os.chown(path, uid, gid, follow_symlinks=False)
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+            raise OSError(errno.EEXIST, "somebody else has put a file there")
+        if (uid, gid) != (-1, -1):
+            os.chown(f"/proc/self/fd/{fd}", uid, gid)
+        return found
+    finally:
+        os.close(fd)
 
 
 def _is_stale(path: str) -> bool:

@@ -6,8 +6,12 @@ single or double quotes; a leading `export ` is allowed, so that a shell can rea
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 
+#: More does not fit the environment of a process (execve(2)).
+MAX_BYTES = 1 << 20
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
@@ -34,6 +38,13 @@ def parse(text: str, name: str) -> dict[str, str]:
 
 def read(path: str) -> dict[str, str]:
     """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
+    # Its owner may be the workers' user: nothing there may make the protector wait, or grow.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise ValueError(f"{path}: a FIFO, but it is read at each reload")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
     # Bytes that are no text are passed on as they are, like those of our own environment.
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        return parse(file.read(), path)
+    return parse(data.decode("utf-8", "surrogateescape"), path)

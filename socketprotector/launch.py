@@ -22,12 +22,11 @@ from lockfile import AlreadyLocked, LockFailed
 from . import door, guard, privileges
 from .bind import Bound
 from .errors import AlreadyRunning, Refusal, SystemRefused
+from .logfile import open_log
 from .pidfile import PidFile
 from .settings import Settings, dump
 from .upgrade import command_of
 from .waiting import wait
-
-_LOG_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 
 
 def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], here: str) -> int:
@@ -75,13 +74,7 @@ def _open_log(settings: Settings) -> int | None:
     if path is None:
         return None
     try:
-        try:
-            fd = os.open(path, _LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
-        except FileExistsError:
-            return os.open(path, _LOG_FLAGS)
-        if settings.identity is not None:
-            os.fchown(fd, settings.identity.uid, settings.identity.gid)  # it will reopen it
-        return fd
+        return open_log(path, settings.identity)
     except OSError as error:
         raise SystemRefused(
             f"cannot write the log file {path}: {error.strerror}; check the folder and its rights"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 
 from . import door, relay, words
 from .log import is_journal, is_own
+from .logfile import open_log
 from .loop import Loop
 from .process import Process, spawn
 from .records import Program
@@ -128,9 +129,7 @@ class Output:
     def reopen(self) -> None:
         """Open the log file anew under its name, after a rotation.  Raises OSError."""
         if self._log_file is not None:
-            fd = os.open(
-                self._log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640
-            )
+            fd = open_log(self._log_file)
             for standard in (_STDOUT, _STDERR):
                 os.dup2(fd, standard, inheritable=True)
             os.close(fd)
@@ -187,11 +186,14 @@ class Output:
 
 def _end_of(path: str, mark: int) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return b""  # a folder closed to the user that was dropped to
     try:
-        size = os.fstat(fd).st_size
+        found = os.fstat(fd)
+        if not os.path.samestat(found, os.fstat(_STDERR)):
+            return b""  # another file has that name by now, perhaps one that is nobody's business
+        size = found.st_size
         return os.pread(fd, _LAST_BYTES, max(mark, size - _LAST_BYTES))
     finally:
         os.close(fd)

@@ -43,8 +43,8 @@ LAYERS = {
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
         *{"address", "bind", "bind_unix", "holder"},
-        *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "loop", "notify"},
-        *{"pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
+        *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
+        *{"notify", "pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
     },
     "values": {"__init__", "errors", "events", "fleet", "lean", "records", "settings", "words"},
 }

@@ -1,0 +1,371 @@
+"""Who runs as whom: read from /proc/PID/status of each process, through all that can happen."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.running import COMMAND, ROOT, WORKERS, ask, eventually, wait_gone
+from tests.scenarios.starting import Start
+from tests.scenarios.tools import children_of
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
+)
+
+KEPT = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID
+A, B = "games", "nobody"
+ALL = int(Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split("\n")[0], 16)
+
+
+def may(user: str, *words: str, **environment: str) -> bool:
+    """Whether a user can run a command."""
+    through = ("/bin/sh", "-c", 'exec "$@"', "sh", *words)  # which says no instead of raising
+    done = subprocess.run(through, user=user, cwd="/", env=environment, capture_output=True)
+    return done.returncode == 0
+
+
+@pytest.fixture(scope="module")
+def python() -> tuple[str, str]:
+    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
+    readable = [entry for entry in sys.path if entry and may(B, "test", "-r", entry)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
+    imports = "import socketprotector.cli, socketprotector.resident"
+    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if shutil.which(candidate) and may(B, candidate, "-c", imports, PYTHONPATH=path):
+            return candidate, path
+    pytest.skip("NOT CHECKED: no Python here with which nobody can run the command")
+
+
+class Command:
+    """The real command, detached, from a Python that every user can execute."""
+
+    def __init__(self, start: Start, python: tuple[str, str]) -> None:
+        self.start = start
+        self.python, self.path = python
+
+    def worker(self, name: str, *words: str) -> tuple[str, ...]:
+        return (self.python, "-S", "-E", str(WORKERS / f"{name}.py"), *words)
+
+    def up(self, *words: str | Path, **more: Any) -> None:
+        ended = self.run(*words, **more)
+        assert ended.status == 0, f"{ended}\n{self.start.log}"
+
+    def run(self, *words: str | Path, **more: Any) -> Any:
+        environment = {"PYTHONPATH": self.path, **more.pop("environment", {})}
+        log = ("--log-file", self.start.log_file) if "relay" not in more else ()
+        more.pop("relay", None)
+        command = (self.python, *COMMAND[1:])
+        return self.start(*log, *words, command=command, environment=environment, **more)
+
+    @property
+    def guard(self) -> int:
+        return self.start.pid
+
+    @property
+    def protector(self) -> int:
+        """The one child of the guard that is no worker."""
+        found = [pid for pid in children_of(self.start.pid) if "socketprotector" in words_of(pid)]
+        return found[0] if found else self.start.pid
+
+    @property
+    def address(self) -> str:
+        return f"{self.start.folder}/s"
+
+    def worker_pid(self) -> int:
+        return int(re.findall(r"event=spawned .*\bpid=(\d+)", self.start.log)[-1])
+
+
+def words_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+class Rights:
+    """What the kernel says that a process is."""
+
+    def __init__(self, pid: int) -> None:
+        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+        fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        self.uids = {int(word) for word in fields["Uid"].split()}
+        self.gids = {int(word) for word in fields["Gid"].split()}
+        self.groups = {int(word) for word in fields["Groups"].split()}
+        names = ("CapPrm", "CapEff", "CapInh", "CapAmb")
+        self.permitted, self.effective, self.inheritable, self.ambient = (
+            int(fields[name], 16) for name in names
+        )
+        self.bounding = int(fields["CapBnd"], 16)
+        self.no_new_privileges = fields["NoNewPrivs"] == "1"
+
+    def belongs_to(self, user: str) -> None:
+        """Check that all its users and groups are this user's."""
+        entry = pwd.getpwnam(user)
+        assert self.uids == {entry.pw_uid}
+        assert self.gids == {entry.pw_gid}
+        if entry.pw_uid:
+            assert self.groups == set(os.getgrouplist(user, entry.pw_gid))
+
+    def is_powerless(self) -> None:
+        assert (self.permitted, self.effective, self.inheritable, self.ambient) == (0, 0, 0, 0)
+
+    def starts_others(self) -> None:
+        """Check that it can become another user and kill, and nothing else."""
+        assert (self.permitted, self.effective, self.bounding) == (KEPT, KEPT, KEPT)
+
+
+def is_user(pid: int, user: str) -> None:
+    rights = Rights(pid)
+    rights.belongs_to(user)
+    rights.is_powerless()
+
+
+def keeps_three(pid: int, *, lends: bool = False) -> None:
+    """A protector (or a guard, which lends to each of its protectors) with --worker-user."""
+    rights = Rights(pid)
+    rights.belongs_to(A)
+    rights.starts_others()
+    wanted = KEPT if lends else 0
+    assert (rights.inheritable, rights.ambient) == (wanted, wanted)
+
+
+@pytest.fixture
+def command(start: Start, python: tuple[str, str]) -> Iterator[Command]:
+    """Its folder is A's, and everybody may look into it."""
+    with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        os.chown(folder, pwd.getpwnam(A).pw_uid, -1)
+        start.folder = folder
+        start.pid_file = folder / "pid"
+        start.log_file = folder / "log"
+        yield Command(start, python)
+        start.end()
+        print(start.log)
+
+
+USERS = pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--user", A),
+        ("--user", A, "--worker-user", B),
+        ("--user", A, "--worker-user", B, "--no-new-privs"),
+    ],
+    ids=["root", "user", "worker-user", "no-new-privs"],
+)
+MODES = pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
+
+
+def check(command: Command, options: tuple[str, ...], *, guarded: bool) -> None:
+    """Check every process there is: all are what the options say."""
+    main, protector, worker = command.guard, command.protector, command.worker_pid()
+    assert (main != protector) is guarded
+    if "--worker-user" in options:
+        keeps_three(protector)
+        keeps_three(main, lends=guarded)
+        is_user(worker, B)
+    elif options:
+        for pid in (main, protector, worker):
+            is_user(pid, A)
+    else:
+        for pid in (main, protector, worker):
+            rights = Rights(pid)
+            rights.belongs_to("root")
+            assert rights.permitted == rights.effective == rights.bounding == ALL
+    for pid in (main, protector, worker):
+        assert Rights(pid).no_new_privileges is ("--no-new-privs" in options)
+
+
+@MODES
+@USERS
+def test_every_process_is_what_was_asked_for_and_stays_so(
+    command: Command, options: tuple[str, ...], guarded: bool
+) -> None:
+    """After the start, a reload, an upgrade in place, and a SIGKILL under the guard."""
+    guard = ("--guard",) if guarded else ()
+    command.up(*options, *guard, "--umask", "022", "unix:s", "--", *command.worker("talks"))
+    check(command, options, guarded=guarded)
+
+    command.start.reload()
+    check(command, options, guarded=guarded)
+
+    command.start.send(signal.SIGUSR2)
+    command.start.wait_for("event=adopted")
+    command.start.reload()
+    check(command, options, guarded=guarded)
+
+    if guarded:
+        before = command.protector
+        os.kill(before, signal.SIGKILL)
+        assert not wait_gone([before])
+        eventually(lambda: command.start.log.count("event=adopted") == 2, "another protector")
+        command.start.reload()
+        check(command, options, guarded=guarded)
+    assert ask(command.address) == "hello"
+    command.start.stop()
+    assert command.start.left() == []
+
+
+def test_the_relay_has_no_capability(command: Command) -> None:
+    """It reads what workers say; one that took it over would have gained nothing."""
+    words = ("--umask", "022", "unix:s", "--", *command.worker("talks"))
+    command.up("--user", A, "--worker-user", B, *words, relay=True)
+    relays = [pid for pid in children_of(command.start.pid) if "relay.py" in words_of(pid)]
+
+    assert len(relays) == 1
+    is_user(relays[0], A)
+    keeps_three(command.start.pid)
+    command.start.stop()
+
+
+@MODES
+def test_workers_of_another_user_are_ready_replaced_ended_and_reaped(
+    command: Command, guarded: bool
+) -> None:
+    options = ("--user", A, "--worker-user", B, "--kill-timeout", "0", "--stop-timeout", "0")
+    guard = ("--guard",) if guarded else ()
+    words = command.worker("ignores_sigterm")
+    command.up(*options, *guard, "--umask", "022", "unix:s", "--", *words)
+    first = command.worker_pid()
+    os.kill(first, signal.SIGKILL)
+    assert not wait_gone([first])
+    eventually(lambda: command.start.log.count("event=worker-ready") == 2, "its replacement")
+    second = command.worker_pid()
+    assert second != first
+
+    command.start.stop()  # TERM is ignored: only KILL ends it
+
+    assert "signal=KILL" in command.start.log
+    assert "cannot-signal" not in command.start.log
+    assert not wait_gone([second])
+    assert command.start.left() == []
+
+
+@MODES
+def test_what_a_failed_worker_of_another_user_leaves_is_ended(
+    command: Command, guarded: bool
+) -> None:
+    """Its environment is closed to the protector; so somebody of that user's looks."""
+    guard = ("--guard",) if guarded else ()
+    once = ("--start-tries", "1", "--kill-timeout", "0.1s")
+    words = ("unix:s", "--", *command.worker("detaches_itself"))
+
+    ended = command.run("--user", A, "--worker-user", B, *guard, *once, *words)
+
+    assert ended.status == 3
+    assert "event=left-behind" in command.start.log
+    assert command.start.left() == []
+
+
+def test_root_cannot_be_had_back(command: Command) -> None:
+    command.up("--user", A, "unix:s", "--", *command.worker("tries_to_be_root"))
+
+    assert ask(command.address) == "setuid no setgid no setgroups no"
+    command.start.stop()
+
+
+@pytest.mark.parametrize("options", [(), ("--no-new-privs",), ("--limit", "nice=1")])
+def test_a_worker_of_another_user_cannot_become_root(
+    command: Command, options: tuple[str, ...]
+) -> None:
+    words = ("--user", A, "--worker-user", B, *options, "--umask", "022", "unix:s", "--")
+    command.up(*words, *command.worker("tries_to_be_root"))
+
+    assert ask(command.address) == "setuid no setgid no setgroups no"
+    if "--limit" in options:
+        assert os.getpriority(os.PRIO_PROCESS, command.worker_pid()) == 1
+        assert os.getpriority(os.PRIO_PROCESS, command.start.pid) == 0
+    command.start.stop()
+
+
+def test_no_new_privileges_makes_a_set_user_id_program_gain_nothing(command: Command) -> None:
+    """It is a choice: without it such a program is what it always was."""
+    tool = command.start.folder / "tool"
+    shutil.copy("/usr/bin/id", tool)
+    tool.chmod(0o4755)
+    script = f'{tool} -u >&2; exec "$@"'
+    wrapped = ("/bin/sh", "-c", script, "sh", *command.worker("talks"))
+    if os.statvfs(tool).f_flag & os.ST_NOSUID:
+        pytest.skip("NOT CHECKED: set-user-id programs; this file system honours none")
+
+    said = []
+    for extra in ((), ("--no-new-privs",)):
+        command.start.log_file.unlink(missing_ok=True)
+        command.up("--user", A, *extra, "unix:s", "--", *wrapped)
+        said.append(re.findall(r"^\d+$", command.start.log, re.MULTILINE))
+        command.start.stop()
+
+    assert said == [["0"], [str(pwd.getpwnam(A).pw_uid)]]
+
+
+def test_nothing_of_the_workers_environment_runs_with_the_right_to_become_anybody(
+    command: Command,
+) -> None:
+    """A loader that follows LD_PRELOAD of an env file that the worker may write."""
+    gate = command.start.folder / "preload.so"
+    gate.write_text("no library\n")
+    gate.chmod(0o644)
+    file = command.start.folder / "worker.env"
+    file.write_text(f"LD_PRELOAD={gate}\n")
+    words = ("--user", A, "--worker-user", B, "--env-file", str(file), "--umask", "022")
+
+    command.up(*words, "unix:s", "--", *command.worker("talks"))
+
+    # The loader complains once for each program that it was told to load it into.
+    complaints = re.findall(f"object '{gate}' from LD_PRELOAD", command.start.log)
+    assert len(complaints) == 1, "the worker's own, which has no privilege"
+    command.start.stop()
+
+
+def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words(
+    command: Command,
+) -> None:
+    private = command.start.folder / "private.sh"
+    private.write_text("#!/bin/sh\n")
+    private.chmod(0o700)
+    os.chown(private, pwd.getpwnam(A).pw_uid, -1)
+    words = ("--start-tries", "1", "unix:s", "--", str(private))
+
+    ended = command.run("--user", A, "--worker-user", B, *words)
+
+    assert ended.status == 3
+    assert f"cannot start: {private}: Permission denied" in ended.err
+    assert command.start.left() == []
+
+
+def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> None:
+    """Files of root's and of the workers' are closed to it."""
+    command.up(
+        *("--user", A, "--worker-user", B, "--umask", "022"),
+        *("unix:s", "--", *command.worker("talks")),
+    )
+    held = Rights(command.start.pid)
+
+    assert held.permitted == KEPT, "neither DAC_OVERRIDE, CHOWN, SYS_PTRACE nor SYS_ADMIN"
+    assert not may(A, "cat", f"/proc/{command.worker_pid()}/environ")
+    assert not may(B, "cat", f"/proc/{command.start.pid}/environ")
+    command.start.stop()
+
+
+def test_worker_user_needs_user(command: Command) -> None:
+    ended = command.run("--worker-user", B, "unix:s", "--", "true")
+
+    assert ended.status == 2
+    assert "--worker-user needs --user" in ended.err
+
+
+def test_an_unknown_worker_user_is_refused(command: Command) -> None:
+    ended = command.run("--user", A, "--worker-user", "no-such-user", "unix:s", "--", "true")
+
+    assert ended.status == 2
+    assert "--worker-user no-such-user: unknown user" in ended.err

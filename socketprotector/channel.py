@@ -42,11 +42,17 @@ class Channel:
         Raises OSError when the system is out of descriptors or memory.
         """
         read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Nothing is read here, and what a worker had sent would be an ECONNRESET for whoever
-        # takes next once this end is closed (unix_release_sock).
-        write.shutdown(socket.SHUT_RD)
-        # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
-        write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, queue * MESSAGE_CHARGE_BYTES // 2)
+        try:
+            # Nothing is read here, and what a worker had sent would be an ECONNRESET for
+            # whoever takes next once this end is closed (unix_release_sock).
+            write.shutdown(socket.SHUT_RD)
+            # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
+            wanted = queue * MESSAGE_CHARGE_BYTES // 2
+            write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
+        except OSError:
+            read.close()
+            write.close()
+            raise
         return cls(read, write)
 
     @classmethod

@@ -33,6 +33,8 @@ _CHANNEL_FD, _RETURN_FD = 3, 4
 #: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
 #: a worker's end is missed.
 _HEARD_AT_ONCE = 1024
+#: How long to wait before listening again to one who could not be heard.
+_HEAR_AGAIN_S = 0.1
 #: How long the guard may take to tell how a worker ended.
 _STATUS_S = 1.0
 #: Microseconds a worker may ask for, in digits: some 30 years.
@@ -256,7 +258,11 @@ class Crew:
         """Handle what a worker has said on its notify socket."""
         worker = self._workers[number]
         for _ in range(_HEARD_AT_ONCE):
-            message = worker.notify.receive(worker.process.pid)
+            try:
+                message = worker.notify.receive(worker.process.pid)
+            except OSError as error:
+                self._hear_later(number, worker, error)
+                return
             if message is None:
                 return
             fields = message.fields
@@ -270,6 +276,19 @@ class Crew:
                 self._log.write("debug", "status", worker=number, status=fields["STATUS"])
             if message.barrier >= 0:
                 os.close(message.barrier)
+
+    def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
+        """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
+        self._log.write("error", "cannot-hear", worker=number, error=error.strerror)
+        self._loop.unwatch(worker.notify.fileno())
+        self._loop.call_after(("hear", number), _HEAR_AGAIN_S, lambda: self._hear_again(number))
+
+    def _hear_again(self, number: int) -> None:
+        worker = self._workers[number]
+        try:
+            self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
+        except OSError as error:
+            self._hear_later(number, worker, error)
 
     def _is_ready(self, number: int, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
@@ -297,6 +316,7 @@ class Crew:
         self._loop.unwatch(worker.process.pidfd)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("ready", number))
+        self._loop.cancel(("hear", number))
         worker.close()
         self._log.write("info", "exited", generation=worker.generation, worker=number, how=how)
         if worker.ready_at is None:

@@ -1,0 +1,56 @@
+"""Run simulations: `python -m tests.simulation --seed N --steps N` replays one with a trace."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections import Counter
+
+from tests.simulation.world import World
+
+#: Steps of one life: long enough for a dozen reloads.
+STEPS = 2000
+#: Seeds that may fail before it gives up.
+FAILURES = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
+    parser.add_argument("--seed", type=int, help="replay this one, and trace it")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of one life")
+    parser.add_argument("--first", type=int, default=1, help="the first seed of many")
+    parser.add_argument("--total", type=int, default=1_000_000, help="steps in all")
+    parser.add_argument("--verbose", action="store_true", help="with tracebacks")
+    arguments = parser.parse_args()
+    if arguments.seed is not None:
+        World(arguments.seed, arguments.steps, note=print).live()
+        return 0
+    began, seed, done = time.process_time(), arguments.first, 0
+    seen: Counter[str] = Counter()
+    failed = []
+    while done < arguments.total:
+        world = World(seed, arguments.steps)
+        try:
+            world.live()
+        except Exception as error:
+            failed.append(seed)
+            if len(failed) == FAILURES:
+                done = arguments.total
+            print(f"seed {seed} (step {world.steps}): {type(error).__name__}: {error}", flush=True)
+            if arguments.verbose:
+                traceback.print_exception(error, limit=-8)
+        done += max(1, world.steps)
+        seen.update(connections=world.connections, kills=world.kills, faults=world.faults)
+        seen.update(turns=world.turns, upgrades=world.upgrades)
+        seen.update({f"lost: {why}": count for why, count in world.lost.items()})
+        seed += 1
+    took = time.process_time() - began
+    print(f"{done} steps, seeds {arguments.first} to {seed - 1}, {took:.0f} s of CPU")
+    print(f"{done / took:.0f} steps/s; {dict(seen)}; failed: {failed}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

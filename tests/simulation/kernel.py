@@ -1,0 +1,719 @@
+"""A kernel to run the protector in: descriptors, sockets, processes and a clock, all simulated.
+
+Only what the protector's modules ask of the kernel is here, with the semantics that matter:
+a socket pair's queue and room, shutdown and end of file, one open file behind many
+descriptors, level-triggered epoll, a process that stays until it is reaped.  Every system
+call is a place where the world may interfere: by a fault, by something that happens
+meanwhile, or by killing the protector.
+
+Source: unix(7), epoll(7), pidfd_open(2), waitid(2), net/unix/af_unix.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import heapq
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import termios
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
+#: Charged to the sender for a message with one descriptor; see channel.py.
+CHARGE = 768
+#: What a message to workers is as long as; on its way to the keeper a connection is a copy.
+HEADER = 16
+_SLOT = 64 * 1024 * 1024
+_FD = struct.Struct("i")
+_CREDENTIALS = struct.Struct("3i")
+
+
+class Killed(BaseException):
+    """The protector was killed, in whatever it did."""
+
+
+def failure(code: int, name: str | None = None) -> OSError:
+    return OSError(code, os.strerror(code), name)
+
+
+class File:
+    """An open file: lives as long as a descriptor or a message refers to it."""
+
+    def __init__(self) -> None:
+        self.references = 0
+
+    def ready(self) -> int:
+        """The events that poll would tell of."""
+        return 0
+
+    def take(self) -> None:
+        self.references += 1
+
+    def drop(self) -> None:
+        self.references -= 1
+        if self.references == 0:
+            self.closed()
+
+    def closed(self) -> None:
+        pass
+
+
+class Connection(File):
+    """One client's connection, and all that may be asked about it later."""
+
+    def __init__(self, number: int, lost: Callable[[Connection], None]) -> None:
+        super().__init__()
+        self.number = number
+        self.taken_by: list[int] = []
+        self.in_queues = 0
+        self.source: Listening | End | None = None
+        self.place = 0  # in the order of its source
+        self._lost = lost
+
+    def closed(self) -> None:
+        if not self.taken_by:
+            self._lost(self)
+
+    def __repr__(self) -> str:
+        return f"connection {self.number}"
+
+
+class Listening(File):
+    """A listening socket with its backlog."""
+
+    def __init__(self, family: int) -> None:
+        super().__init__()
+        self.family = family
+        self.backlog: deque[Connection] = deque()
+        self.refuses = False  # nobody new comes in
+        self.shut = False
+        self.accepted = 0
+        self.sent = 0  # the place of the last one sent on
+
+    def ready(self) -> int:
+        return IN if self.backlog or self.shut else 0
+
+    def shutdown(self, how: int) -> None:
+        self.refuses = True
+        self.shut = True
+        if how == socket.SHUT_RDWR:
+            while self.backlog:
+                self.backlog.popleft().drop()
+
+    def closed(self) -> None:
+        self.shutdown(socket.SHUT_RDWR)
+
+
+class End(File):
+    """One end of a socket pair that keeps messages apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peer: End = self
+        self.queue: deque[tuple[bytes, tuple[File, ...]]] = deque()
+        self.room = 278  # messages that may wait at the peer
+        self.no_receive = False
+        self.no_send = False
+        self.is_closed = False
+        self.sent = 0  # the place of the last one of ours that was sent on from here
+        self.taken = 0
+
+    def ready(self) -> int:
+        events = IN if self.queue or self.no_receive else 0
+        if self.no_receive:
+            events |= SHUT
+            if self.no_send:
+                events |= HUP
+        if len(self.peer.queue) * 4 <= self.room:
+            events |= OUT
+        return events
+
+    def send(self, data: bytes, files: tuple[File, ...]) -> None:
+        peer = self.peer
+        if self.no_send or peer.no_receive or peer.is_closed:
+            raise failure(errno.EPIPE)
+        if len(peer.queue) >= self.room:
+            raise failure(errno.EAGAIN)
+        for each in files:
+            each.references += 1
+            if isinstance(each, Connection) and len(data) == HEADER:
+                each.in_queues += 1
+        peer.queue.append((data, files))
+
+    def receive(self) -> tuple[bytes, tuple[File, ...]] | None:
+        """The oldest message, whose references become the caller's; None at end of file."""
+        if self.queue:
+            message = self.queue.popleft()
+            for each in message[1]:
+                if isinstance(each, Connection) and len(message[0]) == HEADER:
+                    each.in_queues -= 1
+                    self.taken += 1
+                    each.source, each.place = self, self.taken
+            return message
+        if self.no_receive:
+            return None
+        raise failure(errno.EAGAIN)
+
+    def shutdown(self, how: int) -> None:
+        if how != socket.SHUT_WR:
+            self.no_receive = self.peer.no_send = True
+        if how != socket.SHUT_RD:
+            self.no_send = self.peer.no_receive = True
+
+    def closed(self) -> None:
+        self.is_closed = True
+        self.shutdown(socket.SHUT_RDWR)
+        while self.queue:
+            data, files = self.queue.popleft()
+            for each in files:
+                if isinstance(each, Connection) and len(data) == HEADER:
+                    each.in_queues -= 1
+                each.drop()
+
+
+def pair() -> tuple[End, End]:
+    one, other = End(), End()
+    one.peer, other.peer = other, one
+    return one, other
+
+
+class Datagrams(File):
+    """A datagram socket at an abstract address."""
+
+    ROOM = 10  # net.unix.max_dgram_qlen
+
+    def __init__(self, bound: dict[str, Datagrams]) -> None:
+        super().__init__()
+        self.queue: deque[tuple[bytes, int, tuple[File, ...]]] = deque()
+        self._bound = bound
+        self.address = ""
+
+    def bind(self, address: str) -> None:
+        if address in self._bound:
+            raise failure(errno.EADDRINUSE)
+        self.address = address
+        self._bound[address] = self
+
+    def ready(self) -> int:
+        return IN if self.queue else 0
+
+    def closed(self) -> None:
+        self._bound.pop(self.address, None)
+        while self.queue:
+            for each in self.queue.popleft()[2]:
+                each.drop()
+
+
+class Running(File):
+    """A pidfd."""
+
+    def __init__(self, process: Any) -> None:
+        super().__init__()
+        self.process = process
+
+    def ready(self) -> int:
+        return IN if self.process.ended else 0
+
+
+class Memory(File):
+    """A memfd, sparse as ours are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots: dict[int, bytes] = {}
+
+    def write(self, data: bytes, at: int) -> int:
+        slot, begin = divmod(at, _SLOT)
+        before = self.slots.get(slot, b"")
+        self.slots[slot] = before[:begin] + data + before[begin + len(data) :]
+        return len(data)
+
+    def read(self, size: int, at: int) -> bytes:
+        slot, begin = divmod(at, _SLOT)
+        return self.slots.get(slot, b"")[begin : begin + size]
+
+
+class Pipe(File):
+    """Both ends of the pipe that signals come through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = bytearray()
+
+    def ready(self) -> int:
+        return IN if self.bytes else 0
+
+
+class Watching(File):
+    """An epoll descriptor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.interest: dict[int, tuple[File, int]] = {}
+
+    def told(self) -> list[tuple[int, int]]:
+        return [
+            (fd, found)
+            for fd, (file, events) in self.interest.items()
+            if (found := file.ready() & events)
+        ]
+
+
+#: What each call may fail with when the world says so: retry, out of resources, and others.
+FAULTS: dict[str, tuple[int, ...]] = {
+    "accept": (
+        *(errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN),
+        *(errno.ECONNABORTED, errno.EPERM, errno.EPROTO),
+    ),
+    "sendmsg": (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS, errno.EAGAIN),
+    "recvmsg": (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN),
+    "hear": (errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN),
+    "line": (errno.ENOBUFS, errno.EAGAIN, errno.ETOOMANYREFS),
+    "socketpair": (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+    "socket": (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
+    "setsockopt": (errno.ENOMEM, errno.ENOBUFS),
+    "bind": (errno.ENOMEM, errno.EADDRINUSE),
+    "pidfd_open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    "posix_spawn": (errno.ENOENT, errno.EACCES, errno.EAGAIN, errno.ENOMEM, errno.E2BIG),
+    "resolve": (errno.ENOENT, errno.EACCES, errno.EIO),
+    "dup": (errno.EMFILE,),
+    "open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    "epoll_ctl": (errno.ENOSPC, errno.ENOMEM),
+    "pwrite": (errno.ENOSPC, errno.ENOMEM, errno.EIO),
+}
+
+
+class Kernel:
+    """System calls as the protector makes them, and its descriptors."""
+
+    def __init__(self) -> None:
+        self.clock_ns = 1_000_000_000
+        self.files: dict[int, File] = {}
+        self._free: list[int] = []
+        self._next = 3
+        self.limit = 100_000
+        self.bound: dict[str, Datagrams] = {}
+        self.changes = 0  # how often a call of the protector has changed anything
+        self.calls = 0
+        self.quiet_calls = 1 << 62  # until the world interferes
+        self.dead = False
+        self.epoll: Watching | None = None
+        self.wake: Pipe | None = None
+        self.note: Callable[[str], None] | None = None
+        # What the world is asked; it puts its own answers here.
+        self.strike: Callable[[str], int] = lambda call: 0
+        self.turn: Callable[[float | None], list[tuple[int, int]]] = lambda timeout: []
+        self.process_at: Callable[[int], Any] = lambda pid: None
+        self.start: Callable[[tuple[str, ...], dict[str, str], dict[int, File]], int]
+        self.carrying: Callable[[str], list[Any]] = lambda address: []
+        self.sent: Callable[[Connection, End], None] = lambda connection, end: None
+        self.modules = self._modules()
+
+    # -- every call ------------------------------------------------------------
+
+    def enter(self, call: str) -> None:
+        """Begin a system call.  Raises what the world wants it to fail with, or Killed."""
+        self.calls += 1
+        if self.dead:
+            raise Killed
+        self.quiet_calls -= 1
+        if self.quiet_calls <= 0 and (code := self.strike(call)):
+            if self.note:
+                self.note(f"  {call} fails: {errno.errorcode[code]}")
+            raise failure(code)
+
+    # -- descriptors -----------------------------------------------------------
+
+    def install(self, file: File) -> int:
+        """Give a file the lowest free number.  The reference is the descriptor's."""
+        if len(self.files) >= self.limit:
+            raise failure(errno.EMFILE)
+        if self._free:
+            fd = heapq.heappop(self._free)
+        else:
+            fd = self._next
+            self._next += 1
+        file.references += 1
+        self.files[fd] = file
+        self.changes += 1
+        return fd
+
+    def file(self, fd: int) -> File:
+        found = self.files.get(fd)
+        assert found is not None, f"EBADF: descriptor {fd} is not open"
+        return found
+
+    def close(self, fd: int) -> None:
+        self.enter("close")
+        assert fd in self.files, f"EBADF: descriptor {fd} is closed twice"
+        assert self.epoll is None or fd not in self.epoll.interest, (
+            f"descriptor {fd} is closed while it is watched"
+        )
+        heapq.heappush(self._free, fd)
+        self.changes += 1
+        self.files.pop(fd).drop()
+
+    def end_of_process(self) -> None:
+        """Close all that the protector had."""
+        left, self.files = self.files, {}
+        self._free, self._next = [], 3
+        self.epoll = self.wake = None
+        for file in left.values():
+            file.drop()
+
+    # -- modules ---------------------------------------------------------------
+
+    def _modules(self) -> SimpleNamespace:
+        """Stand-ins for the modules through which the protector speaks with the kernel."""
+
+        def constants(module: Any) -> dict[str, Any]:
+            names = (name for name in dir(module) if name.isupper() or name.startswith("SIG"))
+            return {name: getattr(module, name) for name in names}
+
+        signals = {**constants(signal), "Signals": signal.Signals}
+        return SimpleNamespace(
+            os=SimpleNamespace(
+                **constants(os),
+                devnull=os.devnull,
+                defpath=os.defpath,
+                environ={"PATH": "/bin"},
+                path=SimpleNamespace(realpath=lambda path, strict=False: path, exists=lambda _: 1),
+                strerror=os.strerror,
+                getuid=lambda: 1000,
+                getpid=lambda: 1,
+                close=self.close,
+                dup=self._dup,
+                open=self._open,
+                read=self._read_pipe,
+                pipe2=self._pipe2,
+                pread=lambda fd, size, at: self._memory(fd).read(size, at),
+                pwrite=self._pwrite,
+                fstat=lambda fd: SimpleNamespace(st_size=len(self._memory(fd).slots)),
+                memfd_create=self._memfd_create,
+                umask=lambda mask: 0o022,
+                chdir=lambda path: None,
+                pidfd_open=self._pidfd_open,
+                posix_spawn=self._posix_spawn,
+                killpg=self._killpg,
+                waitid=self._waitid,
+                waitpid=self._waitpid,
+            ),
+            time=SimpleNamespace(
+                monotonic=self._monotonic,
+                monotonic_ns=self._monotonic_ns,
+                clock_gettime_ns=lambda _: self._monotonic_ns(),
+                CLOCK_MONOTONIC=1,
+            ),
+            socket=SimpleNamespace(
+                **constants(socket),
+                socket=self._socket,
+                socketpair=self._socketpair,
+            ),
+            select=SimpleNamespace(
+                **constants(select), epoll=lambda: Epoll(self), poll=lambda: Poll(self)
+            ),
+            fcntl=SimpleNamespace(
+                **constants(fcntl), ioctl=self._ioctl, fcntl=lambda fd, *_: self._dup(fd)
+            ),
+            resource=SimpleNamespace(
+                **constants(resource),
+                getrlimit=lambda _: (1024, 4096),
+                setrlimit=lambda *_: None,
+            ),
+            signal=SimpleNamespace(
+                **signals,
+                signal=lambda *_: None,
+                pthread_sigmask=lambda *_: (),
+                set_wakeup_fd=lambda *_, **__: None,
+                valid_signals=signal.valid_signals,
+                pidfd_send_signal=self._pidfd_send_signal,
+            ),
+        )
+
+    def _monotonic(self) -> float:
+        return self.clock_ns / 1e9
+
+    def _monotonic_ns(self) -> int:
+        self.clock_ns += 1000
+        return self.clock_ns
+
+    def _memory(self, fd: int) -> Memory:
+        self.enter("pread")
+        file = self.file(fd)
+        assert isinstance(file, Memory)
+        return file
+
+    def _pwrite(self, fd: int, data: bytes, at: int) -> int:
+        self.enter("pwrite")
+        file = self.file(fd)
+        assert isinstance(file, Memory)
+        return file.write(data, at)
+
+    def _memfd_create(self, name: str, flags: int) -> int:
+        self.enter("memfd_create")
+        return self.install(Memory())
+
+    def _dup(self, fd: int) -> int:
+        self.enter("dup")
+        return self.install(self.file(fd))
+
+    def _open(self, path: str, flags: int) -> int:
+        self.enter("open")
+        return self.install(File())
+
+    def _pipe2(self, flags: int) -> tuple[int, int]:
+        self.enter("pipe2")
+        self.wake = Pipe()
+        return self.install(self.wake), self.install(self.wake)
+
+    def _read_pipe(self, fd: int, size: int) -> bytes:
+        self.enter("read")
+        file = self.file(fd)
+        assert isinstance(file, Pipe)
+        if not file.bytes:
+            raise failure(errno.EAGAIN)
+        found = bytes(file.bytes)
+        file.bytes.clear()
+        self.changes += 1
+        return found
+
+    def _ioctl(self, which: Socket, request: int, into: bytearray) -> None:
+        assert request == termios.FIONREAD
+        self.enter("ioctl")
+        file = self.file(which.fileno())
+        assert isinstance(file, End)
+        into[:] = sum(len(data) for data, _ in file.queue).to_bytes(4, "little")
+
+    # -- processes -------------------------------------------------------------
+
+    def _pidfd_open(self, pid: int) -> int:
+        self.enter("pidfd_open")
+        return self.install(Running(self.process_at(pid)))
+
+    def _posix_spawn(
+        self,
+        path: str,
+        argv: tuple[str, ...],
+        environment: dict[str, str],
+        *,
+        file_actions: Iterable[tuple[Any, ...]],
+        **_: Any,
+    ) -> int:
+        self.enter("posix_spawn")
+        given = {
+            action[2]: self.file(action[1])
+            for action in file_actions
+            if action[0] == os.POSIX_SPAWN_DUP2
+        }
+        self.changes += 1
+        return self.start(argv, environment, given)
+
+    def _killpg(self, pid: int, number: int) -> None:
+        self.enter("kill")
+        self.process_at(pid).signal(number)
+        self.changes += 1
+
+    def _pidfd_send_signal(self, fd: int, number: int) -> None:
+        self.enter("kill")
+        file = self.file(fd)
+        assert isinstance(file, Running)
+        if file.process.ended:
+            raise failure(errno.ESRCH)
+        file.process.signal(number)
+        self.changes += 1
+
+    def _waitid(self, kind: int, fd: int, flags: int) -> Any:
+        self.enter("waitid")
+        file = self.file(fd)
+        assert isinstance(file, Running)
+        if file.process.reaped or file.process.orphan:
+            raise failure(errno.ECHILD)
+        if not file.process.ended:
+            return None
+        file.process.reaped = True
+        self.changes += 1
+        code, status = file.process.result
+        return SimpleNamespace(si_code=code, si_status=status)
+
+    def _waitpid(self, pid: int, flags: int) -> None:
+        self.enter("waitid")
+        process = self.process_at(pid)
+        assert process.ended, "a wait that would block"
+        process.reaped = True
+
+    # -- sockets ---------------------------------------------------------------
+
+    def _socket(self, family: int = 0, kind: int = 0, fileno: int | None = None) -> Socket:
+        if fileno is not None:
+            return Socket(self, fileno)
+        self.enter("socket")
+        file = Datagrams(self.bound) if kind & socket.SOCK_DGRAM else pair()[0]
+        return Socket(self, self.install(file))
+
+    def _socketpair(self, family: int, kind: int) -> tuple[Socket, Socket]:
+        self.enter("socketpair")
+        if len(self.files) + 2 > self.limit:
+            raise failure(errno.EMFILE)
+        one, other = pair()
+        return Socket(self, self.install(one)), Socket(self, self.install(other))
+
+
+class Socket:
+    """What socket.socket is to the protector."""
+
+    def __init__(self, kernel: Kernel, fd: int) -> None:
+        self._kernel = kernel
+        self._fd = fd
+        self._file = kernel.file(fd)
+
+    @property
+    def family(self) -> int:
+        return self._file.family if isinstance(self._file, Listening) else socket.AF_UNIX
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            self._kernel.close(fd)
+
+    def shutdown(self, how: int) -> None:
+        self._kernel.enter("shutdown")
+        assert isinstance(self._file, Listening | End)
+        self._file.shutdown(how)
+        self._kernel.changes += 1
+
+    def bind(self, address: str) -> None:
+        self._kernel.enter("bind")
+        assert isinstance(self._file, Datagrams)
+        self._file.bind("@" + address[1:])
+
+    def setsockopt(self, level: int, option: int, value: Any) -> None:
+        self._kernel.enter("setsockopt")
+        if isinstance(self._file, Listening):
+            self._file.refuses = True
+        elif isinstance(self._file, End):
+            self._file.room = max(6, -(-2 * value // CHARGE))
+
+    def getsockopt(self, level: int, option: int) -> int:
+        assert isinstance(self._file, End)
+        return self._file.room * CHARGE
+
+    def _accept(self) -> tuple[int, None]:
+        kernel, listening = self._kernel, self._file
+        kernel.enter("accept")
+        assert isinstance(listening, Listening)
+        assert self._fd >= 0
+        if not listening.backlog:
+            raise failure(errno.EAGAIN)
+        fd = kernel.install(listening.backlog[0])
+        connection = listening.backlog.popleft()
+        connection.references -= 1  # the backlog's
+        listening.accepted += 1
+        connection.source, connection.place = listening, listening.accepted
+        return fd, None
+
+    def sendmsg(
+        self, data: list[bytes], rights: list[Any], flags: int, address: str | None = None
+    ) -> None:
+        kernel, end = self._kernel, self._file
+        assert self._fd >= 0, "EBADF"
+        files = tuple(kernel.file(_FD.unpack(each[2])[0]) for each in rights)
+        carries = bool(files) and isinstance(files[0], Connection)
+        kernel.enter("sendmsg" if carries and len(data[0]) == HEADER else "line")
+        assert isinstance(end, End)
+        end.send(data[0], files)
+        kernel.changes += 1
+        if carries and len(data[0]) == HEADER:
+            kernel.sent(files[0], end)  # type: ignore[arg-type]
+
+    def recvmsg(self, size: int, ancillary: int, flags: int) -> tuple[bytes, list[Any], int, None]:
+        kernel = self._kernel
+        if isinstance(self._file, Datagrams):
+            kernel.enter("hear")
+            if not self._file.queue:
+                raise failure(errno.EAGAIN)
+            data, pid, files = self._file.queue.popleft()
+            rights = [(1, socket.SCM_CREDENTIALS, _CREDENTIALS.pack(pid, 1000, 1000))]
+        else:
+            kernel.enter("recvmsg")
+            assert isinstance(self._file, End)
+            message = self._file.receive()
+            if message is None:
+                return b"", [], 0, None
+            (data, files), rights = message, []
+        fds = []
+        for file in files:
+            try:
+                fds.append(kernel.install(file))
+            except OSError:
+                pass  # the kernel drops what finds no number, and says MSG_CTRUNC
+            file.drop()
+        kernel.changes += 1
+        if fds:
+            content = b"".join(map(_FD.pack, fds))
+            rights.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, content))
+        return data[:size], rights, 0, None
+
+    def recv(self, size: int, flags: int) -> bytes:
+        assert isinstance(self._file, End)
+        message = self._file.receive()
+        self._kernel.changes += 1
+        return message[0] if message else b""
+
+
+class Epoll:
+    """What select.epoll is to the protector's loop."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._file = kernel.epoll = Watching()
+        self._fd = kernel.install(self._file)
+
+    def register(self, fd: int, events: int) -> None:
+        self._kernel.enter("epoll_ctl")
+        assert fd not in self._file.interest, f"EEXIST: descriptor {fd} is watched already"
+        self._file.interest[fd] = self._kernel.file(fd), events | HUP
+        self._kernel.changes += 1
+
+    def unregister(self, fd: int) -> None:
+        self._kernel.enter("unwatch")
+        assert fd in self._file.interest, f"ENOENT: descriptor {fd} is not watched"
+        del self._file.interest[fd]
+        self._kernel.changes += 1
+
+    def poll(self, timeout: float | None) -> list[tuple[int, int]]:
+        return self._kernel.turn(timeout)
+
+    def close(self) -> None:
+        self._kernel.epoll = None
+        self._kernel.close(self._fd)
+
+
+class Poll:
+    """What select.poll is to the protector."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._asked: list[tuple[int, int]] = []
+
+    def register(self, what: Any, events: int) -> None:
+        self._asked.append((what if isinstance(what, int) else what.fileno(), events))
+
+    def poll(self, timeout_ms: float = 0) -> list[tuple[int, int]]:
+        kernel = self._kernel
+        kernel.enter("poll")
+        told = [(fd, kernel.file(fd).ready() & (events | HUP)) for fd, events in self._asked]
+        found = [each for each in told if each[1]]
+        if not found and timeout_ms:
+            kernel.clock_ns += int(timeout_ms * 1e6)
+        return found

@@ -1,0 +1,882 @@
+"""A protector's life in a simulated world, from one seed.
+
+The real modules (lifecycle, supervisor, effects, crew, forwarder, channel, listener, loop,
+notify, process, state, heritage) run against kernel.py.  For that, the names `os`, `socket`,
+`select`, ... inside those modules are replaced while a simulation runs (`installed` below);
+besides them only the search for a command and for stray processes in /proc.  The log, the
+output, the resident process around the supervisor and the upgrade's probe are stand-ins.
+
+The protector's wait is where the world moves: when it polls, steps chosen by the seed
+happen (clients, workers, signals, time, whoever keeps its descriptors), and in the middle of
+any system call something may happen too, the call may fail, or the protector be killed.
+After the wild part all goes well for a while, everything must come to rest and be delivered,
+and a graceful stop must end it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from socketprotector import (
+    channel,
+    crew,
+    door,
+    effects,
+    forwarder,
+    heritage,
+    launcher,
+    listener,
+    loop,
+    notify,
+    process,
+    state,
+    strays,
+    supervisor,
+    words,
+)
+from socketprotector.effects import Effects
+from socketprotector.events import Deadline, Wait
+from socketprotector.fleet import Fleet, Phase, Policy, State, Stop
+from socketprotector.heritage import Heritage
+from socketprotector.launcher import Launcher
+from socketprotector.listener import Listener
+from socketprotector.loop import Loop
+from socketprotector.notify import Outbox, Store, Systemd
+from socketprotector.settings import ListenerSettings, Settings
+from socketprotector.state import StateFile
+from socketprotector.supervisor import Supervisor
+from tests.simulation.kernel import (
+    FAULTS,
+    Connection,
+    Datagrams,
+    End,
+    File,
+    Kernel,
+    Killed,
+    Listening,
+    Memory,
+    Socket,
+    failure,
+    pair,
+)
+
+MODULES = (
+    *(channel, crew, effects, forwarder, launcher, listener, loop, notify, process, state),
+    *(strays, supervisor),
+)
+NAMES = ("os", "socket", "select", "time", "fcntl", "resource", "signal")
+
+POLICIES = (
+    Policy(),
+    Policy(settle_s=5.0),
+    Policy(stop_first=True),
+    Policy(stop_first=True, settle_s=5.0, drain_timeout_s=9.0),
+    Policy(drain_timeout_s=9.0, start_tries=1),
+    Policy(max_draining=1),
+    Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
+)
+BACKLOG = 200
+#: How often the loop may be woken in a row without anything changing: a callback may be
+#: woken for a number that was another's before, or find what a step has taken from it.
+IDLE_WAKE_UPS = 12
+#: Calls by the protector in one turn of its loop: a full queue moved costs a few each.
+CALLS_A_TURN = 20_000
+CALM_TURNS = 5_000
+
+
+class Executed(BaseException):
+    """The protector has executed its new program, with these descriptors."""
+
+    def __init__(self, descriptors: dict[str, int]) -> None:
+        super().__init__()
+        self.descriptors = descriptors
+
+
+class Worker:
+    """A process of the protected daemon."""
+
+    def __init__(self, pid: int, address: str, read: End, line: End) -> None:
+        self.pid = pid
+        self.address = address
+        self.read = read
+        self.line = line
+        self.connections: list[Connection] = []
+        self.ready = False
+        self.hangs = False
+        self.told = False  # by TERM
+        self.ended = False
+        self.reaped = False
+        self.orphan = False  # no child of the protector that runs now
+        self.result = (os.CLD_EXITED, 0)
+        read.take()
+        line.take()
+
+    def signal(self, number: int) -> None:
+        if number == signal.SIGKILL:
+            self.end(os.CLD_KILLED, number)
+        else:
+            self.told = True
+
+    def end(self, code: int, status: int) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        self.result = code, status
+        for each in self.connections:
+            each.drop()
+        self.connections.clear()
+        self.read.drop()
+        self.line.drop()
+
+    @property
+    def leaving(self) -> bool:
+        """It has been asked to go, in any of the three ways."""
+        no_more = self.read.no_receive and not self.read.queue
+        return self.told or no_more or self.line.no_receive
+
+    def take(self) -> Connection | None:
+        """Take the oldest connection from the queue, if there is one."""
+        if not self.read.queue:
+            return None
+        message = self.read.receive()
+        assert message is not None
+        (connection,) = message[1]
+        assert isinstance(connection, Connection)
+        assert not connection.taken_by, f"{connection} is delivered twice"
+        assert connection.in_queues == 0, f"{connection} is in two queues"
+        connection.taken_by.append(self.pid)
+        self.connections.append(connection)
+        return connection
+
+
+class Log:
+    def __init__(self, note: Callable[[str], None] | None) -> None:
+        self._note = note
+
+    def write(self, level: str, event: str, **fields: object) -> None:
+        if self._note and event != "decided":
+            self._note(f"  log: {event} {fields}")
+
+
+class Output:
+    def mark(self) -> int:
+        return 0
+
+    def last_words(self, mark: int) -> str:
+        return ""
+
+    def where_to_look(self) -> str:
+        return ""
+
+
+class Upgrade:
+    """The probe has said yes already."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def begin(self, descriptors: dict[str, int], ready: Callable[[], None]) -> None:
+        ready()
+
+    def execute(self, descriptors: dict[str, int]) -> None:
+        self._kernel.dead = True
+        raise Executed(descriptors)
+
+
+class World:
+    """Everything around one protector, and its lives one after another."""
+
+    def __init__(self, seed: int, steps: int, note: Callable[[str], None] | None = None) -> None:
+        self.seed = seed
+        self.steps_left = steps
+        self.steps = 0
+        self.turns = 0
+        self.kills = 0
+        self.faults = 0
+        self.upgrades = 0
+        self.connections = 0
+        self.delivered = 0
+        self.lost: dict[str, int] = {}
+        self._note = note
+        self._random = random.Random(seed)
+        self._chance = self._random.random
+        self.kernel = Kernel()
+        self.kernel.note = note
+        self.kernel.strike = self._strike
+        self.kernel.turn = self._turn
+        self.kernel.process_at = self._process_at
+        self.kernel.start = self._start
+        self.kernel.sent = self._sent
+        pick = self._random.choice
+        self.keeper = pick(("nobody", "guard", "guard", "systemd"))
+        self._listening = [
+            Listening(pick((socket.AF_INET, socket.AF_UNIX))) for _ in range(pick((1, 1, 2)))
+        ]
+        self.settings = Settings(
+            name="daemon",
+            command=("./daemon",),
+            directory="/srv",
+            listeners=tuple(ListenerSettings(f"tcp:h:{n}") for n in range(len(self._listening))),
+            policy=pick(POLICIES),
+            workers=pick((1, 1, 2, 3)),
+            ready_after_s=pick((None, None, None, 1.0)),
+            queue=pick((6, 12, 64, 256)),
+            secret="x",
+        )
+        self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
+        self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
+        self._gap = pick((30, 100, 400))
+        self.workers: list[Worker] = []
+        self._processes: dict[int, Worker] = {}
+        self._next_pid = 100
+        self._deploy_works = True
+        self.store: dict[str, File] = {}
+        self._told: deque[bytes] = deque()  # by the guard, how processes have ended
+        self._line = pair()[1]  # the keeper's end
+        self._calm = False
+        self._stopped = False
+        self._idle_turns = 0
+        self._changes = -1
+        self._calls = 0
+        self._checked: Fleet | None = None
+        self._acts = [act for act, weight in self._what_happens() for _ in range(weight)]
+        self._supervisor: Supervisor | None = None
+        self._why_lost = ""
+        self._killed_with = 0
+
+    # -- the lives of the protector ----------------------------------------------
+
+    def live(self) -> None:
+        """Run from the first start to the last end.  Raises AssertionError where it goes wrong."""
+        kernel = self.kernel
+        given: dict[str, int] = {}
+        for index, each in enumerate(self._listening):
+            given[f"{door.LISTENER}{index}"] = kernel.install(each)
+        given[door.STATE] = kernel.install(Memory())
+        if self.keeper != "nobody":  # it has passed on what it keeps
+            self.store = {name: kernel.files[fd] for name, fd in given.items()}
+            for file in self.store.values():
+                file.take()
+        kept = set(self.store)
+        with installed(self):
+            self._interfere_later()
+            while True:
+                try:
+                    self._run(given, kept)
+                    break
+                except Executed as program:
+                    self.upgrades += 1
+                    self._say("the protector executes its new program")
+                    given = self._after_exec(program.descriptors)
+                    kept = set(given)
+                except Killed:
+                    self.kills += 1
+                    self._say("the protector is killed")
+                    given = self._after_kill()
+                    kept = set(given)
+                except OSError as error:
+                    if not self._starting:
+                        raise
+                    # It ends, and says why; whoever keeps the descriptors starts another.
+                    self._say(f"the protector cannot start: {error}")
+                    if self.keeper == "nobody" and not self.upgrades:
+                        return
+                    assert self.keeper != "nobody", "an upgrade has ended it all"
+                    given = self._after_kill()
+                    kept = set(given)
+        self._check_the_end()
+
+    def _run(self, given: dict[str, int], kept: set[str]) -> None:
+        """One program of the protector, put together as resident.py does it."""
+        kernel, settings = self.kernel, self.settings
+        kernel.dead = False
+        self._checked = None
+        self._starting = True
+        log = cast("Any", Log(self._note))
+        self._loop = Loop()
+        listeners = [
+            Listener(given[f"{door.LISTENER}{index}"], index, each)
+            for index, each in enumerate(settings.listeners)
+            if f"{door.LISTENER}{index}" in given
+        ]
+        line: Any = None
+        if self.keeper != "nobody":
+            if door.GUARD not in given:
+                ours, self._line = pair()
+                self._line.take()
+                given[door.GUARD] = kernel.install(ours)
+            line = Socket(kernel, given[door.GUARD])
+        self._outbox = Outbox(self._later, line)
+        snapshot = heritage.read(given[door.STATE])
+        file = StateFile(given[door.STATE])
+        self._fixed = {given[each] for each in (door.STATE, door.GUARD) if each in given}
+        store = self._store = Store(self._outbox, kept - {door.GUARD})
+
+        def others() -> dict[str, int]:
+            return {each: given[each] for each in (door.STATE, door.GUARD) if each in given}
+
+        self._supervisor = protector = Supervisor(
+            Fleet(policy=settings.policy, workers_wanted=settings.workers),
+            lambda post, held: Effects(
+                settings,
+                listeners,
+                loop=self._loop,
+                log=log,
+                output=cast("Any", Output()),
+                systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
+                launcher=Launcher(None, None, 1),
+                post=post,
+                held=held,
+            ),
+            Heritage(file, store, log, others),
+            cast("Any", Upgrade(kernel)),
+            loop=self._loop,
+            log=log,
+            reopen_logs=lambda: None,
+            terminal=None,
+            outlives_terminal=False,
+        )
+        if line is not None:
+
+            def hear() -> None:
+                pid, _, status = line.recv(4096, 0).decode().partition(" ")
+                protector.told(int(pid), *words.status_of(int(status)))
+
+            self._loop.watch(line.fileno(), hear)
+        if snapshot is None:
+            protector.launch()
+        else:
+            protector.adopt(snapshot, given)
+        self._starting = False
+        protector.run()
+
+    def _later(self, again: Callable[[], None]) -> None:
+        self._loop.call_after(again, 0.1, again)
+
+    def _after_exec(self, descriptors: dict[str, int]) -> dict[str, int]:
+        kernel = self.kernel
+        kernel.dead = False
+        kernel.epoll = None
+        for fd in set(kernel.files) - set(descriptors.values()):
+            kernel.close(fd)
+        kernel.wake = None
+        return descriptors
+
+    def _after_kill(self) -> dict[str, int]:
+        """Let the kernel close everything, and the keeper start another program."""
+        kernel = self.kernel
+        kernel.dead = False
+        held = sum(isinstance(each, Connection) for each in set(kernel.files.values()))
+        assert held <= 1, f"{held} connections in the protector's own hands"
+        if self._supervisor is not None and not self._everything_is_kept():
+            self._why_lost = "killed before all was kept"
+        else:
+            self._why_lost = "killed between accept and send"
+        before = self.lost.get("killed between accept and send", 0)
+        kernel.end_of_process()
+        self._keep()
+        now = self.lost.get("killed between accept and send", 0)
+        assert now - before <= 1, f"{now - before} connections lost by one kill"
+        self._why_lost = ""
+        self._line.drop()
+        self._supervisor = None
+        for each in self.workers:
+            each.orphan = True
+        return {name: kernel.install(file) for name, file in self.store.items()}
+
+    def _everything_is_kept(self) -> bool:
+        """Whether the keeper has, or will have read, all that the protector holds."""
+        assert self._supervisor is not None
+        wanted = self._supervisor._effects.descriptors().keys()
+        return not self._outbox._unsent and wanted <= self._store._kept
+
+    # -- what the kernel asks ------------------------------------------------------
+
+    def _process_at(self, pid: int) -> Worker:
+        return self._processes[pid]
+
+    def _start(
+        self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
+    ) -> int:
+        read, line = given[3], given[4]
+        assert isinstance(read, End)
+        assert isinstance(line, End)
+        self._next_pid += 1
+        worker = Worker(self._next_pid, environment["NOTIFY_SOCKET"], read, line)
+        worker.hangs = not self._deploy_works and self._chance() < 0.5
+        self.workers.append(worker)
+        self._processes[worker.pid] = worker
+        return worker.pid
+
+    def _sent(self, connection: Connection, end: End) -> None:
+        assert connection.in_queues == 1, f"{connection} is in two queues"
+        assert not connection.taken_by, f"{connection} was delivered already"
+        source = connection.source
+        assert source is not None
+        assert source.sent < connection.place, f"{connection} comes after later ones"
+        source.sent = connection.place
+        self._killed_with = 0
+
+    def _connection_lost(self, connection: Connection) -> None:
+        why = self._why_lost or self._reason()
+        if not why:
+            raise AssertionError(f"{connection} is lost")
+        self._say(f"  {connection} is lost: {why}")
+        self.lost[why] = self.lost.get(why, 0) + 1
+
+    def _reason(self) -> str:
+        fleet = self._supervisor._fleet if self._supervisor is not None else None
+        if fleet is None or not fleet.stopping:
+            return ""
+        return f"{fleet.stopping.value} stop"
+
+    def _strike(self, call: str) -> int:
+        """Say what a system call fails with (0: nothing), after something happened meanwhile."""
+        if self._calm:
+            self.kernel.quiet_calls = 1 << 62
+            return 0
+        self._interfere_later()
+        what = self._chance()
+        if what < self._deadly:
+            self.kernel.dead = True
+            raise Killed
+        if what < self._deadly + self._faulty:
+            codes = FAULTS.get(call)
+            if codes is None or (call == "bind" and self.kernel.dead):
+                return 0
+            self.faults += 1
+            return self._random.choice(codes)
+        self._step()
+        return 0
+
+    def _interfere_later(self) -> None:
+        self.kernel.quiet_calls = 1 + int(self._chance() * self._gap * 2)
+
+    # -- turns -----------------------------------------------------------------------
+
+    def _turn(self, timeout: float | None) -> list[tuple[int, int]]:
+        """Let the world go on, as long as the protector waits."""
+        kernel = self.kernel
+        epoll = kernel.epoll
+        assert epoll is not None
+        self._check()
+        due = None if timeout is None else kernel.clock_ns + int(timeout * 1e9) + 1
+        while not self._calm:
+            told = epoll.told()
+            if told and self._chance() < 0.7:
+                return self._wake(told)
+            if due is not None and kernel.clock_ns >= due:
+                return self._wake(told)
+            if self.steps_left <= 0:
+                self._be_calm()
+                break
+            self._step()
+        return self._calm_turn(due)
+
+    def _wake(self, told: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        kernel = self.kernel
+        if told and kernel.changes == self._changes:
+            self._idle_turns += 1
+            assert self._idle_turns < IDLE_WAKE_UPS, f"it spins, woken by {told}"
+        else:
+            self._idle_turns = 0
+        self._changes = kernel.changes
+        assert kernel.calls - self._calls < CALLS_A_TURN, "it does not come back to its loop"
+        self._calls = kernel.calls
+        self.turns += 1
+        if len(told) > 1:
+            self._random.shuffle(told)
+        return told
+
+    def _step(self) -> None:
+        """Let one thing happen that the seed chooses."""
+        self.steps_left -= 1
+        self.steps += 1
+        self.kernel.changes += 1
+        self._acts[int(self._chance() * len(self._acts))]()
+
+    def _say(self, text: str) -> None:
+        if self._note:
+            self._note(text)
+
+    # -- what may happen ---------------------------------------------------------------
+
+    def _what_happens(self) -> list[tuple[Callable[[], None], int]]:
+        return [
+            (self._connect, 300),
+            (self._crowd, 10),
+            (self._take, 250),
+            (self._take_all, 40),
+            (self._finish, 150),
+            (self._time, 120),
+            (self._become_ready, 100),
+            (self._obey, 120),
+            (self._keep, 80),
+            (self._crash, 15),
+            (self._hang, 8),
+            (self._go_on, 15),
+            (self._shut_channel, 6),
+            (self._nonsense, 20),
+            (self._hup, 20),
+            (self._more, 6),
+            (self._fewer, 6),
+            (self._upgrade, 5 if self.keeper != "nobody" else 0),
+            (self._scarce, 5),
+            (self._plenty, 15),
+            (self._deploy, 6),
+            (self._term, 1 if self.seed % 4 == 0 else 0),
+            (self._int, 1 if self.seed % 8 == 0 else 0),
+        ]
+
+    def _connect(self) -> None:
+        at = self._listening[int(self._chance() * len(self._listening))]
+        if not at.refuses and len(at.backlog) < BACKLOG and at.references:
+            self.connections += 1
+            connection = Connection(self.connections, self._connection_lost)
+            connection.references = 1
+            at.backlog.append(connection)
+            if self._note:
+                self._note(f"{connection} comes")
+
+    def _crowd(self) -> None:
+        for _ in range(self._random.randrange(5, 40)):
+            self._connect()
+
+    def _somebody(self) -> Worker | None:
+        """A living worker that does something."""
+        if not self.workers:
+            return None
+        worker = self.workers[int(self._chance() * len(self.workers))]
+        if worker.ended:
+            if worker.reaped or (worker.orphan and worker.pid not in self._processes):
+                self.workers.remove(worker)
+            return None
+        return None if worker.hangs else worker
+
+    def _take(self) -> None:
+        worker = self._somebody()
+        if worker and not worker.leaving and (found := worker.take()) and self._note:
+            self._note(f"{worker.pid} takes {found}")
+
+    def _take_all(self) -> None:
+        worker = self._somebody()
+        if worker and not worker.told and not worker.line.no_receive:
+            self._say(f"{worker.pid} takes all {len(worker.read.queue)}")
+            while worker.take():
+                pass
+
+    def _finish(self) -> None:
+        worker = self._somebody()
+        if worker and worker.connections:
+            self.delivered += 1
+            worker.connections.pop().drop()
+
+    def _time(self) -> None:
+        chance = self._chance()
+        seconds = self._random.choice((0.0001, 0.005, 0.02, 0.3, 1.0)) if chance < 0.9 else 20.0
+        self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
+
+    def _tell(self, worker: Worker, text: bytes, *files: File) -> None:
+        to = self.kernel.bound.get(worker.address)
+        if to is not None and len(to.queue) < Datagrams.ROOM:
+            for each in files:
+                each.take()
+            to.queue.append((text, worker.pid, files))
+
+    def _become_ready(self) -> None:
+        worker = self._somebody()
+        if worker and not worker.ready:
+            worker.ready = True
+            self._say(f"{worker.pid} is ready")
+            retires = b"\nX_SOCKETPROTECTOR_RETIRES=1" if self._chance() < 0.5 else b""
+            self._tell(worker, b"READY=1" + retires)
+
+    def _obey(self) -> None:
+        """A worker that has been asked to go goes, after its last connection."""
+        worker = self._somebody()
+        if worker and worker.leaving:
+            if worker.connections:
+                self.delivered += 1
+                worker.connections.pop().drop()
+            else:
+                self._end(worker, os.CLD_EXITED, 0)
+
+    def _end(self, worker: Worker, code: int, status: int) -> None:
+        self._say(f"{worker.pid} ends with status {status}")
+        worker.end(code, status)
+
+    def _crash(self) -> None:
+        worker = self._somebody()
+        if worker:
+            self._end(worker, os.CLD_KILLED, signal.SIGSEGV)
+
+    def _hang(self) -> None:
+        if worker := self._somebody():
+            worker.hangs = True
+
+    def _go_on(self) -> None:
+        if self.workers:
+            self._random.choice(self.workers).hangs = False
+
+    def _shut_channel(self) -> None:
+        worker = self._somebody()
+        if worker:
+            self._say(f"{worker.pid} shuts its channel down")
+            worker.read.shutdown(self._random.choice((socket.SHUT_RD, socket.SHUT_RDWR)))
+
+    def _nonsense(self) -> None:
+        worker = self._somebody()
+        if not worker:
+            return
+        match self._random.randrange(6):
+            case 0:
+                self._tell(worker, b"\xff\x00=READY\n=1\nREADY")
+            case 1:
+                self._tell(worker, b"BARRIER=1", File())
+            case 2:
+                self._tell(worker, b"BARRIER=1", File(), File())
+            case 3:
+                self._tell(worker, b"EXTEND_TIMEOUT_USEC=%d" % self._random.randrange(10**8))
+            case 4:
+                self._tell(worker, b"EXTEND_TIMEOUT_USEC=" + "\u0663".encode() + b"\nREADY=2")
+            case 5:
+                self._tell(worker, b"STATUS=busy\nSTOPPING=1", File())
+
+    def _signal(self, number: signal.Signals) -> None:
+        wake = self.kernel.wake
+        if wake is not None:
+            self._say(f"the protector gets {number.name}")
+            wake.bytes.append(number)
+
+    def _hup(self) -> None:
+        self._signal(signal.SIGHUP)
+
+    def _more(self) -> None:
+        if self._supervisor and self._supervisor._fleet.workers_wanted < 4:
+            self._signal(signal.SIGTTIN)
+
+    def _fewer(self) -> None:
+        self._signal(signal.SIGTTOU)
+
+    def _upgrade(self) -> None:
+        self._signal(signal.SIGUSR2)
+
+    def _term(self) -> None:
+        self._signal(signal.SIGTERM)
+
+    def _int(self) -> None:
+        if self._chance() < 0.3:
+            self._signal(signal.SIGINT)
+
+    def _scarce(self) -> None:
+        if self._faulty:
+            self.kernel.limit = len(self.kernel.files) + self._random.randrange(8)
+
+    def _plenty(self) -> None:
+        self.kernel.limit = 100_000
+
+    def _deploy(self) -> None:
+        self._deploy_works = self._chance() < 0.6
+
+    def _keep(self) -> None:
+        """Whoever keeps descriptors reads what it was told; the guard reaps."""
+        for data, files in self._read_line():
+            fields = dict(line.split("=", 1) for line in data.decode().split("\n"))
+            name = fields.get("FDNAME", "")
+            if "FDSTORE" in fields:
+                assert len(files) == 1
+                assert name not in self.store, f"{name} is kept twice"
+                self.store[name] = files[0]
+                files[0].take()
+            elif "FDSTOREREMOVE" in fields:
+                if name in self.store:
+                    self.store.pop(name).drop()
+            for each in files:
+                each.drop()
+        for worker in self.workers:
+            if worker.orphan and worker.ended and worker.pid in self._processes:
+                del self._processes[worker.pid]
+                if self.keeper == "guard" and not self._line.peer.is_closed:
+                    code, status = worker.result
+                    said = status << 8 if code == os.CLD_EXITED else status
+                    self._line.send(b"%d %d" % (worker.pid, said), ())
+
+    def _read_line(self) -> Iterator[tuple[bytes, tuple[File, ...]]]:
+        while self._line.queue:
+            message = self._line.receive()
+            assert message is not None
+            yield message
+
+    # -- how it ends -------------------------------------------------------------------
+
+    def _be_calm(self) -> None:
+        self._say("from now on all goes well")
+        self._calm = True
+        self._calm_turns = 0
+        self._deploy_works = True
+        self.kernel.limit = 100_000
+        self.kernel.quiet_calls = 1 << 62
+
+    def _calm_turn(self, due: int | None) -> list[tuple[int, int]]:
+        """Everybody does at once what is to be done; time passes only when nothing is."""
+        kernel = self.kernel
+        assert kernel.epoll is not None
+        self._calm_turns += 1
+        assert self._calm_turns < CALM_TURNS, "it never comes to rest"
+        self._all_do_well()
+        told = kernel.epoll.told()
+        if told:
+            return self._wake(told)
+        if due is not None:
+            kernel.clock_ns = max(kernel.clock_ns, due)
+            return self._wake([])
+        self._check_rest()
+        assert not self._stopped, "it waits for ever instead of ending"
+        self._stopped = True
+        self._signal(signal.SIGTERM)
+        return kernel.epoll.told()
+
+    def _all_do_well(self) -> None:
+        self._keep()
+        for worker in self.workers:
+            if worker.ended:
+                continue
+            worker.hangs = False
+            if not worker.ready:
+                worker.ready = True
+                self._tell(worker, b"READY=1")
+            if not worker.told and not worker.line.no_receive:
+                while worker.take():
+                    pass
+            for each in worker.connections:
+                self.delivered += 1
+                each.drop()
+            worker.connections.clear()
+            if worker.leaving:
+                self._end(worker, os.CLD_EXITED, 0)
+        self.workers = [each for each in self.workers if not each.ended or not each.reaped]
+
+    # -- what must hold ----------------------------------------------------------------
+
+    def _check(self) -> None:
+        """What holds whenever the protector waits."""
+        protector = self._supervisor
+        assert protector is not None
+        act = protector._effects
+        held = [each for each in self.kernel.files.values() if type(each) is Connection]
+        if held:  # a copy may be on its way to the keeper
+            copies = {fd for _, fd in self._outbox._unsent}
+            files = self.kernel.files.items()
+            held = [each for fd, each in files if type(each) is Connection and fd not in copies]
+        assert len(held) <= 1, f"{held} in hand"
+        assert bool(held) == (act._forwarder.hand is not None)
+        if held:
+            assert held[0].in_queues == 0, f"{held[0]} is in hand and in a queue"
+            assert not held[0].taken_by, f"{held[0]} is in hand and was delivered"
+        if self.turns % 16 == 0:
+            self._check_descriptors()
+        if protector._fleet is not self._checked:
+            self._checked = protector._fleet
+            self._check_fleet(protector._fleet, act)
+
+    def _check_descriptors(self) -> None:
+        protector = self._supervisor
+        assert protector is not None
+        known = {*self._fixed, *protector._effects.descriptors().values()}
+        known |= {fd for _, fd in self._outbox._unsent}
+        known.add(protector._effects._forwarder._reserve)
+        epoll = self.kernel.epoll
+        left = {
+            fd: file
+            for fd, file in self.kernel.files.items()
+            if fd not in known and file is not epoll and file is not self.kernel.wake
+        }
+        assert not left, f"descriptors that nobody knows: {left}"
+
+    def _check_fleet(self, fleet: Fleet, act: Effects) -> None:
+        for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
+            assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
+        running = {key for key in self._loop._timers if isinstance(key, Deadline)}
+        assert running == fleet.timers, f"timers: {running} {fleet.timers}"
+        route = fleet.route
+        assert act._route == (route.number if route else None), "another route"
+        assert {each.number for each in fleet.alive()} == set(act._crew._workers)
+        assert {each.number for each in fleet.generations} == set(act._generations)
+        if fleet.served and not fleet.stopping and not route and not fleet.incoming:
+            waits = Deadline(Wait.OPEN) in fleet.timers
+            assert waits or (fleet.to_open and fleet.policy.stop_first), "nobody will ever serve"
+
+    def _check_rest(self) -> None:
+        """All goes well and nothing is to be done any more: so all must be done."""
+        protector = self._supervisor
+        assert protector is not None
+        fleet = protector._fleet
+        assert not any(each.backlog for each in self._listening), "clients wait for ever"
+        assert protector._effects._forwarder.hand is None, "one is in hand for ever"
+        assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
+        if not fleet.stopping:
+            (serving,) = fleet.generations
+            assert serving.phase is Phase.SERVING
+            assert all(each.state is State.READY for each in serving.workers)
+            assert len(serving.workers) == fleet.workers_wanted
+            assert not fleet.timers
+
+    def _check_the_end(self) -> None:
+        protector = self._supervisor
+        assert protector is not None
+        if self._stopped and protector._fleet.stopping is Stop.GRACEFUL:
+            assert not self.lost.get("graceful stop"), "a stop in calm has lost connections"
+        for each in self.workers:
+            assert each.ended, f"worker {each.pid} is left behind"
+            assert each.reaped or each.orphan, f"worker {each.pid} is a zombie"
+        kernel = self.kernel
+        left = {
+            fd: file
+            for fd, file in kernel.files.items()
+            if fd not in self._fixed and file is not kernel.epoll and file is not kernel.wake
+        }
+        left = {fd: f for fd, f in left.items() if fd not in {x for _, x in self._outbox._unsent}}
+        assert not left, f"left open at the end: {left}"
+
+
+@contextmanager
+def installed(world: World) -> Iterator[None]:
+    """Have the protector's modules speak with the simulated kernel, for as long as this lasts."""
+    kernel = world.kernel
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def replace(module: Any, name: str, value: Any) -> None:
+        replaced.append((module, name, getattr(module, name)))
+        setattr(module, name, value)
+
+    def resolve(command: Any, directory: str, search: str) -> tuple[str, tuple[str, ...]]:
+        kernel.enter("resolve")
+        if not world._deploy_works and world._chance() < 0.3:
+            raise failure(2, command[0])
+        return f"/srv/{command[0]}", tuple(command)
+
+    def carrying(address: str) -> list[tuple[int, int]]:
+        return [
+            (each.pid, kernel._pidfd_open(each.pid))
+            for each in world.workers
+            if each.address == address and not each.ended
+        ]
+
+    try:
+        for module in MODULES:
+            for name in NAMES:
+                if hasattr(module, name):
+                    replace(module, name, getattr(kernel.modules, name))
+        replace(effects, "resolve", resolve)
+        replace(strays, "_carrying", carrying)
+        yield
+    finally:
+        for module, name, value in reversed(replaced):
+            setattr(module, name, value)

@@ -4,6 +4,8 @@ A file of one byte for each port of a client, mapped into memory: 1 from when a 
 was taken until it is closed.  It outlives a SIGKILL, so it tells exactly which connections
 the kill has cost.  One at most is missing: taken, and not noted yet.
 
+It leaves without haste when its RETURN line ends, and at SIGTERM.
+
     python -m bench.held FOLDER     (the file is FOLDER/PID)
 """
 
@@ -11,9 +13,14 @@ from __future__ import annotations
 
 import mmap
 import os
+import select
+import signal
 import socket
 import sys
 from pathlib import Path
+
+from socketprotector_client import wire
+from socketprotector_client.sd_notify import notify
 
 from bench.worker import Take, Worker
 
@@ -32,6 +39,32 @@ class NotingWorker(Worker):
         os.close(fd)
         self._ports: dict[int, int] = {}  # descriptor -> the client's port
         self._take = self._noting(self._take)
+        self._return = int(os.environ[wire.ENV_RETURN])
+        self._asked = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def run(self) -> None:
+        """Serve until told to leave and the last connection is closed."""
+        signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(self._asked, 1))
+        leave = {self._return, self._asked}
+        for fd in leave:
+            self._poll.register(fd, select.EPOLLIN)
+        notify("READY=1", wire.RETIRES_ON_RETURN)
+        while not self._draining or self._kept:
+            for fd, _ in self._poll.poll():
+                if fd in leave:
+                    self._leave(leave)
+                elif fd != self._source:
+                    self._answer(self._kept[fd])
+                elif not self._draining:
+                    self._take_some()
+
+    def _leave(self, told_by: set[int]) -> None:
+        """Take no more.  Nothing is ever said on these, so any event means it."""
+        for fd in told_by:
+            self._poll.unregister(fd)
+        if not self._draining:
+            self._draining = True
+            self._poll.unregister(self._source)
 
     def _noting(self, take: Take) -> Take:
         def noted() -> tuple[socket.socket, int] | None:

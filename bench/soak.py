@@ -289,7 +289,7 @@ def _clean_up(service: Service, torment: Torment | None) -> bool:
     if torment is not None:
         torment.undo_all()
     left: list[int] = []
-    if not service.end(STOP_S) and not service.end(STOP_S, signal.SIGINT):
+    if not service.end(STOP_S, signal.SIGINT):
         left = descendants_now()
         for pid in left:
             try:

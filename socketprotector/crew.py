@@ -20,7 +20,7 @@ from .channel import Channel
 from .events import Event, Sign, TimeExtended, WorkerExited, WorkerReady
 from .log import Log
 from .loop import Loop
-from .notify import NotifySocket
+from .notify import NotifySocket, discard, discard_all
 from .output import Output
 from .process import Process, spawn
 from .records import Program, WorkerRecord
@@ -66,7 +66,7 @@ class _Worker:
     def close(self) -> None:
         self.process.close()
         self.notify.close()
-        self.line.close()
+        discard_all(self.line)
 
 
 class Crew:
@@ -275,7 +275,7 @@ class Crew:
             if "STATUS" in fields:
                 self._log.write("debug", "status", worker=number, status=fields["STATUS"])
             if message.barrier >= 0:
-                os.close(message.barrier)
+                discard(message.barrier)
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
         """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""

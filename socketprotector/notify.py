@@ -9,6 +9,7 @@ import errno
 import os
 import select
 import socket
+import stat
 import struct
 import time
 from collections import deque
@@ -21,6 +22,8 @@ _MAX_BYTES = 4096
 _LATER = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
 )
+_NO_LINGER = struct.pack("ii", 0, 0)
+_TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
@@ -91,11 +94,43 @@ class NotifySocket:
         if fields.get("BARRIER") == "1" and len(descriptors) == 1:
             barrier = descriptors.pop()
         for fd in descriptors:
-            os.close(fd)
+            discard(fd)
         return Message(fields, barrier)
 
     def close(self) -> None:
         self.socket.close()
+
+
+def discard(fd: int) -> None:
+    """Close a descriptor that a stranger has made, without waiting for anything.
+
+    A TCP socket with SO_LINGER would make close() wait for as long as its sender likes.
+    """
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=os.dup(fd)) as theirs:
+            try:
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            except OSError:
+                pass  # a kind of socket that does not know it
+    os.close(fd)
+
+
+def discard_all(line: socket.socket) -> None:
+    """Close a line with all that was sent on it and nobody wants to read."""
+    try:
+        line.shutdown(socket.SHUT_RD)  # from here on nothing more can be sent
+        while True:
+            data, ancillary, _, _ = line.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
+            for level, kind, content in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    whole = len(content) - len(content) % 4
+                    for (fd,) in struct.iter_unpack("i", content[:whole]):
+                        discard(fd)
+            if not data and not ancillary:
+                break
+    except OSError:
+        pass  # nothing more, or out of descriptors
+    line.close()
 
 
 def _is_number(text: str) -> bool:

@@ -1,0 +1,163 @@
+"""Says that it is ready and then does its worst, named by its argument; takes no connection.
+
+Only KILL ends it.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+
+from plain import CHANNEL, say
+
+ADDRESS = os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1)
+RETURN = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_RETURN"]))
+SO_PEEK_OFF = 42
+LONG_S = 600
+
+
+def rights(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+@contextlib.contextmanager
+def lingering() -> Iterator[int]:
+    """A socket whose close() waits for ten minutes: its peer reads nothing."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    ours = socket.create_connection(listener.getsockname())
+    with listener, listener.accept()[0], ours:
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(b"x" * 65536)
+        ours.setblocking(True)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LONG_S))
+        yield ours.detach()
+        signal.pause()  # the peer stays
+
+
+def floods_notify() -> None:
+    """Speaks without end, from a process of its own too."""
+    os.fork()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(ADDRESS)
+        while True:
+            notify.send(b"READY=1\nSTATUS=" + b"x" * 3000)
+
+
+def floods_descriptors() -> None:
+    fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(250)]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(ADDRESS)
+        while True:
+            notify.sendmsg([b"BARRIER=1"], rights(fds))
+            notify.sendmsg([b"BARRIER=1"], rights(fds[:1]))
+
+
+def sends_what_lingers() -> None:
+    """Each message holds the last copy of a socket that is slow to close."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(ADDRESS)
+        for message in (b"STATUS=x", b"BARRIER=1"):
+            if os.fork() == 0:
+                with lingering() as fd:
+                    notify.sendmsg([message], rights([fd]))
+                    os.close(fd)
+
+
+def returns_what_lingers() -> None:
+    if os.fork() == 0:
+        with lingering() as fd:
+            RETURN.sendmsg([b"x"], rights([fd]))
+            os.close(fd)
+
+
+def claims_what_is_not_its_own() -> None:
+    pid = os.getppid()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.connect(ADDRESS)
+        for name in ("sp.settings", "sp.state", "sp.listener.0"):
+            message = f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0".encode()
+            notify.sendmsg([message], rights([0]))
+            notify.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
+        for word in (
+            *("MAINPID=1", f"X_EXITED={pid} 0", "EXIT_STATUS=0", "ERRNO=99999999999999999999"),
+            *("STOPPING=1", "RELOADING=1", "WATCHDOG=trigger", "WATCHDOG_USEC=1"),
+            *("EXTEND_TIMEOUT_USEC=999999999999999", "NOTIFYACCESS=all", "READY=0"),
+        ):
+            notify.send(word.encode())
+
+
+def floods_its_return_line() -> None:
+    os.set_blocking(RETURN.fileno(), False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            RETURN.sendmsg([b"x" * 4096], rights([0] * 100))
+
+
+def writes_to_the_channel() -> None:
+    with contextlib.suppress(BrokenPipeError):
+        CHANNEL.sendmsg([b"x" * 16], rights([0]), socket.MSG_DONTWAIT)
+        say(b"STATUS=it could be written to")
+
+
+def shuts_the_channel_down() -> None:
+    CHANNEL.shutdown(socket.SHUT_RDWR)
+
+
+def turns_every_switch() -> None:
+    """All of these are the protector's too: the descriptions are shared."""
+    for fd in (1, 2, CHANNEL.fileno(), RETURN.fileno()):
+        fcntl.fcntl(fd, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
+    for option in (socket.SO_RCVBUF, socket.SO_SNDBUF, SO_PEEK_OFF, socket.SO_RCVLOWAT):
+        with contextlib.suppress(OSError):
+            CHANNEL.setsockopt(socket.SOL_SOCKET, option, 8)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        CHANNEL.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 1))
+
+
+def leaves_a_child_with_the_channel() -> None:
+    """Its heir has a session of its own, and stays until the channel ends."""
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    CHANNEL.recv(1, socket.MSG_PEEK)  # a copy of each connection that comes first, too
+    while CHANNEL.recv(16):
+        pass
+    os._exit(0)
+
+
+def steals_connections() -> None:
+    """Takes what is its generation's and never answers."""
+    while CHANNEL.recvmsg(16, socket.CMSG_LEN(4))[0]:
+        pass
+
+
+def drops_connections_in_the_kernel() -> None:
+    """A filter on the shared end throws away all that is sent."""
+    drop = array.array("B", struct.pack("HBBI", 0x06, 0, 0, 0))
+    CHANNEL.setsockopt(
+        socket.SOL_SOCKET, 26, struct.pack("HP", 1, drop.buffer_info()[0])
+    )  # SO_ATTACH_FILTER
+
+
+def asks_for_credentials() -> None:
+    """What then comes with a message leaves no room for its descriptor."""
+    CHANNEL.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGIO, signal.SIG_IGN)
+say(b"READY=1")
+attack: Callable[[], None] = globals()[sys.argv[1]]
+attack()
+os.write(2, b"done\n")
+while True:
+    signal.pause()

@@ -127,6 +127,8 @@ class _Resident:
         settings, loop = self.settings, self.loop
         snapshot = self._inherited()
         if snapshot is not None and snapshot.fleet.exiting:
+            for listener in self.listeners:
+                listener.close()
             return snapshot.fleet.exit_status  # all was done but the last words
         self._began = snapshot is not None
         # Only the soft limit, and workers get the caller's back: each draining generation and

@@ -54,7 +54,7 @@ class Codec:
         """Return the value that was encoded.  Raises StateError for what is none."""
         try:
             return self._in(json.loads(data))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state cannot be read: {error!r}") from error
 
     def _out(self, value: object) -> object:

@@ -1,0 +1,268 @@
+"""What outlives the program: written whole or not at all, read by the next version too."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from socketprotector import heritage, state
+from socketprotector.heritage import CODEC
+from socketprotector.records import CLASSES, Snapshot
+from socketprotector.state import Codec, StateError, StateFile
+
+#: What a name of a file or a variable can be: bytes that are no UTF-8 too.
+texts = st.text(st.characters(exclude_categories=()), max_size=8)
+st.register_type_strategy(str, texts)
+st.register_type_strategy(float, st.floats(allow_nan=False))
+
+snapshots = st.from_type(Snapshot)
+values = st.one_of(*(st.from_type(each) for each in CLASSES))
+
+
+@pytest.fixture
+def file() -> Iterator[StateFile]:
+    made = StateFile.make()
+    yield made
+    made.close()
+
+
+# --- values -------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(snapshots)
+def test_a_snapshot_comes_back_as_it_was(snapshot: Snapshot) -> None:
+    assert CODEC.decode(CODEC.encode(snapshot)) == snapshot
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(values)
+def test_every_class_of_it_comes_back_as_it_was(value: object) -> None:
+    again = CODEC.decode(CODEC.encode(value))
+
+    assert again == value
+    assert type(again) is type(value)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    assert len({each.__name__ for each in CLASSES}) == len(CLASSES)
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass(frozen=True)
+class Thing:
+    size: int
+    colour: Colour = Colour.RED
+    parts: tuple[int, ...] = ()
+
+
+def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None:
+    written = b'{"c":"Thing","f":{"size":3}}'
+
+    assert Codec([Thing, Colour]).decode(written) == Thing(3, Colour.RED, ())
+
+
+def test_a_field_that_this_program_does_not_know_is_dropped() -> None:
+    written = json.loads(Codec([Thing, Colour]).encode(Thing(3, parts=(1, 2))))
+    written["f"]["weight"] = {"c": "Unheard", "f": {"of": {"e": "Neither", "v": 1}}}
+
+    again = Codec([Thing, Colour]).decode(json.dumps(written).encode())
+
+    assert again == Thing(3, Colour.RED, (1, 2))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        b"{}",
+        b'{"c":"Thing","f":{}}',  # without a default
+        b'{"c":"Thing"}',
+        b'{"c":"Other","f":{}}',
+        b'{"e":"Colour","v":"mauve"}',
+        b'{"b":"xy"}',
+        b'{"s":3}',
+        b'{"c":["Thing"],"f":{}}',
+        b'{"c":"Thing","f":[1]}',
+    ],
+)
+def test_what_is_no_state_is_refused_in_words(written: bytes) -> None:
+    with pytest.raises(StateError, match="the state cannot be read"):
+        Codec([Thing, Colour]).decode(written)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.integers() | texts,
+        lambda x: (
+            st.lists(x)
+            | st.dictionaries(
+                st.sampled_from(["c", "f", "e", "v", "b", "s", "Fleet", "x"]), x | st.just("Fleet")
+            )
+        ),
+    )
+)
+def test_nothing_but_a_state_error_comes_of_any_json(anything: object) -> None:
+    try:
+        CODEC.decode(json.dumps(anything).encode())
+    except StateError:
+        pass
+
+
+@pytest.mark.parametrize("value", [object(), [1], {"a": 1}, {1}, Thing])
+def test_what_could_not_be_read_back_is_not_written(value: object) -> None:
+    with pytest.raises(TypeError, match="is no part of the state"):
+        Codec([]).encode(value)
+
+
+# --- the file -----------------------------------------------------------------
+
+
+def test_the_last_state_is_read_also_by_another_program(file: StateFile) -> None:
+    assert file.empty
+    for number in range(5):
+        file.write(b"state %d" % number)
+        assert file.read() == b"state %d" % number
+        assert StateFile(os.dup(file.fd)).read() == b"state %d" % number
+    assert not file.empty
+    for fd in {int(name) for name in os.listdir("/proc/self/fd")}:
+        if fd != file.fd and _is_state(fd):
+            os.close(fd)
+
+
+def _is_state(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:sp.state")
+    except FileNotFoundError:
+        return False
+
+
+def test_an_empty_one_has_no_state(file: StateFile) -> None:
+    assert heritage.read(file.fd) is None
+    with pytest.raises(StateError, match="no whole state"):
+        file.read()
+
+
+class Spoilt:
+    """A state file with two good states, of which the newer one can be spoilt."""
+
+    def __init__(self, file: StateFile) -> None:
+        self.file = file
+        file.write(b"the one before")
+        before = _content(file)
+        file.write(b"the newest")
+        self.content = _content(file)
+        self.at = [at for at, (a, b) in enumerate(zip(before, self.content, strict=True)) if a != b]
+        first = self.at[0] // SLOT * SLOT
+        self.places = range(first, first + HEADER + len(b"the newest"))
+
+    def put(self, at: int, byte: int) -> None:
+        slot, place = divmod(at, SLOT)
+        os.pwrite(self.file.fd, bytes([byte]), slot * state._SLOT_BYTES + place)
+
+    def read(self) -> bytes:
+        return StateFile(self.file.fd).read()
+
+
+HEADER = state._HEADER.size + state._CHECKSUM.size
+SLOT = HEADER + 64
+
+
+def _content(file: StateFile) -> bytes:
+    return b"".join(
+        os.pread(file.fd, SLOT, slot * state._SLOT_BYTES).ljust(SLOT, b"\0") for slot in (0, 1)
+    )
+
+
+def test_a_state_with_any_byte_changed_is_not_read_but_the_one_before(file: StateFile) -> None:
+    spoilt = Spoilt(file)
+    assert spoilt.read() == b"the newest"
+
+    for at in spoilt.places:
+        for flip in (0x01, 0x80, 0xFF):
+            spoilt.put(at, spoilt.content[at] ^ flip)
+            assert spoilt.read() == b"the one before", f"byte {at - spoilt.places[0]}"
+        spoilt.put(at, spoilt.content[at])
+
+    assert spoilt.read() == b"the newest"
+
+
+def test_a_state_written_in_part_is_not_read_but_the_one_before(file: StateFile) -> None:
+    file.write(b"first")  # its place is what the third is written over
+    file.write(b"the one before")
+    old = _content(file)
+    file.write(b"half of this is written")
+    new = _content(file)
+    changed = [at for at in range(len(new)) if old[at] != new[at]]
+    start = changed[0] // SLOT * SLOT
+    spoilt = Spoilt.__new__(Spoilt)
+    spoilt.file = file
+
+    for written in range(HEADER + len(b"half of this is written")):
+        for at in range(start, start + SLOT):
+            spoilt.put(at, new[at] if at < start + written else old[at])
+        assert spoilt.read() == b"the one before", f"{written} bytes"
+
+
+def test_after_a_spoilt_state_the_next_one_is_written_in_its_place(file: StateFile) -> None:
+    spoilt = Spoilt(file)
+    spoilt.put(spoilt.places[0], 0)
+
+    again = StateFile(file.fd)
+    again.write(b"the next")
+
+    assert spoilt.read() == b"the next"
+    spoilt.put(spoilt.places[0], 0)  # its header is in the same place
+    assert spoilt.read() == b"the one before"
+
+
+def test_when_both_are_spoilt_it_says_so(file: StateFile) -> None:
+    file.write(b"only")
+    os.pwrite(file.fd, b"\0", state._SLOT_BYTES)
+
+    with pytest.raises(StateError, match="no whole state"):
+        StateFile(file.fd).read()
+
+
+def test_a_state_of_a_newer_program_is_refused_in_words(
+    file: StateFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write(b"old")
+    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    file.write(b"new")
+    assert file.read() == b"new"
+    monkeypatch.undo()
+
+    with pytest.raises(StateError, match=r"newer program \(format 2, this one reads up to 1\)"):
+        StateFile(file.fd).read()
+
+
+def test_what_does_not_fit_leaves_the_state_before(
+    file: StateFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write(b"small")
+    monkeypatch.setattr(state, "_SLOT_BYTES", state._SLOT_BYTES)
+    with pytest.raises(OSError, match="does not fit"):
+        file.write(bytes(state._SLOT_BYTES))
+
+    assert file.read() == b"small"
+
+
+def test_a_state_that_is_no_snapshot_is_refused(file: StateFile) -> None:
+    file.write(CODEC.encode(3))
+
+    with pytest.raises(StateError, match="no snapshot"):
+        heritage.read(file.fd)

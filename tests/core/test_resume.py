@@ -1,0 +1,269 @@
+"""A protector that is killed between any two actions, and another one that goes on.
+
+The model is the one of test_orders.py.  What a kill takes with it is modelled as the shell has
+it: the state was written before the first action of a step, so what is made in that step
+(channels, processes) is unknown to the next program; timers are gone with the old one.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given, note, settings
+from hypothesis import strategies as st
+
+from socketprotector.events import (
+    Action,
+    BacklogEmptied,
+    CloseListeners,
+    Deadline,
+    DeadlinePassed,
+    Drain,
+    Event,
+    Launched,
+    OpenFailed,
+    ReloadRequested,
+    Retire,
+    RouteTo,
+    Sign,
+    Signal,
+    StartTimer,
+    StopRequested,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Fleet, Phase, Policy, Stop
+from socketprotector.lifecycle import decide, resume
+from tests.core.conftest import Story
+from tests.core.test_orders import POLICIES, ROUNDS
+from tests.core.world import World, check_step
+
+KILLED = "the protector was killed while it was being started"
+
+
+class KilledWorld(World):
+    """A world whose protector can be killed at any action, and is started again."""
+
+    def take_and_die(self, event: Event, at: int) -> None:
+        """Tell an event, and kill the protector after so many of the actions that follow."""
+        if isinstance(event, WorkerExited):
+            self.processes.pop(event.worker, None)
+        elif isinstance(event, DeadlinePassed):
+            self.timers -= {event.deadline}
+        elif isinstance(event, BacklogEmptied) and self.listeners == "closing":
+            self.listeners = "closed"
+        channels, processes = set(self.channels), set(self.processes)
+        before = self.fleet
+        self.fleet, actions = decide(before, event)  # and written down
+        check_step(before, event, self.fleet, actions)
+        at %= len(actions) + 1
+        for action in actions[:at]:
+            self.perform(action)
+        if at < len(actions):  # else it was written down what was made
+            self.channels = {n: how for n, how in self.channels.items() if n in channels}
+            self.processes = {n: p for n, p in self.processes.items() if n in processes}
+        self.go_on(actions[at:])
+
+    def go_on(self, undone: tuple[Action, ...] = ()) -> None:
+        """Another program adopts what there is."""
+        fleet = self.fleet
+        if fleet.exiting:
+            self.exited = True
+            return
+        spawned = [worker.number for worker in fleet.alive()]
+        self.spawned |= set(spawned)
+        self.highest_generation = fleet.next_generation - 1
+        self.timers = frozenset()
+        self.owed = ()
+        known = {generation.number for generation in fleet.generations}
+        self.channels = {
+            number: how
+            for number, how in self.channels.items()
+            if how != "failed" and number in known  # else it is released
+        }
+        for number in sorted(known - self.channels.keys()):
+            self.channels[number] = "failed"
+            self.owed += (OpenFailed(number, KILLED),)
+        for action in self.resumed(undone):
+            self.again(action)
+        assert self.fleet.timers == self.timers
+        assert self.route == (fleet.route.number if fleet.route else None)
+        for owed in self.owed:
+            self.take(owed)
+        for number in spawned:
+            if number not in self.processes:
+                self.take(WorkerExited(number, KILLED))
+        if not self.exited:
+            self.check()
+
+    def resumed(self, undone: tuple[Action, ...]) -> tuple[Action, ...]:
+        told = [each for each in undone if isinstance(each, Signal | Retire)]
+        return resume(self.fleet, dict.fromkeys(self.fleet.timers, 5.0), told)
+
+    def again(self, action: Action) -> None:
+        """Carry out an action that may have been carried out before."""
+        match action:
+            case RouteTo(number):
+                self.route = number
+            case Drain(number) if self.channels[number] == "open":
+                self.channels[number] = "drained"
+            case Signal(worker, Sign.KILL) if worker in self.processes:
+                self.killed |= {worker}
+            case CloseListeners(quick):
+                self.listeners = "closed" if quick else "closing"
+            case StartTimer(deadline):
+                self.timers |= {deadline}
+            case Drain() | Signal() | Retire():
+                pass
+            case _:
+                raise AssertionError(f"cannot be done twice: {action}")
+
+    def seen(self) -> object:
+        return self.route, dict(self.channels), self.killed, self.listeners, self.timers
+
+
+choices = st.integers(0, 40).flatmap(
+    lambda size: st.lists(
+        st.tuples(st.integers(0, 2**20), st.none() | st.integers(0, 9)),
+        min_size=size,
+        max_size=size,
+    )
+)
+worlds = st.builds(KilledWorld, st.sampled_from(POLICIES), st.integers(1, 3))
+
+
+def live_through(world: KilledWorld, orders: list[tuple[int, int | None]]) -> None:
+    for choice, at in orders:
+        if world.exited:
+            return
+        world.opens_fail = choice % 11 == 0
+        event = world.pick(choice)
+        if at is not None and choice % 2:  # the orders that matter most, and come up least
+            last = [each for each in world.waited() if "KILL" in repr(each)]
+            event = last[0] if last else event
+        killed = "" if at is None else f", killed after action {at}"
+        note(f"{event!r}{' (opening fails)' if world.opens_fail else ''}{killed}")
+        if at is None:
+            world.take(event)
+        else:
+            world.take_and_die(event, at)
+
+
+@settings(max_examples=400, deadline=None)
+@given(worlds, choices)
+def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
+    world: KilledWorld, orders: list[tuple[int, int | None]]
+) -> None:
+    live_through(world, [(0, None), *orders])
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, choices)
+def test_a_stop_ends_everything_however_often_the_protector_is_killed(
+    world: KilledWorld, orders: list[tuple[int, int | None]]
+) -> None:
+    live_through(world, [(0, None), *orders])
+
+    if not world.exited:
+        world.take_and_die(StopRequested(), 1)
+    for _ in range(ROUNDS):
+        if not world.exited:
+            world.let_time_pass(all_goes_well=True)
+
+    assert world.exited
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds, choices)
+def test_to_resume_twice_is_to_resume_once(
+    world: KilledWorld, orders: list[tuple[int, int | None]]
+) -> None:
+    live_through(world, [(0, None), *orders])
+    if world.exited:
+        return
+
+    world.go_on()
+    if not world.exited:
+        once = world.seen()
+        for action in world.resumed(()):
+            world.again(action)
+        assert world.seen() == once
+
+
+def test_a_kill_that_may_not_have_been_sent_is_sent_by_the_next_program() -> None:
+    world = KilledWorld(Policy(), 2)
+    world.take(Launched())
+    world.take(StopRequested(quick=True))
+
+    world.take_and_die(DeadlinePassed(Deadline(Wait.KILL, 1)), at=0)
+
+    assert world.killed == {1, 2}
+
+
+def left_of(fleet: Fleet, seconds: float) -> dict[Deadline, float]:
+    return dict.fromkeys(fleet.timers, seconds)
+
+
+def test_what_serves_gets_the_route_and_nothing_else_happens(story: Story) -> None:
+    story.given_serving(workers=2)
+
+    assert resume(story.fleet, {}) == (RouteTo(1),)
+
+
+def test_during_a_reload_the_phase_and_its_deadline_go_on(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+
+    assert resume(story.fleet, left_of(story.fleet, 7.0)) == (
+        RouteTo(1),
+        StartTimer(Deadline(Wait.START, 2), 7.0),
+    )
+
+
+def test_a_draining_generation_is_drained_again_and_its_workers_are_left_alone(
+    story: Story,
+) -> None:
+    story.given(Policy(drain_timeout_s=9.0)).given_serving(Policy(drain_timeout_s=9.0))
+    story.and_also(ReloadRequested(), WorkerReady(2))
+
+    assert resume(story.fleet, left_of(story.fleet, 3.0)) == (
+        RouteTo(2),
+        Drain(1),
+        StartTimer(Deadline(Wait.DRAIN, 1), 3.0),
+    )
+
+
+def test_a_settling_generation_keeps_the_route(story: Story) -> None:
+    story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
+    assert story.numbers(Phase.SETTLING) == {2}
+
+    assert resume(story.fleet, left_of(story.fleet, 2.0)) == (
+        RouteTo(2),
+        StartTimer(Deadline(Wait.SETTLE, 2), 2.0),
+    )
+
+
+def test_only_a_signal_that_may_not_have_been_sent_is_sent_again(story: Story) -> None:
+    story.given_serving()
+    actions = story.when(StopRequested(quick=True))
+    assert story.fleet.stopping is Stop.QUICK
+    told = [each for each in actions if isinstance(each, Signal)]
+    assert told == [Signal(1, Sign.TERM)]
+
+    before, after = resume(story.fleet, {}, told), resume(story.fleet, {})
+
+    assert [each for each in before if each not in after] == told
+
+
+def test_a_stop_closes_the_listeners_again(story: Story) -> None:
+    story.given_serving().and_also(StopRequested())
+    assert CloseListeners(quick=False) in resume(story.fleet, {})
+
+    story.and_also(BacklogEmptied())
+    assert CloseListeners(quick=True) in resume(story.fleet, {})
+
+
+def test_a_timer_nobody_remembers_is_over_at_once(story: Story) -> None:
+    story.given_serving().and_also(ReloadRequested())
+
+    assert StartTimer(Deadline(Wait.START, 2), 0.0) in resume(story.fleet, {})
+    overdue = {Deadline(Wait.START, 2): -3.0}
+    assert StartTimer(Deadline(Wait.START, 2), 0.0) in resume(story.fleet, overdue)

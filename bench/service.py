@@ -30,6 +30,10 @@ _NAME = "SocketProtector"
 _DIES_S = 10.0
 
 
+class Gone(Exception):
+    """The service has ended, and nobody had asked it to."""
+
+
 @dataclass(frozen=True)
 class Size:
     """What a process takes at one moment."""
@@ -212,12 +216,15 @@ class Service:
 
     # -- what is done to it ----------------------------------------------------
 
-    def send(self, number: signal.Signals) -> bool:
-        """Send a signal as an administrator would: to whoever is in the pid file."""
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal as an administrator would: to whoever is in the pid file.
+
+        Raises Gone.
+        """
         pid = self.guard if self.guarded else self.protector()
-        if pid:
-            os.kill(pid, number)
-        return bool(pid)
+        if not pid or _stat(pid)[0] in ("", "Z"):
+            raise Gone(f"{'guard' if self.guarded else 'protector'} {pid or self._protector}")
+        os.kill(pid, number)
 
     def kill(self, victim: Victim, pid: int) -> Kill | None:
         """Send KILL to a process of the service and wait for its end."""
@@ -229,6 +236,9 @@ class Service:
         except ProcessLookupError:
             return None
         try:
+            if victim == "guard":  # from now on only the log tells, and it is late
+                self.look()
+                self._protector = self.protector()
             before_s = time.monotonic()
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             after_s = time.monotonic()
@@ -266,8 +276,8 @@ class Service:
             return True
         try:
             self.send(sign)
-        except ProcessLookupError:
-            pass  # it has ended by itself; what it left is seen below
+        except Gone:
+            pass  # what it left is seen below
         return self.wait(lambda: not descendants_now(), limit_s)
 
 

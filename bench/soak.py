@@ -27,6 +27,7 @@ from bench.figures import machine
 from bench.load import Load
 from bench.seen import KINDS, Failure, Snapshot
 from bench.service import (
+    Gone,
     Service,
     Size,
     become_sub_reaper,
@@ -71,13 +72,13 @@ class Sizes:
 
 @dataclass
 class Report:
-    """What the run has shown."""
+    """What the run was, and what it has shown beside the connections."""
 
     seed: int
     minutes: float
     command: str
     sizes: list[Sizes] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)  # what is wrong beside failed connections
+    wrong: list[str] = field(default_factory=list)  # each in words
 
 
 class Soak:
@@ -112,25 +113,32 @@ class Soak:
         most_s = 3 * self._idle_wanted / OPENED_PER_S + PATIENCE_S
         self.idle.wait_for(lambda now: now.open_now >= self._idle_wanted, most_s)
         self._weigh("loaded, before the first action")
+        try:
+            self._torment()
+        except Gone as error:
+            self.expect(False, f"it has ended: {error}")
+        self.torment.undo_all()
+        short = self.short.stop()
+        self.idle.hurry()
+        idle = self.idle.join()
+        if not self.report.wrong:
+            self._come_to_rest()
+            self._weigh("at rest, after")
+        return short, idle
+
+    def _torment(self) -> None:
         begun_s = time.monotonic()
         lasts_s = self.report.minutes * 60
         self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._show)
         self._weigh("loaded, before the guard is killed")
         self.torment.unguard()
-        self._expect(
+        self.expect(
             self.service.wait(lambda: self.service.events["unguarded"] > 0, REST_S),
             "the protector never noticed that the guard was gone",
         )
-        self._expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
+        self.expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
         self.torment.run(begun_s + lasts_s, self._show)
-        self.torment.undo_all()
         self._weigh("loaded, after the last action")
-        short = self.short.stop()
-        self.idle.hurry()
-        idle = self.idle.join()
-        self._come_to_rest()
-        self._weigh("at rest, after")
-        return short, idle
 
     def _pid_file_is_protectors(self) -> bool:
         return self.service.wait(
@@ -141,19 +149,19 @@ class Soak:
     def _come_to_rest(self) -> None:
         """A last reload takes over, with as many workers as at the start, and old ones end."""
         service = self.service
-        self._expect(service.wait(self._one_generation, REST_S), "old generations did not end")
+        self.expect(service.wait(self._one_generation, REST_S), "old generations did not end")
         self.torment.restore_workers()
         before = service.events["reloaded"]
         service.send(signal.SIGHUP)
-        self._expect(
+        self.expect(
             service.wait(lambda: service.events["reloaded"] > before, REST_S),
             "the last reload did not succeed",
         )
-        self._expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
-        self._expect(len(service.workers()) == WORKERS, f"{len(service.workers())} workers left")
+        self.expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
+        self.expect(len(service.workers()) == WORKERS, f"{len(service.workers())} workers left")
         # It may notice the end of orphans a moment later than we do.
         service.wait(lambda: not self._leaked(), REST_S / 6)
-        self._expect(not self._leaked(), f"descriptors left over: {', '.join(self._leaked())}")
+        self.expect(not self._leaked(), f"descriptors left over: {', '.join(self._leaked())}")
 
     def _leaked(self) -> list[str]:
         """Return all descriptors of the protector if it has more of them than at the start."""
@@ -165,7 +173,7 @@ class Soak:
     def _one_generation(self) -> bool:
         return set(self.service.workers().values()) == {self.service.serving}
 
-    def _expect(self, holds: bool, otherwise: str) -> None:
+    def expect(self, holds: bool, otherwise: str) -> None:
         if not holds:
             self.report.wrong.append(otherwise)
 
@@ -173,11 +181,12 @@ class Soak:
         service = self.service
         service.wait(lambda: service.protector() != 0, REST_S)
         workers = service.workers()
-        guard = size_of(service.guard) if service.guarded else None
+        guard = protector = None
         try:
+            guard = size_of(service.guard) if service.guarded else None
             protector = size_of(service.protector())
         except OSError:
-            protector = None  # between two protectors
+            pass  # between two protectors, or none at all: the next action tells
         self.report.sizes.append(
             Sizes(when, guard, protector, len(set(workers.values())), len(workers))
         )
@@ -266,6 +275,9 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
     print("\n".join(["", *_table(report.sizes)]))
     for text in wrong:
         print(f"\nWRONG: {text}")
+    if wrong:
+        now_s = time.monotonic()
+        print("\n".join(["\nend of the log:", *soak.service.lines_between(0, now_s)[-40:]]))
     for failure in judged.unaccounted[:20]:
         whose = "idle" if id(failure) in of_idle else "short"
         print(
@@ -310,7 +322,7 @@ def main() -> int:
     parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
     parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
     given = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Workers hold the idle ones, all of them perhaps: theirs is the same limit.
@@ -331,8 +343,8 @@ def main() -> int:
         soak = Soak(service, given.seed, given.minutes, given.at_once, given.idle)
         short, idle = soak.run()
         clean = service.end(STOP_S)
-        soak._expect(clean, f"it did not end within {STOP_S:g} s of TERM")
-        soak._expect(not service.pid_file.exists(), "the pid file was left behind")
+        soak.expect(clean, f"it did not end within {STOP_S:g} s of TERM")
+        soak.expect(not service.pid_file.exists(), "the pid file was left behind")
         return 0 if show(soak, short, idle) else 1
     except KeyboardInterrupt:
         print("interrupted; everything that was started is being stopped")

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from bench.account import Kill
-from bench.service import Service, reap
+from bench.service import Gone, Service, reap
 
 #: Between two actions; short ones so that they meet each other half done.
 PAUSES_S = (0.0, 0.02, 0.1, 0.5, 1.0, 2.0)
@@ -47,7 +47,7 @@ class Torment:
         }
 
     def run(self, until_s: float, each_turn: Callable[[], None]) -> None:
-        """Act until then."""
+        """Act until then.  Raises Gone when there is no service any more."""
         next_s = time.monotonic()
         while (now_s := time.monotonic()) < until_s:
             self._service.look()
@@ -64,13 +64,17 @@ class Torment:
 
     def undo_all(self) -> None:
         """Let everything that was stopped, narrowed or exchanged be as it was."""
-        self._undo_until(float("inf"))
+        while self._undo:
+            try:
+                self._undo_until(float("inf"))
+            except Gone:
+                continue  # a release has come back for nobody; the others follow
 
     def unguard(self) -> None:
         """Kill the guard.  From here on a kill of the protector would be an outage: no more."""
         kill = self._service.kill("guard", self._service.guard)
         if kill is None:
-            raise RuntimeError("the guard had gone before it was killed")
+            raise Gone("the guard, before it was killed")
         self.kills.append(kill)
         self.counts["SIGKILL of the guard"] += 1
         del self._actions[self._kill_protector]
@@ -93,10 +97,9 @@ class Torment:
             )
 
     def _undo_until(self, now_s: float) -> None:
-        due = [undo for when_s, undo in self._undo if when_s <= now_s]
-        self._undo = [entry for entry in self._undo if entry[0] > now_s]
-        for undo in due:
-            undo()
+        for entry in [entry for entry in self._undo if entry[0] <= now_s]:
+            self._undo.remove(entry)
+            entry[1]()
 
     def _later(self, wait_s: float, undo: Callable[[], None]) -> None:
         self._undo.append((time.monotonic() + wait_s, undo))

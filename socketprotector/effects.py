@@ -261,8 +261,11 @@ class Effects:
             if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
                 self._crew.adopt(record, mine, generation.channel)
         known = {record.number for record in self._crew.records()}
+        # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
+            if each.phase in (Phase.STARTING, Phase.ABANDONED)
+            else ChannelBroken(each.number)
             for each in snapshot.fleet.generations
             if each.number not in self._generations
         ]

@@ -268,6 +268,8 @@ class Forwarder:
                 return
             if taken is None:
                 self._take_reserve()
+                if channel.depth():  # then it is not empty, whatever the call has said
+                    self._scarce("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             header, fd = taken
             if fd < 0:

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 from . import privileges
 from .log import Log
@@ -25,6 +26,8 @@ from .settings import Identity
 _LOOKS = 10
 #: A killed process is gone at once, unless the system is busy with it.
 _DEATH_S = 1.0
+#: How soon to look again where there was no descriptor to look with.
+_LOOK_AGAIN_S = 1.0
 _ANCILLARY = socket.CMSG_LEN(4)
 
 
@@ -43,7 +46,12 @@ class Strays:
 
     def end(self, address: str) -> None:
         """End whatever has this notify address in its environment."""
-        if not self._signal(address, signal.SIGTERM):
+        try:
+            found = self._signal(address, signal.SIGTERM)
+        except OSError as error:
+            self._look_later(address, error, lambda: self.end(address))
+            return
+        if not found:
             return
         self._left[address] = time.monotonic() + self._kill_timeout_s
         self._loop.call_after(address, self._kill_timeout_s, lambda: self._kill(address))
@@ -51,17 +59,28 @@ class Strays:
     def close(self) -> None:
         """Wait for their end, at most the time they have; nothing of them is left then."""
         for address, due in list(self._left.items()):
-            for _, pidfd in self._find(address):
-                _wait(pidfd, max(0.0, due - time.monotonic()))
-                os.close(pidfd)
+            try:
+                for _, pidfd in self._find(address):
+                    _wait(pidfd, max(0.0, due - time.monotonic()))
+                    os.close(pidfd)
+            except OSError:
+                pass  # and what the next look says goes to the log
             self._loop.cancel(address)
             self._kill(address)
 
     def _kill(self, address: str) -> None:
         self._left.pop(address, None)
-        for _ in range(_LOOKS):
-            if not self._signal(address, signal.SIGKILL, wait_s=_DEATH_S):
-                return
+        try:
+            for _ in range(_LOOKS):
+                if not self._signal(address, signal.SIGKILL, wait_s=_DEATH_S):
+                    return
+        except OSError as error:
+            self._look_later(address, error, lambda: self._kill(address))
+
+    def _look_later(self, address: str, error: OSError, again: Callable[[], None]) -> None:
+        """Out of descriptors or memory: whoever is left behind will still be there."""
+        self._log.write("error", "cannot-look", error=error.strerror)
+        self._loop.call_after(address, _LOOK_AGAIN_S, again)
 
     def _signal(self, address: str, number: signal.Signals, wait_s: float = 0.0) -> bool:
         """Signal them, and wait for each; say whether there were any."""
@@ -136,14 +155,22 @@ def _look(wanted: bytes) -> tuple[list[tuple[int, int]], set[int]]:
         try:
             # First the pidfd: what is read then is of this process or of none.
             pidfd = os.pidfd_open(pid)
-        except OSError:
+        except ProcessLookupError:
             ended.add(pid)
             continue
+        except OSError:
+            for _, each in found:
+                os.close(each)
+            raise
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
                 theirs = wanted in file.read().split(b"\0")
-        except OSError:
+        except (ProcessLookupError, FileNotFoundError, PermissionError):
             theirs = False  # ended, or another user's
+        except OSError:
+            for _, each in (*found, (pid, pidfd)):
+                os.close(each)
+            raise
         if _wait(pidfd, 0.0):
             ended.add(pid)
         elif theirs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -17,6 +18,10 @@ FAILURES = 10
 
 
 def main() -> int:
+    if os.environ.get("PYTHONHASHSEED") != "0":
+        # The order of a set of words is part of what happens.
+        command = [sys.executable, "-m", "tests.simulation", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="replay this one, and trace it")
     parser.add_argument("--steps", type=int, default=STEPS, help="of one life")

@@ -19,6 +19,7 @@ import resource
 import select
 import signal
 import socket
+import stat
 import struct
 import termios
 from collections import deque
@@ -76,6 +77,7 @@ class Connection(File):
         self.in_queues = 0
         self.source: Listening | End | None = None
         self.place = 0  # in the order of its source
+        self.excuse = ""  # why it may be lost
         self._lost = lost
 
     def closed(self) -> None:
@@ -353,6 +355,9 @@ class Kernel:
 
     def close(self, fd: int) -> None:
         self.enter("close")
+        self.forget(fd)
+
+    def forget(self, fd: int) -> None:
         assert fd in self.files, f"EBADF: descriptor {fd} is closed twice"
         assert self.epoll is None or fd not in self.epoll.interest, (
             f"descriptor {fd} is closed while it is watched"
@@ -396,7 +401,7 @@ class Kernel:
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
                 pwrite=self._pwrite,
-                fstat=lambda fd: SimpleNamespace(st_size=len(self._memory(fd).slots)),
+                fstat=self._fstat,
                 memfd_create=self._memfd_create,
                 umask=lambda mask: 0o022,
                 chdir=lambda path: None,
@@ -450,6 +455,12 @@ class Kernel:
         file = self.file(fd)
         assert isinstance(file, Memory)
         return file
+
+    def _fstat(self, fd: int) -> Any:
+        self.enter("fstat")
+        file = self.file(fd)
+        size = len(file.slots) if isinstance(file, Memory) else 0
+        return SimpleNamespace(st_size=size, st_mode=stat.S_IFREG)
 
     def _pwrite(self, fd: int, data: bytes, at: int) -> int:
         self.enter("pwrite")

@@ -315,6 +315,14 @@ class World:
             line = Socket(kernel, given[door.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = heritage.read(given[door.STATE])
+        if snapshot is not None and snapshot.fleet.exiting:
+            self._why_lost = "killed at the very end"
+            for each in listeners:
+                each.close()
+            for fd in sorted(set(kernel.files) - {given[door.STATE]}):
+                kernel.files.pop(fd).drop()
+            self._fixed = {given[door.STATE]}
+            return
         file = StateFile(given[door.STATE])
         self._fixed = {given[each] for each in (door.STATE, door.GUARD) if each in given}
         store = self._store = Store(self._outbox, kept - {door.GUARD})
@@ -365,7 +373,7 @@ class World:
         kernel.dead = False
         kernel.epoll = None
         for fd in set(kernel.files) - set(descriptors.values()):
-            kernel.close(fd)
+            kernel.forget(fd)
         kernel.wake = None
         return descriptors
 
@@ -373,12 +381,20 @@ class World:
         """Let the kernel close everything, and the keeper start another program."""
         kernel = self.kernel
         kernel.dead = False
-        held = sum(isinstance(each, Connection) for each in set(kernel.files.values()))
-        assert held <= 1, f"{held} connections in the protector's own hands"
+        copies = {fd for _, fd in self._outbox._unsent}
+        held = {
+            file
+            for fd, file in kernel.files.items()
+            if isinstance(file, Connection) and fd not in copies
+        }
+        assert len(held) <= 1, f"in the protector's own hands: {held}"
         if self._supervisor is not None and not self._everything_is_kept():
             self._why_lost = "killed before all was kept"
+            self._excuse(self._why_lost)
         else:
             self._why_lost = "killed between accept and send"
+        if self._supervisor is not None and self._supervisor._heritage._failing:
+            self._excuse("killed while the state could not be written")
         before = self.lost.get("killed between accept and send", 0)
         kernel.end_of_process()
         self._keep()
@@ -390,6 +406,17 @@ class World:
         for each in self.workers:
             each.orphan = True
         return {name: kernel.install(file) for name, file in self.store.items()}
+
+    def _excuse(self, why: str) -> None:
+        """Whatever waits now may be lost later."""
+        for file in (*self.kernel.files.values(), *self.store.values()):
+            if isinstance(file, Connection):
+                file.excuse = why
+            elif isinstance(file, End):
+                for _, files in file.queue:
+                    for each in files:
+                        if isinstance(each, Connection):
+                            each.excuse = why
 
     def _everything_is_kept(self) -> bool:
         """Whether the keeper has, or will have read, all that the protector holds."""
@@ -425,7 +452,7 @@ class World:
         self._killed_with = 0
 
     def _connection_lost(self, connection: Connection) -> None:
-        why = self._why_lost or self._reason()
+        why = self._why_lost or self._reason() or connection.excuse
         if not why:
             raise AssertionError(f"{connection} is lost")
         self._say(f"  {connection} is lost: {why}")
@@ -830,7 +857,8 @@ class World:
 
     def _check_the_end(self) -> None:
         protector = self._supervisor
-        assert protector is not None
+        if protector is None:  # it had ended when it was killed
+            return
         if self._stopped and protector._fleet.stopping is Stop.GRACEFUL:
             assert not self.lost.get("graceful stop"), "a stop in calm has lost connections"
         for each in self.workers:
@@ -863,11 +891,16 @@ def installed(world: World) -> Iterator[None]:
         return f"/srv/{command[0]}", tuple(command)
 
     def carrying(address: str) -> list[tuple[int, int]]:
-        return [
-            (each.pid, kernel._pidfd_open(each.pid))
-            for each in world.workers
-            if each.address == address and not each.ended
-        ]
+        found = [each for each in world.workers if each.address == address and not each.ended]
+        pidfds: list[tuple[int, int]] = []
+        try:
+            for each in found:
+                pidfds.append((each.pid, kernel._pidfd_open(each.pid)))
+        except OSError:
+            for _, fd in pidfds:
+                kernel.close(fd)
+            raise
+        return pidfds
 
     try:
         for module in MODULES:

@@ -19,6 +19,7 @@ from plain import CHANNEL, say
 
 ADDRESS = os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1)
 RETURN = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_RETURN"]))
+PROTECTOR = os.getppid()
 SO_PEEK_OFF = 42
 LONG_S = 600
 
@@ -41,6 +42,14 @@ def lingering() -> Iterator[int]:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, LONG_S))
         yield ours.detach()
         signal.pause()  # the peer stays
+
+
+@contextlib.contextmanager
+def standing_still() -> Iterator[None]:
+    """While this lasts the protector does nothing, so that its copy becomes the last one."""
+    os.kill(PROTECTOR, signal.SIGSTOP)
+    yield
+    os.kill(PROTECTOR, signal.SIGCONT)
 
 
 def floods_notify() -> None:
@@ -67,20 +76,19 @@ def sends_what_lingers() -> None:
         notify.connect(ADDRESS)
         for message in (b"STATUS=x", b"BARRIER=1"):
             if os.fork() == 0:
-                with lingering() as fd:
+                with lingering() as fd, standing_still():
                     notify.sendmsg([message], rights([fd]))
                     os.close(fd)
 
 
 def returns_what_lingers() -> None:
     if os.fork() == 0:
-        with lingering() as fd:
+        with lingering() as fd, standing_still():
             RETURN.sendmsg([b"x"], rights([fd]))
             os.close(fd)
 
 
 def claims_what_is_not_its_own() -> None:
-    pid = os.getppid()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.connect(ADDRESS)
         for name in ("sp.settings", "sp.state", "sp.listener.0"):
@@ -88,7 +96,12 @@ def claims_what_is_not_its_own() -> None:
             notify.sendmsg([message], rights([0]))
             notify.send(f"FDSTOREREMOVE=1\nFDNAME={name}".encode())
         for word in (
-            *("MAINPID=1", f"X_EXITED={pid} 0", "EXIT_STATUS=0", "ERRNO=99999999999999999999"),
+            *(
+                "MAINPID=1",
+                f"X_EXITED={PROTECTOR} 0",
+                "EXIT_STATUS=0",
+                "ERRNO=99999999999999999999",
+            ),
             *("STOPPING=1", "RELOADING=1", "WATCHDOG=trigger", "WATCHDOG_USEC=1"),
             *("EXTEND_TIMEOUT_USEC=999999999999999", "NOTIFYACCESS=all", "READY=0"),
         ):

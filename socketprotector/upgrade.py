@@ -21,6 +21,8 @@ from .records import Program
 #: How long the probe may take: it loads a program, on a busy machine.
 PROBE_S = 30.0
 _LAST_BYTES = 4096
+#: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
+_NEEDED = 6
 _ANSWER = b"ok "
 _TIMER = "probe"
 
@@ -44,17 +46,19 @@ class Upgrade:
         if self._probe is not None:
             self._log.write("info", "upgrade-under-way")
             return
-        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+        opened: list[int] = []
         try:
+            receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            opened += (receive, send)
+            said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+            opened.append(said)
             self._probe = self._spawn(descriptors, send, said)
-        except OSError as error:
+        except OSError as error:  # out of descriptors, too: then the old program goes on
             self._failed(f"{error.filename or self._command[0]}: {error.strerror}")
-            os.close(receive)
-            os.close(said)
+            for fd in opened:
+                os.close(fd)
             return
-        finally:
-            os.close(send)
+        os.close(send)
         probe = self._probe
 
         def ended() -> None:
@@ -109,11 +113,23 @@ class Upgrade:
         kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
         environment = {**os.environ, **door.leave_in_place(kept)}
         try:
+            _need_descriptors()
             with privileges.lent() if self._keeps else nullcontext():
                 os.execve(self._command[0], self._command, environment)
         except OSError as error:
             door.close_again(kept)
             self._failed(f"{self._command[0]}: {error.strerror}")
+
+
+def _need_descriptors() -> None:
+    """Raise OSError if a program could not even be loaded: after the exec it would be too late."""
+    opened: list[int] = []
+    try:
+        for _ in range(_NEEDED):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def _read(fd: int) -> bytes:

@@ -107,6 +107,7 @@ class Service:
         self.guarded = True
         self.events: Counter[str] = Counter()
         self.serving = 0  # generation
+        self.begun = 0  # pid of the protector that has told last that it goes on
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
         self._folder = folder
         self._options = ("--workers", str(workers), *options)
@@ -174,7 +175,9 @@ class Service:
             elif event == "route":
                 self.serving = int(words["generation"])
             elif event in ("start", "adopted"):
-                self._protector = int(words["pid"])
+                self._protector = self.begun = int(words["pid"])
+            elif event == "upgrading":
+                self.begun = 0
 
     def protector(self) -> int:
         """Return the pid of the protector, 0 while there is none."""

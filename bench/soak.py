@@ -118,10 +118,14 @@ class Soak:
         except Gone as error:
             self.expect(False, f"it has ended: {error}")
         self.torment.undo_all()
+        self.service.look()
+        died = self.service.events["protector-died"]
+        killed = sum(kill.victim == "protector" for kill in self.torment.kills)
+        self.expect(died <= killed, f"a protector died {died - killed} times by itself")
         short = self.short.stop()
         self.idle.hurry()
         idle = self.idle.join()
-        if not self.report.wrong:
+        if self.service.protector():
             self._come_to_rest()
             self._weigh("at rest, after")
         return short, idle

@@ -188,8 +188,13 @@ class Torment:
         return self._stop(self._service.protector(), "the protector")
 
     def _few_descriptors(self) -> str:
-        """Leave the protector hardly any descriptor that it could still open."""
+        """Leave the protector hardly any descriptor that it could still open.
+
+        Not one that is being started: no program can be loaded without any.
+        """
         pid = self._service.protector()
+        if pid != self._service.begun:
+            return "found nothing to starve"
         spare = self._random.randint(0, 4)
         try:
             used = max(map(int, os.listdir(f"/proc/{pid}/fd")))

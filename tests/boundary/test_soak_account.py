@@ -25,25 +25,25 @@ PROTECTOR = Kill("protector", 5, 10.0, 10.001)
 PROTECTOR_AGAIN = Kill("protector", 6, 10.05, 10.06)
 
 
-def test_what_a_killed_worker_had_noted_is_accounted_for_even_when_the_client_looks_late():
+def test_what_a_killed_worker_had_noted_is_accounted_for_even_when_the_client_looks_late() -> None:
     late = failure(at_s=10.0 + LATE_S, pid=7)
 
     assert account([late], [worker(4000)]).held == [late]
 
 
-def test_a_connection_begun_after_the_kill_was_not_the_killed_workers():
+def test_a_connection_begun_after_the_kill_was_not_the_killed_workers() -> None:
     later = failure(started_s=10.2, at_s=10.3)
 
     assert account([later], [worker(4000)]).unaccounted == [later]
 
 
-def test_a_connection_that_another_worker_had_answered_is_not_accounted_for():
+def test_a_connection_that_another_worker_had_answered_is_not_accounted_for() -> None:
     others = failure(pid=8)
 
     assert account([others], [worker(4000), PROTECTOR]).unaccounted == [others]
 
 
-def test_each_kill_of_a_worker_accounts_for_one_unnoted_connection_at_most():
+def test_each_kill_of_a_worker_accounts_for_one_unnoted_connection_at_most() -> None:
     first, second = failure(port=1), failure(port=2, at_s=10.2)
 
     judged = account([second, first], [worker()])
@@ -51,7 +51,7 @@ def test_each_kill_of_a_worker_accounts_for_one_unnoted_connection_at_most():
     assert (judged.being_taken, judged.unaccounted) == ([first], [second])
 
 
-def test_each_kill_of_a_protector_accounts_for_one_connection_at_most():
+def test_each_kill_of_a_protector_accounts_for_one_connection_at_most() -> None:
     failures = [failure(port=port) for port in (1, 2, 3)]
 
     judged = account(failures, [PROTECTOR, PROTECTOR_AGAIN])
@@ -59,21 +59,21 @@ def test_each_kill_of_a_protector_accounts_for_one_connection_at_most():
     assert (judged.in_hand, judged.unaccounted) == (failures[:2], failures[2:])
 
 
-def test_only_soon_after_the_kill_does_its_time_account_for_a_failure():
+def test_only_soon_after_the_kill_does_its_time_account_for_a_failure() -> None:
     late = failure(at_s=10.0 + SOON_S + 0.01)
     early = failure(at_s=9.99)
 
     assert account([late, early], [PROTECTOR]).unaccounted == [early, late]
 
 
-def test_refused_timed_out_and_wrong_are_excused_by_no_kill():
+def test_refused_timed_out_and_wrong_are_excused_by_no_kill() -> None:
     kinds: tuple[Kind, ...] = ("refused", "timed_out", "wrong", "local")
     failures = [failure(kind) for kind in kinds]
 
     assert account(failures, [worker(4000), PROTECTOR]).unaccounted == failures
 
 
-def test_the_kill_of_the_guard_excuses_nothing():
+def test_the_kill_of_the_guard_excuses_nothing() -> None:
     lost = failure()
 
     assert account([lost], [Kill("guard", 4, 10.0, 10.001)]).unaccounted == [lost]

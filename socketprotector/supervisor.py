@@ -14,7 +14,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from .effects import Effects
-from .events import Action, Event, Launched, ReloadRequested, ScaleRequested, StopRequested
+from .events import (
+    Action,
+    Event,
+    Launched,
+    Open,
+    ReloadRequested,
+    ScaleRequested,
+    Spawn,
+    StopRequested,
+)
 from .fleet import Fleet
 from .heritage import Heritage
 from .lifecycle import decide, resume
@@ -119,8 +128,11 @@ class Supervisor:
     def _act(self) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it."""
         while self._undone:
-            self._effects.perform(self._undone[0])
+            action = self._undone[0]
+            self._effects.perform(action)
             self._undone.popleft()
+            if isinstance(action, Open | Spawn):
+                self._save()  # it cannot be repeated: what was made must be known
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a worker ended from who has reaped it."""

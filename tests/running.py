@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "tests" / "workers"
@@ -83,17 +84,25 @@ class Protector:
         environment: Mapping[str, str],
         *,
         through: Sequence[str] = (),
+        command: Sequence[str] = COMMAND,
+        **more: Any,
     ) -> None:
-        """`through`: a command that executes the protector in its place, as nice does."""
+        """`through`: a command that executes the protector in its place, as nice does.
+
+        more: for Popen.
+        """
         receive, send = os.pipe()
         out, out_send = os.pipe()
         self.process = subprocess.Popen(
-            [*through, *COMMAND, "-f", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out_send,
-            stderr=send,
-            env={**os.environ, **environment},
-            start_new_session=True,
+            [*through, *command, "-f", *arguments],
+            **{
+                "stdin": subprocess.DEVNULL,
+                "stdout": out_send,
+                "stderr": send,
+                "env": {**os.environ, **environment},
+                "start_new_session": True,
+                **more,
+            },
         )
         os.close(send)
         os.close(out_send)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.scenarios.adopting import Installation
 from tests.scenarios.starting import Start
 
 
@@ -17,3 +18,13 @@ def start(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Start]
     yield starter
     starter.end()
     print(f"--- {starter.log_file} ---\n{starter.log}")
+
+
+@pytest.fixture
+def installation(
+    tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str]
+) -> Iterator[Installation]:
+    """Releases of the protector itself, in folders of their own behind a symlink."""
+    made = Installation(tmp_path_factory.mktemp("installation"), marked_environment)
+    yield made
+    made.end()

@@ -134,6 +134,7 @@ class Soak:
         begun_s = time.monotonic()
         lasts_s = self.report.minutes * 60
         self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._show)
+        self.torment.undo_all()  # or a stopped protector could not notice
         self._weigh("loaded, before the guard is killed")
         self.torment.unguard()
         self.expect(

@@ -1,0 +1,307 @@
+"""Links, FIFOs and other people's files where ours should be: nobody leads root astray."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from socketprotector.address import parse
+from socketprotector.bind_unix import _give
+from socketprotector.envfile import read
+from tests.running import ask
+from tests.scenarios.starting import MINIMAL, Start
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="NOT CHECKED: links against root; only root can be led astray"
+)
+NOBODY = pwd.getpwnam("nobody").pw_uid
+PRECIOUS = "root:x:0:0\n"
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Iterator[Path]:
+    """A file of ours that nobody else may change; it is as it was afterwards."""
+    path = tmp_path / "victim.sh"
+    path.write_text(PRECIOUS)
+    path.chmod(0o644)
+    before = path.stat()
+    yield path
+    after = path.stat()
+    assert path.read_text() == PRECIOUS
+    assert (after.st_uid, after.st_gid, after.st_mode) == (
+        before.st_uid,
+        before.st_gid,
+        before.st_mode,
+    )
+
+
+@pytest.fixture
+def theirs(start: Start) -> Path:
+    """A folder that belongs to nobody, where a start is told to put its files."""
+    folder = start.folder / "theirs.sh"
+    folder.mkdir()
+    os.chown(folder, NOBODY, -1)
+    return folder
+
+
+@pytest.fixture
+def shared(start: Start) -> Path:
+    """A folder like /tmp."""
+    folder = start.folder / "shared.sh"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    return folder
+
+
+def refused(start: Start, *words: str | Path) -> str:
+    """Start, and see that it is refused; return the line that says so."""
+    ended = start(*words, "unix:s", "--", *MINIMAL)
+    assert ended.status == 111, ended
+    assert start.left() == []
+    return ended.lines[-1]  # before it there may be a notice about the folder
+
+
+@needs_root
+@pytest.mark.parametrize("user", [(), ("--user", "nobody")], ids=["root", "user"])
+def test_a_link_for_a_log_file_in_another_users_folder_is_refused(
+    start: Start, theirs: Path, victim: Path, user: tuple[str, ...]
+) -> None:
+    (theirs / "log").symlink_to(victim)
+
+    err = refused(start, *user, "--log-file", theirs / "log")
+
+    assert "a symbolic link that others than root may change" in err
+
+
+@needs_root
+def test_a_link_for_the_folder_of_the_log_is_refused(
+    start: Start, theirs: Path, victim: Path
+) -> None:
+    (theirs / "logs").symlink_to(victim.parent)
+
+    for name in (victim.name, "new"):
+        err = refused(start, "--log-file", theirs / "logs" / name)
+        assert "a symbolic link that others than root may change" in err
+    assert not (victim.parent / "new").exists(), "nothing is made there either"
+
+
+@needs_root
+def test_a_second_name_of_another_file_is_no_log_file(
+    start: Start, theirs: Path, victim: Path
+) -> None:
+    (theirs / "log").hardlink_to(victim)
+
+    err = refused(start, "--log-file", theirs / "log")
+
+    assert "it has another name (a hard link)" in err
+
+
+@needs_root
+def test_another_users_file_in_a_shared_folder_is_no_log_file(start: Start, shared: Path) -> None:
+    log = shared / "log"
+    log.touch()
+    os.chown(log, NOBODY, -1)
+
+    err = refused(start, "--log-file", log)
+
+    # The system may say so itself (the sysctl fs.protected_regular).
+    assert "somebody else has put a file there" in err or "Permission denied" in err
+    assert log.read_text() == ""
+
+
+def test_a_link_that_only_we_can_have_made_is_followed(start: Start) -> None:
+    """Operators do that: /var/log/x -> /data/log/x."""
+    real = start.folder / "real.sh"
+    real.touch()
+    (start.folder / "log").symlink_to(real)
+
+    start.up("unix:s", "--", *MINIMAL)
+
+    assert ask(f"{start.folder}/s") == "hello"
+    assert "event=ready" in real.read_text()
+    start.stop()
+
+
+@pytest.mark.parametrize("folder", ["mine", "theirs.sh"])
+def test_a_fifo_that_nobody_reads_does_not_hold_the_start_up(start: Start, folder: str) -> None:
+    log = start.folder / ("fifo.sh" if folder == "mine" else f"{folder}/fifo")
+    if folder != "mine":
+        log.parent.mkdir()
+        if os.geteuid() == 0:
+            os.chown(log.parent, NOBODY, -1)
+    os.mkfifo(log)
+
+    assert "nobody reads that FIFO" in refused(start, "--log-file", log)
+
+
+@needs_root
+def test_a_link_that_comes_before_the_log_is_opened_anew_is_refused(
+    start: Start, theirs: Path, victim: Path
+) -> None:
+    start.log_file = theirs / "log"
+    start.up("unix:s", "--", *MINIMAL)
+    start.log_file.rename(theirs / "log.1")
+    (theirs / "log").symlink_to(victim)
+    start.log_file = theirs / "log.1"
+
+    start.send(signal.SIGUSR1)
+
+    start.wait_for("event=reopened")
+    assert "event=reopen-failed" in start.log
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+@needs_root
+def test_what_a_failed_worker_said_is_not_read_from_another_file(
+    start: Start, theirs: Path, victim: Path
+) -> None:
+    """The name of the log may lead elsewhere by then."""
+    start.log_file = theirs / "log"
+    swap = f"mv {theirs}/log {theirs}/log.1; ln -s {victim} {theirs}/log; exit 3"
+
+    ended = start(
+        *("--log-file", theirs / "log", "--start-tries", "1"),
+        *("unix:s", "--", "/bin/sh", "-c", swap),
+    )
+
+    assert ended.status == 3
+    assert PRECIOUS.strip() not in ended.err
+
+
+# -- the pid file --------------------------------------------------------------
+
+
+@needs_root
+def test_a_pid_file_in_a_shared_folder_goes_around_what_others_have_put_there(
+    start: Start, shared: Path, victim: Path
+) -> None:
+    """The name of the temporary file can be guessed: what is there is replaced, not written to."""
+    start.pid_file = shared / "pid"
+    script = (
+        "import os, sys\n"
+        f"os.symlink({str(victim)!r}, {str(shared / 'pid')!r} + f'.{{os.getpid()}}')\n"
+        "os.execv(sys.argv[1], sys.argv[1:])\n"
+    )
+    before = (sys.executable, "-c", script)
+
+    with start.popen(
+        "--pid-file", start.pid_file, "-f", "unix:s", "--", *MINIMAL, before=before
+    ) as p:
+        assert p.stderr is not None
+        for line in p.stderr:
+            if "event=ready" in line:
+                break
+        assert start.pid == p.pid
+        p.terminate()
+    assert list(shared.iterdir()) == []
+
+
+@needs_root
+def test_a_link_for_a_pid_file_is_refused(start: Start, theirs: Path, victim: Path) -> None:
+    start.pid_file = theirs / "pid"
+    start.pid_file.symlink_to(victim)
+
+    err = refused(start)
+
+    assert "cannot use the pid file" in err
+    start.pid_file.unlink()
+
+
+# -- UNIX sockets --------------------------------------------------------------
+
+
+@needs_root
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_for_a_socket_is_neither_followed_nor_replaced(
+    start: Start, theirs: Path, victim: Path, exists: bool
+) -> None:
+    target = victim if exists else victim.with_name("new")
+    (theirs / "s").symlink_to(target)
+
+    ended = start(f"unix:{theirs}/s?user=nobody&mode=0666", "--", *MINIMAL)
+
+    assert ended.status == 111
+    assert (theirs / "s").is_symlink()
+    assert not victim.with_name("new").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("kind", ["file", "link", "hard link"])
+def test_what_was_put_in_the_place_of_a_socket_is_not_given_away(
+    tmp_path: Path, victim: Path, kind: str
+) -> None:
+    """Between bind() and chown()."""
+    path = tmp_path / "s"
+    if kind == "file":
+        path.write_text("")
+    elif kind == "link":
+        path.symlink_to(victim)
+    else:
+        path.hardlink_to(victim)
+
+    with pytest.raises(OSError, match=r"somebody else has put a file there"):
+        _give(str(path), parse(f"unix:{path}?user=nobody", "/"))
+
+    assert path.lstat().st_uid == 0
+
+
+def test_a_socket_of_ours_is_given_away(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+        user = pwd.getpwuid(os.getuid()).pw_name
+
+        found = _give(str(path), parse(f"unix:{path}?user={user}", "/"))
+
+    assert found.st_ino == path.lstat().st_ino
+
+
+# -- the env file --------------------------------------------------------------
+
+
+def test_an_env_file_that_became_a_fifo_does_not_hold_a_reload_up(start: Start) -> None:
+    file = start.folder / "env.sh"
+    file.write_text("A=1\n")
+    start.up("--env-file", str(file), "unix:s", "--", *MINIMAL)
+    file.unlink()
+    os.mkfifo(file)
+
+    start.send(signal.SIGHUP)
+
+    start.wait_for("event=reload-failed .*a FIFO, but it is read at each reload")
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
+def test_an_env_file_that_grew_without_end_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 40)  # a sparse one
+
+    with pytest.raises(ValueError, match=r"more than 1048576 bytes"):
+        read(str(file))
+
+
+def test_no_file_is_made_that_others_may_write(start: Start) -> None:
+    before = os.umask(0)
+    try:
+        start.up("--umask", "0", "unix:s?mode=0600", "--", *MINIMAL)
+    finally:
+        os.umask(before)
+
+    modes = {
+        path.name: oct(path.lstat().st_mode & 0o7777)
+        for path in (start.pid_file, start.log_file, start.folder / "s")
+    }
+    assert modes == {"pid": "0o644", "log": "0o640", "s": "0o600"}
+    assert subprocess.run(["test", "-S", start.folder / "s"]).returncode == 0
+    start.stop()

@@ -1,0 +1,437 @@
+"""USR2: the protector's own program is replaced in place, or the old one goes on and says why."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from socketprotector import __version__
+from tests.running import Protector, ask, eventually, wait_gone
+from tests.scenarios.adopting import (
+    ROUNDS,
+    Chance,
+    Installation,
+    at_rest,
+    served,
+    upgrade,
+)
+from tests.scenarios.test_systemd import Manager
+from tests.scenarios.tools import (
+    Client,
+    Gate,
+    Release,
+    children_of,
+    hold,
+    in_backlog,
+    kinds_at_rest,
+    pid_in,
+    spawned,
+    worker,
+)
+
+MANY = worker("many")
+Starter = Callable[..., Protector]
+
+
+def upgraded(daemon: Protector) -> None:
+    assert "event=adopted" in upgrade(daemon), daemon.log.text()
+
+
+@pytest.mark.slow
+def test_upgrades_and_reloads_under_load_lose_nothing_at_all(
+    protector: Starter, tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    daemon = protector("--pid-file", pid_file, "--workers", "2", "127.0.0.1:0", "--", *MANY).ready()
+    descriptors, before = kinds_at_rest(daemon), pid_file.stat()
+
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
+        for number in range(ROUNDS):
+            upgraded(daemon)
+            if number % 4 == 0:
+                daemon.reload()
+            served(load, 4)
+    seen = load.snapshot()
+
+    assert seen.failures == ()
+    assert seen.connections == seen.begun
+    last = spawned(daemon)[-2:]
+    assert wait_gone([pid for pid in spawned(daemon) if pid not in last]) == []
+    assert kinds_at_rest(daemon) == descriptors
+    assert sorted(children_of(daemon.pid)) == sorted(last)
+    after = pid_file.stat()
+    assert (after.st_ino, pid_file.read_text()) == (before.st_ino, f"{daemon.pid}\n")
+    daemon.stop()
+
+
+def test_the_workers_stay_and_what_they_hold_with_them(protector: Starter) -> None:
+    daemon = protector("127.0.0.1:0", "--", *MANY).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = pid_in(held.ask())
+        for _ in range(3):
+            upgraded(daemon)
+        assert pid_in(held.ask()) == pid_in(ask(("127.0.0.1", daemon.port))) == first
+    assert spawned(daemon) == [first]
+    os.kill(first, signal.SIGKILL)  # still our child, watched as before
+    assert "was killed by SIGKILL" in daemon.log.wait_for("event=exited generation=1")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[1]
+    daemon.stop()
+
+
+# --- releases ---------------------------------------------------------------------
+
+
+def test_a_new_release_behind_the_symlink_takes_over_and_says_its_version(
+    installation: Installation,
+) -> None:
+    daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two", version="99.1")
+    installation.switch("two")
+
+    upgraded(daemon)
+
+    assert daemon.log.count(r"event=upgrading version=99\.1")
+    assert daemon.log.count(rf"event=adopted pid={daemon.pid} .* version=99\.1")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[0]
+    shutil.rmtree(installation.folder / "one")
+    upgraded(daemon)
+    daemon.reload()
+    daemon.stop()
+
+
+def missing_interpreter(installation: Installation) -> str:
+    installation.script("two", "", interpreter="/nowhere/python")
+    return "not found|No such file"
+
+
+def no_package(installation: Installation) -> str:
+    shutil.rmtree(installation.folder / "two" / "socketprotector")
+    # Isolated from the one that these tests have installed.
+    installation.script(
+        "two",
+        "sys.path[1:] = [each for each in sys.path[1:] if 'lib/python' in each"
+        " and 'site-packages' not in each]\n"
+        "sys.meta_path[:] = [each for each in sys.meta_path if 'ditable' not in repr(each)]\n"
+        "from socketprotector.__main__ import main\nmain()\n",
+    )
+    return "No module named 'socketprotector'"
+
+
+def syntax_error(installation: Installation) -> str:
+    installation.change("two", "forwarder", r"class Forwarder:", "class Forwarder")
+    return "SyntaxError: expected ':'"
+
+
+def exception_at_import(installation: Installation) -> str:
+    installation.change("two", "crew", r"_CHANNEL_FD, ", "raise OSError(28, 'disk');_CHANNEL_FD, ")
+    return "disk"
+
+
+def older_state(installation: Installation) -> str:
+    installation.change("two", "state", r"FORMAT = 1", "FORMAT = 0")
+    return r"written by a newer program \(format 1, this one reads up to 0\)"
+
+
+def other_settings(installation: Installation) -> str:
+    installation.change("two", "settings", r"    workers: int = 1\n", "")
+    return "workers"
+
+
+def another_program(installation: Installation) -> str:
+    installation.script("two", "sys.exit('usage: something else')\n")
+    return "exited with status 1: usage: something else"
+
+
+def silent(installation: Installation) -> str:
+    installation.script("two", "")
+    return "exited with status 0: it said nothing"
+
+
+def crash(installation: Installation) -> str:
+    installation.script("two", "os.abort()\n")
+    return "killed by SIGABRT"
+
+
+def nothing(installation: Installation) -> str:
+    (installation.folder / "two" / "bin" / "SocketProtector").unlink()
+    return "not found|No such file"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        missing_interpreter,
+        no_package,
+        syntax_error,
+        exception_at_import,
+        older_state,
+        other_settings,
+        another_program,
+        silent,
+        crash,
+        nothing,
+    ],
+)
+def test_a_release_that_cannot_take_over_changes_nothing_and_the_log_says_why(
+    installation: Installation, spoil: Callable[[Installation], str]
+) -> None:
+    daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
+    descriptors = kinds_at_rest(daemon)
+    installation.add("two")
+    why = spoil(installation)
+    installation.switch("two")
+
+    line = upgrade(daemon)
+
+    assert "event=upgrade-failed" in line
+    assert re.search(why, line), line
+    assert f'hint="{__version__} goes on"' in line
+    assert kinds_at_rest(daemon) == descriptors
+    assert children_of(daemon.pid) == spawned(daemon)
+    daemon.reload()
+    installation.switch("one")
+    upgraded(daemon)
+    daemon.stop()
+
+
+def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
+    installation: Installation,
+) -> None:
+    daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
+    descriptors = kinds_at_rest(daemon)
+    installation.add("two")
+    installation.script(
+        "two",
+        "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n    os.unlink(sys.argv[0])\n"
+        "from socketprotector.__main__ import main\nmain()\n",
+    )
+    installation.switch("two")
+
+    line = upgrade(daemon)
+
+    assert re.search("event=upgrade-failed .*No such file", line)
+    assert kinds_at_rest(daemon) == descriptors
+    daemon.signal(signal.SIGHUP)  # signals are taken again
+    daemon.log.wait_for("event=reloaded")
+    installation.switch("one")
+    upgraded(daemon)
+    daemon.stop()
+
+
+# --- in every phase -----------------------------------------------------------------
+
+
+def test_during_a_reload_the_new_generation_still_takes_over(
+    protector: Starter, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*MANY)
+    daemon = protector("127.0.0.1:0", "--", release.path).ready()
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*gate.before(*MANY))
+    daemon.signal(signal.SIGHUP)
+    [second] = spawned(daemon, 2)
+
+    upgraded(daemon)
+    gate.open()
+
+    daemon.log.wait_for("event=reloaded generation=2")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == second
+    daemon.stop()
+
+
+def test_during_a_drain_the_connections_go_on_and_the_old_generation_ends(
+    protector: Starter,
+) -> None:
+    daemon = protector("127.0.0.1:0", "--", *MANY).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = pid_in(held.ask())
+        daemon.reload()
+        upgraded(daemon)
+        assert pid_in(held.ask()) == first
+    assert "exited with status 0" in daemon.log.wait_for("event=exited generation=1")
+    daemon.stop()
+
+
+def test_a_drain_limit_goes_on_and_no_second_term_is_sent(protector: Starter) -> None:
+    daemon = protector(
+        "--drain-timeout", "0.1s", "--kill-timeout", "1h", "127.0.0.1:0", "--", *MANY
+    ).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        held.ask()
+        daemon.reload()
+        daemon.log.wait_for("event=signalled worker=1 signal=TERM")
+        upgraded(daemon)
+        at_rest(daemon)
+        assert daemon.log.count("event=signalled worker=1") == 1
+        assert held.ask()
+    daemon.log.wait_for("event=exited generation=1")
+    daemon.stop()
+
+
+def test_while_it_settles_the_old_generation_can_still_take_over_again(
+    protector: Starter,
+) -> None:
+    daemon = protector("--settle", "1h", "127.0.0.1:0", "--", *MANY).ready()
+    daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2")
+    upgraded(daemon)
+    at_rest(daemon)
+
+    os.kill(spawned(daemon, 2)[0], signal.SIGKILL)
+
+    daemon.log.wait_for("event=reload-failed generation=2")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon, 1)[0]
+    daemon.stop()
+
+
+def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path: Path) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*MANY)
+    daemon = protector("127.0.0.1:0", "--", release.path).ready()
+    for number in range(1, 5):  # the fourth waits a while
+        daemon.log.wait_for(f"event=worker-ready generation=1 worker={number}$")
+        os.kill(spawned(daemon)[-1], signal.SIGKILL)
+        daemon.log.wait_for(f"event=exited generation=1 worker={number} ")
+    upgraded(daemon)
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[-1]
+    assert len(spawned(daemon)) == 5
+    daemon.stop()
+
+
+def test_during_a_stop_it_stops(protector: Starter) -> None:
+    daemon = protector("127.0.0.1:0", "--", *MANY).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = pid_in(held.ask())
+        daemon.signal(signal.SIGTERM)
+        daemon.log.wait_for("event=stopping")
+        upgraded(daemon)
+        assert pid_in(held.ask()) == first
+    assert daemon.wait() == 0
+
+
+# --- signals ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_signals_during_an_upgrade_are_not_lost_and_kill_nothing(protector: Starter) -> None:
+    chance = Chance()
+    daemon = protector("127.0.0.1:0", "--", *MANY).ready()
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
+        for number in range(ROUNDS // 2):
+            mark = daemon.signal(signal.SIGUSR2)
+            daemon.log.wait_for("event=upgrading", after=mark)
+            chance.moment(0.02)  # the exec is under way
+            daemon.signal(signal.SIGTTIN if number % 2 == 0 else signal.SIGTTOU)
+            daemon.signal(signal.SIGHUP)
+            daemon.log.wait_for("event=signal signal=SIGHUP", after=mark)
+            name = "SIGTTIN" if number % 2 == 0 else "SIGTTOU"
+            daemon.log.wait_for(f"event=signal signal={name}", after=mark)
+            daemon.log.wait_for(r"event=(reloaded|reload-failed)", after=mark)
+    assert load.snapshot().failures == ()
+    daemon.stop()
+
+
+def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) -> None:
+    chance = Chance()
+    daemon = protector("127.0.0.1:0", "--", *MANY).ready()
+    storm = (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
+        for _ in range(200):
+            daemon.signal(chance.random.choice(storm))
+            chance.moment(0.005)
+        served(load)
+    assert load.snapshot().failures == ()
+    daemon.stop()
+
+
+# --- what else must come along ------------------------------------------------------
+
+
+def test_a_full_queue_and_the_connection_in_hand_survive(protector: Starter) -> None:
+    daemon = protector("--queue", "6", "127.0.0.1:0", "--", *MANY).ready()
+    [pid] = spawned(daemon)
+    hold(pid)
+    clients = [Client(("127.0.0.1", daemon.port), f"hello {number}") for number in range(20)]
+    # Six are queued, one is in hand, and the rest stays where it is.
+    eventually(lambda: in_backlog(daemon.port) == 13, "a full queue")
+
+    upgraded(daemon)
+    at_rest(daemon)
+    os.kill(pid, signal.SIGCONT)
+
+    for number, client in enumerate(clients):
+        assert client.hear() == f"[{pid}] hello {number}"
+        client.close()
+    daemon.stop()
+
+
+def test_the_watchdog_is_fed_by_the_new_program_too(protector: Starter, tmp_path: Path) -> None:
+    manager = Manager(str(tmp_path / "notify"))
+    daemon = protector(
+        "127.0.0.1:0", "--", *MANY, NOTIFY_SOCKET=manager.address, WATCHDOG_USEC="100000"
+    )
+    manager.wait_for("READY")
+    for _ in range(2):
+        upgraded(daemon)
+        manager.wait_for("WATCHDOG")
+        assert manager.wait_for("READY")["MAINPID"] == str(daemon.pid)
+        manager.wait_for("WATCHDOG")
+        assert manager.sender == daemon.pid
+    daemon.stop()
+    manager.close()
+
+
+def test_with_a_terminal_it_goes_on_and_ends_with_it(marked_environment: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        daemon = Protector(
+            ["127.0.0.1:0", "--", *MANY],
+            marked_environment,
+            through=("setsid", "--ctty", "--wait"),
+            stdin=theirs,
+        )
+        daemon.ready()
+        [found] = re.findall(r"event=start pid=(\d+)", daemon.log.text())
+        os.kill(int(found), signal.SIGUSR2)
+        daemon.log.wait_for("event=adopted")
+        assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[0]
+        os.kill(int(found), signal.SIGHUP)  # the terminal lives: a reload
+        daemon.log.wait_for("event=reloaded")
+    finally:
+        os.close(theirs)
+        os.close(ours)  # hangs up
+    assert daemon.wait() == 0
+    assert daemon.log.count("event=stopping")
+
+
+def test_usr2_twice_is_one_upgrade(installation: Installation, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    daemon = installation.start("127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two")
+    installation.script(
+        "two",
+        "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n"
+        f"    open({str(gate.path)!r}).read()\n"
+        "from socketprotector.__main__ import main\nmain()\n",
+    )
+    installation.switch("two")
+    daemon.signal(signal.SIGUSR2)
+    mark = daemon.signal(signal.SIGUSR2)
+    eventually(lambda: daemon.log.count("signal=SIGUSR2") >= 1, "the signal")
+    gate.open()
+
+    daemon.log.wait_for("event=adopted", after=0)
+    at_rest(daemon)
+    assert mark >= 0
+    assert daemon.log.count("event=adopted") == 1
+    assert len(children_of(daemon.pid)) == 1
+    daemon.stop()

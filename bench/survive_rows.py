@@ -8,6 +8,8 @@ import re
 import select
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -86,19 +88,28 @@ def _longest_gap_ms(address: str, lasts_s: float, log: _Log | None = None, begun
     return longest_s * 1e3
 
 
+def _load_ms() -> float:
+    """Return what starting an interpreter and loading the protector takes, for nobody."""
+    command = [sys.executable, "-P", "-c", "import socketprotector.resident"]
+    begun_s = time.monotonic()
+    subprocess.run(command, check=True)
+    return (time.monotonic() - begun_s) * 1e3
+
+
 def upgrade(scale: Scale) -> list[Figure]:
     """For how long nobody is accepted while the protector's program is replaced."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
         with protector("library", "--log-file", str(path)) as started:
             log = _Log(path)
-            gaps, quiet, spans = [], [], []
+            gaps, quiet, spans, loads = [], [], [], []
             for _ in range(scale.rounds(100, 5)):
                 quiet.append(_longest_gap_ms(started.address, 0.3))
                 before = log.count("adopted")
                 os.kill(started.pid, signal.SIGUSR2)
                 gaps.append(_longest_gap_ms(started.address, LIMIT_S, log, before))
                 spans.append(log.last_span_ms("upgrading", "adopted"))
+                loads.append(_load_ms())
     worst = quantile(gaps, 0.99)
     return [
         Figure(
@@ -112,6 +123,7 @@ def upgrade(scale: Scale) -> list[Figure]:
                 "the signal until 0.1 s after the new program serves",
                 f"the same without an upgrade, 0.3 s before each: {_spread(quiet)}",
                 f"from the decision to exec to the new program's first line: {_spread(spans)}",
+                f"an interpreter that loads the same program and exits: {_spread(loads)}",
             ],
         )
     ]

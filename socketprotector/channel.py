@@ -62,10 +62,9 @@ class Channel:
         Raises KeyError when the read end is missing.  Without a write end it was ended.
         """
         read = socket.socket(fileno=descriptors["read"])
-        write = socket.socket(fileno=descriptors["write"]) if "write" in descriptors else None
-        if write is None:
-            write = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            write.close()
+        write = socket.socket(fileno=descriptors.get("write", descriptors["read"]))
+        if "write" not in descriptors:
+            write.detach()  # a closed one, made without a descriptor, because none may be free
         return cls(read, write)
 
     def descriptors(self) -> dict[str, int]:

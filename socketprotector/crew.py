@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from socketprotector_client import wire
@@ -201,6 +201,16 @@ class Crew:
     def unguarded(self) -> None:
         """Nobody is left who would tell how a process ended that is no child of ours."""
         self._guarded = False
+
+    @property
+    def strays(self) -> tuple[str, ...]:
+        """The notify addresses of workers that have left something behind."""
+        return self._strays.left
+
+    def adopt_strays(self, addresses: Iterable[str]) -> None:
+        """Go on ending what workers of an earlier program have left behind."""
+        for each in addresses:
+            self._strays.end(each)
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a process ended from who has reaped it, because it was no child of ours."""

@@ -185,6 +185,7 @@ class Effects:
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
             hand=self._forwarder.hand,
             hand_number=self._forwarder.hands,
+            strays=self._crew.strays,
             forwarded=self._forwarder.forwarded,
             lost=self._forwarder.lost,
             version=version,
@@ -213,6 +214,7 @@ class Effects:
         Returns what it had not come to: events of what is in the fleet but was not made yet.
         """
         channels = door.under(descriptors, door.CHANNEL)
+        broken: list[Event] = []
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):
                 continue  # not stored yet, so nothing was ever sent to it
@@ -222,12 +224,17 @@ class Effects:
                 self._released[record.number] = each
                 continue
             self._generations[record.number] = each
-            if not record.ended:
+            if record.ended:
+                continue
+            if channel.write.fileno() < 0:  # its write end could not be stored in time
+                broken.append(ChannelBroken(record.number))
+            else:
                 self._watch(record.number, channel)
         lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
         serving = snapshot.fleet.of(Phase.SERVING)
         proven = self._generations.get(serving.number) if serving is not None else None
         self._good = proven.program if proven is not None else snapshot.good
+        self._crew.adopt_strays(snapshot.strays)
         self._forwarder.forwarded = snapshot.forwarded
         self._forwarder.lost = snapshot.lost
         hand = descriptors.get(f"{door.HAND}{snapshot.hand_number}", -1)
@@ -243,7 +250,7 @@ class Effects:
             generation = snapshot.fleet.generation(number)
             if generation is not None and generation.phase is Phase.DRAINING:
                 self._forwarder.adopt_drained(each.channel)
-        return lost
+        return [*broken, *lost]
 
     def _close_unknown(self, descriptors: Mapping[str, int]) -> None:
         """Close what was on its way into the store, or out of it, when the other was killed."""

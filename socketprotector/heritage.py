@@ -37,6 +37,7 @@ class Heritage:
         self._log = log
         self._others = others
         self._failing = False
+        self._behind = False
 
     def descriptors(self, effects: Effects) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
@@ -54,7 +55,11 @@ class Heritage:
             self.write(effects, fleet, actions)
 
     def write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> bool:
-        """Write the state; say whether that could be done."""
+        """Write the state; say whether another program could go on from it now.
+
+        It could not without a descriptor that whoever keeps them was not told of yet: the
+        next program takes for kept whatever it is given.
+        """
         try:
             self._file.write(CODEC.encode(effects.snapshot(fleet, actions, __version__)))
         except OSError as error:
@@ -63,7 +68,14 @@ class Heritage:
             self._failing = True
             return False
         self._failing = False
-        return True
+        wanted = self.descriptors(effects).keys() - {door.GUARD}
+        if self._store.has(wanted):
+            self._behind = False
+            return True
+        if not self._behind:
+            self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
+        self._behind = True
+        return False
 
 
 def read(fd: int) -> Snapshot | None:

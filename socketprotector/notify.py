@@ -179,6 +179,11 @@ class Outbox:
     def open(self) -> bool:
         return self._line is not None
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something could not be sent yet."""
+        return bool(self._unsent)
+
     def send(self, text: str, fd: int = -1) -> bool:
         """Send a message, with a copy of a descriptor if one is given; False if that fails."""
         if self._line is None:
@@ -249,6 +254,10 @@ class Store:
     def keeps(self) -> bool:
         """Whether there is anybody to keep anything."""
         return self._outbox.open
+
+    def has(self, wanted: Iterable[str]) -> bool:
+        """Whether all of these were given away, and nothing is still to be said."""
+        return not self._outbox.open or (not self._outbox.waiting and self._kept.issuperset(wanted))
 
     def sync(self, wanted: Mapping[str, int]) -> None:
         """Have these descriptors kept, by name, and no others.  They stay the caller's.

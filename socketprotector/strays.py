@@ -44,6 +44,11 @@ class Strays:
         self._kill_timeout_s = kill_timeout_s
         self._left: dict[str, float] = {}  # notify address -> when KILL is due
 
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The addresses of those that have been told to end, and still have time."""
+        return tuple(self._left)
+
     def end(self, address: str) -> None:
         """End whatever has this notify address in its environment."""
         try:
@@ -80,6 +85,7 @@ class Strays:
     def _look_later(self, address: str, error: OSError, again: Callable[[], None]) -> None:
         """Out of descriptors or memory: whoever is left behind will still be there."""
         self._log.write("error", "cannot-look", error=error.strerror)
+        self._left.setdefault(address, time.monotonic() + self._kill_timeout_s)
         self._loop.call_after(address, _LOOK_AGAIN_S, again)
 
     def _signal(self, address: str, number: signal.Signals, wait_s: float = 0.0) -> bool:
@@ -149,7 +155,7 @@ def _carrying(address: str) -> list[tuple[int, int]]:
 
 def _look(wanted: bytes) -> tuple[list[tuple[int, int]], set[int]]:
     """Return those that have `wanted` in their environment, and the pids of those just ended."""
-    found = []
+    found: list[tuple[int, int]] = []
     ended = set()
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
         try:

@@ -597,6 +597,10 @@ class Socket:
             fd, self._fd = self._fd, -1
             self._kernel.close(fd)
 
+    def detach(self) -> int:
+        fd, self._fd = self._fd, -1
+        return fd
+
     def shutdown(self, how: int) -> None:
         self._kernel.enter("shutdown")
         assert isinstance(self._file, Listening | End)
@@ -637,7 +641,8 @@ class Socket:
         self, data: list[bytes], rights: list[Any], flags: int, address: str | None = None
     ) -> None:
         kernel, end = self._kernel, self._file
-        assert self._fd >= 0, "EBADF"
+        if self._fd < 0:
+            raise failure(errno.EBADF)
         files = tuple(kernel.file(_FD.unpack(each[2])[0]) for each in rights)
         carries = bool(files) and isinstance(files[0], Connection)
         kernel.enter("sendmsg" if carries and len(data[0]) == HEADER else "line")

@@ -241,6 +241,7 @@ class World:
         self._told: deque[bytes] = deque()  # by the guard, how processes have ended
         self._line = pair()[1]  # the keeper's end
         self._calm = False
+        self._meanwhile = False
         self._stopped = False
         self._idle_turns = 0
         self._changes = -1
@@ -259,7 +260,8 @@ class World:
         given: dict[str, int] = {}
         for index, each in enumerate(self._listening):
             given[f"{door.LISTENER}{index}"] = kernel.install(each)
-        given[door.STATE] = kernel.install(Memory())
+        self._state = Memory()
+        given[door.STATE] = kernel.install(self._state)
         if self.keeper != "nobody":  # it has passed on what it keeps
             self.store = {name: kernel.files[fd] for name, fd in given.items()}
             for file in self.store.values():
@@ -299,6 +301,7 @@ class World:
         kernel.dead = False
         self._checked = None
         self._starting = True
+        self._calls = kernel.calls
         log = cast("Any", Log(self._note))
         self._loop = Loop()
         listeners = [
@@ -388,6 +391,8 @@ class World:
             if isinstance(file, Connection) and fd not in copies
         }
         assert len(held) <= 1, f"in the protector's own hands: {held}"
+        for connection in held:  # it may be kept, and the state not know of it yet
+            connection.excuse = "killed between accept and send"
         if self._supervisor is not None and not self._everything_is_kept():
             self._why_lost = "killed before all was kept"
             self._excuse(self._why_lost)
@@ -405,6 +410,8 @@ class World:
         self._supervisor = None
         for each in self.workers:
             each.orphan = True
+        # What is passed on is passed on, whatever the limit.
+        kernel.limit = max(kernel.limit, len(self.store) + 12)
         return {name: kernel.install(file) for name, file in self.store.items()}
 
     def _excuse(self, why: str) -> None:
@@ -476,11 +483,13 @@ class World:
             raise Killed
         if what < self._deadly + self._faulty:
             codes = FAULTS.get(call)
-            if codes is None or (call == "bind" and self.kernel.dead):
-                return 0
+            if codes is None or (call == "pwrite" and not self._state.slots):
+                return 0  # before the first state there is nothing to come back to
             self.faults += 1
             return self._random.choice(codes)
+        self._meanwhile = True
         self._step()
+        self._meanwhile = False
         return 0
 
     def _interfere_later(self) -> None:
@@ -703,7 +712,7 @@ class World:
             self._signal(signal.SIGINT)
 
     def _scarce(self) -> None:
-        if self._faulty:
+        if self._faulty and not self._meanwhile:  # between our calls: else the kernel drops some
             self.kernel.limit = len(self.kernel.files) + self._random.randrange(8)
 
     def _plenty(self) -> None:
@@ -720,11 +729,12 @@ class World:
             if "FDSTORE" in fields:
                 assert len(files) == 1
                 assert name not in self.store, f"{name} is kept twice"
+                self._say(f"the keeper keeps {name}")
                 self.store[name] = files[0]
                 files[0].take()
-            elif "FDSTOREREMOVE" in fields:
-                if name in self.store:
-                    self.store.pop(name).drop()
+            elif "FDSTOREREMOVE" in fields and name in self.store:
+                self._say(f"the keeper drops {name}")
+                self.store.pop(name).drop()
             for each in files:
                 each.drop()
         for worker in self.workers:
@@ -894,8 +904,7 @@ def installed(world: World) -> Iterator[None]:
         found = [each for each in world.workers if each.address == address and not each.ended]
         pidfds: list[tuple[int, int]] = []
         try:
-            for each in found:
-                pidfds.append((each.pid, kernel._pidfd_open(each.pid)))
+            pidfds.extend((each.pid, kernel._pidfd_open(each.pid)) for each in found)
         except OSError:
             for _, fd in pidfds:
                 kernel.close(fd)

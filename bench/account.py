@@ -9,6 +9,7 @@ Refused, timed out and wrong are nobody's to excuse.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -21,6 +22,8 @@ Victim = Literal["worker", "protector", "guard"]
 SOON_S = 0.5
 #: Where the port does: the client may be slow to look.
 LATE_S = 5.0
+#: At most between the two times of a kill.
+SLOW_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,32 @@ class Account:
 def account(failures: Sequence[Failure], kills: Sequence[Kill]) -> Account:
     """Put each failure down to the kill that explains it, if one does."""
     result = Account()
-    workers = [kill for kill in kills if kill.victim == "worker"]
-    protectors = [kill for kill in kills if kill.victim == "protector"]
+    in_order = sorted(kills, key=lambda kill: kill.before_s)
+    times = [kill.before_s for kill in in_order]
+
+    def shortly_before(failure: Failure, victim: Victim) -> list[Kill]:
+        # Of thousands of each, only some kills are near enough to be asked.
+        first = bisect_left(times, failure.at_s - LATE_S - SLOW_S)
+        near = in_order[first : bisect_right(times, failure.at_s)]
+        return [kill for kill in near if kill.victim == victim]
+
     rest: list[Failure] = []
     for failure in failures:
         lost = failure.kind in ("reset", "empty")
-        if lost and any(kill.held_by_worker(failure) for kill in workers):
+        if lost and any(k.held_by_worker(failure) for k in shortly_before(failure, "worker")):
             result.held.append(failure)
         elif lost:
             rest.append(failure)
         else:
             result.unaccounted.append(failure)
     spent: set[int] = set()  # each of these kills has its one connection already
+    explanations: tuple[tuple[Victim, list[Failure]], ...] = (
+        ("worker", result.being_taken),
+        ("protector", result.in_hand),
+    )
     for failure in sorted(rest, key=lambda each: each.at_s):
-        for candidates, into in ((workers, result.being_taken), (protectors, result.in_hand)):
+        for victim, into in explanations:
+            candidates = shortly_before(failure, victim)
             found = [k for k in candidates if id(k) not in spent and k.soon_before(failure)]
             if found:
                 spent.add(id(found[0]))

@@ -51,7 +51,7 @@ PATIENCE_S = 20.0
 GUARDED_SHARE = 0.85
 #: Descriptors that may be there at the end and were not at the start (log, timers).
 MORE_DESCRIPTORS = 2
-SHOW_EVERY_S = 10.0
+SHOW_EVERY_S = 15.0
 REST_S = 60.0
 STOP_S = 60.0
 INTERRUPTED = 130

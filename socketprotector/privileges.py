@@ -90,6 +90,7 @@ def hand_over(identity: Identity) -> None:
 
     Raises OSError.
     """
+    _libc()  # loaded by us: that user need not be able to read it
     _change_user(identity)
     _set_capabilities(())
 

@@ -184,6 +184,8 @@ def _fork(
                 _become(identity, program, environment, places)
             except OSError as error:
                 os.write(send, b"%d" % (error.errno or errno.EIO))
+            except BaseException as error:  # as a NUL in the environment
+                os.write(send, str(error).encode())
             finally:
                 os._exit(127)
     except BaseException:
@@ -196,6 +198,8 @@ def _fork(
         failure = answer.read()  # end of file: it was executed
     if failure:
         os.waitpid(pid, 0)
+        if not failure.isdigit():
+            raise ValueError(failure.decode())
         raise OSError(int(failure), os.strerror(int(failure)), program.path)
     return pid
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.running import COMMAND, ROOT, WORKERS, ask, eventually, wait_gone
-from tests.scenarios.starting import Start
+from tests.scenarios.starting import Start, told
 from tests.scenarios.tools import children_of
 
 pytestmark = pytest.mark.skipif(
@@ -249,6 +249,25 @@ def test_workers_of_another_user_are_ready_replaced_ended_and_reaped(
     assert "cannot-signal" not in command.start.log
     assert not wait_gone([second])
     assert command.start.left() == []
+
+
+def test_a_worker_of_another_user_gets_what_every_worker_gets(command: Command) -> None:
+    """Descriptors, session, signals, limits, directory: the same, though it starts otherwise."""
+    words = ("--umask", "027", "--limit", "nofile=512", "unix:s?mode=0666", "--")
+    ignored = set()
+    for users in (("--user", A), ("--user", A, "--worker-user", B)):
+        command.up(*users, *words, *command.worker("tells"))
+        found = told(command.address)
+        command.start.stop()
+
+        assert set(found["descriptors"]) == {"0", "1", "2", "3", "4"}
+        assert found["descriptors"]["0"] == "/dev/null"
+        assert found["session"] == found["group"] == found["pid"]
+        assert int(found["blocked"], 16) == 0
+        assert (found["umask"], found["nofile"][0]) == (0o027, 512)
+        assert found["directory"] == str(command.start.folder)
+        ignored.add(found["ignored"])
+    assert len(ignored) == 1
 
 
 @MODES

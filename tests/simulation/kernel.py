@@ -287,6 +287,7 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "posix_spawn": (errno.ENOENT, errno.EACCES, errno.EAGAIN, errno.ENOMEM, errno.E2BIG),
     "resolve": (errno.ENOENT, errno.EACCES, errno.EIO),
     "dup": (errno.EMFILE,),
+    "fcntl": (errno.EMFILE,),
     "open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     "epoll_ctl": (errno.ENOSPC, errno.ENOMEM),
     "pwrite": (errno.ENOSPC, errno.ENOMEM, errno.EIO),
@@ -426,7 +427,7 @@ class Kernel:
                 **constants(select), epoll=lambda: Epoll(self), poll=lambda: Poll(self)
             ),
             fcntl=SimpleNamespace(
-                **constants(fcntl), ioctl=self._ioctl, fcntl=lambda fd, *_: self._dup(fd)
+                **constants(fcntl), ioctl=self._ioctl, fcntl=lambda fd, *_: self._dup(fd, "fcntl")
             ),
             resource=SimpleNamespace(
                 **constants(resource),
@@ -472,8 +473,8 @@ class Kernel:
         self.enter("memfd_create")
         return self.install(Memory())
 
-    def _dup(self, fd: int) -> int:
-        self.enter("dup")
+    def _dup(self, fd: int, call: str = "dup") -> int:
+        self.enter(call)
         return self.install(self.file(fd))
 
     def _open(self, path: str, flags: int) -> int:

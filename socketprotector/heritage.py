@@ -39,6 +39,11 @@ class Heritage:
         self._failing = False
         self._behind = False
 
+    @property
+    def told(self) -> bool:
+        """Whether who keeps descriptors has been told of all; the next program relies on that."""
+        return self._store.told
+
     def descriptors(self, effects: Effects) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
         return {**self._others(), **effects.descriptors()}

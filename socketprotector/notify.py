@@ -180,6 +180,10 @@ class Outbox:
         return self._line is not None
 
     @property
+    def unsent(self) -> bool:
+        return bool(self._unsent)
+
+    @property
     def waiting(self) -> bool:
         """Whether something could not be sent yet."""
         return bool(self._unsent)
@@ -249,6 +253,11 @@ class Store:
         """`kept`: the names under which descriptors came from there."""
         self._outbox = outbox
         self._kept = set(kept)
+
+    @property
+    def told(self) -> bool:
+        """Whether all has been sent."""
+        return not self._outbox.unsent
 
     @property
     def keeps(self) -> bool:

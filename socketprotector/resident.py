@@ -113,7 +113,9 @@ class _Resident:
         self.guard = Outbox(self._later, self.line)
         manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
         self.systemd = Systemd(os.environ, self.pid, manager, self.guard)
-        kept = {name for name in descriptors if name != door.GUARD}
+        # At the first start they come from the launching process; only a guard has them too.
+        known = guarded or door.STATE in descriptors
+        kept = {name for name in descriptors if name != door.GUARD} if known else set()
         self.store = Store(self.guard if guarded else manager, kept)
         self._began = False
 

@@ -43,6 +43,9 @@ _SIGNALS = (
     signal.SIGTTOU,
 )
 
+#: How soon to look again whether the service manager has taken in what it was told.
+_AGAIN_S = 0.05
+
 
 class Supervisor:
     """Holds the fleet and the queue of events; nobody else changes either."""
@@ -152,6 +155,9 @@ class Supervisor:
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
+        if not self._heritage.told:  # it is behind: the upgrade waits for it
+            self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
+            return
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
         # Those whose handler has run are known to this program alone.

@@ -266,7 +266,8 @@ def test_a_worker_of_another_user_gets_what_every_worker_gets(command: Command) 
         assert int(found["blocked"], 16) == 0
         assert (found["umask"], found["nofile"][0]) == (0o027, 512)
         assert found["directory"] == str(command.start.folder)
-        ignored.add(found["ignored"])
+        # Signals 32 and 33 are the C library's own: its posix_spawn() has them ignored.
+        ignored.add(int(found["ignored"], 16) & ~(3 << 31))
     assert len(ignored) == 1
 
 

@@ -1,0 +1,222 @@
+"""Socket activation: listening sockets that somebody else has opened and goes on with."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import DEADLINE_S, Protector, ask
+from tests.scenarios.adopting import upgrade
+from tests.scenarios.tools import Client, pid_in, spawned, worker
+
+MANY = worker("many")
+#: Moves the descriptors named in its arguments to 3, 4, ... and executes the rest.
+PASS_ON = """
+import os, sys
+fds = [int(word) for word in sys.argv[1].split(",") if word]
+for place, fd in enumerate(fds):
+    os.dup2(fd, 100 + place)
+for place, fd in enumerate(fds):
+    os.dup2(100 + place, 3 + place)
+    os.close(100 + place)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.environ["LISTEN_FDS"] = str(len(fds))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+class Giver:
+    """Opens sockets as a .socket unit does, and starts a protector with them."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = environment
+        self.given: list[tuple[str, socket.socket]] = []
+        self.started: list[Protector] = []
+
+    def tcp(self, name: str, family: int = socket.AF_INET, *, both: bool = False) -> int:
+        made = socket.socket(family, socket.SOCK_STREAM)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+        made.bind(("::" if both else "::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        made.listen()
+        self.given.append((name, made))
+        return int(made.getsockname()[1])
+
+    def unix(self, name: str, path: Path) -> str:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.bind(str(path))
+        made.listen()
+        self.given.append((name, made))
+        return str(path)
+
+    def start(self, *words: str) -> Protector:
+        # Above 100, so that moving one does not run over another.
+        fds = [fd_above(each.fileno()) for _, each in self.given]
+        names = ":".join(name for name, _ in self.given)
+        daemon = Protector(
+            words,
+            {**self.environment, "LISTEN_FDNAMES": names},
+            through=(sys.executable, "-c", PASS_ON, ",".join(str(fd) for fd in fds)),
+            pass_fds=fds,
+        )
+        for fd in fds:
+            os.close(fd)
+        self.started.append(daemon)
+        return daemon
+
+    def close(self) -> None:
+        for each in self.started:
+            each.end()
+            print(each.log.text())
+        for _, made in self.given:
+            made.close()
+
+
+def fd_above(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_DUPFD, 200)
+
+
+@pytest.fixture
+def giver(marked_environment: dict[str, str]) -> Iterator[Giver]:
+    made = Giver(marked_environment)
+    yield made
+    made.close()
+
+
+def still_listens(giver: Giver) -> bool:
+    return all(
+        each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1 for _, each in giver.given
+    )
+
+
+def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Giver) -> None:
+    port = giver.tcp("web")
+    giver.tcp("other")
+    daemon = giver.start("fd:web", "--", *MANY).ready()
+
+    assert daemon.addresses == [f"tcp:127.0.0.1:{port}"]
+    assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+    daemon.stop()
+
+    assert still_listens(giver)
+    with Client(("127.0.0.1", port), "for the next one") as waiting:
+        second = giver.start("fd:web", "--", *MANY).ready()
+        assert waiting.hear().endswith("for the next one")
+    second.stop()
+
+
+def test_a_quick_stop_does_not_shut_it_down_either(giver: Giver) -> None:
+    giver.tcp("web")
+    daemon = giver.start("fd:web", "--", *MANY).ready()
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
+    assert still_listens(giver)
+
+
+def test_a_socket_is_taken_because_it_has_the_address(giver: Giver) -> None:
+    port = giver.tcp("whatever")
+    daemon = giver.start(f"127.0.0.1:{port}", "--", *MANY).ready()
+
+    assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+    daemon.stop()
+    assert still_listens(giver)
+
+
+def test_a_socket_of_both_families_is_what_a_port_alone_means(giver: Giver) -> None:
+    port = giver.tcp("both", socket.AF_INET6, both=True)
+    daemon = giver.start(str(port), "--", *MANY).ready()
+
+    for host in ("127.0.0.1", "::1"):
+        assert pid_in(ask((host, port))) == spawned(daemon)[0]
+    daemon.stop()
+    assert still_listens(giver)
+
+
+def test_a_unix_socket_is_taken_and_its_file_stays(giver: Giver, tmp_path: Path) -> None:
+    path = giver.unix("local", tmp_path / "socket")
+    daemon = giver.start(f"unix:{path}", "--", *MANY).ready()
+
+    assert pid_in(ask(path)) == spawned(daemon)[0]
+    daemon.stop()
+    assert still_listens(giver)
+    assert Path(path).exists()
+
+
+def test_several_sockets_of_one_name_are_all_taken(giver: Giver) -> None:
+    ports = {giver.tcp("web"), giver.tcp("web")}
+    daemon = giver.start("fd:web", "--", *MANY).ready()
+
+    assert {int(each.rpartition(":")[2]) for each in daemon.addresses} == ports
+    for port in ports:
+        assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+    daemon.stop()
+
+
+def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) -> None:
+    port = giver.tcp("web")
+    daemon = giver.start("fd:web", "--", *MANY).ready()
+    assert "event=adopted" in upgrade(daemon)
+    assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+    daemon.stop()
+    assert still_listens(giver)
+
+
+def test_a_name_that_nothing_was_passed_under_is_refused_in_one_line(giver: Giver) -> None:
+    giver.tcp("web")
+    daemon = giver.start("fd:wbe", "--", *MANY)
+
+    assert daemon.wait() == 2
+    [line] = [line for line in daemon.log.seen if "fd:wbe" in line]
+    assert line.endswith("fd:wbe: no listening socket was passed under this name; there is: web"), (
+        line
+    )
+    assert still_listens(giver)
+
+
+def test_workers_get_none_of_what_was_passed(giver: Giver) -> None:
+    giver.tcp("web")
+    giver.tcp("web")
+    giver.tcp("other")
+    daemon = giver.start("fd:web", "--", *MANY).ready()
+    [pid] = spawned(daemon)
+
+    inherited = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (3, 4)}
+    theirs = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+    ours = {os.readlink(f"/proc/self/fd/{each.fileno()}") for _, each in giver.given}
+    assert inherited <= theirs
+    assert not theirs & ours
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    assert b"LISTEN_" not in environment.replace(b"SOCKETPROTECTOR_LISTEN", b"")
+    daemon.stop()
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-socket-activate") is None,
+    reason="NOT CHECKED: systemd's own socket activation; systemd-socket-activate is not installed",
+)
+def test_systemd_socket_activate_starts_it_with_the_first_client(
+    marked_environment: dict[str, str],
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    through = ["systemd-socket-activate", "-l", f"127.0.0.1:{port}", "--fdname=web"]
+    through += [f"--setenv={name}={value}" for name, value in marked_environment.items()]
+    through += [f"--setenv=PATH={os.environ['PATH']}"]
+    daemon = Protector(["fd:web", "--", *MANY], marked_environment, through=through)
+    try:
+        daemon.log.wait_for("Listening on")
+        assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+        daemon.process.terminate()
+        assert daemon.process.wait(DEADLINE_S) == 0
+    finally:
+        daemon.end()
+        print(daemon.log.text())

@@ -309,7 +309,7 @@ def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
     start: Start, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate")
-    words = ["--guard", "--log-file", start.log_file, "127.0.0.1:0", "--"]
+    words: list[str | Path] = ["--guard", "--log-file", start.log_file, "127.0.0.1:0", "--"]
     with start_of(start, *words, *gate.before(*MANY)) as command:
         start.wait_for("event=spawned")
         start.send(signal.SIGUSR1)
@@ -329,7 +329,15 @@ def test_killed_before_anything_served_a_failed_start_is_still_told(
     start: Start, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate")
-    words = ["--guard", "--start-tries", "1", "--log-file", start.log_file, "127.0.0.1:0", "--"]
+    words: list[str | Path] = [
+        "--guard",
+        "--start-tries",
+        "1",
+        "--log-file",
+        start.log_file,
+        "127.0.0.1:0",
+        "--",
+    ]
     with start_of(start, *words, *gate.before("/bin/sh", "-c", "exit 7")) as command:
         start.wait_for("event=spawned")
         start.send(signal.SIGUSR1)

@@ -1,0 +1,134 @@
+"""What is asked of whoever keeps our descriptors, and what a guard makes of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from socketprotector.guard import Guard
+from socketprotector.notify import Outbox, Store
+
+Again = list[Callable[[], None]]
+
+
+@pytest.fixture
+def line() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The protector's end of the line, and the guard's."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    yield ours, theirs
+    ours.close()
+    theirs.close()
+
+
+@pytest.fixture
+def guard(line: tuple[socket.socket, socket.socket]) -> Iterator[Guard]:
+    guard = Guard(["/nowhere"], {})
+    guard.line = line[1]
+    yield guard
+    for name in list(guard.store):
+        guard.forget(name)
+
+
+@pytest.fixture
+def files() -> Iterator[list[int]]:
+    made = [os.memfd_create(f"file-{number}") for number in range(3)]
+    yield made
+    for fd in made:
+        os.close(fd)
+
+
+def kept(guard: Guard) -> dict[str, str]:
+    guard.hear()
+    return {name: os.readlink(f"/proc/self/fd/{fd}") for name, fd in guard.store.items()}
+
+
+def file(number: int) -> str:
+    return f"/memfd:file-{number} (deleted)"
+
+
+def test_what_is_wanted_is_kept_and_nothing_else(
+    line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
+) -> None:
+    outbox = Outbox(lambda again: None, line[0])
+    store = Store(outbox)
+
+    store.sync({"sp.a": files[0], "sp.b": files[1]})
+    assert kept(guard) == {"sp.a": file(0), "sp.b": file(1)}
+    store.sync({"sp.b": files[1], "sp.c": files[2]})
+    assert kept(guard) == {"sp.b": file(1), "sp.c": file(2)}
+    store.sync({})
+    assert kept(guard) == {}
+
+
+def test_what_came_from_there_is_not_sent_again_but_removed_when_it_is_over(
+    line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
+) -> None:
+    guard.store = {"sp.a": os.dup(files[0]), "sp.b": os.dup(files[1])}
+    store = Store(Outbox(lambda again: None, line[0]), kept=["sp.a", "sp.b"])
+
+    store.sync({"sp.a": files[0]})
+
+    assert kept(guard) == {"sp.a": file(0)}
+    assert guard.began
+
+
+def test_a_name_again_stands_for_the_new_descriptor(guard: Guard, files: list[int]) -> None:
+    guard.take({"FDSTORE": "1", "FDNAME": "sp.a"}, os.dup(files[0]))
+    guard.take({"FDSTORE": "1", "FDNAME": "sp.a"}, os.dup(files[1]))
+
+    assert kept(guard) == {"sp.a": file(1)}
+
+
+def test_a_descriptor_without_a_name_or_a_wish_is_closed(guard: Guard, files: list[int]) -> None:
+    guard.take({"FDSTORE": "1"}, os.dup(files[0]))
+    guard.take({"FDNAME": "sp.a"}, os.dup(files[0]))
+    guard.take({"FDSTOREREMOVE": "1", "FDNAME": "sp.never"}, -1)
+
+    assert kept(guard) == {}
+
+
+def test_the_last_words_of_one_that_had_not_read_everything_are_heard(
+    line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
+) -> None:
+    ours, theirs = line
+    theirs.send(b"X_EXITED=1 0")  # never read: whoever closes then resets the line
+    store = Store(Outbox(lambda again: None, ours))
+    store.sync({"sp.a": files[0]})
+    ours.send(b"EXIT_STATUS=7")
+    ours.close()
+
+    assert kept(guard) == {"sp.a": file(0)}
+    assert guard.verdict == 7
+    assert guard.line is None
+
+
+def test_while_the_guard_is_behind_nothing_is_lost_nor_waited_for(
+    line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
+) -> None:
+    again: Again = []
+    outbox = Outbox(again.append, line[0])
+    store = Store(outbox)
+    wanted = {f"sp.{number}": files[number % 3] for number in range(600)}
+
+    store.sync(wanted)
+    assert not store.told
+    while again:
+        guard.hear()
+        again.pop()()
+
+    assert kept(guard).keys() == wanted.keys()
+    assert store.told
+    outbox.close()
+
+
+def test_a_stop_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
+    guard.passed_on = [signal.SIGHUP, signal.SIGTERM]
+    guard.take({"X_BEGAN": "1"}, -1)
+    assert guard.passed_on == [signal.SIGTERM]
+
+    guard.take({"STOPPING": "1"}, -1)
+    assert guard.passed_on == []

@@ -75,7 +75,9 @@ def _open_log(settings: Settings) -> int | None:
         try:
             fd = os.open(path, _LOG_FLAGS | os.O_CREAT | os.O_EXCL, 0o640)
         except FileExistsError:
-            return os.open(path, _LOG_FLAGS)
+            # In a folder of that user's a link could make root write anywhere.
+            theirs = settings.identity and os.stat(os.path.dirname(path)).st_uid != 0
+            return os.open(path, _LOG_FLAGS | (os.O_NOFOLLOW if theirs else 0))
         if settings.identity is not None:
             os.fchown(fd, settings.identity.uid, settings.identity.gid)  # it will reopen it
         return fd

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from .errors import Refusal
 from .loop import Loop
+from .terminal import tell
 
 
 class Launcher:
@@ -52,10 +53,7 @@ class Launcher:
             status=status or Refusal.status,
         )
         if self._terminal is not None and self.failure:
-            try:
-                os.write(self._terminal, f"SocketProtector: {self.failure}\n".encode())
-            except OSError:
-                pass  # nobody reads there any more
+            tell(self.failure, self._terminal)
 
     def close(self) -> None:
         self._unwatch()

@@ -12,10 +12,10 @@ import os
 import select
 import signal
 import socket
-import sys
 from typing import Any
 
 from .errors import SystemRefused
+from .terminal import tell
 
 _INTERRUPTED = 130
 _CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -64,15 +64,12 @@ def wait(line: socket.socket) -> int:
             break
     _wait_for_end(resident)
     if called_off:
-        print("SocketProtector: interrupted; nothing was started", file=sys.stderr)
+        tell("interrupted; nothing was started")
         return _INTERRUPTED
     if "failed" in verdict:
-        print(f"SocketProtector: {verdict['failed']}", file=sys.stderr)
+        tell(verdict["failed"])
         return int(verdict["status"])
-    print(
-        "SocketProtector: the protector was killed before anything served; look at the log",
-        file=sys.stderr,
-    )
+    tell("the protector was killed before anything served; look at the log")
     return SystemRefused.status
 
 

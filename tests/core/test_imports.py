@@ -24,7 +24,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_unix", "holder"},
         *{"channel", "door", "envfile", "folder", "listener", "log", "loop", "notify"},
-        *{"pidfile", "process", "relay", "scoreboard", "strays"},
+        *{"pidfile", "process", "relay", "scoreboard", "strays", "terminal"},
     },
     "values": {"__init__", "errors", "events", "fleet", "lean", "settings", "words"},
 }

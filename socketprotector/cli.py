@@ -41,7 +41,7 @@ _FOR_LATER = (
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "-?", "--help"]},
+    context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     options_metavar="[OPTIONS]",
 )
 @click.argument("listen", nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]")

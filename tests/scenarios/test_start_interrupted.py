@@ -179,7 +179,7 @@ def test_ctrl_c_and_ready_may_cross(start: Start, gate: Path) -> None:
         _, said = process.communicate(timeout=DEADLINE_S)
     assert process.returncode in (0, 130), said
     if process.returncode == 0:
-        assert ask(f"{start.folder}/s") == "hello"
+        assert ask(f"{start.folder}/s").endswith("hello")
         start.stop()
     assert start.left() == []
 

@@ -56,11 +56,10 @@ def wait(line: socket.socket) -> int:
                 resident = _pidfd(words["pid"])
             verdict.update(words)
         if verdict.get("ready"):
+            called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            # Both crossed: it serves, and nobody wants it.
-            if resident >= 0:
-                signal.pidfd_send_signal(resident, signal.SIGINT)
+            _stop(resident)  # both crossed: it serves, and nobody wants it
             break
     _wait_for_end(resident)
     if called_off:
@@ -71,6 +70,24 @@ def wait(line: socket.socket) -> int:
         return int(verdict["status"])
     tell("the protector was killed before anything served; look at the log")
     return SystemRefused.status
+
+
+def _is_too_late(wake_up: int) -> bool:
+    """Let no signal count from now on: the exit status must be true.  Say whether one had come."""
+    for number in _CALLS_OFF:
+        # Ignored, because Python would put its own handlers back to "die of it" at its end.
+        signal.signal(number, signal.SIG_IGN)
+    poll = select.poll()
+    poll.register(wake_up, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _stop(pidfd: int) -> None:
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGINT)
+        except ProcessLookupError:
+            pass  # it has ended by itself
 
 
 def _hang_up(line: socket.socket) -> None:

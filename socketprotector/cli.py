@@ -1,6 +1,6 @@
 """The command line: options in, checked and resolved settings out; then launch.
 
-The only module that prints.  Whatever is wrong is one line: what, where, what to do.
+Whatever is wrong is one line: what, where, what to do.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .launch import launch
 from .log import LEVELS
 from .options import Duration
 from .settings import Settings
+from .terminal import STDOUT, tell
 
 _DURATION = Duration()
 _ABOVE_ZERO = Duration(zero=False)
@@ -40,7 +41,7 @@ _FOR_LATER = (
 
 
 @click.command(
-    context_settings={"help_option_names": ["-h", "-?", "--help"]},
+    context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     options_metavar="[OPTIONS]",
 )
 @click.argument("listen", nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]")
@@ -139,9 +140,9 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
         notices += checks.notices(settings, listens, given["backlog"])
-        if given["check"] or not settings.foreground:  # else its log says them, on the same place
-            for notice in notices:
-                print(f"SocketProtector: {notice}", file=sys.stderr)
+        if given["check"] or not (settings.foreground and settings.log_file is None):
+            for notice in notices:  # else its log says them, in the same place
+                tell(notice)
         if given["check"]:
             print(
                 f"SocketProtector: would start {' '.join(command)} on {' '.join(given['listen'])}"
@@ -151,7 +152,7 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
         if any(
             listen.path is None and listen.name is None and not listen.port for listen in listens
         ):
-            print(f"SocketProtector: listening on {' '.join(addresses)}", flush=True)
+            tell(f"listening on {' '.join(addresses)}", STDOUT)
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.command[0]]
         return launch(settings.noticed(notices), bound, label, directory)
@@ -232,10 +233,10 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
-        print(f"SocketProtector: {message}; see --help", file=sys.stderr)
+        tell(f"{message}; see --help")
         return error.exit_code
     except Refusal as error:
-        print(f"SocketProtector: {error}", file=sys.stderr)
+        tell(str(error))
         return error.status
 
 

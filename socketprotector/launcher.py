@@ -14,6 +14,7 @@ from collections.abc import Callable
 from . import door
 from .errors import Refusal
 from .loop import Loop
+from .terminal import tell
 
 
 class Launcher:
@@ -63,10 +64,7 @@ class Launcher:
             status=status or Refusal.status,
         )
         if self._terminal is not None and self.failure:
-            try:
-                os.write(self._terminal, f"SocketProtector: {self.failure}\n".encode())
-            except OSError:
-                pass  # nobody reads there any more
+            tell(self.failure, self._terminal)
 
     def close(self) -> None:
         self._unwatch()

@@ -12,10 +12,10 @@ import os
 import select
 import signal
 import socket
-import sys
 from typing import Any
 
 from .errors import SystemRefused
+from .terminal import tell
 
 _INTERRUPTED = 130
 _CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -56,24 +56,38 @@ def wait(line: socket.socket) -> int:
                 resident = _pidfd(words["pid"])
             verdict.update(words)
         if verdict.get("ready"):
+            called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            # Both crossed: it serves, and nobody wants it.
-            if resident >= 0:
-                signal.pidfd_send_signal(resident, signal.SIGINT)
+            _stop(resident)  # both crossed: it serves, and nobody wants it
             break
     _wait_for_end(resident)
     if called_off:
-        print("SocketProtector: interrupted; nothing was started", file=sys.stderr)
+        tell("interrupted; nothing was started")
         return _INTERRUPTED
     if "failed" in verdict:
-        print(f"SocketProtector: {verdict['failed']}", file=sys.stderr)
+        tell(verdict["failed"])
         return int(verdict["status"])
-    print(
-        "SocketProtector: the protector was killed before anything served; look at the log",
-        file=sys.stderr,
-    )
+    tell("the protector was killed before anything served; look at the log")
     return SystemRefused.status
+
+
+def _is_too_late(wake_up: int) -> bool:
+    """Let no signal count from now on: the exit status must be true.  Say whether one had come."""
+    for number in _CALLS_OFF:
+        # Ignored, because Python would put its own handlers back to "die of it" at its end.
+        signal.signal(number, signal.SIG_IGN)
+    poll = select.poll()
+    poll.register(wake_up, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _stop(pidfd: int) -> None:
+    if pidfd >= 0:
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGINT)
+        except ProcessLookupError:
+            pass  # it has ended by itself
 
 
 def _hang_up(line: socket.socket) -> None:

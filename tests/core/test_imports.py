@@ -45,6 +45,7 @@ LAYERS = {
         *{"address", "bind", "bind_unix", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
         *{"notify", "pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
+        *{"terminal"},
     },
     "values": {"__init__", "errors", "events", "fleet", "lean", "records", "settings", "words"},
 }

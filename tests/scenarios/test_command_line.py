@@ -100,6 +100,12 @@ def test_what_cannot_be_is_refused_in_one_line(start: Start, words: list[str], s
     assert start.left() == []
 
 
+def test_what_is_said_cannot_drive_the_terminal(start: Start) -> None:
+    ended = start("\x1b[31mred", "--", "true")
+
+    assert ended.err.startswith(r"SocketProtector: \x1b[31mred: ")
+
+
 @pytest.mark.parametrize(
     "text", ["A\n", "A=1\n=2\n", "A='1\n", "9A=1\n"], ids=["bare", "nameless", "open", "digit"]
 )

@@ -57,6 +57,18 @@ def test_standard_descriptors_may_be_closed_in_the_foreground(start: Start) -> N
     assert start.left() == []
 
 
+def test_it_starts_although_nobody_reads_what_it_says(start: Start) -> None:
+    receive, send = os.pipe()
+    os.close(receive)
+
+    ended = start("--backlog", "999999", "127.0.0.1:0", "unix:s", "--", *MINIMAL, stdout=send)
+    os.close(send)
+
+    assert ended.status == 0
+    assert ask(f"{start.folder}/s") == "hello"
+    start.stop()
+
+
 def test_a_failed_start_with_closed_descriptors_has_its_status(start: Start) -> None:
     before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
 

@@ -191,6 +191,19 @@ def test_the_log_can_be_reopened_after_the_drop(start: Start, theirs: Path, pyth
     start.stop()
 
 
+def test_a_link_in_that_users_folder_is_not_written_through_as_root(
+    start: Start, theirs: Path
+) -> None:
+    with tempfile.NamedTemporaryFile() as precious:
+        (theirs / "log").symlink_to(precious.name)
+
+        ended = start("--log-file", "log", "--user", "nobody", "unix:s", "--", "true")
+
+        assert ended.status == 111
+        assert "cannot write the log file" in ended.err
+        assert precious.read() == b""
+
+
 def test_a_nice_value_below_zero_is_had_as_another_user(
     start: Start, theirs: Path, python: str
 ) -> None:

@@ -1,0 +1,156 @@
+"""The waiting process, in every order of what it hears and what befalls it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+
+WAITS = """
+import socket, sys
+from socketprotector.waiting import wait
+sys.exit(wait(socket.socket(fileno=int(sys.argv[1]))))
+"""
+
+
+class Waiting:
+    """A process that waits, and the resident process's end of its line."""
+
+    def __init__(self, process: subprocess.Popen[str], line: socket.socket) -> None:
+        self.process = process
+        self.line = line
+
+    def hears(self, **words: object) -> None:
+        self.line.sendall(json.dumps(words).encode() + b"\n")
+
+    def ends(self) -> tuple[int, str]:
+        """Wait for its end; return its exit status and what it said."""
+        _, said = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+    def is_called_off(self) -> None:
+        """Interrupt it, and wait until it has hung up."""
+        self.process.send_signal(signal.SIGINT)
+        assert self.line.recv(1) == b""
+
+
+@contextmanager
+def signals_blocked() -> Iterator[None]:
+    """As they are when it begins to wait; inherited, so that none comes too early for it."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.fixture
+def waiting() -> Iterator[Waiting]:
+    ours, theirs = socket.socketpair()
+    with signals_blocked():
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITS, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    theirs.close()
+    ours.settimeout(30)
+    with ours, process:
+        yield Waiting(process, ours)
+        process.kill()
+
+
+@contextmanager
+def resident() -> Iterator[subprocess.Popen[bytes]]:
+    """Stands for the resident process: lives until it gets a signal."""
+    with subprocess.Popen(["sleep", "1000"]) as process:
+        yield process
+        process.kill()
+
+
+def test_ready_is_success(waiting: Waiting) -> None:
+    with resident() as protector:
+        waiting.hears(pid=protector.pid)
+        waiting.hears(ready=True)
+
+        assert waiting.ends() == (0, "")
+        assert protector.poll() is None
+
+
+def test_a_failure_is_told_once_the_process_has_ended(waiting: Waiting) -> None:
+    with resident() as protector:
+        waiting.hears(pid=protector.pid)
+        waiting.hears(failed="two\nlines", status=3)
+        waiting.line.close()
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.process.wait(0.1)  # right it never does, however slow the machine is
+        protector.kill()
+
+        assert waiting.ends() == (3, "SocketProtector: two\nlines\n")
+
+
+def test_words_may_come_in_pieces(waiting: Waiting) -> None:
+    for byte in b'{"failed": "why", "status": 111}\n':
+        waiting.line.sendall(bytes([byte]))
+    waiting.line.close()
+
+    assert waiting.ends() == (111, "SocketProtector: why\n")
+
+
+def test_an_end_without_a_word_is_told(waiting: Waiting) -> None:
+    waiting.line.close()
+
+    status, said = waiting.ends()
+    assert status == 111
+    assert "was killed before anything served" in said
+
+
+def test_a_pid_that_is_gone_is_no_trouble(waiting: Waiting) -> None:
+    with resident() as protector:
+        protector.kill()
+        protector.wait()
+    waiting.hears(pid=protector.pid)
+    waiting.hears(failed="why", status=3)
+    waiting.line.close()
+
+    assert waiting.ends() == (3, "SocketProtector: why\n")
+
+
+@pytest.mark.parametrize("number", CALLS_OFF)
+def test_a_start_that_is_called_off_has_ended_before_it_says_so(
+    waiting: Waiting, number: signal.Signals
+) -> None:
+    with resident() as protector:
+        waiting.hears(pid=protector.pid)
+        waiting.process.send_signal(number)
+        assert waiting.line.recv(1) == b""
+        waiting.process.send_signal(number)  # once more changes nothing
+        waiting.hears(failed="it was stopped before anything served", status=100)
+        waiting.line.close()
+        protector.kill()
+
+        assert waiting.ends() == (
+            130,
+            "SocketProtector: interrupted; nothing was started\n",
+        )
+
+
+def test_what_was_ready_when_it_was_called_off_is_stopped(waiting: Waiting) -> None:
+    with resident() as protector:
+        waiting.hears(pid=protector.pid)
+        waiting.is_called_off()
+        waiting.hears(ready=True)
+
+        assert waiting.ends()[0] == 130
+        assert protector.wait(30) == -signal.SIGINT

@@ -317,6 +317,7 @@ class Effects:
             channel.close()
             self._post(OpenFailed(number, what_failed(error)))
             return
+        self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
         self._generations[number] = _Generation(program, channel)
         capacity = channel.capacity()
         if capacity < self._settings.queue:

@@ -103,7 +103,7 @@ def test_what_is_no_state_is_refused_in_words(written: bytes) -> None:
         Codec([Thing, Colour]).decode(written)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | texts,

@@ -148,7 +148,7 @@ def live_through(world: KilledWorld, orders: list[tuple[int, int | None]]) -> No
             world.take_and_die(event, at)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(worlds, choices)
 def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
     world: KilledWorld, orders: list[tuple[int, int | None]]

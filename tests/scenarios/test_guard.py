@@ -405,6 +405,7 @@ def failing(installation: Installation, tmp_path: Path) -> Protector:
     """A guarded protector that was killed, and whose successor dies again and again."""
     pid_file = ("--pid-file", tmp_path / "pid")
     daemon = installation.start("--guard", *pid_file, "127.0.0.1:0", "--", *MANY).ready()
+    at_rest(daemon)  # the guard knows that it has accepted
     installation.switch("two")
     kill_protector(daemon)
     daemon.log.wait_for("event=protector-died .*status 1.* again_in_s=0.1")
@@ -453,6 +454,7 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
     ).ready()
     with Client(("127.0.0.1", daemon.port)) as held:
         first = pid_in(held.ask())
+        at_rest(daemon)
         broken.switch("two")
         kill_protector(daemon)
         daemon.log.wait_for("event=protector-died .*status 1.*")

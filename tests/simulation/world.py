@@ -149,8 +149,10 @@ class Worker:
         assert message is not None
         (connection,) = message[1]
         assert isinstance(connection, Connection)
-        assert not connection.taken_by, f"{connection} is delivered twice"
-        assert connection.in_queues == 0, f"{connection} is in two queues"
+        # Killed before the keeper or the state knew that it was out of our hands, it is sent
+        # again by the next program: a fault upon a fault, and a known weakness.
+        assert connection.excuse or not connection.taken_by, f"{connection} is delivered twice"
+        assert connection.excuse or connection.in_queues == 0, f"{connection} is in two queues"
         connection.taken_by.append(self.pid)
         self.connections.append(connection)
         return connection
@@ -450,8 +452,8 @@ class World:
         return worker.pid
 
     def _sent(self, connection: Connection, end: End) -> None:
-        assert connection.in_queues == 1, f"{connection} is in two queues"
-        assert not connection.taken_by, f"{connection} was delivered already"
+        assert connection.excuse or connection.in_queues == 1, f"{connection} is in two queues"
+        assert connection.excuse or not connection.taken_by, f"{connection} was delivered already"
         source = connection.source
         assert source is not None
         assert source.sent < connection.place, f"{connection} comes after later ones"
@@ -814,7 +816,7 @@ class World:
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         assert len(held) <= 1, f"{held} in hand"
         assert bool(held) == (act._forwarder.hand is not None)
-        if held:
+        if held and not held[0].excuse:
             assert held[0].in_queues == 0, f"{held[0]} is in hand and in a queue"
             assert not held[0].taken_by, f"{held[0]} is in hand and was delivered"
         if self.turns % 16 == 0:

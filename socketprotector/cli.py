@@ -198,6 +198,7 @@ def _settings(given: dict[str, Any], command: list[str], directory: str) -> Sett
         nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         limits=tuple(limits.items()),
         nice=nice,
+        batch=os.sched_getscheduler(0) == os.SCHED_BATCH,
         environment=tuple(given["env"].items()),
         env_file=path("env_file"),
         pid_file=path("pid_file"),

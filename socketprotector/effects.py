@@ -98,7 +98,7 @@ class Effects:
         systemd: Systemd,
         launcher: Launcher,
         post: Callable[[Event], None],
-        held: Callable[[], None],
+        held: Callable[[], bool],
     ) -> None:
         """Take ownership of the listeners.
 
@@ -354,6 +354,7 @@ class Effects:
             limits=tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
             nice=settings.nice,
             identity=settings.worker_identity,
+            batch=settings.batch,
         )
 
     def _route_to(self, number: int | None) -> None:

@@ -52,13 +52,13 @@ class Forwarder:
         broken: Callable[[], None],
         emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
-        held: Callable[[], None],
+        held: Callable[[], bool],
     ) -> None:
         """Take ownership of the listeners.
 
         broken: the route's channel was shut down.  emptied: a graceful close is over.
         trouble: an error that holds the path up, told once each time it begins.
-        held: what is in our hands has changed.
+        held: what is in our hands has changed; returns whether that is written down.
         """
         self._loop = loop
         self._listeners = list(listeners)
@@ -216,7 +216,10 @@ class Forwarder:
                 header, fd = self._in_hand
                 self._in_hand = None
                 # Before it is sent: killed in between we lose it, but never send it twice.
-                self._held()
+                if not self._held():
+                    self._in_hand = header, fd
+                    self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                    return
                 self._deliver(self._route, header, fd)
             while self._shut and self._open:
                 self._reclaim(self._shut[0])

@@ -59,7 +59,7 @@ class Guard:
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
         self.accepted = False  # this protector has said READY
-        self.ever_accepted = False
+        self.first = True  # this protector is
         self.verdict: int | None = None  # the exit status it said it will have
         self.wait_s = 0.0
         self.due: float | None = None  # when to start the next one
@@ -137,13 +137,15 @@ class Guard:
             sys.exit(self.verdict)
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
-        if code >= 0 and not self.ever_accepted:
+        # Of the first only: after it something may be served, by workers that live on.
+        if code >= 0 and self.first and not self.accepted:
             self.give_up(f'protector="{how} before it ever accepted"', code or FAILED)
         stops = any(number in _STOPS for number in self.passed_on)
         if stops and code >= 0 and not self.began:
             # Workers finish what they have when the last end of their channel is closed.
             self.give_up(f'protector="{how} when it was to stop"', code or FAILED)
         self.pending += self.passed_on
+        self.first = False
         if self.accepted:
             self.wait_s = 0.0
         else:
@@ -194,7 +196,7 @@ class Guard:
         if "FDSTOREREMOVE" in said:
             self.forget(name)
         if said.get("READY") == "1":
-            self.accepted = self.ever_accepted = True
+            self.accepted = True
             self.wait_s = 0.0
         if "EXIT_STATUS" in said:
             self.verdict = int(said["EXIT_STATUS"])

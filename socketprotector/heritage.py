@@ -48,23 +48,36 @@ class Heritage:
         """Return every descriptor that another program would need, by name."""
         return {**self._others(), **effects.descriptors()}
 
-    def save(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> None:
+    def save(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> bool:
         """Make it so that a kill from here on loses nothing that can be kept.
 
-        Does nothing where nobody keeps descriptors: then a kill takes all of them anyway.
+        Returns whether the state says how things are.  Does nothing where nobody keeps
+        descriptors: then a kill takes all of them anyway.
         """
-        if self._store.keeps:
-            wanted = self.descriptors(effects)
-            wanted.pop(door.GUARD, None)  # each program gets a line of its own
-            self._store.sync(wanted)
-            self.write(effects, fleet, actions)
+        if not self._store.keeps:
+            return True
+        wanted = self.descriptors(effects)
+        wanted.pop(door.GUARD, None)  # each program gets a line of its own
+        self._store.sync(wanted)
+        if not self._write(effects, fleet, actions):
+            return False
+        if self._store.has(wanted.keys()):
+            self._behind = False
+        elif not self._behind:
+            self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
+            self._behind = True
+        return True
 
-    def write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> bool:
+    def write(self, effects: Effects, fleet: Fleet) -> bool:
         """Write the state; say whether another program could go on from it now.
 
         It could not without a descriptor that whoever keeps them was not told of yet: the
         next program takes for kept whatever it is given.
         """
+        wanted = self.descriptors(effects).keys() - {door.GUARD}
+        return self._write(effects, fleet, ()) and self._store.has(wanted)
+
+    def _write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action]) -> bool:
         try:
             self._file.write(CODEC.encode(effects.snapshot(fleet, actions, __version__)))
         except OSError as error:
@@ -73,14 +86,7 @@ class Heritage:
             self._failing = True
             return False
         self._failing = False
-        wanted = self.descriptors(effects).keys() - {door.GUARD}
-        if self._store.has(wanted):
-            self._behind = False
-            return True
-        if not self._behind:
-            self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
-        self._behind = True
-        return False
+        return True
 
 
 def read(fd: int) -> Snapshot | None:

@@ -25,6 +25,7 @@ class Program:
     limits: tuple[tuple[str, int], ...]
     nice: int
     identity: Identity | None = None  # the user to run as, if not ours
+    batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
 
 
 @dataclass(frozen=True, slots=True)

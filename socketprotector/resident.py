@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 
-from . import __version__, door, heritage, privileges, upgrade
+from . import __version__, door, heritage, privileges, process, upgrade
 from .effects import Effects
 from .errors import Refusal, SystemRefused
 from .events import StopRequested
@@ -137,6 +137,7 @@ class _Resident:
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        process.give_way()
         if settings.identity is not None:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)

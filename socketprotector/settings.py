@@ -57,6 +57,7 @@ class Settings:
     nofile_soft: int = 1024  # what the caller had; the protector raises its own
     limits: tuple[tuple[str, int], ...] = ()  # of workers: nofile, core
     nice: int = 0
+    batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
     environment: tuple[tuple[str, str], ...] = ()
     env_file: str | None = None
     pid_file: str | None = None

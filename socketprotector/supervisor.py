@@ -53,7 +53,7 @@ class Supervisor:
     def __init__(
         self,
         fleet: Fleet,
-        effects: Callable[[Callable[[Event], None], Callable[[], None]], Effects],
+        effects: Callable[[Callable[[Event], None], Callable[[], bool]], Effects],
         heritage: Heritage,
         upgrade: Upgrade,
         *,
@@ -145,8 +145,8 @@ class Supervisor:
         """Nobody is left who would tell how a worker ended that is no child of ours."""
         self._effects.unguarded()
 
-    def _save(self) -> None:
-        self._heritage.save(self._effects, self._fleet, self._undone)
+    def _save(self) -> bool:
+        return self._heritage.save(self._effects, self._fleet, self._undone)
 
     def _begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""

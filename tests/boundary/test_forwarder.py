@@ -185,8 +185,12 @@ class World:
             broken=self._broken,
             emptied=self._emptied,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
-            held=lambda: self.hands.append(self.forwarder.hand),
+            held=self._held,
         )
+
+    def _held(self) -> bool:
+        self.hands.append(self.forwarder.hand)
+        return True
 
     def _broken(self) -> None:
         self.broken += 1

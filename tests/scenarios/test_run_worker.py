@@ -372,3 +372,13 @@ def test_usr1_reopens_the_log(protector: Start, tmp_path: Path) -> None:
     assert daemon.wait() == 0
     assert "event=stopped" in log.read_text()
     assert "event=stopped" not in (tmp_path / "log.1").read_text()
+
+
+def test_a_worker_is_scheduled_as_the_caller_was(protector: Start) -> None:
+    """The protector gives way to those it wakes (SCHED_BATCH); they do not inherit that."""
+    daemon = protector("127.0.0.1:0", "--", *worker("minimal")).ready()
+    [pid] = daemon.worker_pids()
+
+    assert os.sched_getscheduler(daemon.pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(pid) == os.sched_getscheduler(0)
+    daemon.stop()

@@ -128,12 +128,12 @@ def test_hup_to_the_protector_that_starts_is_remembered(start: Start, gate: Path
 @contextmanager
 def held_up(start: Start, *options: str) -> Iterator[tuple[Popen, int]]:
     """A command line that is held up while it is checked; and what holds it, to be closed."""
-    gate, settings = start.folder / "gate", start.folder / "settings"
+    gate, settings = start.folder / "gate.sh", start.folder / "settings.sh"
     os.mkfifo(gate)
     settings.touch()
     command = (sys.executable, str(WORKERS / "held_up.py"), str(gate))
-    words = (*options, "--env-file", settings, f"unix:{start.folder}/s", "--", *MINIMAL)
-    with start_of(start, *words, command=command) as process:
+    words = ("--env-file", str(settings), f"unix:{start.folder}/s", "--", *map(str, MINIMAL))
+    with start_of(start, *options, *words, command=command) as process:
         yield process, os.open(gate, os.O_WRONLY)
 
 

@@ -28,6 +28,16 @@ def rights(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
 
 
+def until_heard() -> None:
+    """Wait until the protector has handled what was said: who ends before was never ready."""
+    heard, held = os.pipe()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        line.sendmsg([b"BARRIER=1"], rights([held]), 0, ADDRESS)
+    os.close(held)
+    os.read(heard, 1)
+    os.close(heard)
+
+
 @contextlib.contextmanager
 def lingering() -> Iterator[int]:
     """A socket whose close() waits for ten minutes: its peer reads nothing."""
@@ -169,6 +179,7 @@ def asks_for_credentials() -> None:
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGIO, signal.SIG_IGN)
 say(b"READY=1")
+until_heard()
 attack: Callable[[], None] = globals()[sys.argv[1]]
 attack()
 os.write(2, b"done\n")

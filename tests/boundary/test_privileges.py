@@ -216,6 +216,8 @@ def test_signals_begin_with_their_defaults_and_none_is_blocked() -> None:
         found = dict(line.split() for line in file if line.startswith(("SigBlk", "SigIgn")))
     end_of(process)
 
-    assert found == {"SigBlk:": NONE, "SigIgn:": NONE}
+    assert found["SigBlk:"] == NONE
+    # Signals 32 and 33 are the C library's own: whoever was spawned by it has them ignored.
+    assert int(found["SigIgn:"], 16) & ~(3 << 31) == 0
     assert is_open(0)
     assert SHELL.identity is None

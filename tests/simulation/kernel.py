@@ -395,6 +395,7 @@ class Kernel:
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
+                sched_getscheduler=lambda _: os.SCHED_OTHER,
                 close=self.close,
                 dup=self._dup,
                 open=self._open,

@@ -218,8 +218,14 @@ class Guard:
         sys.exit(status)
 
     def log(self, event: str, rest: str) -> None:
-        """Write a line to where the protector writes its own: to the relay, if it has one."""
-        log(event, rest, self.store.get(RELAY, 2))
+        """Write a line as the protector writes its own, to where that goes: maybe to its relay."""
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        line = f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n"
+        try:
+            os.write(self.store.get(RELAY, 2), line.encode())
+        except OSError:
+            pass
 
     # -- signals and children --------------------------------------------------
 
@@ -291,16 +297,6 @@ def pairs(data: bytes) -> list[tuple[str, str]]:
 
 def noted(number: int, frame: object) -> None:
     """The signal's number is in the wake-up pipe already."""
-
-
-def log(event: str, rest: str, fd: int = 2) -> None:
-    """Write a line as the protector writes its own."""
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-    try:
-        os.write(fd, f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n".encode())
-    except OSError:
-        pass
 
 
 def main() -> None:

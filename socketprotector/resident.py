@@ -37,6 +37,8 @@ from .words import status_of
 _AGAIN_S = 0.1
 #: How long the guard may take to hear that we end for good.
 _FAREWELL_S = 5.0
+#: And the service manager, which may have stopped reading.
+_MANAGER_S = 1.0
 _MESSAGE_BYTES = 4096
 
 
@@ -111,12 +113,12 @@ class _Resident:
             each.close()
         self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
         self.guard = Outbox(self._later, self.line)
-        manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
-        self.systemd = Systemd(os.environ, self.pid, manager, self.guard)
+        self.manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
+        self.systemd = Systemd(os.environ, self.pid, self.manager, self.guard)
         # At the first start they come from the launching process; only a guard has them too.
         known = guarded or door.STATE in descriptors
         kept = {name for name in descriptors if name != door.GUARD} if known else set()
-        self.store = Store(self.guard if guarded else manager, kept)
+        self.store = Store(self.guard if guarded else self.manager, kept)
         self._began = False
 
     @property
@@ -192,6 +194,7 @@ class _Resident:
             self.store.sync({})
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
+        self.manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
 
     # -- putting together ----------------------------------------------------
 

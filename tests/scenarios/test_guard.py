@@ -96,7 +96,9 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
 @pytest.mark.slow
 def test_a_protector_killed_during_reloads_loses_no_generation(guarded: Starter) -> None:
     chance = Chance()
-    daemon = guarded("--workers", "2")
+    # A READY that was read and not yet written down dies with the reader: then that reload
+    # fails, by this timeout, and nobody notices.
+    daemon = guarded("--workers", "2", "--start-timeout", "5s")
     failed = 0
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:

@@ -20,7 +20,7 @@ from .channel import Channel
 from .events import Event, Sign, TimeExtended, WorkerExited, WorkerReady
 from .log import Log
 from .loop import Loop
-from .notify import NotifySocket, discard, discard_all
+from .notify import NotifySocket, discard_all
 from .output import Output
 from .process import Process, spawn
 from .records import Program, WorkerRecord
@@ -265,27 +265,31 @@ class Crew:
         return _Worker(generation, to, process, notify, ours, mark)
 
     def _heard(self, number: int) -> None:
-        """Handle what a worker has said on its notify socket."""
+        """Handle what a worker has said on its notify socket.
+
+        Each message is handled, and what follows from it written down, before it is taken.
+        """
         worker = self._workers[number]
         for _ in range(_HEARD_AT_ONCE):
             try:
-                message = worker.notify.receive(worker.process.pid)
+                fields = worker.notify.hear(worker.process.pid)
+                if fields is None:
+                    return
+                self._handle(number, worker, fields)
+                worker.notify.take()
             except OSError as error:
                 self._hear_later(number, worker, error)
                 return
-            if message is None:
-                return
-            fields = message.fields
-            if fields.get("READY") == "1" and self._settings.ready_after_s is None:
-                self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
-            usec = fields.get("EXTEND_TIMEOUT_USEC", "")
-            # isdigit() alone is true of digits that int() does not take.
-            if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
-                self._post(TimeExtended(number, int(usec) / 1_000_000))
-            if "STATUS" in fields:
-                self._log.write("debug", "status", worker=number, status=fields["STATUS"])
-            if message.barrier >= 0:
-                discard(message.barrier)
+
+    def _handle(self, number: int, worker: _Worker, fields: Mapping[str, str]) -> None:
+        if fields.get("READY") == "1" and self._settings.ready_after_s is None:
+            self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
+        usec = fields.get("EXTEND_TIMEOUT_USEC", "")
+        # isdigit() alone is true of digits that int() does not take.
+        if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
+            self._post(TimeExtended(number, int(usec) / 1_000_000))
+        if "STATUS" in fields:
+            self._log.write("debug", "status", worker=number, status=fields["STATUS"])
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
         """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""

@@ -14,7 +14,6 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
@@ -27,18 +26,8 @@ _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
-_ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4 * 253)
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One datagram: its assignments, and the descriptor of a BARRIER (else -1).
-
-    Whoever handles the message closes the descriptor, after all earlier ones are handled.
-    """
-
-    fields: Mapping[str, str]
-    barrier: int = -1
+_SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
+_ANCILLARY = _SENDER_BYTES + socket.CMSG_SPACE(4 * 253)
 
 
 class NotifySocket:
@@ -65,37 +54,37 @@ class NotifySocket:
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def receive(self, pid: int) -> Message | None:
-        """Return the next message, or None when there is none.
+    def hear(self, pid: int) -> Mapping[str, str] | None:
+        """Return what the next message assigns, or None when there is none.  Raises OSError.
+
+        It stays until take(): a program that is killed before it has written down what it
+        heard leaves it to the next one.
 
         A message counts when it comes from the worker (pid) or from one of the allowed
         users: its sender may be gone by now, or the worker may have changed its user.
-        A stranger's is returned without fields.  Descriptors other than a barrier's are closed.
+        A stranger's assigns nothing.
         """
         try:
+            # No room for descriptors: none is made.
             data, ancillary, _, _ = self.socket.recvmsg(
-                _MAX_BYTES, _ANCILLARY, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+                _MAX_BYTES, _SENDER_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK
             )
         except (BlockingIOError, InterruptedError):
             return None
-        descriptors: list[int] = []
-        known = False
         for level, kind, content in ancillary:
-            if level != socket.SOL_SOCKET:
-                continue
-            if kind == socket.SCM_RIGHTS:
-                whole = len(content) - len(content) % 4
-                descriptors.extend(fd for (fd,) in struct.iter_unpack("i", content[:whole]))
-            elif kind == socket.SCM_CREDENTIALS:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
                 sender, uid, _ = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])
-                known = sender == pid or uid in self._allowed
-        fields = parse(data) if known else {}
-        barrier = -1
-        if fields.get("BARRIER") == "1" and len(descriptors) == 1:
-            barrier = descriptors.pop()
-        for fd in descriptors:
-            discard(fd)
-        return Message(fields, barrier)
+                if sender == pid or uid in self._allowed:
+                    return parse(data)
+        return {}
+
+    def take(self) -> None:
+        """Remove the message that was heard, and close all descriptors that came with it.
+
+        For the one of a BARRIER that is the sign that all is handled.  Raises OSError.
+        """
+        _, ancillary, _, _ = self.socket.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
+        _discard_rights(ancillary)
 
     def close(self) -> None:
         self.socket.close()
@@ -121,16 +110,20 @@ def discard_all(line: socket.socket) -> None:
         line.shutdown(socket.SHUT_RD)  # from here on nothing more can be sent
         while True:
             data, ancillary, _, _ = line.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
-            for level, kind, content in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    whole = len(content) - len(content) % 4
-                    for (fd,) in struct.iter_unpack("i", content[:whole]):
-                        discard(fd)
+            _discard_rights(ancillary)
             if not data and not ancillary:
                 break
     except OSError:
         pass  # nothing more, or out of descriptors
     line.close()
+
+
+def _discard_rights(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            whole = len(content) - len(content) % 4
+            for (fd,) in struct.iter_unpack("i", content[:whole]):
+                discard(fd)
 
 
 def _is_number(text: str) -> bool:
@@ -188,8 +181,11 @@ class Outbox:
         """Whether something could not be sent yet."""
         return bool(self._unsent)
 
-    def send(self, text: str, fd: int = -1) -> bool:
-        """Send a message, with a copy of a descriptor if one is given; False if that fails."""
+    def send(self, text: str, fd: int = -1, *, once: bool = False) -> bool:
+        """Send a message, with a copy of a descriptor if one is given; False if that fails.
+
+        once: where the same text still waits, it goes in that one's place, at the end.
+        """
         if self._line is None:
             return True
         try:
@@ -198,8 +194,7 @@ class Outbox:
             return False
         # A file's name in a status need not be UTF-8.
         message = text.encode("utf-8", "backslashreplace"), copy
-        # Once is enough: the watchdog's would fill the memory, and the last word stays last.
-        if message in self._unsent:
+        if once and message in self._unsent:
             self._unsent.remove(message)
         self._unsent.append(message)
         if len(self._unsent) == 1:
@@ -301,7 +296,8 @@ class Systemd:
         """Send assignments as one datagram, after those that could not be sent yet."""
         text = "\n".join(f"{name}={value}" for name, value in fields.items())
         for outbox in self._outboxes:
-            outbox.send(text)
+            # The watchdog's would fill the memory; and the last word stays last.
+            outbox.send(text, once=True)
 
     def reloading(self) -> None:
         """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""

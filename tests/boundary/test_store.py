@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -122,6 +123,34 @@ def test_while_the_guard_is_behind_nothing_is_lost_nor_waited_for(
 
     assert kept(guard).keys() == wanted.keys()
     assert store.told
+    outbox.close()
+
+
+def test_wishes_to_one_that_is_behind_do_not_overtake_one_another(
+    line: tuple[socket.socket, socket.socket], files: list[int]
+) -> None:
+    again: Again = []
+    outbox = Outbox(again.append, line[0])
+    store = Store(outbox)
+    plenty = {f"sp.{number}": files[0] for number in range(600)}
+    store.sync(plenty)  # from here on everything waits
+    for _ in range(3):
+        store.sync({**plenty, "sp.a": files[1]})
+        store.sync(plenty)
+
+    told: list[str] = []
+    for _ in range(len(plenty)):
+        with suppress(BlockingIOError):
+            while True:
+                told.append(line[1].recv(4096, socket.MSG_DONTWAIT).decode())
+        for each in again[:]:
+            again.remove(each)
+            each()
+
+    assert [each.split("=")[0] for each in told if "=sp.a" in each] == 3 * [
+        "FDSTORE",
+        "FDSTOREREMOVE",
+    ]
     outbox.close()
 
 

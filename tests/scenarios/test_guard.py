@@ -96,9 +96,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
 @pytest.mark.slow
 def test_a_protector_killed_during_reloads_loses_no_generation(guarded: Starter) -> None:
     chance = Chance()
-    # A READY that was read and not yet written down dies with the reader: then that reload
-    # fails, by this timeout, and nobody notices.
-    daemon = guarded("--workers", "2", "--start-timeout", "5s")
+    daemon = guarded("--workers", "2")
     failed = 0
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
@@ -114,10 +112,7 @@ def test_a_protector_killed_during_reloads_loses_no_generation(guarded: Starter)
     daemon.log.wait_for(r"event=adopted")
     at_rest(daemon)
     mark = daemon.signal(signal.SIGHUP)
-    line = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
-    while "event=reload-failed" in line:  # it was the one that was under way at the last kill
-        mark = daemon.signal(signal.SIGHUP)
-        line = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
+    daemon.log.wait_for(r"event=reloaded\b", after=mark)
     old = [pid for pid in spawned(daemon) if pid not in newest(daemon)]
     assert wait_gone(old) == []
     daemon.stop()

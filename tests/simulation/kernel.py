@@ -660,7 +660,11 @@ class Socket:
             kernel.enter("hear")
             if not self._file.queue:
                 raise failure(errno.EAGAIN)
-            data, pid, files = self._file.queue.popleft()
+            data, pid, files = self._file.queue[0]
+            if flags & socket.MSG_PEEK:
+                files = ()
+            else:
+                self._file.queue.popleft()
             rights = [(1, socket.SCM_CREDENTIALS, _CREDENTIALS.pack(pid, 1000, 1000))]
         else:
             kernel.enter("recvmsg")

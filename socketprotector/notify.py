@@ -21,6 +21,8 @@ _MAX_BYTES = 4096
 _LATER = frozenset(
     {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
 )
+#: Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
+_STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
 _NO_LINGER = struct.pack("ii", 0, 0)
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")
@@ -181,11 +183,8 @@ class Outbox:
         """Whether something could not be sent yet."""
         return bool(self._unsent)
 
-    def send(self, text: str, fd: int = -1, *, once: bool = False) -> bool:
-        """Send a message, with a copy of a descriptor if one is given; False if that fails.
-
-        once: where the same text still waits, it goes in that one's place, at the end.
-        """
+    def send(self, text: str, fd: int = -1) -> bool:
+        """Send a message, with a copy of a descriptor if one is given; False if that fails."""
         if self._line is None:
             return True
         try:
@@ -194,12 +193,27 @@ class Outbox:
             return False
         # A file's name in a status need not be UTF-8.
         message = text.encode("utf-8", "backslashreplace"), copy
-        if once and message in self._unsent:
+        # Once is enough: the watchdog's would fill the memory, and the last word stays last.
+        if message in self._unsent:
             self._unsent.remove(message)
         self._unsent.append(message)
         if len(self._unsent) == 1:
             self._flush()
         return True
+
+    def withdraw(self, text: str) -> bool:
+        """Forget a message that still waits, with its descriptor; False if there is none."""
+        data = text.encode("utf-8", "backslashreplace")
+        message = next((each for each in self._unsent if each[0] == data), None)
+        if message is None:
+            return False
+        self._drop(message)
+        return True
+
+    def _drop(self, message: tuple[bytes, int]) -> None:
+        if message[1] >= 0:
+            os.close(message[1])
+        self._unsent.remove(message)
 
     def _flush(self) -> None:
         while self._line is not None and self._unsent:
@@ -212,9 +226,7 @@ class Outbox:
                     self._later(self._flush)
                     return
                 # Else it is gone, or takes nothing from us.
-            self._unsent.popleft()
-            if fd >= 0:
-                os.close(fd)
+            self._drop(self._unsent[0])
 
     def finish(self, seconds: float) -> None:
         """Send what is left, waiting for room so long; then no more."""
@@ -271,11 +283,13 @@ class Store:
         if not self._outbox.open:
             return
         for name in wanted.keys() - self._kept:
-            # Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
-            if self._outbox.send(f"FDSTORE=1\nFDNAME={name}\nFDPOLL=0", wanted[name]):
+            if self._outbox.send(_STORE.format(name), wanted[name]):
                 self._kept.add(name)  # else it is tried again the next time
         for name in self._kept - wanted.keys():
-            self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+            # What was not sent yet must not be: its copy would hold a connection open that a
+            # worker has closed.
+            if not self._outbox.withdraw(_STORE.format(name)):
+                self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
             self._kept.discard(name)
 
 
@@ -296,8 +310,7 @@ class Systemd:
         """Send assignments as one datagram, after those that could not be sent yet."""
         text = "\n".join(f"{name}={value}" for name, value in fields.items())
         for outbox in self._outboxes:
-            # The watchdog's would fill the memory; and the last word stays last.
-            outbox.send(text, once=True)
+            outbox.send(text)
 
     def reloading(self) -> None:
         """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""

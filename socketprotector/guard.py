@@ -16,6 +16,7 @@ import _socket as socket
 import fcntl
 import os
 import select
+import stat
 import sys
 import time
 
@@ -46,6 +47,8 @@ _PASSED_ON = (
 )
 _STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _MESSAGE_BYTES = 4096
+#: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
+_LINE_BYTES = 4096
 _NO_SIGNALS: tuple[int, ...] = ()
 
 
@@ -68,6 +71,7 @@ class Guard:
         self.stopping = False  # a stop was taken
         self.began = False  # it has said anything: it has gone on, and takes signals
         self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
+        self.dropped = 0  # lines that nobody could be told
 
     # -- the protector ---------------------------------------------------------
 
@@ -218,14 +222,21 @@ class Guard:
         sys.exit(status)
 
     def log(self, event: str, rest: str) -> None:
-        """Write a line as the protector writes its own, to where that goes: maybe to its relay."""
+        """Write a line as the protector writes its own, to where that goes: maybe to its relay.
+
+        One that would block is dropped, and the next one says how many were.
+        """
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        if self.dropped:
+            rest = f"{rest} dropped_lines={self.dropped}"
         line = f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n"
         try:
-            os.write(self.store.get(RELAY, 2), line.encode())
+            write(self.store.get(RELAY, 2), line.encode("utf-8", "backslashreplace"))
         except OSError:
-            pass
+            self.dropped += 1
+        else:
+            self.dropped = 0
 
     # -- signals and children --------------------------------------------------
 
@@ -285,6 +296,37 @@ class Guard:
                     self.signalled(number)
             if self.due is not None and time.monotonic() >= self.due:
                 self.start()
+
+
+def write(fd: int, line: bytes) -> None:
+    """Write a line without ever waiting for a reader.  Raises OSError if it would have to.
+
+    O_NONBLOCK would reach every worker's output; and one of another user's (--user) cannot
+    be opened anew, as log.py does.
+    """
+    line = line[: _LINE_BYTES - 1].rstrip(b"\n") + b"\n"
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(mode):
+        # Not poll and write: another writer may take the room in between.
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.write(send, line)
+            os.splice(receive, fd, len(line), flags=os.SPLICE_F_NONBLOCK)
+        finally:
+            os.close(receive)
+            os.close(send)
+    elif stat.S_ISSOCK(mode):
+        theirs = socket.socket(fileno=os.dup(fd))
+        try:
+            theirs.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        finally:
+            theirs.close()
+    else:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError
+        os.write(fd, line)
 
 
 def pairs(data: bytes) -> list[tuple[str, str]]:

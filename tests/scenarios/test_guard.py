@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
+from socketprotector import guard
 from tests.running import DEADLINE_S, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.adopting import (
     NOBODY_ELSE,
@@ -30,7 +32,16 @@ from tests.scenarios.adopting import (
     wait_dead,
 )
 from tests.scenarios.starting import Start, start_of
-from tests.scenarios.tools import Client, Gate, Release, hold, pid_in, spawned, worker
+from tests.scenarios.tools import (
+    Client,
+    Gate,
+    Release,
+    children_of,
+    hold,
+    pid_in,
+    spawned,
+    worker,
+)
 
 MANY = worker("many")
 Starter = Callable[..., Protector]
@@ -385,6 +396,98 @@ def test_upgraded_in_place_and_then_killed_it_goes_on(guarded: Starter, tmp_path
     assert (tmp_path / "pid").read_text() == f"{daemon.pid}\n"
     assert len(spawned(daemon)) == 1
     daemon.stop()
+
+
+# --- a log that nobody reads ---------------------------------------------------
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe into which nothing fits any more, and whose write end waits for room."""
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    for piece in (b"x" * 4096, b"x"):
+        while True:
+            try:
+                os.write(send, piece)
+            except BlockingIOError:
+                break
+    os.set_blocking(send, True)
+    return receive, send
+
+
+def full_socket() -> tuple[int, int]:
+    """The same of a socket, such as the journal's."""
+    receive, send = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    send.setblocking(False)
+    for piece in (b"x" * 4096, b"x"):
+        while True:
+            try:
+                send.send(piece)
+            except BlockingIOError:
+                break
+    send.setblocking(True)
+    return receive.detach(), send.detach()
+
+
+@pytest.mark.parametrize("full", [full_pipe, full_socket])
+def test_a_guard_whose_log_nobody_reads_still_restarts_and_passes_signals_on(
+    full: Callable[[], tuple[int, int]], marked_environment: dict[str, str], tmp_path: Path
+) -> None:
+    receive, send = full()
+    path = str(tmp_path / "socket")
+    arguments = ["--guard", f"unix:{path}", "--", *MANY]
+    daemon = Protector(arguments, marked_environment, stderr=send)
+
+    def answers() -> int:
+        try:
+            return pid_in(ask(path))
+        except OSError:  # not bound or listening yet
+            return 0
+
+    def protector_of_guard() -> list[int]:
+        # Not workers, which the guard adopts when their protector is gone.
+        name = "SocketProtector\n"
+        children = children_of(daemon.pid)
+        return [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == name]
+
+    try:
+        eventually(lambda: answers() != 0, "the first worker")
+        first = answers()
+        [pid] = protector_of_guard()
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: protector_of_guard() not in ([], [pid]), "another protector")
+        assert answers() == first
+
+        daemon.process.send_signal(signal.SIGHUP)
+
+        eventually(lambda: answers() != first, "the second generation")
+        assert os.get_blocking(send), "the shared description was changed"
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(DEADLINE_S) == 0
+    finally:
+        daemon.end()
+        os.close(receive)
+        os.close(send)
+
+
+def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: Path) -> None:
+    receive, send = full_pipe()
+    keeper = guard.Guard([], {guard.RELAY: send})
+
+    keeper.log("first", "a=1")
+    keeper.log("second", "a=1")
+    os.read(receive, 1 << 20)
+    keeper.log("third", "a=1")
+    keeper.log("fourth", "a=1")
+
+    lines = os.read(receive, 1 << 20).decode().splitlines()
+    assert [line.partition(" event=")[2] for line in lines] == [
+        "third a=1 dropped_lines=2",
+        "fourth a=1",
+    ]
+    assert os.get_blocking(send)
+    os.close(receive)
+    os.close(send)
 
 
 # --- a protector that cannot go on -------------------------------------------------

@@ -11,11 +11,16 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable, Mapping
 
 from . import words
 
+#: What an observer is called with: level, event and fields.
+Observer = Callable[[str, str, Mapping[str, object]], None]
+
 LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 _STDERR = 2
+_OBSERVED = LEVELS["info"]
 
 
 class Log:
@@ -23,12 +28,26 @@ class Log:
 
     def __init__(self, level: str, *, prioritized: bool = False) -> None:
         """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3))."""
+        self.level = level
         self._threshold = LEVELS[level]
+        self._observers: tuple[Observer, ...] = ()
         self._prioritized = prioritized or is_journal()
         self._dropped = 0
         self._fd = -1
         self._socket: socket.socket | None = None
         self.reopen()
+
+    def set_level(self, level: str) -> None:
+        """Write from now on what is at this level or above it.  Raises KeyError."""
+        self._threshold = LEVELS[level]
+        self.level = level
+
+    def observe(self, callback: Observer) -> None:
+        """Call this, too, with each line at level info or above, whatever our own level is.
+
+        It is given plain values, those that are None left out.  It must neither block nor raise.
+        """
+        self._observers = (*self._observers, callback)
 
     def reopen(self) -> None:
         """Follow stderr to where it leads now.
@@ -54,6 +73,10 @@ class Log:
 
     def write(self, level: str, event: str, **fields: object) -> None:
         """Write one line.  A field that is None is left out."""
+        if self._observers and LEVELS[level] <= _OBSERVED:
+            plain = {name: _plain(value) for name, value in fields.items() if value is not None}
+            for tell in self._observers:
+                tell(level, event, plain)
         if LEVELS[level] > self._threshold:
             return
         pairs = [f"event={words.field(event)}"]
@@ -84,6 +107,10 @@ class Log:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, str | int | float) else str(value)
 
 
 def is_own(line: str) -> bool:

@@ -130,6 +130,35 @@ def test_a_terminal_is_written_to(pipe: tuple[int, int]) -> None:
     os.close(ours)
 
 
+def test_observers_are_told_from_info_on_whatever_is_written(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    told: list[tuple[str, str, dict[str, object]]] = []
+    with log_to(send, "error", prioritized=True) as log:
+        log.observe(lambda level, event, fields: told.append((level, event, dict(fields))))
+        log.write("debug", "decided", about=1)
+        log.write("info", "exited", worker=2, how="was killed", left_out=None, odd=Path("/x"))
+        log.write("error", "broken", text="a\nb")
+
+    assert told == [
+        ("info", "exited", {"worker": 2, "how": "was killed", "odd": "/x"}),
+        ("error", "broken", {"text": "a\nb"}),
+    ]
+    assert os.read(receive, 4096) == b'<3>event=broken text="a\\nb"\n'
+
+
+def test_the_level_can_be_changed(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, prioritized=True) as log:
+        log.write("debug", "one")
+        log.set_level("debug")
+        log.write("debug", "two")
+        with pytest.raises(KeyError):
+            log.set_level("loud")
+
+    assert log.level == "debug"
+    assert os.read(receive, 4096) == b"<7>event=two\n"
+
+
 @pytest.mark.parametrize(
     ("line", "own"),
     [

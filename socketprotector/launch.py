@@ -42,8 +42,11 @@ def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], her
         log = _open_log(settings)
         if settings.foreground:
             _in_the_foreground(settings, bound, label, here, log)
-        ours, theirs = socket.socketpair()
-        child = os.fork()
+        try:
+            ours, theirs = socket.socketpair()
+            child = os.fork()
+        except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
+            raise SystemRefused(f"cannot detach: {error.strerror}") from error
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         raise
@@ -139,8 +142,9 @@ def _become_resident(
     try:
         _exec(settings, bound, label, pid_file, verdict)
     except OSError as error:
-        if pid_file is not None:
-            pid_file.release()
+        context.close()  # removes the pid file, and will not do so again at our end
+        if error.filename is None:
+            raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
         raise SystemRefused(
             f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile?"
         ) from error

@@ -15,6 +15,7 @@ import socket
 import sys
 
 from . import __version__, door, heritage, privileges, process, upgrade
+from .crew import what_failed
 from .effects import Effects
 from .errors import Refusal, SystemRefused
 from .events import StopRequested
@@ -78,10 +79,13 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         if resident.can_come_back:
             raise  # whoever keeps the descriptors starts another one, which goes on
         # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
-        if not isinstance(error, Refusal):
+        reason = str(error)
+        if isinstance(error, OSError) and not resident.began:
+            reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
+        elif not isinstance(error, Refusal):
             sys.excepthook(type(error), error, error.__traceback__)
         status = SystemRefused.status
-        resident.fail(str(error))
+        resident.fail(reason)
     resident.finish(status)
     return status
 
@@ -95,7 +99,6 @@ class _Resident:
         self.settings = settings
         self.descriptors = descriptors
         self.command = command
-        self.loop = Loop()
         self.output = Output(settings.log_file)
         # Under a guard it is the guard whose end means the end.
         guarded = door.GUARD in descriptors
@@ -119,22 +122,23 @@ class _Resident:
         known = guarded or door.STATE in descriptors
         kept = {name for name in descriptors if name != door.GUARD} if known else set()
         self.store = Store(self.guard if guarded else self.manager, kept)
-        self._began = False
+        self.began = False
 
     @property
     def can_come_back(self) -> bool:
         """Whether another program could go on where this one stops."""
-        return self._began and self.store.keeps
+        return self.began and self.store.keeps
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
-        settings, loop = self.settings, self.loop
         snapshot = self._inherited()
         if snapshot is not None and snapshot.fleet.exiting:
             for listener in self.listeners:
                 listener.close()
             return snapshot.fleet.exit_status  # all was done but the last words
-        self._began = snapshot is not None
+        self.began = snapshot is not None
+        self.loop = Loop()  # not before: from here on it is known who is to go on if it fails
+        settings, loop = self.settings, self.loop
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -169,7 +173,7 @@ class _Resident:
             self._feed_watchdog()
         # They were blocked before the exec, so that none of them could come too early.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self._began = True
+        self.began = True
         if snapshot is None:
             supervisor.launch()
         else:
@@ -201,14 +205,17 @@ class _Resident:
     def _inherited(self) -> Snapshot | None:
         """Return where another program stopped."""
         if door.STATE not in self.descriptors:
-            self.descriptors[door.STATE] = StateFile.make().fd
+            try:
+                self.descriptors[door.STATE] = StateFile.make().fd
+            except OSError as error:
+                raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
             return None
         return heritage.read(self.descriptors[door.STATE])
 
     def _open_log(self) -> Log:
         settings = self.settings
         relayed = not settings.foreground and settings.log_file is None
-        log = Log(settings.log_level, prioritized=relayed)
+        log = Log(settings.log_level, prioritized=relayed, form=settings.log_format)
         if relayed:
             inherited = {
                 name.removeprefix(door.RELAY): fd
@@ -222,7 +229,11 @@ class _Resident:
             if inherited:
                 self.output.adopt_relay(inherited, settings.name, self.loop, ended)
             else:
-                self.output.start_relay(settings.name, self.loop, ended)
+                try:
+                    self.output.start_relay(settings.name, self.loop, ended)
+                except OSError as error:
+                    why = f"cannot start the relay to syslog: {what_failed(error)}"
+                    raise SystemRefused(why) from error
             log.reopen()
         return log
 

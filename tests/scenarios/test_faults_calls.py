@@ -1,0 +1,160 @@
+"""System calls that fail in the real command, at its start and while it runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import DEADLINE_S, Protector, eventually, wait_gone
+from tests.scenarios.adopting import revived
+from tests.scenarios.faults import injected
+from tests.scenarios.starting import MINIMAL, Start
+from tests.scenarios.tools import Client, hold, pid_in, spawned, state_of, worker
+
+Starter = Callable[..., Protector]
+
+MEMFD_FAILS = """
+real = os.memfd_create
+def memfd_create(name, *flags):
+    if name == {name!r}:
+        raise fault({code!r})
+    return real(name, *flags)
+os.memfd_create = memfd_create
+"""
+
+
+@pytest.mark.parametrize("code", ["EMFILE", "ENOMEM", "EPERM"])
+@pytest.mark.parametrize(
+    ("name", "mode", "reason"),
+    [
+        ("sp.settings", (), "cannot pass the descriptors on"),
+        ("sp.settings", ("-f",), "cannot pass the descriptors on"),
+        ("sp.state", ("--log-file", "log"), "cannot keep the state in memory"),
+        ("sp.state", ("-f",), "cannot keep the state in memory"),
+        ("sp.state", ("--guard", "--log-file", "log"), "cannot keep the state in memory"),
+        ("sp.tail", (), "cannot start the relay to syslog"),
+    ],
+    ids=["launch", "launch -f", "resident", "resident -f", "guarded", "relay"],
+)
+def test_without_a_memfd_the_start_fails_in_one_line_and_leaves_nothing(
+    start: Start, name: str, mode: tuple[str, ...], reason: str, code: str
+) -> None:
+    environment = injected(start.folder / "fault.py", MEMFD_FAILS.format(name=name, code=code))
+
+    ended = start(*mode, "unix:s", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    assert ended.lines == [f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}"]
+    assert start.left() == []
+    assert "Traceback" not in start.log
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "reason"),
+    [
+        ("os.fork", "EAGAIN", "cannot detach"),
+        ("socket.socketpair", "EMFILE", "cannot detach"),
+        ("select.epoll", "EMFILE", "cannot start"),
+    ],
+)
+def test_without_what_else_it_takes_the_start_fails_in_one_line_and_leaves_nothing(
+    start: Start, call: str, code: str, reason: str
+) -> None:
+    fails = f"import select, socket\ndef fails(*_):\n    raise fault({code!r})\n{call} = fails\n"
+    environment = injected(start.folder / "fault.py", fails)
+
+    ended = start("--log-file", "log", "unix:s", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    assert ended.lines == [f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}"]
+    assert start.left() == []
+    assert "Traceback" not in start.log
+
+
+# -- epoll_wait ----------------------------------------------------------------
+
+EPOLL_WAIT_FAILS = """
+import select
+real = select.epoll
+class Epoll:
+    def __init__(self):
+        self.real = real()
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+    def poll(self, timeout):
+        if os.path.exists({flag!r}):
+            os.unlink({flag!r})
+            raise fault({code!r})
+        return self.real.poll(timeout)
+select.epoll = Epoll
+"""
+
+
+def fail_once(daemon: Protector, flag: Path) -> int:
+    """Let the next wait fail, and bring it about; return the log's length before it."""
+    flag.touch()
+    return daemon.signal(signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("code", ["EBADF", "ENOMEM"])
+def test_a_wait_that_fails_ends_the_protector_and_its_workers_finish(
+    protector: Starter, tmp_path: Path, code: str
+) -> None:
+    flag, pid_file = tmp_path / "flag", tmp_path / "pid"
+    fault = injected(tmp_path / "fault", EPOLL_WAIT_FAILS.format(flag=str(flag), code=code))
+    words = ("--pid-file", pid_file, "127.0.0.1:0", "--", *worker("many"))
+    daemon = protector(*words, **fault).ready()
+    (pid,) = spawned(daemon)
+    with Client(("127.0.0.1", daemon.port)) as held:
+        assert pid_in(held.ask()) == pid
+
+        fail_once(daemon, flag)
+
+        assert daemon.process.wait(DEADLINE_S) == 111
+        daemon.log.wait_for(f"^OSError: .*{os.strerror(getattr(errno, code))}")
+        assert not pid_file.exists()
+        assert pid_in(held.ask()) == pid
+    assert wait_gone([pid]) == []
+
+
+def test_a_wait_that_fails_under_a_guard_costs_no_connection(
+    protector: Starter, tmp_path: Path
+) -> None:
+    flag = tmp_path / "flag"
+    fault = injected(tmp_path / "fault", EPOLL_WAIT_FAILS.format(flag=str(flag), code="EBADF"))
+    daemon = protector("--guard", "127.0.0.1:0", "--", *worker("many"), **fault).ready()
+    (pid,) = spawned(daemon)
+    with Client(("127.0.0.1", daemon.port)) as held:
+        assert pid_in(held.ask()) == pid
+
+        mark = fail_once(daemon, flag)
+
+        daemon.log.wait_for("event=protector-died .*exited with status 1", after=mark)
+        revived(daemon, mark)
+        assert pid_in(held.ask()) == pid
+        with Client(("127.0.0.1", daemon.port)) as new:
+            assert pid_in(new.ask()) == pid
+    daemon.stop()
+
+
+def test_an_interrupted_wait_goes_on_with_its_timers(protector: Starter) -> None:
+    """EINTR for real: a stop and SIGCONT interrupt epoll_wait without any handler (signal(7))."""
+    limit = ("--drain-timeout", "0.5s")
+    daemon = protector(*limit, "127.0.0.1:0", "--", *worker("many")).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        held.ask()
+        daemon.reload()
+        for _ in range(20):
+            eventually(lambda: state_of(daemon.pid) == "S", "it waiting")
+            hold(daemon.pid)
+            os.kill(daemon.pid, signal.SIGCONT)
+        daemon.log.wait_for("event=signalled .*signal=TERM")
+        with Client(("127.0.0.1", daemon.port)) as new:
+            assert new.ask().endswith("hello")
+    daemon.log.wait_for("event=exited generation=1")
+    daemon.stop()

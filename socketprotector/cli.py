@@ -21,7 +21,7 @@ from .channel import SMALLEST_QUEUE
 from .errors import Refusal, UsageError
 from .fleet import Policy
 from .launch import launch
-from .log import LEVELS
+from .line import FORMATS, LEVELS
 from .options import Duration
 from .settings import Settings
 from .terminal import STDOUT, tell
@@ -106,6 +106,7 @@ _FOR_LATER = (
 @click.option("--env-file", metavar="FILE", help="NAME=VALUE lines, read again at each reload.")
 @click.option("--log-file", metavar="FILE", help="For the protector and the workers.")
 @click.option("--log-level", default="info", type=click.Choice(list(LEVELS)))
+@click.option("--log-format", default="text", type=click.Choice(FORMATS), help="Of each line.")
 @click.version_option(__version__, prog_name="SocketProtector")
 @click.pass_context
 def _command(ctx: click.Context, /, **given: Any) -> int:
@@ -204,6 +205,7 @@ def _settings(given: dict[str, Any], command: list[str], directory: str) -> Sett
         pid_file=path("pid_file"),
         log_file=path("log_file"),
         log_level="debug" if given["verbose"] else given["log_level"],
+        log_format=given["log_format"],
         foreground=given["foreground"],
         guarded=given["guard"],
         outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,

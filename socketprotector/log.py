@@ -1,4 +1,4 @@
-"""The protector's own log: one key=value line for each event and action, on stderr.
+"""The protector's own log: one line (line.py) for each event and action, on stderr.
 
 Where stderr leads (terminal, file, journal, the relay to syslog) was settled before. A
 reader that is slow or gone never holds the protector up: a line that would block is
@@ -13,12 +13,11 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 
-from . import words
+from .line import LEVELS, as_coloured, as_json, as_text, plain
 
 #: What an observer is called with: level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
 
-LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 _STDERR = 2
 _OBSERVED = LEVELS["info"]
 
@@ -26,12 +25,17 @@ _OBSERVED = LEVELS["info"]
 class Log:
     """Writes lines to stderr without ever blocking or raising."""
 
-    def __init__(self, level: str, *, prioritized: bool = False) -> None:
-        """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3))."""
+    def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
+        """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3)).
+
+        form: one of line.FORMATS.
+        """
         self.level = level
         self._threshold = LEVELS[level]
         self._observers: tuple[Observer, ...] = ()
         self._prioritized = prioritized or is_journal()
+        self._json = form == "json"
+        self._coloured = False
         self._dropped = 0
         self._fd = -1
         self._socket: socket.socket | None = None
@@ -56,6 +60,7 @@ class Log:
         every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
         """
         self.close()
+        self._coloured = _wants_colour()
         mode = os.fstat(_STDERR).st_mode
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(_STDERR))
@@ -73,22 +78,15 @@ class Log:
 
     def write(self, level: str, event: str, **fields: object) -> None:
         """Write one line.  A field that is None is left out."""
+        given = {name: value for name, value in fields.items() if value is not None}
         if self._observers and LEVELS[level] <= _OBSERVED:
-            plain = {name: _plain(value) for name, value in fields.items() if value is not None}
             for tell in self._observers:
-                tell(level, event, plain)
+                tell(level, event, plain(given))
         if LEVELS[level] > self._threshold:
             return
-        pairs = [f"event={words.field(event)}"]
-        pairs += [f"{k}={words.field(v)}" for k, v in fields.items() if v is not None]
         if self._dropped:
-            pairs.append(f"dropped_lines={self._dropped}")
-        if self._prioritized:
-            line = f"<{LEVELS[level]}>{' '.join(pairs)}\n"
-        else:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-            line = f"{stamp}.{int(now % 1 * 1000):03d}Z {level} {' '.join(pairs)}\n"
+            given["dropped_lines"] = self._dropped
+        line = self._line(level, event, given)
         try:
             data = line.encode("utf-8", "backslashreplace")
             if self._socket is not None:
@@ -100,6 +98,16 @@ class Log:
         else:
             self._dropped = 0
 
+    def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
+        now = time.time()
+        if self._json:
+            return as_json(level, event, fields, now, prioritized=self._prioritized)
+        if self._prioritized:
+            return as_text(level, event, fields)
+        if self._coloured:
+            return as_coloured(level, event, fields, now)
+        return as_text(level, event, fields, now)
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
@@ -109,17 +117,10 @@ class Log:
             self._fd = -1
 
 
-def _plain(value: object) -> object:
-    return value if isinstance(value, str | int | float) else str(value)
-
-
-def is_own(line: str) -> bool:
-    """Whether a line is one that `Log` writes: where workers write too, it tells them apart."""
-    if line[:1] == "<" and line[2:3] == ">":
-        return line[3:].startswith("event=")
-    _, _, rest = line.partition("Z ")
-    level, _, rest = rest.partition(" ")
-    return level in LEVELS and rest.startswith("event=")
+def _wants_colour() -> bool:
+    """Whether stderr is a terminal of somebody who likes colour (no-color.org)."""
+    dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not dull and os.isatty(_STDERR)
 
 
 def is_journal() -> bool:

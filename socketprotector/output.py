@@ -16,7 +16,8 @@ import termios
 from collections.abc import Callable, Mapping
 
 from . import door, relay, words
-from .log import is_journal, is_own
+from .line import is_own
+from .log import is_journal
 from .logfile import open_log
 from .loop import Loop
 from .process import Process, spawn

@@ -63,6 +63,7 @@ class Settings:
     pid_file: str | None = None
     log_file: str | None = None
     log_level: str = "info"
+    log_format: str = "text"
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -9,10 +10,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from socketprotector.log import Log, is_own
+from socketprotector.line import is_own
+from socketprotector.log import Log
 
 
 @contextmanager
@@ -28,9 +31,9 @@ def stderr_is(fd: int) -> Iterator[None]:
 
 
 @contextmanager
-def log_to(fd: int, level: str = "info", *, prioritized: bool = False) -> Iterator[Log]:
+def log_to(fd: int, level: str = "info", **more: Any) -> Iterator[Log]:
     with stderr_is(fd):
-        log = Log(level, prioritized=prioritized)
+        log = Log(level, **more)
         try:
             yield log
         finally:
@@ -159,6 +162,65 @@ def test_the_level_can_be_changed(pipe: tuple[int, int]) -> None:
     assert os.read(receive, 4096) == b"<7>event=two\n"
 
 
+def test_a_json_line_is_one_object(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, form="json") as log:
+        log.write(
+            "warning", "exited", worker=2, how='a"b\n\u2028\udcff', left_out=None, odd=Path("/x")
+        )
+
+    line = os.read(receive, 4096).decode("ascii")
+    assert line.endswith("}\n")
+    found = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("time"))
+    assert found == {
+        "level": "warning",
+        "event": "exited",
+        "worker": 2,
+        "how": 'a"b\n\u2028\udcff',
+        "odd": "/x",
+    }
+    assert is_own(line)
+
+
+def test_a_json_line_has_a_priority_where_one_is_wanted(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    with log_to(send, form="json", prioritized=True) as log:
+        log.write("error", "broken")
+
+    line = os.read(receive, 4096).decode()
+    assert line.startswith('<3>{"time": "')
+    assert is_own(line)
+
+
+def shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ours, theirs = pty.openpty()
+    try:
+        with log_to(theirs) as log:
+            log.write("error", "broken", generation=2)
+            return os.read(ours, 4096).decode()
+    finally:
+        os.close(theirs)
+        os.close(ours)
+
+
+def test_a_terminal_has_colour_and_the_words_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = shown_on_a_terminal(monkeypatch)
+
+    assert " \x1b[1;31merror\x1b[0m event=broken generation=2\r\n" in line
+
+
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
+def test_who_wants_no_colour_gets_none(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    assert "\x1b" not in shown_on_a_terminal(monkeypatch, **environment)
+
+
 @pytest.mark.parametrize(
     ("line", "own"),
     [
@@ -167,6 +229,8 @@ def test_the_level_can_be_changed(pipe: tuple[int, int]) -> None:
         ("<3>disk full", False),
         ("2026-01-02T03:04:05.678Z info request served event=click", False),
         ("my daemon says event=start", False),
+        ('{"time": "2026-01-02T03:04:05.678Z", "level": "info", "event": "ready"}', True),
+        ('{"time": "2026-01-02T03:04:05.678Z", "message": "mine"}', False),
         ("", False),
     ],
 )

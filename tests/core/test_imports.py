@@ -47,7 +47,10 @@ LAYERS = {
         *{"notify", "pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
         *{"terminal"},
     },
-    "values": {"__init__", "errors", "events", "fleet", "lean", "records", "settings", "words"},
+    "values": {
+        *{"__init__", "errors", "events", "fleet", "lean", "line", "records", "settings"},
+        *{"words"},
+    },
 }
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 

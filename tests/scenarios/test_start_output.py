@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -213,6 +214,20 @@ def test_a_relative_log_file_is_the_callers(start: Start) -> None:
     assert ended.status == 0
     assert "event=ready" in start.log
     start.stop()
+
+
+def test_every_line_of_a_json_log_is_an_object(start: Start) -> None:
+    start.up("--log-format", "json", "unix:s", "--", *MINIMAL)
+    start.send(signal.SIGHUP)
+    start.wait_for('"event": "reloaded", "generation": 2')
+    start.stop()
+
+    events = [json.loads(line) for line in start.log.splitlines()]
+    assert [each["event"] for each in events][-1] == "stopped"
+    assert all({"time", "level", "event"} <= each.keys() for each in events)
+    assert {"event": "ready", "generation": 1}.items() <= next(
+        each.items() for each in events if each["event"] == "ready"
+    )
 
 
 # -- the foreground ------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 The launching process leaves them at 3, 4, ... and names them, as systemd does for a
 service (sd_listen_fds(3)); ours begin with `sp.`.  One door for every giver.
+
+Names that are too long for the environment are left in a memfd, and the only name in
+the environment says at which number: `sp.names.N`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 FIRST = 3
 SETTINGS = "sp.settings"
@@ -23,8 +27,12 @@ CHANNEL = "sp.channel."  # and its generation, .read or .write
 WORKER = "sp.worker."  # and its number, .process, .notify or .line
 HAND = "sp.hand."  # and a number: the connection whose send failed
 RELAY = "sp.relay."  # read, write, tail, process
+NAMES = "sp.names."  # and the number of the memfd that has the names
+#: One string of the environment has at most 128 KiB, with the variable's name (execve(2));
+#: systemd's store (docs/reliability.md) is bound to that.
+NAMES_BYTES = 120 * 1024
 #: Stands for a number in between that is nobody's.
-_NOBODY = "sp.none"
+NOBODY = "sp.none"
 _OURS = "sp."
 _VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
@@ -45,28 +53,39 @@ def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
 
 
 def names(descriptors: Iterable[str]) -> dict[str, str]:
-    """Return the variables that name descriptors at 3, 4, ..., without the pid they are for."""
+    """Return the variables that name descriptors at 3, 4, ..., without the pid they are for.
+
+    Too long, they go into a memfd that an exec leaves open; whoever does not come to execute
+    anything closes it.  Raises OSError.
+    """
     found = tuple(descriptors)
-    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": ":".join(found)}
+    told = ":".join(found)
+    if len(told) > NAMES_BYTES:
+        fd = os.memfd_create(NAMES, 0)
+        os.write(fd, told.encode())
+        told = f"{NAMES}{fd}"
+    return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": told}
 
 
-def leave_in_place(descriptors: Mapping[str, int]) -> dict[str, str]:
-    """Let descriptors survive an exec where they are, and return the variables that name them.
+@contextmanager
+def left_in_place(descriptors: Mapping[str, int]) -> Iterator[dict[str, str]]:
+    """Let descriptors survive an exec where they are; gives the variables that name them.
 
-    Nothing is moved, so that close_again() undoes it all if the exec fails.
+    Nothing is moved, so that all is undone at the end of the block: if the exec fails.
     """
     by_number = {fd: name for name, fd in descriptors.items()}
-    for fd in by_number:
-        os.set_inheritable(fd, True)
     last = max(by_number, default=FIRST - 1)
-    places = (by_number.get(fd, _NOBODY) for fd in range(FIRST, last + 1))
-    return {"LISTEN_PID": str(os.getpid()), **names(places)}
-
-
-def close_again(descriptors: Mapping[str, int]) -> None:
-    """Undo leave_in_place()."""
-    for fd in descriptors.values():
-        os.set_inheritable(fd, False)
+    places = [by_number.get(fd, NOBODY) for fd in range(FIRST, last + 1)]
+    variables = names(places)
+    try:
+        for fd in by_number:
+            os.set_inheritable(fd, True)
+        yield {"LISTEN_PID": str(os.getpid()), **variables}
+    finally:
+        for fd in by_number:
+            os.set_inheritable(fd, False)
+        if (memfd := _memfd(variables["LISTEN_FDNAMES"])) is not None:
+            os.close(memfd)
 
 
 def under(descriptors: Mapping[str, int], prefix: str) -> dict[str, dict[str, int]]:
@@ -88,8 +107,8 @@ def enter() -> dict[str, int]:
     if pid != str(os.getpid()) or not count.isdigit():
         return {}
     found = {}
-    for name, fd in zip(told.split(":"), range(FIRST, FIRST + int(count)), strict=False):
-        if name == _NOBODY:
+    for name, fd in zip(_listed(told), range(FIRST, FIRST + int(count)), strict=False):
+        if name == NOBODY:
             continue
         if name.startswith(_OURS) and name not in found:
             found[name] = fd
@@ -98,10 +117,25 @@ def enter() -> dict[str, int]:
             # What else the service manager passes (socket activation) was taken at the first
             # start and is among ours; several may have one name.
             os.close(fd)
+    if (memfd := _memfd(told)) is not None:
+        os.close(memfd)
     return found
 
 
 def is_ours() -> bool:
     """Whether descriptors were left for this very process, our settings among them."""
-    told = os.environ.get("LISTEN_FDNAMES", "").split(":")
-    return SETTINGS in told and os.environ.get("LISTEN_PID") == str(os.getpid())
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return False
+    return SETTINGS in _listed(os.environ.get("LISTEN_FDNAMES", ""))
+
+
+def _listed(told: str) -> list[str]:
+    """Return the names that LISTEN_FDNAMES tells, or tells where to find.  Raises OSError."""
+    if (memfd := _memfd(told)) is not None:
+        told = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()
+    return told.split(":")
+
+
+def _memfd(told: str) -> int | None:
+    number = told.removeprefix(NAMES)
+    return int(number) if number != told and number.isdigit() else None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import _signal as signal
 import _socket as socket
-import fcntl
 import os
 import select
 import stat
@@ -26,6 +25,10 @@ NAME = "SocketProtector"
 #: The way to syslog, where that is where lines go.
 RELAY = "sp.relay.write"
 PID_FILE = "sp.pidfile"
+#: As in door.py: what is too long for the environment is in a memfd at this number.
+NAMES = "sp.names."
+NAMES_BYTES = 120 * 1024
+NOBODY = "sp.none"  # a number in between
 #: Waits between two starts of a protector that dies before it accepts.
 FIRST_WAIT_S = 0.1
 LAST_WAIT_S = 10.0
@@ -121,13 +124,19 @@ class Guard:
         self.due = time.monotonic() + self.wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
-        above = _FIRST_FD + len(descriptors)
-        high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in descriptors.values()]
-        for place, fd in enumerate(high, _FIRST_FD):
-            os.dup2(fd, place)
+        # Where they are: to move them takes as many again, and there may not be as many.
+        by_number = {fd: name for name, fd in descriptors.items()}
+        for fd in by_number:
+            os.set_inheritable(fd, True)
+        places = range(_FIRST_FD, max(by_number) + 1)
+        names = ":".join(by_number.get(fd, NOBODY) for fd in places)
+        if len(names) > NAMES_BYTES:
+            memfd = os.memfd_create(NAMES, 0)
+            os.write(memfd, names.encode())
+            names = f"{NAMES}{memfd}"
         os.environ["LISTEN_PID"] = str(os.getpid())
-        os.environ["LISTEN_FDS"] = str(len(descriptors))
-        os.environ["LISTEN_FDNAMES"] = ":".join(descriptors)
+        os.environ["LISTEN_FDS"] = str(len(places))
+        os.environ["LISTEN_FDNAMES"] = names
         os.execv(self.command[0], self.command)
 
     def ended(self, status: int) -> None:
@@ -344,8 +353,12 @@ def noted(number: int, frame: object) -> None:
 def main() -> None:
     command = sys.argv[1:]
     count = int(os.environ.pop("LISTEN_FDS", "0"))
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    store = dict(zip(names, range(_FIRST_FD, _FIRST_FD + count), strict=True))
+    names = os.environ.pop("LISTEN_FDNAMES", "")
+    if names.startswith(NAMES):
+        with open(int(names.removeprefix(NAMES)), encoding="ascii") as file:
+            file.seek(0)
+            names = file.read()
+    store = dict(zip(names.split(":"), range(_FIRST_FD, _FIRST_FD + count), strict=True))
     for fd in store.values():
         os.set_inheritable(fd, False)
     with open("/proc/self/comm", "w", encoding="ascii") as file:

@@ -111,13 +111,14 @@ class Upgrade:
         Returns only if that fails, with everything as it was.
         """
         kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
-        environment = {**os.environ, **door.leave_in_place(kept)}
         try:
             _need_descriptors()
-            with privileges.lent() if self._keeps else nullcontext():
-                os.execve(self._command[0], self._command, environment)
+            with (
+                privileges.lent() if self._keeps else nullcontext(),
+                door.left_in_place(kept) as variables,
+            ):
+                os.execve(self._command[0], self._command, {**os.environ, **variables})
         except OSError as error:
-            door.close_again(kept)
             self._failed(f"{self._command[0]}: {error.strerror}")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
 
-from socketprotector import door
+from socketprotector import door, guard
 from tests.running import ROOT
 
 SHOW = (
@@ -31,23 +32,32 @@ def files() -> Iterator[dict[str, int]]:
         os.close(fd)
 
 
-def shown(leave: str, files: dict[str, int]) -> dict[str, object]:
-    """Have a process leave descriptors and execute another, which says what it finds."""
+def shown(
+    leave: str,
+    files: dict[str, int] | str,
+    *through: str,
+    status: int = 0,
+) -> dict[str, object]:
+    """Have a process leave descriptors and execute another, which says what it finds.
+
+    files: the descriptors, or the code that makes them.  through: a command that executes it.
+    """
     code = (
-        "import os, sys; from socketprotector import door;"
-        f"files = {files!r}; environment = {leave};"
-        "os.execve(sys.executable, [sys.executable, '-c', sys.argv[1]],"
-        "{**os.environ, **environment})"
+        "import os, sys; from contextlib import nullcontext; from socketprotector import door\n"
+        f"files = {files!s}; left = {leave}\n"
+        "with left if hasattr(left, '__exit__') else nullcontext(left) as variables:\n"
+        "    os.execve(sys.argv[2], [*sys.argv[2:], '-c', sys.argv[1]],"
+        "{**os.environ, **variables})"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, SHOW],
-        pass_fds=list(files.values()),
+        [sys.executable, "-c", code, SHOW, *through, sys.executable],
+        pass_fds=() if isinstance(files, str) else list(files.values()),
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     found: dict[str, object] = json.loads(done.stdout)
     return found
 
@@ -56,7 +66,7 @@ def memfd(*names: str) -> dict[str, str]:
     return {name: f"/memfd:{name} (deleted)" for name in names}
 
 
-@pytest.mark.parametrize("leave", ["door.leave(files)", "door.leave_in_place(files)"])
+@pytest.mark.parametrize("leave", ["door.leave(files)", "door.left_in_place(files)"])
 def test_what_is_left_is_found_by_name_and_goes_no_further(
     leave: str, files: dict[str, int]
 ) -> None:
@@ -87,15 +97,79 @@ def test_what_is_for_another_process_is_not_taken(files: dict[str, int]) -> None
     assert shown("{**door.leave(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
 
 
-def test_left_in_place_and_taken_back_nothing_is_inherited(files: dict[str, int]) -> None:
-    door.close_again(files)
-    numbers = door.leave_in_place(files)
-    assert all(os.get_inheritable(fd) for fd in files.values())
-    assert int(numbers["LISTEN_FDS"]) == max(files.values()) - door.FIRST + 1
-
-    door.close_again(files)
+def test_left_in_place_and_not_executed_nothing_is_inherited(files: dict[str, int]) -> None:
+    with door.left_in_place(files) as variables:
+        assert all(os.get_inheritable(fd) for fd in files.values())
+        assert int(variables["LISTEN_FDS"]) == max(files.values()) - door.FIRST + 1
 
     assert not any(os.get_inheritable(fd) for fd in files.values())
+
+
+# --- more names than the environment takes ----------------------------------------
+
+#: As many as 2,500 workers have, more than 128 KiB of names.
+MANY = [f"sp.worker.{n}.{what}" for n in range(2500) for what in ("process", "notify", "line")]
+MAKE_MANY = (
+    "__import__('resource').setrlimit(7, (16000, 16000)) or {f'sp.worker.{n}.{what}':"
+    " os.memfd_create(f'sp.worker.{n}.{what}')"
+    " for n in range(2500) for what in ('process', 'notify', 'line')}"
+)
+needs_many = pytest.mark.skipif(
+    resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 16000,
+    reason="NOT CHECKED: several thousand descriptors, for want of a higher limit",
+)
+
+
+@needs_many
+@pytest.mark.parametrize("leave", ["door.leave(files)", "door.left_in_place(files)"])
+def test_thousands_of_names_go_through(leave: str) -> None:
+    seen = shown(leave, MAKE_MANY)
+
+    assert seen["found"] == memfd(*MANY)
+    assert seen["inherits"] == []
+    assert seen["left"] == []
+    assert seen["open"] == sorted(memfd(*MANY).values())  # the list itself is closed
+
+
+@needs_many
+def test_a_gap_among_thousands_is_nobodys() -> None:
+    holed = f"(lambda files: (os.close(files.pop('sp.worker.0.line')), files)[1])({MAKE_MANY})"
+    seen = shown("door.left_in_place(files)", holed)
+
+    assert seen["found"] == memfd(*(name for name in MANY if name != "sp.worker.0.line"))
+
+
+@needs_many
+def test_thousands_of_names_go_through_the_guard() -> None:
+    """It gets them at the door, and leaves them at the door for the protector."""
+    through = (sys.executable, "-I", "-S", guard.__file__)
+    # A protector that ends before it has accepted is the end of the guard.
+    seen = shown("door.leave(files)", MAKE_MANY, *through, status=guard.FAILED)
+
+    found = seen["found"]
+    assert isinstance(found, dict)
+    assert found.pop(door.GUARD).startswith("socket:")
+    assert found == memfd(*MANY)
+    assert seen["inherits"] == []
+
+
+def test_thousands_of_names_left_and_not_executed_leave_nothing(
+    files: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(door, "NAMES_BYTES", 10)
+    before = os.listdir("/proc/self/fd")
+
+    with door.left_in_place(files) as variables:
+        assert variables["LISTEN_FDNAMES"].startswith(door.NAMES)
+        assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_guard_and_the_door_agree() -> None:
+    ours = (door.NAMES, door.NAMES_BYTES, door.NOBODY, door.GUARD, door.PID_FILE)
+    theirs = (guard.NAMES, guard.NAMES_BYTES, guard.NOBODY, guard.LINE, guard.PID_FILE)
+    assert ours == theirs
 
 
 def test_names_are_grouped_by_what_they_are_about() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from socketprotector_client import wire
+
 from .events import Deadline, Retire, Sign, Signal, Wait
 from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 from .settings import Identity
@@ -26,6 +28,24 @@ class Program:
     nice: int
     identity: Identity | None = None  # the user to run as, if not ours
     batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What workers have counted of their connections."""
+
+    accepted: int = 0
+    active: int = 0
+    errors: int = 0
+    waits: tuple[int, ...] = (0,) * wire.BOARD_WAIT_WORDS  # see docs/protocol.md
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.accepted + other.accepted,
+            self.active + other.active,
+            self.errors + other.errors,
+            tuple(one + another for one, another in zip(self.waits, other.waits, strict=True)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,11 @@ class OpenConnections:
     def __len__(self) -> int:
         if self._detached:
             self._drop_closed()
+        return self.known
+
+    @property
+    def known(self) -> int:
+        """How many there are as far as is known, without asking the system."""
         return len(self._open) + len(self._detached)
 
     @property

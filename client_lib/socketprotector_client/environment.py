@@ -11,7 +11,7 @@ import os
 import socket
 import stat
 from dataclasses import dataclass
-from typing import Mapping, Optional
+from typing import Mapping, Optional, Tuple
 
 from . import wire
 from .errors import ProtocolError
@@ -28,6 +28,9 @@ class Environment:
     listeners: tuple[str, ...]
     generation: int
     worker: int
+    #: The scoreboard's descriptor, -1 without one, and where in it this worker's record is.
+    board_fd: int = -1
+    board_offset: int = 0
 
 
 def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
@@ -40,8 +43,8 @@ def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
     channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
     return_fd = _number(environ, wire.ENV_RETURN, -1)
     _check_channel(channel_fd)
-    scoreboard_fd = environ.get(wire.ENV_SCOREBOARD, "").partition(":")[0]
-    for fd in (channel_fd, return_fd, int(scoreboard_fd) if scoreboard_fd.isdigit() else -1):
+    board_fd, board_offset = _board(environ.get(wire.ENV_SCOREBOARD, ""))
+    for fd in (channel_fd, return_fd, board_fd):
         if fd >= 0:
             os.set_inheritable(fd, False)
     return Environment(
@@ -50,6 +53,8 @@ def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
         listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
         generation=_number(environ, wire.ENV_GENERATION, 0),
         worker=_number(environ, wire.ENV_WORKER, 0),
+        board_fd=board_fd,
+        board_offset=board_offset,
     )
 
 
@@ -60,6 +65,12 @@ def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdecimal():
         raise ProtocolError(f"cannot use {name}={text!r}: it is not a number")
     return int(text)
+
+
+def _board(text: str) -> Tuple[int, int]:
+    # Nothing that a worker could not do without: what is no scoreboard is none.
+    fd, _, offset = text.partition(":")
+    return (int(fd), int(offset)) if fd.isdecimal() and offset.isdecimal() else (-1, 0)
 
 
 def _check_channel(fd: int) -> None:

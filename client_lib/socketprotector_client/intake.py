@@ -21,6 +21,7 @@ from .connection import Connection, OpenConnections
 from .descriptors import Spare, default_limit
 from .drain import Drain
 from .errors import Drained
+from .scoreboard import Scoreboard
 from .source import Source
 from .waiting import WaitSet
 
@@ -43,13 +44,17 @@ class Intake:
         drain: Drain,
         limit: Optional[int],
         names: dict[int, str],
+        board: Scoreboard,
         waiting: Optional[WaitSet] = None,
     ) -> None:
         """Take ownership of source.  At most limit connections are open at once.
 
         names: is told the listener of each connection, by descriptor.
+        board: counts them.
         """
-        self.open = OpenConnections(self._look_again)
+        self.open = OpenConnections(self._changed)
+        self._board = board
+        board.follow(self.open)
         self.source = source
         #: Called in a forked child after the descriptor stands for another epoll.
         self.on_renewal: Optional[Callable[[], None]] = None
@@ -103,6 +108,10 @@ class Intake:
             raise Drained
         finally:
             self._turn.release()
+
+    def failed(self) -> None:
+        """A handler of one of these connections has raised."""
+        self._board.failed()
 
     def ask_to_stop(self) -> None:
         """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
@@ -197,6 +206,7 @@ class Intake:
         if connection is not None:
             self._names[connection.fileno()] = connection.listener
             self.open.add(connection)
+            self._board.took(connection.fileno(), connection.accepted_at_ns)
             if len(self.open) >= self._limit:
                 self._pause()
         return connection
@@ -225,6 +235,10 @@ class Intake:
             self._set.add(self._fds)
             if self._ended:  # in the meantime, by another thread
                 self._set.remove(self._fds)
+
+    def _changed(self) -> None:
+        self._board.count_open()
+        self._look_again()
 
     def _look_again(self) -> None:
         """See what follows from the number of open connections, in any thread."""

@@ -147,6 +147,7 @@ class _Pool:
         try:
             self._handler(connection, connection.peer)
         except Exception:
+            self._intake.failed()
             _log.exception("handler failed for a client of %s", connection.listener)
         finally:
             connection.close()

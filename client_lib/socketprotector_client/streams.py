@@ -121,6 +121,7 @@ class _Service:
         try:
             await self._handler(reader, writer)
         except Exception:
+            self._intake.failed()
             _log.exception("handler failed for a client of %s", listener)
         finally:
             writer.close()

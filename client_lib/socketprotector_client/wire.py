@@ -30,6 +30,19 @@ ENV_WORKER = "SOCKETPROTECTOR_WORKER"
 ENV_SCOREBOARD = "SOCKETPROTECTOR_SCOREBOARD"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
+#: A worker's place in the scoreboard: so many 8-byte words in the machine's own byte order.
+BOARD_WORDS = 1024
+BOARD_BYTES = 8 * BOARD_WORDS
+#: What the first word says of the others.
+BOARD_UNKNOWN = 0  # nobody writes here, or others do who cannot be counted
+BOARD_COUNTED = 1
+#: The words: connections taken; open now; handlers that raised.
+BOARD_STATE, BOARD_ACCEPTED, BOARD_ACTIVE, BOARD_ERRORS = range(4)
+#: How long each waited from accept to being taken: word n counts those below 2^n us.
+BOARD_WAITS, BOARD_WAIT_WORDS = 16, 32
+#: By descriptor number: CLOCK_MONOTONIC ns at accept of the connection that has it, or had it.
+BOARD_ACCEPTED_AT, BOARD_DESCRIPTORS = 64, BOARD_WORDS - 64
+
 #: Said together with READY=1 by a worker that leaves when its RETURN line ends.
 #: A worker that never says so is asked to leave by SIGTERM instead.
 RETIRES_ON_RETURN = "X_SOCKETPROTECTOR_RETIRE=1"

@@ -19,8 +19,10 @@ from .channel import Channel
 from .drain import Drain
 from .environment import read_environment
 from .intake import Intake
+from .scoreboard import Scoreboard
 from .sd_notify import notify
 from .source import ChannelSource, ListenSource, Source
+from .watchdog import Watchdog, interval_s
 
 #: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.
 DEFAULT_BACKLOG = 4096
@@ -37,6 +39,11 @@ class Worker:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         environment = read_environment(environ)
+        self._board = Scoreboard(
+            environment.board_fd if environment else -1,
+            environment.board_offset if environment else 0,
+        )
+        self._watchdog_s = interval_s(environ) if environment else 0.0
         self.channel: Optional[Channel] = None
         self._return_line: Optional[socket.socket] = None
         if environment is not None:
@@ -77,9 +84,12 @@ class Worker:
             raise ValueError(
                 "cannot tell where to listen: there is no protector and no address was given"
             )
-        intake = Intake(source, self.drain, limit, self.listener_by_fd)
+        intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
             intake.obey(self._return_line.fileno(), self._reader_of_return_line(intake))
+        if self._watchdog_s:
+            watchdog = Watchdog(self._watchdog_s)
+            intake.obey(watchdog.fileno(), watchdog.answer)
         return intake
 
     def ready(self, *, retires: bool = True) -> None:

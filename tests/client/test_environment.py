@@ -44,6 +44,8 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
         listeners=("tcp:0.0.0.0:80", "unix:/run/a b", "-"),
         generation=7,
         worker=3,
+        board_fd=fds[2],
+        board_offset=4096,
     )
     assert [os.get_inheritable(fd) for fd in fds] == [False] * 3
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 from socketprotector_client.drain import Drain
 from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.source import ListenSource
 from socketprotector_client.waiting import WaitSet
 
@@ -41,7 +42,7 @@ def test_a_connection_that_ends_while_the_limit_is_being_reached_is_noticed(
 ) -> None:
     taken: list[socket.socket] = []
     waiting = Interrupted(lambda: taken.pop().close(), before=before)
-    intake = Intake(source, Drain(()), 2, {}, waiting)
+    intake = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0), waiting)
     with (
         socket.create_connection(source.sockname),
         socket.create_connection(source.sockname),

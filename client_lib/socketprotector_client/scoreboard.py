@@ -1,0 +1,96 @@
+"""What this worker counts, where the protector can read it: plain stores, no system call.
+
+The protector reads whenever it likes, also after our death.  So each value is one aligned
+8-byte store, which is never seen half written.
+
+Rule: counts what it is told of, and never fails: without a scoreboard nothing is written.
+
+Source: docs/protocol.md, section "Scoreboard".
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from typing import Optional, Tuple
+
+from . import forking, wire
+from .connection import OpenConnections
+
+_LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
+
+
+class Scoreboard:
+    """One worker's record.  Several threads may write."""
+
+    def __init__(self, fd: int, offset: int) -> None:
+        """Map the record; takes ownership of fd.  Where that fails nothing is counted.
+
+        fd: -1 for none.
+        """
+        self._words = _map(fd, offset)
+        self._parents: Optional[memoryview] = None
+        self._lock = threading.Lock()
+        # A tuple, because finalizers read it.
+        self._open: Tuple[OpenConnections, ...] = ()
+        if self._words is not None:
+            self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
+            forking.register(self)
+
+    def took(self, fd: int, accepted_at_ns: int) -> None:
+        """Count a connection that was taken."""
+        words = self._words
+        if words is None:
+            if self._parents is not None:  # a forked child takes too: the count is not whole
+                self._parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
+            return
+        wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
+        with self._lock:
+            words[wire.BOARD_ACCEPTED] += 1
+            words[wire.BOARD_WAITS + min(max(wait_us, 0).bit_length(), _LAST_WAIT)] += 1
+        if fd < wire.BOARD_DESCRIPTORS:
+            words[wire.BOARD_ACCEPTED_AT + fd] = accepted_at_ns
+        self.count_open()
+
+    def follow(self, connections: OpenConnections) -> None:
+        """Count these among the open ones, until the last of them is closed."""
+        self._open = (*(each for each in self._open if each.known), connections)
+
+    def count_open(self) -> None:
+        """Write down how many connections are open now.  Also fit for a finalizer."""
+        words = self._words
+        written = -1
+        # Without a lock, which a finalizer could find held by its own thread: whoever
+        # stores last has seen the last change.
+        while words is not None and written != (now := sum(each.known for each in self._open)):
+            words[wire.BOARD_ACTIVE] = written = now
+
+    def failed(self) -> None:
+        """Count a handler that raised."""
+        with self._lock:
+            if self._words is not None:
+                self._words[wire.BOARD_ERRORS] += 1
+
+    def after_fork_in_child(self) -> None:
+        # It would write over what its parent counts.
+        self._lock = threading.Lock()
+        self._words, self._parents = None, self._parents or self._words
+
+
+def _map(fd: int, offset: int) -> Optional[memoryview]:
+    """Return the record as unsigned 8-byte words.
+
+    (struct.pack_into would do, but stores byte by byte.)
+    """
+    if fd < 0:
+        return None
+    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        shared = mmap.mmap(fd, offset - start + wire.BOARD_BYTES, offset=start)
+    except (OSError, ValueError):
+        return None  # another protector's idea of a scoreboard, or no memory
+    finally:
+        os.close(fd)  # the mapping stays
+    return memoryview(shared)[offset - start :].cast("Q")

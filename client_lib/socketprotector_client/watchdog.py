@@ -1,0 +1,59 @@
+"""Tell the protector again and again that this worker's loop turns.
+
+A thread only knocks, on a descriptor that the serving loop waits for like for everything
+else; the loop answers, so one that is blocked falls silent.  As long as no loop
+has ever answered nothing is said, and who never spoke is not waited for.
+
+Source: man 3 sd_watchdog_enabled.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from typing import Mapping
+
+from .sd_notify import notify
+
+
+def interval_s(environ: Mapping[str, str]) -> float:
+    """Return how often to speak: half of what is allowed; 0 where nobody listens."""
+    usec = environ.get("WATCHDOG_USEC", "")
+    pid = environ.get("WATCHDOG_PID", "") or str(os.getpid())
+    if not usec.isdecimal() or pid != str(os.getpid()):
+        return 0.0
+    return int(usec) / 2_000_000
+
+
+class Watchdog:
+    """Knocks every interval, for the life of the process."""
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._pid = os.getpid()
+        self._inner, self._outer = socket.socketpair()
+        self._inner.setblocking(False)
+        self._outer.setblocking(False)
+        threading.Thread(target=self._knock, name="watchdog", daemon=True).start()
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable when `answer` is to be called."""
+        return self._inner.fileno()
+
+    def answer(self) -> None:
+        try:
+            self._inner.recv(64)
+        except BlockingIOError:
+            return  # another thread was first
+        if os.getpid() == self._pid:  # a forked child shares the descriptor, not the thread
+            notify("WATCHDOG=1")
+
+    def _knock(self) -> None:
+        while True:
+            time.sleep(self._every_s)
+            try:
+                self._outer.send(b"\0")
+            except BlockingIOError:
+                pass  # nobody has answered for long

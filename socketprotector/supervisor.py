@@ -43,8 +43,11 @@ _SIGNALS = (
     signal.SIGTTOU,
 )
 
-#: How soon to look again whether the service manager has taken in what it was told.
+#: How soon to look again whether who keeps descriptors has taken in what it was told, and
+#: how long an upgrade waits for that: far longer than it takes one that reads at all.
 _AGAIN_S = 0.05
+_BEHIND_S = 10.0
+_NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind"
 
 
 class Supervisor:
@@ -80,6 +83,7 @@ class Supervisor:
         self._heritage = heritage
         self._upgrade = upgrade
         self._handing_over = False
+        self._give_up_at: float | None = None  # on the upgrade that waits
         self._effects = effects(self.post, self._save)
         # Ignored by the caller, it would have the kernel throw away how workers ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -150,22 +154,48 @@ class Supervisor:
 
     def _begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""
-        if self._heritage.write(self._effects, self._fleet):
+        if self._give_up_at is not None:
+            self._log.write("info", "upgrade-under-way")
+        elif self._heritage.write(self._effects, self._fleet):
             self._upgrade.begin(self._heritage.descriptors(self._effects), self._hand_over)
+        else:
+            self._upgrade.failed(_NOT_KEPT)
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
-        if not self._heritage.told:  # it is behind: the upgrade waits for it
-            self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
+        if not self._heritage.told:
+            self._hand_over_later()
             return
+        self._give_up_at = None
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
         # Those whose handler has run are known to this program alone.
         self._loop.take_signals()
-        if not self._effects.exiting and self._heritage.write(self._effects, self._fleet):
+        if self._effects.exiting:
+            pass  # nothing is left to go on with
+        elif self._heritage.write(self._effects, self._fleet):
             self._upgrade.execute(self._heritage.descriptors(self._effects))
+        else:
+            self._upgrade.failed(_NOT_KEPT)
         self._handing_over = False
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _hand_over_later(self) -> None:
+        """Let who keeps the descriptors read on first, but not for ever."""
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + _BEHIND_S
+            self._log.write(
+                "warning", "upgrade-waits", hint="who keeps the descriptors has to read on first"
+            )
+        elif now >= self._give_up_at:
+            self._give_up_at = None
+            self._upgrade.failed(
+                f"who keeps the descriptors has not read on for {_BEHIND_S:g} s: "
+                "the service manager or the guard hangs"
+            )
+            return
+        self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
 
     def _signalled(self, number: int) -> None:
         self._log.write("info", "signal", signal=signal.Signals(number).name)

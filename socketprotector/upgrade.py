@@ -54,7 +54,7 @@ class Upgrade:
             opened.append(said)
             self._probe = self._spawn(descriptors, send, said)
         except OSError as error:  # out of descriptors, too: then the old program goes on
-            self._failed(f"{error.filename or self._command[0]}: {error.strerror}")
+            self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
             for fd in opened:
                 os.close(fd)
             return
@@ -77,7 +77,7 @@ class Upgrade:
                 return
             lines = last.decode("utf-8", "replace").strip().splitlines()
             why = words.escape(lines[-1]) if lines else "it said nothing"
-            self._failed(f"the new program {result[1] if result else 'hangs'}: {why}")
+            self.failed(f"the new program {result[1] if result else 'hangs'}: {why}")
 
         self._loop.watch(probe.pidfd, ended)
         self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)
@@ -102,7 +102,8 @@ class Upgrade:
         places = dict(enumerate(given.values(), door.FIRST))
         return spawn(program, door.names(given), {1: said, 2: said, **places})
 
-    def _failed(self, reason: str) -> None:
+    def failed(self, reason: str) -> None:
+        """Say that the old program goes on, and why."""
         self._log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
@@ -119,7 +120,7 @@ class Upgrade:
             ):
                 os.execve(self._command[0], self._command, {**os.environ, **variables})
         except OSError as error:
-            self._failed(f"{self._command[0]}: {error.strerror}")
+            self.failed(f"{self._command[0]}: {error.strerror}")
 
 
 def _need_descriptors() -> None:

@@ -22,6 +22,8 @@ import pytest
 
 from socketprotector.notify import Outbox, Systemd, parse
 from tests.running import COMMAND, DEADLINE_S, ROOT, WORKERS, Protector, ask, exchange, wait_gone
+from tests.scenarios.adopting import Installation
+from tests.scenarios.tools import Gate
 
 UNITS = ROOT / "init.d"
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
@@ -312,6 +314,52 @@ def test_a_stop_does_not_wait_for_a_full_notify_socket(
     manager.wait_for("READY")
     manager.fill()
 
+    daemon.stop()
+
+
+@pytest.mark.parametrize("reads_on", [True, False])
+def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
+    manager: Manager, installation: Installation, tmp_path: Path, reads_on: bool
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    if not reads_on:
+        installation.change("one", "supervisor", r"_BEHIND_S = .*", "_BEHIND_S = 0.5")
+    installation.environment = {**installation.environment, "NOTIFY_SOCKET": manager.address}
+    daemon = installation.start("127.0.0.1:0", "--", *ECHO).ready()
+    manager.wait_for("READY")
+    installation.add("two", version="2.0.0")
+    installation.script(
+        "two",
+        "if 'sp.probe' in os.environ.get('LISTEN_FDNAMES', ''):\n"
+        f"    open({str(gate.path)!r}).read()\n"
+        "from socketprotector.__main__ import main\nmain()\n",
+    )
+    installation.switch("two")
+    daemon.signal(signal.SIGUSR2)
+    daemon.log.wait_for("signal=SIGUSR2")
+    noise = manager.fill()
+    daemon.reload()  # which has to be told before the new program can go on
+
+    gate.open()
+
+    daemon.log.wait_for("event=upgrade-waits")
+    daemon.signal(signal.SIGUSR2)
+    daemon.log.wait_for("event=upgrade-under-way")
+    if reads_on:
+        for _ in range(noise):
+            manager.hear()
+        assert manager.hear()["RELOADING"] == "1"
+        assert manager.hear()["READY"] == "1"
+        assert "version=2.0.0" in daemon.log.wait_for("event=adopted")
+    else:
+        line = daemon.log.wait_for("event=upgrade-failed")
+        assert "has not read on for 0.5 s" in line
+        mark = daemon.signal(signal.SIGUSR2)
+        line = daemon.log.wait_for("event=upgrade-failed", after=mark)
+        assert "who keeps the descriptors is behind" in line
+        manager.rest()
+    assert daemon.log.count("event=upgrade-waits") == 1
+    assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
     daemon.stop()
 
 

@@ -187,6 +187,9 @@ class Upgrade:
     def begin(self, descriptors: dict[str, int], ready: Callable[[], None]) -> None:
         ready()
 
+    def failed(self, reason: str) -> None:
+        pass
+
     def execute(self, descriptors: dict[str, int]) -> None:
         self._kernel.dead = True
         raise Executed(descriptors)

@@ -151,6 +151,10 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
         if error.filename == path and os.path.exists(path):
             error.strerror = "the interpreter in its first line is missing"
         raise
+    except BlockingIOError as error:
+        # EAGAIN, "resource temporarily unavailable", does not tell which one.
+        error.strerror = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+        raise
     finally:
         for which, pair in kept.items():
             resource.setrlimit(which, pair)

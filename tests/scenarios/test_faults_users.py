@@ -1,0 +1,138 @@
+"""What belongs to a user: as many processes as that user may have, and whom one may signal."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector, ask
+from tests.scenarios.test_run_scarce import watch_for_spinning, worker_for_nobody
+from tests.scenarios.tools import Client, pid_in, spawned, worker
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user")
+needs_setpriv = pytest.mark.skipif(
+    shutil.which("setpriv") is None or shutil.which("prlimit") is None,
+    reason="NEEDS setpriv(1) and prlimit(1)",
+)
+
+
+def users_with_processes() -> set[int]:
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            found.add(process.stat().st_uid)
+        except FileNotFoundError:
+            continue
+    return found
+
+
+@pytest.fixture
+def lone_users() -> Iterator[list[str]]:
+    """Two users without a process, which no other test takes: RLIMIT_NPROC counts all of one's."""
+    with ExitStack() as stack:
+        names: list[str] = []
+        for entry in pwd.getpwall():
+            if entry.pw_uid in users_with_processes() or entry.pw_name in ("games", "nobody"):
+                continue  # other tests become those
+            claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+            try:
+                claim.bind(f"\0socketprotector-test-user-{entry.pw_uid}")
+            except OSError:
+                continue
+            names.append(entry.pw_name)
+            if len(names) == 2:
+                yield names
+                return
+    pytest.skip("NEEDS two users without any process")
+
+
+@contextmanager
+def busy(user: str) -> Iterator[None]:
+    """Give a user more processes than the limits here allow; the test's own limit is another."""
+    with ExitStack() as stack:
+        for _ in range(4):
+            process = subprocess.Popen(["cat"], stdin=subprocess.PIPE, user=user)
+            stack.enter_context(process)  # which closes its stdin and waits
+        yield
+
+
+@needs_setpriv
+@pytest.mark.parametrize("kind", ["user", "worker-user"])
+def test_without_processes_a_reload_fails_a_respawn_backs_off_and_both_recover(
+    kind: str, lone_users: list[str], marked_environment: dict[str, str]
+) -> None:
+    own, other = lone_users
+    users = ("--user", own, *(("--worker-user", other) if kind == "worker-user" else ()))
+    daemon = Protector(
+        [*users, "--chdir", "/", "127.0.0.1:0", "--", *worker_for_nobody()],
+        marked_environment,
+        through=("prlimit", "--nproc=3"),
+    )
+    try:
+        daemon.ready()
+        (first,) = spawned(daemon)
+        with busy(other if kind == "worker-user" else own):
+            mark = daemon.signal(signal.SIGHUP)
+            daemon.log.wait_for("event=reload-failed .*RLIMIT_NPROC", after=mark)
+            assert ask(("127.0.0.1", daemon.port)).startswith(f"[{first}]")
+
+            os.kill(first, signal.SIGKILL)
+            daemon.log.wait_for("event=exited .*RLIMIT_NPROC", after=mark)
+            client = Client(("127.0.0.1", daemon.port), "waits")
+            watch_for_spinning(daemon.pid, 3, daemon)
+            assert spawned(daemon) == [first]
+
+        assert client.hear().startswith(f"[{spawned(daemon)[-1]}] waits")
+        client.close()
+        daemon.reload()
+        daemon.stop()
+    finally:
+        daemon.end()
+        print(daemon.log.text())
+
+
+WITHOUT_CAP_KILL = ("setpriv", "--bounding-set", "-kill")
+
+
+@needs_setpriv
+def test_a_worker_that_may_not_be_signalled_is_told_of_and_waited_for(
+    marked_environment: dict[str, str],
+) -> None:
+    """It has become another user's, and we are no root to whom that is the same."""
+    limits = ("--drain-timeout", "0.1s", "--kill-timeout", "0.1s", "--stop-timeout", "0.1s")
+    daemon = Protector(
+        [*limits, "127.0.0.1:0", "--", *worker("drops_root")],
+        marked_environment,
+        through=WITHOUT_CAP_KILL,
+    )
+    try:
+        daemon.ready()
+        (first,) = spawned(daemon)
+        with Client(("127.0.0.1", daemon.port)) as held:
+            assert pid_in(held.ask()) == first
+            mark = daemon.signal(signal.SIGHUP)
+            for sign in ("TERM", "KILL"):
+                said = f"event=cannot-signal worker=1 pid={first} signal={sign} .*not permitted"
+                daemon.log.wait_for(said, after=mark)
+            assert pid_in(ask(("127.0.0.1", daemon.port))) != first
+            assert pid_in(held.ask()) == first  # it could not be ended
+        daemon.log.wait_for("event=exited generation=1", after=mark)
+
+        with Client(("127.0.0.1", daemon.port)) as held:
+            held.ask()
+            mark = daemon.signal(signal.SIGTERM)
+            daemon.log.wait_for("event=cannot-signal worker=2 .*signal=KILL", after=mark)
+            assert daemon.process.poll() is None  # gone is who was seen to end
+        assert daemon.wait() == 0
+    finally:
+        daemon.end()
+        print(daemon.log.text())

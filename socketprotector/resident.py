@@ -28,7 +28,7 @@ from .loop import Loop
 from .notify import Outbox, Store, Systemd, parse
 from .output import Output
 from .records import Snapshot
-from .settings import Settings, load
+from .settings import Settings, SettingsError, load
 from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
@@ -57,7 +57,7 @@ def _probe(descriptors: dict[str, int]) -> int:
     try:
         _settings(descriptors[door.SETTINGS])
         heritage.read(descriptors[door.STATE])
-    except (StateError, ValueError, TypeError, KeyError) as error:
+    except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
     os.write(descriptors[door.PROBE], f"ok {__version__}\n".encode())
@@ -70,7 +70,11 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: how to execute this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
-    settings = _settings(descriptors[door.SETTINGS])
+    try:
+        settings = _settings(descriptors[door.SETTINGS])
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return SystemRefused.status
     _name_process()
     resident = _Resident(settings, descriptors, command)
     try:

@@ -2,19 +2,32 @@
 
 Pure.  The launching process makes it; the resident process reads it back from a
 memfd (`dump` and `load` are the two sides).  Units are in the names.
+
+A newer program reads what an older one wrote: what it does not find takes its default.  The
+other way round is refused in words, or an option would be dropped without a word.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from .fleet import Policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
+    Kind = TypeVar("Kind")
+
+#: Grows when an older program could not make sense of what is written.  1 had no number.
+FORMAT = 2
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,26 +94,57 @@ class Settings:
 
 def dump(settings: Settings) -> bytes:
     """Return settings as bytes that `load` reads back."""
-    return json.dumps(asdict(settings)).encode()
+    return json.dumps({"format": FORMAT, **asdict(settings)}).encode()
 
 
 def load(data: bytes) -> Settings:
-    """Return the settings `dump` wrote.  Raises ValueError or TypeError for anything else."""
-    values = json.loads(data)
-    return Settings(
-        **{
-            **values,
-            "command": tuple(values["command"]),
-            "listeners": tuple(ListenerSettings(**each) for each in values["listeners"]),
-            "policy": Policy(**values["policy"]),
-            "identity": _identity(values["identity"]),
-            "worker_identity": _identity(values["worker_identity"]),
-            "limits": tuple((name, value) for name, value in values["limits"]),
-            "environment": tuple((name, value) for name, value in values["environment"]),
-            "notices": tuple(values["notices"]),
-        }
-    )
+    """Return the settings `dump` wrote, here or in an older program.
+
+    Raises SettingsError for a newer program's, and for anything else.
+    """
+    try:
+        values = json.loads(data)
+        form = values.pop("format", 1)
+        if form > FORMAT:
+            raise SettingsError(
+                f"the settings are a newer program's (format {form}, this one knows up to "
+                f"{FORMAT}): start that one, or stop and start afresh"
+            )
+        return _read(
+            Settings,
+            values,
+            command=tuple,
+            listeners=lambda found: tuple(_read(ListenerSettings, each) for each in found),
+            policy=lambda found: _read(Policy, found),
+            identity=_identity,
+            worker_identity=_identity,
+            limits=_pairs,
+            environment=_pairs,
+            notices=tuple,
+        )
+    except SettingsError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f"the settings cannot be read: {error!r}") from error
+
+
+def _read(kind: type[Kind], values: dict[str, Any], **parts: Callable[[Any], Any]) -> Kind:
+    unknown = values.keys() - {each.name for each in fields(kind)}  # type: ignore[arg-type]
+    if unknown:
+        raise SettingsError(
+            f"the settings are a newer program's (this one does not know "
+            f"{', '.join(sorted(unknown))}): start that one, or stop and start afresh"
+        )
+    return kind(**{name: parts.get(name, _same)(value) for name, value in values.items()})
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _pairs(values: list[list[Any]]) -> tuple[tuple[Any, Any], ...]:
+    return tuple((name, value) for name, value in values)
 
 
 def _identity(values: dict[str, Any] | None) -> Identity | None:
-    return Identity(**{**values, "groups": tuple(values["groups"])}) if values else None
+    return _read(Identity, values, groups=tuple) if values else None

@@ -340,6 +340,30 @@ def test_a_state_it_cannot_read_is_refused_and_the_workers_finish(service: Servi
     third.stop()
 
 
+def test_settings_of_a_newer_program_are_refused_in_words(service: Service) -> None:
+    words = ("127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    service.wait_for("READY")
+    wait_stored(service, OWN | of_generation(1, 1))
+    service.kill()
+    settings = os.pread(service.store["sp.settings"], 1 << 20, 0)
+    newer = settings.replace(b'{"format": 2', b'{"format": 3')
+    os.pwrite(service.store["sp.settings"], newer, 0)
+
+    second = service.start(*words)
+
+    assert second.wait() == 111
+    assert second.log.text() == (
+        "the settings are a newer program's (format 3, this one knows up to 2): "
+        "start that one, or stop and start afresh"
+    )
+    os.pwrite(service.store["sp.settings"], settings, 0)
+    third = service.start(*words)  # nothing has been touched
+    service.wait_for("READY")
+    assert pid_in(ask(("127.0.0.1", first.port))) == spawned(first)[0]
+    third.stop()
+
+
 def test_nothing_is_left_open_that_was_stored_and_not_known(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     service.start(*words).ready()

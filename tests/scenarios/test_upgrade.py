@@ -142,7 +142,12 @@ def older_state(installation: Installation) -> str:
 
 def other_settings(installation: Installation) -> str:
     installation.change("two", "settings", r"    workers: int = 1\n", "")
-    return "workers"
+    return r"a newer program's \(this one does not know workers\)"
+
+
+def older_settings_format(installation: Installation) -> str:
+    installation.change("two", "settings", r"FORMAT = 2", "FORMAT = 1")
+    return r"the settings are a newer program's \(format 2, this one knows up to 1\)"
 
 
 def another_program(installation: Installation) -> str:
@@ -174,6 +179,7 @@ def nothing(installation: Installation) -> str:
         exception_at_import,
         older_state,
         other_settings,
+        older_settings_format,
         another_program,
         silent,
         crash,

@@ -1,0 +1,102 @@
+"""The settings on their way to the resident process, and to the next program."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from socketprotector.fleet import Policy
+from socketprotector.settings import (
+    FORMAT,
+    Identity,
+    ListenerSettings,
+    Settings,
+    SettingsError,
+    dump,
+    load,
+)
+
+#: What a name of a file or a variable can be: bytes that are no UTF-8 too.
+texts = st.text(
+    st.one_of(st.characters(), st.characters(min_codepoint=0xDC80, max_codepoint=0xDCFF)),
+    max_size=8,
+)
+numbers = st.floats(allow_nan=False)
+identities = st.builds(Identity, user=texts, groups=st.lists(st.integers()).map(tuple))
+whole = st.builds(
+    Settings,
+    name=texts,
+    command=st.lists(texts).map(tuple),
+    directory=texts,
+    listeners=st.lists(
+        st.builds(ListenerSettings, address=texts, device=st.integers(), foreign=st.booleans())
+    ).map(tuple),
+    policy=st.builds(Policy, settle_s=numbers, start_tries=st.integers(), stop_first=st.booleans()),
+    workers=st.integers(),
+    ready_after_s=st.none() | numbers,
+    identity=st.none() | identities,
+    worker_identity=st.none() | identities,
+    limits=st.lists(st.tuples(texts, st.integers())).map(tuple),
+    environment=st.lists(st.tuples(texts, texts)).map(tuple),
+    env_file=st.none() | texts,
+    log_file=st.none() | texts,
+    guarded=st.booleans(),
+    secret=texts,
+    notices=st.lists(texts).map(tuple),
+)
+PLAIN = Settings(name="web", command=("./web",), directory="/srv")
+
+
+@examples(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(whole)
+def test_settings_come_back_as_they_were(settings: Settings) -> None:
+    assert load(dump(settings)) == settings
+
+
+def changed(**values: object) -> bytes:
+    """Plain settings as bytes, with some of what is in them replaced."""
+    return json.dumps({**json.loads(dump(PLAIN)), **values}).encode()
+
+
+def test_what_an_older_program_did_not_know_takes_its_default() -> None:
+    older = {"name": "web", "command": ["./web"], "directory": "/srv", "policy": {"settle_s": 3.0}}
+
+    read = load(json.dumps(older).encode())  # of the first format, which had no number
+
+    assert read == Settings(
+        name="web", command=("./web",), directory="/srv", policy=Policy(settle_s=3.0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (
+            changed(format=FORMAT + 1, anything=1),
+            f"the settings are a newer program's (format {FORMAT + 1}, this one knows up to "
+            f"{FORMAT}): start that one, or stop and start afresh",
+        ),
+        (
+            changed(teapot=1, beside={}),
+            "the settings are a newer program's (this one does not know beside, teapot): "
+            "start that one, or stop and start afresh",
+        ),
+        (changed(policy={"teapot_s": 1.0}), "does not know teapot_s"),
+        (changed(listeners=[{"address": "tcp:h:1", "teapot": 1}]), "does not know teapot"),
+        (changed(format="x"), "the settings cannot be read: TypeError"),
+        (changed(listeners=7), "the settings cannot be read: TypeError"),
+        (b"{}", "the settings cannot be read: TypeError"),
+        (b"[]", "the settings cannot be read: "),
+        (b"", "the settings cannot be read: JSONDecodeError"),
+        (b"\xff", "the settings cannot be read: UnicodeDecodeError"),
+    ],
+)
+def test_what_it_cannot_use_is_refused_in_words(data: bytes, why: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(data)
+
+    assert why in str(refused.value)

@@ -25,6 +25,7 @@ from .events import (
     Drain,
     Event,
     Exit,
+    Hold,
     News,
     Open,
     OpenFailed,
@@ -148,6 +149,8 @@ class Effects:
                 self._released[number] = generation
                 self._loop.unwatch(generation.channel.read.fileno())
                 self._forwarder.release(generation.channel)
+            case Hold(on):
+                self._forwarder.hold(on)
             case CloseListeners(quick):
                 self._forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):

@@ -22,6 +22,7 @@ class Wait(Enum):
     WORKER_RETIRE = "worker-retire"  # worker: was asked to leave
     WORKER_KILL = "worker-kill"  # worker: was told to end
     OPEN = "open"  # fleet: back-off before the next generation is over
+    HOLD = "hold"  # fleet: accepting again
     STOP = "stop"  # fleet: graceful stop takes too long
 
 
@@ -55,9 +56,46 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class ScaleRequested:
-    """Somebody wants so many workers more (or fewer)."""
+    """Somebody wants so many workers more (or fewer); with `to`, so many in all."""
 
-    change: int
+    change: int = 0
+    to: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HoldRequested:
+    """Somebody wants nothing accepted, and nothing refused, for so long."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class HoldReleased:
+    """Somebody wants no hold any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenewRequested:
+    """Somebody wants the serving generation replaced by one of the same program."""
+
+
+@dataclass(frozen=True, slots=True)
+class KillRequested:
+    """Somebody wants no end waited for of a generation that is on its way out."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceRequested:
+    """A worker is to make room for another one: it is too old or large, or was asked for.
+
+    hung: it has stopped saying WATCHDOG=1, so it can be asked for nothing.
+    """
+
+    worker: int
+    reason: str
+    hung: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +162,11 @@ Event = (
     | ReloadRequested
     | StopRequested
     | ScaleRequested
+    | HoldRequested
+    | HoldReleased
+    | RenewRequested
+    | KillRequested
+    | ReplaceRequested
     | WorkerReady
     | WorkerExited
     | OpenFailed
@@ -140,6 +183,7 @@ class Sign(Enum):
     """The signals the lifecycle sends to workers."""
 
     TERM = "TERM"
+    ABRT = "ABRT"  # to one that hangs: it may leave a core dump
     KILL = "KILL"
 
 
@@ -206,6 +250,13 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """Accept nothing from now on, or go on accepting."""
+
+    on: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CloseListeners:
     """Take no new clients; quick: close at once, else first send on what has connected."""
 
@@ -242,6 +293,10 @@ class News(Enum):
     MANY_DRAINING = "many-draining"
     REFUSED = "refused"
     EXITED = "exited"
+    REPLACING = "replacing"
+    SCALED = "scaled"
+    HELD = "held"
+    RELEASED = "released"
     BROKEN = "channel-broken"
 
 
@@ -269,6 +324,7 @@ Action = (
     | RouteTo
     | Drain
     | Release
+    | Hold
     | CloseListeners
     | StartTimer
     | CancelTimer

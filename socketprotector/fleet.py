@@ -62,6 +62,8 @@ class Worker:
     state: State = State.STARTING
     retires: bool = False  # leaves when its RETURN line ends
     quick_deaths: int = 0  # in a row, in this place
+    replaces: int = 0  # the number of the worker that leaves when this one is ready
+    hung: bool = False  # it is to leave, and cannot be asked to
 
     @property
     def alive(self) -> bool:
@@ -142,6 +144,7 @@ class Fleet:
     served: bool = False  # something has been ready once
     failed_starts: int = 0  # generations in a row that failed while nothing else served
     listeners_open: bool = True
+    held: bool = False  # nothing is accepted, because somebody wants that
     exit_status: int = 0
     exiting: bool = False
 

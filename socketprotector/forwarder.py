@@ -72,6 +72,7 @@ class Forwarder:
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
         self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
         self._full: Channel | None = None  # its write end is watched for room
+        self._holding = False  # somebody wants nothing accepted
         self._waiting = False  # for descriptors or memory
         self._wait_s = 0.0
         self._scarce_at = 0.0
@@ -89,6 +90,12 @@ class Forwarder:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
         self._route = channel
         self._unwatch_full()
+        self._stop_accepting()
+        self._go_on()
+
+    def hold(self, on: bool) -> None:
+        """Accept nothing, and refuse nothing: who connects waits in the backlog."""
+        self._holding = on
         self._stop_accepting()
         self._go_on()
 
@@ -230,7 +237,7 @@ class Forwarder:
                 self._reclaim(channel)
                 if self._open:
                     self._left_over.popleft().close()
-        if self._open and self._route is not None:
+        if self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
     def _accept_for(self, route: Channel) -> None:

@@ -23,14 +23,19 @@ from .events import (
     DeadlinePassed,
     Drain,
     Event,
+    Hold,
+    HoldReleased,
+    HoldRequested,
+    KillRequested,
     Launched,
     OpenFailed,
     Release,
     ReloadRequested,
+    RenewRequested,
+    ReplaceRequested,
     Retire,
     RouteTo,
     ScaleRequested,
-    Sign,
     Signal,
     StartTimer,
     StopRequested,
@@ -67,8 +72,18 @@ def _answer(step: Step, event: Event) -> None:
             reload.reload_requested(step)
         case StopRequested(quick):
             stop.stop_requested(step, quick)
-        case ScaleRequested(change):
-            workers.scale_requested(step, change)
+        case ScaleRequested(change, to):
+            workers.scale_requested(step, change, to)
+        case HoldRequested(seconds):
+            stop.hold_requested(step, seconds)
+        case HoldReleased():
+            stop.release_hold(step)
+        case RenewRequested():
+            reload.renew_requested(step)
+        case KillRequested(number):
+            workers.kill_requested(step, number)
+        case ReplaceRequested(number, reason, hung):
+            workers.replace_requested(step, number, reason, hung=hung)
         case WorkerReady(number, retires):
             workers.worker_ready(step, number, retires)
         case WorkerExited():
@@ -99,11 +114,11 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
         case Wait.DRAIN:
             step.end_generation(number)
         case Wait.KILL:
-            generation = step.fleet.generation(number)
-            if generation:
-                step.do(*(Signal(worker.number, Sign.KILL) for worker in generation.alive))
+            step.kill_generation(number)
         case Wait.OPEN:
             pass  # `_go_on` opens what is due
+        case Wait.HOLD:
+            stop.release_hold(step)
         case Wait.STOP:
             stop.stop_quickly(step)
         case _:
@@ -140,7 +155,8 @@ def resume(
     programs take for "at once".
     """
     route = fleet.route
-    actions: list[Action] = [RouteTo(route.number if route else None)]
+    actions: list[Action] = [Hold(True)] if fleet.held else []
+    actions += [RouteTo(route.number if route else None)]
     actions += [Drain(generation.number) for generation in fleet.all_of(Phase.DRAINING)]
     actions += undone
     if fleet.stopping:

@@ -35,6 +35,18 @@ def reload_requested(step: Step) -> None:
         step.fleet = replace(step.fleet, reload_wanted=True)
 
 
+def renew_requested(step: Step) -> None:
+    """Replace the serving generation by one of the same program, as a reload does."""
+    fleet = step.fleet
+    old = fleet.of(Phase.SERVING)
+    if old is None or fleet.stopping or fleet.incoming or fleet.to_open or fleet.reload_wanted:
+        step.do(Report(News.REFUSED, reason="one generation is being replaced, or none serves"))
+        return
+    step.do(Report(News.RELOADING))
+    step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
+    _make_room(step, old)
+
+
 def begin_if_wanted(step: Step) -> None:
     """Begin the reload that is wanted, unless one (or the first start) is in progress."""
     fleet = step.fleet
@@ -45,9 +57,15 @@ def begin_if_wanted(step: Step) -> None:
     step.do(Report(News.RELOADING))
     step.fleet = replace(step.fleet, reload_wanted=False, to_open=Next.FRESH, failed_starts=0)
     old = fleet.of(Phase.SERVING)
-    if old and fleet.policy.stop_first:
+    if old:
+        _make_room(step, old)
+
+
+def _make_room(step: Step, old: Generation) -> None:
+    """Under stop-first the one that serves ends before the next one is opened."""
+    if step.fleet.policy.stop_first:
         step.do(RouteTo(None))
-        step.drain(old.number, fleet.policy.drain_limit_s)
+        step.drain(old.number, step.fleet.policy.drain_limit_s)
 
 
 def open_if_due(step: Step) -> None:

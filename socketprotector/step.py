@@ -87,8 +87,8 @@ class Step:
         self.start(Wait.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
     def end_worker(self, worker: Worker) -> None:
-        """Send TERM to one worker; KILL follows."""
-        self.do(Signal(worker.number, Sign.TERM))
+        """Send TERM to one worker, ABRT where it hangs; KILL follows."""
+        self.do(Signal(worker.number, Sign.ABRT if worker.hung else Sign.TERM))
         self.start(Wait.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     # -- generations ---------------------------------------------------------
@@ -128,15 +128,24 @@ class Step:
         self.do(*(Signal(worker.number, Sign.TERM) for worker in generation.workers))
         self.start(Wait.KILL, number, self.fleet.policy.kill_timeout_s)
 
+    def kill_generation(self, number: int) -> None:
+        """Send KILL to what is left of a generation."""
+        generation = self.fleet.generation(number)
+        if generation:
+            self.do(*(Signal(worker.number, Sign.KILL) for worker in generation.alive))
+
     def forget_waiting(self, number: int) -> None:
         """Drop the places whose next process has not been spawned yet."""
         generation = self.fleet.generation(number)
         if generation is None:
             return
-        for worker in generation.workers:
-            if not worker.alive:
-                self.cancel(Wait.WORKER_RESPAWN, worker.number)
+        gone = [worker for worker in generation.workers if not worker.alive]
         self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
+        for worker in gone:
+            self.cancel(Wait.WORKER_RESPAWN, worker.number)
+            left = next((w for w in generation.alive if w.number == worker.replaces), None)
+            if left and left.hung and not generation.ending:
+                self.end_worker(left)  # nobody comes any more whom it could wait for
 
     # -- listeners -----------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .events import CloseListeners, Exit, News, Report, RouteTo, Wait
+from .events import CloseListeners, Exit, Hold, News, Report, RouteTo, Wait
 from .fleet import Phase, Stop
 from .step import Step
 
@@ -69,12 +69,31 @@ def stop_quickly(step: Step) -> None:
 def _call_off(step: Step, stop: Stop) -> None:
     """Give up whatever was to come."""
     step.cancel(Wait.OPEN)
+    release_hold(step)  # what waits in the backlog is to be taken
     step.fleet = replace(step.fleet, stopping=stop, reload_wanted=False, to_open=None)
     starting = step.fleet.of(Phase.STARTING)
     if starting:
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
         step.cancel(Wait.START, starting.number)
         step.end_generation(starting.number)
+
+
+def hold_requested(step: Step, seconds: float) -> None:
+    """Accept nothing for so long; asked again, from now on."""
+    if step.fleet.stopping:
+        step.do(Report(News.REFUSED, reason="no hold while stopping"))
+        return
+    if not step.fleet.held:
+        step.fleet = replace(step.fleet, held=True)
+        step.do(Hold(True), Report(News.HELD))
+    step.start(Wait.HOLD, 0, seconds)
+
+
+def release_hold(step: Step) -> None:
+    if step.fleet.held:
+        step.cancel(Wait.HOLD)
+        step.fleet = replace(step.fleet, held=False)
+        step.do(Hold(False), Report(News.RELEASED))
 
 
 def exit_if_done(step: Step) -> None:

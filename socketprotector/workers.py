@@ -19,7 +19,9 @@ def worker_ready(step: Step, number: int, retires: bool) -> None:
     if found is None or found[1].state is not State.STARTING:
         return  # said twice, or crossed our signal
     step.cancel(Wait.WORKER_START, number)
-    step.fleet = step.fleet.with_worker(replace(found[1], state=State.READY, retires=retires))
+    ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
+    step.fleet = step.fleet.with_worker(ready)
+    _take_over(step, found[1].replaces)
     generation = step.fleet.generation(found[0].number)
     if generation and generation.phase is Phase.STARTING and generation.ready:
         all_ready(step, generation.number)
@@ -33,15 +35,21 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     for wait in (Wait.WORKER_START, Wait.WORKER_RETIRE, Wait.WORKER_KILL):
         step.cancel(wait, worker.number)
     step.fleet = _without(step.fleet, generation, worker)
+    replacement = _replacement(step.fleet, worker.number)
+    if replacement:  # it stands for itself from now on
+        step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
         step.do(Report(News.EXITED, generation.number, event.reason))
-        _respawn(step, generation.number, worker, event.served_s)
+        if replacement is None:
+            _respawn(step, generation.number, worker, event.served_s)
     elif event.waiting and _nobody_else_serves(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase is Phase.STARTING:
         abandon(step, generation.number, event.reason, retry=not event.detached)
     elif generation.phase is Phase.SETTLING:
         roll_back(step, generation.number, event.reason)
+    else:
+        _take_over(step, worker.replaces)  # nobody else is to come: it only has to go
 
 
 def _without(fleet: Fleet, generation: Generation, worker: Worker) -> Fleet:
@@ -64,7 +72,7 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
     if generation is None:
         return
     deaths = 0 if served_s >= PROVEN_S else dead.quick_deaths + 1
-    new = replace(step.add(generation, dead.slot), quick_deaths=deaths)
+    new = replace(step.add(generation, dead.slot), quick_deaths=deaths, replaces=dead.replaces)
     step.fleet = step.fleet.with_worker(new)
     delay_s = backoff_s(deaths)
     if delay_s > 0:
@@ -76,14 +84,15 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
 # -- scaling -------------------------------------------------------------------
 
 
-def scale_requested(step: Step, change: int) -> None:
-    wanted = step.fleet.workers_wanted + change
+def scale_requested(step: Step, change: int, to: int | None) -> None:
+    wanted = step.fleet.workers_wanted + change if to is None else to
     if step.fleet.stopping:
         step.do(Report(News.REFUSED, reason="no scaling while stopping"))
     elif wanted < 1:
         step.do(Report(News.REFUSED, reason="there is always one worker at least"))
-    else:
+    elif wanted != step.fleet.workers_wanted:
         step.fleet = replace(step.fleet, workers_wanted=wanted)
+        step.do(Report(News.SCALED, reason=f"{wanted} workers"))
 
 
 def reconcile(step: Step) -> None:
@@ -91,18 +100,25 @@ def reconcile(step: Step) -> None:
     serving = step.fleet.of(Phase.SERVING)
     if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
         return  # while another settles it is not known yet which one is to grow
+    # One that is to take another's place counts once it has it.
     staying = sorted(
-        (w for w in serving.workers if w.state is not State.RETIRING), key=lambda w: w.slot
+        (w for w in serving.workers if w.state is not State.RETIRING and not w.replaces),
+        key=lambda w: w.slot,
     )
     for worker in reversed(staying[step.fleet.workers_wanted :]):
         _retire(step, serving.number, worker)
-    taken = {worker.slot for worker in serving.workers}
+        replacement = _replacement(step.fleet, worker.number)
+        if replacement:
+            _retire(step, serving.number, replacement)
     for _ in range(step.fleet.workers_wanted - len(staying)):
-        slot = next(slot for slot in range(len(taken) + 1) if slot not in taken)
-        taken.add(slot)
         generation = step.fleet.generation(serving.number)
         if generation:
-            step.spawn(serving.number, step.add(generation, slot))
+            step.spawn(serving.number, step.add(generation, _free_slot(generation)))
+
+
+def _free_slot(generation: Generation) -> int:
+    taken = {worker.slot for worker in generation.workers}
+    return next(slot for slot in range(len(taken) + 1) if slot not in taken)
 
 
 def _retire(step: Step, number: int, worker: Worker) -> None:
@@ -111,17 +127,74 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     if generation is None:
         return
     step.cancel(Wait.WORKER_START, worker.number)
+    worker = replace(worker, replaces=0)
     if worker.state is State.WAITING:
         step.cancel(Wait.WORKER_RESPAWN, worker.number)
         step.fleet = _without(step.fleet, generation, worker)
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
-    if worker.state is not State.READY:
-        step.end_worker(worker)  # it has nothing to finish
+    if worker.state is not State.READY or worker.hung:
+        step.end_worker(worker)  # it has nothing to finish, or never will
         return
     step.do(Retire(worker.number) if worker.retires else Signal(worker.number, Sign.TERM))
     if step.fleet.policy.drain_timeout_s > 0:
         step.start(Wait.WORKER_RETIRE, worker.number, step.fleet.policy.drain_timeout_s)
+
+
+def kill_requested(step: Step, number: int) -> None:
+    generation = step.fleet.generation(number)
+    if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
+        step.do(Report(News.REFUSED, number, "only what drains or was given up is killed"))
+        return
+    step.forget_waiting(number)
+    step.kill_generation(number)
+
+
+# -- one that makes room for another --------------------------------------------
+
+
+def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> None:
+    """Start a worker's replacement first; where none would serve, only let it go."""
+    found = step.fleet.find(number)
+    if found is None:
+        return
+    generation, worker = found
+    if hung and worker.state in (State.READY, State.RETIRING):
+        worker = replace(worker, hung=True)
+        step.fleet = step.fleet.with_worker(worker)
+        if worker.state is State.RETIRING:
+            step.end_worker(worker)
+    if worker.state is not State.READY:
+        return  # it is on its way out, or not in yet
+    if _replacement(step.fleet, number):
+        return
+    step.do(Report(News.REPLACING, generation.number, reason))
+    if generation.phase is not Phase.SERVING or step.fleet.stopping:
+        if hung:
+            step.end_worker(worker)  # it stays in its generation, whose failure its end may be
+        return
+    current = step.fleet.generation(generation.number)
+    if current:
+        new = replace(step.add(current, _free_slot(current)), replaces=number)
+        step.spawn(current.number, new)
+
+
+def _replacement(fleet: Fleet, number: int) -> Worker | None:
+    """The worker that is to take another one's place."""
+    found = fleet.find(number)
+    generations = (found[0],) if found else fleet.generations
+    return next((w for g in generations for w in g.workers if w.replaces == number), None)
+
+
+def _take_over(step: Step, number: int) -> None:
+    """Let a worker go whose place is taken, or which hangs."""
+    found = step.fleet.find(number)
+    if number and found and found[1].state is State.READY:
+        generation, worker = found
+        if generation.phase is Phase.SERVING:
+            _retire(step, generation.number, worker)
+        elif worker.hung:
+            step.end_worker(worker)
 
 
 # -- time ----------------------------------------------------------------------

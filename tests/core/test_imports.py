@@ -42,9 +42,9 @@ LAYERS = {
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
-        *{"address", "bind", "bind_unix", "holder"},
+        *{"address", "bind", "bind_unix", "board", "fold", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
-        *{"notify", "pidfile", "privileges", "process", "relay", "scoreboard", "state", "strays"},
+        *{"notify", "pidfile", "privileges", "process", "relay", "state", "strays"},
         *{"terminal"},
     },
     "values": {

@@ -18,6 +18,7 @@ from socketprotector.events import (
     Event,
     Launched,
     ReloadRequested,
+    ReplaceRequested,
     ScaleRequested,
     StopRequested,
     WorkerExited,
@@ -106,7 +107,7 @@ def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
 
 
 def next_events(world: World) -> Iterator[Event]:
-    """The ten kinds of events that matter, about the oldest and the newest there is."""
+    """The eleven kinds of events that matter, about the oldest and the newest there is."""
     yield from (ReloadRequested(), StopRequested(), StopRequested(quick=True))
     yield from (ScaleRequested(+1), ScaleRequested(-1), BacklogEmptied())
     yield from world.owed
@@ -114,6 +115,7 @@ def next_events(world: World) -> Iterator[Event]:
     for number in {*processes[:1], *processes[-1:]}:
         yield WorkerReady(number)
         yield WorkerExited(number, DIED, waiting=3)
+        yield ReplaceRequested(number, "silent", hung=True)
     for generation in {*[*world.channels][:1], *[*world.channels][-1:]}:
         yield ChannelBroken(generation)
     yield from map(DeadlinePassed, world.timers)

@@ -18,6 +18,7 @@ from socketprotector.events import (
     DeadlinePassed,
     Drain,
     Event,
+    Hold,
     Launched,
     OpenFailed,
     ReloadRequested,
@@ -73,6 +74,7 @@ class KilledWorld(World):
         self.spawned |= set(spawned)
         self.highest_generation = fleet.next_generation - 1
         self.timers = frozenset()
+        self.held = False
         self.owed = ()
         known = {generation.number for generation in fleet.generations}
         self.channels = {
@@ -104,6 +106,8 @@ class KilledWorld(World):
         match action:
             case RouteTo(number):
                 self.route = number
+            case Hold(on):
+                self.held = on
             case Drain(number) if self.channels[number] == "open":
                 self.channels[number] = "drained"
             case Signal(worker, Sign.KILL) if worker in self.processes:

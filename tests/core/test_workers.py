@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 from socketprotector.events import (
+    Action,
     CancelTimer,
     Deadline,
     Launched,
     News,
     ReloadRequested,
+    ReplaceRequested,
     Report,
     Retire,
     ScaleRequested,
@@ -28,6 +30,14 @@ from socketprotector.step import backoff_s
 from tests.core.conftest import Story
 
 CRASHED = "killed by SIGSEGV"
+OLD = "older than 1 h"
+
+
+def scaled(story: Story, change: int) -> list[Action]:
+    """Scale, which is told first; return what else is done."""
+    told, *others = story.when(ScaleRequested(change))
+    assert told == Report(News.SCALED, reason=f"{story.fleet.workers_wanted} workers")
+    return others
 
 
 # -- replaced --------------------------------------------------------------------
@@ -120,7 +130,7 @@ def test_ready_after_term_does_not_save_a_replacement_from_kill(story: Story) ->
 def test_one_more_worker_is_spawned_into_the_serving_generation(story: Story) -> None:
     story.given_serving()
 
-    assert story.when(ScaleRequested(+1)) == [
+    assert scaled(story, +1) == [
         Spawn(1, worker=2, slot=1),
         StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
     ]
@@ -138,7 +148,7 @@ def test_of_too_many_the_one_in_the_highest_slot_leaves_by_its_return_line(story
     story.given(Policy(), workers=2)
     story.and_also(Launched(), WorkerReady(1, retires=True), WorkerReady(2, retires=True))
 
-    assert story.when(ScaleRequested(-1)) == [Retire(2)]
+    assert scaled(story, -1) == [Retire(2)]
     assert story.when(WorkerExited(2, "exited with status 0")) == []
     assert story.serving == {1}
 
@@ -146,14 +156,14 @@ def test_of_too_many_the_one_in_the_highest_slot_leaves_by_its_return_line(story
 def test_a_worker_that_cannot_retire_is_sent_term(story: Story) -> None:
     story.given_serving(workers=2)
 
-    assert story.when(ScaleRequested(-1)) == [Signal(2, Sign.TERM)]
+    assert scaled(story, -1) == [Signal(2, Sign.TERM)]
 
 
 def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: Story) -> None:
     story.given(Policy(drain_timeout_s=9.0), workers=2)
     story.and_also(Launched(), WorkerReady(1), WorkerReady(2, retires=True))
 
-    assert story.when(ScaleRequested(-1)) == [
+    assert scaled(story, -1) == [
         Retire(2),
         StartTimer(Deadline(Wait.WORKER_RETIRE, 2), 9.0),
     ]
@@ -168,7 +178,7 @@ def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: S
 def test_a_retiring_worker_that_never_became_ready_is_killed_in_the_end(story: Story) -> None:
     story.given_serving().and_also(ScaleRequested(+1))
 
-    assert story.when(ScaleRequested(-1)) == [
+    assert scaled(story, -1) == [
         CancelTimer(Deadline(Wait.WORKER_START, 2)),
         Signal(2, Sign.TERM),
         StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
@@ -181,13 +191,13 @@ def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Sto
     story.given_serving(workers=2)
     story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))
 
-    assert story.when(ScaleRequested(-1)) == [CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5))]
+    assert scaled(story, -1) == [CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5))]
 
 
 def test_the_slot_of_a_retiring_worker_is_not_given_away_while_it_lives(story: Story) -> None:
     story.given_serving(workers=2).and_also(ScaleRequested(-1))
 
-    assert story.when(ScaleRequested(+1))[0] == Spawn(1, worker=3, slot=2)
+    assert scaled(story, +1)[0] == Spawn(1, worker=3, slot=2)
 
 
 def test_there_is_always_one_worker(story: Story) -> None:
@@ -202,7 +212,7 @@ def test_there_is_always_one_worker(story: Story) -> None:
 def test_scaling_during_a_reload_holds_for_both_generations(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested())
 
-    assert story.when(ScaleRequested(+1)) == [
+    assert scaled(story, +1) == [
         Spawn(1, worker=3, slot=1),
         StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
     ]
@@ -215,14 +225,14 @@ def test_scaling_during_a_reload_holds_for_both_generations(story: Story) -> Non
 def test_scaling_while_settling_waits_for_its_outcome(story: Story) -> None:
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
-    assert story.when(ScaleRequested(+1)) == []
+    assert scaled(story, +1) == []
     assert story.when_over(Wait.SETTLE, 2)[-2] == Spawn(2, worker=3, slot=1)
 
 
 def test_scaling_while_nobody_serves_holds_for_the_next_generation(story: Story) -> None:
     story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
 
-    assert story.when(ScaleRequested(+1)) == []
+    assert scaled(story, +1) == []
     assert story.when(WorkerExited(1, "exited with status 0"))[3:5] == [
         Spawn(2, worker=2, slot=0),
         Spawn(2, worker=3, slot=1),
@@ -264,3 +274,122 @@ def test_a_request_for_time_does_not_put_off_kill(story: Story) -> None:
     story.given_serving().and_also(StopRequested(quick=True))
 
     assert story.when(TimeExtended(1, 90.0)) == []
+
+
+def test_so_many_in_all_may_be_asked_for_too(story: Story) -> None:
+    story.given_serving()
+
+    assert [a for a in story.when(ScaleRequested(to=3)) if isinstance(a, Spawn)] == [
+        Spawn(1, worker=2, slot=1),
+        Spawn(1, worker=3, slot=2),
+    ]
+    assert story.when(ScaleRequested(to=3)) == []
+
+
+# -- one that makes room for another ----------------------------------------------
+
+
+def replaced(story: Story, *, hung: bool = False) -> list[Action]:
+    return story.when(ReplaceRequested(1, OLD, hung=hung))
+
+
+def test_a_worker_is_replaced_before_it_leaves(story: Story) -> None:
+    story.given_serving()
+
+    assert replaced(story) == [
+        Report(News.REPLACING, 1, OLD),
+        Spawn(1, worker=2, slot=1),
+        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+    ]
+    assert story.when(WorkerReady(2, retires=True)) == [
+        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        Signal(1, Sign.TERM),
+    ]
+    assert story.when(WorkerExited(1, "exited with status 0", served_s=60.0)) == []
+
+
+def test_one_that_hangs_is_replaced_before_it_is_aborted_and_killed(story: Story) -> None:
+    story.given_serving()
+    assert Spawn(1, worker=2, slot=1) in replaced(story, hung=True)
+
+    assert story.when(WorkerReady(2)) == [
+        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        Signal(1, Sign.ABRT),
+        StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
+    ]
+    assert story.when_over(Wait.WORKER_KILL, 1) == [Signal(1, Sign.KILL)]
+
+
+def test_to_ask_again_starts_no_second_replacement(story: Story) -> None:
+    story.given_serving()
+    replaced(story)
+
+    assert replaced(story) == []
+
+
+def test_one_that_dies_before_its_replacement_is_ready_has_it_already(story: Story) -> None:
+    story.given_serving()
+    replaced(story)
+
+    assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [Report(News.EXITED, 1, CRASHED)]
+    assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(Wait.WORKER_START, 2))]
+
+
+def test_a_replacement_that_dies_is_tried_again_while_the_old_one_serves(story: Story) -> None:
+    story.given_serving()
+    replaced(story)
+
+    assert Spawn(1, worker=3, slot=1) in story.when(WorkerExited(2, CRASHED))
+    assert Signal(1, Sign.TERM) in story.when(WorkerReady(3))
+
+
+def test_to_scale_down_takes_the_replacement_along(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(ReplaceRequested(2, OLD))
+
+    assert scaled(story, -1) == [
+        Signal(2, Sign.TERM),
+        CancelTimer(Deadline(Wait.WORKER_START, 3)),
+        Signal(3, Sign.TERM),
+        StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
+    ]
+
+
+def test_one_that_hangs_while_it_drains_is_ended_at_once(story: Story) -> None:
+    story.given_serving()
+    story.and_also(ReloadRequested(), WorkerReady(2))
+
+    assert replaced(story, hung=True) == [
+        Report(News.REPLACING, 1, OLD),
+        Signal(1, Sign.ABRT),
+        StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
+    ]
+
+
+def test_one_that_hangs_while_it_retires_is_ended_at_once(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(ScaleRequested(-1))
+
+    assert story.when(ReplaceRequested(2, OLD, hung=True)) == [
+        Signal(2, Sign.ABRT),
+        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+    ]
+
+
+def test_one_that_hangs_does_not_outlive_a_replacement_that_comes_to_nothing(story: Story) -> None:
+    """The generation drains meanwhile, so nobody starts another."""
+    story.given_serving()
+    replaced(story, hung=True)
+    story.and_also(ReloadRequested(), WorkerReady(3))
+
+    assert Signal(1, Sign.ABRT) in story.when(WorkerExited(2, "exited with status 0"))
+
+
+def test_one_on_its_way_in_or_out_is_not_replaced(story: Story) -> None:
+    story.given_serving(workers=2)
+    story.and_also(ScaleRequested(-1))
+    assert story.when(ReplaceRequested(2, OLD)) == []
+
+    story.and_also(ScaleRequested(+1))
+    assert story.when(ReplaceRequested(3, OLD)) == []
+    assert story.when(ReplaceRequested(77, OLD)) == []

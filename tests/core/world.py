@@ -19,12 +19,18 @@ from socketprotector.events import (
     Drain,
     Event,
     Exit,
+    Hold,
+    HoldReleased,
+    HoldRequested,
+    KillRequested,
     Launched,
     News,
     Open,
     OpenFailed,
     Release,
     ReloadRequested,
+    RenewRequested,
+    ReplaceRequested,
     Report,
     Retire,
     RouteTo,
@@ -56,6 +62,7 @@ class World:
         self.route: int | None = None
         self.timers: frozenset[Deadline] = frozenset()
         self.listeners = "open"
+        self.held = False
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # what must still be told
         self.exited = False
@@ -134,6 +141,9 @@ class World:
             case CloseListeners(quick):
                 assert self.listeners == "open" or (quick and self.listeners == "closing")
                 self.listeners = "closed" if quick else "closing"
+            case Hold(on):
+                assert self.held != on, "an order that changes nothing"
+                self.held = on
             case StartTimer(deadline, seconds, extend):
                 assert seconds > 0
                 assert deadline in self.timers or not extend, "a request for time started a timer"
@@ -160,6 +170,8 @@ class World:
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
             assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
         assert not (fleet.of(Phase.STARTING) and fleet.of(Phase.SETTLING))
+        assert fleet.held == self.held == self.runs(Wait.HOLD)
+        assert not (self.held and fleet.stopping), "what waits would never be taken"
         assert self.route == (fleet.route.number if fleet.route else None)
 
         for generation in fleet.generations:
@@ -185,6 +197,8 @@ class World:
         match deadline.wait:
             case Wait.OPEN:
                 return self.fleet.to_open is not None
+            case Wait.HOLD:
+                return self.held
             case Wait.STOP:
                 return self.fleet.stopping is Stop.GRACEFUL
             case Wait.START | Wait.SETTLE | Wait.DRAIN | Wait.KILL:
@@ -209,7 +223,12 @@ class World:
         if generation.ending and self.channels[number] != "failed":
             told = {worker.number for worker in generation.workers} <= self.killed
             assert self.runs(Wait.KILL, number) or told, "TERM without KILL after it"
-        staying = [w for w in generation.workers if w.state is not State.RETIRING]
+        numbers = {worker.number for worker in generation.workers}
+        for worker in generation.workers:
+            assert worker.replaces in {0, *numbers}, "it waits for the place of one that is gone"
+        staying = [
+            w for w in generation.workers if w.state is not State.RETIRING and not w.replaces
+        ]
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
             assert len(staying) == self.fleet.workers_wanted
 
@@ -223,6 +242,8 @@ class World:
         )
         if worker.state is State.STARTING and generation.phase is not Phase.STARTING:
             assert self.runs(Wait.WORKER_START, number) or last_word
+        if worker.hung and not any(w.replaces == number for w in generation.workers):
+            assert last_word, "it hangs, and nobody comes to take its place"
         if worker.state is State.RETIRING and self.fleet.policy.drain_timeout_s:
             assert self.runs(Wait.WORKER_RETIRE, number) or last_word
 
@@ -244,6 +265,14 @@ class World:
         yield ScaleRequested(-1)
         if self.fleet.workers_wanted < 4:
             yield ScaleRequested(+1)
+            yield ScaleRequested(to=2)
+        yield HoldRequested(3.0)
+        yield HoldReleased()
+        yield RenewRequested()
+        yield from map(KillRequested, self.channels)
+        for number in self.processes:
+            yield ReplaceRequested(number, "too old")
+            yield ReplaceRequested(number, "silent", hung=True)
 
     def stopped(self) -> Iterator[Event]:
         yield StopRequested()
@@ -284,8 +313,10 @@ class World:
             if number not in self.processes and not never:
                 yield from (WorkerReady(number), TimeExtended(number, 7.0))
                 yield WorkerExited(number, DIED, waiting=3)
+                yield ReplaceRequested(number, "silent", hung=True)
         for number in range(self.highest_generation + 2):
             if number not in self.channels:
+                yield KillRequested(number)
                 yield from (ChannelBroken(number), OpenFailed(number, "command not found"))
             for wait in Wait:
                 if not self.runs(wait, number):

@@ -1,0 +1,16 @@
+"""`socketprotectorctl` and `python -m socketprotector.ctl`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command, and exit with its status."""
+    from . import program
+
+    sys.exit(program.main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Which control socket is meant: by path, by name, by pid file, or the only one there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+from ..errors import UsageError
+from ..words import escape
+from .client import connect
+from .failure import NoProtector
+from .survey import Found, ask_all
+
+SYSTEM = "/run/socketprotector"
+SUFFIX = ".control"
+_NAMES_SHOWN = 8
+
+
+def folders(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Return where control sockets are, the user's own folder first."""
+    own = environment.get("XDG_RUNTIME_DIR")
+    return [os.path.join(own, "socketprotector"), SYSTEM] if own else [SYSTEM]
+
+
+def sockets() -> list[str]:
+    """Return the paths of all control sockets in both folders, living or dead."""
+    found = []
+    for folder in folders():
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            continue
+        found += [os.path.join(folder, name) for name in sorted(names) if name.endswith(SUFFIX)]
+    return found
+
+
+def key(path: str) -> str:
+    """Return what to give to --name for a socket in one of the folders."""
+    return os.path.basename(path).removesuffix(SUFFIX)
+
+
+def by_name(name: str) -> str:
+    """Return the socket of a name; one that somebody listens at, if the folders differ."""
+    if "/" in name or name in ("", ".", ".."):
+        raise UsageError(f"--name {escape(name)!r}: a name, not a path; for a path use --control")
+    there = [path for path in sockets() if key(path) == name]
+    if not there:
+        known = _names([key(path) for path in sockets()])
+        raise NoProtector(f"--name {name}: no {name}{SUFFIX} in {_where()}; there is {known}")
+    return next((path for path in there if _listening(path)), there[0])
+
+
+def by_pid_file(file: str) -> str:
+    """Return the socket of the protector whose pid stands in a file."""
+    pid = _pid(file)
+    if not os.path.exists(f"/proc/{pid}"):
+        raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
+    found = ask_all(sockets())
+    for each in found:
+        if each.alive and (each.pid == pid or (each.result or {}).get("pid") == pid):
+            return each.path
+    unseen = [each.path for each in found if each.why in ("denied", "silent")]
+    hint = f" (no answer from {_names(unseen)})" if unseen else ""
+    raise NoProtector(
+        f"--pid-file {file}: no control socket of process {pid} in {_where()}{hint}; "
+        "name it with --control PATH"
+    )
+
+
+def the_only_one() -> str:
+    """Return the socket of the one protector that lives."""
+    living = [path for path in sockets() if _listening(path)]
+    if not living:
+        raise NoProtector(f"no protector has a control socket in {_where()}; is one running?")
+    if len(living) > 1:
+        names = _names([key(path) for path in living])
+        raise UsageError(f"which one? say --name NAME (before the command): {names}")
+    return living[0]
+
+
+def everything() -> list[Found]:
+    """Ask all that are in both folders for their status."""
+    return ask_all(sockets())
+
+
+def _listening(path: str) -> bool:
+    try:
+        connect(path, 0).close()
+    except NoProtector as error:
+        return isinstance(error.__cause__, BlockingIOError)
+    except Exception:
+        return True  # somebody is there, and does not let us in: the request will say so
+    return True
+
+
+def _pid(file: str) -> int:
+    try:
+        with open(file, "rb") as opened:
+            content = opened.read(64)
+    except FileNotFoundError:
+        raise NoProtector(f"--pid-file {file}: there is none; does the protector run?") from None
+    except OSError as error:
+        raise UsageError(f"--pid-file {file}: {error.strerror}") from None
+    number = re.match(rb"\s*(\d{1,9})\s*$", content)
+    if number is None:
+        raise UsageError(f"--pid-file {file}: there stands no pid")
+    return int(number[1])
+
+
+def _where() -> str:
+    return " or ".join(folders())
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(escape(name) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return (shown + (f" and {more} more" if more > 0 else "")) or "none"

@@ -1,0 +1,176 @@
+"""The command line of socketprotectorctl: instance options, then a command with its own.
+
+Whatever is wrong is one line: what, where, what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from .. import __version__, words
+from ..errors import Refusal, UsageError
+from . import find
+from .client import Client
+from .session import Session
+
+NAME = "socketprotectorctl"
+INTERRUPTED = 130
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """Which protector is meant; looked for when a command asks."""
+
+    name: str | None = None
+    control: str | None = None
+    pid_file: str | None = None
+
+    def path(self) -> str:
+        """Return its control socket.  Raises NoProtector, UsageError."""
+        if self.control is not None:
+            return os.path.abspath(self.control)
+        if self.name is not None:
+            return find.by_name(self.name)
+        if self.pid_file is not None:
+            return find.by_pid_file(self.pid_file)
+        return find.the_only_one()
+
+    def client(self) -> Client:
+        """Return a connection for a request or two."""
+        return Client(self.path())
+
+    def session(self, *, events: bool = False) -> Session:
+        """Return a connection that comes back after an upgrade or a crash."""
+        return Session(self.path(), events=events)
+
+
+def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
+    return [name for path in find.sockets() if (name := find.key(path)).startswith(begun)]
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
+    no_args_is_help=False,
+    invoke_without_command=True,
+    options_metavar="[--name NAME | --control PATH | --pid-file FILE]",
+    subcommand_metavar="COMMAND [ARG...]",
+)
+@click.option("--name", shell_complete=_known_names, help="The protector of that name.")
+@click.option("--control", metavar="PATH", help="The one with that control socket.")
+@click.option("--pid-file", metavar="FILE", help="The one whose pid stands there.")
+@click.version_option(__version__, prog_name=NAME)
+@click.pass_context
+def program(
+    ctx: click.Context, name: str | None, control: str | None, pid_file: str | None
+) -> None:
+    """Look at a SocketProtector that runs, and tell it what to do.
+
+    Without an option: the only one that runs.  Each command has --json.
+
+    \b
+    Exit status:
+      0    done
+      1    no protector is there, or it was lost for good
+      2    the command line is wrong
+      3    reload, upgrade: the new version was not taken, the old one serves;
+           diff: the configuration is not valid
+      4    not done within --timeout; it may still come
+      100  the protector refuses, or does not let this user ask
+      130  interrupted
+    """
+    given = [
+        f"--{option}"
+        for option, value in (("name", name), ("control", control), ("pid-file", pid_file))
+        if value is not None
+    ]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: only one of them")
+    if ctx.invoked_subcommand is None:
+        raise UsageError(f"no command; there are {', '.join(sorted(program.commands))}")
+    ctx.obj = Instance(name, control, pid_file)
+
+
+def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
+    """Make a command of a function: its instance first, `as_json` among its arguments."""
+
+    def made(function: Function) -> click.Command:
+        with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+        return program.command(name, **settings)(with_json(click.pass_obj(function)))
+
+    return made
+
+
+# -- what is said -------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Say a line to whoever asked."""
+    print(words.escape(text), flush=True)
+
+
+def say_json(value: Any) -> None:
+    """Say a value as one line; nothing in it can drive a terminal."""
+    # ensure_ascii leaves only DEL of the control characters.
+    print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
+
+
+def tell(text: str) -> None:
+    """Say what is not the answer: progress, warnings, mistakes.  Nobody may read it any more."""
+    lines = [words.escape(line) for line in text.split("\n")]
+    try:
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def complain(text: str) -> None:
+    """Tell a mistake."""
+    tell(f"{NAME}: {text}")
+
+
+# -- from outside ---------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command.  Returns the exit status."""
+    from . import changing, completion, looking, replacing, top
+
+    _ = changing, completion, looking, replacing, top  # each adds its commands
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status = program.main(list(arguments), prog_name=NAME, standalone_mode=False)
+        sys.stdout.flush()
+        return int(status or 0)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        complain(f"{message}; see {_help(error)}")
+        return error.exit_code
+    except Refusal as error:
+        complain(str(error))
+        return error.status
+    except BrokenPipeError:  # `| head` has read enough; what is not written yet must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help(error: click.ClickException) -> str:
+    ctx = getattr(error, "ctx", None)
+    return f"{ctx.command_path if ctx else NAME} --help"
+
+
+def _terminated(_: int, __: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,163 @@
+"""How things are shown: numbers with units, columns, colours.
+
+Colours, and lines cut at the right edge, only on a terminal; elsewhere plain columns, so that
+awk can read them.  NO_COLOR is respected.  Everything that is shown goes through `words.escape`
+here, whoever has said it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TextIO
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..words import escape
+
+#: What is not known.
+UNKNOWN = "-"
+#: Phases, results and levels that stand out.
+_STYLES = {
+    **dict.fromkeys(("serving", "ready", "reloaded"), "green"),
+    **dict.fromkeys(
+        ("starting", "settling", "reloading", "running", "retiring", "warning"), "yellow"
+    ),
+    **dict.fromkeys(("failed", "abandoned", "dead", "denied", "silent", "error"), "red"),
+    **dict.fromkeys(("draining", "waiting", "stopping"), "cyan"),
+}
+_BARS = " ▁▂▃▄▅▆▇█"
+_SECOND_S = (("d", 86_400), ("h", 3_600), ("m", 60))
+
+Cell = str | int | float | None
+Row = Sequence[Cell]
+
+
+# -- values -----------------------------------------------------------------------------
+
+
+def count(value: object) -> str:
+    """12345 -> 12,345; what is no number is unknown."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
+
+
+def span(seconds: object) -> str:
+    """90061 -> 1d1h; two units at most."""
+    if not isinstance(seconds, int | float):
+        return UNKNOWN
+    left = max(0.0, float(seconds))
+    if left < 10:
+        return f"{left:.1f}s"
+    if left < 60:
+        return f"{left:.0f}s"
+    whole = int(left)
+    parts: list[str] = []
+    for unit, size in (*_SECOND_S, ("s", 1)):
+        if whole >= size or parts:
+            parts.append(f"{whole // size}{unit}" if whole >= size else "")
+            whole %= size
+    return "".join(parts[:2])
+
+
+def wait(microseconds: object) -> str:
+    """63 -> 63us, 1023 -> 1.0ms."""
+    if not isinstance(microseconds, int | float):
+        return UNKNOWN
+    if microseconds < 1000:
+        return f"{microseconds:.0f}us"
+    if microseconds < 1_000_000:
+        return f"{microseconds / 1000:.1f}ms"
+    return f"{microseconds / 1e6:.1f}s"
+
+
+def size(number: object) -> str:
+    """1536 -> 1.5K."""
+    if not isinstance(number, int):
+        return UNKNOWN
+    if number < 1024:
+        return str(number)
+    return f"{number / 1024:.1f}K" if number < 1 << 20 else f"{number / (1 << 20):.1f}M"
+
+
+def moment(at: object) -> str:
+    """A time since the epoch, as the log writes it."""
+    if not isinstance(at, int | float):
+        return UNKNOWN
+    try:
+        return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):
+        return UNKNOWN
+
+
+def ago(now: object, at: object) -> float | None:
+    """Return the seconds between two times, if both are known."""
+    if isinstance(now, int | float) and isinstance(at, int | float):
+        return max(0.0, now - at)
+    return None
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last values, the highest of them as a whole block."""
+    last = values[-width:]
+    most = max(last, default=0.0)
+    steps = len(_BARS) - 1
+    return "".join(
+        _BARS[max(1, round(value / most * steps)) if value > 0 else 0] if most > 0 else _BARS[0]
+        for value in last
+    )
+
+
+# -- columns ----------------------------------------------------------------------------
+
+
+def columns(headings: Sequence[str], rows: Iterable[Row], right: Sequence[str] = ()) -> Table:
+    """A table without lines.  right: the headings of columns with numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(cell(each) for each in row))
+    return table
+
+
+def cell(value: Cell) -> Text:
+    """One value, in the colour that its word has."""
+    text = UNKNOWN if value is None else escape(str(value))
+    return Text(text, style=_STYLES.get(text, ""))
+
+
+def line(*parts: Cell) -> Text:
+    """Several values behind one another."""
+    return Text.assemble(*(cell(each) for each in parts))
+
+
+def show(*things: Table | Text, file: TextIO | None = None) -> None:
+    """Print them: coloured and cut on a terminal, whole and plain elsewhere."""
+    target = file or sys.stdout
+    console = Console(file=target, highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if console.is_terminal:
+        for thing in things:
+            console.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
+        return
+    for thing in things:
+        for text in _plain(thing):
+            print(text.rstrip(), file=target)
+
+
+def _plain(thing: Table | Text) -> list[str]:
+    if isinstance(thing, Text):
+        return [thing.plain]
+    cells = [[str(column.header), *map(str, column.cells)] for column in thing.columns]
+    widths = [max(map(cell_len, column)) for column in cells]
+    found = []
+    for row in zip(*cells, strict=True):
+        parts = []
+        for text, width, column in zip(row, widths, thing.columns, strict=True):
+            gap = " " * (width - cell_len(text))
+            parts.append(gap + text if column.justify == "right" else text + gap)
+        found.append("  ".join(parts))
+    return found

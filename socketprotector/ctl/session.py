@@ -1,0 +1,82 @@
+"""A protector that is talked to for longer: an upgrade or a crash may come in between.
+
+Each of those ends the connection and leaves the socket.  So a session connects again, for so
+long as somebody can still be expected to come back, and follows events again if it did.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from .client import ANSWER_S, Client, Message
+from .failure import Cut, NoProtector
+
+#: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
+RETURN_S = 10.0
+_TRY_EVERY_S = 0.05
+
+
+class Session:
+    """Requests and events of one control socket, across the ends of its connections."""
+
+    def __init__(self, path: str, *, events: bool = False, return_s: float = RETURN_S) -> None:
+        """Connect, and follow events if asked to.  Raises NoProtector, Refused."""
+        self.path = path
+        self._events = events
+        self._return_s = return_s
+        self._client = Client(path)
+        if events:
+            try:
+                self._client.request("events")
+            except BaseException:
+                self._client.close()
+                raise
+
+    def ask(self, command: str, **arguments: Any) -> Message:
+        """Ask what may be asked twice: when the connection ends before the answer, it is."""
+        try:
+            return self._client.request(command, **arguments)
+        except Cut:
+            self.again()
+            return self._client.request(command, **arguments)
+
+    def ask_once(self, command: str, **arguments: Any) -> Message:
+        """Ask; raises Cut when nobody knows whether it was heard."""
+        return self._client.request(command, **arguments)
+
+    def event(self, timeout_s: float) -> Message | None:
+        """Return the next event, or None.  Raises Cut: then connect `again` and look around."""
+        return self._client.event(timeout_s)
+
+    def again(self, within_s: float | None = None) -> None:
+        """Connect again.  Raises NoProtector when nobody came back in time."""
+        self._client.close()
+        limit_s = self._return_s if within_s is None else min(within_s, self._return_s)
+        until = time.monotonic() + limit_s
+        while True:
+            left_s = until - time.monotonic()
+            try:
+                self._client = Client(self.path, max(0.1, min(ANSWER_S, left_s)))
+                self._client.request("events" if self._events else "status")
+                return
+            except NoProtector as error:
+                self._client.close()
+                if left_s <= _TRY_EVERY_S:
+                    raise NoProtector(
+                        f"the protector did not come back within {limit_s:g} s ({error})"
+                    ) from error
+            time.sleep(_TRY_EVERY_S)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,187 @@
+"""top: one screen that is drawn anew every second; for a terminal of 80 x 24 and up.
+
+Rates and waits are those of the last interval, from the difference of two answers.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+from ..options import Duration
+from .client import Message
+from .failure import NoProtector, UsageError
+from .program import Instance, command, say_json
+from .session import Session
+from .verdict import listed, number_in
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+_KEPT = 200
+
+
+class Rates:
+    """What happened between the last two answers, a second."""
+
+    def __init__(self) -> None:
+        self.forwarded: deque[float] = deque(maxlen=_KEPT)
+        self.p50_us: float | None = None
+        self.p99_us: float | None = None
+        self._before: Message | None = None
+
+    def take(self, status: Message) -> None:
+        """Take an answer."""
+        before, self._before = self._before, status
+        if before is None:
+            return
+        span_s = _number(status.get("now")) - _number(before.get("now"))
+        if span_s <= 0:
+            return
+        more = number_in(status, "forwarded") - number_in(before, "forwarded")
+        self.forwarded.append(max(0, more) / span_s)
+        counts = [
+            max(0, now - then) for now, then in zip(_waits(status), _waits(before), strict=True)
+        ]
+        self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
+
+    @property
+    def per_second(self) -> float | None:
+        """The last rate."""
+        return self.forwarded[-1] if self.forwarded else None
+
+
+def quantile_us(counts: Sequence[int], share: float) -> float | None:
+    """Return the bound of the bucket that the quantile falls in; None where nothing is counted."""
+    whole = sum(counts)
+    seen = 0
+    for bucket, count in enumerate(counts):
+        seen += count
+        if whole and seen >= share * whole:
+            return float(2**bucket - 1)
+    return None
+
+
+def _waits(status: Message) -> list[int]:
+    """The buckets of all generations together."""
+    total = [0] * 32
+    for generation in listed(status, "generations"):
+        wait_us = generation.get("wait_us")
+        buckets = wait_us.get("buckets") if isinstance(wait_us, dict) else None
+        for at, count in enumerate(buckets[:32] if isinstance(buckets, list) else []):
+            total[at] += count if isinstance(count, int) else 0
+    return total
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+@command(short_help="The same on one screen, every second.")
+@click.option("--interval", default="1s", type=Duration(zero=False), help="Between two looks.")
+def top(instance: Instance, interval: float, as_json: bool) -> None:
+    """Rates, waits, generations and workers, drawn anew every second; q or Ctrl-C ends.
+
+    With --json: a status line every interval.
+    """
+    if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError("top: needs a terminal; use status, or top --json")
+    with instance.session() as session:
+        if as_json:
+            while True:
+                say_json(session.ask("status"))
+                time.sleep(interval)
+        _screen(session, interval)
+
+
+def _screen(session: Session, interval: float) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    rates = Rates()
+    with (
+        _keys() as pressed,
+        Live(Text("..."), console=console, screen=True, auto_refresh=False) as live,
+    ):
+        while True:
+            try:
+                status = session.ask("status")
+                rates.take(status)
+                live.update(drawn(status, rates, console.width, console.height), refresh=True)
+            except NoProtector as error:
+                live.update(Text(f"no answer: {error}", style="red"), refresh=True)
+                _back(session)
+            if pressed(interval):
+                return
+
+
+def _back(session: Session) -> None:
+    try:
+        session.again(1.0)
+    except NoProtector:
+        pass  # drawn at the next look; who watches decides when it is enough
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """Yield what waits some seconds and says whether q was pressed."""
+    fd = sys.stdin.fileno()
+    before = termios.tcgetattr(fd)
+
+    def pressed(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left_s := until - time.monotonic()) > 0:
+            if not select.select([fd], [], [], left_s)[0]:
+                return False
+            keys = os.read(fd, 64)
+            if not keys or b"q" in keys or b"Q" in keys:
+                return True
+        return False
+
+    try:
+        tty.setcbreak(fd)
+        yield pressed
+    finally:
+        termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
+    """The screen: what matters first, so that a small one cuts off the workers."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from . import overview, render
+
+    rate = rates.per_second
+    figures = [
+        "-/s" if rate is None else f"{rate:,.0f}/s",
+        f"wait p50 {render.wait(rates.p50_us)}, p99 {render.wait(rates.p99_us)}",
+        f"forwarded {render.count(status.get('forwarded'))}",
+        f"lost {render.count(status.get('lost'))}",
+    ]
+    history = list(rates.forwarded)
+    bars = max(1, width - 20)
+    most = max(history[-bars:], default=0.0)
+    return Group(
+        *overview.heading(status),
+        Text("  ".join(figures), style="bold"),
+        Text(f"{render.sparkline(history, bars):>{bars}}  most {most:,.0f}/s", style="green"),
+        *overview.listeners(status)[: max(1, height // 8)],
+        *overview.last_reload(status),
+        Text(),
+        overview.generations(status),
+        Text(),
+        overview.workers(status),
+    )

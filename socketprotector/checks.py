@@ -6,6 +6,7 @@ Everything here raises Refusal, or says a notice.
 
 from __future__ import annotations
 
+import errno
 import grp
 import os
 import pwd
@@ -111,7 +112,7 @@ def pid_file(path: str | None) -> None:
         )
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise SystemRefused(
-            f"cannot write the pid file {path}: Permission denied; check {folder} and its rights"
+            f"cannot write the pid file {path}: {_why_not(folder)}; check {folder} and its rights"
         )
 
 
@@ -122,8 +123,17 @@ def log_file(path: str | None) -> None:
     there = path if os.path.lexists(path) else os.path.dirname(path)
     if os.path.isdir(path) or not os.access(there, os.W_OK):
         raise SystemRefused(
-            f"cannot write the log file {path}: Permission denied; check {there} and its rights"
+            f"cannot write the log file {path}: {_why_not(there)}; check {there} and its rights"
         )
+
+
+def _why_not(there: str) -> str:
+    """Say why it cannot be written: os.access() keeps the reason for itself."""
+    try:
+        protected = os.statvfs(there).f_flag & os.ST_RDONLY
+    except OSError as error:
+        return os.strerror(error.errno or errno.EACCES)
+    return os.strerror(errno.EROFS if protected else errno.EACCES)
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:

@@ -37,6 +37,7 @@ class Log:
         self._json = form == "json"
         self._coloured = False
         self._dropped = 0
+        self._end = b""  # of a line that was cut off
         self._fd = -1
         self._socket: socket.socket | None = None
         self.reopen()
@@ -88,15 +89,18 @@ class Log:
             given["dropped_lines"] = self._dropped
         line = self._line(level, event, given)
         try:
-            data = line.encode("utf-8", "backslashreplace")
+            data = self._end + line.encode("utf-8", "backslashreplace")
             if self._socket is not None:
-                self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                sent = self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             else:
-                os.write(self._fd, data)
+                sent = os.write(self._fd, data)
         except OSError:
             self._dropped += 1
-        else:
-            self._dropped = 0
+            return
+        # The last that went onto a disk, before it was full, may be a part of a line.
+        cut = sent < len(data)
+        self._end = b"\n" if cut else b""
+        self._dropped = self._dropped + 1 if cut else 0
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = time.time()

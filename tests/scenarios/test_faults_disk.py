@@ -1,0 +1,175 @@
+"""Disks that are full or write-protected: under the pid file, the log and what workers print."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector, ask, eventually, wait_gone
+from tests.scenarios.adopting import protector_pid
+from tests.scenarios.faults import Disk, injected
+from tests.scenarios.starting import MINIMAL, Start
+from tests.scenarios.test_faults_world import listens, reload_unseen
+from tests.scenarios.tools import Client, worker
+
+
+@pytest.fixture
+def new_disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
+    if os.geteuid() != 0 or shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        pytest.skip("NEEDS ROOT, unshare(1) and nsenter(1): mounts a small file system")
+    with ExitStack() as stack:
+
+        def make(size: str) -> Disk:
+            disk = Disk(tmp_path / "disk.sh", size)
+            stack.callback(disk.close)
+            if not disk.mounted:
+                pytest.skip("NEEDS a mount namespace, which is forbidden here")
+            return disk
+
+        yield make
+
+
+# -- the pid file --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [(), ("-f",), ("--guard",)], ids=["detached", "-f", "guarded"])
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [("full", "No space left on device"), ("write-protected", "Read-only file system")],
+)
+def test_a_pid_file_that_cannot_be_written_is_refused_and_nothing_is_left(
+    start: Start, new_disk: Callable[[str], Disk], mode: tuple[str, ...], state: str, error: str
+) -> None:
+    disk = new_disk("4k")
+    disk.fill() if state == "full" else disk.write_protect()
+    before = list(disk.seen.iterdir())
+    start.pid_file = disk.path / "pid"
+
+    ended = start(*mode, f"unix:{start.folder}/s", "--", *MINIMAL, before=disk.before)
+
+    assert ended.status == 111, ended
+    (line,) = ended.lines
+    assert f"cannot write the pid file {start.pid_file}: {error}" in line
+    assert list(disk.seen.iterdir()) == before
+    assert start.left() == []
+
+
+@pytest.fixture
+def on_disk(marked_environment: dict[str, str]) -> Iterator[Callable[..., Protector]]:
+    """Start the real command in the foreground where it sees a disk: on_disk(disk, ...)."""
+    with ExitStack() as stack:
+
+        def start(disk: Disk, *arguments: str | Path) -> Protector:
+            words = [str(each) for each in arguments]
+            daemon = Protector(words, marked_environment, through=disk.before)
+            stack.callback(lambda: print(daemon.log.text()))
+            stack.callback(daemon.end)
+            return daemon
+
+        yield start
+
+
+def end_unguarded(daemon: Protector) -> None:
+    """Stop a protector whose guard was killed, and see that it ends."""
+    pid = protector_pid(daemon)
+    os.kill(pid, signal.SIGTERM)
+    assert wait_gone([pid]) == []
+
+
+def test_without_its_guard_the_pid_file_is_rewritten_on_a_full_disk(
+    on_disk: Callable[..., Protector], new_disk: Callable[[str], Disk]
+) -> None:
+    disk = new_disk("16k")
+    words = ("--guard", "--pid-file", disk.path / "pid", "127.0.0.1:0", "--", *worker("many"))
+    daemon = on_disk(disk, *words).ready()
+    disk.fill()
+
+    daemon.process.kill()
+
+    daemon.log.wait_for("event=unguarded")
+    eventually(
+        lambda: (disk.seen / "pid").read_text() == f"{protector_pid(daemon)}\n", "its own pid"
+    )
+    assert daemon.log.count("event=pid-file-not-written") == 0
+    end_unguarded(daemon)
+    assert not (disk.seen / "pid").exists()
+
+
+PID_FILE_FAILS = """
+real = os.pwrite
+def pwrite(fd, *rest):
+    if os.path.exists({flag!r}) and os.readlink(f"/proc/self/fd/{{fd}}") == {path!r}:
+        raise fault({code!r})
+    return real(fd, *rest)
+os.pwrite = pwrite
+"""
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
+def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_told_of(
+    protector: Callable[..., Protector], tmp_path: Path, code: str
+) -> None:
+    """Where a file that is rewritten takes new space, as on btrfs; or it was remounted."""
+    flag, pid_file = tmp_path / "flag", tmp_path / "pid"
+    text = PID_FILE_FAILS.format(flag=str(flag), path=str(pid_file), code=code)
+    words = ("--guard", "--pid-file", pid_file, "127.0.0.1:0", "--", *worker("many"))
+    daemon = protector(*words, **injected(tmp_path / "fault", text)).ready()
+    flag.touch()
+
+    daemon.process.kill()
+
+    daemon.log.wait_for("event=pid-file-not-written")
+    assert ask(("127.0.0.1", daemon.port)).endswith("hello")
+    flag.unlink()
+    os.kill(protector_pid(daemon), signal.SIGUSR2)  # the next program tries again
+    daemon.log.wait_for("event=adopted")
+    eventually(lambda: pid_file.read_text() == f"{protector_pid(daemon)}\n", "its own pid")
+    end_unguarded(daemon)
+    assert not pid_file.exists()
+
+
+# -- the log, and what workers print -------------------------------------------
+
+STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z \w+ event="
+
+
+def test_on_a_full_disk_lines_are_dropped_and_counted_and_nothing_else_stops(
+    on_disk: Callable[..., Protector], new_disk: Callable[[str], Disk], tmp_path: Path
+) -> None:
+    disk = new_disk("32k")
+    log, address = disk.seen / "log", str(tmp_path / "socket")
+    words = ("--log-file", disk.path / "log", f"unix:{address}", "--", *worker("prints"))
+    daemon = on_disk(disk, *words)
+    eventually(lambda: listens(address), "an answer")
+    disk.fill()
+    with Client(address) as held:
+        while log.stat().st_size % 4096 < 4000:  # to the end of its last page
+            held.ask("x" * 50)
+        before = log.stat().st_size
+
+        for _ in range(3):
+            reload_unseen(daemon.process, address)
+            assert held.ask("unprinted").endswith("unprinted")
+
+        assert log.stat().st_size - before < 100  # what was left of that page
+        disk.make_room()
+        daemon.signal(signal.SIGUSR1)
+        eventually(lambda: "event=reopened" in log.read_text(), "a line again")
+        held.ask("printed")
+    text = log.read_text()
+    found = re.search(STAMP + r".* dropped_lines=(\d+)$", text, re.MULTILINE)
+    assert found, text
+    assert int(found[1]) >= 3 * 4  # of each reload: signal, spawned, worker-ready, reloaded
+    assert "\nprinted\n" in text
+    # No line of the protector is in pieces, or goes on where another one was cut off.
+    own = [line for line in text.splitlines() if "event=" in line]
+    assert [line for line in own if not re.match(STAMP, line)] == []
+    daemon.process.terminate()
+    assert daemon.wait() == 0

@@ -172,6 +172,8 @@ class _Resident:
         supervisor = self._supervisor(log)
         if self.line is not None:
             loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
+        else:
+            supervisor.unguarded()  # there was none, or it has ended under an earlier program
         self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
         if self.systemd.watchdog_s:
             self._feed_watchdog()

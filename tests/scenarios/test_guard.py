@@ -182,6 +182,27 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
     assert wait_gone([pid]) == []
 
 
+def test_upgraded_after_it_lost_its_guard_it_still_waits_for_nobody_to_tell_how_workers_ended(
+    installation: Installation,
+) -> None:
+    installation.change("one", "crew", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
+    daemon = installation.start("--guard", "127.0.0.1:0", "--", *MANY).ready()
+    pid = revived(daemon, kill_protector(daemon))
+    at_rest(daemon)
+    daemon.process.kill()
+    daemon.log.wait_for("event=unguarded")
+    mark = len(daemon.log.seen)
+    os.kill(pid, signal.SIGUSR2)
+    daemon.log.wait_for("event=adopted", after=mark)
+
+    os.kill(spawned(daemon)[0], signal.SIGKILL)
+
+    assert 'how="ended, nobody knows how"' in daemon.log.wait_for("event=exited generation=1")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[1]
+    os.kill(pid, signal.SIGTERM)
+    assert wait_gone([pid]) == []
+
+
 # --- workers of a protector that is gone -----------------------------------------
 
 

@@ -48,7 +48,7 @@ def main() -> int:
                 traceback.print_exception(error, limit=-8)
         done += max(1, world.steps)
         seen.update(connections=world.connections, kills=world.kills, faults=world.faults)
-        seen.update(turns=world.turns, upgrades=world.upgrades)
+        seen.update(turns=world.turns, upgrades=world.upgrades, unguarded=world.unguarded)
         seen.update({f"lost: {why}": count for why, count in world.lost.items()})
         seed += 1
     took = time.process_time() - began

@@ -9,6 +9,8 @@ output, the resident process around the supervisor and the upgrade's probe are s
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
 happen (clients, workers, signals, time, whoever keeps its descriptors), and in the middle of
 any system call something may happen too, the call may fail, or the protector be killed.
+The guard may be killed as well: then the protector goes on without one, and its own kill
+after that is the end of all but what workers have been sent.
 After the wild part all goes well for a while, everything must come to rest and be delivered,
 and a graceful stop must end it.
 """
@@ -206,6 +208,7 @@ class World:
         self.kills = 0
         self.faults = 0
         self.upgrades = 0
+        self.unguarded = 0
         self.connections = 0
         self.delivered = 0
         self.lost: dict[str, int] = {}
@@ -233,6 +236,7 @@ class World:
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
             queue=pick((6, 12, 64, 256)),
+            guarded=self.keeper == "guard",
             secret="x",
         )
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
@@ -286,6 +290,9 @@ class World:
                 except Killed:
                     self.kills += 1
                     self._say("the protector is killed")
+                    if self.unguarded:
+                        self._end_of_all("killed without a guard")
+                        return
                     given = self._after_kill()
                     kept = set(given)
                 except OSError as error:
@@ -293,6 +300,9 @@ class World:
                         raise
                     # It ends, and says why; whoever keeps the descriptors starts another.
                     self._say(f"the protector cannot start: {error}")
+                    if self.unguarded:
+                        self._end_of_all("cannot start without a guard")
+                        return
                     if self.keeper == "nobody" and not self.upgrades:
                         return
                     assert self.keeper != "nobody", "an upgrade has ended it all"
@@ -315,11 +325,11 @@ class World:
             if f"{door.LISTENER}{index}" in given
         ]
         line: Any = None
-        if self.keeper != "nobody":
-            if door.GUARD not in given:
-                ours, self._line = pair()
-                self._line.take()
-                given[door.GUARD] = kernel.install(ours)
+        if self.keeper != "nobody" and door.GUARD not in given:
+            ours, self._line = pair()
+            self._line.take()
+            given[door.GUARD] = kernel.install(ours)
+        if door.GUARD in given:
             line = Socket(kernel, given[door.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = heritage.read(given[door.STATE])
@@ -336,7 +346,10 @@ class World:
         store = self._store = Store(self._outbox, kept - {door.GUARD})
 
         def others() -> dict[str, int]:
-            return {each: given[each] for each in (door.STATE, door.GUARD) if each in given}
+            found = {door.STATE: given[door.STATE]}
+            if line is not None and line.fileno() >= 0:
+                found[door.GUARD] = line.fileno()
+            return found
 
         self._supervisor = protector = Supervisor(
             Fleet(policy=settings.policy, workers_wanted=settings.workers),
@@ -362,10 +375,19 @@ class World:
         if line is not None:
 
             def hear() -> None:
-                pid, _, status = line.recv(4096, 0).decode().partition(" ")
+                data = line.recv(4096, 0)
+                if not data:
+                    self._fixed.discard(line.fileno())
+                    self._loop.unwatch(line.fileno())
+                    self._outbox.close()
+                    protector.unguarded()
+                    return
+                pid, _, status = data.decode().partition(" ")
                 protector.told(int(pid), *words.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
+        else:
+            protector.unguarded()
         if snapshot is None:
             protector.launch()
         else:
@@ -418,6 +440,22 @@ class World:
         # What is passed on is passed on, whatever the limit.
         kernel.limit = max(kernel.limit, len(self.store) + 12)
         return {name: kernel.install(file) for name, file in self.store.items()}
+
+    def _end_of_all(self, why: str) -> None:
+        """Nobody starts another program: what waits is lost, workers finish what they have."""
+        self._why_lost = why
+        self.kernel.dead = False
+        self.kernel.end_of_process()
+        for worker in self.workers:
+            worker.hangs = False
+            if not worker.ended:
+                assert worker.read.no_receive, f"{worker.pid} waits for ever on its channel"
+                assert worker.line.no_receive, f"{worker.pid} waits for ever on its line"
+            while not worker.ended and not worker.told and worker.take():
+                pass
+        for worker in self.workers:
+            self.delivered += len(worker.connections)
+            worker.end(os.CLD_EXITED, 0)
 
     def _excuse(self, why: str) -> None:
         """Whatever waits now may be lost later."""
@@ -574,6 +612,7 @@ class World:
             (self._deploy, 6),
             (self._term, 1 if self.seed % 4 == 0 else 0),
             (self._int, 1 if self.seed % 8 == 0 else 0),
+            (self._unguard, 1 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
         ]
 
     def _connect(self) -> None:
@@ -715,6 +754,18 @@ class World:
     def _int(self) -> None:
         if self._chance() < 0.3:
             self._signal(signal.SIGINT)
+
+    def _unguard(self) -> None:
+        """The guard is killed; the protector goes on."""
+        if self.unguarded:
+            return
+        self._say("the guard is killed")
+        self.unguarded = 1
+        self.keeper = "nobody"
+        self._line.drop()
+        kept, self.store = self.store, {}
+        for file in kept.values():
+            file.drop()
 
     def _scarce(self) -> None:
         if self._faulty and not self._meanwhile:  # between our calls: else the kernel drops some

@@ -12,7 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import holder
 from .address import Listen
@@ -63,12 +63,14 @@ def bind_all(
     try:
         for index, listen in enumerate(listens):
             if passed and index in passed:
-                bound += passed[index]
+                found = passed[index]
             elif listen.path is not None:
-                found = bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry)
-                bound.append(Bound(*found))
+                found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
             else:
-                bound += _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
+                found = _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
+            bound += (
+                Bound(each.socket, replace(each.settings, text=listen.text)) for each in found
+            )
     except BaseException:
         for each in bound:
             each.discard()

@@ -37,8 +37,11 @@ def here() -> str:
         ) from error
 
 
-def identity(user: str | None, group: str | None) -> Identity | None:
-    """Look up --user and --group; None when neither is given."""
+def identity(user: str | None, group: str | None, *, again: bool = False) -> Identity | None:
+    """Look up --user and --group; None when neither is given.
+
+    again: for a protector that runs, maybe as that user already.
+    """
     if user is None and group is None:
         return None
     try:
@@ -51,7 +54,7 @@ def identity(user: str | None, group: str | None) -> Identity | None:
             gid = _find(group, grp.getgrgid, grp.getgrnam).gr_gid
         except KeyError:
             raise UsageError(f"--group {group}: unknown group; see getent group") from None
-    if os.geteuid() != 0:
+    if os.geteuid() != 0 and not again:
         raise UsageError("--user and --group need root; leave them out or start as root")
     return Identity(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
 
@@ -74,13 +77,28 @@ def _find(name: str, by_number: Callable[[int], T], by_name: Callable[[str], T])
     return by_number(int(name)) if name.isdecimal() else by_name(name)
 
 
+def env_file(path: str | None) -> None:
+    """Refuse a file of variables that could not be read now."""
+    if path is None:
+        return
+    try:
+        envfile.read(path)
+    except OSError as error:
+        raise UsageError(f"--env-file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--env-file: {error}") from error
+
+
 def command(settings: Settings) -> None:
     """Refuse a command that could not be started now."""
+    environment = {**os.environ}
     try:
-        environment = {**os.environ}
         if settings.env_file is not None:
             environment.update(envfile.read(settings.env_file))
-        environment.update(settings.environment)
+    except (OSError, ValueError):
+        return  # env_file() refuses that, and PATH may be in there
+    environment.update(settings.environment)
+    try:
         search = environment.get("PATH", os.defpath)
         process.resolve(settings.command, settings.directory, search)
     except PermissionError as error:
@@ -91,8 +109,6 @@ def command(settings: Settings) -> None:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; check the path"
         ) from error
-    except ValueError as error:
-        raise UsageError(f"--env-file: {error}") from error
 
 
 def pid_file(path: str | None) -> None:

@@ -9,27 +9,32 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import __version__, activation, checks, options
-from .address import parse
+from .address import Listen, parse
 from .bind import bind_all
 from .channel import SMALLEST_QUEUE
+from .config import ConfigFile
 from .errors import Refusal, UsageError
 from .fleet import Policy
 from .launch import launch
 from .line import FORMATS, LEVELS
 from .options import Duration
-from .settings import Settings
+from .settings import Origin, Settings
 from .terminal import STDOUT, tell
 
 _DURATION = Duration()
 _ABOVE_ZERO = Duration(zero=False)
 #: More is a mistake, and would not fit the system calls.
 _MANY = 1_000_000
+_FILE = "socketprotector.config"
 #: What asks a resident process for something: kept until there is one.
 _FOR_LATER = (
     signal.SIGHUP,
@@ -40,11 +45,54 @@ _FOR_LATER = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line and the file ask for, checked; nothing is bound yet."""
+
+    settings: Settings
+    listens: list[Listen]
+    backlog: int
+    check: bool
+    config: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Purpose:
+    """Why the command line is read, and what to do with it."""
+
+    words: tuple[str, ...]
+    command: list[str]
+    running: Settings | None  # of a protector that reads it again
+    act: Callable[[Asked], int]
+
+    @property
+    def directory(self) -> str:
+        """What relative paths on the command line are meant against."""
+        return self.running.origin.directory if self.running else checks.here()
+
+
+def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Have the file's values in the place of the defaults."""
+    if value is not None:
+        file = ConfigFile(os.path.join(ctx.obj.directory, value))
+        file.convert(ctx)
+        ctx.default_map = file.values
+        ctx.meta[_FILE] = file
+
+
 @click.command(
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     options_metavar="[OPTIONS]",
 )
 @click.argument("listen", nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]")
+@click.option(
+    "--config",
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="TOML with these options, read again at each reload; the command line wins.",
+)
 @click.option("--pid-file", metavar="FILE", help="Write the protector's pid there.")
 @click.option("-f", "--foreground", is_flag=True, help="Do not detach.")
 @click.option("--guard", is_flag=True, help="Keep a tiny parent that survives the protector.")
@@ -119,104 +167,218 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
     Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file;
     TTIN, TTOU one worker more, fewer.
     """
-    command: list[str] = ctx.obj
-    if not given["listen"]:
-        raise UsageError("no LISTEN; write e.g. SocketProtector 4321 -- ./daemon 4321")
-    if not command:
-        raise UsageError("no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321")
-    directory = checks.here()
-    listens = [parse(text, directory) for text in given["listen"]]
-    settings = _settings(given, command, directory)
-    checks.command(settings)
+    purpose: _Purpose = ctx.obj
+    file: ConfigFile | None = ctx.meta.get(_FILE)
+    return purpose.act(_Reading(ctx, purpose, file, given).asked())
+
+
+class _Reading:
+    """One look at all that was given: what comes from a file is told with its place there."""
+
+    def __init__(
+        self, ctx: click.Context, purpose: _Purpose, file: ConfigFile | None, given: dict[str, Any]
+    ) -> None:
+        self._ctx = ctx
+        self._purpose = purpose
+        self._file = file
+        self._given = given
+        self._directory = purpose.directory
+
+    def asked(self) -> Asked:
+        """Return it.  Raises Refusal."""
+        given, file = self._given, self._file
+        if file is None:
+            self._refuse_what_is_missing()
+        listens = self._listens()
+        settings = self._settings(self._command())
+        with self._about("env_file"):
+            checks.env_file(settings.env_file)
+        if settings.command:
+            with self._about_file(not self._purpose.command, "command"):
+                checks.command(settings)
+        if file is not None:
+            file.refuse_if_mistaken()
+            self._refuse_what_is_missing()
+        config = file.path if file else None
+        return Asked(settings, listens, given["backlog"], given["check"], config)
+
+    def _refuse_what_is_missing(self) -> None:
+        file = self._file
+        if not (self._given["listen"] or (file and file.listens)):
+            hint = f", or listen in {file.path}" if file else ""
+            raise UsageError(f"no LISTEN; write e.g. SocketProtector 4321 -- ./daemon 4321{hint}")
+        if not (self._purpose.command or (file and file.command)):
+            hint = f", or command in {file.path}" if file else ""
+            raise UsageError(
+                f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
+            )
+
+    # -- where it comes from ---------------------------------------------------
+
+    def _from_file(self, name: str) -> bool:
+        source = self._ctx.get_parameter_source(name)
+        return self._file is not None and source is ParameterSource.DEFAULT_MAP
+
+    def _about(self, name: str) -> AbstractContextManager[None]:
+        return self._about_file(self._from_file(name), name.replace("_", "-"))
+
+    def _about_file(self, there: bool, *where: str | int) -> AbstractContextManager[None]:
+        return self._file.about(*where) if self._file is not None and there else nullcontext()
+
+    def _path(self, name: str) -> str | None:
+        """A path, taken against the caller's directory or the file's."""
+        value: str | None = self._given[name]
+        folder = self._file.folder if self._file and self._from_file(name) else self._directory
+        return os.path.join(folder, value) if value else None
+
+    # -- the parts -------------------------------------------------------------
+
+    def _listens(self) -> list[Listen]:
+        if self._given["listen"] or self._file is None:
+            return [parse(text, self._directory) for text in self._given["listen"]]
+        found = []
+        for index, text in enumerate(self._file.listens):
+            with self._file.about("listen", index):
+                found.append(parse(text, self._file.folder))
+        return found
+
+    def _command(self) -> tuple[str, ...]:
+        """Take a relative command against the caller's directory, or the file's."""
+        words, folder = tuple(self._purpose.command), self._directory
+        if not words and self._file is not None:
+            words, folder = self._file.command, self._file.folder
+        name = words[0] if words else ""
+        return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
+
+    def _table(self, name: str) -> dict[str, str]:
+        """What is given by name; the command line wins."""
+        own: dict[str, str] = self._given[name]
+        return {**(self._file.tables.get(name, {}) if self._file else {}), **own}
+
+    def _limits(self) -> tuple[dict[str, int], int]:
+        found: dict[str, int] = {}
+        nice = 0
+        for name, value in self._table("limit").items():
+            with self._about_file(name not in self._given["limit"], "limit", name):
+                more, least = options.limits({name: value})
+                found.update(more)
+                nice = least or nice
+        return found, nice
+
+    def _settings(self, command: tuple[str, ...]) -> Settings:
+        """Check the options and resolve their paths."""
+        given, purpose, running = self._given, self._purpose, self._purpose.running
+        limits, nice = self._limits()
+        directory = self._path("chdir") or self._directory
+        with self._about("chdir"):
+            if not os.path.isdir(directory):
+                raise UsageError(f"--chdir {given['chdir']}: no such directory")
+        identity = worker_identity = None
+        with self._about("user" if self._from_file("user") else "group"):
+            identity = checks.identity(given["user"], given["group"], again=running is not None)
+        with self._about("worker_user"):
+            worker_identity = checks.worker_identity(given["worker_user"], given["user"])
+        umask = running.origin.umask if running else os.umask(0o022)
+        if running is None:
+            os.umask(umask)
+        name = given["name"] or (running.name if running else os.path.basename([*command, ""][0]))
+        verbose = given["verbose"]
+        return Settings(
+            name=name,
+            command=command,
+            directory=directory,
+            policy=Policy(
+                start_tries=given["start_tries"],
+                start_timeout_s=given["start_timeout"],
+                settle_s=given["settle"],
+                drain_timeout_s=given["drain_timeout"],
+                max_draining=given["max_draining"],
+                stop_timeout_s=given["stop_timeout"],
+                kill_timeout_s=given["kill_timeout"],
+                stop_first=given["reload_order"] == "stop-first",
+            ),
+            workers=given["workers"],
+            ready_after_s=given["ready"],
+            queue=given["queue"],
+            identity=identity,
+            worker_identity=worker_identity,
+            no_new_privileges=given["no_new_privs"],
+            umask=umask if given["umask"] is None else given["umask"],
+            nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            limits=tuple(limits.items()),
+            nice=nice,
+            batch=os.sched_getscheduler(0) == os.SCHED_BATCH,
+            environment=tuple(self._table("env").items()),
+            env_file=self._path("env_file"),
+            pid_file=self._path("pid_file"),
+            log_file=self._path("log_file"),
+            log_level="debug" if verbose else given["log_level"],
+            log_format=given["log_format"],
+            foreground=given["foreground"],
+            guarded=given["guard"],
+            outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+            secret=os.urandom(12).hex(),
+            origin=Origin(purpose.words, self._directory, umask, self._file is not None),
+        )
+
+
+def _launch(asked: Asked) -> int:
+    """Bind and go on to a resident process; or only say whether that could be done."""
+    settings = asked.settings
     checks.pid_file(settings.pid_file)
     checks.log_file(settings.log_file)
     notices: list[str] = []
     bound = bind_all(
-        listens,
-        given["backlog"],
+        asked.listens,
+        asked.backlog,
         notice=notices.append,
-        passed=activation.take(listens, activation.given()),
-        dry=given["check"],
+        passed=activation.take(asked.listens, activation.given()),
+        dry=asked.check,
     )
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
-        notices += checks.notices(settings, listens, given["backlog"])
-        if given["check"] or not (settings.foreground and settings.log_file is None):
+        notices += checks.notices(settings, asked.listens, asked.backlog)
+        if asked.check or not (settings.foreground and settings.log_file is None):
             for notice in notices:  # else its log says them, in the same place
                 tell(notice)
-        if given["check"]:
-            print(
-                f"SocketProtector: would start {' '.join(command)} on {' '.join(given['listen'])}"
-            )
+        if asked.check:
+            valid = f"{asked.config} is valid; " if asked.config else ""
+            listens = " ".join(listen.text for listen in asked.listens)
+            print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {listens}")
             return 0
         addresses = [each.settings.address for each in bound]
         if any(
-            listen.path is None and listen.name is None and not listen.port for listen in listens
+            listen.path is None and listen.name is None and not listen.port
+            for listen in asked.listens
         ):
             tell(f"listening on {' '.join(addresses)}", STDOUT)
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.command[0]]
-        return launch(settings.noticed(notices), bound, label, directory)
+        return launch(settings.noticed(notices), bound, label, settings.origin.directory)
     except BaseException:
         for each in bound:
             each.discard()
         raise
 
 
-def _settings(given: dict[str, Any], command: list[str], directory: str) -> Settings:
-    """Check the options and resolve their paths against the caller's directory."""
-    limits, nice = options.limits(given["limit"])
-    start = os.path.join(directory, given["chdir"]) if given["chdir"] else directory
-    if not os.path.isdir(start):
-        raise UsageError(f"--chdir {given['chdir']}: no such directory")
-    umask = os.umask(0o022)
-    os.umask(umask)
+def ask(
+    arguments: Sequence[str], act: Callable[[Asked], int], running: Settings | None = None
+) -> int:
+    """Read a command line, and the file it names; return what `act` makes of it.
 
-    def path(name: str) -> str | None:
-        return os.path.join(directory, given[name]) if given[name] else None
-
-    return Settings(
-        name=given["name"] or os.path.basename(command[0]),
-        command=_anchored(command, directory),
-        directory=start,
-        policy=Policy(
-            start_tries=given["start_tries"],
-            start_timeout_s=given["start_timeout"],
-            settle_s=given["settle"],
-            drain_timeout_s=given["drain_timeout"],
-            max_draining=given["max_draining"],
-            stop_timeout_s=given["stop_timeout"],
-            kill_timeout_s=given["kill_timeout"],
-            stop_first=given["reload_order"] == "stop-first",
-        ),
-        workers=given["workers"],
-        ready_after_s=given["ready"],
-        queue=given["queue"],
-        identity=checks.identity(given["user"], given["group"]),
-        worker_identity=checks.worker_identity(given["worker_user"], given["user"]),
-        no_new_privileges=given["no_new_privs"],
-        umask=umask if given["umask"] is None else given["umask"],
-        nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        limits=tuple(limits.items()),
-        nice=nice,
-        batch=os.sched_getscheduler(0) == os.SCHED_BATCH,
-        environment=tuple(given["env"].items()),
-        env_file=path("env_file"),
-        pid_file=path("pid_file"),
-        log_file=path("log_file"),
-        log_level="debug" if given["verbose"] else given["log_level"],
-        log_format=given["log_format"],
-        foreground=given["foreground"],
-        guarded=given["guard"],
-        outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
-        secret=os.urandom(12).hex(),
-    )
-
-
-def _anchored(command: list[str], directory: str) -> tuple[str, ...]:
-    """Take a relative command against the caller's directory, whatever --chdir says."""
-    name = command[0]
-    return (os.path.join(directory, name) if "/" in name else name, *command[1:])
+    running: of the protector that was started with it and reads it again.  Raises Refusal,
+    and click's Exit where help is asked for.
+    """
+    words, command = options.split(arguments)
+    purpose = _Purpose(tuple(arguments), command, running, act)
+    try:
+        status = _command.main(
+            words, prog_name="SocketProtector", standalone_mode=False, obj=purpose
+        )
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        raise UsageError(f"{message}; see --help") from error
+    return int(status or 0)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -224,20 +386,12 @@ def main(arguments: Sequence[str]) -> int:
     _stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_LATER)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
-    words, command = options.split(arguments)
     try:
-        status = _command.main(
-            words, prog_name="SocketProtector", standalone_mode=False, obj=command
-        )
-        return int(status or 0)
+        return ask(arguments, _launch)
     except click.exceptions.Exit as error:
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         return 130
-    except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
-        tell(f"{message}; see --help")
-        return error.exit_code
     except Refusal as error:
         tell(str(error))
         return error.status

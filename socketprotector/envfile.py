@@ -36,15 +36,26 @@ def parse(text: str, name: str) -> dict[str, str]:
     return found
 
 
-def read(path: str) -> dict[str, str]:
-    """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
+def contents(path: str) -> bytes:
+    """Return what is in a file that is read again at each reload.
+
+    Raises OSError, or ValueError for one that is too long or none that can be read twice.
+    """
     # Its owner may be the workers' user: nothing there may make the protector wait, or grow.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(fd, "rb") as file:
+    try:
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             raise ValueError(f"{path}: a FIFO, but it is read at each reload")
-        data = file.read(MAX_BYTES + 1)
+        with open(fd, "rb", closefd=False) as file:  # it would not close a folder's
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: more than {MAX_BYTES} bytes")
+    return data
+
+
+def read(path: str) -> dict[str, str]:
+    """Return the assignments in a file.  Raises OSError, or ValueError with the line."""
     # Bytes that are no text are passed on as they are, like those of our own environment.
-    return parse(data.decode("utf-8", "surrogateescape"), path)
+    return parse(contents(path).decode("utf-8", "surrogateescape"), path)

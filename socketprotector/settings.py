@@ -39,6 +39,18 @@ class ListenerSettings:
     inode: int = 0
     backlog: int = 0  # of a UNIX socket: whoever listens says it
     foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
+    text: str = ""  # the LISTEN argument that it is of
+    removed: bool = False  # by a reload; its place is never another's
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a configuration file is read again with: as the caller said it, where he was."""
+
+    words: tuple[str, ...] = ()  # the command line
+    directory: str = "/"
+    umask: int = 0o022
+    configured: bool = False  # there is a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,20 @@ class Identity:
     uid: int
     gid: int
     groups: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a worker makes room for another one; 0: never."""
+
+    requests: int = 0
+    requests_spread: int = 0  # some have so many more or fewer
+    memory_bytes: int = 0
+    age_s: float = 0.0
+
+    @property
+    def any(self) -> bool:
+        return bool(self.requests or self.memory_bytes or self.age_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +106,13 @@ class Settings:
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
+    watchdog_s: float = 0.0  # how long a worker that has said WATCHDOG=1 may then be silent
+    worker_limits: Limits = field(default_factory=Limits)
+    control: str | None = None  # the path of the control socket
+    control_group: int | None = None  # who else may speak there
     secret: str = ""  # part of each worker's notify address, so that nobody can guess it
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
+    origin: Origin = field(default_factory=Origin)
 
     def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
         """The same with the sockets that have been bound."""
@@ -121,6 +152,8 @@ def load(data: bytes) -> Settings:
             limits=_pairs,
             environment=_pairs,
             notices=tuple,
+            worker_limits=lambda found: _read(Limits, found),
+            origin=lambda found: _read(Origin, found, words=tuple),
         )
     except SettingsError:
         raise

@@ -1,0 +1,304 @@
+"""The configuration file: what it may say, and how each mistake is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from socketprotector import cli, config
+from socketprotector.cli import Asked
+from socketprotector.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+COMMAND = f'command = ["{sys.executable}", "-V"]\n'
+
+#: Each option that has a key, with another value than its default.
+EVERY_KEY = """
+pid-file = "run/pid"
+foreground = true
+guard = true
+name = "web"
+workers = 3
+reload-order = "stop-first"
+ready = "after:1s"
+settle = 0.5
+start-timeout = "10s"
+start-tries = 4
+drain-timeout = 120
+max-draining = 5
+stop-timeout = "1m"
+kill-timeout = "500ms"
+backlog = 100
+queue = 512
+user = "nobody"
+group = "nogroup"
+worker-user = "daemon"
+no-new-privs = true
+chdir = "."
+umask = "027"
+env-file = "vars"
+log-file = "log"
+log-level = "warning"
+log-format = "json"
+"""
+
+
+class Reader:
+    """Reads a file as the command line does, and stops before anything is bound."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "web.toml"
+
+    def __call__(self, text: str, *words: str) -> Asked:
+        self.path.write_text(text)
+        asked: list[Asked] = []
+
+        def act(found: Asked) -> int:
+            asked.append(found)
+            return 0
+
+        cli.ask(["--config", str(self.path), *words], act)
+        return asked[0]
+
+    def mistakes(self, text: str, *words: str) -> list[str]:
+        """What it says, without the file's name."""
+        with pytest.raises(UsageError) as refused:
+            self(text, *words)
+        lines = str(refused.value).split("\n")
+        return [line.removeprefix(f"{self.path} ") for line in lines]
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Reader:
+    return Reader(tmp_path)
+
+
+# -- what it may say ------------------------------------------------------------
+
+
+def test_a_file_alone_is_enough(read: Reader, tmp_path: Path) -> None:
+    asked = read(
+        COMMAND
+        + 'listen = ["127.0.0.1:0", "unix:s?mode=0600"]\nworkers = 4\nsettle = "2s"\n'
+        + 'umask = "027"\n[env]\nMODE = "x=y"\nPORT = 80\n[limit]\nnofile = 100\n'
+    )
+
+    settings = asked.settings
+    assert [listen.text for listen in asked.listens] == ["127.0.0.1:0", "unix:s?mode=0600"]
+    assert asked.listens[1].path == str(tmp_path / "s")
+    assert (settings.command, settings.workers) == ((sys.executable, "-V"), 4)
+    assert settings.policy.settle_s == 2.0
+    assert settings.umask == 0o027
+    assert settings.environment == (("MODE", "x=y"), ("PORT", "80"))
+    assert settings.limits == (("nofile", 100),)
+    assert settings.name == Path(sys.executable).name
+
+
+def test_the_command_line_wins(read: Reader) -> None:
+    asked = read(
+        COMMAND
+        + 'listen = "127.0.0.1:0"\nworkers = 4\nsettle = 2\nlog-level = "error"\n'
+        + '[env]\nA = "file"\nB = "file"\n[limit]\nnofile = 100\ncore = 0\n',
+        *("--workers", "2", "--env", "A=line", "--limit", "core=1", "-v"),
+        *("127.0.0.1:1", "--", sys.executable, "-c", "0"),
+    )
+
+    settings = asked.settings
+    assert [listen.text for listen in asked.listens] == ["127.0.0.1:1"]
+    assert settings.command == (sys.executable, "-c", "0")
+    assert settings.workers == 2
+    assert settings.policy.settle_s == 2.0
+    assert settings.environment == (("A", "line"), ("B", "file"))
+    assert dict(settings.limits) == {"nofile": 100, "core": 1}
+    assert settings.log_level == "debug"
+
+
+def test_its_relative_paths_are_taken_against_its_folder(
+    read: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "vars").touch()
+    daemon = tmp_path / "daemon"
+    daemon.write_text("#!/bin/sh\n")
+    daemon.chmod(0o755)
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("PWD", str(elsewhere))
+    text = 'listen = "unix:s"\ncommand = ["./daemon"]\nenv-file = "vars"\nlog-file = "log"\n'
+
+    settings = read(text, "--pid-file", "pid").settings
+
+    assert settings.command == (f"{tmp_path}/./daemon",)
+    assert settings.env_file == str(tmp_path / "vars")
+    assert settings.log_file == str(tmp_path / "log")
+    assert settings.pid_file == str(elsewhere / "pid")
+    assert settings.directory == str(elsewhere)
+    assert settings.origin.directory == str(elsewhere)
+
+
+def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path: Path) -> None:
+    (tmp_path / "vars").touch()
+    given = [line.partition(" = ")[0] for line in EVERY_KEY.split("\n") if line]
+    known = config.keys(cli._command.params)
+    plain = read(COMMAND + 'listen = "1"\n')
+
+    assert sorted([*given, "env", "limit"]) == sorted(known)
+    for line in EVERY_KEY.split("\n"):
+        key = line.partition(" = ")[0]
+        if key in ("", "user", "group", "worker-user"):
+            continue  # these need root, and users
+        one = read(f'{COMMAND}listen = "1"\n{line}\n')
+        same = dataclasses.replace(
+            one.settings, secret=plain.settings.secret, origin=plain.settings.origin
+        )
+        changed = same != plain.settings or one.backlog != plain.backlog
+        assert changed, key
+
+
+def test_the_documentation_names_every_key() -> None:
+    text = (ROOT / "docs" / "config.md").read_text()
+    told = set(re.findall(r"^\| `([a-z-]+)`", text, re.MULTILINE))
+    table = re.search(r"^\| option \|.*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)
+
+    assert told == {*config.keys(cli._command.params), *config.NOT_HERE, "listen", "command"}
+    assert table
+    assert "`--config FILE`" in table[0]
+
+
+# -- mistakes -------------------------------------------------------------------
+
+
+def test_every_mistake_is_told_with_its_line(read: Reader) -> None:
+    said = read.mistakes(
+        """workers = 0
+start_timeout = "x"
+listen = [
+  "127.0.0.1:0",
+  "70000",
+  "127.0.0.1:0",
+  "udp:1",
+]
+command = ["./nodaemon", 3]
+chdir = "/no/such"
+umask = 0o22
+verbose = true
+foreground = "yes"
+settle = "soon"
+ready = "after:"
+log-level = "loud"
+user = "no-such-user"
+start-tries = true
+queue = 2.5
+drain-timeout = nan
+colour = 1
+env-file = "nofile"
+[env]
+"A=B" = "x"
+C = [1]
+D = "\\u0000"
+[limit]
+nofile = 900000000000000000
+memory = 2
+[worker]
+"""
+    )
+
+    assert said == [
+        "line 1: workers: 0 is not in the range 1<=x<=1000000",
+        "line 2: start_timeout: unknown key; did you mean start-timeout?",
+        "line 5: listen: 70000: the port must be a number from 0 to 65535",
+        "line 6: listen: 127.0.0.1:0: listed twice",
+        "line 7: listen: udp:1: UDP has no connections that could be handed over; "
+        "let the daemon bind it",
+        "line 9: command: 3: must be a string",
+        "line 10: chdir: /no/such: no such directory",
+        "line 11: umask: 18: must be a string, in quotes",
+        'line 12: verbose: has no place in a file; write log-level = "debug"',
+        "line 13: foreground: 'yes': must be true or false",
+        "line 14: settle: 'soon' is no duration; write 500ms, 10s, 2m or seconds",
+        "line 15: ready: 'after:': write notify or after:1s",
+        "line 16: log-level: 'loud' is not one of 'debug', 'info', 'warning', 'error'",
+        "line 17: user: no-such-user: unknown user; see getent passwd",
+        "line 18: start-tries: true: must be a whole number",
+        "line 19: queue: 2.5: must be a whole number",
+        "line 20: drain-timeout: 'nan' is no duration; write 500ms, 10s, 2m or seconds",
+        "line 21: colour: unknown key; docs/config.md lists them",
+        f"line 22: env-file: {read.path.parent}/nofile: No such file or directory",
+        "line 24: env.A=B: not a name; it is empty, or has = in it",
+        "line 25: env.C: a list: must be a string or a whole number",
+        "line 26: env.D: a NUL cannot be in it",
+        *[line for line in said if line.startswith("line 28: limit.nofile: nofile=9000000000")],
+        "line 29: limit.memory: memory: unknown; allowed: nofile, core, nice",
+        "line 30: worker: unknown key; did you mean workers?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("listen = [\n", "line 1: not TOML: Invalid value"),
+        ("a = 1\n\nb = = 2\n", "line 3: not TOML: Invalid value"),
+        ("a = 1\na = 2\n", "line 2: not TOML: Cannot overwrite a value"),
+        ("a = '" + "x" * 9, 'line 1: not TOML: Expected "\'"'),
+        ("a = " + "[" * 5000, "line 1: nested too deeply"),
+        ("listen = []\n", 'line 1: listen: must be a string or a list of them, like ["4321"]'),
+        ("listen = 80\n", 'line 1: listen: must be a string or a list of them, like ["4321"]'),
+        ('listen = [""]\n', "line 1: listen: '': must be a string"),
+        (
+            'command = "./d 80"\n',
+            'line 1: command: must be a list of words, like ["./daemon", "4321"]',
+        ),
+        ("env = 1\n", "line 1: env: must be a table, like [env] and NAME = VALUE below it"),
+        ("help = true\n", "line 1: help: has no place in a file; for the command line only"),
+        ("config = 'x'\n", "line 1: config: has no place in a file; for the command line only"),
+        ("group = 'no-such'\n", "line 1: group: no-such: unknown group; see getent group"),
+        ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user: who the "),
+        ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
+        ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
+        ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
+    ],
+)
+def test_a_mistake_is_told_with_what_is_allowed(read: Reader, text: str, said: str) -> None:
+    (line,) = read.mistakes(text)
+
+    assert line.startswith(said)
+
+
+def test_what_is_no_text_is_told_with_its_line(read: Reader) -> None:
+    read.path.write_bytes(b"a = 1\nb = '\xff'\n")
+
+    with pytest.raises(UsageError, match=r"web\.toml line 2: not UTF-8"):
+        cli.ask(["--config", str(read.path)], lambda _: 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config", "/no/such"], "--config /no/such: No such file or directory"),
+        (["--config", "/"], "--config /: Is a directory"),
+        (["--config", "/dev/zero"], "--config /dev/zero: more than 1048576 bytes"),
+        (["--config", "/dev/null"], "no LISTEN; .*, or listen in /dev/null"),
+        (["--config", "/dev/null", "1"], "no command; .*, or command in /dev/null"),
+        (["--config", "/dev/null", "--nonsense"], "No such option"),
+    ],
+)
+def test_what_is_missing_is_told(words: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        cli.ask(words, lambda _: 0)
+
+
+def test_a_mistake_on_the_command_line_is_not_the_files(read: Reader) -> None:
+    (line,) = read.mistakes(COMMAND + 'listen = "1"\n', "--chdir", "/no/such")
+
+    assert line == "--chdir /no/such: no such directory"
+
+
+def test_no_value_of_the_environment_is_shown(read: Reader) -> None:
+    said: Callable[..., list[str]] = read.mistakes
+
+    assert "secret" not in "".join(said('[env]\n"A=" = "secret"\nB = "secret\\u0000"\n'))

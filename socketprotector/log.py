@@ -13,7 +13,9 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 
+from .fold import Fold
 from .line import LEVELS, as_coloured, as_json, as_text, plain
+from .loop import Loop
 
 #: What an observer is called with: level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
@@ -33,6 +35,7 @@ class Log:
         self.level = level
         self._threshold = LEVELS[level]
         self._observers: tuple[Observer, ...] = ()
+        self._fold: Fold | None = None
         self._prioritized = prioritized or is_journal()
         self._json = form == "json"
         self._coloured = False
@@ -46,6 +49,7 @@ class Log:
         """Write from now on what is at this level or above it.  Raises KeyError."""
         self._threshold = LEVELS[level]
         self.level = level
+        self.tell_all()
 
     def observe(self, callback: Observer) -> None:
         """Call this, too, with each line at level info or above, whatever our own level is.
@@ -54,13 +58,22 @@ class Log:
         """
         self._observers = (*self._observers, callback)
 
+    def fold(self, loop: Loop) -> None:
+        """Write what a crash loop repeats as one line with a count, unless all is to be told."""
+        self._fold = Fold(self._write, loop)
+
+    def tell_all(self) -> None:
+        """Write what was kept back; to be called before this program is replaced."""
+        if self._fold is not None:
+            self._fold.tell_all()
+
     def reopen(self) -> None:
         """Follow stderr to where it leads now.
 
         A description of our own, because O_NONBLOCK on the inherited one would reach
         every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
         """
-        self.close()
+        self._close()
         self._coloured = _wants_colour()
         mode = os.fstat(_STDERR).st_mode
         if stat.S_ISSOCK(mode):
@@ -83,11 +96,19 @@ class Log:
         if self._observers and LEVELS[level] <= _OBSERVED:
             for tell in self._observers:
                 tell(level, event, plain(given))
+        if self._fold is None or self.level == "debug" or LEVELS[level] > _OBSERVED:
+            kept_back = False
+        else:
+            kept_back = self._fold.take(level, event, given)
+        if not kept_back:
+            self._write(level, event, given)
+
+    def _write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
         if LEVELS[level] > self._threshold:
             return
         if self._dropped:
-            given["dropped_lines"] = self._dropped
-        line = self._line(level, event, given)
+            fields = {**fields, "dropped_lines": self._dropped}
+        line = self._line(level, event, fields)
         try:
             data = self._end + line.encode("utf-8", "backslashreplace")
             if self._socket is not None:
@@ -113,6 +134,11 @@ class Log:
         return as_text(level, event, fields, now)
 
     def close(self) -> None:
+        """Write no more, after what was kept back."""
+        self.tell_all()
+        self._close()
+
+    def _close(self) -> None:
         if self._socket is not None:
             self._socket.close()
             self._socket = None

@@ -222,6 +222,7 @@ class _Resident:
         settings = self.settings
         relayed = not settings.foreground and settings.log_file is None
         log = Log(settings.log_level, prioritized=relayed, form=settings.log_format)
+        log.fold(self.loop)
         if relayed:
             inherited = {
                 name.removeprefix(door.RELAY): fd

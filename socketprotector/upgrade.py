@@ -111,6 +111,7 @@ class Upgrade:
 
         Returns only if that fails, with everything as it was.
         """
+        self._log.tell_all()
         kept = {name: fd for name, fd in descriptors.items() if fd >= door.FIRST}
         try:
             _need_descriptors()

@@ -7,9 +7,9 @@ import sys
 
 def main() -> None:
     """Run the command, and exit with its status."""
-    from . import program
+    from . import entry
 
-    sys.exit(program.main(sys.argv[1:]))
+    sys.exit(entry.main(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeVar
 
 import click
 
 from .. import __version__, words
-from ..errors import Refusal, UsageError
+from ..errors import UsageError
 from . import find
 from .client import Client
 from .session import Session
 
 NAME = "socketprotectorctl"
-INTERRUPTED = 130
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class ReadEnough(Exception):
+    """Whoever reads the answer has gone (`| head`): no mistake.  click would make it status 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,17 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
     def made(function: Function) -> click.Command:
         with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-        return program.command(name, **settings)(with_json(click.pass_obj(function)))
+        return program.command(name, **settings)(with_json(click.pass_obj(written(function))))
+
+    def written(function: Function) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*arguments: Any, **options: Any) -> Any:
+            try:
+                return function(*arguments, **options)
+            except BrokenPipeError:
+                raise ReadEnough from None
+
+        return run
 
     return made
 
@@ -135,42 +148,3 @@ def tell(text: str) -> None:
 def complain(text: str) -> None:
     """Tell a mistake."""
     tell(f"{NAME}: {text}")
-
-
-# -- from outside ---------------------------------------------------------------------
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run one command.  Returns the exit status."""
-    from . import changing, completion, looking, replacing, top
-
-    _ = changing, completion, looking, replacing, top  # each adds its commands
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminated)
-    try:
-        status = program.main(list(arguments), prog_name=NAME, standalone_mode=False)
-        sys.stdout.flush()
-        return int(status or 0)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return INTERRUPTED
-    except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
-        complain(f"{message}; see {_help(error)}")
-        return error.exit_code
-    except Refusal as error:
-        complain(str(error))
-        return error.status
-    except BrokenPipeError:  # `| head` has read enough; what is not written yet must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def _help(error: click.ClickException) -> str:
-    ctx = getattr(error, "ctx", None)
-    return f"{ctx.command_path if ctx else NAME} --help"
-
-
-def _terminated(_: int, __: object) -> None:
-    raise KeyboardInterrupt

@@ -21,11 +21,10 @@ _TRY_EVERY_S = 0.05
 class Session:
     """Requests and events of one control socket, across the ends of its connections."""
 
-    def __init__(self, path: str, *, events: bool = False, return_s: float = RETURN_S) -> None:
+    def __init__(self, path: str, *, events: bool = False) -> None:
         """Connect, and follow events if asked to.  Raises NoProtector, Refused."""
         self.path = path
         self._events = events
-        self._return_s = return_s
         self._client = Client(path)
         if events:
             try:
@@ -53,7 +52,7 @@ class Session:
     def again(self, within_s: float | None = None) -> None:
         """Connect again.  Raises NoProtector when nobody came back in time."""
         self._client.close()
-        limit_s = self._return_s if within_s is None else min(within_s, self._return_s)
+        limit_s = RETURN_S if within_s is None else min(within_s, RETURN_S)
         until = time.monotonic() + limit_s
         while True:
             left_s = until - time.monotonic()

@@ -182,7 +182,8 @@ class Draining:
         connections = "" if self.active is None else f", {self.active} connections"
         some = ", ".join(str(pid) for pid in self.pids[:5]) + (", ..." if self.workers > 5 else "")
         plural = "s" if len(self.generations) > 1 else ""
-        return f"generation{plural} {numbers} ({self.workers} workers: pid {some}{connections})"
+        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
+        return f"generation{plural} {numbers} ({workers}: pid {some}{connections})"
 
 
 def draining(status: Message, before: int) -> Draining:

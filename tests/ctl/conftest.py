@@ -1,0 +1,84 @@
+"""Fixtures: a fake protector in a folder of its own, and the command."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl.entry import main
+from tests.ctl.fake import Fake
+from tests.running import DEADLINE_S
+
+COMMAND = (sys.executable, "-m", "socketprotector.ctl")
+
+
+@dataclass
+class Said:
+    """What a command said, and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where control sockets are looked for."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setattr("socketprotector.ctl.find.SYSTEM", str(tmp_path / "system"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    made = tmp_path / "run" / "socketprotector"
+    made.mkdir(parents=True)
+    return made
+
+
+@pytest.fixture
+def fakes(folder: Path) -> Iterator[Callable[[str], Fake]]:
+    """Make fake protectors by name."""
+    made: list[Fake] = []
+
+    def make(name: str) -> Fake:
+        made.append(Fake(folder / f"{name}.control"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def fake(fakes: Callable[[str], Fake]) -> Fake:
+    """One fake protector, `web`."""
+    return fakes("web")
+
+
+@pytest.fixture
+def ctl(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Run the command in this process."""
+
+    def run(*arguments: str) -> Said:
+        capfd.readouterr()
+        status = main(arguments)
+        out, err = capfd.readouterr()
+        return Said(status, out, err)
+
+    return run
+
+
+def run(*arguments: str | Path, **environment: str) -> Said:
+    """Run the command as a process of its own."""
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    return Said(done.returncode, done.stdout, done.stderr)

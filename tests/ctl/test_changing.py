@@ -1,0 +1,245 @@
+"""scale, hold, drain, kill, stop, upgrade, log-level, and how mistakes are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from socketprotector.ctl import changing
+from tests.ctl.conftest import COMMAND, Said
+from tests.ctl.fake import Connection, Fake, Message, generation, status, worker
+from tests.running import Lines, eventually
+
+Ctl = Callable[..., Said]
+
+
+@pytest.mark.parametrize(
+    ("written", "asked"),
+    [("3", {"to": 3}), ("+1", {"by": 1}), ("-1", {"by": -1}), ("-12", {"by": -12})],
+)
+def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
+    fake.answers["scale"] = lambda *_: {"workers": 3}
+
+    assert ctl("scale", written) == Said(0, "3 workers wanted\n", "")
+    assert ctl("scale", written, "--json").out == '{"workers": 3}\n'
+    assert fake.asked == [{"command": "scale", **asked}] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["scale"], "Missing argument 'N|+N|-N'; see socketprotectorctl scale --help"),
+        (["scale", "-x"], "Invalid value for N: '-x': write N, +N or -N"),
+        (["scale", "1.5"], "Invalid value for N: '1.5': write N, +N or -N"),
+        (["kill", "x"], "'x' is not a valid integer range"),
+        (["kill"], "Missing argument 'GENERATION'"),
+        (["drain", "web"], "'web': write a generation or a pid"),
+        (["log-level", "loud"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
+        (["hold", "--for", "0"], "it must be above 0"),
+        (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 2m or seconds"),
+        (["relaod"], "No such command 'relaod'"),
+        (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        (["status", "--jsno"], "No such option"),
+        ([], "no command; there are completion, connections"),
+        (["top"], "top: needs a terminal; use status, or top --json"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
+    arguments: list[str], told: str, fake: Fake, ctl: Ctl
+) -> None:
+    said = ctl(*arguments)
+
+    assert said.status == 2
+    assert said.err.startswith("socketprotectorctl: ")
+    assert told in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
+    fake.answers["hold"] = lambda *_: {"until_at": 1.0}
+
+    assert ctl("hold", "--for", "30s") == Said(0, "held for 30 s; release ends it earlier\n", "")
+    assert fake.asked == [{"command": "hold", "seconds": 30.0}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
+    number: signal.Signals, fake: Fake
+) -> None:
+    fake.answers["hold"] = lambda *_: {"until_at": 1.0}
+    fake.answers["release"] = lambda *_: {}
+    receive, send = os.pipe()
+    process = subprocess.Popen([*COMMAND, "hold"], stdout=send)
+    os.close(send)
+    lines = Lines(receive)
+    lines.wait_for("held as long as this runs; Ctrl-C releases")
+    fake.cut_all()  # an upgrade in between
+    eventually(lambda: fake.commands().count("hold") >= 2, "asked again")
+    process.send_signal(number)
+
+    assert process.wait(10) == 0
+    lines.join()
+    assert lines.seen[-1] == "released"
+    assert fake.commands()[-1] == "release"
+    assert {each.get("seconds") for each in fake.asked if each["command"] == "hold"} == {5.0}
+
+
+def test_a_hold_asks_again_long_before_it_runs_out() -> None:
+    assert changing._HOLD_EVERY_S * 3 < changing._HOLD_EACH_S
+
+
+def test_drain_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(generation(8, "serving", worker(14, 4712), worker(15, 8)))
+    fake.answers["drain"] = lambda _, asked: (
+        {"generation": 9} if "generation" in asked else {"worker": 16}
+    )
+
+    assert ctl("drain", "4712").out == "worker 16 is replaced, then asked to leave\n"
+    both = ctl("drain", "8")
+    assert both.status == 2
+    assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
+    assert ctl("drain", "generation:8").out == (
+        "generation 9 is started in the place of 8, which drains when it serves\n"
+    )
+    neither = ctl("drain", "7")
+    assert neither.status == 100
+    assert "7 is no generation and no worker's pid; generations: 8" in neither.err
+    asked = [each for each in fake.asked if each["command"] == "drain"]
+    assert asked == [{"command": "drain", "pid": 4712}, {"command": "drain", "generation": 8}]
+
+
+def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:
+    fake.answers["kill"] = lambda *_: {"workers": 2}
+    fake.answers["log-level"] = lambda *_: {"level": "debug"}
+    fake.answers["reopen"] = lambda *_: {}
+    fake.answers["release"] = lambda *_: {}
+
+    assert ctl("kill", "7").out == "killed 2 workers of generation 7\n"
+    assert ctl("log-level", "debug").out == "log level debug\n"
+    assert ctl("reopen").out == "reopened\n"
+    assert ctl("release").out == "released\n"
+
+
+# -- stop ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def protected() -> subprocess.Popen[bytes]:
+    """A process in the place of the protector's; it ends when its stdin does."""
+    return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+
+def test_stop_waits_for_the_end_of_the_process(
+    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
+) -> None:
+    fake.status["pid"] = protected.pid
+
+    def answer(connection: Connection, asked: Message) -> None:
+        fake.status = status(
+            generation(8, "draining", worker(14)), phase="stopping", pid=protected.pid
+        )
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
+        connection.event("stopping")
+        threading.Timer(0.3, fake.end).start()
+        assert protected.stdin
+        threading.Timer(0.6, protected.stdin.close).start()
+
+    fake.answers["stop"] = answer
+
+    said = ctl("stop")
+
+    assert (said.status, said.out) == (0, "stopped: web\n")
+    assert said.err == "waits for generation 8 (1 worker: pid 4712, 3 connections)\n"
+    assert protected.wait(10) == 0
+    assert {"command": "stop", "quick": False} in fake.asked
+
+
+def test_stop_that_takes_too_long_is_status_4(
+    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
+) -> None:
+    def answer(*_: object) -> Message:
+        fake.status["phase"] = "stopping"
+        fake.status["generations"] = [generation(8, "draining", worker(14))]
+        return {}
+
+    fake.status["pid"] = protected.pid
+    fake.answers["stop"] = answer
+
+    said = ctl("stop", "--quick", "--timeout", "1500ms")
+
+    assert said.status == 4
+    assert "still waits for generation 8 (1 worker: pid 4712, 3 connections) to finish" in said.err
+    protected.communicate()
+
+
+def test_stop_without_waiting(fake: Fake, ctl: Ctl) -> None:
+    fake.answers["stop"] = lambda *_: {}
+
+    assert ctl("stop", "--no-wait") == Said(0, "asked to stop\n", "")
+
+
+# -- upgrade ---------------------------------------------------------------------------------
+
+
+def test_upgrade_waits_for_the_new_program(fake: Fake, ctl: Ctl) -> None:
+    fake.status["pid"] = 11
+
+    def answer(connection: Connection, asked: Message) -> None:
+        connection.send(
+            {"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.1.0", "starts": 1}}
+        )
+        fake.status["restarts"], fake.status["version"] = 1, "0.2.0"
+        connection.cut()
+
+    fake.answers["upgrade"] = answer
+
+    assert ctl("upgrade") == Said(0, "upgraded: pid 11 runs 0.2.0 (0.1.0 before)\n", "")
+
+
+def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
+    fake: Fake, ctl: Ctl
+) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"from": "0.1.0"}})
+        connection.event("upgrade-failed", reason="the new program exited with status 1: boom\x1b")
+
+    fake.answers["upgrade"] = answer
+
+    said = ctl("upgrade", "--wait")
+
+    assert said == Said(
+        3,
+        "",
+        "socketprotectorctl: not upgraded: 0.1.0 goes on: the new program exited with status 1: "
+        "boom\\x1b\n",
+    )
+
+
+# -- completion -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, fake: Fake, ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "_SOCKETPROTECTORCTL_COMPLETE" in ctl("completion", shell).out
+
+
+def test_completion_knows_names_and_generations(fake: Fake) -> None:
+    def completed(*line: str) -> list[str]:
+        environment = {
+            **os.environ,
+            "_SOCKETPROTECTORCTL_COMPLETE": "bash_complete",
+            "COMP_WORDS": " ".join(("socketprotectorctl", *line)),
+            "COMP_CWORD": str(len(line)),
+        }
+        done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
+        return [each.partition(",")[2] for each in done.stdout.splitlines()]
+
+    assert completed("--name", "w") == ["web"]
+    assert completed("--name", "web", "kill", "8") == ["8"]
+    assert completed("relo") == ["reload"]

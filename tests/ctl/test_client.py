@@ -1,0 +1,150 @@
+"""The client against servers that are slow, rude, or no protectors at all."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl import client as module
+from socketprotector.ctl.client import Client
+from socketprotector.ctl.failure import Cut, Denied, NoProtector, Refused
+from socketprotector.ctl.session import Session
+from socketprotector.ctl.survey import ask_all
+from tests.ctl.fake import Fake, Refusing
+
+Says = Callable[[bytes], str]
+
+
+@pytest.fixture
+def says(tmp_path: Path) -> Iterator[Says]:
+    """A server that says the same to whoever connects, and hangs up."""
+    ends: list[Callable[[], None]] = []
+
+    def start(what: bytes) -> str:
+        path = str(tmp_path / f"s{len(ends)}")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:
+                    return
+                with sock:
+                    try:
+                        sock.sendall(what)
+                    except OSError:
+                        pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+
+        def end() -> None:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            listener.close()
+
+        ends.append(end)
+        return path
+
+    yield start
+    for end in ends:
+        end()
+
+
+def test_events_in_between_are_kept_in_order(fake: Fake) -> None:
+    def answer(connection: object, asked: dict[str, object]) -> dict[str, object]:
+        connection.event("one")  # type: ignore[attr-defined]
+        connection.event("two")  # type: ignore[attr-defined]
+        return {"workers": 3}
+
+    fake.answers["scale"] = answer
+    with Client(str(fake.path)) as client:
+        assert client.request("scale", to=3) == {"workers": 3}
+        assert [client.event(1) for _ in range(2)] != [None, None]
+        assert client.event(0) is None
+
+
+def test_a_no_keeps_its_code(fake: Fake) -> None:
+    def answer(*_: object) -> None:
+        raise Refusing("unknown", "no generation 7")
+
+    fake.answers["kill"] = answer
+    with Client(str(fake.path)) as client, pytest.raises(Refused, match="no generation 7") as told:
+        client.request("kill", generation=7)
+
+    assert (told.value.code, told.value.status) == ("unknown", 100)
+
+
+def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -> None:
+    path = says(b'{"v": 1, "id": null, "ok": false, "code": "denied", "error": "not for you"}\n')
+
+    with Client(path) as client, pytest.raises(Denied, match="not for you"):
+        client.request("status")
+    assert ask_all([path])[0].why == "denied"
+
+
+@pytest.mark.parametrize("what", [b"SSH-2.0\r\n", b"[1]\n", b"\xff\xfe\n"])
+def test_another_server_is_found_out(what: bytes, says: Says) -> None:
+    path = says(what)
+
+    with Client(path) as client, pytest.raises(NoProtector, match="is no protector"):
+        client.request("status")
+    assert ask_all([path])[0].why == "no protector"
+
+
+def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_LINE", 100_000)
+
+    with Client(says(b"x" * 200_000)) as client, pytest.raises(NoProtector, match="no protector"):
+        client.request("status")
+
+
+def test_no_answer_is_told_in_time(fake: Fake) -> None:
+    fake.answers["status"] = lambda *_: None
+
+    with (
+        Client(str(fake.path), answer_s=0.1) as client,
+        pytest.raises(NoProtector, match="no answer to .status. within") as told,
+    ):
+        client.request("status")
+    assert not isinstance(told.value, Cut)
+
+
+def test_a_cut_connection_is_told_apart(fake: Fake) -> None:
+    with Client(str(fake.path)) as client:
+        client.request("status")
+        fake.cut_all()
+        with pytest.raises(Cut):
+            client.event(5)
+
+
+def test_a_session_comes_back_and_follows_again(fake: Fake) -> None:
+    with Session(str(fake.path), events=True) as session:
+        fake.cut_all()
+        with pytest.raises(Cut):
+            session.event(5)
+        session.again()
+        fake.cut_all()
+
+        assert session.ask("status")["name"] == "web"
+    assert fake.commands() == ["events", "events", "events", "status"]
+
+
+def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:
+    made = [Fake(tmp_path / f"{n}") for n in range(20)]
+    try:
+        for each in made[:10]:
+            each.answers["status"] = lambda *_: None
+        found = ask_all([str(each.path) for each in made], within_s=0.5)
+    finally:
+        for each in made:
+            each.end()
+
+    assert [each.why for each in found] == ["silent"] * 10 + [""] * 10

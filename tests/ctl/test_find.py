@@ -1,0 +1,163 @@
+"""Which protector is meant."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl import find
+from socketprotector.ctl.client import Client
+from tests.ctl.conftest import Said
+from tests.ctl.fake import Fake, Refusing
+
+Ctl = Callable[..., Said]
+Fakes = Callable[[str], Fake]
+
+
+def dead(path: Path) -> None:
+    """A socket file that nobody listens at."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+def level(ctl: Ctl, *arguments: str) -> Said:
+    return ctl(*arguments, "status", "--json")
+
+
+def test_the_only_one_that_lives_is_taken(fake: Fake, folder: Path, ctl: Ctl) -> None:
+    dead(folder / "old.control")
+
+    assert level(ctl).status == 0
+    assert fake.commands() == ["status"]
+
+
+def test_none_is_status_1_and_several_are_status_2(fakes: Fakes, ctl: Ctl) -> None:
+    none = level(ctl)
+    fakes("web"), fakes("api")
+    several = level(ctl)
+
+    assert none.status == 1
+    assert "no protector has a control socket in " in none.err
+    assert several.status == 2
+    assert several.err.endswith("say --name NAME (before the command): api, web\n")
+
+
+def test_by_name_in_either_folder_the_living_one_first(
+    fakes: Fakes, folder: Path, ctl: Ctl
+) -> None:
+    dead(folder / "web.control")
+    system = Path(find.SYSTEM)
+    living = Fake(system / "web.control")
+    try:
+        assert level(ctl, "--name", "web").status == 0
+    finally:
+        living.end()
+
+    assert level(ctl, "--name", "web").status == 1
+    missing = level(ctl, "--name", "wbe")
+    assert missing.status == 1
+    assert "no wbe.control in " in missing.err
+    assert level(ctl, "--name", "../x").status == 2
+
+
+def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
+    short = Fake(tmp_path / "s")
+    deep = tmp_path / ("d" * 60) / ("e" * 60)
+    deep.mkdir(parents=True)
+    os.rename(tmp_path / "s", deep / "s")
+    try:
+        assert level(ctl, "--control", str(deep / "s")).status == 0
+    finally:
+        short.end()
+
+    gone = level(ctl, "--control", str(tmp_path / "none"))
+    assert (gone.status, gone.err) == (
+        1,
+        f"socketprotectorctl: {tmp_path}/none: there is no control socket; "
+        "does the protector run?\n",
+    )
+
+
+def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
+    # SO_PEERCRED of all fakes is this process; so the pid of another tells that it is status.
+    web, api = fakes("web"), fakes("api")
+    web.status["pid"], api.status["pid"] = 1, os.getppid()
+    pid_file = tmp_path / "pid"
+    pid_file.write_text(f"{os.getppid()}\n")
+
+    assert level(ctl, "--pid-file", str(pid_file)).status == 0
+    assert len(api.commands()) == 2
+    pid_file.write_text(f"{os.getpid()}\n")
+    assert level(ctl, "--pid-file", str(pid_file)).status == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "words"),
+    [
+        (None, 1, "there is none; does the protector run?"),
+        ("junk", 2, "there stands no pid"),
+        ("999999999", 1, "process 999999999 is gone"),
+        ("1", 1, "no control socket of process 1 in "),
+    ],
+)
+def test_a_pid_file_that_leads_nowhere_is_told(
+    content: str | None, status: int, words: str, fake: Fake, tmp_path: Path, ctl: Ctl
+) -> None:
+    if content is not None:
+        (tmp_path / "pid").write_text(content)
+
+    said = level(ctl, "--pid-file", str(tmp_path / "pid"))
+
+    assert said.status == status
+    assert words in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_only_one_way_at_a_time(ctl: Ctl) -> None:
+    said = level(ctl, "--name", "a", "--control", "b")
+
+    assert said.status == 2
+    assert said.err == "socketprotectorctl: --name and --control: only one of them\n"
+
+
+def test_list_shows_the_living_the_dead_the_denied_and_the_silent(
+    fakes: Fakes, folder: Path, ctl: Ctl
+) -> None:
+    fakes("web")
+
+    def no(*_: object) -> None:
+        raise Refusing("denied", "not for this user")
+
+    fakes("secret").answers["status"] = no
+    fakes("slow").answers["status"] = lambda *_: None
+    dead(folder / "old.control")
+
+    said = ctl("list")
+
+    assert said.status == 0
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines[0][:3] == ["NAME", "PHASE", "PID"]
+    assert [line[:2] for line in lines[1:]] == [
+        ["old", "dead"],
+        ["secret", "denied"],
+        ["slow", "silent"],
+        ["web", "serving"],
+    ]
+    listed = json.loads(ctl("list", "--living", "--json").out)["instances"]
+    assert [each["key"] for each in listed] == ["secret", "slow", "web"]
+    assert listed[2]["status"]["pid"] == os.getpid()
+
+
+def test_list_of_none(folder: Path, ctl: Ctl) -> None:
+    assert ctl("list").out.startswith("no protector has a control socket in ")
+    assert ctl("--name", "x", "list").status == 2
+
+
+def test_the_client_tells_who_listens(fake: Fake) -> None:
+    with Client(str(fake.path)) as client:
+        assert client.peer_pid == os.getpid()

@@ -1,0 +1,212 @@
+"""status, crashes, diff, events: what is shown, and that nothing in it drives a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl import render
+from tests.ctl.conftest import COMMAND, Said, run
+from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+from tests.running import Lines, eventually
+
+Ctl = Callable[..., Said]
+
+
+def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(
+        generation(8, "draining", worker(14, 4712), accepted=None, active=None, wait_us=None),
+        generation(9, "serving", worker(15, 4713), worker(16, 4714, "starting")),
+        pid=11,
+        held_s=12.0,
+        guarded=True,
+        reloads=[
+            {"generation": 10, "result": "failed", "reason": "no", "began_at": 1, "ended_at": 140}
+        ],
+        crashes=2,
+    )
+
+    said = ctl("status")
+
+    assert said.status == 0
+    assert said.out.splitlines() == [
+        "web: serving, pid 11, version 0.1.0, up 2m30s, guarded",
+        "held: accepts nothing for another 12s",
+        "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
+        "listens on tcp:0.0.0.0:4321, 3 of 4,096 wait",
+        "last reload: generation 10 failed 1m ago: no",
+        "2 crashes: socketprotectorctl crashes",
+        "",
+        "GEN  PHASE       AGE  READY  QUEUE  ACTIVE  ACCEPTED  ERRORS  LOST  WAIT-P50    P99",
+        "  9  serving   1m40s    1/2      0       3       120       0     0      63us  1.0ms",
+        "  8  draining  1m40s    1/1      0       -         -       0     0         -      -",
+        "",
+        "WORKER  GEN   PID  STATE       AGE  ACTIVE  ACCEPTED  ERRORS  SAYS",
+        "    15    9  4713  ready     1m40s       1        60       0",
+        "    16    9  4714  starting  1m40s       1        60       0",
+        "    14    8  4712  ready     1m40s       1        60       0",
+    ]
+
+
+def test_nothing_that_a_worker_says_reaches_the_terminal_as_it_is(fake: Fake, ctl: Ctl) -> None:
+    evil = "\x1b]0;owned\x07\n\x9b31m\x7f\u202e[bold]"
+    fake.status = status(generation(8, "serving", worker(14, status=evil)), name=evil)
+    fake.answers["crashes"] = lambda *_: {
+        "crashes": [{"at": 1.0, "how": evil, "when": "serving", "last_words": evil, "lost": None}]
+    }
+    fake.answers["diff"] = lambda *_: {"changes": [evil]}
+
+    for arguments in (["status"], ["crashes"], ["diff"], ["list"]):
+        for more in ([], ["--json"]):
+            said = ctl(*arguments, *more)
+
+            assert said.status == 0
+            shown = said.out.replace("\n", "")
+            assert shown.isascii(), shown
+            assert not set(map(chr, range(32))) & set(shown)
+            assert "\x7f" not in shown
+    assert "\\x1b]0;owned" in ctl("status").out
+
+
+def test_nonsense_instead_of_numbers_is_shown_as_unknown(fake: Fake, ctl: Ctl) -> None:
+    fake.status = {"name": 3, "generations": [{"number": "x", "workers": 7, "wait_us": []}, 5]}
+
+    assert ctl("status").status == 0
+
+
+def terminal(*arguments: str, **environment: str) -> str:
+    """What a command shows on a terminal."""
+    ours, theirs = pty.openpty()
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "80", **environment},
+        check=False,
+    )
+    os.close(theirs)
+    assert done.returncode == 0
+    shown = b""
+    while True:
+        try:
+            data = os.read(ours, 65536)
+        except OSError:
+            break
+        if not data:
+            break
+        shown += data
+    os.close(ours)
+    return shown.decode()
+
+
+def test_colours_only_on_a_terminal_and_not_with_no_color(fake: Fake) -> None:
+    assert "\x1b[32m" in terminal("status")
+    assert "\x1b[32m" not in terminal("status", NO_COLOR="1")
+    assert "\x1b" not in run("status").out
+
+
+def test_crashes(fake: Fake, ctl: Ctl) -> None:
+    crash = {
+        "at": 0.0,
+        "generation": 8,
+        "worker": 14,
+        "slot": 0,
+        "pid": 4712,
+        "how": "was killed by SIGSEGV",
+        "when": "serving",
+        "lost": 3,
+        "last_words": "one\ntwo\n",
+        "cpu_s": 1.2,
+        "max_rss_kib": 31000,
+    }
+    fake.answers["crashes"] = lambda *_: {"crashes": [crash]}
+
+    assert ctl("crashes").out == (
+        "1970-01-01T00:00:00Z worker 14 of generation 8, pid 4712, was killed by SIGSEGV while "
+        "serving; connections lost: 3, CPU 1.2s, memory 30.3M\n  | one\n  | two\n"
+    )
+    fake.answers["crashes"] = lambda *_: {"crashes": []}
+    assert ctl("crashes").out == "no crashes\n"
+
+
+def test_diff(fake: Fake, ctl: Ctl) -> None:
+    fake.answers["diff"] = lambda *_: {"changes": ["workers: 1 -> 2"]}
+    assert ctl("diff") == Said(0, "workers: 1 -> 2\n", "")
+
+    def invalid(*_: object) -> Message:
+        raise Refusing("refused", "web.toml:3: workers: not a number")
+
+    fake.answers["diff"] = invalid
+    said = ctl("diff")
+    assert said.status == 3
+    assert said.err == (
+        "socketprotectorctl: a reload would fail: web.toml:3: workers: not a number\n"
+    )
+
+
+def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
+    def follow(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
+        connection.event("reloaded", generation=9, reason='a "b"\x1b')
+
+    fake.answers["events"] = follow
+    receive, send = os.pipe()
+    process = subprocess.Popen([*COMMAND, "events"], stdout=send, stderr=subprocess.DEVNULL)
+    os.close(send)
+    lines = Lines(receive)
+    line = lines.wait_for("event=reloaded")
+    assert line.endswith('info    event=reloaded generation=9 reason="a \\"b\\"\\x1b"')
+    fake.cut_all()
+    eventually(lambda: lines.count("event=reloaded") == 2, "the event after the cut")
+    process.send_signal(signal.SIGINT)
+
+    assert process.wait(10) == 130
+    lines.join()
+
+
+def test_events_of_a_protector_that_is_yet_to_come(folder: Path) -> None:
+    receive, send = os.pipe()
+    process = subprocess.Popen(
+        [*COMMAND, "--name", "web", "events", "--follow", "--json"],
+        stdout=send,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(send)
+    lines = Lines(receive)
+    _, err = process.communicate(timeout=20)
+    lines.join()
+
+    assert process.returncode == 1  # a name that no socket has: it may be mistyped
+    assert "no web.control in" in err
+
+
+def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:
+    receive, send = os.pipe()
+    os.close(receive)
+    process = subprocess.Popen([*COMMAND, "status"], stdout=send, stderr=subprocess.PIPE)
+    os.close(send)
+    _, err = process.communicate(timeout=20)
+
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0.0s"), (9.96, "10.0s"), (59, "59s"), (60, "1m"), (3725, "1h2m"), (90061, "1d1h")],
+)
+def test_times_are_short(seconds: float, shown: str) -> None:
+    assert render.span(seconds) == shown
+
+
+def test_a_sparkline_reaches_from_nothing_to_the_highest() -> None:
+    assert render.sparkline([9, 0, 1, 4, 8], 4) == " ▁▄█"
+    assert render.sparkline([0, 0], 5) == "  "
+    assert render.sparkline([], 5) == ""

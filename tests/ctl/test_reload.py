@@ -1,0 +1,291 @@
+"""reload: the exit status is what became of it, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tests.ctl.conftest import Said
+from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+
+Ctl = Callable[..., Said]
+
+
+def reloading(fake: Fake, then: Callable[[Connection], None], promised: int = 9) -> None:
+    """Answer `reload`, and do `then` right afterwards, as the protector's loop does."""
+
+    def answer(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {"generation": promised}})
+        then(connection)
+
+    fake.answers["reload"] = answer
+
+
+def ended(number: int, result: str, reason: str = "") -> Message:
+    return {
+        "generation": number,
+        "result": result,
+        "reason": reason,
+        "began_at": 150.0,
+        "ended_at": 151.0,
+    }
+
+
+def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, ctl: Ctl) -> None:
+    fake.status["workers_wanted"] = 2
+
+    def then(connection: Connection) -> None:
+        connection.event("reloading")
+        connection.event("spawned", generation=9, worker=15, pid=1)
+        connection.event("spawned", generation=9, worker=16, pid=2)
+        connection.event("worker-ready", generation=9, worker=15)
+        connection.event("worker-ready", generation=9, worker=16)
+        connection.event("route", generation=9)
+        connection.event("reloaded", generation=9)
+
+    reloading(fake, then)
+
+    said = ctl("reload")
+
+    assert said == Said(
+        0,
+        "reloaded: generation 9 serves, after generation 8\n",
+        "generation 9 is starting\nready 1/2\nready 2/2\n"
+        "switched: new connections go to generation 9\n",
+    )
+
+
+def test_a_release_that_is_given_up_is_status_3_with_the_reason_and_the_last_words(
+    fake: Fake, ctl: Ctl
+) -> None:
+    def then(connection: Connection) -> None:
+        connection.event(
+            "reload-failed",
+            generation=9,
+            reason="worker 15 exited with status 1",
+            last_words="Traceback\n\x1b[2JImportError: app",
+        )
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--wait")
+
+    assert said.status == 3
+    assert said.out == ""
+    assert said.err == (
+        "socketprotectorctl: not reloaded: generation 9 was given up: worker 15 exited with "
+        "status 1; generation 8 serves on\n  | Traceback\n  | \\x1b[2JImportError: app\n"
+    )
+
+
+def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(
+        generation(8, "serving", worker(14)), generation(9, "starting"), phase="reloading"
+    )
+
+    def then(connection: Connection) -> None:
+        connection.event("reload-failed", generation=9, reason="not this one")
+        connection.event("recovered", generation=10)
+        connection.event("reloaded", generation=11)
+
+    reloading(fake, then, promised=10)
+
+    said = ctl("reload")
+
+    assert (said.status, said.out) == (
+        0,
+        "reloaded: generation 11 serves, after generation 8\n",
+    )
+    assert "the reload before it is still going on" in said.err
+
+
+def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["reloads"] = [ended(9, "reloaded")]
+        connection.cut()
+
+    reloading(fake, then)
+
+    said = ctl("reload")
+
+    assert (said.status, said.out) == (0, "reloaded: generation 9 serves, after generation 8\n")
+    assert "connecting again" in said.err
+
+
+def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["reloads"] = [ended(9, "failed", "not ready within 1 s")]
+        fake.answers["crashes"] = lambda *_: {
+            "crashes": [{"generation": 9, "last_words": "no database\n"}]
+        }
+        connection.cut()
+
+    reloading(fake, then)
+
+    said = ctl("reload")
+
+    assert said.status == 3
+    assert "given up: not ready within 1 s; generation 8 serves on\n  | no database\n" in said.err
+
+
+def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
+    fake: Fake, ctl: Ctl
+) -> None:
+    for heard in (True, False):
+        asked: list[Message] = []
+
+        def answer(
+            connection: Connection, message: Message, asked: list[Any] = asked, heard: bool = heard
+        ) -> Message | None:
+            asked.append(message)
+            if len(asked) == 1:
+                fake.status["reloads"] = [ended(8, "reloaded")]
+                if heard:
+                    fake.status["reloads"].append(ended(9, "running"))
+                connection.cut()
+                return None
+            fake.status["reloads"].append(ended(9, "reloaded"))
+            return {"generation": 9}
+
+        fake.status["reloads"] = [ended(8, "reloaded")]
+        fake.answers["reload"] = answer
+        if heard:
+            threading.Timer(
+                0.5, lambda: fake.status["reloads"].append(ended(9, "reloaded"))
+            ).start()
+
+        assert ctl("reload").status == 0
+        assert len(asked) == (1 if heard else 2)
+
+
+def test_nobody_who_comes_back_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
+    monkeypatch.setattr("socketprotector.ctl.session.RETURN_S", 0.2)
+    reloading(fake, lambda _: threading.Thread(target=fake.end).start())
+
+    said = ctl("reload")
+
+    assert said.status == 1
+    assert "generation 9 was not seen to serve: the protector did not come back" in said.err
+
+
+def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
+    def then(connection: Connection) -> None:
+        connection.event("stopping")
+        fake.status["phase"] = "stopping"
+        threading.Thread(target=fake.end).start()
+
+    monkeypatch.setattr("socketprotector.ctl.session.RETURN_S", 0.2)
+    reloading(fake, then)
+
+    said = ctl("reload")
+
+    assert said.status == 1
+    assert "generation 9 was not seen to serve: it was stopped" in said.err
+
+
+def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("spawned", generation=9, worker=15, pid=1))
+
+    said = ctl("reload", "--timeout", "200ms")
+
+    assert said.status == 4
+    assert said.err.endswith(
+        "not within 0.2 s: still waits for generation 9 to be ready (0/1 workers are)\n"
+    )
+
+
+def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("route", generation=9))
+
+    said = ctl("reload", "--timeout", "200ms")
+
+    assert said.status == 4
+    assert "still waits for generation 9 to live as long as --settle" in said.err
+
+
+def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["generations"] = [
+            generation(9),
+            generation(8, "draining", worker(14), worker(15), active=2),
+        ]
+        connection.event("reloaded", generation=9)
+        threading.Timer(0.3, gone, [connection]).start()
+
+    def gone(connection: Connection) -> None:
+        fake.status["generations"].pop()
+        connection.event("drained", generation=8)
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--drained")
+
+    assert (said.status, said.out) == (
+        0,
+        "reloaded: generation 9 serves, after generation 8; nothing older is left\n",
+    )
+    assert said.err == "drained 0/2 workers\ndrained 2/2 workers\n"
+
+
+def test_drained_that_takes_too_long_says_who_is_left(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["generations"] = [generation(9), generation(8, "draining", worker(14, 77))]
+        connection.event("reloaded", generation=9)
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--drained", "--timeout", "300ms", "--json")
+
+    assert said.status == 4
+    told = json.loads(said.out)
+    assert (told["generation"], told["result"]) == (9, "timed out")
+    assert "generation 8 (1 worker: pid 77, 3 connections) to drain" in said.err
+
+
+def test_json_tells_the_outcome(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("reload-failed", generation=9, reason="\x7f", last_words=""))
+
+    said = ctl("reload", "--json")
+
+    assert said.status == 3
+    assert "\x7f" not in said.out
+    told = json.loads(said.out)
+    assert told.pop("waited_s") >= 0
+    assert told == {
+        "from": 8,
+        "generation": 9,
+        "reason": "\x7f",
+        "last_words": None,
+        "result": "failed",
+    }
+
+
+def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda _: None)
+
+    assert ctl("reload", "--no-wait") == Said(
+        0, "asked to reload: generation 9 is to come; see status for the outcome\n", ""
+    )
+    assert ctl("reload", "--no-wait", "--drained").status == 2
+
+
+def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:
+    def answer(_: Connection, __: Message) -> Message:
+        raise Refusing("refused", "no reload while stopping")
+
+    fake.answers["reload"] = answer
+
+    said = ctl("reload")
+
+    assert (said.status, said.err) == (100, "socketprotectorctl: no reload while stopping\n")
+
+
+def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda _: None)
+
+    said = ctl("reload", "--timeout", "20s")
+
+    assert said.status == 3
+    assert "knows nothing of it any more" in said.err

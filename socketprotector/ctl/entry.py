@@ -24,7 +24,6 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, _terminated)
     try:
         status = program.main(list(arguments), prog_name=NAME, standalone_mode=False)
-        sys.stdout.flush()
         return int(status or 0)
     except click.exceptions.Exit as error:
         return error.exit_code

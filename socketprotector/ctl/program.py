@@ -113,7 +113,9 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
         @wraps(function)
         def run(*arguments: Any, **options: Any) -> Any:
             try:
-                return function(*arguments, **options)
+                result = function(*arguments, **options)
+                sys.stdout.flush()
+                return result
             except BrokenPipeError:
                 raise ReadEnough from None
 

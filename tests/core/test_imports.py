@@ -13,6 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"
+CTL = DAEMON / "ctl"
+#: Its modules that other programs use, too.
+CTL_BARE = ("client", "failure", "find", "session", "survey")
 
 #: From top to bottom.  A module imports from its own layer and from those below it.
 LAYERS = {
@@ -22,7 +25,6 @@ LAYERS = {
         "checks",
         "config",
         "cli",
-        "ctl",
         "launch",
         "options",
         "places",
@@ -53,7 +55,17 @@ LAYERS = {
         *{"terminal"},
     },
     "values": {
-        *{"__init__", "errors", "events", "fleet", "history", "lean", "line", "records", "settings"},
+        *{
+            "__init__",
+            "errors",
+            "events",
+            "fleet",
+            "history",
+            "lean",
+            "line",
+            "records",
+            "settings",
+        },
         *{"words"},
     },
 }
@@ -121,7 +133,32 @@ def test_imports_between_the_daemons_modules_go_downward(module: str) -> None:
 
 def test_the_daemon_is_flat() -> None:
     """The other tests here look at the modules of one folder."""
-    assert [path.parent.name for path in DAEMON.glob("*/*.py")] == []
+    assert {path.parent.name for path in DAEMON.glob("*/*.py")} <= {CTL.name}
+
+
+@pytest.mark.parametrize("module", modules_of(DAEMON))
+def test_no_module_of_the_daemon_knows_socketprotectorctl(module: str) -> None:
+    names = {name for _, name in imports_of(DAEMON / f"{module}.py")}
+
+    assert not {name for name in names if CTL.name in name.split(".")}
+
+
+@pytest.mark.parametrize("module", modules_of(CTL))
+def test_socketprotectorctl_knows_little_of_the_daemon(module: str) -> None:
+    taken = {
+        name.partition(".")[0] for level, name in imports_of(CTL / f"{module}.py") if level == 2
+    }
+
+    assert taken <= {"__version__", "errors", "words", "options"}
+    assert "socketprotector" not in strangers(CTL / f"{module}.py")
+
+
+@pytest.mark.parametrize("module", CTL_BARE)
+def test_what_the_exporter_shares_needs_only_the_standard_library(module: str) -> None:
+    own = {name.partition(".")[0] for level, name in imports_of(CTL / f"{module}.py") if level == 1}
+
+    assert strangers(CTL / f"{module}.py") <= set(sys.stdlib_module_names)
+    assert own & set(modules_of(CTL)) <= set(CTL_BARE)
 
 
 def test_no_modules_of_the_daemon_import_each_other_in_a_circle() -> None:

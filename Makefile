@@ -44,7 +44,7 @@ bench: $(INSTALLED) ## measure and print the table of figures (some minutes; ins
 
 MINUTES ?= 3
 
-soak: $(INSTALLED) ## kill, reload, upgrade a loaded service at random for MINUTES=3 [SEED=N], and report
+soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N], then simulate as long; report
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave

@@ -3,6 +3,7 @@
 Load, idle connections, and random reloads, upgrades, kills, scaling, bad releases, stops and
 shortages, from a seed that is printed.  At the end a report; exit status 1 if a connection
 failed that no kill accounts for, if an idle one changed hands, or if anything leaked.
+Then, for as long again, the simulation with seeds of its own (tests/simulation).
 docs/reliability.md says what is promised and how this tests it.
 """
 
@@ -55,6 +56,10 @@ SHOW_EVERY_S = 15.0
 REST_S = 60.0
 STOP_S = 60.0
 INTERRUPTED = 130
+ROOT = Path(__file__).parent.parent
+#: Where the simulation's seeds begin, for each seed of ours: more than hours take, and none
+#: that the tests take.
+SEEDS_FOR_EACH = 1_000_000
 #: On top of what an idle connection needs: log, tables, listeners.
 OTHER_DESCRIPTORS = 200
 
@@ -318,22 +323,8 @@ def _clean_up(service: Service, torment: Torment | None) -> bool:
     return not left
 
 
-def main() -> int:
-    """Run the soak; return its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
-    parser.add_argument("minutes", type=float)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--at-once", type=int, default=64, help="short connections")
-    parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
-    parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
-    given = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # Workers hold the idle ones, all of them perhaps: theirs is the same limit.
-    if most < given.idle + given.at_once + OTHER_DESCRIPTORS:
-        parser.error(f"{given.idle} idle connections need more than {most} descriptors")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def torment_one(given: argparse.Namespace) -> int:
+    """Torment one service; return the exit status."""
     become_sub_reaper()
 
     print(f"seed {given.seed}", flush=True)
@@ -362,6 +353,41 @@ def main() -> int:
         if given.keep_log is not None and service.log.exists():
             shutil.copyfile(service.log, given.keep_log)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def simulate(seed: int, minutes: float) -> int:
+    """Run the simulation for so long, with fresh seeds; return its exit status."""
+    first = SEEDS_FOR_EACH * (1 + seed)
+    words = ("-m", "tests.simulation", "--first", str(first), "--minutes", str(minutes))
+    print(f"\nsimulation, {minutes:g} minutes:", flush=True)
+    return subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode
+
+
+def main() -> int:
+    """Run the soak and the simulation; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser.add_argument("minutes", type=float)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--at-once", type=int, default=64, help="short connections")
+    parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
+    parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
+    parser.add_argument("--simulated", type=float, help="minutes of the simulation; 0: none")
+    given = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Workers hold the idle ones, all of them perhaps: theirs is the same limit.
+    if most < given.idle + given.at_once + OTHER_DESCRIPTORS:
+        parser.error(f"{given.idle} idle connections need more than {most} descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    minutes = given.minutes if given.simulated is None else given.simulated
+    try:
+        status = torment_one(given)
+        if status in (0, 1) and minutes > 0:
+            status = max(status, simulate(given.seed, minutes))
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return status
 
 
 if __name__ == "__main__":

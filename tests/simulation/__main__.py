@@ -27,22 +27,28 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help="of one life")
     parser.add_argument("--first", type=int, default=1, help="the first seed of many")
     parser.add_argument("--total", type=int, default=1_000_000, help="steps in all")
+    parser.add_argument("--minutes", type=float, help="so long, instead of so many steps")
     parser.add_argument("--verbose", action="store_true", help="with tracebacks")
     arguments = parser.parse_args()
     if arguments.seed is not None:
         World(arguments.seed, arguments.steps, note=print).live()
         return 0
     began, seed, done = time.process_time(), arguments.first, 0
+    ends = time.monotonic() + (arguments.minutes or 0.0) * 60
     seen: Counter[str] = Counter()
-    failed = []
-    while done < arguments.total:
+    failed: list[int] = []
+
+    def goes_on() -> bool:
+        if len(failed) == FAILURES:
+            return False
+        return done < arguments.total if arguments.minutes is None else time.monotonic() < ends
+
+    while goes_on():
         world = World(seed, arguments.steps)
         try:
             world.live()
         except Exception as error:
             failed.append(seed)
-            if len(failed) == FAILURES:
-                done = arguments.total
             print(f"seed {seed} (step {world.steps}): {type(error).__name__}: {error}", flush=True)
             if arguments.verbose:
                 traceback.print_exception(error, limit=-8)

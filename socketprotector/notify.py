@@ -286,11 +286,15 @@ class Store:
             if self._outbox.send(_STORE.format(name), wanted[name]):
                 self._kept.add(name)  # else it is tried again the next time
         for name in self._kept - wanted.keys():
-            # What was not sent yet must not be: its copy would hold a connection open that a
-            # worker has closed.
-            if not self._outbox.withdraw(_STORE.format(name)):
-                self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            self._kept.discard(name)
+            self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """Have one no longer kept."""
+        # What was not sent yet must not be: its copy would hold a connection open that a
+        # worker has closed.
+        if name in self._kept and not self._outbox.withdraw(_STORE.format(name)):
+            self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._kept.discard(name)
 
 
 class Systemd:

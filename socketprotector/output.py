@@ -43,6 +43,8 @@ class Output:
         self._tail = -1
         self._pipe = -1
         self._relay: Process | None = None
+        #: Called when another relay is the one to go on with, or none is.
+        self.changed: Callable[[], object] = lambda: None
 
     @property
     def relayed(self) -> bool:
@@ -77,7 +79,13 @@ class Output:
             os.close(descriptors["write"])
         for key, pidfd in descriptors.items():
             if key.startswith("process."):
-                self._relay = Process(int(key.removeprefix("process.")), pidfd)
+                process = Process(int(key.removeprefix("process.")), pidfd)
+                # Two, if the program before was killed between giving one away and the other.
+                first, self._relay = self._relay, process
+                if first is not None and process.has_ended():
+                    first, self._relay = process, first
+                if first is not None:
+                    first.close()
         if self._relay is None:
             self._spawn_relay(name, loop, ended)
         else:
@@ -117,6 +125,7 @@ class Output:
             process.close()
             self._relay = None
             ended()
+            self.changed()
             loop.call_after("relay", _RESTART_S, again)
 
         def again() -> None:
@@ -124,6 +133,8 @@ class Output:
                 self._spawn_relay(name, loop, ended)
             except OSError:  # out of descriptors: what is written waits in the pipe
                 loop.call_after("relay", _RESTART_S, again)
+            else:
+                self.changed()  # else the next program starts another one, beside this one
 
         loop.watch(process.pidfd, gone)
 

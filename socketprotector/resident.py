@@ -13,12 +13,13 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 from . import __version__, door, heritage, privileges, process, upgrade
 from .crew import what_failed
 from .effects import Effects
 from .errors import Refusal, SystemRefused
-from .events import StopRequested
+from .events import Event, StopRequested
 from .fleet import Fleet
 from .heritage import Heritage
 from .launcher import Launcher
@@ -197,6 +198,8 @@ class _Resident:
 
     def finish(self, status: int) -> None:
         """Leave nothing behind, and tell whoever waits for the end."""
+        # The relay ends with its last writer, and whoever keeps that descriptor would be one.
+        self.store.forget(f"{door.RELAY}write")
         self.output.finish()
         _remove_pid_file(self.settings.pid_file, self.descriptors.get(door.PID_FILE))
         self.launcher.failed(status)
@@ -246,9 +249,10 @@ class _Resident:
 
     def _supervisor(self, log: Log) -> Supervisor:
         file = StateFile(self.descriptors[door.STATE])
-        return Supervisor(
-            Fleet(policy=self.settings.policy, workers_wanted=self.settings.workers),
-            lambda post, held: Effects(
+
+        def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Effects:
+            self.output.changed = save
+            return Effects(
                 self.settings,
                 self.listeners,
                 loop=self.loop,
@@ -257,8 +261,12 @@ class _Resident:
                 systemd=self.systemd,
                 launcher=self.launcher,
                 post=post,
-                held=held,
-            ),
+                held=save,
+            )
+
+        return Supervisor(
+            Fleet(policy=self.settings.policy, workers_wanted=self.settings.workers),
+            effects,
             Heritage(file, self.store, log, self._others),
             Upgrade(
                 self.command,

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ import pytest
 
 from tests.running import MARK, Lines, ask, eventually, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, Start, start_of
-from tests.scenarios.tools import Client, worker
+from tests.scenarios.tools import Client, cpu_s, descriptors, wake_ups, worker
 
 #: Gives a command a /dev of its own, with /dev/log where the test listens.
 OWN_DEV = """
@@ -70,6 +71,9 @@ class Syslog:
         eventually(lambda: bool(found()), f"{pattern} among {self.seen}")
         return found()[0]
 
+    def count(self, pattern: str) -> int:
+        return sum(1 for line in list(self.seen) if re.search(pattern, line))
+
     def close(self) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             last.sendto(b"", str(self._path))
@@ -87,12 +91,18 @@ def syslog(start: Start) -> Iterator[Syslog]:
     listener.close()
 
 
+def relays_of(start: Start) -> list[int]:
+    """The pids of all relays."""
+    return [
+        pid
+        for pid in marked(start.environment[MARK])
+        if b"relay.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
 def relay_of(start: Start) -> int:
     """The pid of the relay."""
-    for pid in marked(start.environment[MARK]):
-        if b"relay.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    return 0
+    return next(iter(relays_of(start)), 0)
 
 
 # -- the relay -----------------------------------------------------------------
@@ -176,6 +186,105 @@ def test_stop_signals_do_not_end_the_relay(start: Start, syslog: Syslog) -> None
         syslog.wait_for("still here")
 
     assert relay_of(start) == relay
+    start.stop()
+
+
+def up_with_relay(start: Start, syslog: Syslog, *options: str) -> int:
+    """Start a protector that logs through a relay; return the relay's pid."""
+    ended = start(*options, "unix:s", "--", *TALKS, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    assert ended.status == 0, ended
+    return relay_of(start)
+
+
+def prints(start: Start, syslog: Syslog, line: str) -> None:
+    """Have the worker print a line, and wait until syslog has it."""
+    with Client(f"{start.folder}/s", line):
+        syslog.wait_for(f"{line}$")
+
+
+def test_an_upgrade_keeps_the_relay(start: Start, syslog: Syslog) -> None:
+    relay = up_with_relay(start, syslog)
+
+    for number in range(2):
+        start.send(signal.SIGUSR2)
+        eventually(lambda n=number: syslog.count("event=adopted") == n + 1, "an upgrade")  # type: ignore[misc]
+        prints(start, syslog, f"after upgrade {number}")
+
+    assert relays_of(start) == [relay]
+    start.stop()
+    syslog.wait_for("event=stopped")
+    assert not wait_gone([relay])
+
+
+def kill_guarded(start: Start, syslog: Syslog) -> None:
+    """SIGKILL the protector of a guard, and wait for the one that goes on."""
+    known = syslog.count("event=adopted")
+    pids = [re.findall(r"event=(?:start|adopted) pid=(\d+)", line) for line in list(syslog.seen)]
+    os.kill(int([pid for found in pids for pid in found][-1]), signal.SIGKILL)
+    eventually(lambda: syslog.count("event=adopted") > known, "another protector")
+
+
+def test_under_a_guard_a_killed_protector_finds_the_relay_again(
+    start: Start, syslog: Syslog
+) -> None:
+    relay = up_with_relay(start, syslog, "--guard")
+
+    kill_guarded(start, syslog)
+    syslog.wait_for("event=protector-died")  # said by the guard, on the same way
+    prints(start, syslog, "after the kill")
+    assert relays_of(start) == [relay]
+
+    # It is the guard's child now: its end is seen all the same.
+    os.kill(relay, signal.SIGKILL)
+    prints(start, syslog, "after both")
+    syslog.wait_for("event=relay-ended")
+    assert len(relays_of(start)) == 1
+    start.stop()
+    assert [left for left in start.left() if "process" in left] == []
+
+
+def test_a_protector_killed_after_a_new_relay_has_one_still(start: Start, syslog: Syslog) -> None:
+    """Two on one pipe would tear lines apart."""
+    relay = up_with_relay(start, syslog, "--guard")
+    os.kill(relay, signal.SIGKILL)
+    prints(start, syslog, "a new relay")
+    (new,) = relays_of(start)
+    assert new != relay
+
+    kill_guarded(start, syslog)
+
+    prints(start, syslog, "and a new protector")
+    eventually(lambda: syslog.count("event=relay-ended") == 1, "no end of another relay")
+    assert relays_of(start) == [new]
+    start.stop()
+
+
+def test_a_relay_that_dies_where_no_descriptor_is_left_comes_back_with_one(
+    start: Start, syslog: Syslog
+) -> None:
+    relay = up_with_relay(start, syslog)
+    held = Client(f"{start.folder}/s")
+    assert held.ask("before") == "before"
+    soft, hard = resource.prlimit(start.pid, resource.RLIMIT_NOFILE)
+    used = max(descriptors(start.pid)) + 1
+    resource.prlimit(start.pid, resource.RLIMIT_NOFILE, (3, hard))
+
+    os.kill(relay, signal.SIGKILL)
+    assert not wait_gone([relay])
+    woken, cpu = wake_ups(start.pid), cpu_s(start.pid)
+    eventually(lambda: wake_ups(start.pid) >= woken + 3, "its next tries")
+    assert cpu_s(start.pid) - cpu < 0.5
+    assert relays_of(start) == []
+    assert held.ask("meanwhile") == "meanwhile"
+    held.close()
+    resource.prlimit(start.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    syslog.wait_for("event=relay-ended")
+    syslog.wait_for("meanwhile$")
+    assert len(relays_of(start)) == 1
+    assert max(descriptors(start.pid)) < used + 2
     start.stop()
 
 

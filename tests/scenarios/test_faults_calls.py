@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from socketprotector.step import backoff_s
 from tests.running import DEADLINE_S, Protector, eventually, wait_gone
-from tests.scenarios.adopting import revived
+from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import Client, hold, pid_in, spawned, state_of, worker
@@ -157,4 +159,43 @@ def test_an_interrupted_wait_goes_on_with_its_timers(protector: Starter) -> None
         with Client(("127.0.0.1", daemon.port)) as new:
             assert new.ask().endswith("hello")
     daemon.log.wait_for("event=exited generation=1")
+    daemon.stop()
+
+
+# -- the wall clock --------------------------------------------------------------
+
+CLOCK_JUMPS = """
+import itertools, time
+real, hours = time.time, itertools.cycle((0, 3, -30, 8760))
+time.time = lambda: real() + 3600 * next(hours)
+"""
+
+
+def test_a_wall_clock_that_jumps_moves_the_dates_in_the_log_and_nothing_else(
+    protector: Starter, tmp_path: Path
+) -> None:
+    """Each look at it is hours or a year off; what was to take its time still takes it."""
+    jumps = injected(tmp_path / "fault", CLOCK_JUMPS)
+    limit = ("--drain-timeout", "0.5s")
+    daemon = protector(*limit, "127.0.0.1:0", "--", *worker("many"), **jumps).ready()
+    with Client(("127.0.0.1", daemon.port)) as held:
+        held.ask()
+        began = time.monotonic()
+        daemon.reload()
+        assert "event=adopted" in upgrade(daemon)
+        daemon.log.wait_for("event=signalled .*signal=TERM")
+        assert time.monotonic() - began >= 0.5
+        held.ask()
+    daemon.log.wait_for("event=exited generation=1")
+
+    for deaths in range(1, 6):
+        mark = len(daemon.log.seen)
+        began = time.monotonic()
+        os.kill(spawned(daemon)[-1], signal.SIGKILL)
+        daemon.log.wait_for("event=worker-ready", after=mark)
+        assert time.monotonic() - began >= backoff_s(deaths)
+    with Client(("127.0.0.1", daemon.port)) as new:
+        assert new.ask().endswith("hello")
+    dates = {line[:4] for line in daemon.log.seen if " event=" in line}
+    assert len(dates) > 1
     daemon.stop()

@@ -1,0 +1,73 @@
+"""The man pages render without a warning, and name every option and command that there is."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import click
+import pytest
+
+from socketprotector import cli
+from socketprotector.ctl.entry import program
+from tests.running import ROOT
+
+PAGES = {
+    "socketprotectorctl.1": program,
+    "SocketProtector.8": cli._command,
+}
+
+
+def text_of(page: str) -> str:
+    """The page's text without its markup."""
+    source = (ROOT / "docs" / "man" / page).read_text(encoding="utf-8")
+    return re.sub(r"\\f[BRIP]", "", source).replace("\\-", "-").replace("\\&", "")
+
+
+def options_of(command: click.Command) -> set[str]:
+    return {
+        option
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_option_and_command_has_its_place(page: str) -> None:
+    words = set(re.findall(r"[\w-]+", text_of(page)))
+    command = PAGES[page]
+    wanted = options_of(command)
+    for name, each in getattr(command, "commands", {}).items():
+        wanted |= {name, *options_of(each)}
+
+    assert wanted <= words, f"not in docs/man/{page}: {sorted(wanted - words)}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_long_option_that_is_named_exists(page: str) -> None:
+    command = PAGES[page]
+    known = options_of(command) | {"--help", "--version"}
+    for each in getattr(command, "commands", {}).values():
+        known |= options_of(each)
+    # Those of the other program are spoken of, too.
+    known |= options_of(cli._command) | {"--control", "--control-group", "--no-control"}
+
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))) <= known
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_it_renders_without_a_warning(page: str, tmp_path: Path) -> None:
+    path = str(ROOT / "docs" / "man" / page)
+    if shutil.which("groff"):
+        command = ["groff", "-man", "-ww", "-Tutf8", path]
+    elif shutil.which("mandoc"):
+        command = ["mandoc", "-T", "lint", "-W", "warning", path]
+    else:
+        pytest.skip("neither groff nor mandoc is there")
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")

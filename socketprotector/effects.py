@@ -145,6 +145,7 @@ class Effects:
                 self._loop.unwatch(channel.read.fileno())
                 self._forwarder.drain(channel)
             case Release(number) if number in self._generations:
+                self._log.write("info", "drained", generation=number)
                 generation = self._generations.pop(number)
                 self._released[number] = generation
                 self._loop.unwatch(generation.channel.read.fileno())

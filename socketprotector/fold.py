@@ -55,13 +55,14 @@ class _Circle:
     interval_s: float = FIRST_INTERVAL_S
     ready_at: float | None = None  # the life that is now
     died_at: float = 0.0
+    shown: int = SHOWN
     last: Fields = field(default_factory=dict)  # how it ended the last time
     #: What was kept back of the life that is now, and when.
     held: deque[tuple[float, str, str, Fields]] = field(default_factory=lambda: deque(maxlen=_HELD))
 
     @property
     def folded(self) -> bool:
-        return self.deaths >= SHOWN
+        return self.deaths >= self.shown
 
 
 class Fold:
@@ -73,6 +74,7 @@ class Fold:
         self._loop = loop
         self._circles: dict[Key, _Circle] = {}
         self._places: dict[int, tuple[int, int | None]] = {}  # of workers that live
+        self._slots: dict[int, int] = {}  # how many a generation has
         self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while nobody else served
         self._shown_to = 0  # later generations go round and are kept back
@@ -108,9 +110,12 @@ class Fold:
         if event == "drained":
             for key in [key for key in self._circles if key is not None and key[0] == generation]:
                 self._end(key)
+            self._slots.pop(generation, None)
             return False
         if event == "spawned":
-            self._places[worker] = generation, _number(fields, "slot")
+            slot = _number(fields, "slot")
+            self._places[worker] = generation, slot
+            self._slots[generation] = max(self._slots.get(generation, 0), slot + 1)
         if event == "exited" and not worker:  # the lifecycle says it once more, with the reason
             return self._reason(just_ended, generation, fields)
         if event not in _REPEATED:
@@ -135,12 +140,14 @@ class Fold:
     ) -> bool:
         reason = {"reason": fields.get("reason")}
         if ended is None or ended[0] != generation:
-            return self._died((generation, None), reason)
+            # All of its places together, as nobody says which one it is.
+            shown = SHOWN * self._slots.get(generation, 1)
+            return self._died((generation, None), reason, shown)
         circle = self._circles.get(ended)
         if circle is None:
             return False
         circle.last = {**circle.last, **reason}
-        return circle.deaths > SHOWN
+        return circle.deaths > circle.shown
 
     # -- generations, one after the other ----------------------------------------
 
@@ -173,7 +180,7 @@ class Fold:
         if circle.folded:
             self._loop.call_after(("fold-proven", key), PROVEN_S, lambda: self._end(key))
 
-    def _died(self, key: Key, last: Fields) -> bool:
+    def _died(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
         """Count a death; True: it is not to be told now."""
         now = time.monotonic()
         circle = self._circles.get(key)
@@ -184,12 +191,13 @@ class Fold:
             self._end(key)
         circle = self._circles.setdefault(key, _Circle(now))
         self._loop.cancel(("fold-proven", key))
+        circle.shown = shown
         circle.deaths += 1
         circle.ready_at = None
         circle.died_at = now
         circle.last = last
         circle.held.clear()
-        if circle.deaths <= SHOWN:
+        if circle.deaths <= circle.shown:
             return False
         circle.untold += 1
         if self._loop.due(("fold", key)) is None:

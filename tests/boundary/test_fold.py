@@ -205,6 +205,16 @@ def test_a_worker_that_cannot_be_spawned_is_folded_too(story: Story) -> None:
     assert story.seen[0]["reason"] == "cannot start: No such file"
 
 
+def test_of_workers_that_cannot_be_spawned_so_many_are_told_for_each_place(story: Story) -> None:
+    for slot in range(3):
+        story.spawn(slot=slot)
+    story.events()
+    for _ in range(3 * SHOWN + 4):
+        story.say("exited", generation=1, reason="cannot start: No such file")
+
+    assert story.events() == ["exited"] * 3 * SHOWN
+
+
 def test_workers_of_an_earlier_program_are_told_as_they_are(story: Story) -> None:
     for worker in range(1, SHOWN * 3):
         story.say("exited", generation=1, worker=worker, how="exited with status 1")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from socketprotector.fold import SHOWN
+from tests.retelling import retell
 from tests.running import Protector, eventually
-from tests.scenarios.tools import Release, spawned, worker
+from tests.scenarios.tools import Client, Release, children_of, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 WORKERS = 3
@@ -78,3 +79,83 @@ def test_at_level_debug_all_of_it_is_told(
 
     assert daemon.log.count("event=crash-loop") == 0
     assert daemon.log.count("event=exited .*worker=") == starts(tmp_path) + WORKERS
+
+
+# -- the log retells the run ---------------------------------------------------------
+
+
+def generations_seen(daemon: Protector) -> dict[int, set[int]]:
+    """The workers of each generation that live, asked of the system and not of the log."""
+    found: dict[int, set[int]] = {}
+    for pid in children_of(daemon.pid):
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        for each in environment:
+            if each.startswith(b"SOCKETPROTECTOR_GENERATION="):
+                found.setdefault(int(each.partition(b"=")[2]), set()).add(pid)
+    return found
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_log_retells_the_run(protector: Start, tmp_path: Path, form: str) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*worker("many"))
+    daemon = protector(
+        *("--log-format", form, "--workers", "2", "127.0.0.1:0", "--", str(release.path))
+    )
+    seen: list[dict[int, set[int]]] = []
+
+    def after(phases: dict[int, str], wanted: int) -> None:
+        """Wait until the log tells so much, and the same of workers as the system does."""
+
+        def told() -> bool:
+            run = retell(list(daemon.log.seen))
+            seen[-1] = generations_seen(daemon)
+            return (
+                {n: each.phase for n, each in run.generations.items()} == phases
+                and all(len(run.generations[n].ready) == wanted for n in phases if n == max(phases))
+                and run.pids() == seen[-1]
+            )
+
+        seen.append({})
+        eventually(told, f"{phases} in the log, and the workers of the system")
+
+    after({1: "serving"}, 2)
+    port = int(re.findall(r"tcp:127.0.0.1:(\d+)", daemon.log.text())[0])
+    with Client(("127.0.0.1", port)) as held:
+        first = pid_in(held.ask())
+        daemon.signal(signal.SIGHUP)
+        eventually(lambda: generations_seen(daemon).get(1) == {first}, "the idle one's end")
+        after({1: "draining", 2: "serving"}, 2)
+        assert seen[-1][1] == {first}
+
+        release.write("#!/bin/sh\nexit 1\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event.*reload-failed")
+        after({1: "draining", 2: "serving"}, 2)
+
+        release.becomes(*worker("many"))
+        killed = min(generations_seen(daemon)[2])
+        os.kill(killed, signal.SIGKILL)
+        daemon.log.wait_for("event.*exited.*SIGKILL")
+        after({1: "draining", 2: "serving"}, 2)
+
+        daemon.signal(signal.SIGTTIN)
+        daemon.log.wait_for("event.*scaled")
+        after({1: "draining", 2: "serving"}, 3)
+    after({2: "serving"}, 3)
+    daemon.stop()
+
+    assert {number: len(pids) for number, pids in seen[-1].items()} == {2: 3}
+    run = retell(daemon.log.seen)
+    assert run.phases == [
+        *((1, "starting"), (1, "settling"), (1, "serving")),
+        *((2, "starting"), (2, "settling"), (1, "draining"), (2, "serving")),
+        *((3, "starting"), (3, "abandoned"), (3, "gone")),
+        *((1, "gone"), (2, "draining"), (2, "gone")),
+    ]
+    assert run.wanted == 3
+    assert run.ended
+    assert run.generations == {}

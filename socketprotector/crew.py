@@ -15,20 +15,27 @@ from dataclasses import dataclass
 
 from socketprotector_client import wire
 
-from . import door
-from .channel import Channel
-from .events import Event, Sign, TimeExtended, WorkerExited, WorkerReady
+from . import door, limits
+from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
+from .history import Crash
+from .home import Home
 from .log import Log
 from .loop import Loop
 from .notify import NotifySocket, discard_all
 from .output import Output
-from .process import Process, spawn
-from .records import Program, WorkerRecord
+from .process import End, Process, spawn
+from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
 
-#: Where a worker finds its channel and its RETURN line.
-_CHANNEL_FD, _RETURN_FD = 3, 4
+#: Where a worker finds its channel, its RETURN line and the scoreboard.
+_CHANNEL_FD, _RETURN_FD, _BOARD_FD = 3, 4, 5
+_SIGNALS = {
+    Sign.TERM: signal.SIGTERM,
+    Sign.ABRT: signal.SIGABRT,
+}
+#: What is kept of a STATUS= line.
+_STATUS_CHARACTERS = 500
 #: Messages heard in one go: whoever sends without end must not keep us from the rest.
 #: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
 #: a worker's end is missed.
@@ -46,12 +53,17 @@ class _Worker:
     """One process, and how it speaks with us."""
 
     generation: int
-    channel: Channel  # its generation's, not ours to close
+    slot: int
+    home: Home  # its generation's, not ours to close
     process: Process
     notify: NotifySocket
     line: socket.socket  # our end of its RETURN line
     mark: int  # where the output stood when it began
+    started_at: float  # seconds since the epoch, for people
     ready_at: float | None = None  # it said so, or its timer did
+    told_to_go: bool = False
+    watched: bool = False  # it has said WATCHDOG=1, and must go on doing so
+    status: str = ""  # what it last said of itself
     died_saying_so: bool = False
     status_due: bool = False  # it has ended, and who has reaped it is to say how
 
@@ -80,27 +92,31 @@ class Crew:
         log: Log,
         output: Output,
         post: Callable[[Event], None],
+        crashed: Callable[[Crash], None],
     ) -> None:
-        """`post` hands an event to the supervisor."""
+        """`post` hands an event to the supervisor; `crashed` is told what nobody wanted."""
         self._settings = settings
         self._loop = loop
         self._log = log
         self._output = output
         self._post = post
+        self._crashed = crashed
         self._listeners = wire.pack_listeners([each.address for each in settings.listeners])
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
         self._guarded = settings.guarded  # somebody tells how workers ended that we adopted
+        if settings.worker_limits.any:
+            loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
 
     # -- orders --------------------------------------------------------------
 
-    def spawn(self, number: int, slot: int, generation: int, program: Program, to: Channel) -> None:
-        """Start a worker on the channel `to`.  What fails is its exit."""
+    def spawn(self, number: int, slot: int, generation: int, home: Home) -> None:
+        """Start a worker.  What fails is its exit."""
         try:
-            worker = self._start(number, slot, generation, program, to)
+            worker = self._start(number, slot, generation, home)
         except (OSError, ValueError) as error:
             self._post(WorkerExited(number, f"cannot start: {what_failed(error)}"))
             return
@@ -130,7 +146,7 @@ class Crew:
             if sign is Sign.KILL:
                 worker.process.kill_group()
             else:
-                worker.process.signal(signal.SIGTERM)
+                worker.process.signal(_SIGNALS[sign])
         except PermissionError as error:  # it has become another user's
             self._log.write(
                 "error",
@@ -141,6 +157,7 @@ class Crew:
                 error=error.strerror,
             )
             return
+        worker.told_to_go = worker.told_to_go or sign is not Sign.ABRT
         self._log.write("info", "signalled", worker=number, signal=sign.value)
 
     def retire(self, number: int) -> None:
@@ -148,6 +165,7 @@ class Crew:
         worker = self._workers.get(number)
         if worker is not None:
             worker.line.shutdown(socket.SHUT_WR)
+            worker.told_to_go = True
             self._log.write("info", "retired", worker=number)
 
     def close(self) -> None:
@@ -165,6 +183,11 @@ class Crew:
                 worker.process.pid,
                 worker.mark,
                 worker.ready_at,
+                worker.slot,
+                worker.started_at,
+                worker.told_to_go,
+                worker.watched,
+                worker.status,
             )
             for number, worker in self._workers.items()
         )
@@ -177,7 +200,7 @@ class Crew:
             for name, fd in worker.descriptors().items()
         }
 
-    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], channel: Channel) -> None:
+    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> None:
         """Go on with a worker that an earlier program started; takes ownership.
 
         Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
@@ -185,12 +208,17 @@ class Crew:
         notify = socket.socket(fileno=descriptors["notify"])
         worker = _Worker(
             record.generation,
-            channel,
+            record.slot,
+            home,
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address(record.number), self._uids),
             socket.socket(fileno=descriptors["line"]),
             record.mark,
+            record.started_at,
             record.ready_at,
+            record.told_to_go,
+            record.watched,
+            record.status,
         )
         self._watch(record.number, worker)
 
@@ -233,10 +261,39 @@ class Crew:
         after_s = self._settings.ready_after_s
         if after_s is not None and worker.ready_at is None:
             self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
+        if worker.watched:
+            self._wait_for_word(number)
 
-    def _start(
-        self, number: int, slot: int, generation: int, program: Program, to: Channel
-    ) -> _Worker:
+    def _wait_for_word(self, number: int) -> None:
+        """Replace a worker that says nothing for too long from here on."""
+        limit_s = self._settings.watchdog_s
+        if limit_s:
+
+            def silent() -> None:
+                reason = f"no WATCHDOG=1 for {limit_s:g} s"
+                self._log.write("error", "hangs", worker=number, reason=reason)
+                self._post(ReplaceRequested(number, reason, hung=True))
+
+            self._loop.call_after(("word", number), limit_s, silent)
+
+    def _look_at_limits(self) -> None:
+        """Replace whoever has done enough."""
+        for number, worker in tuple(self._workers.items()):
+            if worker.ready_at is None or worker.told_to_go:
+                continue
+            counts = worker.home.counts(worker.slot)
+            reason = limits.exceeded(
+                self._settings.worker_limits,
+                f"{self._settings.secret}-{number}",
+                age_s=time.monotonic() - worker.ready_at,
+                pid=worker.process.pid,
+                accepted=counts.accepted if counts is not None else None,
+            )
+            if reason is not None:
+                self._post(ReplaceRequested(number, reason))
+        self._loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
+
+    def _start(self, number: int, slot: int, generation: int, home: Home) -> _Worker:
         """Start the process with all it needs; nothing is left of it when that raises."""
         closing: list[socket.socket | NotifySocket] = []
         try:
@@ -245,24 +302,31 @@ class Crew:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             closing.extend((ours, theirs))
             mark = self._output.mark()
-            process = spawn(
-                program,
-                {
-                    wire.ENV_CHANNEL: str(_CHANNEL_FD),
-                    wire.ENV_RETURN: str(_RETURN_FD),
-                    wire.ENV_LISTENERS: self._listeners,
-                    wire.ENV_GENERATION: str(generation),
-                    wire.ENV_WORKER: str(slot),
-                    wire.ENV_NOTIFY: notify.address,
-                },
-                {_CHANNEL_FD: to.read.fileno(), _RETURN_FD: theirs.fileno()},
-            )
+            environment = {
+                wire.ENV_CHANNEL: str(_CHANNEL_FD),
+                wire.ENV_RETURN: str(_RETURN_FD),
+                wire.ENV_LISTENERS: self._listeners,
+                wire.ENV_GENERATION: str(generation),
+                wire.ENV_WORKER: str(slot),
+                wire.ENV_NOTIFY: notify.address,
+            }
+            descriptors = {
+                _CHANNEL_FD: home.channel.read.fileno(),
+                _RETURN_FD: theirs.fileno(),
+            }
+            place = home.place(slot)
+            if place is not None:
+                descriptors[_BOARD_FD], offset = place
+                environment[wire.ENV_SCOREBOARD] = f"{_BOARD_FD}:{offset}"
+            if self._settings.watchdog_s:
+                environment["WATCHDOG_USEC"] = str(int(self._settings.watchdog_s * 1_000_000))
+            process = spawn(home.program, environment, descriptors)
         except BaseException:
             for each in closing:
                 each.close()
             raise
         theirs.close()
-        return _Worker(generation, to, process, notify, ours, mark)
+        return _Worker(generation, slot, home, process, notify, ours, mark, time.time())
 
     def _heard(self, number: int) -> None:
         """Handle what a worker has said on its notify socket.
@@ -289,7 +353,11 @@ class Crew:
         if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
             self._post(TimeExtended(number, int(usec) / 1_000_000))
         if "STATUS" in fields:
-            self._log.write("debug", "status", worker=number, status=fields["STATUS"])
+            worker.status = fields["STATUS"][:_STATUS_CHARACTERS]
+            self._log.write("debug", "status", worker=number, status=worker.status)
+        if fields.get("WATCHDOG") == "1":
+            worker.watched = True
+            self._wait_for_word(number)
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
         """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
@@ -325,46 +393,78 @@ class Crew:
             result = self._status_from_elsewhere(number, worker)
         if result is None:
             return
-        clean, how = result
+        how = result.how
+        lost = worker.home.bury(worker.slot)
         del self._workers[number]
         self._loop.unwatch(worker.process.pidfd)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("ready", number))
         self._loop.cancel(("hear", number))
+        self._loop.cancel(("word", number))
         worker.close()
-        self._log.write("info", "exited", generation=worker.generation, worker=number, how=how)
+        self._log.write(
+            "info",
+            "exited",
+            generation=worker.generation,
+            worker=number,
+            how=how,
+            lost=lost or None,
+        )
         if worker.ready_at is None:
             self._strays.end(worker.notify.address)
-        detached = clean and worker.ready_at is None
+        detached = result.clean and worker.ready_at is None
         reason, served_s = how, 0.0
+        crashed = not worker.told_to_go and not (result.clean and worker.home.ended)
+        unproven = worker.ready_at is None or worker.died_saying_so
+        last = ""
+        if crashed or unproven:
+            last = self._output.last_words(worker.mark, wait=unproven)
+        if crashed:
+            self._crashed(_crash(number, worker, result, lost, last))
         if worker.ready_at is None or worker.died_saying_so:
-            reason = self._why(worker, how, detached=detached)
+            reason = self._why(worker, how, last, detached=detached)
         else:
             served_s = time.monotonic() - worker.ready_at
-        waiting = worker.channel.depth()
+        waiting = worker.home.channel.depth()
         self._post(WorkerExited(number, reason, served_s, waiting, detached))
 
-    def _status_from_elsewhere(self, number: int, worker: _Worker) -> tuple[bool, str] | None:
+    def _status_from_elsewhere(self, number: int, worker: _Worker) -> End | None:
         """Return how a worker ended that another process has reaped; None: not told yet."""
         told = self._statuses.pop(worker.process.pid, None)
         if told is not None or worker.status_due or not self._guarded:
             self._loop.cancel(("status", number))
-            return told or (False, "ended, nobody knows how")
+            return End(*(told or (False, "ended, nobody knows how")))
         worker.status_due = True
         self._loop.unwatch(worker.process.pidfd)
         self._loop.call_after(("status", number), _STATUS_S, lambda: self._ended(number))
         return None
 
-    def _why(self, worker: _Worker, how: str, *, detached: bool) -> str:
+    def _why(self, worker: _Worker, how: str, last: str, *, detached: bool) -> str:
         """Say why a worker that never served has ended, as far as can be known."""
         when = "as soon as it was ready" if worker.died_saying_so else "before it was ready"
         reason = f"{self._settings.command[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
-        last = self._output.last_words(worker.mark)
         if last:
             return f"{reason}; its last words:\n{last}"
         return "; ".join(filter(None, (reason, self._output.where_to_look())))
+
+
+def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words: str) -> Crash:
+    when = "draining" if worker.home.ended else "serving" if worker.ready_at else "starting"
+    return Crash(
+        at=time.time(),
+        generation=worker.generation,
+        worker=number,
+        slot=worker.slot,
+        pid=worker.process.pid,
+        how=end.how,
+        when=when,
+        lost=lost,
+        last_words=last_words,
+        cpu_s=end.cpu_s,
+        max_rss_kib=end.max_rss_kib,
+    )
 
 
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")

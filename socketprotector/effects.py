@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 from . import door, envfile
 from .channel import Channel
@@ -40,6 +39,8 @@ from .events import (
 )
 from .fleet import Fleet, Phase
 from .forwarder import Forwarder
+from .history import Crash, History
+from .home import Home
 from .launcher import Launcher
 from .listener import Listener
 from .log import Log
@@ -47,7 +48,7 @@ from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .process import resolve
-from .records import GenerationRecord, Program, Snapshot
+from .records import Program, Snapshot
 from .settings import Settings
 
 #: What belongs to the protector alone and must not reach a worker.
@@ -70,19 +71,6 @@ _SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
 
 #: From the last worker's end to our own, with time to spare.
 _TO_END_S = 5.0
-
-
-@dataclass(slots=True)
-class _Generation:
-    """What its workers are started from, and their channel."""
-
-    program: Program
-    channel: Channel
-    serving_since: float = 0.0
-
-    def record(self, number: int, *, released: bool) -> GenerationRecord:
-        ended = self.channel.write.fileno() < 0
-        return GenerationRecord(number, self.program, self.serving_since, ended, released)
 
 
 class Effects:
@@ -111,12 +99,17 @@ class Effects:
         self._systemd = systemd
         self._launcher = launcher
         self._post = post
-        self._generations: dict[int, _Generation] = {}
-        self._released: dict[int, _Generation] = {}  # until their channels are empty
+        self._generations: dict[int, Home] = {}
+        self._released: dict[int, Home] = {}  # until their channels are empty
         self._route: int | None = None
         self._good: Program | None = None  # what served last
         self.exit_status: int | None = None
-        self._crew = Crew(settings, loop=loop, log=log, output=output, post=post)
+        self.history = History()
+        self.restarts = 0
+        self.started_at = time.time()
+        self._crew = Crew(
+            settings, loop=loop, log=log, output=output, post=post, crashed=self._note_crash
+        )
         self._forwarder = Forwarder(
             loop,
             listeners,
@@ -133,7 +126,7 @@ class Effects:
                 self._open(number, fresh)
             case Spawn(number, worker, slot) if number in self._generations:
                 generation = self._generations[number]
-                self._crew.spawn(worker, slot, number, generation.program, generation.channel)
+                self._crew.spawn(worker, slot, number, generation)
             case Signal(worker, sign):
                 self._crew.signal(worker, sign)
             case Retire(worker):
@@ -143,12 +136,14 @@ class Effects:
             case Drain(number) if number in self._generations:
                 channel = self._generations[number].channel
                 self._loop.unwatch(channel.read.fileno())
+                self._generations[number].drained_at = time.time()
                 self._forwarder.drain(channel)
             case Release(number) if number in self._generations:
                 self._log.write("info", "drained", generation=number)
                 generation = self._generations.pop(number)
                 self._released[number] = generation
                 self._loop.unwatch(generation.channel.read.fileno())
+                generation.forget_board()
                 self._forwarder.release(generation.channel)
             case Hold(on):
                 self._forwarder.hold(on)
@@ -193,6 +188,10 @@ class Effects:
             forwarded=self._forwarder.forwarded,
             lost=self._forwarder.lost,
             version=version,
+            history=self.history,
+            started_at=self.started_at,
+            restarts=self.restarts,
+            log_level=self._log.level,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -200,7 +199,7 @@ class Effects:
         self._forget_closed()
         found = {**self._forwarder.descriptors(), **self._crew.descriptors()}
         for number, each in (*self._generations.items(), *self._released.items()):
-            for name, fd in each.channel.descriptors().items():
+            for name, fd in each.descriptors().items():
                 found[f"{door.CHANNEL}{number}.{name}"] = fd
         return found
 
@@ -222,18 +221,17 @@ class Effects:
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):
                 continue  # not stored yet, so nothing was ever sent to it
-            channel = Channel.adopt(channels[str(record.number)])
-            each = _Generation(record.program, channel, record.serving_since)
+            each = Home.adopt(record, channels[str(record.number)])
             if record.released or snapshot.fleet.generation(record.number) is None:
                 self._released[record.number] = each
                 continue
             self._generations[record.number] = each
             if record.ended:
                 continue
-            if channel.write.fileno() < 0:  # its write end could not be stored in time
+            if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:
-                self._watch(record.number, channel)
+                self._watch(record.number, each.channel)
         lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
         serving = snapshot.fleet.of(Phase.SERVING)
         proven = self._generations.get(serving.number) if serving is not None else None
@@ -241,6 +239,11 @@ class Effects:
         self._crew.adopt_strays(snapshot.strays)
         self._forwarder.forwarded = snapshot.forwarded
         self._forwarder.lost = snapshot.lost
+        self.history = snapshot.history
+        self.started_at = snapshot.started_at or self.started_at
+        self.restarts = snapshot.restarts + 1
+        if snapshot.log_level:
+            self._log.set_level(snapshot.log_level)
         hand = descriptors.get(f"{door.HAND}{snapshot.hand_number}", -1)
         if hand < 0 or snapshot.hand is None:
             # Never again a number that may still be in the store for another one.
@@ -270,7 +273,7 @@ class Effects:
             generation = self._generations.get(record.generation)
             mine = descriptors.get(str(record.number))
             if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
-                self._crew.adopt(record, mine, generation.channel)
+                self._crew.adopt(record, mine, generation)
         known = {record.number for record in self._crew.records()}
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
@@ -311,19 +314,20 @@ class Effects:
     def _open(self, number: int, fresh: bool) -> None:
         try:
             program = self._good if self._good and not fresh else self._program()
-            channel = Channel.make(self._settings.queue)
+            home = Home.make(program, self._settings.queue)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
         try:
-            self._watch(number, channel)
+            self._watch(number, home.channel)
         except OSError as error:
-            channel.close()
+            home.forget_board()
+            home.channel.close()
             self._post(OpenFailed(number, what_failed(error)))
             return
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
-        self._generations[number] = _Generation(program, channel)
-        capacity = channel.capacity()
+        self._generations[number] = home
+        capacity = home.channel.capacity()
         if capacity < self._settings.queue:
             self._log.write(
                 "warning",
@@ -368,6 +372,7 @@ class Effects:
             self._forwarder.route_to(None)
             return
         generation.serving_since = generation.serving_since or time.monotonic()
+        generation.served_at = generation.served_at or time.time()
         self._forwarder.route_to(generation.channel)
         self._log.write("info", "route", generation=number)
 
@@ -386,6 +391,11 @@ class Effects:
         self._log.write(
             "error", "held", call=call, error=error.strerror, hint="accepting again by a timer"
         )
+
+    # -- what is remembered for people -----------------------------------------
+
+    def _note_crash(self, crash: Crash) -> None:
+        self.history = self.history.with_crash(crash)
 
     # -- time and news -------------------------------------------------------
 

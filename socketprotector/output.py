@@ -24,7 +24,7 @@ from .process import Process, spawn
 from .records import Program
 
 _STDOUT, _STDERR = 1, 2
-LAST_LINES = 10
+LAST_LINES = 20
 _LAST_BYTES = 4096
 #: How long the last words of a worker may take through the relay: a moment, but longer
 #: when it is just being started, and for ever when it has died.
@@ -165,10 +165,14 @@ class Output:
         found = os.fstat(_STDERR)
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
-    def last_words(self, mark: int) -> str:
-        """Return the last lines written since mark, escaped; "" where nobody can read them."""
+    def last_words(self, mark: int, *, wait: bool = True) -> str:
+        """Return the last lines written since mark, escaped; "" where nobody can read them.
+
+        wait: until the relay has all of it, which may take a second where it is busy.
+        """
         if self.relayed:
-            self._wait_for_relay()
+            if wait:
+                self._wait_for_relay()
             data = relay.kept(self._tail, mark)
         elif mark >= 0 and self._log_file is not None:
             data = _end_of(self._log_file, mark)

@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from . import privileges, words
 from .records import Program
@@ -19,6 +20,16 @@ from .settings import Identity
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 _NICE = "/usr/bin/nice"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a process ended."""
+
+    clean: bool  # exited with status 0
+    how: str
+    cpu_s: float | None = None  # of itself and of its own children that it has waited for
+    max_rss_kib: int | None = None
 
 
 class Process:
@@ -64,26 +75,27 @@ class Process:
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
-    def reap(self) -> tuple[bool, str] | None:
-        """Return (whether it exited with status 0, how it ended), or None while it runs.
+    def reap(self) -> End | None:
+        """Return how it ended, or None while it runs.
 
         Raises ChildProcessError when it is no child of ours (any more) and has ended: then its
         status is with whoever has reaped it.
         """
         try:
-            result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             if not self.has_ended():
                 return None
             self._reaped = True
             raise
-        if result is None:
+        if found is None:
             return None
+        # By its number, because waitid() does not tell what it used; until this returns the
+        # number is nobody else's.
+        _, status, used = os.wait4(self.pid, 0)
         self._reaped = True
-        exited = result.si_code == os.CLD_EXITED
-        dumped = result.si_code == os.CLD_DUMPED
-        clean = exited and result.si_status == 0
-        return clean, words.ended(exited, result.si_status, dumped=dumped)
+        clean, how = words.status_of(status)
+        return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
 
     def destroy(self) -> None:
         """Kill it with its group and wait for its end."""

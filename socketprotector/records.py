@@ -6,12 +6,13 @@ next program finds them again.  Times are CLOCK_MONOTONIC seconds: they hold unt
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from socketprotector_client import wire
 
 from .events import Deadline, Retire, Sign, Signal, Wait
 from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from .history import Crash, History, Reload
 from .settings import Identity
 
 
@@ -47,6 +48,10 @@ class Counts:
             tuple(one + another for one, another in zip(self.waits, other.waits, strict=True)),
         )
 
+    def closed(self) -> Counts:
+        """The same with nothing open any more."""
+        return replace(self, active=0)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRecord:
@@ -57,6 +62,11 @@ class GenerationRecord:
     serving_since: float = 0.0
     ended: bool = False  # its write end is shut down
     released: bool = False
+    opened_at: float = 0.0  # these three in seconds since the epoch, for people
+    served_at: float | None = None
+    drained_at: float | None = None
+    past: Counts | None = None  # of workers that have ended
+    lost: int = 0  # connections that were open in those
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,11 @@ class WorkerRecord:
     pid: int
     mark: int  # where the output stood when it began
     ready_at: float | None = None
+    slot: int = 0
+    started_at: float = 0.0  # seconds since the epoch, for people
+    told_to_go: bool = False
+    watched: bool = False  # it has said WATCHDOG=1
+    status: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +101,16 @@ class Snapshot:
     forwarded: int = 0
     lost: int = 0
     version: str = ""  # of the program that wrote this
+    history: History = field(default_factory=History)
+    started_at: float = 0.0  # of the first program, in seconds since the epoch
+    restarts: int = 0  # programs before the one that wrote this, killed ones and upgraded
+    log_level: str = ""  # asked for meanwhile
 
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
     *(Deadline, Wait, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
     *(Retire, Sign, Signal),
-    *(Identity, Program, GenerationRecord, WorkerRecord, Snapshot),
+    *(Identity, Program, Counts, GenerationRecord, WorkerRecord, Snapshot),
+    *(Crash, History, Reload),
 )

@@ -77,7 +77,7 @@ class Upgrade:
                 return
             lines = last.decode("utf-8", "replace").strip().splitlines()
             why = words.escape(lines[-1]) if lines else "it said nothing"
-            self.failed(f"the new program {result[1] if result else 'hangs'}: {why}")
+            self.failed(f"the new program {result.how if result else 'hangs'}: {why}")
 
         self._loop.watch(probe.pidfd, ended)
         self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)

@@ -46,7 +46,7 @@ def end_of(process: Process) -> tuple[bool, str]:
     result = process.reap()
     assert result is not None
     process.close()
-    return result
+    return result.clean, result.how
 
 
 def is_open(fd: int) -> bool:

@@ -65,7 +65,7 @@ def test_a_replacement_gets_no_other_descriptors_either(protector: Start) -> Non
     eventually(lambda: daemon.log.count("event=worker-ready") == 4, "the replacement")
 
     for pid in daemon.worker_pids():
-        eventually(lambda pid=pid: set(descriptors(pid)) == {0, 1, 2, 3, 4}, "its descriptors")  # type: ignore[misc]
+        eventually(lambda pid=pid: set(descriptors(pid)) == {*range(6)}, "its descriptors")  # type: ignore[misc]
     daemon.stop()
 
 

@@ -231,6 +231,7 @@ class Memory(File):
     def __init__(self) -> None:
         super().__init__()
         self.slots: dict[int, bytes] = {}
+        self.size = 0  # where ftruncate has set one
 
     def write(self, data: bytes, at: int) -> int:
         slot, begin = divmod(at, _SLOT)
@@ -240,7 +241,8 @@ class Memory(File):
 
     def read(self, size: int, at: int) -> bytes:
         slot, begin = divmod(at, _SLOT)
-        return self.slots.get(slot, b"")[begin : begin + size]
+        found = self.slots.get(slot, b"")[begin : begin + size]
+        return found.ljust(min(size, max(0, self.size - at)), b"\0")
 
 
 class Pipe(File):
@@ -405,15 +407,18 @@ class Kernel:
                 pwrite=self._pwrite,
                 fstat=self._fstat,
                 memfd_create=self._memfd_create,
+                ftruncate=self._ftruncate,
                 umask=lambda mask: 0o022,
                 chdir=lambda path: None,
                 pidfd_open=self._pidfd_open,
                 posix_spawn=self._posix_spawn,
                 killpg=self._killpg,
                 waitid=self._waitid,
+                wait4=self._wait4,
                 waitpid=self._waitpid,
             ),
             time=SimpleNamespace(
+                time=self._monotonic,
                 monotonic=self._monotonic,
                 monotonic_ns=self._monotonic_ns,
                 clock_gettime_ns=lambda _: self._monotonic_ns(),
@@ -427,9 +432,7 @@ class Kernel:
             select=SimpleNamespace(
                 **constants(select), epoll=lambda: Epoll(self), poll=lambda: Poll(self)
             ),
-            fcntl=SimpleNamespace(
-                **constants(fcntl), ioctl=self._ioctl, fcntl=lambda fd, *_: self._dup(fd, "fcntl")
-            ),
+            fcntl=SimpleNamespace(**constants(fcntl), ioctl=self._ioctl, fcntl=self._fcntl),
             resource=SimpleNamespace(
                 **constants(resource),
                 getrlimit=lambda _: (1024, 4096),
@@ -469,6 +472,18 @@ class Kernel:
         file = self.file(fd)
         assert isinstance(file, Memory)
         return file.write(data, at)
+
+    def _ftruncate(self, fd: int, size: int) -> None:
+        self.enter("ftruncate")
+        file = self.file(fd)
+        assert isinstance(file, Memory)
+        file.size = size
+
+    def _fcntl(self, fd: int, command: int, value: int) -> int:
+        if command == fcntl.F_ADD_SEALS:
+            self.enter("fcntl")
+            return 0
+        return self._dup(fd, "fcntl")
 
     def _memfd_create(self, name: str, flags: int) -> int:
         self.enter("memfd_create")
@@ -551,10 +566,18 @@ class Kernel:
             raise failure(errno.ECHILD)
         if not file.process.ended:
             return None
-        file.process.reaped = True
+        assert flags & os.WNOWAIT
+        return True
+
+    def _wait4(self, pid: int, flags: int) -> tuple[int, int, Any]:
+        process = self.process_at(pid)
+        assert process.ended, "a wait that would block"
+        assert not process.reaped
+        process.reaped = True
         self.changes += 1
-        code, status = file.process.result
-        return SimpleNamespace(si_code=code, si_status=status)
+        code, status = process.result
+        said = status << 8 if code == os.CLD_EXITED else int(status)
+        return pid, said, SimpleNamespace(ru_utime=0.0, ru_stime=0.0, ru_maxrss=0)
 
     def _waitpid(self, pid: int, flags: int) -> None:
         self.enter("waitid")

@@ -27,12 +27,14 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from socketprotector import (
+    board,
     channel,
     crew,
     door,
     effects,
     forwarder,
     heritage,
+    home,
     launcher,
     listener,
     loop,
@@ -70,7 +72,20 @@ from tests.simulation.kernel import (
 )
 
 MODULES = (
-    *(channel, crew, effects, forwarder, launcher, listener, loop, notify, process, state),
+    *(
+        board,
+        channel,
+        crew,
+        effects,
+        forwarder,
+        home,
+        launcher,
+        listener,
+        loop,
+        notify,
+        process,
+        state,
+    ),
     *(strays, supervisor),
 )
 NAMES = ("os", "socket", "select", "time", "fcntl", "resource", "signal")
@@ -161,6 +176,8 @@ class Worker:
 
 
 class Log:
+    level = ""
+
     def __init__(self, note: Callable[[str], None] | None) -> None:
         self._note = note
 
@@ -173,7 +190,7 @@ class Output:
     def mark(self) -> int:
         return 0
 
-    def last_words(self, mark: int) -> str:
+    def last_words(self, mark: int, *, wait: bool = True) -> str:
         return ""
 
     def where_to_look(self) -> str:

@@ -1,0 +1,65 @@
+"""What an operator asks about afterwards: which reloads there were, and which workers crashed.
+
+Pure: frozen values, kept in the state like everything else that has to outlive the program.
+Times are seconds since the epoch, for people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: The last so many are remembered.
+RELOADS, CRASHES = 10, 20
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """One that was tried; the generation is the one that it started."""
+
+    generation: int
+    result: str = "running"  # then reloaded, recovered or failed
+    reason: str = ""
+    began_at: float = 0.0
+    ended_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """A worker that ended without being asked to, or badly."""
+
+    at: float
+    generation: int
+    worker: int
+    slot: int
+    pid: int
+    how: str
+    when: str  # starting, serving or draining
+    lost: int | None = None  # connections that were open in it, where it has counted
+    last_words: str = ""
+    cpu_s: float | None = None
+    max_rss_kib: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The last of both, the newest last."""
+
+    reloads: tuple[Reload, ...] = ()
+    crashes: tuple[Crash, ...] = ()
+    crashed: int = 0  # in all
+
+    def with_crash(self, crash: Crash) -> History:
+        return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
+
+    def reload_began(self, generation: int, at: float) -> History:
+        begun = Reload(generation, began_at=at)
+        return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
+
+    def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
+        """Note the outcome, also of one whose beginning nobody has noted."""
+        others = tuple(each for each in self.reloads if each.generation != generation)
+        begun = next((each for each in self.reloads if each.generation == generation), None)
+        ended = replace(
+            begun or Reload(generation, began_at=at), result=result, reason=reason, ended_at=at
+        )
+        return replace(self, reloads=(*others, ended)[-RELOADS:])

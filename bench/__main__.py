@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from bench.figures import Bystanders, Figure, Scale, machine, table
+from bench.list_rows import listing
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, reloads, switch
 from bench.rows import cpu, idle, latency, rate
@@ -25,6 +26,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "upgrade": upgrade,
     "survive": survive,
     "lasting": lasting,
+    "list": listing,
 }
 
 

@@ -87,7 +87,7 @@ def look(
         for inode, fd in inodes.items():
             if (seen := tables[space].get(inode)) is None:
                 continue
-            at = accepted_at.get(str(fd)) if isinstance(accepted_at, dict) else None
+            at = accepted_at.get(str(fd)) if isinstance(accepted_at, dict) and fd >= 0 else None
             exact = isinstance(at, int | float)
             begun = at if exact else since_at
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0

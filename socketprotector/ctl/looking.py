@@ -102,7 +102,10 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Unse
     for number, count in sorted(Counter(each.generation for each in found).items()):
         oldest = max(each.age_s for each in found if each.generation == number)
         phase = phases.get(number, "")
-        say(f"generation {number} {phase}: {count} connections, oldest {render.span(oldest)}")
+        plural = "" if count == 1 else "s"
+        say(
+            f"generation {number} {phase}: {count} connection{plural}, oldest {render.span(oldest)}"
+        )
     if not found:
         say("no connections" + (" where it may look" if unseen else ""))
     for who in unseen:

@@ -187,6 +187,10 @@ class Fake:
         connection.follows = True
         return {}
 
+    def following(self) -> list[Connection]:
+        """Whoever follows events."""
+        return [each for each in list(self._connections) if each.follows]
+
     def forget(self, connection: Connection) -> None:
         self._connections.discard(connection)
 

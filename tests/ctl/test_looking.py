@@ -171,21 +171,32 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
     lines.join()
 
 
-def test_events_of_a_protector_that_is_yet_to_come(folder: Path) -> None:
+def test_events_follow_waits_for_a_protector_that_is_yet_to_come(folder: Path) -> None:
     receive, send = os.pipe()
     process = subprocess.Popen(
-        [*COMMAND, "--name", "web", "events", "--follow", "--json"],
-        stdout=send,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*COMMAND, "--control", str(folder / "late"), "events", "--follow"], stdout=send
     )
     os.close(send)
     lines = Lines(receive)
-    _, err = process.communicate(timeout=20)
+    fake = Fake(folder / "late")
+
+    def more() -> bool:
+        for each in fake.following():
+            each.event("ready", generation=1)
+        return lines.count("event=ready") > 0
+
+    eventually(more, "an event")
+    process.terminate()
+    process.wait(10)
+    fake.end()
     lines.join()
 
-    assert process.returncode == 1  # a name that no socket has: it may be mistyped
-    assert "no web.control in" in err
+
+def test_events_of_a_name_that_nobody_has_may_be_mistyped(folder: Path, ctl: Ctl) -> None:
+    said = ctl("--name", "web", "events", "--follow")
+
+    assert said.status == 1
+    assert "no web.control in" in said.err
 
 
 def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:

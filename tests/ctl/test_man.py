@@ -11,7 +11,8 @@ import click
 import pytest
 
 from socketprotector import cli
-from socketprotector.ctl.entry import program
+from socketprotector.ctl import entry  # noqa: F401 -- adds the commands
+from socketprotector.ctl.program import program
 from tests.running import ROOT
 
 PAGES = {

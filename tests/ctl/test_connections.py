@@ -1,0 +1,193 @@
+"""connections: the sockets of a worker, looked up in /proc.  The worker is this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl import ledger
+from tests.ctl.conftest import Said
+from tests.ctl.fake import Fake, Message, generation, status, worker
+from tests.running import eventually
+
+Ctl = Callable[..., Said]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as found:
+        yield found
+
+
+def pair(stack: ExitStack, family: int, address: object) -> tuple[socket.socket, socket.socket]:
+    """A connection: (the client's end, the worker's)."""
+    listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listener.bind(address)  # type: ignore[arg-type]
+    listener.listen()
+    client = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    client.connect(listener.getsockname())
+    accepted, _ = listener.accept()
+    return client, stack.enter_context(accepted)
+
+
+def of(pid: int, **more: object) -> Message:
+    return {"generation": 8, "worker": 14, "pid": pid, "since_at": 90.0, **more}
+
+
+@pytest.mark.parametrize(
+    ("family", "bind", "listens"),
+    [
+        (socket.AF_INET, "127.0.0.1", "tcp:127.0.0.1:{}"),
+        (socket.AF_INET, "127.0.0.1", "tcp:0.0.0.0:{}"),
+        (socket.AF_INET6, "::1", "tcp:[::1]:{}"),
+        (socket.AF_INET6, "::1", "tcp:[::]:{}"),
+    ],
+)
+def test_peer_worker_age_and_bytes_of_a_connection(
+    family: int, bind: str, listens: str, stack: ExitStack
+) -> None:
+    client, accepted = pair(stack, family, (bind, 0))
+    client.sendall(b"12345")
+    address = listens.format(accepted.getsockname()[1])
+    times = {str(accepted.fileno()): 40.0}
+
+    def look() -> list[ledger.Connection]:
+        found, unseen = ledger.look(
+            [of(os.getpid(), accepted_at_by_fd=times)], [address], now=100.0
+        )
+        assert unseen == []
+        return [each for each in found if each.waiting_bytes is not None]
+
+    eventually(lambda: bool(look()) and look()[0].waiting_bytes == 5, "5 bytes that wait")
+    found = look()
+
+    def shown(end: tuple[object, ...]) -> str:
+        return f"[{end[0]}]:{end[1]}" if family == socket.AF_INET6 else f"{end[0]}:{end[1]}"
+
+    # Local addresses: the client's own end has another one, and is not seen.
+    assert [
+        (each.peer, each.local, each.age_s, each.exact, each.generation, each.worker)
+        for each in found
+    ] == [(shown(client.getsockname()), shown(accepted.getsockname()), 60.0, True, 8, 14)]
+
+
+def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
+    listener = stack.enter_context(socket.socket(socket.AF_INET6))
+    listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    listener.bind(("::", 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    stack.enter_context(listener.accept()[0])
+
+    found, _ = ledger.look([of(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
+
+    assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
+
+
+def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) -> None:
+    path = str(tmp_path / "a b")
+    pair(stack, socket.AF_UNIX, path)
+
+    found, _ = ledger.look([of(os.getpid())], [f"unix:{path}"], now=100.0)
+
+    assert [(each.local, each.peer, each.age_s, each.exact) for each in found] == [
+        (f"unix:{path}", "unix", 10.0, False)
+    ]
+
+
+def test_what_is_no_connection_to_a_listener_is_nobodys_business(stack: ExitStack) -> None:
+    pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+
+    assert ledger.look([of(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
+
+
+def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
+    client, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    port = accepted.getsockname()[1]
+    child = "import sys; sys.stdin.read()"
+    parent = (
+        "import subprocess, sys; "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}], pass_fds=[{accepted.fileno()}]); "
+        f"import os; os.close({accepted.fileno()}); print(flush=True); p.wait()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        pass_fds=[accepted.fileno()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    accepted.close()
+    assert process.stdout
+    process.stdout.readline()
+
+    found, _ = ledger.look(
+        [of(process.pid, accepted_at_by_fd={"-1": 5.0})], [f"tcp:127.0.0.1:{port}"], now=100.0
+    )
+    process.communicate()
+
+    assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
+    assert not found[0].exact
+
+
+def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+
+    assert ledger.look([of(process.pid), of(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
+
+
+def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no(_: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "readlink", no)
+
+    _, unseen = ledger.look([of(1)], ["tcp:0.0.0.0:1"], now=1.0)
+
+    assert [(each.pid, each.why) for each in unseen] == [
+        (1, "not allowed: ask as root or its user")
+    ]
+
+
+def test_the_command_shows_rows_and_sums(fake: Fake, ctl: Ctl, stack: ExitStack) -> None:
+    client, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    port = accepted.getsockname()[1]
+    fake.status = status(
+        generation(8, "draining", worker(14)),
+        now=time.time(),
+        listeners=[{"index": 0, "address": f"tcp:127.0.0.1:{port}"}],
+    )
+    fake.answers["connections"] = lambda *_: {
+        "workers": [of(os.getpid(), since_at=time.time() - 3725)]
+    }
+
+    said = ctl("connections", "8")
+
+    peer = f"127.0.0.1:{client.getsockname()[1]}"
+    lines = [line.split() for line in said.out.splitlines()]
+    assert lines[0] == ["GENERATION", "WORKER", "PID", "PEER", "LOCAL", "AGE", "WAITING"]
+    assert lines[1] == [
+        *("8", "14", str(os.getpid()), peer, f"127.0.0.1:{port}"),
+        *(">=1h2m", "0"),
+    ]
+    assert said.out.endswith("\ngeneration 8 draining: 1 connection, oldest 1h2m\n")
+    assert fake.asked[-1] == {"command": "connections", "generation": 8}
+    told = json.loads(ctl("connections", "--json").out)
+    assert [each["peer"] for each in told["connections"]] == [peer]
+    assert fake.asked[-1] == {"command": "connections"}
+
+
+def test_none(fake: Fake, ctl: Ctl) -> None:
+    fake.answers["connections"] = lambda *_: {"workers": []}
+
+    assert ctl("connections") == Said(0, "no connections\n", "")

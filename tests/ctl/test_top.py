@@ -1,0 +1,133 @@
+"""top on a terminal of 80 x 24."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import termios
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from socketprotector.ctl.top import Rates, drawn, quantile_us
+from tests.ctl.conftest import COMMAND
+from tests.ctl.fake import Fake, generation, status, worker
+from tests.running import eventually
+
+
+class Terminal:
+    """A command on a terminal, and what it has drawn."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.fd, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**environment, "TERM": "xterm"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.shown = ""
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:
+                return
+            if not data:
+                return
+            self.shown += data.decode("utf-8", "replace")
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self._thread.join()
+        os.close(self.fd)
+
+
+@pytest.fixture
+def top(fake: Fake) -> Iterator[Terminal]:
+    generations = [
+        generation(number, "draining", worker(number, 4700 + number)) for number in range(1, 40)
+    ]
+    fake.status = status(*generations, generation(40, "serving", worker(40, status="x" * 300)))
+    made = Terminal("top", "--interval", "50ms")
+    yield made
+    made.end()
+
+
+def test_q_ends_and_gives_the_screen_back(fake: Fake, top: Terminal) -> None:
+    def more() -> bool:
+        fake.status["forwarded"] += 100
+        fake.status["now"] += 1
+        return "100/s" in top.shown
+
+    eventually(more, "a rate")
+    os.write(top.fd, b"q")
+
+    assert top.process.wait(10) == 0
+    assert top.shown.rstrip().endswith("\x1b[?25h") or "\x1b[?1049l" in top.shown
+
+
+def test_ctrl_c_ends_too(top: Terminal) -> None:
+    eventually(lambda: "web: " in re.sub(r"\x1b\[[0-9;]*m", "", top.shown), "the first screen")
+    top.process.send_signal(signal.SIGINT)
+
+    assert top.process.wait(10) == 130
+    assert "\x1b[?1049l" in top.shown
+
+
+def test_no_line_is_wider_and_no_screen_higher_than_the_terminal(top: Terminal) -> None:
+    eventually(lambda: top.shown.count("web") > 2, "a screen")
+    os.write(top.fd, b"q")
+    top.process.wait(10)
+
+    screens = re.split(r"\x1b\[H", top.shown)[1:]
+    assert screens
+    for screen in screens:
+        lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen).split("\r\n")
+        assert len(lines) <= 24
+        assert max(map(len, lines)) <= 80
+
+
+def test_a_cut_is_survived(fake: Fake, top: Terminal) -> None:
+    eventually(lambda: "web" in top.shown, "a screen")
+    fake.cut_all()
+    before = len(fake.commands())
+    eventually(lambda: len(fake.commands()) > before + 2, "asked again")
+
+    assert top.process.poll() is None
+    os.write(top.fd, b"q")
+    assert top.process.wait(10) == 0
+
+
+def test_rates_and_waits_are_those_of_the_interval() -> None:
+    rates = Rates()
+    for second, forwarded, buckets in ((0, 100, [5, 0, 0]), (2, 300, [5, 98, 2]), (3, 300, [0])):
+        waits = {"count": 0, "p50": 0, "p99": 0, "buckets": buckets}
+        rates.take(status(generation(1, wait_us=waits), now=100.0 + second, forwarded=forwarded))
+        if second == 2:
+            assert (rates.per_second, rates.p50_us, rates.p99_us) == (100.0, 1.0, 3.0)
+
+    assert list(rates.forwarded) == [100.0, 0.0]
+    assert rates.p50_us is None
+    drawn({}, rates, 80, 24)
+
+
+def test_quantiles_are_bounds_of_buckets() -> None:
+    assert quantile_us([0, 0, 1], 0.5) == 3.0
+    assert quantile_us([], 0.5) is None

@@ -252,6 +252,7 @@ class Effects:
             self._forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
         self._close_unknown(descriptors)
         for each in self._released.values():
+            each.forget_board()
             self._forwarder.release(each.channel)
         for number, each in self._generations.items():
             generation = snapshot.fleet.generation(number)

@@ -85,7 +85,10 @@ class Home:
 
     def counts(self, slot: int) -> Counts | None:
         """Return what the worker in a place has counted; None where it does not."""
-        return self.board.read(slot) if self.board is not None else None
+        try:
+            return self.board.read(slot) if self.board is not None else None
+        except OSError:
+            return None
 
     def bury(self, slot: int) -> int | None:
         """Take over what a dead worker has counted; return how many connections died with it.
@@ -93,8 +96,11 @@ class Home:
         None where it did not count.  Makes the place ready for the next one.
         """
         found = self.counts(slot)
-        if self.board is not None:
-            self.board.clear(slot)
+        try:
+            if self.board is not None:
+                self.board.clear(slot)
+        except OSError:
+            self.forget_board()  # better nothing known than counted twice
         if found is None:
             return None
         self.lost += found.active

@@ -95,7 +95,11 @@ def _asked_to_end() -> Iterator[Any]:
 
     They are blocked meanwhile, so none can come between a hold and its release unseen.
     """
-    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    numbers = {
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+    }
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     came: list[bool] = []
 

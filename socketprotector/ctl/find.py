@@ -58,7 +58,9 @@ def by_pid_file(file: str) -> str:
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = ask_all(sockets())
     for each in found:
-        if each.alive and (each.pid == pid or (each.result or {}).get("pid") == pid):
+        told = (each.result or {}).get("pid")
+        # Under --guard the pid file holds the guard's, and the protector is its child.
+        if each.alive and pid in (each.pid, told, parent_of(told if isinstance(told, int) else 0)):
             return each.path
     unseen = [each.path for each in found if each.why in ("denied", "silent")]
     hint = f" (no answer from {_names(unseen)})" if unseen else ""
@@ -92,6 +94,15 @@ def _listening(path: str) -> bool:
     except Exception:
         return True  # somebody is there, and does not let us in: the request will say so
     return True
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process, 0 where it is not known."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _pid(file: str) -> int:

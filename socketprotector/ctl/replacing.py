@@ -20,12 +20,15 @@ from ..options import Duration
 from . import verdict
 from .client import Message
 from .failure import Cut, NoProtector, NotTaken, Refused, TimedOut
+from .find import parent_of
 from .program import Instance, command, say, say_json, tell
 from .session import Session
 from .verdict import Verdict, number_in, text_in
 
 #: How often status is asked for while no event comes: it also finds out who hangs.
 _LOOK_EVERY_S = 1.0
+#: A guard keeps the socket while it brings back who died; who has ended does not come back.
+_GONE_S = 0.2
 
 _WAIT = click.option("--wait/--no-wait", default=True, help="For the outcome, or only ask.")
 _TIMEOUT = click.option(
@@ -47,9 +50,13 @@ class _Deadline:
             raise TimedOut(f"not within {self._timeout_s:g} s: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
 
-    @property
-    def left_s(self) -> float:
-        return max(0.1, self._until - time.monotonic())
+    def again(self, session: Session, waits_for: str) -> None:
+        """Connect again.  Raises NoProtector, or TimedOut if the time was too short for it."""
+        try:
+            session.again(max(0.1, self._until - time.monotonic()))
+        except NoProtector:
+            self.slice_s(waits_for)
+            raise
 
 
 @contextmanager
@@ -63,6 +70,10 @@ def _outcome(as_json: bool, **known: Any) -> Iterator[Message]:
         told.setdefault("reason", str(error))
         names = {NotTaken: "failed", Refused: "refused", TimedOut: "timed out"}
         told["result"] = names.get(type(error), "lost")
+        raise
+    except KeyboardInterrupt:
+        told["result"] = "interrupted"
+        tell("interrupted: it goes on, and is not waited for any longer")
         raise
     finally:
         told["waited_s"] = round(time.monotonic() - begun, 3)
@@ -156,10 +167,9 @@ def _back(session: Session, watched: verdict.Reload, deadline: _Deadline, progre
     if progress and not watched.stopping:
         tell("the connection was cut: an upgrade or a crash; connecting again")
     try:
-        session.again(deadline.left_s)
+        deadline.again(session, watched.waits_for())
         watched.looked(session.ask("status"))
     except NoProtector as error:
-        deadline.slice_s(watched.waits_for())
         end = "it was stopped" if watched.stopping else str(error)
         raise NoProtector(
             f"generation {watched.generation} was not seen to serve: {end}"
@@ -203,6 +213,7 @@ def _quoted(last_words: str) -> str:
 def _drained(session: Session, generation: int, deadline: _Deadline, progress: bool) -> None:
     """Wait until no generation before this one is left."""
     most, shown = 0, ""
+    left = verdict.Draining()
     while True:
         try:
             left = verdict.draining(session.ask("status"), generation)
@@ -219,7 +230,7 @@ def _drained(session: Session, generation: int, deadline: _Deadline, progress: b
                 if event is not None and event.get("event") in ("drained", "exited"):
                     break
         except Cut:
-            session.again(deadline.left_s)
+            deadline.again(session, f"{left.words()} to drain")
 
 
 # -- upgrade ---------------------------------------------------------------------------
@@ -252,9 +263,10 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
 
 def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message:
     """Wait until the new program answers; return its status."""
+    waits_for = "the new program to say that it can take over"
     while True:
         try:
-            event = session.event(deadline.slice_s("the new program to say that it can take over"))
+            event = session.event(deadline.slice_s(waits_for))
             if event is None:
                 status = session.ask("status")
             elif event.get("event") == "upgrade-failed":
@@ -268,7 +280,7 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
             else:
                 continue
         except Cut:
-            session.again(deadline.left_s)
+            deadline.again(session, waits_for)
             status = session.ask("status")
         if number_in(status, "restarts") > number_in(before, "restarts"):
             return status
@@ -286,7 +298,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
     deadline = _Deadline(timeout)
     with _outcome(as_json) as told, instance.session(events=True) as session:
         before = session.ask("status")
-        process = _Process(number_in(before, "pid"))
+        process = _Process(before)
         try:
             _ask_stop(session, quick)
             if not wait:
@@ -303,10 +315,16 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
 
 
 def _ask_stop(session: Session, quick: bool) -> None:
+    """Ask once: a second time would be heard as "at once"."""
     try:
         session.ask_once("stop", quick=quick)
     except Cut:
-        pass  # it ended before it answered, or was killed: then it is asked again below
+        try:
+            session.again()
+            if session.ask("status").get("phase") != "stopping":  # it was not heard
+                session.ask_once("stop", quick=quick)
+        except NoProtector:
+            pass  # it has ended; that is looked at next
 
 
 def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progress: bool) -> None:
@@ -316,41 +334,40 @@ def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progre
             event = session.event(deadline.slice_s(f"{left} to finish"))
             if event is not None and event.get("event") not in ("drained", "exited", "stopping"):
                 continue
-            status = session.ask_once("status")
-            if status.get("phase") != "stopping":  # killed under a guard before it wrote that down
-                _ask_stop(session, False)
-            everybody = verdict.draining(status, 1 << 62)
+            everybody = verdict.draining(session.ask_once("status"), 1 << 62)
             left = "the protector" if everybody.over else everybody.words()
             if progress and left != shown and not everybody.over:
                 shown = left
                 tell(f"waits for {left}")
         except Cut:
             try:
-                session.again(0.2)  # a guard keeps the socket while it brings back who died
+                session.again(_GONE_S)
             except NoProtector:
                 process.wait(deadline)
                 return
 
 
 class _Process:
-    """The protector's process, so that "stopped" means that it is gone."""
+    """The protector's process and its guard's, so that "stopped" means that they are gone."""
 
-    def __init__(self, pid: int) -> None:
-        try:
-            self._pidfd = os.pidfd_open(pid) if pid > 0 else -1
-        except OSError:  # gone, or in another pid namespace
-            self._pidfd = -1
+    def __init__(self, status: Message) -> None:
+        pid = number_in(status, "pid")
+        pids = [pid, parent_of(pid)] if status.get("guarded") is True else [pid]
+        self._pidfds = []
+        for each in pids:
+            try:
+                self._pidfds.append(os.pidfd_open(each))
+            except (OSError, ValueError):  # gone, or in another pid namespace
+                continue
 
     def wait(self, deadline: _Deadline) -> None:
-        """Wait for its end.  Raises TimedOut."""
-        if self._pidfd < 0:
-            return
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        while not poll.poll(deadline.slice_s("the protector's process to end") * 1000):
-            pass
+        """Wait for their end.  Raises TimedOut."""
+        for pidfd in self._pidfds:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            while not poll.poll(deadline.slice_s("the protector's process to end") * 1000):
+                pass
 
     def close(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        while self._pidfds:
+            os.close(self._pidfds.pop())

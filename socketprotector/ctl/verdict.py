@@ -183,7 +183,8 @@ class Draining:
         some = ", ".join(str(pid) for pid in self.pids[:5]) + (", ..." if self.workers > 5 else "")
         plural = "s" if len(self.generations) > 1 else ""
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        return f"generation{plural} {numbers} ({workers}: pid {some}{connections})"
+        pids = f": pid {some}" if self.pids else ""
+        return f"generation{plural} {numbers} ({workers}{pids}{connections})"
 
 
 def draining(status: Message, before: int) -> Draining:
@@ -193,14 +194,15 @@ def draining(status: Message, before: int) -> Draining:
         number = number_in(each, "number")
         if number >= before or each.get("phase") not in LEAVING:
             continue
-        pids = tuple(number_in(worker, "pid") for worker in listed(each, "workers"))
+        workers = listed(each, "workers")
+        pids = (number_in(worker, "pid") for worker in workers)
         active = each.get("active")
         known = isinstance(active, int) and found.active is not None
         found = replace(
             found,
             generations=(*found.generations, number),
-            pids=(*found.pids, *pids),
-            workers=found.workers + len(pids),
+            pids=(*found.pids, *(pid for pid in pids if pid)),
+            workers=found.workers + len(workers),
             active=(found.active or 0) + active if known and isinstance(active, int) else None,
         )
     return found

@@ -178,6 +178,18 @@ def test_stop_that_takes_too_long_is_status_4(
     protected.communicate()
 
 
+def test_stop_is_never_asked_twice_for_that_would_be_at_once(fake: Fake, ctl: Ctl) -> None:
+    def answer(connection: Connection, _: Message) -> None:
+        fake.status["phase"] = "stopping"
+        connection.cut()
+
+    fake.status["pid"] = 0
+    fake.answers["stop"] = answer
+
+    assert ctl("stop", "--timeout", "500ms").status == 4
+    assert fake.commands().count("stop") == 1
+
+
 def test_stop_without_waiting(fake: Fake, ctl: Ctl) -> None:
     fake.answers["stop"] = lambda *_: {}
 

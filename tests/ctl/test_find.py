@@ -92,6 +92,9 @@ def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
 
     assert level(ctl, "--pid-file", str(pid_file)).status == 0
     assert len(api.commands()) == 2
+    api.status["pid"] = os.getpid()  # and its parent, the guard, stands in the file
+    assert level(ctl, "--pid-file", str(pid_file)).status == 0
+    assert len(api.commands()) == 4
     pid_file.write_text(f"{os.getpid()}\n")
     assert level(ctl, "--pid-file", str(pid_file)).status == 0
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from .policy import Policy
+
 
 class Wait(Enum):
     """What a deadline is about; the target is a generation's or a worker's number."""
@@ -151,6 +153,21 @@ class BacklogEmptied:
 
 
 @dataclass(frozen=True, slots=True)
+class SettingsRead:
+    """The configuration was read again and can be had.  workers: None for as many as before."""
+
+    policy: Policy
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SettingsFailed:
+    """The configuration was read again and cannot be had; reason is for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class DeadlinePassed:
     """A timer ran out."""
 
@@ -173,6 +190,8 @@ Event = (
     | ChannelBroken
     | TimeExtended
     | BacklogEmptied
+    | SettingsRead
+    | SettingsFailed
     | DeadlinePassed
 )
 
@@ -264,6 +283,21 @@ class CloseListeners:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadSettings:
+    """Have the configuration read again, for what is opened fresh from then on."""
+
+
+@dataclass(frozen=True, slots=True)
+class UseSettings:
+    """What was read holds from now on for everything; listeners that it lacks are emptied."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetSettings:
+    """Nobody wants what was read, or is being read; listeners that it added are given up."""
+
+
+@dataclass(frozen=True, slots=True)
 class StartTimer:
     """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
 
@@ -326,6 +360,9 @@ Action = (
     | Release
     | Hold
     | CloseListeners
+    | ReadSettings
+    | UseSettings
+    | ForgetSettings
     | StartTimer
     | CancelTimer
     | Report

@@ -7,13 +7,11 @@ keeps one Fleet and replaces it by what `lifecycle.decide` answers.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from .events import Deadline
-
-#: stop-first has nobody serving while the old generation drains: never without an end.
-STOP_FIRST_DRAIN_S = 30.0
+from .policy import Policy as Policy
 
 
 class Phase(Enum):
@@ -109,29 +107,18 @@ class Next(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
-    """What the operator chose.  Times in seconds; 0 means no limit where one is named."""
+class Candidate:
+    """What the configuration said when it was read again; it has not served yet."""
 
-    start_tries: int = 3
-    start_timeout_s: float = 60.0
-    settle_s: float = 0.0
-    drain_timeout_s: float = 0.0
-    max_draining: int = 0
-    stop_timeout_s: float = 30.0
-    kill_timeout_s: float = 5.0
-    stop_first: bool = False
-
-    @property
-    def drain_limit_s(self) -> float:
-        """How long a generation may drain when another takes, or will take, its place."""
-        return self.drain_timeout_s or (STOP_FIRST_DRAIN_S if self.stop_first else 0.0)
+    policy: Policy
+    workers: int | None = None  # None: as many as are wanted anyway
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """Everything the lifecycle knows.  Wishes (what is wanted) stand apart from what is."""
 
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     workers_wanted: int = 1
     generations: tuple[Generation, ...] = ()
     next_generation: int = 1
@@ -140,6 +127,11 @@ class Fleet:
     reload_wanted: bool = False
     stopping: Stop | None = None
     to_open: Next | None = None  # waits for an older generation's end or a back-off's
+
+    configured: bool = False  # a reload begins with reading the configuration again
+    reading: bool = False  # that is being done
+    candidate: Candidate | None = None  # what was read, until it serves or has failed
+    settings_used: int = 0  # how many candidates have come to serve
 
     served: bool = False  # something has been ready once
     failed_starts: int = 0  # generations in a row that failed while nothing else served
@@ -167,8 +159,17 @@ class Fleet:
         """The generation that gets new connections."""
         return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
 
+    def policy_of(self, fresh: bool) -> Policy:
+        """The policy for opening a generation, fresh or from the last good command."""
+        return self.candidate.policy if fresh and self.candidate else self.policy
+
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)
+
+    def is_fresh(self, number: int) -> bool:
+        """Whether a generation was started from the command as it is now."""
+        generation = self.generation(number)
+        return generation is not None and generation.fresh
 
     def find(self, worker: int) -> tuple[Generation, Worker] | None:
         """The generation and entry of a worker by its number."""

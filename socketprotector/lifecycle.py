@@ -29,6 +29,7 @@ from .events import (
     KillRequested,
     Launched,
     OpenFailed,
+    ReadSettings,
     Release,
     ReloadRequested,
     RenewRequested,
@@ -36,6 +37,8 @@ from .events import (
     Retire,
     RouteTo,
     ScaleRequested,
+    SettingsFailed,
+    SettingsRead,
     Signal,
     StartTimer,
     StopRequested,
@@ -96,6 +99,10 @@ def _answer(step: Step, event: Event) -> None:
             workers.time_extended(step, number, seconds)
         case BacklogEmptied():
             stop.backlog_emptied(step)
+        case SettingsRead(policy, wanted):
+            reload.settings_read(step, policy, wanted)
+        case SettingsFailed(reason):
+            reload.settings_failed(step, reason)
         case DeadlinePassed(deadline):
             if deadline in step.fleet.timers:  # else it crossed its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
@@ -106,7 +113,7 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
     number = deadline.target
     match deadline.wait:
         case Wait.START:
-            limit_s = step.fleet.policy.start_timeout_s
+            limit_s = step.fleet.policy_of(step.fleet.is_fresh(number)).start_timeout_s
             reason = f"not ready within {limit_s:g} s; {READY_HINT}"
             reload.abandon(step, number, reason, retry=False)
         case Wait.SETTLE:
@@ -159,6 +166,8 @@ def resume(
     actions += [RouteTo(route.number if route else None)]
     actions += [Drain(generation.number) for generation in fleet.all_of(Phase.DRAINING)]
     actions += undone
+    if fleet.reading:
+        actions.append(ReadSettings())
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(CloseListeners(quick))

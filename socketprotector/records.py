@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from socketprotector_client import wire
 
 from .events import Deadline, Retire, Sign, Signal, Wait
-from .fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 from .history import Crash, History, Reload
-from .settings import Identity
+from .settings import Identity, Limits, ListenerSettings, Origin, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class Program:
     nice: int
     identity: Identity | None = None  # the user to run as, if not ours
     batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
+    listeners: str = ""  # as the environment tells them; those are all that it ever knows of
+    ready_after_s: float | None = None
+    watchdog_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +108,16 @@ class Snapshot:
     started_at: float = 0.0  # of the first program, in seconds since the epoch
     restarts: int = 0  # programs before the one that wrote this, killed ones and upgraded
     log_level: str = ""  # asked for meanwhile
+    settings: Settings | None = None  # where a reload has changed them
+    coming: Settings | None = None  # read again, and not used yet
+    settings_used: int = 0  # as the fleet had it when `settings` were made to hold
 
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
-    *(Deadline, Wait, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
+    *(Deadline, Wait, Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
     *(Retire, Sign, Signal),
     *(Identity, Program, Counts, GenerationRecord, WorkerRecord, Snapshot),
     *(Crash, History, Reload),
+    *(Settings, ListenerSettings, Origin, Limits),
 )

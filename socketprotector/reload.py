@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .events import Deadline, News, Open, Report, RouteTo, Spawn, Wait
-from .fleet import Fleet, Generation, Next, Phase, Worker
+from .events import Deadline, News, Open, ReadSettings, Report, RouteTo, Spawn, Wait
+from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, Worker
 from .step import PROVEN_S, Step, backoff_s
 from .stop import stop_quickly
 
@@ -39,33 +39,66 @@ def renew_requested(step: Step) -> None:
     """Replace the serving generation by one of the same program, as a reload does."""
     fleet = step.fleet
     old = fleet.of(Phase.SERVING)
-    if old is None or fleet.stopping or fleet.incoming or fleet.to_open or fleet.reload_wanted:
+    busy = fleet.incoming or fleet.to_open or fleet.reload_wanted
+    if old is None or fleet.stopping or busy or fleet.reading or fleet.candidate:
         step.do(Report(News.REFUSED, reason="one generation is being replaced, or none serves"))
         return
     step.do(Report(News.RELOADING))
     step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
-    _make_room(step, old)
+    _make_room(step)
 
 
 def begin_if_wanted(step: Step) -> None:
     """Begin the reload that is wanted, unless one (or the first start) is in progress."""
     fleet = step.fleet
-    if not fleet.reload_wanted or fleet.incoming or fleet.to_open is Next.FRESH:
+    if fleet.incoming or fleet.to_open is Next.FRESH or fleet.reading:
         return
+    if fleet.candidate:
+        _begin(step)
+    elif fleet.reload_wanted:
+        step.fleet = replace(fleet, reload_wanted=False)
+        if fleet.configured and fleet.served:
+            step.fleet = replace(step.fleet, reading=True)
+            step.do(Report(News.RELOADING), ReadSettings())
+        else:
+            _begin(step, Report(News.RELOADING))
+
+
+def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
+    if step.fleet.reading:  # else a stop has called it off
+        step.fleet = replace(step.fleet, reading=False, candidate=Candidate(policy, workers))
+
+
+def settings_failed(step: Step, reason: str) -> None:
+    """A reload that came to nothing; it has a number all the same, for whoever waits for it."""
+    if step.fleet.reading:
+        number = step.fleet.next_generation
+        step.fleet = replace(step.fleet, reading=False, next_generation=number + 1)
+        step.do(Report(News.RELOAD_FAILED, number, reason))
+
+
+def _begin(step: Step, *reports: Report) -> None:
     # Where a back-off runs nobody serves: whoever asks for a reload wants it now.
     step.cancel(Wait.OPEN)
-    step.do(Report(News.RELOADING))
-    step.fleet = replace(step.fleet, reload_wanted=False, to_open=Next.FRESH, failed_starts=0)
-    old = fleet.of(Phase.SERVING)
-    if old:
-        _make_room(step, old)
+    step.do(*reports)
+    step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
+    _make_room(step)
 
 
-def _make_room(step: Step, old: Generation) -> None:
+def _make_room(step: Step) -> None:
     """Under stop-first the one that serves ends before the next one is opened."""
-    if step.fleet.policy.stop_first:
+    policy = step.fleet.policy_of(step.fleet.to_open is Next.FRESH)
+    if not policy.stop_first:
+        return
+    old = step.fleet.of(Phase.SERVING)
+    if old:
         step.do(RouteTo(None))
-        step.drain(old.number, step.fleet.policy.drain_limit_s)
+        step.drain(old.number, policy.drain_limit_s)
+    for generation in step.fleet.all_of(Phase.DRAINING):
+        # One that began to drain under another policy may have no end.
+        ends = Deadline(Wait.DRAIN, generation.number) in step.fleet.timers or generation.ending
+        if generation.workers and not ends:
+            step.start(Wait.DRAIN, generation.number, policy.drain_limit_s)
 
 
 def open_if_due(step: Step) -> None:
@@ -75,7 +108,8 @@ def open_if_due(step: Step) -> None:
         return
     # Under stop-first an older generation may hold what this one needs, and so may
     # the last try of a first start.
-    alone = fleet.policy.stop_first or not fleet.served
+    policy = fleet.policy_of(fleet.to_open is Next.FRESH)
+    alone = policy.stop_first or not fleet.served
     if not (alone and fleet.generations):
         _open(step, fleet.to_open)
 
@@ -83,7 +117,10 @@ def open_if_due(step: Step) -> None:
 def _open(step: Step, which: Next) -> None:
     fleet = step.fleet
     number, fresh = fleet.next_generation, which is Next.FRESH
-    workers = tuple(Worker(fleet.next_worker + slot, slot) for slot in range(fleet.workers_wanted))
+    wanted = fleet.workers_wanted
+    if fresh and fleet.candidate:
+        wanted = fleet.candidate.workers or wanted
+    workers = tuple(Worker(fleet.next_worker + slot, slot) for slot in range(wanted))
     step.fleet = replace(
         fleet,
         generations=(*fleet.generations, Generation(number, fresh=fresh, workers=workers)),
@@ -93,7 +130,7 @@ def _open(step: Step, which: Next) -> None:
     )
     step.do(Open(number, fresh))
     step.do(*(Spawn(number, worker.number, worker.slot) for worker in workers))
-    step.start(Wait.START, number, fleet.policy.start_timeout_s)
+    step.start(Wait.START, number, fleet.policy_of(fresh).start_timeout_s)
 
 
 def _recover(step: Step, delay_s: float) -> None:
@@ -109,10 +146,11 @@ def _recover(step: Step, delay_s: float) -> None:
 def all_ready(step: Step, number: int) -> None:
     """Every worker of a starting generation is ready."""
     step.cancel(Wait.START, number)
-    if step.fleet.policy.settle_s > 0 and step.fleet.of(Phase.SERVING):
+    settle_s = step.fleet.policy_of(step.fleet.is_fresh(number)).settle_s
+    if settle_s > 0 and step.fleet.of(Phase.SERVING):
         step.fleet = step.fleet.moved(number, Phase.SETTLING)
         step.do(RouteTo(number))
-        step.start(Wait.SETTLE, number, step.fleet.policy.settle_s)
+        step.start(Wait.SETTLE, number, settle_s)
     else:
         step.do(RouteTo(number))
         promote(step, number)
@@ -122,6 +160,8 @@ def promote(step: Step, number: int) -> None:
     """Make the generation that has the route the serving one; the one before it drains."""
     old = step.fleet.of(Phase.SERVING)
     step.fleet = step.fleet.moved(number, Phase.SERVING)
+    if step.fleet.is_fresh(number):
+        step.use_settings()
     if old:
         step.drain(old.number, step.fleet.policy.drain_limit_s)
     step.do(Report(_success(step.fleet, number), number))
@@ -131,8 +171,7 @@ def promote(step: Step, number: int) -> None:
 def _success(fleet: Fleet, number: int) -> News:
     if not fleet.served:
         return News.READY
-    generation = fleet.generation(number)
-    return News.RELOADED if generation and generation.fresh else News.RECOVERED
+    return News.RELOADED if fleet.is_fresh(number) else News.RECOVERED
 
 
 # -- a generation that fails ----------------------------------------------------
@@ -150,12 +189,13 @@ def open_failed(step: Step, number: int, reason: str) -> None:
 
 def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
     """Give up a starting generation, and say what comes instead."""
-    generation = step.fleet.generation(number)
-    fresh = generation is not None and generation.fresh
+    fresh = step.fleet.is_fresh(number)
     serving = step.fleet.of(Phase.SERVING)
     step.fleet = step.fleet.moved(number, Phase.ABANDONED)
     step.cancel(Wait.START, number)
     step.end_generation(number)
+    if fresh:
+        step.forget_settings()
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving:
@@ -191,6 +231,8 @@ def roll_back(step: Step, number: int, reason: str) -> None:
     old = step.fleet.of(Phase.SERVING)
     step.cancel(Wait.SETTLE, number)
     step.do(RouteTo(old.number if old else None))
+    if step.fleet.is_fresh(number):
+        step.forget_settings()
     step.drain(number, step.fleet.policy.drain_limit_s)
     step.do(Report(News.RELOAD_FAILED, number, reason))
     if old is None:  # its channel broke meanwhile

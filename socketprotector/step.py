@@ -15,12 +15,14 @@ from .events import (
     CloseListeners,
     Deadline,
     Drain,
+    ForgetSettings,
     News,
     Report,
     Sign,
     Signal,
     Spawn,
     StartTimer,
+    UseSettings,
     Wait,
 )
 from .fleet import Fleet, Generation, Phase, State, Worker
@@ -146,6 +148,27 @@ class Step:
             left = next((w for w in generation.alive if w.number == worker.replaces), None)
             if left and left.hung and not generation.ending:
                 self.end_worker(left)  # nobody comes any more whom it could wait for
+
+    # -- settings ------------------------------------------------------------
+
+    def use_settings(self) -> None:
+        """What was read and is tried holds from now on."""
+        fleet, candidate = self.fleet, self.fleet.candidate
+        if candidate:
+            self.fleet = replace(
+                fleet,
+                policy=candidate.policy,
+                workers_wanted=candidate.workers or fleet.workers_wanted,
+                candidate=None,
+                settings_used=fleet.settings_used + 1,
+            )
+            self.do(UseSettings())
+
+    def forget_settings(self) -> None:
+        """What was read, or is being read, is given up."""
+        if self.fleet.reading or self.fleet.candidate:
+            self.fleet = replace(self.fleet, reading=False, candidate=None)
+            self.do(ForgetSettings())
 
     # -- listeners -----------------------------------------------------------
 

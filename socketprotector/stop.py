@@ -71,6 +71,10 @@ def _call_off(step: Step, stop: Stop) -> None:
     step.cancel(Wait.OPEN)
     release_hold(step)  # what waits in the backlog is to be taken
     step.fleet = replace(step.fleet, stopping=stop, reload_wanted=False, to_open=None)
+    settling = step.fleet.of(Phase.SETTLING)
+    if stop is Stop.GRACEFUL and settling and settling.fresh:
+        step.use_settings()  # it will serve to the end
+    step.forget_settings()
     starting = step.fleet.of(Phase.STARTING)
     if starting:
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)

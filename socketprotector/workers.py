@@ -92,6 +92,11 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
         step.do(Report(News.REFUSED, reason="there is always one worker at least"))
     elif wanted != step.fleet.workers_wanted:
         step.fleet = replace(step.fleet, workers_wanted=wanted)
+        candidate = step.fleet.candidate
+        if candidate and candidate.workers:
+            more = candidate.workers + change if to is None else to
+            candidate = replace(candidate, workers=max(1, more))
+            step.fleet = replace(step.fleet, candidate=candidate)
         step.do(Report(News.SCALED, reason=f"{wanted} workers"))
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"
 CTL = DAEMON / "ctl"
+EXPORTER = DAEMON / "exporter"
 #: Its modules that other programs use, too.
 CTL_BARE = ("client", "failure", "find", "session", "survey")
 
@@ -63,6 +64,7 @@ LAYERS = {
             "history",
             "lean",
             "line",
+            "policy",
             "records",
             "settings",
         },
@@ -72,14 +74,15 @@ LAYERS = {
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 
 #: These know no clock, process, socket or logger.
-PURE = LAYERS["core"] | {"events", "fleet", "settings"}
+PURE = LAYERS["core"] | {"events", "fleet", "policy", "settings"}
 IMPURE = {"asyncio", "logging", "os", "random", "select", "signal", "socket", "sys", "time"}
 
 #: Each costs the resident process memory for life (design: idle in 16 MB).
 HEAVY = {
     *{"asyncio", "attr", "click", "concurrent", "ctypes", "daemon", "email", "http", "lockfile"},
-    *{"logging", "multiprocessing", "pathlib", "psutil", "rich", "shutil", "ssl"},
-    *{"subprocess", "tempfile", "threading", "typing", "urllib", "uuid", "zipfile"},
+    *{"logging", "multiprocessing", "pathlib", "prometheus_client", "psutil", "rich", "shutil"},
+    *{"ssl", "subprocess", "tempfile", "threading", "typing", "urllib", "uuid", "watchfiles"},
+    *{"zipfile"},
 }
 
 
@@ -133,14 +136,24 @@ def test_imports_between_the_daemons_modules_go_downward(module: str) -> None:
 
 def test_the_daemon_is_flat() -> None:
     """The other tests here look at the modules of one folder."""
-    assert {path.parent.name for path in DAEMON.glob("*/*.py")} <= {CTL.name}
+    assert {path.parent.name for path in DAEMON.glob("*/*.py")} <= {CTL.name, EXPORTER.name}
 
 
 @pytest.mark.parametrize("module", modules_of(DAEMON))
 def test_no_module_of_the_daemon_knows_socketprotectorctl(module: str) -> None:
     names = {name for _, name in imports_of(DAEMON / f"{module}.py")}
 
-    assert not {name for name in names if CTL.name in name.split(".")}
+    assert not {name for name in names if {CTL.name, EXPORTER.name} & set(name.split("."))}
+
+
+@pytest.mark.parametrize("module", modules_of(EXPORTER))
+def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str) -> None:
+    taken = {name for level, name in imports_of(EXPORTER / f"{module}.py") if level == 2}
+    parts = {".".join(name.split(".")[:2]) for name in taken if name.startswith("ctl.")}
+
+    assert {name.partition(".")[0] for name in taken} <= {"__version__", "ctl", "errors", "words"}
+    assert parts <= {f"ctl.{each}" for each in CTL_BARE}
+    assert "socketprotector" not in strangers(EXPORTER / f"{module}.py")
 
 
 @pytest.mark.parametrize("module", modules_of(CTL))

@@ -46,7 +46,7 @@ DEPTH = 5
 choices = st.integers(0, 60).flatmap(
     lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)
 )
-worlds = st.builds(World, st.sampled_from(POLICIES), st.integers(1, 3))
+worlds = st.builds(World, st.sampled_from(POLICIES), st.integers(1, 3), st.booleans())
 
 
 def live_through(world: World, orders: list[int]) -> None:

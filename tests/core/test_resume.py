@@ -21,9 +21,12 @@ from socketprotector.events import (
     Hold,
     Launched,
     OpenFailed,
+    ReadSettings,
     ReloadRequested,
     Retire,
     RouteTo,
+    SettingsFailed,
+    SettingsRead,
     Sign,
     Signal,
     StartTimer,
@@ -52,6 +55,8 @@ class KilledWorld(World):
             self.timers -= {event.deadline}
         elif isinstance(event, BacklogEmptied) and self.listeners == "closing":
             self.listeners = "closed"
+        elif isinstance(event, SettingsRead | SettingsFailed) and self.reader:
+            self.reader, self.read = False, isinstance(event, SettingsRead)
         channels, processes = set(self.channels), set(self.processes)
         before = self.fleet
         self.fleet, actions = decide(before, event)  # and written down
@@ -67,6 +72,7 @@ class KilledWorld(World):
     def go_on(self, undone: tuple[Action, ...] = ()) -> None:
         """Another program adopts what there is."""
         fleet = self.fleet
+        self.reader, self.read = False, fleet.candidate is not None  # as the state has it
         if fleet.exiting:
             self.exited = True
             return
@@ -114,6 +120,8 @@ class KilledWorld(World):
                 self.killed |= {worker}
             case CloseListeners(quick):
                 self.listeners = "closed" if quick else "closing"
+            case ReadSettings():
+                self.reader = True
             case StartTimer(deadline):
                 self.timers |= {deadline}
             case Drain() | Signal() | Retire():
@@ -132,7 +140,7 @@ choices = st.integers(0, 40).flatmap(
         max_size=size,
     )
 )
-worlds = st.builds(KilledWorld, st.sampled_from(POLICIES), st.integers(1, 3))
+worlds = st.builds(KilledWorld, st.sampled_from(POLICIES), st.integers(1, 3), st.booleans())
 
 
 def live_through(world: KilledWorld, orders: list[tuple[int, int | None]]) -> None:

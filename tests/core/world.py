@@ -19,6 +19,7 @@ from socketprotector.events import (
     Drain,
     Event,
     Exit,
+    ForgetSettings,
     Hold,
     HoldReleased,
     HoldRequested,
@@ -27,6 +28,7 @@ from socketprotector.events import (
     News,
     Open,
     OpenFailed,
+    ReadSettings,
     Release,
     ReloadRequested,
     RenewRequested,
@@ -35,27 +37,36 @@ from socketprotector.events import (
     Retire,
     RouteTo,
     ScaleRequested,
+    SettingsFailed,
+    SettingsRead,
     Sign,
     Signal,
     Spawn,
     StartTimer,
     StopRequested,
     TimeExtended,
+    UseSettings,
     Wait,
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet, Generation, Phase, Policy, State, Stop, Worker
+from socketprotector.fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 from socketprotector.lifecycle import decide
 
 DIED = "exited with status 1"
+#: What a configuration may change to.
+OTHER_POLICIES = (
+    Policy(settle_s=5.0),
+    Policy(stop_first=True),
+    Policy(drain_timeout_s=9.0, max_draining=1),
+)
 
 
 class World:
     """What the numbers in the fleet stand for: processes, channels, timers, listeners."""
 
-    def __init__(self, policy: Policy, workers: int = 1) -> None:
-        self.fleet = Fleet(policy=policy, workers_wanted=workers)
+    def __init__(self, policy: Policy, workers: int = 1, configured: bool = False) -> None:
+        self.fleet = Fleet(policy=policy, workers_wanted=workers, configured=configured)
         self.processes: dict[int, Spawn] = {}
         self.killed: frozenset[int] = frozenset()
         self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
@@ -65,6 +76,8 @@ class World:
         self.held = False
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # what must still be told
+        self.reader = False  # somebody reads the configuration
+        self.read = False  # what it says is kept, and not used yet
         self.exited = False
         self.highest_generation = 0
         self.spawned: frozenset[int] = frozenset()
@@ -77,7 +90,7 @@ class World:
 
     def key(self) -> Hashable:
         """Two worlds with the same key go on alike; `check` holds the rest to the fleet."""
-        return self.fleet, self.killed, self.owed, self.listeners
+        return self.fleet, self.killed, self.owed, self.listeners, self.reader, self.read
 
     # -- what happens --------------------------------------------------------
 
@@ -89,6 +102,8 @@ class World:
             self.timers -= {event.deadline}
         elif isinstance(event, BacklogEmptied) and self.listeners == "closing":
             self.listeners = "closed"
+        elif isinstance(event, SettingsRead | SettingsFailed) and self.reader:
+            self.reader, self.read = False, isinstance(event, SettingsRead)
         self.owed = tuple(each for each in self.owed if each != event)
 
         before, was_over = self.fleet, self.exited
@@ -151,7 +166,19 @@ class World:
             case CancelTimer(deadline):
                 assert deadline in self.timers, "cancelled what does not run"
                 self.timers -= {deadline}
+            case ReadSettings():
+                assert not self.reader, "read twice at once"
+                assert not self.read, "read while what was read before is tried"
+                self.reader = True
+            case UseSettings():
+                assert self.read, "nothing was read"
+                self.read = False
+            case ForgetSettings():
+                assert self.reader or self.read, "nothing to forget"
+                self.reader = self.read = False
             case Exit():
+                assert not self.reader, "somebody reads on"
+                assert not self.read
                 left = (self.processes, self.channels, self.timers, self.route)
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
                 assert self.listeners == "closed"
@@ -181,6 +208,8 @@ class World:
         known = {worker.number for worker in fleet.alive()}
         assert set(self.processes) <= known, "a worker is forgotten"
 
+        assert fleet.reading == self.reader
+        assert (fleet.candidate is not None) == self.read
         if fleet.stopping:
             assert not fleet.to_open
             assert not fleet.incoming
@@ -252,7 +281,8 @@ class World:
         if fleet.route or fleet.incoming or self.runs(Wait.OPEN):
             return
         assert fleet.to_open, "nobody serves, and nobody ever will"
-        assert fleet.policy.stop_first, "nothing stands in the way, and nothing is opened"
+        policy = fleet.policy_of(fleet.to_open is Next.FRESH)
+        assert policy.stop_first, "nothing stands in the way, and nothing is opened"
         for generation in fleet.generations:  # each of which has an end
             deadline = self.runs(Wait.DRAIN, generation.number) or generation.ending
             assert deadline, "what is to come waits for a generation that may stay for ever"
@@ -304,6 +334,15 @@ class World:
         yield from (TimeExtended(number, 7.0) for number in self.processes)
         if self.listeners == "closing":
             yield BacklogEmptied()
+        if self.reader:
+            yield from self.read_again()
+
+    def read_again(self) -> Iterator[Event]:
+        """What comes of reading the configuration."""
+        for policy in (self.fleet.policy, *OTHER_POLICIES):
+            yield SettingsRead(policy, None)
+            yield SettingsRead(policy, 3)
+            yield SettingsFailed("line 1: no TOML")
 
     def late(self) -> Iterator[Event]:
         """About what was, never was, or does not wait for it."""
@@ -323,6 +362,8 @@ class World:
                     yield DeadlinePassed(Deadline(wait, number))
         if self.listeners != "closing":
             yield BacklogEmptied()
+        if not self.reader:
+            yield from (SettingsRead(self.fleet.policy, 2), SettingsFailed("too late"))
 
     def pick(self, choice: int) -> Event:
         """Choose what happens next; the same choice in the same world is the same event."""
@@ -335,6 +376,7 @@ class World:
             self.late,
             self.broke,
             self.stopped,
+            *[self.read_again] * (2 if self.reader else 0),
         ]
         choice, kind = divmod(choice, len(kinds))
         events = list(kinds[kind]()) or list(self.told())
@@ -350,6 +392,8 @@ class World:
         self.opens_fail = self.opens_fail and not all_goes_well
         for event in self.owed:
             self.take(event)
+        if self.reader:
+            self.take(SettingsRead(self.fleet.policy, 2))
         if all_goes_well:
             for number in [*self.processes]:
                 self.take(WorkerReady(number))
@@ -379,11 +423,17 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         assert route.number == serving.number, "a failed reload changed what serves"
         if before.workers_wanted >= len(serving.workers):  # else some leave now for that
             assert set(serving.workers) <= set(route.workers)
+    if News.RELOAD_FAILED in news:
+        assert (before.policy, before.workers_wanted) == (after.policy, after.workers_wanted)
+    if UseSettings() in actions:
+        assert News.RELOADED in news or after.stopping, "used before it serves"
     lost_route = RouteTo(None) in actions
-    if lost_route and not before.policy.stop_first:
+    read = event.policy.stop_first if isinstance(event, SettingsRead) else False
+    stop_first = before.policy_of(True).stop_first or before.policy.stop_first or read
+    if lost_route and not stop_first:
         assert isinstance(event, ChannelBroken | WorkerExited) or after.stopping
     if isinstance(event, WorkerExited) and lost_route:
-        assert before.of(Phase.SERVING) is None or before.policy.stop_first or after.stopping
+        assert before.of(Phase.SERVING) is None or stop_first or after.stopping
     if News.START_FAILED in news:
         assert not before.served
         assert after.exit_status == 3

@@ -1,0 +1,214 @@
+"""A reload with a configuration file: it is read first, and holds once what it made serves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector.events import (
+    CancelTimer,
+    ChannelBroken,
+    Deadline,
+    Drain,
+    ForgetSettings,
+    News,
+    Open,
+    ReadSettings,
+    ReloadRequested,
+    RenewRequested,
+    Report,
+    RouteTo,
+    ScaleRequested,
+    SettingsFailed,
+    SettingsRead,
+    Spawn,
+    StartTimer,
+    StopRequested,
+    UseSettings,
+    Wait,
+    WorkerExited,
+    WorkerReady,
+)
+from socketprotector.fleet import Candidate, Fleet, Phase, Policy
+from socketprotector.lifecycle import resume
+from tests.core.conftest import Story
+
+SLOW = Policy(start_timeout_s=90.0, drain_timeout_s=7.0)
+MISTAKE = "web.toml line 3: workers: 0 is not in the range 1<=x<=1000000"
+
+
+@pytest.fixture
+def configured(story: Story) -> Story:
+    """Generation 1 serves with one worker, and there is a file."""
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    return story
+
+
+def test_a_reload_reads_the_file_and_then_opens_what_it_says(configured: Story) -> None:
+    story = configured
+
+    assert story.when(ReloadRequested()) == [Report(News.RELOADING), ReadSettings()]
+    assert story.fleet.reading
+    assert story.when(SettingsRead(SLOW, 2)) == [
+        Open(2, fresh=True),
+        Spawn(2, 2, 0),
+        Spawn(2, 3, 1),
+        StartTimer(Deadline(Wait.START, 2), 90.0),
+    ]
+    assert (story.fleet.policy, story.fleet.workers_wanted) == (Policy(), 1)
+
+    story.when(WorkerReady(2))
+    assert story.when(WorkerReady(3)) == [
+        CancelTimer(Deadline(Wait.START, 2)),
+        RouteTo(2),
+        UseSettings(),
+        Drain(1),
+        StartTimer(Deadline(Wait.DRAIN, 1), 7.0),
+        Report(News.RELOADED, 2),
+    ]
+    assert (story.fleet.policy, story.fleet.workers_wanted) == (SLOW, 2)
+    assert story.fleet.settings_used == 1
+
+
+def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Story) -> None:
+    story = configured
+    story.when(ReloadRequested())
+    before = story.fleet
+
+    assert story.when(SettingsFailed(MISTAKE)) == [Report(News.RELOAD_FAILED, 2, MISTAKE)]
+
+    assert story.fleet == replace(before, reading=False, next_generation=3)
+
+
+def test_what_was_read_is_forgotten_when_it_never_serves(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(SLOW, 2))
+
+    actions = story.when_over(Wait.START, 2)
+
+    assert ForgetSettings() in actions
+    assert (story.fleet.policy, story.fleet.workers_wanted) == (Policy(), 1)
+    assert story.fleet.settings_used == 0
+
+
+def test_a_rollback_gives_up_what_was_added_before_the_queue_ends(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(Policy(settle_s=5.0)), WorkerReady(2))
+    assert story.settling == {2}
+
+    actions = story.when(WorkerExited(2, "exited with status 1"))
+
+    assert actions[1:4] == [RouteTo(1), ForgetSettings(), Drain(2)]
+
+
+def test_the_workers_of_what_serves_stay_as_many_while_the_next_starts(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(Policy(), 4))
+
+    story.when(ScaleRequested(+1))
+
+    serving = story.fleet.of(Phase.SERVING)
+    assert serving
+    assert len(serving.workers) == 2
+    assert story.fleet.candidate == Candidate(Policy(), 5)
+    story.and_also(*map(WorkerReady, (2, 3, 4, 5)))
+    assert story.fleet.workers_wanted == 5
+
+
+def test_as_many_workers_as_were_asked_for_stay_where_the_file_says_nothing_new(
+    configured: Story,
+) -> None:
+    story = configured
+    story.and_also(ScaleRequested(+2), ReloadRequested(), SettingsRead(SLOW, None))
+
+    incoming = story.fleet.incoming
+    assert incoming
+    assert len(incoming.workers) == 3
+
+
+def test_a_wish_while_the_file_is_read_is_remembered_once(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), ReloadRequested(), ReloadRequested())
+
+    actions = story.when(SettingsFailed(MISTAKE))
+
+    assert actions == [
+        Report(News.RELOAD_FAILED, 2, MISTAKE),
+        Report(News.RELOADING),
+        ReadSettings(),
+    ]
+    assert story.when(SettingsFailed(MISTAKE)) == [Report(News.RELOAD_FAILED, 3, MISTAKE)]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_stop_calls_the_reading_off(configured: Story, quick: bool) -> None:
+    story = configured
+    story.when(ReloadRequested())
+
+    assert ForgetSettings() in story.when(StopRequested(quick=quick))
+
+    assert not story.fleet.reading
+    assert story.when(SettingsRead(SLOW, 2)) == []
+    assert story.when(SettingsFailed(MISTAKE)) == []
+
+
+def test_a_stop_lets_what_settles_serve_to_the_end_with_its_settings(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(Policy(settle_s=5.0)), WorkerReady(2))
+
+    actions = story.when(StopRequested())
+
+    assert actions.index(UseSettings()) < actions.index(Drain(1))
+    assert ForgetSettings() not in actions
+
+
+def test_what_was_read_waits_until_nobody_else_starts(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), ChannelBroken(1))
+    assert story.starting == {2}
+
+    assert story.when(SettingsRead(SLOW, None)) == []
+    actions = story.when(WorkerReady(2))
+
+    assert [each for each in actions if isinstance(each, Open)] == [Open(3, fresh=True)]
+    assert UseSettings() not in actions
+
+
+def test_the_new_order_of_a_reload_holds_for_this_one_already(configured: Story) -> None:
+    story = configured
+    story.and_also(ReloadRequested(), SettingsRead(Policy()), WorkerReady(2))  # 1 drains, no limit
+    story.and_also(ReloadRequested())
+
+    actions = story.when(SettingsRead(Policy(stop_first=True)))
+
+    assert actions == [
+        RouteTo(None),
+        Drain(2),
+        StartTimer(Deadline(Wait.DRAIN, 2), 30.0),
+        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+    ]
+
+
+def test_nothing_is_renewed_while_the_file_is_read(configured: Story) -> None:
+    story = configured
+    story.when(ReloadRequested())
+
+    (report,) = story.when(RenewRequested())
+
+    assert isinstance(report, Report)
+    assert report.news is News.REFUSED
+
+
+def test_the_first_start_has_read_the_file_already(story: Story) -> None:
+    story.given(Policy())
+    story.fleet = replace(story.fleet, configured=True)
+
+    assert ReadSettings() not in story.when(ReloadRequested())
+
+
+def test_whoever_goes_on_reads_again_what_was_being_read() -> None:
+    fleet = Fleet(configured=True, reading=True, served=True)
+
+    assert resume(fleet, {}) == (RouteTo(None), ReadSettings())

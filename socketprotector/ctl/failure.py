@@ -37,6 +37,8 @@ class Refused(Refusal):
     def __init__(self, code: str, error: str) -> None:
         super().__init__(error)
         self.code = code
+        if code == "invalid":  # a number out of range, say: a mistake of the command line
+            self.status = UsageError.status
 
 
 class Denied(Refused):

@@ -12,16 +12,18 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from .client import Message
+from .unix_diag import waiting as unix_waiting
 from .verdict import listed, number_in, text_in
 
 #: A state that proc(5) calls TCP_LISTEN.
 _LISTENING = "0A"
 #: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
 _CONNECTED = "03"
+EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -35,7 +37,7 @@ class Connection:
     local: str
     peer: str
     age_s: float
-    exact: bool  # else it is at least so old
+    bound: str  # what the age is: EXACT, AT_LEAST or AT_MOST
     waiting_bytes: int | None
 
 
@@ -57,11 +59,13 @@ class _Socket:
 
 
 def look(
-    workers: Iterable[Message], listeners: Iterable[str], now: float
+    workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
 ) -> tuple[list[Connection], list[Unseen]]:
     """Look the workers' connections up, as `connections` of docs/control.md names them.
 
-    listeners: their canonical addresses; now: the time since the epoch.
+    listeners: their canonical addresses; now: the time since the epoch.  draining: generations
+    that take nothing any more, so that what they have is as old as that at least.  What others
+    have is as old as their worker at most.
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
@@ -88,12 +92,14 @@ def look(
             if (seen := tables[space].get(inode)) is None:
                 continue
             at = accepted_at.get(str(fd)) if isinstance(accepted_at, dict) and fd >= 0 else None
-            exact = isinstance(at, int | float)
-            begun = at if exact else since_at
+            bound = AT_LEAST if generation in draining else AT_MOST
+            if isinstance(at, int | float):
+                bound = EXACT
+            begun = at if bound == EXACT else since_at
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
             found.append(
                 Connection(
-                    generation, number, pid, seen.local, seen.peer, age_s, exact, seen.waiting_bytes
+                    generation, number, pid, seen.local, seen.peer, age_s, bound, seen.waiting_bytes
                 )
             )
     return found, unseen
@@ -160,11 +166,12 @@ def _tcp(path: str, addresses: list[str], length: int) -> Iterator[tuple[int, _S
 
 
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
+    waiting = unix_waiting()
     for words in _lines(path):
         state, inode = words[5], words[6]
         name = " ".join(words[7:])  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:
-            yield int(inode), _Socket(f"unix:{name}", "unix", None)
+            yield int(inode), _Socket(f"unix:{name}", "unix", waiting.get(int(inode)))
 
 
 def _lines(path: str) -> Iterator[list[str]]:

@@ -13,14 +13,15 @@ from ..words import field
 from . import find
 from .client import Message
 from .failure import Cut, NoProtector, NotTaken, Refused
-from .ledger import Connection, Unseen, addresses_of, look
+from .ledger import AT_LEAST, AT_MOST, EXACT, Connection, Unseen, addresses_of, look
 from .program import Instance, command, complain, say, say_json, tell
 from .session import Session
-from .verdict import listed, number_in, text_in
+from .verdict import LEAVING, listed, number_in, text_in
 
 _AGAIN_EVERY_S = 1.0
 #: How long one look for the next event takes; nobody notices its end.
 _LISTEN_S = 3600.0
+_BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
 def _known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
@@ -62,16 +63,21 @@ def status(instance: Instance, as_json: bool) -> None:
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
     """Who is connected, for how long, and to which worker: what keeps a generation alive.
 
-    Looked up in /proc: as root, or as the workers' user. An age with >= is at least that.
+    Looked up in /proc: as root, or as the workers' user. An age with >= or <= is at
+    least or at most that.
     """
     with instance.client() as client:
         state = client.request("status")
         arguments = {} if generation is None else {"generation": generation}
         workers = listed(client.request("connections", **arguments), "workers")
     now = state.get("now")
-    found, unseen = look(
-        workers, addresses_of(state), now if isinstance(now, int | float) else time.time()
-    )
+    now = now if isinstance(now, int | float) else time.time()
+    draining = {
+        number_in(each, "number")
+        for each in listed(state, "generations")
+        if each.get("phase") in LEAVING
+    }
+    found, unseen = look(workers, addresses_of(state), now, draining)
     found.sort(key=lambda each: (each.generation, -each.age_s))
     if as_json:
         say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(u) for u in unseen]})
@@ -89,7 +95,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Unse
             each.pid,
             each.peer,
             each.local,
-            ("" if each.exact else ">=") + render.span(each.age_s),
+            _BOUNDS[each.bound] + render.span(each.age_s),
             render.size(each.waiting_bytes),
         )
         for each in found

@@ -12,7 +12,7 @@ import pytest
 
 from socketprotector.ctl import changing
 from tests.ctl.conftest import COMMAND, Said
-from tests.ctl.fake import Connection, Fake, Message, generation, status, worker
+from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 from tests.running import Lines, eventually
 
 Ctl = Callable[..., Said]
@@ -59,6 +59,15 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
     assert told in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
+
+
+def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake, ctl: Ctl) -> None:
+    def answer(*_: object) -> Message:
+        raise Refusing("invalid", "scale: to: 0 is not a whole number from 1 to 1000000")
+
+    fake.answers["scale"] = answer
+
+    assert ctl("scale", "0").status == 2
 
 
 def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:

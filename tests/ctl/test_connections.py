@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl import ledger
+from socketprotector.ctl.ledger import AT_LEAST, AT_MOST, EXACT
 from tests.ctl.conftest import Said
 from tests.ctl.fake import Fake, Message, generation, status, worker
 from tests.running import eventually
@@ -61,9 +62,7 @@ def test_peer_worker_age_and_bytes_of_a_connection(
     times = {str(accepted.fileno()): 40.0}
 
     def look() -> list[ledger.Connection]:
-        found, unseen = ledger.look(
-            [of(os.getpid(), accepted_at_by_fd=times)], [address], now=100.0
-        )
+        found, unseen = ledger.look([of(os.getpid(), accepted_at_by_fd=times)], [address], 100.0)
         assert unseen == []
         return [each for each in found if each.waiting_bytes is not None]
 
@@ -75,9 +74,9 @@ def test_peer_worker_age_and_bytes_of_a_connection(
 
     # Local addresses: the client's own end has another one, and is not seen.
     assert [
-        (each.peer, each.local, each.age_s, each.exact, each.generation, each.worker)
+        (each.peer, each.local, each.age_s, each.bound, each.generation, each.worker)
         for each in found
-    ] == [(shown(client.getsockname()), shown(accepted.getsockname()), 60.0, True, 8, 14)]
+    ] == [(shown(client.getsockname()), shown(accepted.getsockname()), 60.0, EXACT, 8, 14)]
 
 
 def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
@@ -96,13 +95,16 @@ def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
 
 def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) -> None:
     path = str(tmp_path / "a b")
-    pair(stack, socket.AF_UNIX, path)
+    client, _ = pair(stack, socket.AF_UNIX, path)
+    client.sendall(b"123")
 
-    found, _ = ledger.look([of(os.getpid())], [f"unix:{path}"], now=100.0)
+    for draining, bound in (({8}, AT_LEAST), (set[int](), AT_MOST)):
+        found, _ = ledger.look([of(os.getpid())], [f"unix:{path}"], 100.0, draining)
 
-    assert [(each.local, each.peer, each.age_s, each.exact) for each in found] == [
-        (f"unix:{path}", "unix", 10.0, False)
-    ]
+        assert [(each.local, each.peer, each.age_s, each.bound) for each in found] == [
+            (f"unix:{path}", "unix", 10.0, bound)
+        ]
+        assert found[0].waiting_bytes == 3
 
 
 def test_what_is_no_connection_to_a_listener_is_nobodys_business(stack: ExitStack) -> None:
@@ -136,7 +138,7 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
     process.communicate()
 
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
-    assert not found[0].exact
+    assert found[0].bound == AT_MOST
 
 
 def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:

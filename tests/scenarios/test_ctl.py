@@ -1,0 +1,522 @@
+"""socketprotectorctl with the real protector: what it says is what has become of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load import Load
+from socketprotector import cli
+from tests.ctl.conftest import COMMAND, run
+from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
+from tests.scenarios.adopting import Installation, kill_protector, protector_pid, revived, upgrade
+from tests.scenarios.tools import Client, Gate, Release, library_worker, pid_in, spawned, worker
+
+Start = Callable[..., Protector]
+MANY = worker("many")
+
+pytestmark = pytest.mark.skipif(
+    "control" not in {each.name for each in cli._command.params},
+    reason="NOT CHECKED: there is no control socket",
+)
+
+
+@pytest.fixture
+def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the control sockets, for protectors and ctl alike."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "socketprotector"
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Release:
+    made = Release(tmp_path / "daemon")
+    made.becomes(*MANY)
+    return made
+
+
+@pytest.fixture
+def web(control: Path, protector: Start, release: Release) -> Start:
+    """Start an instance of that name: web(*options)."""
+
+    def start(*options: str | Path) -> Protector:
+        words = ("--name", "web", *options, "127.0.0.1:0", "--", release.path)
+        return protector(*words).ready()
+
+    return start
+
+
+class Running:
+    """A ctl that runs beside the test."""
+
+    def __init__(self, *arguments: str) -> None:
+        out, out_send = os.pipe()
+        err, err_send = os.pipe()
+        self.process = subprocess.Popen([*COMMAND, *arguments], stdout=out_send, stderr=err_send)
+        os.close(out_send)
+        os.close(err_send)
+        self.out, self.err = Lines(out), Lines(err)
+
+    def end(self) -> None:
+        """Whatever the test left."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.out.join()
+        self.err.join()
+
+    def wait(self) -> int:
+        status = self.process.wait(DEADLINE_S)
+        self.out.join()
+        self.err.join()
+        return status
+
+
+@pytest.fixture
+def beside() -> Iterator[Callable[..., Running]]:
+    """Start a ctl beside the test."""
+    started: list[Running] = []
+
+    def start(*arguments: str) -> Running:
+        started.append(Running(*arguments))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()
+
+
+Beside = Callable[..., Running]
+
+
+def state(*instance: str) -> dict[str, Any]:
+    said = run(*instance, "status", "--json")
+    assert said.status == 0, said.err
+    found: dict[str, Any] = json.loads(said.out)
+    return found
+
+
+# -- status, list, finding ------------------------------------------------------------
+
+
+def test_status_is_true(web: Start) -> None:
+    daemon = web("--workers", "2")
+    ask(("127.0.0.1", daemon.port))
+
+    told = state()
+
+    assert told["name"] == "web"
+    assert told["pid"] == daemon.pid
+    assert told["phase"] == "serving"
+    assert told["listeners"][0]["address"] == daemon.addresses[0]
+    assert told["forwarded"] == 1
+    assert told["route"] == 1
+    [generation] = told["generations"]
+    assert [each["pid"] for each in generation["workers"]] == spawned(daemon)
+    shown = run("status").out
+    assert shown.startswith(f"web: serving, pid {daemon.pid}, ")
+    assert f" {spawned(daemon)[0]} " in shown
+
+
+@pytest.mark.parametrize("guard", [(), ("--guard",)])
+def test_it_is_found_by_name_by_pid_file_and_alone(
+    guard: tuple[str, ...], web: Start, tmp_path: Path
+) -> None:
+    daemon = web("--pid-file", tmp_path / "pid", *guard)
+
+    pids = {
+        state(*instance)["pid"]
+        for instance in (
+            (),
+            ("--name", "web"),
+            ("--pid-file", str(tmp_path / "pid")),
+            ("--control", str(tmp_path / "run" / "socketprotector" / "web.control")),
+        )
+    }
+
+    assert pids == {protector_pid(daemon)}
+    if guard:
+        kill_protector(daemon)
+        revived(daemon, 0)
+        assert state("--pid-file", str(tmp_path / "pid"))["restarts"] == 1
+
+
+def test_list_shows_two_and_one_that_was_killed(
+    control: Path, protector: Start, release: Release
+) -> None:
+    daemons = {
+        name: protector("--name", name, "127.0.0.1:0", "--", release.path).ready()
+        for name in ("one", "two", "three")
+    }
+    daemons["three"].process.kill()
+    daemons["three"].process.wait()
+
+    listed = json.loads(run("list", "--json").out)["instances"]
+
+    assert [(each["key"], each["why"]) for each in listed] == [
+        ("one", None),
+        ("three", "dead"),
+        ("two", None),
+    ]
+
+
+# -- reload ------------------------------------------------------------------------------
+
+
+def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> None:
+    daemon = web("--workers", "2")
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=4) as load:
+        said = run("reload")
+        answered = pid_in(ask(("127.0.0.1", daemon.port)))
+        seen = load.stop()
+
+    assert said.status == 0, said.err
+    assert said.out == "reloaded: generation 2 serves, after generation 1\n"
+    assert "generation 2 is starting\n" in said.err
+    assert "ready 2/2\n" in said.err
+    assert "switched: new connections go to generation 2\n" in said.err
+    assert answered in spawned(daemon, 2)
+    assert seen.failures == ()
+
+
+def test_a_broken_release_is_status_3_with_reason_and_last_words(
+    web: Start, release: Release, tmp_path: Path
+) -> None:
+    daemon = web("--log-file", tmp_path / "log", "--name", "web")
+    release.write("#!/bin/sh\nprintf 'cannot read \\033[31mapp.conf\\n' >&2\nexit 7\n")
+
+    said = run("reload")
+
+    assert said.status == 3
+    assert said.out == ""
+    assert "generation 2 was given up: " in said.err
+    assert "exited with status 7" in said.err
+    assert "generation 1 serves on" in said.err
+    assert "cannot read \\x1b[31mapp.conf" in said.err
+    assert "\x1b" not in said.err
+    assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
+    assert json.loads(run("reload", "--json").out)["result"] == "failed"
+
+
+def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> None:
+    daemon = web()
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        client.hear()
+
+        short = run("reload", "--drained", "--timeout", "1s")
+        running = beside("reload", "--drained")
+        running.err.wait_for(r"drained 0/\d workers")
+
+    assert short.status == 4
+    assert "still waits for generation 1 (1 worker: pid " in short.err
+    assert running.wait() == 0
+    assert running.out.text().endswith("nothing older is left")
+    assert [each["number"] for each in state()["generations"]] == [3]
+
+
+def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
+    beside: Beside, web: Start, release: Release
+) -> None:
+    web("--settle", "1h")
+    running = beside("reload")
+    running.err.wait_for("switched")
+    settling = max(state()["generations"], key=lambda g: g["number"])
+    assert settling["phase"] == "settling"
+
+    for each in settling["workers"]:
+        os.kill(each["pid"], signal.SIGKILL)
+
+    assert running.wait() == 3
+    assert "generation 1 serves on" in running.err.text()
+
+
+@pytest.mark.parametrize("how", ["upgrade", "SIGKILL under --guard"])
+@pytest.mark.parametrize("works", [True, False])
+def test_a_verdict_comes_through_a_cut_in_the_middle(
+    beside: Beside, how: str, works: bool, web: Start, release: Release, gate: Gate
+) -> None:
+    daemon = web(*(("--guard",) if "guard" in how else ()))
+    release.becomes(*gate.before(*(MANY if works else ("/bin/false",))))
+    running = beside("reload")
+    running.err.wait_for("generation 2 is starting")
+
+    if how == "upgrade":
+        assert "adopted" in upgrade(daemon)
+    else:
+        revived(daemon, kill_protector(daemon))
+    running.err.wait_for("connecting again")
+    gate.open()
+
+    assert running.wait() == (0 if works else 3)
+    if works:
+        assert running.out.seen == ["reloaded: generation 2 serves, after generation 1"]
+    else:
+        assert "generation 1 serves on" in running.err.text()
+
+
+def test_a_stop_in_the_middle_is_status_1(
+    beside: Beside, web: Start, release: Release, gate: Gate
+) -> None:
+    daemon = web()
+    release.becomes(*gate.before(*MANY))
+    running = beside("reload")
+    running.err.wait_for("generation 2 is starting")
+
+    daemon.stop()
+
+    assert running.wait() in (1, 3)  # abandoned by the stop, or not seen any more
+    assert running.out.seen == []
+
+
+def test_two_reloads_at_once_each_get_their_own_verdict(
+    beside: Beside, web: Start, release: Release, gate: Gate
+) -> None:
+    web()
+    release.becomes(*gate.before("/bin/false"))
+    first = beside("reload")
+    first.err.wait_for("generation 2 is starting")
+    second = beside("reload")
+    second.err.wait_for("the reload before it is still going on")
+    release.becomes(*MANY)
+    gate.open()
+
+    assert first.wait() == 3
+    assert second.wait() == 0
+
+
+def test_no_wait_only_asks(web: Start) -> None:
+    daemon = web()
+
+    said = run("reload", "--no-wait")
+
+    assert said.out.startswith("asked to reload: generation 2 is to come")
+    daemon.log.wait_for("event=reloaded generation=2")
+
+
+# -- scale, hold, drain, kill -----------------------------------------------------------
+
+
+def test_scale(web: Start) -> None:
+    web()
+
+    assert run("scale", "+2").out == "3 workers wanted\n"
+    eventually(
+        lambda: [w["state"] for w in state()["generations"][0]["workers"]] == ["ready"] * 3,
+        "3 workers",
+    )
+    assert run("scale", "-1").out == "2 workers wanted\n"
+    assert run("scale", "1").out == "1 worker wanted\n"
+    assert run("scale", "-5").status in (0, 100)
+
+
+def test_hold_lasts_as_long_as_the_command_and_nobody_is_refused(
+    beside: Beside, web: Start
+) -> None:
+    daemon = web()
+    running = beside("hold")
+    running.out.wait_for("held")
+
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        assert state()["held_s"] > 0
+        running.process.send_signal(signal.SIGINT)
+        assert running.wait() == 0
+        assert pid_in(client.hear()) > 0
+    assert state()["held_s"] is None
+
+
+def test_a_hold_whose_command_was_killed_ends_by_itself(beside: Beside, web: Start) -> None:
+    daemon = web()
+    running = beside("hold")
+    running.out.wait_for("held")
+    running.process.kill()
+    running.wait()
+
+    assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
+
+
+def test_hold_for_a_time(web: Start) -> None:
+    daemon = web()
+
+    assert run("hold", "--for", "1h").status == 0
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        assert 3500 < state()["held_s"] <= 3600
+        assert run("release").out == "released\n"
+        assert pid_in(client.hear()) > 0
+
+
+def test_drain_of_a_worker_and_of_a_generation(web: Start) -> None:
+    daemon = web()
+    [first] = spawned(daemon)
+
+    assert run("drain", str(first)).status == 0
+    assert not wait_gone([first])
+    assert run("drain", "generation:1").status == 0
+    eventually(lambda: state()["route"] == 2, "the other generation")
+    assert pid_in(ask(("127.0.0.1", daemon.port))) in spawned(daemon, 2)
+
+
+def test_kill_ends_a_generation_that_drains_and_no_other(web: Start) -> None:
+    daemon = web()
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        client.hear()
+        assert run("reload").status == 0
+
+        assert run("kill", "2").status == 100
+        assert run("kill", "1").out == "killed 1 workers of generation 1\n"
+        assert not wait_gone(spawned(daemon, 1))
+        assert client.socket.recv(1) == b""
+    assert pid_in(ask(("127.0.0.1", daemon.port))) in spawned(daemon, 2)
+
+
+# -- stop and upgrade ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guard", [(), ("--guard",)])
+def test_stop_returns_when_it_is_gone(guard: tuple[str, ...], web: Start, control: Path) -> None:
+    daemon = web(*guard)
+    pids = [*spawned(daemon), protector_pid(daemon)]
+
+    said = run("stop")
+
+    assert (said.status, said.out) == (0, "stopped: web\n")
+    assert not wait_gone(pids, 0.5)
+    assert daemon.wait() == 0
+    assert run("status").status == 1
+
+
+def test_stop_says_who_is_not_done_yet(beside: Beside, web: Start) -> None:
+    daemon = web()
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        client.hear()
+        said = run("stop", "--timeout", "1s")
+
+        assert said.status == 4
+        assert "generation 1 (1 worker: pid " in said.err
+        quick = beside("stop", "--quick")
+        assert quick.wait() == 0
+    assert daemon.wait() == 0
+
+
+def test_upgrade_that_works_and_one_that_stays_with_the_old(
+    control: Path, installation: Installation
+) -> None:
+    daemon = installation.start("--name", "web", "127.0.0.1:0", "--", *MANY).ready()
+    installation.add("two", version="9.8.7")
+    installation.switch("two")
+
+    said = run("upgrade")
+
+    assert said.status == 0, said.err
+    assert said.out.startswith(f"upgraded: pid {daemon.pid} runs 9.8.7 (")
+    installation.add("three")
+    installation.script("three", "sys.exit('no such \\x1bmodule')\n")
+    installation.switch("three")
+
+    said = run("upgrade")
+
+    assert said.status == 3
+    assert said.out == ""
+    assert "not upgraded: 9.8.7 goes on: " in said.err
+    assert "no such " in said.err
+    assert "\x1b" not in said.err
+    assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
+
+
+# -- connections, crashes, events, log ------------------------------------------------------
+
+
+def test_connections_tells_who_keeps_a_generation_alive(control: Path, protector: Start) -> None:
+    daemon = protector("--name", "web", "127.0.0.1:0", "--", *library_worker("echo")).ready()
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        pid = pid_in(client.hear())
+        assert run("reload").status == 0
+
+        told = json.loads(run("connections", "1", "--json").out)
+
+        assert told["unseen"] == []
+        [found] = told["connections"]
+        host, port = client.socket.getsockname()
+        assert (found["peer"], found["pid"], found["generation"]) == (f"{host}:{port}", pid, 1)
+        assert found["bound"] == "exact"
+        assert 0 <= found["age_s"] < DEADLINE_S
+        assert found["waiting_bytes"] == 0
+        assert "generation 1 draining: 1 connection, oldest " in run("connections").out
+
+
+def test_crashes_tells_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
+    daemon = web("--log-file", tmp_path / "log")
+    [pid] = [each["pid"] for each in state()["generations"][0]["workers"]]
+    os.kill(pid, signal.SIGSEGV)
+    eventually(lambda: state()["crashes"] == 1, "the crash")
+
+    said = run("crashes")
+
+    assert f"pid {pid}, was killed by SIGSEGV" in said.out
+    assert pid_in(ask(("127.0.0.1", daemon.port))) != pid
+
+
+def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:
+    web()
+    running = beside("events", "--json")
+    # It follows as soon as it is asked; that it is cannot be seen but by an event.
+    eventually(
+        lambda: (
+            run("scale", "1").status == 0 and run("reload").status == 0 and bool(running.out.seen)
+        ),
+        "an event",
+    )
+    running.process.send_signal(signal.SIGINT)
+
+    assert running.wait() == 130
+    names = [json.loads(line)["event"] for line in running.out.seen]
+    assert {"reloading", "route", "reloaded"} <= set(names)
+
+
+def test_log_level(web: Start) -> None:
+    daemon = web()
+
+    assert run("log-level", "debug").status == 0
+    assert state()["log_level"] == "debug"
+    assert daemon.process.poll() is None
+
+
+def test_another_user_is_denied(web: Start, control: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("NOT CHECKED: another user, which takes root")
+    web()
+    for folder in (control, *control.parents[:4]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    socket_file = control / "web.control"
+    for mode in (0o600, 0o666):  # the kernel's no, and the protector's
+        socket_file.chmod(mode)
+        done = subprocess.run(
+            [sys.executable, "-c", _AS_NOBODY, str(socket_file)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+        assert done.returncode == 100, done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+_AS_NOBODY = """
+import os, sys
+from socketprotector.ctl import entry
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(entry.main(["--control", sys.argv[1], "status"]))
+"""

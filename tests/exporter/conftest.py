@@ -1,0 +1,85 @@
+"""Fixtures: fake protectors in a folder of their own, and the exporter that asks them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ctl.fake import Fake
+from tests.running import DEADLINE_S, Lines
+
+COMMAND = (sys.executable, "-m", "socketprotector.exporter")
+
+
+class Exporter:
+    """The program, and where it answers."""
+
+    def __init__(self, *arguments: str | Path, environment: dict[str, str]) -> None:
+        receive, send = os.pipe()
+        self.process = subprocess.Popen(
+            [*COMMAND, "--listen", "127.0.0.1:0", *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stdout=send,
+            stderr=send,
+            env={**os.environ, **environment},
+        )
+        os.close(send)
+        self.said = Lines(receive)
+
+    @property
+    def address(self) -> str:
+        found = re.search(r"(https?://\S+)/metrics", self.said.wait_for("answers at"))
+        assert found
+        return found[1]
+
+    def end(self) -> int:
+        self.process.terminate()
+        status = self.process.wait(DEADLINE_S)
+        self.said.join()
+        return status
+
+
+@pytest.fixture
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where control sockets are looked for; short, for a socket's path has 107 bytes."""
+    made = tmp_path_factory.mktemp("x") / "run" / "socketprotector"
+    made.mkdir(parents=True)
+    return made
+
+
+@pytest.fixture
+def fakes(runtime: Path) -> Iterator[Callable[[str], Fake]]:
+    """Make fake protectors by name."""
+    made: list[Fake] = []
+
+    def make(name: str) -> Fake:
+        made.append(Fake(runtime / f"{name}.control"))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
+def exporter(
+    runtime: Path, marked_environment: dict[str, str]
+) -> Iterator[Callable[..., Exporter]]:
+    """Start the exporter."""
+    started: list[Exporter] = []
+
+    def start(*arguments: str | Path) -> Exporter:
+        environment = {**marked_environment, "XDG_RUNTIME_DIR": str(runtime.parent)}
+        started.append(Exporter(*arguments, environment=environment))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.process.poll() is None:
+            each.end()

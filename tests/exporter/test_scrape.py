@@ -1,0 +1,258 @@
+"""The program as Prometheus meets it: over HTTP and HTTPS; instances come, go and hang."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from prometheus_client.core import Metric
+from prometheus_client.openmetrics import parser as openmetrics
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.ctl.fake import Fake, status
+from tests.exporter.conftest import COMMAND, Exporter
+from tests.running import DEADLINE_S
+
+Start = Callable[..., Exporter]
+Values = dict[tuple[str, str], float]
+
+
+def get(
+    address: str, accept: str = "text/plain", tls: ssl.SSLContext | None = None
+) -> tuple[int, str, str]:
+    """Return status, content type and body."""
+    request = urllib.request.Request(address, headers={"Accept": accept})
+    try:
+        with urllib.request.urlopen(request, timeout=DEADLINE_S, context=tls) as answer:
+            return answer.status, answer.headers["Content-Type"], answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers["Content-Type"], error.read().decode()
+
+
+def scraped(exporter: Exporter) -> Values:
+    """Metric and instance -> value, of those without other labels."""
+    code, _, body = get(f"{exporter.address}/metrics")
+    assert code == 200
+    families: Iterable[Metric] = text_string_to_metric_families(body)
+    return {
+        (sample.name, sample.labels["instance"]): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.labels.keys() == {"instance"}
+    }
+
+
+def test_a_scrape_has_every_instance(exporter: Start, fakes: Callable[[str], Fake]) -> None:
+    fakes("web")
+    fakes("shop").status["forwarded"] = 7
+    values = scraped(exporter())
+
+    assert values["socketprotector_up", "web"] == 1
+    assert values["socketprotector_connections_accepted_total", "web"] == 12345
+    assert values["socketprotector_connections_accepted_total", "shop"] == 7
+
+
+def test_openmetrics_is_spoken_to_who_asks_for_it(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    fakes("web")
+    code, kind, body = get(f"{exporter().address}/metrics", "application/openmetrics-text")
+
+    assert code == 200
+    assert kind.startswith("application/openmetrics-text")
+    parse: Callable[[str], Iterable[Metric]] = openmetrics.text_string_to_metric_families
+    families = {each.name: each for each in parse(body)}
+    assert families["socketprotector_connections_accepted"].type == "counter"
+    assert families["socketprotector_wait_seconds"].type == "histogram"
+    assert families["socketprotector_build"].type == "info"
+
+
+def test_an_instance_that_is_dead_or_hangs_is_down_and_the_others_are_up(
+    exporter: Start, fakes: Callable[[str], Fake], runtime: Path
+) -> None:
+    fakes("web")
+    fakes("dead").end()
+    released = threading.Event()
+    slow = fakes("slow")
+    slow.answers["status"] = lambda _, __: {} if released.wait(DEADLINE_S) else None
+    with socket.socket(socket.AF_UNIX) as nobody_accepts:
+        nobody_accepts.bind(str(runtime / "stopped.control"))
+        nobody_accepts.listen(0)
+        one = exporter("--name", "web", "--name", "dead", "--name", "slow", "--name", "stopped",
+                       "--name", "missing")  # fmt: skip
+        values = scraped(one)
+        code, _, unready = get(f"{one.address}/readyz")
+    released.set()
+
+    ups = {name: values["socketprotector_up", name] for name in
+           ("web", "dead", "slow", "stopped", "missing")}  # fmt: skip
+    assert ups == {"web": 1, "dead": 0, "slow": 0, "stopped": 0, "missing": 0}
+    assert values["socketprotector_connections_accepted_total", "web"] == 12345
+    assert ("socketprotector_connections_accepted_total", "dead") not in values
+    assert code == 503
+    assert unready.splitlines() == [
+        "dead: dead", "slow: silent", "stopped: silent", "missing: there is no control socket"
+    ]  # fmt: skip
+
+
+def test_ready_means_that_every_instance_serves(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    one = exporter()
+    assert get(f"{one.address}/readyz")[::2] == (503, "no protector has a control socket\n")
+    web = fakes("web")
+    shop = fakes("shop")
+    assert get(f"{one.address}/readyz")[::2] == (200, "ok\n")
+
+    shop.status = status(route=None, phase="starting")
+    assert get(f"{one.address}/readyz")[::2] == (503, "shop: starting\n")
+    shop.status = status(held_s=3.5)
+    assert get(f"{one.address}/readyz")[::2] == (503, "shop: held\n")
+    shop.status = status(phase="reloading")
+    web.status = status(phase="stopping")
+    assert get(f"{one.address}/readyz")[::2] == (503, "web: stopping\n")
+    assert get(f"{one.address}/healthz")[::2] == (200, "ok\n"), "the exporter itself"
+
+
+def test_counts_go_on_over_scrapes(exporter: Start, fakes: Callable[[str], Fake]) -> None:
+    web = fakes("web")
+    one = exporter("--control", web.path)
+    assert scraped(one)["socketprotector_connections_taken_total", "web"] == 120
+    web.status = status(generations=[])
+
+    assert scraped(one)["socketprotector_connections_taken_total", "web"] == 120
+
+
+def test_two_sockets_of_one_name_are_told_apart(
+    exporter: Start, fakes: Callable[[str], Fake], tmp_path: Path
+) -> None:
+    first = fakes("web")
+    second = Fake(tmp_path / "other" / "web.control")
+    try:
+        values = scraped(exporter("--control", first.path, "--control", second.path))
+    finally:
+        second.end()
+
+    ups = {instance for name, instance in values if name == "socketprotector_up"}
+    assert ups == {str(first.path), str(second.path)}
+
+
+def test_what_is_not_there_is_said_in_one_line(exporter: Start) -> None:
+    code, kind, body = get(f"{exporter().address}/elsewhere")
+
+    assert (code, body) == (404, "not here; there is /metrics, /healthz, /readyz\n")
+    assert kind.startswith("text/plain")
+
+
+def test_clients_that_say_nothing_hold_nobody_up(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    fakes("web")
+    one = exporter()
+    port = int(one.address.rpartition(":")[2])
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(30)]
+    try:
+        assert scraped(one)["socketprotector_up", "web"] == 1
+    finally:
+        for each in silent:
+            each.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_when_it_is_told_to(exporter: Start, number: signal.Signals) -> None:
+    one = exporter()
+    assert one.address
+    one.process.send_signal(number)
+
+    assert one.process.wait(DEADLINE_S) == 0
+    one.said.join()
+    assert len(one.said.seen) == 1
+
+
+# -- TLS ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+         "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext",
+         "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+def test_it_speaks_tls(
+    exporter: Start, fakes: Callable[[str], Fake], certificate: tuple[Path, Path]
+) -> None:
+    fakes("web")
+    cert, key = certificate
+    one = exporter("--tls-cert", cert, "--tls-key", key)
+    assert one.address.startswith("https://")
+    port = int(one.address.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)):  # who never shakes hands
+        trusting = ssl.create_default_context(cafile=str(cert))
+        code, _, body = get(f"{one.address}/metrics", tls=trusting)
+    assert code == 200
+    assert 'socketprotector_up{instance="web"} 1.0' in body
+
+    with socket.create_connection(("127.0.0.1", port)) as plain:
+        plain.settimeout(DEADLINE_S)
+        plain.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        try:
+            assert b"socketprotector" not in plain.recv(4096)
+        except ConnectionResetError:
+            pass  # not even an alert
+    assert get(f"{one.address}/healthz", tls=trusting)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--all", "--name", "x"], "leave one of them out"),
+        (["--name", "a/b"], "a name, not a path"),
+        (["--listen", "9517"], "write HOST:PORT"),
+        (["--listen", "127.0.0.1:99999"], "write HOST:PORT"),
+        (["--listen", "192.0.2.1:0"], "--listen 192.0.2.1:0: "),
+        (["--tls-key", "k"], "give the certificate too"),
+        (["--tls-cert", "/nowhere"], "--tls-cert /nowhere: No such file"),
+        (["--tls-cert", __file__], "no PEM certificate"),
+        (["--nonsense"], "see --help"),
+        (["extra"], "see --help"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+
+    assert done.returncode in (2, 111)
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("socketprotector-exporter: ")
+    assert words in done.stderr
+
+
+def test_without_prometheus_client_it_says_what_to_install() -> None:
+    program = (
+        "import sys; sys.modules['prometheus_client'] = None; sys.argv[1:] = [];"
+        "from socketprotector.exporter.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert done.stderr == (
+        "socketprotector-exporter: prometheus-client is not installed; "
+        "pip install 'socketprotector[exporter]'\n"
+    )

@@ -1,0 +1,225 @@
+"""Metrics made of statuses: names, units, growing counts, and nothing for what is not known."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from socketprotector.exporter.series import Series
+from socketprotector.exporter.totals import BUCKETS, Totals
+from tests.ctl.fake import generation, status, worker
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+class Collected:
+    """One instance, seen status by status, as a scrape would show it."""
+
+    def __init__(self) -> None:
+        self.totals = Totals()
+        self.text = ""
+
+    def see(self, told: dict[str, Any]) -> Collected:
+        self.totals.see(told)
+        series = Series()
+        series.add("web", told, self.totals)
+        registry = CollectorRegistry()
+        registry.register(_Once(list(series.families())))
+        self.text = generate_latest(registry).decode()
+        return self
+
+    def value(self, name: str, **labels: str) -> float | None:
+        wanted = {"instance": "web", **labels}
+        found = [
+            sample.value
+            for family in text_string_to_metric_families(self.text)
+            for sample in family.samples
+            if sample.name == f"socketprotector_{name}" and sample.labels == wanted
+        ]
+        assert len(found) < 2
+        return found[0] if found else None
+
+
+class _Once:
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> list[Metric]:
+        return self.families
+
+
+def waits(**counts: int) -> dict[str, Any]:
+    buckets = [0] * BUCKETS
+    for place, count in counts.items():
+        buckets[int(place[1:])] = count
+    return {"count": sum(buckets), "p50": 1, "p99": 1, "buckets": buckets}
+
+
+def test_a_status_becomes_metrics() -> None:
+    seen = Collected().see(
+        status(
+            generation(7, "draining", worker(1), active=2, accepted=10, queue=0, lost=1),
+            generation(
+                8, "serving", worker(2), worker(3, state="starting"), active=5, accepted=30, queue=4
+            ),
+            restarts=2,
+            forwarded=40,
+            lost=1,
+        )
+    )
+
+    assert seen.value("up") == 1
+    assert seen.value("build_info", version="0.1.0") == 1
+    assert seen.value("start_time_seconds") == 50
+    assert seen.value("restarts_total") == 2
+    assert seen.value("phase", phase="serving") == 1
+    assert seen.value("phase", phase="reloading") == 0
+    assert seen.value("generations", phase="draining") == 1
+    assert seen.value("generations", phase="abandoned") == 0
+    assert seen.value("workers", state="ready") == 2
+    assert seen.value("workers", state="starting") == 1
+    assert seen.value("connections_accepted_total") == 40
+    assert seen.value("connections_taken_total") == 40
+    assert seen.value("connections_active") == 7
+    assert seen.value("connections_lost_total", by="worker") == 1
+    assert seen.value("connections_lost_total", by="protector") == 1
+    assert seen.value("queue_depth") == 4
+    assert seen.value("queue_limit") == 278
+    assert seen.value("backlog_depth", listener="tcp:0.0.0.0:4321") == 3
+    assert seen.value("backlog_limit", listener="tcp:0.0.0.0:4321") == 4096
+    assert seen.value("held") == 0
+    assert seen.value("serving") == 1
+
+
+def test_what_is_not_known_is_absent() -> None:
+    unknown: dict[str, Any] = dict.fromkeys(("accepted", "active", "finished", "errors", "wait_us"))
+    seen = Collected().see(
+        status(
+            generation(8, **unknown),
+            listeners=[{"index": 0, "address": "a", "backlog": None, "backlog_limit": 9}],
+        )
+    )
+
+    for name in ("taken_total", "finished_total", "active"):
+        assert seen.value(f"connections_{name}") is None
+    assert seen.value("connection_errors_total") is None
+    assert "wait_seconds" not in re.sub("#.*", "", seen.text)
+    assert seen.value("backlog_depth", listener="a") is None
+    assert seen.value("backlog_limit", listener="a") == 9
+    assert seen.value("last_reload_success_timestamp_seconds") is None
+
+
+def test_the_wait_is_a_histogram_in_seconds() -> None:
+    seen = Collected().see(status(generation(8, wait_us=waits(b0=1, b6=10, b31=2))))
+
+    assert seen.value("wait_seconds_bucket", le="1e-06") == 1
+    assert seen.value("wait_seconds_bucket", le="3.2e-05") == 1
+    assert seen.value("wait_seconds_bucket", le="6.4e-05") == 11
+    assert seen.value("wait_seconds_bucket", le="1073.741824") == 11
+    assert seen.value("wait_seconds_bucket", le="+Inf") == 13
+
+
+def test_counts_do_not_go_back_when_a_generation_is_gone() -> None:
+    one = Collected()
+    one.see(status(generation(7, accepted=100, lost=2, wait_us=waits(b3=5))))
+    one.see(
+        status(
+            generation(7, "draining", accepted=110, lost=2, wait_us=waits(b3=6)),
+            generation(8, accepted=5, wait_us=waits(b3=1)),
+        )
+    )
+    one.see(status(generation(8, accepted=6, wait_us=waits(b3=2))))
+
+    assert one.value("connections_taken_total") == 116
+    assert one.value("connections_lost_total", by="worker") == 2
+    assert one.value("wait_seconds_bucket", le="+Inf") == 8
+    # A new protector counts its generations from the beginning.
+    one.see(status(generation(8, accepted=1, opened_at=999.0, wait_us=None)))
+    assert one.value("connections_taken_total") == 117
+    assert one.value("wait_seconds_bucket", le="+Inf") == 8
+
+
+def test_a_worker_that_counts_backwards_takes_nobody_along() -> None:
+    one = Collected()
+    one.see(status(generation(7, accepted=100)))
+    one.see(status(generation(7, accepted=3)))
+
+    assert one.value("connections_taken_total") == 100
+
+
+def reload(number: int, result: str) -> dict[str, Any]:
+    ended = None if result == "running" else 10.0 * number + 1
+    return {"generation": number, "result": result, "began_at": 10.0 * number, "ended_at": ended}
+
+
+def test_reloads_are_counted_by_result_once_each() -> None:
+    one = Collected().see(status())
+    assert one.value("reloads_total", result="failed") == 0
+    assert one.value("last_reload_successful") is None
+
+    all_of_them = [reload(n, "failed" if n % 3 == 0 else "reloaded") for n in range(1, 31)]
+    for last in range(1, 31):
+        shown = all_of_them[max(0, last - 10) : last]
+        for _ in range(2):
+            one.see(status(reloads=[*shown[:-1], reload(last, "running")]))
+        for _ in range(2):
+            one.see(status(reloads=shown))
+
+    assert one.value("reloads_total", result="reloaded") == 20
+    assert one.value("reloads_total", result="failed") == 10
+    assert one.value("last_reload_successful") == 0
+    assert one.value("last_reload_success_timestamp_seconds") == 291
+
+
+PLAIN = some.none() | some.booleans() | some.floats() | some.integers() | some.text(max_size=3)
+OBJECT = some.dictionaries(some.sampled_from(sorted({*status(), *generation(1)})), PLAIN)
+JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
+
+
+@given(some.dictionaries(some.sampled_from(sorted(status())), JUNK))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_status_breaks_it(told: dict[str, Any]) -> None:
+    seen = Collected().see({**status(), **told}).see({**status(), **told})
+
+    list(text_string_to_metric_families(seen.text))
+
+
+def test_the_documents_list_is_that_of_the_code() -> None:
+    documented = re.findall(
+        r"^\| `(socketprotector_\w+)` \| (\w+) \| ([^|]*) \|", DOCUMENT.read_text(), re.MULTILINE
+    )
+    there = [
+        (
+            family.name + {"counter": "_total", "info": "_info"}.get(family.type, ""),
+            family.type,
+            ", ".join(f"`{each}`" for each in family._labelnames[1:]),  # type: ignore[attr-defined]
+        )
+        for family in Series().families()
+    ]
+
+    assert documented == there
+
+
+def test_no_label_grows_without_an_end() -> None:
+    labels = {
+        label
+        for family in Series().families()
+        for label in family._labelnames  # type: ignore[attr-defined]
+    }
+
+    assert labels == {"instance", "phase", "state", "listener", "result", "by"}
+
+
+@pytest.mark.parametrize("phase", ["serving", "no such phase"])
+def test_a_phase_that_is_not_known_is_absent(phase: str) -> None:
+    seen = Collected().see(status(phase=phase))
+
+    assert seen.value("phase", phase="serving") == (1 if phase == "serving" else None)

@@ -59,6 +59,16 @@ def identity(user: str | None, group: str | None, *, again: bool = False) -> Ide
     return Identity(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
 
 
+def group(name: str | None) -> int | None:
+    """Look up --control-group; None when it is not given."""
+    if name is None:
+        return None
+    try:
+        return _find(name, grp.getgrgid, grp.getgrnam).gr_gid
+    except KeyError:
+        raise UsageError(f"--control-group {name}: unknown group; see getent group") from None
+
+
 def worker_identity(worker_user: str | None, user: str | None) -> Identity | None:
     """Look up --worker-user; None when it is not given."""
     if worker_user is None:

@@ -11,15 +11,16 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, options
+from . import __version__, activation, checks, door, options
 from .address import Listen, parse
-from .bind import bind_all
+from .bind import Bound, bind_all
+from .bind_control import bind_control, default_path
 from .channel import SMALLEST_QUEUE
 from .config import ConfigFile
 from .errors import Refusal, UsageError
@@ -27,7 +28,7 @@ from .fleet import Policy
 from .launch import launch
 from .line import FORMATS, LEVELS
 from .options import Duration
-from .settings import Origin, Settings
+from .settings import Limits, Origin, Settings
 from .terminal import STDOUT, tell
 
 _DURATION = Duration()
@@ -54,6 +55,8 @@ class Asked:
     backlog: int
     check: bool
     config: str | None
+    name: str | None
+    control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,25 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     type=click.IntRange(SMALLEST_QUEUE, _MANY),
     help="Sent to the workers and not yet taken.",
 )
+@click.option(
+    "--watchdog",
+    default="0",
+    type=_DURATION,
+    help="Replace a worker that has said WATCHDOG=1 and is silent for so long.",
+)
+@click.option(
+    "--max-requests",
+    callback=options.share,
+    metavar="N[+-J]",
+    help="Replace a worker after N connections, some J more or fewer.",
+)
+@click.option(
+    "--max-memory", callback=options.size, metavar="SIZE", help="And above so much: 500M, 2G."
+)
+@click.option("--max-age", default="0", type=_DURATION, help="And when it has served so long.")
+@click.option("--control", metavar="PATH", help="Where the control socket is to be.")
+@click.option("--no-control", is_flag=True, help="None.")
+@click.option("--control-group", metavar="GROUP", help="Whose members may use it too.")
 @click.option("--user", help="Run as this user once the sockets are bound.")
 @click.option("--group", help="And as this group.")
 @click.option("--worker-user", help="Start workers as this user instead; needs --user.")
@@ -200,7 +222,10 @@ class _Reading:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()
         config = file.path if file else None
-        return Asked(settings, listens, given["backlog"], given["check"], config)
+        control = "" if given["no_control"] else self._path("control")
+        return Asked(
+            settings, listens, given["backlog"], given["check"], config, given["name"], control
+        )
 
     def _refuse_what_is_missing(self) -> None:
         file = self._file
@@ -317,6 +342,14 @@ class _Reading:
             foreground=given["foreground"],
             guarded=given["guard"],
             outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+            watchdog_s=given["watchdog"],
+            worker_limits=Limits(
+                requests=given["max_requests"][0],
+                requests_spread=given["max_requests"][1],
+                memory_bytes=given["max_memory"],
+                age_s=given["max_age"],
+            ),
+            control_group=checks.group(given["control_group"]),
             secret=os.urandom(12).hex(),
             origin=Origin(purpose.words, self._directory, umask, self._file is not None),
         )
@@ -354,11 +387,32 @@ def _launch(asked: Asked) -> int:
             tell(f"listening on {' '.join(addresses)}", STDOUT)
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.command[0]]
-        return launch(settings.noticed(notices), bound, label, settings.origin.directory)
+        places = {f"{door.LISTENER}{index}": each for index, each in enumerate(bound)}
+        control = _control(asked, settings, notices)
+        if control is not None:
+            bound.append(control)
+            places[door.CONTROL] = control
+            settings = replace(settings, control=control.settings)
+        return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:
         for each in bound:
             each.discard()
         raise
+
+
+def _control(asked: Asked, settings: Settings, notices: list[str]) -> Bound | None:
+    """Bind the control socket, unless none is wanted; where that fails it is a notice."""
+    if asked.control == "":
+        return None
+    addresses = [each.address for each in settings.listeners]
+    path = asked.control or default_path(asked.name, addresses, settings.command[0])
+
+    def notice(text: str) -> None:
+        notices.append(text)
+        if not (settings.foreground and settings.log_file is None):
+            tell(text)
+
+    return bind_control(settings, path, notice)
 
 
 def ask(

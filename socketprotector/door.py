@@ -26,6 +26,7 @@ PROBE = "sp.probe"  # this process is only asked whether it could take over
 CHANNEL = "sp.channel."  # and its generation, .read or .write
 WORKER = "sp.worker."  # and its number, .process, .notify or .line
 HAND = "sp.hand."  # and a number: the connection whose send failed
+CONTROL = "sp.control"  # the listening control socket
 RELAY = "sp.relay."  # read, write, tail, process
 NAMES = "sp.names."  # and the number of the memfd that has the names
 #: One string of the environment has at most 128 KiB, with the variable's name (execve(2));

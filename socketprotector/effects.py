@@ -88,6 +88,7 @@ class Effects:
         launcher: Launcher,
         post: Callable[[Event], None],
         held: Callable[[], bool],
+        guarded: bool,
     ) -> None:
         """Take ownership of the listeners.
 
@@ -99,7 +100,7 @@ class Effects:
         self._systemd = systemd
         self._launcher = launcher
         self._post = post
-        self._generations: dict[int, Home] = {}
+        self.homes: dict[int, Home] = {}
         self._released: dict[int, Home] = {}  # until their channels are empty
         self._route: int | None = None
         self._good: Program | None = None  # what served last
@@ -107,10 +108,11 @@ class Effects:
         self.history = History()
         self.restarts = 0
         self.started_at = time.time()
-        self._crew = Crew(
+        self.guarded = guarded
+        self.crew = Crew(
             settings, loop=loop, log=log, output=output, post=post, crashed=self._note_crash
         )
-        self._forwarder = Forwarder(
+        self.forwarder = Forwarder(
             loop,
             listeners,
             broken=self._route_broken,
@@ -124,31 +126,31 @@ class Effects:
         match action:
             case Open(number, fresh):
                 self._open(number, fresh)
-            case Spawn(number, worker, slot) if number in self._generations:
-                generation = self._generations[number]
-                self._crew.spawn(worker, slot, number, generation)
+            case Spawn(number, worker, slot) if number in self.homes:
+                generation = self.homes[number]
+                self.crew.spawn(worker, slot, number, generation)
             case Signal(worker, sign):
-                self._crew.signal(worker, sign)
+                self.crew.signal(worker, sign)
             case Retire(worker):
-                self._crew.retire(worker)
+                self.crew.retire(worker)
             case RouteTo(number):
                 self._route_to(number)
-            case Drain(number) if number in self._generations:
-                channel = self._generations[number].channel
+            case Drain(number) if number in self.homes:
+                channel = self.homes[number].channel
                 self._loop.unwatch(channel.read.fileno())
-                self._generations[number].drained_at = time.time()
-                self._forwarder.drain(channel)
-            case Release(number) if number in self._generations:
+                self.homes[number].drained_at = time.time()
+                self.forwarder.drain(channel)
+            case Release(number) if number in self.homes:
                 self._log.write("info", "drained", generation=number)
-                generation = self._generations.pop(number)
+                generation = self.homes.pop(number)
                 self._released[number] = generation
                 self._loop.unwatch(generation.channel.read.fileno())
                 generation.forget_board()
-                self._forwarder.release(generation.channel)
+                self.forwarder.release(generation.channel)
             case Hold(on):
-                self._forwarder.hold(on)
+                self.forwarder.hold(on)
             case CloseListeners(quick):
-                self._forwarder.close_listeners(quick=quick)
+                self.forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
             case StartTimer(deadline, seconds):
@@ -172,21 +174,21 @@ class Effects:
         due.update((a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer))
         self._forget_closed()
         generations = (
-            *(each.record(n, released=False) for n, each in self._generations.items()),
+            *(each.record(n, released=False) for n, each in self.homes.items()),
             *(each.record(n, released=True) for n, each in self._released.items()),
         )
         return Snapshot(
             fleet=fleet,
             generations=generations,
-            workers=self._crew.records(),
+            workers=self.crew.records(),
             good=self._good,
             due=tuple((each, when) for each, when in due.items() if when is not None),
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
-            hand=self._forwarder.hand,
-            hand_number=self._forwarder.hands,
-            strays=self._crew.strays,
-            forwarded=self._forwarder.forwarded,
-            lost=self._forwarder.lost,
+            hand=self.forwarder.hand,
+            hand_number=self.forwarder.hands,
+            strays=self.crew.strays,
+            forwarded=self.forwarder.forwarded,
+            lost=self.forwarder.lost,
             version=version,
             history=self.history,
             started_at=self.started_at,
@@ -197,8 +199,8 @@ class Effects:
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors that the next program needs, by name."""
         self._forget_closed()
-        found = {**self._forwarder.descriptors(), **self._crew.descriptors()}
-        for number, each in (*self._generations.items(), *self._released.items()):
+        found = {**self.forwarder.descriptors(), **self.crew.descriptors()}
+        for number, each in (*self.homes.items(), *self._released.items()):
             for name, fd in each.descriptors().items():
                 found[f"{door.CHANNEL}{number}.{name}"] = fd
         return found
@@ -225,7 +227,7 @@ class Effects:
             if record.released or snapshot.fleet.generation(record.number) is None:
                 self._released[record.number] = each
                 continue
-            self._generations[record.number] = each
+            self.homes[record.number] = each
             if record.ended:
                 continue
             if each.ended:  # its write end could not be stored in time
@@ -234,11 +236,11 @@ class Effects:
                 self._watch(record.number, each.channel)
         lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
         serving = snapshot.fleet.of(Phase.SERVING)
-        proven = self._generations.get(serving.number) if serving is not None else None
+        proven = self.homes.get(serving.number) if serving is not None else None
         self._good = proven.program if proven is not None else snapshot.good
-        self._crew.adopt_strays(snapshot.strays)
-        self._forwarder.forwarded = snapshot.forwarded
-        self._forwarder.lost = snapshot.lost
+        self.crew.adopt_strays(snapshot.strays)
+        self.forwarder.forwarded = snapshot.forwarded
+        self.forwarder.lost = snapshot.lost
         self.history = snapshot.history
         self.started_at = snapshot.started_at or self.started_at
         self.restarts = snapshot.restarts + 1
@@ -247,17 +249,17 @@ class Effects:
         hand = descriptors.get(f"{door.HAND}{snapshot.hand_number}", -1)
         if hand < 0 or snapshot.hand is None:
             # Never again a number that may still be in the store for another one.
-            self._forwarder.hands = snapshot.hand_number + 1
+            self.forwarder.hands = snapshot.hand_number + 1
         else:
-            self._forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
+            self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
         self._close_unknown(descriptors)
         for each in self._released.values():
             each.forget_board()
-            self._forwarder.release(each.channel)
-        for number, each in self._generations.items():
+            self.forwarder.release(each.channel)
+        for number, each in self.homes.items():
             generation = snapshot.fleet.generation(number)
             if generation is not None and generation.phase is Phase.DRAINING:
-                self._forwarder.adopt_drained(each.channel)
+                self.forwarder.adopt_drained(each.channel)
         return [*broken, *lost]
 
     def _close_unknown(self, descriptors: Mapping[str, int]) -> None:
@@ -271,32 +273,33 @@ class Effects:
         self, snapshot: Snapshot, descriptors: Mapping[str, Mapping[str, int]]
     ) -> list[Event]:
         for record in snapshot.workers:
-            generation = self._generations.get(record.generation)
+            generation = self.homes.get(record.generation)
             mine = descriptors.get(str(record.number))
             if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
-                self._crew.adopt(record, mine, generation)
-        known = {record.number for record in self._crew.records()}
+                self.crew.adopt(record, mine, generation)
+        known = {record.number for record in self.crew.records()}
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in snapshot.fleet.generations
-            if each.number not in self._generations
+            if each.number not in self.homes
         ]
         for worker in snapshot.fleet.alive():
             if worker.number not in known:
-                self._crew.lost(worker.number)
+                self.crew.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
 
     def unguarded(self) -> None:
         """Nobody is left who would tell that."""
-        self._crew.unguarded()
+        self.guarded = False
+        self.crew.unguarded()
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a worker ended from who has reaped it."""
-        self._crew.told(pid, clean, how)
+        self.crew.told(pid, clean, how)
 
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""
@@ -326,8 +329,10 @@ class Effects:
             home.channel.close()
             self._post(OpenFailed(number, what_failed(error)))
             return
+        if fresh and self._good is not None:
+            self.history = self.history.reload_began(number, time.time())
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
-        self._generations[number] = home
+        self.homes[number] = home
         capacity = home.channel.capacity()
         if capacity < self._settings.queue:
             self._log.write(
@@ -367,14 +372,14 @@ class Effects:
         )
 
     def _route_to(self, number: int | None) -> None:
-        generation = self._generations.get(number) if number is not None else None
+        generation = self.homes.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
-            self._forwarder.route_to(None)
+            self.forwarder.route_to(None)
             return
         generation.serving_since = generation.serving_since or time.monotonic()
         generation.served_at = generation.served_at or time.time()
-        self._forwarder.route_to(generation.channel)
+        self.forwarder.route_to(generation.channel)
         self._log.write("info", "route", generation=number)
 
     def _route_broken(self) -> None:
@@ -383,7 +388,7 @@ class Effects:
 
     def _shut_down(self, number: int) -> None:
         """A worker has shut the channel down, which tells us but once."""
-        generation = self._generations[number]
+        generation = self.homes[number]
         self._loop.unwatch(generation.channel.read.fileno())
         since = generation.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
@@ -395,6 +400,13 @@ class Effects:
 
     # -- what is remembered for people -----------------------------------------
 
+    def _remember(self, report: Report) -> None:
+        result = {News.RELOADED: "reloaded", News.RELOAD_FAILED: "failed"}.get(report.news)
+        if result is not None:
+            self.history = self.history.reload_ended(
+                report.generation, result, report.reason, time.time()
+            )
+
     def _note_crash(self, crash: Crash) -> None:
         self.history = self.history.with_crash(crash)
 
@@ -405,15 +417,17 @@ class Effects:
 
     def _report(self, report: Report) -> None:
         """Tell the log, systemd and the launcher."""
-        first_line, _, _ = report.reason.partition("\n")
+        first_line, _, last_words = report.reason.partition("\n")
         self._log.write(
             _LEVELS.get(report.news, "info"),
             report.news.value,
             generation=report.generation or None,
             reason=first_line or None,
+            last_words=last_words or None,
         )
+        self._remember(report)
         if report.news in _SUCCESS:
-            self._good = self._generations[report.generation].program
+            self._good = self.homes[report.generation].program
         serves = f"generation {report.generation} serves"
         match report.news:
             case News.READY:
@@ -440,11 +454,11 @@ class Effects:
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
-        self._forwarder.close()
-        self._crew.close()
+        self.forwarder.close()
+        self.crew.close()
         self._log.write(
             "info",
             "stopped",
-            connections=self._forwarder.forwarded,
-            lost=self._forwarder.lost or None,
+            connections=self.forwarder.forwarded,
+            lost=self.forwarder.lost or None,
         )

@@ -146,6 +146,10 @@ class Forwarder:
             os.close(self._reserve)
             self._reserve = -1
 
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
     # -- to the next program and from the one before -----------------------------
 
     @property

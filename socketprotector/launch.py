@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from daemon import DaemonContext
@@ -29,11 +29,12 @@ from .upgrade import command_of
 from .waiting import wait
 
 
-def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], here: str) -> int:
+def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:
     """Start the resident process with the bound sockets; takes ownership of them.
 
-    label: words that `ps` shows behind the program.  here: the caller's directory, from
-    where this package may have been imported.  Returns the exit status of the command once
+    bound: by the names that they have at the door.  label: words that `ps` shows behind the
+    program.  here: the caller's directory, from where this package may have been imported.
+    Returns the exit status of the command once
     the first generation serves or has failed; in the foreground it does not return.
     Raises Refusal.
     """
@@ -59,14 +60,14 @@ def launch(settings: Settings, bound: Sequence[Bound], label: Sequence[str], her
             _become_resident(settings, bound, label, here, log, theirs.fileno())
         except BaseException as error:
             status = error.status if isinstance(error, Refusal) else SystemRefused.status
-            for each in bound:
+            for each in bound.values():
                 each.discard()
             theirs.sendall(json.dumps({"failed": str(error), "status": status}).encode() + b"\n")
         finally:
             os._exit(1)
     theirs.close()
     # From here on they are the child's, files included.
-    for each in bound:
+    for each in bound.values():
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
     return wait(ours)
@@ -85,7 +86,7 @@ def _open_log(settings: Settings) -> int | None:
 
 
 def _in_the_foreground(
-    settings: Settings, bound: Sequence[Bound], label: Sequence[str], here: str, log: int | None
+    settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str, log: int | None
 ) -> None:
     terminal = os.dup(2)
     try:
@@ -97,7 +98,7 @@ def _in_the_foreground(
 
 def _become_resident(
     settings: Settings,
-    bound: Sequence[Bound],
+    bound: Mapping[str, Bound],
     label: Sequence[str],
     here: str,
     log: int | None,
@@ -117,7 +118,7 @@ def _become_resident(
     context = DaemonContext(
         pidfile=pid_file,
         detach_process=detach,
-        files_preserve=[verdict, *(each.socket.fileno() for each in bound)],
+        files_preserve=[verdict, *(each.socket.fileno() for each in bound.values())],
         working_directory=here,
         umask=settings.umask,
         prevent_core=False,
@@ -152,15 +153,14 @@ def _become_resident(
 
 def _exec(
     settings: Settings,
-    bound: Sequence[Bound],
+    bound: Mapping[str, Bound],
     label: Sequence[str],
     pid_file: PidFile | None,
     verdict: int,
 ) -> None:
     descriptors = {door.SETTINGS: os.memfd_create(door.SETTINGS, os.MFD_CLOEXEC)}
     os.write(descriptors[door.SETTINGS], dump(settings))
-    for index, each in enumerate(bound):
-        descriptors[f"{door.LISTENER}{index}"] = each.socket.fileno()
+    descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[door.TERMINAL if settings.foreground else door.LAUNCHER] = verdict
     if pid_file is not None:
         descriptors[door.PID_FILE] = pid_file.fd

@@ -15,6 +15,9 @@ import click
 from .errors import UsageError
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
+#: More is a mistake.
+_MOST = 10**15
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: The original program's long options, which began with one dash.
 _SINGLE_DASH = ("-pid-file", "-foreground", "-verbose")
@@ -75,6 +78,30 @@ def pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> d
             raise click.BadParameter(f"{each!r} is not NAME=VALUE", ctx, param)
         found[name] = content
     return found
+
+
+def share(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[int, int]:
+    """`1000` or `1000+-100` -> (1000, 100); nothing -> (0, 0)."""
+    if value is None:
+        return 0, 0
+    number, _, spread = str(value).partition("+-")
+    if number.isdecimal() and (spread or "0").isdecimal():
+        found = int(number), int(spread or "0")
+        if found[1] < found[0] <= _MOST:
+            return found
+    raise click.BadParameter(f"{value!r}: write 1000 or 1000+-100", ctx, param)
+
+
+def size(ctx: click.Context, param: click.Parameter, value: Any) -> int:
+    """`500M`, `2G`, `65536K` or bytes; nothing -> 0."""
+    if value is None:
+        return 0
+    text = str(value).strip().upper().removesuffix("IB").removesuffix("B")
+    unit = _SIZES.get(text[-1:], 1)
+    digits = text[:-1] if text[-1:] in _SIZES else text
+    if digits.isdecimal() and 0 < int(digits) * unit < 2**63:
+        return int(digits) * unit
+    raise click.BadParameter(f"{value!r} is no size; write 500M, 2G or bytes", ctx, param)
 
 
 def octal(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:

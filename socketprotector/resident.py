@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 
 from . import __version__, door, heritage, privileges, process, upgrade
+from .control import Control
 from .crew import what_failed
 from .effects import Effects
 from .errors import Refusal, SystemRefused
@@ -27,6 +28,7 @@ from .listener import Listener
 from .log import Log
 from .loop import Loop
 from .notify import Outbox, Store, Systemd, parse
+from .operate import Operator
 from .output import Output
 from .records import Snapshot
 from .settings import Settings, SettingsError, load
@@ -127,6 +129,12 @@ class _Resident:
         known = guarded or door.STATE in descriptors
         kept = {name for name in descriptors if name != door.GUARD} if known else set()
         self.store = Store(self.guard if guarded else self.manager, kept)
+        control = descriptors.get(door.CONTROL)
+        self.control_listener = (
+            Listener(control, -1, settings.control)
+            if control is not None and settings.control is not None
+            else None
+        )
         self.began = False
 
     @property
@@ -138,8 +146,7 @@ class _Resident:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
         snapshot = self._inherited()
         if snapshot is not None and snapshot.fleet.exiting:
-            for listener in self.listeners:
-                listener.close()
+            self._close_listeners()
             return snapshot.fleet.exit_status  # all was done but the last words
         self.began = snapshot is not None
         self.loop = Loop()  # not before: from here on it is known who is to go on if it fails
@@ -171,6 +178,7 @@ class _Resident:
         else:
             self._write_pid(log)
         supervisor = self._supervisor(log)
+        control = self._control(supervisor, log)
         if self.line is not None:
             loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
         else:
@@ -187,14 +195,15 @@ class _Resident:
             supervisor.adopt(snapshot, self.descriptors)
         self.guard.send("X_BEGAN=1")  # signals are taken from here on
         status = supervisor.run()
+        if control is not None:
+            control.close()
         log.close()
         return status
 
     def fail(self, reason: str) -> None:
         """Nothing could be started, or can go on: let go of what is ours."""
         self.launcher.failure = self.launcher.failure or reason
-        for listener in self.listeners:
-            listener.close()
+        self._close_listeners()
 
     def finish(self, status: int) -> None:
         """Leave nothing behind, and tell whoever waits for the end."""
@@ -262,6 +271,7 @@ class _Resident:
                 launcher=self.launcher,
                 post=post,
                 held=save,
+                guarded=self.line is not None,
             )
 
         return Supervisor(
@@ -290,6 +300,8 @@ class _Resident:
         }
         if self.line is not None and self.line.fileno() >= 0:
             found[door.GUARD] = self.line.fileno()
+        if self.control_listener is not None:
+            found[door.CONTROL] = self.control_listener.fileno()
         return {**found, **self.launcher.descriptors(), **self.output.descriptors()}
 
     def _later(self, again: object) -> None:
@@ -307,6 +319,41 @@ class _Resident:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
         log.reopen()
         log.write("info", "reopened")
+
+    # -- the control socket ----------------------------------------------------
+
+    def _control(self, supervisor: Supervisor, log: Log) -> Control | None:
+        """Answer operators from here on."""
+        settings = self.settings
+        if self.control_listener is None:
+            return None
+        operator = Operator(
+            settings,
+            supervisor.effects,
+            loop=self.loop,
+            log=log,
+            fleet=lambda: supervisor.fleet,
+            post=supervisor.post,
+            upgrade=supervisor.begin_upgrade,
+            reopen=lambda: self._reopen_logs(log),
+            save=supervisor.save,
+        )
+        uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
+        self.control_listener.claim()
+        control = Control(
+            self.control_listener,
+            self.loop,
+            operator.handle,
+            uids=frozenset(uids),
+            group=settings.control_group,
+        )
+        log.observe(control.tell)
+        return control
+
+    def _close_listeners(self) -> None:
+        for listener in (*self.listeners, self.control_listener):
+            if listener is not None and listener.fileno() >= 0:
+                listener.close()
 
     # -- the guard -----------------------------------------------------------
 

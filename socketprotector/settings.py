@@ -108,7 +108,7 @@ class Settings:
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
     watchdog_s: float = 0.0  # how long a worker that has said WATCHDOG=1 may then be silent
     worker_limits: Limits = field(default_factory=Limits)
-    control: str | None = None  # the path of the control socket
+    control: ListenerSettings | None = None  # the control socket
     control_group: int | None = None  # who else may speak there
     secret: str = ""  # part of each worker's notify address, so that nobody can guess it
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
@@ -152,6 +152,7 @@ def load(data: bytes) -> Settings:
             limits=_pairs,
             environment=_pairs,
             notices=tuple,
+            control=lambda found: _read(ListenerSettings, found) if found else None,
             worker_limits=lambda found: _read(Limits, found),
             origin=lambda found: _read(Origin, found, words=tuple),
         )

@@ -84,10 +84,14 @@ class Supervisor:
         self._upgrade = upgrade
         self._handing_over = False
         self._give_up_at: float | None = None  # on the upgrade that waits
-        self._effects = effects(self.post, self._save)
+        self.effects = effects(self.post, self.save)
         # Ignored by the caller, it would have the kernel throw away how workers ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         loop.catch(_SIGNALS, self._signalled)
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._fleet
 
     def launch(self) -> None:
         """Begin with the first generation."""
@@ -97,19 +101,19 @@ class Supervisor:
         """Go on where another program stopped; takes ownership of its descriptors."""
         self._fleet = snapshot.fleet
         self._working = True  # what comes back meanwhile waits until all of it stands again
-        self._queue.extend(self._effects.adopt(snapshot, descriptors))
+        self._queue.extend(self.effects.adopt(snapshot, descriptors))
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.due}
         self._undone.extend(resume(self._fleet, left_s, snapshot.undone))
         self._act()
-        self._effects.welcome(self._fleet)
+        self.effects.welcome(self._fleet)
         self._work()
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
         self._loop.run()
-        self._effects.close()
-        return self._effects.exit_status or 0
+        self.effects.close()
+        return self.effects.exit_status or 0
 
     def post(self, event: Event) -> None:
         """Put an event on the queue, and work the queue off unless that is going on."""
@@ -126,38 +130,41 @@ class Supervisor:
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
                 self._undone.extend(actions)
-                self._save()
+                self.save()
                 self._act()
         finally:
             self._working = False
-        self._save()
+        self.save()
 
     def _act(self) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it."""
         while self._undone:
             action = self._undone[0]
-            self._effects.perform(action)
+            self.effects.perform(action)
             self._undone.popleft()
             if isinstance(action, Open | Spawn):
-                self._save()  # it cannot be repeated: what was made must be known
+                self.save()  # it cannot be repeated: what was made must be known
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a worker ended from who has reaped it."""
-        self._effects.told(pid, clean, how)
+        self.effects.told(pid, clean, how)
 
     def unguarded(self) -> None:
         """Nobody is left who would tell how a worker ended that is no child of ours."""
-        self._effects.unguarded()
+        self.effects.unguarded()
 
-    def _save(self) -> bool:
-        return self._heritage.save(self._effects, self._fleet, self._undone)
+    def save(self) -> bool:
+        """Write down how things are; say whether that is done."""
+        return self._heritage.save(self.effects, self._fleet, self._undone)
 
-    def _begin_upgrade(self) -> None:
+    def begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""
+        if self._handing_over:
+            return
         if self._give_up_at is not None:
             self._log.write("info", "upgrade-under-way")
-        elif self._heritage.write(self._effects, self._fleet):
-            self._upgrade.begin(self._heritage.descriptors(self._effects), self._hand_over)
+        elif self._heritage.write(self.effects, self._fleet):
+            self._upgrade.begin(self._heritage.descriptors(self.effects), self._hand_over)
         else:
             self._upgrade.failed(_NOT_KEPT)
 
@@ -171,10 +178,10 @@ class Supervisor:
         self._handing_over = True
         # Those whose handler has run are known to this program alone.
         self._loop.take_signals()
-        if self._effects.exiting:
+        if self.effects.exiting:
             pass  # nothing is left to go on with
-        elif self._heritage.write(self._effects, self._fleet):
-            self._upgrade.execute(self._heritage.descriptors(self._effects))
+        elif self._heritage.write(self.effects, self._fleet):
+            self._upgrade.execute(self._heritage.descriptors(self.effects))
         else:
             self._upgrade.failed(_NOT_KEPT)
         self._handing_over = False
@@ -215,8 +222,8 @@ class Supervisor:
                 self.post(ScaleRequested(-1))
             case signal.SIGUSR1:
                 self._reopen_logs()
-            case signal.SIGUSR2 if not self._handing_over:
-                self._begin_upgrade()
+            case signal.SIGUSR2:
+                self.begin_upgrade()
 
     def _terminal_is_gone(self) -> bool:
         if self._terminal is None:

@@ -381,6 +381,7 @@ class World:
                 launcher=Launcher(None, None, 1),
                 post=post,
                 held=held,
+                guarded=True,
             ),
             Heritage(file, store, log, others),
             cast("Any", Upgrade(kernel)),
@@ -489,7 +490,7 @@ class World:
     def _everything_is_kept(self) -> bool:
         """Whether the keeper has, or will have read, all that the protector holds."""
         assert self._supervisor is not None
-        wanted = self._supervisor._effects.descriptors().keys()
+        wanted = self._supervisor.effects.descriptors().keys()
         return not self._outbox._unsent and wanted <= self._store._kept
 
     # -- what the kernel asks ------------------------------------------------------
@@ -882,14 +883,14 @@ class World:
         """What holds whenever the protector waits."""
         protector = self._supervisor
         assert protector is not None
-        act = protector._effects
+        act = protector.effects
         held = [each for each in self.kernel.files.values() if type(each) is Connection]
         if held:  # a copy may be on its way to the keeper
             copies = {fd for _, fd in self._outbox._unsent}
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         assert len(held) <= 1, f"{held} in hand"
-        assert bool(held) == (act._forwarder.hand is not None)
+        assert bool(held) == (act.forwarder.hand is not None)
         if held and not held[0].excuse:
             assert held[0].in_queues == 0, f"{held[0]} is in hand and in a queue"
             assert not held[0].taken_by, f"{held[0]} is in hand and was delivered"
@@ -902,9 +903,9 @@ class World:
     def _check_descriptors(self) -> None:
         protector = self._supervisor
         assert protector is not None
-        known = {*self._fixed, *protector._effects.descriptors().values()}
+        known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= {fd for _, fd in self._outbox._unsent}
-        known.add(protector._effects._forwarder._reserve)
+        known.add(protector.effects.forwarder._reserve)
         epoll = self.kernel.epoll
         left = {
             fd: file
@@ -920,8 +921,8 @@ class World:
         assert running == fleet.timers, f"timers: {running} {fleet.timers}"
         route = fleet.route
         assert act._route == (route.number if route else None), "another route"
-        assert {each.number for each in fleet.alive()} == set(act._crew._workers)
-        assert {each.number for each in fleet.generations} == set(act._generations)
+        assert {each.number for each in fleet.alive()} == set(act.crew._workers)
+        assert {each.number for each in fleet.generations} == set(act.homes)
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
             waits = Deadline(Wait.OPEN) in fleet.timers
             assert waits or (fleet.to_open and fleet.policy.stop_first), "nobody will ever serve"
@@ -932,7 +933,7 @@ class World:
         assert protector is not None
         fleet = protector._fleet
         assert not any(each.backlog for each in self._listening), "clients wait for ever"
-        assert protector._effects._forwarder.hand is None, "one is in hand for ever"
+        assert protector.effects.forwarder.hand is None, "one is in hand for ever"
         assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
         if not fleet.stopping:
             (serving,) = fleet.generations

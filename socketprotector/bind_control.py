@@ -1,0 +1,53 @@
+"""Bind the control socket: where nobody said, where tools look for it (docs/control.md).
+
+A protector without one works as well, so what fails here is a notice and no more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from .address import Listen
+from .bind import Bound
+from .bind_unix import bind_unix
+from .errors import SystemRefused
+from .settings import Settings
+
+#: Where the sockets are that nobody chose a place for; tools look through both.
+SYSTEM_FOLDER = "/run/socketprotector"
+SUFFIX = ".control"
+_BACKLOG = 64
+
+
+def folder() -> str:
+    """Return where the caller's control sockets are."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return os.path.join(runtime, "socketprotector") if os.path.isabs(runtime) else SYSTEM_FOLDER
+
+
+def default_path(name: str | None, addresses: Sequence[str], command: str) -> str:
+    """Return where the control socket goes: by --name, else the first port, else the command."""
+    ports = (address.rpartition(":")[2] for address in addresses if address.startswith("tcp:"))
+    key = name or next(ports, "") or os.path.basename(command)
+    return os.path.join(folder(), key.replace("/", "_") + SUFFIX)
+
+
+def bind_control(settings: Settings, path: str, notice: Callable[[str], None]) -> Bound | None:
+    """Bind it, for root, the protector's user and the settings' group; None where that fails."""
+    options = {"mode": "0600"}
+    if settings.identity is not None:
+        options["user"] = str(settings.identity.uid)
+    if settings.control_group is not None:
+        options.update(mode="0660", group=str(settings.control_group))
+    try:
+        if os.path.dirname(path) == folder():
+            # Of a folder that others may look into: the sockets in it have modes of their own.
+            os.makedirs(folder(), 0o755, exist_ok=True)
+        listen = Listen(path, path=path, options=options)
+        return Bound(*bind_unix(listen, path, _BACKLOG, dry=False))
+    except OSError as error:
+        notice(f"no control socket: {error.filename}: {error.strerror}; see --control")
+    except SystemRefused as error:
+        notice(f"no control socket: {error}; see --control")
+    return None

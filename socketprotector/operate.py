@@ -1,0 +1,220 @@
+"""What the control socket's commands do: look, or put an event on the supervisor's queue.
+
+The verdict of what takes time comes as an event to whoever follows (docs/control.md).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from . import __version__, requests, status
+from .control import Client
+from .effects import Effects
+from .events import (
+    Event,
+    HoldReleased,
+    HoldRequested,
+    KillRequested,
+    ReloadRequested,
+    RenewRequested,
+    ReplaceRequested,
+    ScaleRequested,
+    StopRequested,
+)
+from .fleet import Fleet, Phase, State
+from .log import Log
+from .loop import Loop
+from .requests import Request, Wrong
+from .settings import Settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_ENDING = (Phase.DRAINING, Phase.ABANDONED)
+
+
+class Operator:
+    """Answers requests for a supervisor."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        effects: Effects,
+        *,
+        loop: Loop,
+        log: Log,
+        fleet: Callable[[], Fleet],
+        post: Callable[[Event], None],
+        upgrade: Callable[[], None],
+        reopen: Callable[[], None],
+        save: Callable[[], object],
+    ) -> None:
+        """fleet: the one of this moment.  post: puts an event on the queue, and works it off.
+
+        save: what changes no fleet and has to outlive the program is written down by it.
+        """
+        self._settings = settings
+        self._effects = effects
+        self._loop = loop
+        self._log = log
+        self._fleet = fleet
+        self._post = post
+        self._upgrade = upgrade
+        self._reopen = reopen
+        self._save = save
+        self._commands: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+            "status": self._status,
+            "reload": self._reload,
+            "upgrade": self._begin_upgrade,
+            "stop": self._stop,
+            "scale": self._scale,
+            "hold": self._hold,
+            "release": self._release,
+            "drain": self._drain,
+            "kill": self._kill,
+            "log-level": self._log_level,
+            "reopen": self._reopen_logs,
+            "connections": self._connections,
+            "crashes": self._crashes,
+        }
+
+    def handle(self, client: Client, request: Request) -> None:
+        """Carry out a request, and answer it.  Raises Wrong."""
+        if request.command == "events":
+            client.follows = True
+            client.say(requests.answer(request.id, {}))
+            return
+        try:
+            result = self._commands[request.command](**request.arguments)
+        except Wrong as wrong:
+            wrong.id = request.id
+            raise
+        client.say(requests.answer(request.id, result))
+
+    # -- looking -----------------------------------------------------------------
+
+    def _status(self) -> Mapping[str, Any]:
+        settings, effects, fleet = self._settings, self._effects, self._fleet()
+        after_s = settings.ready_after_s
+        due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
+        generations = status.of_generations(fleet, effects.homes, effects.crew.records())
+        route = effects.homes.get(fleet.route.number) if fleet.route else None
+        return status.overview(
+            fleet,
+            due,
+            name=settings.name,
+            pid=os.getpid(),
+            main_pid=os.getppid() if effects.guarded else os.getpid(),
+            started_at=effects.started_at,
+            restarts=effects.restarts,
+            guarded=effects.guarded,
+            control=settings.control.address.removeprefix("unix:") if settings.control else None,
+            ready="notify" if after_s is None else f"after {after_s:g} s (only a timer)",
+            command=[os.path.basename(settings.command[0])],
+            log_level=self._log.level,
+            forwarded=effects.forwarder.forwarded,
+            lost=effects.forwarder.lost,
+            queue_limit=route.channel.capacity() if route is not None else None,
+            listeners=[status.of_listener(each) for each in effects.forwarder.listeners],
+            generations=generations,
+            reloads=status.plain(effects.history.reloads),
+            crashes=effects.history.crashed,
+        )
+
+    def _connections(self, generation: int | None = None) -> Mapping[str, Any]:
+        homes = self._effects.homes
+        if generation is not None and generation not in homes:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        return {"workers": status.of_connections(homes, self._effects.crew.records(), generation)}
+
+    def _crashes(self) -> Mapping[str, Any]:
+        return {"crashes": status.plain(self._effects.history.crashes)}
+
+    # -- doing -------------------------------------------------------------------
+
+    def _reload(self) -> Mapping[str, Any]:
+        fleet = self._fleet()
+        self._not_while_stopping(fleet)
+        self._post(ReloadRequested())
+        return {"generation": fleet.next_generation}
+
+    def _begin_upgrade(self) -> Mapping[str, Any]:
+        self._not_while_stopping(self._fleet())
+        # Later, so that the answer is sent before this program is another one.
+        self._loop.call_after("upgrade-asked", 0.0, self._upgrade)
+        return {"from": __version__, "starts": self._effects.restarts + 1}
+
+    def _stop(self, quick: bool = False) -> Mapping[str, Any]:
+        self._loop.call_after("stop-asked", 0.0, lambda: self._post(StopRequested(quick)))
+        return {}
+
+    def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
+        fleet = self._fleet()
+        self._not_while_stopping(fleet)
+        wanted = fleet.workers_wanted + by if to is None else to
+        if wanted < 1:
+            raise Wrong("refused", "there is always one worker at least")
+        self._post(ScaleRequested(to=wanted))
+        return {"workers": wanted}
+
+    def _hold(self, seconds: float) -> Mapping[str, Any]:
+        self._not_while_stopping(self._fleet())
+        self._post(HoldRequested(seconds))
+        return {"until_at": time.time() + seconds}
+
+    def _release(self) -> Mapping[str, Any]:
+        self._post(HoldReleased())
+        return {}
+
+    def _drain(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
+        fleet = self._fleet()
+        self._not_while_stopping(fleet)
+        if pid is not None:
+            return self._drain_worker(fleet, pid)
+        found = fleet.generation(generation or 0)
+        if found is None:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        if found.phase in _ENDING:
+            raise Wrong("refused", f"generation {generation} drains already; kill ends it")
+        if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
+            raise Wrong("refused", "a reload is under way; try again after it")
+        self._post(RenewRequested())
+        return {"generation": generation}
+
+    def _drain_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
+        number = next((r.number for r in self._effects.crew.records() if r.pid == pid), None)
+        found = fleet.find(number) if number is not None else None
+        if found is None:
+            raise Wrong("unknown", f"process {pid} is no worker")
+        generation, worker = found
+        if generation.phase is not Phase.SERVING or worker.state is not State.READY:
+            raise Wrong("refused", f"process {pid} does not serve: it is on its way in or out")
+        self._post(ReplaceRequested(worker.number, "an operator wants that"))
+        return {"worker": worker.number}
+
+    def _kill(self, generation: int) -> Mapping[str, Any]:
+        found = self._fleet().generation(generation)
+        if found is None:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        if found.phase not in _ENDING:
+            raise Wrong(
+                "refused", f"generation {generation} is {found.phase.value}; drain it first"
+            )
+        self._post(KillRequested(generation))
+        return {"workers": len(found.alive)}
+
+    def _log_level(self, level: str) -> Mapping[str, Any]:
+        self._log.set_level(level)
+        self._save()
+        return {"level": level}
+
+    def _reopen_logs(self) -> Mapping[str, Any]:
+        self._reopen()
+        return {}
+
+    def _not_while_stopping(self, fleet: Fleet) -> None:
+        if fleet.stopping:
+            raise Wrong("refused", "it is stopping")

@@ -1,0 +1,173 @@
+"""What may be asked on the control socket: lines in, checked requests out.
+
+Pure.  Nothing is done halfway: a request with anything in it that its command does not know
+is refused as a whole.
+
+Source: docs/control.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+VERSION = 1
+LINE_BYTES = 65_536
+_ID_CHARACTERS = 64
+#: A number of a generation, worker or process; more than any of these can be.
+_MOST = 2**31
+_ENVELOPE = ("v", "id", "command")
+
+
+class Wrong(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, code: str, text: str, request_id: object = None) -> None:
+        super().__init__(text)
+        self.code = code
+        self.id = request_id
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A command that is known, with arguments that it takes."""
+
+    command: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: object = None
+
+
+def _whole(low: int, high: int) -> Callable[[object], str | None]:
+    def check(value: object) -> str | None:
+        if type(value) is int and low <= value <= high:
+            return None
+        return f"a whole number from {low} to {high}"
+
+    return check
+
+
+def _seconds(value: object) -> str | None:
+    if type(value) in (int, float) and 0.1 <= value <= 86_400:  # type: ignore[operator]
+        return None
+    return "seconds from 0.1 to 86400"
+
+
+def _yes_or_no(value: object) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _level(value: object) -> str | None:
+    return (
+        None
+        if value in ("debug", "info", "warning", "error")
+        else ('"debug", "info", "warning" or "error"')
+    )
+
+
+_NUMBER = _whole(1, _MOST)
+#: Command -> the arguments it takes, each with what says what is allowed.
+COMMANDS: Mapping[str, Mapping[str, Callable[[object], str | None]]] = {
+    "status": {},
+    "reload": {},
+    "upgrade": {},
+    "stop": {"quick": _yes_or_no},
+    "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
+    "hold": {"seconds": _seconds},
+    "release": {},
+    "drain": {"generation": _NUMBER, "pid": _NUMBER},
+    "kill": {"generation": _NUMBER},
+    "log-level": {"level": _level},
+    "reopen": {},
+    "connections": {"generation": _NUMBER},
+    "crashes": {},
+    "diff": {},
+    "events": {},
+}
+#: Those that need one of these arguments, and no more than one.
+_ONE_OF = {
+    "scale": ("to", "by"),
+    "hold": ("seconds",),
+    "drain": ("generation", "pid"),
+    "kill": ("generation",),
+    "log-level": ("level",),
+}
+
+
+def parse(line: bytes) -> Request:
+    """Return the request in a line.  Raises Wrong for anything that is none."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
+        raise Wrong("invalid", f"a line is one JSON object: {_short(error)}") from None
+    if not isinstance(found, dict):
+        raise Wrong("invalid", "a line is one JSON object")
+    request_id = found.get("id")
+    if not _is_id(request_id):
+        raise Wrong("invalid", f"id: a JSON scalar of up to {_ID_CHARACTERS} characters")
+    if found.get("v") != VERSION or isinstance(found.get("v"), bool):
+        raise Wrong("invalid", f"v: this protector speaks version {VERSION}", request_id)
+    command = found.get("command")
+    if not isinstance(command, str) or command not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise Wrong("unknown", f"unknown command {_short(command)}; known: {known}", request_id)
+    arguments = {name: value for name, value in found.items() if name not in _ENVELOPE}
+    wrong = _what_is_wrong(command, arguments)
+    if wrong is not None:
+        raise Wrong("invalid", f"{command}: {wrong}", request_id)
+    return Request(command, arguments, request_id)
+
+
+def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
+    allowed = COMMANDS[command]
+    for name, value in arguments.items():
+        if name not in allowed:
+            known = ", ".join(allowed) or "none"
+            return f"unknown argument {_short(name)}; allowed: {known}"
+        expected = allowed[name](value)
+        if expected is not None:
+            return f"{name}: {_short(value)} is not {expected}"
+    one_of = _ONE_OF.get(command, ())
+    if one_of and len(arguments) != 1:
+        return (
+            f"exactly one of {', '.join(one_of)} is needed"
+            if one_of[1:]
+            else (f"{one_of[0]} is needed")
+        )
+    return None
+
+
+def _is_id(value: object) -> bool:
+    if isinstance(value, list | dict):
+        return False
+    return len(json.dumps(value)) <= _ID_CHARACTERS + 2
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, Exception) else repr(value)
+    return str(text)[:100]
+
+
+def answer(request_id: object, result: Mapping[str, object]) -> bytes:
+    """Return the line that says that a request was carried out."""
+    return _line({"v": VERSION, "id": request_id, "ok": True, "result": result})
+
+
+def refusal(wrong: Wrong) -> bytes:
+    """Return the line that says why one was not."""
+    text = {"ok": False, "code": wrong.code, "error": str(wrong)}
+    return _line({"v": VERSION, "id": wrong.id, **text})
+
+
+def event(name: str, at: float, level: str, fields: Mapping[str, object]) -> bytes:
+    """Return the line that tells of something that happened."""
+    # Ours last: no field may pass for them.
+    return _line({**fields, "v": VERSION, "event": name, "at": at, "level": level})
+
+
+def _line(content: Mapping[str, object]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"

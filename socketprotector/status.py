@@ -1,0 +1,191 @@
+"""What a protector says of itself: the values behind `status`, `connections` and `crashes`.
+
+Reads, and changes nothing.  Names and units are those of docs/control.md.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from . import __version__
+from .events import Deadline, Wait
+from .fleet import Fleet, Generation, Phase, Worker
+from .home import Home
+from .listener import Listener
+from .records import Counts, WorkerRecord
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
+_TCP_INFO_BYTES, _QUEUE_AT = 32, 24
+_QUEUE = struct.Struct("2I")
+
+
+def phase_of(fleet: Fleet) -> str:
+    """Say in a word what the whole is doing."""
+    if fleet.stopping:
+        return "stopping"
+    if not fleet.served:
+        return "starting"
+    if fleet.of(Phase.SETTLING):
+        return "settling"
+    if fleet.of(Phase.STARTING) or fleet.to_open or fleet.reload_wanted:
+        return "reloading" if fleet.route else "waiting"
+    return "serving" if fleet.route else "waiting"
+
+
+def of_listener(listener: Listener) -> dict[str, Any]:
+    """Say what is known of a listener; its backlog only where the kernel tells (TCP)."""
+    waiting = limit = None
+    if listener.socket.family != socket.AF_UNIX:
+        try:
+            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+            waiting, limit = _QUEUE.unpack_from(info, _QUEUE_AT)
+        except (OSError, struct.error):
+            pass
+    return {
+        "index": listener.index,
+        "address": listener.settings.address,
+        "backlog": waiting,
+        "backlog_limit": limit,
+    }
+
+
+def of_generations(
+    fleet: Fleet, homes: Mapping[int, Home], records: Iterable[WorkerRecord]
+) -> list[dict[str, Any]]:
+    """Say what is known of each generation that is not gone, the oldest first."""
+    by_number = {each.number: each for each in records}
+    return [
+        _of_generation(each, homes[each.number], by_number)
+        for each in fleet.generations
+        if each.number in homes  # else it could not be opened
+    ]
+
+
+def _of_generation(
+    generation: Generation, home: Home, records: Mapping[int, WorkerRecord]
+) -> dict[str, Any]:
+    counts = {worker.number: home.counts(worker.slot) for worker in generation.alive}
+    known = [each for each in (home.past, *counts.values()) if each is not None]
+    total = sum(known, Counts()) if known else None
+    return {
+        "number": generation.number,
+        "phase": generation.phase.value,
+        "opened_at": home.opened_at,
+        "serving_since_at": home.served_at,
+        "draining_since_at": home.drained_at,
+        "path": home.program.path,
+        "queue": home.channel.depth(),
+        "lost": home.lost if total is not None else None,
+        **_of_counts(total),
+        "wait_us": _of_waits(total.waits) if total is not None else None,
+        "workers": [
+            _of_worker(each, records.get(each.number), counts.get(each.number))
+            for each in generation.workers
+        ],
+    }
+
+
+def _of_worker(
+    worker: Worker, record: WorkerRecord | None, counts: Counts | None
+) -> dict[str, Any]:
+    ready_at = record.ready_at if record is not None else None
+    return {
+        "number": worker.number,
+        "slot": worker.slot,
+        "pid": record.pid if record is not None else None,
+        "state": worker.state.value,
+        "started_at": record.started_at if record is not None else None,
+        "ready_at": None if ready_at is None else time.time() - (time.monotonic() - ready_at),
+        "status": record.status if record is not None else "",
+        "quick_deaths": worker.quick_deaths,
+        **_of_counts(counts),
+    }
+
+
+def _of_counts(counts: Counts | None) -> dict[str, int | None]:
+    if counts is None:
+        return dict.fromkeys(("accepted", "active", "finished", "errors"))
+    return {
+        "accepted": counts.accepted,
+        "active": counts.active,
+        "finished": counts.accepted - counts.active,
+        "errors": counts.errors,
+    }
+
+
+def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
+    return {
+        "count": sum(waits),
+        "p50": _percentile(waits, 0.50),
+        "p99": _percentile(waits, 0.99),
+        "buckets": list(waits),
+    }
+
+
+def _percentile(waits: Sequence[int], share: float) -> int | None:
+    """Return the longest wait of the bucket in which so large a share of all has been reached."""
+    left = sum(waits) * share
+    if not left:
+        return None
+    for bucket, count in enumerate(waits):
+        left -= count
+        if left <= 0:
+            return int(2**bucket - 1)
+    return None
+
+
+def of_connections(
+    homes: Mapping[int, Home], records: Iterable[WorkerRecord], only: int | None
+) -> list[dict[str, Any]]:
+    """Say where the connections of each worker are to be looked for, and how old they are."""
+    offset = time.time() - time.monotonic()
+    found = []
+    for record in records:
+        home = homes.get(record.generation)
+        if home is None or only not in (None, record.generation):
+            continue
+        times = None
+        if home.board is not None and home.counts(record.slot) is not None:
+            times = {
+                str(fd): ns / 1e9 + offset for fd, ns in home.board.accepted_at(record.slot).items()
+            }
+        found.append(
+            {
+                "generation": record.generation,
+                "worker": record.number,
+                "pid": record.pid,
+                "accepted_at_by_fd": times,
+                # At the latest: whoever drains takes nothing any more.
+                "since_at": home.drained_at or record.started_at,
+            }
+        )
+    return found
+
+
+def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> dict[str, Any]:
+    """Put together what concerns the whole, with what the caller knows."""
+    hold = due.get(Deadline(Wait.HOLD))
+    return {
+        "version": __version__,
+        "now": time.time(),
+        "phase": phase_of(fleet),
+        "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
+        "handoff": "connection",
+        "workers_wanted": fleet.workers_wanted,
+        "route": fleet.route.number if fleet.route else None,
+        "reload_wanted": fleet.reload_wanted,
+        **known,
+    }
+
+
+def plain(values: Iterable[object]) -> list[dict[str, Any]]:
+    """Return frozen values as what JSON knows."""
+    return [asdict(each) for each in values]  # type: ignore[call-overload]

@@ -138,9 +138,9 @@ def drain(instance: Instance, which: str, as_json: bool) -> None:
     with instance.client() as client:
         wanted = _generation_or_pid(which, client.request("status"))
         result = client.request("drain", **wanted)
-    (kind, number), new = *wanted.items(), number_in(result, "generation")
-    if kind == "generation":
-        words = f"generation {new} is started in the place of {number}, which drains when it serves"
+    if "generation" in wanted:
+        number = wanted["generation"]
+        words = f"generation {number} is replaced by one of the same program, and then drains"
     else:
         words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
     _answer(as_json, result, words)

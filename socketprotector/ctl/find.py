@@ -20,7 +20,9 @@ _NAMES_SHOWN = 8
 def folders(environment: Mapping[str, str] = os.environ) -> list[str]:
     """Return where control sockets are, the user's own folder first."""
     own = environment.get("XDG_RUNTIME_DIR")
-    return [os.path.join(own, "socketprotector"), SYSTEM] if own else [SYSTEM]
+    if own is None or not os.path.isabs(own):
+        return [SYSTEM]
+    return [os.path.join(own, "socketprotector"), SYSTEM]
 
 
 def sockets() -> list[str]:
@@ -42,12 +44,12 @@ def key(path: str) -> str:
 
 def by_name(name: str) -> str:
     """Return the socket of a name; one that somebody listens at, if the folders differ."""
-    if "/" in name or name in ("", ".", ".."):
-        raise UsageError(f"--name {escape(name)!r}: a name, not a path; for a path use --control")
-    there = [path for path in sockets() if key(path) == name]
+    # As the protector does: its name may be that of a path.
+    file = name.replace("/", "_")
+    there = [path for path in sockets() if key(path) == file]
     if not there:
         known = _names([key(path) for path in sockets()])
-        raise NoProtector(f"--name {name}: no {name}{SUFFIX} in {_where()}; there is {known}")
+        raise NoProtector(f"--name {name}: no {file}{SUFFIX} in {_where()}; there is {known}")
     return next((path for path in there if _listening(path)), there[0])
 
 
@@ -58,9 +60,9 @@ def by_pid_file(file: str) -> str:
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = ask_all(sockets())
     for each in found:
-        told = (each.result or {}).get("pid")
-        # Under --guard the pid file holds the guard's, and the protector is its child.
-        if each.alive and pid in (each.pid, told, parent_of(told if isinstance(told, int) else 0)):
+        told = each.result or {}
+        # Under --guard the pid file holds the guard's: main_pid.
+        if each.alive and pid in (each.pid, told.get("pid"), told.get("main_pid")):
             return each.path
     unseen = [each.path for each in found if each.why in ("denied", "silent")]
     hint = f" (no answer from {_names(unseen)})" if unseen else ""
@@ -94,15 +96,6 @@ def _listening(path: str) -> bool:
     except Exception:
         return True  # somebody is there, and does not let us in: the request will say so
     return True
-
-
-def parent_of(pid: int) -> int:
-    """Return the parent of a process, 0 where it is not known."""
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            return int(file.read().rpartition(")")[2].split()[1])
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 def _pid(file: str) -> int:

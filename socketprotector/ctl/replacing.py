@@ -20,7 +20,6 @@ from ..options import Duration
 from . import verdict
 from .client import Message
 from .failure import Cut, NoProtector, NotTaken, Refused, TimedOut
-from .find import parent_of
 from .program import Instance, command, say, say_json, tell
 from .session import Session
 from .verdict import Verdict, number_in, text_in
@@ -351,10 +350,8 @@ class _Process:
     """The protector's process and its guard's, so that "stopped" means that they are gone."""
 
     def __init__(self, status: Message) -> None:
-        pid = number_in(status, "pid")
-        pids = [pid, parent_of(pid)] if status.get("guarded") is True else [pid]
         self._pidfds = []
-        for each in pids:
+        for each in {number_in(status, "pid"), number_in(status, "main_pid")}:
             try:
                 self._pidfds.append(os.pidfd_open(each))
             except (OSError, ValueError):  # gone, or in another pid namespace

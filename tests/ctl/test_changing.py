@@ -106,7 +106,7 @@ def test_a_hold_asks_again_long_before_it_runs_out() -> None:
 def test_drain_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(generation(8, "serving", worker(14, 4712), worker(15, 8)))
     fake.answers["drain"] = lambda _, asked: (
-        {"generation": 9} if "generation" in asked else {"worker": 16}
+        {"generation": 8} if "generation" in asked else {"worker": 16}
     )
 
     assert ctl("drain", "4712").out == "worker 16 is replaced, then asked to leave\n"
@@ -114,7 +114,7 @@ def test_drain_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ct
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
     assert ctl("drain", "generation:8").out == (
-        "generation 9 is started in the place of 8, which drains when it serves\n"
+        "generation 8 is replaced by one of the same program, and then drains\n"
     )
     neither = ctl("drain", "7")
     assert neither.status == 100

@@ -55,7 +55,11 @@ def web(control: Path, protector: Start, release: Release) -> Start:
 
     def start(*options: str | Path) -> Protector:
         words = ("--name", "web", *options, "127.0.0.1:0", "--", release.path)
-        return protector(*words).ready()
+        if "--log-file" not in options:
+            return protector(*words).ready()
+        daemon = protector(*words)
+        eventually(lambda: '"phase": "serving"' in run("status", "--json").out, "it serves")
+        return daemon
 
     return start
 
@@ -108,6 +112,11 @@ def state(*instance: str) -> dict[str, Any]:
     assert said.status == 0, said.err
     found: dict[str, Any] = json.loads(said.out)
     return found
+
+
+def port() -> int:
+    """Where the only instance listens, if its log is in a file."""
+    return int(state()["listeners"][0]["address"].rpartition(":")[2])
 
 
 # -- status, list, finding ------------------------------------------------------------
@@ -196,7 +205,7 @@ def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> No
 def test_a_broken_release_is_status_3_with_reason_and_last_words(
     web: Start, release: Release, tmp_path: Path
 ) -> None:
-    daemon = web("--log-file", tmp_path / "log", "--name", "web")
+    web("--log-file", tmp_path / "log")
     release.write("#!/bin/sh\nprintf 'cannot read \\033[31mapp.conf\\n' >&2\nexit 7\n")
 
     said = run("reload")
@@ -208,7 +217,7 @@ def test_a_broken_release_is_status_3_with_reason_and_last_words(
     assert "generation 1 serves on" in said.err
     assert "cannot read \\x1b[31mapp.conf" in said.err
     assert "\x1b" not in said.err
-    assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
+    assert pid_in(ask(("127.0.0.1", port()))) > 0
     assert json.loads(run("reload", "--json").out)["result"] == "failed"
 
 
@@ -458,7 +467,7 @@ def test_connections_tells_who_keeps_a_generation_alive(control: Path, protector
 
 
 def test_crashes_tells_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
-    daemon = web("--log-file", tmp_path / "log")
+    web("--log-file", tmp_path / "log")
     [pid] = [each["pid"] for each in state()["generations"][0]["workers"]]
     os.kill(pid, signal.SIGSEGV)
     eventually(lambda: state()["crashes"] == 1, "the crash")
@@ -466,7 +475,7 @@ def test_crashes_tells_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
     said = run("crashes")
 
     assert f"pid {pid}, was killed by SIGSEGV" in said.out
-    assert pid_in(ask(("127.0.0.1", daemon.port))) != pid
+    assert pid_in(ask(("127.0.0.1", port()))) != pid
 
 
 def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:

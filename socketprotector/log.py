@@ -7,6 +7,7 @@ dropped, and the next one that gets through says how many were.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -42,6 +43,7 @@ class Log:
         self._dropped = 0
         self._end = b""  # of a line that was cut off
         self._fd = -1
+        self._may_block = False
         self._socket: socket.socket | None = None
         self.reopen()
 
@@ -80,13 +82,15 @@ class Log:
             self._socket = socket.socket(fileno=os.dup(_STDERR))
             return
         self._fd = os.dup(_STDERR)
+        self._may_block = False
         if stat.S_ISREG(mode):
             return  # never blocks, and everybody must write at one and the same offset
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
         except OSError:
-            return  # another user's terminal, or no /proc: better a line that may block than none
+            self._may_block = True  # another user's pipe or terminal, or no /proc
+            return
         os.close(self._fd)
         self._fd = fd
 
@@ -114,7 +118,7 @@ class Log:
             if self._socket is not None:
                 sent = self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             else:
-                sent = os.write(self._fd, data)
+                sent = self._put(data)
         except OSError:
             self._dropped += 1
             return
@@ -122,6 +126,16 @@ class Log:
         cut = sent < len(data)
         self._end = b"\n" if cut else b""
         self._dropped = self._dropped + 1 if cut else 0
+
+    def _put(self, data: bytes) -> int:
+        if self._may_block:
+            try:
+                return os.pwritev(self._fd, [data], -1, os.RWF_NOWAIT)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+                # A terminal, or a kernel before 6.4: better a line that may block than none.
+        return os.write(self._fd, data)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = time.time()

@@ -94,6 +94,28 @@ def test_lines_that_would_block_are_dropped_and_counted(pipe: tuple[int, int]) -
     assert os.get_blocking(send), "the workers' description is as it was"
 
 
+def test_a_pipe_that_may_not_be_opened_again_holds_nobody_up_either(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another user's: it is written to by the description that all share."""
+    receive, send = pipe
+
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr("socketprotector.log.os.open", refuse)
+    with log_to(send) as log:
+        monkeypatch.undo()
+        for _ in range(2000):
+            log.write("info", "x" * 100)
+        while len(os.read(receive, 65536)) == 65536:
+            pass
+        log.write("info", "last")
+
+    assert b"event=last dropped_lines=" in os.read(receive, 65536)
+    assert os.get_blocking(send)
+
+
 def test_a_reader_that_is_gone_is_no_trouble() -> None:
     receive, send = os.pipe()
     with log_to(send) as log:

@@ -17,7 +17,15 @@ from bench.load import Load
 from socketprotector import cli
 from tests.ctl.conftest import COMMAND, run
 from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import Installation, kill_protector, protector_pid, revived, upgrade
+from tests.scenarios.adopting import (
+    ROUNDS,
+    Chance,
+    Installation,
+    kill_protector,
+    protector_pid,
+    revived,
+    upgrade,
+)
 from tests.scenarios.tools import Client, Gate, Release, library_worker, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
@@ -305,6 +313,33 @@ def test_two_reloads_at_once_each_get_their_own_verdict(
 
     assert first.wait() == 3
     assert second.wait() == 0
+
+
+@pytest.mark.slow
+def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
+    beside: Beside, web: Start, release: Release
+) -> None:
+    chance = Chance()
+    daemon = web("--guard")
+    for _ in range(ROUNDS):
+        works = chance.random.random() < 0.5
+        release.becomes(*(MANY if works else ("/bin/false",)))
+        running = beside("reload", "--json", "--timeout", "60s")
+        chance.moment(0.4)  # before it is asked, in the middle, or when it is over
+        mark = len(daemon.log.seen)
+        if chance.random.random() < 0.5:
+            kill_protector(daemon)
+            revived(daemon, mark)
+        else:
+            upgrade(daemon)
+
+        status = running.wait()
+
+        told = json.loads(running.out.text())
+        assert (status, told["result"]) == ((0, "reloaded") if works else (3, "failed"))
+        event = "reloaded" if works else "reload-failed"
+        daemon.log.wait_for(f"event={event} generation={told['generation']}")
+        assert (state()["route"] == told["generation"]) is works
 
 
 def test_no_wait_only_asks(web: Start) -> None:

@@ -8,29 +8,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
+from . import control_path
 from .address import Listen
 from .bind import Bound
 from .bind_unix import bind_unix
 from .errors import SystemRefused
 from .settings import Settings
 
-#: Where the sockets are that nobody chose a place for; tools look through both.
-SYSTEM_FOLDER = "/run/socketprotector"
-SUFFIX = ".control"
 _BACKLOG = 64
-
-
-def folder() -> str:
-    """Return where the caller's control sockets are."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    return os.path.join(runtime, "socketprotector") if os.path.isabs(runtime) else SYSTEM_FOLDER
 
 
 def default_path(name: str | None, addresses: Sequence[str], command: str) -> str:
     """Return where the control socket goes: by --name, else the first port, else the command."""
     ports = (address.rpartition(":")[2] for address in addresses if address.startswith("tcp:"))
-    key = name or next(ports, "") or os.path.basename(command)
-    return os.path.join(folder(), key.replace("/", "_") + SUFFIX)
+    key = control_path.key_of(name or next(ports, "") or os.path.basename(command))
+    folder = control_path.folders(os.environ)[0]
+    own = os.path.join(folder, key)
+    if os.path.isdir(own):
+        return os.path.join(own, control_path.IN_OWN_FOLDER)
+    return os.path.join(folder, f"{key}{control_path.SUFFIX}")
 
 
 def bind_control(settings: Settings, path: str, notice: Callable[[str], None]) -> Bound | None:
@@ -41,9 +37,10 @@ def bind_control(settings: Settings, path: str, notice: Callable[[str], None]) -
     if settings.control_group is not None:
         options.update(mode="0660", group=str(settings.control_group))
     try:
-        if os.path.dirname(path) == folder():
-            # Of a folder that others may look into: the sockets in it have modes of their own.
-            os.makedirs(folder(), 0o755, exist_ok=True)
+        folder = control_path.folders(os.environ)[0]
+        if os.path.dirname(path) == folder:
+            # Others may look into it: the sockets there have modes of their own.
+            os.makedirs(folder, 0o755, exist_ok=True)
         listen = Listen(path, path=path, options=options)
         return Bound(*bind_unix(listen, path, _BACKLOG, dry=False))
     except OSError as error:

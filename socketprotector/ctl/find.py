@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 
+from .. import control_path
 from ..errors import UsageError
 from ..words import escape
 from .client import connect
 from .failure import NoProtector
 from .survey import Found, ask_all
 
-SYSTEM = "/run/socketprotector"
-SUFFIX = ".control"
 _NAMES_SHOWN = 8
 
 
-def folders(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return where control sockets are, the user's own folder first."""
-    own = environment.get("XDG_RUNTIME_DIR")
-    if own is None or not os.path.isabs(own):
-        return [SYSTEM]
-    return [os.path.join(own, "socketprotector"), SYSTEM]
-
-
 def sockets() -> list[str]:
-    """Return the paths of all control sockets in both folders, living or dead."""
-    found = []
-    for folder in folders():
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            continue
-        found += [os.path.join(folder, name) for name in sorted(names) if name.endswith(SUFFIX)]
-    return found
-
-
-def key(path: str) -> str:
-    """Return what to give to --name for a socket in one of the folders."""
-    return os.path.basename(path).removesuffix(SUFFIX)
+    """Return the paths of all control sockets, living or dead."""
+    return control_path.sockets(os.environ)
 
 
 def by_name(name: str) -> str:
     """Return the socket of a name; one that somebody listens at, if the folders differ."""
     # As the protector does: its name may be that of a path.
-    file = name.replace("/", "_")
-    there = [path for path in sockets() if key(path) == file]
+    key, found = control_path.key_of(name), sockets()
+    there = [path for path in found if control_path.key(path) == key]
     if not there:
-        known = _names([key(path) for path in sockets()])
-        raise NoProtector(f"--name {name}: no {file}{SUFFIX} in {_where()}; there is {known}")
+        known = _names([control_path.key(path) for path in found])
+        file = f"{key}{control_path.SUFFIX}"
+        raise NoProtector(f"--name {name}: no {file} in {_where()}; there is {known}")
     return next((path for path in there if _listening(path)), there[0])
 
 
@@ -78,7 +57,7 @@ def the_only_one() -> str:
     if not living:
         raise NoProtector(f"no protector has a control socket in {_where()}; is one running?")
     if len(living) > 1:
-        names = _names([key(path) for path in living])
+        names = _names([control_path.key(path) for path in living])
         raise UsageError(f"which one? say --name NAME (before the command): {names}")
     return living[0]
 
@@ -113,7 +92,7 @@ def _pid(file: str) -> int:
 
 
 def _where() -> str:
-    return " or ".join(folders())
+    return " or ".join(control_path.folders(os.environ))
 
 
 def _names(names: list[str]) -> str:

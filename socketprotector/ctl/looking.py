@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from .. import control_path
 from ..words import field
 from . import find
 from .client import Message
@@ -242,7 +244,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
             {
                 "instances": [
                     {
-                        "key": find.key(each.path),
+                        "key": control_path.key(each.path),
                         "control": each.path,
                         "why": each.why or None,
                         "status": each.result,
@@ -262,7 +264,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         route = state.get("route")
         rows.append(
             (
-                find.key(each.path),
+                control_path.key(each.path),
                 text_in(state, "phase") or each.why,
                 number_in(state, "pid") or each.pid or None,
                 route if isinstance(route, int) else None,
@@ -277,4 +279,4 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         right = ("PID", "GENERATION", "UP", "FORWARDED")
         render.show(render.columns(headings, rows, right=right))
     else:
-        say(f"no protector has a control socket in {' or '.join(find.folders())}")
+        say(f"no protector has a control socket in {' or '.join(control_path.folders(os.environ))}")

@@ -45,10 +45,11 @@ def listeners(status: Message) -> list[Text]:
     """Where it listens, and who waits there."""
     found = []
     for each in listed(status, "listeners"):
-        waits = render.count(each.get("backlog"))
-        limit = render.count(each.get("backlog_limit"))
-        address = text_in(each, "address")
-        found.append(render.line(f"listens on {address}, {waits} of {limit} wait"))
+        words = f"listens on {text_in(each, 'address')}"
+        if each.get("backlog") is not None:  # the kernel does not tell for UNIX sockets
+            limit = render.count(each.get("backlog_limit"))
+            words += f", {render.count(each.get('backlog'))} of {limit} wait"
+        found.append(render.line(words))
     return found
 
 

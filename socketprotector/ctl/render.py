@@ -116,7 +116,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def columns(headings: Sequence[str], rows: Iterable[Row], right: Sequence[str] = ()) -> Table:
     """A table without lines.  right: the headings of columns with numbers."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    # One blank between them: a generation fits into 80 columns.
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
     for row in rows:

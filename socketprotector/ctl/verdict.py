@@ -179,7 +179,8 @@ class Draining:
     def words(self) -> str:
         """Say who is left."""
         numbers = ", ".join(str(number) for number in self.generations)
-        connections = "" if self.active is None else f", {self.active} connections"
+        several = "" if self.active == 1 else "s"
+        connections = "" if self.active is None else f", {self.active} connection{several}"
         some = ", ".join(str(pid) for pid in self.pids[:5]) + (", ..." if self.workers > 5 else "")
         plural = "s" if len(self.generations) > 1 else ""
         workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"

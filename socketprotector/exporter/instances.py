@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from .. import control_path
 from ..ctl import find
 from ..ctl.failure import NoProtector
 from ..ctl.survey import Found, ask_all
@@ -46,7 +47,7 @@ def _by_name(name: str) -> str:
 
 def _labels(paths: Sequence[str]) -> list[str]:
     """What to call instances by their sockets: the whole path where two have one name."""
-    keys = [find.key(path) for path in paths]
+    keys = [control_path.key(path) for path in paths]
     return [key if keys.count(key) == 1 else path for key, path in zip(keys, paths, strict=True)]
 
 

@@ -48,18 +48,19 @@ LAYERS = {
             "status",
             "supervisor",
         },
-        *{"upgrade"},
+        *{"upgrade", "watcher"},
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "fold", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
         *{"notify", "pidfile", "privileges", "process", "relay", "state", "strays"},
-        *{"terminal"},
+        *{"terminal", "watch"},
     },
     "values": {
         *{
             "__init__",
+            "control_path",
             "errors",
             "events",
             "fleet",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.ctl import find
+from socketprotector import control_path
 from socketprotector.ctl.client import Client
 from tests.ctl.conftest import Said
 from tests.ctl.fake import Fake, Refusing
@@ -51,7 +51,7 @@ def test_by_name_in_either_folder_the_living_one_first(
     fakes: Fakes, folder: Path, ctl: Ctl
 ) -> None:
     dead(folder / "web.control")
-    system = Path(find.SYSTEM)
+    system = Path(control_path.SYSTEM)
     living = Fake(system / "web.control")
     try:
         assert level(ctl, "--name", "web").status == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import pty
 import re
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from socketprotector.ctl.top import Rates, drawn, quantile_us
 from tests.ctl.conftest import COMMAND
@@ -102,6 +104,17 @@ def test_no_line_is_wider_and_no_screen_higher_than_the_terminal(top: Terminal) 
         lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen).split("\r\n")
         assert len(lines) <= 24
         assert max(map(len, lines)) <= 80
+
+
+def test_a_busy_generation_fits_into_80_columns() -> None:
+    waits = {"count": 1, "p50": 1_023, "p99": 1_048_575, "buckets": []}
+    busy = generation(1234, "draining", worker(1), accepted=12_345_678, active=4_321, wait_us=waits)
+    console = Console(width=80, file=io.StringIO())
+    console.print(drawn(status(busy), Rates(), 80, 24))
+
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "12,345,678" in shown
+    assert "\u2026" not in shown
 
 
 def test_a_cut_is_survived(fake: Fake, top: Terminal) -> None:

@@ -1,0 +1,48 @@
+"""Where control sockets are when nobody chose another place (docs/control.md).
+
+The protector that makes one and the programs that look for it agree on this.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+SYSTEM = "/run/socketprotector"
+SUFFIX = ".control"
+#: In an instance's own folder, as units and the init script make one for each.
+IN_OWN_FOLDER = "control"
+
+
+def folders(environment: Mapping[str, str]) -> list[str]:
+    """Return where control sockets are, the one where new ones are made first."""
+    own = environment.get("XDG_RUNTIME_DIR")
+    if own is None or not os.path.isabs(own):
+        return [SYSTEM]
+    return [os.path.join(own, "socketprotector"), SYSTEM]
+
+
+def key_of(name: str) -> str:
+    """Return what stands for a name in a path."""
+    return name.replace("/", "_")
+
+
+def key(path: str) -> str:
+    """Return what a control socket's name was made from."""
+    folder, name = os.path.split(path)
+    return os.path.basename(folder) if name == IN_OWN_FOLDER else name.removesuffix(SUFFIX)
+
+
+def sockets(environment: Mapping[str, str]) -> list[str]:
+    """Return the paths of all control sockets in the folders, living or dead."""
+    found = []
+    for folder in folders(environment):
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError:
+            continue
+        paths = [os.path.join(folder, name) for name in names]
+        found += [path for path in paths if path.endswith(SUFFIX)]
+        own = [os.path.join(path, IN_OWN_FOLDER) for path in paths if not path.endswith(SUFFIX)]
+        found += [path for path in own if os.path.exists(path)]
+    return found

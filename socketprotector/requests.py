@@ -101,7 +101,7 @@ _ONE_OF = {
 def parse(line: bytes) -> Request:
     """Return the request in a line.  Raises Wrong for anything that is none."""
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
         raise Wrong("invalid", f"a line is one JSON object: {_short(error)}") from None
     if not isinstance(found, dict):
@@ -109,7 +109,7 @@ def parse(line: bytes) -> Request:
     request_id = found.get("id")
     if not _is_id(request_id):
         raise Wrong("invalid", f"id: a JSON scalar of up to {_ID_CHARACTERS} characters")
-    if found.get("v") != VERSION or isinstance(found.get("v"), bool):
+    if type(found.get("v")) is not int or found["v"] != VERSION:
         raise Wrong("invalid", f"v: this protector speaks version {VERSION}", request_id)
     command = found.get("command")
     if not isinstance(command, str) or command not in COMMANDS:
@@ -141,10 +141,20 @@ def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
     return None
 
 
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice")  # and nobody knows which is meant
+    return found
+
+
 def _is_id(value: object) -> bool:
-    if isinstance(value, list | dict):
-        return False
-    return len(json.dumps(value)) <= _ID_CHARACTERS + 2
+    if isinstance(value, str | list | dict):
+        return isinstance(value, str) and len(value) <= _ID_CHARACTERS
+    try:
+        return len(json.dumps(value, allow_nan=False)) <= _ID_CHARACTERS
+    except ValueError:
+        return False  # Python reads NaN and Infinity, which no JSON could bring back
 
 
 def _short(value: object) -> str:

@@ -1,0 +1,60 @@
+"""What is remembered for people: so many reloads and crashes, the newest last."""
+
+from __future__ import annotations
+
+from socketprotector.history import CRASHES, RELOADS, Crash, History, Reload
+
+
+def crash(worker: int) -> Crash:
+    return Crash(1.0 * worker, 1, worker, 0, 1000 + worker, "was killed by SIGSEGV", "serving")
+
+
+def test_the_last_crashes_are_kept_and_all_of_them_are_counted() -> None:
+    history = History()
+    for worker in range(1, CRASHES + 6):
+        history = history.with_crash(crash(worker))
+
+    assert history.crashes == tuple(crash(worker) for worker in range(6, CRASHES + 6))
+    assert history.crashed == CRASHES + 5
+    assert history.reloads == ()
+
+
+def test_a_reload_runs_and_then_has_an_outcome() -> None:
+    begun = History().reload_began(2, 10.0)
+    assert begun.reloads == (Reload(2, began_at=10.0),)
+    assert begun.reloads[0].result == "running"
+
+    ended = begun.reload_ended(2, "failed", "not ready within 60 s", 70.0)
+
+    assert ended.reloads == (Reload(2, "failed", "not ready within 60 s", 10.0, 70.0),)
+
+
+def test_the_last_reloads_are_kept() -> None:
+    history = History()
+    for generation in range(2, RELOADS + 5):
+        history = history.reload_began(generation, 1.0).reload_ended(generation, "reloaded", "", 2)
+
+    assert [each.generation for each in history.reloads] == list(range(5, RELOADS + 5))
+
+
+def test_an_outcome_changes_its_own_reload_and_no_other() -> None:
+    history = History().reload_began(2, 1.0).reload_ended(2, "reloaded", "", 2.0)
+
+    later = history.reload_began(3, 3.0).reload_ended(3, "failed", "it exited", 4.0)
+
+    assert later.reloads == (*history.reloads, Reload(3, "failed", "it exited", 3.0, 4.0))
+
+
+def test_an_outcome_without_a_beginning_is_remembered_too() -> None:
+    """A generation that could not even be opened."""
+    history = History().reload_ended(4, "failed", "./daemon: No such file", 5.0)
+
+    assert history.reloads == (Reload(4, "failed", "./daemon: No such file", 5.0, 5.0),)
+
+
+def test_a_rolled_back_reload_is_one_that_failed() -> None:
+    history = History().reload_began(2, 1.0).reload_ended(2, "reloaded", "", 2.0)
+
+    assert history.reload_ended(2, "failed", "it exited", 3.0).reloads == (
+        Reload(2, "failed", "it exited", 1.0, 3.0),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture(autouse=True)
+def _control_sockets_have_a_folder_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever protector a test starts; short, because a socket's path has 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
+        os.chmod(folder, 0o1777)  # some are started as another user
+        monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
+        yield
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""`SocketProtector` and `python -m socketprotector`: two programs behind one name.
+"""`SocketProtector` and `python -m socketprotector`: programs behind one name.
 
 Without our descriptors at the door this is the command line; with them it is the
-resident process, which must not load what only the command line needs.
+resident process, which must not load what only the command line needs, or the one that reads
+a configuration again for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from . import door
 
 def main() -> None:
     """Run the one or the other, and exit with its status."""
+    if door.is_for_reader():
+        from . import reread
+
+        sys.exit(reread.main())
     if door.is_ours():
         from . import lean
 

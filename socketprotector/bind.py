@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from . import holder
@@ -51,23 +51,27 @@ def bind_all(
     *,
     notice: Callable[[str], None],
     passed: Mapping[int, list[Bound]] | None = None,
+    have: Collection[str] = (),
     dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done.
 
-    passed: what stands for an argument (by its index) already; it is taken as it is.  The
-    caller owns what is returned (nothing when dry).  When one fails, what was bound before is
-    closed again.  Raises Refusal.  `notice` is told what is worth knowing.
+    passed: what stands for an argument (by its index) already; it is taken as it is.  have:
+    canonical addresses that are bound already, and are left out.  The caller owns what is
+    returned (nothing when dry).  When one fails, what was bound before is closed again.
+    Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
     try:
         for index, listen in enumerate(listens):
             if passed and index in passed:
                 found = passed[index]
+            elif f"unix:{listen.path}" in have:
+                found = []
             elif listen.path is not None:
                 found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
             else:
-                found = _bind_tcp(listen, listen.backlog(backlog), notice, dry=dry)
+                found = _bind_tcp(listen, listen.backlog(backlog), notice, have, dry=dry)
             bound += (
                 Bound(each.socket, replace(each.settings, text=listen.text)) for each in found
             )
@@ -122,10 +126,30 @@ def _has_ipv6() -> bool:
     return True
 
 
+def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
+    """Return the canonical addresses that an argument means, as far as they are known before."""
+    if listen.path is not None:
+        return [f"unix:{listen.path}"]
+    return [_canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
+
+
+def _canonical(family: socket.AddressFamily, host: str, port: int) -> str:
+    return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
+
+
 def _bind_tcp(
-    listen: Listen, backlog: int, notice: Callable[[str], None], *, dry: bool
+    listen: Listen,
+    backlog: int,
+    notice: Callable[[str], None],
+    have: Collection[str],
+    *,
+    dry: bool,
 ) -> list[Bound]:
-    addresses = _addresses(listen, notice)
+    addresses = [
+        (family, host)
+        for family, host in _addresses(listen, notice)
+        if _canonical(family, host, listen.port) not in have
+    ]
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
@@ -171,8 +195,7 @@ def _bind_one(
     except BaseException:
         sock.close()
         raise
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
-    return Bound(sock, ListenerSettings(f"tcp:{shown}:{chosen}"))
+    return Bound(sock, ListenerSettings(_canonical(family, host, chosen)))
 
 
 def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:

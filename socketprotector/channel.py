@@ -8,6 +8,7 @@ Source: docs/protocol.md, section "Channel"; unix(7), cmsg(3).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import select
 import socket
@@ -23,6 +24,8 @@ MESSAGE_CHARGE_BYTES = 768
 #: The smallest buffer that the kernel grants holds so many (measured).
 SMALLEST_QUEUE = 6
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+#: What sending says once a worker has shut the channel down.
+BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 
@@ -34,6 +37,12 @@ class Channel:
         """Take ownership of both ends; `write` is closed already in one that was ended."""
         self.read = read
         self.write = write
+        #: The listeners that its workers know, by index; None: all there are.
+        self.knows: frozenset[int] | None = None
+
+    def knows_of(self, index: int) -> bool:
+        """Whether its workers can be given connections of a listener."""
+        return self.knows is None or index in self.knows
 
     @classmethod
     def make(cls, queue: int) -> Channel:

@@ -101,7 +101,6 @@ class Crew:
         self._output = output
         self._post = post
         self._crashed = crashed
-        self._listeners = wire.pack_listeners([each.address for each in settings.listeners])
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
@@ -110,6 +109,13 @@ class Crew:
         if settings.worker_limits.any:
             loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
+
+    def settings_are(self, settings: Settings) -> None:
+        """A reload has changed them."""
+        self._settings = settings
+        self._loop.cancel("limits")
+        if settings.worker_limits.any:
+            self._loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
 
     # -- orders --------------------------------------------------------------
 
@@ -258,7 +264,7 @@ class Crew:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
         self._workers[number] = worker
-        after_s = self._settings.ready_after_s
+        after_s = worker.home.program.ready_after_s
         if after_s is not None and worker.ready_at is None:
             self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
         if worker.watched:
@@ -266,7 +272,7 @@ class Crew:
 
     def _wait_for_word(self, number: int) -> None:
         """Replace a worker that says nothing for too long from here on."""
-        limit_s = self._settings.watchdog_s
+        limit_s = self._workers[number].home.program.watchdog_s
         if limit_s:
 
             def silent() -> None:
@@ -305,7 +311,7 @@ class Crew:
             environment = {
                 wire.ENV_CHANNEL: str(_CHANNEL_FD),
                 wire.ENV_RETURN: str(_RETURN_FD),
-                wire.ENV_LISTENERS: self._listeners,
+                wire.ENV_LISTENERS: home.program.listeners,
                 wire.ENV_GENERATION: str(generation),
                 wire.ENV_WORKER: str(slot),
                 wire.ENV_NOTIFY: notify.address,
@@ -318,8 +324,8 @@ class Crew:
             if place is not None:
                 descriptors[_BOARD_FD], offset = place
                 environment[wire.ENV_SCOREBOARD] = f"{_BOARD_FD}:{offset}"
-            if self._settings.watchdog_s:
-                environment["WATCHDOG_USEC"] = str(int(self._settings.watchdog_s * 1_000_000))
+            if home.program.watchdog_s:
+                environment["WATCHDOG_USEC"] = str(int(home.program.watchdog_s * 1_000_000))
             process = spawn(home.program, environment, descriptors)
         except BaseException:
             for each in closing:
@@ -346,7 +352,7 @@ class Crew:
                 return
 
     def _handle(self, number: int, worker: _Worker, fields: Mapping[str, str]) -> None:
-        if fields.get("READY") == "1" and self._settings.ready_after_s is None:
+        if fields.get("READY") == "1" and worker.home.program.ready_after_s is None:
             self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
         # isdigit() alone is true of digits that int() does not take.
@@ -442,7 +448,7 @@ class Crew:
     def _why(self, worker: _Worker, how: str, last: str, *, detached: bool) -> str:
         """Say why a worker that never served has ended, as far as can be known."""
         when = "as soon as it was ready" if worker.died_saying_so else "before it was ready"
-        reason = f"{self._settings.command[0]} {how} {when}"
+        reason = f"{worker.home.program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
         if last:

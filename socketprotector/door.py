@@ -22,6 +22,8 @@ PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard
+READER = "sp.reader"  # this process reads the configuration again, and answers there
+READER_DRY = "sp.reader.dry"  # the same, only to say what would change
 PROBE = "sp.probe"  # this process is only asked whether it could take over
 CHANNEL = "sp.channel."  # and its generation, .read or .write
 WORKER = "sp.worker."  # and its number, .process, .notify or .line
@@ -131,6 +133,13 @@ def is_ours() -> bool:
 
 
 def _listed(told: str) -> list[str]:
+def is_for_reader() -> bool:
+    """Whether this process is to read a configuration again."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return False
+    return not {READER, READER_DRY}.isdisjoint(_listed(os.environ.get("LISTEN_FDNAMES", "")))
+
+
     """Return the names that LISTEN_FDNAMES tells, or tells where to find.  Raises OSError."""
     if (memfd := _memfd(told)) is not None:
         told = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from socketprotector_client import wire
 
 from . import door, envfile
+from .changes import changes
 from .channel import Channel
 from .crew import Crew, what_failed
 from .events import (
@@ -24,17 +28,22 @@ from .events import (
     Drain,
     Event,
     Exit,
+    ForgetSettings,
     Hold,
     News,
     Open,
     OpenFailed,
+    ReadSettings,
     Release,
     Report,
     Retire,
     RouteTo,
+    SettingsFailed,
+    SettingsRead,
     Signal,
     Spawn,
     StartTimer,
+    UseSettings,
     WorkerExited,
 )
 from .fleet import Fleet, Phase
@@ -48,8 +57,9 @@ from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .process import resolve
+from .reader import Answer, Reader
 from .records import Program, Snapshot
-from .settings import Settings
+from .settings import Settings, dump, load
 
 #: What belongs to the protector alone and must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
@@ -89,8 +99,9 @@ class Effects:
         post: Callable[[Event], None],
         held: Callable[[], bool],
         guarded: bool,
+        command: tuple[str, ...] = (),
     ) -> None:
-        """Take ownership of the listeners.
+        """Take ownership of the listeners.  command: executes this program again.
 
         `post` hands an event to the supervisor; `held` says that the state has changed without one.
         """
@@ -109,6 +120,11 @@ class Effects:
         self.restarts = 0
         self.started_at = time.time()
         self.guarded = guarded
+        self._coming: Settings | None = None  # read again, and not used yet
+        self._changed = False  # the settings are others than at the start
+        self._settings_used = 0
+        self._reader = Reader(command, loop, "reader")
+        self._comparer = Reader(command, loop, "comparer")
         self.crew = Crew(
             settings, loop=loop, log=log, output=output, post=post, crashed=self._note_crash
         )
@@ -149,6 +165,13 @@ class Effects:
                 self.forwarder.release(generation.channel)
             case Hold(on):
                 self.forwarder.hold(on)
+            case ReadSettings():
+                self._read_settings()
+            case UseSettings():
+                self._use_settings()
+            case ForgetSettings():
+                self._reader.call_off()
+                self._forget_settings()
             case CloseListeners(quick):
                 self.forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -194,6 +217,9 @@ class Effects:
             started_at=self.started_at,
             restarts=self.restarts,
             log_level=self._log.level,
+            settings=dump(self._settings).decode() if self._changed else "",
+            coming=dump(self._coming).decode() if self._coming else "",
+            settings_used=self._settings_used,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -252,6 +278,7 @@ class Effects:
             self.forwarder.hands = snapshot.hand_number + 1
         else:
             self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
+        self._adopt_settings(snapshot)
         self._close_unknown(descriptors)
         for each in self._released.values():
             each.forget_board()
@@ -317,8 +344,9 @@ class Effects:
 
     def _open(self, number: int, fresh: bool) -> None:
         try:
-            program = self._good if self._good and not fresh else self._program()
-            home = Home.make(program, self._settings.queue)
+            settings = self._coming if self._coming and fresh else self._settings
+            program = self._good if self._good and not fresh else self._program(settings)
+            home = Home.make(program, settings.queue)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
@@ -334,11 +362,11 @@ class Effects:
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
         self.homes[number] = home
         capacity = home.channel.capacity()
-        if capacity < self._settings.queue:
+        if capacity < settings.queue:
             self._log.write(
                 "warning",
                 "queue-clamped",
-                wanted=self._settings.queue,
+                wanted=settings.queue,
                 got=capacity,
                 hint="raise the sysctl net.core.wmem_max",
             )
@@ -347,9 +375,8 @@ class Effects:
         # Seen at once: what is queued may have nobody left who looks.
         self._loop.watch(channel.read.fileno(), lambda: self._shut_down(number), SHUT)
 
-    def _program(self) -> Program:
+    def _program(self, settings: Settings) -> Program:
         """Resolve the command as it is now.  Raises OSError or ValueError."""
-        settings = self._settings
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)
         }
@@ -369,7 +396,104 @@ class Effects:
             nice=settings.nice,
             identity=settings.worker_identity,
             batch=settings.batch,
+            listeners=wire.pack_listeners(
+                [wire.REMOVED_LISTENER if e.removed else e.address for e in settings.listeners]
+            ),
+            ready_after_s=settings.ready_after_s,
+            watchdog_s=settings.watchdog_s,
         )
+
+    # -- settings ------------------------------------------------------------
+
+    def _read_settings(self) -> None:
+        limit_s = self._settings.policy.start_timeout_s
+        self._reader.read(self._settings, limit_s, self._were_read)
+
+    def _were_read(self, answer: Answer) -> None:
+        old, new = self._settings, answer.settings
+        if new is None:
+            lines = answer.failure.split("\n")
+            for line in lines:
+                self._log.write("error", "not-configured", text=line)
+            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+            self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
+            return
+        for text in new.notices[len(old.notices) :]:
+            self._log.write("warning", "notice", text=text)
+        told = "; ".join(changes(old, new))
+        self._log.write("info", "configured", changes=told or "none")
+        self._coming = new
+        for index, fd in answer.listeners.items():
+            self.forwarder.add(Listener(fd, index, new.listeners[index]))
+        self._post(SettingsRead(new.policy, new.workers if new.workers != old.workers else None))
+
+    def compare(self, done: Callable[[Answer], None]) -> bool:
+        """Find out what a reload would change, and call back; False while that is going on."""
+        if self._comparer.busy:
+            return False
+        limit_s = self._settings.policy.start_timeout_s
+        self._comparer.read(self._settings, limit_s, done, dry=True)
+        return True
+
+    @property
+    def settings(self) -> Settings:
+        """Those that hold."""
+        return self._settings
+
+    def _use_settings(self) -> None:
+        if self._coming is not None:
+            if self._coming.log_level != self._settings.log_level:
+                self._log.set_level(self._coming.log_level)
+            self._hold_to(self._coming)
+            self._coming = None
+            self._settings_used += 1
+
+    def _forget_settings(self) -> None:
+        """Give up what was read.  The places of its listeners are never others'."""
+        if self._coming is not None:
+            there = self._settings.listeners
+            added = self._coming.listeners[len(there) :]
+            self._coming = None
+            if added:
+                gone = (replace(each, removed=True) for each in added)
+                self._hold_to(self._settings.listening((*there, *gone)))
+
+    def _hold_to(self, settings: Settings) -> None:
+        self._settings = settings
+        self._changed = True
+        self.crew.settings_are(settings)
+        self._remove_listeners()
+
+    def _remove_listeners(self) -> None:
+        """Empty what is removed into the newest generation that has served it."""
+        for listener in self.forwarder.listeners:
+            if self._settings.listeners[listener.index].removed:
+                served = [
+                    number
+                    for number, home in self.homes.items()
+                    if home.serving_since and not home.ended
+                    if home.channel.knows_of(listener.index)
+                ]
+                to = self.homes[max(served)].channel if served else None
+                self._log.write("info", "listener-removed", address=listener.settings.address)
+                self.forwarder.remove(listener, to)
+
+    def _adopt_settings(self, snapshot: Snapshot) -> None:
+        """Go on with what was read: the fleet says whether it is still to be tried."""
+        self._settings_used = snapshot.settings_used
+        self._changed = bool(snapshot.settings)
+        self._coming = load(snapshot.coming.encode()) if snapshot.coming else None
+        if self._coming is not None and snapshot.fleet.candidate is None:
+            if snapshot.fleet.settings_used > snapshot.settings_used:
+                self._use_settings()
+            else:
+                self._forget_settings()
+        self._remove_listeners()
+
+    def stop_reading(self) -> None:
+        """End the processes that read: the program that replaces this one knows nothing of them."""
+        self._reader.call_off()
+        self._comparer.call_off()
 
     def _route_to(self, number: int | None) -> None:
         generation = self.homes.get(number) if number is not None else None
@@ -454,6 +578,7 @@ class Effects:
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
+        self.stop_reading()
         self.forwarder.close()
         self.crew.close()
         self._log.write(

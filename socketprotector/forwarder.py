@@ -20,7 +20,8 @@ from collections.abc import Callable, Sequence
 from socketprotector_client import wire
 
 from . import door
-from .channel import SEND_FLAGS, Channel
+from .channel import BROKEN, SEND_FLAGS, Channel
+from .emptying import Emptying
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
 
@@ -28,8 +29,6 @@ from .loop import WRITE, Loop
 #: it takes one, because the accept that finds nothing costs 4 us (measured).
 BUSY_NS = 25_000
 BURST = 8
-#: What sending to a channel says once a worker has shut it down.
-BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 #: Waits when the system is out of descriptors or memory.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
@@ -69,6 +68,9 @@ class Forwarder:
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
+        self._aside: list[tuple[bytes, int]] = []  # was in hand; the route knows not its listener
+        self._emptying: list[Emptying] = []  # listeners that were removed
+        self._fed: list[Channel] = []  # by those; to be ended afterwards
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
         self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
         self._full: Channel | None = None  # its write end is watched for room
@@ -107,17 +109,65 @@ class Forwarder:
         """
         shut = channel.is_shut()
         self._reclaim(channel)
+        if not shut and any(each.channel is channel for each in self._emptying):
+            self._fed.append(channel)  # those who still come by a removed listener are its own
+            return
         channel.end()
         if shut and channel.depth():
             self._shut.append(channel)
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""
+        for each in self._emptying_to(channel):
+            each.end()
         channel.end()
         self._left_over.append(channel)
         if channel in self._shut:
             self._shut.remove(channel)
         self._go_on()
+
+    def add(self, listener: Listener) -> None:
+        """Accept from one more listener, for the generations that know it; takes ownership."""
+        self._listeners.append(listener)
+        self._go_on()
+
+    def remove(self, listener: Listener, to: Channel | None) -> None:
+        """Let nobody new in.  Who has connected goes to this channel; without one, nowhere."""
+        self._listeners.remove(listener)
+        if self._accepting.pop(listener.fileno(), None) is not None:
+            self._loop.unwatch(listener.fileno())
+        hand = self._take_aside(listener.index)
+        if to is None or listener.settings.foreign:
+            # A foreign one's owner goes on listening, and has those who wait.
+            if hand is not None:
+                os.close(hand[1])
+                self.lost += 1
+            listener.close()
+            return
+        emptying = Emptying(listener, to, self._loop, self._is_empty)
+        self._emptying.append(emptying)
+        emptying.begin(hand)
+
+    def _take_aside(self, index: int) -> tuple[bytes, int] | None:
+        for each in self._aside:
+            if _listener_of(each[0]) == index:
+                self._aside.remove(each)
+                return each
+        return None
+
+    def _emptying_to(self, channel: Channel) -> list[Emptying]:
+        return [each for each in self._emptying if each.channel is channel]
+
+    def _is_empty(self, emptying: Emptying) -> None:
+        """A removed listener is closed."""
+        self._emptying.remove(emptying)
+        self.forwarded += emptying.moved
+        self.lost += emptying.lost
+        channel = emptying.channel
+        if channel in self._fed and not self._emptying_to(channel):
+            self._fed.remove(channel)
+            channel.end()
+        self._held()
 
     def close_listeners(self, *, quick: bool) -> None:
         """Let nobody new in; quick: close at once, else first send on who has connected."""
@@ -134,9 +184,12 @@ class Forwarder:
         self.route_to(None)
         self._loop.cancel(_RETRY)
         if self._in_hand is not None:
-            self.lost += 1
-            os.close(self._in_hand[1])
+            self._aside.append(self._in_hand)
             self._in_hand = None
+        for _, fd in self._aside:
+            self.lost += 1
+            os.close(fd)
+        self._aside.clear()
         for channel in self._left_over:
             self.lost += channel.depth()
             channel.close()
@@ -159,7 +212,8 @@ class Forwarder:
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
-        found = {f"{door.LISTENER}{each.index}": each.fileno() for each in self._listeners}
+        listeners = (*self._listeners, *(each.listener for each in self._emptying))
+        found = {f"{door.LISTENER}{each.index}": each.fileno() for each in listeners}
         if self._in_hand is not None:
             found[f"{door.HAND}{self.hands}"] = self._in_hand[1]
         return found
@@ -223,6 +277,7 @@ class Forwarder:
     def _go_on(self) -> None:
         """Deliver what is in hand, then what was left over, then accept; or stay held."""
         if self._route is not None and self._full is None and not self._waiting:
+            self._sort_hands(self._route)
             if self._in_hand is not None:
                 header, fd = self._in_hand
                 self._in_hand = None
@@ -244,10 +299,25 @@ class Forwarder:
         if self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
+    def _sort_hands(self, route: Channel) -> None:
+        """Have in hand what the route knows of, if there is anything."""
+        if self._in_hand is not None and not route.knows_of(_listener_of(self._in_hand[0])):
+            self._aside.append(self._in_hand)
+            self._in_hand = None
+            self.hands += 1
+            self._held()
+        if self._in_hand is None and self._aside:
+            known = [each for each in self._aside if route.knows_of(_listener_of(each[0]))]
+            if known:
+                self._aside.remove(known[0])
+                self._in_hand = known[0]
+                self.hands += 1
+                self._held()
+
     def _accept_for(self, route: Channel) -> None:
         try:
             for listener in self._listeners:
-                if listener.fileno() not in self._accepting:
+                if listener.fileno() not in self._accepting and route.knows_of(listener.index):
                     ready = self._accept_to(route, listener)
                     self._loop.watch(listener.fileno(), ready)
                     self._accepting[listener.fileno()] = ready
@@ -271,8 +341,14 @@ class Forwarder:
             os.close(fd)
 
     def _reclaim(self, channel: Channel) -> None:
-        """Move what waits in a channel to the route, oldest first, while there is room."""
-        while self._open and self._route not in (None, channel) and self._take_reserve():
+        """Move what waits in a channel to the route, oldest first, while there is room.
+
+        What came by a listener that the route does not know stays where it is.
+        """
+        route = self._route
+        strange = route is not None and _lacks(route, channel)
+        left = channel.depth() if strange else -1
+        while left and self._open and self._route not in (None, channel) and self._take_reserve():
             os.close(self._reserve)
             self._reserve = -1
             try:
@@ -285,11 +361,23 @@ class Forwarder:
                 if channel.depth():  # then it is not empty, whatever the call has said
                     self._scarce("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
+            left -= 1
             header, fd = taken
             if fd < 0:
                 self.lost += 1
+            elif strange and route is not None and not route.knows_of(_listener_of(header)):
+                self._put_back(channel, header, fd)
             elif self._route is not None:
                 self._deliver(self._route, header, fd)
+
+    def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
+        """Send a connection to where it was taken from.  Takes ownership of fd."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd))]
+        try:
+            channel.write.sendmsg([header], rights, SEND_FLAGS)
+        except OSError:
+            self.lost += 1  # ended: nobody is left who knows the listener
+        os.close(fd)
 
     def _take_reserve(self) -> bool:
         """Keep a descriptor to spare: what the kernel cannot hand out it drops."""
@@ -381,3 +469,18 @@ class Forwarder:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        for each in tuple(self._emptying):
+            each.end()
+
+
+def _listener_of(header: bytes) -> int:
+    """The index of the listener that a connection came by."""
+    index: int = wire.HEADER.unpack_from(header)[2]
+    return index
+
+
+def _lacks(route: Channel, channel: Channel) -> bool:
+    """Whether a channel may hold something that a route must not be given."""
+    if route.knows is None:
+        return False
+    return channel.knows is None or not channel.knows <= route.knows

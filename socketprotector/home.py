@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from socketprotector_client import wire
+
 from .board import Board
 from .channel import Channel
 from .records import Counts, GenerationRecord, Program
@@ -33,6 +35,7 @@ class Home:
     def make(cls, program: Program, queue: int) -> Home:
         """Make channel and scoreboard.  Raises OSError when the channel cannot be made."""
         channel = Channel.make(queue)
+        channel.knows = known(program)
         try:
             board = Board.make()
         except OSError:
@@ -45,9 +48,11 @@ class Home:
 
         Raises KeyError without the channel's read end.
         """
+        channel = Channel.adopt(descriptors)
+        channel.knows = known(record.program)
         return cls(
             record.program,
-            Channel.adopt(descriptors),
+            channel,
             Board(descriptors["board"]) if "board" in descriptors else None,
             record.serving_since,
             record.opened_at,
@@ -118,3 +123,11 @@ class Home:
         if self.board is not None:
             self.board.close()
             self.board = None
+
+
+def known(program: Program) -> frozenset[int] | None:
+    """Return the listeners that a program was told of, by index; None for one of old."""
+    if not program.listeners:
+        return None
+    told = program.listeners.split()
+    return frozenset(n for n, each in enumerate(told) if each != wire.REMOVED_LISTENER)

@@ -13,7 +13,7 @@ from socketprotector_client import wire
 from .events import Deadline, Retire, Sign, Signal, Wait
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 from .history import Crash, History, Reload
-from .settings import Identity, Limits, ListenerSettings, Origin, Settings
+from .settings import Identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ class Snapshot:
     started_at: float = 0.0  # of the first program, in seconds since the epoch
     restarts: int = 0  # programs before the one that wrote this, killed ones and upgraded
     log_level: str = ""  # asked for meanwhile
-    settings: Settings | None = None  # where a reload has changed them
-    coming: Settings | None = None  # read again, and not used yet
+    settings: str = ""  # as settings.dump() writes them, where a reload has changed them
+    coming: str = ""  # the same of those that were read again and are not used yet
     settings_used: int = 0  # as the fleet had it when `settings` were made to hold
 
 
@@ -119,5 +119,4 @@ CLASSES = (
     *(Retire, Sign, Signal),
     *(Identity, Program, Counts, GenerationRecord, WorkerRecord, Snapshot),
     *(Crash, History, Reload),
-    *(Settings, ListenerSettings, Origin, Limits),
 )

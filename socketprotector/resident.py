@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from . import __version__, door, heritage, privileges, process, upgrade
 from .control import Control
@@ -31,7 +31,7 @@ from .notify import Outbox, Store, Systemd, parse
 from .operate import Operator
 from .output import Output
 from .records import Snapshot
-from .settings import Settings, SettingsError, load
+from .settings import ListenerSettings, Settings, SettingsError, load
 from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
@@ -58,9 +58,9 @@ def main() -> None:
 def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
-        _settings(descriptors[door.SETTINGS])
         heritage.read(descriptors[door.STATE])
     except (StateError, SettingsError) as error:
+        _held(descriptors)
         print(error, file=sys.stderr)
         return SystemRefused.status
     os.write(descriptors[door.PROBE], f"ok {__version__}\n".encode())
@@ -74,12 +74,12 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
     try:
-        settings = _settings(descriptors[door.SETTINGS])
+        settings, listeners = _held(descriptors)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
     _name_process()
-    resident = _Resident(settings, descriptors, command)
+    resident = _Resident(settings, listeners, descriptors, command)
     try:
         status = resident.supervise()
     except Exception as error:
@@ -101,7 +101,11 @@ class _Resident:
     """The parts of the process, and how they are put together."""
 
     def __init__(
-        self, settings: Settings, descriptors: dict[str, int], command: tuple[str, ...]
+        self,
+        settings: Settings,
+        listeners: Sequence[ListenerSettings],
+        descriptors: dict[str, int],
+        command: tuple[str, ...],
     ) -> None:
         self.settings = settings
         self.descriptors = descriptors
@@ -115,10 +119,13 @@ class _Resident:
         )
         self.listeners = [
             Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
-            for index, each in enumerate(settings.listeners)
+            for index, each in enumerate(listeners)
             if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
         ]
         for each in [each for each in self.listeners if not each.listens]:
+        for name in door.under(descriptors, door.LISTENER):
+            if int(name) >= len(listeners):
+                os.close(descriptors[f"{door.LISTENER}{name}"])  # a reload that never came to be
             self.listeners.remove(each)  # an earlier program was about to close it
             each.close()
         self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
@@ -275,8 +282,13 @@ class _Resident:
             )
 
         return Supervisor(
-            Fleet(policy=self.settings.policy, workers_wanted=self.settings.workers),
+            Fleet(
+                policy=self.settings.policy,
+                workers_wanted=self.settings.workers,
+                configured=self.settings.origin.configured,
+            ),
             effects,
+                command=self.command,
             Heritage(file, self.store, log, self._others),
             Upgrade(
                 self.command,
@@ -392,9 +404,19 @@ class _Resident:
             log.write("error", "pid-file-not-written", error=error.strerror)
 
 
-def _settings(fd: int) -> Settings:
-    size = os.fstat(fd).st_size
-    return load(os.pread(fd, size, 0))
+def _held(descriptors: dict[str, int]) -> tuple[Settings, Sequence[ListenerSettings]]:
+    """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
+    fd = descriptors[door.SETTINGS]
+    settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    try:
+        snapshot = heritage.read(descriptors[door.STATE]) if door.STATE in descriptors else None
+    except StateError:
+        return settings, settings.listeners  # whoever goes on from it will say so
+    if snapshot is not None and snapshot.settings:
+        settings = load(snapshot.settings.encode())
+    if snapshot is not None and snapshot.coming:
+        return settings, load(snapshot.coming.encode()).listeners
+    return settings, settings.listeners
 
 
 def _name_process() -> None:

@@ -19,6 +19,7 @@ from .events import (
     Event,
     Launched,
     Open,
+    ReadSettings,
     ReloadRequested,
     ScaleRequested,
     Spawn,
@@ -181,7 +182,10 @@ class Supervisor:
         if self.effects.exiting:
             pass  # nothing is left to go on with
         elif self._heritage.write(self.effects, self._fleet):
+            self.effects.stop_reading()
             self._upgrade.execute(self._heritage.descriptors(self.effects))
+            if self._fleet.reading:
+                self.effects.perform(ReadSettings())
         else:
             self._upgrade.failed(_NOT_KEPT)
         self._handing_over = False

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.channel import Channel
-from socketprotector.forwarder import BROKEN, FIRST_WAIT_S, LAST_WAIT_S, Forwarder
+from socketprotector.channel import BROKEN, Channel
+from socketprotector.forwarder import FIRST_WAIT_S, LAST_WAIT_S, Forwarder
 from socketprotector.listener import AGAIN, Listener
 from socketprotector.loop import Loop
 
@@ -82,6 +82,7 @@ class FakeChannel:
 
     def __init__(self, room: int = 1000) -> None:
         self.write = self
+        self.knows: frozenset[int] | None = None
         self.number = next(self.numbers)
         self.room = room
         self.queue: deque[tuple[bytes, int]] = deque()
@@ -130,6 +131,9 @@ class FakeChannel:
             numbers.append(int(os.readlink(f"/proc/self/fd/{fd}").split(":")[1].split(" ")[0]))
             os.close(fd)
         return numbers
+
+    def knows_of(self, index: int) -> bool:
+        return self.knows is None or index in self.knows
 
 
 class FakeLoop:

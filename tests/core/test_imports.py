@@ -38,6 +38,7 @@ LAYERS = {
             "control",
             "crew",
             "effects",
+            "emptying",
             "forwarder",
             "heritage",
             "home",
@@ -45,6 +46,7 @@ LAYERS = {
             "launcher",
             "operate",
             "output",
+            "reader",
             "status",
             "supervisor",
         },
@@ -60,6 +62,7 @@ LAYERS = {
     "values": {
         *{
             "__init__",
+            "changes",
             "control_path",
             "errors",
             "events",

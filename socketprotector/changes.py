@@ -1,0 +1,129 @@
+"""What differs between two settings, one line for each key; and what may not, at a reload.
+
+Pure.  For people: of the environment only names are told, because values may be secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from .policy import Policy
+from .settings import Identity, Limits, ListenerSettings, Settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+RESTART = "needs a restart"
+
+#: Key and kind of each field that may change; the kinds are below.
+_CHANGES: Mapping[str, tuple[str, str]] = {
+    "directory": ("chdir", "text"),
+    "workers": ("workers", "text"),
+    "ready_after_s": ("ready", "ready"),
+    "queue": ("queue", "text"),
+    "umask": ("umask", "octal"),
+    "env_file": ("env-file", "text"),
+    "log_level": ("log-level", "text"),
+    "command": ("command", "words"),
+    "watchdog_s": ("watchdog", "seconds"),
+}
+_POLICY: Mapping[str, tuple[str, str]] = {
+    "start_tries": ("start-tries", "text"),
+    "start_timeout_s": ("start-timeout", "seconds"),
+    "settle_s": ("settle", "seconds"),
+    "drain_timeout_s": ("drain-timeout", "seconds"),
+    "max_draining": ("max-draining", "text"),
+    "stop_timeout_s": ("stop-timeout", "seconds"),
+    "kill_timeout_s": ("kill-timeout", "seconds"),
+    "stop_first": ("reload-order", "order"),
+}
+_LIMITS: Mapping[str, tuple[str, str]] = {
+    "requests": ("max-requests", "text"),
+    "requests_spread": ("max-requests (spread)", "text"),
+    "memory_bytes": ("max-memory", "text"),
+    "age_s": ("max-age", "seconds"),
+}
+#: What the process, its files and its user are made from.
+_FIXED: Mapping[str, tuple[str, str]] = {
+    "name": ("name", "text"),
+    "identity": ("user", "user"),
+    "worker_identity": ("worker-user", "user"),
+    "no_new_privileges": ("no-new-privs", "text"),
+    "pid_file": ("pid-file", "text"),
+    "log_file": ("log-file", "text"),
+    "log_format": ("log-format", "text"),
+    "foreground": ("foreground", "text"),
+    "guarded": ("guard", "text"),
+}
+#: Told in another way (listeners, tables), or nobody's wish.
+_ELSEWHERE = frozenset(
+    {"listeners", "policy", "worker_limits", "limits", "nice", "environment"}
+    | {"nofile_soft", "batch", "outlives_terminal", "secret", "notices", "origin", "control"}
+    | {"watch"}
+)
+
+_SHOWN: Mapping[str, Callable[[Any], str]] = {
+    "text": lambda value: "none" if value is None else str(value).lower(),
+    "words": " ".join,
+    "octal": lambda value: f"{value:04o}",
+    "seconds": lambda value: f"{value:g} s",
+    "ready": lambda value: "notify" if value is None else f"after:{value:g}s",
+    "order": lambda value: "stop-first" if value else "start-first",
+    "user": lambda value: "none" if value is None else f"{value.user} (group {value.gid})",
+}
+
+
+def changes(old: Settings, new: Settings) -> Iterator[str]:
+    """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    for field, (key, kind) in _CHANGES.items():
+        yield from _told(key, kind, getattr(old, field), getattr(new, field))
+    for field, (key, kind) in _POLICY.items():
+        yield from _told(key, kind, getattr(old.policy, field), getattr(new.policy, field))
+    for field, (key, kind) in _LIMITS.items():
+        before, after = getattr(old.worker_limits, field), getattr(new.worker_limits, field)
+        yield from _told(key, kind, before, after)
+    was, will = ({**dict(each.limits), "nice": each.nice} for each in (old, new))
+    for name in dict.fromkeys((*was, *will)):
+        yield from _told(f"limit.{name}", "text", was.get(name), will.get(name))
+    before, after = dict(old.environment), dict(new.environment)
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            mark = "-" if name not in after else "+" if name not in before else "changed"
+            yield f"env: {mark} {name}"
+    yield from _listeners(old.listeners, new.listeners)
+
+
+def forbidden(old: Settings, new: Settings) -> Iterator[str]:
+    """Tell what would have to change and cannot while the process lives."""
+    for field, (key, kind) in _FIXED.items():
+        before, after = getattr(old, field), getattr(new, field)
+        if isinstance(before, Identity) and isinstance(after, Identity):
+            # Its groups are looked up anew, and are those of the start for life.
+            after = replace(after, groups=before.groups)
+        yield from _told(key, kind, before, after)
+
+
+def known() -> dict[type, set[str]]:
+    """Return the fields that something is said about, by class; for a test."""
+    return {
+        Settings: {*_CHANGES, *_FIXED, *_ELSEWHERE},
+        Policy: {*_POLICY},
+        Limits: {*_LIMITS},
+    }
+
+
+def _told(key: str, kind: str, before: Any, after: Any) -> Iterator[str]:
+    if before != after:
+        shown = _SHOWN[kind]
+        yield f"{key}: {shown(before)} -> {shown(after)}"
+
+
+def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings]) -> Iterator[str]:
+    for index, each in enumerate(new):
+        was = index < len(old) and not old[index].removed
+        if was and each.removed:
+            yield f"listen: - {each.address}"
+        elif not was and not each.removed:
+            yield f"listen: + {each.address}"

@@ -34,8 +34,10 @@ class Machine:
         self._environment = {**os.environ, **environment, "SOCKETPROTECTOR_ROOT": str(root)}
         self.program = root / "usr" / "bin" / "SocketProtector"
         self.program.parent.mkdir(parents=True)
-        self.program.write_text(f'#!/bin/sh\nexec {sys.executable} -m socketprotector "$@"\n')
-        self.program.chmod(0o755)
+        tool = self.program.with_name("socketprotectorctl")
+        for program, module in ((self.program, "socketprotector"), (tool, "socketprotector.ctl")):
+            program.write_text(f'#!/bin/sh\nexec {sys.executable} -m {module} "$@"\n')
+            program.chmod(0o755)
         (root / "etc" / "default" / "socketprotector.d").mkdir(parents=True)
         (root / "run").mkdir()
         self.output = ""
@@ -224,7 +226,7 @@ def test_it_works_without_flock(machine: Machine) -> None:
 
 
 def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
-    machine.configure(OPTIONS="--stop-timeout 100ms --kill-timeout 100ms", RELOAD_WAIT="0")
+    machine.configure(OPTIONS="--stop-timeout 100ms --kill-timeout 100ms")
     address = machine.start()
     old = worker_of(address)
     with socket.create_connection(address) as held:
@@ -270,7 +272,7 @@ def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
 
         assert machine.run(action) == 0
 
-        assert "reloaded: generation 2 has taken over from generation 1" in machine.output
+        assert "reloaded: generation 2 serves, after generation 1" in machine.output
         now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
         load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
     assert load.snapshot().failures == ()
@@ -278,19 +280,40 @@ def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
     assert worker_of(address) not in old
 
 
-def test_while_the_old_generation_finishes_a_reload_says_what_it_cannot_tell(
-    machine: Machine,
-) -> None:
-    machine.configure(RELOAD_WAIT="2")
+def test_a_reload_waits_for_nobody_who_is_still_being_served(machine: Machine) -> None:
+    machine.configure()
     address = machine.start()
     with socket.create_connection(address) as held:
         old = exchange(held, "mine")
 
         assert machine.run("reload") == 0
 
-        assert "reload signal delivered" in machine.output
-        assert "taken over" not in machine.output
+        assert "reloaded: generation 2 serves, after generation 1" in machine.output
         assert exchange(held, "mine") == old
+
+
+def test_a_reload_whose_outcome_does_not_come_in_time_is_no_success(machine: Machine) -> None:
+    daemon = release(machine, f"exec {ECHO}")
+    machine.configure(command=daemon, RELOAD_WAIT="1")
+    address = machine.start()
+    release(machine, "exec sleep 1000")
+
+    assert machine.run("reload") == 1
+
+    assert worker_of(address)
+    release(machine, f"exec {ECHO}")
+
+
+def test_without_a_control_socket_a_reload_is_a_signal(machine: Machine) -> None:
+    machine.configure(OPTIONS="--no-control")
+    address = machine.start()
+    with Load(f"127.0.0.1:{address[1]}", concurrency=1) as load:
+        old = set(load.wait_for(lambda now: now.connections > 0, DEADLINE_S).pids)
+
+        assert machine.run("reload") == 0
+
+        assert "reload signal delivered" in machine.output
+        load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +331,8 @@ def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serve
 
         assert machine.run("reload") == 1
 
-        assert "reload failed" in machine.output
-        assert "generation 1 serves on" in machine.output
+        assert "web: not reloaded: generation 2 was given up" in machine.output
+        assert "generation 1 serves" in machine.output
         now = load.snapshot()
         load.wait_for(lambda later: later.connections > now.connections + 10, DEADLINE_S)
     assert load.snapshot().failures == ()

@@ -513,9 +513,15 @@ def test_the_units_command_lines_start_and_reload(
     ready = manager.wait_for("READY")
     assert ready["MAINPID"] == str(process.pid) == (tmp_path / "pid").read_text().strip()
 
-    subprocess.run(
-        expand(unit["ExecReload"][0].replace("$MAINPID", str(process.pid)), {}), check=True
+    [reload] = unit["ExecReload"]
+    program, *words = expand(reload.replace(runtime, str(tmp_path)), {})
+    assert program == "socketprotectorctl"
+    done = subprocess.run(
+        [sys.executable, "-m", "socketprotector.ctl", *words],
+        env={**os.environ, **marked_environment},
+        check=True,
     )
+    assert done.returncode == 0
     manager.wait_for("RELOADING")
     assert manager.wait_for("READY")["STATUS"] == "generation 2 serves"
 
@@ -542,13 +548,16 @@ def test_the_two_units_differ_in_the_instance_alone() -> None:
 )
 @pytest.mark.parametrize("unit", ["socketprotector.service", "socketprotector@.service"])
 def test_systemd_finds_nothing_wrong_with_the_units(unit: str, tmp_path: Path) -> None:
-    program = tmp_path / "SocketProtector"
-    program.write_text("#!/bin/sh\n")
-    program.chmod(0o755)
+    for name in ("SocketProtector", "socketprotectorctl"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
     text = (UNITS / unit).read_text()
     assert "ExecStart=SocketProtector " in text
     # It looks for the program where systemd would.
-    (tmp_path / unit).write_text(text.replace("ExecStart=", f"ExecStart={tmp_path}/"))
+    for line in ("ExecStart=", "ExecReload="):
+        text = text.replace(line, f"{line}{tmp_path}/")
+    (tmp_path / unit).write_text(text)
 
     done = subprocess.run(
         [

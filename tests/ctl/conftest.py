@@ -15,7 +15,7 @@ from socketprotector.ctl.entry import main
 from tests.ctl.fake import Fake
 from tests.running import DEADLINE_S
 
-COMMAND = (sys.executable, "-m", "socketprotector.ctl")
+COMMAND = (sys.executable, str(Path(__file__).with_name("alone.py")))
 
 
 @dataclass

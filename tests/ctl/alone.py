@@ -1,0 +1,12 @@
+"""socketprotectorctl, looking only into $XDG_RUNTIME_DIR.
+
+What other tests start meanwhile, with sockets in the system's folder, is none of its business.
+"""
+
+import sys
+
+from socketprotector import control_path
+from socketprotector.ctl import entry
+
+control_path.SYSTEM = "/nonexistent"
+sys.exit(entry.main(sys.argv[1:]))

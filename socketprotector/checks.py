@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import grp
+import importlib.util
 import os
 import pwd
 from collections.abc import Callable, Iterator, Sequence
@@ -160,6 +161,19 @@ def _why_not(there: str) -> str:
     except OSError as error:
         return os.strerror(error.errno or errno.EACCES)
     return os.strerror(errno.EROFS if protected else errno.EACCES)
+
+
+def watch(paths: Sequence[str], directory: str) -> tuple[str, ...]:
+    """Return --watch's paths, whole; refuse what cannot be watched."""
+    if paths and importlib.util.find_spec("watchfiles") is None:
+        raise UsageError(
+            f"--watch {paths[0]}: watchfiles is not installed; pip install 'socketprotector[watch]'"
+        )
+    found = tuple(os.path.normpath(os.path.join(directory, path)) for path in paths)
+    for path, there in zip(paths, found, strict=True):
+        if not os.path.lexists(there):
+            raise UsageError(f"--watch {path}: No such file or directory")
+    return tuple(dict.fromkeys(found))
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:

@@ -177,6 +177,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--log-file", metavar="FILE", help="For the protector and the workers.")
 @click.option("--log-level", default="info", type=click.Choice(list(LEVELS)))
 @click.option("--log-format", default="text", type=click.Choice(FORMATS), help="Of each line.")
+@click.option("--watch", multiple=True, metavar="PATH", help="Reload when files change there.")
 @click.version_option(__version__, prog_name="SocketProtector")
 @click.pass_context
 def _command(ctx: click.Context, /, **given: Any) -> int:
@@ -339,6 +340,7 @@ class _Reading:
             log_file=self._path("log_file"),
             log_level="debug" if verbose else given["log_level"],
             log_format=given["log_format"],
+            watch=checks.watch(given["watch"], self._directory),
             foreground=given["foreground"],
             guarded=given["guard"],
             outlives_terminal=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,

@@ -29,6 +29,7 @@ NOT_HERE = {
     "help": "for the command line only",
     "verbose": 'write log-level = "debug"',
     "version": "for the command line only",
+    "watch": "for the command line only",
 }
 #: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")

@@ -20,7 +20,7 @@ from .control import Control
 from .crew import what_failed
 from .effects import Effects
 from .errors import Refusal, SystemRefused
-from .events import Event, StopRequested
+from .events import Event, ReloadRequested, StopRequested
 from .fleet import Fleet
 from .heritage import Heritage
 from .launcher import Launcher
@@ -35,6 +35,7 @@ from .settings import ListenerSettings, Settings, SettingsError, load
 from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
+from .watcher import Watcher
 from .words import status_of
 
 #: How soon to try again where a manager's socket was full.
@@ -184,6 +185,7 @@ class _Resident:
                 log.write("warning", "notice", text=notice)
         else:
             self._write_pid(log)
+        self.watcher = Watcher(settings, loop, log, lambda: supervisor.post(ReloadRequested()))
         supervisor = self._supervisor(log)
         control = self._control(supervisor, log)
         if self.line is not None:
@@ -201,7 +203,9 @@ class _Resident:
         else:
             supervisor.adopt(snapshot, self.descriptors)
         self.guard.send("X_BEGAN=1")  # signals are taken from here on
+        self.watcher.start(self.descriptors)
         status = supervisor.run()
+        self.watcher.close()
         if control is not None:
             control.close()
         log.close()
@@ -268,6 +272,7 @@ class _Resident:
 
         def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Effects:
             self.output.changed = save
+            self.watcher.kept = save
             return Effects(
                 self.settings,
                 self.listeners,
@@ -314,7 +319,8 @@ class _Resident:
             found[door.GUARD] = self.line.fileno()
         if self.control_listener is not None:
             found[door.CONTROL] = self.control_listener.fileno()
-        return {**found, **self.launcher.descriptors(), **self.output.descriptors()}
+        theirs = (self.launcher, self.output, self.watcher)
+        return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
     def _later(self, again: object) -> None:
         self.loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]

@@ -103,6 +103,7 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     log_format: str = "text"
+    watch: tuple[str, ...] = ()  # paths; a reload when something changes there
     foreground: bool = False
     guarded: bool = False
     outlives_terminal: bool = False  # HUP was ignored at start (nohup)
@@ -152,6 +153,7 @@ def load(data: bytes) -> Settings:
             limits=_pairs,
             environment=_pairs,
             notices=tuple,
+            watch=tuple,
             control=lambda found: _read(ListenerSettings, found) if found else None,
             worker_limits=lambda found: _read(Limits, found),
             origin=lambda found: _read(Origin, found, words=tuple),

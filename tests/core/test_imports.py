@@ -158,7 +158,9 @@ def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str)
     taken = {name for level, name in imports_of(EXPORTER / f"{module}.py") if level == 2}
     parts = {".".join(name.split(".")[:2]) for name in taken if name.startswith("ctl.")}
 
-    assert {name.partition(".")[0] for name in taken} <= {"__version__", "ctl", "errors", "words"}
+    assert {name.partition(".")[0] for name in taken} <= {
+        *("__version__", "control_path", "ctl", "errors", "words")
+    }
     assert parts <= {f"ctl.{each}" for each in CTL_BARE}
     assert "socketprotector" not in strangers(EXPORTER / f"{module}.py")
 

@@ -18,6 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from socketprotector.exporter.instances import Instances, Wanted
 from tests.ctl.fake import Fake, status
 from tests.exporter.conftest import COMMAND, Exporter
 from tests.running import DEADLINE_S
@@ -108,8 +109,7 @@ def test_an_instance_that_is_dead_or_hangs_is_down_and_the_others_are_up(
 def test_ready_means_that_every_instance_serves(
     exporter: Start, fakes: Callable[[str], Fake]
 ) -> None:
-    one = exporter()
-    assert get(f"{one.address}/readyz")[::2] == (503, "no protector has a control socket\n")
+    one = exporter("--name", "web", "--name", "shop")
     web = fakes("web")
     shop = fakes("shop")
     assert get(f"{one.address}/readyz")[::2] == (200, "ok\n")
@@ -122,6 +122,12 @@ def test_ready_means_that_every_instance_serves(
     web.status = status(phase="stopping")
     assert get(f"{one.address}/readyz")[::2] == (503, "web: stopping\n")
     assert get(f"{one.address}/healthz")[::2] == (200, "ok\n"), "the exporter itself"
+
+
+def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socketprotector.ctl.find.sockets", list)
+
+    assert Instances(Wanted()).unready() == ["no protector has a control socket"]
 
 
 def test_counts_go_on_over_scrapes(exporter: Start, fakes: Callable[[str], Fake]) -> None:

@@ -1,0 +1,271 @@
+"""--watch: files change, and the daemon is reloaded."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.running import COMMAND, MARK, Protector, ask, eventually, marked, wait_gone
+from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.starting import MINIMAL, Start
+from tests.scenarios.tools import worker
+
+Starter = Callable[..., Protector]
+RELOADED = r"event=(reloaded|reload-failed)\b"
+
+DAEMON = """
+import sys
+sys.path.insert(0, {workers!r})
+from plain import say, take
+VERSION = {version!r}
+{more}
+say(b"READY=1")
+while taken := take():
+    with taken[1] as client:
+        client.recv(100)
+        client.sendall(VERSION.encode() + b"\\n")
+"""
+
+
+class Source:
+    """A daemon that is being written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir()
+        self.path = folder / "daemon.py"
+        self.save("one")
+
+    def save(self, version: str, more: str = "") -> None:
+        workers = str(Path(__file__).parents[1] / "workers")
+        self.path.write_text(DAEMON.format(workers=workers, version=version, more=more))
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        return (sys.executable, "-S", "-E", str(self.path))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return Source(tmp_path / "source")
+
+
+@pytest.fixture
+def watching(protector: Starter, source: Source) -> Callable[..., Protector]:
+    """Start a protector that watches, and wait until it does."""
+
+    def start(*options: str | Path, **environment: str) -> Protector:
+        watch = () if "--watch" in options else ("--watch", source.folder)
+        arguments = (*options, *watch, "127.0.0.1:0", "--", *source.command)
+        daemon = protector(*arguments, **environment).ready()
+        daemon.log.wait_for("event=watching")
+        return daemon
+
+    return start
+
+
+def says(daemon: Protector) -> str:
+    return ask(("127.0.0.1", daemon.port))
+
+
+def after(daemon: Protector, change: Callable[[], object]) -> str:
+    """Change something; return how the reload went."""
+    mark = len(daemon.log.seen)
+    change()
+    return daemon.log.wait_for(RELOADED, after=mark)
+
+
+def watcher_of(environment: str) -> list[int]:
+    return [
+        pid
+        for pid in marked(environment)
+        if b"watch.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:
+    daemon = watching()
+    assert says(daemon) == "one"
+
+    assert "event=reloaded generation=2" in after(daemon, lambda: source.save("two"))
+
+    assert says(daemon) == "two"
+    assert daemon.log.count(f"event=changed path={source.path} ") == 1
+    daemon.stop()
+
+
+def test_a_burst_of_changes_is_one_reload_or_two(watching: Starter, source: Source) -> None:
+    daemon = watching()
+
+    def burst() -> None:
+        for number in range(10):
+            (source.folder / f"module{number}.py").write_text("pass\n")
+            source.save(f"number {number}")
+
+    after(daemon, burst)
+    eventually(lambda: says(daemon) == "number 9", "the last one")
+
+    assert daemon.log.count("event=reloaded") <= 2
+    daemon.stop()
+
+
+def test_a_broken_release_shows_its_traceback_and_the_next_fix_is_taken(
+    watching: Starter, source: Source
+) -> None:
+    daemon = watching()
+
+    failed = after(daemon, lambda: source.save("two", "raise LookupError('out of luck')"))
+    assert "event=reload-failed generation=2" in failed
+    daemon.log.wait_for("^Traceback")
+    daemon.log.wait_for("^LookupError: out of luck")
+    assert says(daemon) == "one"
+
+    assert "event=reloaded generation=3" in after(daemon, lambda: source.save("three"))
+    assert says(daemon) == "three"
+    daemon.stop()
+
+
+def test_what_nobody_edits_is_ignored_and_so_are_its_own_files(
+    watching: Starter, source: Source
+) -> None:
+    folder = source.folder
+    daemon = watching("--pid-file", folder / "pid")
+    for name in (".git/index", "__pycache__/x.pyc", "node_modules/x.js", ".daemon.py.swp"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "pid").touch()
+    # Told of after all of these, which would have come with it at the latest.
+    after(daemon, lambda: source.save("two"))
+
+    changed = daemon.log.wait_for("event=changed")
+    assert f"path={source.path} files=1" in changed
+    assert daemon.log.count("event=changed") == 1
+    daemon.stop()
+
+
+def test_a_log_in_the_watched_folder_leads_to_no_reload(start: Start) -> None:
+    start.up("--watch", start.folder, "unix:s", "--", *MINIMAL)
+    start.wait_for("event=watching")
+    (start.folder / "source.py").write_text("pass\n")
+    start.wait_for("event=reloaded generation=2")
+    for _ in range(5):
+        start.send(signal.SIGUSR1)
+    (start.folder / "source.py").write_text("pass # again\n")
+    start.wait_for("event=reloaded generation=3")
+    start.stop()
+
+    assert start.log.count("event=changed") == 2
+    assert [each for each in start.left() if "source.py" not in each] == []
+
+
+def test_a_file_may_be_replaced_and_a_link_turned(
+    watching: Starter, source: Source, tmp_path: Path
+) -> None:
+    current = tmp_path / "current"
+    (tmp_path / "releases" / "a").mkdir(parents=True)
+    (tmp_path / "releases" / "b").mkdir()
+    current.symlink_to("releases/a")
+    daemon = watching("--watch", source.path, "--watch", current)
+
+    def replace() -> None:
+        other = Source(tmp_path / "other")
+        other.save("two")
+        other.path.rename(source.path)
+
+    after(daemon, replace)
+    assert says(daemon) == "two"
+    (source.folder / "beside.py").write_text("not watched\n")
+
+    def turn() -> None:
+        (tmp_path / "new").symlink_to("releases/b")
+        (tmp_path / "new").rename(current)
+
+    after(daemon, turn)
+    after(daemon, lambda: source.save("three"))
+    assert says(daemon) == "three"
+    told = [line for line in daemon.log.seen if "event=changed" in line]
+    assert ["beside" in line for line in told] == [False] * 3
+    daemon.stop()
+
+
+def test_a_watcher_that_dies_is_started_again(
+    watching: Starter, source: Source, marked_environment: dict[str, str]
+) -> None:
+    daemon = watching()
+    mark = len(daemon.log.seen)
+    (first,) = watcher_of(marked_environment[MARK])
+    os.kill(first, signal.SIGKILL)
+
+    daemon.log.wait_for('event=watch-ended reason="was killed by SIGKILL"', after=mark)
+    daemon.log.wait_for("event=watching", after=mark)
+    assert "event=reloaded" in after(daemon, lambda: source.save("two"))
+    assert len(watcher_of(marked_environment[MARK])) == 1
+    daemon.stop()
+
+
+def test_it_stays_through_an_upgrade(
+    watching: Starter, source: Source, marked_environment: dict[str, str]
+) -> None:
+    daemon = watching()
+    before = watcher_of(marked_environment[MARK])
+
+    assert "event=adopted" in upgrade(daemon)
+
+    assert "event=reloaded" in after(daemon, lambda: source.save("two"))
+    assert watcher_of(marked_environment[MARK]) == before
+    daemon.stop()
+    assert wait_gone(before) == []
+
+
+def test_it_stays_when_the_protector_dies_under_a_guard(
+    watching: Starter, source: Source, marked_environment: dict[str, str]
+) -> None:
+    daemon = watching("--guard")
+    before = watcher_of(marked_environment[MARK])
+
+    revived(daemon, kill_protector(daemon))
+
+    assert "event=reloaded" in after(daemon, lambda: source.save("two"))
+    assert watcher_of(marked_environment[MARK]) == before
+    os.kill(before[0], signal.SIGKILL)
+    daemon.log.wait_for("event=watch-ended")
+    daemon.stop()
+
+
+def test_it_ends_with_a_protector_that_is_killed(
+    watching: Starter, marked_environment: dict[str, str]
+) -> None:
+    daemon = watching()
+    watchers = watcher_of(marked_environment[MARK])
+    daemon.process.kill()
+
+    assert wait_gone(watchers) == []
+
+
+def test_what_cannot_be_watched_is_refused_in_one_line(tmp_path: Path) -> None:
+    arguments = ["-f", "--watch", "nowhere", "127.0.0.1:0", "--", *worker("minimal")]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=tmp_path)
+
+    assert done.returncode == 2
+    assert done.stderr == "SocketProtector: --watch nowhere: No such file or directory\n"
+
+
+def test_without_watchfiles_it_says_what_to_install(tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['watchfiles'] = None; sys.argv[:] = ['SocketProtector',"
+        " '-f', '--watch', '.', '127.0.0.1:0', '--', 'true'];"
+        "from socketprotector.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert done.stderr == (
+        "SocketProtector: --watch .: watchfiles is not installed; "
+        "pip install 'socketprotector[watch]'\n"
+    )

@@ -133,7 +133,6 @@ def is_ours() -> bool:
     return SETTINGS in _listed(os.environ.get("LISTEN_FDNAMES", ""))
 
 
-def _listed(told: str) -> list[str]:
 def is_for_reader() -> bool:
     """Whether this process is to read a configuration again."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -141,6 +140,7 @@ def is_for_reader() -> bool:
     return not {READER, READER_DRY}.isdisjoint(_listed(os.environ.get("LISTEN_FDNAMES", "")))
 
 
+def _listed(told: str) -> list[str]:
     """Return the names that LISTEN_FDNAMES tells, or tells where to find.  Raises OSError."""
     if (memfd := _memfd(told)) is not None:
         told = os.pread(memfd, os.fstat(memfd).st_size, 0).decode()

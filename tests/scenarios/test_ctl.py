@@ -245,6 +245,20 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
     assert [each["number"] for each in state()["generations"]] == [3]
 
 
+def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None:
+    daemon = web("--guard")
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        client.hear()
+        running = beside("reload", "--drained")
+        running.err.wait_for("drained 0/1 workers")
+        assert "adopted" in upgrade(daemon)
+        revived(daemon, kill_protector(daemon))
+
+        assert running.process.poll() is None
+    assert running.wait() == 0
+    assert running.out.text().endswith("nothing older is left")
+
+
 def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
     beside: Beside, web: Start, release: Release
 ) -> None:
@@ -392,6 +406,21 @@ def test_a_hold_whose_command_was_killed_ends_by_itself(beside: Beside, web: Sta
     assert pid_in(ask(("127.0.0.1", daemon.port))) > 0
 
 
+def test_a_hold_lasts_through_an_upgrade_and_a_crash(beside: Beside, web: Start) -> None:
+    daemon = web("--guard")
+    running = beside("hold")
+    running.out.wait_for("held")
+
+    assert "adopted" in upgrade(daemon)
+    revived(daemon, kill_protector(daemon))
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        until_at = state()["held_s"] + state()["now"]
+        eventually(lambda: state()["held_s"] + state()["now"] > until_at + 0.5, "held for longer")
+        running.process.send_signal(signal.SIGTERM)
+        assert running.wait() == 0
+        assert pid_in(client.hear()) > 0
+
+
 def test_hold_for_a_time(web: Start) -> None:
     daemon = web()
 
@@ -440,6 +469,21 @@ def test_stop_returns_when_it_is_gone(guard: tuple[str, ...], web: Start, contro
     assert not wait_gone(pids, 0.5)
     assert daemon.wait() == 0
     assert run("status").status == 1
+
+
+def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
+    beside: Beside, web: Start
+) -> None:
+    daemon = web("--guard")
+    with Client(("127.0.0.1", daemon.port), "hello") as client:
+        client.hear()
+        running = beside("stop")
+        running.err.wait_for("waits for generation 1")
+        revived(daemon, kill_protector(daemon))
+
+        assert running.process.poll() is None
+    assert (running.wait(), running.out.seen) == (0, ["stopped: web"])
+    assert daemon.wait() == 0
 
 
 def test_stop_says_who_is_not_done_yet(beside: Beside, web: Start) -> None:

@@ -519,7 +519,7 @@ class Effects:
 
     def _trouble(self, call: str, error: OSError) -> None:
         self._log.write(
-            "error", "held", call=call, error=error.strerror, hint="accepting again by a timer"
+            "error", "scarce", call=call, error=error.strerror, hint="accepting again by a timer"
         )
 
     # -- what is remembered for people -----------------------------------------

@@ -60,8 +60,8 @@ def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
         heritage.read(descriptors[door.STATE])
-    except (StateError, SettingsError) as error:
         _held(descriptors)
+    except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
     os.write(descriptors[door.PROBE], f"ok {__version__}\n".encode())
@@ -123,10 +123,10 @@ class _Resident:
             for index, each in enumerate(listeners)
             if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
         ]
-        for each in [each for each in self.listeners if not each.listens]:
         for name in door.under(descriptors, door.LISTENER):
             if int(name) >= len(listeners):
                 os.close(descriptors[f"{door.LISTENER}{name}"])  # a reload that never came to be
+        for each in [each for each in self.listeners if not each.listens]:
             self.listeners.remove(each)  # an earlier program was about to close it
             each.close()
         self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
@@ -284,6 +284,7 @@ class _Resident:
                 post=post,
                 held=save,
                 guarded=self.line is not None,
+                command=self.command,
             )
 
         return Supervisor(
@@ -293,7 +294,6 @@ class _Resident:
                 configured=self.settings.origin.configured,
             ),
             effects,
-                command=self.command,
             Heritage(file, self.store, log, self._others),
             Upgrade(
                 self.command,

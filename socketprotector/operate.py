@@ -26,8 +26,8 @@ from .events import (
 from .fleet import Fleet, Phase, State
 from .log import Log
 from .loop import Loop
+from .reader import Answer
 from .requests import Request, Wrong
-from .settings import Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ class Operator:
 
     def __init__(
         self,
-        settings: Settings,
         effects: Effects,
         *,
         loop: Loop,
@@ -56,7 +55,6 @@ class Operator:
 
         save: what changes no fleet and has to outlive the program is written down by it.
         """
-        self._settings = settings
         self._effects = effects
         self._loop = loop
         self._log = log
@@ -87,6 +85,9 @@ class Operator:
             client.follows = True
             client.say(requests.answer(request.id, {}))
             return
+        if request.command == "diff":
+            self._diff(client, request)
+            return
         try:
             result = self._commands[request.command](**request.arguments)
         except Wrong as wrong:
@@ -97,7 +98,8 @@ class Operator:
     # -- looking -----------------------------------------------------------------
 
     def _status(self) -> Mapping[str, Any]:
-        settings, effects, fleet = self._settings, self._effects, self._fleet()
+        effects, fleet = self._effects, self._fleet()
+        settings = effects.settings
         after_s = settings.ready_after_s
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(fleet, effects.homes, effects.crew.records())
@@ -132,6 +134,20 @@ class Operator:
 
     def _crashes(self) -> Mapping[str, Any]:
         return {"crashes": status.plain(self._effects.history.crashes)}
+
+    def _diff(self, client: Client, request: Request) -> None:
+        """Answer when a process of its own has compared, which may take seconds."""
+        if not self._effects.settings.origin.configured:
+            raise Wrong("refused", "there is no configuration file; see --config", request.id)
+
+        def done(answer: Answer) -> None:
+            if answer.failure:
+                client.say(requests.refusal(Wrong("refused", answer.failure, request.id)))
+            else:
+                client.say(requests.answer(request.id, {"changes": list(answer.changes)}))
+
+        if not self._effects.compare(done):
+            raise Wrong("refused", "a diff is under way; try again after it", request.id)
 
     # -- doing -------------------------------------------------------------------
 

@@ -346,7 +346,6 @@ class _Resident:
         if self.control_listener is None:
             return None
         operator = Operator(
-            settings,
             supervisor.effects,
             loop=self.loop,
             log=log,

@@ -263,7 +263,7 @@ def test_a_worker_of_another_user_gets_what_every_worker_gets(command: Command) 
         found = told(command.address)
         command.start.stop()
 
-        assert set(found["descriptors"]) == {"0", "1", "2", "3", "4"}
+        assert set(found["descriptors"]) == {"0", "1", "2", "3", "4", "5"}
         assert found["descriptors"]["0"] == "/dev/null"
         assert found["session"] == found["group"] == found["pid"]
         assert int(found["blocked"], 16) == 0

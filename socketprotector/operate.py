@@ -138,7 +138,7 @@ class Operator:
     def _diff(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
         if not self._effects.settings.origin.configured:
-            raise Wrong("refused", "there is no configuration file; see --config", request.id)
+            raise Wrong("unknown", "there is no configuration file; see --config", request.id)
 
         def done(answer: Answer) -> None:
             if answer.failure:
@@ -147,7 +147,7 @@ class Operator:
                 client.say(requests.answer(request.id, {"changes": list(answer.changes)}))
 
         if not self._effects.compare(done):
-            raise Wrong("refused", "a diff is under way; try again after it", request.id)
+            raise Wrong("busy", "a diff is under way; try again after it", request.id)
 
     # -- doing -------------------------------------------------------------------
 

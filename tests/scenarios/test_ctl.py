@@ -574,6 +574,36 @@ def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:
     assert {"reloading", "route", "reloaded"} <= set(names)
 
 
+def test_diff_says_what_a_reload_would_change_and_when_it_would_fail(
+    control: Path, protector: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "web.toml"
+    written = f'name = "web"\nlisten = "127.0.0.1:0"\ncommand = {json.dumps(MANY)}\n'
+    file.write_text(written + "workers = 1\n")
+    protector("--config", file).ready()
+    same = run("diff")
+    file.write_text(written + "workers = 2\n")
+    changed = run("diff")
+    file.write_text(written + "wrokers = 2\n")
+    wrong = run("diff")
+
+    assert (same.status, changed.status, wrong.status) == (0, 0, 3)
+    assert same.out.startswith("nothing that is configured has changed")
+    assert "workers" in changed.out
+    assert wrong.err.startswith("socketprotectorctl: a reload would fail: ")
+    assert "wrokers" in wrong.err
+    assert run("reload").status == 3
+
+
+def test_diff_without_a_configuration_file_is_no_broken_one(web: Start) -> None:
+    web()
+
+    said = run("diff")
+
+    assert said.status == 100
+    assert "there is no configuration file" in said.err
+
+
 def test_log_level(web: Start) -> None:
     daemon = web()
 

@@ -174,9 +174,9 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
     """KILL what is left of a generation that drains or was abandoned; its connections end."""
     with instance.client() as client:
         result = client.request("kill", generation=generation)
-    _answer(
-        as_json, result, f"killed {number_in(result, 'workers')} workers of generation {generation}"
-    )
+    killed = number_in(result, "workers")
+    several = f"{killed} worker{'' if killed == 1 else 's'}"
+    _answer(as_json, result, f"killed {several} of generation {generation}")
 
 
 # -- the log --------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from .session import Session
 from .verdict import LEAVING, listed, number_in, text_in
 
 _AGAIN_EVERY_S = 1.0
+#: A process of its own reads the file and resolves the names in it.
+_DIFF_S = 60.0
 #: How long one look for the next event takes; nobody notices its end.
 _LISTEN_S = 3600.0
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
@@ -150,7 +152,7 @@ def crashes(instance: Instance, as_json: bool) -> None:
 @command()
 def diff(instance: Instance, as_json: bool) -> None:
     """What a reload would change."""
-    with instance.client() as client:
+    with instance.client(_DIFF_S) as client:
         try:
             result = client.request("diff")
         except Refused as error:
@@ -270,12 +272,12 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
                 route if isinstance(route, int) else None,
                 up,
                 render.count(state.get("forwarded")),
-                each.path,
                 listens,
+                each.path,
             )
         )
     if rows:
-        headings = ("NAME", "PHASE", "PID", "GENERATION", "UP", "FORWARDED", "CONTROL", "LISTENS")
+        headings = ("NAME", "PHASE", "PID", "GENERATION", "UP", "FORWARDED", "LISTENS", "CONTROL")
         right = ("PID", "GENERATION", "UP", "FORWARDED")
         render.show(render.columns(headings, rows, right=right))
     else:

@@ -26,7 +26,7 @@ def heading(status: Message) -> list[Text]:
         f"up {render.span(render.ago(now, status.get('started_at')))}"
     ]
     if restarts := number_in(status, "restarts"):
-        words.append(f"{restarts} restarts")
+        words.append(render.several(restarts, "restart"))
     if status.get("guarded") is True:
         words.append("guarded")
     name = Text(str(render.cell(text_in(status, "name"))), style="bold")
@@ -101,7 +101,7 @@ def workers(status: Message) -> Table:
             deaths = number_in(each, "quick_deaths")
             says = text_in(each, "status")
             if deaths:
-                says = f"{deaths} quick deaths" + (f"; {says}" if says else "")
+                says = render.several(deaths, "quick death") + (f"; {says}" if says else "")
             rows.append(
                 (
                     number_in(each, "number"),
@@ -133,7 +133,11 @@ def last_reload(status: Message) -> list[Text]:
     if ended:
         found.append(_reload("last reload", ended[-1], now))
     if crashes := number_in(status, "crashes"):
-        found.append(render.line(f"{crashes} crashes: socketprotectorctl crashes"))
+        found.append(
+            render.line(
+                f"{render.several(crashes, 'crash', 'crashes')}: socketprotectorctl crashes"
+            )
+        )
     return found
 
 

@@ -18,7 +18,7 @@ import click
 from .. import __version__, control_path, words
 from ..errors import UsageError
 from . import find
-from .client import Client
+from .client import ANSWER_S, Client
 from .session import Session
 
 NAME = "socketprotectorctl"
@@ -47,9 +47,9 @@ class Instance:
             return find.by_pid_file(self.pid_file)
         return find.the_only_one()
 
-    def client(self) -> Client:
+    def client(self, answer_s: float = ANSWER_S) -> Client:
         """Return a connection for a request or two."""
-        return Client(self.path())
+        return Client(self.path(), answer_s)
 
     def session(self, *, events: bool = False) -> Session:
         """Return a connection that comes back after an upgrade or a crash."""

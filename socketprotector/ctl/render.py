@@ -45,6 +45,11 @@ def count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
 
 
+def several(number: int, one: str, more: str = "") -> str:
+    """1 -> 1 crash; 2 -> 2 crashes."""
+    return f"{number:,} {one if number == 1 else more or one + 's'}"
+
+
 def span(seconds: object) -> str:
     """90061 -> 1d1h; two units at most."""
     if not isinstance(seconds, int | float):

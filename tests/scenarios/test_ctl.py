@@ -449,7 +449,7 @@ def test_kill_ends_a_generation_that_drains_and_no_other(web: Start) -> None:
         assert run("reload").status == 0
 
         assert run("kill", "2").status == 100
-        assert run("kill", "1").out == "killed 1 workers of generation 1\n"
+        assert run("kill", "1").out == "killed 1 worker of generation 1\n"
         assert not wait_gone(spawned(daemon, 1))
         assert client.socket.recv(1) == b""
     assert pid_in(ask(("127.0.0.1", daemon.port))) in spawned(daemon, 2)

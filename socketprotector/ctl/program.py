@@ -68,8 +68,12 @@ def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]
     subcommand_metavar="COMMAND [ARG...]",
 )
 @click.option("--name", shell_complete=_known_names, help="The protector of that name.")
-@click.option("--control", metavar="PATH", help="The one with that control socket.")
-@click.option("--pid-file", metavar="FILE", help="The one whose pid stands there.")
+@click.option(
+    "--control", metavar="PATH", type=click.Path(), help="The one with that control socket."
+)
+@click.option(
+    "--pid-file", metavar="FILE", type=click.Path(), help="The one whose pid stands there."
+)
 @click.version_option(__version__, prog_name=NAME)
 @click.pass_context
 def program(

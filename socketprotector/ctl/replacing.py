@@ -160,6 +160,9 @@ def _judged(
                 watched.looked(session.ask("status"))
         except Cut:
             _back(session, watched, deadline, progress)
+        except NoProtector:  # it is there, and does not answer
+            deadline.slice_s(watched.waits_for())
+            raise
 
 
 def _back(session: Session, watched: verdict.Reload, deadline: _Deadline, progress: bool) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from typing import Any
 
-from tests.ctl.conftest import Said
+import pytest
+
+from tests.ctl.conftest import COMMAND, Said
 from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+from tests.running import Lines
 
 Ctl = Callable[..., Said]
 
@@ -242,6 +248,24 @@ def test_drained_that_takes_too_long_says_who_is_left(fake: Fake, ctl: Ctl) -> N
     told = json.loads(said.out)
     assert (told["generation"], told["result"]) == (9, "timed out")
     assert "generation 8 (1 worker: pid 77, 3 connections) to drain" in said.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_waits_no_longer_and_claims_nothing(
+    number: signal.Signals, fake: Fake
+) -> None:
+    reloading(fake, lambda c: c.event("spawned", generation=9, worker=15, pid=1))
+    receive, send = os.pipe()
+    process = subprocess.Popen([*COMMAND, "reload"], stdout=subprocess.PIPE, stderr=send)
+    os.close(send)
+    err = Lines(receive)
+    err.wait_for("generation 9 is starting")
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    err.join()
+
+    assert (process.returncode, out) == (130, b"")
+    assert err.seen[-1] == "interrupted: it goes on, and is not waited for any longer"
 
 
 def test_json_tells_the_outcome(fake: Fake, ctl: Ctl) -> None:

@@ -29,8 +29,14 @@ def default_path(name: str | None, addresses: Sequence[str], command: str) -> st
     return os.path.join(folder, f"{key}{control_path.SUFFIX}")
 
 
-def bind_control(settings: Settings, path: str, notice: Callable[[str], None]) -> Bound | None:
-    """Bind it, for root, the protector's user and the settings' group; None where that fails."""
+def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
+    """Bind it, for root, the protector's user and the settings' group.
+
+    Returns None where none is wanted, or where it fails; then `notice` is told why.
+    """
+    if settings.control is None:
+        return None
+    path = settings.control.address.removeprefix("unix:")
     options = {"mode": "0600"}
     if settings.identity is not None:
         options["user"] = str(settings.identity.uid)

@@ -19,8 +19,8 @@ from click.core import ParameterSource
 
 from . import __version__, activation, checks, door, options
 from .address import Listen, parse
-from .bind import Bound, bind_all
-from .bind_control import bind_control, default_path
+from .bind import bind_all
+from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
 from .config import ConfigFile
 from .errors import Refusal, UsageError
@@ -28,7 +28,7 @@ from .fleet import Policy
 from .launch import launch
 from .line import FORMATS, LEVELS
 from .options import Duration
-from .settings import Limits, Origin, Settings
+from .settings import Limits, ListenerSettings, Origin, Settings
 from .terminal import STDOUT, tell
 
 _DURATION = Duration()
@@ -372,6 +372,10 @@ def _launch(asked: Asked) -> int:
     )
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
+        addresses = [each.address for each in settings.listeners]
+        if asked.control != "":
+            path = asked.control or default_path(asked.name, addresses, settings.command[0])
+            settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += checks.notices(settings, asked.listens, asked.backlog)
         if asked.check or not (settings.foreground and settings.log_file is None):
             for notice in notices:  # else its log says them, in the same place
@@ -381,7 +385,6 @@ def _launch(asked: Asked) -> int:
             listens = " ".join(listen.text for listen in asked.listens)
             print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {listens}")
             return 0
-        addresses = [each.settings.address for each in bound]
         if any(
             listen.path is None and listen.name is None and not listen.port
             for listen in asked.listens
@@ -390,31 +393,11 @@ def _launch(asked: Asked) -> int:
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.command[0]]
         places = {f"{door.LISTENER}{index}": each for index, each in enumerate(bound)}
-        control = _control(asked, settings, notices)
-        if control is not None:
-            bound.append(control)
-            places[door.CONTROL] = control
-            settings = replace(settings, control=control.settings)
         return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:
         for each in bound:
             each.discard()
         raise
-
-
-def _control(asked: Asked, settings: Settings, notices: list[str]) -> Bound | None:
-    """Bind the control socket, unless none is wanted; where that fails it is a notice."""
-    if asked.control == "":
-        return None
-    addresses = [each.address for each in settings.listeners]
-    path = asked.control or default_path(asked.name, addresses, settings.command[0])
-
-    def notice(text: str) -> None:
-        notices.append(text)
-        if not (settings.foreground and settings.log_file is None):
-            tell(text)
-
-    return bind_control(settings, path, notice)
 
 
 def ask(

@@ -15,16 +15,19 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 
 from daemon import DaemonContext
 from lockfile import AlreadyLocked, LockFailed
 
 from . import door, guard, privileges
 from .bind import Bound
+from .bind_control import bind_control
 from .errors import AlreadyRunning, Refusal, SystemRefused
 from .logfile import open_log
 from .pidfile import PidFile
 from .settings import Settings, dump
+from .terminal import tell
 from .upgrade import command_of
 from .waiting import wait
 
@@ -140,15 +143,36 @@ def _become_resident(
         ) from error
     except OSError as error:
         raise SystemRefused(f"cannot detach: {error}") from error
+    # Of several that start at once only the one with the pid file may have it.
+    settings, control = _bind_control(settings, verdict)
     try:
-        _exec(settings, bound, label, pid_file, verdict)
+        _exec(settings, {**bound, **control}, label, pid_file, verdict)
     except OSError as error:
+        for each in control.values():
+            each.discard()
         context.close()  # removes the pid file, and will not do so again at our end
         if error.filename is None:
             raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
         raise SystemRefused(
             f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile?"
         ) from error
+
+
+def _bind_control(settings: Settings, verdict: int) -> tuple[Settings, dict[str, Bound]]:
+    """Bind the control socket where the settings want it; where that fails it is a notice."""
+    if settings.control is None:
+        return settings, {}
+    notices: list[str] = []
+    control = bind_control(settings, notices.append)
+    for notice in notices:
+        if not settings.foreground:
+            os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
+        elif settings.log_file is not None:  # else the log says it, in the same place
+            tell(notice, verdict)
+    settings = settings.noticed([*settings.notices, *notices])
+    if control is None:
+        return replace(settings, control=None), {}
+    return replace(settings, control=control.settings), {door.CONTROL: control}
 
 
 def _exec(

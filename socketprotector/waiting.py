@@ -52,6 +52,8 @@ def wait(line: socket.socket) -> int:
             break
         *lines, rest = (rest + data).split(b"\n")
         for words in map(json.loads, lines):
+            if "notice" in words:
+                tell(words["notice"])
             if "pid" in words:
                 resident = _pidfd(words["pid"])
             verdict.update(words)

@@ -11,7 +11,7 @@ import click
 
 from ..errors import Refusal
 from . import changing, completion, looking, replacing, top
-from .program import NAME, ReadEnough, complain, program
+from .program import NAME, Interrupted, ReadEnough, complain, program
 
 #: Each has added its commands to the program.
 COMMANDS = (changing, completion, looking, replacing, top)
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         return int(status or 0)
     except click.exceptions.Exit as error:
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (Interrupted, click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")

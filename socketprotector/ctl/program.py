@@ -29,6 +29,10 @@ class ReadEnough(Exception):
     """Whoever reads the answer has gone (`| head`): no mistake.  click would make it status 1."""
 
 
+class Interrupted(Exception):
+    """INT or TERM came.  click would say an empty line."""
+
+
 @dataclass(frozen=True, slots=True)
 class Instance:
     """Which protector is meant; looked for when a command asks."""
@@ -122,6 +126,8 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
                 return result
             except BrokenPipeError:
                 raise ReadEnough from None
+            except KeyboardInterrupt:
+                raise Interrupted from None
 
         return run
 

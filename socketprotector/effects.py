@@ -466,8 +466,9 @@ class Effects:
 
     def _remove_listeners(self) -> None:
         """Empty what is removed into the newest generation that has served it."""
+        places = self._settings.listeners  # one that was added and is only tried has none
         for listener in self.forwarder.listeners:
-            if self._settings.listeners[listener.index].removed:
+            if listener.index < len(places) and places[listener.index].removed:
                 served = [
                     number
                     for number, home in self.homes.items()

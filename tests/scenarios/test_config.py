@@ -1,0 +1,594 @@
+"""`--config`: read again at each reload, under load, and whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from tests.running import DEADLINE_S, Protector, ask, eventually
+from tests.scenarios.adopting import (
+    Chance,
+    Installation,
+    at_rest,
+    kill_protector,
+    kinds_now,
+    revived,
+    served,
+    upgrade,
+)
+from tests.scenarios.starting import TELLS, Start, told
+from tests.scenarios.tools import Address, Client, Gate, hold, in_backlog, pid_in, spawned, worker
+
+MANY = worker("many")
+Starter = Callable[..., Protector]
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+class File:
+    """A configuration file, with a few keys that most tests want."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.listens: list[str] = ["127.0.0.1:0"]
+        self.command: Iterable[str] = MANY
+
+    def says(self, keys: str = "", tables: str = "") -> File:
+        """Put a new file in place of the old one, never half-written."""
+        words, listens = json.dumps([*self.command]), json.dumps(self.listens)
+        new = self.path.with_suffix(".new")
+        new.write_text(f"{keys}\nlisten = {listens}\ncommand = {words}\n{tables}\n")
+        new.rename(self.path)
+        return self
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> File:
+    return File(tmp_path / "web.toml").says()
+
+
+@pytest.fixture
+def configured(protector: Starter, file: File) -> Callable[..., Protector]:
+    """A protector that serves by the file."""
+
+    def start(*options: str) -> Protector:
+        return protector("--no-control", *options, "--config", file.path).ready()
+
+    return start
+
+
+def listens(address: Address) -> bool:
+    """Whether somebody can connect."""
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    with socket.socket(family) as client:
+        client.settimeout(0.2)
+        try:
+            client.connect(address)
+        except OSError:
+            return False
+        return True
+
+
+def failed_reload(daemon: Protector) -> str:
+    """Ask for a reload that fails, and return the reason."""
+    mark = daemon.signal(signal.SIGHUP)
+    line = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
+    assert "event=reload-failed" in line, daemon.log.text()
+    return line.partition("reason=")[2]
+
+
+# -- what a reload changes -------------------------------------------------------
+
+
+def test_a_reload_changes_command_environment_and_number_of_workers(
+    configured: Starter, file: File
+) -> None:
+    file.command = TELLS
+    file.says(tables='[env]\nMODE = "old"\nGONE = "x"\n[limit]\nnofile = 300')
+    daemon = configured()
+    before = told(("127.0.0.1", daemon.port))
+
+    file.command = ("/bin/sh", "-c", 'ARGUMENT=new exec "$@"', "sh", *TELLS)
+    file.says('workers = 3\numask = "077"', '[env]\nMODE = "new"')
+    daemon.reload()
+    after = told(("127.0.0.1", daemon.port))
+
+    assert (before["environment"]["MODE"], after["environment"]["MODE"]) == ("old", "new")
+    assert "GONE" not in after["environment"]
+    assert after["environment"]["ARGUMENT"] == "new"
+    assert after["umask"] == 0o077
+    assert len(spawned(daemon, 2)) == 3
+    line = daemon.log.wait_for("event=configured")
+    for change in (
+        "workers: 1 -> 3",
+        "umask: ",
+        "env: changed MODE",
+        "env: - GONE",
+        "limit.nofile",
+    ):
+        assert change in line
+    assert '"old"' not in line
+    daemon.stop()
+
+
+def test_what_was_asked_of_workers_by_signal_stays_while_the_file_says_the_same(
+    configured: Starter, file: File
+) -> None:
+    file.says("workers = 2")
+    daemon = configured()
+    daemon.signal(signal.SIGTTIN)
+    eventually(lambda: len(spawned(daemon, 1)) == 3, "a third worker")
+
+    daemon.reload()
+    assert len(spawned(daemon, 2)) == 3
+
+    file.says("workers = 1")
+    daemon.reload()
+    assert len(spawned(daemon, 3)) == 1
+
+
+def test_a_new_policy_holds_from_the_reload_on_that_reads_it(
+    configured: Starter, file: File
+) -> None:
+    daemon = configured()
+    with Client(("127.0.0.1", daemon.port)) as kept:
+        kept.ask()
+        file.says('drain-timeout = "100ms"\nsettle = "10ms"\nlog-level = "debug"')
+
+        daemon.reload()
+
+        assert kept.hear() == ""  # its worker was ended
+    daemon.log.wait_for(r"event=signalled worker=1 signal=TERM")
+    daemon.log.wait_for(r" debug ")
+
+
+def test_the_command_line_wins_at_a_reload_too(configured: Starter, file: File) -> None:
+    daemon = configured("--workers", "2")
+    file.says("workers = 5")
+
+    daemon.reload()
+
+    assert len(spawned(daemon, 2)) == 2
+
+
+# -- listeners -------------------------------------------------------------------
+
+
+def test_an_added_listener_is_served_by_the_generation_that_knows_it(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    file.command = TELLS
+    file.says()
+    daemon = configured()
+    first = ("127.0.0.1", daemon.port)
+    path = tmp_path / "s"
+    file.listens += ["127.0.0.1:0?backlog=77", f"unix:{path}?mode=0600"]
+    file.says()
+
+    daemon.reload()
+    line = daemon.log.wait_for(r"event=configured .*listen: \+ tcp:127")
+    port = int(re.findall(r"\+ tcp:127.0.0.1:(\d+)", line)[0])
+
+    assert [told(each)["listener"] for each in (first, ("127.0.0.1", port), str(path))] == [0, 1, 2]
+    listeners = told(str(path))["environment"]["SOCKETPROTECTOR_LISTENERS"].split()
+    assert listeners == [f"tcp:127.0.0.1:{first[1]}", f"tcp:127.0.0.1:{port}", f"unix:{path}"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    daemon.stop()
+    assert not path.exists()
+
+
+def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    file.command = TELLS
+    path, other = tmp_path / "s", tmp_path / "t"
+    file.listens += [f"unix:{path}"]
+    file.says()
+    daemon = configured()
+    address = ("127.0.0.1", daemon.port)
+
+    file.listens = ["127.0.0.1:0", f"unix:{other}"]
+    file.says()
+    daemon.reload()
+    eventually(lambda: not path.exists(), "the removed socket's file is gone")
+
+    assert told(str(other))["listener"] == 2
+    listeners = told(address)["environment"]["SOCKETPROTECTOR_LISTENERS"].split()
+    assert listeners == [f"tcp:127.0.0.1:{address[1]}", "-", f"unix:{other}"]
+
+    file.listens = ["127.0.0.1:0", f"unix:{path}"]
+    file.says()
+    daemon.reload()
+    assert told(str(path))["listener"] == 3
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+@pytest.mark.parametrize("clients", [3, 30], ids=["in the queue", "in the backlog too"])
+def test_who_waits_at_a_removed_listener_is_served_by_those_who_know_it(
+    configured: Starter, file: File, tmp_path: Path, kind: str, clients: int
+) -> None:
+    path = tmp_path / "s"
+    port = free_port()
+    removed = f"127.0.0.1:{port}" if kind == "tcp" else f"unix:{path}"
+    file.listens += [removed]
+    file.says("queue = 6")
+    daemon = configured()
+    (old,) = spawned(daemon, 1)
+    hold(old)
+    address = ("127.0.0.1", port) if kind == "tcp" else str(path)
+    waiting = [Client(address, f"hello {number}") for number in range(clients)]
+    staying = [Client(("127.0.0.1", daemon.port), "to the next") for _ in range(3)]
+    if kind == "tcp" and clients > 20:
+        eventually(lambda: in_backlog(port) > 5, "clients in the backlog")
+
+    file.listens = ["127.0.0.1:0"]
+    file.says("queue = 6")
+    daemon.reload()
+    for client in staying[1:]:
+        client.close()
+    os.kill(old, signal.SIGCONT)
+
+    for number, client in enumerate(waiting):
+        assert client.hear() == f"[{old}] hello {number}"
+        client.close()
+    eventually(lambda: not listens(address), "nobody listens there any more")
+    staying[0].close()
+    assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon, 2)[0]
+    daemon.log.wait_for("event=drained generation=1")
+    daemon.stop()
+    assert "lost=" not in daemon.log.text()
+
+
+# -- reloads that fail -------------------------------------------------------------
+
+
+def test_a_file_with_mistakes_is_a_failed_reload_that_changes_nothing(
+    configured: Starter, file: File
+) -> None:
+    daemon = configured()
+    address = ("127.0.0.1", daemon.port)
+    (pid,) = spawned(daemon, 1)
+    at_rest(daemon)
+    before = kinds_now(daemon.pid)
+    file.says('workers = 0\ncolour = "red"')
+
+    reason = failed_reload(daemon)
+
+    assert (
+        f"{file.path} line 1: workers: 0 is not in the range 1<=x<=1000000 (and 1 more)" in reason
+    )
+    daemon.log.wait_for(r"event=not-configured .*line 2: colour: unknown key")
+    assert pid_in(ask(address)) == pid
+    at_rest(daemon)
+    assert kinds_now(daemon.pid) == before
+    file.says("workers = 2")
+    daemon.reload()
+    assert len(spawned(daemon)) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ('name = "other"', "cannot change at a reload: name: "),
+        ('pid-file = "other"', "cannot change at a reload: pid-file: none -> "),
+        ("guard = true", "cannot change at a reload: guard: false -> true; needs a restart"),
+        ('log-file = "x"', "cannot change at a reload: log-file: "),
+        ("foreground = 1", "must be true or false"),
+        ("listen = 1", "Cannot overwrite a value"),
+    ],
+)
+def test_what_cannot_change_is_refused(
+    configured: Starter, file: File, more: str, said: str
+) -> None:
+    daemon = configured()
+    file.says(more)
+
+    assert said in failed_reload(daemon)
+    assert ask(("127.0.0.1", daemon.port)).endswith("hello")
+
+
+def test_a_listener_that_cannot_be_had_is_a_failed_reload_that_leaves_none(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    daemon = configured()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file.listens = ["127.0.0.1:0", f"unix:{tmp_path}/s", f"127.0.0.1:{port}", "fd:web"]
+        file.says()
+
+        reason = failed_reload(daemon)
+
+    assert f"cannot listen on 127.0.0.1:{port}" in reason
+    daemon.log.wait_for("event=not-configured .*fd:web: sockets are passed at a start only")
+    assert not (tmp_path / "s").exists()
+    assert ask(("127.0.0.1", daemon.port)).endswith("hello")
+
+
+def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    daemon = configured()
+    at_rest(daemon)
+    before = kinds_now(daemon.pid)
+    file.listens += [f"unix:{tmp_path}/s"]
+    file.command = worker("dies_before_ready")
+    file.says("workers = 3")
+
+    failed_reload(daemon)
+
+    assert not (tmp_path / "s").exists()
+    assert ask(("127.0.0.1", daemon.port)).endswith("hello")
+    at_rest(daemon)
+    eventually(lambda: kinds_now(daemon.pid) == before, "all descriptors are closed")
+    file.command = TELLS
+    file.says("workers = 3")
+    daemon.reload()
+    assert told(f"{tmp_path}/s")["listener"] == 2  # 1 was told to the one that failed
+
+
+def test_a_start_with_mistakes_tells_all_of_them(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text('workers = 0\ncolour = "red"\n')
+
+    ended = start("--check", "--config", "bad.toml")
+
+    assert ended.status == 2
+    assert ended.lines == [
+        f"SocketProtector: {tmp_path}/bad.toml line 1: workers: 0 is not in the range "
+        "1<=x<=1000000",
+        f"{tmp_path}/bad.toml line 2: colour: unknown key; docs/config.md lists them",
+    ]
+
+
+def test_check_says_that_a_file_is_valid(start: Start, file: File) -> None:
+    ended = start("--check", "--config", file.path)
+
+    assert ended.status == 0, ended
+    assert f"{file.path} is valid; would start" in ended.out
+
+
+def test_the_detached_protector_reads_the_file_again(start: Start, file: File) -> None:
+    file.command = TELLS
+    file.says()
+    start.up("--no-control", "--config", "web.toml", cwd=file.path.parent)
+    file.says(tables='[env]\nMODE = "new"')
+
+    start.reload()
+
+    assert told(start.address)["environment"]["MODE"] == "new"
+    start.stop()
+
+
+# -- under load, and whatever happens -----------------------------------------------
+
+
+@pytest.mark.slow
+def test_twenty_reloads_with_changes_fail_no_connection(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    daemon = configured()
+    rounds = 20
+
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
+        for number in range(rounds):
+            file.listens = ["127.0.0.1:0", f"unix:{tmp_path}/s{number % 3}"]
+            settle = f'settle = "{number % 2 * 20}ms"'
+            file.says(f"workers = {1 + number % 3}\nqueue = {6 + number * 7}\n{settle}")
+            daemon.reload()
+            with Load(f"unix:{tmp_path}/s{number % 3}", concurrency=2) as other:
+                served(other, 5)
+            assert not other.snapshot().failures
+            served(load, 10)
+
+    assert not load.snapshot().failures
+    assert daemon.log.count("event=reloaded") == rounds
+    daemon.stop()
+    assert "lost=" not in daemon.log.text()
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_of_a_reload_leaves_the_one_or_the_other(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    chance = Chance()
+    rounds = 12
+    daemon = configured("--guard")
+
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
+        for number in range(rounds):
+            file.listens = ["127.0.0.1:0", f"unix:{tmp_path}/s{number % 3}"]
+            file.says(f'workers = {1 + number % 3}\nsettle = "{number % 2 * 50}ms"')
+            mark = daemon.signal(signal.SIGHUP)
+            chance.moment(0.4)
+            kill_protector(daemon)
+            revived(daemon, mark)
+            daemon.log.wait_for(r"event=(reloaded|reload-failed|route)\b", after=mark)
+            served(load)
+        file.says("workers = 2")
+        mark = daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for(r"event=reloaded\b", after=mark)
+        eventually(lambda: ask(f"{tmp_path}/s{(rounds - 1) % 3}") != "", "the last listener")
+        served(load)
+    at_rest(daemon)
+    daemon.stop()
+
+    failures = load.snapshot().failures
+    assert len(failures) <= rounds, failures
+
+
+class Gated:
+    """A protector of an installed release whose reader waits at a gate."""
+
+    def __init__(self, installation: Installation, file: File, folder: Path) -> None:
+        self.gate = Gate(folder / "gate")
+        self.installation = installation
+        self.file = file
+
+    def start(self, *options: str) -> Protector:
+        words = ("--no-control", *options, "--config", str(self.file.path))
+        daemon = self.installation.start(*words).ready()
+        self.installation.change(
+            "one",
+            "reread",
+            r"    descriptors = door.enter\(\)",
+            f"    open({str(self.gate.path)!r}).read()\n    descriptors = door.enter()",
+        )
+        return daemon
+
+    def through(self, daemon: Protector, pattern: str, mark: int) -> str:
+        """Let whoever comes to the gate through, until the protector says something."""
+        return let_through(self.gate, daemon, pattern, mark)
+
+
+def let_through(gate: Gate, daemon: Protector, pattern: str, mark: int) -> str:
+    def said() -> bool:
+        try:
+            os.close(os.open(gate.path, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            pass  # nobody waits there
+        return any(re.search(pattern, line) for line in daemon.log.seen[mark:])
+
+    eventually(said, pattern)
+    return daemon.log.wait_for(pattern, after=mark)
+
+
+@pytest.fixture
+def gated(installation: Installation, file: File, tmp_path: Path) -> Gated:
+    return Gated(installation, file, tmp_path)
+
+
+def reading(daemon: Protector) -> int:
+    """Ask for a reload; return the log's length before, once the file is being read."""
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=reloading", after=mark)
+    return mark
+
+
+def test_who_goes_on_after_a_kill_reads_the_file_anew(gated: Gated) -> None:
+    daemon = gated.start("--guard")
+    gated.file.says("workers = 2")
+    mark = reading(daemon)
+
+    kill_protector(daemon)
+    revived(daemon, mark)
+    gated.through(daemon, "event=reloaded generation=2", mark)
+
+    assert len(spawned(daemon, 2)) == 2
+    daemon.stop()
+
+
+def test_an_upgrade_while_the_file_is_read_reads_it_anew(gated: Gated) -> None:
+    daemon = gated.start()
+    gated.file.says("workers = 2")
+    mark = reading(daemon)
+
+    assert "event=adopted" in upgrade(daemon)
+    gated.through(daemon, "event=reloaded generation=2", mark)
+
+    assert len(spawned(daemon, 2)) == 2
+    daemon.stop()
+
+
+@pytest.mark.parametrize("how", ["kill", "upgrade"])
+@pytest.mark.parametrize("good", [True, False], ids=["that serves", "that fails"])
+def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
+    protector: Starter, file: File, tmp_path: Path, how: str, good: bool
+) -> None:
+    file.listens = [f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/s"]
+    file.says()
+    options = ("--guard",) if how == "kill" else ()
+    daemon = protector("--no-control", *options, "--config", file.path).ready()
+    gate = Gate(tmp_path / "gate")
+    file.listens = [file.listens[0], f"unix:{tmp_path}/t"]
+    file.command = gate.before(*(TELLS if good else ("/bin/false",)))
+    file.says("workers = 2")
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=configured", after=mark)
+    eventually(lambda: len(spawned(daemon, 2)) == 2, "both workers")
+    at_rest(daemon)
+
+    if how == "kill":
+        kill_protector(daemon)
+        revived(daemon, mark)
+    else:
+        assert "event=adopted" in upgrade(daemon)
+    line = let_through(gate, daemon, "event=(reloaded|reload-failed)", mark)
+
+    if good:
+        assert "event=reloaded generation=2" in line
+        assert told(f"{tmp_path}/t")["listener"] == 2
+        eventually(lambda: not (tmp_path / "s").exists(), "the removed socket's file is gone")
+    else:
+        assert "event=reload-failed generation=2" in line
+        assert ask(f"{tmp_path}/s").endswith("hello")
+        eventually(lambda: not (tmp_path / "t").exists(), "the added socket's file is gone")
+    # It holds for whoever comes after, too.
+    file.command = TELLS
+    file.says("workers = 2")
+    daemon.reload()
+    assert told(f"{tmp_path}/t")["listener"] == (2 if good else 3)
+    if how == "upgrade":
+        assert "event=adopted" in upgrade(daemon)
+    assert told(f"{tmp_path}/t")["listener"] == (2 if good else 3)
+    daemon.stop()
+    assert [each.name for each in tmp_path.iterdir() if each.is_socket()] == []
+
+
+def test_a_stop_while_the_file_is_read_waits_for_nothing(gated: Gated) -> None:
+    daemon = gated.start()
+    reading(daemon)
+
+    daemon.stop()
+
+
+def test_a_file_that_takes_too_long_to_read_is_a_failed_reload(gated: Gated) -> None:
+    gated.file.says('start-timeout = "3s"')
+    daemon = gated.start()
+
+    assert "the configuration was not read within 3 s" in failed_reload(daemon)
+    gated.through(daemon, "event=reloaded", reading(daemon))
+
+
+def test_a_reader_that_cannot_be_executed_is_a_failed_reload(gated: Gated) -> None:
+    daemon = gated.start()
+    gated.installation.script("one", "raise SystemExit('a broken install')\n")
+
+    assert "a broken install" in failed_reload(daemon)
+    assert ask(("127.0.0.1", daemon.port)).endswith("hello")
+
+
+def test_a_wish_while_the_file_is_read_is_one_more_reload(gated: Gated) -> None:
+    daemon = gated.start()
+    mark = reading(daemon)
+    for _ in range(3):
+        more = daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event=signal signal=SIGHUP", after=more)
+
+    gated.through(daemon, "event=reloaded generation=3", mark)
+    at_rest(daemon)
+
+    assert daemon.log.count("event=reloading") == 2
+
+
+def test_no_module_of_the_launching_side_comes_into_the_resident_process() -> None:
+    code = "import sys, socketprotector.resident; print(*sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
+    )
+
+    loaded = {*said.stdout.split()}
+    assert not loaded & {"tomllib", "click", "difflib", "socketprotector.config"}

@@ -54,8 +54,10 @@ _FIXED: Mapping[str, tuple[str, str]] = {
     "pid_file": ("pid-file", "text"),
     "log_file": ("log-file", "text"),
     "log_format": ("log-format", "text"),
+    "log_prefix": ("log-prefix", "text"),
     "foreground": ("foreground", "text"),
     "guarded": ("guard", "text"),
+    "control_group": ("control-group", "text"),
 }
 #: Told in another way (listeners, tables), or nobody's wish.
 _ELSEWHERE = frozenset(

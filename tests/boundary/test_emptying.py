@@ -1,0 +1,235 @@
+"""Listeners that come and go while generations know different ones: real sockets, no processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from socketprotector_client import wire
+
+from socketprotector.channel import Channel
+from socketprotector.emptying import QUIET_S
+from socketprotector.forwarder import Forwarder
+from socketprotector.listener import Listener
+from socketprotector.loop import Loop
+from socketprotector.settings import ListenerSettings
+
+
+class World:
+    """A forwarder with listeners 0 and 1, and two generations' channels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.loop = Loop()
+        self.folder = folder
+        self.listeners = [self.listener(0), self.listener(1)]
+        self.held = 0
+        self.forwarder = Forwarder(
+            self.loop,
+            self.listeners,
+            broken=lambda: None,
+            emptied=lambda: None,
+            trouble=lambda call, error: None,
+            held=self._held,
+        )
+        self.old, self.new = self.channel({0, 1}), self.channel({0})
+        self.clients: list[socket.socket] = []
+
+    def _held(self) -> bool:
+        self.held += 1
+        return True
+
+    def listener(self, index: int, *, foreign: bool = False) -> Listener:
+        sock = socket.socket(socket.AF_UNIX)
+        path = str(self.folder / f"s{index}")
+        sock.bind(path)
+        sock.listen(50)
+        sock.setblocking(False)
+        found = os.lstat(path)
+        ours = (0, 0) if foreign else (found.st_dev, found.st_ino)
+        settings = ListenerSettings(f"unix:{path}", *ours, foreign=foreign)
+        return Listener(sock.detach(), index, settings)
+
+    def channel(self, knows: set[int], queue: int = 64) -> Channel:
+        made = Channel.make(queue)
+        made.knows = frozenset(knows)
+        return made
+
+    def connect(self, index: int, times: int = 1) -> None:
+        for _ in range(times):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(str(self.folder / f"s{index}"))
+            self.clients.append(client)
+
+    def turn(self, seconds: float = 0.05) -> None:
+        """Let the loop go round for so long."""
+
+        def enough() -> None:
+            self.loop.running = False
+
+        self.loop.running = True
+        self.loop.call_after("enough", seconds, enough)
+        self.loop.run()
+
+    def close(self) -> None:
+        self.forwarder.close()
+        for each in (self.old, self.new):
+            each.close()
+        for client in self.clients:
+            client.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+def taken(channel: Channel) -> list[int]:
+    """The listeners of what waits in a channel, oldest first."""
+    found = []
+    while (each := channel.take_back()) is not None:
+        found.append(wire.HEADER.unpack(each[0])[2])
+        os.close(each[1])
+    return found
+
+
+def test_a_route_gets_nothing_by_a_listener_that_it_does_not_know(world: World) -> None:
+    world.forwarder.route_to(world.new)
+    world.connect(1)
+    world.connect(0)
+
+    world.turn()
+
+    assert taken(world.new) == [0]
+    world.forwarder.route_to(world.old)
+    world.turn()
+    assert taken(world.old) == [1]
+
+
+def test_taking_back_leaves_what_the_route_does_not_know_in_its_order(world: World) -> None:
+    world.forwarder.route_to(world.old)
+    for index in (1, 0, 1, 0, 0):
+        world.connect(index)
+        world.turn()
+    world.forwarder.route_to(world.new)
+
+    world.forwarder.drain(world.old)
+
+    assert taken(world.new) == [0, 0, 0]
+    assert taken(world.old) == [1, 1]
+    assert world.old.write.fileno() < 0
+    assert world.forwarder.lost == 0
+
+
+def test_who_waits_at_a_removed_listener_goes_to_the_channel_that_is_ended_after_it(
+    world: World,
+) -> None:
+    world.forwarder.route_to(world.new)
+    world.connect(1, 3)
+    world.turn()
+
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.forwarder.drain(world.old)
+
+    assert not (world.folder / "s1").exists()
+    assert world.old.write.fileno() >= 0, "ended before the last one was sent"
+    assert "sp.listener.1" in world.forwarder.descriptors()
+    world.turn(3 * QUIET_S)
+    assert taken(world.old) == [1, 1, 1]
+    assert world.old.write.fileno() < 0
+    assert "sp.listener.1" not in world.forwarder.descriptors()
+    assert world.held
+    assert world.forwarder.forwarded == 3
+
+
+def test_a_full_channel_is_waited_for(world: World) -> None:
+    small = world.channel({0, 1}, queue=6)
+    room = small.capacity()
+    world.connect(1, room + 4)
+    world.forwarder.route_to(world.new)
+
+    world.forwarder.remove(world.listeners[1], small)
+    world.forwarder.drain(small)
+    world.turn(3 * QUIET_S)
+
+    assert taken(small) == [1] * room
+    world.turn(4 * QUIET_S)
+    assert taken(small) == [1] * 4
+    assert small.write.fileno() < 0
+    small.close()
+
+
+def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: World) -> None:
+    small = world.channel({0, 1}, queue=6)
+    room = small.capacity()
+    world.forwarder.route_to(small)
+    world.connect(1, room + 1)
+    world.turn()
+    assert world.forwarder.hand is not None
+
+    world.forwarder.route_to(world.new)
+    world.connect(0)
+    world.turn()
+    assert taken(world.new) == [0], "what waits for the old one holds up the new one"
+    world.forwarder.remove(world.listeners[1], small)
+    world.forwarder.drain(small)
+    assert taken(small) == [1] * room
+    world.turn(4 * QUIET_S)
+
+    assert taken(small) == [1]
+    assert world.forwarder.lost == 0
+    small.close()
+
+
+def test_nobody_is_waited_for_where_the_generation_is_gone_or_broken(world: World) -> None:
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.forwarder.drain(world.old)
+
+    world.forwarder.release(world.old)
+
+    assert "sp.listener.1" not in world.forwarder.descriptors()
+    assert world.old.closed
+
+
+def test_a_channel_that_is_shut_down_ends_the_emptying(world: World) -> None:
+    world.connect(1)
+    world.forwarder.route_to(world.new)
+    world.old.read.shutdown(socket.SHUT_RDWR)
+
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.turn(0.1)
+
+    assert "sp.listener.1" not in world.forwarder.descriptors()
+    assert world.forwarder.lost == 1
+
+
+def test_a_listener_of_somebody_else_is_only_let_go(world: World) -> None:
+    foreign = world.listener(2, foreign=True)
+    copy = socket.socket(fileno=os.dup(foreign.fileno()))
+    world.forwarder.add(foreign)
+    world.connect(2)
+
+    world.forwarder.remove(foreign, world.old)
+
+    assert (world.folder / "s2").exists()
+    assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    copy.accept()[0].close()
+    copy.close()
+
+
+def test_a_quick_stop_closes_what_is_being_emptied(world: World) -> None:
+    world.connect(1)
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.forwarder.drain(world.old)
+
+    world.forwarder.close_listeners(quick=True)
+
+    assert world.forwarder.descriptors() == {}
+    assert world.old.write.fileno() < 0

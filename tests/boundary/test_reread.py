@@ -1,0 +1,178 @@
+"""What a process that reads the configuration again answers, and what becomes of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from socketprotector import cli
+from socketprotector.cli import Asked
+from socketprotector.loop import Loop
+from socketprotector.reader import Answer, Reader
+from socketprotector.settings import ListenerSettings, Settings
+
+COMMAND = (sys.executable, "-P", "-m", "socketprotector")
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    here = os.getcwd()
+    made = Loop()
+    yield made
+    made.close()
+    os.chdir(here)  # to start a process takes the resident one to the root, where it is anyway
+
+
+class Web:
+    """A file, and the settings of a protector that was started with it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.says('listen = "127.0.0.1:0"\nworkers = 2\n')
+        asked: list[Asked] = []
+
+        def act(found: Asked) -> int:
+            asked.append(found)
+            return 0
+
+        cli.ask(["--config", str(path)], act)
+        there = (ListenerSettings("tcp:127.0.0.1:4321", text="127.0.0.1:0"),)
+        self.settings = asked[0].settings.listening(there)
+
+    def says(self, text: str) -> None:
+        self.path.write_text(f'command = ["{sys.executable}", "-V"]\n{text}')
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Web:
+    return Web(tmp_path / "web.toml")
+
+
+def read(
+    loop: Loop,
+    settings: Settings,
+    *,
+    dry: bool = False,
+    command: tuple[str, ...] = COMMAND,
+    limit_s: float = 30.0,
+) -> Answer:
+    answers: list[Answer] = []
+
+    def done(answer: Answer) -> None:
+        answers.append(answer)
+        loop.running = False
+
+    reader = Reader(command, loop, "reader")
+    loop.running = True
+    reader.read(settings, limit_s, done, dry=dry)
+    if not answers:
+        loop.run()
+    assert not reader.busy
+    return answers[0]
+
+
+def test_it_answers_with_settings_and_the_listeners_that_were_added(
+    loop: Loop, web: Web, tmp_path: Path
+) -> None:
+    web.says(f'listen = ["127.0.0.1:0", "unix:{tmp_path}/s?backlog=5"]\nworkers = 3\n')
+
+    answer = read(loop, web.settings)
+
+    assert answer.settings is not None, answer
+    assert answer.settings.workers == 3
+    assert [each.address for each in answer.settings.listeners] == [
+        "tcp:127.0.0.1:4321",
+        f"unix:{tmp_path}/s",
+    ]
+    assert answer.settings.secret == web.settings.secret
+    assert answer.settings.origin == web.settings.origin
+    (fd,) = answer.listeners.values()
+    assert list(answer.listeners) == [1]
+    with socket.socket(fileno=fd) as added:
+        assert added.getsockname() == f"{tmp_path}/s"
+        assert added.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_asked_only_what_would_change_it_binds_nothing(
+    loop: Loop, web: Web, tmp_path: Path
+) -> None:
+    web.says(f'listen = ["unix:{tmp_path}/s"]\nname = "x"\n[env]\nA = "secret"\n')
+
+    answer = read(loop, web.settings, dry=True)
+
+    name = Path(sys.executable).name
+    assert answer.changes == (
+        f"name: {name} -> x; needs a restart",
+        "workers: 2 -> 1",
+        "env: + A",
+        "listen: - tcp:127.0.0.1:4321",
+        f"listen: + unix:{tmp_path}/s",
+    )
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_mistakes_come_back_line_by_line(loop: Loop, web: Web, dry: bool) -> None:
+    web.says("workers = 0\ncolour = 1\n")
+
+    answer = read(loop, web.settings, dry=dry)
+
+    assert answer.settings is None
+    assert answer.failure.split("\n") == [
+        f"{web.path} line 2: workers: 0 is not in the range 1<=x<=1000000",
+        f"{web.path} line 3: colour: unknown key; docs/config.md lists them",
+    ]
+
+
+def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
+    loop: Loop, web: Web
+) -> None:
+    settings = web.settings.listening((replace(web.settings.listeners[0], text="127.0.0.1:4321"),))
+    web.says('listen = ["127.0.0.1:4321?backlog=7"]\n')
+
+    answer = read(loop, settings)
+
+    assert answer.settings is not None, answer
+    (listener,) = answer.settings.listeners
+    assert (listener.text, listener.removed) == ("127.0.0.1:4321?backlog=7", False)
+    assert answer.settings.notices == (
+        "127.0.0.1:4321?backlog=7: bound already; what stands behind the ? holds from a restart on",
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("false",), "exited with status 1: it said nothing"),
+        (("no-such-program",), "exited with status 127: sh: "),
+        (("sh", "-c", "kill -9 $$"), "was killed by SIGKILL"),
+        (("sh", "-c", r"printf 'one\n\033[31mred\n' >&2"), r"exited with status 0: \x1b[31mred"),
+        (("sleep", "60"), "the configuration was not read within 0.2 s"),
+    ],
+)
+def test_whatever_becomes_of_it_there_is_an_answer(
+    loop: Loop, web: Web, command: tuple[str, ...], said: str
+) -> None:
+    answer = read(loop, web.settings, command=command, limit_s=0.2 if "sleep" in command else 30)
+
+    assert said in answer.failure
+
+
+def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
+    reader = Reader(("sleep", "60"), loop, "reader")
+    answers: list[Answer] = []
+    reader.read(web.settings, 30.0, answers.append)
+
+    reader.call_off()
+    reader.call_off()
+
+    assert not reader.busy
+    assert answers == []
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -173,15 +173,15 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         return  # it is on its way out, or not in yet
     if _replacement(step.fleet, number):
         return
-    step.do(Report(News.REPLACING, generation.number, reason))
-    if generation.phase is not Phase.SERVING or step.fleet.stopping:
-        if hung:
-            step.end_worker(worker)  # it stays in its generation, whose failure its end may be
-        return
-    current = step.fleet.generation(generation.number)
-    if current:
-        new = replace(step.add(current, _free_slot(current)), replaces=number)
-        step.spawn(current.number, new)
+    if generation.phase is Phase.SERVING and not step.fleet.stopping:
+        step.do(Report(News.REPLACING, generation.number, reason))
+        current = step.fleet.generation(generation.number)
+        if current:
+            new = replace(step.add(current, _free_slot(current)), replaces=number)
+            step.spawn(current.number, new)
+    elif hung:
+        step.do(Report(News.REPLACING, generation.number, reason))
+        step.end_worker(worker)  # it stays in its generation, whose failure its end may be
 
 
 def _replacement(fleet: Fleet, number: int) -> Worker | None:

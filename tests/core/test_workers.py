@@ -393,3 +393,12 @@ def test_one_on_its_way_in_or_out_is_not_replaced(story: Story) -> None:
     story.and_also(ScaleRequested(+1))
     assert story.when(ReplaceRequested(3, OLD)) == []
     assert story.when(ReplaceRequested(77, OLD)) == []
+
+
+def test_what_drains_already_needs_no_replacement_and_nobody_is_told_each_second(
+    story: Story,
+) -> None:
+    story.given_serving().and_also(ReloadRequested(), WorkerReady(2))
+    assert story.draining == {1}
+
+    assert story.when(ReplaceRequested(1, OLD)) == []

@@ -106,6 +106,17 @@ class Channel:
         poll.register(self.read, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    def peek(self) -> bytes | None:
+        """Return the header of the oldest untaken message, which stays; None when nothing waits."""
+        try:
+            # No room for descriptors: none is made.
+            data, _, _, _ = self.read.recvmsg(
+                wire.HEADER.size, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT
+            )
+        except BlockingIOError:
+            return None
+        return data or None
+
     def take_back(self) -> tuple[bytes, int] | None:
         """Receive the oldest untaken message as (header and state, descriptor).
 

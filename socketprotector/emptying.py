@@ -20,6 +20,9 @@ from .loop import Loop
 
 #: Handshakes that are under way finish in so long, or begin again.
 QUIET_S = 0.2
+#: Looks in a row that find somebody, after which it is closed all the same: where the system
+#: does not let us refuse new ones (listener.py) they might come for ever.
+BUSY_LOOKS = 50
 #: Connections in one go; then others come in between.
 BURST = 64
 _PACK_DESCRIPTOR = struct.Struct("i").pack
@@ -40,6 +43,7 @@ class Emptying:
         self._over = over
         self._hand: tuple[bytes, int] | None = None  # accepted, and the channel had no room
         self._quiet = False  # nobody came since the last look
+        self._busy = 0  # looks that found somebody
 
     @property
     def _timer(self) -> tuple[str, int]:
@@ -71,7 +75,8 @@ class Emptying:
             return
         self.moved += moved
         nobody = not moved and self._hand is None and not self._is_full()
-        if nobody and self._quiet:
+        self._busy += moved < BURST and moved > 0
+        if (nobody and self._quiet) or self._busy > BUSY_LOOKS:
             self.end()
             return
         self._quiet = nobody

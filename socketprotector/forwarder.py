@@ -293,7 +293,7 @@ class Forwarder:
                     self._shut.pop(0)
             while self._left_over and self._open:
                 channel = self._left_over[0]
-                self._reclaim(channel)
+                self._reclaim(channel, last=True)
                 if self._open:
                     self._left_over.popleft().close()
         if self._open and self._route is not None and not self._holding:
@@ -340,15 +340,19 @@ class Forwarder:
         else:
             os.close(fd)
 
-    def _reclaim(self, channel: Channel) -> None:
+    def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
         """Move what waits in a channel to the route, oldest first, while there is room.
 
-        What came by a listener that the route does not know stays where it is.
+        What came by a listener that the route does not know stays where it is: behind the
+        others, or with all that is behind it where the channel has ended.  last: its workers
+        are gone, and nobody else is left who knows it.
         """
         route = self._route
         strange = route is not None and _lacks(route, channel)
         left = channel.depth() if strange else -1
-        while left and self._open and self._route not in (None, channel) and self._take_reserve():
+        while self._open and self._route not in (None, channel) and self._take_reserve():
+            if not left or (strange and not last and self._is_stuck(channel)):
+                return
             os.close(self._reserve)
             self._reserve = -1
             try:
@@ -369,6 +373,12 @@ class Forwarder:
                 self._put_back(channel, header, fd)
             elif self._route is not None:
                 self._deliver(self._route, header, fd)
+
+    def _is_stuck(self, channel: Channel) -> bool:
+        """Whether the next one could neither be given to the route nor put back."""
+        header = channel.peek() if channel.write.fileno() < 0 else None
+        known = self._route is None or header is None or self._route.knows_of(_listener_of(header))
+        return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
         """Send a connection to where it was taken from.  Takes ownership of fd."""

@@ -126,6 +126,33 @@ def test_taking_back_leaves_what_the_route_does_not_know_in_its_order(world: Wor
     assert world.forwarder.lost == 0
 
 
+def test_what_the_workers_of_an_ended_channel_alone_know_is_left_to_them(world: World) -> None:
+    world.forwarder.route_to(world.old)
+    for index in (0, 1, 0):
+        world.connect(index)
+        world.turn()
+    world.old.end()  # by the program before this one
+    world.forwarder.route_to(world.new)
+
+    world.forwarder.adopt_drained(world.old)
+    world.forwarder.hold(False)
+
+    assert (taken(world.new), taken(world.old)) == ([0], [1, 0])
+
+
+def test_what_nobody_is_left_for_is_counted_as_lost(world: World) -> None:
+    world.forwarder.route_to(world.old)
+    for index in (0, 1, 0):
+        world.connect(index)
+        world.turn()
+    world.forwarder.route_to(world.new)
+
+    world.forwarder.release(world.old)
+
+    assert (taken(world.new), world.forwarder.lost) == ([0, 0], 1)
+    assert world.old.closed
+
+
 def test_who_waits_at_a_removed_listener_goes_to_the_channel_that_is_ended_after_it(
     world: World,
 ) -> None:

@@ -341,6 +341,51 @@ def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
     assert told(f"{tmp_path}/s")["listener"] == 2  # 1 was told to the one that failed
 
 
+def test_a_rollback_after_it_has_served_gives_up_what_was_added(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    file.listens += [f"unix:{tmp_path}/old"]
+    file.says()
+    daemon = configured()
+    file.listens[1] = f"unix:{tmp_path}/new"
+    file.command = MANY
+    file.says('settle = "30s"\nworkers = 2')
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    assert pid_in(ask(f"{tmp_path}/new")) in spawned(daemon, 2)
+    waiting = Client(f"{tmp_path}/old", "waits while the new one settles")
+
+    os.kill(spawned(daemon, 2)[0], signal.SIGKILL)
+    daemon.log.wait_for("event=reload-failed generation=2", after=mark)
+
+    assert pid_in(waiting.hear()) in spawned(daemon, 1)
+    waiting.close()
+    assert pid_in(ask(f"{tmp_path}/old")) in spawned(daemon, 1)
+    eventually(lambda: not (tmp_path / "new").exists(), "the added socket's file is gone")
+    eventually(lambda: len(spawned(daemon)) == 3, "as many workers as before")
+
+
+def test_stop_first_goes_back_to_the_listeners_that_there_were(
+    configured: Starter, file: File, tmp_path: Path
+) -> None:
+    file.listens += [f"unix:{tmp_path}/old"]
+    file.says()
+    daemon = configured()
+    file.listens[1] = f"unix:{tmp_path}/new"
+    file.command = worker("dies_before_ready")
+    file.says('reload-order = "stop-first"')
+
+    failed_reload(daemon)
+
+    assert pid_in(ask(f"{tmp_path}/old")) in spawned(daemon, 3)
+    eventually(lambda: not (tmp_path / "new").exists(), "the added socket's file is gone")
+    file.command = MANY
+    file.says('reload-order = "stop-first"')
+    daemon.reload()
+    assert ask(f"{tmp_path}/new").endswith("hello")
+    assert not (tmp_path / "old").exists()
+
+
 def test_a_start_with_mistakes_tells_all_of_them(start: Start, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text('workers = 0\ncolour = "red"\n')
 

@@ -177,6 +177,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--log-file", metavar="FILE", help="For the protector and the workers.")
 @click.option("--log-level", default="info", type=click.Choice(list(LEVELS)))
 @click.option("--log-format", default="text", type=click.Choice(FORMATS), help="Of each line.")
+@click.option("--log-prefix", is_flag=True, help="Workers' lines say who wrote them.")
 @click.option("--watch", multiple=True, metavar="PATH", help="Reload when files change there.")
 @click.version_option(__version__, prog_name="SocketProtector")
 @click.pass_context
@@ -340,6 +341,7 @@ class _Reading:
             log_file=self._path("log_file"),
             log_level="debug" if verbose else given["log_level"],
             log_format=given["log_format"],
+            log_prefix=given["log_prefix"],
             watch=checks.watch(given["watch"], self._directory),
             foreground=given["foreground"],
             guarded=given["guard"],

@@ -326,7 +326,10 @@ class Crew:
                 environment[wire.ENV_SCOREBOARD] = f"{_BOARD_FD}:{offset}"
             if home.program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(home.program.watchdog_s * 1_000_000))
-            process = spawn(home.program, environment, descriptors)
+            with self._output.opened(number, generation) as output:
+                descriptors |= output.places
+                process = spawn(home.program, environment, descriptors)
+                output.pid = process.pid
         except BaseException:
             for each in closing:
                 each.close()
@@ -424,7 +427,7 @@ class Crew:
         unproven = worker.ready_at is None or worker.died_saying_so
         last = ""
         if crashed or unproven:
-            last = self._output.last_words(worker.mark, wait=unproven)
+            last = self._output.last_words(worker.mark, worker.process.pid, wait=unproven)
         if crashed:
             self._crashed(_crash(number, worker, result, lost, last))
         if worker.ready_at is None or worker.died_saying_so:

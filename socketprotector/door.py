@@ -29,7 +29,8 @@ CHANNEL = "sp.channel."  # and its generation, .read or .write
 WORKER = "sp.worker."  # and its number, .process, .notify or .line
 HAND = "sp.hand."  # and a number: the connection whose send failed
 CONTROL = "sp.control"  # the listening control socket
-RELAY = "sp.relay."  # read, write, tail, process
+RELAY = "sp.relay."  # read, write, tail; .process or .line, and its pid
+OUTPUT = "sp.output."  # number, generation and pid of a worker: what it writes
 WATCH = "sp.watch."  # and the watcher's pid, .process or .line
 NAMES = "sp.names."  # and the number of the memfd that has the names
 #: One string of the environment has at most 128 KiB, with the variable's name (execve(2));

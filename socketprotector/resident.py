@@ -111,7 +111,10 @@ class _Resident:
         self.settings = settings
         self.descriptors = descriptors
         self.command = command
-        self.output = Output(settings.log_file)
+        self.to_syslog = not settings.foreground and settings.log_file is None
+        self.output = Output(
+            settings.log_file, to_syslog=self.to_syslog, prefixed=settings.log_prefix
+        )
         # Under a guard it is the guard whose end means the end.
         guarded = door.GUARD in descriptors
         self.pid = os.getppid() if guarded else os.getpid()
@@ -219,7 +222,8 @@ class _Resident:
     def finish(self, status: int) -> None:
         """Leave nothing behind, and tell whoever waits for the end."""
         # The relay ends with its last writer, and whoever keeps that descriptor would be one.
-        self.store.forget(f"{door.RELAY}write")
+        for name in self.output.descriptors():
+            self.store.forget(name)
         self.output.finish()
         _remove_pid_file(self.settings.pid_file, self.descriptors.get(door.PID_FILE))
         self.launcher.failed(status)
@@ -243,28 +247,19 @@ class _Resident:
 
     def _open_log(self) -> Log:
         settings = self.settings
-        relayed = not settings.foreground and settings.log_file is None
-        log = Log(settings.log_level, prioritized=relayed, form=settings.log_format)
+        log = Log(settings.log_level, prioritized=self.to_syslog, form=settings.log_format)
         log.fold(self.loop)
-        if relayed:
-            inherited = {
-                name.removeprefix(door.RELAY): fd
-                for name, fd in self.descriptors.items()
-                if name.startswith(door.RELAY)
-            }
 
-            def ended() -> None:
-                log.write("error", "relay-ended")
+        def ended() -> None:
+            log.write("error", "relay-ended")
 
-            if inherited:
-                self.output.adopt_relay(inherited, settings.name, self.loop, ended)
-            else:
-                try:
-                    self.output.start_relay(settings.name, self.loop, ended)
-                except OSError as error:
-                    why = f"cannot start the relay to syslog: {what_failed(error)}"
-                    raise SystemRefused(why) from error
-            log.reopen()
+        try:
+            self.output.begin(self.descriptors, settings.name, self.loop, ended)
+        except OSError as error:
+            where = "to syslog" if self.to_syslog else "for --log-prefix"
+            why = f"cannot start the relay {where}: {what_failed(error)}"
+            raise SystemRefused(why) from error
+        log.reopen()
         return log
 
     def _supervisor(self, log: Log) -> Supervisor:

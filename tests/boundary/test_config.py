@@ -52,6 +52,7 @@ env-file = "vars"
 log-file = "log"
 log-level = "warning"
 log-format = "json"
+log-prefix = true
 """
 
 

@@ -50,7 +50,7 @@ LAYERS = {
             "status",
             "supervisor",
         },
-        *{"upgrade", "watcher"},
+        *{"relaying", "upgrade", "watcher"},
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {

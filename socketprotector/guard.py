@@ -6,7 +6,7 @@ process, passes signals on, and adopts and reaps what the protector leaves when 
 
 Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
 
-    python guard.py COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
+    python guard.py [--json] COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ _NO_SIGNALS: tuple[int, ...] = ()
 class Guard:
     """Keeps descriptors by name, and one protector running."""
 
-    def __init__(self, command: list[str], store: dict[str, int]) -> None:
-        """Take ownership of the descriptors in the store."""
+    def __init__(self, command: list[str], store: dict[str, int], *, json: bool = False) -> None:
+        """Take ownership of the descriptors in the store.  json: the form of log lines."""
         self.command = command
+        self.json = json
         self.store = store
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
@@ -85,7 +86,7 @@ class Guard:
         try:
             line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            self.again(f'error="{error.strerror}"')
+            self.again(str(error.strerror))
             return
         for end in (line, theirs):
             os.set_inheritable(end.fileno(), False)
@@ -97,12 +98,12 @@ class Guard:
                 try:
                     self._become({**self.store, LINE: theirs.fileno()})
                 except OSError as error:
-                    self.log("guard-cannot-execute", f'file={self.command[0]} error="{error}"')
+                    self.log("guard-cannot-execute", file=self.command[0], error=str(error))
                 finally:
                     os._exit(FAILED)
         except OSError as error:  # no more processes
             line.close()
-            self.again(f'error="{error.strerror}"')
+            self.again(str(error.strerror))
             return
         finally:
             theirs.close()
@@ -120,7 +121,7 @@ class Guard:
     def again(self, why: str) -> None:
         """Start the next one, later each time in a row."""
         self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        self.log("guard-cannot-start", f"{why} again_in_s={self.wait_s:g}")
+        self.log("guard-cannot-start", error=why, again_in_s=self.wait_s)
         self.due = time.monotonic() + self.wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
@@ -152,18 +153,18 @@ class Guard:
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
         # Of the first only: after it something may be served, by workers that live on.
         if code >= 0 and self.first and not self.accepted:
-            self.give_up(f'protector="{how} before it ever accepted"', code or FAILED)
+            self.give_up(f"{how} before it ever accepted", code or FAILED)
         stops = any(number in _STOPS for number in self.passed_on)
         if stops and code >= 0 and not self.began:
             # Workers finish what they have when the last end of their channel is closed.
-            self.give_up(f'protector="{how} when it was to stop"', code or FAILED)
+            self.give_up(f"{how} when it was to stop", code or FAILED)
         self.pending += self.passed_on
         self.first = False
         if self.accepted:
             self.wait_s = 0.0
         else:
             self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        self.log("protector-died", f'protector="{how}" again_in_s={self.wait_s:g}')
+        self.log("protector-died", protector=how, again_in_s=self.wait_s)
         self.due = time.monotonic() + self.wait_s
 
     # -- what it says ----------------------------------------------------------
@@ -182,7 +183,7 @@ class Guard:
             except ConnectionResetError:
                 continue  # it is gone and had not read all; what it said is still here
             except OSError as error:
-                self.log("guard-cannot-hear", f'error="{error.strerror}"')
+                self.log("guard-cannot-hear", error=str(error.strerror))
                 return  # out of memory for the moment
             if not data:
                 self.line.close()
@@ -191,7 +192,7 @@ class Guard:
             fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
             self.take(dict(pairs(data)), fds[0] if fds else -1)
             if flags & socket.MSG_CTRUNC:
-                self.log("guard-cannot-keep", "error=out-of-descriptors")
+                self.log("guard-cannot-keep", error="out of descriptors")
 
     def take(self, said: dict[str, str], fd: int) -> None:
         """Do what one message asks for.  Takes ownership of its descriptor."""
@@ -220,7 +221,7 @@ class Guard:
 
     def give_up(self, why: str, status: int) -> None:
         """Leave nothing behind that says we are here, and exit."""
-        self.log("guard-gives-up", why)
+        self.log("guard-gives-up", protector=why)
         lock = self.store.get(PID_FILE, -1)
         try:
             path = os.readlink(f"/proc/self/fd/{lock}")
@@ -230,7 +231,7 @@ class Guard:
             pass  # there is none, or another's in its place
         sys.exit(status)
 
-    def log(self, event: str, rest: str) -> None:
+    def log(self, event: str, **fields: str | float) -> None:
         """Write a line as the protector writes its own, to where that goes: maybe to its relay.
 
         One that would block is dropped, and the next one says how many were.
@@ -238,8 +239,14 @@ class Guard:
         now = time.time()
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         if self.dropped:
-            rest = f"{rest} dropped_lines={self.dropped}"
-        line = f"{stamp}.{int(now % 1 * 1000):03d}Z warning event={event} {rest}\n"
+            fields["dropped_lines"] = self.dropped
+        stamp = f"{stamp}.{int(now % 1 * 1000):03d}Z"
+        if self.json:
+            told = {"time": stamp, "level": "warning", "event": event, **fields}
+            line = "{" + ", ".join(f"{quoted(n)}: {shown(told[n])}" for n in told) + "}\n"
+        else:
+            pairs = " ".join(f"{name}={shown(value)}" for name, value in fields.items())
+            line = f"{stamp} warning event={event} {pairs}\n"
         try:
             write(self.store.get(RELAY, 2), line.encode("utf-8", "backslashreplace"))
         except OSError:
@@ -338,6 +345,18 @@ def write(fd: int, line: bytes) -> None:
         os.write(fd, line)
 
 
+def quoted(text: str) -> str:
+    """Return a text as a JSON string, in which the log's own form is not different."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        '"' + "".join(c if c.isprintable() else f"\\u{min(ord(c), 0xFFFD):04x}" for c in text) + '"'
+    )
+
+
+def shown(value: str | float) -> str:
+    return quoted(value) if isinstance(value, str) else f"{value:g}"
+
+
 def pairs(data: bytes) -> list[tuple[str, str]]:
     """Return the NAME=VALUE lines of a message."""
     lines = data.decode("utf-8", "replace").split("\n")
@@ -351,7 +370,8 @@ def noted(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    command = sys.argv[1:]
+    json = sys.argv[1:2] == ["--json"]
+    command = sys.argv[2:] if json else sys.argv[1:]
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.pop("LISTEN_FDNAMES", "")
     if names.startswith(NAMES):
@@ -363,7 +383,7 @@ def main() -> None:
         os.set_inheritable(fd, False)
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write(NAME)
-    Guard(command, store).run()
+    Guard(command, store, json=json).run()
 
 
 if __name__ == "__main__":

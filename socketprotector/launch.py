@@ -206,6 +206,7 @@ def _exec(
         if settings.identity is not None:
             # The guard needs no more than the protector, and can give no more to the next one.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
-        command = [sys.executable, "-I", "-S", guard.__file__, *command]
+        form = ["--json"] if settings.log_format == "json" else []
+        command = [sys.executable, "-I", "-S", guard.__file__, *form, *command]
     with privileges.lent() if settings.guarded and starts_others else nullcontext():
         os.execve(command[0], command, environment)

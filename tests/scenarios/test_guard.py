@@ -495,11 +495,11 @@ def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: 
     receive, send = full_pipe()
     keeper = guard.Guard([], {guard.RELAY: send})
 
-    keeper.log("first", "a=1")
-    keeper.log("second", "a=1")
+    keeper.log("first", a=1)
+    keeper.log("second", a=1)
     os.read(receive, 1 << 20)
-    keeper.log("third", "a=1")
-    keeper.log("fourth", "a=1")
+    keeper.log("third", a=1)
+    keeper.log("fourth", a=1)
 
     lines = os.read(receive, 1 << 20).decode().splitlines()
     assert [line.partition(" event=")[2] for line in lines] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -96,6 +97,27 @@ def generations_seen(daemon: Protector) -> dict[int, set[int]]:
             if each.startswith(b"SOCKETPROTECTOR_GENERATION="):
                 found.setdefault(int(each.partition(b"=")[2]), set()).add(pid)
     return found
+
+
+def test_the_guards_lines_have_the_form_of_the_others(protector: Start) -> None:
+    daemon = protector(
+        *("--guard", "--log-format", "json", "127.0.0.1:0", "--", *worker("many"))
+    )  # fmt: skip
+    started = json.loads(daemon.log.wait_for('"event": "start"'))
+    daemon.log.wait_for('"event": "ready"')
+    os.kill(started["pid"], signal.SIGKILL)
+    died = json.loads(daemon.log.wait_for('"event": "protector-died"'))
+    daemon.log.wait_for('"event": "adopted"')
+    daemon.stop()
+
+    assert died.pop("time")
+    assert died == {
+        "level": "warning",
+        "event": "protector-died",
+        "protector": "killed by signal 9",
+        "again_in_s": 0,
+    }
+    assert all(json.loads(line)["event"] for line in daemon.log.seen)
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

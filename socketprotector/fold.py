@@ -138,7 +138,7 @@ class Fold:
     def _reason(
         self, ended: tuple[int, int | None] | None, generation: int, fields: Fields
     ) -> bool:
-        reason = {"reason": fields.get("reason")}
+        reason = _why(fields)
         if ended is None or ended[0] != generation:
             # All of its places together, as nobody says which one it is.
             shown = SHOWN * self._slots.get(generation, 1)
@@ -157,7 +157,7 @@ class Fold:
             self._end(None)
         if event in _FAILURES and generation > self._failed:
             self._failed = generation
-            kept_back = self._died(None, {"reason": fields.get("reason")})
+            kept_back = self._died(None, _why(fields))
             if not kept_back:
                 self._shown_to = generation
             return kept_back
@@ -233,6 +233,10 @@ class Fold:
         now = time.monotonic()
         for when, level, event, fields in circle.held:
             self._write(level, event, {**fields, "ago_s": round(now - when, 1)})
+
+
+def _why(fields: Fields) -> Fields:
+    return {name: fields.get(name) for name in ("reason", "last_words")}
 
 
 def _number(fields: Fields, name: str) -> int:

@@ -74,6 +74,7 @@ class Fold:
         self._loop = loop
         self._circles: dict[Key, _Circle] = {}
         self._places: dict[int, tuple[int, int | None]] = {}  # of workers that live
+        self._asked: set[int] = set()  # workers that served, and were asked to leave
         self._slots: dict[int, int] = {}  # how many a generation has
         self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while nobody else served
@@ -100,6 +101,7 @@ class Fold:
         for key in list(self._circles):
             self._end(key)
         self._places.clear()
+        self._asked.clear()
 
     # -- workers in their place ------------------------------------------------
 
@@ -118,6 +120,8 @@ class Fold:
             self._slots[generation] = max(self._slots.get(generation, 0), slot + 1)
         if event == "exited" and not worker:  # the lifecycle says it once more, with the reason
             return self._reason(just_ended, generation, fields)
+        if event in ("retired", "signalled") and self._was_asked(worker):
+            return False
         if event not in _REPEATED:
             return False
         if worker not in self._places:
@@ -126,6 +130,10 @@ class Fold:
         key = self._places[worker]
         if event == "exited":
             del self._places[worker]
+            if worker in self._asked:
+                self._asked.discard(worker)
+                self._just_ended = generation, _UNKNOWN
+                return False
             self._just_ended = key
             return self._died(key, {"worker": worker, "how": fields.get("how")})
         circle = self._circles.setdefault(key, _Circle(now))
@@ -134,6 +142,16 @@ class Fold:
         if circle.folded:
             circle.held.append(line)
         return circle.folded
+
+    def _was_asked(self, worker: int) -> bool:
+        """Whether a worker that served was told to go: then its end is no death."""
+        key = self._places.get(worker)
+        circle = self._circles.get(key) if key is not None else None
+        if circle is None or circle.ready_at is None:
+            return False  # one that never served, or ended by itself
+        self._asked.add(worker)
+        self._end(key)
+        return True
 
     def _reason(
         self, ended: tuple[int, int | None] | None, generation: int, fields: Fields

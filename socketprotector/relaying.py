@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import termios
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,11 @@ _DESCRIPTOR = struct.Struct("i")
 #: when it is just being started, and for ever when it has died.
 _LOOK_MS = 5
 _LOOKS = 200
+#: Before another relay is started; longer each time in a row.
 _RESTART_S = 1.0
+_LONGEST_S = 10.0
+#: One that has lived so long was no failure from the beginning.
+_PROVEN_S = 60.0
 #: How soon to tell it again what its line had no room for, and to look at a pipe that the last
 #: writer has left and that is not read to its end.
 _AGAIN_S = 0.1
@@ -71,6 +76,7 @@ class Relaying:
         self._process: Process | None = None
         self._line: socket.socket | None = None
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
+        self._delay_s = _RESTART_S
         self._unsaid: deque[int | None] = deque()  # of which worker to tell; None: of the log
 
     # -- begin and go on -----------------------------------------------------
@@ -177,6 +183,8 @@ class Relaying:
         self._say()
 
     def _attend(self, process: Process) -> None:
+        since = time.monotonic()
+
         def gone() -> None:
             try:
                 if process.reap() is None:
@@ -189,13 +197,19 @@ class Relaying:
             self._hang_up()
             self._ended()
             self.changed()
-            self._loop.call_after("relay", _RESTART_S, again)
+            if time.monotonic() - since >= _PROVEN_S:
+                self._delay_s = _RESTART_S
+            later()
+
+        def later() -> None:
+            self._loop.call_after("relay", self._delay_s, again)
+            self._delay_s = min(self._delay_s * 2, _LONGEST_S)
 
         def again() -> None:
             try:
                 self._spawn()
             except OSError:  # out of descriptors: what is written waits in the pipes
-                self._loop.call_after("relay", _RESTART_S, again)
+                later()
             else:
                 self.changed()  # else the next program starts another one, beside this one
 

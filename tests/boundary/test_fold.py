@@ -160,6 +160,39 @@ def test_deaths_that_are_far_apart_are_no_loop(story: Story) -> None:
     assert story.loop.timers == {}
 
 
+@pytest.mark.parametrize("word", ["retired", "signalled"])
+def test_workers_that_are_replaced_again_and_again_are_no_loop(story: Story, word: str) -> None:
+    for _ in range(SHOWN * 3):
+        worker = story.spawn()
+        story.ready(worker)
+        story.say(word, worker=worker)
+        story.say("exited", generation=1, worker=worker, how="exited with status 0")
+
+    assert story.events() == ["spawned", "worker-ready", word, "exited"] * SHOWN * 3
+
+
+def test_workers_that_are_never_ready_and_told_to_go_are_a_loop(story: Story) -> None:
+    for _ in range(SHOWN * 3):
+        worker = story.spawn()
+        story.say("signalled", worker=worker, signal="TERM")
+        story.end(worker)
+
+    assert story.events() == ["spawned", "signalled", "exited", "exited"] * SHOWN
+
+
+def test_who_is_told_to_go_in_the_middle_of_a_loop_is_told_of(story: Story) -> None:
+    story.live_and_die(SHOWN + 2)
+    worker = story.spawn()
+    story.ready(worker)
+    story.events()
+
+    story.say("retired", worker=worker)
+    story.say("exited", generation=1, worker=worker, how="exited with status 0")
+
+    assert story.events() == ["crash-loop", "spawned", "worker-ready", "retired", "exited"]
+    assert story.loop.timers == {}
+
+
 def test_each_place_is_counted_for_itself(story: Story) -> None:
     for slot in range(SHOWN * 3):
         story.live_and_die(1, slot=slot)
@@ -278,5 +311,6 @@ def test_what_is_known_stays_bounded(story: Story) -> None:
         story.live_and_die(SHOWN + 20, generation=generation)
         story.say("drained", generation=generation)
 
-    assert len(story.fold._circles) == len(story.fold._places) == 0
+    fold_ = story.fold
+    assert [fold_._circles, fold_._places, fold_._slots, fold_._asked] == [{}, {}, {}, set()]
     assert story.loop.timers == {}

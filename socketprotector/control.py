@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import socket
 import struct
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from . import requests
+from . import clock, requests
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
 from .requests import Request, Wrong
@@ -174,7 +173,7 @@ class Control:
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
         """Tell all who follow of an event."""
-        at = time.time()
+        at = clock.date()
         for client in [each for each in self._clients.values() if each.follows]:
             client.tell(lambda more: requests.event(name, at, level, {**fields, **more}))
 

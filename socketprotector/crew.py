@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from socketprotector_client import wire
 
-from . import door, limits
+from . import clock, door, limits
 from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
 from .history import Crash
 from .home import Home
@@ -267,15 +267,20 @@ class Crew:
         after_s = worker.home.program.ready_after_s
         if after_s is not None and worker.ready_at is None:
             self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
-        if worker.watched:
-            self._wait_for_word(number)
+        self._wait_for_word(number, worker)
 
-    def _wait_for_word(self, number: int) -> None:
-        """Replace a worker that says nothing for too long from here on."""
-        limit_s = self._workers[number].home.program.watchdog_s
-        if limit_s:
+    def _wait_for_word(self, number: int, worker: _Worker) -> None:
+        """Replace a worker that says nothing for too long from here on.
+
+        One that has spoken before it was ready has all the time that a start has.
+        """
+        limit_s = worker.home.program.watchdog_s
+        if limit_s and worker.watched and worker.ready_at is not None:
 
             def silent() -> None:
+                self._heard(number)  # it may be we who could not listen for so long
+                if self._loop.due(("word", number)) is not None:
+                    return
                 reason = f"no WATCHDOG=1 for {limit_s:g} s"
                 self._log.write("error", "hangs", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
@@ -335,7 +340,7 @@ class Crew:
                 each.close()
             raise
         theirs.close()
-        return _Worker(generation, slot, home, process, notify, ours, mark, time.time())
+        return _Worker(generation, slot, home, process, notify, ours, mark, clock.date())
 
     def _heard(self, number: int) -> None:
         """Handle what a worker has said on its notify socket.
@@ -366,7 +371,7 @@ class Crew:
             self._log.write("debug", "status", worker=number, status=worker.status)
         if fields.get("WATCHDOG") == "1":
             worker.watched = True
-            self._wait_for_word(number)
+            self._wait_for_word(number, worker)
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
         """Out of memory: what waits stays readable, so only a timer keeps us from spinning."""
@@ -390,6 +395,7 @@ class Crew:
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
             return
         self._log.write("info", "worker-ready", generation=worker.generation, worker=number)
+        self._wait_for_word(number, worker)
         self._post(WorkerReady(number, retires))
 
     def _ended(self, number: int) -> None:
@@ -462,7 +468,7 @@ class Crew:
 def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words: str) -> Crash:
     when = "draining" if worker.home.ended else "serving" if worker.ready_at else "starting"
     return Crash(
-        at=time.time(),
+        at=clock.date(),
         generation=worker.generation,
         worker=number,
         slot=worker.slot,

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from socketprotector_client import wire
 
-from . import door, envfile
+from . import clock, door, envfile
 from .changes import changes
 from .channel import Channel
 from .crew import Crew, what_failed
@@ -118,7 +118,7 @@ class Effects:
         self.exit_status: int | None = None
         self.history = History()
         self.restarts = 0
-        self.started_at = time.time()
+        self.started_at = clock.date()
         self.guarded = guarded
         self._coming: Settings | None = None  # read again, and not used yet
         self._changed = False  # the settings are others than at the start
@@ -154,7 +154,7 @@ class Effects:
             case Drain(number) if number in self.homes:
                 channel = self.homes[number].channel
                 self._loop.unwatch(channel.read.fileno())
-                self.homes[number].drained_at = time.time()
+                self.homes[number].drained_at = clock.date()
                 self.forwarder.drain(channel)
             case Release(number) if number in self.homes:
                 self._log.write("info", "drained", generation=number)
@@ -358,7 +358,7 @@ class Effects:
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self._good is not None:
-            self.history = self.history.reload_began(number, time.time())
+            self.history = self.history.reload_began(number, clock.date())
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
         self.homes[number] = home
         capacity = home.channel.capacity()
@@ -503,7 +503,7 @@ class Effects:
             self.forwarder.route_to(None)
             return
         generation.serving_since = generation.serving_since or time.monotonic()
-        generation.served_at = generation.served_at or time.time()
+        generation.served_at = generation.served_at or clock.date()
         self.forwarder.route_to(generation.channel)
         self._log.write("info", "route", generation=number)
 
@@ -529,7 +529,7 @@ class Effects:
         result = {News.RELOADED: "reloaded", News.RELOAD_FAILED: "failed"}.get(report.news)
         if result is not None:
             self.history = self.history.reload_ended(
-                report.generation, result, report.reason, time.time()
+                report.generation, result, report.reason, clock.date()
             )
 
     def _note_crash(self, crash: Crash) -> None:

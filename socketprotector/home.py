@@ -6,12 +6,12 @@ descriptors, which have names (door.py).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from socketprotector_client import wire
 
+from . import clock
 from .board import Board
 from .channel import Channel
 from .records import Counts, GenerationRecord, Program
@@ -25,7 +25,7 @@ class Home:
     channel: Channel
     board: Board | None = None  # none could be made: then nobody counts
     serving_since: float = 0.0  # CLOCK_MONOTONIC; the others are for people
-    opened_at: float = field(default_factory=time.time)
+    opened_at: float = field(default_factory=clock.date)
     served_at: float | None = None
     drained_at: float | None = None
     past: Counts | None = None  # of workers that have ended

@@ -11,9 +11,9 @@ import errno
 import os
 import socket
 import stat
-import time
 from collections.abc import Callable, Mapping
 
+from . import clock
 from .fold import Fold
 from .line import LEVELS, as_coloured, as_json, as_text, plain
 from .loop import Loop
@@ -138,7 +138,7 @@ class Log:
         return os.write(self._fd, data)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
-        now = time.time()
+        now = clock.date()
         if self._json:
             return as_json(level, event, fields, now, prioritized=self._prioritized)
         if self._prioritized:

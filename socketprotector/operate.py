@@ -6,10 +6,9 @@ The verdict of what takes time comes as an event to whoever follows (docs/contro
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 
-from . import __version__, requests, status
+from . import __version__, clock, requests, status
 from .control import Client
 from .effects import Effects
 from .events import (
@@ -179,7 +178,7 @@ class Operator:
     def _hold(self, seconds: float) -> Mapping[str, Any]:
         self._not_while_stopping(self._fleet())
         self._post(HoldRequested(seconds))
-        return {"until_at": time.time() + seconds}
+        return {"until_at": clock.date() + seconds}
 
     def _release(self) -> Mapping[str, Any]:
         self._post(HoldReleased())

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from . import __version__
+from . import __version__, clock
 from .events import Deadline, Wait
 from .fleet import Fleet, Generation, Phase, Worker
 from .home import Home
@@ -103,7 +103,7 @@ def _of_worker(
         "pid": record.pid if record is not None else None,
         "state": worker.state.value,
         "started_at": record.started_at if record is not None else None,
-        "ready_at": None if ready_at is None else time.time() - (time.monotonic() - ready_at),
+        "ready_at": None if ready_at is None else clock.date() - (time.monotonic() - ready_at),
         "status": record.status if record is not None else "",
         "quick_deaths": worker.quick_deaths,
         **_of_counts(counts),
@@ -146,7 +146,7 @@ def of_connections(
     homes: Mapping[int, Home], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
     """Say where the connections of each worker are to be looked for, and how old they are."""
-    offset = time.time() - time.monotonic()
+    offset = clock.date() - time.monotonic()
     found = []
     for record in records:
         home = homes.get(record.generation)
@@ -175,7 +175,7 @@ def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> di
     hold = due.get(Deadline(Wait.HOLD))
     return {
         "version": __version__,
-        "now": time.time(),
+        "now": clock.date(),
         "phase": phase_of(fleet),
         "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
         "handoff": "connection",

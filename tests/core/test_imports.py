@@ -54,7 +54,7 @@ LAYERS = {
     },
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
-        *{"address", "bind", "bind_control", "bind_unix", "board", "fold", "holder"},
+        *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
         *{"notify", "pidfile", "privileges", "process", "relay", "state", "strays"},
         *{"terminal", "watch"},

@@ -173,11 +173,11 @@ def wait_stored(service: Service, wanted: set[str]) -> None:
         print("wanted and not in the store:", sorted(wanted - set(service.store)))
 
 
-OWN = {"sp.settings", "sp.state", "sp.pidfile", "sp.listener.0"}
+OWN = {"sp.settings", "sp.state", "sp.pidfile", "sp.control", "sp.listener.0"}
 
 
 def of_generation(number: int, *workers: int) -> set[str]:
-    found = {f"sp.channel.{number}.read", f"sp.channel.{number}.write"}
+    found = {f"sp.channel.{number}.{what}" for what in ("read", "write", "board")}
     for each in workers:
         found |= {f"sp.worker.{each}.{what}" for what in ("process", "notify", "line")}
     return found

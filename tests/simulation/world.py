@@ -53,6 +53,7 @@ from socketprotector.launcher import Launcher
 from socketprotector.listener import Listener
 from socketprotector.loop import Loop
 from socketprotector.notify import Outbox, Store, Systemd
+from socketprotector.output import Opened
 from socketprotector.settings import ListenerSettings, Settings
 from socketprotector.state import StateFile
 from socketprotector.supervisor import Supervisor
@@ -190,7 +191,11 @@ class Output:
     def mark(self) -> int:
         return 0
 
-    def last_words(self, mark: int, *, wait: bool = True) -> str:
+    @contextmanager
+    def opened(self, number: int, generation: int) -> Iterator[Opened]:
+        yield Opened()
+
+    def last_words(self, mark: int, pid: int, *, wait: bool = True) -> str:
         return ""
 
     def where_to_look(self) -> str:

@@ -15,6 +15,7 @@ _read = envfile.read
 
 
 def read(path: str) -> dict[str, str]:
+    envfile.read = _read  # once
     with open(gate, "rb") as file:
         file.read()
     return _read(path)

@@ -54,16 +54,20 @@ def main() -> int:
 def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) -> int:
     told: list[str] = []
     new = _with_what_stays(asked.settings, running)
-    listeners, bound = _listeners(running.listeners, asked, told.append, dry=dry)
+    stays = [*forbidden(running, new), *_control(running, asked)]
+    refused = [f"{each}; {RESTART}" for each in stays]
+    cannot = [f"cannot change at a reload: {each}" for each in refused]
+    try:
+        listeners, bound = _listeners(running.listeners, asked, told.append, dry=dry)
+    except Refusal as error:
+        raise UsageError("\n".join([*cannot, str(error)])) from error
     try:
         new = new.listening(listeners)
-        stays = [*forbidden(running, new), *_control(running, asked)]
-        refused = [f"{each}; {RESTART}" for each in stays]
         if dry:
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
             return 0
-        if refused:
-            raise UsageError("\n".join(f"cannot change at a reload: {each}" for each in refused))
+        if cannot:
+            raise UsageError("\n".join(cannot))
         told += notices(new, asked.listens, asked.backlog)
         told = list(dict.fromkeys((*running.notices, *told)))
         for index, each in enumerate(bound, len(running.listeners)):

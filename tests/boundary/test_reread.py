@@ -130,6 +130,22 @@ def test_mistakes_come_back_line_by_line(loop: Loop, web: Web, dry: bool) -> Non
     ]
 
 
+def test_what_cannot_change_and_what_cannot_be_bound_are_told_together(
+    loop: Loop, web: Web, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        web.says(f'listen = ["127.0.0.1:{port}", "unix:{tmp_path}/s"]\nname = "x"\nguard = true\n')
+
+        lines = read(loop, web.settings).failure.split("\n")
+
+    assert len(lines) == 3
+    assert lines[0].startswith("cannot change at a reload: name: ")
+    assert lines[1] == "cannot change at a reload: guard: false -> true; needs a restart"
+    assert lines[2].startswith(f"cannot listen on 127.0.0.1:{port}")
+    assert not (tmp_path / "s").exists()
+
+
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     loop: Loop, web: Web
 ) -> None:

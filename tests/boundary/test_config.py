@@ -152,8 +152,8 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
     given = [line.partition(" = ")[0] for line in EVERY_KEY.split("\n") if line]
     known = config.keys(cli._command.params)
     plain = read(COMMAND + 'listen = "1"\n')
-
     plain_asked = dataclasses.replace(plain, config=None)
+
     assert sorted([*given, "env", "limit"]) == sorted(known)
     for line in EVERY_KEY.split("\n"):
         key = line.partition(" = ")[0]

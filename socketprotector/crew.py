@@ -66,6 +66,7 @@ class _Worker:
     status: str = ""  # what it last said of itself
     died_saying_so: bool = False
     status_due: bool = False  # it has ended, and who has reaped it is to say how
+    aborted: bool = False  # it hung, so its end is none that anybody wanted
 
     def descriptors(self) -> dict[str, int]:
         """What an adopter needs, by name."""
@@ -163,7 +164,8 @@ class Crew:
                 error=error.strerror,
             )
             return
-        worker.told_to_go = worker.told_to_go or sign is not Sign.ABRT
+        worker.aborted = worker.aborted or sign is Sign.ABRT
+        worker.told_to_go = worker.told_to_go or not worker.aborted
         self._log.write("info", "signalled", worker=number, signal=sign.value)
 
     def retire(self, number: int) -> None:

@@ -68,6 +68,8 @@ class Intake:
         self._paused = False
         self._stop_asked = False
         self._ended = False
+        #: Several threads call `get`; that all are busy does not mean that one hangs.
+        self.pooled = False
         self._awaits_last = False
         self._will_look_again = False
         self._spare = Spare(self._set.fileno())
@@ -127,6 +129,11 @@ class Intake:
         """Take no more, and let every thread that waits in `get` know."""
         self.end()
         self._set.ring()
+
+    @property
+    def may_be_silent(self) -> bool:
+        """Whether all is well though nobody waits in `get`: no more is taken, or a pool is busy."""
+        return self._ended or (self.pooled and not self._turn.locked())
 
     def end(self) -> None:
         """Take no more.  What is queued stays for others; what was handed out stays open."""

@@ -2,7 +2,8 @@
 
 A thread only knocks, on a descriptor that the serving loop waits for like for everything
 else; the loop answers, so one that is blocked falls silent.  As long as no loop
-has ever answered nothing is said, and who never spoke is not waited for.
+has ever answered nothing is said, and who never spoke is not waited for.  Where no
+loop need turn the thread says it itself, or who drains would pass for one that hangs.
 
 Source: man 3 sd_watchdog_enabled.
 """
@@ -13,7 +14,7 @@ import os
 import socket
 import threading
 import time
-from typing import Mapping
+from typing import Callable, Mapping
 
 from .sd_notify import notify
 
@@ -30,8 +31,10 @@ def interval_s(environ: Mapping[str, str]) -> float:
 class Watchdog:
     """Knocks every interval, for the life of the process."""
 
-    def __init__(self, every_s: float) -> None:
+    def __init__(self, every_s: float, may_be_silent: Callable[[], bool]) -> None:
+        """may_be_silent: whether all is well though nobody answers."""
         self._every_s = every_s
+        self._may_be_silent = may_be_silent
         self._pid = os.getpid()
         self._inner, self._outer = socket.socketpair()
         self._inner.setblocking(False)
@@ -53,6 +56,9 @@ class Watchdog:
     def _knock(self) -> None:
         while True:
             time.sleep(self._every_s)
+            if self._may_be_silent():
+                notify("WATCHDOG=1")
+                continue
             try:
                 self._outer.send(b"\0")
             except BlockingIOError:

@@ -88,7 +88,7 @@ class Worker:
         if self._return_line is not None:
             intake.obey(self._return_line.fileno(), self._reader_of_return_line(intake))
         if self._watchdog_s:
-            watchdog = Watchdog(self._watchdog_s)
+            watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
             intake.obey(watchdog.fileno(), watchdog.answer)
         return intake
 

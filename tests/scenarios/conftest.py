@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.running import Protector
 from tests.scenarios.adopting import Installation
+from tests.scenarios.operating import MANY, Operated, Operating
 from tests.scenarios.starting import Start
 
 
@@ -28,3 +31,29 @@ def installation(
     made = Installation(tmp_path_factory.mktemp("installation"), marked_environment)
     yield made
     made.end()
+
+
+@pytest.fixture
+def place() -> Path:
+    """Where the control socket is to be."""
+    return Path(os.environ["XDG_RUNTIME_DIR"]) / "control"
+
+
+@pytest.fixture
+def operated(protector: Callable[..., Protector], place: Path) -> Iterator[Operating]:
+    """Start a protector that is spoken with: operated(*options, command=...)."""
+    started: list[Operated] = []
+
+    def start(
+        *options: str | Path, command: tuple[str, ...] = MANY, ready: bool = True
+    ) -> Operated:
+        words = ("--control", place, *options, "127.0.0.1:0", "--", *command)
+        started.append(Operated(protector(*words), place))
+        if ready:
+            started[-1].line()
+            started[-1].until("phase", "serving")
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.end()

@@ -6,11 +6,14 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.running import DEADLINE_S, WORKERS, Protector, eventually
+from tests.scenarios.tools import worker
 
+MANY = worker("many")
 #: On the client library, so that it counts: obeys N lines at once.
 OBEYS = (sys.executable, str(WORKERS / "obeys.py"))
 
@@ -28,7 +31,7 @@ class Line:
         self.socket.settimeout(DEADLINE_S)
         self.socket.connect(str(path))
         self._lines = self.socket.makefile("rb")
-        self._events: list[dict[str, Any]] = []
+        self.kept: list[dict[str, Any]] = []  # events that came before an answer
         self._asked = 0
 
     def send(self, command: str, **arguments: Any) -> None:
@@ -45,7 +48,7 @@ class Line:
     def answer(self) -> dict[str, Any]:
         """Return the answer to the last request; events that come before are kept."""
         while "event" in (found := self.hear()):
-            self._events.append(found)
+            self.kept.append(found)
         assert found.get("id") == self._asked, found
         return found
 
@@ -67,7 +70,7 @@ class Line:
     def event(self, *names: str, **fields: Any) -> dict[str, Any]:
         """Wait for an event of one of these names and with these fields."""
         while True:
-            found = self._events.pop(0) if self._events else self.hear()
+            found = self.kept.pop(0) if self.kept else self.hear()
             assert found, f"the end came before {names} {fields}"
             if found["event"] in names and fields.items() <= found.items():
                 return found
@@ -142,3 +145,7 @@ class Operated:
     def end(self) -> None:
         for each in self._lines:
             each.close()
+
+
+#: Starts a protector that is spoken with: operated(*options, command=...).
+Operating = Callable[..., Operated]

@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,11 @@ from socketprotector import __version__
 from socketprotector.requests import COMMANDS
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
-from tests.scenarios.operating import OBEYS, Line, Operated, default_path
-from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned, worker
+from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
+from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned
 
-MANY = worker("many")
 Starter = Callable[..., Protector]
-Operating = Callable[..., Operated]
 NOBODY = 65_534
-
-
-@pytest.fixture
-def place() -> Path:
-    """Where the control socket is to be."""
-    return Path(os.environ["XDG_RUNTIME_DIR"]) / "control"
-
-
-@pytest.fixture
-def operated(protector: Starter, place: Path) -> Iterator[Operating]:
-    """Start a protector that is spoken with: operated(*options, command=...)."""
-    started: list[Operated] = []
-
-    def start(
-        *options: str | Path, command: tuple[str, ...] = MANY, ready: bool = True
-    ) -> Operated:
-        words = ("--control", place, *options, "127.0.0.1:0", "--", *command)
-        started.append(Operated(protector(*words), place))
-        if ready:
-            started[-1].line()
-            started[-1].until("phase", "serving")
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.end()
 
 
 @pytest.fixture

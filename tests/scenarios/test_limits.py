@@ -1,0 +1,306 @@
+"""Workers that make room for another one: they hang, or have done enough.
+
+Whoever connects meanwhile is served, and nobody is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.load import Load
+from tests.running import WORKERS
+from tests.scenarios.adopting import served, upgrade
+from tests.scenarios.operating import OBEYS, Line, Operated, Operating
+from tests.scenarios.tools import Client, Gate, Release, hold, in_backlog, pid_in, spawned
+
+ASYNCIO = (sys.executable, str(WORKERS / "asyncio_server.py"))
+
+
+def say_watchdog(pid: int) -> None:
+    """Say WATCHDOG=1 for a worker: from here on it must do so itself."""
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        [address] = [
+            each.partition(b"=")[2]
+            for each in file.read().split(b"\0")
+            if each.startswith(b"NOTIFY_SOCKET=")
+        ]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(b"WATCHDOG=1", address.replace(b"@", b"\0", 1))
+
+
+def in_order(web: Operated, *events: str) -> None:
+    """See that the log tells of these, in this order."""
+    web.daemon.log.wait_for(events[-1])
+    lines = iter(list(web.daemon.log.seen))
+    for event in events:
+        assert any(event in line for line in lines), f"no {event} in its place"
+
+
+def nothing_of(line: Line, names: Sequence[str], seconds: float) -> None:
+    """See that none of these events comes for so long."""
+    pass_time(seconds)
+    line.status()
+    assert not [each for each in line.kept if each["event"] in names]
+
+
+def pass_time(seconds: float) -> None:
+    """Let a time go by in which something would happen that must not."""
+    select.select([], [], [], seconds)
+
+
+def is_cut_off(client: Client) -> bool:
+    """Wait for the end of a connection, which may be a reset."""
+    try:
+        return client.hear() == ""
+    except ConnectionResetError:
+        return True
+
+
+# -- hanging ------------------------------------------------------------------------
+
+
+def hangs(web: Operated, line: Line, hanging: Client, last: tuple[str, ...]) -> None:
+    """One has been made to hang: see what becomes of it, and that others are served."""
+    address = ("127.0.0.1", web.daemon.port)
+    clients = [Client(address, "hello") for _ in range(20)]
+
+    assert line.event("hangs")["worker"] == 1
+    new = line.event("spawned", worker=2)["pid"]
+    for each in clients:  # it serves one at a time, too
+        assert pid_in(each.hear()) == new
+        each.close()
+
+    assert is_cut_off(hanging)
+    in_order(
+        web,
+        "event=hangs worker=1",
+        "event=replacing generation=1",
+        "event=spawned generation=1 worker=2",
+        "event=worker-ready generation=1 worker=2",
+        *last,
+    )
+    assert in_backlog(web.daemon.port) == 0
+    hanging.close()
+    [crash] = line.ask("crashes")["crashes"]
+    assert (crash["worker"], crash["when"]) == (1, "serving")
+    assert crash["how"] in last[-1]
+    assert web.status()["route"] == 1
+
+
+def test_one_that_hangs_is_replaced_first_then_ended(operated: Operating) -> None:
+    web = operated("--watchdog", "500ms", "--kill-timeout", "60s", command=(*OBEYS, "1"))
+    line = web.line(follows=True)
+    say_watchdog(web.pids(1)[0])
+    hanging = Client(web.address, "hang")
+
+    last = (
+        "event=signalled worker=1 signal=ABRT",
+        'event=exited generation=1 worker=1 how="was killed by SIGABRT"',
+    )
+    hangs(web, line, hanging, last)
+
+
+def test_one_that_is_deaf_as_well_is_killed(operated: Operating) -> None:
+    web = operated("--watchdog", "500ms", "--kill-timeout", "300ms", command=(*OBEYS, "1", "deaf"))
+    line = web.line(follows=True)
+    say_watchdog(web.pids(1)[0])
+    hanging = Client(web.address, "hang")
+
+    last = (
+        "event=signalled worker=1 signal=ABRT",
+        "event=signalled worker=1 signal=KILL",
+        'event=exited generation=1 worker=1 how="was killed by SIGKILL"',
+    )
+    hangs(web, line, hanging, last)
+
+
+def test_an_event_loop_that_is_blocked_hangs(operated: Operating, tmp_path: Path) -> None:
+    gate = Gate(tmp_path / "gate")
+    release = Release(tmp_path / "daemon")
+    release.becomes(*ASYNCIO, str(gate.path))  # the first handler blocks the loop
+    web = operated(*("--watchdog", "500ms", "--kill-timeout", "60s"), command=(str(release.path),))
+    release.becomes(*ASYNCIO)
+    line = web.line(follows=True)
+    say_watchdog(web.pids(1)[0])
+    with Client(web.address, "hello") as hanging:
+        assert line.event("hangs")["worker"] == 1
+        line.event("worker-ready", worker=2)
+        with Client(("127.0.0.1", web.daemon.port), "hello") as client:
+            assert pid_in(client.hear()) == spawned(web.daemon)[1]
+        assert is_cut_off(hanging)
+    assert line.event("exited", worker=1)["how"] == "was killed by SIGABRT"
+
+
+@pytest.mark.parametrize("command", [(*OBEYS, "4"), ASYNCIO], ids=["threads", "asyncio"])
+def test_one_that_is_well_is_left_alone_idle_and_under_load(
+    operated: Operating, command: tuple[str, ...]
+) -> None:
+    web = operated("--watchdog", "2s", command=command)
+    line = web.line(follows=True)
+    [pid] = web.pids(1)
+    say_watchdog(pid)
+    nothing_of(line, ["hangs"], 3.0)
+
+    with Load(f"127.0.0.1:{web.daemon.port}", concurrency=16) as load:
+        served(load)
+        nothing_of(web.line(follows=True), ["hangs"], 3.0)
+    assert load.snapshot().failures == ()
+    assert web.pids(1) == [pid]
+
+
+@pytest.mark.parametrize("command", [(*OBEYS, "4"), ASYNCIO], ids=["threads", "asyncio"])
+def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
+    operated: Operating, command: tuple[str, ...]
+) -> None:
+    web = operated("--watchdog", "1s", "--workers", "2", command=command)
+    line = web.line(follows=True)
+    for pid in web.pids(1):
+        say_watchdog(pid)
+    draining = [Client(web.address, "hello") for _ in range(4)]
+    old = {pid_in(each.hear()) for each in draining}
+    line.ask("reload")
+    line.event("reloaded", generation=2)
+    retiring = Client(web.address, "hello")
+    pid = pid_in(retiring.hear())
+    say_watchdog(pid)
+    line.ask("drain", pid=pid)
+    line.event("worker-ready", generation=2, worker=5)
+
+    nothing_of(line, ["hangs"], 3.0)
+
+    assert {pid_in(each.ask()) for each in draining} == old
+    assert pid_in(retiring.ask()) == pid
+    for each in (*draining, retiring):
+        each.close()
+
+
+def test_a_pool_whose_threads_are_all_busy_does_not_hang(operated: Operating) -> None:
+    web = operated("--watchdog", "1s", command=(*OBEYS, "2"))
+    line = web.line(follows=True)
+    with Client(web.address, "hello") as one, Client(web.address, "hello") as another:
+        pids = {pid_in(one.hear()), pid_in(another.hear())}
+        say_watchdog(pids.pop())
+
+        nothing_of(line, ["hangs"], 3.0)
+
+        assert pid_in(one.ask()) == pid_in(another.ask())
+
+
+def test_what_was_said_while_the_protector_stood_still_counts(operated: Operating) -> None:
+    web = operated("--watchdog", "1s", command=(*OBEYS, "4"))
+    line = web.line(follows=True)
+    [pid] = web.pids(1)
+    say_watchdog(pid)
+    hold(web.daemon.pid)
+    pass_time(2.5)  # the worker speaks, and nobody listens
+    say_watchdog(pid)
+
+    web.daemon.signal(signal.SIGCONT)
+
+    nothing_of(line, ["hangs"], 0.5)
+    assert web.pids(1) == [pid]
+
+
+def test_who_never_spoke_is_not_waited_for(operated: Operating) -> None:
+    web = operated("--watchdog", "100ms")
+    line = web.line(follows=True)
+    [pid] = web.pids(1)
+    hold(pid)
+
+    nothing_of(line, ["hangs"], 0.5)
+
+    os.kill(pid, signal.SIGCONT)
+    assert web.pids(1) == [pid]
+
+
+def test_that_one_has_spoken_is_known_after_an_upgrade(operated: Operating) -> None:
+    web = operated("--watchdog", "500ms", "--kill-timeout", "100ms", command=(*OBEYS, "4"))
+    [pid] = web.pids(1)
+    say_watchdog(pid)
+    assert "event=adopted" in upgrade(web.daemon)
+    line = web.line(follows=True)
+
+    os.kill(pid, signal.SIGSTOP)
+
+    assert line.event("exited", worker=1)["how"] == "was killed by SIGKILL"
+    in_order(web, "event=hangs worker=1", "event=worker-ready generation=1 worker=2")
+
+
+# -- doing enough ----------------------------------------------------------------------
+
+
+def replaced(line: Line, count: int) -> list[dict[str, Any]]:
+    """Wait until so many workers have left as they were asked to."""
+    ended = [line.event("exited") for _ in range(count)]
+    assert {each["how"] for each in ended} == {"exited with status 0"}
+    assert not any("lost" in each for each in ended)
+    return ended
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (("--max-requests", "300+-100"), r"\d+ connections, (2|3|4)\d\d were its share"),
+        (("--max-age", "1s"), "older than 1 s"),
+    ],
+    ids=["requests", "age"],
+)
+def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
+    operated: Operating, limit: tuple[str, ...], reason: str
+) -> None:
+    web = operated(*limit, "--workers", "2", command=(*OBEYS, "4"))
+    line = web.line(follows=True)
+    with Load(f"127.0.0.1:{web.daemon.port}", concurrency=8) as load:
+        replaced(line, 4)
+        assert "event=adopted" in upgrade(web.daemon)
+        line = web.line(follows=True)
+        mark = len(web.daemon.log.seen)
+        replaced(line, 2)
+        served(load)
+    assert load.snapshot().failures == ()
+    web.daemon.log.wait_for(f'event=replacing generation=1 reason="{reason}"', after=mark)
+    found = web.status()
+    assert (found["route"], found["crashes"], found["lost"]) == (1, 0, 0)
+    [generation] = found["generations"]
+    assert generation["lost"] == 0
+
+
+def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
+    operated: Operating,
+) -> None:
+    web = operated("--max-memory", "64M", command=(*OBEYS, "4"))
+    line = web.line(follows=True)
+    with Client(web.address, "hello") as client:
+        old = pid_in(client.hear())
+        client.ask("grow")
+        line.event("retired", worker=1)
+
+        with Client(("127.0.0.1", web.daemon.port), "hello") as another:
+            assert pid_in(another.hear()) == spawned(web.daemon)[1]
+        assert pid_in(client.ask()) == old
+    assert line.event("exited", worker=1)["how"] == "exited with status 0"
+    web.daemon.log.wait_for("MiB resident, 64 are allowed")
+
+
+def test_who_cannot_be_asked_on_its_line_gets_term(operated: Operating) -> None:
+    web = operated("--max-age", "500ms")
+    line = web.line(follows=True)
+
+    assert line.event("signalled", worker=1)["signal"] == "TERM"
+
+    assert line.event("exited", worker=1)["how"] == "exited with status 0"
+    in_order(
+        web,
+        "event=replacing generation=1",
+        "event=worker-ready generation=1 worker=2",
+        "event=signalled worker=1 signal=TERM",
+    )

@@ -1,6 +1,6 @@
 """What differs between two settings, one line for each key; and what may not, at a reload.
 
-Pure.  For people: of the environment only names are told, because values may be secret.
+Pure.  For people: of environment and command only names are told; the rest may be secret.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ _CHANGES: Mapping[str, tuple[str, str]] = {
     "umask": ("umask", "octal"),
     "env_file": ("env-file", "text"),
     "log_level": ("log-level", "text"),
-    "command": ("command", "words"),
     "watchdog_s": ("watchdog", "seconds"),
 }
 _POLICY: Mapping[str, tuple[str, str]] = {
@@ -61,14 +60,13 @@ _FIXED: Mapping[str, tuple[str, str]] = {
 }
 #: Told in another way (listeners, tables), or nobody's wish.
 _ELSEWHERE = frozenset(
-    {"listeners", "policy", "worker_limits", "limits", "nice", "environment"}
+    {"command", "listeners", "policy", "worker_limits", "limits", "nice", "environment"}
     | {"nofile_soft", "batch", "outlives_terminal", "secret", "notices", "origin", "control"}
     | {"watch"}
 )
 
 _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: "none" if value is None else str(value).lower(),
-    "words": " ".join,
     "octal": lambda value: f"{value:04o}",
     "seconds": lambda value: f"{value:g} s",
     "ready": lambda value: "notify" if value is None else f"after:{value:g}s",
@@ -81,6 +79,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
     for field, (key, kind) in _CHANGES.items():
         yield from _told(key, kind, getattr(old, field), getattr(new, field))
+    yield from _command(old.command, new.command)
     for field, (key, kind) in _POLICY.items():
         yield from _told(key, kind, getattr(old.policy, field), getattr(new.policy, field))
     for field, (key, kind) in _LIMITS.items():
@@ -95,6 +94,14 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
             mark = "-" if name not in after else "+" if name not in before else "changed"
             yield f"env: {mark} {name}"
     yield from _listeners(old.listeners, new.listeners)
+
+
+def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    """Tell the program alone: an argument may be secret."""
+    if old[:1] != new[:1]:
+        yield f"command: {old[0]} -> {new[0]}"
+    elif old != new:
+        yield "command: other arguments"
 
 
 def forbidden(old: Settings, new: Settings) -> Iterator[str]:

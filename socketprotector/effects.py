@@ -9,13 +9,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
-from socketprotector_client import wire
-
-from . import clock, door, envfile
-from .changes import changes
+from . import clock, door
 from .channel import Channel
+from .configuration import Configuration
 from .crew import Crew, what_failed
 from .events import (
     Action,
@@ -38,8 +35,6 @@ from .events import (
     Report,
     Retire,
     RouteTo,
-    SettingsFailed,
-    SettingsRead,
     Signal,
     Spawn,
     StartTimer,
@@ -56,13 +51,9 @@ from .log import Log
 from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
-from .process import resolve
-from .reader import Answer, Reader
+from .program import program_of
 from .records import Program, Snapshot
-from .settings import Settings, dump, load
-
-#: What belongs to the protector alone and must not reach a worker.
-_PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
+from .settings import Settings
 
 _LEVELS = {
     News.RELOAD_FAILED: "error",
@@ -105,7 +96,6 @@ class Effects:
 
         `post` hands an event to the supervisor; `held` says that the state has changed without one.
         """
-        self._settings = settings
         self._loop = loop
         self._log = log
         self._systemd = systemd
@@ -120,11 +110,6 @@ class Effects:
         self.restarts = 0
         self.started_at = clock.date()
         self.guarded = guarded
-        self._coming: Settings | None = None  # read again, and not used yet
-        self._changed = False  # the settings are others than at the start
-        self._settings_used = 0
-        self._reader = Reader(command, loop, "reader")
-        self._comparer = Reader(command, loop, "comparer")
         self.crew = Crew(
             settings, loop=loop, log=log, output=output, post=post, crashed=self._note_crash
         )
@@ -135,6 +120,16 @@ class Effects:
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
             held=held,
+        )
+        self.configuration = Configuration(
+            settings,
+            crew=self.crew,
+            forwarder=self.forwarder,
+            homes=self.homes,
+            command=command,
+            loop=loop,
+            log=log,
+            post=post,
         )
 
     def perform(self, action: Action) -> None:
@@ -166,12 +161,11 @@ class Effects:
             case Hold(on):
                 self.forwarder.hold(on)
             case ReadSettings():
-                self._read_settings()
+                self.configuration.read()
             case UseSettings():
-                self._use_settings()
+                self.configuration.use()
             case ForgetSettings():
-                self._reader.call_off()
-                self._forget_settings()
+                self.configuration.forget()
             case CloseListeners(quick):
                 self.forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -200,6 +194,7 @@ class Effects:
             *(each.record(n, released=False) for n, each in self.homes.items()),
             *(each.record(n, released=True) for n, each in self._released.items()),
         )
+        settings, coming, used = self.configuration.kept()
         return Snapshot(
             fleet=fleet,
             generations=generations,
@@ -217,9 +212,9 @@ class Effects:
             started_at=self.started_at,
             restarts=self.restarts,
             log_level=self._log.level,
-            settings=dump(self._settings).decode() if self._changed else "",
-            coming=dump(self._coming).decode() if self._coming else "",
-            settings_used=self._settings_used,
+            settings=settings,
+            coming=coming,
+            settings_used=used,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -278,7 +273,7 @@ class Effects:
             self.forwarder.hands = snapshot.hand_number + 1
         else:
             self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
-        self._adopt_settings(snapshot)
+        self.configuration.adopt(snapshot)
         self._close_unknown(descriptors)
         for each in self._released.values():
             each.forget_board()
@@ -344,8 +339,9 @@ class Effects:
 
     def _open(self, number: int, fresh: bool) -> None:
         try:
-            settings = self._coming if self._coming and fresh else self._settings
-            program = self._good if self._good and not fresh else self._program(settings)
+            configuration = self.configuration
+            settings = configuration.to_try if fresh else configuration.settings
+            program = self._good if self._good and not fresh else program_of(settings)
             home = Home.make(program, settings.queue)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
@@ -374,127 +370,6 @@ class Effects:
     def _watch(self, number: int, channel: Channel) -> None:
         # Seen at once: what is queued may have nobody left who looks.
         self._loop.watch(channel.read.fileno(), lambda: self._shut_down(number), SHUT)
-
-    def _program(self, settings: Settings) -> Program:
-        """Resolve the command as it is now.  Raises OSError or ValueError."""
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)
-        }
-        if settings.env_file is not None:
-            environment.update(envfile.read(settings.env_file))
-        environment.update(settings.environment)
-        directory = os.path.realpath(settings.directory, strict=True)
-        path, argv = resolve(settings.command, directory, environment.get("PATH", os.defpath))
-        environment["PWD"] = directory
-        return Program(
-            path=path,
-            argv=argv,
-            directory=directory,
-            environment=tuple(environment.items()),
-            umask=settings.umask,
-            limits=tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
-            nice=settings.nice,
-            identity=settings.worker_identity,
-            batch=settings.batch,
-            listeners=wire.pack_listeners(
-                [wire.REMOVED_LISTENER if e.removed else e.address for e in settings.listeners]
-            ),
-            ready_after_s=settings.ready_after_s,
-            watchdog_s=settings.watchdog_s,
-        )
-
-    # -- settings ------------------------------------------------------------
-
-    def _read_settings(self) -> None:
-        limit_s = self._settings.policy.start_timeout_s
-        self._reader.read(self._settings, limit_s, self._were_read)
-
-    def _were_read(self, answer: Answer) -> None:
-        old, new = self._settings, answer.settings
-        if new is None:
-            lines = answer.failure.split("\n")
-            for line in lines:
-                self._log.write("error", "not-configured", text=line)
-            more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-            self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
-            return
-        for text in new.notices[len(old.notices) :]:
-            self._log.write("warning", "notice", text=text)
-        told = "; ".join(changes(old, new))
-        self._log.write("info", "configured", changes=told or "none")
-        self._coming = new
-        for index, fd in answer.listeners.items():
-            self.forwarder.add(Listener(fd, index, new.listeners[index]))
-        self._post(SettingsRead(new.policy, new.workers if new.workers != old.workers else None))
-
-    def compare(self, done: Callable[[Answer], None]) -> bool:
-        """Find out what a reload would change, and call back; False while that is going on."""
-        if self._comparer.busy:
-            return False
-        limit_s = self._settings.policy.start_timeout_s
-        self._comparer.read(self._settings, limit_s, done, dry=True)
-        return True
-
-    @property
-    def settings(self) -> Settings:
-        """Those that hold."""
-        return self._settings
-
-    def _use_settings(self) -> None:
-        if self._coming is not None:
-            if self._coming.log_level != self._settings.log_level:
-                self._log.set_level(self._coming.log_level)
-            self._hold_to(self._coming)
-            self._coming = None
-            self._settings_used += 1
-
-    def _forget_settings(self) -> None:
-        """Give up what was read.  The places of its listeners are never others'."""
-        if self._coming is not None:
-            there = self._settings.listeners
-            added = self._coming.listeners[len(there) :]
-            self._coming = None
-            if added:
-                gone = (replace(each, removed=True) for each in added)
-                self._hold_to(self._settings.listening((*there, *gone)))
-
-    def _hold_to(self, settings: Settings) -> None:
-        self._settings = settings
-        self._changed = True
-        self.crew.settings_are(settings)
-        self._remove_listeners()
-
-    def _remove_listeners(self) -> None:
-        """Empty what is removed into the newest generation that has served it."""
-        places = self._settings.listeners  # one that was added and is only tried has none
-        for listener in self.forwarder.listeners:
-            if listener.index < len(places) and places[listener.index].removed:
-                served = [
-                    number
-                    for number, home in self.homes.items()
-                    if home.serving_since and not home.ended
-                    if home.channel.knows_of(listener.index)
-                ]
-                to = self.homes[max(served)].channel if served else None
-                self._log.write("info", "listener-removed", address=listener.settings.address)
-                self.forwarder.remove(listener, to)
-
-    def _adopt_settings(self, snapshot: Snapshot) -> None:
-        """Go on with what was read: the fleet says whether it is still to be tried."""
-        self._settings_used = snapshot.settings_used
-        self._changed = bool(snapshot.settings)
-        self._coming = load(snapshot.coming.encode()) if snapshot.coming else None
-        if self._coming is not None and snapshot.fleet.candidate is None:
-            if snapshot.fleet.settings_used > snapshot.settings_used:
-                self._use_settings()
-            else:
-                self._forget_settings()
-        self._remove_listeners()
-
-    def stop_reading(self) -> None:
-        """End the processes that read: the program that replaces this one knows nothing of them."""
-        self._reader.call_off()
-        self._comparer.call_off()
 
     def _route_to(self, number: int | None) -> None:
         generation = self.homes.get(number) if number is not None else None
@@ -573,13 +448,13 @@ class Effects:
 
     def _say_stopping(self) -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
-        policy = self._settings.policy
+        policy = self.configuration.settings.policy
         usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
         self._systemd.send(STOPPING="1", STATUS="stopping", EXTEND_TIMEOUT_USEC=str(usec))
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
-        self.stop_reading()
+        self.configuration.stop_reading()
         self.forwarder.close()
         self.crew.close()
         self._log.write(

@@ -98,7 +98,7 @@ class Operator:
 
     def _status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self._fleet()
-        settings = effects.settings
+        settings = effects.configuration.settings
         after_s = settings.ready_after_s
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(fleet, effects.homes, effects.crew.records())
@@ -136,7 +136,7 @@ class Operator:
 
     def _diff(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
-        if not self._effects.settings.origin.configured:
+        if not self._effects.configuration.settings.origin.configured:
             raise Wrong("unknown", "there is no configuration file; see --config", request.id)
 
         def done(answer: Answer) -> None:
@@ -145,7 +145,7 @@ class Operator:
             else:
                 client.say(requests.answer(request.id, {"changes": list(answer.changes)}))
 
-        if not self._effects.compare(done):
+        if not self._effects.configuration.compare(done):
             raise Wrong("busy", "a diff is under way; try again after it", request.id)
 
     # -- doing -------------------------------------------------------------------

@@ -182,7 +182,7 @@ class Supervisor:
         if self.effects.exiting:
             pass  # nothing is left to go on with
         elif self._heritage.write(self.effects, self._fleet):
-            self.effects.stop_reading()
+            self.effects.configuration.stop_reading()
             self._upgrade.execute(self._heritage.descriptors(self.effects))
             if self._fleet.reading:
                 self.effects.perform(ReadSettings())

@@ -38,7 +38,8 @@ def test_nothing_is_told_of_what_is_the_same() -> None:
         (replace(SETTINGS, ready_after_s=1.0), ["ready: notify -> after:1s"]),
         (replace(SETTINGS, umask=0o077), ["umask: 0022 -> 0077"]),
         (replace(SETTINGS, env_file="/x"), ["env-file: none -> /x"]),
-        (replace(SETTINGS, command=("/srv/new",)), ["command: /srv/web 80 -> /srv/new"]),
+        (replace(SETTINGS, command=("/srv/new",)), ["command: /srv/web -> /srv/new"]),
+        (replace(SETTINGS, command=("/srv/web", "s3cret")), ["command: other arguments"]),
         (
             replace(SETTINGS, policy=Policy(settle_s=0.5, stop_first=True)),
             ["settle: 0 s -> 0.5 s", "reload-order: start-first -> stop-first"],

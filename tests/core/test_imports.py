@@ -35,6 +35,7 @@ LAYERS = {
     },
     "shell": {
         *{
+            "configuration",
             "control",
             "crew",
             "effects",
@@ -56,7 +57,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
-        *{"notify", "pidfile", "privileges", "process", "relay", "state", "strays"},
+        *{"notify", "pidfile", "privileges", "process", "program", "relay", "state", "strays"},
         *{"terminal", "watch"},
     },
     "values": {

@@ -1,8 +1,8 @@
 """A protector's life in a simulated world, from one seed.
 
 The real modules (lifecycle, supervisor, effects, crew, forwarder, channel, listener, loop,
-notify, process, state, heritage) run against kernel.py.  For that, the names `os`, `socket`,
-`select`, ... inside those modules are replaced while a simulation runs (`installed` below);
+notify, process, program, state, heritage) run against kernel.py.  For that, names like `os`,
+`socket`, `select` inside those modules are replaced while a simulation runs (`installed` below);
 besides them only the search for a command and for stray processes in /proc.  The log, the
 output, the resident process around the supervisor and the upgrade's probe are stand-ins.
 
@@ -40,6 +40,7 @@ from socketprotector import (
     loop,
     notify,
     process,
+    program,
     state,
     strays,
     supervisor,
@@ -998,7 +999,7 @@ def installed(world: World) -> Iterator[None]:
             for name in NAMES:
                 if hasattr(module, name):
                     replace(module, name, getattr(kernel.modules, name))
-        replace(effects, "resolve", resolve)
+        replace(program, "resolve", resolve)
         replace(strays, "_carrying", carrying)
         yield
     finally:

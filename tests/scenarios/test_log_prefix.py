@@ -236,11 +236,13 @@ def test_nothing_is_left_of_workers_that_are_gone(
     def open_pipes(pid: int) -> int:
         return sum(target.startswith("pipe:") for target in descriptors(pid).values())
 
+    with client_of(daemon, "one"):
+        daemon.log.wait_for(r"^\[1 \d+\] one$")  # else the relay may not have the pipe yet
     at_rest(daemon)
     before = kinds_at_rest(daemon), open_pipes(relay)
     for _ in range(5):
         daemon.reload()
-    eventually(lambda: len(daemon.log.seen) > 0 and open_pipes(relay) == before[1], "pipes closed")
+    eventually(lambda: open_pipes(relay) == before[1], "the pipes of those that are gone closed")
     eventually(lambda: kinds_at_rest(daemon) == before[0], "the guard's descriptors")
     daemon.stop()
 

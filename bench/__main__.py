@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
+from bench.control_rows import control, everything, scoreboard, status
 from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.list_rows import listing
 from bench.processes import CannotMeasure
@@ -27,11 +30,21 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "survive": survive,
     "lasting": lasting,
     "list": listing,
+    "scoreboard": scoreboard,
+    "status": status,
+    "control": control,
+    "everything": everything,
 }
 
 
 def main() -> int:
     """Run the rows asked for; 1 if a bound does not hold or a figure could not be taken."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder  # control sockets go there
+        return _run()
+
+
+def _run() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(ROWS) + "; all")
     parser.add_argument("--quick", action="store_true", help="short runs: does it run at all?")

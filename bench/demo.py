@@ -212,6 +212,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-"))
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)  # the control socket goes there, too
     console = Console()
     try:
         with protected(folder) as (pid, address, log):

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent
 START_LIMIT_S = 20.0
 STOP_LIMIT_S = 10.0
 

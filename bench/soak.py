@@ -331,6 +331,7 @@ def torment_one(given: argparse.Namespace) -> int:
     settle = random.Random(given.seed).choice(("0", "300ms"))
     options = ("--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle)
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
+    os.environ["XDG_RUNTIME_DIR"] = str(folder)  # the control socket goes there, too
     service = Service(folder, options, WORKERS)
     soak: Soak | None = None
     clean = False

@@ -132,7 +132,7 @@ def upgrade(scale: Scale) -> list[Figure]:
 # -- SIGKILL under --guard ------------------------------------------------------------
 
 
-def _guarded(guard: int) -> int:
+def guarded(guard: int) -> int:
     """Return the pid of the protector below a guard."""
     for child in Path(f"/proc/{guard}/task/{guard}/children").read_text().split():
         if Path(f"/proc/{child}/comm").read_text().strip() == "SocketProtector":
@@ -171,7 +171,7 @@ def _alone_kib(*pids: int) -> int:
 
 def _kill_and_ask(started: Started) -> float:
     """SIGKILL the protector; return the milliseconds to the answer to who connects after."""
-    pid = _guarded(started.pid)
+    pid = guarded(started.pid)
     pidfd = os.pidfd_open(pid)
     killed_s = time.monotonic()
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -187,7 +187,7 @@ def survive(scale: Scale) -> list[Figure]:
     """SIGKILL of a guarded protector: until the next accept; and what the two of them take."""
     with protector("library", "--guard") as started:
         load(started, 64, 0.5)
-        fresh = _guarded(started.pid)
+        fresh = guarded(started.pid)
         pss = [_pss_kib(started.pid) + _pss_kib(fresh)]
         alone = [_alone_kib(started.pid, fresh)]
         times = []
@@ -195,7 +195,7 @@ def survive(scale: Scale) -> list[Figure]:
             times.append(_kill_and_ask(started))
             time.sleep(0.1)
         load(started, 64, 0.5)
-        last = _guarded(started.pid)
+        last = guarded(started.pid)
         pss.append(_pss_kib(started.pid) + _pss_kib(last))
         alone.append(_alone_kib(started.pid, last))
         guard_mb = resident_kib(started.pid) / 1024

@@ -2,6 +2,7 @@
 
     worker.py channel   takes from the channel of design section 2 with recvmsg itself
     worker.py library   the same through the client library
+    worker.py counted   by the library's Listener, which also counts; `uncounted`: it does not
     worker.py direct    accepts on the listener whose number is in BENCH_LISTENER
 
 Apart from `take` all three run the same lines, so that what differs between two figures
@@ -90,7 +91,36 @@ def from_library() -> tuple[int, Take]:
     return channel.fileno(), take
 
 
-SOURCES = {"direct": from_listener, "channel": from_channel, "library": from_library}
+def from_counted() -> tuple[int, Take]:
+    """The same by the library's drop-in for a listening socket, as most programs use it."""
+    from socketprotector_client import Listener
+
+    listener = Listener(take=None)
+    listener.setblocking(False)
+
+    def take() -> tuple[socket.socket, int] | None:
+        try:
+            connection = listener.accept()[0]
+        except BlockingIOError:
+            return None
+        return connection, connection.accepted_at_ns
+
+    return listener.fileno(), take
+
+
+def from_uncounted() -> tuple[int, Take]:
+    """The same without a scoreboard."""
+    os.environ.pop("SOCKETPROTECTOR_SCOREBOARD", None)
+    return from_counted()
+
+
+SOURCES = {
+    "direct": from_listener,
+    "channel": from_channel,
+    "library": from_library,
+    "counted": from_counted,
+    "uncounted": from_uncounted,
+}
 
 
 def say_ready() -> None:

@@ -197,7 +197,7 @@ def test_who_does_not_read_holds_up_neither_protector_nor_silent_workers(
     arguments = ("-f", "--log-prefix", "unix:s", "--", *TALKS)
     with start_of(start, *arguments, stdout=send, stderr=send) as process:
         os.close(send)
-        eventually((start.folder / "s").exists, "the socket")
+        eventually(lambda: 1 in generations(start.environment[MARK]), "a worker")
         loud = Client(f"{start.folder}/s")
         loud.socket.setblocking(False)
         try:

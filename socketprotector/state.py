@@ -13,7 +13,7 @@ import binascii
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
@@ -32,6 +32,16 @@ _MAGIC = b"SPst"
 _SLOT_BYTES = 64 * 1024 * 1024
 
 
+#: What json.dumps() would say, without its preparations.
+_PLAIN: Mapping[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    float: json.dumps,
+    bool: json.dumps,
+    type(None): json.dumps,
+}
+
+
 class StateError(Exception):
     """The state cannot be used; the message says why."""
 
@@ -40,15 +50,26 @@ class Codec:
     """Turns values of known classes into JSON and back."""
 
     def __init__(self, classes: Iterable[type]) -> None:
-        """classes: the dataclasses and enums that may occur, each of another name."""
+        """classes: the frozen dataclasses and enums that may occur, each of another name."""
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
+        self._fields: dict[type, tuple[str, ...]] = {
+            each: tuple(field.name for field in fields(each))
+            for each in self._classes.values()
+            if is_dataclass(each)
+        }
+        # The last encoding's values and their texts: they do not change, and most of them are
+        # in the next one too.
+        self._texts: dict[int, tuple[object, str]] = {}
+        self._used: dict[int, tuple[object, str]] = {}
 
     def encode(self, value: object) -> bytes:
         """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
 
         Raises TypeError for anything else.
         """
-        return json.dumps(self._out(value), separators=(",", ":")).encode()
+        text = self._text(value)
+        self._texts, self._used = self._used, {}
+        return text.encode()
 
     def decode(self, data: bytes) -> Any:
         """Return the value that was encoded.  Raises StateError for what is none."""
@@ -57,21 +78,30 @@ class Codec:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state cannot be read: {error!r}") from error
 
-    def _out(self, value: object) -> object:
-        if value is None or isinstance(value, str | int | float):
-            return value
-        if isinstance(value, bytes):
-            return {"b": value.hex()}
+    def _text(self, value: object) -> str:
+        plain = _PLAIN.get(type(value))
+        if plain is not None:
+            return plain(value)
         if isinstance(value, tuple):
-            return [self._out(each) for each in value]
+            return f"[{','.join(map(self._text, value))}]"
+        names = self._fields.get(type(value))
+        if names is not None:
+            return self._of_class(value, names)
+        if isinstance(value, bytes):
+            return f'{{"b":"{value.hex()}"}}'
         if isinstance(value, frozenset):
-            return {"s": [self._out(each) for each in sorted(value, key=repr)]}
-        if isinstance(value, Enum):
-            return {"e": type(value).__name__, "v": value.value}
-        if is_dataclass(value) and type(value).__name__ in self._classes:
-            content = {each.name: self._out(getattr(value, each.name)) for each in fields(value)}
-            return {"c": type(value).__name__, "f": content}
+            return f'{{"s":{self._text(tuple(sorted(value, key=repr)))}}}'
+        if isinstance(value, Enum) and type(value).__name__ in self._classes:
+            return f'{{"e":"{type(value).__name__}","v":{json.dumps(value.value)}}}'
         raise TypeError(f"{type(value).__name__} is no part of the state")
+
+    def _of_class(self, value: object, names: Iterable[str]) -> str:
+        known = self._texts.get(id(value))
+        if known is None:  # as long as one is kept its id is no other's
+            content = ",".join(f'"{name}":{self._text(getattr(value, name))}' for name in names)
+            known = value, f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
+        self._used[id(value)] = known
+        return known[1]
 
     def _in(self, value: Any) -> object:
         if isinstance(value, list):

@@ -12,9 +12,10 @@ import pytest
 
 from tests.running import Protector, mark
 
-# A shell starts what it runs in the background with these ignored, and what tests start would
-# inherit that.
+# A shell starts what it runs in the background with these ignored, and so does nohup; what tests
+# start would inherit that.
 for _number, _handler in (
+    (signal.SIGHUP, signal.SIG_DFL),
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGQUIT, signal.SIG_DFL),
 ):

@@ -401,6 +401,8 @@ class Effects:
     # -- what is remembered for people -----------------------------------------
 
     def _remember(self, report: Report) -> None:
+        if report.news is News.STOPPING:
+            self.history = self.history.called_off("it was told to stop", clock.date())
         result = {News.RELOADED: "reloaded", News.RELOAD_FAILED: "failed"}.get(report.news)
         if result is not None:
             self.history = self.history.reload_ended(

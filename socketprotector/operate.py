@@ -32,6 +32,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+#: What changes nothing, and so cannot leave anything half done.
+_LOOKS = ("status", "connections", "crashes")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -92,6 +94,13 @@ class Operator:
         except Wrong as wrong:
             wrong.id = request.id
             raise
+        except Exception as error:
+            if request.command not in _LOOKS:
+                raise  # something may be half done: whoever keeps the state goes on from that
+            self._log.write("error", "command-failed", command=request.command, error=repr(error))
+            raise Wrong(
+                "failed", "a fault of the protector; its log says more", request.id
+            ) from error
         client.say(requests.answer(request.id, result))
 
     # -- looking -----------------------------------------------------------------

@@ -58,3 +58,11 @@ def test_a_rolled_back_reload_is_one_that_failed() -> None:
     assert history.reload_ended(2, "failed", "it exited", 3.0).reloads == (
         Reload(2, "failed", "it exited", 1.0, 3.0),
     )
+
+
+def test_a_stop_ends_what_is_under_way() -> None:
+    done = History().reload_began(2, 1.0).reload_ended(2, "reloaded", "", 2.0)
+
+    stopped = done.reload_began(3, 3.0).called_off("it was told to stop", 4.0)
+
+    assert stopped.reloads == (*done.reloads, Reload(3, "failed", "it was told to stop", 3.0, 4.0))

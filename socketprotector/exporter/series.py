@@ -86,7 +86,6 @@ class Series:
             ("restarts", "restarts"),
             ("workers_wanted", "workers_wanted"),
             ("worker_crashes", "crashes"),
-            ("connections_accepted", "forwarded"),
             ("queue_limit", "queue_limit"),
         ):
             self._put(name, instance, number(status, wanted))
@@ -117,6 +116,7 @@ class Series:
 
     def _add_connections(self, instance: str, status: Status, totals: Totals) -> None:
         generations = list(objects(status, "generations"))
+        self._put("connections_accepted", instance, totals.forwarded)
         self._put("connections_taken", instance, totals.count("accepted"))
         self._put("connections_finished", instance, totals.count("finished"))
         self._put("connection_errors", instance, totals.count("errors"))

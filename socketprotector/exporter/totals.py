@@ -47,12 +47,15 @@ class Totals:
         self.reloads = dict.fromkeys(RESULTS, 0)
         self.last_success_at: float | None = None
         self.last_result: str | None = None
+        self.forwarded: float | None = None
+        self._started_at: float | None = None
         self._gone = _Generation()
         self._living: dict[tuple[float, float], _Generation] = {}
         self._reloads: set[tuple[float, float]] = set()
 
     def see(self, status: Status) -> None:
         """Take in a status."""
+        self._see_forwarded(status)
         self._see_generations(status)
         self._see_reloads(status)
 
@@ -71,6 +74,15 @@ class Totals:
     def waits(self) -> list[float] | None:
         """How many connections waited how long: as in a status, bucket n is below 2^n us."""
         return self._all.waits
+
+    def _see_forwarded(self, status: Status) -> None:
+        forwarded, started_at = number(status, "forwarded"), number(status, "started_at")
+        if started_at != self._started_at:
+            self._started_at, self.forwarded = started_at, None  # another protector's
+        if forwarded is not None:
+            # It is written down with events only: what was forwarded since the last one before a
+            # crash is forgotten by the program that comes back.
+            self.forwarded = max(forwarded, self.forwarded or 0.0)
 
     def _see_generations(self, status: Status) -> None:
         there: dict[tuple[float, float], _Generation] = {}

@@ -147,6 +147,17 @@ def test_counts_do_not_go_back_when_a_generation_is_gone() -> None:
     assert one.value("wait_seconds_bucket", le="+Inf") == 8
 
 
+def test_what_was_forwarded_does_not_go_back_when_a_protector_comes_back() -> None:
+    collected = Collected()
+    collected.see(status(forwarded=1000))
+
+    after_a_kill = collected.see(status(forwarded=990, restarts=1))
+    assert after_a_kill.value("connections_accepted_total") == 1000
+
+    begun_anew = collected.see(status(forwarded=3, started_at=99.0))
+    assert begun_anew.value("connections_accepted_total") == 3
+
+
 def test_a_worker_that_counts_backwards_takes_nobody_along() -> None:
     one = Collected()
     one.see(status(generation(7, accepted=100)))

@@ -231,6 +231,34 @@ def test_the_relay_has_no_capability(command: Command) -> None:
     command.start.stop()
 
 
+ASKS = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as client:
+    client.settimeout(30)
+    client.connect(sys.argv[1])
+    client.sendall(b'{"v": 1, "command": "release"}\\n')
+    print(client.recv(4096).decode())
+"""
+
+
+def test_the_protectors_user_is_heard_on_the_control_socket_and_a_workers_is_not(
+    command: Command,
+) -> None:
+    control = str(command.start.folder / "control")
+    words = ("--umask", "022", "--control", control, "unix:s", "--", *command.worker("talks"))
+    command.up("--user", A, "--worker-user", B, *words)
+
+    def answer(user: str) -> str:
+        asks = [command.python, "-c", ASKS, control]
+        done = subprocess.run(asks, user=user, group=65534, cwd="/", capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert '"ok":true' in answer(A)
+    assert "Permission denied" in answer(B)
+    command.start.stop()
+    assert command.start.left() == []
+
+
 @MODES
 def test_workers_of_another_user_are_ready_replaced_ended_and_reaped(
     command: Command, guarded: bool

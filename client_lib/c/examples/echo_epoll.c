@@ -12,13 +12,15 @@
 enum { LINE_BYTES = 4096, EVENTS = 64, RETRY_MS = 50 };
 
 struct client {
+    struct client *next, **here; /* all clients, and what points to this one */
     int fd;
     size_t got;
     char line[LINE_BYTES];
 };
 
 static struct sp_worker sp;
-static int epoll_fd, stop_fd, open_now, watching;
+static struct client *clients;
+static int epoll_fd, stop_fd, watching;
 
 static int watch(int fd, void *what)
 {
@@ -48,8 +50,10 @@ static void end(struct client *client, int failed)
     /* Before closing: another copy may still be open for a moment, and would stay watched. */
     epoll_ctl(epoll_fd, EPOLL_CTL_DEL, client->fd, NULL);
     close(client->fd);
+    *client->here = client->next;
+    if (client->next)
+        client->next->here = client->here;
     free(client);
-    open_now--;
     if (failed)
         sp_failed(&sp);
     sp_closed(&sp);
@@ -60,18 +64,21 @@ static void end(struct client *client, int failed)
 static void begin(int fd)
 {
     struct client *client = (struct client *)malloc(sizeof *client);
-    open_now++;
     if (!client || watch(fd, client) < 0) {
         fprintf(stderr, "cannot serve a client: %s\n", strerror(errno));
         free(client);
         close(fd);
-        open_now--;
         sp_failed(&sp);
         sp_closed(&sp);
         return;
     }
     client->fd = fd;
     client->got = 0;
+    client->here = &clients;
+    client->next = clients;
+    if (clients)
+        clients->here = &client->next;
+    clients = client;
 }
 
 static void serve(struct client *client)
@@ -149,7 +156,7 @@ int main(int argc, char **argv)
     }
     watch_for_connections(1);
     sp_ready(&sp);
-    while (!stopped && (!sp.ended || open_now)) {
+    while (!stopped && (!sp.ended || clients)) {
         timeout_ms = watching || sp.ended ? sp.watchdog_ms : RETRY_MS;
         count = epoll_wait(epoll_fd, events, EVENTS, timeout_ms);
         sp_alive(&sp);
@@ -165,6 +172,8 @@ int main(int argc, char **argv)
                 serve((struct client *)events[i].data.ptr);
         }
     }
+    while (clients)
+        end(clients, 1);
     sp_close(&sp);
     close(epoll_fd);
     close(stop_fd);

@@ -1,8 +1,8 @@
 """Client library for daemons that SocketProtector hands their connections to.
 
 The same program runs under the protector and without it.  Choose one way to
-get connections: `connections`, `serve`, `aserve`, `Listener` for a framework, or
-`Channel` for a loop of your own.
+get connections: `connections`, `serve`, `aserve`, `Listener` for a framework, `Channel`
+for a loop of your own, or `SocketServer` for children that share what their parent accepts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .listener import Listener
     from .process import draining, listener_of, on_drain, ready
     from .sd_notify import notify
+    from .server import SocketServer
     from .serving import connections, serve
     from .streams import aserve
 
@@ -31,6 +32,7 @@ _HOMES = {
     "Listener": "listener",
     "OutOfDescriptors": "errors",
     "ProtocolError": "errors",
+    "SocketServer": "server",
     "aserve": "streams",
     "connections": "serving",
     "draining": "process",
@@ -48,6 +50,7 @@ __all__ = [
     "Listener",
     "OutOfDescriptors",
     "ProtocolError",
+    "SocketServer",
     "aserve",
     "connections",
     "draining",

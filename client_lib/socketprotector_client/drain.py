@@ -24,7 +24,7 @@ class Drain:
 
     def __init__(self, fds: Sequence[int]) -> None:
         """Watch fds, which stay the caller's: the end of one of them begins the drain."""
-        self._fds = fds
+        self._fds = tuple(fds)
         self._begun = False
         self._told = False
         self._callbacks: list[Callable[[], object]] = []
@@ -34,6 +34,11 @@ class Drain:
         # hit a number that was given to another file.
         self._wake_fd = -1
         forking.register(self)
+
+    def follow(self, fd: int) -> None:
+        """Watch fd, too, which its owner never closes before the process ends or drains."""
+        if fd not in self._fds:
+            self._fds = (*self._fds, fd)
 
     def begin(self) -> None:
         """Begin to drain.  May be called from a signal handler: no lock, never raises."""

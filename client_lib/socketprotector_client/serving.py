@@ -15,7 +15,7 @@ from .connection import Connection
 from .errors import Drained
 from .intake import Intake
 from .signals import TermWatch
-from .worker import current
+from .worker import Worker, current
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +86,11 @@ def serve(
     if threads < 1:
         raise ValueError(f"cannot serve with threads={threads}: at least 1 is needed")
     worker = current()
-    intake = worker.open_intake(address, limit)
+    serve_from(worker, worker.open_intake(address, limit), handler, threads)
+
+
+def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
+    """As `serve`, from an intake; takes ownership of it."""
     worker.ready()
     pool = _Pool(intake, handler)
     watch = _watch_term(intake)

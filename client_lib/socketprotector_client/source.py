@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 # The kernel took the connection from the backlog and it was broken already,
 # or the network failed just then: man 2 accept says to go on as after EAGAIN.
-_NOTHING_TO_ACCEPT = frozenset(
+NOTHING_TO_ACCEPT = frozenset(
     {
         errno.EAGAIN,
         errno.ECONNABORTED,
@@ -129,7 +129,7 @@ class ListenSource:
         try:
             accepted, peer = self._by_fd[fd].accept()
         except OSError as error:
-            if error.errno in _NOTHING_TO_ACCEPT:
+            if error.errno in NOTHING_TO_ACCEPT:
                 return None
             raise
         connection = Connection(kind.family, kind.type, kind.proto, accepted.detach())

@@ -59,6 +59,7 @@ class Worker:
         #: their number is used again, so those of open connections are right.
         self.listener_by_fd: dict[int, str] = {}
         self._said_ready = False
+        self._is_lent = False
         self._lock = threading.Lock()
 
     def open_intake(
@@ -84,6 +85,27 @@ class Worker:
             raise ValueError(
                 "cannot tell where to listen: there is no protector and no address was given"
             )
+        return self._open(source, limit)
+
+    def open_queue(self, channel: Channel, limit: int) -> Intake:
+        """Return a new intake from a channel, which stays the caller's; the caller closes it."""
+        if channel is not self.channel:
+            self.drain.follow(channel.fileno())
+        return self._open(ChannelSource(channel), limit)
+
+    def lend_channel(self) -> None:
+        """Note that a SocketServer uses the channel.  Raises RuntimeError if one does already."""
+        if self._is_lent:
+            raise RuntimeError(
+                "cannot make a second SocketServer under a protector: its workers share one "
+                "queue; close the first one, or give both ports to one and ask client.listener"
+            )
+        self._is_lent = True
+
+    def return_channel(self) -> None:
+        self._is_lent = False
+
+    def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
             intake.obey(self._return_line.fileno(), self._reader_of_return_line(intake))

@@ -1,0 +1,22 @@
+"""An echo server whose children share one queue: `[pid] line`; `quit` ends the conversation.
+
+Usage: shared_queue.py [ADDRESS [CHILDREN]].  USR1 to the first process forks one more child.
+"""
+
+import os
+import sys
+
+from socketprotector_client import SocketServer
+
+
+def talk(client, peer):
+    for line in client.makefile("rb"):
+        client.sendall(b"[%d] %s" % (os.getpid(), line))
+        if line.strip() == b"quit":
+            return  # closes it; then this child is ready for another
+
+
+address, children = (sys.argv[1:] + ["8888", "1"][len(sys.argv) - 1 :])[:2]
+with SocketServer(address) as server:
+    print("pid", os.getpid(), "listens on", *server.listeners, flush=True)
+    server.run(talk, int(children))

@@ -1,0 +1,183 @@
+"""A SocketServer when something breaks: no more is lost than the break itself takes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+import pytest
+from socketprotector_client import SocketServer
+from socketprotector_client.address import sockname_of
+
+from tests.client.protector import Protector, until
+from tests.client.sharing import HOME, Sharing, let_open, lowest_free, refuses, reset, until_stopped
+
+
+def test_a_killed_child_loses_only_the_connection_it_had(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "2", "64", HOME)
+    victim, other = sharing.connect(), sharing.connect()
+    pids = victim.ask("pid"), other.ask("pid")
+    waiting = [sharing.connect() for _ in range(3)]
+    for client in waiting:
+        client.send("pid")
+
+    os.kill(int(pids[0]), signal.SIGKILL)
+
+    assert victim.read() == ""
+    assert other.ask("hello") == "echo hello"
+    other.close()
+    for client in waiting:
+        assert client.read() == pids[1]
+        client.close()
+    until(lambda: "ended with -9; 1 left" in protector.log.read_text(), "a line about it")
+
+
+def test_without_any_child_connections_wait(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "1", "64", HOME)
+    victim = sharing.connect()
+    os.kill(int(victim.ask("pid")), signal.SIGKILL)
+    assert victim.read() == ""
+    waiting = sharing.connect()
+    waiting.send("hello")
+
+    sharing.signal(signal.SIGUSR1)
+
+    assert waiting.read() == "echo hello"
+
+
+@pytest.mark.parametrize("way", ["run", "by hand"])
+def test_a_killed_parent_ends_all_once_who_has_connected_is_served(
+    protector: Protector, way: str
+) -> None:
+    sharing = Sharing(protector, *(["run", "1", "64"] if way == "run" else [way]), HOME)
+    serving, waiting = sharing.connect(), sharing.connect()
+    assert serving.ask("hello") == "echo hello"
+    sharing.watch()
+
+    sharing.signal(signal.SIGKILL)
+
+    serving.close()
+    assert waiting.ask("hello") == "echo hello"
+    waiting.close()
+    sharing.wait_for_all()
+    assert refuses(sharing.listeners[0])
+
+
+def test_a_killed_accepting_process_is_an_error_of_the_program(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "1", "64", HOME)
+    client = sharing.connect()
+    assert client.ask("hello") == "echo hello"
+
+    os.kill(sharing.accepting(), signal.SIGKILL)
+
+    until(lambda: client.ask("draining") == "True", "the drain")
+    client.close()
+    assert sharing.program.wait() == 1
+    assert "accepting process ended with -9" in protector.log.read_text()
+
+
+def test_signals_to_the_whole_service_do_not_end_the_accepting_process(
+    protector: Protector,
+) -> None:
+    sharing = Sharing(protector, "run", "0", "64", HOME)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(sharing.accepting(), number)
+
+    client = sharing.connect()
+    client.send("hello")
+    sharing.signal(signal.SIGUSR1)
+    assert client.read() == "echo hello"
+
+
+def test_without_a_descriptor_clients_wait_in_the_backlog(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "1", "64", HOME)
+    accepting = sharing.accepting()
+    before = let_open(accepting, lowest_free(accepting))
+    client = sharing.connect()
+    client.send("hello")
+    until(lambda: "cannot accept: Too many open files" in protector.log.read_text(), "a line")
+
+    let_open(accepting, before)
+
+    assert client.read() == "echo hello"
+    assert protector.log.read_text().count("Too many") == 1
+
+
+def test_a_stop_waits_for_who_has_connected_while_there_is_no_descriptor(
+    protector: Protector,
+) -> None:
+    sharing = Sharing(protector, "run", "1", "64", HOME)
+    accepting = sharing.accepting()
+    before = let_open(accepting, lowest_free(accepting))
+    client = sharing.connect()
+    client.send("hello")
+    until(lambda: "cannot accept: Too many open files" in protector.log.read_text(), "a line")
+    sharing.signal(signal.SIGTERM)
+
+    let_open(accepting, before)
+
+    assert client.read() == "echo hello"
+    client.close()
+    assert sharing.program.wait() == 0
+
+
+def test_a_handler_that_raises_is_logged_and_its_child_goes_on(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "1", "64", HOME)
+    unlucky = sharing.connect()
+    pid = unlucky.ask("pid")
+
+    assert unlucky.ask("fail") == ""
+
+    assert sharing.connect().ask("pid") == pid
+    assert "RuntimeError: asked to fail" in protector.log.read_text()
+
+
+def test_clients_that_reset_before_and_after_accept_cost_nobody_anything(
+    protector: Protector,
+) -> None:
+    sharing = Sharing(protector, "run", "0", "64", HOME)
+    after = sharing.connect()
+    reset(after)
+    os.kill(sharing.accepting(), signal.SIGSTOP)
+    until_stopped(sharing.accepting())
+    before = sharing.connect()
+    reset(before)
+    os.kill(sharing.accepting(), signal.SIGCONT)
+    client = sharing.connect()
+    client.send("hello")
+
+    sharing.signal(signal.SIGUSR1)
+
+    assert client.read() == "echo hello"
+    gone = sharing.connect()
+    client.close()
+    assert gone.ask("hello") == "echo hello"
+    reset(gone)
+    assert sharing.connect().ask("hello") == "echo hello"
+
+
+def test_a_close_that_nobody_reads_does_not_wait() -> None:
+    server = SocketServer(HOME, queue=6)
+    clients = [socket.create_connection(sockname_of(server.listeners[0])) for _ in range(30)]
+
+    server.close()
+
+    assert [client.recv(1) for client in clients[:1]] == [b""]
+    assert refuses(server.listeners[0])
+    for client in clients:
+        client.close()
+
+
+def test_a_close_has_a_deadline_if_one_is_given() -> None:
+    server = SocketServer(HOME, queue=6)
+    reader_that_never_reads = os.dup(server._channel.fileno())
+    clients = [socket.create_connection(sockname_of(server.listeners[0])) for _ in range(30)]
+
+    server.close(0.01)
+
+    assert refuses(server.listeners[0])
+    os.close(reader_that_never_reads)
+    for client in clients:
+        client.close()

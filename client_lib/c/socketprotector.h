@@ -604,8 +604,8 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
 }
 
 /* Waits until a connection was taken, all is over, `wake_fd` (-1: none) is readable, or `timeout_ms`
- * (-1: for ever) has passed, which is SP_NOTHING.  Says WATCHDOG=1 at each call: with sp->watchdog_ms
- * as the time-out a loop of it is never taken for hung.
+ * (-1: for ever) has passed, which is SP_NOTHING.  Says WATCHDOG=1 as long as it waits; whoever serves
+ * for long between two calls says it with sp_alive().
  *
  * A signal handler that writes to a pipe, or a signalfd, is what wake_fd is for: a signal that comes
  * right before poll() would not be seen.  Returns what sp_take returns, and SP_ERROR with EINTR if a
@@ -616,16 +616,19 @@ static inline enum sp_result sp_next(struct sp_worker *sp, struct sp_connection 
     struct pollfd lines[SP_FDS_MAX + 1];
     uint64_t now_ns = sp__now_ns(), until_ns = now_ns + (uint64_t)(timeout_ms > 0 ? timeout_ms : 0) * 1000000u;
     enum sp_result result;
-    int i, left_ms = timeout_ms;
+    int i, left_ms = timeout_ms, slice_ms;
     client->fd = -1;
     while (!sp->ended) {
         sp_alive(sp);
+        slice_ms = left_ms;
+        if (sp->watchdog_ms >= 0 && (slice_ms < 0 || slice_ms > sp->watchdog_ms))
+            slice_ms = sp->watchdog_ms;
         for (i = 0; i <= sp->count; i++) {
             lines[i].fd = i < sp->count ? sp->fds[i] : wake_fd;
             lines[i].events = POLLIN;
             lines[i].revents = 0;
         }
-        if (poll(lines, (nfds_t)sp->count + 1, left_ms) < 0)
+        if (poll(lines, (nfds_t)sp->count + 1, slice_ms) < 0)
             return SP_ERROR;
         if (lines[sp->count].revents)
             return SP_WOKEN;

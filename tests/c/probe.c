@@ -70,7 +70,7 @@ int main(int argc, char **argv)
     sp_ready(&sp);
     sp_notify(&sp, "STATUS=probing");
     do {
-        result = sp_next(&sp, &client, sp.watchdog_ms, -1);
+        result = sp_next(&sp, &client, -1, -1);
         if (result == SP_CONNECTION)
             serve(&sp, &client);
         if (result == SP_ERROR)

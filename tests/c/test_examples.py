@@ -20,6 +20,7 @@ import pytest
 from bench.load import Load
 from bench.seen import Snapshot
 from tests.c.building import PLAIN, SANITIZED, Build, installed
+from tests.client.protector import Protector as Channel
 from tests.client.protector import ports_of
 from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
 from tests.scenarios.test_start_listeners import needs_ipv6
@@ -226,6 +227,23 @@ def test_nothing_is_read_or_written_out_of_place(
 
     assert load.snapshot().failures == ()
     assert daemon.log.count("==[0-9]+==") == 0
+
+
+@in_c
+def test_it_says_watchdog_through_a_long_conversation(
+    channel: Channel, program: tuple[str, ...]
+) -> None:
+    worker = channel.start(*program, env={"WATCHDOG_USEC": "20000"})
+    client = channel.connect()
+    assert client.ask("one") == f"[{worker.pid}] one"
+
+    channel.notify.settimeout(DEADLINE_S)
+    said = [channel.notify.recv(4096) for _ in range(10)]
+    assert said[-5:] == [b"WATCHDOG=1"] * 5
+
+    channel.end_channel()
+    client.close()
+    assert worker.wait() == 0
 
 
 class Alone:

@@ -23,14 +23,18 @@ static int send_all(int fd, const char *text, size_t bytes)
 }
 
 /* Returns -1 if the conversation ended in another way than by `quit` or an end of file. */
-static int serve(int fd, int stop_fd)
+static int serve(struct sp_worker *sp, int fd, int stop_fd)
 {
     char line[LINE_BYTES], reply[LINE_BYTES + 32], *end;
     size_t got = 0;
     for (;;) {
         struct pollfd lines[2] = {{fd, POLLIN, 0}, {stop_fd, POLLIN, 0}};
+        int ready = poll(lines, 2, sp->watchdog_ms);
         ssize_t more;
-        if (poll(lines, 2, -1) < 0 || lines[1].revents)
+        sp_alive(sp); /* or a long conversation would pass for a worker that hangs */
+        if (ready == 0)
+            continue;
+        if (ready < 0 || lines[1].revents)
             return -1;
         more = recv(fd, line + got, sizeof line - got, 0);
         if (more <= 0)
@@ -71,12 +75,10 @@ int main(int argc, char **argv)
     }
     sp_ready(&sp);
     for (;;) {
-        result = sp_next(&sp, &client, sp.watchdog_ms, stop_fd);
-        if (result == SP_NOTHING)
-            continue;
+        result = sp_next(&sp, &client, -1, stop_fd);
         if (result != SP_CONNECTION)
             break;
-        if (serve(client.fd, stop_fd) < 0)
+        if (serve(&sp, client.fd, stop_fd) < 0)
             sp_failed(&sp);
         close(client.fd);
         sp_closed(&sp);

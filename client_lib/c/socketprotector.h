@@ -497,7 +497,7 @@ static inline int sp_draining(const struct sp_worker *sp)
     lines[0].fd = sp->channel;
     lines[1].fd = sp->return_line;
     lines[0].events = lines[1].events = POLLRDHUP;
-    return sp->ended || (sp->channel >= 0 && poll(lines, 2, 0) > 0);
+    return sp->channel >= 0 && poll(lines, 2, 0) > 0;
 }
 
 static inline enum sp_result sp__receive(struct sp_worker *sp, struct sp_connection *client)

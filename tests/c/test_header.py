@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import array
 import os
 import shlex
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,25 @@ def test_a_message_of_another_kind_closes_its_connection_only(
     assert said[:2] == ["error EPROTO", "error EPROTO"]
     assert said[2].startswith("connection tcp:")
     assert said[3:] == DRAINED
+
+
+def test_of_two_descriptors_none_stays_open_that_nobody_looks_for(
+    channel: Channel, build: Build
+) -> None:
+    worker = probe(channel, build)
+
+    client, extra = channel.connect_only(), channel.connect_only()
+    accepted = [channel.listeners[0].accept()[0] for _ in range(2)]
+    header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, time.monotonic_ns())
+    rights = array.array("i", [each.fileno() for each in accepted])
+    channel.sender.sendmsg([header], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    for each in accepted:
+        each.close()
+
+    assert client.ask("one") == "one"
+    assert extra.read() == ""
+    channel.end_channel()
+    assert worker.read_rest()[-3:] == DRAINED
 
 
 def test_without_a_descriptor_to_spare_none_is_taken(channel: Channel, build: Build) -> None:

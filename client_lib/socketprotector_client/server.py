@@ -21,6 +21,7 @@ from . import accepting, forking, wire
 from .address import ListenAddress, close_all, listen, name_of
 from .channel import Channel
 from .children import Children
+from .intake import Intake
 from .serving import Handler, serve_from
 from .worker import DEFAULT_BACKLOG, current
 
@@ -65,6 +66,7 @@ class SocketServer:
         self._process: Optional[subprocess.Popen[bytes]] = None
         #: Its end ends the accepting process.
         self._line: Optional[socket.socket] = None
+        self._intake: Optional[Intake] = None
         worker = current()
         if worker.channel is not None:
             worker.lend_channel()
@@ -90,7 +92,11 @@ class SocketServer:
         An exception in a handler is logged.
         """
         worker = current()
-        serve_from(worker, worker.open_queue(self._channel, limit=1), handler, threads=1)
+        self._intake = worker.open_queue(self._channel, limit=1)
+        try:
+            serve_from(worker, self._intake, handler, threads=1)
+        finally:
+            self._intake = None
 
     def run(self, handler: Handler, children: int = 1) -> None:
         """In the parent: fork children that call `client(handler)`; return when all have ended.
@@ -118,12 +124,17 @@ class SocketServer:
 
         In the parent: returns once all who had connected are in the queue and the address
         is free.  That takes as long as the queue is full; after timeout_s those who are not in it
-        are cut off.  In a child it only gives up the child's copy.  Under a protector, whose
-        queue it is, nothing ends.
+        are cut off.  In a child only that child's `client` returns, after the connection it
+        has.  Under a protector, whose queue it is, nothing else ends.
         """
         if self._closed:
             return
         self._closed = True
+        if self._intake is not None:  # this is a handler of a signal: let `client` return
+            self._intake.drained()
+            self._intake.interrupt()
+            if self._process is None:
+                return
         if self._process is None and self._channel is current().channel:
             current().return_channel()
             return
@@ -170,7 +181,7 @@ class SocketServer:
         os.set_inheritable(fd, False)
         self._children = Children()
         self._closed = self._stopping = False
-        self._process, self._line = None, None
+        self._process, self._line, self._intake = None, None, None
         if state["under_protector"]:
             # What this process inherited of the environment is true of its parent only.
             for name in (wire.ENV_RETURN, wire.ENV_SCOREBOARD):

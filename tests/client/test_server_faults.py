@@ -91,6 +91,35 @@ def test_signals_to_the_whole_service_do_not_end_the_accepting_process(
     assert client.read() == "echo hello"
 
 
+def test_a_child_that_inherits_a_handler_which_closes_only_ends_itself(
+    protector: Protector,
+) -> None:
+    sharing = Sharing(protector, "by hand", HOME)
+    client = sharing.connect()
+    child = int(client.ask("pid"))
+
+    os.kill(child, signal.SIGTERM)
+
+    until(lambda: client.ask("draining") == "True", "the drain")
+    client.close()
+    assert sharing.program.read_line() == "child ended"
+    assert not refuses(sharing.listeners[0])
+    sharing.signal(signal.SIGTERM)
+    assert (sharing.program.read_last(), sharing.program.wait()) == ("ended", 0)
+
+
+def test_an_idle_child_ends_at_once_by_such_a_handler(protector: Protector) -> None:
+    sharing = Sharing(protector, "by hand", HOME)
+    client = sharing.connect()
+    child = int(client.ask("pid"))
+    reset(client)
+    until(lambda: "handler failed" in protector.log.read_text(), "an idle child")
+
+    os.kill(child, signal.SIGTERM)
+
+    assert sharing.program.read_line() == "child ended"
+
+
 def test_without_a_descriptor_clients_wait_in_the_backlog(protector: Protector) -> None:
     sharing = Sharing(protector, "run", "1", "64", HOME)
     accepting = sharing.accepting()

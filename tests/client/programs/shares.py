@@ -16,18 +16,18 @@ from tests.client.programs.talk import say, talk
 def by_hand(addresses: list[str]) -> None:
     """Several servers, one child each; the parent waits for a signal or for the children."""
     servers = [SocketServer(address) for address in addresses]
-    for server in servers:
-        if not os.fork():
-            server.client(talk)
-            say("child ended")
-            os._exit(0)
-    say(" ".join(name for server in servers for name in server.listeners))
 
     def close(signum: int, frame: object) -> None:
         for server in servers:
             server.close()
 
     signal.signal(signal.SIGTERM, close)
+    for server in servers:
+        if not os.fork():
+            server.client(talk)
+            say("child ended")
+            os._exit(0)
+    say(" ".join(name for server in servers for name in server.listeners))
     while True:
         try:
             os.wait()

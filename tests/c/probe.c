@@ -47,6 +47,7 @@ int main(int argc, char **argv)
     enum sp_result result;
     int before = descriptors(), full = argc > 1 && !strcmp(argv[1], "full"), hoarded = 0;
     int wake = eventfd(1, EFD_CLOEXEC);
+    void *board;
 
     setvbuf(stdout, NULL, _IOLBF, 0);
     if (sp_open(&sp, NULL, 0) < 0) {
@@ -83,8 +84,9 @@ int main(int argc, char **argv)
     while (hoarded)
         close(hoard[--hoarded]);
     close(wake);
+    board = sp.board;
     sp_close(&sp);
     /* The channel, the RETURN line and the scoreboard were there before; they are closed now. */
-    printf("left %d\n", descriptors() - before);
+    printf("left %d %d\n", descriptors() - before, board && msync(board, 1, MS_ASYNC) == 0);
     return 0;
 }

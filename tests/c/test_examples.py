@@ -124,7 +124,7 @@ def test_being_drained_is_told_from_being_retired(protect: Start, build: Build) 
 
     daemon.out.join()
     assert daemon.out.count("drained 1") == 1
-    assert daemon.out.count("left -3") == 2
+    assert daemon.out.count("left -3 0") == 2
 
 
 @in_every_language

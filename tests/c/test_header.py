@@ -21,8 +21,8 @@ from tests.scenarios.tools import hold
 
 #: What the probe says first: its own place, then what each wait came to.
 OPENED = ["open 1 0 -1 0", "nothing 1", "nothing 1", "woken 1", "cloexec 1"]
-DRAINED = ["drained 1", "again 1", "left -2"]
-RETIRED = ["retired 1", "again 1", "left -2"]
+DRAINED = ["drained 1", "again 1", "left -2 0"]
+RETIRED = ["retired 1", "again 1", "left -2 0"]
 
 
 @pytest.mark.parametrize("optimized", ["-O0", "-O2"])
@@ -183,7 +183,7 @@ def test_it_says_watchdog_and_hears_nothing_of_a_protector_that_is_gone(
     assert heard[0] == heard[-1] == b"WATCHDOG=1"
     assert b"READY=1\nX_SOCKETPROTECTOR_RETIRE=1" in heard
     said = worker.read_rest()
-    assert (said[0], said[-1]) == ("open 1 0 10 0", "left -2")
+    assert (said[0], said[-1]) == ("open 1 0 10 0", "left -2 0")
     assert worker.wait() == 0
 
 

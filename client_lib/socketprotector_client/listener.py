@@ -2,7 +2,7 @@
 
 For frameworks that want a socket: asyncio, aiohttp, uvicorn, waitress,
 socketserver, http.server.  They call accept in Python, so a subclass is
-enough; uvloop and others that accept below Python need `--handoff listener`.
+enough; uvloop and others that accept below Python cannot use it.
 
 The descriptor that the framework watches is the intake's epoll, private to
 this process.  So the framework may set it non-blocking, shut it down or close

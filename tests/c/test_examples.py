@@ -19,7 +19,7 @@ import pytest
 
 from bench.load import Load
 from bench.seen import Snapshot
-from tests.c.building import PLAIN, SANITIZED, Build, installed
+from tests.c.building import PLAIN, SANITIZED, Build, working_valgrind
 from tests.client.protector import Protector as Channel
 from tests.client.protector import ports_of
 from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
@@ -213,10 +213,8 @@ def connections(daemon: Protector) -> list[dict[str, Any]]:
     return result
 
 
-def test_nothing_is_read_or_written_out_of_place(
-    protect: Start, build: Build, built_in: Path
-) -> None:
-    valgrind = installed("valgrind", built_in, "valgrind", "libc6-dbg")
+def test_nothing_is_read_or_written_out_of_place(protect: Start, build: Build) -> None:
+    valgrind = working_valgrind()
     watched = (valgrind, "-q", "--error-exitcode=9", "--leak-check=full", "--show-leak-kinds=all")
     daemon = protect("127.0.0.1:0", "--", *watched, build("echo_epoll", *PLAIN))
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8, until_eof=True) as load:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from socketprotector_client import wire
 
-from tests.c.building import PLAIN, SANITIZED, SOURCES, STRICT, Build, installed
+from tests.c.building import PLAIN, SANITIZED, SOURCES, STRICT, Build, installed, working_valgrind
 from tests.client.protector import DEADLINE_S, Worker
 from tests.client.protector import Protector as Channel
 from tests.scenarios.tools import hold
@@ -30,23 +30,21 @@ RETIRED = ["retired 1", "again 1", "left -2 0"]
     "compiler",
     ["gcc -std=c99", "clang -std=c99", "g++ -x c++ -std=c++11", "clang++ -x c++ -std=c++11"],
 )
-def test_it_compiles_without_a_warning(
-    compiler: str, optimized: str, tmp_path: Path, built_in: Path
-) -> None:
+def test_it_compiles_without_a_warning(compiler: str, optimized: str, tmp_path: Path) -> None:
     name, *flags = shlex.split(compiler)
-    path = installed(name, built_in, *({"gcc": ["gcc", "libc6-dev"]}.get(name) or [name]))
+    path = installed(name)
     for source in SOURCES.values():
         subprocess.run(
             [path, *flags, optimized, *STRICT, "-c", source, "-o", tmp_path / "object"], check=True
         )
 
 
-def test_it_says_so_when_it_comes_after_a_system_header(tmp_path: Path, built_in: Path) -> None:
+def test_it_says_so_when_it_comes_after_a_system_header(tmp_path: Path) -> None:
     header = SOURCES["echo_epoll"].parent.parent / "socketprotector.h"
     source = tmp_path / "late.c"
     source.write_text(f'#include <poll.h>\n#include "{header}"\n')
 
-    gcc = installed("gcc", built_in, "gcc", "libc6-dev")
+    gcc = installed("gcc")
     done = subprocess.run(
         [gcc, "-std=c99", "-fsyntax-only", source], capture_output=True, text=True
     )
@@ -242,10 +240,8 @@ def test_what_is_no_scoreboard_is_none(channel: Channel, build: Build, board: st
     assert worker.wait() == 0
 
 
-def test_nothing_is_read_or_written_out_of_place(
-    channel: Channel, build: Build, built_in: Path
-) -> None:
-    valgrind = installed("valgrind", built_in, "valgrind", "libc6-dbg")
+def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build) -> None:
+    valgrind = working_valgrind()
     watched = (valgrind, "-q", "--error-exitcode=9", "--leak-check=full")
     worker = channel.start(*watched, build("probe", *PLAIN))
 

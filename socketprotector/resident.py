@@ -147,6 +147,12 @@ class _Resident:
             else None
         )
         self.began = False
+        self._loop: Loop | None = None
+
+    @property
+    def loop(self) -> Loop:
+        assert self._loop is not None
+        return self._loop
 
     @property
     def can_come_back(self) -> bool:
@@ -160,7 +166,7 @@ class _Resident:
             self._close_listeners()
             return snapshot.fleet.exit_status  # all was done but the last words
         self.began = snapshot is not None
-        self.loop = Loop()  # not before: from here on it is known who is to go on if it fails
+        self._loop = Loop()  # not before: from here on it is known who is to go on if it fails
         settings, loop = self.settings, self.loop
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
@@ -318,7 +324,8 @@ class _Resident:
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
     def _later(self, again: object) -> None:
-        self.loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]
+        if self._loop is not None:  # else it is the end already, and finish() waits for room
+            self._loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]
 
     def _feed_watchdog(self) -> None:
         """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""

@@ -334,6 +334,7 @@ def test_a_state_it_cannot_read_is_refused_and_the_workers_finish(service: Servi
 
     assert second.wait() == 111
     assert second.log.count("no whole state")
+    assert not second.log.count("During handling")
     wait_stored(service, set())  # so that the next start is a fresh one
     third = service.start("127.0.0.1:0", "--", *MANY).ready()
     assert wait_gone(spawned(first)) == []

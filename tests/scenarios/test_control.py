@@ -502,6 +502,7 @@ def test_the_log_says_more_and_less_as_it_is_told(operated: Operating) -> None:
     line.ask("reload")
     web.daemon.log.wait_for("debug event=decided", after=mark)
     line.event("drained", generation=1)
+    web.daemon.log.wait_for("event=drained generation=1", after=mark)
     line.ask("log-level", level="error")
     mark = len(web.daemon.log.seen)
     line.ask("reload")

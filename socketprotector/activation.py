@@ -63,8 +63,8 @@ def take(listens: list[Listen], passed: list[Given]) -> dict[int, list[Bound]]:
     """
     taken: dict[int, list[Bound]] = {}
     for index, listen in enumerate(listens):
-        if listen.name is not None:
-            mine = [each for each in passed if each.name == listen.name]
+        if listen.passed is not None:
+            mine = [each for each in passed if each.name == listen.passed]
             if not mine:
                 names = ", ".join(sorted({each.name for each in passed})) or "none at all"
                 raise UsageError(

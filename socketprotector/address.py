@@ -8,6 +8,7 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
@@ -17,6 +18,8 @@ from .errors import UsageError
 _TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "v6only")
 _UNIX_OPTIONS = ("backlog", "group", "mode", "user")
 _PATH_MAX_BYTES = 107
+#: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
+_NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,16 @@ class Listen:
     port: int = 0
     host: str | None = None  # None: every address of this machine
     path: str | None = None  # UNIX; @name for an abstract one
-    name: str | None = None  # of a socket that the service manager passes to us
+    passed: str | None = None  # the name of a socket that the service manager passes to us
     options: dict[str, str] = field(default_factory=dict)
+    called: str = ""  # NAME=
+
+    @property
+    def name(self) -> str:
+        """What a worker may call it."""
+        if self.called or self.passed is not None:
+            return self.called or self.passed or ""
+        return os.path.basename(self.path) if self.path is not None else str(self.port)
 
     def backlog(self, default: int) -> int:
         return int(self.options.get("backlog", default))
@@ -37,7 +48,7 @@ class Listen:
         """Whether a socket that is bound to this canonical address is what is wanted."""
         if self.path is not None:
             return address == f"unix:{self.path}"
-        if self.name is not None or not self.port:
+        if self.passed is not None or not self.port:
             return False
         hosts = [self.host] if self.host is not None else ["0.0.0.0", "::"]
         return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)
@@ -48,7 +59,9 @@ def parse(text: str, directory: str) -> Listen:
 
     Raises UsageError with the argument and what is allowed.
     """
-    body, _, query = text.partition("?")
+    named = _NAMED.fullmatch(text)
+    called, rest = named.groups() if named else ("", text)
+    body, _, query = rest.partition("?")
     lower = body.lower()
     if (
         lower.startswith("udp:")
@@ -61,7 +74,8 @@ def parse(text: str, directory: str) -> Listen:
     if body.startswith("fd:"):
         if not body.removeprefix("fd:"):
             raise UsageError(f"{text}: fd: needs the name of a socket that was passed to us")
-        return Listen(text, name=body.removeprefix("fd:"), options=_options(text, query, ()))
+        options = _options(text, query, ())
+        return Listen(text, passed=body.removeprefix("fd:"), options=options, called=called)
     if body.startswith("unix:"):
         path = body.removeprefix("unix:")
         if not path or path == "@":
@@ -70,10 +84,13 @@ def parse(text: str, directory: str) -> Listen:
             path = os.path.join(directory, path)
         if len(os.fsencode(path)) > _PATH_MAX_BYTES:
             raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
-        return Listen(text, path=path, options=_options(text, query, _UNIX_OPTIONS))
+        options = _options(text, query, _UNIX_OPTIONS)
+        return Listen(text, path=path, options=options, called=called)
     host, colon, port = body.rpartition(":")
     if colon and (not host or (":" in host and not host.startswith("["))):
-        raise UsageError(f"{text}: write PORT, HOST:PORT, [HOST6]:PORT, unix:PATH or fd:NAME")
+        raise UsageError(
+            f"{text}: write PORT, HOST:PORT, [HOST6]:PORT, unix:PATH or fd:NAME, or NAME= and one"
+        )
     if not _whole(port) or int(port) > 65535:
         raise UsageError(f"{text}: the port must be a number from 0 to 65535")
     return Listen(
@@ -81,6 +98,7 @@ def parse(text: str, directory: str) -> Listen:
         port=int(port),
         host=host.strip("[]") if colon else None,
         options=_options(text, query, _TCP_OPTIONS),
+        called=called,
     )
 
 

@@ -73,7 +73,8 @@ def bind_all(
             else:
                 found = _bind_tcp(listen, listen.backlog(backlog), notice, have, dry=dry)
             bound += (
-                Bound(each.socket, replace(each.settings, text=listen.text)) for each in found
+                Bound(each.socket, replace(each.settings, text=listen.text, name=listen.name))
+                for each in found
             )
     except BaseException:
         for each in bound:

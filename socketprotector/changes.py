@@ -21,7 +21,8 @@ RESTART = "needs a restart"
 _CHANGES: Mapping[str, tuple[str, str]] = {
     "directory": ("chdir", "text"),
     "workers": ("workers", "text"),
-    "ready_after_s": ("ready", "ready"),
+    "shell": ("shell", "text"),
+    "drain_signal": ("drain-signal", "text"),
     "queue": ("queue", "text"),
     "umask": ("umask", "octal"),
     "env_file": ("env-file", "text"),
@@ -47,6 +48,7 @@ _LIMITS: Mapping[str, tuple[str, str]] = {
 #: What the process, its files and its user are made from.
 _FIXED: Mapping[str, tuple[str, str]] = {
     "name": ("name", "text"),
+    "handoff": ("handoff", "text"),
     "identity": ("user", "user"),
     "worker_identity": ("worker-user", "user"),
     "no_new_privileges": ("no-new-privs", "text"),
@@ -62,14 +64,13 @@ _FIXED: Mapping[str, tuple[str, str]] = {
 _ELSEWHERE = frozenset(
     {"command", "listeners", "policy", "worker_limits", "limits", "nice", "environment"}
     | {"nofile_soft", "batch", "outlives_terminal", "secret", "notices", "origin", "control"}
-    | {"watch"}
+    | {"watch", "pools", "ready", "ready_after_s", "ready_fd", "ready_check"}
 )
 
 _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: "none" if value is None else str(value).lower(),
     "octal": lambda value: f"{value:04o}",
     "seconds": lambda value: f"{value:g} s",
-    "ready": lambda value: "notify" if value is None else f"after:{value:g}s",
     "order": lambda value: "stop-first" if value else "start-first",
     "user": lambda value: "none" if value is None else f"{value.user} (group {value.gid})",
 }
@@ -79,6 +80,9 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
     for field, (key, kind) in _CHANGES.items():
         yield from _told(key, kind, getattr(old, field), getattr(new, field))
+    yield from _told("ready", "text", _ready(old), _ready(new))
+    if old.ready_check != new.ready_check:
+        yield "ready: another check"  # there may be something secret in it
     yield from _command(old.command, new.command)
     for field, (key, kind) in _POLICY.items():
         yield from _told(key, kind, getattr(old.policy, field), getattr(new.policy, field))
@@ -94,6 +98,16 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
             mark = "-" if name not in after else "+" if name not in before else "changed"
             yield f"env: {mark} {name}"
     yield from _listeners(old.listeners, new.listeners)
+
+
+def _ready(settings: Settings) -> str:
+    match settings.ready:
+        case "after":
+            return f"after:{settings.ready_after_s or 0:g}s"
+        case "fd":
+            return f"fd:{settings.ready_fd}"
+        case kind:
+            return kind
 
 
 def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:

@@ -11,10 +11,10 @@ import grp
 import importlib.util
 import os
 import pwd
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
-from . import envfile, process
+from . import envfile, handoff, process
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -111,7 +111,7 @@ def command(settings: Settings) -> None:
     environment.update(settings.environment)
     try:
         search = environment.get("PATH", os.defpath)
-        process.resolve(settings.command, settings.directory, search)
+        process.resolve(settings.executed, settings.directory, search)
     except PermissionError as error:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; chmod +x it, or name its interpreter"
@@ -120,6 +120,38 @@ def command(settings: Settings) -> None:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; check the path"
         ) from error
+
+
+def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:
+    """Refuse what the handoff mode cannot do, and names in the command that nothing has.
+
+    given: the options that were given, without their dashes.
+    """
+    refused = handoff.refused(settings, given)
+    if refused is not None:
+        raise UsageError(refused)
+    if settings.handoff == handoff.LEGACY:
+        without = next((each.text for each in listens if each.path is not None), None)
+        if without is not None:
+            raise UsageError(f"{without}: --handoff legacy knows workers by their port; give one")
+
+
+def names(settings: Settings) -> None:
+    """Refuse names for descriptors that stand for nothing, and a number that is taken."""
+    if settings.handoff != handoff.LISTENER:
+        return
+    values = [value for _, value in settings.environment]
+    try:
+        ready = handoff.ready_fd(settings)
+        handoff.filled((*settings.command, *values), settings.listeners, ready)
+    except handoff.HandoffError as error:
+        raise UsageError(str(error)) from error
+    taken = handoff.descriptors(settings.listeners).values()
+    if settings.ready_fd in taken:
+        raise UsageError(
+            f"--ready fd:{settings.ready_fd}: a listener has this number in the worker; "
+            f"choose {max(taken) + 1} or above"
+        )
 
 
 def pid_file(path: str | None) -> None:

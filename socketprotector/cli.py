@@ -17,7 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, options
+from . import __version__, activation, checks, door, handoff, options
 from .address import Listen, parse
 from .bind import bind_all
 from .bind_control import default_path
@@ -27,7 +27,7 @@ from .errors import Refusal, UsageError
 from .fleet import Policy
 from .launch import launch
 from .line import FORMATS, LEVELS
-from .options import Duration
+from .options import Duration, Ready
 from .settings import Limits, ListenerSettings, Origin, Settings
 from .terminal import STDOUT, tell
 
@@ -36,6 +36,8 @@ _ABOVE_ZERO = Duration(zero=False)
 #: More is a mistake, and would not fit the system calls.
 _MANY = 1_000_000
 _FILE = "socketprotector.config"
+#: What counts as ready where nobody says.
+_READY = {handoff.LISTENER: Ready("any", after_s=1.0)}
 #: What asks a resident process for something: kept until there is one.
 _FOR_LATER = (
     signal.SIGHUP,
@@ -102,7 +104,18 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("-v", "--verbose", is_flag=True, help="Log every decision (--log-level debug).")
 @click.option("--name", help="Name of this instance.  [default: the command's]")
 @click.option("--check", is_flag=True, help="Say whether it would start; start nothing.")
-@click.option("--workers", default=1, type=click.IntRange(1, _MANY), help="Processes at once.")
+@click.option(
+    "--handoff",
+    default=handoff.CONNECTION,
+    type=click.Choice(handoff.MODES),
+    help="What a worker gets; see docs/handoff.md.",
+)
+@click.option("--shell", is_flag=True, help="With --handoff stdio: COMMAND is for /bin/sh.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1, _MANY),
+    help="Processes at once.  [default: 1; 4 with --handoff stdio]",
+)
 @click.option(
     "--reload-order",
     default="start-first",
@@ -111,10 +124,16 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 )
 @click.option(
     "--ready",
-    default="notify",
     callback=options.ready,
-    metavar="notify|after:TIME",
-    help="When a worker is ready: it said READY=1, or it lived so long.",
+    metavar="notify|ack|fd:N|check:CMD|after:TIME",
+    help="When a worker is ready: it said READY=1, sent einhorn's ACK, wrote a line, CMD says so, "
+    "or it lived so long.  [default: notify; with --handoff listener what comes first, or 1 s]",
+)
+@click.option(
+    "--drain-signal",
+    callback=options.signal_number,
+    metavar="SIGNAL",
+    help="With --handoff listener: tells a worker to finish.  [default: TERM]",
 )
 @click.option("--settle", default="0", type=_DURATION, help="Can still switch back for so long.")
 @click.option("--start-timeout", default="60s", type=_ABOVE_ZERO, help="For READY.")
@@ -213,13 +232,15 @@ class _Reading:
         given, file = self._given, self._file
         if file is None:
             self._refuse_what_is_missing()
-        listens = self._listens()
+        listens = [_as_one(each, given["handoff"]) for each in self._listens()]
         settings = self._settings(self._command())
         with self._about("env_file"):
             checks.env_file(settings.env_file)
         if settings.command:
             with self._about_file(not self._purpose.command, "command"):
                 checks.command(settings)
+        with self._about("handoff"):
+            checks.mode(settings, self._said(), listens)
         if file is not None:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()
@@ -245,6 +266,14 @@ class _Reading:
     def _from_file(self, name: str) -> bool:
         source = self._ctx.get_parameter_source(name)
         return self._file is not None and source is ParameterSource.DEFAULT_MAP
+
+    def _said(self) -> list[str]:
+        """The options that were given, as they are written."""
+        return [
+            name.replace("_", "-")
+            for name in self._given
+            if self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        ]
 
     def _about(self, name: str) -> AbstractContextManager[None]:
         return self._about_file(self._from_file(name), name.replace("_", "-"))
@@ -310,6 +339,8 @@ class _Reading:
             os.umask(umask)
         name = given["name"] or (running.name if running else os.path.basename([*command, ""][0]))
         verbose = given["verbose"]
+        mode = given["handoff"]
+        ready = given["ready"] or _READY.get(mode, Ready("notify"))
         return Settings(
             name=name,
             command=command,
@@ -324,8 +355,15 @@ class _Reading:
                 kill_timeout_s=given["kill_timeout"],
                 stop_first=given["reload_order"] == "stop-first",
             ),
-            workers=given["workers"],
-            ready_after_s=given["ready"],
+            handoff=mode,
+            shell=given["shell"],
+            pools=os.cpu_count() or 1,
+            drain_signal=given["drain_signal"] or signal.SIGTERM,
+            workers=given["workers"] or (handoff.PLACES if mode == handoff.STDIO else 1),
+            ready=ready.kind,
+            ready_after_s=ready.after_s,
+            ready_fd=ready.fd,
+            ready_check=ready.check,
             queue=given["queue"],
             identity=identity,
             worker_identity=worker_identity,
@@ -359,6 +397,13 @@ class _Reading:
         )
 
 
+def _as_one(listen: Listen, mode: str) -> Listen:
+    """Where a worker gets the socket itself, every address of a port is one socket, not two."""
+    if mode != handoff.LISTENER or listen.host or listen.path or listen.passed:
+        return listen
+    return replace(listen, options={"v6only": "0", **listen.options})
+
+
 def _launch(asked: Asked) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings = asked.settings
@@ -374,6 +419,8 @@ def _launch(asked: Asked) -> int:
     )
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
+        if not asked.check:  # else nothing is bound that could be named
+            checks.names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
             path = asked.control or default_path(asked.name, addresses, settings.command[0])
@@ -388,7 +435,7 @@ def _launch(asked: Asked) -> int:
             print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {listens}")
             return 0
         if any(
-            listen.path is None and listen.name is None and not listen.port
+            listen.path is None and listen.passed is None and not listen.port
             for listen in asked.listens
         ):
             tell(f"listening on {' '.join(addresses)}", STDOUT)

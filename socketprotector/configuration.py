@@ -13,6 +13,7 @@ from .changes import changes
 from .crew import Crew
 from .events import Event, SettingsFailed, SettingsRead
 from .forwarder import Forwarder
+from .handoff import LISTENER
 from .home import Home
 from .listener import Listener
 from .log import Log
@@ -129,8 +130,11 @@ class Configuration:
         self._log.write("info", "configured", changes=told or "none")
         self._coming = new
         for index, fd in answer.listeners.items():
-            self._forwarder.add(Listener(fd, index, new.listeners[index]))
-        self._post(SettingsRead(new.policy, new.workers if new.workers != old.workers else None))
+            shared = new.handoff == LISTENER
+            self._forwarder.add(Listener(fd, index, new.listeners[index], shared=shared))
+        self._post(
+            SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
+        )
 
     def _hold_to(self, settings: Settings) -> None:
         self.settings = settings

@@ -11,25 +11,27 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 
 from socketprotector_client import wire
 
 from . import clock, door, limits
 from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
+from .handoff import FIRST_FD, LISTENER, told_to
 from .history import Crash
-from .home import Home
+from .home import Home, known
 from .log import Log
 from .loop import Loop
 from .notify import NotifySocket, discard_all
 from .output import Output
 from .process import End, Process, spawn
+from .readiness import Readiness, check_program
 from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
 
-#: Where a worker finds its channel, its RETURN line and the scoreboard.
-_CHANNEL_FD, _RETURN_FD, _BOARD_FD = 3, 4, 5
 _SIGNALS = {
     Sign.TERM: signal.SIGTERM,
     Sign.ABRT: signal.SIGABRT,
@@ -57,7 +59,8 @@ class _Worker:
     home: Home  # its generation's, not ours to close
     process: Process
     notify: NotifySocket
-    line: socket.socket  # our end of its RETURN line
+    line: socket.socket | None  # our end of its RETURN line, where it has one
+    readiness: Readiness
     mark: int  # where the output stood when it began
     started_at: float  # seconds since the epoch, for people
     ready_at: float | None = None  # it said so, or its timer did
@@ -73,13 +76,21 @@ class _Worker:
         return {
             "process": self.process.pidfd,
             "notify": self.notify.fileno(),
-            "line": self.line.fileno(),
+            **({"line": self.line.fileno()} if self.line is not None else {}),
+            **self.readiness.descriptors(),
         }
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it takes connections from the listeners: then a signal has it finish."""
+        return self.home.program.handoff == LISTENER
 
     def close(self) -> None:
         self.process.close()
         self.notify.close()
-        discard_all(self.line)
+        self.readiness.close()
+        if self.line is not None:
+            discard_all(self.line)
 
 
 class Crew:
@@ -94,14 +105,19 @@ class Crew:
         output: Output,
         post: Callable[[Event], None],
         crashed: Callable[[Crash], None],
+        listeners: Callable[[], Mapping[int, int]],
     ) -> None:
-        """`post` hands an event to the supervisor; `crashed` is told what nobody wanted."""
+        """`post` hands an event to the supervisor; `crashed` is told what nobody wanted.
+
+        listeners: the descriptors, by index, of those that workers accept from.
+        """
         self._settings = settings
         self._loop = loop
         self._log = log
         self._output = output
         self._post = post
         self._crashed = crashed
+        self._listeners = listeners
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
@@ -169,12 +185,51 @@ class Crew:
         self._log.write("info", "signalled", worker=number, signal=sign.value)
 
     def retire(self, number: int) -> None:
-        """End a worker's RETURN line; what it says on it can still be heard."""
+        """Have a worker finish: by the end of its RETURN line, or by a signal."""
         worker = self._workers.get(number)
-        if worker is not None:
-            worker.line.shutdown(socket.SHUT_WR)
-            worker.told_to_go = True
-            self._log.write("info", "retired", worker=number)
+        if worker is None:
+            return
+        if worker.accepts:
+            self._tell_to_finish(number, worker)
+        elif worker.line is not None:
+            worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
+        worker.told_to_go = True
+        self._log.write("info", "retired", worker=number)
+
+    def drain(self, generation: int) -> None:
+        """Have those finish who accept themselves; the others read the end of their channel."""
+        for number, worker in self._workers.items():
+            if worker.generation == generation and worker.accepts and not worker.told_to_go:
+                self._tell_to_finish(number, worker)
+                worker.told_to_go = True
+
+    def _tell_to_finish(self, number: int, worker: _Worker) -> None:
+        sign = signal.Signals(worker.home.program.drain_signal)
+        try:
+            worker.process.signal(sign)
+        except PermissionError as error:
+            self._log.write(
+                "error",
+                "cannot-signal",
+                worker=number,
+                pid=worker.process.pid,
+                signal=sign.name.removeprefix("SIG"),
+                error=error.strerror,
+            )
+        else:
+            self._log.write(
+                "info", "signalled", worker=number, signal=sign.name.removeprefix("SIG")
+            )
+
+    def stop_checking(self) -> None:
+        """End what only this program knows of; the next one begins it anew."""
+        for worker in self._workers.values():
+            worker.readiness.stop_check()
+
+    def go_on_checking(self) -> None:
+        """There was no next one."""
+        for worker in self._workers.values():
+            worker.readiness.check()
 
     def close(self) -> None:
         """See that nothing is left of the workers that never served."""
@@ -196,6 +251,7 @@ class Crew:
                 worker.told_to_go,
                 worker.watched,
                 worker.status,
+                worker.aborted,
             )
             for number, worker in self._workers.items()
         )
@@ -214,19 +270,23 @@ class Crew:
         Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
         """
         notify = socket.socket(fileno=descriptors["notify"])
+        more = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
+        line = descriptors.get("line")
         worker = _Worker(
             record.generation,
             record.slot,
             home,
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address(record.number), self._uids),
-            socket.socket(fileno=descriptors["line"]),
+            socket.socket(fileno=line) if line is not None else None,
+            Readiness(home.program, more),
             record.mark,
             record.started_at,
             record.ready_at,
             record.told_to_go,
             record.watched,
             record.status,
+            aborted=record.aborted,
         )
         self._watch(record.number, worker)
 
@@ -266,9 +326,11 @@ class Crew:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
         self._workers[number] = worker
-        after_s = worker.home.program.ready_after_s
-        if after_s is not None and worker.ready_at is None:
-            self._loop.call_after(("ready", number), after_s, lambda: self._is_ready(number))
+        if worker.ready_at is None:
+            program = check_program(worker.home.program)
+            worker.readiness.watch(
+                self._loop, number, lambda: self._is_ready(number), lambda: spawn(program, {}, {})
+            )
         self._wait_for_word(number, worker)
 
     def _wait_for_word(self, number: int, worker: _Worker) -> None:
@@ -308,41 +370,52 @@ class Crew:
 
     def _start(self, number: int, slot: int, generation: int, home: Home) -> _Worker:
         """Start the process with all it needs; nothing is left of it when that raises."""
-        closing: list[socket.socket | NotifySocket] = []
-        try:
+        program = home.program
+        with ExitStack() as theirs, ExitStack() as ours:
             notify = NotifySocket.make(self._address(number), self._uids)
-            closing.append(notify)
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            closing.extend((ours, theirs))
+            ours.callback(notify.close)
             mark = self._output.mark()
-            environment = {
-                wire.ENV_CHANNEL: str(_CHANNEL_FD),
-                wire.ENV_RETURN: str(_RETURN_FD),
-                wire.ENV_LISTENERS: home.program.listeners,
-                wire.ENV_GENERATION: str(generation),
-                wire.ENV_WORKER: str(slot),
-                wire.ENV_NOTIFY: notify.address,
-            }
-            descriptors = {
-                _CHANNEL_FD: home.channel.read.fileno(),
-                _RETURN_FD: theirs.fileno(),
-            }
-            place = home.place(slot)
-            if place is not None:
-                descriptors[_BOARD_FD], offset = place
-                environment[wire.ENV_SCOREBOARD] = f"{_BOARD_FD}:{offset}"
-            if home.program.watchdog_s:
-                environment["WATCHDOG_USEC"] = str(int(home.program.watchdog_s * 1_000_000))
-            with self._output.opened(number, generation) as output:
-                descriptors |= output.places
-                process = spawn(home.program, environment, descriptors)
+            environment = {wire.ENV_NOTIFY: notify.address}
+            if program.watchdog_s:
+                environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
+            free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
+            line, tell_pid = None, ""
+            if program.handoff == LISTENER:
+                tell_pid = "LISTEN_PID"
+                environment |= told_to(generation=generation, slot=slot, master_pid=os.getpid())
+                listeners = self._listeners()
+                # They have the first numbers, and --ready fd:N none of these.
+                descriptors = {next(free): listeners[i] for i in sorted(known(program) or ())}
+            else:
+                line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours.callback(line.close)
+                theirs.callback(end.close)
+                places = {
+                    wire.ENV_CHANNEL: home.channel.read.fileno(),
+                    wire.ENV_RETURN: end.fileno(),
+                }
+                board, offset = home.place(slot) or (-1, 0)
+                if board >= 0:
+                    places[wire.ENV_SCOREBOARD] = board
+                descriptors = dict(zip(free, places.values(), strict=False))
+                numbers = zip(places, descriptors, strict=True)
+                environment |= {name: str(fd) for name, fd in numbers}
+                if board >= 0:
+                    environment[wire.ENV_SCOREBOARD] += f":{offset}"
+                environment |= {
+                    wire.ENV_LISTENERS: program.listeners,
+                    wire.ENV_GENERATION: str(generation),
+                    wire.ENV_WORKER: str(slot),
+                }
+            with (
+                Readiness.offered(program, free) as (readiness, offer),
+                self._output.opened(number, generation) as output,
+            ):
+                descriptors |= offer.places | output.places
+                process = spawn(program, environment | offer.environment, descriptors, tell_pid)
                 output.pid = process.pid
-        except BaseException:
-            for each in closing:
-                each.close()
-            raise
-        theirs.close()
-        return _Worker(generation, slot, home, process, notify, ours, mark, clock.date())
+            ours.pop_all()
+        return _Worker(generation, slot, home, process, notify, line, readiness, mark, clock.date())
 
     def _heard(self, number: int) -> None:
         """Handle what a worker has said on its notify socket.
@@ -362,7 +435,7 @@ class Crew:
                 return
 
     def _handle(self, number: int, worker: _Worker, fields: Mapping[str, str]) -> None:
-        if fields.get("READY") == "1" and worker.home.program.ready_after_s is None:
+        if fields.get("READY") == "1" and worker.readiness.by_word:
             self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
         # isdigit() alone is true of digits that int() does not take.
@@ -393,12 +466,13 @@ class Crew:
         if worker is None or worker.ready_at is not None:
             return
         worker.ready_at = time.monotonic()
+        worker.readiness.close()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
             return
         self._log.write("info", "worker-ready", generation=worker.generation, worker=number)
         self._wait_for_word(number, worker)
-        self._post(WorkerReady(number, retires))
+        self._post(WorkerReady(number, retires or worker.accepts))
 
     def _ended(self, number: int) -> None:
         """Take in a worker's end, after what it had still said."""
@@ -415,7 +489,6 @@ class Crew:
         del self._workers[number]
         self._loop.unwatch(worker.process.pidfd)
         self._loop.unwatch(worker.notify.fileno())
-        self._loop.cancel(("ready", number))
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
         worker.close()

@@ -43,6 +43,7 @@ from .events import (
 )
 from .fleet import Fleet, Phase
 from .forwarder import Forwarder
+from .handoff import LISTENER
 from .history import Crash, History
 from .home import Home
 from .launcher import Launcher
@@ -66,7 +67,9 @@ _LEVELS = {
 }
 #: Why something is missing that the fleet knows.
 _KILLED = "the protector was killed while it was being started"
-_WORKER_DESCRIPTORS = 3
+#: What is stored of each worker that can be gone on with.
+_WITHOUT_CHANNEL = {"process", "notify"}
+_WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
 
@@ -111,7 +114,13 @@ class Effects:
         self.started_at = clock.date()
         self.guarded = guarded
         self.crew = Crew(
-            settings, loop=loop, log=log, output=output, post=post, crashed=self._note_crash
+            settings,
+            loop=loop,
+            log=log,
+            output=output,
+            post=post,
+            crashed=self._note_crash,
+            listeners=lambda: self.forwarder.shared(),
         )
         self.forwarder = Forwarder(
             loop,
@@ -120,6 +129,7 @@ class Effects:
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
             held=held,
+            accepts=settings.handoff != LISTENER,
         )
         self.configuration = Configuration(
             settings,
@@ -151,6 +161,7 @@ class Effects:
                 self._loop.unwatch(channel.read.fileno())
                 self.homes[number].drained_at = clock.date()
                 self.forwarder.drain(channel)
+                self.crew.drain(number)
             case Release(number) if number in self.homes:
                 self._log.write("info", "drained", generation=number)
                 generation = self.homes.pop(number)
@@ -297,7 +308,10 @@ class Effects:
         for record in snapshot.workers:
             generation = self.homes.get(record.generation)
             mine = descriptors.get(str(record.number))
-            if generation is not None and mine is not None and len(mine) == _WORKER_DESCRIPTORS:
+            if generation is None or mine is None:
+                continue
+            shared = generation.program.handoff == LISTENER
+            if mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL):
                 self.crew.adopt(record, mine, generation)
         known = {record.number for record in self.crew.records()}
         # One that had the route, and whose channel could not be stored, must not keep it.
@@ -318,10 +332,6 @@ class Effects:
         """Nobody is left who would tell that."""
         self.guarded = False
         self.crew.unguarded()
-
-    def told(self, pid: int, clean: bool, how: str) -> None:
-        """Learn how a worker ended from who has reaped it."""
-        self.crew.told(pid, clean, how)
 
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""

@@ -52,8 +52,9 @@ class Forwarder:
         emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
         held: Callable[[], bool],
+        accepts: bool = True,
     ) -> None:
-        """Take ownership of the listeners.
+        """Take ownership of the listeners.  accepts: else the workers do, and we never.
 
         broken: the route's channel was shut down.  emptied: a graceful close is over.
         trouble: an error that holds the path up, told once each time it begins.
@@ -65,6 +66,7 @@ class Forwarder:
         self._emptied = emptied
         self._trouble = trouble
         self._held = held
+        self._accepts = accepts
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
@@ -137,7 +139,9 @@ class Forwarder:
         if self._accepting.pop(listener.fileno(), None) is not None:
             self._loop.unwatch(listener.fileno())
         hand = self._take_aside(listener.index)
-        if to is None or listener.settings.foreign:
+        if listener.shared:
+            listener.refuse_new()  # those who accept from it take who has connected
+        if to is None or listener.settings.foreign or listener.shared:
             # A foreign one's owner goes on listening, and has those who wait.
             if hand is not None:
                 os.close(hand[1])
@@ -198,6 +202,10 @@ class Forwarder:
         if self._reserve >= 0:
             os.close(self._reserve)
             self._reserve = -1
+
+    def shared(self) -> dict[int, int]:
+        """Return the descriptors that workers are handed, by index."""
+        return {each.index: each.fileno() for each in self._listeners if each.shared}
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -296,7 +304,7 @@ class Forwarder:
                 self._reclaim(channel, last=True)
                 if self._open:
                     self._left_over.popleft().close()
-        if self._open and self._route is not None and not self._holding:
+        if self._accepts and self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
     def _sort_hands(self, route: Channel) -> None:
@@ -460,12 +468,13 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, before: int) -> None:
-        """Close the listeners once nobody has come since the last look."""
+        """Close the listeners once nobody has come since the last look, or waits for workers."""
         if self._open and not self._left_over:
             for ready in tuple(self._accepting.values()):
                 if self._open:  # the one before may have filled the channel, or found it broken
                     ready()
-            if self.forwarded == before and self._open and self._looked:
+            waiting = not self._accepts and any(each.has_waiting() for each in self._listeners)
+            if self.forwarded == before and self._open and self._looked and not waiting:
                 self._close_listeners()
                 self._emptied()
                 return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import errno
 import os
+import select
 import socket
 import struct
 
@@ -54,9 +55,18 @@ AGAIN = frozenset(
 class Listener:
     """One listening socket.  Owns its descriptor, and the socket file if it made one."""
 
-    def __init__(self, fd: int, index: int, settings: ListenerSettings) -> None:
-        """Adopt a bound, listening, non-blocking descriptor.  `index` is for life."""
+    def __init__(
+        self, fd: int, index: int, settings: ListenerSettings, *, shared: bool = False
+    ) -> None:
+        """Adopt a bound, listening, non-blocking descriptor.  `index` is for life.
+
+        shared: workers have it too, and accept from it: then it is blocking, as they expect it,
+        and theirs to the end.
+        """
         self.socket = socket.socket(fileno=fd)
+        self.shared = shared
+        if shared:
+            self.socket.setblocking(True)
         self.index = index
         self.settings = settings
         #: It tells of clients whether there are any or not, so nobody should wait for it.
@@ -81,8 +91,9 @@ class Listener:
             return  # who has given it to us listens on
         if self.socket.family == socket.AF_UNIX:
             self._remove_file()
-            self.socket.shutdown(socket.SHUT_RD)
-            self.always_readable = True
+            if not self.shared:
+                self.socket.shutdown(socket.SHUT_RD)
+                self.always_readable = True
             return
         program = array.array("B", _NO_NEW_CLIENTS)
         address, length = program.buffer_info()
@@ -94,14 +105,23 @@ class Listener:
             pass  # not granted (optmem_max, a locked filter): new ones come until it is closed
 
     def close(self) -> None:
-        """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere."""
+        """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere.
+
+        One that workers share ends with the last of them.
+        """
         self._remove_file()
-        if not self.settings.foreign:
+        if not self.settings.foreign and not self.shared:
             try:
                 self.socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # was shut down already
         self.socket.close()
+
+    def has_waiting(self) -> bool:
+        """Whether somebody has connected and was not accepted yet."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _remove_file(self) -> None:
         """Remove the socket file unless somebody has put another in its place."""

@@ -175,10 +175,6 @@ class Outbox:
         return self._line is not None
 
     @property
-    def unsent(self) -> bool:
-        return bool(self._unsent)
-
-    @property
     def waiting(self) -> bool:
         """Whether something could not be sent yet."""
         return bool(self._unsent)
@@ -264,7 +260,7 @@ class Store:
     @property
     def told(self) -> bool:
         """Whether all has been sent."""
-        return not self._outbox.unsent
+        return not self._outbox.waiting
 
     @property
     def keeps(self) -> bool:

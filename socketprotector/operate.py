@@ -23,6 +23,7 @@ from .events import (
     StopRequested,
 )
 from .fleet import Fleet, Phase, State
+from .handoff import CANNOT
 from .log import Log
 from .loop import Loop
 from .reader import Answer
@@ -108,7 +109,6 @@ class Operator:
     def _status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self._fleet()
         settings = effects.configuration.settings
-        after_s = settings.ready_after_s
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(fleet, effects.homes, effects.crew.records())
         route = effects.homes.get(fleet.route.number) if fleet.route else None
@@ -122,7 +122,8 @@ class Operator:
             restarts=effects.restarts,
             guarded=effects.guarded,
             control=settings.control.address.removeprefix("unix:") if settings.control else None,
-            ready="notify" if after_s is None else f"after {after_s:g} s (only a timer)",
+            handoff=settings.handoff,
+            ready=status.of_ready(settings),
             command=[os.path.basename(settings.command[0])],
             log_level=self._log.level,
             forwarded=effects.forwarder.forwarded,
@@ -178,6 +179,7 @@ class Operator:
     def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
         fleet = self._fleet()
         self._not_while_stopping(fleet)
+        self._can("scale")
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise Wrong("refused", "there is always one worker at least")
@@ -186,6 +188,7 @@ class Operator:
 
     def _hold(self, seconds: float) -> Mapping[str, Any]:
         self._not_while_stopping(self._fleet())
+        self._can("hold")
         self._post(HoldRequested(seconds))
         return {"until_at": clock.date() + seconds}
 
@@ -238,6 +241,11 @@ class Operator:
     def _reopen_logs(self) -> Mapping[str, Any]:
         self._reopen()
         return {}
+
+    def _can(self, what: str) -> None:
+        cannot = CANNOT.get((self._effects.configuration.settings.handoff, what))
+        if cannot is not None:
+            raise Wrong("refused", cannot)
 
     def _not_while_stopping(self, fleet: Fleet) -> None:
         if fleet.stopping:

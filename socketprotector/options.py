@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -59,14 +61,48 @@ class Duration(click.ParamType[float]):
         return seconds
 
 
-def ready(ctx: click.Context, param: click.Parameter, value: str) -> float | None:
-    """`notify` -> None, `after:DURATION` -> seconds."""
-    if value == "notify":
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What says that a worker is ready; see Settings."""
+
+    kind: str
+    after_s: float | None = None
+    fd: int = -1
+    check: str = ""
+
+
+def ready(ctx: click.Context, param: click.Parameter, value: str | None) -> Ready | None:
+    """`notify`, `ack`, `fd:N`, `check:COMMAND` or `after:DURATION`; None where none is given."""
+    if value is None:
         return None
-    kind, _, time = value.partition(":")
-    if kind != "after" or not time:
-        raise click.BadParameter(f"{value!r}: write notify or after:1s", ctx, param)
-    return Duration().convert(time, param, ctx)
+    kind, _, rest = value.partition(":")
+    if value in ("notify", "ack"):
+        return Ready(kind)
+    if kind == "after" and rest:
+        return Ready(kind, after_s=Duration().convert(rest, param, ctx))
+    if kind == "fd" and rest.isascii() and rest.isdigit() and 3 <= int(rest) < 1024:
+        return Ready(kind, fd=int(rest))
+    if kind == "check" and rest.strip():
+        return Ready(kind, check=rest)
+    raise click.BadParameter(
+        f"{value!r}: write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s", ctx, param
+    )
+
+
+def signal_number(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """`TERM`, `SIGTERM` or `term` -> 15; None where none is given."""
+    if value is None:
+        return None
+    name = value.upper().removeprefix("SIG")
+    try:
+        number = signal.Signals[f"SIG{name}"]
+    except KeyError:
+        raise click.BadParameter(f"{value!r}: no signal; write TERM, QUIT, ...", ctx, param) from (
+            None
+        )
+    if number in (signal.SIGKILL, signal.SIGSTOP):
+        raise click.BadParameter(f"{value!r}: a worker could not finish anything", ctx, param)
+    return number
 
 
 def pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> dict[str, str]:

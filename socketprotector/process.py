@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from . import privileges, words
 from .records import Program
-from .settings import Identity
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 _NICE = "/usr/bin/nice"
@@ -97,6 +96,11 @@ class Process:
         clean, how = words.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
 
+    @property
+    def reaped(self) -> bool:
+        """Whether its end was taken in: its number may be another's by now."""
+        return self._reaped
+
     def destroy(self) -> None:
         """Kill it with its group and wait for its end."""
         _destroy(self.pid)
@@ -113,20 +117,28 @@ def _destroy(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int]) -> Process:
+def spawn(
+    program: Program,
+    extra: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str = "",
+) -> Process:
     """Start a program as the leader of a session of its own.
 
-    extra: environment on top of the program's.  descriptors: number in the child ->
-    ours, which stays ours; nothing else than these and 0, 1, 2 is inherited, with
-    /dev/null as 0.  Raises OSError with the reason of posix_spawn, or of its directory, and
-    ValueError for a limit above the hard one or a NUL in the environment; then no process is left.
+    extra: environment on top of the program's.  tell_pid: the variable that its pid goes to.
+    descriptors: number in the child -> ours, which stays ours; nothing else than these and
+    0, 1, 2 is inherited, with /dev/null as 0.  Raises OSError with the reason of posix_spawn,
+    or of its directory, and ValueError for a limit above the hard one or a NUL in the
+    environment; then no process is left.
 
     posix_spawn sets neither directory, umask nor limits, so they are set here around
     it and put back: this process has one thread.  A nice value could not be put back
-    without privilege, so a shim sets it.  As another user it is forked: see _fork().
+    without privilege, so a shim sets it.  As another user, or where it is to be told its
+    pid, it is forked: see _fork().
     """
     path, argv = program.path, program.argv
-    if program.nice and program.identity is None:
+    forked = program.identity is not None or bool(tell_pid)
+    if program.nice and not forked:
         path, argv = _NICE, ("nice", "-n", str(program.nice), path, *argv[1:])
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
@@ -145,9 +157,9 @@ def spawn(program: Program, extra: Mapping[str, str], descriptors: Mapping[int, 
             resource.setrlimit(which, (value, kept[which][1]))
         environment = {**dict(program.environment), **extra}
         again = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if hurries(program) else {}
-        if program.identity is not None:
+        if forked:
             places = dict(zip(descriptors, aside, strict=True))
-            pid = _fork(program.identity, program, environment, places)
+            pid = _fork(program, environment, places, tell_pid)
         else:
             pid = os.posix_spawn(
                 path,
@@ -200,12 +212,13 @@ def hurries(program: Program) -> bool:
 
 
 def _fork(
-    identity: Identity, program: Program, environment: Mapping[str, str], places: Mapping[int, int]
+    program: Program, environment: Mapping[str, str], places: Mapping[int, int], tell_pid: str
 ) -> int:
-    """Start a program as another user; return its pid.
+    """Start a program, maybe as another user or with its pid in a variable; return its pid.
 
     Not through a program that changes the user: the loader in it would follow the worker's
-    environment (LD_PRELOAD) while it still has the privilege to become anybody.
+    environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
+    shell that sets the variable: what it executes it would call by another name.
     places: number in the child -> ours, which is above all of these.
     """
     above = max((2, *places)) + 1
@@ -217,7 +230,7 @@ def _fork(
         if pid == 0:
             try:
                 send = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
-                _become(identity, program, environment, places)
+                _become(program, environment, places, tell_pid)
             except OSError as error:
                 os.write(send, b"%d" % (error.errno or errno.EIO))
             except BaseException as error:  # as a NUL in the environment
@@ -241,7 +254,7 @@ def _fork(
 
 
 def _become(
-    identity: Identity, program: Program, environment: Mapping[str, str], places: Mapping[int, int]
+    program: Program, environment: Mapping[str, str], places: Mapping[int, int], tell_pid: str
 ) -> None:
     """In the forked child: become the worker.  Returns only by raising."""
     os.setsid()
@@ -256,7 +269,10 @@ def _become(
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
-    privileges.hand_over(identity)
+    if tell_pid:
+        environment = {**environment, tell_pid: str(os.getpid())}
+    if program.identity is not None:
+        privileges.hand_over(program.identity)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execve(program.path, program.argv, environment)
 

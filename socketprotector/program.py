@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from socketprotector_client import wire
 
-from . import envfile
+from . import envfile, handoff
 from .process import resolve
 from .records import Program
 from .settings import Settings
@@ -15,17 +16,30 @@ from .settings import Settings
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
 
+#: Modes in which a program of ours stands between the channel and the command.
+_ADAPTERS = (handoff.STDIO, handoff.LEGACY)
+
+
 def program_of(settings: Settings) -> Program:
     """Resolve the command as it is now.  Raises OSError or ValueError."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)
     }
-    if settings.env_file is not None:
-        environment.update(envfile.read(settings.env_file))
-    environment.update(settings.environment)
+    own = envfile.read(settings.env_file) if settings.env_file is not None else {}
+    own = {**own, **dict(settings.environment)}
+    ready_fd = handoff.ready_fd(settings)
+    if settings.handoff == handoff.LISTENER:
+        values = handoff.filled(tuple(own.values()), settings.listeners, ready_fd)
+        own = {**handoff.told(settings.listeners), **dict(zip(own, values, strict=True))}
+    environment.update(own)
     directory = os.path.realpath(settings.directory, strict=True)
-    path, argv = resolve(settings.command, directory, environment.get("PATH", os.defpath))
+    search = environment.get("PATH", os.defpath)
+    path, argv = resolve(settings.executed, directory, search)
     environment["PWD"] = directory
+    if settings.handoff == handoff.LISTENER:
+        argv = handoff.filled(argv, settings.listeners, ready_fd)
+    elif settings.handoff in _ADAPTERS:
+        path, argv = sys.executable, _adapted(settings, path, argv)
     return Program(
         path=path,
         argv=argv,
@@ -39,6 +53,21 @@ def program_of(settings: Settings) -> Program:
         listeners=wire.pack_listeners(
             [wire.REMOVED_LISTENER if e.removed else e.address for e in settings.listeners]
         ),
+        handoff=settings.handoff,
+        ready=settings.ready,
         ready_after_s=settings.ready_after_s,
+        ready_fd=ready_fd,
+        ready_check=settings.ready_check,
+        drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )
+
+
+def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what starts the adapter that starts a command."""
+    adapter: tuple[str, ...] = (sys.executable, "-I", "-m", f"socketprotector.{settings.handoff}")
+    if settings.handoff == handoff.STDIO:
+        pools = ("--at-once", str(settings.workers), "--of", str(settings.processes))
+        adapter += (*pools, "--shell") if settings.shell else pools
+    command = settings.command if settings.shell else (path, *argv[1:])
+    return (*adapter, "--", *command)

@@ -30,7 +30,12 @@ class Program:
     identity: Identity | None = None  # the user to run as, if not ours
     batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
     listeners: str = ""  # as the environment tells them; those are all that it ever knows of
+    handoff: str = "connection"
+    ready: str = "notify"
     ready_after_s: float | None = None
+    ready_fd: int = -1
+    ready_check: str = ""
+    drain_signal: int = 15
     watchdog_s: float = 0.0
 
 
@@ -86,6 +91,7 @@ class WorkerRecord:
     told_to_go: bool = False
     watched: bool = False  # it has said WATCHDOG=1
     status: str = ""
+    aborted: bool = False  # it hung, so its end is none that anybody wanted
 
 
 @dataclass(frozen=True, slots=True)

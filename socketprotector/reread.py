@@ -19,11 +19,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from . import door
+from . import checks, door
 from .address import Listen
 from .bind import Bound, addresses_of, bind_all
 from .changes import RESTART, changes, forbidden
-from .checks import notices
 from .cli import Asked, ask
 from .errors import Refusal, UsageError
 from .settings import ListenerSettings, Settings, dump, load
@@ -63,12 +62,13 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) 
         raise UsageError("\n".join([*cannot, str(error)])) from error
     try:
         new = new.listening(listeners)
+        checks.names(new)
         if dry:
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
             return 0
         if cannot:
             raise UsageError("\n".join(cannot))
-        told += notices(new, asked.listens, asked.backlog)
+        told += checks.notices(new, asked.listens, asked.backlog)
         told = list(dict.fromkeys((*running.notices, *told)))
         for index, each in enumerate(bound, len(running.listeners)):
             _send(line, f"listener {index}", each.socket.fileno())
@@ -94,6 +94,7 @@ def _with_what_stays(new: Settings, running: Settings) -> Settings:
         new,
         nofile_soft=running.nofile_soft,
         batch=running.batch,
+        pools=running.pools,
         outlives_terminal=running.outlives_terminal,
         secret=running.secret,
         control=running.control,
@@ -119,12 +120,14 @@ def _listeners(
             have = {each.address for each in mine.values()}
             if any(each.text == listen.text for each in there if not each.removed):
                 continue  # a name is not resolved anew, port 0 no other one
-            if listen.name is not None:
+            if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
             if dry:
                 missing = [each for each in addresses_of(listen, notice) if each not in have]
-                added += [ListenerSettings(each, text=listen.text) for each in missing]
+                added += [
+                    ListenerSettings(each, text=listen.text, name=listen.name) for each in missing
+                ]
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:
@@ -146,11 +149,11 @@ def _there(
     """Return the listeners that an argument means and that are bound already, by their places."""
     living = {index: each for index, each in enumerate(there) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
-    if same or listen.name is not None:
+    if same or listen.passed is not None:
         return same
     wanted = addresses_of(listen, notice)
     found = {
-        index: replace(each, text=listen.text)
+        index: replace(each, text=listen.text, name=listen.name)
         for index, each in living.items()
         if each.address in wanted
     }

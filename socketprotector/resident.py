@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__, door, heritage, privileges, process, upgrade
+from . import __version__, door, handoff, heritage, privileges, process, upgrade
 from .control import Control
 from .crew import what_failed
 from .effects import Effects
@@ -122,7 +122,12 @@ class _Resident:
             descriptors.get(door.LAUNCHER), descriptors.get(door.TERMINAL), self.pid
         )
         self.listeners = [
-            Listener(descriptors[f"{door.LISTENER}{index}"], index, each)
+            Listener(
+                descriptors[f"{door.LISTENER}{index}"],
+                index,
+                each,
+                shared=settings.handoff == handoff.LISTENER,
+            )
             for index, each in enumerate(listeners)
             if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
         ]
@@ -200,7 +205,8 @@ class _Resident:
         if self.line is not None:
             loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
         else:
-            supervisor.unguarded()  # there was none, or it has ended under an earlier program
+            # There was none, or it has ended under an earlier program.
+            supervisor.effects.unguarded()
         self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
         if self.systemd.watchdog_s:
             self._feed_watchdog()
@@ -291,7 +297,7 @@ class _Resident:
         return Supervisor(
             Fleet(
                 policy=self.settings.policy,
-                workers_wanted=self.settings.workers,
+                workers_wanted=self.settings.processes,
                 configured=self.settings.origin.configured,
             ),
             effects,
@@ -391,11 +397,11 @@ class _Resident:
             self.pid = self.systemd.pid = os.getpid()
             log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
             self._write_pid(log)
-            supervisor.unguarded()
+            supervisor.effects.unguarded()
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():
-            supervisor.told(int(pid), *status_of(int(status)))
+            supervisor.effects.crew.told(int(pid), *status_of(int(status)))
 
     def _write_pid(self, log: Log) -> None:
         """Write the pid of whoever is to be signalled into the pid file, which we hold."""

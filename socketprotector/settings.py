@@ -40,6 +40,7 @@ class ListenerSettings:
     backlog: int = 0  # of a UNIX socket: whoever listens says it
     foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
     text: str = ""  # the LISTEN argument that it is of
+    name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
     removed: bool = False  # by a reload; its place is never another's
 
 
@@ -86,8 +87,15 @@ class Settings:
     directory: str  # where workers start, by path: a `current` symlink is followed at each reload
     listeners: tuple[ListenerSettings, ...] = ()
     policy: Policy = field(default_factory=Policy)
+    handoff: str = "connection"  # see handoff.py
+    shell: bool = False  # of stdio: COMMAND is for /bin/sh
+    pools: int = 1  # of stdio: processes that start programs, at most; one for each core
+    drain_signal: int = 15  # of listener: what tells a worker to finish
     workers: int = 1
-    ready_after_s: float | None = None  # None: READY=1 is waited for
+    ready: str = "notify"  # what says so: notify, ack, fd, check, after (a timer), any
+    ready_after_s: float | None = None  # the timer of `after` and `any`
+    ready_fd: int = -1  # of fd: the number in the worker
+    ready_check: str = ""  # of check: for /bin/sh
     queue: int = 256
     identity: Identity | None = None
     worker_identity: Identity | None = None  # None: the same
@@ -115,6 +123,16 @@ class Settings:
     secret: str = ""  # part of each worker's notify address, so that nobody can guess it
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
     origin: Origin = field(default_factory=Origin)
+
+    @property
+    def processes(self) -> int:
+        """How many workers a generation has: under stdio a few start all programs."""
+        return min(self.workers, self.pools) if self.handoff == "stdio" else self.workers
+
+    @property
+    def executed(self) -> tuple[str, ...]:
+        """What has to be there to be executed."""
+        return ("/bin/sh",) if self.shell else self.command
 
     def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
         """The same with the sockets that have been bound."""

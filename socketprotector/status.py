@@ -17,6 +17,7 @@ from .fleet import Fleet, Generation, Phase, Worker
 from .home import Home
 from .listener import Listener
 from .records import Counts, WorkerRecord
+from .settings import Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,9 +36,23 @@ def phase_of(fleet: Fleet) -> str:
         return "starting"
     if fleet.of(Phase.SETTLING):
         return "settling"
-    if fleet.of(Phase.STARTING) or fleet.to_open or fleet.reload_wanted:
+    if fleet.of(Phase.STARTING) or fleet.to_open or fleet.reload_wanted or fleet.reading:
         return "reloading" if fleet.route else "waiting"
     return "serving" if fleet.route else "waiting"
+
+
+def of_ready(settings: Settings) -> str:
+    """Say what makes a worker ready."""
+    after = f"after {settings.ready_after_s or 0:g} s (only a timer)"
+    match settings.ready:
+        case "after":
+            return after
+        case "any":
+            return f"notify, ack or a line, else {after}"
+        case "fd":
+            return f"fd {settings.ready_fd}"
+        case kind:
+            return kind
 
 
 def of_listener(listener: Listener) -> dict[str, Any]:
@@ -52,6 +67,7 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     return {
         "index": listener.index,
         "address": listener.settings.address,
+        "name": listener.settings.name,
         "backlog": waiting,
         "backlog_limit": limit,
     }
@@ -178,7 +194,6 @@ def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> di
         "now": clock.date(),
         "phase": phase_of(fleet),
         "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
-        "handoff": "connection",
         "workers_wanted": fleet.workers_wanted,
         "route": fleet.route.number if fleet.route else None,
         "reload_wanted": fleet.reload_wanted,

@@ -18,6 +18,7 @@ from .events import (
     Action,
     Event,
     Launched,
+    News,
     Open,
     ReadSettings,
     ReloadRequested,
@@ -26,6 +27,7 @@ from .events import (
     StopRequested,
 )
 from .fleet import Fleet
+from .handoff import CANNOT
 from .heritage import Heritage
 from .lifecycle import decide, resume
 from .log import Log
@@ -146,14 +148,6 @@ class Supervisor:
             if isinstance(action, Open | Spawn):
                 self.save()  # it cannot be repeated: what was made must be known
 
-    def told(self, pid: int, clean: bool, how: str) -> None:
-        """Learn how a worker ended from who has reaped it."""
-        self.effects.told(pid, clean, how)
-
-    def unguarded(self) -> None:
-        """Nobody is left who would tell how a worker ended that is no child of ours."""
-        self.effects.unguarded()
-
     def save(self) -> bool:
         """Write down how things are; say whether that is done."""
         return self._heritage.save(self.effects, self._fleet, self._undone)
@@ -183,7 +177,9 @@ class Supervisor:
             pass  # nothing is left to go on with
         elif self._heritage.write(self.effects, self._fleet):
             self.effects.configuration.stop_reading()
+            self.effects.crew.stop_checking()
             self._upgrade.execute(self._heritage.descriptors(self.effects))
+            self.effects.crew.go_on_checking()
             if self._fleet.reading:
                 self.effects.perform(ReadSettings())
         else:
@@ -221,13 +217,20 @@ class Supervisor:
             case signal.SIGINT:
                 self.post(StopRequested(quick=True))
             case signal.SIGTTIN:
-                self.post(ScaleRequested(+1))
+                self._scale(+1)
             case signal.SIGTTOU:
-                self.post(ScaleRequested(-1))
+                self._scale(-1)
             case signal.SIGUSR1:
                 self._reopen_logs()
             case signal.SIGUSR2:
                 self.begin_upgrade()
+
+    def _scale(self, change: int) -> None:
+        cannot = CANNOT.get((self.effects.configuration.settings.handoff, "scale"))
+        if cannot is None:
+            self.post(ScaleRequested(change))
+        else:
+            self._log.write("warning", News.REFUSED.value, reason=cannot)
 
     def _terminal_is_gone(self) -> bool:
         if self._terminal is None:

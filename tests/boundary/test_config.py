@@ -23,6 +23,9 @@ pid-file = "run/pid"
 foreground = true
 guard = true
 name = "web"
+handoff = "listener"
+shell = true
+drain-signal = "QUIT"
 workers = 3
 reload-order = "stop-first"
 ready = "after:1s"
@@ -159,7 +162,8 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         key = line.partition(" = ")[0]
         if key in ("", "user", "group", "worker-user"):
             continue  # these need root, and users
-        one = read(f'{COMMAND}listen = "1"\n{line}\n')
+        needs = {"shell": 'handoff = "stdio"\n', "drain-signal": 'handoff = "listener"\n'}
+        one = read(f'{COMMAND}listen = "1"\n{needs.get(key, "")}{line}\n')
         same = dataclasses.replace(
             one.settings, secret=plain.settings.secret, origin=plain.settings.origin
         )
@@ -227,7 +231,7 @@ memory = 2
         'line 12: verbose: has no place in a file; write log-level = "debug"',
         "line 13: foreground: 'yes': must be true or false",
         "line 14: settle: 'soon' is no duration; write 500ms, 10s, 2m or seconds",
-        "line 15: ready: 'after:': write notify or after:1s",
+        "line 15: ready: 'after:': write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s",
         "line 16: log-level: 'loud' is not one of 'debug', 'info', 'warning', 'error'",
         "line 17: user: no-such-user: unknown user; see getent passwd",
         "line 18: start-tries: true: must be a whole number",

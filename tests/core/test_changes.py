@@ -35,7 +35,7 @@ def test_nothing_is_told_of_what_is_the_same() -> None:
     ("new", "said"),
     [
         (replace(SETTINGS, workers=4), ["workers: 1 -> 4"]),
-        (replace(SETTINGS, ready_after_s=1.0), ["ready: notify -> after:1s"]),
+        (replace(SETTINGS, ready="after", ready_after_s=1.0), ["ready: notify -> after:1s"]),
         (replace(SETTINGS, umask=0o077), ["umask: 0022 -> 0077"]),
         (replace(SETTINGS, env_file="/x"), ["env-file: none -> /x"]),
         (replace(SETTINGS, command=("/srv/new",)), ["command: /srv/web -> /srv/new"]),

@@ -58,7 +58,7 @@ LAYERS = {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
         *{"notify", "pidfile", "privileges", "process", "program", "relay", "state", "strays"},
-        *{"terminal", "watch"},
+        *{"readiness", "terminal", "watch"},
     },
     "values": {
         *{
@@ -68,6 +68,7 @@ LAYERS = {
             "errors",
             "events",
             "fleet",
+            "handoff",
             "history",
             "lean",
             "line",
@@ -82,7 +83,7 @@ LAYERS = {
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 
 #: These know no clock, process, socket or logger.
-PURE = LAYERS["core"] | {"events", "fleet", "policy", "settings"}
+PURE = LAYERS["core"] | {"events", "fleet", "handoff", "policy", "settings"}
 IMPURE = {"asyncio", "logging", "os", "random", "select", "signal", "socket", "sys", "time"}
 
 #: Each costs the resident process memory for life (design: idle in 16 MB).

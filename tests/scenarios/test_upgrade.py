@@ -131,7 +131,9 @@ def syntax_error(installation: Installation) -> str:
 
 
 def exception_at_import(installation: Installation) -> str:
-    installation.change("two", "crew", r"_CHANNEL_FD, ", "raise OSError(28, 'disk');_CHANNEL_FD, ")
+    installation.change(
+        "two", "crew", "#: What is kept of", "raise OSError(28, 'disk')\n#: What is kept of"
+    )
     return "disk"
 
 

@@ -405,14 +405,14 @@ class World:
                     self._fixed.discard(line.fileno())
                     self._loop.unwatch(line.fileno())
                     self._outbox.close()
-                    protector.unguarded()
+                    protector.effects.unguarded()
                     return
                 pid, _, status = data.decode().partition(" ")
-                protector.told(int(pid), *words.status_of(int(status)))
+                protector.effects.crew.told(int(pid), *words.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:
-            protector.unguarded()
+            protector.effects.unguarded()
         if snapshot is None:
             protector.launch()
         else:

@@ -1,0 +1,193 @@
+"""How a worker is found to be ready in other ways than by READY=1 (crew.py hears that).
+
+ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
+number the worker knows, as with s6.  check: a command that succeeds.  after: a timer.  any: the
+first of READY=1, ack and fd, else the timer.
+
+Source: einhorn's worker protocol (`worker:ack`, JSON or escaped YAML); s6's notification-fd.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from .loop import Loop
+from .process import Process
+from .records import Program
+
+#: Both kinds of line are short; who sends more without an end has his say cut.
+_LINE_BYTES = 4096
+#: How soon after a check that failed the next one begins.
+CHECK_EVERY_S = 0.25
+_ACK, _NEWLINE = "ack", "newline"
+_YAML_ACK = re.compile(r"""^\s*:?["']?command["']?\s*:\s*["']?worker:ack["']?\s*$""", re.MULTILINE)
+#: Kinds that a line brings.
+_BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
+_CHECK, _AFTER = "check", "after"
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a worker is given to say it on: number there -> ours, and what the environment says."""
+
+    places: dict[int, int] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Readiness:
+    """One worker's, beside its notify socket.  Owns our ends of its lines."""
+
+    def __init__(self, program: Program, lines: Mapping[str, int]) -> None:
+        """Take ownership of the lines: those that descriptors() has named."""
+        self._program = program
+        self._lines = dict(lines)
+        self._loop: Loop | None = None  # until it is watched
+        self._key: object = None
+        self._ready: Callable[[], None] = lambda: None
+        self._checked: Callable[[], Process]
+        self._heard: dict[str, bytes] = {}
+        self._check: Process | None = None
+
+    @classmethod
+    @contextmanager
+    def offered(cls, program: Program, free: Iterator[int]) -> Iterator[tuple[Readiness, Offer]]:
+        """Make the lines; the worker's ends are there while its process is started.
+
+        free: numbers that it has no other descriptor at.  Nothing is left if that raises.
+        Raises OSError.
+        """
+        offer = Offer()
+        lines: dict[str, int] = {}
+        try:
+            if program.ready in _BY_ACK:
+                ours, theirs = socket.socketpair()
+                lines[_ACK] = ours.detach()
+                place = next(free)
+                offer.places[place] = theirs.detach()
+                offer.environment["EINHORN_SOCK_FD"] = str(place)
+            if program.ready_fd >= 0 and program.ready in _BY_LINE:
+                lines[_NEWLINE], write = os.pipe2(os.O_CLOEXEC)
+                offer.places[program.ready_fd] = write
+            yield cls(program, lines), offer
+        except BaseException:
+            for fd in lines.values():
+                os.close(fd)
+            raise
+        finally:
+            for fd in offer.places.values():
+                os.close(fd)
+
+    @property
+    def by_word(self) -> bool:
+        """Whether READY=1 counts."""
+        return self._program.ready in _BY_WORD
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name."""
+        return dict(self._lines)
+
+    def watch(
+        self, loop: Loop, key: object, ready: Callable[[], None], checked: Callable[[], Process]
+    ) -> None:
+        """Call back each time something says so.  Raises OSError.
+
+        key: of our timers.  checked: starts the check's process.
+        """
+        self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
+        if self._program.ready_after_s is not None:
+            loop.call_after((_AFTER, key), self._program.ready_after_s, ready)
+        for name, fd in self._lines.items():
+            loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
+        self.check()
+
+    def _hear(self, name: str, fd: int) -> None:
+        try:
+            data = os.read(fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
+        except OSError:
+            data = b""  # reset: it has closed its end
+        heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
+        *whole, self._heard[name] = heard.split(b"\n")
+        said = bool(whole) if name == _NEWLINE else any(map(is_ack, whole))
+        if said or not data:
+            self._forget(name)
+        if said:
+            self._ready()
+
+    def _forget(self, name: str) -> None:
+        fd = self._lines.pop(name, -1)
+        if fd >= 0:
+            if self._loop is not None:
+                self._loop.unwatch(fd)
+            os.close(fd)
+
+    # -- the check ---------------------------------------------------------------
+
+    def check(self) -> None:
+        """Begin to run the command, again and again, where there is one and it matters."""
+        if self._program.ready == _CHECK and self._loop is not None:
+            self._start_check(self._loop)
+
+    def _start_check(self, loop: Loop) -> None:
+        try:
+            self._check = self._checked()
+            loop.watch(self._check.pidfd, lambda: self._check_ended(loop))
+        except (OSError, ValueError):
+            self.stop_check()
+            self._check_again(loop)
+
+    def _check_again(self, loop: Loop) -> None:
+        loop.call_after((_CHECK, self._key), CHECK_EVERY_S, lambda: self._start_check(loop))
+
+    def _check_ended(self, loop: Loop) -> None:
+        result = self._check.reap() if self._check is not None else None
+        if result is None:
+            return
+        self.stop_check()
+        if result.clean:
+            self._ready()
+        else:
+            self._check_again(loop)
+
+    def stop_check(self) -> None:
+        """End the check that is under way: nobody would know of it any more."""
+        if self._loop is None:
+            return
+        self._loop.cancel((_CHECK, self._key))
+        if self._check is not None:
+            self._loop.unwatch(self._check.pidfd)
+            if not self._check.reaped:
+                self._check.destroy()
+            self._check.close()
+            self._check = None
+
+    def close(self) -> None:
+        """Nothing more is to be heard."""
+        for name in tuple(self._lines):
+            self._forget(name)
+        self.stop_check()
+        if self._loop is not None:
+            self._loop.cancel((_AFTER, self._key))
+            self._loop = None
+
+
+def check_program(program: Program) -> Program:
+    """Return what runs --ready check's command: as the worker runs, by the shell."""
+    argv = ("sh", "-c", program.ready_check)
+    return replace(program, path="/bin/sh", argv=argv)
+
+
+def is_ack(line: bytes) -> bool:
+    """Whether a line is einhorn's `worker:ack`: JSON, or a block of YAML with its line ends
+    written as %0A."""
+    text = line.decode("utf-8", "replace").replace("%0A", "\n").replace("%25", "%")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return _YAML_ACK.search(text) is not None
+    return isinstance(found, dict) and found.get("command") == "worker:ack"

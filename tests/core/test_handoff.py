@@ -1,0 +1,116 @@
+"""What the modes of handing over can do, and what a server is told of its listeners."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from socketprotector import handoff, readiness
+from socketprotector.handoff import HandoffError
+from socketprotector.settings import ListenerSettings, Settings
+
+HTTP = ListenerSettings("tcp:[::]:80", text="http=80", name="http")
+ADMIN = ListenerSettings("unix:/run/a", text="admin=unix:/run/a", name="admin")
+GONE = ListenerSettings("tcp:127.0.0.1:8", text="8", name="8", removed=True)
+NUMBERED = ListenerSettings("tcp:127.0.0.1:81", text="127.0.0.1:81?backlog=5", name="81")
+SETTINGS = Settings(
+    "x", ("server",), "/", handoff=handoff.LISTENER, listeners=(HTTP, GONE, ADMIN, NUMBERED)
+)
+
+
+def test_listeners_have_the_numbers_from_3_on_and_removed_ones_none() -> None:
+    assert handoff.descriptors(SETTINGS.listeners) == {0: 3, 2: 4, 3: 5}
+
+
+def test_each_protocol_is_told_its_own_way() -> None:
+    assert handoff.told(SETTINGS.listeners) == {
+        "LISTEN_FDS": "3",
+        "LISTEN_FDNAMES": "http:admin:81",
+        "SERVER_STARTER_PORT": "80=3;/run/a=4;127.0.0.1:81=5",
+        "EINHORN_FD_COUNT": "3",
+        "EINHORN_FDS": "3 4 5",
+        "EINHORN_FD_0": "3",
+        "EINHORN_FD_1": "4",
+        "EINHORN_FD_2": "5",
+    }
+    assert handoff.told(())["LISTEN_FDS"] == "0"
+    assert handoff.told([replace(HTTP, name="a:b")])["LISTEN_FDNAMES"] == "a_b"
+
+
+@pytest.mark.parametrize(
+    ("word", "becomes"),
+    [
+        ("{fd:http}", "3"),
+        ("fd://{fd:ADMIN}/", "fd://4/"),
+        ("$(circus.sockets.Http)", "3"),
+        ("((circus.sockets.admin))", "4"),
+        ("{fd:81},{fd:http}", "5,3"),
+        ("{fd:ready}", "9"),
+        ("{fd}", "{fd}"),
+        ("$(other)", "$(other)"),
+    ],
+)
+def test_a_name_becomes_a_number(word: str, becomes: str) -> None:
+    assert handoff.filled([word], SETTINGS.listeners, 9) == (becomes,)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("{fd:web}", "there is: http, admin, 81; write NAME=LISTEN, as in web=4321"),
+        ("{fd:8}", "{fd:8}: no listener has this name"),
+        ("{fd:}", "as in http=4321"),
+        ("{fd:ready}", "{fd:ready}: no listener has this name"),
+        ("$(circus.sockets.x)", "$(circus.sockets.x): no listener"),
+    ],
+)
+def test_a_name_that_nothing_has_is_refused(word: str, said: str) -> None:
+    with pytest.raises(HandoffError) as refused:
+        handoff.filled([word], SETTINGS.listeners)
+    assert said in str(refused.value)
+
+
+def test_a_name_of_two_listeners_is_refused_with_both() -> None:
+    two = [HTTP, replace(NUMBERED, name="http")]
+    with pytest.raises(HandoffError, match=r"2 listeners \(tcp:\[::\]:80, tcp:127.0.0.1:81\)"):
+        handoff.filled(["{fd:http}"], two)
+
+
+def test_a_line_that_says_ready_has_a_number_where_it_is_asked_for() -> None:
+    asked = replace(SETTINGS, command=("server", "--notify={fd:ready}"))
+
+    assert handoff.ready_fd(SETTINGS) == -1
+    assert handoff.ready_fd(asked) == 6
+    assert handoff.ready_fd(replace(asked, ready="fd", ready_fd=12)) == 12
+    assert handoff.ready_fd(replace(asked, handoff="connection")) == -1
+
+
+def test_every_mode_has_its_answers() -> None:
+    for mode, _ in (*handoff.CANNOT, *handoff.REFUSED):
+        assert mode in handoff.MODES
+    plain = Settings("x", ("server",), "/")
+    assert handoff.refused(plain, ["workers", "queue"]) is None
+    assert handoff.refused(plain, ["drain-signal"])
+    assert handoff.refused(SETTINGS, ["drain-signal", "ready"]) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "means"),
+    [
+        (b'{"command":"worker:ack", "pid":12}', True),
+        (b'{"pid":12,"command":"worker:ack"}', True),
+        (b"---%0Acommand: worker:ack%0Apid: 123%0A", True),
+        (b"---%0A:command: worker:ack%0A", True),
+        (b'---%0A"command": "worker:ack"', True),
+        (b'{"command":"worker:ping", "pid":12}', False),
+        (b'{"command":"worker:ackx"}', False),
+        (b"[" * 100_000, False),
+        (b"command: worker:ack please", False),
+        (b'["worker:ack"]', False),
+        (b"\xff\xfe", False),
+        (b"", False),
+    ],
+)
+def test_einhorn_s_ack_is_known_in_both_of_its_forms(line: bytes, means: bool) -> None:
+    assert readiness.is_ack(line) is means

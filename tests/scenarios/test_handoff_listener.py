@@ -1,0 +1,549 @@
+"""`--handoff listener`: unmodified servers accept from the listeners that are ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from tests.running import Protector, ask, eventually, parent_of, wait_gone
+from tests.scenarios.adopting import (
+    at_rest,
+    kill_protector,
+    protector_pid,
+    revived,
+    served,
+    upgrade,
+)
+from tests.scenarios.operating import Operating
+from tests.scenarios.starting import Start
+from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned, state_of, worker
+
+Starter = Callable[..., Protector]
+MODE = ("--handoff", "listener")
+FAST = ("--ready", "notify")
+SERVER = worker("accepts")
+
+
+@pytest.fixture
+def served_by(protector: Starter) -> Callable[..., Protector]:
+    """Start one that serves: served_by(*options, command=..., listen=...)."""
+
+    def start(
+        *options: str | Path,
+        command: tuple[str, ...] = SERVER,
+        listen: tuple[str, ...] = ("127.0.0.1:0",),
+    ) -> Protector:
+        return protector(*MODE, *options, *listen, "--", *command).ready()
+
+    return start
+
+
+def here(daemon: Protector) -> tuple[str, int]:
+    return "127.0.0.1", daemon.port
+
+
+# -- what a server is told -------------------------------------------------------
+
+
+def test_a_server_finds_its_listeners_as_each_of_the_protocols_says(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "s")
+    daemon = served_by(
+        *("--workers", "2"), *FAST, listen=("http=127.0.0.1:0", "[::1]:0", f"admin=unix:{path}")
+    )
+    first, second, _ = (each.removeprefix("tcp:") for each in daemon.addresses)
+
+    pid = pid_in(ask(path))
+    told = {
+        name: ask(path, f"env {name}")
+        for name in (
+            *("LISTEN_FDS", "LISTEN_FDNAMES", "SERVER_STARTER_PORT", "SERVER_STARTER_GENERATION"),
+            *("EINHORN_FD_COUNT", "EINHORN_FDS", "EINHORN_FD_0", "EINHORN_FD_1", "EINHORN_FD_2"),
+            *("EINHORN_FD_3", "EINHORN_MASTER_PID", "SOCKETPROTECTOR_CHANNEL"),
+        )
+    }
+
+    assert pid in spawned(daemon, 1)
+    assert told == {
+        "LISTEN_FDS": "3",
+        "LISTEN_FDNAMES": "http:0:admin",
+        "SERVER_STARTER_PORT": f"{first}=3;{second}=4;{path}=5",
+        "SERVER_STARTER_GENERATION": "1",
+        "EINHORN_FD_COUNT": "3",
+        "EINHORN_FDS": "3 4 5",
+        "EINHORN_FD_0": "3",
+        "EINHORN_FD_1": "4",
+        "EINHORN_FD_2": "5",
+        "EINHORN_FD_3": "-",
+        "EINHORN_MASTER_PID": str(daemon.pid),
+        "SOCKETPROTECTOR_CHANNEL": "-",
+    }
+    places = {ask(path, "env EINHORN_CHILD_INDEX") for _ in range(20)}
+    assert places <= {"0", "1"}
+    assert ask(("::1", int(second.rpartition(":")[2]))).endswith(" hello")
+
+
+def test_it_has_no_other_descriptor(served_by: Starter) -> None:
+    daemon = served_by(listen=("127.0.0.1:0", "127.0.0.2:0"))
+
+    # 5: einhorn's line, which is ended once it is ready.  The rest is the worker's own: wake-up
+    # pipe, the connection, the folder that it lists.
+    numbers = ask(here(daemon), "fds").split()
+
+    assert numbers[:6] == ["0", "1", "2", "3", "4", "5"]
+    assert len(numbers) == 6 + 4
+    pid = spawned(daemon, 1)[0]
+    kinds = {fd: os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in numbers[:6]}
+    assert kinds["0"] == "/dev/null"
+    assert [kinds[fd] for fd in "345"] == ["socket"] * 3
+
+
+def test_a_bare_port_is_one_listener_for_ipv4_and_ipv6(served_by: Starter) -> None:
+    daemon = served_by(listen=("0",))
+
+    assert len(daemon.addresses) == 1
+    assert ask(here(daemon)).endswith("hello")
+    assert ask(("::1", daemon.port)).endswith("hello")
+    assert ask(here(daemon), "env SERVER_STARTER_PORT") == f"{daemon.port}=3"
+
+
+def test_names_in_the_command_and_the_environment_become_numbers(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    words = ("--fd={fd:http}", "$(circus.sockets.ADMIN)", "{fd:http}{fd:admin}", "{other}")
+    daemon = served_by(
+        *("--env", "NGINX={fd:http};{fd:admin};"),
+        command=(*SERVER, "--", *words),
+        listen=("http=127.0.0.1:0", f"admin=unix:{tmp_path / 's'}"),
+    )
+
+    assert ask(here(daemon), "words") == "--fd=3 4 34 {other}"
+    assert ask(here(daemon), "env NGINX") == "3;4;"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("1", "--", "x", "{fd:web}"), "{fd:web}: no listener has this name; there is: "),
+        (
+            ("a=127.0.0.1:0", "a=127.0.0.2:0", "--", "x", "{fd:a}"),
+            "{fd:a}: a stands for 2 listeners",
+        ),
+        (("--ready", "fd:3", "127.0.0.1:0", "--", "x"), "--ready fd:3: a listener has this number"),
+        (
+            ("--max-requests", "9", "127.0.0.1:0", "--", "x"),
+            "--max-requests with --handoff listener",
+        ),
+        (
+            ("--drain-signal", "KILL", "127.0.0.1:0", "--", "x"),
+            "a worker could not finish anything",
+        ),
+        (("--drain-signal", "NONE", "127.0.0.1:0", "--", "x"), "'NONE': no signal"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    start: Start, words: tuple[str, ...], said: str
+) -> None:
+    command = tuple(sys.executable if word == "x" else word for word in words)
+    ended = start(
+        *MODE, *(("127.0.0.1:0",) if words[0] == "1" else ()), *command[words[0] == "1" :]
+    )
+
+    assert ended.status == 2
+    assert len(ended.lines) == 1
+    assert said in ended.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--handoff", "magic"),
+            "'magic' is not one of 'connection', 'listener', 'stdio', 'legacy'",
+        ),
+        (("--drain-signal", "QUIT"), "it needs --handoff listener"),
+        (("--shell",), "it needs --handoff stdio"),
+        (("--handoff", "stdio", "--max-requests", "5"), "only workers of --handoff connection"),
+        (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
+        (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
+    ],
+)
+def test_what_needs_another_mode_says_which(
+    start: Start, words: tuple[str, ...], said: str
+) -> None:
+    ended = start(*words, "127.0.0.1:0", "--", sys.executable, "-V")
+
+    assert ended.status == 2
+    assert len(ended.lines) == 1
+    assert said in ended.lines[0]
+
+
+def test_a_placeholder_without_listeners_names_the_mode(start: Start) -> None:
+    ended = start("http=127.0.0.1:0", "--", sys.executable, "{fd:http}")
+
+    assert ended.status == 2
+    assert ended.lines == ["SocketProtector: {fd:http} in the command: it needs --handoff listener"]
+
+
+# -- readiness --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "said"),
+    [
+        ((), "notify", "notify, ack or a line, else after 1 s (only a timer)"),
+        ((), "ack", "notify, ack or a line, else after 1 s (only a timer)"),
+        ((), "{fd:ready}", "notify, ack or a line, else after 1 s (only a timer)"),
+        (("--ready", "ack"), "ack", "ack"),
+        (("--ready", "ack"), "yaml", "ack"),
+        (("--ready", "fd:9"), "9", "fd 9"),
+        (("--ready", "notify"), "notify", "notify"),
+        (("--ready", "check:true"), "never", "check"),
+        (("--ready", "after:100ms"), "never", "after 0.1 s (only a timer)"),
+    ],
+)
+def test_a_server_is_ready_when_it_says_so_in_its_own_way(
+    operated: Operating, tmp_path: Path, options: tuple[str, ...], how: str, said: str
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    command = (*SERVER, "--ready", how, *(() if how == "never" else ("--gate", str(gate.path))))
+    daemon = operated(*MODE, *options, command=command, ready=False)
+    if how != "never":
+        gate.open()
+    daemon.line()
+    status = daemon.until("phase", "serving")
+
+    assert status["ready"] == said
+    assert status["handoff"] == "listener"
+    assert ask(daemon.address).endswith("hello")
+
+
+def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) -> None:
+    daemon = served_by(command=(*SERVER, "--ready", "never"))
+
+    assert ask(here(daemon)).endswith("hello")
+
+
+@pytest.mark.parametrize("option", ["ack", "fd:9", "notify", "check:test -e GATE"])
+def test_a_reload_waits_until_the_new_one_says_so(
+    served_by: Starter, tmp_path: Path, option: str
+) -> None:
+    """And the other ways of saying it do not count."""
+    there = tmp_path / "there"
+    there.touch()
+    gate = Gate(tmp_path / "gate")
+    how = {"ack": "ack", "fd:9": "9", "notify": "notify"}.get(option, "never")
+    release = Release(tmp_path / "server")
+    release.becomes(*SERVER, "--ready", how)
+    wanted = option.replace("GATE", str(there))
+    daemon = served_by("--ready", wanted, command=(str(release.path),))
+    old = pid_in(ask(here(daemon)))
+    there.unlink()
+    waits = ("--gate", str(gate.path)) if how != "never" else ()
+    release.becomes(*SERVER, "--ready", how, *waits)
+
+    mark = daemon.signal(signal.SIGHUP)
+    new = spawned(daemon, 2)[0]
+    held = [ask(here(daemon)) for _ in range(3)]
+    at_rest(daemon)
+    assert not [line for line in daemon.log.seen[mark:] if "event=reloaded" in line]
+    there.touch()
+    if waits:
+        gate.open()
+    daemon.log.wait_for("event=reloaded", after=mark)
+    assert wait_gone([old]) == []
+
+    assert {pid_in(each) for each in held} <= {old, new}
+    assert pid_in(ask(here(daemon))) == new
+
+
+def test_a_check_that_never_succeeds_fails_the_reload(served_by: Starter, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.touch()
+    daemon = served_by("--ready", f"check:test -e {there}", "--start-timeout", "500ms")
+    there.unlink()
+
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=reload-failed", after=mark)
+    daemon.log.wait_for("event=exited generation=2", after=mark)
+
+    assert pid_in(ask(here(daemon))) == spawned(daemon, 1)[0]
+
+
+def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: Path) -> None:
+    there, pids = tmp_path / "there", tmp_path / "pids"
+    there.touch()
+    check = f"check:echo $$ >> {pids}; test -e {there} || exec sleep 1000"
+    daemon = served_by("--ready", check, "--start-timeout", "500ms")
+    there.unlink()
+
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=exited generation=2", after=mark)
+
+    hung = [int(pid) for pid in pids.read_text().split()]
+    assert wait_gone(hung) == []
+
+
+def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path) -> None:
+    there, pids = tmp_path / "there", tmp_path / "pids"
+    there.touch()
+    daemon = served_by("--ready", f"check:echo $$ >> {pids}; test -e {there} || sleep 1000")
+    there.unlink()
+    mark = daemon.signal(signal.SIGHUP)
+    eventually(lambda: len(pids.read_text().split()) == 2, "a check of the new one")
+
+    assert "event=adopted" in upgrade(daemon)
+    there.touch()
+    daemon.log.wait_for("event=reloaded", after=mark)
+
+    checks = [int(pid) for pid in pids.read_text().split()]
+    assert wait_gone(checks) == []
+    assert [state_of(pid) for pid in checks] == [""] * len(checks)  # no zombie either
+
+
+# -- reload, crash, stop ------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_reloads_under_load_fail_nobody(served_by: Starter, workers: str) -> None:
+    daemon = served_by("--workers", workers, *FAST)
+
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
+        for _ in range(20):
+            daemon.reload()
+            served(load)
+
+    assert not load.snapshot().failures
+    assert load.snapshot().connections > 400
+    assert wait_gone(spawned(daemon)[: -int(workers)]) == []
+    assert daemon.worker_pids() == spawned(daemon)[-int(workers) :]
+
+
+def test_what_is_being_served_is_finished_by_the_old_one(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    daemon = served_by(*FAST)
+    with Client(here(daemon), f"wait {gate.path}") as held:
+        at_rest(daemon)
+        old = spawned(daemon)[0]
+        eventually(lambda: state_of(old) == "S", "a worker that waits")
+        daemon.reload()
+        new = pid_in(ask(here(daemon)))
+        gate.open()
+        assert pid_in(held.hear()) == old
+
+    assert new != old
+    assert wait_gone([old]) == []
+
+
+def test_another_signal_may_tell_it_to_finish(served_by: Starter) -> None:
+    daemon = served_by("--drain-signal", "sigquit", *FAST)
+    old = spawned(daemon)[0]
+
+    mark = daemon.signal(signal.SIGHUP)
+    daemon.log.wait_for("event=signalled worker=1 signal=QUIT", after=mark)
+
+    assert wait_gone([old]) == []
+    daemon.stop()
+    assert daemon.log.count("signal=QUIT") == 2
+
+
+def test_a_release_that_does_not_start_leaves_the_old_one(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "server")
+    release.becomes(*SERVER)
+    daemon = served_by(*FAST, command=(str(release.path),))
+    release.becomes("/bin/sh", "-c", "echo broken >&2; exit 3")
+
+    mark = daemon.signal(signal.SIGHUP)
+    line = daemon.log.wait_for("event=reload-failed", after=mark)
+
+    assert "exited with status 3 before it was ready" in line
+    assert pid_in(ask(here(daemon))) == spawned(daemon)[0]
+
+
+def test_who_connects_while_no_worker_lives_is_served_by_the_next(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "server")
+    release.becomes(*SERVER)
+    gate = Gate(tmp_path / "gate")
+    daemon = served_by(*FAST, command=(str(release.path),))
+    release.becomes(*gate.before(*SERVER))  # the same file is executed by a respawn
+    os.kill(spawned(daemon)[0], signal.SIGKILL)
+    daemon.log.wait_for("event=exited")
+    clients = [Client(here(daemon), f"hello {n}") for n in range(20)]
+    gate.open()
+
+    heard = [client.hear() for client in clients]
+
+    assert [each.partition(" ")[2] for each in heard] == [f"hello {n}" for n in range(20)]
+    for each in clients:
+        each.close()
+
+
+def test_a_stop_serves_first_who_has_connected(served_by: Starter) -> None:
+    daemon = served_by(*FAST)
+    pid = spawned(daemon)[0]
+    os.kill(pid, signal.SIGSTOP)
+    clients = [Client(here(daemon), f"hello {n}") for n in range(50)]
+    mark = daemon.signal(signal.SIGTERM)
+    daemon.log.wait_for("event=stopping", after=mark)
+    os.kill(pid, signal.SIGCONT)
+
+    heard = [client.hear() for client in clients]
+
+    assert heard == [f"[{pid}] hello {n}" for n in range(50)]
+    assert daemon.wait() == 0
+    for each in clients:
+        each.close()
+
+
+def test_a_unix_socket_s_file_is_gone_after_a_stop(served_by: Starter, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    daemon = served_by(*FAST, listen=(f"unix:{path}",))
+    pid = spawned(daemon)[0]
+    os.kill(pid, signal.SIGSTOP)
+    clients = [Client(str(path), f"hello {n}") for n in range(20)]
+    mark = daemon.signal(signal.SIGTERM)
+    daemon.log.wait_for("event=stopping", after=mark)
+    os.kill(pid, signal.SIGCONT)
+
+    assert [client.hear() for client in clients] == [f"[{pid}] hello {n}" for n in range(20)]
+    assert daemon.wait() == 0
+    assert not path.exists()
+    for each in clients:
+        each.close()
+
+
+def test_scaling_adds_one_and_has_one_finish(served_by: Starter) -> None:
+    daemon = served_by(*FAST)
+
+    mark = daemon.signal(signal.SIGTTIN)
+    daemon.log.wait_for("event=worker-ready generation=1 worker=2", after=mark)
+    mark = daemon.signal(signal.SIGTTOU)
+    daemon.log.wait_for("event=exited .*worker=2", after=mark)
+
+    assert daemon.log.count("signal=TERM") == 1
+    assert daemon.worker_pids() == spawned(daemon)[:1]
+
+
+def test_a_hold_is_refused_in_words(operated: Operating) -> None:
+    daemon = operated(*MODE, *FAST, command=SERVER)
+
+    with daemon.line() as line:
+        code, said = line.refused("hold", seconds=5)
+
+    assert code == "refused"
+    assert said == "under --handoff listener the workers accept, and nobody can hold them"
+
+
+# -- who survives what ----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_protector_loses_no_connection(
+    protector: Starter, tmp_path: Path
+) -> None:
+    """Not even the one that it would otherwise have in hand."""
+    daemon = protector("--guard", *MODE, *FAST, "127.0.0.1:0", "--", *SERVER).ready()
+
+    with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
+        for _ in range(10):
+            revived(daemon, kill_protector(daemon))
+            served(load)
+        mark = daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for("event=reloaded", after=mark)
+        served(load)
+
+    assert not load.snapshot().failures
+    assert wait_gone(spawned(daemon, 1)) == []
+    assert parent_of(spawned(daemon, 2)[0]) == protector_pid(daemon)
+    daemon.stop()
+
+
+def test_an_upgrade_goes_on_with_workers_and_listeners(served_by: Starter) -> None:
+    daemon = served_by(*FAST)
+    old = spawned(daemon)[0]
+
+    assert "event=adopted" in upgrade(daemon)
+    assert pid_in(ask(here(daemon))) == old
+    daemon.reload()
+
+    assert wait_gone([old]) == []
+    assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
+
+
+@pytest.mark.parametrize("how", ["ack", "9"])
+def test_what_says_ready_after_a_kill_is_heard_by_the_next_protector(
+    protector: Starter, tmp_path: Path, how: str
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    release = Release(tmp_path / "server")
+    release.becomes(*SERVER, "--ready", how)
+    kind = "ack" if how == "ack" else "fd:9"
+    words = ("--guard", *MODE, "--ready", kind, "127.0.0.1:0", "--", release.path)
+    daemon = protector(*words).ready()
+    release.becomes(*SERVER, "--ready", how, "--gate", str(gate.path))
+    daemon.signal(signal.SIGHUP)
+    spawned(daemon, 2)
+    at_rest(daemon)
+
+    mark = kill_protector(daemon)
+    revived(daemon, mark)
+    gate.open()
+    daemon.log.wait_for("event=reloaded", after=mark)
+
+    assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
+
+
+def test_a_listener_that_a_reload_adds_is_handed_to_the_new_ones(
+    protector: Starter, tmp_path: Path
+) -> None:
+    config = tmp_path / "web.toml"
+    words = ", ".join(f'"{word}"' for word in (*SERVER, "--", "{fd:a}", "{fd:b}"))
+    added = tmp_path / "s"
+
+    def write(listen: str, command: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(
+            f'handoff = "listener"\nready = "notify"\nlisten = [{listen}]\ncommand = [{command}]\n'
+        )
+        new.rename(config)
+
+    write('"a=127.0.0.1:0"', words.replace(', "{fd:b}"', ""))
+    daemon = protector("--config", config).ready()
+    assert ask(here(daemon), "words") == "3"
+    write(f'"a=127.0.0.1:0", "b=unix:{added}"', words)
+    daemon.reload()
+    assert ask(str(added), "words") == "3 4"
+    write(f'"b=unix:{added}"', words.replace('"{fd:a}", ', ""))
+    daemon.reload()
+
+    assert ask(str(added), "words") == "3"
+    assert ask(str(added), "env LISTEN_FDNAMES") == "b"
+    mark = len(daemon.log.seen)
+    write(f'"b=unix:{added}"', words)
+    daemon.signal(signal.SIGHUP)
+    line = daemon.log.wait_for("event=reload-failed", after=mark)
+    assert re.search(r"\{fd:a\}: no listener has this name; there is: b", line)
+
+
+def test_the_command_returns_when_the_server_is_ready(start: Start) -> None:
+    ended = start.up(*MODE, *FAST, "127.0.0.1:0", "--", *SERVER)
+
+    assert ended.status == 0
+    assert ask(start.address).endswith("hello")
+    start.stop()
+    assert start.left() == []

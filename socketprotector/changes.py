@@ -58,6 +58,7 @@ _FIXED: Mapping[str, tuple[str, str]] = {
     "log_prefix": ("log-prefix", "text"),
     "foreground": ("foreground", "text"),
     "guarded": ("guard", "text"),
+    "busy_poll_s": ("busy-poll", "seconds"),
     "control_group": ("control-group", "text"),
 }
 #: Told in another way (listeners, tables), or nobody's wish.

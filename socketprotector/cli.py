@@ -154,6 +154,12 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="Sent to the workers and not yet taken.",
 )
 @click.option(
+    "--busy-poll",
+    default="200us",
+    type=_DURATION,
+    help="Await the next one awake for so long, while they come one by one; 0: sleep at once.",
+)
+@click.option(
     "--watchdog",
     default="0",
     type=_DURATION,
@@ -365,6 +371,7 @@ class _Reading:
             ready_fd=ready.fd,
             ready_check=ready.check,
             queue=given["queue"],
+            busy_poll_s=given["busy_poll"],
             identity=identity,
             worker_identity=worker_identity,
             no_new_privileges=given["no_new_privs"],

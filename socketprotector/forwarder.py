@@ -29,6 +29,10 @@ from .loop import WRITE, Loop
 #: it takes one, because the accept that finds nothing costs 4 us (measured).
 BUSY_NS = 25_000
 BURST = 8
+#: So many in a row came one by one, and each soon after the other: then the next one is expected
+#: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
+#: the core is better left to the workers.
+STEADY = 8
 #: Waits when the system is out of descriptors or memory.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
@@ -82,6 +86,7 @@ class Forwarder:
         self._scarce_at = 0.0
         self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
         self._last_ns = 0
+        self._steady = 0  # so many came one by one, each soon after the other
         self._looked = False  # once, since new clients are refused
         self._reserve = -1
         self._take_reserve()
@@ -257,6 +262,7 @@ class Forwarder:
         version, kind, index = wire.VERSION, wire.KIND_CONNECTION, listener.index
         level, rights = socket.SOL_SOCKET, socket.SCM_RIGHTS
         now, close = time.monotonic_ns, os.close
+        loop = self._loop
 
         def ready() -> None:
             for _ in range(BURST):
@@ -275,10 +281,13 @@ class Forwarder:
                     return
                 close(fd)
                 self.forwarded += 1
-                idle = at - self._last_ns > BUSY_NS
+                since = at - self._last_ns
                 self._last_ns = at
-                if idle:
+                if since > BUSY_NS:
+                    self._steady = self._steady + 1 if since < loop.soon_ns else 0
+                    loop.soon = self._steady >= STEADY
                     return
+                self._steady = 0
 
         return ready
 

@@ -16,7 +16,7 @@ import click
 
 from .errors import UsageError
 
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 #: More is a mistake.
 _MOST = 10**15

@@ -171,7 +171,9 @@ class _Resident:
             self._close_listeners()
             return snapshot.fleet.exit_status  # all was done but the last words
         self.began = snapshot is not None
-        self._loop = Loop()  # not before: from here on it is known who is to go on if it fails
+        # With one core nobody could connect while we ask whether somebody has.
+        awake_s = self.settings.busy_poll_s if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._loop = Loop(awake_s)  # not before: from here on it is known who goes on if it fails
         settings, loop = self.settings, self.loop
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.

@@ -97,6 +97,7 @@ class Settings:
     ready_fd: int = -1  # of fd: the number in the worker
     ready_check: str = ""  # of check: for /bin/sh
     queue: int = 256
+    busy_poll_s: float = 0.0002  # how long the next connection is waited for awake, if expected
     identity: Identity | None = None
     worker_identity: Identity | None = None  # None: the same
     no_new_privileges: bool = False

@@ -38,6 +38,7 @@ stop-timeout = "1m"
 kill-timeout = "500ms"
 backlog = 100
 queue = 512
+busy-poll = "1ms"
 watchdog = "10s"
 max-requests = "1000+-50"
 max-memory = "500M"

@@ -9,6 +9,7 @@ import errno
 import os
 import resource
 import struct
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
@@ -16,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.channel import BROKEN, Channel
-from socketprotector.forwarder import FIRST_WAIT_S, LAST_WAIT_S, Forwarder
+from socketprotector.forwarder import FIRST_WAIT_S, LAST_WAIT_S, STEADY, Forwarder
 from socketprotector.listener import AGAIN, Listener
 from socketprotector.loop import Loop
 
@@ -143,6 +144,8 @@ class FakeLoop:
         self.watched: dict[int, Callable[[], None]] = {}
         self.timers: dict[Hashable, tuple[float, Callable[[], None]]] = {}
         self.watches = Faults()
+        self.soon_ns = 0
+        self.soon = False
 
     def watch(self, fd: int, callback: Callable[[], None], _: int = 0) -> None:
         self.watches.call()
@@ -263,6 +266,42 @@ def test_an_accept_that_fails_is_tried_again_by_a_timer(world: World, code: int)
     assert waits == [min(FIRST_WAIT_S * 2**n, LAST_WAIT_S) for n in range(8)]
     assert world.troubles == [("accept", code)]  # told once
     assert channel.taken() == [1]
+
+
+def come_one_by_one(world: World, count: int) -> list[bool]:
+    """So many clients, each after the one before was served; whether the next was expected."""
+    expected = []
+    for _ in range(count):
+        world.listeners[0].backlog.append(1)
+        world.loop.soon = False
+        world.loop.wake(world.listeners[0])
+        expected.append(world.loop.soon)
+    return expected
+
+
+def test_after_some_that_came_one_by_one_the_next_is_expected(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 0)  # each of them came alone
+    world.loop.soon_ns = 10**15  # and soon
+    world.forwarder._last_ns = time.monotonic_ns()
+    world.forwarder.route_to(world.channel())
+
+    assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY - 1) + [True] * 4
+
+    world.forwarder._last_ns = 0  # the last one came long ago
+    world.loop.soon_ns = 1
+    assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY + 3)
+
+
+def test_where_several_come_at_once_nobody_is_awaited(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    world.loop.soon_ns = 10**19
+    world.forwarder.route_to(world.channel())
+
+    assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY + 3)
 
 
 # -- send -----------------------------------------------------------------------------

@@ -185,3 +185,62 @@ def test_each_signal_calls_back_from_the_loop_in_order(loop: Loop) -> None:
                 os.close(fd)
 
     assert called == [signal.SIGUSR2, signal.SIGUSR1, signal.SIGUSR2]
+
+
+class Asked:
+    """An epoll that notes how long each wait may take."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._epoll = loop._epoll
+        self.waits: list[float | None] = []
+
+    def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
+        self.waits.append(timeout)
+        return self._epoll.poll(timeout)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._epoll, name)
+
+
+def test_what_is_expected_soon_is_asked_for_without_sleeping(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    loop = Loop(soon_s=1000.0)
+    asked = loop._epoll = Asked(loop)  # type: ignore[assignment]
+    loop.watch(receive, lambda: stop(loop))
+    loop.soon = True
+    os.write(send, b"a")
+
+    loop.run()
+
+    assert asked.waits == [0]
+    assert not loop.soon
+    loop.close()
+
+
+def test_what_does_not_come_soon_is_slept_for(pipe: tuple[int, int]) -> None:
+    receive, send = pipe
+    loop = Loop(soon_s=0.0002)
+    asked = loop._epoll = Asked(loop)  # type: ignore[assignment]
+    loop.watch(receive, lambda: stop(loop))
+
+    def write() -> None:
+        os.write(send, b"a")
+
+    loop.call_after("later", 0.001, write)
+    loop.soon = True
+
+    loop.run()
+
+    assert asked.waits[-1] is None  # nothing but the descriptor is left to wait for
+    assert any(wait for wait in asked.waits[:-1])  # it slept until the timer
+    loop.close()
+
+
+def test_a_timer_that_is_due_is_not_awaited_by_asking(pipe: tuple[int, int]) -> None:
+    loop = Loop(soon_s=1000.0)
+    loop.call_after("end", 0.001, lambda: stop(loop))
+    loop.soon = True
+
+    loop.run()  # else it would take a thousand seconds
+
+    loop.close()

@@ -4,7 +4,7 @@ Everything is done a little at a time, so that no client delays a connection: on
 client for each turn of the loop, never a call that blocks, and an end for whoever sends too
 much, reads too little or stays for nothing.
 
-Source: docs/control.md; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
+Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from . import clock, requests
+from .einhorn import ack
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
 from .requests import Request, Wrong
@@ -57,7 +58,7 @@ class Client:
         if len(self._unsent) > UNREAD_BYTES:
             self.close()
         else:
-            self._send()
+            self.send()
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, unless too much is unread already; the next one says how many were not."""
@@ -123,7 +124,8 @@ class Client:
     def is_behind(self) -> bool:
         return bool(self._unsent)
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Send what the client has room for."""
         try:
             sent = self._socket.send(self._unsent, _FLAGS)
         except BlockingIOError:
@@ -136,10 +138,6 @@ class Client:
             self.close()
         else:
             self._control.go_on(self)
-
-    def written(self) -> None:
-        """The client has read on."""
-        self._send()
 
 
 def _too_long() -> Wrong:
@@ -154,6 +152,7 @@ class Control:
         listener: Listener,
         loop: Loop,
         handle: Callable[[Client, Request], None],
+        acked: Callable[[int], None],
         *,
         uids: frozenset[int],
         group: int | None,
@@ -161,11 +160,13 @@ class Control:
         """Take ownership of the listener.
 
         handle: answers a request, by client.say() now or later; may raise Wrong.
+        acked: is told of a pid that is ready in einhorn's words, which expect no answer.
         uids: who is heard, besides members of the group.
         """
         self._listener = listener
         self._loop = loop
         self._handle = handle
+        self._acked = acked
         self._uids = uids
         self._group = group
         self._clients: dict[int, Client] = {}
@@ -190,6 +191,11 @@ class Control:
 
     def take(self, client: Client, line: bytes) -> None:
         """Answer a request."""
+        pid = ack(line)
+        if pid is not None:
+            client.close()
+            self._acked(pid)
+            return
         self._await_request(client)
         self._rest(client)
         try:
@@ -239,7 +245,7 @@ class Control:
         self._unwatch(fd)
         try:
             if for_writing:
-                self._loop.watch(fd, client.written, WRITE)
+                self._loop.watch(fd, client.send, WRITE)
             else:
                 self._loop.watch(fd, client.read)
         except OSError:

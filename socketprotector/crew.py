@@ -317,6 +317,13 @@ class Crew:
                     self._ended(number)
                 return
 
+    def acked(self, pid: int) -> None:
+        """A worker says by another way than its own line that it is ready (einhorn's)."""
+        for number, worker in self._workers.items():
+            if worker.process.pid == pid and worker.readiness.by_ack:
+                self._is_ready(number)
+                return
+
     # -- what comes back -----------------------------------------------------
 
     def _address(self, number: int) -> str:
@@ -383,6 +390,9 @@ class Crew:
             if program.handoff == LISTENER:
                 tell_pid = "LISTEN_PID"
                 environment |= told_to(generation=generation, slot=slot, master_pid=os.getpid())
+                if self._settings.control is not None:
+                    path = self._settings.control.address.removeprefix("unix:")
+                    environment["EINHORN_SOCK_PATH"] = path
                 listeners = self._listeners()
                 # They have the first numbers, and --ready fd:N none of these.
                 descriptors = {next(free): listeners[i] for i in sorted(known(program) or ())}

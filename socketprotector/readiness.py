@@ -4,19 +4,18 @@ ack: einhorn's, a line on a socket that the environment names.  fd: a line on a 
 number the worker knows, as with s6.  check: a command that succeeds.  after: a timer.  any: the
 first of READY=1, ack and fd, else the timer.
 
-Source: einhorn's worker protocol (`worker:ack`, JSON or escaped YAML); s6's notification-fd.
+Source: einhorn.py; s6's notification-fd.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from .einhorn import ack
 from .loop import Loop
 from .process import Process
 from .records import Program
@@ -26,7 +25,6 @@ _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
 _ACK, _NEWLINE = "ack", "newline"
-_YAML_ACK = re.compile(r"""^\s*:?["']?command["']?\s*:\s*["']?worker:ack["']?\s*$""", re.MULTILINE)
 #: Kinds that a line brings.
 _BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
 _CHECK, _AFTER = "check", "after"
@@ -88,6 +86,11 @@ class Readiness:
         """Whether READY=1 counts."""
         return self._program.ready in _BY_WORD
 
+    @property
+    def by_ack(self) -> bool:
+        """Whether einhorn's ACK counts."""
+        return self._program.ready in _BY_ACK
+
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""
         return dict(self._lines)
@@ -113,7 +116,7 @@ class Readiness:
             data = b""  # reset: it has closed its end
         heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
         *whole, self._heard[name] = heard.split(b"\n")
-        said = bool(whole) if name == _NEWLINE else any(map(is_ack, whole))
+        said = bool(whole) if name == _NEWLINE else any(ack(each) is not None for each in whole)
         if said or not data:
             self._forget(name)
         if said:
@@ -180,14 +183,3 @@ def check_program(program: Program) -> Program:
     """Return what runs --ready check's command: as the worker runs, by the shell."""
     argv = ("sh", "-c", program.ready_check)
     return replace(program, path="/bin/sh", argv=argv)
-
-
-def is_ack(line: bytes) -> bool:
-    """Whether a line is einhorn's `worker:ack`: JSON, or a block of YAML with its line ends
-    written as %0A."""
-    text = line.decode("utf-8", "replace").replace("%0A", "\n").replace("%25", "%")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return _YAML_ACK.search(text) is not None
-    return isinstance(found, dict) and found.get("command") == "worker:ack"

@@ -371,6 +371,7 @@ class _Resident:
             self.control_listener,
             self.loop,
             operator.handle,
+            supervisor.effects.crew.acked,
             uids=frozenset(uids),
             group=settings.control_group,
         )

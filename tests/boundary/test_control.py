@@ -52,10 +52,12 @@ class Desk:
         found = path.stat()
         settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
         self.listener = Listener(sock.detach(), -1, settings)
+        self.acked: list[int] = []
         self.control = Control(
             self.listener,
             self.loop,
             lambda client, request: self.answers(client, request),
+            lambda pid: self.acked.append(pid),
             uids=frozenset({os.getuid()}),
             group=group,
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector import handoff, readiness
+from socketprotector import einhorn, handoff
 from socketprotector.handoff import HandoffError
 from socketprotector.settings import ListenerSettings, Settings
 
@@ -96,21 +96,23 @@ def test_every_mode_has_its_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "means"),
+    ("line", "pid"),
     [
-        (b'{"command":"worker:ack", "pid":12}', True),
-        (b'{"pid":12,"command":"worker:ack"}', True),
-        (b"---%0Acommand: worker:ack%0Apid: 123%0A", True),
-        (b"---%0A:command: worker:ack%0A", True),
-        (b'---%0A"command": "worker:ack"', True),
-        (b'{"command":"worker:ping", "pid":12}', False),
-        (b'{"command":"worker:ackx"}', False),
-        (b"[" * 100_000, False),
-        (b"command: worker:ack please", False),
-        (b'["worker:ack"]', False),
-        (b"\xff\xfe", False),
-        (b"", False),
+        (b'{"command":"worker:ack", "pid":12}', 12),
+        (b'{"pid":12,"command":"worker:ack"}', 12),
+        (b'{"command":"worker:ack"}', 0),
+        (b'{"command":"worker:ack", "pid":"12"}', 0),
+        (b"---%0Acommand: worker:ack%0Apid: 123%0A", 123),
+        (b"---%0A:command: worker:ack%0A:pid: 7%0A", 7),
+        (b'---%0A"command": "worker:ack"', 0),
+        (b'{"command":"worker:ping", "pid":12}', None),
+        (b'{"command":"worker:ackx"}', None),
+        (b"[" * 100_000, None),
+        (b"command: worker:ack please", None),
+        (b'["worker:ack"]', None),
+        (b"\xff\xfe", None),
+        (b"", None),
     ],
 )
-def test_einhorn_s_ack_is_known_in_both_of_its_forms(line: bytes, means: bool) -> None:
-    assert readiness.is_ack(line) is means
+def test_einhorn_s_ack_is_known_in_both_of_its_forms(line: bytes, pid: int | None) -> None:
+    assert einhorn.ack(line) == pid

@@ -65,6 +65,7 @@ LAYERS = {
             "__init__",
             "changes",
             "control_path",
+            "einhorn",
             "errors",
             "events",
             "fleet",

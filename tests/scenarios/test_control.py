@@ -59,7 +59,13 @@ def test_status_of_one_that_serves(operated: Operating, place: Path) -> None:
     assert (found["forwarded"], found["lost"]) == (0, 0)
     assert found["queue_limit"] >= 100
     assert found["listeners"] == [
-        {"index": 0, "address": web.daemon.addresses[0], "backlog": 0, "backlog_limit": 4096}
+        {
+            "index": 0,
+            "address": web.daemon.addresses[0],
+            "name": "0",
+            "backlog": 0,
+            "backlog_limit": 4096,
+        }
     ]
     [generation] = found["generations"]
     assert (generation["number"], generation["phase"], generation["queue"]) == (1, "serving", 0)

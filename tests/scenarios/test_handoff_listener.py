@@ -204,6 +204,7 @@ def test_a_placeholder_without_listeners_names_the_mode(start: Start) -> None:
         ((), "{fd:ready}", "notify, ack or a line, else after 1 s (only a timer)"),
         (("--ready", "ack"), "ack", "ack"),
         (("--ready", "ack"), "yaml", "ack"),
+        (("--ready", "ack"), "path", "ack"),
         (("--ready", "fd:9"), "9", "fd 9"),
         (("--ready", "notify"), "notify", "notify"),
         (("--ready", "check:true"), "never", "check"),

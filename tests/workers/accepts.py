@@ -1,6 +1,6 @@
 """An unmodified server: accepts from the listeners that LISTEN_FDS tells of, and knows no channel.
 
-    accepts.py [--ready notify|ack|yaml|N|never] [--gate FIFO] [WORD...]
+    accepts.py [--ready notify|ack|yaml|path|N|never] [--gate FIFO] [WORD...]
 
 Each connection is a line and an answer: `env NAME`, `fds`, `words`, `wait FIFO`, else `[pid] line`.
 TERM and QUIT: no more accepting, an answer to who is connected, exit.
@@ -20,7 +20,6 @@ options.add_argument("words", nargs="*")
 given = options.parse_args()
 
 count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
-told = signal.SIGTERM
 ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 for number in (signal.SIGTERM, signal.SIGQUIT):
@@ -42,6 +41,11 @@ def say_ready(how: str) -> None:
     elif how == "yaml":
         line = b"---%%0Acommand: worker:ack%%0Apid: %d%%0A\n" % pid
         os.write(int(os.environ["EINHORN_SOCK_FD"]), line)
+    elif how == "path":
+        with socket.socket(socket.AF_UNIX) as told_there:
+            told_there.connect(os.environ["EINHORN_SOCK_PATH"])
+            told_there.sendall(b'{"command":"worker:ack", "pid":%d}\n' % pid)
+            assert told_there.recv(1) == b""
     elif how.isdigit():
         os.write(int(how), b"up\n")
         os.close(int(how))

@@ -14,7 +14,7 @@ import pwd
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
-from . import envfile, handoff, process
+from . import envfile, executable, handoff
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -111,7 +111,7 @@ def command(settings: Settings) -> None:
     environment.update(settings.environment)
     try:
         search = environment.get("PATH", os.defpath)
-        process.resolve(settings.executed, settings.directory, search)
+        executable.resolve(settings.executed, settings.directory, search)
     except PermissionError as error:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; chmod +x it, or name its interpreter"

@@ -8,7 +8,7 @@ import sys
 from socketprotector_client import wire
 
 from . import envfile, handoff
-from .process import resolve
+from .executable import resolve
 from .records import Program
 from .settings import Settings
 

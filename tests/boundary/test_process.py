@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.process import Process, resolve, spawn
+from socketprotector.executable import resolve
+from socketprotector.process import Process, spawn
 from socketprotector.records import Program
 
 SHELL = Program(

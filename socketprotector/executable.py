@@ -1,0 +1,51 @@
+"""Finds the executable file that a command means."""
+
+from __future__ import annotations
+
+import os
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # a program that is to stay small uses this, too
+    from collections.abc import Sequence
+
+
+def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, tuple[str, ...]]:
+    """Return (real path, argv) of a command as it is now.
+
+    Symlinks are followed, so that a generation that was started from one release never
+    starts a process of the next; the last one only where the name stays the same or the
+    file is no script, because such a script goes by the name it was called by.
+    Raises FileNotFoundError, or PermissionError where it is no executable file.
+    """
+    name = command[0]
+    found = os.path.join(directory, name) if "/" in name else _search(name, search)
+    os.stat(found)
+    if os.path.isdir(found) or not os.access(found, os.X_OK):
+        raise PermissionError(13, "not executable", found)
+    real = os.path.realpath(found)
+    if os.path.basename(real) != os.path.basename(found) and _is_script(real):
+        folder = os.path.realpath(os.path.dirname(found))
+        real = os.path.join(folder, os.path.basename(found))
+    argv0 = (
+        name
+        if "/" not in name
+        else os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
+    )
+    return real, (argv0, *command[1:])
+
+
+def _search(name: str, search: str) -> str:
+    """Find an executable file by name in the folders of a PATH."""
+    for folder in search.split(":"):
+        path = os.path.join(folder or ".", name)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return os.path.abspath(path)
+    raise FileNotFoundError(2, "not found in PATH", name)
+
+
+def _is_script(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"#!"
+    except OSError:
+        return False  # executable without being readable: a binary

@@ -1,0 +1,115 @@
+"""python -I -m socketprotector.stdio --at-once N [--of POOLS] [--shell] [--file PATH] -- COMMAND
+
+Started by SocketProtector as a worker.  Exit status 2: used in a wrong way; 111: COMMAND cannot
+be started, or a system call failed.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import os
+import sys
+
+from socketprotector_client import wire
+
+from .environment import Environments
+from .pool import Pool
+from .starting import starter_of
+from .told import NAME, Board, Notifier, say
+
+USAGE = f"usage: {NAME} --at-once N [--of POOLS] [--shell] [--file PATH] -- COMMAND [ARG...]"
+
+
+class UsageError(Exception):
+    """Called in a way that cannot work; the text says what to do."""
+
+
+def main() -> None:
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except UsageError as error:
+        say(str(error))
+        sys.exit(2)
+    except OSError as error:
+        what = error.filename or "what a worker has from its protector"
+        say(f"cannot start {what}: {error.strerror or error}")
+        sys.exit(111)
+
+
+def run(words: list[str]) -> int:
+    """Serve until the end; raises UsageError, or OSError where it cannot begin."""
+    values, shell, command = parsed(words)
+    at_once, pools = number(values, "--at-once", 0), number(values, "--of", 1)
+    environ = os.environ
+    if wire.ENV_CHANNEL not in environ:
+        raise UsageError(
+            f"no {wire.ENV_CHANNEL} in the environment: it is SocketProtector that starts this "
+            "program (SocketProtector --handoff stdio LISTEN -- COMMAND)"
+        )
+    if at_once < pools:
+        raise UsageError(f"--at-once {at_once} --of {pools}: each pool needs a place")
+    fds = []
+    for name in (wire.ENV_CHANNEL, wire.ENV_RETURN):
+        fds.append(inherited(environ.get(name, "-1")))
+    board = environ.get(wire.ENV_SCOREBOARD, "")
+    inherited(board.partition(":")[0])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    starter = starter_of(command, shell, values.get("--file", ""))
+    notifier = Notifier(environ.get(wire.ENV_NOTIFY, ""))
+    usec = environ.get("WATCHDOG_USEC", "")
+    pool = Pool(
+        *fds,
+        places_of(at_once, pools, int(environ.get(wire.ENV_WORKER, "0"))),
+        starter=starter,
+        environments=Environments(dict(os.environb), environ.get(wire.ENV_LISTENERS, "")),
+        notifier=notifier,
+        board=Board(board),
+        word_every_s=int(usec) / 2_000_000 if usec.isdecimal() else 0.0,
+    )
+    notifier.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}")
+    pool.run()
+    return 0
+
+
+def parsed(words: list[str]) -> tuple[dict[str, str], bool, list[str]]:
+    """Return (values of options, whether --shell, the command)."""
+    if "--" not in words or words[-1] == "--":
+        raise UsageError(f"no COMMAND after --; {USAGE}")
+    end = words.index("--")
+    options, command = words[:end], words[end + 1 :]
+    shell, values = False, {}
+    while options:
+        option = options.pop(0)
+        if option == "--shell":
+            shell = True
+        elif option in ("--at-once", "--of", "--file") and options:
+            values[option] = options.pop(0)
+        else:
+            raise UsageError(f"unknown option, or no value: {option}; {USAGE}")
+    if shell and len(command) > 1:
+        raise UsageError("--shell takes COMMAND as one word: put it in quotes")
+    return values, shell, command
+
+
+def number(values: dict[str, str], option: str, default: int) -> int:
+    text = values.get(option, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{option} {text}: a number from 1 on is needed; {USAGE}")
+    return int(text)
+
+
+def inherited(text: str) -> int:
+    """Return a descriptor's number, and keep it from the programs; -1 where there is none."""
+    if not text.isdecimal():
+        return -1
+    os.set_inheritable(int(text), False)
+    return int(text)
+
+
+def places_of(at_once: int, pools: int, slot: int) -> int:
+    """Return how many of all places are this pool's.  One that was added later brings its own."""
+    return at_once // pools + (slot < at_once % pools) if slot < pools else 1
+
+
+if __name__ == "__main__":
+    main()

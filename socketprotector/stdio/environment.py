@@ -1,0 +1,120 @@
+"""What a program learns through its environment: who speaks to it, and nothing of ours.
+
+Source: tcp-environ(5) of ucspi-tcp and its IPv6 variant, the protocol of ucspi-unix,
+systemd.exec(5) ($REMOTE_ADDR).
+"""
+
+from __future__ import annotations
+
+import _socket as socket
+import os
+import struct
+
+#: What is the pool's own, or would be said of another connection than the program's.
+_NOT_PASSED_ON = (
+    *(b"SOCKETPROTECTOR_", b"NOTIFY_SOCKET", b"WATCHDOG_", b"LISTEN_", b"FDSTORE"),
+    *(b"TCPLOCAL", b"TCPREMOTE", b"TCP6", b"UNIXLOCAL", b"UNIXREMOTE", b"REMOTE_", b"PROTO="),
+)
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
+_MAPPED = "::ffff:"
+
+
+class Environments:
+    """Makes the environment of one program after the other."""
+
+    def __init__(self, environ: dict[bytes, bytes], listeners: str) -> None:
+        """listeners: the value of SOCKETPROTECTOR_LISTENERS."""
+        self._base = {
+            name: value
+            for name, value in environ.items()
+            if not (name + b"=").startswith(_NOT_PASSED_ON)
+        }
+        self._paths = [path_of(word) for word in listeners.split()]
+        self._ours = {b"UNIXLOCALUID": b"%d" % os.getuid(), b"UNIXLOCALGID": b"%d" % os.getgid()}
+
+    def of(self, fd: int, listener: int) -> dict[bytes, bytes] | None:
+        """Return the environment for a connection, None where its client is gone already.
+
+        fd stays the caller's.  listener: its index.
+        """
+        try:
+            connection = socket.socket(fileno=fd)
+        except OSError:
+            return None
+        try:
+            remote = connection.getpeername()
+            if connection.family != socket.AF_UNIX:
+                return self._base | tcp(connection.getsockname(), remote)
+            credentials = connection.getsockopt(
+                socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size
+            )
+        except OSError:  # ENOTCONN: it was reset
+            return None
+        finally:
+            connection.detach()
+        path = self._paths[listener] if listener < len(self._paths) else b""
+        return self._base | self._ours | unix(path, remote, credentials)
+
+
+def tcp(local: tuple[str, int], remote: tuple[str, int]) -> dict[bytes, bytes]:
+    """Return what is said of a TCP connection; of an IPv6 one both ways of saying it.
+
+    An IPv4 client of an IPv6 socket is an IPv4 client.
+    """
+    ip, port = remote[0], b"%d" % remote[1]
+    own, own_port = local[0].removeprefix(_MAPPED).encode(), b"%d" % local[1]
+    mapped = ip.startswith(_MAPPED)
+    address = ip.removeprefix(_MAPPED).encode()
+    told = {
+        b"PROTO": b"TCP",
+        b"TCPLOCALIP": own,
+        b"TCPLOCALPORT": own_port,
+        b"TCPREMOTEIP": address,
+        b"TCPREMOTEPORT": port,
+        b"REMOTE_ADDR": address,
+        b"REMOTE_PORT": port,
+    }
+    if ":" not in ip or mapped:
+        return told
+    told[b"PROTO"] = b"TCP6"
+    told[b"TCP6LOCALIP"], told[b"TCP6LOCALPORT"] = own, own_port
+    told[b"TCP6REMOTEIP"], told[b"TCP6REMOTEPORT"] = address, port
+    scope = remote[3] if len(remote) > 3 else 0
+    if scope:
+        # A link-local address means nothing without it.
+        try:
+            told[b"TCP6INTERFACE"] = socket.if_indextoname(scope).encode()
+        except OSError:
+            pass  # it was taken away
+    return told
+
+
+def unix(local: bytes, remote: bytes | str, credentials: bytes) -> dict[bytes, bytes]:
+    """Return what is said of a UNIX connection.
+
+    The credentials are those of the process that connected, when it did.
+    """
+    pid, uid, gid = _CREDENTIALS.unpack(credentials)
+    told = {
+        b"PROTO": b"UNIX",
+        b"UNIXLOCALPATH": local,
+        b"UNIXREMOTEEUID": b"%d" % uid,
+        b"UNIXREMOTEEGID": b"%d" % gid,
+        b"UNIXREMOTEPID": b"%d" % pid,
+    }
+    name = os.fsencode(remote)
+    if name[:1] == b"\0":
+        name = b"@" + name[1:]
+    # The client has chosen it.
+    if name and b"\0" not in name:
+        told[b"UNIXREMOTEPATH"] = told[b"REMOTE_ADDR"] = name
+    return told
+
+
+def path_of(word: str) -> bytes:
+    """Return the path in a percent-encoded `unix:/path` or `unix:@name`, b"" of anything else."""
+    kind, _, rest = word.partition(":")
+    if kind != "unix":
+        return b""
+    first, *parts = os.fsencode(rest).split(b"%")
+    return first + b"".join(bytes([int(part[:2], 16)]) + part[2:] for part in parts)

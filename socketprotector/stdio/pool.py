@@ -1,0 +1,300 @@
+"""Takes connections while there are places, starts a program for each, sees the programs end.
+
+One loop.  What is fixed: no connection is taken without a place for its program and a descriptor
+to spare, and one that was taken has its program, however long that takes; our copy of it
+is closed as soon as the program runs, so that the client sees the program's end.
+
+A connection is `in hand` from when it was taken until its program was started.  There is one at
+most, and while there is one nothing is taken.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket as socket
+import errno
+import os
+import select
+import struct
+import time
+
+from socketprotector_client import wire
+
+from .environment import Environments
+from .starting import Starter
+from .told import Board, Notifier, say
+
+#: How long to wait before a program is tried again: this, then twice as long each time.
+FIRST_WAIT_S = 0.01
+LAST_WAIT_S = 1.0
+#: How often to look at programs whose end nothing tells, and for a descriptor to spare.
+_LOOK_S = 0.05
+#: STATUS= is said no oftener.
+_STATUS_S = 1.0
+_NEVER = float("inf")
+_EVENTS = select.EPOLLIN
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+# Room for one descriptor, and not for a second one that nobody would look for.
+_CONTROL_BYTES = socket.CMSG_LEN(4)
+_HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
+_FD = struct.Struct("i").unpack
+
+
+class Pool:
+    """Runs until there is nothing to take and no program any more."""
+
+    def __init__(
+        self,
+        channel: int,
+        line: int,
+        places: int,
+        *,
+        starter: Starter,
+        environments: Environments,
+        notifier: Notifier,
+        board: Board,
+        word_every_s: float,
+    ) -> None:
+        """channel and line (-1: none) become ours; word_every_s: how often to say WATCHDOG=1."""
+        self._channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, channel)
+        self._line = line
+        self._places = places
+        self._starter = starter
+        self._environments = environments
+        self._notifier = notifier
+        self._board = board
+        self._running: dict[int, int] = {}  # pidfd -> pid
+        self._blind: list[int] = []  # pids of programs for which there is no pidfd
+        self._taking = True
+        self._listening = False  # the channel is in the epoll set
+        self._hand: tuple[int, dict[bytes, bytes]] | None = None
+        self._wait_s = FIRST_WAIT_S
+        self._trouble = 0  # the errno that was said to be in the way of starting programs
+        self._scarce = False  # that there is no descriptor was said
+        self._try_at = self._look_at = self._status_at = _NEVER
+        self._word_every_s = word_every_s
+        self._word_at = time.monotonic() if word_every_s else _NEVER
+        self._epoll = select.epoll()
+        self._wake, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)  # it is in the pipe
+        for fd in (self._wake, line):
+            if fd >= 0:
+                self._epoll.register(fd, _EVENTS)
+        self._spare = os.dup(2)
+
+    def run(self) -> None:
+        """Serve until drained, retired or terminated, and all programs have ended."""
+        epoll, running = self._epoll, self._running
+        self._take()
+        while self._taking or running or self._blind or self._hand:
+            come = self._taking and not self._listening and not self._hand
+            for fd, _ in epoll.poll(self._timeout_s()):
+                if fd in running:
+                    come |= self._ended(fd, running[fd])
+                elif fd == self._line:
+                    self._returned()
+                elif fd == self._wake:
+                    self._signalled()
+                else:
+                    come = True
+            now = time.monotonic()
+            if now >= min(self._try_at, self._look_at, self._status_at, self._word_at):
+                self._timers(now)
+            if come and self._taking and not self._hand:
+                self._take()
+
+    # -- connections ---------------------------------------------------------
+
+    def _take(self) -> None:
+        """Take and start, until there is no place or no connection."""
+        full = False
+        while self._taking and not self._hand:
+            full = len(self._running) + len(self._blind) >= self._places or not self._may_take()
+            if full:
+                break
+            os.close(self._spare)
+            self._spare = -1
+            try:
+                message = self._channel.recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)
+            except BlockingIOError:
+                break
+            self._came(*message)
+        self._may_take()
+        self._listen(self._taking and not self._hand and not full)
+
+    def _came(self, data: bytes, control: list[tuple[int, int, bytes]], flags: int, _: str) -> None:
+        """Deal with one message from the channel."""
+        fd = _FD(control[0][2])[0] if control else -1
+        if fd < 0:
+            if not data:
+                self._stop_taking()
+            elif flags & socket.MSG_CTRUNC:
+                say("a connection was lost: no descriptor left for it")
+            return
+        version, kind, listener, _, accepted_at_ns = (
+            _HEADER(data) if len(data) == _HEADER_BYTES else (0, 0, 0, 0, 0)
+        )
+        if (version, kind) != (wire.VERSION, wire.KIND_CONNECTION):
+            say(f"cannot serve a message of version {version}, kind {kind}: its connection is closed")
+            os.close(fd)
+            return
+        self._board.took(accepted_at_ns)
+        environment = self._environments.of(fd, listener)
+        if environment is None:
+            os.close(fd)  # the client is gone, which is nobody's fault
+            return
+        self._hand = fd, environment
+        self._start()
+
+    def _start(self) -> None:
+        """Start a program for the connection in hand, or see to it that it is tried again."""
+        assert self._hand is not None
+        fd, environment = self._hand
+        try:
+            pid = self._starter.start(fd, environment)
+        except OSError as error:
+            self._not_started(error)
+            return
+        os.close(fd)
+        self._hand = None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            self._blind.append(pid)
+            self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
+        else:
+            self._running[pidfd] = pid
+            self._epoll.register(pidfd, _EVENTS)
+        if self._trouble:
+            say(f"starts {self._starter.path} again")
+            self._trouble, self._wait_s, self._try_at = 0, FIRST_WAIT_S, _NEVER
+        self._count()
+
+    def _not_started(self, error: OSError) -> None:
+        if error.errno != self._trouble:
+            self._trouble = error.errno or errno.EIO
+            reason = os.strerror(self._trouble)
+            if self._trouble == errno.EAGAIN:
+                reason = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+            say(
+                f"cannot start {self._starter.path}: {reason}; the connection waits, "
+                "it is tried again until it can be"
+            )
+        self._try_at = time.monotonic() + self._wait_s
+        self._wait_s = min(2 * self._wait_s, LAST_WAIT_S)
+
+    def _may_take(self) -> bool:
+        """Have a descriptor to spare, for the connection and then for its program's end."""
+        if self._spare < 0:
+            try:
+                self._spare = os.dup(2)
+            except OSError:
+                if not self._scarce:
+                    self._scarce = True
+                    say(
+                        f"no descriptor left at {len(self._running)} programs of {self._places}: "
+                        "connections wait; raise the limit (--limit-nofile), or lower --workers"
+                    )
+                self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
+                return False
+        return True
+
+    def _listen(self, wanted: bool) -> None:
+        """Wait for connections, or do not: what nobody may take would keep us awake."""
+        if wanted and not self._listening:
+            self._epoll.register(self._channel.fileno(), _EVENTS)
+        elif self._listening and not wanted:
+            self._epoll.unregister(self._channel.fileno())
+        self._listening = wanted
+
+    # -- programs ------------------------------------------------------------
+
+    def _ended(self, pidfd: int, pid: int) -> bool:
+        """Take the status of a program that has ended; say whether it has."""
+        gone, status = os.waitpid(pid, os.WNOHANG)
+        if not gone:
+            return False  # who traces it is to be told first
+        del self._running[pidfd]
+        self._epoll.unregister(pidfd)  # what we have just started may hold a copy for a moment
+        os.close(pidfd)
+        if status:
+            self._board.failed()
+        if self._trouble == errno.EAGAIN:
+            self._try_at = 0.0
+        self._count()
+        return True
+
+    def _count(self) -> None:
+        """The number of programs has changed."""
+        self._board.running(len(self._running) + len(self._blind))
+        if self._status_at == _NEVER:
+            self._status_at = time.monotonic() + _STATUS_S
+
+    # -- what else there is --------------------------------------------------
+
+    def _timeout_s(self) -> float | None:
+        soonest = min(self._try_at, self._look_at, self._status_at, self._word_at)
+        if soonest == _NEVER:
+            return None
+        return max(0.0, soonest - time.monotonic())
+
+    def _timers(self, now: float) -> None:
+        if now >= self._word_at:
+            self._notifier.tell("WATCHDOG=1")
+            self._word_at = now + self._word_every_s
+        if now >= self._status_at:
+            self._status_at = _NEVER
+            count = len(self._running) + len(self._blind)
+            self._notifier.tell(f"STATUS={count} of {self._places} programs run")
+        if now >= self._look_at:
+            self._look_at = _NEVER
+            self._look(now)
+        if now >= self._try_at:
+            self._try_at = _NEVER
+            if self._hand:
+                self._start()
+        if self._taking and not self._hand and not self._listening:
+            self._take()
+
+    def _look(self, now: float) -> None:
+        """See which of those have ended whose end nothing tells."""
+        for pid in tuple(self._blind):
+            gone, status = os.waitpid(pid, os.WNOHANG)
+            if gone:
+                self._blind.remove(pid)
+                if status:
+                    self._board.failed()
+                self._count()
+        if self._blind:
+            self._look_at = now + _LOOK_S
+
+    def _returned(self) -> None:
+        """End of file on the RETURN line: retire.  Nothing is said on it yet."""
+        try:
+            data = os.read(self._line, 4096)
+        except OSError:
+            data = b""
+        if not data:
+            self._epoll.unregister(self._line)
+            self._stop_taking()
+
+    def _signalled(self) -> None:
+        """TERM: there is no more time, for the programs either."""
+        os.read(self._wake, 4096)
+        self._stop_taking()
+        if self._hand:
+            say("a connection was closed: no program could be started for it until the end")
+            os.close(self._hand[0])
+            self._hand, self._try_at = None, _NEVER
+        # Not to the programs alone: what they have started is of this group, too, as KILL is.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGTERM)
+        else:
+            for pid in (*self._running.values(), *self._blind):
+                os.kill(pid, signal.SIGTERM)
+
+    def _stop_taking(self) -> None:
+        self._taking = False
+        self._listen(False)

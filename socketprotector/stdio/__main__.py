@@ -20,6 +20,11 @@ from .told import NAME, Board, Notifier, say
 USAGE = f"usage: {NAME} --at-once N [--of POOLS] [--shell] [--file PATH] -- COMMAND [ARG...]"
 
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
 class UsageError(Exception):
     """Called in a way that cannot work; the text says what to do."""
 
@@ -31,13 +36,12 @@ def main() -> None:
         say(str(error))
         sys.exit(2)
     except OSError as error:
-        what = error.filename or "what a worker has from its protector"
-        say(f"cannot start {what}: {error.strerror or error}")
+        say(f"cannot go on: {error}")
         sys.exit(111)
 
 
 def run(words: list[str]) -> int:
-    """Serve until the end; raises UsageError, or OSError where it cannot begin."""
+    """Serve until the end and return the exit status; raises UsageError or OSError."""
     values, shell, command = parsed(words)
     at_once, pools = number(values, "--at-once", 0), number(values, "--of", 1)
     environ = os.environ
@@ -48,22 +52,25 @@ def run(words: list[str]) -> int:
         )
     if at_once < pools:
         raise UsageError(f"--at-once {at_once} --of {pools}: each pool needs a place")
-    fds = []
-    for name in (wire.ENV_CHANNEL, wire.ENV_RETURN):
-        fds.append(inherited(environ.get(name, "-1")))
-    board = environ.get(wire.ENV_SCOREBOARD, "")
-    inherited(board.partition(":")[0])
+    channel, line = (inherited(environ, name) for name in (wire.ENV_CHANNEL, wire.ENV_RETURN))
+    inherited(environ, wire.ENV_SCOREBOARD)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    starter = starter_of(command, shell, values.get("--file", ""))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it would hide how programs end
+    try:
+        starter = starter_of(command, shell, values.get("--file", ""))
+    except OSError as error:
+        say(f"cannot start {error.filename or command[0]}: {error.strerror}")
+        return 111
     notifier = Notifier(environ.get(wire.ENV_NOTIFY, ""))
-    usec = environ.get("WATCHDOG_USEC", "")
+    usec, slot = environ.get("WATCHDOG_USEC", ""), environ.get(wire.ENV_WORKER, "")
     pool = Pool(
-        *fds,
-        places_of(at_once, pools, int(environ.get(wire.ENV_WORKER, "0"))),
+        channel,
+        line,
+        places_of(at_once, pools, int(slot) if slot.isdecimal() else 0),
         starter=starter,
         environments=Environments(dict(os.environb), environ.get(wire.ENV_LISTENERS, "")),
         notifier=notifier,
-        board=Board(board),
+        board=Board(environ.get(wire.ENV_SCOREBOARD, "")),
         word_every_s=int(usec) / 2_000_000 if usec.isdecimal() else 0.0,
     )
     notifier.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}")
@@ -98,8 +105,9 @@ def number(values: dict[str, str], option: str, default: int) -> int:
     return int(text)
 
 
-def inherited(text: str) -> int:
-    """Return a descriptor's number, and keep it from the programs; -1 where there is none."""
+def inherited(environ: Mapping[str, str], name: str) -> int:
+    """Return the descriptor that a variable names, and keep it from the programs; -1: none."""
+    text = environ.get(name, "").partition(":")[0]
     if not text.isdecimal():
         return -1
     os.set_inheritable(int(text), False)

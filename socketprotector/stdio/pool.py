@@ -33,6 +33,8 @@ _LOOK_S = 0.05
 _STATUS_S = 1.0
 _NEVER = float("inf")
 _EVENTS = select.EPOLLIN
+#: What passes, so that we do not end for it (ENOSPC: fs.epoll.max_user_watches).
+_NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 # Room for one descriptor, and not for a second one that nobody would look for.
 _CONTROL_BYTES = socket.CMSG_LEN(4)
@@ -119,6 +121,12 @@ class Pool:
                 message = self._channel.recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)
             except BlockingIOError:
                 break
+            except OSError as error:
+                if error.errno not in _NO_MEMORY:
+                    raise
+                full = True
+                self._look_soon()
+                break
             self._came(*message)
         self._may_take()
         self._listen(self._taking and not self._hand and not full)
@@ -136,7 +144,10 @@ class Pool:
             _HEADER(data) if len(data) == _HEADER_BYTES else (0, 0, 0, 0, 0)
         )
         if (version, kind) != (wire.VERSION, wire.KIND_CONNECTION):
-            say(f"cannot serve a message of version {version}, kind {kind}: its connection is closed")
+            say(
+                f"cannot serve a message of version {version}, kind {kind}: "
+                "its connection is closed"
+            )
             os.close(fd)
             return
         self._board.took(accepted_at_ns)
@@ -158,14 +169,16 @@ class Pool:
             return
         os.close(fd)
         self._hand = None
+        pidfd = -1
         try:
             pidfd = os.pidfd_open(pid)
-        except OSError:
-            self._blind.append(pid)
-            self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
-        else:
-            self._running[pidfd] = pid
             self._epoll.register(pidfd, _EVENTS)
+            self._running[pidfd] = pid
+        except OSError:
+            if pidfd >= 0:
+                os.close(pidfd)
+            self._blind.append(pid)
+            self._look_soon()
         if self._trouble:
             say(f"starts {self._starter.path} again")
             self._trouble, self._wait_s, self._try_at = 0, FIRST_WAIT_S, _NEVER
@@ -196,14 +209,20 @@ class Pool:
                         f"no descriptor left at {len(self._running)} programs of {self._places}: "
                         "connections wait; raise the limit (--limit-nofile), or lower --workers"
                     )
-                self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
+                self._look_soon()
                 return False
         return True
 
     def _listen(self, wanted: bool) -> None:
         """Wait for connections, or do not: what nobody may take would keep us awake."""
         if wanted and not self._listening:
-            self._epoll.register(self._channel.fileno(), _EVENTS)
+            try:
+                self._epoll.register(self._channel.fileno(), _EVENTS)
+            except OSError as error:
+                if error.errno not in _NO_MEMORY:
+                    raise
+                self._look_soon()
+                wanted = False
         elif self._listening and not wanted:
             self._epoll.unregister(self._channel.fileno())
         self._listening = wanted
@@ -256,6 +275,9 @@ class Pool:
                 self._start()
         if self._taking and not self._hand and not self._listening:
             self._take()
+
+    def _look_soon(self) -> None:
+        self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
 
     def _look(self, now: float) -> None:
         """See which of those have ended whose end nothing tells."""

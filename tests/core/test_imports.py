@@ -15,6 +15,7 @@ DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"
 CTL = DAEMON / "ctl"
 EXPORTER = DAEMON / "exporter"
+STDIO = DAEMON / "stdio"
 #: Its modules that other programs use, too.
 CTL_BARE = ("client", "failure", "find", "session", "survey")
 
@@ -56,7 +57,18 @@ LAYERS = {
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
-        *{"channel", "door", "envfile", "folder", "guard", "listener", "log", "logfile", "loop"},
+        *{
+            "channel",
+            "door",
+            "envfile",
+            "executable",
+            "folder",
+            "guard",
+            "listener",
+            "log",
+            "logfile",
+            "loop",
+        },
         *{"notify", "pidfile", "privileges", "process", "program", "relay", "state", "strays"},
         *{"readiness", "terminal", "watch"},
     },
@@ -146,14 +158,17 @@ def test_imports_between_the_daemons_modules_go_downward(module: str) -> None:
 
 def test_the_daemon_is_flat() -> None:
     """The other tests here look at the modules of one folder."""
-    assert {path.parent.name for path in DAEMON.glob("*/*.py")} <= {CTL.name, EXPORTER.name}
+    assert {path.parent.name for path in DAEMON.glob("*/*.py")} <= {
+        *(CTL.name, EXPORTER.name, STDIO.name)
+    }
 
 
 @pytest.mark.parametrize("module", modules_of(DAEMON))
-def test_no_module_of_the_daemon_knows_socketprotectorctl(module: str) -> None:
+def test_no_module_of_the_daemon_knows_the_programs_beside_it(module: str) -> None:
     names = {name for _, name in imports_of(DAEMON / f"{module}.py")}
 
-    assert not {name for name in names if {CTL.name, EXPORTER.name} & set(name.split("."))}
+    others = {CTL.name, EXPORTER.name, STDIO.name}
+    assert not {name for name in names if others & set(name.split("."))}
 
 
 @pytest.mark.parametrize("module", modules_of(EXPORTER))
@@ -176,6 +191,17 @@ def test_socketprotectorctl_knows_little_of_the_daemon(module: str) -> None:
 
     assert taken <= {"__version__", "control_path", "errors", "words", "options"}
     assert "socketprotector" not in strangers(CTL / f"{module}.py")
+
+
+@pytest.mark.parametrize("module", modules_of(STDIO))
+def test_the_pool_takes_of_the_daemon_what_finds_a_program(module: str) -> None:
+    taken = {name for level, name in imports_of(STDIO / f"{module}.py") if level == 2}
+
+    assert {name.partition(".")[0] for name in taken} <= {"executable"}
+    assert strangers(STDIO / f"{module}.py") <= {
+        *sys.stdlib_module_names,
+        "socketprotector_client",
+    }
 
 
 @pytest.mark.parametrize("module", CTL_BARE)
@@ -240,3 +266,15 @@ def test_nothing_heavy_reaches_the_resident_process() -> None:
     assert "socketprotector.supervisor" in loaded
     heavy = {name.partition(".")[0] for name in loaded} & HEAVY
     assert not heavy
+
+
+def test_the_pool_stays_small() -> None:
+    code = "import sys, socketprotector.stdio.pool, socketprotector.stdio.__main__; "
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(CLIENT.parent)]!r}; "
+    command = [sys.executable, "-I", "-S", "-c", path + code + "print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "socketprotector.stdio.pool" in loaded
+    # 1 MB each; the modules of C below the last two are enough.
+    own = HEAVY | {"collections", "dataclasses", "enum", "re", "signal", "socket"}
+    assert not {name.partition(".")[0] for name in loaded} & own

@@ -1,0 +1,236 @@
+"""Reload, stop, retire, TERM: programs finish, and whoever comes is served."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from tests.client.protector import Protector as Given
+from tests.running import Protector, eventually, parent_of, wait_gone
+from tests.scenarios.tools import Release
+from tests.stdio.pools import ANSWERS, TALKS, Caller, pool, refusing
+
+Start = Callable[..., Protector]
+#: Does not end when it is asked to; ends with its client.
+STUBBORN = "trap '' TERM; echo $$; while read line; do echo $line; done"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Release:
+    """What a deploy replaces."""
+    made = Release(tmp_path / "program")
+    made.write("#!/bin/sh\necho old; exec cat\n")
+    return made
+
+
+def test_a_reload_lets_running_programs_finish(protector: Start, program: Release) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(2, program.path)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as before:
+        assert before.hear() == "old"
+        program.write("#!/bin/sh\necho new; exec cat\n")
+
+        daemon.reload()
+
+        with Caller(("127.0.0.1", daemon.port)) as after:
+            assert after.hear() == "new"
+        assert before.ask("still there") == "still there"
+    daemon.log.wait_for("event=drained generation=1")
+    daemon.stop()
+
+
+def test_reloads_under_load_fail_nobody(protector: Start) -> None:
+    command = pool(6, ANSWERS, of=2, shell=True)
+    daemon = protector("--workers", "2", "127.0.0.1:0", "--", *command).ready()
+    load = Load(f"127.0.0.1:{daemon.port}", concurrency=8).start()
+
+    for _ in range(5):
+        wanted = load.snapshot().connections + 20
+        load.wait_for(lambda now: now.connections >= wanted)  # noqa: B023 (waited for here)
+        daemon.reload()
+
+    seen = load.stop()
+    assert seen.failures == ()
+    assert seen.connections == seen.begun
+    daemon.stop()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("missing", "No such file or directory"),
+        ("not executable", "not executable"),
+        ("of no known format", "neither a program nor a script"),
+        ("without its interpreter", "the interpreter in its first line is missing"),
+    ],
+)
+def test_a_reload_to_a_command_that_cannot_be_started_changes_nothing(
+    fault: str, reason: str, protector: Start, program: Release
+) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(2, program.path)).ready()
+    program.path.unlink()
+    if fault == "not executable":
+        program.write("#!/bin/sh\n", 0o644)
+    elif fault == "of no known format":
+        program.write("echo new\n")
+    elif fault == "without its interpreter":
+        program.write("#!/not/there -x\n")
+    with Caller(("127.0.0.1", daemon.port)) as waiting:
+        daemon.signal(signal.SIGHUP)
+        daemon.log.wait_for(f"cannot start .*{program.path}: .*{reason}")
+        daemon.log.wait_for("event=reload-failed .*exited with status 111")
+
+        program.path.unlink(missing_ok=True)
+        program.write("#!/bin/sh\necho old; exec cat\n")
+        assert waiting.hear() == "old"  # by the generation that never stopped serving
+    daemon.stop()
+
+
+def test_stop_lets_programs_finish_and_serves_who_waits(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+        assert first.hear()
+        mark = daemon.signal(signal.SIGTERM)
+        daemon.log.wait_for("event=stopping", after=mark)
+
+        assert first.ask("still there") == "still there"
+        first.close()
+        assert second.hear()
+        assert second.ask("me too") == "me too"
+    assert daemon.wait() == 0
+
+
+def test_a_stop_that_takes_too_long_ends_programs_by_term(protector: Start) -> None:
+    command = pool(2, "sleep 100 & echo $$; wait", shell=True)
+    daemon = protector("--stop-timeout", "0.2s", "127.0.0.1:0", "--", *command).ready()
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        pid = int(client.hear())
+
+        daemon.signal(signal.SIGTERM)
+
+        # Of the child of the program, too, which holds the connection.
+        assert client.hear() == ""
+    assert daemon.wait() == 0
+    assert wait_gone([pid]) == []
+    assert daemon.log.count("signal=KILL") == 0
+
+
+def test_what_does_not_heed_term_is_killed_with_its_pool(protector: Start) -> None:
+    times = ("--stop-timeout", "0.1s", "--kill-timeout", "0.3s")
+    daemon = protector(*times, "127.0.0.1:0", "--", *pool(2, STUBBORN, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        pid = int(client.hear())
+
+        daemon.signal(signal.SIGTERM)
+
+        assert client.hear() == ""
+    daemon.wait()
+    assert wait_gone([pid]) == []
+    assert daemon.log.count("signal=KILL") == 1
+
+
+def test_a_pool_that_retires_takes_no_more_and_finishes(given: Given) -> None:
+    worker = given.start(*pool(4, TALKS, shell=True))
+    client = given.connect()
+    assert client.read()
+
+    worker.retire()
+
+    assert client.ask("still there") == "still there"
+    late = given.connect()
+    client.close()
+    assert worker.wait() == 0
+    assert given.queued() == 1  # for the others
+    given.start(*pool(1, TALKS, shell=True))
+    assert late.read()
+
+
+def test_a_retiring_pool_leaves_nobody_waiting_beside_one_that_has_places(
+    given: Given,
+) -> None:
+    """Both wait for the channel; the one who was woken may be the one who leaves."""
+    first = given.start(*pool(1, TALKS, shell=True))
+    given.start(*pool(1, TALKS, shell=True))
+
+    for _ in range(20):
+        os.kill(first.pid, signal.SIGSTOP)
+        first.retire()
+        client = given.connect()
+        os.kill(first.pid, signal.SIGCONT)
+        assert client.read()
+        client.close()
+        assert first.wait() == 0
+        first = given.start(*pool(1, TALKS, shell=True))
+
+
+def test_a_pool_that_is_killed_is_replaced_and_its_programs_go_on(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as before:
+        pid = int(before.hear())
+        with Caller(("127.0.0.1", daemon.port)) as waiting:  # in the queue
+            os.kill(parent_of(pid), signal.SIGKILL)
+
+            assert waiting.hear()
+            assert before.ask("still there") == "still there"
+    assert wait_gone([pid]) == []
+    daemon.stop()
+
+
+def test_a_program_that_is_killed_frees_its_place(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+        os.kill(int(first.hear()), signal.SIGKILL)
+
+        assert first.hear() == ""
+        assert second.hear()
+    daemon.stop()
+
+
+def test_what_goes_to_the_background_frees_its_place_and_keeps_its_connection(
+    protector: Start, tmp_path: Path
+) -> None:
+    command = "exec 3<&0; sh -c 'echo $$; exec cat' <&3 & exit 0"
+    daemon = protector("127.0.0.1:0", "--", *pool(1, command, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+        pids = [int(first.hear()), int(second.hear())]
+
+        assert first.ask("still there") == "still there"
+        assert second.ask("me too") == "me too"
+    assert wait_gone(pids) == []
+    daemon.stop()
+
+
+def test_term_is_heeded_while_a_connection_waits_for_its_program(
+    given: Given, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    worker = given.start(*refusing(full, errno.EAGAIN, 1, "cat"))
+    client = given.connect()
+    eventually(lambda: full.read_text() != "", "a try")
+
+    worker.term()
+
+    assert worker.wait() == 0
+    assert client.read() == ""
+    assert "a connection was closed" in given.log.read_text()
+
+
+def test_a_drain_waits_for_the_connection_in_hand(given: Given, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    worker = given.start(*refusing(full, errno.ENOMEM, 1, "cat"))
+    client = given.connect()
+    eventually(lambda: full.read_text() != "", "a try")
+
+    given.end_channel()
+    full.unlink()
+
+    assert client.ask("hello") == "hello"
+    client.close()
+    assert worker.wait() == 0

@@ -1,0 +1,202 @@
+"""What the system refuses: a connection that was taken waits, and is served."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.client.protector import Protector as Given
+from tests.running import Protector, eventually
+from tests.scenarios.tools import Release
+from tests.stdio.pools import PROGRAMS, TALKS, Caller, pool, refusing
+
+Start = Callable[..., Protector]
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM, errno.ETXTBSY, errno.EMFILE])
+def test_a_connection_waits_until_its_program_can_be_started(
+    number: int, given: Given, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    full.touch()
+    given.start(*refusing(full, number, 4, "cat"))
+    clients = [given.connect() for _ in range(3)]
+    eventually(lambda: full.read_text().count("\n") >= 3, "tries")
+    assert given.queued() == 2  # nobody else is taken meanwhile
+
+    full.unlink()
+
+    assert [client.ask("hello") for client in clients] == ["hello"] * 3
+    said = given.log.read_text()
+    assert said.count("cannot start") == 1
+    assert said.count("again") == 2  # that it will be tried, and that it is done
+
+
+def test_a_program_that_ends_makes_room_for_the_one_that_waits(
+    given: Given, tmp_path: Path
+) -> None:
+    full = tmp_path / "full"
+    given.start(*refusing(full, errno.EAGAIN, 4, "cat"))
+    first = given.connect()
+    assert first.ask("hello") == "hello"
+    full.touch()
+    second = given.connect()
+    eventually(lambda: full.read_text().count("\n") >= 1, "a try")
+    full.unlink()
+
+    first.close()
+
+    assert second.ask("hello") == "hello"
+
+
+def test_a_program_that_a_deploy_took_away_is_waited_for(protector: Start, tmp_path: Path) -> None:
+    program = Release(tmp_path / "program")
+    program.write("#!/bin/sh\nexec cat\n")
+    daemon = protector("127.0.0.1:0", "--", *pool(4, program.path)).ready()
+    program.path.rename(tmp_path / "aside")
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        client.say("hello")
+        daemon.log.wait_for(f"cannot start {program.path}: No such file or directory")
+        (tmp_path / "aside").rename(program.path)
+
+        assert client.hear() == "hello"
+    daemon.log.wait_for(f"starts {program.path} again")
+    assert daemon.log.count("cannot start") == 1
+    daemon.stop()
+
+
+def test_as_many_programs_run_as_there_are_descriptors_for(given: Given) -> None:
+    """MSG_CTRUNC would mean that a connection was lost."""
+    given.start(*pool(30, TALKS, shell=True), nofile=20)
+    clients = [given.connect() for _ in range(30)]
+    eventually(lambda: "no descriptor left" in given.log.read_text(), "the limit")
+    assert given.queued() > 0
+
+    for client in clients:
+        assert client.read()
+        client.close()
+
+    assert given.log.read_text().count("no descriptor left") == 1
+    assert "was lost" not in given.log.read_text()
+
+
+def test_the_end_of_a_program_without_a_pidfd_is_seen(given: Given) -> None:
+    worker = given.start(sys.executable, PROGRAMS / "no_pidfd.py", *pool(1, TALKS, shell=True)[4:])
+    first, second = given.connect(), given.connect()
+    assert first.read()
+    first.close()
+
+    assert second.read()
+    second.close()
+
+    given.end_channel()
+    assert worker.wait() == 0
+
+
+def test_what_is_no_connection_is_closed_and_said(given: Given) -> None:
+    given.start(*pool(1, "cat"))
+    other = given.connect_only()
+    given.hand_off(version=9)
+    kind = given.connect_only()
+    given.hand_off(kind=2)
+    with Path("/dev/null").open() as file:
+        given.send(file.fileno())
+    client = given.connect()
+
+    assert client.ask("hello") == "hello"
+    assert other.read() == ""
+    assert kind.read() == ""
+    said = given.log.read_text()
+    assert "version 9, kind 1" in said
+    assert "version 1, kind 2" in said
+
+
+def test_an_unknown_listener_is_no_reason_not_to_serve(given: Given) -> None:
+    given.start(*pool(1, "cat"))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        given.send(theirs.fileno(), 7)
+        theirs.close()
+        ours.sendall(b"hello\n")
+
+        ours.settimeout(30)
+        assert ours.recv(100) == b"hello\n"
+
+
+def test_a_pool_that_waits_sleeps(given: Given) -> None:
+    """Also with all places taken and more connections waiting."""
+    worker = given.start(*pool(1, TALKS, shell=True))
+    first, second = given.connect(), given.connect()
+    assert first.read()
+    given.notify.settimeout(30)
+    while not given.notify.recv(4096).startswith(b"STATUS=1 of 1"):
+        pass
+
+    def asleep() -> bool:
+        status = Path(f"/proc/{worker.pid}/syscall").read_text().split()
+        return status[0] != "running"
+
+    eventually(asleep, "asleep")
+    before = Path(f"/proc/{worker.pid}/status").read_text()
+    assert given.queued() == 1
+    first.close()
+    assert second.read()
+    assert "voluntary_ctxt_switches" in before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "no COMMAND after --"),
+        (("--at-once", "4"), "no COMMAND after --"),
+        (("--at-once", "4", "--"), "no COMMAND after --"),
+        (("--at-once", "none", "--", "cat"), "--at-once none: a number from 1 on"),
+        (("--at-once", "0", "--", "cat"), "--at-once 0: a number from 1 on"),
+        (("--", "cat"), "--at-once 0: a number from 1 on"),
+        (("--at-once", "--", "cat"), "no value: --at-once"),
+        (("--at-once", "2", "--of", "3", "--", "cat"), "each pool needs a place"),
+        (("--at-once", "2", "--max", "3", "--", "cat"), "unknown option, or no value: --max"),
+        (("--at-once", "2", "--shell", "--", "echo", "a"), "put it in quotes"),
+    ],
+)
+def test_a_wrong_call_is_answered_in_a_line(
+    options: tuple[str, ...], said: str, given: Given
+) -> None:
+    worker = given.spawn(sys.executable, "-I", "-m", "socketprotector.stdio", *options)
+
+    assert worker.wait() == 2
+    text = given.log.read_text()
+    assert said in text
+    assert text.count("\n") == 1
+
+
+def test_by_hand_it_says_who_starts_it(given: Given) -> None:
+    worker = given.spawn(*pool(4, "cat"), alone=True)
+
+    assert worker.wait() == 2
+    assert "SocketProtector --handoff stdio" in given.log.read_text()
+
+
+def test_a_missing_command_is_answered_in_a_line(given: Given) -> None:
+    worker = given.spawn(*pool(4, "not-there"))
+
+    assert worker.wait() == 111
+    text = given.log.read_text()
+    assert text == "socketprotector-stdio: cannot start not-there: not found in PATH\n"
+
+
+def test_an_interrupt_ends_it_without_a_trace(given: Given) -> None:
+    worker = given.start(*pool(4, "cat"))
+
+    os.kill(worker.pid, signal.SIGINT)
+
+    assert worker.wait() == -signal.SIGINT
+    assert not given.log.exists() or given.log.read_text() == ""

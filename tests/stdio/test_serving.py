@@ -1,0 +1,298 @@
+"""A program for each connection: what it has, how many there are, when the next one is started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from socketprotector.ctl.client import Client
+from tests.client.protector import Protector as Given
+from tests.running import Protector, eventually
+from tests.stdio.pools import TALKS, Caller, pool, told
+
+Start = Callable[..., Protector]
+#: How many programs its pool has, itself among them; then it waits for its client's end.
+COUNTS = "set -- $(cat /proc/$PPID/task/$PPID/children); echo $#; read line"
+#: The masks of signals that are blocked and ignored.
+SIGNALS = "grep -E 'Sig(Blk|Ign)' /proc/self/status"
+
+
+def test_cat_is_an_echo_server(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(4, "cat")).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        assert client.ask("hello") == "hello"
+        assert client.rest() == []  # the end of file came as soon as the program had ended
+    daemon.stop()
+
+
+def test_more_than_so_many_never_run_at_once(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(3, COUNTS, shell=True)).ready()
+    clients = [Caller(("127.0.0.1", daemon.port)) for _ in range(12)]
+
+    seen = []
+    for client in clients:
+        seen.append(int(client.hear()))
+        client.close()
+
+    assert max(seen) == 3
+    daemon.stop()
+
+
+def test_who_waits_is_served_the_moment_a_program_ends(given: Given) -> None:
+    given.start(*pool(2, TALKS, shell=True))
+    first, second = given.connect(), given.connect()
+    assert first.read()
+    assert second.read()
+    third = given.connect()
+    assert given.queued() == 1
+
+    second.close()
+
+    assert third.read()
+    assert first.ask("still there") == "still there"
+
+
+@pytest.mark.parametrize(("at_once", "of"), [(5, 2), (4, 4), (3, 2)])
+def test_the_pools_of_a_generation_share_the_places(
+    at_once: int, of: int, protector: Start
+) -> None:
+    command = pool(at_once, "echo $PPID; read line", of=of, shell=True)
+    daemon = protector("--workers", str(of), "127.0.0.1:0", "--", *command).ready()
+    clients = [Caller(("127.0.0.1", daemon.port)) for _ in range(at_once)]
+
+    owners = [client.hear() for client in clients]  # all have one, at the same time
+
+    counts = sorted(owners.count(owner) for owner in set(owners))
+    assert counts == sorted(at_once // of + (slot < at_once % of) for slot in range(of))
+    for client in clients:
+        client.close()
+    daemon.stop()
+
+
+def test_a_pool_that_is_added_brings_a_place(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
+    with Caller(("127.0.0.1", daemon.port)) as first:
+        assert first.hear()
+        mark = daemon.signal(signal.SIGTTIN)
+        daemon.log.wait_for("event=worker-ready", after=mark)
+
+        with Caller(("127.0.0.1", daemon.port)) as second:
+            assert second.hear()
+    daemon.stop()
+
+
+def test_a_program_has_three_descriptors_and_nothing_else(protector: Start) -> None:
+    # Not the one that it needs for looking.
+    shown = (
+        "import os; d = '/proc/self/fd/'; "
+        "print(*[n + ' ' + os.readlink(d + n) for n in os.listdir(d) if os.path.exists(d + n)],"
+        " sep='\\n')"
+    )
+    daemon = protector("127.0.0.1:0", "--", *pool(4, sys.executable, "-S", "-c", shown)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        lines = [line.split() for line in client.rest()]
+
+    assert [number for number, _ in lines] == ["0", "1", "2"]
+    assert lines[0][1] == lines[1][1]
+    assert lines[0][1].startswith("socket:")
+    assert not lines[2][1].startswith("socket:")
+    daemon.stop()
+
+
+def test_what_a_program_says_on_stderr_is_in_the_log(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(4, "echo careful >&2", shell=True)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        assert client.rest() == []
+
+    daemon.log.wait_for("^careful$")
+    daemon.stop()
+
+
+def test_a_program_begins_with_no_signal_blocked_or_ignored(protector: Start) -> None:
+    daemon = protector("127.0.0.1:0", "--", *pool(4, SIGNALS, shell=True)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        blocked, ignored = (int(line.split()[1], 16) for line in client.rest())
+
+    assert blocked == 0
+    # 32 and 33 are the C library's own: its posix_spawn ignores them, its threads set them.
+    assert ignored & ~(1 << 31 | 1 << 32) == 0
+    daemon.stop()
+
+
+def test_its_connection_blocks(protector: Start) -> None:
+    flags = "import fcntl, os; print(fcntl.fcntl(0, fcntl.F_GETFL) & os.O_NONBLOCK)"
+    daemon = protector("127.0.0.1:0", "--", *pool(4, sys.executable, "-S", "-c", flags)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        assert client.rest() == ["0"]
+    daemon.stop()
+
+
+@pytest.mark.parametrize(("host", "proto"), [("127.0.0.1", "TCP"), ("::1", "TCP6")])
+def test_the_environment_says_who_speaks(host: str, proto: str, protector: Start) -> None:
+    listen = f"[{host}]:0" if ":" in host else f"{host}:0"
+    daemon = protector(
+        listen,
+        "--",
+        *pool(4, "env"),
+        TCPREMOTEHOST="somebody.else",
+        REMOTE_HOST="somebody.else",
+        KEPT="this",
+    ).ready()
+
+    with Caller((host, daemon.port)) as client:
+        port = str(client.socket.getsockname()[1])
+        found = told(client.rest())
+
+    common = {"PROTO": proto, "REMOTE_ADDR": host, "REMOTE_PORT": port}
+    for prefix in ("TCP", "TCP6") if proto == "TCP6" else ("TCP",):
+        common |= {
+            f"{prefix}LOCALIP": host,
+            f"{prefix}LOCALPORT": str(daemon.port),
+            f"{prefix}REMOTEIP": host,
+            f"{prefix}REMOTEPORT": port,
+        }
+    of_connection = ("PROTO", "TCP", "REMOTE_", "UNIX")
+    assert {name: v for name, v in found.items() if name.startswith(of_connection)} == common
+    private = ("SOCKETPROTECTOR_", "NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_")
+    assert not [name for name in found if name.startswith(private)]
+    assert found["KEPT"] == "this"
+    daemon.stop()
+
+
+def test_an_address_of_the_machine_is_told_where_all_are_listened_on(protector: Start) -> None:
+    daemon = protector("0.0.0.0:0", "--", *pool(4, "env")).ready()
+
+    with Caller(("127.0.0.2", daemon.port)) as client:
+        found = told(client.rest())
+
+    assert found["TCPLOCALIP"] == "127.0.0.2"
+    daemon.stop()
+
+
+@pytest.mark.parametrize("bound", ["", "/client", "@client"])
+def test_the_environment_says_who_speaks_over_a_unix_socket(
+    bound: str, protector: Start, tmp_path: Path
+) -> None:
+    path = tmp_path / "a b%.sock"
+    daemon = protector(f"unix:{path}", "--", *pool(4, "env")).ready()
+    source = {"/": f"{tmp_path}/client", "@": f"\0{tmp_path}"}.get(bound[:1])
+
+    with Caller(str(path), source) as client:
+        found = told(client.rest())
+
+    expected = {
+        "PROTO": "UNIX",
+        "UNIXLOCALPATH": str(path),
+        "UNIXLOCALUID": str(os.getuid()),
+        "UNIXLOCALGID": str(os.getgid()),
+        "UNIXREMOTEEUID": str(os.getuid()),
+        "UNIXREMOTEEGID": str(os.getgid()),
+        "UNIXREMOTEPID": str(os.getpid()),
+    }
+    if source is not None:
+        name = source.replace("\0", "@")
+        expected |= {"UNIXREMOTEPATH": name, "REMOTE_ADDR": name}
+    of_connection = ("PROTO", "TCP", "REMOTE_", "UNIX")
+    assert {name: v for name, v in found.items() if name.startswith(of_connection)} == expected
+    daemon.stop()
+
+
+def test_a_command_of_the_shell_is_run_by_it(protector: Start) -> None:
+    command = "read a b; echo $((a + b)) | tr 0-9 a-j"
+    daemon = protector("127.0.0.1:0", "--", *pool(4, command, shell=True)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        assert client.ask("20 5") == "cf"
+    daemon.stop()
+
+
+def test_a_program_that_wants_systemds_variables_gets_them_from_the_shell(
+    protector: Start,
+) -> None:
+    """The line in docs/stdio.md."""
+    command = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=connection; exec env 3<&0"
+    daemon = protector("127.0.0.1:0", "--", *pool(4, command, shell=True)).ready()
+
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        found = told(client.rest())
+
+    assert found["LISTEN_FDS"] == "1"
+    assert found["LISTEN_PID"].isdecimal()
+    daemon.stop()
+
+
+def test_a_client_that_has_gone_before_its_turn_costs_no_program(
+    given: Given, tmp_path: Path
+) -> None:
+    begun = tmp_path / "begun"
+    given.start(*pool(1, f"echo >>{begun}; {TALKS}", shell=True))
+    first = given.connect()
+    assert first.read()
+    gone, late = given.connect(), given.connect()
+    gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    gone.close()  # by a reset
+
+    first.close()
+
+    assert late.read()
+    assert begun.read_text().count("\n") == 2
+
+
+def test_status_counts_programs_as_connections(protector: Start, tmp_path: Path) -> None:
+    place = tmp_path / "control"
+    command = pool(4, "read status; exit $status", shell=True)
+    daemon = protector("--control", place, "127.0.0.1:0", "--", *command).ready()
+
+    with Caller(("127.0.0.1", daemon.port)), Caller(("127.0.0.1", daemon.port)) as failing:
+        failing.say("3")
+        assert failing.hear() == ""
+
+        def counted() -> bool:
+            with Client(str(place)) as line:
+                (generation,) = line.request("status")["generations"]
+            (worker,) = generation["workers"]
+            return (worker["accepted"], worker["active"], worker["errors"]) == (2, 1, 1)
+
+        eventually(counted, "one that runs, one that has failed")
+    daemon.stop()
+
+
+def test_it_says_how_many_run(given: Given) -> None:
+    worker = given.start(*pool(4, TALKS, shell=True))
+    with_answer = given.connect()
+    assert with_answer.read()
+
+    def said() -> bool:
+        return b"STATUS=1 of 4 programs run" in given.notify.recv(4096)
+
+    given.notify.settimeout(30)
+    eventually(said, "its status")
+    given.end_channel()
+    with_answer.close()
+    assert worker.wait() == 0
+
+
+def test_it_says_that_it_is_alive_if_asked(given: Given) -> None:
+    worker = given.start(*pool(4, TALKS, shell=True), env={"WATCHDOG_USEC": "20000"})
+    client = given.connect()
+    assert client.read()
+    given.end_channel()  # also while it only waits for its programs
+    given.notify.settimeout(30)
+
+    heard = 0
+    while heard < 3:
+        heard += given.notify.recv(4096) == b"WATCHDOG=1"
+
+    client.close()
+    assert worker.wait() == 0

@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "client_lib" / "c" / "examples"
 SOURCES = {
     "echo_blocking": EXAMPLES / "echo_blocking.c",
     "echo_epoll": EXAMPLES / "echo_epoll.c",
+    "original": ROOT / "tests" / "legacy" / "original.c",
     "probe": Path(__file__).parent / "probe.c",
 }
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic")

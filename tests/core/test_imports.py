@@ -57,20 +57,9 @@ LAYERS = {
     "core": {"lifecycle", "reload", "workers", "stop", "step"},
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
-        *{
-            "channel",
-            "door",
-            "envfile",
-            "executable",
-            "folder",
-            "guard",
-            "listener",
-            "log",
-            "logfile",
-            "loop",
-        },
-        *{"notify", "pidfile", "privileges", "process", "program", "relay", "state", "strays"},
-        *{"readiness", "terminal", "watch"},
+        *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
+        *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "process", "program"},
+        *{"readiness", "relay", "state", "strays", "terminal", "watch"},
     },
     "values": {
         *{

@@ -18,9 +18,10 @@ EXAMPLES = ROOT / "client_lib" / "c" / "examples"
 SOURCES = {
     "echo_blocking": EXAMPLES / "echo_blocking.c",
     "echo_epoll": EXAMPLES / "echo_epoll.c",
-    "original": ROOT / "tests" / "legacy" / "original.c",
     "probe": Path(__file__).parent / "probe.c",
 }
+#: Those that have nothing to do with the client for C.
+OTHERS = {"original": ROOT / "tests" / "legacy" / "original.c"}
 STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic")
 #: Any fault, leaks included, ends the program with a status that is not 0.
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -66,10 +67,11 @@ def compiled(folder: Path, name: str, *flags: str) -> Path:
     """Return the program, compiled as C99 by gcc if it is not there yet."""
     gcc = installed("gcc")
     with alone_in(folder):
+        source = {**SOURCES, **OTHERS}[name]
         binary = folder / "-".join([name, *(flag.strip("-").replace("=", "-") for flag in flags)])
         if not binary.exists():
             new = binary.with_suffix(".new")
-            command: list[str | Path] = [gcc, "-std=c99", *STRICT, *flags, "-o", new, SOURCES[name]]
+            command: list[str | Path] = [gcc, "-std=c99", *STRICT, *flags, "-o", new, source]
             subprocess.run(command, check=True)
             new.rename(binary)
     return binary

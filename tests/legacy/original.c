@@ -25,6 +25,7 @@
 #include <string.h>
 #include <sys/select.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -39,6 +40,13 @@ static void on_signal(int number)
         told = 1;
     else
         terminated = 1;
+}
+
+/* Not pause(): a signal right before it would not be seen. */
+static void nap(void)
+{
+    struct timeval one = {0, 2000};
+    select(0, NULL, NULL, NULL, &one);
 }
 
 static const char *word(int argc, char **argv, const char *name)
@@ -185,26 +193,26 @@ int main(int argc, char **argv)
         setsid();
     if (word(argc, argv, "grandchild") && (fd = fork()) != 0)
         while (!terminated)
-            pause();
+            nap();
     if (word(argc, argv, "orphan") && fork())
         while (!terminated)
-            pause();
+            nap();
     if (word(argc, argv, "orphan")) {
         pid_t middle = getpid();
         if (fork())
             _exit(0);
         while (getppid() == middle)
-            usleep(1000);
+            nap();
     }
     while (word(argc, argv, "never") && !terminated)
-        pause();
+        nap();
     if (terminated)
         return 0;
     for (port = strtok(argv[1], ","); port && count < MOST; port = strtok(NULL, ","))
         streams[count++] = connected(atoi(port));
     printf("connected %d\n", (int)getpid());
     while (word(argc, argv, "stuck") && !told && !terminated)
-        pause();
+        nap();
     while ((fd = next()) >= 0) {
         serve(fd);
         if ((value = word(argc, argv, "leaves")) != NULL)
@@ -214,7 +222,7 @@ int main(int argc, char **argv)
                 close(streams[i]);
             printf("closed\n");
             while (!terminated)
-                pause();
+                nap();
         }
     }
     printf("ended %d\n", (int)getpid());

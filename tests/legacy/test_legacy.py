@@ -1,0 +1,258 @@
+"""Daemons that were built for the original, under the real protector."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from bench.load import Load
+from bench.seen import Snapshot
+from tests.legacy.conftest import ADAPTER, is_root, padded
+from tests.running import ROOT, Protector, ask, eventually, parent_of, wait_gone
+from tests.scenarios.test_activation import Giver
+from tests.scenarios.tools import Client, Release, pid_in, spawned
+
+Start = Callable[..., Protector]
+#: Sent to the daemon and not read by it.
+MOST_UNREAD = 2
+
+
+@pytest.fixture
+def giver(marked_environment: dict[str, str]) -> Iterator[Giver]:
+    made = Giver(marked_environment)
+    yield made
+    made.close()
+
+
+class Service:
+    """A protector with the original's daemon; its port is known beforehand, as the daemon's is."""
+
+    def __init__(self, giver: Giver, program: Path) -> None:
+        self.giver = giver
+        self.program = str(program)
+        self.port = giver.tcp("web")
+        self.address = ("127.0.0.1", self.port)
+
+    def start(
+        self,
+        *options: str,
+        command: tuple[str, ...] = (),
+        adapter: tuple[str, ...] = ADAPTER,
+    ) -> Protector:
+        command = command or (self.program, str(self.port))
+        return self.giver.start(*options, "fd:web", "--", *adapter, *command).ready()
+
+
+@pytest.fixture
+def service(giver: Giver, original: Path) -> Service:
+    return Service(giver, original)
+
+
+def test_a_reload_under_load_fails_nothing(service: Service) -> None:
+    daemon = service.start("--workers", "2")
+
+    with Load(f"127.0.0.1:{service.port}", concurrency=8, until_eof=True) as load:
+        for _ in range(3):
+            before = set(connected(daemon))
+            daemon.reload()
+            load.wait_for(partial(answered_by_others, before))
+
+    assert load.snapshot().failures == ()
+    daemon.stop()
+    ended = [line for line in daemon.log.seen if "event=exited" in line]
+    assert len(ended) == len(spawned(daemon)) == 8
+    assert not [line for line in ended if "exited with status 0" not in line]
+    assert daemon.log.count(r" (warning|error) |socketprotector\.legacy:") == 0
+
+
+def connected(daemon: Protector) -> list[int]:
+    """The daemons that have connected, in order."""
+    return [
+        int(found[1])
+        for line in list(daemon.out.seen)
+        if (found := re.match(r"connected (\d+)", line))
+    ]
+
+
+def answered_by_others(pids: set[int], now: Snapshot) -> bool:
+    return bool(set(now.pids) - pids)
+
+
+def test_at_a_reload_the_old_answers_what_it_was_sent_and_the_new_the_rest(
+    service: Service,
+) -> None:
+    daemon = service.start()
+    with Client(service.address) as first:
+        old = pid_in(first.ask())
+        waiting = [Client(service.address, "hello") for _ in range(10)]
+        eventually(lambda: in_backlog_of(service.giver) == 0, "all are accepted")
+
+        daemon.reload()
+        new = set()
+        for each in waiting[MOST_UNREAD:]:
+            new.add(pid_in(each.hear()))
+            each.close()
+        assert pid_in(first.ask()) == old
+
+    answers = []
+    for each in waiting[:MOST_UNREAD]:
+        answers.append(pid_in(each.hear()))
+        each.close()
+    assert answers == [old] * MOST_UNREAD
+    assert new == {connected(daemon)[-1]} != {old}
+    daemon.log.wait_for("event=drained generation=1")
+
+
+def in_backlog_of(giver: Giver) -> int:
+    """How many connections nobody has accepted (tcpi_unacked of a listener, tcp(7))."""
+    info = giver.given[0][1].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
+    return int.from_bytes(info[24:28], "little")
+
+
+def test_a_daemon_that_is_killed_loses_what_it_was_sent_and_no_more(service: Service) -> None:
+    daemon = service.start()
+    with Client(service.address) as first:
+        old = pid_in(first.ask())
+        waiting = [Client(service.address, "hello") for _ in range(10)]
+        eventually(lambda: in_backlog_of(service.giver) == 0, "all are accepted")
+
+        os.kill(old, signal.SIGKILL)
+
+        answers = []
+        for each in waiting:
+            try:
+                answers.append(each.hear())
+            except ConnectionResetError:
+                answers.append("")
+            each.close()
+
+    assert answers.count("") <= MOST_UNREAD
+    new = connected(daemon)[-1]
+    assert [each for each in answers if each] == [f"[{new}] hello"] * (10 - answers.count(""))
+    daemon.log.wait_for("event=exited generation=1 worker=1 how=.*killed by SIGKILL")
+
+
+def test_a_daemon_that_ends_before_it_connects_fails_the_reload_alone(
+    service: Service, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(service.program, str(service.port))
+    daemon = service.start(command=(str(release.path),))
+    old = pid_in(ask(service.address))
+
+    release.becomes(service.program, str(service.port), "exit=7")
+    mark = daemon.signal(signal.SIGHUP)
+
+    line = daemon.log.wait_for("event=reload-failed", after=mark)
+    assert "exited with status 7 before it was ready" in line
+    daemon.log.wait_for(
+        f"{release.path} ended before it connected to sock_srv_{service.port}", after=mark
+    )
+    assert pid_in(ask(service.address)) == old
+
+
+def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
+    service: Service, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(service.program, str(service.port))
+    daemon = service.start("--start-timeout", "2s", command=(str(release.path),))
+    old = pid_in(ask(service.address))
+
+    release.becomes(service.program, str(service.port), "never")
+    mark = daemon.signal(signal.SIGHUP)
+
+    daemon.log.wait_for("event=reload-failed .*not ready within 2 s", after=mark)
+    never = int(daemon.out.wait_for(rf"started (?!{old}\b)").split()[1])
+    assert wait_gone([never]) == []
+    assert pid_in(ask(service.address)) == old
+    release.becomes(service.program, str(service.port))
+    daemon.reload()
+    assert pid_in(ask(service.address)) not in (old, never)
+
+
+def test_one_that_hears_nothing_is_killed_with_its_worker(service: Service) -> None:
+    deaf = (service.program, str(service.port), "deaf", "stuck")
+    daemon = service.start("--stop-timeout", "10ms", "--kill-timeout", "100ms", command=deaf)
+    child = connected(daemon)[-1]
+    assert parent_of(child) == spawned(daemon)[-1]
+
+    daemon.stop()
+
+    assert wait_gone([child]) == []
+
+
+def test_a_worker_that_dies_is_replaced_while_another_generation_starts(
+    service: Service, tmp_path: Path
+) -> None:
+    """Two that start at once: the second one is started when the first has the stream."""
+    release = Release(tmp_path / "daemon")
+    release.becomes(service.program, str(service.port))
+    daemon = service.start(command=(str(release.path),))
+    old = connected(daemon)[-1]
+    os.mkfifo(tmp_path / "gate")
+    release.write(
+        f'#!/bin/sh\nread go < {tmp_path}/gate\nexec "{service.program}" {service.port}\n'
+    )
+    daemon.signal(signal.SIGHUP)
+    spawned(daemon, 2)
+    eventually(lambda: b"@sock_srv_%d@" % service.port in unix_names(), "the name is taken")
+
+    mark = len(daemon.log.seen)
+    os.kill(old, signal.SIGTERM)
+    daemon.log.wait_for("event=spawned generation=1 ", after=mark)
+    for _ in range(2):
+        with open(tmp_path / "gate", "w") as gate:
+            gate.write("go\n")
+        if daemon.log.count("event=reloaded"):
+            break
+
+    daemon.log.wait_for("event=reloaded generation=2")
+    assert pid_in(ask(service.address)) == connected(daemon)[-1]
+
+
+def unix_names() -> bytes:
+    return Path("/proc/net/unix").read_bytes()
+
+
+@pytest.fixture
+def for_everybody(original: Path) -> Iterator[Path]:
+    """The daemon where another user can execute it."""
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(shutil.copy(original, folder))
+
+
+@pytest.mark.skipif(not is_root(), reason="NOT CHECKED: only root can start it as another user")
+def test_it_works_as_another_user(giver: Giver, for_everybody: Path) -> None:
+    service = Service(giver, for_everybody)
+    path = [str(ROOT), str(ROOT / "client_lib")]
+    code = f"import sys; sys.path[:0] = {path}; from socketprotector.legacy import main; main()"
+    python = "/usr/bin/python3"
+    probe = [python, "-I", "-c", code]
+    if subprocess.run(probe, user="nobody", cwd="/", capture_output=True).returncode != 2:
+        pytest.skip("NOT CHECKED: no Python here with which nobody can run the worker")
+    daemon = service.start("--user", "nobody", adapter=(*probe, "--"))
+
+    child = pid_in(ask(service.address))
+
+    assert os.stat(f"/proc/{child}").st_uid == pwd.getpwnam("nobody").pw_uid
+    daemon.reload()
+    assert pid_in(ask(service.address)) != child
+
+
+def test_a_stranger_cannot_take_connections_from_the_one_that_serves(service: Service) -> None:
+    service.start()
+    with socket.socket(socket.AF_UNIX) as other, pytest.raises(ConnectionRefusedError):
+        other.connect(padded(service.port))

@@ -84,7 +84,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     yield from _told("ready", "text", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
         yield "ready: another check"  # there may be something secret in it
-    yield from _command(old.command, new.command)
+    yield from _command((*old.executed[:1], *old.command), (*new.executed[:1], *new.command))
     for field, (key, kind) in _POLICY.items():
         yield from _told(key, kind, getattr(old.policy, field), getattr(new.policy, field))
     for field, (key, kind) in _LIMITS.items():

@@ -343,7 +343,8 @@ class _Reading:
         umask = running.origin.umask if running else os.umask(0o022)
         if running is None:
             os.umask(umask)
-        name = given["name"] or (running.name if running else os.path.basename([*command, ""][0]))
+        called = os.path.basename("sh" if given["shell"] else [*command, ""][0])
+        name = given["name"] or (running.name if running else called)
         verbose = given["verbose"]
         mode = given["handoff"]
         ready = given["ready"] or _READY.get(mode, Ready("notify"))
@@ -430,7 +431,7 @@ def _launch(asked: Asked) -> int:
             checks.names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
-            path = asked.control or default_path(asked.name, addresses, settings.command[0])
+            path = asked.control or default_path(asked.name, addresses, settings.executed[0])
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += checks.notices(settings, asked.listens, asked.backlog)
         if asked.check or not (settings.foreground and settings.log_file is None):
@@ -447,7 +448,7 @@ def _launch(asked: Asked) -> int:
         ):
             tell(f"listening on {' '.join(addresses)}", STDOUT)
         # Nothing secret may stand there: of the options only the name is shown.
-        label = [settings.name, *addresses, "--", settings.command[0]]
+        label = [settings.name, *addresses, "--", settings.executed[0]]
         places = {f"{door.LISTENER}{index}": each for index, each in enumerate(bound)}
         return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:

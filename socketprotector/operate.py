@@ -124,7 +124,7 @@ class Operator:
             control=settings.control.address.removeprefix("unix:") if settings.control else None,
             handoff=settings.handoff,
             ready=status.of_ready(settings),
-            command=[os.path.basename(settings.command[0])],
+            command=[os.path.basename(settings.executed[0])],
             log_level=self._log.level,
             forwarded=effects.forwarder.forwarded,
             lost=effects.forwarder.lost,

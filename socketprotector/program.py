@@ -16,8 +16,13 @@ from .settings import Settings
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
 
-#: Modes in which a program of ours stands between the channel and the command.
-_ADAPTERS = (handoff.STDIO, handoff.LEGACY)
+#: Modes in which a program of ours stands between the channel and the command, and what runs it:
+#: this very package, wherever it was loaded from, and as little else as can be.
+_ADAPTERS = {handoff.STDIO: "stdio.__main__", handoff.LEGACY: "legacy"}
+_RUN = (
+    "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); "
+    "from socketprotector.{} import main; main()"
+)
 
 
 def program_of(settings: Settings) -> Program:
@@ -65,9 +70,12 @@ def program_of(settings: Settings) -> Program:
 
 def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str, ...]:
     """Return what starts the adapter that starts a command."""
-    adapter: tuple[str, ...] = (sys.executable, "-I", "-m", f"socketprotector.{settings.handoff}")
+    packages = dict.fromkeys(os.path.dirname(os.path.dirname(f)) for f in (__file__, wire.__file__))
+    run = _RUN.format(_ADAPTERS[settings.handoff])
+    adapter: tuple[str, ...] = (sys.executable, "-I", "-S", "-c", run, ":".join(packages))
     if settings.handoff == handoff.STDIO:
-        pools = ("--at-once", str(settings.workers), "--of", str(settings.processes))
-        adapter += (*pools, "--shell") if settings.shell else pools
-    command = settings.command if settings.shell else (path, *argv[1:])
-    return (*adapter, "--", *command)
+        adapter += ("--at-once", str(settings.workers), "--of", str(settings.processes))
+        adapter += ("--shell",) if settings.shell else ("--file", path)
+    elif settings.handoff == handoff.LEGACY:
+        argv = (path, *argv[1:])
+    return (*adapter, "--", *(settings.command if settings.shell else argv))

@@ -164,7 +164,8 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         if key in ("", "user", "group", "worker-user"):
             continue  # these need root, and users
         needs = {"shell": 'handoff = "stdio"\n', "drain-signal": 'handoff = "listener"\n'}
-        one = read(f'{COMMAND}listen = "1"\n{needs.get(key, "")}{line}\n')
+        command = COMMAND if key != "shell" else f'command = ["{sys.executable}"]\n'
+        one = read(f'{command}listen = "1"\n{needs.get(key, "")}{line}\n')
         same = dataclasses.replace(
             one.settings, secret=plain.settings.secret, origin=plain.settings.origin
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
+from tests.running import COMMAND, MARK, ask, eventually, free_port, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, TELLS, Start, tcp, told
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that here")
@@ -28,11 +28,6 @@ def has_ipv6() -> bool:
 
 
 needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def option(start: Start, level: int, name: int, index: int = 0) -> int:

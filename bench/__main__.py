@@ -15,7 +15,7 @@ from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.list_rows import listing
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, reloads, switch
-from bench.rows import cpu, idle, latency, rate
+from bench.rows import cpu, handed, idle, latency, rate
 from bench.stdio_rows import stdio
 from bench.survive_rows import lasting, survive, upgrade
 
@@ -35,6 +35,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "status": status,
     "control": control,
     "everything": everything,
+    "handed": handed,
     "stdio": stdio,
 }
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from bench.figures import Figure, Scale, alternately, median, ratio
@@ -103,6 +104,32 @@ def _rate(scale: Scale, client: str, *options: str) -> Figure:
 def rate(scale: Scale) -> list[Figure]:
     """Connections/s against the same worker on an inherited listener."""
     return [_rate(scale, "ordinary client", "--plain"), _rate(scale, "leanest client")]
+
+
+def handed(scale: Scale) -> list[Figure]:
+    """Connections/s and p50 of a worker that was handed the listener, against its own."""
+    figures = []
+    with (
+        protector("direct", "--handoff", "listener", "--env", "BENCH_LISTENER=3") as passed,
+        direct() as accepting,
+    ):
+        for name, at_once, seconds, what in (
+            ("per_second", 64, 3, "connections/s, C=64"),
+            ("p50_us", 1, 2, "p50 of one at a time"),
+        ):
+            run = partial(load, at_once=at_once, seconds=scale(seconds, 0.5))
+            through, straight = alternately(
+                scale.rounds(9), partial(run, passed), partial(run, accepting)
+            )
+            nothing_failed(through + straight)
+            middle, words = ratio(column(through, name), column(straight, name))
+            bound = ">= 0.97" if name == "per_second" else "<= 1.03"
+            holds = middle >= 0.97 if name == "per_second" else middle <= 1.03
+            here, there = middle_of(through, name), middle_of(straight, name)
+            notes = [f"{here:,.1f} against {there:,.1f}"]
+            title = f"--handoff listener: {what} / with a listener of its own"
+            figures.append(Figure(title, words, bound, "1.00", holds, notes))
+    return figures
 
 
 def latency(scale: Scale) -> list[Figure]:

@@ -1,0 +1,52 @@
+"""What every program here answers: who it is, at once or when a gate opens.
+
+`GET /` answers with the process's number.  `GET /PATH-OF-A-FIFO` first reads that to its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+
+def page(path: str) -> bytes:
+    """Answer a request; blocks at a gate."""
+    if path != "/":
+        with open(path, "rb") as gate:
+            gate.read()
+    return str(os.getpid()).encode()
+
+
+def answer(request: bytes, *, close: bool) -> bytes:
+    """Return the whole response to a request's head, for what speaks no HTTP."""
+    body = page(request.split()[1].decode())
+    end = b"Connection: close\r\n" if close else b""
+    return b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (end, len(body), body)
+
+
+def wants_close(request: bytes) -> bool:
+    """Whether the client will not ask again on this connection."""
+    return b"connection: close" in request.lower()
+
+
+def wsgi(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
+    """The WSGI application."""
+    body = page(environ["PATH_INFO"])
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]
+
+
+async def asgi(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[dict[str, Any]]],
+    send: Callable[[dict[str, Any]], Awaitable[None]],
+) -> None:
+    """The ASGI application."""
+    if scope["type"] == "http":
+        body = await asyncio.to_thread(page, scope["path"])
+        length = str(len(body)).encode()
+        headers = [(b"content-length", length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

@@ -7,8 +7,11 @@ the last file made from it, dropped without close, or wrapped in TLS.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
+import struct
+import termios
 import weakref
 from typing import Any, Callable, Optional
 
@@ -81,6 +84,15 @@ class OpenConnections:
         """Whether one of them may end without on_change being called."""
         return bool(self._detached)
 
+    def any_unread(self) -> bool:
+        """Whether one of them has not said anything yet, or has and nobody has read it.
+
+        For any thread; one that is closed meanwhile may be mistaken for another.
+        """
+        known = [reference() for reference in list(self._open)]
+        numbers = [one.fileno() for one in known if one is not None]
+        return any(_is_unread(fd) for fd in (*numbers, *list(self._detached)) if fd >= 0)
+
     def add(self, connection: Connection) -> None:
         connection._ledger = self
         self._open.add(weakref.ref(connection, self._collected))
@@ -110,3 +122,31 @@ class OpenConnections:
                 is_open = False
             if not is_open:
                 self._detached.pop(fd, None)
+
+
+# struct tcp_info in linux/tcp.h: tcpi_bytes_received, and room up to its end.
+_BYTES_RECEIVED_AT = 128
+_TCP_INFO_BYTES = 136
+
+
+def _is_unread(fd: int) -> bool:
+    try:
+        unread: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+        if unread:
+            return True
+        borrowed = socket.socket(fileno=fd)
+    except OSError:
+        return False  # it was closed just now
+    try:
+        if borrowed.family == socket.AF_UNIX:
+            return False  # nobody counts there
+        told = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:
+        return False  # its client is gone
+    finally:
+        borrowed.detach()
+    if len(told) < _TCP_INFO_BYTES:
+        return False
+    # An end of file counts as one byte.
+    received: int = struct.unpack_from("Q", told, _BYTES_RECEIVED_AT)[0]
+    return received == 0

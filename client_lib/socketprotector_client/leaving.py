@@ -3,6 +3,10 @@
 A server that handles SIGTERM knows how to finish: it is sent one.  Any other
 would be killed by it in the middle of its answers; for that one the
 connections handed out are counted down, and then its accept() exits.
+
+Servers that finish close the connections on which nothing is going on.  One that was taken a
+moment ago looks like that to them, too, while its first request is still on its way, or has come
+and was not read.  Its client would be hung up on without an answer; so SIGTERM waits for those.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from typing import Optional
 
 from .intake import Intake
@@ -22,20 +27,38 @@ _log = logging.getLogger(__name__)
 # If that is the server's end, the process is gone long before.
 _MAIN_THREAD_GRACE_S = 2.0
 
+# How long a client that has connected may take to begin its request; browsers open
+# connections ahead of need and then say nothing.
+_FIRST_WORDS_S = 1.0
+# Twice in a row all has to be read: an event loop that has read a request takes it up in the
+# turn after that.
+_LOOK_S = 0.01
+_LOOKS = 2
+
 
 class Leave:
     """The end of the process that a drained listener belongs to."""
 
-    def __init__(self, intake: Intake) -> None:
-        """Begin it.  Sends SIGTERM to this process if it has a handler for that."""
+    def __init__(self, intake: Intake, pid: Optional[int] = None) -> None:
+        """Begin it.  Sends SIGTERM to this process if it has a handler for that.
+
+        pid: who gets it instead (a parent that ends its children by itself).
+        """
         self._intake = intake
+        self._pid = os.getpid() if pid is None else pid
         # None is a handler that was installed from C.
-        handled = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+        handler = signal.getsignal(signal.SIGTERM)
+        handled = pid is not None or handler not in (signal.SIG_DFL, signal.SIG_IGN)
         self._waits = not handled
-        if handled:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
+        if not handled:
             intake.await_last()
+        elif not len(intake.open):
+            os.kill(self._pid, signal.SIGTERM)
+        else:
+            # A thread, for the loop has to go on to read what is waited for.
+            threading.Thread(
+                target=self._term_when_read, name="socketprotector-leave", daemon=True
+            ).start()
 
     def proceed(self, timeout_s: Optional[float]) -> None:
         """Wait up to timeout_s for the end; return if it has not come yet.
@@ -49,6 +72,14 @@ class Leave:
             self._intake.idle(timeout_s)
             if timeout_s is not None:
                 return
+
+    def _term_when_read(self) -> None:
+        deadline = time.monotonic() + _FIRST_WORDS_S
+        looks = 0
+        while looks < _LOOKS and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+            looks = 0 if self._intake.open.any_unread() else looks + 1
+        os.kill(self._pid, signal.SIGTERM)
 
     def _exit(self) -> None:
         self._waits = False

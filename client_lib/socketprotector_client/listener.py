@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from typing import Any, Optional, Tuple
 
 from .address import ListenAddress, name_of
@@ -82,7 +83,7 @@ class Listener(socket.socket):
             connection = intake.get(timeout_s)
         except Drained:
             if self._leave is None:
-                self._leave = Leave(intake)
+                self._leave = self._begin_leave()
             self._leave.proceed(timeout_s)
         if connection is None:
             self._taken = 0
@@ -107,6 +108,15 @@ class Listener(socket.socket):
         """Say READY=1; without a protector, also set the backlog."""
         self._opened().source.set_backlog(backlog)
         current().ready()
+
+    def setblocking(self, flag: bool) -> None:
+        """Set this socket's mode, which is nobody else's.
+
+        Raises RuntimeError on uvloop, which asks for it before it accepts below Python.
+        """
+        if not flag:
+            _refuse_uvloop()
+        super().setblocking(flag)
 
     def getsockname(self) -> Any:
         """Return the address of the first listener."""
@@ -146,6 +156,9 @@ class Listener(socket.socket):
             errno.EOPNOTSUPP, "cannot detach a Listener: wrap the accepted connections instead"
         )
 
+    def _begin_leave(self) -> Leave:
+        return Leave(self._opened())
+
     def _open(self, address: Optional[ListenAddress]) -> None:
         self._intake = current().open_intake(address, self._limit)
         self._intake.on_renewal = self._take_number
@@ -163,3 +176,14 @@ class Listener(socket.socket):
                 "cannot tell where to listen: there is no protector and no address was given"
             )
         return self._intake
+
+
+def _refuse_uvloop() -> None:
+    # Silence would be worse: it would listen on what is no socket, and no client be served.
+    asyncio = sys.modules.get("asyncio")
+    loop = asyncio._get_running_loop() if asyncio is not None else None
+    if loop is not None and type(loop).__module__.partition(".")[0] == "uvloop":
+        raise RuntimeError(
+            "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "
+            "loop (uvicorn: --loop asyncio), or no Listener and the protector's --handoff listener"
+        )

@@ -43,13 +43,26 @@ def program(name: str, needs: str, *, closes_idle: bool = True) -> Framework:
     return Framework(name, needs, arguments, closes_idle)
 
 
+GUNICORN = (
+    *("-m", "gunicorn", "-c", "python:socketprotector_client.gunicorn", "-b", "ADDRESS"),
+    *("--no-control-socket", "--worker-tmp-dir", "/dev/shm", "--log-level", "warning"),
+    "tests.frameworks.programs.pages:wsgi",
+)
+
 FRAMEWORKS = [
     program("asyncio_streams", "asyncio", closes_idle=False),
     program("uvicorn_app", "uvicorn"),
     program("aiohttp_app", "aiohttp"),
     program("hypercorn_app", "hypercorn"),
-    program("tornado_app", "tornado"),
+    program("tornado_app", "tornado", closes_idle=False),
     program("waitress_app", "waitress"),
+    Framework("gunicorn_sync", "gunicorn", (*GUNICORN, "-k", "sync")),
+    Framework("gunicorn_gthread", "gunicorn", (*GUNICORN, "-k", "gthread", "--threads", "8")),
+    program("gevent_app", "gevent"),
+    program("gevent_patched", "gevent"),
+    program("trio_streams", "trio", closes_idle=False),
+    Framework("anyio_asyncio", "anyio", (str(PROGRAMS / "anyio_streams.py"), "ADDRESS", "asyncio"), False),
+    Framework("anyio_trio", "trio", (str(PROGRAMS / "anyio_streams.py"), "ADDRESS", "trio"), False),
     program("http_server", "http", closes_idle=False),
 ]
 
@@ -79,6 +92,21 @@ def serve(protector: Callable[..., Protector]) -> Callable[[Framework], Protecto
         return protector("127.0.0.1:0", "--", *command, **PATH).ready()
 
     return start
+
+
+def port_of(pid: int) -> int:
+    """Wait until it listens, and return on which port."""
+    found: list[int] = []
+
+    def listens() -> bool:
+        try:
+            found.extend(ports_of(pid))
+        except FileNotFoundError:
+            pass  # a descriptor that it has just closed
+        return bool(found)
+
+    eventually(listens, "it listens")
+    return found[0]
 
 
 @each_framework
@@ -137,9 +165,7 @@ def test_without_a_protector_the_same_program_listens_by_itself(
         start_new_session=True,
     )
     try:
-        eventually(lambda: bool(ports_of(process.pid)), "it listens")
-
-        pid = ask_once(("127.0.0.1", ports_of(process.pid)[0]))
+        pid = ask_once(("127.0.0.1", port_of(process.pid)))
 
         assert os.getpgid(pid) == process.pid
     finally:

@@ -1,12 +1,11 @@
-"""tornado, which leaves the end to its user."""
+"""tornado, without a handler for SIGTERM: the library ends it after its last client."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 
-from socketprotector_client import Listener
+from socketprotector_client import Listener, on_drain
 from tornado import httpserver, web
 
 from tests.frameworks.programs.pages import page
@@ -23,11 +22,8 @@ async def main() -> None:
     listener.setblocking(False)
     listener.listen()
     server.add_socket(listener)
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
-    server.stop()
-    await server.close_all_connections()
+    on_drain(lambda: setattr(server.conn_params, "no_keep_alive", True))
+    await asyncio.Event().wait()
 
 
 asyncio.run(main())

@@ -1,0 +1,78 @@
+"""gunicorn on the connections of a protector: a configuration for its `-c`.
+
+    gunicorn -c python:socketprotector_client.gunicorn -b ADDRESS MODULE:APP
+
+Or, in a configuration of your own, import the three hooks.  For gunicorn's sync and gthread
+workers; the others accept in ways of their own.  Without a protector nothing is changed.
+
+gunicorn's master is the protector's worker, and its own workers share the queue.  Two things
+are not as gunicorn has them: READY=1 is said by the first worker that has loaded the
+application, not by the master before that (or an application that cannot be loaded would pass for
+ready); and the worker that sees the end asks the master to stop, which would else replace it.
+
+Source: docs.gunicorn.org, "Server Hooks" and "Signal Handling".
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Optional
+
+from . import wire
+from .leaving import Leave
+from .listener import Listener
+from .worker import current
+
+__all__ = ["on_starting", "post_worker_init", "when_ready"]
+
+
+class _Listener(Listener):
+    """What gunicorn's workers accept from."""
+
+    def _begin_leave(self) -> Leave:
+        return Leave(self._opened(), os.getppid())
+
+    def get_backlog(self) -> Optional[int]:
+        """Return None: the queue is the protector's, who tells of it."""
+        return None
+
+
+def on_starting(server: Any) -> None:
+    """Give the master a Listener, so that it binds nothing."""
+    if current().channel is None:
+        return
+    _check_worker_class(server)
+    # Both kinds of worker accept once for each wake-up.
+    server.LISTENERS = [_Listener(take=None)]
+    # A UNIX socket's path is the protector's: not to be removed at the end.
+    server.systemd = True
+    # The master would say READY=1 now.
+    server.socketprotector_notify = os.environ.pop(wire.ENV_NOTIFY, None)
+
+
+def when_ready(server: Any) -> None:
+    """Undo what was only for the start of the master."""
+    address = getattr(server, "socketprotector_notify", None)
+    if address is not None:
+        os.environ[wire.ENV_NOTIFY] = address
+
+
+def post_worker_init(worker: Any) -> None:
+    """Say READY=1 in a worker that has loaded the application."""
+    if current().channel is not None:
+        current().ready()
+
+
+def _check_worker_class(server: Any) -> None:
+    from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped,unused-ignore]
+    from gunicorn.workers.sync import SyncWorker  # type: ignore[import-untyped,unused-ignore]
+
+    if server.worker_class not in (SyncWorker, ThreadWorker):
+        name = server.cfg.worker_class_str
+        server.log.error(
+            f"cannot use gunicorn's {name} worker with socketprotector_client.gunicorn: only sync "
+            f"and gthread accept from a Listener; leave this configuration out and start the "
+            f"protector with --handoff listener"
+        )
+        sys.exit(2)

@@ -14,6 +14,8 @@ import socket
 import stat
 from typing import Any, Iterable, NamedTuple, Optional, Sequence, Tuple, Union
 
+from .system import Socket
+
 #: 4321, "4321", "host:4321", "[::1]:4321", "unix:/path", ("host", 4321).
 OneAddress = Union[int, str, Tuple[str, int]]
 #: One of these, or a list of them.
@@ -116,7 +118,7 @@ def _listen_together(endpoints: Sequence[Endpoint], backlog: int) -> list[socket
 
 
 def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = Socket(family, socket.SOCK_STREAM)
     try:
         if family == socket.AF_UNIX:
             _remove_if_stale(address)
@@ -141,7 +143,7 @@ def _remove_if_stale(path: str) -> None:
     # connect() refuses a regular file in the same words as a stale socket.
     if path.startswith("\0") or not (os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode)):
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with Socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         # A full backlog must read as "alive", not block.
         probe.setblocking(False)
         if probe.connect_ex(path) == errno.ECONNREFUSED:

@@ -20,6 +20,7 @@ from . import wire
 from .address import family_of
 from .environment import read_environment
 from .errors import Drained, OutOfDescriptors, ProtocolError
+from .system import Socket
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Channel:
 
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        self._socket = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
         self._recvmsg = self._socket.recvmsg
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners = listeners

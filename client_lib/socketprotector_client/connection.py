@@ -15,8 +15,13 @@ import termios
 import weakref
 from typing import Any, Callable, Optional
 
+from .system import Socket
 
-class Connection(socket.socket):
+# So many can be asked for each connection that is taken: 0.3 us each.
+_FEW = 32
+
+
+class Connection(Socket):
     """A plain blocking socket that also knows where it came from."""
 
     #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
@@ -64,15 +69,28 @@ class OpenConnections:
         Also when an end can no longer be noticed, only looked for.
         """
         self._on_change = on_change
-        self._open: set[weakref.ref[Connection]] = set()
+        self._open: set[weakref.ref[socket.socket]] = set()
         # Descriptor to inode, of those that ssl or others took over: nobody
         # tells when they close them.
         self._detached: dict[int, int] = {}
+        self._look_at = 0
 
     def __len__(self) -> int:
         if self._detached:
             self._drop_closed()
         return self.known
+
+    def reached(self, limit: int) -> bool:
+        """Return whether so many are open.
+
+        Those that must be asked are not all asked each time where they are many.
+        """
+        if self._detached:
+            asked = len(self._detached)
+            if asked <= _FEW or asked >= self._look_at or self.known >= limit:
+                self._drop_closed()
+                self._look_at = 2 * len(self._detached)
+        return self.known >= limit
 
     @property
     def known(self) -> int:
@@ -97,7 +115,7 @@ class OpenConnections:
         connection._ledger = self
         self._open.add(weakref.ref(connection, self._collected))
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: socket.socket) -> None:
         self._open.discard(weakref.ref(connection))
         self._on_change()
 
@@ -108,7 +126,20 @@ class OpenConnections:
             self._open.discard(weakref.ref(connection))
             self._on_change()
 
-    def _collected(self, reference: weakref.ref[Connection]) -> None:
+    def exchange(self, connection: Connection) -> socket.socket:
+        """Return a plain socket in the connection's place, for those who take no subclass.
+
+        It counts as open until `forget` is called or nobody has it any more.
+        """
+        family, kind, proto = connection.family, connection.type, connection.proto
+        connection._ledger = None  # detach() would follow the descriptor
+        plain = Socket(family, kind, proto, connection.detach())
+        # In this order: at no time is it not counted.
+        self._open.add(weakref.ref(plain, self._collected))
+        self._open.discard(weakref.ref(connection))
+        return plain
+
+    def _collected(self, reference: weakref.ref[socket.socket]) -> None:
         if reference in self._open:
             self._open.discard(reference)
             self._on_change()
@@ -134,7 +165,7 @@ def _is_unread(fd: int) -> bool:
         unread: int = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
         if unread:
             return True
-        borrowed = socket.socket(fileno=fd)
+        borrowed = Socket(fileno=fd)
     except OSError:
         return False  # it was closed just now
     try:

@@ -14,7 +14,7 @@ import select
 import threading
 from typing import Callable, Optional, Sequence
 
-from . import forking
+from . import forking, system
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class Drain:
 
 def _hung_up(fds: Sequence[int], *, timeout_ms: Optional[int], wake_fd: int = -1) -> bool:
     # A poll object of its own for each call: two threads cannot share one.
-    poll = select.poll()
+    # One that waits is gevent's where gevent has patched, and wakes up by wake_fd only.
+    poll = system.poll() if timeout_ms == 0 else select.poll()
     for fd in fds:
         poll.register(fd, select.POLLRDHUP)
     if wake_fd >= 0:

@@ -15,6 +15,7 @@ from typing import Mapping, Optional, Tuple
 
 from . import wire
 from .errors import ProtocolError
+from .system import Socket
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _check_channel(fd: int) -> None:
     except OSError:
         is_socket = False
     if is_socket:
-        probe = socket.socket(fileno=fd)
+        probe = Socket(fileno=fd)
         try:
             if (probe.family, probe.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
                 return

@@ -65,8 +65,8 @@ def post_worker_init(worker: Any) -> None:
 
 
 def _check_worker_class(server: Any) -> None:
-    from gunicorn.workers.gthread import ThreadWorker  # type: ignore[import-untyped,unused-ignore]
-    from gunicorn.workers.sync import SyncWorker  # type: ignore[import-untyped,unused-ignore]
+    from gunicorn.workers.gthread import ThreadWorker
+    from gunicorn.workers.sync import SyncWorker
 
     if server.worker_class not in (SyncWorker, ThreadWorker):
         name = server.cfg.worker_class_str

@@ -149,6 +149,10 @@ class Intake:
         self._awaits_last = True
         self._look_again()
 
+    def recount(self) -> None:
+        """Write down how many connections are open, or the ended ones would pass for lost."""
+        self._board.count_open()
+
     def idle(self, timeout_s: Optional[float]) -> None:
         """Wait on the descriptor without taking anything."""
         self._set.wait(timeout_s)
@@ -189,7 +193,7 @@ class Intake:
         return None
 
     def _take(self, fd: int) -> Optional[Connection]:
-        if len(self.open) >= self._limit:
+        if self.open.reached(self._limit):
             self._pause()
             return None
         if not self._spare.hold():
@@ -214,7 +218,7 @@ class Intake:
             self._names[connection.fileno()] = connection.listener
             self.open.add(connection)
             self._board.took(connection.fileno(), connection.accepted_at_ns)
-            if len(self.open) >= self._limit:
+            if self.open.reached(self._limit):
                 self._pause()
         return connection
 

@@ -84,6 +84,7 @@ class Leave:
     def _exit(self) -> None:
         self._waits = False
         self._intake.hush()
+        self._intake.recount()
         current().drain.finish()
         if threading.current_thread() is not threading.main_thread():
             timer = threading.Timer(_MAIN_THREAD_GRACE_S, _interrupt_main)

@@ -22,6 +22,7 @@ from .connection import Connection
 from .errors import Drained
 from .intake import Intake
 from .leaving import Leave
+from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
 _ANSWERS = {
@@ -31,7 +32,7 @@ _ANSWERS = {
 }
 
 
-class Listener(socket.socket):
+class Listener(Socket):
     """A drop-in for a listening socket, with or without a protector."""
 
     def __init__(

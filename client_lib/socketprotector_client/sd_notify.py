@@ -12,6 +12,7 @@ import os
 import socket
 
 from . import wire
+from .system import Socket
 
 
 def notify(*lines: str, **fields: object) -> bool:
@@ -30,7 +31,7 @@ def notify(*lines: str, **fields: object) -> bool:
     # A line end within a value would be read as the next assignment.
     message = "\n".join(" ".join(word.splitlines()) for word in words)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
+        with Socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
             line.sendto(
                 message.encode("utf-8", "replace"),
                 socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,

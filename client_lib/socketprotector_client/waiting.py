@@ -16,6 +16,8 @@ import select
 import socket
 from typing import Iterable, Optional
 
+from .system import Socket, epoll
+
 _EVENTS_AT_ONCE = 8
 
 
@@ -23,7 +25,7 @@ class WaitSet:
     """The descriptors that are waited for.  They stay their owners'."""
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
+        self._epoll = epoll()
         self._bell: Optional[socket.socket] = None
 
     def fileno(self) -> int:
@@ -57,7 +59,7 @@ class WaitSet:
         """Be readable, whatever is in the set, until `hush`."""
         if self._bell is None and not self._epoll.closed:
             # A fresh stream socket polls as hung up: one descriptor, not two.
-            self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._bell = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
             self.add([self._bell.fileno()])
 
     def hush(self) -> None:
@@ -68,7 +70,7 @@ class WaitSet:
     def renew(self, fds: Iterable[int]) -> None:
         """In a forked child: keep the number, but share nothing with the parent any more."""
         if not self._epoll.closed:
-            fresh = select.epoll()
+            fresh = epoll()
             os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
             fresh.close()
             self.add(fds)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from waitress import create_server  # type: ignore[import-untyped,unused-ignore]
+from waitress import create_server
 
 from .address import ListenAddress
 from .listener import Listener
@@ -35,7 +35,12 @@ def serve(
     where to listen.  A request under way is finished before the end.
     """
     # waitress accepts once for each wake-up, so there is nothing to bound.
-    server = create_server(app, sockets=[Listener(address, limit=limit, take=None)], **options)
+    serve_on(Listener(address, limit=limit, take=None), app, **options)
+
+
+def serve_on(listener: Listener, app: Any, **options: Any) -> None:
+    """Serve on a Listener that is there already; takes ownership of it."""
+    server = create_server(app, sockets=[listener], **options)
 
     def end_idle() -> None:
         server.adj.channel_timeout = server.adj.cleanup_interval = _IDLE_S

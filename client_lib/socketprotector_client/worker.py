@@ -22,6 +22,7 @@ from .intake import Intake
 from .scoreboard import Scoreboard
 from .sd_notify import notify
 from .source import ChannelSource, ListenSource, Source
+from .system import Socket
 from .watchdog import Watchdog, interval_s
 
 #: As the protector's --backlog; the kernel lowers it to net.core.somaxconn.
@@ -52,7 +53,7 @@ class Worker:
             # at exit nobody's.
             atexit.register(self.channel.detach)
             if environment.return_fd >= 0:
-                self._return_line = socket.socket(fileno=environment.return_fd)
+                self._return_line = Socket(fileno=environment.return_fd)
                 atexit.register(self._return_line.detach)
         self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
         #: Which listener each connection came through.  Entries are replaced when

@@ -227,11 +227,30 @@ def test_decide_is_called_from_one_line_only() -> None:
     assert len(calls) == 1, calls
 
 
+#: Modules of the client library for one framework each, which nobody else imports; and the
+#: command, which imports the servers only when there is something to serve.
+GLUE = {
+    "anyio": {"anyio"},
+    "gevent": {"gevent"},
+    "gunicorn": {"gunicorn"},
+    "trio": {"trio"},
+    "waitress": {"waitress"},
+    "run": {"uvicorn"},
+}
+
+
 @pytest.mark.parametrize("module", modules_of(CLIENT))
 def test_the_client_library_needs_nothing_but_the_standard_library(module: str) -> None:
-    own = {"socketprotector_client"}
+    allowed = {"socketprotector_client"} | GLUE.get(module, set())
 
-    assert strangers(CLIENT / f"{module}.py") <= set(sys.stdlib_module_names) | own
+    assert strangers(CLIENT / f"{module}.py") <= set(sys.stdlib_module_names) | allowed
+
+
+@pytest.mark.parametrize("module", modules_of(CLIENT))
+def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None:
+    taken = {name.split(".")[0] for level, name in imports_of(CLIENT / f"{module}.py") if level}
+
+    assert module == "run" or not taken & GLUE.keys()
 
 
 @pytest.mark.parametrize("module", modules_of(DAEMON))

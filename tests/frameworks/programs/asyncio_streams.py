@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from socketprotector_client import Listener, draining
+from socketprotector_client import Listener
 
-from tests.frameworks.programs.pages import answer, wants_close
+from tests.frameworks.programs.pages import answer
 
 
 async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    close = False
-    while not close:
+    last = False
+    while not last:
         try:
             request = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
             break
-        close = wants_close(request)
-        response = await asyncio.to_thread(answer, request, close=draining())
+        response, last = await asyncio.to_thread(answer, request)
         writer.write(response)
-        close = close or draining()
     writer.close()
 
 

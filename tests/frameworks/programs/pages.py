@@ -10,6 +10,8 @@ import os
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from socketprotector_client import draining
+
 
 def page(path: str) -> bytes:
     """Answer a request; blocks at a gate."""
@@ -19,16 +21,12 @@ def page(path: str) -> bytes:
     return str(os.getpid()).encode()
 
 
-def answer(request: bytes, *, close: bool) -> bytes:
-    """Return the whole response to a request's head, for what speaks no HTTP."""
+def answer(request: bytes) -> tuple[bytes, bool]:
+    """For what speaks no HTTP: the response to a request's head, and whether it is the last."""
     body = page(request.split()[1].decode())
-    end = b"Connection: close\r\n" if close else b""
-    return b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (end, len(body), body)
-
-
-def wants_close(request: bytes) -> bool:
-    """Whether the client will not ask again on this connection."""
-    return b"connection: close" in request.lower()
+    last = draining() or b"connection: close" in request.lower()
+    end = b"Connection: close\r\n" if last else b""
+    return b"HTTP/1.1 200 OK\r\n%bContent-Length: %d\r\n\r\n%b" % (end, len(body), body), last
 
 
 def wsgi(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:

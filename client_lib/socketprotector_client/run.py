@@ -1,0 +1,201 @@
+"""socketprotector-run MODULE:APP: serve an ASGI or WSGI application as it is.
+
+ASGI by uvicorn, on the loop of asyncio, and WSGI by waitress; each is an extra of this
+distribution, loaded only when there is an application for it.
+
+Exit statuses: 0 drained, 2 wrong use or a missing extra, 111 if the system refuses to listen; else
+what the application's failure makes of it (1 for an exception at import, 3 from uvicorn).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, List, NoReturn, Optional, Sequence
+
+from .errors import ProtocolError
+from .listener import Listener
+from .worker import current
+
+_PROGRAM = "socketprotector-run"
+_ASGI, _WSGI = "ASGI", "WSGI"
+#: What each kind of application is served by, and the extra that installs it.
+_SERVERS = {_ASGI: ("uvicorn", "asgi"), _WSGI: ("waitress", "wsgi")}
+
+
+class _CannotRun(Exception):
+    """Wrong use, in one line."""
+
+
+class _CannotListen(Exception):
+    """The system refuses, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _CannotRun(f"{message} (see {_PROGRAM} --help)")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the command; return its exit status."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except (_CannotRun, ProtocolError) as error:
+        status, message = 2, str(error)
+    except _CannotListen as error:
+        status, message = 111, str(error)
+    print(f"{_PROGRAM}: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROGRAM,
+        description="Serve an ASGI or WSGI application on the connections of SocketProtector.",
+    )
+    parser.add_argument("app", metavar="MODULE:APP", help="such as shop.web:app")
+    parser.add_argument("--factory", action="store_true", help="APP() returns the application")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--asgi", dest="kind", action="store_const", const=_ASGI, help="do not guess: it is ASGI"
+    )
+    kind.add_argument(
+        "--wsgi", dest="kind", action="store_const", const=_WSGI, help="do not guess: it is WSGI"
+    )
+    parser.add_argument(
+        "--bind",
+        metavar="ADDRESS",
+        action="append",
+        help="where to listen without a protector: 4321, localhost:4321, unix:/run/x.sock; "
+        "more than once for more; ignored under a protector",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=_positive, default=4, help="for WSGI: how many (%(default)s)"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
+def _run(given: argparse.Namespace) -> int:
+    # uvicorn raises the signal once more when it has finished; and one that comes before there
+    # is a server finds nothing to finish.
+    signal.signal(signal.SIGTERM, _exit)
+    if not given.bind and current().channel is None:
+        raise _CannotRun(
+            "cannot tell where to listen: start it by SocketProtector, or give --bind ADDRESS"
+        )
+    app = _load(given.app, given.factory)
+    kind = given.kind or _kind_of(app, given.app)
+    server, extra = _SERVERS[kind]
+    if importlib.util.find_spec(server) is None:
+        raise _CannotRun(
+            f"cannot serve {given.app}: it is {kind} and {server} is not installed; "
+            f"pip install 'socketprotector-client[{extra}]'"
+        )
+    serve = _serve_asgi if kind == _ASGI else _serve_wsgi
+    try:
+        serve(app, given.bind, given.threads)
+    except KeyboardInterrupt:
+        pass  # Ctrl-C, where it runs alone
+    return 0
+
+
+def _exit(signum: int, frame: Optional[FrameType]) -> None:
+    sys.exit(0)
+
+
+def _load(text: str, factory: bool) -> Any:
+    """Import what MODULE:APP names.  What the module itself raises goes through."""
+    module_name, colon, attributes = text.partition(":")
+    if not (colon and module_name and attributes):
+        raise _CannotRun(f"cannot use {text!r}: want MODULE:APP, such as shop.web:app")
+    # As `python -m` has it; a console script has its own folder there.
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if not f"{module_name}.".startswith(f"{missing}."):
+            raise  # something that the module itself wants
+        raise _CannotRun(
+            f"cannot import {module_name}: there is no module {missing} in {os.getcwd()} or on "
+            f"Python's path"
+        ) from None
+    except (TypeError, ValueError) as error:  # ".x", "x..y"
+        if module_name.startswith(".") or ".." in module_name:
+            raise _CannotRun(f"cannot import {module_name!r}: {error}") from None
+        raise
+    for name in attributes.split("."):
+        if not hasattr(found, name):
+            raise _CannotRun(f"cannot find {attributes} in {module_name}: it has no {name}")
+        found = getattr(found, name)
+    if not callable(found):
+        raise _CannotRun(f"cannot serve {text}: it is {type(found).__name__}, not an application")
+    if factory:
+        found = found()
+        if not callable(found):
+            raise _CannotRun(
+                f"cannot serve what {text}() returned: it is {type(found).__name__}, "
+                f"not an application"
+            )
+    return found
+
+
+def _kind_of(app: Any, text: str) -> str:
+    """Tell by what it is called with: (scope, receive, send), or (environ, start_response)."""
+    plain = app
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    call = plain if inspect.isroutine(plain) or inspect.isclass(plain) else type(plain).__call__
+    if inspect.iscoroutinefunction(call):
+        return _ASGI
+    try:
+        parameters = list(inspect.signature(app).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []  # written in C
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wanted = [p for p in parameters if p.kind in named and p.default is p.empty]
+    if len(wanted) in (2, 3) and not inspect.isclass(app):
+        return _WSGI if len(wanted) == 2 else _ASGI
+    hint = "; if it returns the application, --factory" if not wanted else ""
+    raise _CannotRun(f"cannot tell whether {text} is ASGI or WSGI: say --asgi or --wsgi{hint}")
+
+
+def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
+    try:
+        return Listener(address, take=take)
+    except ValueError as error:
+        raise _CannotRun(str(error)) from None
+    except OSError as error:
+        where = " ".join(address or ())
+        raise _CannotListen(f"cannot listen on {where}: {error.strerror or error}") from None
+
+
+def _serve_asgi(app: Any, address: Optional[List[str]], threads: int) -> None:
+    import uvicorn
+
+    # uvloop would accept below Python.
+    config = uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False)
+    uvicorn.Server(config).run(sockets=[_listener(address, take=1)])
+
+
+def _serve_wsgi(app: Any, address: Optional[List[str]], threads: int) -> None:
+    from .waitress import serve_on
+
+    serve_on(_listener(address, take=None), app, threads=threads)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -89,9 +89,6 @@ def _positive(text: str) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    # uvicorn raises the signal once more when it has finished; and one that comes before there
-    # is a server finds nothing to finish.
-    signal.signal(signal.SIGTERM, _exit)
     if not given.bind and current().channel is None:
         raise _CannotRun(
             "cannot tell where to listen: start it by SocketProtector, or give --bind ADDRESS"
@@ -179,15 +176,19 @@ def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
     except ValueError as error:
         raise _CannotRun(str(error)) from None
     except OSError as error:
-        where = " ".join(address or ())
-        raise _CannotListen(f"cannot listen on {where}: {error.strerror or error}") from None
+        raise _CannotListen(error.strerror or str(error)) from None
 
 
 def _serve_asgi(app: Any, address: Optional[List[str]], threads: int) -> None:
     import uvicorn
 
-    # uvloop would accept below Python.
-    config = uvicorn.Config(app, loop="asyncio", log_level="warning", access_log=False)
+    # uvicorn raises the signal once more when it has finished, and would be killed by it.  Not for
+    # waitress, which needs none: it ends after its last client.
+    signal.signal(signal.SIGTERM, _exit)
+    # uvloop would accept below Python; and what it is we know, where uvicorn would guess.
+    config = uvicorn.Config(
+        app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
+    )
     uvicorn.Server(config).run(sockets=[_listener(address, take=1)])
 
 

@@ -1,0 +1,90 @@
+"""Frameworks that cannot use a Listener say so in one line, and name the mode that works."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.frameworks.test_frameworks import GUNICORN, PATH
+from tests.running import ROOT, Protector
+
+UVLOOP = """
+import asyncio, sys, uvloop
+from socketprotector_client import Listener
+async def main():
+    await asyncio.start_server(lambda reader, writer: None, sock=Listener("127.0.0.1:0"))
+uvloop.run(main())
+"""
+
+ACCEPTS_ITSELF = """
+import asyncio, sys, uvloop
+from socketprotector_client import Listener
+listener = Listener("127.0.0.1:0")
+listener.setblocking(False)
+listener.listen()
+async def main():
+    loop = asyncio.get_running_loop()
+    accepting = loop.create_task(loop.sock_accept(listener))
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    connection, _ = await accepting
+    connection.close()
+    writer.close()
+    print(await reader.read())
+uvloop.run(main())
+"""
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+
+
+def test_uvloop_is_refused_instead_of_serving_nobody() -> None:
+    pytest.importorskip("uvloop")
+
+    done = python(UVLOOP)
+
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: cannot use a Listener on uvloop, which accepts below Python: use asyncio's "
+        "own event loop (uvicorn: --loop asyncio), or no Listener and the protector's "
+        "--handoff listener"
+    )
+
+
+def test_a_program_that_accepts_by_itself_may_run_on_uvloop() -> None:
+    pytest.importorskip("uvloop")
+
+    done = python(ACCEPTS_ITSELF)
+
+    assert (done.stdout, done.returncode) == ("b''\n", 0), done.stderr
+
+
+def test_gunicorns_other_workers_are_refused(protector: Callable[..., Protector]) -> None:
+    pytest.importorskip("gunicorn")
+    pytest.importorskip("gevent")
+    options = [word for word in GUNICORN if word != "ADDRESS" and word != "-b"]
+
+    daemon = protector("127.0.0.1:0", "--", sys.executable, *options, "-k", "gevent", **PATH)
+
+    daemon.log.wait_for(
+        r"cannot use gunicorn's gevent worker with socketprotector_client.gunicorn: only sync and "
+        r"gthread accept from a Listener; .* --handoff listener$"
+    )
+    assert daemon.wait() != 0
+
+
+def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
+    protector: Callable[..., Protector],
+) -> None:
+    pytest.importorskip("gunicorn")
+    options = [word for word in GUNICORN[:-1] if word != "ADDRESS" and word != "-b"]
+
+    daemon = protector("127.0.0.1:0", "--", sys.executable, *options, "no_such_module:app", **PATH)
+
+    assert daemon.wait() != 0
+    assert daemon.log.count("event=worker-ready") == 0

@@ -1,0 +1,242 @@
+"""socketprotector-run: applications as they are, under the real command and alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.frameworks.asking import Client, Load, ask_once
+from tests.frameworks.test_frameworks import PATH, port_of
+from tests.running import Protector
+
+RUN = (sys.executable, "-m", "socketprotector_client.run")
+PAGES = "tests.frameworks.programs.pages"
+
+needs_both = pytest.mark.skipif(
+    find_spec("uvicorn") is None or find_spec("waitress") is None,
+    reason="uvicorn or waitress is not installed: pip install -e '.[dev]'",
+)
+
+#: Applications of every shape.
+SHAPES = """
+import functools
+from tests.frameworks.programs.pages import asgi, wsgi
+
+class Asgi:
+    async def __call__(self, scope, receive, send):
+        await asgi(scope, receive, send)
+
+class Wsgi:
+    def __call__(self, environ, start_response):
+        return wsgi(environ, start_response)
+
+def wrapped_asgi(scope, receive, send):
+    return asgi(scope, receive, send)
+
+async def with_state(state, scope, receive, send):
+    await asgi(scope, receive, send)
+
+def with_extra(extra, environ, start_response):
+    return wsgi(environ, start_response)
+
+def anything(*args):
+    return wsgi(*args)
+
+def make():
+    return wsgi
+
+def make_nothing():
+    return None
+
+class holder:
+    app = Asgi()
+
+asgi_object, wsgi_object = Asgi(), Wsgi()
+partial_asgi = functools.partial(with_state, {})
+partial_wsgi = functools.partial(with_extra, 1)
+number = 7
+"""
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    (tmp_path / "shapes.py").write_text(SHAPES)
+    (tmp_path / "broken.py").write_text("import no_such_module_of_broken")
+    return tmp_path
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> tuple[int, str]:
+    """Run the command to its end; return its status and what it complained of."""
+    done = subprocess.run(
+        [*RUN, *arguments],
+        env={**os.environ, **PATH, **environment},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr.rstrip("\n")
+
+
+@needs_both
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_it_is_reloaded_under_load_and_its_workers_end_by_themselves(
+    protector: Callable[..., Protector], app: str
+) -> None:
+    daemon = protector("127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
+
+    with Load(("127.0.0.1", daemon.port)) as load:
+        load.wait_for(30)
+        daemon.reload()
+        load.wait_for(30)
+
+    daemon.stop()
+    assert load.failures == []
+    assert len(load.answers) == 2
+    assert daemon.log.count(r'event=exited .*how="exited with status 0"$') == 2
+
+
+@needs_both
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections(
+    protector: Callable[..., Protector], app: str, tmp_path: Path
+) -> None:
+    daemon = protector("127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+
+    with Client(("127.0.0.1", daemon.port)) as idle, Client(("127.0.0.1", daemon.port)) as asking:
+        old, _ = idle.ask()
+        asking.send(str(gate))
+        with gate.open("wb"):
+            daemon.reload()
+            assert idle.at_end()
+        answer, was_last = asking.read()
+        assert answer == old
+        assert was_last or app == "wsgi"  # waitress has its header ready before
+        assert asking.at_end()
+    daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
+    daemon.stop()
+
+
+@needs_both
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["shapes:asgi_object"],
+        ["shapes:wsgi_object"],
+        ["shapes:wrapped_asgi"],
+        ["shapes:partial_asgi"],
+        ["shapes:partial_wsgi"],
+        ["shapes:holder.app"],
+        ["--factory", "shapes:make"],
+        ["--wsgi", "shapes:anything", "--threads", "1"],
+    ],
+    ids=" ".join,
+)
+def test_it_tells_by_itself_what_kind_an_application_is(
+    shapes: Path, marked_environment: dict[str, str], words: list[str]
+) -> None:
+    process = subprocess.Popen(
+        [*RUN, "--bind", "127.0.0.1:0", *words],
+        env={**os.environ, **marked_environment, **PATH},
+        cwd=shapes,
+    )
+    try:
+        assert ask_once(("127.0.0.1", port_of(process.pid))) == process.pid
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+
+
+@needs_both
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["shapes"], "cannot use 'shapes': want MODULE:APP"),
+        (["shapes:"], "cannot use 'shapes:': want MODULE:APP"),
+        ([":app"], "cannot use ':app': want MODULE:APP"),
+        (["nowhere.web:app"], "cannot import nowhere.web: there is no module nowhere in"),
+        (["shapes.more:app"], "cannot import shapes.more: there is no module shapes"),
+        ([".shapes:app"], "cannot import '.shapes'"),
+        (["shapes:app"], "cannot find app in shapes: it has no app"),
+        (["shapes:holder.x"], "cannot find holder.x in shapes: it has no x"),
+        (["shapes:number"], "cannot serve shapes:number: it is int, not an application"),
+        (["shapes:anything"], "cannot tell whether shapes:anything is ASGI or WSGI: say"),
+        (["shapes:make"], "say --asgi or --wsgi; if it returns the application, --factory"),
+        (["--factory", "shapes:make_nothing"], "shapes:make_nothing() returned: it is NoneType"),
+        (["--asgi", "--wsgi", "shapes:wsgi"], "not allowed with argument"),
+        (["--threads", "0", "shapes:wsgi"], "'0' is no number above 0"),
+        ([], "MODULE:APP"),
+        (["--bind", "x:y", "shapes:wsgi"], "x:y"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_use_is_told_in_one_line(shapes: Path, words: list[str], complaint: str) -> None:
+    bind = [] if "--bind" in words else ["--bind", "127.0.0.1:0"]
+
+    status, said = run(*bind, *words, cwd=shapes)
+
+    assert (status, said.count("\n")) == (2, 0), said
+    assert said.startswith("socketprotector-run: ")
+    assert complaint in said
+
+
+def test_without_a_protector_it_must_be_told_where_to_listen(shapes: Path) -> None:
+    status, said = run("shapes:wsgi", cwd=shapes)
+
+    assert status == 2
+    assert said == (
+        "socketprotector-run: cannot tell where to listen: start it by SocketProtector, "
+        "or give --bind ADDRESS"
+    )
+
+
+@needs_both
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_an_address_that_is_taken_is_told_in_one_line(shapes: Path, app: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+
+        status, said = run("--bind", address, f"shapes:{app}", cwd=shapes)
+
+    assert status == 111
+    assert said.endswith(f"cannot listen on tcp:{address}: Address already in use")
+
+
+@pytest.mark.parametrize(("app", "server"), [("asgi", "uvicorn"), ("wsgi", "waitress")])
+def test_a_missing_extra_is_told_with_what_installs_it(shapes: Path, app: str, server: str) -> None:
+    # A folder of ours first on the path hides it, as if it were not there.
+    (shapes / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        f"util.find_spec = lambda name, *more: None if name == {server!r} else find(name, *more)\n"
+    )
+    path = f"{shapes}:{PATH['PYTHONPATH']}"
+
+    status, said = run(
+        "--bind", "127.0.0.1:0", f"shapes:{app}", cwd=shapes, **{**PATH, "PYTHONPATH": path}
+    )
+
+    assert status == 2
+    assert said == (
+        f"socketprotector-run: cannot serve shapes:{app}: it is {app.upper()} and {server} is "
+        f"not installed; pip install 'socketprotector-client[{app}]'"
+    )
+
+
+def test_what_the_module_itself_raises_is_shown_whole(shapes: Path) -> None:
+    status, said = run("--bind", "127.0.0.1:0", "broken:app", cwd=shapes)
+
+    assert status == 1
+    assert said.startswith("Traceback")
+    assert said.endswith("No module named 'no_such_module_of_broken'")

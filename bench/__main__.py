@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from bench.control_rows import control, everything, scoreboard, status
 from bench.figures import Bystanders, Figure, Scale, machine, table
+from bench.framework_rows import framework
 from bench.list_rows import listing
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, reloads, switch
@@ -37,6 +38,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "everything": everything,
     "handed": handed,
     "stdio": stdio,
+    "framework": framework,
 }
 
 

@@ -141,9 +141,9 @@ def test_two_workers_share_and_none_hoards(legacy: Legacy) -> None:
     assert len(pids) == 2
 
 
-@pytest.mark.parametrize("who", ["grandchild", "orphan", "session"])
+@pytest.mark.parametrize("who", ["grandchild", "orphan", "session", "session grandchild"])
 def test_whom_the_child_has_started_may_connect(legacy: Legacy, who: str) -> None:
-    worker = legacy.start(who)
+    worker = legacy.start(*who.split())
     served_by = pid_after("connected", worker)
 
     client = legacy.channel.connect()

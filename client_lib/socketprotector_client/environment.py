@@ -17,6 +17,9 @@ from . import wire
 from .errors import ProtocolError
 from .system import Socket
 
+#: As sd_listen_fds(3) has it.
+_FIRST_PASSED = 3
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -57,6 +60,32 @@ def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
         board_fd=board_fd,
         board_offset=board_offset,
     )
+
+
+def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
+    """Return the listening sockets that this process was handed, none where it was not.
+
+    `--handoff listener`, or any service manager.  Source: sd_listen_fds(3).
+    """
+    count = environ.get("LISTEN_FDS", "")
+    if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
+        return ()
+    found = tuple(fd for fd in range(_FIRST_PASSED, _FIRST_PASSED + int(count)) if _listens(fd))
+    for fd in found:
+        os.set_inheritable(fd, False)
+    return found
+
+
+def _listens(fd: int) -> bool:
+    try:
+        probe = socket.socket(fileno=fd)
+    except OSError:
+        return False  # no socket, or nothing at all
+    try:
+        listening = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        return bool(listening) and probe.type == socket.SOCK_STREAM
+    finally:
+        probe.detach()
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -19,6 +19,7 @@ import time
 from typing import Optional
 
 from .intake import Intake
+from .signals import TermWatch
 from .worker import current
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class Leave:
         self._pid = os.getpid() if pid is None else pid
         # None is a handler that was installed from C.
         handler = signal.getsignal(signal.SIGTERM)
-        handled = pid is not None or handler not in (signal.SIG_DFL, signal.SIG_IGN)
+        none = handler in (signal.SIG_DFL, signal.SIG_IGN) or TermWatch.is_own(handler)
+        handled = pid is not None or not none
         self._waits = not handled
         if not handled:
             intake.await_last()

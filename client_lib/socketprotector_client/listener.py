@@ -22,6 +22,7 @@ from .connection import Connection
 from .errors import Drained
 from .intake import Intake
 from .leaving import Leave
+from .signals import TermWatch, watch_term
 from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
@@ -59,8 +60,9 @@ class Listener(Socket):
         self._taken = 0
         self._intake: Optional[Intake] = None
         self._leave: Optional[Leave] = None
+        self._term: Optional[TermWatch] = None
         try:
-            if address is not None or current().channel is not None:
+            if address is not None or current().is_served:
                 self._open(address)
         except BaseException:
             super().close()
@@ -150,6 +152,8 @@ class Listener(Socket):
         super().close()
         if self._intake is not None and self.fileno() < 0:
             self._intake.close()
+            if self._term is not None:
+                self._term.stop()
 
     def detach(self) -> int:
         """Refused: what is left is no socket, so nobody could accept from it."""
@@ -164,6 +168,9 @@ class Listener(Socket):
         self._intake = current().open_intake(address, self._limit)
         self._intake.on_renewal = self._take_number
         self._take_number()
+        if current().passed:
+            # Nothing but the signal says that it is over.
+            self._term = watch_term(self._intake)
 
     def _take_number(self) -> None:
         # This socket's number now stands for the epoll.  The reverse, a socket

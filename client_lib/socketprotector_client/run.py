@@ -89,7 +89,7 @@ def _positive(text: str) -> int:
 
 
 def _run(given: argparse.Namespace) -> int:
-    if not given.bind and current().channel is None:
+    if not given.bind and not current().is_served:
         raise _CannotRun(
             "cannot tell where to listen: start it by SocketProtector, or give --bind ADDRESS"
         )

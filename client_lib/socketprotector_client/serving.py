@@ -14,7 +14,7 @@ from .address import ListenAddress
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
-from .signals import TermWatch
+from .signals import watch_term
 from .worker import Worker, current
 
 _log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def connections(
 
 
 def _iterate(intake: Intake) -> Iterator[Tuple[Connection, Any]]:
-    watch = _watch_term(intake)
+    watch = watch_term(intake)
     try:
         while True:
             try:
@@ -93,7 +93,7 @@ def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -
     """As `serve`, from an intake; takes ownership of it."""
     worker.ready()
     pool = _Pool(intake, handler)
-    watch = _watch_term(intake)
+    watch = watch_term(intake)
     try:
         pool.run(threads)
     finally:
@@ -156,11 +156,3 @@ class _Pool:
             _log.exception("handler failed for a client of %s", connection.listener)
         finally:
             connection.close()
-
-
-def _watch_term(intake: Intake) -> TermWatch:
-    watch = TermWatch(intake.ask_to_stop)
-    fd = watch.start()
-    if fd >= 0:
-        intake.obey(fd, watch.read)
-    return watch

@@ -12,9 +12,12 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional
 
 from . import forking
+
+if TYPE_CHECKING:
+    from .intake import Intake
 
 
 class TermWatch:
@@ -71,6 +74,11 @@ class TermWatch:
         self._begin()
 
     @staticmethod
+    def is_own(handler: object) -> bool:
+        """Whether a signal's handler is one of these, and not the program's."""
+        return isinstance(getattr(handler, "__self__", None), TermWatch)
+
+    @staticmethod
     def _restore_wakeup_fd(ours: int, previous: int) -> None:
         current = signal.set_wakeup_fd(previous)
         if current != ours:  # somebody else's by now
@@ -81,3 +89,11 @@ class TermWatch:
             for fd in self._pipe:
                 os.close(fd)
             self._pipe = None
+
+
+def watch_term(intake: Intake) -> TermWatch:
+    watch = TermWatch(intake.ask_to_stop)
+    fd = watch.start()
+    if fd >= 0:
+        intake.obey(fd, watch.read)
+    return watch

@@ -13,11 +13,12 @@ import logging
 import os
 import socket
 import time
-from typing import Any, Optional, Protocol, Sequence
+from typing import Any, List, Optional, Protocol, Sequence
 
 from .address import ListenAddress, close_all, family_of, listen, name_of, sockname_of
 from .channel import Channel
 from .connection import Connection
+from .system import Socket
 
 _log = logging.getLogger(__name__)
 
@@ -111,18 +112,32 @@ class _Kind:
 
 
 class ListenSource:
-    """Connections that this process accepts itself, where there is no protector."""
+    """Connections that this process accepts itself, from sockets of its own or handed ones."""
 
-    def __init__(self, address: ListenAddress, backlog: int) -> None:
-        """Bind and listen; raises what address.listen raises."""
+    def __init__(self, listeners: List[socket.socket], *, handed: bool) -> None:
+        """Take ownership of the sockets; handed: others listen on them, too, and go on."""
         self._owner_pid = os.getpid()
-        self.listeners = listen(address, backlog)
+        self._handed = handed
+        self.listeners = listeners
         self._by_fd = {one.fileno(): one for one in self.listeners}
         self._kinds = {
             one.fileno(): _Kind(name_of(one.family, one.getsockname())) for one in self.listeners
         }
         self.fds = tuple(self._by_fd)
         self.sockname = self.listeners[0].getsockname()
+
+    @classmethod
+    def bound(cls, address: ListenAddress, backlog: int) -> ListenSource:
+        """Bind and listen; raises what address.listen raises."""
+        return cls(listen(address, backlog), handed=False)
+
+    @classmethod
+    def passed(cls, fds: Sequence[int]) -> ListenSource:
+        """Accept from sockets that came by LISTEN_FDS; the descriptors stay the caller's."""
+        listeners = [Socket(fileno=os.dup(fd)) for fd in fds]
+        for one in listeners:
+            one.setblocking(False)  # who comes second to a connection must not wait in accept()
+        return cls(listeners, handed=True)
 
     def take(self, fd: int) -> Optional[Connection]:
         kind = self._kinds[fd]
@@ -139,13 +154,13 @@ class ListenSource:
         return connection
 
     def set_backlog(self, backlog: int) -> None:
-        for one in self.listeners:
+        for one in () if self._handed else self.listeners:
             one.listen(backlog)
 
     def close(self) -> None:
-        if os.getpid() == self._owner_pid:
+        if os.getpid() == self._owner_pid and not self._handed:
             close_all(self.listeners)
-        else:  # a forked child must not remove its parent's UNIX sockets
+        else:  # nobody may remove another's UNIX sockets, as a forked child its parent's
             for one in self.listeners:
                 one.close()
         self.listeners = []

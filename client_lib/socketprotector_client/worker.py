@@ -17,7 +17,7 @@ from . import wire
 from .address import ListenAddress
 from .channel import Channel
 from .drain import Drain
-from .environment import read_environment
+from .environment import passed_listeners, read_environment
 from .intake import Intake
 from .scoreboard import Scoreboard
 from .sd_notify import notify
@@ -44,8 +44,10 @@ class Worker:
             environment.board_fd if environment else -1,
             environment.board_offset if environment else 0,
         )
-        self._watchdog_s = interval_s(environ) if environment else 0.0
         self.channel: Optional[Channel] = None
+        #: Listening sockets that others have, too (`--handoff listener`); SIGTERM ends the use.
+        self.passed = passed_listeners(environ) if environment is None else ()
+        self._watchdog_s = interval_s(environ) if environment or self.passed else 0.0
         self._return_line: Optional[socket.socket] = None
         if environment is not None:
             self.channel = Channel(environment.channel_fd, environment.listeners)
@@ -63,6 +65,11 @@ class Worker:
         self._is_lent = False
         self._lock = threading.Lock()
 
+    @property
+    def is_served(self) -> bool:
+        """Whether connections, or who waits for them, come from somebody else."""
+        return self.channel is not None or bool(self.passed)
+
     def open_intake(
         self,
         address: Optional[ListenAddress],
@@ -71,8 +78,8 @@ class Worker:
     ) -> Intake:
         """Return a new intake; the caller closes it.
 
-        Without a protector it binds and listens on address.  Raises ValueError
-        if then there is none, and what address.listen raises.
+        Without a protector it accepts from what it was handed, or binds and listens on address.
+        Raises ValueError if then there is none, and what address.listen raises.
         """
         # Before anything is bound.
         if limit is not None and limit < 1:
@@ -80,8 +87,10 @@ class Worker:
         source: Source
         if self.channel is not None:
             source = ChannelSource(self.channel)
+        elif self.passed:
+            source = ListenSource.passed(self.passed)
         elif address is not None:
-            source = ListenSource(address, backlog)
+            source = ListenSource.bound(address, backlog)
         else:
             raise ValueError(
                 "cannot tell where to listen: there is no protector and no address was given"

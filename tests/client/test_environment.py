@@ -89,3 +89,26 @@ def test_the_wire_format_costs_no_other_import() -> None:
     )
 
     assert subprocess.check_output([sys.executable, "-c", code]) == b"[]\n"
+
+
+def test_handed_listeners_are_found_and_kept_from_what_a_worker_starts() -> None:
+    """In a process of its own: they stand at fixed numbers."""
+    program = """
+import os, socket, sys
+from socketprotector_client.environment import passed_listeners
+listener = socket.create_server(("127.0.0.1", 0))
+plain = socket.socket()
+os.dup2(os.open(os.devnull, os.O_RDONLY), 30)
+for place, one in ((40, listener), (41, plain)):
+    os.dup2(one.fileno(), place)
+for place, source in ((3, 40), (4, 41), (5, 30), (6, 40)):
+    os.dup2(source, place)
+told = {"LISTEN_FDS": "5", "LISTEN_PID": str(os.getpid())}
+assert passed_listeners(told) == (3, 6), passed_listeners(told)
+assert not os.get_inheritable(3) and not os.get_inheritable(6)
+os.fstat(4), os.fstat(5)  # what is no listener is left alone
+assert passed_listeners({**told, "LISTEN_PID": "1"}) == ()
+assert passed_listeners({**told, "LISTEN_FDS": "x"}) == ()
+assert passed_listeners({}) == ()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -31,7 +31,7 @@ class Interrupted(WaitSet):
 
 @pytest.fixture
 def source() -> Iterator[ListenSource]:
-    one = ListenSource("127.0.0.1:0", 16)
+    one = ListenSource.bound("127.0.0.1:0", 16)
     yield one
     one.close()
 

@@ -23,7 +23,16 @@ from tests.scenarios.adopting import (
 )
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned, state_of, worker
+from tests.scenarios.tools import (
+    Client,
+    Gate,
+    Release,
+    library_worker,
+    pid_in,
+    spawned,
+    state_of,
+    worker,
+)
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener")
@@ -450,6 +459,30 @@ def test_a_hold_is_refused_in_words(operated: Operating) -> None:
     assert said == "under --handoff listener the workers accept, and nobody can hold them"
 
 
+# -- daemons that use the client library ------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["echo", "asyncio_server"])
+def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, name: str) -> None:
+    """One program for each way: handed connections, handed listeners, or neither."""
+    daemon = served_by(*FAST, command=library_worker(name))
+
+    with (
+        Client(here(daemon), "first") as held,
+        Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load,
+    ):
+        assert held.hear().endswith(" first")
+        for _ in range(5):
+            daemon.reload()
+            served(load)
+        old = pid_in(held.ask())
+        assert old == spawned(daemon, 1)[0]
+
+    assert not load.snapshot().failures
+    assert wait_gone([old]) == []
+
+
 # -- who survives what ----------------------------------------------------------------
 
 
@@ -505,6 +538,7 @@ def test_what_says_ready_after_a_kill_is_heard_by_the_next_protector(
     revived(daemon, mark)
     gate.open()
     daemon.log.wait_for("event=reloaded", after=mark)
+    assert wait_gone(spawned(daemon, 1)) == []  # for a moment both accept
 
     assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
 
@@ -528,9 +562,11 @@ def test_a_listener_that_a_reload_adds_is_handed_to_the_new_ones(
     assert ask(here(daemon), "words") == "3"
     write(f'"a=127.0.0.1:0", "b=unix:{added}"', words)
     daemon.reload()
+    assert wait_gone(spawned(daemon, 1)) == []  # for a moment both accept
     assert ask(str(added), "words") == "3 4"
     write(f'"b=unix:{added}"', words.replace('"{fd:a}", ', ""))
     daemon.reload()
+    assert wait_gone(spawned(daemon, 2)) == []
 
     assert ask(str(added), "words") == "3"
     assert ask(str(added), "env LISTEN_FDNAMES") == "b"

@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping
 
 from . import __version__, clock, requests, status
 from .control import Client
-from .effects import Effects
 from .events import (
-    Event,
     HoldReleased,
     HoldRequested,
     KillRequested,
@@ -28,6 +26,7 @@ from .log import Log
 from .loop import Loop
 from .reader import Answer
 from .requests import Request, Wrong
+from .supervisor import Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,29 +41,14 @@ class Operator:
     """Answers requests for a supervisor."""
 
     def __init__(
-        self,
-        effects: Effects,
-        *,
-        loop: Loop,
-        log: Log,
-        fleet: Callable[[], Fleet],
-        post: Callable[[Event], None],
-        upgrade: Callable[[], None],
-        reopen: Callable[[], None],
-        save: Callable[[], object],
+        self, supervisor: Supervisor, loop: Loop, log: Log, reopen: Callable[[], None]
     ) -> None:
-        """fleet: the one of this moment.  post: puts an event on the queue, and works it off.
-
-        save: what changes no fleet and has to outlive the program is written down by it.
-        """
-        self._effects = effects
+        """reopen: opens the log file anew."""
+        self._supervisor = supervisor
+        self._effects = supervisor.effects
         self._loop = loop
         self._log = log
-        self._fleet = fleet
-        self._post = post
-        self._upgrade = upgrade
         self._reopen = reopen
-        self._save = save
         self._commands: Mapping[str, Callable[..., Mapping[str, Any]]] = {
             "status": self._status,
             "reload": self._reload,
@@ -107,7 +91,7 @@ class Operator:
     # -- looking -----------------------------------------------------------------
 
     def _status(self) -> Mapping[str, Any]:
-        effects, fleet = self._effects, self._fleet()
+        effects, fleet = self._effects, self._supervisor.fleet
         settings = effects.configuration.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(fleet, effects.homes, effects.crew.records())
@@ -161,43 +145,45 @@ class Operator:
     # -- doing -------------------------------------------------------------------
 
     def _reload(self) -> Mapping[str, Any]:
-        fleet = self._fleet()
+        fleet = self._supervisor.fleet
         self._not_while_stopping(fleet)
-        self._post(ReloadRequested())
+        self._supervisor.post(ReloadRequested())
         return {"generation": fleet.next_generation}
 
     def _begin_upgrade(self) -> Mapping[str, Any]:
-        self._not_while_stopping(self._fleet())
+        self._not_while_stopping(self._supervisor.fleet)
         # Later, so that the answer is sent before this program is another one.
-        self._loop.call_after("upgrade-asked", 0.0, self._upgrade)
+        self._loop.call_after("upgrade-asked", 0.0, self._supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.restarts + 1}
 
     def _stop(self, quick: bool = False) -> Mapping[str, Any]:
-        self._loop.call_after("stop-asked", 0.0, lambda: self._post(StopRequested(quick)))
+        self._loop.call_after(
+            "stop-asked", 0.0, lambda: self._supervisor.post(StopRequested(quick))
+        )
         return {}
 
     def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
-        fleet = self._fleet()
+        fleet = self._supervisor.fleet
         self._not_while_stopping(fleet)
         self._can("scale")
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise Wrong("refused", "there is always one worker at least")
-        self._post(ScaleRequested(to=wanted))
+        self._supervisor.post(ScaleRequested(to=wanted))
         return {"workers": wanted}
 
     def _hold(self, seconds: float) -> Mapping[str, Any]:
-        self._not_while_stopping(self._fleet())
+        self._not_while_stopping(self._supervisor.fleet)
         self._can("hold")
-        self._post(HoldRequested(seconds))
+        self._supervisor.post(HoldRequested(seconds))
         return {"until_at": clock.date() + seconds}
 
     def _release(self) -> Mapping[str, Any]:
-        self._post(HoldReleased())
+        self._supervisor.post(HoldReleased())
         return {}
 
     def _drain(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
-        fleet = self._fleet()
+        fleet = self._supervisor.fleet
         self._not_while_stopping(fleet)
         if pid is not None:
             return self._drain_worker(fleet, pid)
@@ -208,7 +194,7 @@ class Operator:
             raise Wrong("refused", f"generation {generation} drains already; kill ends it")
         if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
             raise Wrong("refused", "a reload is under way; try again after it")
-        self._post(RenewRequested())
+        self._supervisor.post(RenewRequested())
         return {"generation": generation}
 
     def _drain_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
@@ -219,23 +205,23 @@ class Operator:
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
             raise Wrong("refused", f"process {pid} does not serve: it is on its way in or out")
-        self._post(ReplaceRequested(worker.number, "an operator wants that"))
+        self._supervisor.post(ReplaceRequested(worker.number, "an operator wants that"))
         return {"worker": worker.number}
 
     def _kill(self, generation: int) -> Mapping[str, Any]:
-        found = self._fleet().generation(generation)
+        found = self._supervisor.fleet.generation(generation)
         if found is None:
             raise Wrong("unknown", f"there is no generation {generation}")
         if found.phase not in _ENDING:
             raise Wrong(
                 "refused", f"generation {generation} is {found.phase.value}; drain it first"
             )
-        self._post(KillRequested(generation))
+        self._supervisor.post(KillRequested(generation))
         return {"workers": len(found.alive)}
 
     def _log_level(self, level: str) -> Mapping[str, Any]:
         self._log.set_level(level)
-        self._save()
+        self._supervisor.save()
         return {"level": level}
 
     def _reopen_logs(self) -> Mapping[str, Any]:

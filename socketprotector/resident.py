@@ -355,16 +355,7 @@ class _Resident:
         settings = self.settings
         if self.control_listener is None:
             return None
-        operator = Operator(
-            supervisor.effects,
-            loop=self.loop,
-            log=log,
-            fleet=lambda: supervisor.fleet,
-            post=supervisor.post,
-            upgrade=supervisor.begin_upgrade,
-            reopen=lambda: self._reopen_logs(log),
-            save=supervisor.save,
-        )
+        operator = Operator(supervisor, self.loop, log, lambda: self._reopen_logs(log))
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
         control = Control(

@@ -24,16 +24,8 @@ class Log:
 def operator(log: Log) -> Operator:
     """One whose every look at anything fails."""
     nothing = cast("Any", SimpleNamespace())
-    return Operator(
-        nothing,
-        loop=nothing,
-        log=cast("Any", log),
-        fleet=lambda: nothing,
-        post=lambda event: None,
-        upgrade=lambda: None,
-        reopen=lambda: None,
-        save=lambda: None,
-    )
+    supervisor = cast("Any", SimpleNamespace(effects=nothing))
+    return Operator(supervisor, nothing, cast("Any", log), lambda: None)
 
 
 @pytest.mark.parametrize("command", ["status", "connections", "crashes"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -39,6 +40,15 @@ def test_a_reload_is_reloading_then_settling_then_serving(story: Story) -> None:
 
     story.when(WorkerReady(2))
     assert phase_of(story.fleet) == "settling"
+
+
+def test_reading_the_configuration_is_reloading(story: Story) -> None:
+    story.given_serving()
+    story.fleet = replace(story.fleet, configured=True)
+    story.when(ReloadRequested())
+
+    assert story.fleet.reading
+    assert phase_of(story.fleet) == "reloading"
 
 
 def test_with_nobody_to_serve_it_is_waiting(story: Story) -> None:

@@ -22,8 +22,8 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml
 demo: $(INSTALLED) ## protect the sample client, reload it under load, show that nothing fails (15 s)
 	@$(BIN)/python -m bench.demo
 
-test: $(INSTALLED) ## run all tests (installs compilers and interpreters for the clients in C, Perl, Ruby)
-	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
+test: $(INSTALLED) ## run all tests (installs compilers, interpreters and nginx for some of them)
+	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby nginx-light
 	$(BIN)/python -m pytest -n 4 tests
 
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)

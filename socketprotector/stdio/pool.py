@@ -21,6 +21,7 @@ import time
 from socketprotector_client import wire
 
 from .environment import Environments
+from .programs import Programs
 from .starting import Starter
 from .told import Board, Notifier, say
 
@@ -68,8 +69,6 @@ class Pool:
         self._environments = environments
         self._notifier = notifier
         self._board = board
-        self._running: dict[int, int] = {}  # pidfd -> pid
-        self._blind: list[int] = []  # pids of programs for which there is no pidfd
         self._taking = True
         self._listening = False  # the channel is in the epoll set
         self._hand: tuple[int, dict[bytes, bytes]] | None = None
@@ -80,6 +79,7 @@ class Pool:
         self._word_every_s = word_every_s
         self._word_at = time.monotonic() if word_every_s else _NEVER
         self._epoll = select.epoll()
+        self._programs = Programs(self._epoll, board)
         self._wake, wakes = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda number, frame: None)  # it is in the pipe
@@ -90,14 +90,14 @@ class Pool:
 
     def run(self) -> None:
         """Serve until drained, retired or terminated, and all programs have ended."""
-        epoll, running = self._epoll, self._running
+        epoll, programs = self._epoll, self._programs
         self._take()
-        while self._taking or running or self._blind or self._hand:
-            come = self._taking and not self._listening and not self._hand
+        while self._taking or len(programs) or self._hand:
+            come = self._taking and not self._listening
             leave = False
             for fd, _ in epoll.poll(self._timeout_s()):
-                if fd in running:
-                    come |= self._ended(fd, running[fd])
+                if fd in programs:
+                    come |= self._ended(fd)
                 elif fd == self._line:
                     leave = self._line_ended()
                 elif fd == self._wake:
@@ -107,7 +107,7 @@ class Pool:
             now = time.monotonic()
             if now >= min(self._try_at, self._look_at, self._status_at, self._word_at):
                 self._timers(now)
-            if come and self._taking and not self._hand:
+            if come:
                 self._take()
             # Not before: the others may sleep through a connection that we were woken for.
             if leave:
@@ -117,9 +117,11 @@ class Pool:
 
     def _take(self) -> None:
         """Take and start, until there is no place or no connection."""
+        if not self._taking:
+            return
         full = False
         while self._taking and not self._hand:
-            full = len(self._running) + len(self._blind) >= self._places or not self._may_take()
+            full = len(self._programs) >= self._places or not self._may_take()
             if full:
                 break
             os.close(self._spare)
@@ -177,20 +179,13 @@ class Pool:
             return
         os.close(fd)
         self._hand = None
-        pidfd = -1
-        try:
-            pidfd = os.pidfd_open(pid)
-            self._epoll.register(pidfd, _EVENTS)
-            self._running[pidfd] = pid
-        except OSError:
-            if pidfd >= 0:
-                os.close(pidfd)
-            self._blind.append(pid)
+        self._programs.add(pid)
+        if self._programs.unseen:
             self._look_soon()
         if self._trouble:
             say(f"starts {self._starter.path} again")
             self._trouble, self._wait_s, self._try_at = 0, FIRST_WAIT_S, _NEVER
-        self._count()
+        self._status_due()
 
     def _not_started(self, error: OSError) -> None:
         if error.errno != self._trouble:
@@ -214,8 +209,8 @@ class Pool:
                 if not self._scarce:
                     self._scarce = True
                     say(
-                        f"no descriptor left at {len(self._running)} programs of {self._places}: "
-                        "connections wait; raise the limit (--limit-nofile), or lower --workers"
+                        f"no descriptor left at {len(self._programs)} programs of {self._places}: "
+                        "connections wait; raise --limit nofile=N, or lower --workers"
                     )
                 self._look_soon()
                 return False
@@ -235,30 +230,20 @@ class Pool:
             self._epoll.unregister(self._channel.fileno())
         self._listening = wanted
 
-    # -- programs ------------------------------------------------------------
+    # -- what else there is --------------------------------------------------
 
-    def _ended(self, pidfd: int, pid: int) -> bool:
-        """Take the status of a program that has ended; say whether it has."""
-        gone, status = os.waitpid(pid, os.WNOHANG)
-        if not gone:
-            return False  # who traces it is to be told first
-        del self._running[pidfd]
-        self._epoll.unregister(pidfd)  # what we have just started may hold a copy for a moment
-        os.close(pidfd)
-        if status:
-            self._board.failed()
+    def _ended(self, pidfd: int) -> bool:
+        """A program has ended; say whether there is a place now."""
+        if not self._programs.ended(pidfd):
+            return False
         if self._trouble == errno.EAGAIN:
             self._try_at = 0.0
-        self._count()
+        self._status_due()
         return True
 
-    def _count(self) -> None:
-        """The number of programs has changed."""
-        self._board.running(len(self._running) + len(self._blind))
+    def _status_due(self) -> None:
         if self._status_at == _NEVER:
             self._status_at = time.monotonic() + _STATUS_S
-
-    # -- what else there is --------------------------------------------------
 
     def _timeout_s(self) -> float | None:
         soonest = min(self._try_at, self._look_at, self._status_at, self._word_at)
@@ -272,32 +257,22 @@ class Pool:
             self._word_at = now + self._word_every_s
         if now >= self._status_at:
             self._status_at = _NEVER
-            count = len(self._running) + len(self._blind)
+            count = len(self._programs)
             self._notifier.tell(f"STATUS={count} of {self._places} programs run")
         if now >= self._look_at:
             self._look_at = _NEVER
-            self._look(now)
+            self._programs.look()
+            if self._programs.unseen:
+                self._look_soon()
         if now >= self._try_at:
             self._try_at = _NEVER
             if self._hand:
                 self._start()
-        if self._taking and not self._hand and not self._listening:
+        if not self._listening:
             self._take()
 
     def _look_soon(self) -> None:
         self._look_at = min(self._look_at, time.monotonic() + _LOOK_S)
-
-    def _look(self, now: float) -> None:
-        """See which of those have ended whose end nothing tells."""
-        for pid in tuple(self._blind):
-            gone, status = os.waitpid(pid, os.WNOHANG)
-            if gone:
-                self._blind.remove(pid)
-                if status:
-                    self._board.failed()
-                self._count()
-        if self._blind:
-            self._look_at = now + _LOOK_S
 
     def _line_ended(self) -> bool:
         """End of file on the RETURN line: retire.  Nothing is said on it yet."""
@@ -322,8 +297,7 @@ class Pool:
         if os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGTERM)
         else:
-            for pid in (*self._running.values(), *self._blind):
-                os.kill(pid, signal.SIGTERM)
+            self._programs.signal(signal.SIGTERM)
 
     def _stop_taking(self) -> None:
         self._taking = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,12 @@ from tests.stdio.pools import ANSWERS, TALKS, Caller, pool, refusing
 Start = Callable[..., Protector]
 #: Does not end when it is asked to; ends with its client.
 STUBBORN = "trap '' TERM; echo $$; while read line; do echo $line; done"
+
+
+def waited_for(pid: int) -> set[int]:
+    """The descriptors in the epoll sets of a process."""
+    infos = [file.read_text() for file in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    return {int(number) for info in infos for number in re.findall(r"tfd:\s*(\d+)", info)}
 
 
 @pytest.fixture
@@ -141,6 +148,7 @@ def test_a_pool_that_retires_takes_no_more_and_finishes(given: Given) -> None:
 
     worker.retire()
 
+    eventually(lambda: given.reader.fileno() not in waited_for(worker.pid), "its retiring")
     assert client.ask("still there") == "still there"
     late = given.connect()
     client.close()

@@ -200,3 +200,28 @@ def test_an_interrupt_ends_it_without_a_trace(given: Given) -> None:
 
     assert worker.wait() == -signal.SIGINT
     assert not given.log.exists() or given.log.read_text() == ""
+
+
+def test_a_generation_stays_with_the_file_it_began_with(given: Given, tmp_path: Path) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+        Release(tmp_path / name / "program").write(f"#!/bin/sh\necho {name} $0\n")
+    (tmp_path / "current").symlink_to("1")
+    found = str(tmp_path / "1" / "program")
+    command = pool(1, tmp_path / "current" / "program")
+
+    for options in ((), ("--file", found)):
+        given.start(*command[:4], *options, *command[4:])
+        (tmp_path / "current").unlink()
+        (tmp_path / "current").symlink_to("2")
+
+        assert given.connect().read() == f"1 {found}"
+
+
+def test_a_file_that_is_gone_is_not_looked_for_elsewhere(given: Given, tmp_path: Path) -> None:
+    command = pool(1, "cat")
+
+    worker = given.spawn(*command[:4], "--file", tmp_path / "cat", *command[4:])
+
+    assert worker.wait() == 111
+    assert f"cannot start {tmp_path}/cat: No such file" in given.log.read_text()

@@ -18,6 +18,10 @@ _NOT_PASSED_ON = (
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _MAPPED = "::ffff:"
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    Address = tuple[str, int] | tuple[str, int, int, int]
+
 
 class Environments:
     """Makes the environment of one program after the other."""
@@ -56,7 +60,7 @@ class Environments:
         return self._base | self._ours | unix(path, remote, credentials)
 
 
-def tcp(local: tuple[str, int], remote: tuple[str, int]) -> dict[bytes, bytes]:
+def tcp(local: Address, remote: Address) -> dict[bytes, bytes]:
     """Return what is said of a TCP connection; of an IPv6 one both ways of saying it.
 
     An IPv4 client of an IPv6 socket is an IPv4 client.

@@ -18,7 +18,7 @@ import pytest
 
 from bench.load import Load
 from bench.seen import Snapshot
-from tests.legacy.conftest import ADAPTER, is_root, padded
+from tests.legacy.conftest import is_root, padded
 from tests.running import ROOT, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.test_activation import Giver
 from tests.scenarios.tools import Client, Release, pid_in, spawned
@@ -48,10 +48,12 @@ class Service:
         self,
         *options: str,
         command: tuple[str, ...] = (),
-        adapter: tuple[str, ...] = ADAPTER,
+        adapter: tuple[str, ...] = (),
     ) -> Protector:
+        """adapter: in the place of the one that --handoff legacy starts."""
         command = command or (self.program, str(self.port))
-        return self.giver.start(*options, "fd:web", "--", *adapter, *command).ready()
+        mode = () if adapter else ("--handoff", "legacy")
+        return self.giver.start(*mode, *options, "fd:web", "--", *adapter, *command).ready()
 
 
 @pytest.fixture
@@ -77,7 +79,9 @@ def test_a_reload_under_load_fails_nothing(service: Service) -> None:
 
 
 def connected(daemon: Protector) -> list[int]:
-    """The daemons that have connected, in order."""
+    """The daemons that have connected, in order; what they print may come a little later."""
+    ready = daemon.log.count("event=worker-ready")
+    eventually(lambda: daemon.out.count(r"^connected \d") >= ready, "they have said so")
     return [
         int(found[1])
         for line in list(daemon.out.seen)

@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +58,8 @@ class Giver:
         self.given.append((name, made))
         return str(path)
 
-    def start(self, *words: str) -> Protector:
+    def start(self, *words: str, **more: Any) -> Protector:
+        """more: for Popen."""
         # Above 100, so that moving one does not run over another.
         fds = [fd_above(each.fileno()) for _, each in self.given]
         names = ":".join(name for name, _ in self.given)
@@ -66,6 +68,7 @@ class Giver:
             {**self.environment, "LISTEN_FDNAMES": names},
             through=(sys.executable, "-c", PASS_ON, ",".join(str(fd) for fd in fds)),
             pass_fds=fds,
+            **more,
         )
         for fd in fds:
             os.close(fd)

@@ -1,0 +1,225 @@
+"""docs/coming-from.md: each line that is marked as ours starts, serves, reloads and stops.
+
+What stands behind it is a stand-in that takes its socket as the server of that name does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.c.building import PLAIN, compiled, shared_folder
+from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually
+from tests.scenarios.test_activation import Giver
+from tests.scenarios.test_start_listeners import free_port
+from tests.scenarios.tools import pid_in
+
+TEXT = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
+STANDINS = Path(__file__).parent / "standins.py"
+NAMES = (
+    *("chaussette", "gunicorn", "haproxy", "nginx", "plackup", "uwsgi"),
+    *("handler", "ported-daemon", "server", "worker", "wrapper"),
+)
+#: Who has the words: a shell's line, a unit's or a program's setting, an Upstart stanza.
+COMMAND = re.compile(r"^(?:ExecStart=|command=|exec )?(SocketProtector|python) .*$", re.MULTILINE)
+RELOAD = re.compile(r"^ExecReload=(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Ours:
+    """A line of ours, and how it is reloaded if the text says so."""
+
+    section: str
+    line: str
+    reload: str
+
+
+def ours() -> list[Ours]:
+    found = []
+    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
+        section = part.partition("\n")[0]
+        for block in re.findall(r"^```\w+ ours\n(.*?)^```$", part, re.MULTILINE | re.DOTALL):
+            lines = [match[0] for match in COMMAND.finditer(block)]
+            reload = RELOAD.search(block)
+            assert lines, f"nothing is started by {block!r}"
+            for line in lines:
+                words = re.sub(r"^(ExecStart=|command=|exec )", "", line)
+                found.append(Ours(section, words, reload[1] if reload else ""))
+    return found
+
+
+LINES = ours()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands of the text are found, by ./name and by name."""
+    for name in NAMES:
+        path = tmp_path / name
+        path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{STANDINS}" {name} "$@"\n')
+        path.chmod(0o755)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    shutil.copy(ROOT / "client_lib" / "examples" / "shared_queue.py", tmp_path)
+    return tmp_path
+
+
+class Runs:
+    """Starts a line of the text, with a free port and a folder of its own in the place of /run."""
+
+    def __init__(self, folder: Path, giver: Giver, factory: pytest.TempPathFactory) -> None:
+        self.folder = folder
+        self.giver = giver
+        self.factory = factory
+        self.address: tuple[str, int] | str = ""
+        self.environment = {
+            **giver.environment,
+            "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}",
+        }
+
+    def words(self, line: str) -> list[str]:
+        """The words of a line, as a shell makes them."""
+        port = re.search(r"(?<!\d)[1-9]\d{3}(?!\d)", line)
+        if port is not None:
+            number = free_port()
+            line = re.sub(rf"(?<!\d){port[0]}(?!\d)", str(number), line)
+            self.address = ("127.0.0.1", number)
+        words = [word.replace("/run/", f"{self.folder}/") for word in shlex.split(line)]
+        for word in words:
+            if word.startswith("unix:"):
+                self.address = word.removeprefix("unix:").partition("?")[0]
+            if word == "fd:web":
+                self.address = ("127.0.0.1", self.giver.tcp("web"))
+        return words
+
+    def protector(self, line: str) -> Protector:
+        program, *words = self.words(line)
+        assert program == "SocketProtector"
+        if "./daemon" in words:
+            built = compiled(shared_folder(self.factory), "original", *PLAIN)
+            (self.folder / "daemon").symlink_to(built)
+        self.giver.environment = {**self.environment, "PWD": str(self.folder)}
+        return self.giver.start(*words, cwd=self.folder).ready()
+
+    def ask(self) -> str:
+        answer = ask(self.address)
+        assert answer.endswith("hello")
+        return answer
+
+
+@pytest.fixture
+def runs(
+    folder: Path, marked_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runs]:
+    giver = Giver(marked_environment)
+    yield Runs(folder, giver, tmp_path_factory)
+    giver.close()
+
+
+@pytest.mark.parametrize(
+    "one",
+    [each for each in LINES if each.line.startswith("SocketProtector ")],
+    ids=lambda each: re.sub(r"\W+", "-", f"{each.section} {each.line}")[:70],
+)
+def test_a_line_of_ours_starts_serves_reloads_and_stops(runs: Runs, one: Ours) -> None:
+    daemon = runs.protector(one.line)
+    before = runs.ask()
+
+    mark = len(daemon.log.seen)
+    if one.reload:
+        command = [sys.executable, "-m", "socketprotector.ctl", *shlex.split(one.reload)[1:]]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=DEADLINE_S, capture_output=True)
+    else:
+        daemon.signal(signal.SIGHUP)
+    line = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
+    assert "event=reloaded" in line
+    # Under --handoff listener the old one may accept until it has seen its signal.
+    daemon.log.wait_for("event=drained generation=1", after=mark)
+    after = runs.ask()
+
+    if before != "hello":
+        assert pid_in(before) != pid_in(after)
+    if "--pid-file" in one.line:
+        assert (runs.folder / "web.pid").read_text().strip() == str(daemon.pid)
+    daemon.stop()
+    assert daemon.log.count(" error ") == 0
+
+
+def test_the_queue_without_a_protector_serves_and_grows(runs: Runs) -> None:
+    (line,) = [each.line for each in LINES if each.line.startswith("python ")]
+    words = runs.words(line)
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        words, cwd=runs.folder, env={**os.environ, **runs.environment}, stdout=write
+    )
+    os.close(write)
+    said = Lines(read)
+    try:
+        said.wait_for("listens on")
+        children = int(words[-1])
+        eventually(lambda: children_of(process.pid) == children + 1, "its children")
+        pid_in(runs.ask())
+        process.send_signal(signal.SIGUSR1)
+        eventually(lambda: children_of(process.pid) == children + 2, "one child more")
+    finally:
+        process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+    said.join()
+
+
+def children_of(pid: int) -> int:
+    """How many a process has; one of these accepts."""
+    return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def test_no_line_of_ours_is_left_out() -> None:
+    blocks = re.findall(r"^```.*?^```$", TEXT, re.MULTILINE | re.DOTALL)
+    unmarked = [each for each in blocks if "SocketProtector" in each and " ours\n" not in each]
+
+    assert len(unmarked) == 1, "all but the original's own"
+    assert "--handoff" not in unmarked[0]
+    assert len(LINES) >= len(re.findall(r" ours$", TEXT, re.MULTILINE)) >= 16
+
+
+def test_every_section_shows_the_old_line_and_ours_and_says_what_differs() -> None:
+    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
+        section, _, rest = part.partition("\n")
+        first, *others = re.findall(r"^```(.*)$", rest, re.MULTILINE)[::2]
+        assert not first.endswith(" ours"), f"{section}: the old line comes first"
+        assert any(each.endswith(" ours") for each in others), section
+        assert "*Gained:*" in rest and "*Different:*" in rest, section  # noqa: PT018
+
+
+def test_the_links_lead_somewhere() -> None:
+    anchors = {
+        re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^##? (.*)$", TEXT, re.MULTILINE)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
+        path, _, anchor = target.partition("#")
+        assert not path or (ROOT / "docs" / path).exists(), target
+        assert not anchor or anchor in anchors, target
+
+
+def test_a_stand_in_that_is_not_given_its_socket_does_not_start() -> None:
+    """So that a line without its placeholder or variable fails here."""
+    for name in ("chaussette", "gunicorn", "plackup", "worker", "nginx"):
+        with socket.socket() as none:
+            done = subprocess.run(
+                [sys.executable, "-S", STANDINS, name],
+                pass_fds=[none.fileno()],
+                capture_output=True,
+            )
+        assert done.returncode == 1

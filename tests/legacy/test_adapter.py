@@ -482,6 +482,31 @@ def test_a_number_that_is_no_socket_is_refused(legacy: Legacy) -> None:
     )
 
 
+def test_without_descriptors_it_ends_before_it_could_lose_a_connection(legacy: Legacy) -> None:
+    """To serve takes fewer than to start, and what was freed is enough for the one in hand."""
+    waiting = legacy.channel.connect()
+    waiting.send("hello")
+    ended = 0
+    for limit in range(8, 24):
+        worker = legacy.spawn(
+            *legacy.command("leaves=0"),
+            before=("/bin/sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"),
+        )
+        try:
+            legacy.channel.wait_ready(worker)
+        except AssertionError:
+            assert worker.wait() in (1, 111)
+            assert "Too many open files" in legacy.log.splitlines()[-1]
+            assert legacy.channel.queued() == 1
+            ended += 1
+        else:
+            assert waiting.read().endswith("] hello")
+            break
+
+    assert 0 < ended < 16
+    assert "lost" not in legacy.log
+
+
 def test_it_loads_little() -> None:
     code = f"import sys; sys.path[:0] = {sys.path!r}; before = set(sys.modules); "
     code += "import socketprotector.legacy; print(*sorted(set(sys.modules) - before))"

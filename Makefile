@@ -22,8 +22,9 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml
 demo: $(INSTALLED) ## protect the sample client, reload it under load, show that nothing fails (15 s)
 	@$(BIN)/python -m bench.demo
 
-test: $(INSTALLED) ## run all tests (installs compilers, interpreters and nginx for some of them)
-	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby nginx-light
+test: $(INSTALLED) ## run all tests (installs compilers, interpreters and servers that they need)
+	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
+	-tools/install-packages nodejs nginx-light starlet
 	$(BIN)/python -m pytest -n 4 tests
 
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)

@@ -1,0 +1,55 @@
+"""Measure what docs/servers.md tells: python -m tests.servers [NAME...] [--reloads N]."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+
+from tests.running import Protector, mark
+from tests.servers.catalogue import SERVERS
+from tests.servers.test_reloads import newest
+from tests.servers.traffic import Traffic
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.servers", description=__doc__)
+    parser.add_argument("names", nargs="*", default=list(SERVERS))
+    parser.add_argument("--reloads", type=int, default=20)
+    parser.add_argument("--wait", default="0.005")
+    parser.add_argument("--clients", type=int, default=8)
+    given = parser.parse_args()
+    for name in given.names:
+        measure(name, given.reloads, given.wait, given.clients)
+
+
+def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as marks:
+        os.environ["XDG_RUNTIME_DIR"] = folder
+        protector = Protector(SERVERS[name].arguments, {**marks, "WAIT_S": wait_s, "PORT": "0"})
+        began = time.monotonic()
+        try:
+            port = protector.ready().port
+            with (
+                Traffic(port, clients=clients) as single,
+                Traffic(port, kept=True, clients=clients, pause_s=0.01) as kept,
+            ):
+                single.wait_for(newest(protector))
+                for _ in range(reloads):
+                    protector.reload()
+                    single.wait_for(newest(protector))
+            protector.stop()
+        finally:
+            protector.end()
+            if protector.process.returncode:
+                print(protector.log.text())
+    used = os.times()
+    cpu_s = used.children_user + used.children_system
+    print(f"{name}: {time.monotonic() - began:.1f} s, CPU of all so far {cpu_s:.1f} s")
+    for kind, seen in (("single", single.seen), ("kept", kept.seen)):
+        print(f"  {kind}: {seen.answered} answers, ends {seen.ends}, {dict(seen.failures)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""aiohttp's own run_app on a listener that it was handed.  Usage: aiohttp_run_app.py FD"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+
+from aiohttp import web
+
+WAIT_S = float(os.environ.get("WAIT_S", "0"))
+
+
+async def answer(request: web.Request) -> web.Response:
+    await asyncio.sleep(WAIT_S)
+    return web.Response(text=f"{os.getpid()}\n")
+
+
+app = web.Application()
+app.router.add_get("/", answer)
+web.run_app(app, sock=socket.socket(fileno=int(sys.argv[1])), print=None)

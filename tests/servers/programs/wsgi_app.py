@@ -1,0 +1,17 @@
+"""A WSGI application: each answer is the pid of who gives it, after WAIT_S."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+WAIT_S = float(os.environ.get("WAIT_S", "0"))
+
+
+def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    time.sleep(WAIT_S)
+    body = f"{os.getpid()}\n".encode()
+    start_response("200 OK", [("Content-Length", str(len(body)))])
+    return [body]

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 import time
+from pathlib import Path
 
 from tests.running import Protector, mark
 from tests.servers.catalogue import SERVERS
@@ -27,7 +28,7 @@ def main() -> None:
 def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as marks:
         os.environ["XDG_RUNTIME_DIR"] = folder
-        protector = Protector(SERVERS[name].arguments, {**marks, "WAIT_S": wait_s, "PORT": "0"})
+        protector = Protector(SERVERS[name].arguments(Path(folder)), {**marks, "WAIT_S": wait_s})
         began = time.monotonic()
         try:
             port = protector.ready().port

@@ -11,10 +11,15 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench.processes import free_port
+
 PROGRAMS = Path(__file__).parent / "programs"
+#: In a command: the path of nginx' configuration.
+CONFIGURATION = "nginx.conf"
 _PYTHON = sys.executable
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
 
@@ -30,19 +35,18 @@ class Server:
     program: str = ""  # or the program; from a Debian package
     loses: bool = False  # it drops connections that it has accepted when it is told to finish
 
-    @property
-    def arguments(self) -> list[str]:
-        """Ours, from --handoff on."""
-        return [
-            "--handoff",
-            "listener",
-            *self.options,
-            "--chdir",
-            str(PROGRAMS),
-            "http=127.0.0.1:0",
-            "--",
-            *self.command,
-        ]
+    def arguments(self, folder: Path) -> list[str]:
+        """Ours.  folder: for a configuration that must name the port."""
+        port = 0
+        command = self.command
+        if CONFIGURATION in command:
+            port = free_port()
+            text = (PROGRAMS / "nginx.conf").read_text(encoding="utf-8")
+            made = folder / "nginx.conf"
+            made.write_text(text.replace("PORT", str(port)).replace("FOLDER", str(folder)), encoding="utf-8")
+            command = tuple(str(made) if word == CONFIGURATION else word for word in command)
+        ours = ["--handoff", "listener", *self.options, "--chdir", str(PROGRAMS)]
+        return [*ours, f"http=127.0.0.1:{port}", "--", *command]
 
     def needed(self) -> None:
         """Skip where it is not installed."""
@@ -57,62 +61,77 @@ def _script(name: str) -> str:
 
 
 SOON = ("--ready", "after:100ms")
-SERVERS = {
-    each.name: each
-    for each in (
-        Server(
-            "uvicorn",
-            (_script("uvicorn"), "--fd", "{fd:http}", "--loop", "uvloop", "asgi_app:app"),
-            SOON,
-            module="uvicorn",
-        ),
-        Server(
-            "uvicorn-patient",
-            (_PYTHON, "uvicorn_server.py", "{fd:http}"),
-            SOON,
-            module="uvicorn",
-        ),
-        Server("aiohttp-run-app", (_PYTHON, "aiohttp_run_app.py", "{fd:http}"), SOON, module="aiohttp"),
-        Server(
-            "gunicorn",
-            (_script("gunicorn"), "--workers", "2", "wsgi_app:app"),
-            module="gunicorn",
-        ),
-        Server(
-            "hypercorn",
-            (_script("hypercorn"), "--bind", "fd://{fd:http}", "--workers", "0", "asgi_app:app"),
-            SOON,
-            module="hypercorn",
-        ),
-        Server("aiohttp", (_PYTHON, "aiohttp_server.py", "{fd:http}"), SOON, module="aiohttp"),
-        Server("tornado", (_PYTHON, "tornado_server.py", "{fd:http}"), SOON, module="tornado"),
-        Server("waitress", (_PYTHON, "waitress_server.py", "{fd:http}"), SOON, module="waitress"),
-        Server(
-            "twisted",
-            (
-                _script("twistd"),
-                "--nodaemon",
-                "--pidfile=",
-                "web",
-                "--wsgi=wsgi_app.app",
-                "--listen=systemd:domain=INET:index=0",
-            ),
-            SOON,
-            module="twisted",
-        ),
-        Server("granian", (_PYTHON, "granian_server.py", "{fd:http}"), SOON, module="granian"),
-        Server("node", ("node", "http.js", "{fd:http}"), SOON, program="node"),
-        Server(
-            "starlet",
-            ("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
-            SOON,
-            program="plackup",
-        ),
-        Server(
-            "nginx",
-            ("nginx", "-c", str(PROGRAMS / "nginx.conf"), "-e", "stderr"),
-            (*SOON, "--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
-            program="nginx",
-        ),
-    )
-}
+
+
+def _command(name: str, *command: str, **more: Any) -> Server:
+    """Its own command."""
+    return Server(name, command, **more)
+
+
+def _program(name: str, *more: str) -> Server:
+    """A small program around it, beside this file."""
+    return Server(f"{name}-program", (_PYTHON, f"{name}_server.py", *more), SOON, module=name)
+
+
+_ALL = (
+    _command(
+        "uvicorn",
+        *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "uvloop", "asgi_app:app"),
+        options=SOON,
+        module="uvicorn",
+        loses=True,
+    ),
+    _program("uvicorn", "{fd:http}"),
+    _command(
+        "gunicorn",
+        *(_script("gunicorn"), "--workers", "2", "wsgi_app:app"),
+        module="gunicorn",
+    ),
+    _command(
+        "gunicorn-threads",
+        *(_script("gunicorn"), "--threads", "4", "wsgi_app:app"),
+        module="gunicorn",
+    ),
+    _command(
+        "hypercorn",
+        *(_script("hypercorn"), "--bind", "fd://{fd:http}", "--workers", "0", "asgi_app:app"),
+        options=SOON,
+        module="hypercorn",
+        loses=True,
+    ),
+    _program("hypercorn", "{fd:http}"),
+    _command(
+        "aiohttp",
+        *(_PYTHON, "aiohttp_run_app.py", "{fd:http}"),
+        options=SOON,
+        module="aiohttp",
+        loses=True,
+    ),
+    _program("aiohttp", "{fd:http}"),
+    _program("tornado", "{fd:http}"),
+    _program("waitress", "{fd:http}"),
+    _command(
+        "twisted",
+        *(_script("twistd"), "--nodaemon", "--pidfile=", "web", "--wsgi=wsgi_app.app"),
+        "--listen=systemd:domain=INET:index=0",
+        options=(*SOON, "--env", "PYTHONPATH=."),
+        module="twisted",
+        loses=True,
+    ),
+    _program("twisted"),
+    _program("granian", "{fd:http}"),
+    _command("node", "node", "http.js", "{fd:http}", options=SOON, program="node"),
+    _command(
+        "starlet",
+        *("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
+        options=SOON,
+        program="plackup",
+    ),
+    _command(
+        "nginx",
+        *("nginx", "-c", CONFIGURATION, "-e", "stderr"),
+        options=(*SOON, "--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
+        program="nginx",
+    ),
+)
+SERVERS = {each.name: each for each in _ALL}

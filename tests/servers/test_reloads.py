@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -24,10 +25,10 @@ def tried(servers: list[Server]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def serve(protector: Start) -> Callable[[Server], Protector]:
+def serve(protector: Start, tmp_path: Path) -> Callable[[Server], Protector]:
     def start(server: Server) -> Protector:
         server.needed()
-        return protector(*server.arguments, WAIT_S=WAIT_S).ready()
+        return protector(*server.arguments(tmp_path), WAIT_S=WAIT_S).ready()
 
     return start
 

@@ -70,6 +70,7 @@ class _Worker:
     died_saying_so: bool = False
     status_due: bool = False  # it has ended, and who has reaped it is to say how
     aborted: bool = False  # it hung, so its end is none that anybody wanted
+    ready_by: str = ""  # what said so: notify, ack, line, check, timer
 
     def descriptors(self) -> dict[str, int]:
         """What an adopter needs, by name."""
@@ -252,6 +253,7 @@ class Crew:
                 worker.watched,
                 worker.status,
                 worker.aborted,
+                worker.ready_by,
             )
             for number, worker in self._workers.items()
         )
@@ -287,6 +289,7 @@ class Crew:
             record.watched,
             record.status,
             aborted=record.aborted,
+            ready_by=record.ready_by,
         )
         self._watch(record.number, worker)
 
@@ -321,7 +324,7 @@ class Crew:
         """A worker says by another way than its own line that it is ready (einhorn's)."""
         for number, worker in self._workers.items():
             if worker.process.pid == pid and worker.readiness.by_ack:
-                self._is_ready(number)
+                self._is_ready(number, "ack")
                 return
 
     # -- what comes back -----------------------------------------------------
@@ -336,7 +339,10 @@ class Crew:
         if worker.ready_at is None:
             program = check_program(worker.home.program)
             worker.readiness.watch(
-                self._loop, number, lambda: self._is_ready(number), lambda: spawn(program, {}, {})
+                self._loop,
+                number,
+                lambda by: self._is_ready(number, by),
+                lambda: spawn(program, {}, {}),
             )
         self._wait_for_word(number, worker)
 
@@ -446,7 +452,7 @@ class Crew:
 
     def _handle(self, number: int, worker: _Worker, fields: Mapping[str, str]) -> None:
         if fields.get("READY") == "1" and worker.readiness.by_word:
-            self._is_ready(number, retires=fields.get(_RETIRES[0]) == _RETIRES[1])
+            self._is_ready(number, "notify", retires=fields.get(_RETIRES[0]) == _RETIRES[1])
         usec = fields.get("EXTEND_TIMEOUT_USEC", "")
         # isdigit() alone is true of digits that int() does not take.
         if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
@@ -471,16 +477,19 @@ class Crew:
         except OSError as error:
             self._hear_later(number, worker, error)
 
-    def _is_ready(self, number: int, *, retires: bool = False) -> None:
+    def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.ready_at is not None:
             return
-        worker.ready_at = time.monotonic()
+        worker.ready_at, worker.ready_by = time.monotonic(), by
         worker.readiness.close()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
             return
-        self._log.write("info", "worker-ready", generation=worker.generation, worker=number)
+        other = by if by != "notify" else None
+        self._log.write(
+            "info", "worker-ready", generation=worker.generation, worker=number, by=other
+        )
         self._wait_for_word(number, worker)
         self._post(WorkerReady(number, retires or worker.accepts))
 

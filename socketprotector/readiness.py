@@ -24,7 +24,7 @@ from .records import Program
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
-_ACK, _NEWLINE = "ack", "newline"
+_ACK, _NEWLINE = "ack", "line"
 #: Kinds that a line brings.
 _BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
 _CHECK, _AFTER = "check", "after"
@@ -47,7 +47,7 @@ class Readiness:
         self._lines = dict(lines)
         self._loop: Loop | None = None  # until it is watched
         self._key: object = None
-        self._ready: Callable[[], None] = lambda: None
+        self._ready: Callable[[str], None] = lambda by: None
         self._checked: Callable[[], Process]
         self._heard: dict[str, bytes] = {}
         self._check: Process | None = None
@@ -96,15 +96,15 @@ class Readiness:
         return dict(self._lines)
 
     def watch(
-        self, loop: Loop, key: object, ready: Callable[[], None], checked: Callable[[], Process]
+        self, loop: Loop, key: object, ready: Callable[[str], None], checked: Callable[[], Process]
     ) -> None:
-        """Call back each time something says so.  Raises OSError.
+        """Call back each time something says so, with what that is.  Raises OSError.
 
         key: of our timers.  checked: starts the check's process.
         """
         self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
         if self._program.ready_after_s is not None:
-            loop.call_after((_AFTER, key), self._program.ready_after_s, ready)
+            loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
         for name, fd in self._lines.items():
             loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
         self.check()
@@ -120,7 +120,7 @@ class Readiness:
         if said or not data:
             self._forget(name)
         if said:
-            self._ready()
+            self._ready(name)
 
     def _forget(self, name: str) -> None:
         fd = self._lines.pop(name, -1)
@@ -153,7 +153,7 @@ class Readiness:
             return
         self.stop_check()
         if result.clean:
-            self._ready()
+            self._ready(_CHECK)
         else:
             self._check_again(loop)
 

@@ -92,6 +92,7 @@ class WorkerRecord:
     watched: bool = False  # it has said WATCHDOG=1
     status: str = ""
     aborted: bool = False  # it hung, so its end is none that anybody wanted
+    ready_by: str = ""  # what said that it is ready
 
 
 @dataclass(frozen=True, slots=True)

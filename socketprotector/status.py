@@ -120,6 +120,7 @@ def _of_worker(
         "state": worker.state.value,
         "started_at": record.started_at if record is not None else None,
         "ready_at": None if ready_at is None else clock.date() - (time.monotonic() - ready_at),
+        "ready_by": record.ready_by if record is not None else "",
         "status": record.status if record is not None else "",
         "quick_deaths": worker.quick_deaths,
         **_of_counts(counts),

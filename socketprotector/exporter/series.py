@@ -37,9 +37,7 @@ class Series:
         self._gauge("up", "1 if the instance answered")
         self._info("build", "The protector's version.")
         self._gauge("start_time_seconds", "When it was started, since the epoch.")
-        self._counter(
-            "restarts", "Programs that went on where another stopped."
-        )
+        self._counter("restarts", "Programs that went on where another stopped.")
         self._gauge("phase", "1 for the phase that it is in.", "phase")
         self._gauge("serving", "1 if new connections go to a generation.")
         self._gauge("held", "1 if it accepts nothing because it was told so.")

@@ -20,9 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.c.building import PLAIN, compiled, shared_folder
-from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually
+from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually, free_port
 from tests.scenarios.test_activation import Giver
-from tests.scenarios.test_start_listeners import free_port
 from tests.scenarios.tools import pid_in
 
 TEXT = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")

@@ -231,7 +231,11 @@ def test_a_server_is_ready_when_it_says_so_in_its_own_way(
     daemon.line()
     status = daemon.until("phase", "serving")
 
+    by = {"yaml": "ack", "path": "ack", "9": "line", "{fd:ready}": "line"}.get(how, how)
+    if how == "never":
+        by = "check" if "check" in said else "timer"
     assert status["ready"] == said
+    assert [each["ready_by"] for each in status["generations"][0]["workers"]] == [by]
     assert status["handoff"] == "listener"
     assert ask(daemon.address).endswith("hello")
 

@@ -43,7 +43,9 @@ class Server:
             port = free_port()
             text = (PROGRAMS / "nginx.conf").read_text(encoding="utf-8")
             made = folder / "nginx.conf"
-            made.write_text(text.replace("PORT", str(port)).replace("FOLDER", str(folder)), encoding="utf-8")
+            made.write_text(
+                text.replace("PORT", str(port)).replace("FOLDER", str(folder)), encoding="utf-8"
+            )
             command = tuple(str(made) if word == CONFIGURATION else word for word in command)
         ours = ["--handoff", "listener", *self.options, "--chdir", str(PROGRAMS)]
         return [*ours, f"http=127.0.0.1:{port}", "--", *command]

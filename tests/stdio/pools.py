@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from tests.running import DEADLINE_S
 PROGRAMS = Path(__file__).parent / "programs"
 #: Tells its pid, then repeats what it is told; ends with its client.
 TALKS = "echo $$; exec cat"
+#: How many programs its pool has, itself among them; then it waits for its client's end.
+COUNTS = "set -- $(cat /proc/$PPID/task/$PPID/children); echo $#; read line"
 #: Answers one line as bench.load expects it.
 ANSWERS = 'read line; echo "[$$] $line"'
 
@@ -35,6 +38,16 @@ def refusing(full: Path, number: int, at_once: int, *command: str) -> tuple[str 
         str(number),
         *pool(at_once, *command)[4:],
     )
+
+
+def waited_for(pid: int) -> set[int]:
+    """The descriptors in the epoll sets of a process."""
+    infos = [file.read_text() for file in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    return {int(number) for info in infos for number in re.findall(r"tfd:\s*(\d+)", info)}
+
+
+def asleep(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
 
 
 class Caller:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,17 +15,11 @@ from bench.load import Load
 from tests.client.protector import Protector as Given
 from tests.running import Protector, eventually, parent_of, wait_gone
 from tests.scenarios.tools import Release
-from tests.stdio.pools import ANSWERS, TALKS, Caller, pool, refusing
+from tests.stdio.pools import ANSWERS, PROGRAMS, TALKS, Caller, asleep, pool, refusing, waited_for
 
 Start = Callable[..., Protector]
 #: Does not end when it is asked to; ends with its client.
 STUBBORN = "trap '' TERM; echo $$; while read line; do echo $line; done"
-
-
-def waited_for(pid: int) -> set[int]:
-    """The descriptors in the epoll sets of a process."""
-    infos = [file.read_text() for file in Path(f"/proc/{pid}/fdinfo").iterdir()]
-    return {int(number) for info in infos for number in re.findall(r"tfd:\s*(\d+)", info)}
 
 
 @pytest.fixture
@@ -159,21 +153,26 @@ def test_a_pool_that_retires_takes_no_more_and_finishes(given: Given) -> None:
 
 
 def test_a_retiring_pool_leaves_nobody_waiting_beside_one_that_has_places(
-    given: Given,
+    given: Given, tmp_path: Path
 ) -> None:
-    """Both wait for the channel; the one who was woken may be the one who leaves."""
-    first = given.start(*pool(1, TALKS, shell=True))
-    given.start(*pool(1, TALKS, shell=True))
+    """One of them is woken for a connection; it may be the one who leaves."""
+    held = tmp_path / "held"
+    late = str(PROGRAMS / "late.py")
+    first = given.start(sys.executable, late, held, *pool(1, TALKS, shell=True)[4:])
+    channel = given.reader.fileno()
+    eventually(lambda: channel in waited_for(first.pid) and asleep(first.pid), "to wait")
+    other = given.start(*pool(1, TALKS, shell=True))
+    eventually(lambda: channel in waited_for(other.pid) and asleep(other.pid), "to wait")
+    held.touch()
+    client = given.connect()
+    eventually(lambda: held.read_text() == "woken", "to be woken")
+    first.retire()
 
-    for _ in range(20):
-        os.kill(first.pid, signal.SIGSTOP)
-        first.retire()
-        client = given.connect()
-        os.kill(first.pid, signal.SIGCONT)
-        assert client.read()
-        client.close()
-        assert first.wait() == 0
-        first = given.start(*pool(1, TALKS, shell=True))
+    held.unlink()
+
+    assert client.read()
+    client.close()
+    assert first.wait() == 0
 
 
 def test_a_pool_that_is_killed_is_replaced_and_its_programs_go_on(protector: Start) -> None:

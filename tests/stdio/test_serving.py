@@ -14,11 +14,9 @@ import pytest
 from socketprotector.ctl.client import Client
 from tests.client.protector import Protector as Given
 from tests.running import Protector, eventually
-from tests.stdio.pools import TALKS, Caller, pool, told
+from tests.stdio.pools import COUNTS, TALKS, Caller, pool, told
 
 Start = Callable[..., Protector]
-#: How many programs its pool has, itself among them; then it waits for its client's end.
-COUNTS = "set -- $(cat /proc/$PPID/task/$PPID/children); echo $#; read line"
 #: The masks of signals that are blocked and ignored.
 SIGNALS = "grep -E 'Sig(Blk|Ign)' /proc/self/status"
 

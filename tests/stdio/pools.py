@@ -46,10 +46,6 @@ def waited_for(pid: int) -> set[int]:
     return {int(number) for info in infos for number in re.findall(r"tfd:\s*(\d+)", info)}
 
 
-def asleep(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
-
-
 class Caller:
     """A client that talks in lines; a context manager."""
 

@@ -37,8 +37,9 @@ class Connection(Socket):
         """Close the socket; files made from it with makefile() keep it open."""
         super().close()
         # The last of those files calls close() again.
-        if self._ledger is not None and self.fileno() < 0:
-            self._ledger.forget(self)
+        ledger = self._ledger
+        if ledger is not None and self.fileno() < 0:
+            ledger.forget(self)
 
     def detach(self) -> int:
         """Give up the descriptor, which counts as open until somebody closes it."""
@@ -85,11 +86,12 @@ class OpenConnections:
 
         Those that must be asked are not all asked each time where they are many.
         """
-        if self._detached:
-            asked = len(self._detached)
-            if asked <= _FEW or asked >= self._look_at or self.known >= limit:
-                self._drop_closed()
-                self._look_at = 2 * len(self._detached)
+        if not self._detached:
+            return len(self._open) >= limit
+        asked = len(self._detached)
+        if asked <= _FEW or asked >= self._look_at or self.known >= limit:
+            self._drop_closed()
+            self._look_at = 2 * len(self._detached)
         return self.known >= limit
 
     @property

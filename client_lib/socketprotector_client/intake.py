@@ -62,6 +62,8 @@ class Intake:
         self._limit = default_limit() if limit is None else limit
         self._names = names
         self._fds = tuple(source.fds)
+        # What is readable nearly always.
+        self._channel_alone = [*self._fds] if len(self._fds) == 1 else []
         self._orders: dict[int, Callable[[], None]] = {}
         self._set = waiting or WaitSet()
         self._set.add(self._fds)
@@ -110,6 +112,24 @@ class Intake:
             raise Drained
         finally:
             self._turn.release()
+
+    def get_now(self) -> Optional[Connection]:
+        """The same as get(0), at half the cost: each connection pays it."""
+        if not self._turn.acquire(False):
+            return None
+        try:
+            if self._ended:
+                raise Drained
+            connection = self._look(0)
+            if connection is None and self._ended:
+                raise Drained
+            return connection
+        finally:
+            self._turn.release()
+
+    def has_more(self) -> bool:
+        """Return whether `get` would have something to do."""
+        return bool(self._set.wait(0))
 
     def failed(self) -> None:
         """A handler of one of these connections has raised."""
@@ -177,6 +197,8 @@ class Intake:
 
     def _look(self, timeout_s: Optional[float]) -> Optional[Connection]:
         ready = self._set.wait(timeout_s)
+        if ready and ready == self._channel_alone and not self._stop_asked:
+            return self._take(ready[0])
         # Orders before connections: under load there is always a connection.
         for fd in ready:
             if fd in self._orders:
@@ -215,9 +237,10 @@ class Intake:
             if not self._ended:
                 self._spare.hold()
         if connection is not None:
-            self._names[connection.fileno()] = connection.listener
+            number = connection.fileno()
+            self._names[number] = connection.listener
             self.open.add(connection)
-            self._board.took(connection.fileno(), connection.accepted_at_ns)
+            self._board.took(number, connection.accepted_at_ns)
             if self.open.reached(self._limit):
                 self._pause()
         return connection
@@ -249,7 +272,8 @@ class Intake:
 
     def _changed(self) -> None:
         self._board.count_open()
-        self._look_again()
+        if self._paused or self._awaits_last:
+            self._look_again()
 
     def _look_again(self) -> None:
         """See what follows from the number of open connections, in any thread."""

@@ -26,6 +26,11 @@ from .signals import TermWatch, watch_term
 from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
+# One for each turn of an event loop costs a third of the rate; more than this gains nothing.
+_MOST = 16
+
+_AGAIN = os.strerror(errno.EAGAIN)
+
 _ANSWERS = {
     socket.SO_ACCEPTCONN: 1,
     socket.SO_TYPE: int(socket.SOCK_STREAM),
@@ -41,7 +46,7 @@ class Listener(Socket):
         address: Optional[ListenAddress] = None,
         *,
         limit: Optional[int] = None,
-        take: Optional[int] = 1,
+        take: Optional[int] = 0,
     ) -> None:
         """Bind `address` where there is no protector, or leave that to bind().
 
@@ -49,15 +54,18 @@ class Listener(Socket):
 
         Event loops call accept until it fails, and would take the whole queue
         before they serve the first: after `take` connections in a row accept
-        fails once with BlockingIOError.  None for loops that accept once for
+        fails once with BlockingIOError.  0: after the first, and under load, where the
+        queue is never empty, after up to 16.  None for loops that accept once for
         each wake-up.  Without effect on a blocking listener.
 
         Raises what `connections` raises, except that the address may be missing.
         """
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
         self._limit = limit
-        self._take = take
+        self._adapts = take == 0
+        self._take = sys.maxsize if take is None else take or 1
         self._taken = 0
+        self._said_ready = False
         self._intake: Optional[Intake] = None
         self._leave: Optional[Leave] = None
         self._term: Optional[TermWatch] = None
@@ -75,23 +83,29 @@ class Listener(Socket):
         ends: by SIGTERM if it has a handler for that, else with SystemExit(0) from
         here once every connection handed out is closed.
         """
-        intake = self._opened()
-        current().ready()
+        intake = self._intake or self._opened()
+        if not self._said_ready:
+            current().ready()
+            self._said_ready = True
         timeout_s = self.gettimeout()
-        if timeout_s == 0 and self._take is not None and self._taken >= self._take:
-            self._taken = 0
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         connection = None
         try:
-            connection = intake.get(timeout_s)
+            if timeout_s != 0:
+                connection = intake.get(timeout_s)
+            elif self._taken < self._take:
+                connection = intake.get_now()
+            elif self._adapts and self._take < _MOST and intake.has_more():
+                self._take *= 2
         except Drained:
             if self._leave is None:
                 self._leave = self._begin_leave()
             self._leave.proceed(timeout_s)
         if connection is None:
+            if self._adapts and 1 < self._take >= self._taken * 2:
+                self._take //= 2
             self._taken = 0
             if timeout_s == 0:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                raise BlockingIOError(errno.EAGAIN, _AGAIN)
             raise socket.timeout("timed out")
         self._taken += 1
         return connection, connection.peer

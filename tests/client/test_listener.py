@@ -82,6 +82,41 @@ def test_it_takes_as_many_in_a_row_as_it_was_told(take: int | None, in_a_row: in
             one.close()
 
 
+def test_it_takes_more_in_a_row_the_longer_there_is_more(listener: Listener) -> None:
+    listener.listen(64)
+    listener.setblocking(False)
+    clients = [connect(listener) for _ in range(40)]
+    rows: list[int] = []
+
+    while sum(rows) < len(clients):
+        rows.append(len(take_row(listener)))
+    grown = list(rows)
+    rows.clear()
+    for _ in range(6):  # and one at a time, as when there is little to do
+        with connect(listener):
+            assert select.select([listener], [], [], 10)[0]
+            assert len(take_row(listener)) == 1
+    more = [connect(listener) for _ in range(3)]
+    rows = [len(take_row(listener)) for _ in range(2)]
+
+    assert grown == [1, 2, 4, 8, 16, 9]
+    assert rows == [1, 2]
+    for one in (*clients, *more):
+        one.close()
+
+
+def take_row(listener: Listener) -> list[Connection]:
+    """Accept until it fails, as event loops do, and close what came."""
+    row: list[Connection] = []
+    while True:
+        try:
+            row.append(listener.accept()[0])
+        except BlockingIOError:
+            for one in row:
+                one.close()
+            return row
+
+
 def test_a_timeout_is_kept(listener: Listener) -> None:
     listener.settimeout(0.01)
 

@@ -214,3 +214,38 @@ def test_a_main_thread_that_waits_for_ever_is_interrupted(protector: Protector) 
 
     assert worker.read_rest() == ["interrupted", "cleaned up"]
     assert worker.wait() == 0
+
+
+def test_a_server_is_told_to_finish_only_after_a_fresh_connection_was_read(
+    protector: Protector,
+) -> None:
+    worker = protector.start("leaves.py", "600")
+    idle, fresh = protector.connect(), protector.connect()
+    assert [worker.read_line() for _ in range(2)] == ["taken"] * 2
+    idle.send("hello")
+    assert worker.read_line() == "hello"
+
+    protector.end_channel()
+    assert worker.read_line() == "leaving"
+    for _ in range(100):  # so long it looks again and again
+        idle.send("more")
+        assert worker.read_line() == "more"
+    fresh.send("first words")
+
+    assert worker.read_rest() == ["first words", "TERM"]
+
+
+@pytest.mark.parametrize("patience_s", ["0.05", "600"])
+def test_a_server_is_told_to_finish_though_its_clients_say_nothing(
+    protector: Protector, patience_s: str
+) -> None:
+    worker = protector.start("leaves.py", patience_s)
+    client = protector.connect()
+    assert worker.read_line() == "taken"
+    if patience_s == "600":  # not one that has spoken, but one that never will
+        client.close()
+        assert worker.read_line() == "closed"
+
+    protector.end_channel()
+
+    assert [each for each in worker.read_rest() if each != "closed"] == ["leaving", "TERM"]

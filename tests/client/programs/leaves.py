@@ -1,0 +1,45 @@
+"""A Listener in a server that handles SIGTERM; says what it reads, and when the signal comes.
+
+leaves.py SECONDS: how long a client that has connected may take to begin.
+"""
+
+from __future__ import annotations
+
+import select
+import signal
+import sys
+
+from socketprotector_client import Connection, Listener, draining, leaving
+
+from tests.client.programs.talk import say
+
+leaving._FIRST_WORDS_S = float(sys.argv[1])
+leaving._LOOK_S = 0.001
+
+ended = False
+
+
+def on_term(*_: object) -> None:
+    global ended
+    ended = True
+    say("TERM")
+
+
+signal.signal(signal.SIGTERM, on_term)
+listener = Listener()
+listener.setblocking(False)
+listener.listen()
+clients: list[Connection] = []
+said = False
+while not ended:
+    for one in select.select([listener, *clients], [], [], 1)[0]:
+        if one is not listener:
+            say(one.recv(100).decode().strip() or "closed")
+            continue
+        try:
+            clients.append(listener.accept()[0])
+            say("taken")
+        except BlockingIOError:
+            if draining() and not said:
+                said = True
+                say("leaving")

@@ -102,6 +102,7 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
         self._intake.await_last()
         while len(self._intake.open):
             await anyio.wait_readable(self._intake.fileno())
+        self._intake.recount()
         # In a thread: a callback may want this very loop to do something.
         await anyio.to_thread.run_sync(current().drain.finish)
 
@@ -110,7 +111,7 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
             async with await _stream(plain) as stream:
                 await handler(stream)
         finally:
-            self._intake.open.forget(plain)
+            self._intake.open.ended()
 
     async def _obey_term(
         self, *, task_status: anyio.abc.TaskStatus[None] = anyio.TASK_STATUS_IGNORED

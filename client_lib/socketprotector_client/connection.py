@@ -70,7 +70,7 @@ class OpenConnections:
         Also when an end can no longer be noticed, only looked for.
         """
         self._on_change = on_change
-        self._open: set[weakref.ref[socket.socket]] = set()
+        self._open: set[weakref.ref[Connection]] = set()
         # Descriptor to inode, of those that ssl or others took over: nobody
         # tells when they close them.
         self._detached: dict[int, int] = {}
@@ -117,7 +117,7 @@ class OpenConnections:
         connection._ledger = self
         self._open.add(weakref.ref(connection, self._collected))
 
-    def forget(self, connection: socket.socket) -> None:
+    def forget(self, connection: Connection) -> None:
         self._open.discard(weakref.ref(connection))
         self._on_change()
 
@@ -131,17 +131,18 @@ class OpenConnections:
     def exchange(self, connection: Connection) -> socket.socket:
         """Return a plain socket in the connection's place, for those who take no subclass.
 
-        It counts as open until `forget` is called or nobody has it any more.
+        Whoever sees its end calls `ended`; otherwise it is asked for.
         """
         family, kind, proto = connection.family, connection.type, connection.proto
-        connection._ledger = None  # detach() would follow the descriptor
-        plain = Socket(family, kind, proto, connection.detach())
-        # In this order: at no time is it not counted.
-        self._open.add(weakref.ref(plain, self._collected))
-        self._open.discard(weakref.ref(connection))
-        return plain
+        return Socket(family, kind, proto, connection.detach())
 
-    def _collected(self, reference: weakref.ref[socket.socket]) -> None:
+    def ended(self) -> None:
+        """One of those that must be asked has ended."""
+        if len(self._detached) <= _FEW:
+            self._drop_closed()
+        self._on_change()
+
+    def _collected(self, reference: weakref.ref[Connection]) -> None:
         if reference in self._open:
             self._open.discard(reference)
             self._on_change()

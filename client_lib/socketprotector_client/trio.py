@@ -73,6 +73,7 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
         self._intake.await_last()
         while len(self._intake.open):
             await trio.lowlevel.wait_readable(self._intake.fileno())
+        self._intake.recount()
         # In a thread: a callback may want this very loop to do something.
         await trio.to_thread.run_sync(current().drain.finish)
 
@@ -82,7 +83,7 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
             await handler(stream)
         finally:
             await trio.aclose_forcefully(stream)
-            self._intake.open.forget(plain)
+            self._intake.open.ended()
 
     async def _obey_term(
         self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

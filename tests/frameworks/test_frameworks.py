@@ -59,7 +59,9 @@ FRAMEWORKS = [
     Framework("gunicorn_gthread", "gunicorn", (*GUNICORN, "-k", "gthread", "--threads", "8")),
     program("gevent_app", "gevent"),
     program("gevent_patched", "gevent"),
+    program("gevent_stream", "gevent", closes_idle=False),
     program("trio_streams", "trio", closes_idle=False),
+    program("trio_listeners", "trio", closes_idle=False),
     Framework(
         "anyio_asyncio", "anyio", (str(PROGRAMS / "anyio_streams.py"), "ADDRESS", "asyncio"), False
     ),

@@ -22,4 +22,5 @@ async def talk(stream: trio.SocketStream) -> None:
             request = b""
 
 
-trio.run(serve, talk, sys.argv[1])
+if __name__ == "__main__":
+    trio.run(serve, talk, sys.argv[1])

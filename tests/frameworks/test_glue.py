@@ -1,14 +1,18 @@
-"""Frameworks that cannot use a Listener say so in one line, and name the mode that works."""
+"""What only one framework does; and those that cannot use a Listener say which mode works."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from tests.frameworks.test_frameworks import GUNICORN, PATH
+from tests.client.protector import Protector as Stand
+from tests.frameworks.test_frameworks import GUNICORN, PATH, PROGRAMS
 from tests.running import ROOT, Protector
 
 UVLOOP = """
@@ -88,3 +92,40 @@ def test_a_generation_whose_application_cannot_be_loaded_is_never_ready(
 
     assert daemon.wait() != 0
     assert daemon.log.count("event=worker-ready") == 0
+
+
+def test_gunicorns_end_leaves_the_protectors_unix_socket_alone(
+    protector: Callable[..., Protector], tmp_path: Path
+) -> None:
+    pytest.importorskip("gunicorn")
+    path = tmp_path / "socket"
+    options = ["127.0.0.1:1" if word == "ADDRESS" else word for word in GUNICORN]
+    daemon = protector(f"unix:{path}", "--", sys.executable, *options, **PATH).ready()
+    made = path.stat().st_ino
+
+    daemon.reload()
+    daemon.log.wait_for("event=exited generation=1")
+
+    assert path.stat().st_ino == made
+    daemon.stop()
+
+
+@pytest.mark.parametrize("program", ["gevent_patched.py", "gevent_stream.py"])
+def test_gevent_never_sets_a_flag_on_the_channel_that_all_workers_share(
+    program: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("gevent")
+    stand = Stand(tmp_path / "log")
+    try:
+        worker = stand.start(sys.executable, PROGRAMS / program, "127.0.0.1:1")
+        client = stand.connect()
+        client.send("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r")
+        assert client.read() == "HTTP/1.1 200 OK\r"
+
+        assert not fcntl.fcntl(stand.reader, fcntl.F_GETFL) & os.O_NONBLOCK
+
+        client.close()
+        stand.end_channel()
+        assert worker.wait() == 0
+    finally:
+        stand.close()

@@ -94,6 +94,8 @@ class Listener(Socket):
                 connection = intake.get(timeout_s)
             elif self._taken < self._take:
                 connection = intake.get_now()
+                if connection is None and self._adapts and 1 < self._take >= self._taken * 2:
+                    self._take //= 2
             elif self._adapts and self._take < _MOST and intake.has_more():
                 self._take *= 2
         except Drained:
@@ -101,8 +103,6 @@ class Listener(Socket):
                 self._leave = self._begin_leave()
             self._leave.proceed(timeout_s)
         if connection is None:
-            if self._adapts and 1 < self._take >= self._taken * 2:
-                self._take //= 2
             self._taken = 0
             if timeout_s == 0:
                 raise BlockingIOError(errno.EAGAIN, _AGAIN)

@@ -43,7 +43,7 @@ def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
             protector.stop()
         finally:
             protector.end()
-            if protector.process.returncode:
+            if protector.process.returncode or os.environ.get("SHOW_LOG"):
                 print(protector.log.text())
     used = os.times()
     cpu_s = used.children_user + used.children_system

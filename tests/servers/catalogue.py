@@ -34,6 +34,7 @@ class Server:
     module: str = ""  # the Python module that must be there
     program: str = ""  # or the program; from a Debian package
     loses: bool = False  # it drops connections that it has accepted when it is told to finish
+    waits: bool = False  # for the first request of each connection that it has accepted
 
     def arguments(self, folder: Path) -> list[str]:
         """Ours.  folder: for a configuration that must name the port."""
@@ -62,7 +63,10 @@ def _script(name: str) -> str:
     return str(_SCRIPTS / name)
 
 
-SOON = ("--ready", "after:100ms")
+#: It says nothing, and starts so quickly.
+SOON = ("--ready", "after:200ms")
+#: The application says it when it has started.
+SAYS = ("--ready", "notify")
 
 
 def _command(name: str, *command: str, **more: Any) -> Server:
@@ -70,34 +74,35 @@ def _command(name: str, *command: str, **more: Any) -> Server:
     return Server(name, command, **more)
 
 
-def _program(name: str, *more: str) -> Server:
+def _program(name: str, *words: str, **more: Any) -> Server:
     """A small program around it, beside this file."""
-    return Server(f"{name}-program", (_PYTHON, f"{name}_server.py", *more), SOON, module=name)
+    command = (_PYTHON, f"{name}_server.py", *words)
+    return Server(f"{name}-program", command, SAYS, module=name, **more)
 
 
 _ALL = (
     _command(
         "uvicorn",
         *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "uvloop", "asgi_app:app"),
-        options=SOON,
+        options=SAYS,
         module="uvicorn",
         loses=True,
     ),
     _program("uvicorn", "{fd:http}"),
     _command(
         "gunicorn",
-        *(_script("gunicorn"), "--workers", "2", "wsgi_app:app"),
+        *(_script("gunicorn"), "--preload", "--workers", "2", "wsgi_app:app"),
         module="gunicorn",
     ),
     _command(
         "gunicorn-threads",
-        *(_script("gunicorn"), "--threads", "4", "wsgi_app:app"),
+        *(_script("gunicorn"), "--preload", "--threads", "4", "wsgi_app:app"),
         module="gunicorn",
     ),
     _command(
         "hypercorn",
         *(_script("hypercorn"), "--bind", "fd://{fd:http}", "--workers", "0", "asgi_app:app"),
-        options=SOON,
+        options=SAYS,
         module="hypercorn",
         loses=True,
     ),
@@ -105,24 +110,16 @@ _ALL = (
     _command(
         "aiohttp",
         *(_PYTHON, "aiohttp_run_app.py", "{fd:http}"),
-        options=SOON,
+        options=SAYS,
         module="aiohttp",
         loses=True,
     ),
     _program("aiohttp", "{fd:http}"),
     _program("tornado", "{fd:http}"),
     _program("waitress", "{fd:http}"),
-    _command(
-        "twisted",
-        *(_script("twistd"), "--nodaemon", "--pidfile=", "web", "--wsgi=wsgi_app.app"),
-        "--listen=systemd:domain=INET:index=0",
-        options=(*SOON, "--env", "PYTHONPATH=."),
-        module="twisted",
-        loses=True,
-    ),
     _program("twisted"),
-    _program("granian", "{fd:http}"),
-    _command("node", "node", "http.js", "{fd:http}", options=SOON, program="node"),
+    _program("granian", "{fd:http}", loses=True),
+    _command("node", "node", "http.js", "{fd:http}", "{fd:ready}", program="node", waits=True),
     _command(
         "starlet",
         *("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
@@ -131,9 +128,10 @@ _ALL = (
     ),
     _command(
         "nginx",
-        *("nginx", "-c", CONFIGURATION, "-e", "stderr"),
+        *(_PYTHON, "nonblocking.py", "{fd:http}", "nginx", "-c", CONFIGURATION, "-e", "stderr"),
         options=(*SOON, "--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
         program="nginx",
+        waits=True,
     ),
 )
 SERVERS = {each.name: each for each in _ALL}

@@ -1,4 +1,8 @@
-"""Unmodified servers under --handoff listener, reloaded under load; docs/servers.md tells of each."""
+"""Unmodified servers under --handoff listener, reloaded under load; docs/servers.md tells of each.
+
+That the new one is ready too early fails nobody: the old one serves on until it is told to finish,
+and what comes then waits in the backlog that both share.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector
+from bench.processes import descendants
+from tests.running import Protector, eventually
 from tests.servers.catalogue import SERVERS, Server
-from tests.servers.traffic import Traffic
+from tests.servers.traffic import Connection, Traffic, is_accepted
 
 Start = Callable[..., Protector]
+Serve = Callable[[Server], Protector]
 
 RELOADS = 20
+FEW = 3
 #: How long an application takes for an answer, so that requests are under way when the signal
 #: comes.
 WAIT_S = "0.005"
+
+KEEPERS = [each for each in SERVERS.values() if not each.loses]
+LOSERS = [each for each in SERVERS.values() if each.loses]
 
 
 def tried(servers: list[Server]) -> pytest.MarkDecorator:
@@ -25,7 +35,7 @@ def tried(servers: list[Server]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def serve(protector: Start, tmp_path: Path) -> Callable[[Server], Protector]:
+def serve(protector: Start, tmp_path: Path) -> Serve:
     def start(server: Server) -> Protector:
         server.needed()
         return protector(*server.arguments(tmp_path), WAIT_S=WAIT_S).ready()
@@ -39,17 +49,78 @@ def newest(protector: Protector) -> int:
     return int(found[-1])
 
 
-@tried([each for each in SERVERS.values() if not each.loses])
-def test_twenty_reloads_under_load_fail_no_connection(
-    serve: Callable[[Server], Protector], server: Server
+class Outcome:
+    """What clients have seen of reloads."""
+
+    def __init__(self, protector: Protector, server: Server, times: int) -> None:
+        """Reload under load, each time when the generation before has answered; stop."""
+        idle, late = Connection(protector.port), Connection(protector.port)
+        idle.ask()
+        idle.answer()
+        with Traffic(protector.port, pause_s=0.01) as traffic:
+            traffic.wait_for(newest(protector))
+            if server.loses:
+                eventually(lambda: is_accepted(protector.port, late.port), "it accepted")
+            for _ in range(times):
+                protector.reload()
+                traffic.wait_for(newest(protector))
+            self.idle_ended = idle.ended(within_s=20)
+            self.late_ended = server.loses and late.ended(within_s=20)
+        idle.close()
+        late.close()
+        protector.stop()
+        self.failures = traffic.seen.failures
+        self.answered = traffic.seen.answered
+        self.generations = len(traffic.seen.workers)
+
+
+@tried(KEEPERS)
+def test_twenty_reloads_under_load_fail_no_connection_and_end_idle_ones_without_a_word(
+    serve: Serve, server: Server
+) -> None:
+    seen = Outcome(serve(server), server, RELOADS)
+
+    assert not seen.failures
+    assert seen.generations == RELOADS + 1
+    assert seen.idle_ended
+
+
+@tried(LOSERS)
+def test_a_server_that_drops_what_it_has_accepted_loses_nothing_else(
+    serve: Serve, server: Server
+) -> None:
+    seen = Outcome(serve(server), server, FEW)
+
+    # Connections that were accepted, and whose request was not read.  Never an answer that is
+    # cut, nobody refused, nobody left waiting.
+    assert seen.late_ended
+    assert set(seen.failures) <= {
+        "end of file, no answer",
+        "ConnectionResetError: [Errno 104] Connection reset by peer",
+        "BrokenPipeError: [Errno 32] Broken pipe",
+    }
+    assert seen.failures.total() < seen.answered / 4
+    assert seen.generations == FEW + 1
+    assert seen.idle_ended
+
+
+@tried([each for each in SERVERS.values() if each.waits])
+def test_a_connection_that_was_accepted_and_asks_late_is_answered_by_the_old_one(
+    serve: Serve, server: Server
 ) -> None:
     protector = serve(server)
+    idle, late = Connection(protector.port), Connection(protector.port)
+    idle.ask()
+    idle.answer()
+    eventually(lambda: is_accepted(protector.port, late.port), "the connection accepted")
+    old = [newest(protector), *descendants(newest(protector))]
 
-    with Traffic(protector.port, pause_s=0.002) as traffic:
-        traffic.wait_for(newest(protector))
-        for _ in range(RELOADS):
-            protector.reload()
-            traffic.wait_for(newest(protector))
+    protector.reload()
+    assert idle.ended(within_s=20)  # so the old one has heard
+    late.ask()
+
+    assert late.answer() in old
+    idle.close()
+    late.close()
+    protector.log.wait_for(r"event=exited generation=1\b.*exited with status 0")
     protector.stop()
-
-    assert not traffic.seen.failures

@@ -8,6 +8,7 @@ import socket
 import sys
 
 from aiohttp import web
+from ready import ready
 
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
 
@@ -19,4 +20,11 @@ async def answer(request: web.Request) -> web.Response:
 
 app = web.Application()
 app.router.add_get("/", answer)
+
+
+async def started(app: web.Application) -> None:
+    ready()
+
+
+app.on_startup.append(started)
 web.run_app(app, sock=socket.socket(fileno=int(sys.argv[1])), print=None)

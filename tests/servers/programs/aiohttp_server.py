@@ -9,6 +9,7 @@ import socket
 import sys
 
 from aiohttp import web
+from ready import ready
 
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
 GRACE_S = 1.0  # for requests that are on their way in connections that were accepted already
@@ -29,6 +30,7 @@ async def main() -> None:
     await runner.setup()
     listener = socket.socket(fileno=int(sys.argv[1]))
     await web.SockSite(runner, listener).start()
+    ready()
     await told.wait()
     # Not by site.stop(): asyncio drops what it has accepted in the turn before (docs/servers.md).
     loop.remove_reader(listener)

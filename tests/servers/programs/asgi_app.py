@@ -7,6 +7,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from ready import ready
+
 BODY = f"{os.getpid()}\n".encode()
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
 
@@ -18,6 +20,7 @@ async def app(
 ) -> None:
     if scope["type"] == "lifespan":
         while (await receive())["type"] != "lifespan.shutdown":
+            ready()
             await send({"type": "lifespan.startup.complete"})
         await send({"type": "lifespan.shutdown.complete"})
         return

@@ -1,7 +1,9 @@
-// node's http on a listener that it was handed.  Usage: http.js FD
+// node's http on a listener that it was handed.  Usage: http.js FD READY-FD
 const wait = 1000 * Number(process.env.WAIT_S || 0)
 const server = require('http').createServer((request, response) => {
   setTimeout(() => response.end(`${process.pid}\n`), wait)
 })
-server.listen({ fd: Number(process.argv[2]) })
 process.on('SIGTERM', () => server.close())
+server.listen({ fd: Number(process.argv[2]) }, () => {
+  require('fs').writeSync(Number(process.argv[3]), '\n')
+})

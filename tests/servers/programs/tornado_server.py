@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 
+from ready import ready
 from tornado.httpserver import HTTPServer
 from tornado.web import Application, RequestHandler
 
@@ -42,6 +43,7 @@ async def main() -> None:
     server = HTTPServer(Application([("/", Answer)]))
     server.add_socket(listener)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    ready()
     await told.wait()
     server.stop()
     await asyncio.sleep(GRACE_S)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from ready import ready
 from twisted.internet import defer, reactor, task
 from twisted.internet.endpoints import serverFromString
 from twisted.web.resource import Resource
@@ -45,6 +46,7 @@ async def finish(port: Any) -> None:
 
 
 def listening(port: Any) -> None:
+    ready()
     loop.addSystemEventTrigger(
         "before", "shutdown", lambda: defer.Deferred.fromCoroutine(finish(port))
     )

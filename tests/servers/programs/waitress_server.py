@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import waitress
+from ready import ready
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from wsgi_app import app
@@ -37,6 +38,7 @@ def busy() -> bool:
 
 
 signal.signal(signal.SIGTERM, leave)
+ready()
 while not told_at:
     wasyncore.loop(timeout=1, map=channels, use_poll=True, count=1)
 server.del_channel(channels)

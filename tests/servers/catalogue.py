@@ -1,7 +1,4 @@
-"""The servers that are tried under --handoff listener, and how each is started.
-
-One place for the command lines: docs/servers.md shows the same (test_servers_page.py).
-"""
+"""The servers that are tried under --handoff listener, and how each is started; docs/servers.md."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 #: A fact of the machine, not of a server: an answer takes milliseconds.
 PATIENCE_S = 20.0
 _REPLY = re.compile(
-    rb"HTTP/1\.1 200 [A-Z]*\r\n(?P<head>.*?)\r\n\r\n(?:[0-9a-f]+\r\n)?(?P<pid>\d+)\n(?:\r\n0\r\n\r\n)?",
+    rb"HTTP/1\.1 200 [A-Z]*\r\n(?P<head>.*?)\r\n\r\n"
+    rb"(?:[0-9a-f]+\r\n)?(?P<pid>\d+)\n(?:\r\n0\r\n\r\n)?",  # in chunks, or not
     re.DOTALL,
 )
 

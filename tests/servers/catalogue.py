@@ -103,6 +103,14 @@ _ALL = (
         module="hypercorn",
         loses=True,
     ),
+    _command(
+        "hypercorn-uvloop",
+        *(_script("hypercorn"), "-k", "uvloop", "--bind", "fd://{fd:http}"),
+        *("--workers", "0", "asgi_app:app"),
+        options=SAYS,
+        module="hypercorn",
+        loses=True,
+    ),
     _program("hypercorn", "{fd:http}"),
     _command(
         "aiohttp",

@@ -11,12 +11,13 @@ import pwd
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qsl
 
 from .errors import UsageError
 
-_TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "v6only")
-_UNIX_OPTIONS = ("backlog", "group", "mode", "user")
+_TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "nonblock", "v6only")
+_UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
 #: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
@@ -40,6 +41,12 @@ class Listen:
         if self.called or self.passed is not None:
             return self.called or self.passed or ""
         return os.path.basename(self.path) if self.path is not None else str(self.port)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What each of its sockets is remembered with: fields of ListenerSettings."""
+        nonblock = self.options.get("nonblock") == "1"
+        return {"text": self.text, "name": self.name, "nonblock": nonblock}
 
     def backlog(self, default: int) -> int:
         return int(self.options.get("backlog", default))
@@ -113,7 +120,7 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"{text}: {name} must be a whole number above 0")
         if name == "device" and not value:
             raise UsageError(f"{text}: device needs a name, like eth0")
-        if name in ("v6only", "freebind") and value not in ("0", "1"):
+        if name in ("v6only", "freebind", "nonblock") and value not in ("0", "1"):
             raise UsageError(f"{text}: {name} must be 0 or 1")
         if name == "mode":
             _number(text, "mode", value)

@@ -72,10 +72,7 @@ def bind_all(
                 found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
             else:
                 found = _bind_tcp(listen, listen.backlog(backlog), notice, have, dry=dry)
-            bound += (
-                Bound(each.socket, replace(each.settings, text=listen.text, name=listen.name))
-                for each in found
-            )
+            bound += (Bound(each.socket, replace(each.settings, **listen.told)) for each in found)
     except BaseException:
         for each in bound:
             each.discard()

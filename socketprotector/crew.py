@@ -32,6 +32,8 @@ from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
 
+#: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
+_WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 _SIGNALS = {
     Sign.TERM: signal.SIGTERM,
     Sign.ABRT: signal.SIGABRT,
@@ -342,7 +344,7 @@ class Crew:
                 self._loop,
                 number,
                 lambda by: self._is_ready(number, by),
-                lambda: spawn(program, {}, {}),
+                lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
             )
         self._wait_for_word(number, worker)
 

@@ -68,9 +68,10 @@ def placeholders(words: Sequence[str]) -> list[str]:
 def ready_fd(settings: Settings) -> int:
     """Return the number of the descriptor on which a line says ready, -1 if there is none.
 
-    Either --ready names it, or {fd:ready} in the command asks for one behind the listeners.
+    Either --ready names it, or {fd:ready} asks for one behind the listeners.
     """
-    names = {_name(f) for word in settings.command for f in _PLACEHOLDER.finditer(word)}
+    words = (*settings.command, *(value for _, value in settings.environment))
+    names = {_name(found) for word in words for found in _PLACEHOLDER.finditer(word)}
     if settings.ready_fd >= 0 or settings.handoff != LISTENER or READY_NAME not in names:
         return settings.ready_fd
     return FIRST_FD + len(descriptors(settings.listeners))

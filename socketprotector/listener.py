@@ -60,13 +60,13 @@ class Listener:
     ) -> None:
         """Adopt a bound, listening, non-blocking descriptor.  `index` is for life.
 
-        shared: workers have it too, and accept from it: then it is blocking, as they expect it,
-        and theirs to the end.
+        shared: workers have it too, and accept from it: then it is theirs to the end, and blocking,
+        as most expect it, unless the settings say otherwise.
         """
         self.socket = socket.socket(fileno=fd)
         self.shared = shared
         if shared:
-            self.socket.setblocking(True)
+            self.socket.setblocking(not settings.nonblock)
         self.index = index
         self.settings = settings
         #: It tells of clients whether there are any or not, so nobody should wait for it.

@@ -24,7 +24,8 @@ from .records import Program
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
-_ACK, _NEWLINE = "ack", "line"
+#: Names of descriptors; `line` is RETURN's (crew.py).
+_ACK, _NEWLINE = "ack", "newline"
 #: Kinds that a line brings.
 _BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
 _CHECK, _AFTER = "check", "after"
@@ -120,7 +121,7 @@ class Readiness:
         if said or not data:
             self._forget(name)
         if said:
-            self._ready(name)
+            self._ready("line" if name == _NEWLINE else name)
 
     def _forget(self, name: str) -> None:
         fd = self._lines.pop(name, -1)

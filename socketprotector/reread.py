@@ -125,9 +125,7 @@ def _listeners(
             bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
             if dry:
                 missing = [each for each in addresses_of(listen, notice) if each not in have]
-                added += [
-                    ListenerSettings(each, text=listen.text, name=listen.name) for each in missing
-                ]
+                added += [ListenerSettings(each, **listen.told) for each in missing]
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:
@@ -153,7 +151,7 @@ def _there(
         return same
     wanted = addresses_of(listen, notice)
     found = {
-        index: replace(each, text=listen.text, name=listen.name)
+        index: replace(each, **listen.told)
         for index, each in living.items()
         if each.address in wanted
     }

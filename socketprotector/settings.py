@@ -40,6 +40,7 @@ class ListenerSettings:
     backlog: int = 0  # of a UNIX socket: whoever listens says it
     foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
     text: str = ""  # the LISTEN argument that it is of
+    nonblock: bool = False  # workers that it is handed to find it so
     name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
     removed: bool = False  # by a reload; its place is never another's
 

@@ -72,3 +72,8 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         "the descriptors that were open before",
         5.0,
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, or one process would be busy with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

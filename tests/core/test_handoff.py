@@ -82,6 +82,8 @@ def test_a_line_that_says_ready_has_a_number_where_it_is_asked_for() -> None:
 
     assert handoff.ready_fd(SETTINGS) == -1
     assert handoff.ready_fd(asked) == 6
+    by_environment = replace(SETTINGS, environment=(("READY_FD", "{fd:ready}"),))
+    assert handoff.ready_fd(by_environment) == 6
     assert handoff.ready_fd(replace(asked, ready="fd", ready_fd=12)) == 12
     assert handoff.ready_fd(replace(asked, handoff="connection")) == -1
 

@@ -124,6 +124,18 @@ def test_a_bare_port_is_one_listener_for_ipv4_and_ipv6(served_by: Starter) -> No
     assert ask(here(daemon), "env SERVER_STARTER_PORT") == f"{daemon.port}=3"
 
 
+@pytest.mark.parametrize("wanted", ["0", "1"])
+def test_a_listener_blocks_unless_it_is_to_be_otherwise(served_by: Starter, wanted: str) -> None:
+    """nginx would hang in accept() on one that does."""
+    says = "import os, time; os.write(2, b'blocks=%d\\n' % os.get_blocking(3)); time.sleep(1000)"
+    command = (sys.executable, "-c", says)
+    daemon = served_by(
+        *("--ready", "after:0"), listen=(f"127.0.0.1:0?nonblock={wanted}",), command=command
+    )
+
+    daemon.log.wait_for(f"blocks={int(wanted == '0')}")
+
+
 def test_names_in_the_command_and_the_environment_become_numbers(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -244,6 +256,15 @@ def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) 
     daemon = served_by(command=(*SERVER, "--ready", "never"))
 
     assert ask(here(daemon)).endswith("hello")
+
+
+def test_a_check_knows_whom_it_is_about(served_by: Starter, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    check = f"check:echo $SOCKETPROTECTOR_WORKER_PID >> {asked}"
+    daemon = served_by("--ready", check)
+    daemon.reload()
+
+    assert [int(pid) for pid in asked.read_text().split()] == spawned(daemon)
 
 
 @pytest.mark.parametrize("option", ["ack", "fd:9", "notify", "check:test -e GATE"])

@@ -30,6 +30,7 @@ class Server:
     options: tuple[str, ...] = ()  # of ours
     module: str = ""  # the Python module that must be there
     program: str = ""  # or the program; from a Debian package
+    listener: str = ""  # options of ours
     loses: bool = False  # it drops connections that it has accepted when it is told to finish
     waits: bool = False  # for the first request of each connection that it has accepted
 
@@ -46,7 +47,7 @@ class Server:
             )
             command = tuple(str(made) if word == CONFIGURATION else word for word in command)
         ours = ["--handoff", "listener", *self.options, "--chdir", str(PROGRAMS)]
-        return [*ours, f"http=127.0.0.1:{port}", "--", *command]
+        return [*ours, f"http=127.0.0.1:{port}{self.listener}", "--", *command]
 
     def needed(self) -> None:
         """Skip where it is not installed."""
@@ -133,7 +134,8 @@ _ALL = (
     ),
     _command(
         "nginx",
-        *(_PYTHON, "nonblocking.py", "{fd:http}", "nginx", "-c", CONFIGURATION, "-e", "stderr"),
+        *("nginx", "-c", CONFIGURATION, "-e", "stderr"),
+        listener="?nonblock=1",
         options=(*SOON, "--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
         program="nginx",
         waits=True,

@@ -150,6 +150,7 @@ class Crew:
             self._watch(number, worker)
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
+            self._loop.unwatch(worker.notify.fileno())
             worker.process.destroy()
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
@@ -337,7 +338,6 @@ class Crew:
     def _watch(self, number: int, worker: _Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        self._workers[number] = worker
         if worker.ready_at is None:
             program = check_program(worker.home.program)
             worker.readiness.watch(
@@ -346,6 +346,7 @@ class Crew:
                 lambda by: self._is_ready(number, by),
                 lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
             )
+        self._workers[number] = worker
         self._wait_for_word(number, worker)
 
     def _wait_for_word(self, number: int, worker: _Worker) -> None:

@@ -48,8 +48,8 @@ class Readiness:
         self._lines = dict(lines)
         self._loop: Loop | None = None  # until it is watched
         self._key: object = None
-        self._ready: Callable[[str], None] = lambda by: None
-        self._checked: Callable[[], Process]
+        self._ready: Callable[[str], None] = _nothing
+        self._checked: Callable[[], Process] | None = None
         self._heard: dict[str, bytes] = {}
         self._check: Process | None = None
 
@@ -138,6 +138,8 @@ class Readiness:
             self._start_check(self._loop)
 
     def _start_check(self, loop: Loop) -> None:
+        if self._checked is None:
+            return
         try:
             self._check = self._checked()
             loop.watch(self._check.pidfd, lambda: self._check_ended(loop))
@@ -178,6 +180,12 @@ class Readiness:
         if self._loop is not None:
             self._loop.cancel((_AFTER, self._key))
             self._loop = None
+        # They lead back to who owns this, and such circles are found late.
+        self._ready, self._checked = _nothing, None
+
+
+def _nothing(by: str) -> None:
+    """It is known already."""
 
 
 def check_program(program: Program) -> Program:

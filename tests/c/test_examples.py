@@ -168,8 +168,8 @@ def test_out_of_descriptors_none_is_lost(protect: Start, build: Build) -> None:
 
 def status(daemon: Protector) -> dict[str, Any]:
     """What socketprotectorctl says of the serving generation."""
-    command = [sys.executable, "-m", "socketprotector.ctl", "status", "--json"]
-    done = subprocess.run(command, check=True, capture_output=True)
+    command = [sys.executable, "-m", "socketprotector.ctl", "--name", str(daemon.port)]
+    done = subprocess.run([*command, "status", "--json"], check=True, capture_output=True)
     found: dict[str, Any] = json.loads(done.stdout)
     found = found.get("result", found)
     [serving] = [each for each in found["generations"] if each["phase"] == "serving"]
@@ -207,7 +207,7 @@ def test_it_counts_what_it_does(protect: Start, build: Build) -> None:
 
 def connections(daemon: Protector) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "socketprotector.ctl", "connections", "--json"]
-    done = subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run([*command, "status", "--json"], check=True, capture_output=True)
     found = json.loads(done.stdout)
     result: list[dict[str, Any]] = found["connections"] if isinstance(found, dict) else found
     return result

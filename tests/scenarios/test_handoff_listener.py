@@ -334,9 +334,9 @@ def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path
     there.unlink()
     mark = daemon.signal(signal.SIGHUP)
     eventually(lambda: len(pids.read_text().split()) == 2, "a check of the new one")
+    there.touch()  # too late for that one, which sleeps
 
     assert "event=adopted" in upgrade(daemon)
-    there.touch()
     daemon.log.wait_for("event=reloaded", after=mark)
 
     checks = [int(pid) for pid in pids.read_text().split()]

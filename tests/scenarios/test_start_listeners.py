@@ -308,7 +308,7 @@ def test_a_unix_socket_has_the_mode_and_the_owners_asked_for(start: Start) -> No
         ("mode=1777", "octal, like 0660"),
         ("user=no-such-user", "unknown user no-such-user"),
         ("group=no-such-group", "unknown group no-such-group"),
-        ("v6only=1", "unknown option v6only; allowed: backlog, group, mode, user"),
+        ("v6only=1", "unknown option v6only; allowed: backlog, group, mode, nonblock, user"),
     ],
 )
 def test_a_mistake_in_a_unix_sockets_options_is_refused(

@@ -21,8 +21,18 @@ from pathlib import Path
 import pytest
 
 from socketprotector.notify import Outbox, Systemd, parse
-from tests.running import COMMAND, DEADLINE_S, ROOT, WORKERS, Protector, ask, exchange, wait_gone
-from tests.scenarios.adopting import Installation
+from tests.running import (
+    COMMAND,
+    DEADLINE_S,
+    ROOT,
+    WORKERS,
+    Protector,
+    ask,
+    eventually,
+    exchange,
+    wait_gone,
+)
+from tests.scenarios.adopting import Installation, at_rest
 from tests.scenarios.tools import Gate
 
 UNITS = ROOT / "init.d"
@@ -335,8 +345,15 @@ def test_an_upgrade_waits_for_a_full_notify_socket_but_not_for_ever(
         "from socketprotector.__main__ import main\nmain()\n",
     )
     installation.switch("two")
-    daemon.signal(signal.SIGUSR2)
-    daemon.log.wait_for("signal=SIGUSR2")
+
+    def begun() -> bool:
+        """Not while something still waits for the socket, which was full at the start."""
+        mark = daemon.signal(signal.SIGUSR2)
+        daemon.log.wait_for("signal=SIGUSR2", after=mark)
+        at_rest(daemon)
+        return not any("upgrade-failed" in line for line in daemon.log.seen[mark:])
+
+    eventually(begun, "an upgrade")
     noise = manager.fill()
     daemon.reload()  # which has to be told before the new program can go on
 

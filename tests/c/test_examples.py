@@ -166,11 +166,17 @@ def test_out_of_descriptors_none_is_lost(protect: Start, build: Build) -> None:
     assert status(daemon)["lost"] == 0
 
 
+def told(daemon: Protector, command: str) -> Any:
+    """What socketprotectorctl says; other instances may run on this machine."""
+    ctl = [sys.executable, "-m", "socketprotector.ctl", "--name", str(daemon.port)]
+    return json.loads(
+        subprocess.run([*ctl, command, "--json"], check=True, capture_output=True).stdout
+    )
+
+
 def status(daemon: Protector) -> dict[str, Any]:
-    """What socketprotectorctl says of the serving generation."""
-    command = [sys.executable, "-m", "socketprotector.ctl", "--name", str(daemon.port)]
-    done = subprocess.run([*command, "status", "--json"], check=True, capture_output=True)
-    found: dict[str, Any] = json.loads(done.stdout)
+    """What is known of the serving generation."""
+    found: dict[str, Any] = told(daemon, "status")
     found = found.get("result", found)
     [serving] = [each for each in found["generations"] if each["phase"] == "serving"]
     assert isinstance(serving, dict)
@@ -206,9 +212,7 @@ def test_it_counts_what_it_does(protect: Start, build: Build) -> None:
 
 
 def connections(daemon: Protector) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "socketprotector.ctl", "connections", "--json"]
-    done = subprocess.run([*command, "status", "--json"], check=True, capture_output=True)
-    found = json.loads(done.stdout)
+    found = told(daemon, "connections")
     result: list[dict[str, Any]] = found["connections"] if isinstance(found, dict) else found
     return result
 

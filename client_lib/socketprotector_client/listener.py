@@ -93,7 +93,7 @@ class Listener(Socket):
             if timeout_s != 0:
                 connection = intake.get(timeout_s)
             elif self._taken < self._take:
-                connection = intake.get_now()
+                connection = intake.get_now(further=self._taken > 0)
                 if connection is None and self._adapts and 1 < self._take >= self._taken * 2:
                     self._take //= 2
             elif self._adapts and self._take < _MOST and intake.has_more():

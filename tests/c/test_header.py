@@ -175,10 +175,12 @@ def test_it_says_watchdog_and_hears_nothing_of_a_protector_that_is_gone(
             build("probe", *SANITIZED), env={wire.ENV_NOTIFY: str(path), "WATCHDOG_USEC": "20000"}
         )
 
-        heard = [notify.recv(4096) for _ in range(5)]
+        heard = [notify.recv(4096)]
+        while b"STATUS=probing" not in heard or heard[-1] != b"WATCHDOG=1":
+            heard.append(notify.recv(4096))
     channel.end_channel()
 
-    assert heard[0] == heard[-1] == b"WATCHDOG=1"
+    assert heard[0] == b"WATCHDOG=1"
     assert b"READY=1\nX_SOCKETPROTECTOR_RETIRE=1" in heard
     said = worker.read_rest()
     assert (said[0], said[-1]) == ("open 1 0 10 0", "left -2 0")

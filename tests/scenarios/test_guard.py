@@ -583,7 +583,7 @@ def test_term_with_a_protector_that_cannot_start_lets_the_workers_finish(
         daemon.signal(signal.SIGTERM)
 
         assert daemon.process.wait(DEADLINE_S) == 1
-        assert daemon.log.count("event=guard-gives-up")
+        daemon.log.wait_for("event=guard-gives-up")
         assert pid_in(held.ask()) == first
     assert wait_gone([first]) == []
     assert list(tmp_path.iterdir()) == []

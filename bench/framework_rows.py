@@ -21,18 +21,8 @@ KEPT = b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n"
 
 
 class _Web(Started):
-    def _wait_until_it_answers(self) -> None:
-        deadline_s = time.monotonic() + 20
-        while True:
-            try:
-                _ask(self.address)
-                return
-            except OSError as error:
-                if self._process.poll() is not None or time.monotonic() > deadline_s:
-                    said = self.said()
-                    self.close()
-                    raise CannotMeasure(f"{self.address} never answered: {said}") from error
-                time.sleep(0.02)
+    def _ask(self) -> None:
+        _ask(self.address)
 
 
 def _connect(address: str) -> socket.socket:

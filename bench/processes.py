@@ -144,7 +144,7 @@ class Started:
         deadline_s = time.monotonic() + START_LIMIT_S
         while True:
             try:
-                ask(self.address)
+                self._ask()
                 return
             except OSError as error:
                 if self._process.poll() is not None or time.monotonic() > deadline_s:
@@ -152,6 +152,10 @@ class Started:
                     self.close()
                     raise CannotMeasure(f"{self.address} never answered: {said}") from error
                 time.sleep(0.02)
+
+    def _ask(self) -> None:
+        """See whether it answers.  Raises OSError."""
+        ask(self.address)
 
     def said(self) -> str:
         """Return the end of what it wrote."""

@@ -169,24 +169,14 @@ class Crew:
         worker = self._workers.get(number)
         if worker is None:
             return
-        try:
-            if sign is Sign.KILL:
-                worker.process.kill_group()
-            else:
-                worker.process.signal(_SIGNALS[sign])
-        except PermissionError as error:  # it has become another user's
-            self._log.write(
-                "error",
-                "cannot-signal",
-                worker=number,
-                pid=worker.process.pid,
-                signal=sign.value,
-                error=error.strerror,
-            )
+        if sign is Sign.KILL:
+            sent = self._send(number, worker, sign.value, worker.process.kill_group)
+        else:
+            sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
+        if not sent:
             return
         worker.aborted = worker.aborted or sign is Sign.ABRT
         worker.told_to_go = worker.told_to_go or not worker.aborted
-        self._log.write("info", "signalled", worker=number, signal=sign.value)
 
     def retire(self, number: int) -> None:
         """Have a worker finish: by the end of its RETURN line, or by a signal."""
@@ -205,25 +195,30 @@ class Crew:
         for number, worker in self._workers.items():
             if worker.generation == generation and worker.accepts and not worker.told_to_go:
                 self._tell_to_finish(number, worker)
-                worker.told_to_go = True
 
     def _tell_to_finish(self, number: int, worker: _Worker) -> None:
         sign = signal.Signals(worker.home.program.drain_signal)
+        self._send(number, worker, sign.name.removeprefix("SIG"), worker.process.signal, sign)
+        worker.told_to_go = True
+
+    def _send(
+        self, number: int, worker: _Worker, name: str, act: Callable[..., None], *arguments: int
+    ) -> bool:
+        """Send a signal by the act given, and log that; return whether we may."""
         try:
-            worker.process.signal(sign)
-        except PermissionError as error:
+            act(*arguments)
+        except PermissionError as error:  # it has become another user's
             self._log.write(
                 "error",
                 "cannot-signal",
                 worker=number,
                 pid=worker.process.pid,
-                signal=sign.name.removeprefix("SIG"),
+                signal=name,
                 error=error.strerror,
             )
-        else:
-            self._log.write(
-                "info", "signalled", worker=number, signal=sign.name.removeprefix("SIG")
-            )
+            return False
+        self._log.write("info", "signalled", worker=number, signal=name)
+        return True
 
     def stop_checking(self) -> None:
         """End what only this program knows of; the next one begins it anew."""

@@ -28,9 +28,9 @@ CANNOT: Mapping[tuple[str, str], str] = {
     (STDIO, "scale"): "under --handoff stdio --workers is how many programs run at once: "
     "change it and reload",
 }
-#: Options that need another mode, with what they need it for.
 _COUNTS = "only workers of --handoff connection count their connections"
 _ONLY_LISTENER = "it needs --handoff listener"
+#: Options that need another mode, with what they need it for.
 REFUSED: Mapping[tuple[str, str], str] = {
     **{(mode, "max-requests"): _COUNTS for mode in (LISTENER, STDIO, LEGACY)},
     **{(mode, "drain-signal"): _ONLY_LISTENER for mode in (CONNECTION, STDIO, LEGACY)},

@@ -127,7 +127,7 @@ def test_a_bare_port_is_one_listener_for_ipv4_and_ipv6(served_by: Starter) -> No
 @pytest.mark.parametrize("wanted", ["0", "1"])
 def test_a_listener_blocks_unless_it_is_to_be_otherwise(served_by: Starter, wanted: str) -> None:
     """nginx would hang in accept() on one that does."""
-    says = "import os, time; os.write(2, b'blocks=%d\\n' % os.get_blocking(3)); time.sleep(1000)"
+    says = "import os, signal; os.write(2, b'blocks=%d\\n' % os.get_blocking(3)); signal.pause()"
     command = (sys.executable, "-c", says)
     daemon = served_by(
         *("--ready", "after:0"), listen=(f"127.0.0.1:0?nonblock={wanted}",), command=command

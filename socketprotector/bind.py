@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from . import holder
+from . import holder, twin
 from .address import Listen
 from .bind_unix import bind_unix
 from .errors import Refusal, SystemRefused
@@ -82,6 +82,28 @@ def bind_all(
             each.socket.close()
         return []
     return bound
+
+
+def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
+    """Return the second sockets of those that can have one (twin.py), by their places.
+
+    The caller owns them.  `notice` is told of an address that cannot, and should.  One that was
+    given to us has none: whoever else has it could be steering it, too.
+    """
+    found = {}
+    for place, each in enumerate(bound):
+        try:
+            second = twin.make(each.socket) if not each.settings.foreign else None
+        except OSError as error:
+            notice(
+                f"{each.settings.address}: there can be no second socket ({error.strerror}), so "
+                "old and new generation accept from one: a server that closes what it has "
+                "accepted and not read loses that at a reload"
+            )
+            continue
+        if second is not None:
+            found[place] = Bound(second, each.settings)
+    return found
 
 
 def _addresses(

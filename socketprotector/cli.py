@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from . import __version__, activation, checks, door, handoff, options
 from .address import Listen, parse
-from .bind import bind_all
+from .bind import Bound, bind_all, pair
 from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
 from .config import ConfigFile
@@ -361,6 +361,7 @@ class _Reading:
                 stop_timeout_s=given["stop_timeout"],
                 kill_timeout_s=given["kill_timeout"],
                 stop_first=given["reload_order"] == "stop-first",
+                workers_accept=mode == handoff.LISTENER,
             ),
             handoff=mode,
             shell=given["shell"],
@@ -425,6 +426,7 @@ def _launch(asked: Asked) -> int:
         passed=activation.take(asked.listens, activation.given()),
         dry=asked.check,
     )
+    second: dict[int, Bound] = {}
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
         if not asked.check:  # else nothing is bound that could be named
@@ -434,6 +436,8 @@ def _launch(asked: Asked) -> int:
             path = asked.control or default_path(asked.name, addresses, settings.executed[0])
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += checks.notices(settings, asked.listens, asked.backlog)
+        if settings.policy.workers_accept:
+            second = pair(bound, notices.append)
         if asked.check or not (settings.foreground and settings.log_file is None):
             for notice in notices:  # else its log says them, in the same place
                 tell(notice)
@@ -450,9 +454,10 @@ def _launch(asked: Asked) -> int:
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.executed[0]]
         places = {f"{door.LISTENER}{index}": each for index, each in enumerate(bound)}
+        places |= {f"{door.TWIN}{index}": each for index, each in second.items()}
         return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:
-        for each in bound:
+        for each in (*bound, *second.values()):
             each.discard()
         raise
 

@@ -21,6 +21,7 @@ from .loop import Loop
 from .reader import Answer, Reader
 from .records import Snapshot
 from .settings import Settings, dump, load
+from .sides import Sides
 
 
 class Configuration:
@@ -32,6 +33,7 @@ class Configuration:
         *,
         crew: Crew,
         forwarder: Forwarder,
+        sides: Sides,
         homes: Mapping[int, Home],
         command: tuple[str, ...],
         loop: Loop,
@@ -42,6 +44,7 @@ class Configuration:
         self.settings = settings
         self._crew = crew
         self._forwarder = forwarder
+        self._sides = sides
         self._homes = homes
         self._log = log
         self._post = post
@@ -130,8 +133,10 @@ class Configuration:
         self._log.write("info", "configured", changes=told or "none")
         self._coming = new
         for index, fd in answer.listeners.items():
-            shared = new.handoff == LISTENER
-            self._forwarder.add(Listener(fd, index, new.listeners[index], shared=shared))
+            shared, second = new.handoff == LISTENER, answer.seconds.get(index, -1)
+            listener = Listener(fd, index, new.listeners[index], shared=shared, second=second)
+            self._forwarder.add(listener)
+            self._sides.expect(listener)
         self._post(
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )

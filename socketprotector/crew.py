@@ -108,11 +108,11 @@ class Crew:
         output: Output,
         post: Callable[[Event], None],
         crashed: Callable[[Crash], None],
-        listeners: Callable[[], Mapping[int, int]],
+        listeners: Callable[[int], Mapping[int, int]],
     ) -> None:
         """`post` hands an event to the supervisor; `crashed` is told what nobody wanted.
 
-        listeners: the descriptors, by index, of those that workers accept from.
+        listeners: the descriptors, by index, of those that workers of a side accept from.
         """
         self._settings = settings
         self._loop = loop
@@ -397,7 +397,7 @@ class Crew:
                 if self._settings.control is not None:
                     path = self._settings.control.address.removeprefix("unix:")
                     environment["EINHORN_SOCK_PATH"] = path
-                listeners = self._listeners()
+                listeners = self._listeners(home.side)
                 # They have the first numbers, and --ready fd:N none of these.
                 descriptors = {next(free): listeners[i] for i in sorted(known(program) or ())}
             else:

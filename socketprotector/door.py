@@ -20,6 +20,7 @@ LAUNCHER = "sp.launcher"  # where the launcher waits for a verdict
 TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed start is said
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
+TWIN = "sp.twin."  # the same: the second socket of its address
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard
 READER = "sp.reader"  # this process reads the configuration again, and answers there

@@ -30,6 +30,8 @@ from .events import (
     News,
     Open,
     OpenFailed,
+    Part,
+    Parted,
     ReadSettings,
     Release,
     Report,
@@ -38,6 +40,7 @@ from .events import (
     Signal,
     Spawn,
     StartTimer,
+    Stranded,
     UseSettings,
     WorkerExited,
 )
@@ -55,6 +58,7 @@ from .output import Output
 from .program import program_of
 from .records import Program, Snapshot
 from .settings import Settings
+from .sides import Sides
 
 _LEVELS = {
     News.RELOAD_FAILED: "error",
@@ -120,7 +124,7 @@ class Effects:
             output=output,
             post=post,
             crashed=self._note_crash,
-            listeners=lambda: self.forwarder.shared(),
+            listeners=lambda side: self.forwarder.shared(side),
         )
         self.forwarder = Forwarder(
             loop,
@@ -131,10 +135,18 @@ class Effects:
             held=held,
             accepts=settings.handoff != LISTENER,
         )
+        self.sides = Sides(
+            lambda: self.forwarder.listeners,
+            loop=loop,
+            log=log,
+            parted=lambda number: post(Parted(number)),
+            stranded=lambda: post(Stranded()),
+        )
         self.configuration = Configuration(
             settings,
             crew=self.crew,
             forwarder=self.forwarder,
+            sides=self.sides,
             homes=self.homes,
             command=command,
             loop=loop,
@@ -156,12 +168,17 @@ class Effects:
                 self.crew.retire(worker)
             case RouteTo(number):
                 self._route_to(number)
+            case Part(number):
+                if number in self.homes:
+                    self.homes[number].drained_at = clock.date()
+                self.sides.part(number)
             case Drain(number) if number in self.homes:
-                channel = self.homes[number].channel
-                self._loop.unwatch(channel.read.fileno())
-                self.homes[number].drained_at = clock.date()
-                self.forwarder.drain(channel)
+                home = self.homes[number]
+                self._loop.unwatch(home.channel.read.fileno())
+                home.drained_at = home.drained_at or clock.date()
+                self.forwarder.drain(home.channel)
                 self.crew.drain(number)
+                self.sides.leave(number)
             case Release(number) if number in self.homes:
                 self._log.write("info", "drained", generation=number)
                 generation = self.homes.pop(number)
@@ -169,6 +186,7 @@ class Effects:
                 self._loop.unwatch(generation.channel.read.fileno())
                 generation.forget_board()
                 self.forwarder.release(generation.channel)
+                self.sides.leave(number)
             case Hold(on):
                 self.forwarder.hold(on)
             case ReadSettings():
@@ -226,6 +244,7 @@ class Effects:
             settings=settings,
             coming=coming,
             settings_used=used,
+            side=self.sides.current,
         )
 
     def descriptors(self) -> dict[str, int]:
@@ -251,6 +270,7 @@ class Effects:
         Returns what it had not come to: events of what is in the fleet but was not made yet.
         """
         channels = door.under(descriptors, door.CHANNEL)
+        self.sides.current = snapshot.side
         broken: list[Event] = []
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):
@@ -262,6 +282,8 @@ class Effects:
             self.homes[record.number] = each
             if record.ended:
                 continue
+            if record.program.handoff == LISTENER:
+                self.sides.enter(record.number, record.side)
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:
@@ -352,7 +374,7 @@ class Effects:
             configuration = self.configuration
             settings = configuration.to_try if fresh else configuration.settings
             program = self._good if self._good and not fresh else program_of(settings)
-            home = Home.make(program, settings.queue)
+            home = Home.make(program, settings.queue, self.sides.free)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
@@ -367,6 +389,8 @@ class Effects:
             self.history = self.history.reload_began(number, clock.date())
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
         self.homes[number] = home
+        if program.handoff == LISTENER:
+            self.sides.enter(number, home.side)
         capacity = home.channel.capacity()
         if capacity < settings.queue:
             self._log.write(
@@ -390,6 +414,7 @@ class Effects:
         generation.serving_since = generation.serving_since or time.monotonic()
         generation.served_at = generation.served_at or clock.date()
         self.forwarder.route_to(generation.channel)
+        self.sides.turn_to(generation.side)
         self._log.write("info", "route", generation=number)
 
     def _route_broken(self) -> None:
@@ -447,7 +472,7 @@ class Effects:
                 self._launcher.started()
             case News.RELOADING:
                 self._systemd.reloading()
-            case News.RELOADED:
+            case News.RELOADED | News.RECOVERED:
                 self._systemd.send(READY="1", STATUS=serves)
             case News.RELOAD_FAILED:
                 # There is no word for "failed": ready again, and why in the status.

@@ -132,6 +132,18 @@ class OpenFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Parted:
+    """A generation whose workers accept has taken all who had come to it."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stranded:
+    """Clients wait where no generation accepts any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelBroken:
     """A worker shut down the channel that all of its generation share."""
 
@@ -187,6 +199,8 @@ Event = (
     | WorkerReady
     | WorkerExited
     | OpenFailed
+    | Parted
+    | Stranded
     | ChannelBroken
     | TimeExtended
     | BacklogEmptied
@@ -246,6 +260,13 @@ class RouteTo:
     """Give new connections to this generation; None: hold them."""
 
     generation: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Wait until this generation, which gets nobody new, has accepted who came: `Parted`."""
+
+    generation: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,6 +377,7 @@ Action = (
     | Signal
     | Retire
     | RouteTo
+    | Part
     | Drain
     | Release
     | Hold

@@ -141,8 +141,8 @@ class Forwarder:
     def remove(self, listener: Listener, to: Channel | None) -> None:
         """Let nobody new in.  Who has connected goes to this channel; without one, nowhere."""
         self._listeners.remove(listener)
-        if self._accepting.pop(listener.fileno(), None) is not None:
-            self._loop.unwatch(listener.fileno())
+        self._accepting.pop(listener.fileno(), None)
+        self._unwatch(listener)
         hand = self._take_aside(listener.index)
         if listener.shared:
             listener.refuse_new()  # those who accept from it take who has connected
@@ -208,9 +208,10 @@ class Forwarder:
             os.close(self._reserve)
             self._reserve = -1
 
-    def shared(self) -> dict[int, int]:
-        """Return the descriptors that workers are handed, by index."""
-        return {each.index: each.fileno() for each in self._listeners if each.shared}
+    def shared(self, side: int) -> dict[int, int]:
+        """Return the descriptors that workers of a side are handed, by index."""
+        shared = [each for each in self._listeners if each.shared]
+        return {each.index: each.of_side(side).fileno() for each in shared}
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -227,6 +228,8 @@ class Forwarder:
         """Return the descriptors that are ours to pass on, by name."""
         listeners = (*self._listeners, *(each.listener for each in self._emptying))
         found = {f"{door.LISTENER}{each.index}": each.fileno() for each in listeners}
+        pairs = [(each.index, each.second) for each in listeners]
+        found |= {f"{door.TWIN}{n}": each.fileno() for n, each in pairs if each is not None}
         if self._in_hand is not None:
             found[f"{door.HAND}{self.hands}"] = self._in_hand[1]
         return found
@@ -495,10 +498,16 @@ class Forwarder:
         self._loop.cancel(_QUIET)
         self._stop_accepting()
         for listener in self._listeners:
+            self._unwatch(listener)
             listener.close()
         self._listeners.clear()
         for each in tuple(self._emptying):
             each.end()
+
+    def _unwatch(self, listener: Listener) -> None:
+        """Let nobody look at it any more, whoever that is: it is about to be closed."""
+        for each in listener.sockets:
+            self._loop.unwatch(each.fileno())
 
 
 def _listener_of(header: bytes) -> int:

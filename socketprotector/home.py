@@ -30,9 +30,10 @@ class Home:
     drained_at: float | None = None
     past: Counts | None = None  # of workers that have ended
     lost: int = 0  # connections that were open in those
+    side: int = 0  # where its workers accept, if they do: see sides.py
 
     @classmethod
-    def make(cls, program: Program, queue: int) -> Home:
+    def make(cls, program: Program, queue: int, side: int) -> Home:
         """Make channel and scoreboard.  Raises OSError when the channel cannot be made."""
         channel = Channel.make(queue)
         channel.knows = known(program)
@@ -40,7 +41,7 @@ class Home:
             board = Board.make()
         except OSError:
             board = None  # nobody needs it so much as to fail without
-        return cls(program, channel, board)
+        return cls(program, channel, board, side=side)
 
     @classmethod
     def adopt(cls, record: GenerationRecord, descriptors: Mapping[str, int]) -> Home:
@@ -60,6 +61,7 @@ class Home:
             record.drained_at,
             record.past,
             record.lost,
+            record.side,
         )
 
     def record(self, number: int, *, released: bool) -> GenerationRecord:
@@ -74,6 +76,7 @@ class Home:
             self.drained_at,
             self.past,
             self.lost,
+            self.side,
         )
 
     def descriptors(self) -> dict[str, int]:

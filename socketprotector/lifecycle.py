@@ -29,6 +29,8 @@ from .events import (
     KillRequested,
     Launched,
     OpenFailed,
+    Part,
+    Parted,
     ReadSettings,
     Release,
     ReloadRequested,
@@ -42,6 +44,7 @@ from .events import (
     Signal,
     StartTimer,
     StopRequested,
+    Stranded,
     TimeExtended,
     Wait,
     WorkerExited,
@@ -93,6 +96,10 @@ def _answer(step: Step, event: Event) -> None:
             workers.worker_exited(step, event)
         case OpenFailed(number, reason):
             reload.open_failed(step, number, reason)
+        case Parted(number):
+            step.parted(number)
+        case Stranded():
+            reload.stranded(step)
         case ChannelBroken(number, served_s):
             reload.channel_broken(step, number, served_s)
         case TimeExtended(number, seconds):
@@ -164,7 +171,8 @@ def resume(
     route = fleet.route
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [RouteTo(route.number if route else None)]
-    actions += [Drain(generation.number) for generation in fleet.all_of(Phase.DRAINING)]
+    draining = fleet.all_of(Phase.DRAINING)
+    actions += [Part(g.number) if g.parting else Drain(g.number) for g in draining]
     actions += undone
     if fleet.reading:
         actions.append(ReadSettings())

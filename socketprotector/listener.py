@@ -2,34 +2,18 @@
 
 They are bound before this process begins (address.py) and arrive as descriptors.
 
-Source: tcp(7), unix(7), socket(7) for SO_ATTACH_FILTER.
+Source: tcp(7), unix(7).
 """
 
 from __future__ import annotations
 
-import array
 import errno
 import os
 import select
 import socket
-import struct
 
+from . import twin
 from .settings import ListenerSettings
-
-_SO_ATTACH_FILTER = 26
-
-#: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
-#: nobody new comes while handshakes that are under way finish.
-_NO_NEW_CLIENTS = b"".join(
-    struct.pack("HBBI", *instruction)
-    for instruction in (
-        (0x30, 0, 0, 13),  # load the byte with the flags
-        (0x54, 0, 0, 0x12),  # keep SYN and ACK
-        (0x15, 0, 1, 0x02),  # SYN alone?
-        (0x06, 0, 0, 0),  # drop
-        (0x06, 0, 0, 0xFFFFFFFF),  # pass
-    )
-)
 
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
@@ -56,17 +40,26 @@ class Listener:
     """One listening socket.  Owns its descriptor, and the socket file if it made one."""
 
     def __init__(
-        self, fd: int, index: int, settings: ListenerSettings, *, shared: bool = False
+        self,
+        fd: int,
+        index: int,
+        settings: ListenerSettings,
+        *,
+        shared: bool = False,
+        second: int = -1,
     ) -> None:
         """Adopt a bound, listening, non-blocking descriptor.  `index` is for life.
 
         shared: workers have it too, and accept from it: then it is theirs to the end, and blocking,
-        as most expect it, unless the settings say otherwise.
+        as most expect it, unless the settings say otherwise.  second: another one for the same
+        address (twin.py), so that two generations have one each.
         """
         self.socket = socket.socket(fileno=fd)
+        self.second = socket.socket(fileno=second) if second >= 0 else None
         self.shared = shared
         if shared:
-            self.socket.setblocking(not settings.nonblock)
+            for each in self.sockets:
+                each.setblocking(not settings.nonblock)
         self.index = index
         self.settings = settings
         #: It tells of clients whether there are any or not, so nobody should wait for it.
@@ -74,6 +67,14 @@ class Listener:
 
     def fileno(self) -> int:
         return self.socket.fileno()
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        return (self.socket, self.second) if self.second is not None else (self.socket,)
+
+    def of_side(self, side: int) -> socket.socket:
+        """The socket of the generations on a side, 0 or 1; both have the same if it is alone."""
+        return self.sockets[side % len(self.sockets)]
 
     @property
     def listens(self) -> bool:
@@ -95,14 +96,11 @@ class Listener:
                 self.socket.shutdown(socket.SHUT_RD)
                 self.always_readable = True
             return
-        program = array.array("B", _NO_NEW_CLIENTS)
-        address, length = program.buffer_info()
-        try:
-            self.socket.setsockopt(
-                socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", length // 8, address)
-            )
-        except OSError:
-            pass  # not granted (optmem_max, a locked filter): new ones come until it is closed
+        for each in self.sockets:
+            try:
+                twin.refuse_new(each)
+            except OSError:
+                pass  # not granted (optmem_max, a locked filter): new ones come until it is closed
 
     def close(self) -> None:
         """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere.
@@ -115,12 +113,14 @@ class Listener:
                 self.socket.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # was shut down already
-        self.socket.close()
+        for each in self.sockets:
+            each.close()
 
-    def has_waiting(self) -> bool:
-        """Whether somebody has connected and was not accepted yet."""
+    def has_waiting(self, side: int | None = None) -> bool:
+        """Whether somebody has connected and was not accepted yet; side: only there."""
         poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
+        for each in self.sockets if side is None else (self.of_side(side),):
+            poll.register(each, select.POLLIN)
         return bool(poll.poll(0))
 
     def _remove_file(self) -> None:

@@ -23,6 +23,7 @@ class Policy:
     stop_timeout_s: float = 30.0
     kill_timeout_s: float = 5.0
     stop_first: bool = False
+    workers_accept: bool = False  # --handoff listener: nobody else knows what they have taken
 
     @property
     def drain_limit_s(self) -> float:

@@ -33,6 +33,7 @@ class Answer:
     failure: str = ""  # for people, line by line; empty: all is well
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
+    seconds: dict[int, int] = field(default_factory=dict)  # the same: see twin.py
     changes: tuple[str, ...] = ()
 
 
@@ -183,12 +184,16 @@ class Reader:
             settings = load(_text(self._heard["settings"]).encode())
         except SettingsError as error:
             return Answer(str(error))
-        listeners = {
-            int(name.removeprefix("listener ")): self._heard.pop(name)
-            for name in tuple(self._heard)
-            if name.startswith("listener ")
-        }
-        return Answer(settings=settings, listeners=listeners)
+        return Answer(
+            settings=settings,
+            listeners=self._take_heard("listener "),
+            seconds=self._take_heard("twin "),
+        )
+
+    def _take_heard(self, kind: str) -> dict[int, int]:
+        """Hand over the descriptors of a kind, by place."""
+        names = [name for name in self._heard if name.startswith(kind)]
+        return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
 
     def _release(self) -> None:
         """Close all that is left of it."""
@@ -216,5 +221,5 @@ def _text(fd: int, last_bytes: int = _MOST_BYTES) -> str:
 
 def _nobody(answer: Answer) -> None:
     """Nobody waits for it any more: let go of what came."""
-    for fd in answer.listeners.values():
+    for fd in (*answer.listeners.values(), *answer.seconds.values()):
         os.close(fd)

@@ -75,6 +75,7 @@ class GenerationRecord:
     drained_at: float | None = None
     past: Counts | None = None  # of workers that have ended
     lost: int = 0  # connections that were open in those
+    side: int = 0  # where its workers accept, if they do: see sides.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,7 @@ class Snapshot:
     settings: str = ""  # as settings.dump() writes them, where a reload has changed them
     coming: str = ""  # the same of those that were read again and are not used yet
     settings_used: int = 0  # as the fleet had it when `settings` were made to hold
+    side: int = 0  # to which new clients come
 
 
 #: All classes that a Snapshot is made of.

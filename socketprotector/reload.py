@@ -37,15 +37,24 @@ def reload_requested(step: Step) -> None:
 
 def renew_requested(step: Step) -> None:
     """Replace the serving generation by one of the same program, as a reload does."""
-    fleet = step.fleet
-    old = fleet.of(Phase.SERVING)
-    busy = fleet.incoming or fleet.to_open or fleet.reload_wanted
-    if old is None or fleet.stopping or busy or fleet.reading or fleet.candidate:
+    if not _renew(step):
         step.do(Report(News.REFUSED, reason="one generation is being replaced, or none serves"))
-        return
+
+
+def stranded(step: Step) -> None:
+    """Have somebody accept where nobody does; if one is coming anyway, that will."""
+    _renew(step)
+
+
+def _renew(step: Step) -> bool:
+    fleet = step.fleet
+    busy = fleet.incoming or fleet.to_open or fleet.reload_wanted or fleet.reading
+    if not fleet.of(Phase.SERVING) or fleet.stopping or busy or fleet.candidate:
+        return False
     step.do(Report(News.RELOADING))
     step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
     _make_room(step)
+    return True
 
 
 def begin_if_wanted(step: Step) -> None:
@@ -110,8 +119,14 @@ def open_if_due(step: Step) -> None:
     # the last try of a first start.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     alone = policy.stop_first or not fleet.served
-    if not (alone and fleet.generations):
+    # Where workers accept there is room for two: one that parts, or was given up, still does.
+    in_its_place = [g for g in fleet.generations if g.parting or _accepts_in_vain(fleet, g)]
+    if not (alone and fleet.generations) and not in_its_place:
         _open(step, fleet.to_open)
+
+
+def _accepts_in_vain(fleet: Fleet, generation: Generation) -> bool:
+    return fleet.policy.workers_accept and generation.phase is Phase.ABANDONED
 
 
 def _open(step: Step, which: Next) -> None:

@@ -5,6 +5,7 @@ resident one.  At the door: the settings that hold, and a line to answer on.  Th
 records, each with a descriptor:
 
     listener N    a socket that was added, bound and listening, and its place
+    twin N        the second one of that address, if there is one
     settings      a memfd with the new settings: the last one of a reload
     changes       a memfd with what a reload would change, line by line: where only that is asked
     refused       a memfd with what is wrong, line by line
@@ -21,7 +22,7 @@ from dataclasses import replace
 
 from . import checks, door
 from .address import Listen
-from .bind import Bound, addresses_of, bind_all
+from .bind import Bound, addresses_of, bind_all, pair
 from .changes import RESTART, changes, forbidden
 from .cli import Asked, ask
 from .errors import Refusal, UsageError
@@ -60,6 +61,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) 
         listeners, bound = _listeners(running.listeners, asked, told.append, dry=dry)
     except Refusal as error:
         raise UsageError("\n".join([*cannot, str(error)])) from error
+    second: dict[int, Bound] = {}
     try:
         new = new.listening(listeners)
         checks.names(new)
@@ -70,11 +72,15 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) 
             raise UsageError("\n".join(cannot))
         told += checks.notices(new, asked.listens, asked.backlog)
         told = list(dict.fromkeys((*running.notices, *told)))
+        if new.policy.workers_accept:
+            second = pair(bound, told.append)
         for index, each in enumerate(bound, len(running.listeners)):
             _send(line, f"listener {index}", each.socket.fileno())
+        for place, each in second.items():
+            _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
         _send(line, "settings", _memfd(dump(new.noticed(told))))
     except BaseException:
-        for each in bound:
+        for each in (*bound, *second.values()):
             each.discard()
         raise
     return 0

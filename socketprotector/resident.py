@@ -127,13 +127,16 @@ class _Resident:
                 index,
                 each,
                 shared=settings.handoff == handoff.LISTENER,
+                second=descriptors.get(f"{door.TWIN}{index}", -1),
             )
             for index, each in enumerate(listeners)
             if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
         ]
-        for name in door.under(descriptors, door.LISTENER):
-            if int(name) >= len(listeners):
-                os.close(descriptors[f"{door.LISTENER}{name}"])  # a reload that never came to be
+        held = {str(each.index) for each in self.listeners}
+        for kind in (door.LISTENER, door.TWIN):
+            for name in door.under(descriptors, kind):
+                if name not in held:  # of a reload that never came to be, or half closed
+                    os.close(descriptors[f"{kind}{name}"])
         for each in [each for each in self.listeners if not each.listens]:
             self.listeners.remove(each)  # an earlier program was about to close it
             each.close()

@@ -60,8 +60,14 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     waiting = limit = None
     if listener.socket.family != socket.AF_UNIX:
         try:
-            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
-            waiting, limit = _QUEUE.unpack_from(info, _QUEUE_AT)
+            both = [
+                _QUEUE.unpack_from(
+                    each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES), _QUEUE_AT
+                )
+                for each in listener.sockets
+            ]
+            # The limit is each one's: new clients come to one of them at a time.
+            waiting, limit = sum(each[0] for each in both), both[0][1]
         except (OSError, struct.error):
             pass
     return {

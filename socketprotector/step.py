@@ -17,6 +17,7 @@ from .events import (
     Drain,
     ForgetSettings,
     News,
+    Part,
     Report,
     Sign,
     Signal,
@@ -25,7 +26,7 @@ from .events import (
     UseSettings,
     Wait,
 )
-from .fleet import Fleet, Generation, Phase, State, Worker
+from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
 #: A worker (or generation) that served this long has proved itself; its death is not a quick one.
 PROVEN_S = 10.0
@@ -98,9 +99,14 @@ class Step:
     def drain(self, number: int, timeout_s: float) -> None:
         """Let a generation finish what it has."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
-        self.do(Drain(number))
-        if timeout_s > 0:
-            self.start(Wait.DRAIN, number, timeout_s)
+        generation = self.fleet.generation(number)
+        others_accept = self.fleet.policy.workers_accept and self.fleet.route
+        if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
+            # It may not have accepted yet who came before, nor read what they have to say.
+            self.fleet = self.fleet.with_generation(replace(generation, parting=True))
+            self.do(Part(number))
+        else:
+            self._tell(number, timeout_s)
         generation = self.fleet.generation(number)
         if generation and self.fleet.queue_is_last and not generation.takers:
             # Its places all wait for a back-off: one must see whether something is queued.
@@ -110,6 +116,18 @@ class Step:
         self.forget_waiting(number)
         if self.fleet.stopping is None:
             self.limit_draining()
+
+    def parted(self, number: int) -> None:
+        """Tell a generation to finish that has accepted all who came to it."""
+        generation = self.fleet.generation(number)
+        if generation and generation.parting:
+            self.fleet = self.fleet.with_generation(replace(generation, parting=False))
+            self._tell(number, 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s)
+
+    def _tell(self, number: int, timeout_s: float) -> None:
+        self.do(Drain(number))
+        if timeout_s > 0:
+            self.start(Wait.DRAIN, number, timeout_s)
 
     def limit_draining(self) -> None:
         draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]

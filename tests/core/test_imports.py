@@ -49,6 +49,7 @@ LAYERS = {
             "operate",
             "output",
             "reader",
+            "sides",
             "status",
             "supervisor",
         },
@@ -58,6 +59,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
+        *{"half_open", "twin"},
         *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "process", "program"},
         *{"readiness", "relay", "state", "strays", "terminal", "watch"},
     },

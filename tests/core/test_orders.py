@@ -17,6 +17,7 @@ from socketprotector.events import (
     DeadlinePassed,
     Event,
     Launched,
+    Parted,
     ReloadRequested,
     ReplaceRequested,
     ScaleRequested,
@@ -35,6 +36,9 @@ POLICIES = [
     Policy(drain_timeout_s=9.0, start_tries=1),
     Policy(max_draining=1),
     Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
+    Policy(workers_accept=True),
+    Policy(workers_accept=True, settle_s=5.0, drain_timeout_s=9.0, max_draining=1),
+    Policy(workers_accept=True, stop_first=True),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -118,11 +122,14 @@ def next_events(world: World) -> Iterator[Event]:
         yield ReplaceRequested(number, "silent", hung=True)
     for generation in {*[*world.channels][:1], *[*world.channels][-1:]}:
         yield ChannelBroken(generation)
+        yield Parted(generation)
     yield from map(DeadlinePassed, world.timers)
 
 
 @pytest.mark.parametrize(
-    "policy", [Policy(settle_s=5.0), Policy(stop_first=True)], ids=["settle", "stop-first"]
+    "policy",
+    [Policy(settle_s=5.0), Policy(stop_first=True), Policy(workers_accept=True)],
+    ids=["settle", "stop-first", "workers accept"],
 )
 def test_the_promises_hold_in_every_short_order(policy: Policy) -> None:
     beginning = World(policy)

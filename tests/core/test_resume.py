@@ -21,6 +21,7 @@ from socketprotector.events import (
     Hold,
     Launched,
     OpenFailed,
+    Part,
     ReadSettings,
     ReloadRequested,
     Retire,
@@ -114,7 +115,10 @@ class KilledWorld(World):
                 self.route = number
             case Hold(on):
                 self.held = on
-            case Drain(number) if self.channels[number] == "open":
+            case Part(number):
+                assert self.channels[number] in ("open", "parting")
+                self.channels[number] = "parting"
+            case Drain(number) if self.channels[number] in ("open", "parting"):
                 self.channels[number] = "drained"
             case Signal(worker, Sign.KILL) if worker in self.processes:
                 self.killed |= {worker}

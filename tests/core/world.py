@@ -7,6 +7,7 @@ that the fleet and the world still say the same and that the promises hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 
 from socketprotector.events import (
     Action,
@@ -28,6 +29,8 @@ from socketprotector.events import (
     News,
     Open,
     OpenFailed,
+    Part,
+    Parted,
     ReadSettings,
     Release,
     ReloadRequested,
@@ -44,6 +47,7 @@ from socketprotector.events import (
     Spawn,
     StartTimer,
     StopRequested,
+    Stranded,
     TimeExtended,
     UseSettings,
     Wait,
@@ -120,6 +124,9 @@ class World:
         match action:
             case Open(number):
                 assert number > self.highest_generation, "a generation's number is never used twice"
+                assert "parting" not in self.channels.values(), (
+                    "three would accept from two sockets"
+                )
                 self.highest_generation = number
                 self.channels[number] = "failed" if self.opens_fail else "open"
                 if self.opens_fail:
@@ -145,8 +152,13 @@ class World:
                 assert self.route != number, "an order that changes nothing"
                 assert self.channels[number or 0] == "open", "routed to what cannot take it"
                 self.route = number
+            case Part(number):
+                assert self.fleet.policy.workers_accept
+                assert self.channels[number] == "open", "parts twice, or what is not there"
+                assert self.route not in (None, number), "parts, and nobody else gets who comes"
+                self.channels[number] = "parting"
             case Drain(number):
-                assert self.channels[number] == "open", "drained twice, or what is not there"
+                assert self.channels[number] in ("open", "parting"), "drained twice"
                 assert self.route != number, "drained while it gets new connections"
                 self.channels[number] = "drained"
             case Release(number):
@@ -240,8 +252,9 @@ class World:
 
     def check_generation(self, generation: Generation) -> None:
         number, phase = generation.number, generation.phase
-        drained = self.channels[number] == "drained"
-        assert drained == (phase is Phase.DRAINING)
+        drains = self.channels[number] in ("parting", "drained")
+        assert drains == (phase is Phase.DRAINING)
+        assert generation.parting == (self.channels[number] == "parting")
         assert self.runs(Wait.START, number) == (phase is Phase.STARTING)
         assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
         assert generation.workers, "nobody is left in it, and it is not released"
@@ -276,12 +289,19 @@ class World:
         if worker.state is State.RETIRING and self.fleet.policy.drain_timeout_s:
             assert self.runs(Wait.WORKER_RETIRE, number) or last_word
 
+    def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
+        """Whether it accepts where the next one is to accept; it has an end."""
+        abandoned = self.fleet.policy.workers_accept and generation.phase is Phase.ABANDONED
+        return generation.parting or abandoned
+
     def check_somebody_serves_or_will(self) -> None:
         fleet = self.fleet
         if fleet.route or fleet.incoming or self.runs(Wait.OPEN):
             return
         assert fleet.to_open, "nobody serves, and nobody ever will"
         policy = fleet.policy_of(fleet.to_open is Next.FRESH)
+        if any(self.is_in_the_place_of_the_next(each) for each in fleet.generations):
+            return
         assert policy.stop_first, "nothing stands in the way, and nothing is opened"
         for generation in fleet.generations:  # each of which has an end
             deadline = self.runs(Wait.DRAIN, generation.number) or generation.ending
@@ -299,6 +319,7 @@ class World:
         yield HoldRequested(3.0)
         yield HoldReleased()
         yield RenewRequested()
+        yield Stranded()
         yield from map(KillRequested, self.channels)
         for number in self.processes:
             yield ReplaceRequested(number, "too old")
@@ -332,6 +353,7 @@ class World:
         yield Launched()
         yield from self.owed
         yield from (TimeExtended(number, 7.0) for number in self.processes)
+        yield from (Parted(n) for n, state in self.channels.items() if state == "parting")
         if self.listeners == "closing":
             yield BacklogEmptied()
         if self.reader:
@@ -339,7 +361,8 @@ class World:
 
     def read_again(self) -> Iterator[Event]:
         """What comes of reading the configuration."""
-        for policy in (self.fleet.policy, *OTHER_POLICIES):
+        for other in (self.fleet.policy, *OTHER_POLICIES):
+            policy = replace(other, workers_accept=self.fleet.policy.workers_accept)
             yield SettingsRead(policy, None)
             yield SettingsRead(policy, 3)
             yield SettingsFailed("line 1: no TOML")
@@ -356,6 +379,7 @@ class World:
         for number in range(self.highest_generation + 2):
             if number not in self.channels:
                 yield KillRequested(number)
+                yield Parted(number)
                 yield from (ChannelBroken(number), OpenFailed(number, "command not found"))
             for wait in Wait:
                 if not self.runs(wait, number):
@@ -394,6 +418,8 @@ class World:
             self.take(event)
         if self.reader:
             self.take(SettingsRead(self.fleet.policy, 2))
+        for number in [n for n, state in self.channels.items() if state == "parting"]:
+            self.take(Parted(number))
         if all_goes_well:
             for number in [*self.processes]:
                 self.take(WorkerReady(number))

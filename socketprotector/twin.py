@@ -1,0 +1,125 @@
+"""A second socket for a listener's address, and which of the two new clients come to.
+
+Two generations that follow each other accept from one each (sides.py).  Both belong to a group
+of SO_REUSEPORT in which a filter of one instruction says the place of the one that is meant: the
+kernel asks it for each client that begins to connect.
+
+The first one is bound without SO_REUSEPORT, so that a port that somebody else has is refused as
+ever, and nobody who asks for the port later without it gets in.
+
+Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() in
+net/core/sock_reuseport.c: places are given in the order of listen(2).
+"""
+
+from __future__ import annotations
+
+import array
+import socket
+import struct
+from collections.abc import Sequence
+
+_SO_ATTACH_FILTER = 26
+_SO_DETACH_FILTER = 27
+_SO_ATTACH_REUSEPORT_CBPF = 51
+_INSTRUCTION = struct.Struct("HBBI")
+_PROGRAM = struct.Struct("HP")
+_RETURN = 0x06
+_IP_FREEBIND = 15
+#: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
+_BACKLOG = struct.Struct("=28xI")
+
+#: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
+#: nobody new comes while handshakes that are under way finish.
+_NO_NEW_CLIENTS = (
+    (0x30, 0, 0, 13),  # load the byte with the flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (_RETURN, 0, 0, 0),  # drop
+    (_RETURN, 0, 0, 0xFFFFFFFF),  # pass
+)
+
+#: What accepted connections inherit, or what the address is bound with.
+_COPIED = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_PRIORITY),
+    (socket.SOL_SOCKET, socket.SO_MARK),
+    (socket.IPPROTO_IP, _IP_FREEBIND),
+    (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
+    (socket.IPPROTO_IP, socket.IP_TOS),
+    (socket.IPPROTO_IP, socket.IP_TTL),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+    (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
+)
+_OF_IPV6 = ((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),)
+_TEXTS = (
+    (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
+    (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
+)
+_NAME_BYTES = 16
+
+
+def make(first: socket.socket) -> socket.socket | None:
+    """Return the second socket for a listening one, to which nobody comes yet; the caller owns it.
+
+    None for one that is not TCP, or that waits for data before it tells of a client
+    (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
+    Raises OSError where the system has none.
+    """
+    if first.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    if first.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
+        return None
+    second = socket.socket(first.family, socket.SOCK_STREAM)
+    try:
+        second.setblocking(False)
+        _copy(first, second)
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        second.bind(first.getsockname())
+        # From listen() on the kernel gives it every other client, until it is told otherwise.
+        # One that is dropped comes again a second later.
+        refuse_new(second)
+        info = first.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
+        second.listen(_BACKLOG.unpack(info)[0])
+        steer(first, 0)
+        second.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    except BaseException:
+        second.close()
+        raise
+    return second
+
+
+def steer(first: socket.socket, place: int) -> None:
+    """Have those who connect from now on come to the first (0) or second (1) one.  Raises OSError.
+
+    Handshakes that are under way finish where they began.
+    """
+    _attach(first, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, place),))
+
+
+def refuse_new(listening: socket.socket) -> None:
+    """Let nobody new connect; who has connected can still be accepted.  Raises OSError."""
+    _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
+
+
+def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))
+    address, _ = code.buffer_info()
+    to.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), address))
+
+
+def _copy(first: socket.socket, second: socket.socket) -> None:
+    """Give the second one what the first one has.  Raises OSError where we may not."""
+    options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
+    for level, option in options:
+        value = first.getsockopt(level, option)
+        if value != second.getsockopt(level, option):
+            second.setsockopt(level, option, value)
+    for level, option in _TEXTS:
+        text = first.getsockopt(level, option, _NAME_BYTES)
+        if text and text != second.getsockopt(level, option, _NAME_BYTES):
+            second.setsockopt(level, option, text)

@@ -24,8 +24,8 @@ demo: $(INSTALLED) ## protect the sample client, reload it under load, show that
 
 test: $(INSTALLED) ## run all tests (installs compilers, interpreters and servers that they need)
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
-	-tools/install-packages nodejs nginx-light starlet
-	$(BIN)/python -m pytest -n 4 tests
+	-tools/install-packages nodejs nginx-light starlet starman
+	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 tests
 
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
 	$(BIN)/python -m pytest tests/core

@@ -31,7 +31,6 @@ class Server:
     module: str = ""  # the Python module that must be there
     program: str = ""  # or the program; from a Debian package
     listener: str = ""  # options of ours
-    loses: bool = False  # it drops connections that it has accepted when it is told to finish
     waits: bool = False  # for the first request of each connection that it has accepted
 
     def arguments(self, folder: Path) -> list[str]:
@@ -84,9 +83,13 @@ _ALL = (
         *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "uvloop", "asgi_app:app"),
         options=SAYS,
         module="uvicorn",
-        loses=True,
     ),
-    _program("uvicorn", "{fd:http}"),
+    _command(
+        "uvicorn-asyncio",
+        *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "asyncio", "asgi_app:app"),
+        options=SAYS,
+        module="uvicorn",
+    ),
     _command(
         "gunicorn",
         *(_script("gunicorn"), "--preload", "--workers", "2", "wsgi_app:app"),
@@ -102,7 +105,6 @@ _ALL = (
         *(_script("hypercorn"), "--bind", "fd://{fd:http}", "--workers", "0", "asgi_app:app"),
         options=SAYS,
         module="hypercorn",
-        loses=True,
     ),
     _command(
         "hypercorn-uvloop",
@@ -110,27 +112,24 @@ _ALL = (
         *("--workers", "0", "asgi_app:app"),
         options=SAYS,
         module="hypercorn",
-        loses=True,
-    ),
-    _program("hypercorn", "{fd:http}"),
-    _command(
-        "aiohttp",
-        *(_PYTHON, "aiohttp_run_app.py", "{fd:http}"),
-        options=SAYS,
-        module="aiohttp",
-        loses=True,
     ),
     _program("aiohttp", "{fd:http}"),
     _program("tornado", "{fd:http}"),
     _program("waitress", "{fd:http}"),
     _program("twisted"),
-    _program("granian", "{fd:http}", loses=True),
+    _program("granian", "{fd:http}"),
     _command("node", "node", "http.js", "{fd:http}", "{fd:ready}", program="node", waits=True),
     _command(
         "starlet",
         *("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
         options=SOON,
         program="plackup",
+    ),
+    _command(
+        "starman",
+        *("starman", "--workers", "4", "app.psgi"),
+        options=(*SOON, "--drain-signal", "QUIT"),
+        program="starman",
     ),
     _command(
         "nginx",

@@ -1,10 +1,9 @@
-"""aiohttp that reads what it has accepted before it leaves.  Usage: aiohttp_server.py FD"""
+"""aiohttp's own run_app on a listener that it was handed.  Usage: aiohttp_server.py FD"""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 import sys
 
@@ -12,7 +11,6 @@ from aiohttp import web
 from ready import ready
 
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
-GRACE_S = 1.0  # for requests that are on their way in connections that were accepted already
 
 
 async def answer(request: web.Request) -> web.Response:
@@ -20,22 +18,13 @@ async def answer(request: web.Request) -> web.Response:
     return web.Response(text=f"{os.getpid()}\n")
 
 
-async def main() -> None:
-    loop = asyncio.get_running_loop()
-    told = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, told.set)
-    app = web.Application()
-    app.router.add_get("/", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    listener = socket.socket(fileno=int(sys.argv[1]))
-    await web.SockSite(runner, listener).start()
+app = web.Application()
+app.router.add_get("/", answer)
+
+
+async def started(app: web.Application) -> None:
     ready()
-    await told.wait()
-    # Not by site.stop(): asyncio drops what it has accepted in the turn before (docs/servers.md).
-    loop.remove_reader(listener)
-    await asyncio.sleep(GRACE_S)
-    await runner.cleanup()
 
 
-asyncio.run(main())
+app.on_startup.append(started)
+web.run_app(app, sock=socket.socket(fileno=int(sys.argv[1])), print=None)

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from tests.running import DEADLINE_S, Protector, ask
+from tests.running import DEADLINE_S, Protector, ask, wait_gone
 from tests.scenarios.adopting import upgrade
-from tests.scenarios.tools import Client, pid_in, spawned, worker
+from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
 
 MANY = worker("many")
 #: Moves the descriptors named in its arguments to 3, 4, ... and executes the rest.
@@ -223,3 +223,17 @@ def test_systemd_socket_activate_starts_it_with_the_first_client(
     finally:
         daemon.end()
         print(daemon.log.text())
+
+
+def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver: Giver) -> None:
+    """Whoever else has it could steer, too, who comes to which of two."""
+    port = giver.tcp("http")
+    words = ("--handoff", "listener", "--ready", "notify", "fd:http", "--", *worker("accepts"))
+    daemon = giver.start(*words).ready()
+
+    daemon.reload()
+    assert wait_gone(spawned(daemon, 1)) == []
+
+    assert listening(port) == 1
+    assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon, 2)[0]
+    daemon.stop()

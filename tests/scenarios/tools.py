@@ -130,6 +130,13 @@ def spawned(daemon: Protector, generation: int | None = None) -> list[int]:
     return found
 
 
+def listening(port: int) -> int:
+    """How many sockets listen on a port of IPv4."""
+    table = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    found = [line.split()[1:4] for line in table]
+    return sum(local.endswith(f":{port:04X}") and state == "0A" for local, _, state in found)
+
+
 def state_of(pid: int) -> str:
     """R, S, T, Z, ...; empty when there is no such process."""
     try:

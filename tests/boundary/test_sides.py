@@ -1,0 +1,325 @@
+"""Who accepts where: real sockets and the real loop; the clock is moved by hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from socketprotector import sides as module
+from socketprotector import twin
+from socketprotector.listener import Listener
+from socketprotector.loop import Loop
+from socketprotector.settings import ListenerSettings
+from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, Sides
+
+
+class Told:
+    """A log that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def write(self, level: str, event: str, **fields: object) -> None:
+        self.events.append(event)
+
+
+class World:
+    """One address, and the time, which stands still until it is moved."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.handshakes: set[bytes] = set()
+        self.loop, self.log = Loop(), Told()
+        self.always = os.eventfd(1)  # ends each turn of the loop
+        self.loop.watch(self.always, self.end)
+        self.parted: list[int] = []
+        self.stranded = 0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "half_open", lambda *_: frozenset(self.handshakes))
+        first = socket.create_server(("127.0.0.1", 0))
+        second = twin.make(first)
+        assert second is not None
+        settings = ListenerSettings("tcp:127.0.0.1:80")
+        fds = first.detach(), second.detach()
+        self.listener = Listener(fds[0], 0, settings, shared=True, second=fds[1])
+        self.listeners = [self.listener]
+        self.clients: list[socket.socket] = []
+        self.sides = Sides(
+            lambda: self.listeners,
+            loop=self.loop,
+            log=self.log,  # type: ignore[arg-type]
+            parted=self.parted.append,
+            stranded=self.strand,
+        )
+
+    def strand(self) -> None:
+        self.stranded += 1
+
+    def connect(self) -> None:
+        self.clients.append(socket.create_connection(self.listener.socket.getsockname()))
+
+    def accept(self, side: int) -> None:
+        self.listener.of_side(side).accept()[0].close()
+
+    def waiting(self) -> list[int]:
+        return [side for side in (0, 1) if self.listener.has_waiting(side)]
+
+    def turn(self) -> None:
+        """Let the loop see what is due and ready, without waiting."""
+        self.loop.running = True
+        self.loop.run()
+
+    def end(self) -> None:
+        self.loop.running = False
+
+    def pass_time(self, seconds: float) -> None:
+        """In small steps, as the loop's timers see it."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(self.now + 0.05, until)
+            self.turn()
+
+    def close(self) -> None:
+        for each in self.clients:
+            each.close()
+        for listener in self.listeners:
+            listener.close()
+        self.loop.close()
+        os.close(self.always)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(monkeypatch)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def reloaded(world: World) -> World:
+    """Generation 1 has just been superseded by 2."""
+    world.sides.enter(1, world.sides.free)
+    world.sides.turn_to(0)
+    world.sides.enter(2, world.sides.free)
+    return world
+
+
+def supersede(world: World) -> None:
+    world.sides.turn_to(1)
+    world.sides.part(1)
+
+
+def test_the_next_generation_gets_the_other_side_and_nobody_before_its_turn(
+    reloaded: World,
+) -> None:
+    reloaded.connect()
+    assert reloaded.waiting() == [0]
+
+    supersede(reloaded)
+    reloaded.accept(0)
+    reloaded.connect()
+
+    assert reloaded.waiting() == [1]
+
+
+def test_where_nobody_accepts_the_next_one_serves_who_waits(world: World) -> None:
+    world.connect()
+    assert world.sides.free == 0
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    world.sides.leave(1)  # as under stop-first
+    world.connect()
+
+    assert world.sides.free == 0
+    assert world.waiting() == [0]
+
+
+def test_one_parts_when_nobody_has_come_for_a_while(reloaded: World) -> None:
+    supersede(reloaded)
+    reloaded.pass_time(QUIET_S - 0.15)
+    assert reloaded.parted == []
+
+    reloaded.pass_time(0.3)
+
+    assert reloaded.parted == [1]
+    assert reloaded.log.events == []
+
+
+def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> None:
+    reloaded.connect()
+    supersede(reloaded)
+    reloaded.pass_time(3 * QUIET_S)
+    assert reloaded.parted == []
+    reloaded.accept(0)
+    reloaded.pass_time(QUIET_S - 0.15)
+    assert reloaded.parted == []
+
+    reloaded.pass_time(0.4)
+
+    assert reloaded.parted == [1]
+
+
+def test_a_handshake_that_began_before_is_waited_for_and_no_later_one(reloaded: World) -> None:
+    reloaded.handshakes = {b"slow"}
+    supersede(reloaded)
+    reloaded.handshakes.add(b"new")  # to the other side
+    reloaded.pass_time(3 * QUIET_S)
+    assert reloaded.parted == []
+
+    reloaded.handshakes.remove(b"slow")
+    reloaded.pass_time(QUIET_S + 0.3)
+
+    assert reloaded.parted == [1]
+
+
+def test_a_flood_of_handshakes_is_not_waited_for_for_ever(reloaded: World) -> None:
+    reloaded.handshakes = {b"never"}
+    supersede(reloaded)
+
+    reloaded.pass_time(LAST_S + 0.3)
+
+    assert reloaded.parted == [1]
+    assert reloaded.log.events == []  # nobody is left waiting
+
+
+def test_one_that_does_not_accept_has_its_time_and_is_told_of(reloaded: World) -> None:
+    reloaded.connect()
+    supersede(reloaded)
+
+    reloaded.pass_time(LAST_S + 0.3)
+
+    assert reloaded.parted == [1]
+    assert reloaded.log.events == ["not-taken"]
+    reloaded.sides.leave(1)
+    reloaded.pass_time(FIRST_RESCUE_S + 0.3)
+    assert reloaded.stranded == 1
+
+
+def test_whoever_comes_where_nobody_accepts_is_told_of_soon(reloaded: World) -> None:
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    reloaded.pass_time(60)
+    assert reloaded.stranded == 0
+
+    twin.steer(reloaded.listener.socket, 0)  # as a slow handshake would
+    reloaded.connect()
+    reloaded.pass_time(FIRST_RESCUE_S + 0.3)
+
+    assert reloaded.stranded == 1
+    assert reloaded.log.events == ["stranded"]
+
+
+def test_one_that_is_accepted_after_all_is_no_reason(reloaded: World) -> None:
+    reloaded.connect()
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    reloaded.turn()
+    reloaded.accept(0)
+
+    reloaded.pass_time(5)
+
+    assert reloaded.stranded == 0
+
+
+def test_nothing_wakes_us_while_nobody_comes(reloaded: World) -> None:
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    reloaded.pass_time(5)
+
+    assert reloaded.loop.due(("part", 1)) is None
+    assert reloaded.loop.due("sides-rescue") is None
+    assert reloaded.loop.due("steer") is None
+
+
+def test_in_vain_it_is_told_less_and_less_often(reloaded: World) -> None:
+    """As where the generation that is started for them fails, again and again."""
+    reloaded.connect()
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+
+    told = []
+    for _ in range(60):
+        reloaded.pass_time(1)
+        told.append(reloaded.stranded)
+
+    assert told[2] == 1
+    assert told[4] == 2
+    assert told[-1] == 5  # after 1, 3, 7, 15 and 31 s
+
+
+def test_the_generation_that_comes_for_them_ends_that(reloaded: World) -> None:
+    reloaded.connect()
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    reloaded.pass_time(FIRST_RESCUE_S + 0.3)
+    assert reloaded.sides.free == 0
+
+    reloaded.sides.enter(3, 0)
+    reloaded.pass_time(30)
+
+    assert reloaded.stranded == 1
+
+
+def test_until_the_kernel_is_told_the_old_one_goes_on(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(twin, "steer", fails)
+        supersede(reloaded)
+        reloaded.pass_time(2 * LAST_S)
+        assert reloaded.parted == []
+        assert reloaded.log.events == ["not-steered"]
+        reloaded.connect()
+        assert reloaded.waiting() == [0]
+        reloaded.accept(0)
+
+    reloaded.pass_time(QUIET_S + 1)
+    assert reloaded.parted == [1]
+    reloaded.connect()
+    assert reloaded.waiting() == [1]
+
+
+def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> frozenset[bytes]:
+        raise OSError(errno.ENOENT, "no sock_diag")
+
+    monkeypatch.setattr(module, "half_open", fails)
+    supersede(reloaded)
+    reloaded.pass_time(QUIET_S + 0.3)
+
+    assert reloaded.parted == [1]
+
+
+def test_without_a_second_socket_one_parts_at_once(world: World) -> None:
+    plain = socket.create_server(("127.0.0.1", 0))
+    kept, world.listeners = (
+        world.listeners,
+        [Listener(plain.detach(), 1, ListenerSettings("tcp:127.0.0.1:81"), shared=True)],
+    )
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    world.sides.enter(2, world.sides.free)
+    supersede(world)
+
+    assert world.parted == [1]
+    world.listeners[0].close()
+    world.listeners = kept
+
+
+def test_who_connects_to_a_new_listener_comes_to_the_generation_to_come(world: World) -> None:
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+
+    world.sides.expect(world.listener)
+    world.connect()
+
+    assert world.waiting() == [1] == [world.sides.free]

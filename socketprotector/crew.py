@@ -27,7 +27,7 @@ from .loop import Loop
 from .notify import NotifySocket, discard_all
 from .output import Output
 from .process import End, Process, spawn
-from .readiness import Readiness, check_program
+from .readiness import CHECK_LIMIT_S, Readiness, check_program
 from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
@@ -340,6 +340,9 @@ class Crew:
                 number,
                 lambda by: self._is_ready(number, by),
                 lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
+                lambda check: self._log.write(
+                    "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
+                ),
             )
         self._workers[number] = worker
         self._wait_for_word(number, worker)

@@ -1,8 +1,8 @@
 """How a worker is found to be ready in other ways than by READY=1 (crew.py hears that).
 
 ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
-number the worker knows, as with s6.  check: a command that succeeds.  after: a timer.  any: the
-first of READY=1, ack and fd, else the timer.
+number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails
+or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer.
 
 Source: einhorn.py; s6's notification-fd.
 """
@@ -10,6 +10,7 @@ Source: einhorn.py; s6's notification-fd.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,11 +25,19 @@ from .records import Program
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
+#: A check that takes longer hangs: it asks somebody who does not answer, and the next one may fare
+#: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).
+CHECK_LIMIT_S = 10.0
 #: Names of descriptors; `line` is RETURN's (crew.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: Kinds that a line brings.
 _BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
 _CHECK, _AFTER = "check", "after"
+#: The program in a check, behind what is set for it alone; None where the shell has to read that.
+_PROGRAM = re.compile(
+    r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
+    r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class Readiness:
         self._loop: Loop | None = None  # until it is watched
         self._key: object = None
         self._ready: Callable[[str], None] = _nothing
+        self._hangs: Callable[[str], None] | None = None  # until it was called
         self._checked: Callable[[], Process] | None = None
         self._heard: dict[str, bytes] = {}
         self._check: Process | None = None
@@ -97,13 +107,20 @@ class Readiness:
         return dict(self._lines)
 
     def watch(
-        self, loop: Loop, key: object, ready: Callable[[str], None], checked: Callable[[], Process]
+        self,
+        loop: Loop,
+        key: object,
+        ready: Callable[[str], None],
+        checked: Callable[[], Process],
+        hangs: Callable[[str], None],
     ) -> None:
         """Call back each time something says so, with what that is.  Raises OSError.
 
-        key: of our timers.  checked: starts the check's process.
+        key: of our timers.  checked: starts the check's process.  hangs: told once, with the
+        check's program, that it has run for CHECK_LIMIT_S.
         """
         self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
+        self._hangs = hangs
         if self._program.ready_after_s is not None:
             loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
         for name, fd in self._lines.items():
@@ -146,9 +163,23 @@ class Readiness:
         except (OSError, ValueError):
             self.stop_check()
             self._check_again(loop)
+        else:
+            loop.call_after((_CHECK, self._key), CHECK_LIMIT_S, self._check_hangs)
 
     def _check_again(self, loop: Loop) -> None:
         loop.call_after((_CHECK, self._key), CHECK_EVERY_S, lambda: self._start_check(loop))
+
+    def _check_hangs(self) -> None:
+        """Kill it; its end, which is not waited for here, has the next one begin."""
+        if self._check is None or self._check.has_ended():
+            return
+        if self._hangs is not None:
+            self._hangs(program_of(self._program.ready_check))
+            self._hangs = None
+        try:
+            self._check.kill_group()
+        except PermissionError:
+            pass  # it has become another user's, and is waited for
 
     def _check_ended(self, loop: Loop) -> None:
         result = self._check.reap() if self._check is not None else None
@@ -167,8 +198,11 @@ class Readiness:
         self._loop.cancel((_CHECK, self._key))
         if self._check is not None:
             self._loop.unwatch(self._check.pidfd)
-            if not self._check.reaped:
-                self._check.destroy()
+            try:
+                if not self._check.reaped:
+                    self._check.destroy()
+            except PermissionError:
+                pass  # as above; nobody waits for it any more
             self._check.close()
             self._check = None
 
@@ -181,11 +215,17 @@ class Readiness:
             self._loop.cancel((_AFTER, self._key))
             self._loop = None
         # They lead back to who owns this, and such circles are found late.
-        self._ready, self._checked = _nothing, None
+        self._ready, self._checked, self._hangs = _nothing, None, None
 
 
 def _nothing(by: str) -> None:
     """It is known already."""
+
+
+def program_of(command: str) -> str:
+    """Return which program a shell's command runs first: in the rest there may be secrets."""
+    found = _PROGRAM.match(command)
+    return found[1] if found else "sh"
 
 
 def check_program(program: Program) -> Program:

@@ -21,6 +21,7 @@ from tests.scenarios.adopting import (
     served,
     upgrade,
 )
+from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import (
@@ -325,6 +326,30 @@ def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: P
 
     hung = [int(pid) for pid in pids.read_text().split()]
     assert wait_gone(hung) == []
+
+
+def test_a_check_that_hangs_is_asked_again_and_told_without_its_arguments(
+    protector: Starter, tmp_path: Path
+) -> None:
+    tries = tmp_path / "tries"
+    hangs = f"echo $$ >> {tries}; test $(wc -l < {tries}) -gt 2 || exec sleep 1000"
+    sooner = injected(
+        tmp_path / "sooner",
+        "if resident():\n"
+        "    from socketprotector import readiness\n"
+        "    readiness.CHECK_LIMIT_S = 0.5\n",
+    )
+    daemon = protector(
+        *MODE, "--ready", f"check:PASSWORD=secret; {hangs}", "127.0.0.1:0", "--", *SERVER, **sooner
+    ).ready()
+
+    told = [line for line in daemon.log.seen if "event=check-hangs" in line]
+    assert [line.partition(" event=")[2] for line in told] == [
+        "check-hangs worker=1 check=sh for_s=0.5"
+    ]
+    assert wait_gone([int(pid) for pid in tries.read_text().split()]) == []
+    assert "secret" not in daemon.log.text()
+    daemon.stop()
 
 
 def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path) -> None:

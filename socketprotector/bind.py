@@ -58,7 +58,7 @@ def bind_all(
 
     passed: what stands for an argument (by its index) already; it is taken as it is.  have:
     canonical addresses that are bound already, and are left out.  The caller owns what is
-    returned (nothing when dry).  When one fails, what was bound before is closed again.
+    returned (nothing when dry: see not_bound).  When one fails, what was bound is closed again.
     Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
@@ -151,6 +151,14 @@ def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
     if listen.path is not None:
         return [f"unix:{listen.path}"]
     return [_canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
+
+
+def not_bound(
+    listen: Listen, notice: Callable[[str], None], have: Collection[str] = ()
+) -> list[ListenerSettings]:
+    """Return what binding an argument would add to the addresses in `have`; port 0 stays 0."""
+    found = addresses_of(listen, notice)
+    return [ListenerSettings(each, **listen.told) for each in found if each not in have]
 
 
 def _canonical(family: socket.AddressFamily, host: str, port: int) -> str:

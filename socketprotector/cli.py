@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,7 @@ from click.core import ParameterSource
 
 from . import __version__, activation, checks, door, handoff, options
 from .address import Listen, parse
-from .bind import Bound, bind_all, pair
+from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
 from .config import ConfigFile
@@ -419,18 +419,17 @@ def _launch(asked: Asked) -> int:
     checks.pid_file(settings.pid_file)
     checks.log_file(settings.log_file)
     notices: list[str] = []
+    passed = activation.take(asked.listens, activation.given())
     bound = bind_all(
-        asked.listens,
-        asked.backlog,
-        notice=notices.append,
-        passed=activation.take(asked.listens, activation.given()),
-        dry=asked.check,
+        asked.listens, asked.backlog, notice=notices.append, passed=passed, dry=asked.check
     )
     second: dict[int, Bound] = {}
     try:
-        settings = settings.listening(tuple(each.settings for each in bound))
-        if not asked.check:  # else nothing is bound that could be named
-            checks.names(settings)
+        listeners = [each.settings for each in bound]
+        if asked.check:
+            listeners = _would_be(asked.listens, passed)
+        settings = settings.listening(tuple(listeners))
+        checks.names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
             path = asked.control or default_path(asked.name, addresses, settings.executed[0])
@@ -460,6 +459,19 @@ def _launch(asked: Asked) -> int:
         for each in (*bound, *second.values()):
             each.discard()
         raise
+
+
+def _would_be(
+    listens: Sequence[Listen], passed: Mapping[int, Sequence[Bound]]
+) -> list[ListenerSettings]:
+    """Return what a start would bind: bind_all() has seen that it can, and told its notices."""
+    found: list[ListenerSettings] = []
+    for index, listen in enumerate(listens):
+        if index in passed:
+            found += (replace(each.settings, **listen.told) for each in passed[index])
+        else:
+            found += not_bound(listen, lambda text: None)
+    return found
 
 
 def ask(

@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from . import checks, door
 from .address import Listen
-from .bind import Bound, addresses_of, bind_all, pair
+from .bind import Bound, addresses_of, bind_all, not_bound, pair
 from .changes import RESTART, changes, forbidden
 from .cli import Asked, ask
 from .errors import Refusal, UsageError
@@ -130,8 +130,7 @@ def _listeners(
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
             if dry:
-                missing = [each for each in addresses_of(listen, notice) if each not in have]
-                added += [ListenerSettings(each, **listen.told) for each in missing]
+                added += not_bound(listen, notice, have)
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:

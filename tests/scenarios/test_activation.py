@@ -163,6 +163,22 @@ def test_several_sockets_of_one_name_are_all_taken(giver: Giver) -> None:
     daemon.stop()
 
 
+def test_several_sockets_of_one_name_cannot_be_told_apart_and_check_says_so(giver: Giver) -> None:
+    for _ in range(2):
+        giver.tcp("web")
+    words = ("--handoff", "listener", "fd:web", "--", *MANY, "{fd:web}")
+
+    said = []
+    for options in (("--check",), ()):
+        daemon = giver.start(*options, *words)
+        assert daemon.wait() == 2
+        said.append(daemon.log.seen)
+
+    assert said[0] == said[1]
+    assert "{fd:web}: web stands for 2 listeners (tcp:127.0.0.1:" in said[0][0]
+    assert still_listens(giver)
+
+
 def test_what_was_given_survives_an_upgrade_and_still_is_not_ours(giver: Giver) -> None:
     port = giver.tcp("web")
     daemon = giver.start("fd:web", "--", *MANY).ready()

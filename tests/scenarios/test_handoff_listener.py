@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
-from tests.running import Protector, ask, eventually, parent_of, wait_gone
+from tests.running import Protector, ask, eventually, free_port, parent_of, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -182,6 +183,46 @@ def test_what_cannot_be_is_refused_in_one_line(
     assert ended.status == 2
     assert len(ended.lines) == 1
     assert said in ended.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("listens", "words", "said"),
+    [
+        (("a=127.0.0.1:PORT", "a=unix:s"), ("{fd:a}",), "a stands for 2 listeners (tcp:127.0.0.1:"),
+        (("PORT?v6only=1",), ("{fd:PORT}",), "stands for 2 listeners (tcp:0.0.0.0:"),
+        (("http=PORT",), ("{fd:htpp}",), "no listener has this name; there is: http;"),
+        (("PORT",), ("$(circus.sockets.web)",), "no listener has this name"),
+        (("PORT", "unix:s"), ("--ready", "fd:4"), "choose 5 or above"),
+    ],
+)
+def test_check_refuses_a_name_as_a_start_does(
+    start: Start, listens: tuple[str, ...], words: tuple[str, ...], said: str
+) -> None:
+    if "v6only" in listens[0] and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = str(free_port())
+    options = words if words[0] == "--ready" else ()
+    command = (sys.executable, "-V", *(() if options else words))
+    given = [each.replace("PORT", port) for each in (*MODE, *options, *listens, "--", *command)]
+
+    checked = start("--check", *given)
+    started = start(*given)
+
+    assert said in checked.err
+    assert (checked.status, checked.lines) == (2, started.lines)
+    assert (started.status, len(started.lines)) == (2, 1)
+    assert start.left() == []
+
+
+def test_check_takes_a_name_that_stands_for_one_listener(start: Start) -> None:
+    listens = ("http=0", "a=127.0.0.1:0", "b=unix:s")
+    names = ("{fd:http}", "{fd:A}", "{fd:b}", "{fd:ready}")
+
+    ended = start("--check", *MODE, *listens, "--", sys.executable, "-V", *names)
+
+    assert (ended.status, ended.err) == (0, "")
+    assert "would start" in ended.out
+    assert start.left() == []
 
 
 @pytest.mark.parametrize(

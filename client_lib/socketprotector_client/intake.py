@@ -154,7 +154,7 @@ class Intake:
     def interrupt(self) -> None:
         """Take no more, and let every thread that waits in `get` know."""
         self.end()
-        self._set.ring()
+        self.ring()
 
     @property
     def may_be_silent(self) -> bool:
@@ -182,6 +182,10 @@ class Intake:
     def idle(self, timeout_s: Optional[float]) -> None:
         """Wait on the descriptor without taking anything."""
         self._set.wait(timeout_s)
+
+    def ring(self) -> None:
+        """Be readable until `hush`.  Fit for a signal handler, but it may raise OSError."""
+        self._set.ring()
 
     def hush(self) -> None:
         """Be readable no more."""
@@ -211,6 +215,7 @@ class Intake:
                 self._orders[fd]()
         if self._stop_asked:
             self.end()
+            self._set.hush()
         for fd in ready:
             if self._ended:
                 break

@@ -175,6 +175,15 @@ class Listener(Socket):
             errno.EOPNOTSUPP, "cannot detach a Listener: wrap the accepted connections instead"
         )
 
+    def stop_accepting(self) -> None:
+        """Begin to drain, as if the protector had said so.  For a signal's handler.
+
+        Raises OSError when the system is out of descriptors.
+        """
+        intake = self._opened()
+        intake.ask_to_stop()
+        intake.ring()
+
     def _begin_leave(self) -> Leave:
         return Leave(self._opened())
 

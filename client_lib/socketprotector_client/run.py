@@ -189,7 +189,28 @@ def _serve_asgi(app: Any, address: Optional[List[str]], threads: int) -> None:
     config = uvicorn.Config(
         app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
     )
-    uvicorn.Server(config).run(sockets=[_listener(address, take=1)])
+    listener = _listener(address, take=1)
+
+    class Server(uvicorn.Server):
+        """Under `--handoff listener` a signal is all that says that it is over.
+
+        uvicorn would hang up on clients that have connected and were not read yet.  So the
+        listener gets the first SIGTERM, takes no more, and sends the next once those were read.
+        """
+
+        _told = not current().passed
+
+        def handle_exit(self, sig: int, frame: Optional[FrameType]) -> None:
+            if sig == signal.SIGTERM and not self._told:
+                self._told = True
+                try:
+                    listener.stop_accepting()
+                    return
+                except OSError:
+                    pass  # out of descriptors: better soon than never
+            super().handle_exit(sig, frame)
+
+    Server(config).run(sockets=[listener])
 
 
 def _serve_wsgi(app: Any, address: Optional[List[str]], threads: int) -> None:

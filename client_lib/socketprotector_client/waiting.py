@@ -57,10 +57,12 @@ class WaitSet:
 
     def ring(self) -> None:
         """Be readable, whatever is in the set, until `hush`."""
-        if self._bell is None and not self._epoll.closed:
+        if self._epoll.closed:
+            return
+        if self._bell is None:
             # A fresh stream socket polls as hung up: one descriptor, not two.
             self._bell = Socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.add([self._bell.fileno()])
+        self.add([self._bell.fileno()])
 
     def hush(self) -> None:
         """Take `ring` back."""

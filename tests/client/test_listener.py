@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import select
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,23 @@ def test_connections_wrapped_in_tls_keep_a_draining_worker(protector: Protector)
 
     assert worker.read_rest() == ["let go"]
     assert worker.wait() == 0
+
+
+def test_a_signal_handler_has_it_stop_and_the_loop_sleeps_until_the_last_client_is_gone(
+    protector: Protector,
+) -> None:
+    worker = protector.start("stops.py")
+    client = protector.connect()
+    assert worker.read_line() == "taken"
+
+    worker.process.send_signal(signal.SIGUSR1)
+    assert [worker.read_line() for _ in range(2)] == ["drains", "sleeps"]
+    waits = protector.connect()
+    client.close()
+
+    assert (worker.read_rest(), worker.wait()) == ([], 0)
+    assert protector.queued() == 1
+    waits.close()
 
 
 def test_a_main_thread_that_waits_for_ever_is_interrupted(protector: Protector) -> None:

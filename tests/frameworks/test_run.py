@@ -19,6 +19,7 @@ from tests.running import Protector
 
 RUN = (sys.executable, "-m", "socketprotector_client.run")
 PAGES = "tests.frameworks.programs.pages"
+LISTENER = ("--handoff", "listener", "--ready", "notify")
 
 needs_both = pytest.mark.skipif(
     find_spec("uvicorn") is None or find_spec("waitress") is None,
@@ -65,6 +66,14 @@ partial_wsgi = functools.partial(with_extra, 1)
 number = 7
 """
 
+#: An application in a worker that waits for the first request of a client as long as it takes.
+PATIENT = """
+from socketprotector_client import leaving
+from tests.frameworks.programs.pages import asgi
+
+leaving._FIRST_WORDS_S = 600
+"""
+
 
 @pytest.fixture
 def shapes(tmp_path: Path) -> Path:
@@ -106,11 +115,12 @@ def test_it_is_reloaded_under_load_and_its_workers_end_by_themselves(
 
 
 @needs_both
+@pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
 def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections(
-    protector: Callable[..., Protector], app: str, tmp_path: Path
+    protector: Callable[..., Protector], app: str, mode: tuple[str, ...], tmp_path: Path
 ) -> None:
-    daemon = protector("127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
+    daemon = protector(*mode, "127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
     gate = tmp_path / "gate"
     os.mkfifo(gate)
 
@@ -156,6 +166,46 @@ def test_it_tells_by_itself_what_kind_an_application_is(
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
+
+
+@needs_both
+@pytest.mark.parametrize("mode", [(), LISTENER], ids=["connection", "listener"])
+def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
+    protector: Callable[..., Protector], mode: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Of waitress, too, but that counts a second."""
+    (tmp_path / "patient.py").write_text(PATIENT)
+    words = (*mode, "--chdir", tmp_path, "127.0.0.1:0", "--", *RUN, "patient:asgi")
+    daemon = protector(*words, **PATH).ready()
+    address = "127.0.0.1", daemon.port
+
+    with Client(address) as fresh:
+        old = ask_once(address)  # who came later, so the first one was taken, too
+        daemon.reload()
+        for _ in range(50):  # so long it looks again and again
+            ask_once(address)
+        assert fresh.ask(close=True)[0] == old
+    daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
+    daemon.stop()
+
+
+@pytest.mark.slow
+@needs_both
+@pytest.mark.parametrize("app", ["asgi", "wsgi"])
+def test_with_the_listeners_themselves_it_is_reloaded_under_load_twenty_times(
+    protector: Callable[..., Protector], app: str
+) -> None:
+    daemon = protector(*LISTENER, "127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
+
+    with Load(("127.0.0.1", daemon.port)) as load:
+        load.wait_for(30)
+        for _ in range(20):
+            daemon.reload()
+            load.wait_for(30)
+
+    daemon.stop()
+    assert load.failures == []
+    assert daemon.log.count(r'event=exited .*how="exited with status 0"$') == 21
 
 
 @needs_both

@@ -34,12 +34,19 @@ class Session:
                 raise
 
     def ask(self, command: str, **arguments: Any) -> Message:
-        """Ask what may be asked twice: when the connection ends before the answer, it is."""
-        try:
-            return self._client.request(command, **arguments)
-        except Cut:
-            self.again()
-            return self._client.request(command, **arguments)
+        """Ask what may be asked twice: when the connection ends before the answer, it is.
+
+        As often as that happens within RETURN_S: a crash may follow an upgrade.
+        """
+        until = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return self._client.request(command, **arguments)
+            except Cut:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    raise
+                self.again(left_s)
 
     def ask_once(self, command: str, **arguments: Any) -> Message:
         """Ask; raises Cut when nobody knows whether it was heard."""

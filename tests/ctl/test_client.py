@@ -14,7 +14,7 @@ from socketprotector.ctl.client import Client
 from socketprotector.ctl.failure import Cut, Denied, NoProtector, Refused
 from socketprotector.ctl.session import Session
 from socketprotector.ctl.survey import ask_all
-from tests.ctl.fake import Fake, Refusing
+from tests.ctl.fake import Connection, Fake, Message, Refusing
 
 Says = Callable[[bytes], str]
 
@@ -135,6 +135,22 @@ def test_a_session_comes_back_and_follows_again(fake: Fake) -> None:
 
         assert session.ask("status")["name"] == "web"
     assert fake.commands() == ["events", "events", "events", "status"]
+
+
+def test_a_session_asks_again_as_often_as_it_is_cut(fake: Fake) -> None:
+    """As when a crash follows an upgrade."""
+    cuts = iter(range(3))
+
+    def answer(connection: Connection, _: Message) -> Message | None:
+        if next(cuts, None) is None:
+            return {"held": True}
+        connection.cut()
+        return None
+
+    fake.answers["hold"] = answer
+    with Session(str(fake.path)) as session:
+        assert session.ask("hold", seconds=5.0) == {"held": True}
+    assert fake.commands().count("hold") == 4
 
 
 def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,26 @@ def protector(
     for each in started:
         each.end()
         print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
+
+
+@pytest.fixture
+def free_port() -> Iterator[Callable[[], int]]:
+    """Choose ports of 127.0.0.1 that nobody else gets before the test has ended.
+
+    A bound socket that does not listen keeps each: the system gives it to nobody who asks for
+    any port, and lets in who names it, as SO_REUSEADDR is set on both sides.
+    """
+    kept: list[socket.socket] = []
+
+    def choose() -> int:
+        kept.append(socket.socket())
+        kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept[-1].bind(("127.0.0.1", 0))
+        return int(kept[-1].getsockname()[1])
+
+    yield choose
+    for each in kept:
+        each.close()
 
 
 @pytest.fixture(autouse=True)

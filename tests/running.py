@@ -177,11 +177,6 @@ class Protector:
         self.process.wait()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def parent_of(pid: int) -> int:
     """The parent of a process, 0 when it is gone (or a zombie)."""
     try:

@@ -13,14 +13,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.c.building import PLAIN, compiled, shared_folder
-from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually, free_port
+from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually
 from tests.scenarios.test_activation import Giver
 from tests.scenarios.tools import pid_in
 
@@ -78,10 +78,17 @@ def folder(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Runs:
     """Starts a line of the text, with a free port and a folder of its own in the place of /run."""
 
-    def __init__(self, folder: Path, giver: Giver, factory: pytest.TempPathFactory) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        giver: Giver,
+        factory: pytest.TempPathFactory,
+        free_port: Callable[[], int],
+    ) -> None:
         self.folder = folder
         self.giver = giver
         self.factory = factory
+        self.free_port = free_port
         self.address: tuple[str, int] | str = ""
         self.environment = {
             **giver.environment,
@@ -92,7 +99,7 @@ class Runs:
         """The words of a line, as a shell makes them."""
         port = re.search(r"(?<!\d)[1-9]\d{3}(?!\d)", line)
         if port is not None:
-            number = free_port()
+            number = self.free_port()
             line = re.sub(rf"(?<!\d){port[0]}(?!\d)", str(number), line)
             self.address = ("127.0.0.1", number)
         words = [word.replace("/run/", f"{self.folder}/") for word in shlex.split(line)]
@@ -120,10 +127,13 @@ class Runs:
 
 @pytest.fixture
 def runs(
-    folder: Path, marked_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+    folder: Path,
+    marked_environment: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    free_port: Callable[[], int],
 ) -> Iterator[Runs]:
     giver = Giver(marked_environment)
-    yield Runs(folder, giver, tmp_path_factory)
+    yield Runs(folder, giver, tmp_path_factory, free_port)
     giver.close()
 
 

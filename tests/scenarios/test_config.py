@@ -33,13 +33,6 @@ MANY = worker("many")
 Starter = Callable[..., Protector]
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class File:
     """A configuration file, with a few keys that most tests want."""
 
@@ -220,7 +213,12 @@ def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 @pytest.mark.parametrize("clients", [3, 30], ids=["in the queue", "in the backlog too"])
 def test_who_waits_at_a_removed_listener_is_served_by_those_who_know_it(
-    configured: Starter, file: File, tmp_path: Path, kind: str, clients: int
+    configured: Starter,
+    file: File,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    kind: str,
+    clients: int,
 ) -> None:
     path = tmp_path / "s"
     port = free_port()
@@ -551,7 +549,12 @@ def test_an_upgrade_while_the_file_is_read_reads_it_anew(gated: Gated) -> None:
 @pytest.mark.parametrize("how", ["kill", "upgrade"])
 @pytest.mark.parametrize("good", [True, False], ids=["that serves", "that fails"])
 def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
-    protector: Starter, file: File, tmp_path: Path, how: str, good: bool
+    protector: Starter,
+    file: File,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    how: str,
+    good: bool,
 ) -> None:
     file.listens = [f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/s"]
     file.says()

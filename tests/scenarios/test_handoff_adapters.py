@@ -14,7 +14,7 @@ import pytest
 
 from bench.load import Load
 from tests.c.building import compiled, shared_folder
-from tests.running import Protector, ask, free_port, wait_gone
+from tests.running import Protector, ask, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
@@ -174,7 +174,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_daemon_of_the_original_serves_and_is_reloaded(
-    protector: Starter, original: Path
+    protector: Starter, original: Path, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
     words = ("--handoff", "legacy", f"127.0.0.1:{port}", "--", original, str(port))

@@ -9,11 +9,12 @@ import signal
 import socket
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.running import COMMAND, MARK, ask, eventually, free_port, marked, wait_gone
+from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, TELLS, Start, tcp, told
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that here")
@@ -87,7 +88,9 @@ def test_both_stacks_in_one_listener_where_that_is_asked_for(start: Start) -> No
     start.stop()
 
 
-def test_a_port_of_ones_own_choice_is_bound_and_not_said_again(start: Start) -> None:
+def test_a_port_of_ones_own_choice_is_bound_and_not_said_again(
+    start: Start, free_port: Callable[[], int]
+) -> None:
     port = free_port()
 
     ended = start.up(f"127.0.0.1:{port}", "--", *MINIMAL)
@@ -154,7 +157,9 @@ def test_several_listeners_are_told_apart(start: Start) -> None:
     assert start.left() == []
 
 
-def test_what_was_bound_before_the_one_that_fails_is_given_back(start: Start) -> None:
+def test_what_was_bound_before_the_one_that_fails_is_given_back(
+    start: Start, free_port: Callable[[], int]
+) -> None:
     port = free_port()
     words = (f"127.0.0.1:{port}", f"unix:{start.folder}/s", "unix:no/such/folder")
 

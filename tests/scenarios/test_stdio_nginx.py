@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from bench.processes import free_port
 from tests.running import DEADLINE_S, Protector, eventually
 from tests.stdio.pools import PROGRAMS, pool
 
@@ -84,6 +83,7 @@ def behind(
     protector: Start,
     marked_environment: dict[str, str],
     tmp_path: Path,
+    free_port: Callable[[], int],
 ) -> Iterator[tuple[Site, Protector]]:
     """A site whose requests are answered by a program each, 3 at once."""
     address = "127.0.0.1:0" if request.param == "tcp" else f"unix:{tmp_path}/s"

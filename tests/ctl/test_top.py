@@ -20,7 +20,7 @@ from rich.console import Console
 from socketprotector.ctl.top import Rates, drawn, quantile_us
 from tests.ctl.conftest import COMMAND
 from tests.ctl.fake import Fake, generation, status, worker
-from tests.running import eventually
+from tests.running import DEADLINE_S, eventually
 
 
 class Terminal:
@@ -53,6 +53,12 @@ class Terminal:
                 return
             self.shown += data.decode("utf-8", "replace")
 
+    def wait(self) -> int:
+        """Wait for its end, and until all that it has drawn is read; return its status."""
+        status = self.process.wait(DEADLINE_S)
+        self._thread.join(DEADLINE_S)
+        return status
+
     def end(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -81,7 +87,7 @@ def test_q_ends_and_gives_the_screen_back(fake: Fake, top: Terminal) -> None:
     eventually(more, "a rate")
     os.write(top.fd, b"q")
 
-    assert top.process.wait(10) == 0
+    assert top.wait() == 0
     assert top.shown.rstrip().endswith("\x1b[?25h") or "\x1b[?1049l" in top.shown
 
 
@@ -89,14 +95,14 @@ def test_ctrl_c_ends_too(top: Terminal) -> None:
     eventually(lambda: "web: " in re.sub(r"\x1b\[[0-9;]*m", "", top.shown), "the first screen")
     top.process.send_signal(signal.SIGINT)
 
-    assert top.process.wait(10) == 130
+    assert top.wait() == 130
     assert "\x1b[?1049l" in top.shown
 
 
 def test_no_line_is_wider_and_no_screen_higher_than_the_terminal(top: Terminal) -> None:
     eventually(lambda: top.shown.count("web") > 2, "a screen")
     os.write(top.fd, b"q")
-    top.process.wait(10)
+    top.wait()
 
     screens = re.split(r"\x1b\[H", top.shown)[1:]
     assert screens
@@ -125,7 +131,7 @@ def test_a_cut_is_survived(fake: Fake, top: Terminal) -> None:
 
     assert top.process.poll() is None
     os.write(top.fd, b"q")
-    assert top.process.wait(10) == 0
+    assert top.wait() == 0
 
 
 def test_rates_and_waits_are_those_of_the_interval() -> None:

@@ -13,7 +13,7 @@ import pytest
 from socketprotector.ctl import changing
 from tests.ctl.conftest import COMMAND, Said
 from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
-from tests.running import Lines, eventually
+from tests.running import DEADLINE_S, Lines, eventually
 
 Ctl = Callable[..., Said]
 
@@ -92,7 +92,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
     eventually(lambda: fake.commands().count("hold") >= 2, "asked again")
     process.send_signal(number)
 
-    assert process.wait(10) == 0
+    assert process.wait(DEADLINE_S) == 0
     lines.join()
     assert lines.seen[-1] == "released"
     assert fake.commands()[-1] == "release"
@@ -155,9 +155,16 @@ def test_stop_waits_for_the_end_of_the_process(
         )
         connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
         connection.event("stopping")
-        threading.Timer(0.3, fake.end).start()
+        fake.answers["status"] = looked
+
+    def looked(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": fake.status})
+        threading.Thread(target=gone).start()
+
+    def gone() -> None:
+        fake.end()
         assert protected.stdin
-        threading.Timer(0.6, protected.stdin.close).start()
+        threading.Timer(0.3, protected.stdin.close).start()  # it is waited for, however long
 
     fake.answers["stop"] = answer
 
@@ -165,7 +172,7 @@ def test_stop_waits_for_the_end_of_the_process(
 
     assert (said.status, said.out) == (0, "stopped: web\n")
     assert said.err == "waits for generation 8 (1 worker: pid 4712, 3 connections)\n"
-    assert protected.wait(10) == 0
+    assert protected.poll() == 0
     assert {"command": "stop", "quick": False} in fake.asked
 
 
@@ -180,7 +187,7 @@ def test_stop_that_takes_too_long_is_status_4(
     fake.status["pid"] = protected.pid
     fake.answers["stop"] = answer
 
-    said = ctl("stop", "--quick", "--timeout", "1500ms")
+    said = ctl("stop", "--quick", "--timeout", "3s")
 
     assert said.status == 4
     assert "still waits for generation 8 (1 worker: pid 4712, 3 connections) to finish" in said.err

@@ -14,7 +14,7 @@ import pytest
 from socketprotector.ctl import render
 from tests.ctl.conftest import COMMAND, Said, run
 from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
-from tests.running import Lines, eventually
+from tests.running import DEADLINE_S, Lines, eventually
 
 Ctl = Callable[..., Said]
 
@@ -167,7 +167,7 @@ def test_events_go_on_across_a_cut_and_end_by_ctrl_c(fake: Fake) -> None:
     eventually(lambda: lines.count("event=reloaded") == 2, "the event after the cut")
     process.send_signal(signal.SIGINT)
 
-    assert process.wait(10) == 130
+    assert process.wait(DEADLINE_S) == 130
     lines.join()
 
 
@@ -187,7 +187,7 @@ def test_events_follow_waits_for_a_protector_that_is_yet_to_come(folder: Path) -
 
     eventually(more, "an event")
     process.terminate()
-    process.wait(10)
+    process.wait(DEADLINE_S)
     fake.end()
     lines.join()
 
@@ -204,7 +204,7 @@ def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:
     os.close(receive)
     process = subprocess.Popen([*COMMAND, "status"], stdout=send, stderr=subprocess.PIPE)
     os.close(send)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=DEADLINE_S)
 
     assert (process.returncode, err) == (0, b"")
 

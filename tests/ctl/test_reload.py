@@ -14,7 +14,7 @@ import pytest
 
 from tests.ctl.conftest import COMMAND, Said
 from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
-from tests.running import Lines
+from tests.running import DEADLINE_S, Lines
 
 Ctl = Callable[..., Said]
 
@@ -192,20 +192,28 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any
 
 
 def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
-    reloading(fake, lambda c: c.event("spawned", generation=9, worker=15, pid=1))
+    def then(connection: Connection) -> None:
+        fake.status["phase"] = "reloading"
+        connection.event("spawned", generation=9, worker=15, pid=1)
 
-    said = ctl("reload", "--timeout", "200ms")
+    reloading(fake, then)
+
+    said = ctl("reload", "--timeout", "2s")
 
     assert said.status == 4
     assert said.err.endswith(
-        "not within 0.2 s: still waits for generation 9 to be ready (0/1 workers are)\n"
+        "not within 2 s: still waits for generation 9 to be ready (0/1 workers are)\n"
     )
 
 
 def test_settle_is_waited_for(fake: Fake, ctl: Ctl) -> None:
-    reloading(fake, lambda c: c.event("route", generation=9))
+    def then(connection: Connection) -> None:
+        fake.status["phase"] = "settling"
+        connection.event("route", generation=9)
 
-    said = ctl("reload", "--timeout", "200ms")
+    reloading(fake, then)
+
+    said = ctl("reload", "--timeout", "2s")
 
     assert said.status == 4
     assert "still waits for generation 9 to live as long as --settle" in said.err
@@ -242,7 +250,7 @@ def test_drained_that_takes_too_long_says_who_is_left(fake: Fake, ctl: Ctl) -> N
 
     reloading(fake, then)
 
-    said = ctl("reload", "--drained", "--timeout", "300ms", "--json")
+    said = ctl("reload", "--drained", "--timeout", "2s", "--json")
 
     assert said.status == 4
     told = json.loads(said.out)
@@ -261,7 +269,7 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
     err = Lines(receive)
     err.wait_for("generation 9 is starting")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=DEADLINE_S)
     err.join()
 
     assert (process.returncode, out) == (130, b"")
@@ -309,7 +317,7 @@ def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:
 def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda _: None)
 
-    said = ctl("reload", "--timeout", "20s")
+    said = ctl("reload", "--timeout", "60s")
 
     assert said.status == 3
     assert "knows nothing of it any more" in said.err

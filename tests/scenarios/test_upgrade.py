@@ -389,9 +389,10 @@ def test_the_watchdog_is_fed_by_the_new_program_too(protector: Starter, tmp_path
     )
     manager.wait_for("READY")
     for _ in range(2):
-        upgraded(daemon)
-        manager.wait_for("WATCHDOG")
+        mark = daemon.signal(signal.SIGUSR2)
+        # Heard all the while: nothing is upgraded whose manager has not read what was said.
         assert manager.wait_for("READY")["MAINPID"] == str(daemon.pid)
+        daemon.log.wait_for("event=adopted", after=mark)
         manager.wait_for("WATCHDOG")
         assert manager.sender == daemon.pid
     daemon.stop()

@@ -145,7 +145,7 @@ class Load:
         with self._changed:
             return self._snapshot()
 
-    def wait_for(self, fact: Callable[[Snapshot], bool], timeout_s: float = 10.0) -> Snapshot:
+    def wait_for(self, fact: Callable[[Snapshot], bool], timeout_s: float = 30.0) -> Snapshot:
         """Return the first snapshot of which `fact` holds.
 
         Raises TimeoutError, with the last snapshot in words, if it does not within `timeout_s` or

@@ -91,7 +91,6 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     eventually(
         lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1,  # listing needs one itself
         "the descriptors that were open before",
-        5.0,
     )
 
 

@@ -254,8 +254,12 @@ def mark() -> Iterator[dict[str, str]]:
     """An environment that marks what a test starts; at the end nothing with it may live."""
     value = uuid.uuid4().hex
     yield {MARK: value}
-    left = wait_gone(marked(value), 5.0)
-    shown = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ") for pid in left]
+    left = wait_gone(marked(value))
+    shown = []
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
+        try:
+            shown.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" "))
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue  # it has ended after all
     assert not left, f"left behind: {shown}"

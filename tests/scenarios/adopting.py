@@ -89,7 +89,7 @@ def upgrade(daemon: Protector) -> str:
 def served(load: Load, more: int = 20) -> Snapshot:
     """Wait until so many more connections were served."""
     now = load.snapshot()
-    return load.wait_for(lambda then: then.connections >= now.connections + more, 30.0)
+    return load.wait_for(lambda then: then.connections >= now.connections + more)
 
 
 class Installation:
@@ -109,7 +109,9 @@ class Installation:
     def add(self, name: str, version: str | None = None) -> Path:
         """Install a release: this very package, and a script that runs it."""
         release = self.folder / name
-        shutil.copytree(ROOT / "socketprotector", release / "socketprotector")
+        # Not what another process is just compiling to: it is renamed as soon as it is whole.
+        unfinished = shutil.ignore_patterns("*.pyc.*")
+        shutil.copytree(ROOT / "socketprotector", release / "socketprotector", ignore=unfinished)
         (release / "bin").mkdir()
         self.script(name, "from socketprotector.__main__ import main\nmain()\n")
         if version is not None:

@@ -167,7 +167,7 @@ def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Serv
 
 def wait_stored(service: Service, wanted: set[str]) -> None:
     try:
-        eventually(lambda: set(service.store) == wanted, "the same in the store", 10.0)
+        eventually(lambda: set(service.store) == wanted, "the same in the store")
     finally:
         print("in the store and not wanted:", sorted(set(service.store) - wanted))
         print("wanted and not in the store:", sorted(wanted - set(service.store)))

@@ -499,10 +499,7 @@ class Gated:
 
 def let_through(gate: Gate, daemon: Protector, pattern: str, mark: int) -> str:
     def said() -> bool:
-        try:
-            os.close(os.open(gate.path, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError:
-            pass  # nobody waits there
+        gate.let_through()
         return any(re.search(pattern, line) for line in daemon.log.seen[mark:])
 
     eventually(said, pattern)

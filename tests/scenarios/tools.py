@@ -40,6 +40,13 @@ class Gate:
         """Let everybody through who waits now; waits until somebody does."""
         os.close(os.open(self.path, os.O_WRONLY))
 
+    def let_through(self) -> None:
+        """Let everybody through who waits now, if somebody does."""
+        try:
+            os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError:
+            pass  # nobody
+
     def stay_open(self) -> None:
         """Let everybody through, now and later."""
         os.unlink(self.path)

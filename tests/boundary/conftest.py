@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,31 @@ def _state() -> dict[str, object]:
         "umask": umask,
         "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
     }
+
+
+class Turns:
+    """Time as a loop sees it: a millisecond for each turn, however long that takes.
+
+    tick() is to be called once a turn, by what is always readable.
+    """
+
+    def __init__(self) -> None:
+        self._now_s = 1000.0
+        self.monotonic_ns = time.monotonic_ns
+
+    def monotonic(self) -> float:
+        return self._now_s
+
+    def tick(self) -> None:
+        self._now_s += 0.001
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
+    """The time of all loops."""
+    made = Turns()
+    monkeypatch.setattr("socketprotector.loop.time", made)
+    return made
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from socketprotector.listener import Listener
 from socketprotector.loop import Loop
 from socketprotector.requests import LINE_BYTES, Request, Wrong, answer
 from socketprotector.settings import ListenerSettings
+from tests.boundary.conftest import Turns
 from tests.running import DEADLINE_S
 
 GROUP = 54_321  # nobody's, and nobody needs to know it
@@ -65,9 +66,11 @@ class Desk:
         self._ticks = os.eventfd(1)
         self.loop.watch(self._ticks, self._tick)
         self.callers: list[Caller] = []
+        self.ticked: Callable[[], None] = lambda: None
 
     def _tick(self) -> None:
         self.turn += 1
+        self.ticked()
 
     def _answer(self, client: Client, request: Request) -> None:
         self.asked.append((self.turn, request))
@@ -85,7 +88,7 @@ class Desk:
             if fact() or time.monotonic() > until:
                 self.loop.running = False
             else:
-                self.loop.call_after("look", 0.0, look)
+                self.loop.call_after("look", 1e-6, look)  # the next turn
 
         self.loop.running = True
         self.loop.call_after("look", 0.0, look)
@@ -404,7 +407,10 @@ def test_who_asks_nothing_is_ended_and_half_a_line_is_nothing(
     assert desk.clients == 0
 
 
-def test_who_asks_or_follows_stays(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_or_follows_stays(
+    turns: Turns, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.ticked = turns.tick
     monkeypatch.setattr(control, "IDLE_S", 0.2)
     follower, asker = desk.call(b'{"v":1,"command":"events"}\n'), desk.call(STATUS)
     follower.hear()

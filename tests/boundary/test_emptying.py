@@ -16,13 +16,16 @@ from socketprotector.forwarder import Forwarder
 from socketprotector.listener import Listener
 from socketprotector.loop import Loop
 from socketprotector.settings import ListenerSettings
+from tests.boundary.conftest import Turns
 
 
 class World:
     """A forwarder with listeners 0 and 1, and two generations' channels."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, turns: Turns) -> None:
         self.loop = Loop()
+        self._ticks = os.eventfd(1)  # always readable
+        self.loop.watch(self._ticks, turns.tick)
         self.folder = folder
         self.listeners = [self.listener(0), self.listener(1)]
         self.held = 0
@@ -63,8 +66,8 @@ class World:
             client.connect(str(self.folder / f"s{index}"))
             self.clients.append(client)
 
-    def turn(self, seconds: float = 0.05) -> None:
-        """Let the loop go round for so long."""
+    def turn(self, seconds: float = 0.1) -> None:
+        """Let the loop go round for so long: a thousand turns a second."""
 
         def enough() -> None:
             self.loop.running = False
@@ -80,11 +83,12 @@ class World:
         for client in self.clients:
             client.close()
         self.loop.close()
+        os.close(self._ticks)
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
+def world(tmp_path: Path, turns: Turns) -> Iterator[World]:
+    made = World(tmp_path, turns)
     yield made
     made.close()
 

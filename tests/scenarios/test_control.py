@@ -326,11 +326,11 @@ def test_a_hold_accepts_nothing_and_refuses_nothing_until_its_time_is_over(
     with Load(f"127.0.0.1:{web.address[1]}", concurrency=16) as load:
         served(load)
 
-        until = line.ask("hold", seconds=0.5)["until_at"]
+        until = line.ask("hold", seconds=3)["until_at"]
         line.event("held")
         found = line.status()
-        assert 0 < found["held_s"] <= 0.5
-        assert until <= found["now"] + 0.5
+        assert 0 < found["held_s"] <= 3
+        assert until <= found["now"] + 3
         accepted = found["forwarded"]
         eventually(lambda: web.status()["listeners"][0]["backlog"] > 0, "somebody who waits")
         held = line.status()
@@ -499,23 +499,26 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
     assert line.status()["crashes"] == 0  # somebody wanted it
 
 
-def test_the_log_says_more_and_less_as_it_is_told(operated: Operating) -> None:
-    web = operated()
+def test_the_log_says_more_and_less_as_it_is_told(operated: Operating, tmp_path: Path) -> None:
+    log = tmp_path / "log"  # what is answered after a line finds the line there
+    web = operated("--log-file", log)
     line = web.line(follows=True)
 
     assert line.ask("log-level", level="debug") == {"level": "debug"}
-    mark = len(web.daemon.log.seen)
+    mark = len(log.read_text())
     line.ask("reload")
-    web.daemon.log.wait_for("debug event=decided", after=mark)
     line.event("drained", generation=1)
-    web.daemon.log.wait_for("event=drained generation=1", after=mark)
+    assert line.status()["log_level"] == "debug"
+    more = log.read_text()[mark:]
+    assert "debug event=decided" in more
+    assert "event=drained generation=1" in more
     line.ask("log-level", level="error")
-    mark = len(web.daemon.log.seen)
+    mark = len(log.read_text())
     line.ask("reload")
     line.event("reloaded", generation=3)  # events do not depend on it
     line.event("drained", generation=2)
     assert line.status()["log_level"] == "error"
-    assert not [each for each in web.daemon.log.seen[mark:] if " error " not in each]
+    assert not [each for each in log.read_text()[mark:].splitlines() if " error " not in each]
 
 
 def test_logs_are_opened_anew(operated: Operating, tmp_path: Path) -> None:

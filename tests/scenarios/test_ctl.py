@@ -234,7 +234,7 @@ def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> No
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
 
-        short = run("reload", "--drained", "--timeout", "1s")
+        short = run("reload", "--drained", "--timeout", "5s")
         running = beside("reload", "--drained")
         running.err.wait_for(r"drained 0/\d workers")
 
@@ -493,7 +493,7 @@ def test_stop_says_who_is_not_done_yet(beside: Beside, web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
-        said = run("stop", "--timeout", "1s")
+        said = run("stop", "--timeout", "3s")
 
         assert said.status == 4
         assert "generation 1 (1 worker: pid " in said.err

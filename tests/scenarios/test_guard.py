@@ -450,6 +450,14 @@ def full_socket() -> tuple[int, int]:
     return receive.detach(), send.detach()
 
 
+def name_of(pid: int) -> str:
+    """The name of a process, empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
 @pytest.mark.parametrize("full", [full_pipe, full_socket])
 def test_a_guard_whose_log_nobody_reads_still_restarts_and_passes_signals_on(
     full: Callable[[], tuple[int, int]], marked_environment: dict[str, str], tmp_path: Path
@@ -467,9 +475,7 @@ def test_a_guard_whose_log_nobody_reads_still_restarts_and_passes_signals_on(
 
     def protector_of_guard() -> list[int]:
         # Not workers, which the guard adopts when their protector is gone.
-        name = "SocketProtector\n"
-        children = children_of(daemon.pid)
-        return [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == name]
+        return [pid for pid in children_of(daemon.pid) if name_of(pid) == "SocketProtector"]
 
     try:
         eventually(lambda: answers() != 0, "the first worker")

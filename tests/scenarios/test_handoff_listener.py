@@ -345,7 +345,7 @@ def test_a_reload_waits_until_the_new_one_says_so(
 def test_a_check_that_never_succeeds_fails_the_reload(served_by: Starter, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.touch()
-    daemon = served_by("--ready", f"check:test -e {there}", "--start-timeout", "500ms")
+    daemon = served_by("--ready", f"check:test -e {there}", "--start-timeout", "3s")
     there.unlink()
 
     mark = daemon.signal(signal.SIGHUP)
@@ -359,7 +359,7 @@ def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: P
     there, pids = tmp_path / "there", tmp_path / "pids"
     there.touch()
     check = f"check:echo $$ >> {pids}; test -e {there} || exec sleep 1000"
-    daemon = served_by("--ready", check, "--start-timeout", "500ms")
+    daemon = served_by("--ready", check, "--start-timeout", "3s")
     there.unlink()
 
     mark = daemon.signal(signal.SIGHUP)

@@ -323,7 +323,7 @@ def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serve
     machine: Machine, broken: str, watch: str
 ) -> None:
     daemon = release(machine, f"exec {ECHO}")
-    machine.configure(command=daemon, OPTIONS="--start-timeout 1s", RELOAD_WAIT=watch)
+    machine.configure(command=daemon, OPTIONS="--start-timeout 3s", RELOAD_WAIT=watch)
     address = machine.start()
     with Load(f"127.0.0.1:{address[1]}", concurrency=4) as load:
         load.wait_for(lambda now: now.connections > 10, DEADLINE_S)

@@ -46,6 +46,15 @@ def starts(folder: Path) -> int:
     return len(file.read_text().splitlines()) if file.exists() else 0
 
 
+def stop_in_between(daemon: Protector) -> None:
+    """Stop it while none of its workers lives; seconds pass before the next ones are started.
+
+    One that is ended in the middle has written less than the others.
+    """
+    eventually(lambda: children_of(daemon.pid) == [], "the end of those that were started")
+    daemon.stop()
+
+
 def told_until(daemon: Protector, event: str) -> tuple[list[str], list[str]]:
     """The log before and after a line."""
     at = next(n for n, line in enumerate(daemon.log.seen) if f"event={event}" in line)
@@ -57,7 +66,7 @@ def test_a_crash_loop_is_a_few_lines_and_a_count(
 ) -> None:
     daemon = looping()
     eventually(lambda: starts(tmp_path) >= WORKERS * (SHOWN + 3), "a crash loop")
-    daemon.stop()
+    stop_in_between(daemon)
 
     before, after = told_until(daemon, "stopping")
     assert len([line for line in before if "event=exited" in line]) == 2 * WORKERS * SHOWN
@@ -76,7 +85,7 @@ def test_at_level_debug_all_of_it_is_told(
 ) -> None:
     daemon = looping("--verbose")
     eventually(lambda: starts(tmp_path) >= WORKERS * (SHOWN + 2), "a crash loop")
-    daemon.stop()
+    stop_in_between(daemon)
 
     assert daemon.log.count("event=crash-loop") == 0
     assert daemon.log.count("event=exited .*worker=") == starts(tmp_path) + WORKERS

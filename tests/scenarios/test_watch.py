@@ -13,7 +13,7 @@ import pytest
 
 from tests.running import COMMAND, MARK, Protector, ask, eventually, marked, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.starting import MINIMAL, Start
+from tests.scenarios.starting import MINIMAL, Start, shown
 from tests.scenarios.tools import worker
 
 Starter = Callable[..., Protector]
@@ -33,6 +33,13 @@ while taken := take():
 """
 
 
+def put(path: Path, text: str) -> None:
+    """Put a file there whole, as one change: who is slow would see an empty one in between."""
+    new = path.parent.with_name(f"{path.parent.name}.{path.name}")  # where nobody watches
+    new.write_text(text)
+    new.rename(path)
+
+
 class Source:
     """A daemon that is being written."""
 
@@ -44,7 +51,7 @@ class Source:
 
     def save(self, version: str, more: str = "") -> None:
         workers = str(Path(__file__).parents[1] / "workers")
-        self.path.write_text(DAEMON.format(workers=workers, version=version, more=more))
+        put(self.path, DAEMON.format(workers=workers, version=version, more=more))
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -82,11 +89,7 @@ def after(daemon: Protector, change: Callable[[], object]) -> str:
 
 
 def watcher_of(environment: str) -> list[int]:
-    return [
-        pid
-        for pid in marked(environment)
-        if b"watch.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    return [pid for pid in marked(environment) if "watch.py" in shown(pid)]
 
 
 def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:
@@ -152,11 +155,11 @@ def test_what_nobody_edits_is_ignored_and_so_are_its_own_files(
 def test_a_log_in_the_watched_folder_leads_to_no_reload(start: Start) -> None:
     start.up("--watch", start.folder, "unix:s", "--", *MINIMAL)
     start.wait_for("event=watching")
-    (start.folder / "source.py").write_text("pass\n")
+    put(start.folder / "source.py", "pass\n")
     start.wait_for("event=reloaded generation=2")
     for _ in range(5):
         start.send(signal.SIGUSR1)
-    (start.folder / "source.py").write_text("pass # again\n")
+    put(start.folder / "source.py", "pass # again\n")
     start.wait_for("event=reloaded generation=3")
     start.stop()
 

@@ -435,12 +435,11 @@ def test_what_is_being_served_is_finished_by_the_old_one(
     gate = Gate(tmp_path / "gate")
     daemon = served_by(*FAST)
     with Client(here(daemon), f"wait {gate.path}") as held:
-        at_rest(daemon)
         old = spawned(daemon)[0]
-        eventually(lambda: state_of(old) == "S", "a worker that waits")
+        writer = os.open(gate.path, os.O_WRONLY)  # waits until a worker reads there, which has it
         daemon.reload()
         new = pid_in(ask(here(daemon)))
-        gate.open()
+        os.close(writer)
         assert pid_in(held.hear()) == old
 
     assert new != old

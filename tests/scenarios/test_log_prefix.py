@@ -14,7 +14,7 @@ import pytest
 
 from tests.running import MARK, Protector, eventually, marked, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
-from tests.scenarios.starting import Start, start_of
+from tests.scenarios.starting import Start, shown, start_of
 from tests.scenarios.test_privileges import A, B, Command, command, python
 from tests.scenarios.test_start_output import Syslog, syslog
 from tests.scenarios.tools import Client, Release, descriptors, hold, kinds_at_rest, spawned, worker
@@ -28,7 +28,7 @@ TALKS = worker("talks")
 
 def relay_of(environment: str) -> int:
     for pid in marked(environment):
-        if b"relay.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+        if "relay.py" in shown(pid):
             return pid
     return 0
 
@@ -222,7 +222,10 @@ def generations(environment: str) -> set[int]:
     """Of the processes that live."""
     found = set()
     for pid in marked(environment):
-        text = Path(f"/proc/{pid}/environ").read_bytes()
+        try:
+            text = Path(f"/proc/{pid}/environ").read_bytes()
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
         found |= {int(each) for each in re.findall(rb"SOCKETPROTECTOR_GENERATION=(\d+)", text)}
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import DEADLINE_S, MARK, eventually, marked
-from tests.scenarios.starting import Start
+from tests.scenarios.starting import Start, shown
 from tests.scenarios.test_systemd import Manager
 from tests.scenarios.tools import Release, worker
 
@@ -97,11 +97,7 @@ def test_neither_the_probe_nor_the_relay_is_told_by_its_command_line(
     words = ("--env", f"FROM_OPTION={SECRETS['option']}", "unix:s", "--", *worker("tells"))
     assert start(*words).status == 0
 
-    relays = [
-        text
-        for pid in marked(start.environment[MARK])
-        if "relay.py" in (text := Path(f"/proc/{pid}/cmdline").read_text())
-    ]
+    relays = [text for pid in marked(start.environment[MARK]) if "relay.py" in (text := shown(pid))]
 
     assert len(relays) == 1
     assert SECRETS["option"] not in relays[0]
@@ -147,8 +143,8 @@ def test_what_the_launching_process_shows_is_gone_with_it(start: Start) -> None:
     """Who puts a secret into --env shows it while the command starts, and no longer."""
     start.up("--env", f"A={SECRETS['option']}", "unix:s", "--", *worker("tells"))
 
-    shown = [Path(f"/proc/{pid}/cmdline").read_text() for pid in marked(start.environment[MARK])]
+    texts = [shown(pid) for pid in marked(start.environment[MARK])]
 
-    assert shown
-    assert not [text for text in shown if SECRETS["option"] in text]
+    assert texts
+    assert not [text for text in texts if SECRETS["option"] in text]
     start.stop()

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import MARK, Lines, ask, eventually, marked, wait_gone
-from tests.scenarios.starting import MINIMAL, Start, start_of
+from tests.scenarios.starting import MINIMAL, Start, shown, start_of
 from tests.scenarios.tools import Client, cpu_s, descriptors, wake_ups, worker
 
 #: Gives a command a /dev of its own, with /dev/log where the test listens.
@@ -93,11 +93,7 @@ def syslog(start: Start) -> Iterator[Syslog]:
 
 def relays_of(start: Start) -> list[int]:
     """The pids of all relays."""
-    return [
-        pid
-        for pid in marked(start.environment[MARK])
-        if b"relay.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    return [pid for pid in marked(start.environment[MARK]) if "relay.py" in shown(pid)]
 
 
 def relay_of(start: Start) -> int:

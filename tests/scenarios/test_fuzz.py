@@ -21,7 +21,8 @@ from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import memory_kib
 
 INPUTS = 1_000_000 if LONG else 100_000
-BATCH = 100
+#: Of one client, before the next one has its turn: who asks nothing for 30 s is ended.
+BATCH = 25
 #: What may be asked at random.  `stop` and `upgrade` would end the test.
 ASKED = [each for each in COMMANDS if each not in ("stop", "upgrade", "reload", "drain", "hold")]
 VALUES: tuple[object, ...] = (
@@ -152,7 +153,6 @@ def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -
 def test_nonsense_without_end_fails_nothing_and_memory_stays_flat(operated: Operating) -> None:
     chance = Chance().random
     web = operated()
-    line = web.line()
     fuzzers = [Fuzzer(web.path, chance) for _ in range(32)]
     sent, warm = 0, 0
     with (
@@ -169,12 +169,11 @@ def test_nonsense_without_end_fails_nothing_and_memory_stays_flat(operated: Oper
             sent += sum(each.hear() for each in fuzzers)
             if not warm and sent > INPUTS / 4:
                 warm = memory_kib(web.daemon.pid)
-            line.status()  # who asks nothing is ended
-        line.ask("release")
+        web.line().ask("release")
         served(load)
     for each in fuzzers:
         each.close()
-    seen, found, now = load.snapshot(), line.status(), memory_kib(web.daemon.pid)
+    seen, found, now = load.snapshot(), web.status(), memory_kib(web.daemon.pid)
     print(f"{sent} inputs, {seen.connections} connections, {warm} KiB then, {now} KiB now")
     assert seen.failures == ()
     assert found["pid"] == web.daemon.pid

@@ -272,7 +272,12 @@ def until(fact: Callable[[], bool], what: str) -> None:
 
 def ports_of(pid: int) -> Sequence[int]:
     """The TCP ports that a process listens on, in order."""
-    sockets = {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+    sockets = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            sockets.add(os.readlink(fd))
+        except FileNotFoundError:
+            continue  # it has just closed it
     ports = []
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

@@ -102,10 +102,7 @@ def port_of(pid: int) -> int:
     found: list[int] = []
 
     def listens() -> bool:
-        try:
-            found.extend(ports_of(pid))
-        except FileNotFoundError:
-            pass  # a descriptor that it has just closed
+        found.extend(ports_of(pid))
         return bool(found)
 
     eventually(listens, "it listens")

@@ -32,7 +32,7 @@ def _state() -> dict[str, object]:
 class Turns:
     """Time as a loop sees it: a millisecond for each turn, however long that takes.
 
-    tick() is to be called once a turn, by what is always readable.
+    tick() is to be called once a turn, by what is always readable, or after each wait.
     """
 
     def __init__(self) -> None:
@@ -42,8 +42,8 @@ class Turns:
     def monotonic(self) -> float:
         return self._now_s
 
-    def tick(self) -> None:
-        self._now_s += 0.001
+    def tick(self, seconds: float = 0.001) -> None:
+        self._now_s += seconds
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from socketprotector.loop import READ, WRITE, Loop
+from tests.boundary.conftest import Turns
 
 
 @pytest.fixture
@@ -72,7 +73,18 @@ def test_a_descriptor_unwatched_by_another_callback_of_the_same_wake_up_is_not_c
     assert called == [1]
 
 
-def test_timers_run_in_the_order_of_their_ends(loop: Loop) -> None:
+@pytest.fixture
+def turning(turns: Turns, loop: Loop) -> Iterator[Loop]:
+    """A loop for which no time passes but by its turns."""
+    ticks = os.eventfd(1)
+    loop.watch(ticks, turns.tick)
+    yield loop
+    loop.unwatch(ticks)
+    os.close(ticks)
+
+
+def test_timers_run_in_the_order_of_their_ends(turning: Loop) -> None:
+    loop = turning
     called: list[str] = []
     loop.call_after("c", 0.03, lambda: called.append("c"))
     loop.call_after("end", 0.04, lambda: stop(loop))
@@ -98,7 +110,8 @@ def test_the_same_key_replaces_a_timer_and_cancel_forgets_it(loop: Loop) -> None
     assert called == ["new"]
 
 
-def test_extend_moves_a_timer_later_and_never_earlier(loop: Loop) -> None:
+def test_extend_moves_a_timer_later_and_never_earlier(turning: Loop) -> None:
+    loop = turning
     called: list[str] = []
     loop.call_after("moved", 0, lambda: called.append("moved"))
     loop.extend("moved", 0.02)
@@ -190,13 +203,18 @@ def test_each_signal_calls_back_from_the_loop_in_order(loop: Loop) -> None:
 class Asked:
     """An epoll that notes how long each wait may take."""
 
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, turns: Turns | None = None) -> None:
+        """turns: so that no time passes but by waits."""
         self._epoll = loop._epoll
+        self._turns = turns
         self.waits: list[float | None] = []
 
     def poll(self, timeout: float | None = None) -> list[tuple[int, int]]:
         self.waits.append(timeout)
-        return self._epoll.poll(timeout)
+        found = self._epoll.poll(timeout)
+        if self._turns is not None and timeout:
+            self._turns.tick(timeout)
+        return found
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._epoll, name)
@@ -217,10 +235,10 @@ def test_what_is_expected_soon_is_asked_for_without_sleeping(pipe: tuple[int, in
     loop.close()
 
 
-def test_what_does_not_come_soon_is_slept_for(pipe: tuple[int, int]) -> None:
+def test_what_does_not_come_soon_is_slept_for(pipe: tuple[int, int], turns: Turns) -> None:
     receive, send = pipe
     loop = Loop(soon_s=0.0002)
-    asked = loop._epoll = Asked(loop)  # type: ignore[assignment]
+    asked = loop._epoll = Asked(loop, turns)  # type: ignore[assignment]
     loop.watch(receive, lambda: stop(loop))
 
     def write() -> None:

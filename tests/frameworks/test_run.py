@@ -190,6 +190,7 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @needs_both
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
 def test_with_the_listeners_themselves_it_is_reloaded_under_load_twenty_times(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
-from tests.running import Protector, ask, eventually, free_port, parent_of, wait_gone
+from tests.running import Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -196,7 +196,11 @@ def test_what_cannot_be_is_refused_in_one_line(
     ],
 )
 def test_check_refuses_a_name_as_a_start_does(
-    start: Start, listens: tuple[str, ...], words: tuple[str, ...], said: str
+    start: Start,
+    free_port: Callable[[], int],
+    listens: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
 ) -> None:
     if "v6only" in listens[0] and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask, eventually, free_port, wait_gone
+from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import (
@@ -268,7 +268,7 @@ def test_another_protector_goes_on_with_who_parts(protector: Starter, how: str) 
 
 
 def test_who_connects_to_a_listener_that_a_reload_adds_comes_to_the_first_that_knows_it(
-    protector: Starter, tmp_path: Path
+    protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     gate, config, port = Gate(tmp_path / "gate"), tmp_path / "web.toml", free_port()
 

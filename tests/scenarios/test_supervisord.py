@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
-from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, free_port, wait_gone
+from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, wait_gone
 from tests.scenarios.adopting import served
 from tests.scenarios.tools import Client, Gate, kinds_of, pid_in
 
@@ -51,11 +51,11 @@ pytestmark = pytest.mark.skipif(
 class Supervisord:
     """One in the foreground, with the program of the page."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], program: str) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], program: str, port: int) -> None:
         self._folder = folder
         self._environment = {**os.environ, **environment}
         self._environment["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        self.port = free_port()
+        self.port = port
         self.address = "127.0.0.1", self.port
         #: Short: 107 bytes are what a socket's path has.
         control = Path(os.environ["XDG_RUNTIME_DIR"]) / "supervisord"
@@ -119,7 +119,7 @@ class Supervisord:
 
 @pytest.fixture
 def supervised(
-    tmp_path: Path, marked_environment: dict[str, str]
+    tmp_path: Path, marked_environment: dict[str, str], free_port: Callable[[], int]
 ) -> Iterator[Callable[[str], Supervisord]]:
     """Start one that runs the page's program, or what is made of that."""
     server = tmp_path / "server"
@@ -132,7 +132,7 @@ def supervised(
     started: list[Supervisord] = []
 
     def start(program: str) -> Supervisord:
-        started.append(Supervisord(tmp_path, marked_environment, program))
+        started.append(Supervisord(tmp_path, marked_environment, program, free_port()))
         started[-1].ready()
         return started[-1]
 

@@ -500,14 +500,15 @@ def main(arguments: Sequence[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_LATER)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
     try:
-        return ask(arguments, _launch)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        try:
+            return ask(arguments, _launch)
+        except click.exceptions.Exit as error:
+            return error.exit_code
+        except Refusal as error:
+            tell(str(error))
+            return error.status
+    except (click.Abort, KeyboardInterrupt):  # also while a refusal is said
         return 130
-    except Refusal as error:
-        tell(str(error))
-        return error.status
 
 
 def _stand_on_three_descriptors() -> None:

@@ -53,6 +53,19 @@ def test_a_signal_to_the_one_that_waits_stops_everything(
         assert process.stderr.read() == "SocketProtector: interrupted; nothing was started\n"
 
 
+def test_a_signal_while_a_refusal_is_said_is_no_traceback(start: Start) -> None:
+    says = (
+        "import os, signal, sys\n"
+        "from socketprotector import cli\n"
+        "cli.tell = lambda text: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(cli.main(['--no-such-option']))\n"
+    )
+
+    ended = start(command=(sys.executable, "-c", says))
+
+    assert (ended.status, ended.err) == (130, "")
+
+
 def test_ctrl_c_on_the_terminal_stops_everything(start: Start, gate: Path) -> None:
     ours, theirs = pty.openpty()
     take_terminal = ("setsid", "--ctty", "--wait")

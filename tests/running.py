@@ -5,6 +5,7 @@ Everything waits for a fact (a log line, an end of file, a process's end) with a
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import select
@@ -12,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,24 +33,60 @@ MARK = "TEST_OF_SOCKETPROTECTOR"
 
 
 class Lines:
-    """What a stream says, line by line, read by a thread; tests wait for a line."""
+    """What a pipe says, line by line, read by a thread; tests wait for a line.
+
+    Whoever looks takes in first what was written by then, so that what was said before a fact is
+    there once the fact is known: the thread may be late.
+    """
 
     def __init__(self, stream: int) -> None:
-        self.seen: list[str] = []
+        """Take ownership of the pipe's end; it is closed at the end of file."""
+        self._stream = stream
+        self._lines: list[str] = []
+        self._rest = b""  # of a line that has no end yet
         self._ended = False
-        self._news = threading.Condition()
-        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._news = threading.Condition(threading.RLock())
+        self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def _read(self, stream: int) -> None:
-        with open(stream, "rb") as file:
-            for line in file:
-                with self._news:
-                    self.seen.append(line.decode("utf-8", "replace").rstrip("\n"))
-                    self._news.notify_all()
+    def _read(self) -> None:
+        poll = select.poll()
+        poll.register(self._stream, select.POLLIN)
+        while not self._ended:
+            [(_, events)] = poll.poll()
+            with self._news:
+                if not self._take() and not events & select.POLLIN:
+                    self._ended = True
+                    if self._rest:
+                        self._add(self._rest)
+                    os.close(self._stream)
+                self._news.notify_all()
+
+    def _take(self) -> bool:
+        """Take in what was written so far; say whether that was anything."""
+        if self._ended:
+            return False
+        waiting = array("i", [0])
+        fcntl.ioctl(self._stream, termios.FIONREAD, waiting)
+        left = waiting[0]
+        while left > 0:
+            data = os.read(self._stream, left)
+            left -= len(data)
+            *whole, self._rest = (self._rest + data).split(b"\n")
+            for line in whole:
+                self._add(line)
+        return waiting[0] > 0
+
+    def _add(self, line: bytes) -> None:
+        self._lines.append(line.decode("utf-8", "replace"))
+
+    @property
+    def seen(self) -> list[str]:
+        """All lines that were written so far; it grows."""
         with self._news:
-            self._ended = True
-            self._news.notify_all()
+            if self._take():
+                self._news.notify_all()
+            return self._lines
 
     def wait_for(self, pattern: str, *, after: int = 0, deadline_s: float = DEADLINE_S) -> str:
         """Return the first line, from index `after` on, in which the pattern is found."""
@@ -56,10 +95,11 @@ class Lines:
         at = after
         with self._news:
             while True:
-                for line in self.seen[at:]:
+                seen = self.seen
+                for line in seen[at:]:
                     if wanted.search(line):
                         return line
-                at = max(after, len(self.seen))
+                at = max(after, len(seen))
                 left = until - time.monotonic()
                 if self._ended or left <= 0:
                     raise AssertionError(f"no line like {pattern!r} in:\n{self.text()}")

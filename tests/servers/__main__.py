@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.processes import free_port
 from tests.running import Protector, mark
 from tests.servers.catalogue import SERVERS
 from tests.servers.test_reloads import newest
@@ -28,7 +29,9 @@ def main() -> None:
 def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as marks:
         os.environ["XDG_RUNTIME_DIR"] = folder
-        protector = Protector(SERVERS[name].arguments(Path(folder)), {**marks, "WAIT_S": wait_s})
+        protector = Protector(
+            SERVERS[name].arguments(Path(folder), free_port), {**marks, "WAIT_S": wait_s}
+        )
         began = time.monotonic()
         try:
             port = protector.ready().port

@@ -6,13 +6,12 @@ import importlib.util
 import shutil
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from bench.processes import free_port
 
 PROGRAMS = Path(__file__).parent / "programs"
 #: In a command: the path of nginx' configuration.
@@ -33,8 +32,8 @@ class Server:
     listener: str = ""  # options of ours
     waits: bool = False  # for the first request of each connection that it has accepted
 
-    def arguments(self, folder: Path) -> list[str]:
-        """Ours.  folder: for a configuration that must name the port."""
+    def arguments(self, folder: Path, free_port: Callable[[], int]) -> list[str]:
+        """Ours.  folder, free_port: for a configuration that must name the port."""
         port = 0
         command = self.command
         if CONFIGURATION in command:

@@ -35,10 +35,10 @@ def tried(servers: list[Server]) -> pytest.MarkDecorator:
 
 
 @pytest.fixture
-def serve(protector: Start, tmp_path: Path) -> Serve:
+def serve(protector: Start, tmp_path: Path, free_port: Callable[[], int]) -> Serve:
     def start(server: Server) -> Protector:
         server.needed()
-        return protector(*server.arguments(tmp_path), WAIT_S=WAIT_S).ready()
+        return protector(*server.arguments(tmp_path, free_port), WAIT_S=WAIT_S).ready()
 
     return start
 

@@ -32,6 +32,7 @@ class Connection(Socket):
     accepted_at_ns: int = 0
 
     _ledger: Optional[OpenConnections] = None
+    _entry: Optional[weakref.ref[Connection]] = None  # there
 
     def close(self) -> None:
         """Close the socket; files made from it with makefile() keep it open."""
@@ -75,6 +76,8 @@ class OpenConnections:
         # tells when they close them.
         self._detached: dict[int, int] = {}
         self._look_at = 0
+        #: What is counted, for who counts for each connection.
+        self.parts = self._open, self._detached
 
     def __len__(self) -> int:
         if self._detached:
@@ -115,10 +118,12 @@ class OpenConnections:
 
     def add(self, connection: Connection) -> None:
         connection._ledger = self
-        self._open.add(weakref.ref(connection, self._collected))
+        connection._entry = entry = weakref.ref(connection, self._collected)
+        self._open.add(entry)
 
     def forget(self, connection: Connection) -> None:
-        self._open.discard(weakref.ref(connection))
+        if connection._entry is not None:  # another reference would cost more to make and to hash
+            self._open.discard(connection._entry)
         self._on_change()
 
     def follow(self, connection: Connection) -> None:

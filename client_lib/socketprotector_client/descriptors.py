@@ -28,18 +28,21 @@ class Spare:
         """Hold a copy of the descriptor `of`: any open file would do."""
         self._of = of
         self._fd = -1
+        #: Whether there is one now.
+        self.held = False
 
     def hold(self) -> bool:
         """Return whether a descriptor is held, after trying to get one."""
-        if self._fd < 0:
+        if not self.held:
             try:
                 self._fd = os.dup(self._of)
             except OSError:
                 return False
+            self.held = True
         return True
 
     def give_up(self) -> None:
         """Close what is held, if anything."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        if self.held:
+            self.held = False
+            os.close(self._fd)

@@ -56,6 +56,7 @@ class Intake:
         self._board = board
         board.follow(self.open)
         self.source = source
+        self._from_source = source.take
         #: Called in a forked child after the descriptor stands for another epoll.
         self.on_renewal: Optional[Callable[[], None]] = None
         self._drain = drain
@@ -226,15 +227,17 @@ class Intake:
         return None
 
     def _take(self, fd: int) -> Optional[Connection]:
-        if self.open.reached(self._limit):
+        opened, detached = self.open.parts
+        if len(opened) >= self._limit or (detached and self.open.reached(self._limit)):
             self._pause()
             return None
-        if not self._spare.hold():
+        spare = self._spare
+        if not (spare.held or spare.hold()):
             self._pause_for_resources()
             return None
-        self._spare.give_up()
+        spare.give_up()
         try:
-            connection = self.source.take(fd)
+            connection = self._from_source(fd)
         except Drained:
             self.drained()
             return None
@@ -246,13 +249,13 @@ class Intake:
             return None
         finally:
             if not self._ended:
-                self._spare.hold()
+                spare.hold()
         if connection is not None:
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
             self._board.took(number, connection.accepted_at_ns)
-            if self.open.reached(self._limit):
+            if len(opened) >= self._limit or (detached and self.open.reached(self._limit)):
                 self._pause()
         return connection
 

@@ -26,8 +26,8 @@ from .signals import TermWatch, watch_term
 from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
-# One for each turn of an event loop costs a third of the rate; more than this gains nothing.
-_MOST = 16
+# One for each turn of an event loop costs a third of the rate, 16 a fortieth; more gains nothing.
+_MOST = 32
 
 _AGAIN = os.strerror(errno.EAGAIN)
 
@@ -55,7 +55,7 @@ class Listener(Socket):
         Event loops call accept until it fails, and would take the whole queue
         before they serve the first: after `take` connections in a row accept
         fails once with BlockingIOError.  0: after the first, and under load, where the
-        queue is never empty, after up to 16.  None for loops that accept once for
+        queue is never empty, after up to 32.  None for loops that accept once for
         each wake-up.  Without effect on a blocking listener.
 
         Raises what `connections` raises, except that the address may be missing.

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 import time
-from typing import Optional, Tuple
+from typing import Optional, Sized, Tuple
 
 from . import forking, wire
 from .connection import OpenConnections
@@ -36,8 +36,9 @@ class Scoreboard:
         self._words = _map(fd, offset)
         self._parents: Optional[memoryview] = None
         self._lock = threading.Lock()
-        # A tuple, because finalizers read it.
+        # Tuples, because finalizers read them.
         self._open: Tuple[OpenConnections, ...] = ()
+        self._parts: Tuple[Tuple[Sized, Sized], ...] = ()
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
             forking.register(self)
@@ -61,6 +62,7 @@ class Scoreboard:
     def follow(self, connections: OpenConnections) -> None:
         """Count these among the open ones, until the last of them is closed."""
         self._open = (*(each for each in self._open if each.known), connections)
+        self._parts = tuple(each.parts for each in self._open)
 
     def count_open(self) -> None:
         """Write down how many connections are open now.  Also fit for a finalizer."""
@@ -72,8 +74,8 @@ class Scoreboard:
         # stores last has seen the last change.
         while True:
             now = 0
-            for each in self._open:  # sum() takes twice as long, and each connection pays
-                now += each.known
+            for opened, detached in self._parts:  # sum() takes twice as long, and each one pays
+                now += len(opened) + len(detached)
             if now == written:
                 return
             words[_ACTIVE] = written = now

@@ -126,7 +126,7 @@ _ALL = (
     ),
     _command(
         "starman",
-        *("starman", "--workers", "4", "app.psgi"),
+        *("starman", "--workers", "12", "app.psgi"),  # one for each connection that is kept
         options=(*SOON, "--drain-signal", "QUIT"),
         program="starman",
     ),

@@ -67,7 +67,6 @@ class Sides:
         self._accepting: dict[int, int] = {}  # generation -> side
         self._parting: dict[int, _Parting] = {}
         self._steered = True  # the kernel knows the current one
-        self._told = False  # that it does not
         self._handshakes: frozenset[tuple[int, bytes]] = frozenset()  # begun at the other side
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
@@ -126,13 +125,12 @@ class Sides:
             for each in self._pairs:
                 twin.steer(each.socket, self.current)
         except OSError as error:
-            self._steered = False
-            if not self._told:
+            if self._steered:
                 self._log.write("error", "not-steered", error=error.strerror)
-            self._told = True
+            self._steered = False
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
         else:
-            self._steered, self._told = True, False
+            self._steered = True
             self._loop.cancel("steer")
 
     # -- the one before ------------------------------------------------------------
@@ -205,5 +203,4 @@ class Sides:
             self._rescued_at = time.monotonic()
             self._rescue_s = min(2 * self._rescue_s, LAST_RESCUE_S)
             self._stranded()
-        if self._loop.due(_RESCUE) is None and other not in self._accepting.values():
-            self._watch()  # nobody could be opened now
+        self._watch()  # it may be that nobody could be opened now

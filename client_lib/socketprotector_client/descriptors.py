@@ -28,21 +28,18 @@ class Spare:
         """Hold a copy of the descriptor `of`: any open file would do."""
         self._of = of
         self._fd = -1
-        #: Whether there is one now.
-        self.held = False
 
     def hold(self) -> bool:
         """Return whether a descriptor is held, after trying to get one."""
-        if not self.held:
+        if self._fd < 0:
             try:
                 self._fd = os.dup(self._of)
             except OSError:
                 return False
-            self.held = True
         return True
 
     def give_up(self) -> None:
         """Close what is held, if anything."""
-        if self.held:
-            self.held = False
-            os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)

@@ -56,7 +56,6 @@ class Intake:
         self._board = board
         board.follow(self.open)
         self.source = source
-        self._from_source = source.take
         #: Called in a forked child after the descriptor stands for another epoll.
         self.on_renewal: Optional[Callable[[], None]] = None
         self._drain = drain
@@ -227,17 +226,15 @@ class Intake:
         return None
 
     def _take(self, fd: int) -> Optional[Connection]:
-        opened, detached = self.open.parts
-        if len(opened) >= self._limit or (detached and self.open.reached(self._limit)):
+        if self.open.reached(self._limit):
             self._pause()
             return None
-        spare = self._spare
-        if not (spare.held or spare.hold()):
+        if not self._spare.hold():
             self._pause_for_resources()
             return None
-        spare.give_up()
+        self._spare.give_up()
         try:
-            connection = self._from_source(fd)
+            connection = self.source.take(fd)
         except Drained:
             self.drained()
             return None
@@ -249,13 +246,13 @@ class Intake:
             return None
         finally:
             if not self._ended:
-                spare.hold()
+                self._spare.hold()
         if connection is not None:
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
             self._board.took(number, connection.accepted_at_ns)
-            if len(opened) >= self._limit or (detached and self.open.reached(self._limit)):
+            if self.open.reached(self._limit):
                 self._pause()
         return connection
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.loop import Loop
+
 
 def _state() -> dict[str, object]:
     umask = os.umask(0)
@@ -52,6 +54,22 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     made = Turns()
     monkeypatch.setattr("socketprotector.loop.time", made)
     return made
+
+
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def in_root_directory() -> Iterator[None]:
+    """The protector lives in /, and a spawn goes back there."""
+    before = os.getcwd()
+    os.chdir("/")
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(autouse=True)

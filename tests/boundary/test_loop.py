@@ -13,13 +13,6 @@ from tests.boundary.conftest import Turns
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     receive, send = os.pipe2(os.O_NONBLOCK)
     yield receive, send

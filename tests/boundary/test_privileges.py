@@ -7,7 +7,7 @@ import json
 import os
 import pwd
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,12 @@ from socketprotector.records import Program
 from socketprotector.settings import Identity
 from tests.boundary.test_process import SHELL, end_of, is_open, running
 
-pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
-)
+pytestmark = [
+    pytest.mark.usefixtures("in_root_directory"),
+    pytest.mark.skipif(
+        os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
+    ),
+]
 KEPT = "00000000000000e0"
 NONE = "0000000000000000"
 
@@ -164,15 +167,6 @@ def theirs(program: Program) -> Program:
         program.nice,
         B,
     )
-
-
-@pytest.fixture(autouse=True)
-def _directory() -> Iterator[None]:
-    """The protector lives in /, and a spawn goes back there."""
-    before = os.getcwd()
-    os.chdir("/")
-    yield
-    os.chdir(before)
 
 
 def test_it_is_started_as_that_user_with_what_was_given() -> None:

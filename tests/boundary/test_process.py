@@ -6,7 +6,6 @@ import os
 import resource
 import select
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,13 +26,7 @@ SHELL = Program(
 )
 
 
-@pytest.fixture(autouse=True)
-def _directory() -> Iterator[None]:
-    """The protector lives in /; a spawn goes back there."""
-    before = os.getcwd()
-    os.chdir("/")
-    yield
-    os.chdir(before)
+pytestmark = pytest.mark.usefixtures("in_root_directory")
 
 
 def running(script: str) -> Program:

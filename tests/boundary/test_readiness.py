@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,21 +16,7 @@ from socketprotector.readiness import Readiness, check_program, program_of
 from socketprotector.records import Program
 from tests.running import DEADLINE_S, wait_gone
 
-
-@pytest.fixture(autouse=True)
-def _directory() -> Iterator[None]:
-    """The protector lives in /; a spawn goes back there."""
-    before = os.getcwd()
-    os.chdir("/")
-    yield
-    os.chdir(before)
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    made = Loop()
-    yield made
-    made.close()
+pytestmark = pytest.mark.usefixtures("in_root_directory")
 
 
 @pytest.fixture

@@ -156,19 +156,22 @@ def test_what_an_old_one_leaves_that_was_killed_is_served_by_another(served_by: 
     assert pid_in(ask(here(daemon))) == spawned(daemon, 3)[0]
 
 
-def test_it_is_of_the_same_program_not_of_a_newer_one(served_by: Starter, tmp_path: Path) -> None:
-    release = Release(tmp_path / "server")
-    release.becomes(*SERVER)
-    daemon = served_by(command=(str(release.path),))
+def test_that_one_is_of_the_same_version_not_of_a_newer_one(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    variables = tmp_path / "variables"
+    variables.write_text("VERSION=good\n")
+    daemon = served_by("--env-file", variables)
     old = spawned(daemon)[0]
     stopped(old)
     with waiting(daemon, 3) as clients:
         daemon.reload()
+        variables.write_text("VERSION=nobody has asked for this one yet\n")
         os.kill(old, signal.SIGKILL)
         assert answered(clients) == {spawned(daemon, 3)[0]}
+    daemon.log.wait_for("event=recovered generation=3")
 
-    line = daemon.log.wait_for("event=recovered generation=3")
-    assert "reloaded" not in line  # so nobody takes it for a release
+    assert ask(here(daemon), "env VERSION") == "good"
 
 
 @pytest.mark.slow

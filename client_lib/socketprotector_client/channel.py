@@ -50,7 +50,6 @@ class Channel:
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
         self._socket = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-        self._recvmsg = self._socket.recvmsg
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners = listeners
         #: Address family of each listener; with it `socket.socket(family, type, 0, fd)`
@@ -85,7 +84,9 @@ class Channel:
         """
         while True:
             try:
-                data, control, flags, _ = self._recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)
+                data, control, flags, _ = self._socket.recvmsg(
+                    _HEADER_BYTES, _CONTROL_BYTES, _FLAGS
+                )
             except BlockingIOError:
                 return None
             if control and len(data) == _HEADER_BYTES:

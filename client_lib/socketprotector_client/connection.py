@@ -13,7 +13,8 @@ import socket
 import struct
 import termios
 import weakref
-from typing import Any, Callable, Optional
+from socket import AddressFamily, SocketKind
+from typing import Any, Callable, Optional, Union
 
 from .system import Socket
 
@@ -24,19 +25,50 @@ _FEW = 32
 class Connection(Socket):
     """A plain blocking socket that also knows where it came from."""
 
-    #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
-    listener: str = ""
-    #: The client's address, as accept() gives it.
-    peer: Any = None
-    #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
-    accepted_at_ns: int = 0
+    # Each connection pays for what is here: slots are half as dear as a dict.
+    __slots__ = (
+        "_entry", "_ledger", "_sockname", "accepted_at_ns", "family", "listener", "peer", "type"
+    )  # fmt: skip
 
-    _ledger: Optional[OpenConnections] = None
-    _entry: Optional[weakref.ref[Connection]] = None  # there
+    #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
+    listener: str
+    #: The client's address, as accept() gives it.
+    peer: Any
+    #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
+    accepted_at_ns: int
+
+    # The socket's own properties look up the enum each time, for as long as accept() takes.
+    family: AddressFamily
+    type: SocketKind
+
+    _sockname: Any
+    _ledger: Optional[OpenConnections]
+    _entry: Optional[weakref.ref[Connection]]  # there
+
+    def __init__(
+        self, family: int = -1, type: int = -1, proto: int = -1, fileno: Optional[int] = None
+    ) -> None:
+        _init(self, family, type, proto, fileno)
+        self.family = family if isinstance(family, AddressFamily) else super().family
+        self.type = type if isinstance(type, SocketKind) else super().type
+        self.listener, self.peer, self.accepted_at_ns = "", None, 0
+        self._sockname = self._ledger = self._entry = None
+
+    def getpeername(self) -> Any:
+        """Return the client's address without asking the kernel: it stays known after a reset."""
+        if self.peer is None or self.fileno() < 0:
+            return Socket.getpeername(self)
+        return self.peer
+
+    def getsockname(self) -> Any:
+        """Return the address that the client connected to; the kernel is asked once."""
+        if self._sockname is None or self.fileno() < 0:
+            self._sockname = Socket.getsockname(self)
+        return self._sockname
 
     def close(self) -> None:
         """Close the socket; files made from it with makefile() keep it open."""
-        super().close()
+        _close(self)
         # The last of those files calls close() again.
         ledger = self._ledger
         if ledger is not None and self.fileno() < 0:
@@ -58,6 +90,10 @@ class Connection(Socket):
         return copy
 
 
+# super() would be looked up, and made, for each connection.
+_init, _close = Socket.__init__, Socket.close
+
+
 class OpenConnections:
     """How many handed-out connections are open.  Thread-safe without a lock.
 
@@ -71,36 +107,32 @@ class OpenConnections:
         Also when an end can no longer be noticed, only looked for.
         """
         self._on_change = on_change
-        self._open: set[weakref.ref[Connection]] = set()
+        self._when_collected = self._collected  # one bound method for all
+        # All: by the object, or by the descriptor that was detached.
+        self._open: set[Union[weakref.ref[Connection], int]] = set()
         # Descriptor to inode, of those that ssl or others took over: nobody
         # tells when they close them.
         self._detached: dict[int, int] = {}
         self._look_at = 0
-        #: What is counted, for who counts for each connection.
-        self.parts = self._open, self._detached
+        #: Returns how many there are as far as is known, without asking the system.
+        self.known = self._open.__len__
 
     def __len__(self) -> int:
         if self._detached:
             self._drop_closed()
-        return self.known
+        return len(self._open)
 
     def reached(self, limit: int) -> bool:
         """Return whether so many are open.
 
         Those that must be asked are not all asked each time where they are many.
         """
-        if not self._detached:
-            return len(self._open) >= limit
-        asked = len(self._detached)
-        if asked <= _FEW or asked >= self._look_at or self.known >= limit:
-            self._drop_closed()
-            self._look_at = 2 * len(self._detached)
-        return self.known >= limit
-
-    @property
-    def known(self) -> int:
-        """How many there are as far as is known, without asking the system."""
-        return len(self._open) + len(self._detached)
+        if self._detached:
+            asked = len(self._detached)
+            if asked <= _FEW or asked >= self._look_at or len(self._open) >= limit:
+                self._drop_closed()
+                self._look_at = 2 * len(self._detached)
+        return len(self._open) >= limit
 
     @property
     def must_be_asked(self) -> bool:
@@ -112,26 +144,29 @@ class OpenConnections:
 
         For any thread; one that is closed meanwhile may be mistaken for another.
         """
-        known = [reference() for reference in list(self._open)]
-        numbers = [one.fileno() for one in known if one is not None]
-        return any(_is_unread(fd) for fd in (*numbers, *list(self._detached)) if fd >= 0)
+        known = [one if isinstance(one, int) else one() for one in list(self._open)]
+        numbers = [one.fileno() if isinstance(one, Connection) else one for one in known]
+        return any(_is_unread(fd) for fd in numbers if fd is not None and fd >= 0)
 
     def add(self, connection: Connection) -> None:
         connection._ledger = self
-        connection._entry = entry = weakref.ref(connection, self._collected)
+        connection._entry = entry = weakref.ref(connection, self._when_collected)
         self._open.add(entry)
 
     def forget(self, connection: Connection) -> None:
-        if connection._entry is not None:  # another reference would cost more to make and to hash
-            self._open.discard(connection._entry)
-        self._on_change()
+        entry = connection._entry
+        if entry is not None:  # another reference would cost more to make and to hash
+            connection._entry = None  # and be told of the object's end
+            self._open.discard(entry)
+        on_change = self._on_change  # (called as an attribute it would be looked up anew)
+        on_change()
 
     def follow(self, connection: Connection) -> None:
         fd = connection.fileno()
         if fd >= 0:
             self._detached[fd] = os.fstat(fd).st_ino
-            self._open.discard(weakref.ref(connection))
-            self._on_change()
+            self._open.add(fd)
+            self.forget(connection)
 
     def exchange(self, connection: Connection) -> socket.socket:
         """Return a plain socket in the connection's place, for those who take no subclass.
@@ -161,6 +196,7 @@ class OpenConnections:
                 is_open = False
             if not is_open:
                 self._detached.pop(fd, None)
+                self._open.discard(fd)
 
 
 # struct tcp_info in linux/tcp.h: tcpi_bytes_received, and room up to its end.

@@ -18,7 +18,7 @@ from typing import Callable, Optional
 
 from . import forking
 from .connection import Connection, OpenConnections
-from .descriptors import Spare, default_limit
+from .descriptors import Spare, default_limit, has_room
 from .drain import Drain
 from .errors import Drained
 from .scoreboard import Scoreboard
@@ -29,6 +29,10 @@ _log = logging.getLogger(__name__)
 
 # How soon to look again when nothing will tell that it is worth it.
 _RETRY_S = 0.05
+
+# A look at how many descriptors are free serves so many connections in a row, where other
+# threads have that many to open meanwhile.
+_ROW, _OTHERS = 32, 256
 
 # accept() fails with these while the system is short of something; the
 # connection waits.
@@ -74,6 +78,10 @@ class Intake:
         self.pooled = False
         self._awaits_last = False
         self._will_look_again = False
+        # What get_further takes from; -1: all must be looked at first.
+        self._row_fd = -1
+        # So many more find a free descriptor; -1: nobody has looked.
+        self._room = -1
         self._spare = Spare(self._set.fileno())
         self._spare.hold()
         self._turn = threading.Lock()
@@ -100,6 +108,7 @@ class Intake:
         if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
             return None
         try:
+            self._room = -1
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
                 connection = self._look(timeout_s)
@@ -113,25 +122,38 @@ class Intake:
         finally:
             self._turn.release()
 
-    def get_now(self, *, further: bool = False) -> Optional[Connection]:
-        """The same as get(0), at half the cost: each connection pays it.
-
-        further: right after another one, so that nothing else need be looked at.
-        """
+    def get_now(self) -> Optional[Connection]:
+        """The same as get(0), at half the cost.  A row begins that get_further may continue."""
         if not self._turn.acquire(False):
             return None
         try:
             if self._ended:
                 raise Drained
-            if further and len(self._fds) == 1 and not (self._paused or self._stop_asked):
-                connection = self._take(self._fds[0])
-            else:
-                connection = self._look(0)
+            self._row_fd = self._fds[0] if len(self._fds) == 1 else -1
+            self._room = -1
+            connection = self._look(0)
             if connection is None and self._ended:
                 raise Drained
             return connection
         finally:
             self._turn.release()
+
+    def get_further(self) -> Optional[Connection]:
+        """The same right after get_now, with no look at anything but connections."""
+        turn = self._turn
+        if not turn.acquire(False):
+            return None
+        try:
+            if self._row_fd >= 0:
+                if self._room < 0:
+                    self._room = _ROW if has_room(_ROW + _OTHERS) else 0
+                connection = self._take(self._row_fd)
+                if connection is None and self._ended:
+                    raise Drained
+                return connection
+        finally:
+            turn.release()
+        return self.get_now()
 
     def has_more(self) -> bool:
         """Return whether `get` would have something to do."""
@@ -144,6 +166,7 @@ class Intake:
     def ask_to_stop(self) -> None:
         """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
         self._stop_asked = True
+        self._row_fd = -1
         self._drain.begin()
 
     def drained(self) -> None:
@@ -166,6 +189,7 @@ class Intake:
         if self._ended:
             return
         self._ended = True
+        self._row_fd = -1
         self._set.remove((*self._fds, *self._orders))
         self.source.close()
         self._spare.give_up()
@@ -229,10 +253,14 @@ class Intake:
         if self.open.reached(self._limit):
             self._pause()
             return None
-        if not self._spare.hold():
-            self._pause_for_resources()
-            return None
-        self._spare.give_up()
+        room = self._room
+        if room > 0:
+            self._room = room - 1
+        else:
+            if not self._spare.hold():
+                self._pause_for_resources()
+                return None
+            self._spare.give_up()
         try:
             connection = self.source.take(fd)
         except Drained:
@@ -245,22 +273,18 @@ class Intake:
             self._pause_for_resources()
             return None
         finally:
-            if not self._ended:
+            if room <= 0 and not self._ended:
                 self._spare.hold()
         if connection is not None:
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
             self._board.took(number, connection.accepted_at_ns)
-            if self.open.reached(self._limit):
-                self._pause()
         return connection
 
     def _pause(self) -> None:
         """Leave further connections in the queue until one of ours is closed."""
-        # In this order: whoever sees _paused adds what has been removed.
-        self._set.remove(self._fds)
-        self._paused = True
+        self._stand_still()
         # One may have been closed in between, and seen nothing.
         if len(self.open) < self._limit:
             self._resume()
@@ -268,9 +292,14 @@ class Intake:
             self._look_again_later()
 
     def _pause_for_resources(self) -> None:
+        self._stand_still()
+        self._look_again_later()
+
+    def _stand_still(self) -> None:
+        self._row_fd = -1
+        # In this order: whoever sees _paused adds what has been removed.
         self._set.remove(self._fds)
         self._paused = True
-        self._look_again_later()
 
     def _resume(self) -> None:
         # Without a lock, in any thread: too early is harmless, for _take looks

@@ -63,7 +63,8 @@ class Listener(Socket):
         super().__init__(socket.AF_INET, socket.SOCK_STREAM)
         self._limit = limit
         self._adapts = take == 0
-        self._take = sys.maxsize if take is None else take or 1
+        self._take = take or 1
+        self._counts = take is not None
         self._taken = 0
         self._said_ready = False
         self._intake: Optional[Intake] = None
@@ -90,10 +91,10 @@ class Listener(Socket):
         timeout_s = self.gettimeout()
         connection = None
         try:
-            if timeout_s != 0:
+            if timeout_s != 0.0:
                 connection = intake.get(timeout_s)
             elif self._taken < self._take:
-                connection = intake.get_now(further=self._taken > 0)
+                connection = intake.get_further() if self._taken else intake.get_now()
                 if connection is None and self._adapts and 1 < self._take >= self._taken * 2:
                     self._take //= 2
             elif self._adapts and self._take < _MOST and intake.has_more():
@@ -107,7 +108,7 @@ class Listener(Socket):
             if timeout_s == 0:
                 raise BlockingIOError(errno.EAGAIN, _AGAIN)
             raise socket.timeout("timed out")
-        self._taken += 1
+        self._taken += self._counts
         return connection, connection.peer
 
     def bind(self, address: Any) -> None:

@@ -14,7 +14,7 @@ import mmap
 import os
 import threading
 import time
-from typing import Optional, Sized, Tuple
+from typing import Callable, Optional, Tuple
 
 from . import forking, wire
 from .connection import OpenConnections
@@ -38,7 +38,7 @@ class Scoreboard:
         self._lock = threading.Lock()
         # Tuples, because finalizers read them.
         self._open: Tuple[OpenConnections, ...] = ()
-        self._parts: Tuple[Tuple[Sized, Sized], ...] = ()
+        self._now_open: Callable[[], int] = self._count_all
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
             forking.register(self)
@@ -61,24 +61,23 @@ class Scoreboard:
 
     def follow(self, connections: OpenConnections) -> None:
         """Count these among the open ones, until the last of them is closed."""
-        self._open = (*(each for each in self._open if each.known), connections)
-        self._parts = tuple(each.parts for each in self._open)
+        self._open = (*(each for each in self._open if each.known()), connections)
+        # Nearly always it is one, and each connection pays for the sum.
+        self._now_open = connections.known if len(self._open) == 1 else self._count_all
 
     def count_open(self) -> None:
         """Write down how many connections are open now.  Also fit for a finalizer."""
         words = self._words
         if words is None:
             return
-        written = -1
+        now_open, written = self._now_open, -1
         # Without a lock, which a finalizer could find held by its own thread: whoever
         # stores last has seen the last change.
-        while True:
-            now = 0
-            for opened, detached in self._parts:  # sum() takes twice as long, and each one pays
-                now += len(opened) + len(detached)
-            if now == written:
-                return
+        while (now := now_open()) != written:
             words[_ACTIVE] = written = now
+
+    def _count_all(self) -> int:
+        return sum(each.known() for each in self._open)
 
     def failed(self) -> None:
         """Count a handler that raised."""

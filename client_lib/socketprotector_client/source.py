@@ -65,22 +65,24 @@ class ChannelSource:
     """Connections that the protector accepted.  The channel stays the caller's."""
 
     def __init__(self, channel: Channel) -> None:
-        self._take = channel.take
+        self._channel = channel
         self._listeners = [_Kind(name) for name in channel.listeners]
         self.fds = (channel.fileno(),)
         first = next((name for name in channel.listeners if family_of(name) is not None), "")
         self.sockname = sockname_of(first)
 
     def take(self, fd: int) -> Optional[Connection]:
-        taken = self._take()
+        taken = self._channel.take()
         if taken is None:
             return None
         fd, index, accepted_at_ns = taken
-        # A listener that this generation was not told of: ask the kernel.
-        kind = self._listeners[index] if index < len(self._listeners) else _Kind("")
+        try:
+            kind = self._listeners[index]
+        except IndexError:
+            kind = _Kind("")  # this generation was not told of it: ask the kernel
         connection = Connection(kind.family, kind.type, kind.proto, fd)
         try:
-            connection.peer = connection.getpeername()
+            connection.peer = Socket.getpeername(connection)
         except OSError:
             # The client reset it while it was queued: whatever it had sent is
             # gone with it, and accept() would not have shown it either.

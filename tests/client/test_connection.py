@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,6 +121,39 @@ def test_a_copy_counts_on_its_own(listener: Listener) -> None:
     copy.close()
 
     accept(listener).close()
+
+
+def test_it_knows_its_addresses_also_after_a_reset() -> None:
+    with Listener("127.0.0.1:0") as listener:
+        client = socket.create_connection(listener.getsockname())
+        client_address = client.getsockname()
+        connection = accept(listener)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        assert select.select([connection], [], [], 10)[0]  # the reset has come
+
+        assert connection.getpeername() == connection.peer == client_address
+        for _ in range(2):
+            assert connection.getsockname() == listener.getsockname()
+        assert (connection.family, connection.type) == (socket.AF_INET, socket.SOCK_STREAM)
+        connection.close()
+
+
+def test_a_closed_one_has_no_addresses(listener: Listener) -> None:
+    connection = accept(listener)
+    connection.getsockname()
+
+    connection.close()
+
+    for ask in (connection.getsockname, connection.getpeername):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            ask()
+
+
+def test_its_family_is_asked_of_the_kernel_where_nobody_knows() -> None:
+    one, other = socket.socketpair()
+    with other, Connection(fileno=one.detach()) as made:
+        assert (made.family, made.type) == (socket.AF_UNIX, socket.SOCK_STREAM)
 
 
 def test_a_socket_of_another_origin_has_no_listener() -> None:

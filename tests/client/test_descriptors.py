@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from socketprotector_client.descriptors import has_room
 
 from tests.client.protector import Protector
 
@@ -33,6 +36,48 @@ def test_with_64_descriptors_none_of_500_connections_is_lost(
     assert answered == 500
     assert worker.process.poll() is None
     assert "lost" not in protector.log.read_text()
+
+
+def test_none_is_lost_where_there_was_room_for_a_row_and_then_is_no_more(
+    protector: Protector,
+) -> None:
+    worker = protector.start("asyncio_server.py", "--limit", "1000", nofile=330)
+    clients = [protector.connect() for _ in range(400)]
+
+    for client in clients:
+        assert client.ask("hello") == "echo hello"
+        client.close()
+
+    assert worker.process.poll() is None
+    assert "lost" not in protector.log.read_text()
+
+
+@pytest.mark.parametrize(("count", "enough"), [(20, True), (21, False)])
+def test_room_is_what_the_limit_leaves(count: int, enough: bool) -> None:
+    used = len(os.listdir("/proc/self/fd")) - 1  # the one that lists
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, hard))
+    try:
+        assert has_room(count) is (enough and os.stat("/proc/self/fd").st_size > 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("answer", [0, OSError])
+def test_where_nobody_tells_there_is_no_room_for_a_row(
+    monkeypatch: pytest.MonkeyPatch, answer: int | type[OSError]
+) -> None:
+    def stat(path: str) -> SimpleNamespace:
+        if isinstance(answer, int):
+            return SimpleNamespace(st_size=answer)  # before Linux 6.2
+        raise answer
+
+    monkeypatch.setattr("socketprotector_client.descriptors.os.stat", stat)
+
+    has = has_room(1)
+
+    monkeypatch.undo()
+    assert not has
 
 
 @pytest.mark.parametrize("keep_free", [0, 1])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import pytest
+from socketprotector_client import Listener
 from socketprotector_client.drain import Drain
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
@@ -34,6 +36,30 @@ def source() -> Iterator[ListenSource]:
     one = ListenSource.bound("127.0.0.1:0", 16)
     yield one
     one.close()
+
+
+@pytest.mark.parametrize("take", [0, 32, None])
+def test_orders_are_seen_however_many_connections_wait(take: int | None) -> None:
+    with Listener("127.0.0.1:0", take=take) as listener:
+        listener.listen(64)
+        listener.setblocking(False)
+        clients = [socket.create_connection(listener.getsockname()) for _ in range(40)]
+        intake = listener._opened()
+        seen: list[int] = []
+        ours, theirs = socket.socketpair()
+        listener.accept()[0].close()
+
+        intake.obey(ours.fileno(), lambda: seen.append(len(ours.recv(1))))
+        theirs.send(b"!")
+        taken = 1
+        while not seen and taken < 40:
+            with suppress(BlockingIOError):
+                listener.accept()[0].close()
+                taken += 1
+
+        assert taken < 40
+        for one in (ours, theirs, *clients):
+            one.close()
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from bench.figures import Figure, Scale, alternately, median, ratio
@@ -63,6 +64,29 @@ def _kept(started: Started, seconds: float) -> float:
             client.close()
 
 
+def _compare(
+    program: list[str], worker: list[str], scale: Scale
+) -> tuple[list[Seen], list[Seen], list[float], list[float]]:
+    """Return what was seen on the Listener and without it: one request a connection, and kept."""
+    before, alone = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    with (
+        _Web([*program, before, "--", *worker, "listener"], before, {}, []) as handed,
+        _Web([*worker, alone], alone, {}, []) as listening,
+    ):
+        through, own = alternately(
+            # Short ones: and the machine's speed changes from second to second.
+            scale.rounds(26),
+            lambda: load(handed, AT_ONCE, 0.2, *ONE),
+            lambda: load(listening, AT_ONCE, 0.2, *ONE),
+        )
+        kept, own_kept = alternately(
+            4,
+            lambda: _kept(handed, 0.3),
+            lambda: _kept(listening, 0.3),
+        )
+    return through, own, kept, own_kept
+
+
 def framework(scale: Scale) -> list[Figure]:
     """Requests/s of uvicorn on the Listener, against uvicorn that listens by itself."""
     if find_spec("uvicorn") is None:
@@ -72,24 +96,9 @@ def framework(scale: Scale) -> list[Figure]:
         str(Path(sysconfig.get_path("scripts")) / "SocketProtector"),
         "-f",
     ]
-    before, alone = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
-    with (
-        _Web([*program, before, "--", *worker, "listener"], before, {}, []) as handed,
-        _Web([*worker, alone], alone, {}, []) as listening,
-    ):
-        through: list[Seen]
-        own: list[Seen]
-        through, own = alternately(
-            # Short ones: the machine's speed changes from second to second by more than is sought.
-            scale.rounds(81),
-            lambda: load(handed, AT_ONCE, 0.5, *ONE),
-            lambda: load(listening, AT_ONCE, 0.5, *ONE),
-        )
-        kept, own_kept = alternately(
-            scale.rounds(5),
-            lambda: _kept(handed, scale(2, 0.5)),
-            lambda: _kept(listening, scale(2, 0.5)),
-        )
+    # Two runs of one Python program differ by more than is sought, for as long as they live.
+    starts = [_compare(program, worker, scale) for _ in range(scale.rounds(9, 1))]
+    through, own, kept, own_kept = ([*chain(*one)] for one in zip(*starts, strict=True))
     nothing_failed(through + own)
     middle, words = ratio(column(through, "per_second"), column(own, "per_second"))
     _, kept_words = ratio(kept, own_kept)

@@ -15,16 +15,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from . import twin
-from .half_open import half_open
 from .listener import Listener
 from .log import Log
 from .loop import Loop
+from .unheard import unheard
 
-#: Nobody has come for so long: then who was accepted has said what he wants.
-QUIET_S = 1.0
-#: One that has not accepted all by then is told to finish nevertheless.
-LAST_S = 10.0
 _LOOK_S = 0.1
+#: All who had come are heard, and so it has been for so long.
+QUIET_S = 1.0
+#: Who has connected and says nothing is awaited for so long.
+SILENT_S = 3.0
+#: One that has not accepted and read all by then is told to finish nevertheless.
+LAST_S = 10.0
+#: To ask the kernel takes at most this share of our time, however many connections there are.
+_ASKING_SHARE = 0.1
 _STEER_AGAIN_S = 0.5
 #: Clients that nobody accepts are given a generation of their own so often at most.
 FIRST_RESCUE_S = 1.0
@@ -38,7 +42,9 @@ class _Parting:
     """A generation that gets nobody new any more."""
 
     began: float
-    quiet_since: float
+    # In looks, for a machine that stood still in between has heard nobody meanwhile.
+    looks: int = 0
+    quiet_looks: int = 0
 
 
 class Sides:
@@ -55,7 +61,7 @@ class Sides:
     ) -> None:
         """listeners: those that there are; their owner's.
 
-        parted: a generation has accepted who came to it.  stranded: clients wait where nobody
+        parted: a generation has accepted and read who came to it.  stranded: clients wait where nobody
         accepts.
         """
         self._listeners = listeners
@@ -67,7 +73,9 @@ class Sides:
         self._accepting: dict[int, int] = {}  # generation -> side
         self._parting: dict[int, _Parting] = {}
         self._steered = True  # the kernel knows the current one
-        self._handshakes: frozenset[tuple[int, bytes]] = frozenset()  # begun at the other side
+        # Who had come before, and whether he is silent.
+        self._unheard: dict[tuple[int, bytes], bool] = {}
+        self._asking_s = 0.0
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
@@ -98,8 +106,6 @@ class Sides:
 
     def turn_to(self, side: int) -> None:
         """Have new clients come to a side."""
-        if side != self.current:
-            self._handshakes = self._under_way()
         self.current = side
         self._steer()
         self._watch()
@@ -109,8 +115,8 @@ class Sides:
         if generation not in self._accepting or not self._pairs:
             self._parted(generation)
             return
-        now = time.monotonic()
-        self._parting[generation] = _Parting(now, now)
+        self._parting[generation] = _Parting(time.monotonic())
+        self._unheard = self._ask()  # and whoever has come to the other side just now
         self._look(generation)
 
     # -- whose turn it is --------------------------------------------------------
@@ -137,33 +143,43 @@ class Sides:
 
     def _look(self, generation: int) -> None:
         parting, side = self._parting[generation], self._accepting[generation]
-        now = time.monotonic()
+        now, self._asking_s = time.monotonic(), 0.0
         waiting = any(each.has_waiting(side) for each in self._pairs)
-        self._handshakes &= self._under_way() if self._handshakes else frozenset()
-        if waiting or self._handshakes or not self._steered:
-            parting.quiet_since = now
-        if not self._steered:
-            parting.began = now
+        if not self._steered:  # they still come here
+            self._unheard = self._ask()
+            parting.began, parting.looks = now, 0
+        elif self._unheard:
+            still = self._ask()
+            self._unheard = {who: still[who] for who in self._unheard if who in still}
+        parting.looks += 1
+        parting.quiet_looks += 1
+        if waiting or not self._steered or not all(self._unheard.values()):
+            parting.quiet_looks = 0
+        quiet = parting.quiet_looks * _LOOK_S > QUIET_S
+        awaited = self._unheard and parting.looks * _LOOK_S < SILENT_S
         late = now - parting.began >= LAST_S
-        if late or now - parting.quiet_since >= QUIET_S:
+        if late or (quiet and not awaited):
             if waiting:
                 hint = "its workers do not accept; what they leave is given to others"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
             del self._parting[generation]
             self._parted(generation)
             return
-        self._loop.call_after(("part", generation), _LOOK_S, lambda: self._look(generation))
+        delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
+        self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
 
-    def _under_way(self) -> frozenset[tuple[int, bytes]]:
-        """Return the handshakes of all addresses; none where the kernel does not tell."""
-        found: set[tuple[int, bytes]] = set()
+    def _ask(self) -> dict[tuple[int, bytes], bool]:
+        """Return who has not been heard at any address; nobody where the kernel does not tell."""
+        began = time.monotonic()
+        found: dict[tuple[int, bytes], bool] = {}
         for each in self._pairs:
             try:
-                known = half_open(each.socket.family, each.socket.getsockname()[1])
+                known = unheard(each.socket.family, each.socket.getsockname()[1])
             except OSError:
                 continue  # sock_diag is not there: QUIET_S is far longer than most take
-            found.update((each.index, client) for client in known)
-        return frozenset(found)
+            found.update(((each.index, client), silent) for client, silent in known.items())
+        self._asking_s = time.monotonic() - began
+        return found
 
     # -- where nobody accepts --------------------------------------------------------
 

@@ -14,7 +14,7 @@ from socketprotector import twin
 from socketprotector.listener import Listener
 from socketprotector.loop import Loop
 from socketprotector.settings import ListenerSettings
-from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, Sides
+from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
 
 
 class Told:
@@ -32,14 +32,15 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        self.handshakes: set[bytes] = set()
+        self.unheard: dict[bytes, bool] = {}  # and whether he is silent
+        self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
         self.always = os.eventfd(1)  # ends each turn of the loop
         self.loop.watch(self.always, self.end)
         self.parted: list[int] = []
         self.stranded = 0
         monkeypatch.setattr("time.monotonic", lambda: self.now)
-        monkeypatch.setattr(module, "half_open", lambda *_: frozenset(self.handshakes))
+        monkeypatch.setattr(module, "unheard", self.ask)
         first = socket.create_server(("127.0.0.1", 0))
         second = twin.make(first)
         assert second is not None
@@ -55,6 +56,11 @@ class World:
             parted=self.parted.append,
             stranded=self.strand,
         )
+
+    def ask(self, family: int, port: int) -> dict[bytes, bool]:
+        self.asked += 1
+        self.now += self.asking_s
+        return dict(self.unheard)
 
     def strand(self) -> None:
         self.stranded += 1
@@ -80,7 +86,7 @@ class World:
         """In small steps, as the loop's timers see it."""
         until = self.now + seconds
         while self.now < until:
-            self.now = min(self.now + 0.05, until)
+            self.now = min(self.now + 0.01, until)
             self.turn()
 
     def close(self) -> None:
@@ -163,21 +169,75 @@ def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> 
     assert reloaded.parted == [1]
 
 
-def test_a_handshake_that_began_before_is_waited_for_and_no_later_one(reloaded: World) -> None:
-    reloaded.handshakes = {b"slow"}
+def test_one_who_came_before_and_is_not_heard_is_waited_for_and_no_later_one(
+    reloaded: World,
+) -> None:
+    reloaded.unheard = {b"slow": False}
     supersede(reloaded)
-    reloaded.handshakes.add(b"new")  # to the other side
-    reloaded.pass_time(3 * QUIET_S)
+    reloaded.unheard[b"new"] = False  # at the other side
+    reloaded.pass_time(2 * SILENT_S)
     assert reloaded.parted == []
 
-    reloaded.handshakes.remove(b"slow")
+    del reloaded.unheard[b"slow"]
+    reloaded.pass_time(QUIET_S - 0.15)
+    assert reloaded.parted == []
+    reloaded.pass_time(0.4)
+
+    assert reloaded.parted == [1]
+
+
+def test_one_who_says_nothing_is_waited_for_a_little_longer(reloaded: World) -> None:
+    reloaded.unheard = {b"silent": True}
+    supersede(reloaded)
+    reloaded.pass_time(SILENT_S - 0.2)
+    assert reloaded.parted == []
+
+    reloaded.pass_time(0.4)
+
+    assert reloaded.parted == [1]
+
+
+def test_one_who_speaks_at_last_is_heard_out(reloaded: World) -> None:
+    reloaded.unheard = {b"silent": True}
+    supersede(reloaded)
+    reloaded.pass_time(SILENT_S - 0.2)
+    reloaded.unheard[b"silent"] = False  # and nobody reads it
+    reloaded.pass_time(SILENT_S)
+    assert reloaded.parted == []
+
+    reloaded.unheard.clear()
     reloaded.pass_time(QUIET_S + 0.3)
 
     assert reloaded.parted == [1]
 
 
+def test_a_machine_that_stands_still_shortens_nobodys_time(reloaded: World) -> None:
+    reloaded.unheard = {b"silent": True}
+    supersede(reloaded)
+    reloaded.pass_time(SILENT_S / 2)
+    reloaded.now += 2 * SILENT_S
+    reloaded.turn()
+
+    assert reloaded.parted == []
+    reloaded.unheard.clear()
+    reloaded.pass_time(QUIET_S + 0.3)
+    assert reloaded.parted == [1]
+
+
+def test_where_there_are_many_to_ask_for_it_is_done_less_often(reloaded: World) -> None:
+    reloaded.unheard = {b"slow": False}
+    reloaded.asking_s = 0.2
+    supersede(reloaded)
+    reloaded.asked = 0
+
+    reloaded.pass_time(8)
+
+    assert reloaded.parted == []
+    assert 3 <= reloaded.asked <= 4  # a tenth of the time at most
+
+
 def test_a_flood_of_handshakes_is_not_waited_for_for_ever(reloaded: World) -> None:
-    reloaded.handshakes = {b"never"}
+    reloaded.unheard = {b"never": False}
     supersede(reloaded)
 
     reloaded.pass_time(LAST_S + 0.3)
@@ -289,10 +349,10 @@ def test_until_the_kernel_is_told_the_old_one_goes_on(
 def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> frozenset[bytes]:
+    def fails(*_: object) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr(module, "half_open", fails)
+    monkeypatch.setattr(module, "unheard", fails)
     supersede(reloaded)
     reloaded.pass_time(QUIET_S + 0.3)
 

@@ -1,4 +1,4 @@
-"""Two sockets for one address: to which of them clients come, and who is about to connect."""
+"""Two sockets for one address: to which of them clients come."""
 
 from __future__ import annotations
 
@@ -10,32 +10,10 @@ from contextlib import ExitStack
 
 import pytest
 
-from socketprotector import half_open as asked
 from socketprotector import twin
-from socketprotector.half_open import half_open
-from tests.running import eventually
+from tests.boundary.listening import KINDS, listening
 
 Pair = tuple[socket.socket, socket.socket]
-#: Family, the address to bind, whether it takes both, and the addresses to connect to.
-KINDS = [
-    pytest.param(socket.AF_INET, "127.0.0.1", False, ("127.0.0.1",), id="ipv4"),
-    pytest.param(socket.AF_INET, "0.0.0.0", False, ("127.0.0.1", "127.0.0.2"), id="any ipv4"),
-    pytest.param(socket.AF_INET6, "::1", False, ("::1",), id="ipv6"),
-    pytest.param(socket.AF_INET6, "::", True, ("::1", "127.0.0.1"), id="both"),
-]
-
-
-def listening(family: int, host: str, *, both: bool = False, **options: int) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if family == socket.AF_INET6:
-        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-    for name, value in options.items():
-        made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    made.setblocking(False)
-    made.bind((host, 0))
-    made.listen(40)
-    return made
 
 
 @pytest.fixture
@@ -182,52 +160,3 @@ def test_nobody_new_gets_in_by_either(first: socket.socket) -> None:
                 late.setblocking(False)
                 assert late.connect_ex(first.getsockname()) == errno.EINPROGRESS
                 assert late.connect_ex(first.getsockname()) == errno.EALREADY
-
-
-# -- handshakes ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-def test_a_handshake_is_known_from_its_first_packet_to_its_last(
-    family: int, host: str, both: bool, hosts: tuple[str, ...]
-) -> None:
-    # One that waits for data has its handshakes under way until that comes.
-    with (
-        listening(family, host, both=both, TCP_DEFER_ACCEPT=30) as listener,
-        ExitStack() as clients,
-    ):
-        port = listener.getsockname()[1]
-        assert half_open(family, port) == frozenset()
-        made = [clients.enter_context(socket.create_connection((each, port))) for each in hosts]
-
-        found = half_open(family, port)
-
-        ours = {each.getsockname()[1].to_bytes(2, "big") for each in made}
-        assert {each[:2] for each in found} == ours
-        assert len(found) == len(hosts)
-        made[0].sendall(b"x")
-        eventually(lambda: len(half_open(family, port)) == len(hosts) - 1, "one that is through")
-
-
-def test_other_ports_handshakes_are_not_asked_for(first: socket.socket) -> None:
-    with (
-        listening(socket.AF_INET, "127.0.0.1", TCP_DEFER_ACCEPT=30) as other,
-        socket.create_connection(other.getsockname()),
-    ):
-        assert half_open(socket.AF_INET, other.getsockname()[1])
-        assert half_open(socket.AF_INET, first.getsockname()[1]) == frozenset()
-
-
-def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked, "_ANSWER_BYTES", 8192)
-    with listening(socket.AF_INET, "127.0.0.1", TCP_DEFER_ACCEPT=30) as late, ExitStack() as all_:
-        late.listen(200)
-        for _ in range(150):
-            all_.enter_context(socket.create_connection(late.getsockname()))
-
-        assert len(half_open(socket.AF_INET, late.getsockname()[1])) == 150
-
-
-def test_a_refusal_of_the_kernel_is_an_error() -> None:
-    with pytest.raises(OSError, match="does not tell"):
-        half_open(200, 80)

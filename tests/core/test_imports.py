@@ -59,7 +59,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
-        *{"half_open", "twin"},
+        *{"twin", "unheard"},
         *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "process", "program"},
         *{"readiness", "relay", "state", "strays", "terminal", "watch"},
     },

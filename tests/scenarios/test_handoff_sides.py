@@ -99,28 +99,55 @@ def test_who_has_connected_before_is_served_by_the_old_one(served_by: Starter) -
     assert daemon.log.count("event=stranded|event=not-taken") == 0
 
 
+#: A server that ends at once when it is told to, with all that it has not answered.  Each second
+#: connection, from the first on, it reads when somebody opens the FIFO, if it is given one.
+DROPS = (
+    "import itertools, os, signal, socket, sys, threading\n"
+    "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
+    "def serve(client, number):\n"
+    "    if sys.argv[1:] and number % 2:\n"
+    "        open(sys.argv[1]).close()\n"
+    "    line = client.recv(100)\n"
+    "    client.sendall(b'[%d] ' % os.getpid() + line)\n"
+    "    client.close()\n"
+    "with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:\n"
+    "    notify.sendto(b'READY=1', os.environ['NOTIFY_SOCKET'].replace('@', '\\0', 1))\n"
+    "listener = socket.socket(fileno=3)\n"
+    "for number in itertools.count(1):\n"
+    "    serving = listener.accept()[0], number\n"
+    "    threading.Thread(target=serve, args=serving, daemon=True).start()\n"
+)
+
+
 def test_a_connection_that_was_accepted_has_time_to_say_what_it_wants(served_by: Starter) -> None:
-    """The server would end at once, and with it a connection that has said nothing yet."""
-    drops = (
-        "import os, signal, socket, threading\n"
-        "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
-        "def serve(client):\n"
-        "    line = client.recv(100)\n"
-        "    client.sendall(b'[%d] ' % os.getpid() + line)\n"
-        "    client.close()\n"
-        "with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:\n"
-        "    notify.sendto(b'READY=1', os.environ['NOTIFY_SOCKET'].replace('@', '\\0', 1))\n"
-        "listener = socket.socket(fileno=3)\n"
-        "while True:\n"
-        "    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()\n"
-    )
-    daemon = served_by(command=(sys.executable, "-c", drops))
+    daemon, other = served_by(command=(sys.executable, "-c", DROPS)), served_by()
+    old, soon_gone = spawned(daemon)[0], spawned(other)[0]
     with Client(here(daemon)) as client:
-        assert pid_in(ask(here(daemon))) == spawned(daemon)[0]  # so it has accepted the one before
+        assert pid_in(ask(here(daemon))) == old  # so it has accepted the one before
 
         daemon.reload()
+        other.reload()
+        assert wait_gone([soon_gone]) == []  # nobody has come to that one
 
-        assert pid_in(client.ask()) == spawned(daemon)[0]
+        assert pid_in(client.ask()) == old
+
+
+def test_what_was_accepted_is_read_before_the_old_one_is_told(
+    served_by: Starter, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "gate")
+    daemon = served_by(command=(sys.executable, "-c", DROPS, str(gate.path)))
+    other = served_by()
+    old, soon_gone = spawned(daemon)[0], spawned(other)[0]
+    with Client(here(daemon), "hello") as client:
+        assert pid_in(ask(here(daemon))) == old
+
+        daemon.reload()
+        other.reload()
+        assert wait_gone([soon_gone]) == []
+        gate.open()
+
+        assert pid_in(client.hear()) == old
 
 
 def test_a_reload_meanwhile_waits_for_the_old_one_s_socket(served_by: Starter) -> None:

@@ -1,0 +1,135 @@
+"""Who has connected, or is about to, and has not been heard: as the kernel tells it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from socketprotector import unheard as module
+from socketprotector.unheard import unheard
+from tests.boundary.listening import KINDS, listening
+from tests.running import eventually
+
+V4 = socket.AF_INET
+
+
+@pytest.fixture
+def first() -> Iterator[socket.socket]:
+    with listening(V4, "127.0.0.1") as made:
+        yield made
+
+
+def port_of(one: socket.socket) -> int:
+    port: int = one.getsockname()[1]
+    return port
+
+
+def known(listener: socket.socket) -> dict[int, bool]:
+    """The ports of those whom nobody has heard, and whether they are silent."""
+    found = unheard(listener.family, port_of(listener))
+    return {int.from_bytes(who[:2], "big"): silent for who, silent in found.items()}
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_a_client_is_known_from_his_first_packet_until_he_is_read(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    # One that waits for data has its handshakes under way until that comes.
+    with (
+        listening(family, host, both=both, TCP_DEFER_ACCEPT=30) as listener,
+        ExitStack() as clients,
+    ):
+        assert known(listener) == {}
+        made = [
+            clients.enter_context(socket.create_connection((each, port_of(listener))))
+            for each in hosts
+        ]
+        assert known(listener) == {port_of(each): False for each in made}
+
+        made[0].sendall(b"words")
+        eventually(lambda: can_accept(listener, clients), "one that is through")
+        assert known(listener) == {port_of(each): False for each in made}
+
+
+def can_accept(listener: socket.socket, accepted: ExitStack) -> bool:
+    try:
+        accepted.enter_context(listener.accept()[0])
+    except BlockingIOError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+@pytest.mark.parametrize("accepted", [True, False])
+def test_one_who_says_nothing_is_silent_until_he_speaks(
+    family: int, host: str, both: bool, hosts: tuple[str, ...], accepted: bool
+) -> None:
+    with listening(family, host, both=both) as listener, ExitStack() as ends:
+        client = ends.enter_context(socket.create_connection((hosts[-1], port_of(listener))))
+        if accepted:
+            server = ends.enter_context(listener.accept()[0])
+        assert known(listener) == {port_of(client): True}
+
+        client.sendall(b"two words")
+        eventually(lambda: known(listener) == {port_of(client): False}, "his words")
+
+        if not accepted:
+            server = ends.enter_context(listener.accept()[0])
+        server.recv(3)  # that there is more is his server's affair
+        assert known(listener) == {}
+        client.sendall(b"and more")
+        assert known(listener) == {}
+
+
+def test_one_who_only_hangs_up_is_known_until_that_is_read(first: socket.socket) -> None:
+    with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
+        client.shutdown(socket.SHUT_WR)
+        eventually(lambda: known(first) == {port_of(client): False}, "an end that nobody has read")
+
+        assert server.recv(1) == b""
+
+        assert known(first) == {}
+
+
+def test_those_who_are_gone_are_not_known(first: socket.socket) -> None:
+    client = socket.create_connection(first.getsockname())
+    with first.accept()[0]:
+        pass
+    client.close()
+
+    eventually(lambda: known(first) == {}, "nobody")
+
+
+def test_other_ports_clients_are_not_told(first: socket.socket) -> None:
+    with (
+        listening(V4, "127.0.0.1") as other,
+        socket.create_connection(other.getsockname()),
+    ):
+        assert known(other)
+        assert known(first) == {}
+
+
+def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ANSWER_BYTES", 8192)
+    with listening(V4, "127.0.0.1") as late, ExitStack() as clients:
+        late.listen(200)
+        for _ in range(150):
+            clients.enter_context(socket.create_connection(late.getsockname()))
+
+        assert len(known(late)) == 150
+
+
+def test_a_kernel_that_tells_less_is_no_error(
+    first: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BYTES_RECEIVED_AT", 4096)
+    with socket.create_connection(first.getsockname()):
+        assert known(first) == {}
+
+
+def test_a_refusal_of_the_kernel_is_an_error() -> None:
+    with pytest.raises(OSError, match="does not tell"):
+        unheard(200, 80)

@@ -61,8 +61,8 @@ class Sides:
     ) -> None:
         """listeners: those that there are; their owner's.
 
-        parted: a generation has accepted and read who came to it.  stranded: clients wait where nobody
-        accepts.
+        parted: a generation has accepted and read who came to it.
+        stranded: clients wait where nobody accepts.
         """
         self._listeners = listeners
         self._loop = loop

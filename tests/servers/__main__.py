@@ -20,13 +20,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=list(SERVERS))
     parser.add_argument("--reloads", type=int, default=20)
     parser.add_argument("--wait", default="0.005")
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=8, help="of each kind")
+    parser.add_argument("--late", type=float, default=2.0, help="seconds before a first request")
     given = parser.parse_args()
     for name in given.names:
-        measure(name, given.reloads, given.wait, given.clients)
+        measure(name, given.reloads, given.wait, given.clients, given.late)
 
 
-def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
+def measure(name: str, reloads: int, wait_s: str, clients: int, late_s: float) -> None:
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as marks:
         os.environ["XDG_RUNTIME_DIR"] = folder
         protector = Protector(
@@ -38,6 +39,7 @@ def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
             with (
                 Traffic(port, clients=clients) as single,
                 Traffic(port, kept=True, clients=clients, pause_s=0.01) as kept,
+                Traffic(port, clients=clients, late_s=late_s) as late,
             ):
                 single.wait_for(newest(protector))
                 for _ in range(reloads):
@@ -51,7 +53,7 @@ def measure(name: str, reloads: int, wait_s: str, clients: int) -> None:
     used = os.times()
     cpu_s = used.children_user + used.children_system
     print(f"{name}: {time.monotonic() - began:.1f} s, CPU of all so far {cpu_s:.1f} s")
-    for kind, seen in (("single", single.seen), ("kept", kept.seen)):
+    for kind, seen in (("single", single.seen), ("kept", kept.seen), ("late", late.seen)):
         print(f"  {kind}: {seen.answered} answers, ends {seen.ends}, {dict(seen.failures)}")
 
 

@@ -6,6 +6,7 @@ Nothing is retried.  A request fails if its answer is not a whole `200 OK` with 
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 import threading
@@ -122,14 +123,22 @@ class Traffic:
     """Threads that ask, from start() to stop()."""
 
     def __init__(
-        self, port: int, *, kept: bool = False, clients: int = 4, pause_s: float = 0.0
+        self,
+        port: int,
+        *,
+        kept: bool = False,
+        clients: int = 4,
+        pause_s: float = 0.0,
+        late_s: float = 0.0,
     ) -> None:
         """kept: each client keeps its connection for as long as the server does.
 
-        pause_s: of each client between its requests.
+        pause_s: of each client between its requests.  late_s: and up to so long, at random, from
+        each connection to its first request.
         """
         self.seen = Seen()
         self._port, self._kept, self._pause_s = port, kept, pause_s
+        self._late_s = late_s
         self._stopping = threading.Event()
         self._lock = threading.Condition()
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(clients)]
@@ -161,7 +170,9 @@ class Traffic:
         connection: Connection | None = None
         while not self._stopping.is_set():
             try:
-                connection = connection or Connection(self._port)
+                if connection is None:
+                    connection = Connection(self._port)
+                    self._stopping.wait(random.uniform(0, self._late_s))
                 connection.ask(last=not self._kept)
                 pid = connection.answer()
             except (OSError, EOFError, ValueError) as error:

@@ -38,7 +38,7 @@ class Scoreboard:
         self._lock = threading.Lock()
         # Tuples, because finalizers read them.
         self._open: Tuple[OpenConnections, ...] = ()
-        self._now_open: Callable[[], int] = self._count_all
+        self._now_open: Callable[[], int] = int  # of nothing it is 0
         if self._words is not None:
             self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED
             forking.register(self)
@@ -61,9 +61,11 @@ class Scoreboard:
 
     def follow(self, connections: OpenConnections) -> None:
         """Count these among the open ones, until the last of them is closed."""
-        self._open = (*(each for each in self._open if each.known()), connections)
-        # Nearly always it is one, and each connection pays for the sum.
-        self._now_open = connections.known if len(self._open) == 1 else self._count_all
+        self._open = opened = (*(each for each in self._open if each.known()), connections)
+        if len(opened) == 1:  # nearly always, and each connection would pay for the sum
+            self._now_open = connections.known
+        else:
+            self._now_open = lambda: sum(each.known() for each in opened)
 
     def count_open(self) -> None:
         """Write down how many connections are open now.  Also fit for a finalizer."""
@@ -75,9 +77,6 @@ class Scoreboard:
         # stores last has seen the last change.
         while (now := now_open()) != written:
             words[_ACTIVE] = written = now
-
-    def _count_all(self) -> int:
-        return sum(each.known() for each in self._open)
 
     def failed(self) -> None:
         """Count a handler that raised."""

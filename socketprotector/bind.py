@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from . import holder, twin
 from .address import Listen
 from .bind_unix import bind_unix
-from .errors import Refusal, SystemRefused
+from .errors import Refusal, SystemRefused, UsageError
 from .settings import ListenerSettings
 
 #: One number for two sockets: another program may take it between the two binds.
@@ -62,6 +62,7 @@ def bind_all(
     Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
+    earlier: dict[str, Listen] = {}
     try:
         for index, listen in enumerate(listens):
             if passed and index in passed:
@@ -69,9 +70,11 @@ def bind_all(
             elif f"unix:{listen.path}" in have:
                 found = []
             elif listen.path is not None:
+                _refuse_twice(f"unix:{listen.path}", listen, earlier)
                 found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
             else:
-                found = _bind_tcp(listen, listen.backlog(backlog), notice, have, dry=dry)
+                found = _bind_tcp(listen, listen.backlog(backlog), notice, have, earlier, dry=dry)
+            earlier |= {each.settings.address: listen for each in found}
             bound += (Bound(each.socket, replace(each.settings, **listen.told)) for each in found)
     except BaseException:
         for each in bound:
@@ -170,6 +173,7 @@ def _bind_tcp(
     backlog: int,
     notice: Callable[[str], None],
     have: Collection[str],
+    earlier: Mapping[str, Listen],
     *,
     dry: bool,
 ) -> list[Bound]:
@@ -178,6 +182,8 @@ def _bind_tcp(
         for family, host in _addresses(listen, notice)
         if _canonical(family, host, listen.port) not in have
     ]
+    for family, host in addresses if listen.port else ():
+        _refuse_twice(_canonical(family, host, listen.port), listen, earlier)
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
@@ -195,6 +201,31 @@ def _bind_tcp(
         else:
             return bound
     raise AssertionError("the last try returns or raises")
+
+
+def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
+    """Raise UsageError where an argument before has the same address, or all of its port.
+
+    The kernel would name ourselves as the one who has it; and sees it only where we listen.
+    """
+    for other, its in earlier.items():
+        if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:
+            raise UsageError(
+                f"cannot listen on {listen.text} beside {its.text}: both are {address}; "
+                "leave one of them out"
+                if address == other
+                else f"cannot listen on {listen.text} beside {its.text}: {address} and {other} "
+                "overlap; leave one of them out"
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
+    any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
+    same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")
+    return same_family and port == its_port and any_host in (host, its_host)
 
 
 def _bind_one(

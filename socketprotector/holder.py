@@ -5,6 +5,7 @@ Source: proc(5) through psutil; unix(7) for SO_PEERCRED.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
@@ -25,6 +26,8 @@ def of_port(host: str, port: int) -> str:
                 pid = pid or connection.pid
     except (psutil.Error, OSError):
         pass  # no /proc, or it is closed to us
+    if pid == os.getpid():  # at a reload that adds it twice
+        return "another listener of this protector has it: leave one of them out"
     return f"{_called(pid)} has it: stop that, or choose another"
 
 

@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,54 @@ def test_when_one_fails_all_before_it_are_given_back(tmp_path: Path) -> None:
             bound("unix:s", "127.0.0.1:0", f"127.0.0.1:{port}", folder=tmp_path)
 
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ("127.0.0.1:PORT", "127.0.0.1:PORT", "both are tcp:127.0.0.1:PORT"),
+        ("0.0.0.0:PORT", "127.0.0.1:PORT", "tcp:127.0.0.1:PORT and tcp:0.0.0.0:PORT overlap"),
+        ("127.0.0.1:PORT", "0.0.0.0:PORT", "tcp:0.0.0.0:PORT and tcp:127.0.0.1:PORT overlap"),
+        ("a=0.0.0.0:PORT", "b=0.0.0.0:PORT", "both are tcp:0.0.0.0:PORT"),
+        ("unix:s", "unix:s?mode=600", "both are unix:"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_an_address_that_is_given_twice_is_refused_before_anything_has_it(
+    tmp_path: Path, free_port: Callable[[], int], first: str, second: str, told: str, dry: bool
+) -> None:
+    port = str(free_port())
+    texts = [each.replace("PORT", port) for each in (first, second)]
+    listens = [parse(each, str(tmp_path)) for each in texts]
+
+    with pytest.raises(UsageError) as refusal:
+        bind_all(listens, 16, notice=lambda text: None, dry=dry)
+
+    said = str(refusal.value)
+    assert said.startswith(f"cannot listen on {texts[1]} beside {texts[0]}: ")
+    assert told.replace("PORT", port) in said
+    assert "\n" not in said
+    assert list(tmp_path.iterdir()) == []
+    socket.create_server(("127.0.0.1", int(port))).close()
+
+
+def test_addresses_that_do_not_meet_may_have_one_port(
+    tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+
+    three = bound(f"127.0.0.1:{port}", f"127.0.0.2:{port}", f"[::1]:{port}", folder=tmp_path)
+
+    assert len(three) == 3
+    for each in three:
+        each.discard()
+
+
+def test_who_asks_for_what_this_process_has_is_not_told_to_stop_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as ours:
+        text = f"127.0.0.1:{ours.getsockname()[1]}"
+        with pytest.raises(SystemRefused, match="another listener of this protector has it"):
+            bind_all([parse(text, "/")], 16, notice=lambda text: None)
 
 
 def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(

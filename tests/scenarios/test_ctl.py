@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -329,6 +330,28 @@ def test_two_reloads_at_once_each_get_their_own_verdict(
     assert second.wait() == 0
 
 
+def verdict(daemon: Protector, generation: int) -> str:
+    """Wait for the line of the log that tells how a reload ended.
+
+    A protector that is killed when it has written down that the generation serves, and has not
+    said so yet, says it when it is back.
+    """
+
+    def found() -> str:
+        told, begun, back = "", False, False
+        for line in list(daemon.log.seen):
+            begun = begun or f"event=spawned generation={generation} " in line
+            back = back or (begun and "event=adopted" in line)
+            if re.search(rf"event=(reloaded|reload-failed) generation={generation}\b", line):
+                return line
+            if back and re.search(rf"event=route generation={generation}\b", line):
+                told = line
+        return told
+
+    eventually(lambda: bool(found()), "a verdict in the log")
+    return found()
+
+
 @pytest.mark.slow
 def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
     beside: Beside, web: Start, release: Release
@@ -351,7 +374,7 @@ def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
 
         told = json.loads(running.out.text())
         number = told["generation"]
-        said = daemon.log.wait_for(rf"event=(reloaded|reload-failed) generation={number}\b")
+        said = verdict(daemon, number)
         failed = "event=reload-failed" in said
         assert (status, told["result"]) == ((3, "failed") if failed else (0, "reloaded"))
         # A working one fails only where the protector dies in the middle of opening it.

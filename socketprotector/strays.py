@@ -154,7 +154,10 @@ def _carrying(address: str) -> list[tuple[int, int]]:
 
 
 def _look(wanted: bytes) -> tuple[list[tuple[int, int]], set[int]]:
-    """Return those that have `wanted` in their environment, and the pids of those just ended."""
+    """Return those that have `wanted` in their environment, and the pids of those just ended.
+
+    One that is about to end has no environment any more, as a thread of the kernel has none.
+    """
     found: list[tuple[int, int]] = []
     ended = set()
     for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
@@ -170,16 +173,18 @@ def _look(wanted: bytes) -> tuple[list[tuple[int, int]], set[int]]:
             raise
         try:
             with open(f"/proc/{pid}/environ", "rb") as file:
-                theirs = wanted in file.read().split(b"\0")
-        except (ProcessLookupError, FileNotFoundError, PermissionError):
-            theirs = False  # ended, or another user's
+                environment = file.read()
+        except (ProcessLookupError, FileNotFoundError):
+            environment = b""
+        except PermissionError:
+            environment = b"another user's"
         except OSError:
             for _, each in (*found, (pid, pidfd)):
                 os.close(each)
             raise
-        if _wait(pidfd, 0.0):
+        if _wait(pidfd, 0.0) or not environment:
             ended.add(pid)
-        elif theirs:
+        elif wanted in environment.split(b"\0"):
             found.append((pid, pidfd))
             continue
         os.close(pidfd)

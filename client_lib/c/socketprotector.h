@@ -255,7 +255,11 @@ static inline void sp_alive(struct sp_worker *sp)
     if (sp->watchdog_ms < 0)
         return;
     now_ns = sp__now_ns();
-    if (now_ns - sp->alive_ns >= (uint64_t)sp->watchdog_ms * 500000u && !sp_notify(sp, "WATCHDOG=1"))
+    if (now_ns - sp->alive_ns < (uint64_t)sp->watchdog_ms * 500000u)
+        return;
+    if (sp->owner != getpid()) /* a forked child must not speak for a parent that hangs */
+        sp->watchdog_ms = -1;
+    else if (!sp_notify(sp, "WATCHDOG=1"))
         sp->alive_ns = now_ns;
 }
 
@@ -583,7 +587,14 @@ static inline enum sp_result sp_take(struct sp_worker *sp, int fd, struct sp_con
     if (sp->ended)
         return sp->ended;
     if (fd == sp->return_line) {
-        ssize_t got = recv(fd, nothing, sizeof nothing, MSG_DONTWAIT);
+        struct pollfd end;
+        ssize_t got;
+        if (sp->owner != getpid()) { /* what is said there is for the parent */
+            end.fd = fd;
+            end.events = POLLRDHUP;
+            return poll(&end, 1, 0) > 0 ? sp->ended = SP_RETIRED : SP_NOTHING;
+        }
+        got = recv(fd, nothing, sizeof nothing, MSG_DONTWAIT);
         /* Nothing is said on it yet; a later protector may.  One that is gone ends it as well. */
         if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR)))
             return SP_NOTHING;
@@ -626,6 +637,8 @@ static inline enum sp_result sp_next(struct sp_worker *sp, struct sp_connection 
         for (i = 0; i <= sp->count; i++) {
             lines[i].fd = i < sp->count ? sp->fds[i] : wake_fd;
             lines[i].events = POLLIN;
+            if (lines[i].fd == sp->return_line && sp->owner != getpid())
+                lines[i].events = POLLRDHUP;
             lines[i].revents = 0;
         }
         if (poll(lines, (nfds_t)sp->count + 1, slice_ms) < 0)

@@ -33,6 +33,7 @@ class Drain:
         # Never closed: a signal handler writes to it at any time, and must not
         # hit a number that was given to another file.
         self._wake_fd = -1
+        self._woken_fd = -1
         forking.register(self)
 
     def follow(self, fd: int) -> None:
@@ -77,21 +78,25 @@ class Drain:
             teller.join()
 
     def after_fork_in_child(self) -> None:
-        self._wake_fd, self._teller, self._callbacks = -1, None, []
+        parents = self._wake_fd, self._woken_fd
+        self._wake_fd, self._woken_fd, self._teller, self._callbacks = -1, -1, None, []
         self._lock = threading.Lock()
+        for fd in parents:
+            if fd >= 0:
+                os.close(fd)
 
     def _start_teller(self) -> None:
         # A thread, because neither a signal handler nor a loop that may be
         # busy for long is a place to call a stranger's code from.
-        wake_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._teller = threading.Thread(
-            target=self._tell, args=(wake_fd,), name="socketprotector-drain", daemon=True
+            target=self._tell, name="socketprotector-drain", daemon=True
         )
         self._teller.start()
 
-    def _tell(self, wake_fd: int) -> None:
+    def _tell(self) -> None:
         if not self._begun:
-            _hung_up(self._fds, timeout_ms=None, wake_fd=wake_fd)
+            _hung_up(self._fds, timeout_ms=None, wake_fd=self._woken_fd)
         self._begun = True
         with self._lock:
             self._told = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import threading
 import time
 from typing import Callable, Optional
@@ -69,6 +70,7 @@ class Intake:
         # What is readable nearly always.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else []
         self._orders: dict[int, Callable[[], None]] = {}
+        self._ends: list[int] = []
         self._set = waiting or WaitSet()
         self._set.add(self._fds)
         self._paused = False
@@ -93,9 +95,21 @@ class Intake:
         return self._set.fileno()
 
     def obey(self, fd: int, act: Callable[[], None]) -> None:
-        """Call act from `get` when fd is readable.  fd stays the caller's."""
+        """Call act from `get` when fd is readable.  fd stays the caller's.
+
+        Not in a forked child: there fd is the parent's to read.
+        """
         self._orders[fd] = act
         self._set.add([fd])
+
+    def obey_end(self, fd: int) -> None:
+        """Begin the drain at the end of fd, from which nothing is read.  fd stays the caller's.
+
+        So forked children may do it as well.
+        """
+        self._ends.append(fd)
+        self._orders[fd] = self.drained
+        self._set.add([fd], select.EPOLLRDHUP)
 
     def get(self, timeout_s: Optional[float] = None) -> Optional[Connection]:
         """Return the next connection, None if none came within timeout_s.
@@ -224,8 +238,14 @@ class Intake:
         self._turn = threading.Lock()
         self._pid = os.getpid()
         self._will_look_again = False
-        taking = () if self._paused else self._fds
-        self._set.renew(() if self._ended else (*self._orders, *taking))
+        self._orders = dict.fromkeys(self._ends, self.drained)
+        # It is a copy of the parent's epoll, and leaves a descriptor for another one.
+        self._spare.give_up()
+        if self._ended:
+            self._set.renew((), ())
+        else:
+            self._set.renew(() if self._paused else self._fds, self._ends)
+            self._spare.hold()
         if self.on_renewal is not None:
             self.on_renewal()
 

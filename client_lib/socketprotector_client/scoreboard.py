@@ -10,6 +10,7 @@ Source: docs/protocol.md, section "Scoreboard".
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
@@ -35,6 +36,7 @@ class Scoreboard:
         """
         self._words = _map(fd, offset)
         self._parents: Optional[memoryview] = None
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         # Tuples, because finalizers read them.
         self._open: Tuple[OpenConnections, ...] = ()
@@ -47,8 +49,8 @@ class Scoreboard:
         """Count a connection that was taken."""
         words = self._words
         if words is None:
-            if self._parents is not None:  # a forked child takes too: the count is not whole
-                self._parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
+            if self._parents is not None:
+                self._give_up()
             return
         wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
         bucket = wait_us.bit_length() if wait_us > 0 else 0
@@ -84,10 +86,25 @@ class Scoreboard:
             if self._words is not None:
                 self._words[wire.BOARD_ERRORS] += 1
 
+    def _give_up(self) -> None:
+        """A forked child takes, too: what its parent counts is not whole any more."""
+        parents, self._parents = self._parents, None
+        # The record of a worker that has ended may be another's by now.
+        if parents is not None and _lives(self._owner):
+            parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
+
     def after_fork_in_child(self) -> None:
         # It would write over what its parent counts.
         self._lock = threading.Lock()
         self._words, self._parents = None, self._parents or self._words
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # it is another user's now
+    return True
 
 
 def _map(fd: int, offset: int) -> Optional[memoryview]:

@@ -184,7 +184,7 @@ class SocketServer:
         self._process, self._line, self._intake = None, None, None
         if state["under_protector"]:
             # What this process inherited of the environment is true of its parent only.
-            for name in (wire.ENV_RETURN, wire.ENV_SCOREBOARD):
+            for name in (wire.ENV_RETURN, wire.ENV_SCOREBOARD, "WATCHDOG_USEC"):
                 os.environ.pop(name, None)
             os.environ[wire.ENV_CHANNEL] = str(fd)
             channel = current().channel

@@ -36,10 +36,10 @@ class WaitSet:
         """Return those that are readable or at their end, after timeout_s none."""
         return [fd for fd, _ in self._epoll.poll(timeout_s, _EVENTS_AT_ONCE)]
 
-    def add(self, fds: Iterable[int]) -> None:
+    def add(self, fds: Iterable[int], events: int = select.EPOLLIN) -> None:
         for fd in fds:
             try:
-                self._epoll.register(fd, select.EPOLLIN)
+                self._epoll.register(fd, events)
             except FileExistsError:
                 pass
             except (OSError, ValueError):
@@ -69,13 +69,20 @@ class WaitSet:
         if self._bell is not None:
             self.remove([self._bell.fileno()])
 
-    def renew(self, fds: Iterable[int]) -> None:
-        """In a forked child: keep the number, but share nothing with the parent any more."""
+    def renew(self, fds: Iterable[int], ends: Iterable[int]) -> None:
+        """In a forked child: keep the number, but share nothing with the parent any more.
+
+        (Nothing may be taken out of the inherited epoll, for it would be out for the parent, too.)
+        """
         if not self._epoll.closed:
             fresh = epoll()
             os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
             fresh.close()
             self.add(fds)
+            self.add(ends, select.EPOLLRDHUP)
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
 
     def close(self) -> None:
         self._epoll.close()

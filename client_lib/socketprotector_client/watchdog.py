@@ -5,6 +5,9 @@ else; the loop answers, so one that is blocked falls silent.  As long as no loop
 has ever answered nothing is said, and who never spoke is not waited for.  Where no
 loop need turn the thread says it itself, or who drains would pass for one that hangs.
 
+Only the process that the protector started is asked, and answers: a forked child that answered
+would take the question away from it, or speak for one that hangs.
+
 Source: man 3 sd_watchdog_enabled.
 """
 
@@ -16,6 +19,7 @@ import threading
 import time
 from typing import Callable, Mapping
 
+from . import forking
 from .sd_notify import notify
 
 
@@ -29,16 +33,19 @@ def interval_s(environ: Mapping[str, str]) -> float:
 
 
 class Watchdog:
-    """Knocks every interval, for the life of the process."""
+    """Knocks every interval from `start` on, for the life of the process."""
 
     def __init__(self, every_s: float, may_be_silent: Callable[[], bool]) -> None:
         """may_be_silent: whether all is well though nobody answers."""
         self._every_s = every_s
         self._may_be_silent = may_be_silent
-        self._pid = os.getpid()
         self._inner, self._outer = socket.socketpair()
         self._inner.setblocking(False)
         self._outer.setblocking(False)
+        forking.register(self)
+
+    def start(self) -> None:
+        """Begin to knock: not before the program serves, for it may fork first."""
         threading.Thread(target=self._knock, name="watchdog", daemon=True).start()
 
     def fileno(self) -> int:
@@ -50,8 +57,12 @@ class Watchdog:
             self._inner.recv(64)
         except BlockingIOError:
             return  # another thread was first
-        if os.getpid() == self._pid:  # a forked child shares the descriptor, not the thread
-            notify("WATCHDOG=1")
+        notify("WATCHDOG=1")
+
+    def after_fork_in_child(self) -> None:
+        # Whoever had these in its epoll has made that anew, without them.
+        self._inner.close()
+        self._outer.close()
 
     def _knock(self) -> None:
         while True:

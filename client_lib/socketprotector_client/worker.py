@@ -11,9 +11,9 @@ import os
 import socket
 import threading
 from functools import lru_cache
-from typing import Callable, Mapping, Optional
+from typing import List, Mapping, Optional
 
-from . import wire
+from . import forking, wire
 from .address import ListenAddress
 from .channel import Channel
 from .drain import Drain
@@ -48,6 +48,7 @@ class Worker:
         #: Listening sockets that others have, too (`--handoff listener`); SIGTERM ends the use.
         self.passed = passed_listeners(environ) if environment is None else ()
         self._watchdog_s = interval_s(environ) if environment or self.passed else 0.0
+        self._watchdogs: List[Watchdog] = []  # to be started when this process serves
         self._return_line: Optional[socket.socket] = None
         if environment is not None:
             self.channel = Channel(environment.channel_fd, environment.listeners)
@@ -64,6 +65,7 @@ class Worker:
         self._said_ready = False
         self._is_lent = False
         self._lock = threading.Lock()
+        forking.register(self)
 
     @property
     def is_served(self) -> bool:
@@ -118,10 +120,16 @@ class Worker:
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
-            intake.obey(self._return_line.fileno(), self._reader_of_return_line(intake))
+            # Nothing is said on it yet; a later protector may, to the process that it started.
+            intake.obey_end(self._return_line.fileno())
         if self._watchdog_s:
             watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
             intake.obey(watchdog.fileno(), watchdog.answer)
+            with self._lock:
+                if self._said_ready:
+                    watchdog.start()
+                else:
+                    self._watchdogs.append(watchdog)
         return intake
 
     def ready(self, *, retires: bool = True) -> None:
@@ -133,25 +141,16 @@ class Worker:
             if self._said_ready:
                 return
             self._said_ready = True
+            while self._watchdogs:
+                self._watchdogs.pop().start()
         # In one datagram: the protector must know both before it relies on one.
         if retires and self._return_line is not None:
             notify("READY=1", wire.RETIRES_ON_RETURN)
         else:
             notify("READY=1")
 
-    def _reader_of_return_line(self, intake: Intake) -> Callable[[], None]:
-        line = self._return_line
-        assert line is not None
-
-        def read() -> None:
-            try:
-                data = line.recv(wire.STATE_MAX_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""  # the protector is gone, which ends the line as well
-            # Nothing is said on it yet; a later protector may.
-            if not data:
-                intake.drained()
-
-        return read
+    def after_fork_in_child(self) -> None:
+        # It is the parent that the protector watches.
+        self._lock = threading.Lock()
+        self._watchdog_s = 0.0
+        self._watchdogs = []

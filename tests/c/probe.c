@@ -1,11 +1,13 @@
 /* Says what the functions of socketprotector.h return, one line each.
  *
- *     probe [full]      full: with no descriptor left; one is given back after each EMFILE
+ *     probe [full|forks]    full: with no descriptor left; one is given back after each EMFILE
+ *                           forks: a child takes, its parent waits for it
  */
 #include "../../client_lib/c/socketprotector.h"
 
 #include <dirent.h>
 #include <sys/eventfd.h>
+#include <sys/wait.h>
 
 static int descriptors(void)
 {
@@ -70,6 +72,20 @@ int main(int argc, char **argv)
     }
     sp_ready(&sp);
     sp_notify(&sp, "STATUS=probing");
+    if (argc > 1 && !strcmp(argv[1], "forks")) {
+        char said[64];
+        int child = fork();
+        ssize_t got;
+        if (child) {
+            waitpid(child, NULL, 0);
+            got = recv(sp.return_line, said, sizeof said, MSG_DONTWAIT);
+            printf("left to the parent %d\n", (int)got);
+            close(wake);
+            sp_close(&sp);
+            return 0;
+        }
+        sp_count_nothing(&sp);
+    }
     do {
         result = sp_next(&sp, &client, -1, -1);
         if (result == SP_CONNECTION)

@@ -242,6 +242,23 @@ def test_what_is_no_scoreboard_is_none(channel: Channel, build: Build, board: st
     assert worker.wait() == 0
 
 
+def test_a_forked_child_takes_and_leaves_what_is_its_parents(
+    channel: Channel, build: Build
+) -> None:
+    worker = probe(channel, build, "forks", env={"WATCHDOG_USEC": "10000"})
+    assert channel.hear()[1] == "STATUS=probing"
+    worker.return_line.send(b"news")
+    for word in ("one", "two"):
+        assert channel.connect().ask(word) == word
+    worker.retire()
+
+    said = worker.read_rest()
+    assert "retired 1" in said
+    assert said[-1] == "left to the parent 4"
+    assert worker.wait() == 0
+    assert channel.hear_all() == []  # no WATCHDOG=1
+
+
 def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build) -> None:
     valgrind = working_valgrind()
     watched = (valgrind, "-q", "--error-exitcode=9", "--leak-check=full")

@@ -185,11 +185,24 @@ class Protector:
             waited_for = [self.notify.fileno(), pidfd]
             heard = select.select(waited_for, [], [], DEADLINE_S)[0]
             assert self.notify.fileno() in heard, "it ended, or said nothing"
-            message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
-            pid, _, _ = struct.unpack("3i", control[0][2])
+            pid, message = self.hear()
             for one in self.workers:
-                if one.pid == pid:
-                    one.ready_lines += message.decode().split("\n")
+                if one.pid == pid and "READY=1" in message:
+                    one.ready_lines += message.split("\n")
+
+    def hear(self) -> tuple[int, str]:
+        """The next that was said by sd_notify, and by whom."""
+        assert select.select([self.notify], [], [], DEADLINE_S)[0], "nobody says anything"
+        message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
+        pid, _, _ = struct.unpack("3i", control[0][2])
+        return pid, message.decode()
+
+    def hear_all(self) -> list[tuple[int, str]]:
+        """What was said and not heard yet."""
+        heard = []
+        while select.select([self.notify], [], [], 0)[0]:
+            heard.append(self.hear())
+        return heard
 
     # Connections
 

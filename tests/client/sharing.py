@@ -19,9 +19,15 @@ HOME = "127.0.0.1:0"
 class Sharing:
     """The program, its children and its accepting process."""
 
-    def __init__(self, protector: Protector, *words: str, alone: bool = True) -> None:
+    def __init__(
+        self,
+        protector: Protector,
+        *words: str,
+        alone: bool = True,
+        env: dict[str, str] | None = None,
+    ) -> None:
         self._protector = protector
-        self.program: Worker = protector.spawn("shares.py", *words, alone=alone)
+        self.program: Worker = protector.spawn("shares.py", *words, alone=alone, env=env)
         self.listeners = self.program.read_line().split()
         if words[0] == "run":
             protector.wait_ready(self.program)  # from then on it takes signals

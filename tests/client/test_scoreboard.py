@@ -154,6 +154,28 @@ def test_a_forked_child_that_takes_nothing_changes_nothing(record: Record) -> No
     assert record.word(wire.BOARD_ERRORS) == 0
 
 
+def test_what_is_left_of_a_worker_does_not_write_into_its_successors_record(
+    record: Record,
+) -> None:
+    go, gone = os.pipe(), os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        board = Scoreboard(os.dup(record.fd), PLACE)
+        if os.fork() == 0:
+            os.read(go[0], 1)
+            board.took(2, 0)
+            os.write(gone[1], b"!")
+        os._exit(0)
+    os.waitpid(worker, 0)  # what is reaped is followed by another
+
+    os.write(go[1], b"!")
+    os.read(gone[0], 1)
+
+    assert record.word(wire.BOARD_STATE) == wire.BOARD_COUNTED
+    for fd in (*go, *gone):
+        os.close(fd)
+
+
 @pytest.mark.parametrize("what", ["a socket", "nothing", "too short"])
 def test_what_is_no_scoreboard_is_done_without(what: str) -> None:
     made = socket.socket() if what == "a socket" else None

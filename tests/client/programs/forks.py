@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
-from socketprotector_client import Connection, Listener, connections, serve
+from socketprotector_client import Connection, Listener, connections, on_drain, serve
 
 from tests.client.programs.talk import say, talk
 
@@ -38,6 +39,7 @@ elif sys.argv[1] == "child serves":
         connection.close()
 elif sys.argv[1] == "prefork":
     shared = Listener(limit=1)
+    on_drain(lambda: None)  # which has its thread, and a pipe to wake it
     shared.listen()
     child = os.fork()
     if not child:
@@ -47,4 +49,9 @@ elif sys.argv[1] == "prefork":
         accept_for_ever(shared)
     finally:
         say(f"child ended {os.waitpid(child, 0)[1]}")
+elif sys.argv[1] == "prepares":
+    shared = Listener()
+    say(f"threads {threading.active_count()}")
+    shared.listen()
+    say(f"threads {threading.active_count()}")
 say("ended")

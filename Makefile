@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-core lint format bench soak clean
+.PHONY: help install demo test test-all test-core lint format bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ test: $(INSTALLED) ## run all tests (installs compilers, interpreters and server
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman
 	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 tests
+
+test-all: export SOCKETPROTECTOR_ROUNDS = many
+test-all: test ## run them with many more rounds (before a release)
 
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
 	$(BIN)/python -m pytest tests/core

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from bench.load import Load, Snapshot
+from tests.rounds import rounds
 from tests.running import ROOT, WORKERS, Protector, eventually
 from tests.scenarios.tools import descriptors, state_of
 
-#: Many rounds, for whoever has the time.
-LONG = os.environ.get("SOCKETPROTECTOR_LONG") == "1"
-ROUNDS = 100 if LONG else 20
+ROUNDS = rounds(8, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
 NOBODY_ELSE = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"

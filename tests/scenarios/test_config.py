@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, Protector, ask, eventually
 from tests.scenarios.adopting import (
     Chance,
@@ -420,14 +421,14 @@ def test_the_detached_protector_reads_the_file_again(start: Start, file: File) -
 
 
 @pytest.mark.slow
-def test_twenty_reloads_with_changes_fail_no_connection(
+def test_reloads_with_changes_fail_no_connection(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
     daemon = configured()
-    rounds = 20
+    times = rounds(8, 40)
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
-        for number in range(rounds):
+        for number in range(times):
             file.listens = ["127.0.0.1:0", f"unix:{tmp_path}/s{number % 3}"]
             settle = f'settle = "{number % 2 * 20}ms"'
             file.says(f"workers = {1 + number % 3}\nqueue = {6 + number * 7}\n{settle}")
@@ -438,7 +439,7 @@ def test_twenty_reloads_with_changes_fail_no_connection(
             served(load, 10)
 
     assert not load.snapshot().failures
-    assert daemon.log.count("event=reloaded") == rounds
+    assert daemon.log.count("event=reloaded") == times
     daemon.stop()
     assert "lost=" not in daemon.log.text()
 
@@ -448,11 +449,11 @@ def test_a_kill_at_any_moment_of_a_reload_leaves_the_one_or_the_other(
     configured: Starter, file: File, tmp_path: Path
 ) -> None:
     chance = Chance()
-    rounds = 12
+    times = rounds(6, 40)
     daemon = configured("--guard")
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for number in range(rounds):
+        for number in range(times):
             file.listens = ["127.0.0.1:0", f"unix:{tmp_path}/s{number % 3}"]
             file.says(f'workers = {1 + number % 3}\nsettle = "{number % 2 * 50}ms"')
             mark = daemon.signal(signal.SIGHUP)
@@ -464,13 +465,13 @@ def test_a_kill_at_any_moment_of_a_reload_leaves_the_one_or_the_other(
         file.says("workers = 2")
         mark = daemon.signal(signal.SIGHUP)
         daemon.log.wait_for(r"event=reloaded\b", after=mark)
-        eventually(lambda: ask(f"{tmp_path}/s{(rounds - 1) % 3}") != "", "the last listener")
+        eventually(lambda: ask(f"{tmp_path}/s{(times - 1) % 3}") != "", "the last listener")
         served(load)
     at_rest(daemon)
     daemon.stop()
 
     failures = load.snapshot().failures
-    assert len(failures) <= rounds, failures
+    assert len(failures) <= times, failures
 
 
 class Gated:

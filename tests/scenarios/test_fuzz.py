@@ -1,6 +1,6 @@
 """Nonsense without end, on the control socket and from workers: nothing fails, nothing grows.
 
-SOCKETPROTECTOR_LONG=1: ten times as much.  SOCKETPROTECTOR_SEED repeats what was sent.
+SOCKETPROTECTOR_SEED repeats what was sent.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import pytest
 
 from bench.load import Load
 from socketprotector.requests import COMMANDS, LINE_BYTES
+from tests.rounds import rounds
 from tests.running import DEADLINE_S
-from tests.scenarios.adopting import LONG, Chance, served
+from tests.scenarios.adopting import Chance, served
 from tests.scenarios.operating import Operated, Operating
 from tests.scenarios.tools import memory_kib
 
-INPUTS = 1_000_000 if LONG else 100_000
+INPUTS = rounds(10_000, 1_000_000)
 #: Of one client, before the next one has its turn: who asks nothing for 30 s is ended.
 BATCH = 25
 #: What may be asked at random.  `stop` and `upgrade` would end the test.
@@ -149,7 +150,7 @@ def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(6000 if LONG else 600)  # half a minute on an idle machine
+@pytest.mark.timeout(rounds(600, 6000))  # three seconds, or five minutes, on an idle machine
 def test_nonsense_without_end_fails_nothing_and_memory_stays_flat(operated: Operating) -> None:
     chance = Chance().random
     web = operated()

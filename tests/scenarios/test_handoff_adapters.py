@@ -14,6 +14,7 @@ import pytest
 
 from bench.load import Load
 from tests.c.building import compiled, shared_folder
+from tests.rounds import rounds
 from tests.running import Protector, ask, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import Operating
@@ -83,7 +84,7 @@ def test_reloads_of_programs_under_load_fail_nobody(protector: Starter) -> None:
     daemon = protector(*words).ready()
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for _ in range(10):
+        for _ in range(rounds(3, 20)):
             daemon.reload()
             served(load)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
+from tests.rounds import rounds
 from tests.running import Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
@@ -423,7 +424,7 @@ def test_reloads_under_load_fail_nobody(served_by: Starter, workers: str) -> Non
     daemon = served_by("--workers", workers, *FAST)
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
-        for _ in range(20):
+        for _ in range(rounds(5, 40)):
             daemon.reload()
             served(load)
 
@@ -588,7 +589,7 @@ def test_killed_again_and_again_the_protector_loses_no_connection(
     daemon = protector("--guard", *MODE, *FAST, "127.0.0.1:0", "--", *SERVER).ready()
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for _ in range(10):
+        for _ in range(rounds(5, 40)):
             revived(daemon, kill_protector(daemon))
             served(load)
         mark = daemon.signal(signal.SIGHUP)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.load import Load
+from tests.rounds import rounds
 from tests.running import Protector, ask, eventually
 from tests.scenarios.tools import (
     Client,
@@ -45,7 +46,7 @@ def the_worker(daemon: Protector) -> int:
 
 
 @pytest.mark.slow
-def test_a_worker_killed_50_times_under_load_loses_only_what_it_had_taken(
+def test_a_worker_killed_again_and_again_under_load_loses_only_what_it_had_taken(
     protector: Start,
 ) -> None:
     daemon = protector("--workers", "4", "127.0.0.1:0", "--", *worker("many")).ready()
@@ -53,7 +54,7 @@ def test_a_worker_killed_50_times_under_load_loses_only_what_it_had_taken(
     victims: list[int] = []
     held = 0
     generation = 1
-    while len(victims) < 50:
+    while len(victims) < rounds(20, 100):
         if len(victims) % 8 == 7:
             daemon.reload()  # or else the back-off for quick deaths would begin
             generation += 1

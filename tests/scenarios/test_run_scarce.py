@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 
 from bench.load import Load
+from tests.rounds import rounds
 from tests.running import Protector, ask, eventually
 from tests.scenarios.tools import (
     Client,
@@ -195,17 +196,17 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_500_reloads_leak_nothing(protector: Start) -> None:
+def test_reload_after_reload_leaks_nothing(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
 
     def settle() -> None:
         eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
 
-    for _ in range(50):
+    for _ in range(rounds(20, 50)):
         daemon.reload()
     settle()
     kinds, memory = kinds_at_rest(daemon), memory_kib(daemon.pid)
-    for _ in range(450):
+    for _ in range(rounds(60, 450)):
         daemon.reload()
         ask(("127.0.0.1", daemon.port))
     settle()

@@ -14,6 +14,7 @@ import pytest
 
 from bench.load import Load
 from socketprotector import __version__
+from tests.rounds import rounds
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     ROUNDS,
@@ -353,7 +354,7 @@ def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) ->
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     storm = (signal.SIGHUP, signal.SIGTTIN, signal.SIGTTOU, signal.SIGUSR1, signal.SIGUSR2)
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for _ in range(200):
+        for _ in range(rounds(100, 500)):
             daemon.signal(chance.random.choice(storm))
             chance.moment(0.005)
         served(load)

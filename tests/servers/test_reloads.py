@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.processes import descendants
+from tests.rounds import rounds
 from tests.running import Protector, eventually
 from tests.servers.catalogue import SERVERS, Server
 from tests.servers.traffic import Connection, Traffic, is_accepted
@@ -20,7 +21,7 @@ from tests.servers.traffic import Connection, Traffic, is_accepted
 Start = Callable[..., Protector]
 Serve = Callable[[Server], Protector]
 
-RELOADS = 20
+RELOADS = rounds(3, 20)
 #: How long an application takes for an answer, so that requests are under way when the signal
 #: comes.
 WAIT_S = "0.005"
@@ -70,7 +71,7 @@ class Outcome:
 
 
 @tried([*SERVERS.values()])
-def test_twenty_reloads_under_load_fail_no_connection_and_end_idle_ones_without_a_word(
+def test_reloads_under_load_fail_no_connection_and_end_idle_ones_without_a_word(
     serve: Serve, server: Server
 ) -> None:
     seen = Outcome(serve(server), RELOADS)

@@ -49,6 +49,7 @@ BACKLOG_FULL_S = 0.001  # a full UNIX backlog says EAGAIN where a blocking clien
 SWEEP_S = 0.05
 CATCH_UP_S = 0.01
 PID = re.compile(rb"\[(\d+)\] ")
+HTTP = b"GET /hello-%d HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 
 
 def parse_address(text: str) -> tuple[socket.AddressFamily, Any]:
@@ -75,7 +76,7 @@ def _port_of(sock: socket.socket) -> int:
 class _Conversation:
     __slots__ = (
         "answered", "connecting", "due_s", "ending", "line", "lines_left",
-        "pid", "reply", "sock", "started_s",
+        "pid", "reply", "sock", "started_s", "wanted",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, started_s: float, lines: int) -> None:
@@ -84,6 +85,7 @@ class _Conversation:
         self.due_s = 0.0  # when the line now sent, or the end, counts as timed out
         self.lines_left = lines
         self.line = b""
+        self.wanted = b""  # what the reply ends with
         self.reply = b""
         self.pid: int | None = None
         self.connecting = False
@@ -98,6 +100,7 @@ class Load:
     closes; with `until_eof` it shuts its side down first and wants the end of file from the other,
     so it sees that nobody else keeps a copy of the connection open.  `rate_per_s` bounds how many
     are begun; `count` ends the load by itself.  `timeout_s` is for each line and for the end.
+    `http`: a line is asked for by `GET /hello-N`, one request a connection.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class Load:
         pause_s: float = 0.0,
         until_eof: bool = False,
         count: int | None = None,
+        http: bool = False,
     ) -> None:
         self._family, self._address = parse_address(address)
         self._concurrency = concurrency
@@ -119,6 +123,7 @@ class Load:
         self._lines = lines
         self._pause_s = pause_s
         self._until_eof = until_eof
+        self._http = http
         self._left = count
         self._changed = threading.Condition()  # guards all below
         self._open: dict[int, _Conversation] = {}
@@ -280,7 +285,9 @@ class Load:
         self._said += 1
         conversation.lines_left -= 1
         conversation.reply = b""
-        conversation.line = b"hello %d\n" % self._said
+        conversation.line = conversation.wanted = b"hello %d\n" % self._said
+        if self._http:
+            conversation.line, conversation.wanted = HTTP % self._said, b"hello-%d\n" % self._said
         conversation.due_s = time.monotonic() + self._timeout_s
         self._send(conversation)
 
@@ -318,13 +325,13 @@ class Load:
             self._fail(conversation, kind, f"end of file after {conversation.reply!r}")
         elif not awaited:
             self._fail(conversation, "wrong", f"not asked for: {conversation.reply!r}")
-        elif conversation.reply.endswith(b"\n"):
+        elif conversation.reply.endswith(conversation.wanted if self._http else b"\n"):
             self._answered(conversation)
 
     def _answered(self, conversation: _Conversation) -> None:
-        found = PID.match(conversation.reply)
+        found = PID.search(conversation.reply)
         pid = int(found[1]) if found else None
-        if not conversation.reply.endswith(conversation.line):
+        if not conversation.reply.endswith(conversation.wanted):
             self._fail(conversation, "wrong", repr(conversation.reply))
             return
         if conversation.answered and pid != conversation.pid:

@@ -28,6 +28,55 @@ ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 _NAME = "SocketProtector"
 _DIES_S = 10.0
+_STOPS_S = 1.0
+#: The state of a listening socket in /proc/net/tcp.
+_LISTENS = "0A"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is protected in a soak, and how."""
+
+    name: str
+    program: str  # what the shell executes; {held}: the folder where it notes what it holds
+    options: tuple[str, ...] = ()
+    listen: str = "127.0.0.1:0"
+    http: bool = False  # it is asked by one HTTP request a connection
+    scales: bool = True  # it loses nothing where a worker of a generation that serves is ended
+
+    @property
+    def accepts(self) -> bool:
+        """Whether its workers accept by themselves."""
+        return "--handoff" in self.options
+
+
+_LISTENER = ("--handoff", "listener", "--ready", "notify")
+_PYTHON = shlex.quote(sys.executable)
+_SCRIPTS = Path(sys.executable).parent
+#: Unmodified servers take some connections in before they leave, unless all that is new comes to
+#: another socket (docs/servers.md): so these are not scaled.
+SERVICES = {
+    each.name: each
+    for each in (
+        Kind("connection", f"{_PYTHON} -m bench.held {{held}}"),
+        Kind("asyncio", f"{_PYTHON} -m bench.listening asyncio {{fd}}", _LISTENER, scales=False),
+        Kind("prefork", f"{_PYTHON} -m bench.listening prefork {{fd}}", _LISTENER, scales=False),
+        Kind(
+            "uvicorn",
+            f"{_SCRIPTS}/uvicorn --log-level warning --fd {{fd}} bench.listening:asgi",
+            _LISTENER,
+            http=True,
+            scales=False,
+        ),
+        Kind(
+            "gunicorn",
+            f"{_SCRIPTS}/gunicorn --log-level warning --workers 2 --threads 4 bench.listening:wsgi",
+            _LISTENER,
+            http=True,
+            scales=False,
+        ),
+    )
+}
 
 
 class Gone(Exception):
@@ -51,14 +100,17 @@ def size_of(pid: int) -> Size:
     return Size(count, resident_kib(pid), int(found[1]) if found else 0)
 
 
-def described(pid: int) -> list[str]:
-    """Return what each descriptor of a process is, sorted by what it is."""
+def open_files(pid: int) -> list[str]:
+    """Return what each descriptor of a process is; nothing if it is gone."""
     found = []
-    for number in os.listdir(f"/proc/{pid}/fd"):
-        try:
-            found.append(f"{os.readlink(f'/proc/{pid}/fd/{number}')} ({number})")
-        except OSError:
-            continue  # closed meanwhile
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+            except OSError:
+                continue  # closed meanwhile
+    except FileNotFoundError:
+        pass
     return sorted(found)
 
 
@@ -95,11 +147,26 @@ def _children(pid: int) -> list[int]:
         return []
 
 
+def _accepted(pid: int) -> frozenset[int]:
+    """Return the ports of the clients that a process holds, which SIGSTOP was sent to."""
+    until_s = time.monotonic() + _STOPS_S
+    while _stat(pid)[0] not in ("T", "Z", "") and time.monotonic() < until_s:
+        time.sleep(0.001)
+    inodes = {each[8:-1] for each in open_files(pid) if each.startswith("socket:[")}
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return frozenset(
+        int(row[2].rpartition(":")[2], 16)
+        for row in rows
+        if row[9] in inodes and row[3] != _LISTENS
+    )
+
+
 class Service:
     """A guarded protector with its releases in a folder, as its log and /proc show it."""
 
-    def __init__(self, folder: Path, options: Sequence[str], workers: int) -> None:
+    def __init__(self, folder: Path, kind: Kind, options: Sequence[str], workers: int) -> None:
         """Lay out the releases; start() starts it."""
+        self.kind = kind
         self.log = folder / "log"
         self.pid_file = folder / "pid"
         self.address = ""
@@ -110,7 +177,7 @@ class Service:
         self.begun = 0  # pid of the protector that has told last that it goes on
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
         self._folder = folder
-        self._options = ("--workers", str(workers), *options)
+        self._options = ("--workers", str(workers), *kind.options, *options)
         self._protector = 0
         self._read = 0
         self._held = folder / "held"
@@ -118,10 +185,8 @@ class Service:
         self._make_releases()
 
     def _make_releases(self) -> None:
-        good = (
-            f"export PYTHONPATH={shlex.quote(str(ROOT))}\n"
-            f"exec {shlex.quote(sys.executable)} -m bench.held {shlex.quote(str(self._held))}\n"
-        )
+        words = self.kind.program.format(held=shlex.quote(str(self._held)), fd='"$1"')
+        good = f"export PYTHONPATH={shlex.quote(str(ROOT))}\nexec {words}\n"
         releases = {
             "good": good,
             "exits": "exit 3\n",
@@ -146,8 +211,9 @@ class Service:
         program = Path(sys.executable).parent / _NAME
         return [
             *(str(program), "--guard", *self._options),
-            *("--pid-file", str(self.pid_file), "--log-file", str(self.log), "127.0.0.1:0"),
-            *("--", str(self._folder / "current" / "daemon")),
+            *("--pid-file", str(self.pid_file), "--log-file", str(self.log)),
+            *(f"web={self.kind.listen}", "--", str(self._folder / "current" / "daemon")),
+            *(["{fd:web}"] if self.kind.accepts else []),
         ]
 
     def start(self) -> None:
@@ -242,6 +308,10 @@ class Service:
             if victim == "guard":  # from now on only the log tells, and it is late
                 self.look()
                 self._protector = self.protector()
+            held: frozenset[int] = frozenset()
+            if victim == "worker" and self.kind.accepts:
+                signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+                held = _accepted(pid)
             before_s = time.monotonic()
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             after_s = time.monotonic()
@@ -256,9 +326,10 @@ class Service:
             raise TimeoutError(f"{victim} {pid} lives {_DIES_S:g} s after SIGKILL")
         if victim == "guard":
             self.guarded = False
-        table = self._held / str(pid)
-        held = held_ports(table) if victim == "worker" else frozenset()
-        table.unlink(missing_ok=True)
+        if victim == "worker" and not self.kind.accepts:
+            table = self._held / str(pid)
+            held = held_ports(table)
+            table.unlink(missing_ok=True)
         return Kill(victim, pid, before_s, after_s, held)
 
     def wait(self, fact: Callable[[], bool], limit_s: float) -> bool:

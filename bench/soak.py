@@ -1,8 +1,10 @@
-"""python -m bench.soak MINUTES: everything at once that may happen to a protected service.
+"""python -m bench.soak MINUTES: everything at once that may happen to protected services.
 
-Load, idle connections, and random reloads, upgrades, kills, scaling, bad releases, stops and
-shortages, from a seed that is printed.  At the end a report; exit status 1 if a connection
-failed that no kill accounts for, if an idle one changed hands, or if anything leaked.
+Two at a time: one whose workers are handed connections, and one whose workers accept by
+themselves, of four kinds one after the other (`--kind`: one alone).  Load, idle connections, and
+random reloads, upgrades, kills, scaling, bad releases, stops and shortages, from a seed that is
+printed.  At the end a report for each; exit status 1 if a connection failed that no kill accounts
+for, if an idle one changed hands, or if anything leaked.
 Then, for as long again, the simulation with seeds of its own (tests/simulation).
 docs/reliability.md says what is promised and how this tests it.
 """
@@ -28,12 +30,14 @@ from bench.figures import machine
 from bench.load import Load
 from bench.seen import KINDS, Failure, Snapshot
 from bench.service import (
+    SERVICES,
     Gone,
+    Kind,
     Service,
     Size,
     become_sub_reaper,
     descendants_now,
-    described,
+    open_files,
     reap,
     size_of,
 )
@@ -89,13 +93,20 @@ class Report:
 class Soak:
     """One run."""
 
-    def __init__(self, service: Service, seed: int, minutes: float, at_once: int, idle: int):
+    def __init__(
+        self, service: Service, seed: int, minutes: float, workers: int, at_once: int, idle: int
+    ) -> None:
         """The service has been started."""
         self.service = service
         self.report = Report(seed, minutes, " ".join(map(str, service.command())))
-        self.torment = Torment(service, seed, WORKERS)
+        self.torment = Torment(service, seed, workers)
+        self._workers = workers
         self.short = Load(
-            service.address, concurrency=at_once, timeout_s=PATIENCE_S, until_eof=True
+            service.address,
+            concurrency=at_once,
+            timeout_s=PATIENCE_S,
+            until_eof=True,
+            http=service.kind.http,
         )
         self.idle = Load(
             service.address,
@@ -168,7 +179,8 @@ class Soak:
             "the last reload did not succeed",
         )
         self.expect(service.wait(self._one_generation, REST_S), "the last reload left old ones")
-        self.expect(len(service.workers()) == WORKERS, f"{len(service.workers())} workers left")
+        left = len(service.workers())
+        self.expect(left == self._workers, f"{left} workers left")
         # It may notice the end of orphans a moment later than we do.
         service.wait(lambda: not self._leaked(), REST_S / 6)
         self.expect(not self._leaked(), f"descriptors left over: {', '.join(self._leaked())}")
@@ -176,7 +188,7 @@ class Soak:
     def _leaked(self) -> list[str]:
         """Return all descriptors of the protector if it has more of them than at the start."""
         first, pid = self.report.sizes[0].protector, self.service.protector()
-        names = described(pid) if pid else []
+        names = open_files(pid) if pid else []
         most = first.descriptors + MORE_DESCRIPTORS if first is not None else 0
         return names if len(names) > most else []
 
@@ -209,7 +221,8 @@ class Soak:
         short, idle = self.short.snapshot(), self.idle.snapshot()
         judged = account(short.failures + idle.failures, self.torment.kills)
         print(
-            f"{now_s - self._begun_s:6.0f} s: {short.connections:,} connections, "
+            f"{self.service.kind.name:10} {now_s - self._begun_s:6.0f} s: "
+            f"{short.connections:,} connections, "
             f"{idle.open_now:,} idle, {len(judged.held)} held by killed workers, "
             f"{len(judged.being_taken) + len(judged.in_hand)} in hand, "
             f"{len(judged.unaccounted)} unaccounted for; "
@@ -250,7 +263,8 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
     wrong = report.wrong
     kills = Counter(kill.victim for kill in torment.kills)
     events = soak.service.events
-    print(f"\nseed {report.seed}, {report.minutes:g} minutes; {machine()}")
+    kind = soak.service.kind.name
+    print(f"\n{kind}: seed {report.seed}, {report.minutes:g} minutes; {machine()}")
     print(f"command: {report.command}")
     print(
         f"\nshort connections: {short.connections:,} answered, p50 "
@@ -323,26 +337,56 @@ def _clean_up(service: Service, torment: Torment | None) -> bool:
     return not left
 
 
-def torment_one(given: argparse.Namespace) -> int:
+def torment_both(given: argparse.Namespace) -> int:
+    """Torment one that is handed connections beside those that accept; return the exit status."""
+    others = [each.name for each in SERVICES.values() if each.accepts]
+    running: list[subprocess.Popen[bytes]] = []
+
+    def start(kind: str, minutes: float, *, at_once: int, idle: int) -> subprocess.Popen[bytes]:
+        words = ("--kind", kind, "--seed", str(given.seed), "--workers", str(given.workers))
+        sizes = ("--at-once", str(at_once), "--idle", str(idle), "--simulated", "0")
+        kept = ("--keep-log", f"{given.keep_log}-{kind}") if given.keep_log is not None else ()
+        command = (sys.executable, "-m", "bench.soak", str(minutes), *words, *sizes, *kept)
+        running.append(subprocess.Popen(command, cwd=ROOT))
+        return running[-1]
+
+    try:
+        start("connection", given.minutes, at_once=given.at_once, idle=given.idle)
+        for kind in others:
+            # They share the machine with the other one, and each costs more than its worker.
+            at_once, idle = max(1, given.at_once // 4), given.idle // 10
+            start(kind, given.minutes / len(others), at_once=at_once, idle=idle).wait()
+        return max(each.wait() for each in running)
+    except KeyboardInterrupt:
+        for each in running:
+            if each.poll() is None:
+                each.send_signal(signal.SIGINT)
+            each.wait()
+        raise
+
+
+def torment_one(given: argparse.Namespace, kind: Kind) -> int:
     """Torment one service; return the exit status."""
     become_sub_reaper()
 
-    print(f"seed {given.seed}", flush=True)
+    print(f"{kind.name}: seed {given.seed}", flush=True)
     settle = random.Random(given.seed).choice(("0", "300ms"))
     options = ("--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle)
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
     os.environ["XDG_RUNTIME_DIR"] = str(folder)  # the control socket goes there, too
-    service = Service(folder, options, WORKERS)
+    service = Service(folder, kind, options, given.workers)
     soak: Soak | None = None
     clean = False
     try:
         service.start()
-        soak = Soak(service, given.seed, given.minutes, given.at_once, given.idle)
-        short, idle = soak.run()
+        # One HTTP request a connection: nobody is idle there.
+        idle = 0 if kind.http else given.idle
+        soak = Soak(service, given.seed, given.minutes, given.workers, given.at_once, idle)
+        seen = soak.run()
         clean = service.end(STOP_S)
         soak.expect(clean, f"it did not end within {STOP_S:g} s of TERM")
         soak.expect(not service.pid_file.exists(), "the pid file was left behind")
-        return 0 if show(soak, short, idle) else 1
+        return 0 if show(soak, *seen) else 1
     except KeyboardInterrupt:
         print("interrupted; everything that was started is being stopped")
         return INTERRUPTED
@@ -371,6 +415,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--at-once", type=int, default=64, help="short connections")
     parser.add_argument("--idle", type=int, default=2000, help="long-lived connections")
+    parser.add_argument("--kind", choices=SERVICES, help="this one alone, for all of the time")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="of each service")
     parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
     parser.add_argument("--simulated", type=float, help="minutes of the simulation; 0: none")
     given = parser.parse_args()
@@ -383,7 +429,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     minutes = given.minutes if given.simulated is None else given.simulated
     try:
-        status = torment_one(given)
+        kind = SERVICES.get(given.kind)
+        status = torment_one(given, kind) if kind is not None else torment_both(given)
         if status in (0, 1) and minutes > 0:
             status = max(status, simulate(given.seed, minutes))
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ from bench.service import Gone, Service, reap
 #: Between two actions; short ones so that they meet each other half done.
 PAUSES_S = (0.0, 0.02, 0.1, 0.5, 1.0, 2.0)
 FEWEST_WORKERS = 1
-MOST_WORKERS = 4
 _TURN_S = 0.02
 
 
@@ -33,6 +32,7 @@ class Torment:
         self._service = service
         self._random = random.Random(seed)
         self._workers = self._workers_at_start = workers
+        self._most_workers = workers + 2
         self._undo: list[tuple[float, Callable[[], None]]] = []
         self._actions: dict[Callable[[], str], int] = {
             self._reload: 6,
@@ -45,6 +45,8 @@ class Torment:
             self._stop_protector: 2,
             self._few_descriptors: 1,
         }
+        if not service.kind.scales:
+            del self._actions[self._scale]
 
     def run(self, until_s: float, each_turn: Callable[[], None]) -> None:
         """Act until then.  Raises Gone when there is no service any more."""
@@ -82,7 +84,7 @@ class Torment:
     def restore_workers(self) -> None:
         """Bring the number of workers back to what it was at the start."""
         service = self._service
-        for _ in range(2 * MOST_WORKERS):
+        for _ in range(2 * self._most_workers):
             serving = [g for g in service.workers().values() if g == service.serving]
             if len(serving) == self._workers_at_start:
                 return
@@ -153,7 +155,7 @@ class Torment:
         up = self._random.random() < 0.5
         if self._workers <= FEWEST_WORKERS:
             up = True
-        elif self._workers >= MOST_WORKERS:
+        elif self._workers >= self._most_workers:
             up = False
         self._workers += 1 if up else -1
         self._service.send(signal.SIGTTIN if up else signal.SIGTTOU)

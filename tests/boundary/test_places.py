@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from socketprotector import places
+from tests.rounds import rounds
 
 TEXT = '''# a comment with = and [brackets]
 a = 1 # one
@@ -114,6 +115,7 @@ def written(value: Any) -> str:
     return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 
+@settings(max_examples=rounds(30, 500), deadline=None)
 @given(st.dictionaries(text | marks, values, max_size=5), st.dictionaries(text, values, max_size=4))
 def test_whatever_tomllib_reads_has_a_line_with_it(
     top: dict[str, Any], table: dict[str, Any]

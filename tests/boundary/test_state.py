@@ -16,6 +16,7 @@ from socketprotector import heritage, state
 from socketprotector.heritage import CODEC
 from socketprotector.records import CLASSES, Snapshot
 from socketprotector.state import Codec, StateError, StateFile
+from tests.rounds import rounds
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
@@ -36,13 +37,13 @@ def file() -> Iterator[StateFile]:
 # --- values -------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(snapshots)
 def test_a_snapshot_comes_back_as_it_was(snapshot: Snapshot) -> None:
     assert CODEC.decode(CODEC.encode(snapshot)) == snapshot
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(values)
 def test_every_class_of_it_comes_back_as_it_was(value: object) -> None:
     again = CODEC.decode(CODEC.encode(value))
@@ -103,7 +104,7 @@ def test_what_is_no_state_is_refused_in_words(written: bytes) -> None:
         Codec([Thing, Colour]).decode(written)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=rounds(20, 400), deadline=None)
 @given(
     st.recursive(
         st.none() | st.integers() | texts,

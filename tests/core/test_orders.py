@@ -27,6 +27,7 @@ from socketprotector.events import (
 )
 from socketprotector.fleet import Phase, Policy
 from tests.core.world import DIED, World
+from tests.rounds import rounds
 
 POLICIES = [
     Policy(),
@@ -45,7 +46,7 @@ POLICIES = [
 ROUNDS = 12
 
 #: All orders of so many events after the first READY are tried.
-DEPTH = 5
+DEPTH = rounds(4, 6)
 #: Without a size of its own a list has five elements on average: too few to get anywhere.
 choices = st.integers(0, 60).flatmap(
     lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)
@@ -61,13 +62,13 @@ def live_through(world: World, orders: list[int]) -> None:
         world.take(event)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=rounds(100, 2000), deadline=None)
 @given(worlds, choices)
 def test_the_promises_hold_after_every_event_in_any_order(world: World, orders: list[int]) -> None:
     live_through(world, [0, *orders])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=rounds(50, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_quick_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
     live_through(world, orders)
@@ -79,7 +80,7 @@ def test_a_quick_stop_ends_whatever_came_before_it(world: World, orders: list[in
     assert world.exited
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=rounds(50, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_graceful_stop_ends_whatever_came_before_it(world: World, orders: list[int]) -> None:
     live_through(world, orders)
@@ -91,7 +92,7 @@ def test_a_graceful_stop_ends_whatever_came_before_it(world: World, orders: list
     assert world.exited
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=rounds(50, 1000), deadline=None)
 @given(worlds, choices)
 def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
     world: World, orders: list[int]

@@ -20,6 +20,7 @@ from socketprotector.requests import (
     parse,
     refusal,
 )
+from tests.rounds import rounds
 
 NUMBERS = st.integers(1, 2**31)
 #: Command -> arguments that it takes.
@@ -58,7 +59,9 @@ NEARLY = st.dictionaries(
     st.sampled_from(("v", "id", "command", "to", "by", "seconds", "pid", "generation", "quick")),
     WILD | st.sampled_from((1, *COMMANDS)),
 )
-many = examples(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+many = examples(
+    max_examples=rounds(50, 1000), deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def line(**fields: Any) -> bytes:

@@ -41,6 +41,7 @@ from socketprotector.lifecycle import decide, resume
 from tests.core.conftest import Story
 from tests.core.test_orders import POLICIES, ROUNDS
 from tests.core.world import World, check_step
+from tests.rounds import rounds
 
 KILLED = "the protector was killed while it was being started"
 
@@ -164,7 +165,7 @@ def live_through(world: KilledWorld, orders: list[tuple[int, int | None]]) -> No
             world.take_and_die(event, at)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=rounds(60, 1000), deadline=None)
 @given(worlds, choices)
 def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
     world: KilledWorld, orders: list[tuple[int, int | None]]
@@ -172,7 +173,7 @@ def test_the_promises_hold_when_the_protector_is_killed_between_any_two_actions(
     live_through(world, [(0, None), *orders])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=rounds(40, 1000), deadline=None)
 @given(worlds, choices)
 def test_a_stop_ends_everything_however_often_the_protector_is_killed(
     world: KilledWorld, orders: list[tuple[int, int | None]]
@@ -188,7 +189,7 @@ def test_a_stop_ends_everything_however_often_the_protector_is_killed(
     assert world.exited
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=rounds(40, 1000), deadline=None)
 @given(worlds, choices)
 def test_to_resume_twice_is_to_resume_once(
     world: KilledWorld, orders: list[tuple[int, int | None]]

@@ -19,6 +19,7 @@ from socketprotector.settings import (
     dump,
     load,
 )
+from tests.rounds import rounds
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(
@@ -51,7 +52,7 @@ whole = st.builds(
 PLAIN = Settings(name="web", command=("./web",), directory="/srv")
 
 
-@examples(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(max_examples=rounds(50, 1000), deadline=None, suppress_health_check=list(HealthCheck))
 @given(whole)
 def test_settings_come_back_as_they_were(settings: Settings) -> None:
     assert load(dump(settings)) == settings

@@ -15,6 +15,7 @@ import pytest
 
 from tests.frameworks.asking import Client, Load, ask_once
 from tests.frameworks.test_frameworks import PATH, port_of
+from tests.rounds import rounds
 from tests.running import Protector
 
 RUN = (sys.executable, "-m", "socketprotector_client.run")
@@ -193,14 +194,14 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
 @pytest.mark.timeout(300)
 @needs_both
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
-def test_with_the_listeners_themselves_it_is_reloaded_under_load_twenty_times(
+def test_with_the_listeners_themselves_it_is_reloaded_under_load(
     protector: Callable[..., Protector], app: str
 ) -> None:
     daemon = protector(*LISTENER, "127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
 
     with Load(("127.0.0.1", daemon.port)) as load:
         load.wait_for(30)
-        for _ in range(20):
+        for _ in range(rounds(4, 20)):
             daemon.reload()
             load.wait_for(30)
 

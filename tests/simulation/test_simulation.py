@@ -17,8 +17,8 @@ from tests.rounds import rounds
 
 ROOT = Path(__file__).parents[2]
 REGRESSIONS = Path(__file__).with_name("regressions.txt")
-PARTS = 4
-STEPS = rounds(25_000, 500_000)
+PARTS = rounds(2, 4)
+STEPS = rounds(60_000, 500_000)
 
 
 def simulate(*arguments: str) -> str:

@@ -1,18 +1,30 @@
 """Tell the protector (or systemd, where there is none) how this process is doing.
 
-One datagram to NOTIFY_SOCKET, sent with MSG_DONTWAIT: news are never worth
-blocking for, nor failing for, so a full or vanished receiver changes nothing.
+Datagrams to NOTIFY_SOCKET, whose queue has room for a few (net.unix.max_dgram_qlen, 10) until the
+receiver reads on.  News are never worth blocking for, nor failing for; but what found no room
+must not be lost either, because most of it is said once: without READY=1 a start has failed.
+So a thread waits for room in the caller's place, and ends when nothing waits.
 
-Source: man 3 sd_notify.
+One connected socket is kept for life: it gets WATCHDOG=1 out when no descriptor is left, and when
+the path was removed or cannot be seen any more (chroot).
+
+Source: man 3 sd_notify; unix(7).
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
 import os
 import socket
+from typing import Dict, Optional, Sequence, Tuple
 
 from . import wire
-from .system import Socket
+from .system import Socket, allocate_lock, start_thread
+
+#: As when nobody has connected yet: whoever was there is gone, and maybe another one came.
+_GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 
 def notify(*lines: str, **fields: object) -> bool:
@@ -20,23 +32,126 @@ def notify(*lines: str, **fields: object) -> bool:
 
     All of them travel in one datagram.  Never blocks and never raises because
     of the receiver.  Returns True if the datagram was handed to the kernel,
-    False if there is no NOTIFY_SOCKET or nobody takes it now.
+    False if there is no NOTIFY_SOCKET, nobody takes it, or there is no room now: then it is sent
+    as soon as there is, unless the same names have been given other values by then.
     """
     address = os.environ.get(wire.ENV_NOTIFY, "")
     if not address.startswith(("/", "@")):
         return False
-    if address[0] == "@":
-        address = "\0" + address[1:]
     words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
     # A line end within a value would be read as the next assignment.
-    message = "\n".join(" ".join(word.splitlines()) for word in words)
-    try:
-        with Socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
-            line.sendto(
-                message.encode("utf-8", "replace"),
-                socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
-                address,
-            )
-    except OSError:
+    return _teller(address).tell([" ".join(word.splitlines()) for word in words])
+
+
+def release() -> None:
+    """Close the socket; the next message opens another one."""
+    if _current is not None:
+        _current.close()
+
+
+class _Teller:
+    """The way to one address, for one process."""
+
+    def __init__(self, address: str, line: Optional[socket.socket] = None) -> None:
+        """line: connected to the address before this process was forked."""
+        self.address = address
+        self.pid = os.getpid()
+        self.line = line
+        self._lock = allocate_lock()
+        self._waiting: Dict[Tuple[str, ...], bytes] = {}  # names -> message, oldest first
+        self._has_thread = False
+
+    def close(self) -> None:
+        """Let go of the descriptor, unless something waits that is to go that way."""
+        with self._lock:
+            if self.line is not None and not self._has_thread:
+                atexit.unregister(self.line.detach)
+                self.line.close()
+                self.line = None
+
+    def tell(self, words: Sequence[str]) -> bool:
+        """Send a message now, else later; return whether it was sent."""
+        message = "\n".join(words).encode("utf-8", "replace")
+        with self._lock:
+            if not self._waiting:
+                try:
+                    self._send(message, socket.MSG_DONTWAIT)
+                except OSError as error:
+                    if error.errno not in _FULL:
+                        return False
+                else:
+                    return True
+            # Behind what waits already, and in the place of what it makes out of date.
+            names = tuple(word.partition("=")[0] for word in words)
+            self._waiting.pop(names, None)
+            self._waiting[names] = message
+            if not self._has_thread:
+                self._has_thread = self._begin_to_wait()
         return False
-    return True
+
+    def _begin_to_wait(self) -> bool:
+        try:
+            start_thread(self._send_waiting, ())
+        except RuntimeError:
+            return False  # no more threads: the next message tries again
+        return True
+
+    def _send_waiting(self) -> None:
+        """In a thread: send all that waits, one after the other, waiting for room."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._has_thread = False
+                    return
+                names, message = next(iter(self._waiting.items()))
+            try:
+                self._send(message, 0)
+            except OSError:
+                pass  # nobody is there any more
+            with self._lock:
+                if self._waiting.get(names) is message:
+                    del self._waiting[names]
+
+    def _send(self, message: bytes, flags: int) -> None:
+        """Send it, connecting anew where the receiver was replaced.  Raises OSError."""
+        flags |= socket.MSG_NOSIGNAL
+        if self.line is not None:
+            try:
+                self.line.send(message, flags)
+            except OSError as error:
+                if error.errno not in _GONE:
+                    raise
+            else:
+                return
+        self._connect().send(message, flags)
+
+    def _connect(self) -> socket.socket:
+        line = Socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            name = self.address
+            line.connect("\0" + name[1:] if name[0] == "@" else name)
+        except BaseException:
+            line.close()
+            raise
+        # As with the channel: closing is the kernel's job, and warning of it at exit nobody's.
+        atexit.register(line.detach)
+        if self.line is not None:
+            atexit.unregister(self.line.detach)
+            self.line.close()
+        self.line = line
+        return line
+
+
+_current: Optional[_Teller] = None
+
+
+def _teller(address: str) -> _Teller:
+    """Return this process's own: what a parent's thread waits to send is not the child's."""
+    global _current
+    known = _current
+    if known is None or known.address != address:
+        release()
+        known = _current = _Teller(address)
+    elif known.pid != os.getpid():
+        known = _current = _Teller(address, known.line)
+    return known

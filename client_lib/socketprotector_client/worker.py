@@ -135,6 +135,7 @@ class Worker:
     def ready(self, *, retires: bool = True) -> None:
         """Say READY=1, the first time; later calls do nothing.
 
+        Where the protector has not read on for a while it is heard once it does: see notify().
         retires: whether this worker leaves when its RETURN line ends.
         """
         with self._lock:

@@ -158,7 +158,7 @@ class Adapter:
                     return 0
             self.spawn()
             if self.connected():
-                self.say(b"READY=1\n" + wire.RETIRES_ON_RETURN.encode())
+                self.say(b"READY=1\n" + wire.RETIRES_ON_RETURN.encode(), wait=True)
                 self.due = time.monotonic() if self.watchdog_s else None
                 self.serve()
             return self.status()
@@ -395,13 +395,13 @@ class Adapter:
         self.line = None
         self.leaving = True
 
-    def say(self, text: bytes) -> None:
-        """Tell the protector.  One that is gone is nothing to fail for."""
+    def say(self, text: bytes, *, wait: bool = False) -> None:
+        """Tell the protector.  One that is gone is nothing to fail for; wait: for room."""
         address = self.address.encode("utf-8", "surrogateescape")
         if address:
             address = b"\0" + address[1:] if address[:1] == b"@" else address
             try:
-                self.notify.sendto(text, socket.MSG_DONTWAIT, address)
+                self.notify.sendto(text, 0 if wait else socket.MSG_DONTWAIT, address)
             except OSError:
                 pass
 

@@ -225,27 +225,46 @@ static inline int sp__notify_open(struct sp_worker *sp)
     sp->notify_bytes = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length + (*name == '/'));
     if (*name == '@')
         to->sun_path[0] = '\0';
-    /* Kept for life: WATCHDOG=1 must get through when there are no descriptors left. */
+    /* Kept for life: WATCHDOG=1 must get through when there are no descriptors left.  Connected, so that
+     * it does when the path cannot be seen any more (chroot).  Nobody there now: sp__tell tries again. */
     sp->notify = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    if (sp->notify >= 0)
+        connect(sp->notify, (struct sockaddr *)to, sp->notify_bytes);
     return sp->notify < 0 ? -1 : 0;
 }
 
-/* Sends lines such as "STATUS=warm", separated by '\n', in one datagram.  Never blocks, raises no
- * SIGPIPE.  Returns 0 if it was sent or nobody wants to be told, -1 if nobody takes it now (EAGAIN,
- * ECONNREFUSED, ENOENT: sendto(2)), which is nothing to fail for. */
-static inline int sp_notify(struct sp_worker *sp, const char *lines)
+static inline int sp__tell(struct sp_worker *sp, const char *lines, int flags)
 {
-    if (sp->notify < 0)
+    if (sp->notify < 0 || send(sp->notify, lines, strlen(lines), flags | MSG_NOSIGNAL) >= 0)
         return 0;
-    return sendto(sp->notify, lines, strlen(lines), MSG_DONTWAIT | MSG_NOSIGNAL,
-                  (struct sockaddr *)&sp->notify_address, sp->notify_bytes) < 0 ? -1 : 0;
+    /* Whoever was there is gone, and maybe another one came in that place. */
+    if ((errno != ECONNREFUSED && errno != ENOTCONN && errno != ECONNRESET)
+        || connect(sp->notify, (struct sockaddr *)&sp->notify_address, sp->notify_bytes) < 0)
+        return -1;
+    return send(sp->notify, lines, strlen(lines), flags | MSG_NOSIGNAL) < 0 ? -1 : 0;
 }
 
-/* Says READY=1, and that this worker leaves when its RETURN line ends.  Returns as sp_notify does. */
+/* Sends lines such as "STATUS=warm", separated by '\n', in one datagram.  Never blocks, raises no
+ * SIGPIPE.  Returns 0 if it was sent or nobody wants to be told, -1 if nobody takes it now: EAGAIN, when
+ * the receiver has ten messages to read (say it again later, if it matters: EXTEND_TIMEOUT_USEC does),
+ * ECONNREFUSED, ENOENT (sendto(2)), which is nothing to fail for. */
+static inline int sp_notify(struct sp_worker *sp, const char *lines)
+{
+    return sp__tell(sp, lines, MSG_DONTWAIT);
+}
+
+/* Says READY=1, and that this worker leaves when its RETURN line ends.  Waits until there is room for
+ * it: who is not heard was started in vain, and is killed after --start-timeout.  Returns as sp_notify
+ * does, but never -1 with EAGAIN. */
 static inline int sp_ready(struct sp_worker *sp)
 {
     /* In one datagram: the protector must know both before it relies on one. */
-    return sp_notify(sp, sp->return_line < 0 ? "READY=1" : "READY=1\nX_SOCKETPROTECTOR_RETIRE=1");
+    const char *lines = sp->return_line < 0 ? "READY=1" : "READY=1\nX_SOCKETPROTECTOR_RETIRE=1";
+    int result;
+    do
+        result = sp__tell(sp, lines, 0);
+    while (result < 0 && errno == EINTR);
+    return result;
 }
 
 /* Says WATCHDOG=1, where there is one and it is time to.  Cheap: call it whenever the loop turns. */

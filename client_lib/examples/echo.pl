@@ -57,7 +57,8 @@ sub notify {
     my $address = pack_sockaddr_un($name);
     # Perl pads the address with NULs, and in an abstract name each of them counts.
     $address = substr $address, 0, 2 + length $name if $name =~ /^\0/;
-    send $line, $lines, MSG_DONTWAIT_ | MSG_NOSIGNAL_, $address;
+    # Waits for room, which the protector makes as it reads: READY=1 is not said twice.
+    1 until defined send($line, $lines, MSG_NOSIGNAL_, $address) || $! != EINTR;
 }
 
 sub inherited {

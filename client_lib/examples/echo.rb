@@ -31,9 +31,11 @@ end
 
 def notify(lines)
   name = ENV['NOTIFY_SOCKET'] or return
-  # Addrinfo.unix keeps an abstract name's length.
   Socket.open(:UNIX, :DGRAM) do |line|
-    line.sendmsg_nonblock(lines, Socket::MSG_NOSIGNAL, Addrinfo.unix(name.sub(/\A@/, "\0")))
+    # Addrinfo.unix keeps an abstract name's length.  Connected, it can be waited for: Ruby's sendmsg
+    # waits for room, which the protector makes as it reads.  READY=1 is not said twice.
+    line.connect(Addrinfo.unix(name.sub(/\A@/, "\0")))
+    line.sendmsg(lines, Socket::MSG_NOSIGNAL)
   end
 rescue SystemCallError
   nil # news are nothing to fail for

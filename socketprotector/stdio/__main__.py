@@ -73,7 +73,8 @@ def run(words: list[str]) -> int:
         board=Board(environ.get(wire.ENV_SCOREBOARD, "")),
         word_every_s=int(usec) / 2_000_000 if usec.isdecimal() else 0.0,
     )
-    notifier.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}")
+    # Who is not heard is killed after --start-timeout, so there is nothing better to do meanwhile.
+    notifier.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}", wait=True)
     pool.run()
     return 0
 

@@ -253,12 +253,13 @@ class Pool:
 
     def _timers(self, now: float) -> None:
         if now >= self._word_at:
-            self._notifier.tell("WATCHDOG=1")
+            self._notifier.tell("WATCHDOG=1")  # lost for once at most: half the time is left
             self._word_at = now + self._word_every_s
         if now >= self._status_at:
             self._status_at = _NEVER
             count = len(self._programs)
-            self._notifier.tell(f"STATUS={count} of {self._places} programs run")
+            if self._notifier.tell(f"STATUS={count} of {self._places} programs run"):
+                self._status_due()
         if now >= self._look_at:
             self._look_at = _NEVER
             self._programs.look()

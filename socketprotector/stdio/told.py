@@ -6,6 +6,7 @@ Nothing here fails: news are not worth a program.  Source: docs/protocol.md.
 from __future__ import annotations
 
 import _socket as socket
+import errno
 import mmap
 import os
 import time
@@ -13,6 +14,7 @@ import time
 from socketprotector_client import wire
 
 NAME = "socketprotector-stdio"
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 _LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
 _STATE, _ACCEPTED = wire.BOARD_STATE, wire.BOARD_ACCEPTED
 _ACTIVE, _ERRORS, _WAITS = wire.BOARD_ACTIVE, wire.BOARD_ERRORS, wire.BOARD_WAITS
@@ -34,13 +36,19 @@ class Notifier:
         self._address = "\0" + address[1:] if address[:1] == "@" else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
 
-    def tell(self, text: str) -> None:
-        if self._socket is not None:
-            flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            try:
-                self._socket.sendto(text.encode(), flags, self._address)
-            except OSError:
-                pass
+    def tell(self, text: str, *, wait: bool = False) -> bool:
+        """Say it; return whether it is worth saying again: there was no room.
+
+        wait: for room instead, as long as it takes.
+        """
+        if self._socket is None:
+            return False
+        flags = socket.MSG_NOSIGNAL if wait else socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+        try:
+            self._socket.sendto(text.encode(), flags, self._address)
+        except OSError as error:
+            return error.errno in _FULL
+        return False
 
 
 class Board:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from socketprotector_client import wire
 
 from bench.load import Load
 from bench.seen import Snapshot
@@ -77,6 +78,15 @@ def test_reloads_under_load_fail_nothing(protect: Start, program: tuple[str, ...
             load.wait_for(partial(answered_by, new))
 
     assert load.snapshot().failures == ()
+
+
+@in_every_language
+def test_ready_is_heard_though_there_was_no_room_for_it(
+    channel: Channel, program: tuple[str, ...]
+) -> None:
+    worker = channel.starts_unheard(*program)
+
+    assert sorted(worker.ready_lines) == sorted(["READY=1", wire.RETIRES_ON_RETURN])
 
 
 def answered_by(pids: set[int], now: Snapshot) -> bool:

@@ -173,6 +173,26 @@ class Protector:
         self.workers.append(Worker(process, ours))
         return self.workers[-1]
 
+    def fill(self) -> None:
+        """Leave no room for what workers say."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
+            one.connect(self.notify.getsockname())
+            try:
+                while True:
+                    one.send(b"STATUS=full", socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass
+
+    def starts_unheard(self, *command: str | Path, env: dict[str, str] | None = None) -> Worker:
+        """Start one that finds no room when it says READY=1; there is some once it has tried to."""
+        self.fill()
+        worker = self.spawn(*command, env=env)
+        client = self.connect()
+        client.send("x")  # answered by one that goes on without having been heard
+        until(lambda: client.has_answer() or waits_for_room(worker.pid), "it has spoken")
+        self.wait_ready(worker)
+        return worker
+
     def wait_ready(self, worker: Worker) -> None:
         pidfd = os.pidfd_open(worker.pid)
         try:
@@ -272,6 +292,13 @@ def name(listener: socket.socket) -> str:
     """The name of a listener as workers are told it."""
     address = listener.getsockname()
     return f"unix:{address}" if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
+
+
+def waits_for_room(pid: int) -> bool:
+    """Whether a thread of this process sleeps until somebody reads what it has sent."""
+    places = ("unix_wait_for_peer", "poll_schedule_timeout")
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return any((task / "wchan").read_text().startswith(places) for task in tasks)
 
 
 def until(fact: Callable[[], bool], what: str) -> None:

@@ -50,6 +50,13 @@ def test_the_child_is_ready_when_it_has_connected_and_serves(legacy: Legacy) -> 
     assert legacy.log == ""
 
 
+def test_ready_is_heard_though_there_was_no_room_for_it(legacy: Legacy) -> None:
+    command = ("setsid", *ADAPTER, *legacy.command())
+    worker = legacy.channel.starts_unheard(*command, env=legacy.environment)
+
+    assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
+
+
 def test_a_child_that_never_connects_is_never_ready(legacy: Legacy) -> None:
     worker = legacy.spawn(*legacy.command("never"))
     pid_after("started", worker)

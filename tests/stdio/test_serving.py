@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from socketprotector_client import wire
 
 from socketprotector.ctl.client import Client
 from tests.client.protector import Protector as Given
@@ -279,6 +280,12 @@ def test_it_says_how_many_run(given: Given) -> None:
     given.end_channel()
     with_answer.close()
     assert worker.wait() == 0
+
+
+def test_ready_is_heard_though_there_was_no_room_for_it(given: Given) -> None:
+    worker = given.starts_unheard(*pool(1, "cat"))
+
+    assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
 
 
 def test_it_says_that_it_is_alive_if_asked(given: Given) -> None:

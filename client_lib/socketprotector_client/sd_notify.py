@@ -19,7 +19,7 @@ import os
 import socket
 from typing import Dict, Optional, Sequence, Tuple
 
-from . import wire
+from . import forking, wire
 from .system import Socket, allocate_lock, start_thread
 
 #: As when nobody has connected yet: whoever was there is gone, and maybe another one came.
@@ -50,16 +50,23 @@ def release() -> None:
 
 
 class _Teller:
-    """The way to one address, for one process."""
+    """The way to one address."""
 
-    def __init__(self, address: str, line: Optional[socket.socket] = None) -> None:
-        """line: connected to the address before this process was forked."""
+    def __init__(self, address: str) -> None:
         self.address = address
-        self.pid = os.getpid()
-        self.line = line
+        self.line: Optional[socket.socket] = None
+        self._begin()
+        forking.register(self)
+
+    def _begin(self) -> None:
         self._lock = allocate_lock()
         self._waiting: Dict[Tuple[str, ...], bytes] = {}  # names -> message, oldest first
         self._has_thread = False
+
+    def after_fork_in_child(self) -> None:
+        # What the parent waits to send, and its thread, are not the child's.
+        self._begin()
+        self.close()
 
     def close(self) -> None:
         """Let go of the descriptor, unless something waits that is to go that way."""
@@ -146,12 +153,9 @@ _current: Optional[_Teller] = None
 
 
 def _teller(address: str) -> _Teller:
-    """Return this process's own: what a parent's thread waits to send is not the child's."""
     global _current
     known = _current
     if known is None or known.address != address:
         release()
         known = _current = _Teller(address)
-    elif known.pid != os.getpid():
-        known = _current = _Teller(address, known.line)
     return known

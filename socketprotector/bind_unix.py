@@ -5,6 +5,7 @@ Source: unix(7), bind(2).
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -15,6 +16,9 @@ from .address import Listen, gid_of, uid_of
 from .errors import SystemRefused
 from .folder import locked
 from .settings import ListenerSettings
+
+#: Of linux/fcntl.h.
+_AT_EMPTY_PATH = 0x1000
 
 
 def bind_unix(
@@ -90,10 +94,20 @@ def _give(path: str, listen: Listen) -> os.stat_result:
         if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
             raise OSError(errno.EEXIST, "somebody else has put a file there")
         if (uid, gid) != (-1, -1):
-            os.chown(f"/proc/self/fd/{fd}", uid, gid)
+            _chown(fd, uid, gid)
         return found
     finally:
         os.close(fd)
+
+
+def _chown(fd: int, uid: int, gid: int) -> None:
+    """Change what an O_PATH descriptor stands for; os.chown() takes none, and /proc may be missing.
+
+    Source: fchownat(2), AT_EMPTY_PATH.
+    """
+    if ctypes.CDLL(None, use_errno=True).fchownat(fd, b"", uid, gid, _AT_EMPTY_PATH):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _is_stale(path: str) -> bool:

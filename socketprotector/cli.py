@@ -17,7 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, handoff, options
+from . import __version__, activation, checks, door, handoff, options, process
 from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
@@ -381,7 +381,7 @@ class _Reading:
             nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             limits=tuple(limits.items()),
             nice=nice,
-            batch=os.sched_getscheduler(0) == os.SCHED_BATCH,
+            batch=process.scheduler() == os.SCHED_BATCH,
             environment=tuple(self._table("env").items()),
             env_file=self._path("env_file"),
             pid_file=self._path("pid_file"),
@@ -416,6 +416,7 @@ def _as_one(listen: Listen, mode: str) -> Listen:
 def _launch(asked: Asked) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings = asked.settings
+    checks.kernel()
     checks.pid_file(settings.pid_file)
     checks.log_file(settings.log_file)
     notices: list[str] = []

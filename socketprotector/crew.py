@@ -128,6 +128,7 @@ class Crew:
         self._guarded = settings.guarded  # somebody tells how workers ended that we adopted
         if settings.worker_limits.any:
             loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
+        self._blind = False  # no worker's memory can be looked at, and that was said
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
 
     def settings_are(self, settings: Settings) -> None:
@@ -367,6 +368,8 @@ class Crew:
 
     def _look_at_limits(self) -> None:
         """Replace whoever has done enough."""
+        if self._settings.worker_limits.memory_bytes and not self._blind:
+            self._blind = self._cannot_look()
         for number, worker in tuple(self._workers.items()):
             if worker.ready_at is None or worker.told_to_go:
                 continue
@@ -381,6 +384,21 @@ class Crew:
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
         self._loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
+
+    def _cannot_look(self) -> bool:
+        """Say it where the memory of a worker is hidden from us, as by hidepid of proc(5)."""
+        for number, worker in self._workers.items():
+            process = worker.process
+            if limits.resident_bytes(process.pid) is None and not process.has_ended():
+                self._log.write(
+                    "warning",
+                    "cannot-look",
+                    worker=number,
+                    error=f"/proc/{process.pid} is not there or closed to us",
+                    hint="--max-memory replaces nobody whose memory is not known",
+                )
+                return True
+        return False
 
     def _start(self, number: int, slot: int, generation: int, home: Home) -> _Worker:
         """Start the process with all it needs; nothing is left of it when that raises."""

@@ -40,7 +40,9 @@ NAMES_BYTES = 120 * 1024
 #: Stands for a number in between that is nobody's.
 NOBODY = "sp.none"
 _OURS = "sp."
-_VARIABLES = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
+#: The variable that says which process they are for.
+PID = "LISTEN_PID"
+_VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
 def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
@@ -55,7 +57,7 @@ def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
     ]
     for place, fd in enumerate(high, FIRST):
         os.dup2(fd, place, inheritable=True)
-    return {"LISTEN_PID": str(os.getpid()), **names(descriptors)}
+    return {PID: str(os.getpid()), **names(descriptors)}
 
 
 def names(descriptors: Iterable[str]) -> dict[str, str]:
@@ -86,7 +88,7 @@ def left_in_place(descriptors: Mapping[str, int]) -> Iterator[dict[str, str]]:
     try:
         for fd in by_number:
             os.set_inheritable(fd, True)
-        yield {"LISTEN_PID": str(os.getpid()), **variables}
+        yield {PID: str(os.getpid()), **variables}
     finally:
         for fd in by_number:
             os.set_inheritable(fd, False)
@@ -130,14 +132,14 @@ def enter() -> dict[str, int]:
 
 def is_ours() -> bool:
     """Whether descriptors were left for this very process, our settings among them."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    if os.environ.get(PID) != str(os.getpid()):
         return False
     return SETTINGS in _listed(os.environ.get("LISTEN_FDNAMES", ""))
 
 
 def is_for_reader() -> bool:
     """Whether this process is to read a configuration again."""
-    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+    if os.environ.get(PID) != str(os.getpid()):
         return False
     return not {READER, READER_DRY}.isdisjoint(_listed(os.environ.get("LISTEN_FDNAMES", "")))
 

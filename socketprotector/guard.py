@@ -6,7 +6,9 @@ process, passes signals on, and adopts and reaps what the protector leaves when 
 
 Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
 
-    python guard.py [--json] COMMAND...   (descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES)
+    python guard.py [--json] [--pid-file=FILE] COMMAND...
+
+with descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ NAME = "SocketProtector"
 #: The way to syslog, where that is where lines go.
 RELAY = "sp.relay.write"
 PID_FILE = "sp.pidfile"
+#: Where that is: /proc, which could tell, is not mounted everywhere.
+PID_FILE_OPTION = "--pid-file="
 #: As in door.py: what is too long for the environment is in a memfd at this number.
 NAMES = "sp.names."
 NAMES_BYTES = 120 * 1024
@@ -58,10 +62,16 @@ _NO_SIGNALS: tuple[int, ...] = ()
 class Guard:
     """Keeps descriptors by name, and one protector running."""
 
-    def __init__(self, command: list[str], store: dict[str, int], *, json: bool = False) -> None:
-        """Take ownership of the descriptors in the store.  json: the form of log lines."""
+    def __init__(
+        self, command: list[str], store: dict[str, int], *, json: bool = False, pid_file: str = ""
+    ) -> None:
+        """Take ownership of the descriptors in the store.
+
+        json: the form of log lines.  pid_file: where the one is whose lock is in the store.
+        """
         self.command = command
         self.json = json
+        self.pid_file = pid_file
         self.store = store
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
@@ -222,11 +232,10 @@ class Guard:
     def give_up(self, why: str, status: int) -> None:
         """Leave nothing behind that says we are here, and exit."""
         self.log("guard-gives-up", protector=why)
-        lock = self.store.get(PID_FILE, -1)
         try:
-            path = os.readlink(f"/proc/self/fd/{lock}")
-            if os.path.samestat(os.lstat(path), os.fstat(lock)):
-                os.unlink(path)
+            lock = os.fstat(self.store.get(PID_FILE, -1))
+            if os.path.samestat(os.lstat(self.pid_file), lock):
+                os.unlink(self.pid_file)
         except OSError:
             pass  # there is none, or another's in its place
         sys.exit(status)
@@ -370,8 +379,13 @@ def noted(number: int, frame: object) -> None:
 
 
 def main() -> None:
-    json = sys.argv[1:2] == ["--json"]
-    command = sys.argv[2:] if json else sys.argv[1:]
+    command = sys.argv[1:]
+    json = command[:1] == ["--json"]
+    if json:
+        command = command[1:]
+    pid_file = ""
+    if command and command[0].startswith(PID_FILE_OPTION):
+        pid_file = command.pop(0).removeprefix(PID_FILE_OPTION)
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.pop("LISTEN_FDNAMES", "")
     if names.startswith(NAMES):
@@ -381,9 +395,12 @@ def main() -> None:
     store = dict(zip(names.split(":"), range(_FIRST_FD, _FIRST_FD + count), strict=True))
     for fd in store.values():
         os.set_inheritable(fd, False)
-    with open("/proc/self/comm", "w", encoding="ascii") as file:
-        file.write(NAME)
-    Guard(command, store, json=json).run()
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(NAME)
+    except OSError:
+        pass  # no /proc: the name is a courtesy
+    Guard(command, store, json=json, pid_file=pid_file).run()
 
 
 if __name__ == "__main__":

@@ -206,7 +206,9 @@ def _exec(
         if settings.identity is not None:
             # The guard needs no more than the protector, and can give no more to the next one.
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
-        form = ["--json"] if settings.log_format == "json" else []
-        command = [sys.executable, "-I", "-S", guard.__file__, *form, *command]
+        told = ["--json"] if settings.log_format == "json" else []
+        if settings.pid_file is not None:
+            told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
+        command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
     with privileges.lent() if settings.guarded and starts_others else nullcontext():
         os.execve(command[0], command, environment)

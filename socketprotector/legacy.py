@@ -254,9 +254,9 @@ class Adapter:
             pidfd = -1
         try:
             # Nobody can enter a session: who is in ours was started from here.
-            ours = stat_of(pid)[3] == os.getpid()
+            ours = os.getsid(pid) == os.getpid()
             while not ours and pid > 1:
-                pid = stat_of(pid)[1]
+                pid = parent_of(pid)
                 ours = pid == self.pid
             return ours and not (pidfd >= 0 and is_readable(pidfd))
         except (OSError, ValueError):
@@ -438,8 +438,12 @@ def given(environment: dict[str, str], name: str) -> socket.socket:
 
 def environment_of_child() -> dict[bytes, bytes]:
     """Return the environment as we were given it: Python itself may have added LC_CTYPE."""
-    with open("/proc/self/environ", "rb") as file:
-        pairs = [each for each in file.read().split(b"\0") if not each.startswith(_OURS)]
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            pairs = file.read().split(b"\0")
+    except OSError:  # no /proc: then with that, which does no harm
+        pairs = [name + b"=" + value for name, value in os.environb.items()]
+    pairs = [each for each in pairs if not each.startswith(_OURS)]
     return {name: value for name, found, value in (each.partition(b"=") for each in pairs) if found}
 
 
@@ -478,10 +482,10 @@ def peer_of(connection: socket.socket) -> int:
     return int.from_bytes(found[:4], sys.byteorder)
 
 
-def stat_of(pid: int) -> list[int]:
-    """Return [0, parent, group, session] of a process.  Raises OSError if there is none."""
+def parent_of(pid: int) -> int:
+    """Return the parent of a process.  Raises OSError if there is none, or no /proc."""
     with open(f"/proc/{pid}/stat", "rb") as file:
-        return [0, *map(int, file.read().rpartition(b")")[2].split()[1:4])]
+        return int(file.read().rpartition(b")")[2].split()[1])
 
 
 def described(pid: int) -> str:

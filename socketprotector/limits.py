@@ -8,6 +8,7 @@ from __future__ import annotations
 import binascii
 import os
 
+from . import proc
 from .settings import Limits
 
 #: How often to look.
@@ -31,15 +32,17 @@ def exceeded(
         most = limits.requests - limits.requests_spread + spread
         if accepted >= most:
             return f"{accepted} connections, {most} were its share"
-    if limits.memory_bytes and (used := resident_bytes(pid)) >= limits.memory_bytes:
+    if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
         return f"{used >> 20} MiB resident, {limits.memory_bytes >> 20} are allowed"
     return None
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process, 0 if it is gone or cannot be looked at."""
+def resident_bytes(pid: int) -> int | None:
+    """Return the resident memory of a process, None if it is gone or cannot be looked at."""
     try:
+        if not proc.is_ours():
+            return None
         with open(f"/proc/{pid}/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * _PAGE_BYTES
     except (OSError, ValueError, IndexError):
-        return 0
+        return None

@@ -18,6 +18,8 @@ from .settings import Identity
 
 #: Without waiting: a FIFO that nobody reads would hold the opener up.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LINKED = "a symbolic link that others than root may change"
 _MODE = 0o640
 _LINKS = 40
 
@@ -57,15 +59,13 @@ def _open(path: str, folder: int | None = None, flags: int = 0) -> tuple[int, bo
 def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
     """Open it in exactly this folder, as this very file: no symbolic link, no second name."""
     parent, name = os.path.split(os.path.normpath(path))
-    folder = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = _open_folder(parent)
     try:
-        if os.readlink(f"/proc/self/fd/{folder}") != parent:
-            raise OSError(errno.ELOOP, "a symbolic link that others than root may change", path)
         try:
             fd, made = _open(name, folder, os.O_NOFOLLOW)
         except OSError as error:
             if error.errno == errno.ELOOP:
-                error.strerror = "a symbolic link that others than root may change"
+                error.strerror = _LINKED
             raise
         found, around = os.fstat(fd), os.fstat(folder)
     finally:
@@ -79,6 +79,22 @@ def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
         return fd, made
     os.close(fd)
     raise OSError(errno.EPERM, why, path)
+
+
+def _open_folder(path: str) -> int:
+    """Open a folder, as the caller's, by a path in which there is no symbolic link."""
+    folder = os.open("/", _FOLDER)
+    for name in path.split("/"):
+        try:
+            inner = os.open(name or ".", _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        except NotADirectoryError as error:
+            if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
+                raise OSError(errno.ELOOP, _LINKED, path) from error
+            raise
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
 
 
 def _is_roots(path: str) -> bool:

@@ -145,7 +145,9 @@ class Output:
 
     def where_to_look(self) -> str:
         """Say where a worker's words are when they cannot be read back from here."""
-        if self._relay is not None or stat.S_ISREG(os.fstat(_STDERR).st_mode):
+        by_name = self._log_file or f"/proc/self/fd/{_STDERR}"
+        to_file = stat.S_ISREG(os.fstat(_STDERR).st_mode) and os.path.exists(by_name)
+        if self._relay is not None or to_file:
             return ""
         return "see the journal" if is_journal() else "see above for what it said"
 

@@ -8,11 +8,13 @@ Source: capabilities(7), prctl(2), capset(2).
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 from .errors import SystemRefused
 from .settings import Identity
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID = 5, 6, 7
 KEPT = (_CAP_KILL, _CAP_SETGID, _CAP_SETUID)
-_LAST_CAP = "/proc/sys/kernel/cap_last_cap"
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ = 23
 _PR_CAPBSET_DROP = 24
@@ -53,11 +54,8 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
     try:
         if starts_others:
             _prctl(_PR_SET_KEEPCAPS, 1)
-            with open(_LAST_CAP, encoding="ascii") as file:
-                last = int(file.read())
-            for capability in range(last + 1):
-                # An earlier program may have: then it cannot be done again.
-                if capability not in KEPT and _prctl(_PR_CAPBSET_READ, capability):
+            for capability in _bounding_set():
+                if capability not in KEPT:
                     _prctl(_PR_CAPBSET_DROP, capability)
         _change_user(identity)
         if starts_others:
@@ -93,6 +91,22 @@ def hand_over(identity: Identity) -> None:
     _libc()  # loaded by us: that user need not be able to read it
     _change_user(identity)
     _set_capabilities(())
+
+
+def _bounding_set() -> Iterator[int]:
+    """Return what is in it still: an earlier program may have dropped from it.
+
+    The kernel knows no capability behind the first that it takes for a mistake; it says the
+    last in /proc, too, which may not be there.
+    """
+    for capability in count():
+        try:
+            if _prctl(_PR_CAPBSET_READ, capability):
+                yield capability
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return
 
 
 def _change_user(identity: Identity) -> None:

@@ -18,7 +18,6 @@ from . import privileges, words
 from .records import Program
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
-_NICE = "/usr/bin/nice"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +131,11 @@ def spawn(
     environment; then no process is left.
 
     posix_spawn sets neither directory, umask nor limits, so they are set here around
-    it and put back: this process has one thread.  A nice value could not be put back
-    without privilege, so a shim sets it.  As another user, or where it is to be told its
-    pid, it is forked: see _fork().
+    it and put back: this process has one thread.  What cannot be put back (a nice value), or is
+    known only afterwards (its pid), or takes another user, is done in a fork: see _fork().
     """
-    path, argv = program.path, program.argv
-    forked = program.identity is not None or bool(tell_pid)
-    if program.nice and not forked:
-        path, argv = _NICE, ("nice", "-n", str(program.nice), path, *argv[1:])
+    path = program.path
+    forked = bool(program.identity is not None or program.nice or tell_pid)
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
@@ -163,7 +159,7 @@ def spawn(
         else:
             pid = os.posix_spawn(
                 path,
-                argv,
+                program.argv,
                 environment,
                 file_actions=actions,
                 setsid=True,
@@ -199,16 +195,32 @@ def give_way() -> None:
     Under load a protector that preempts the worker which it has just woken costs both
     (bench/README.md).  Whoever was started with another policy, or ahead of others, keeps it.
     """
-    if os.sched_getscheduler(0) == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
+    if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
         try:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except OSError:
             pass  # forbidden here (a system call filter): slower, not wrong
 
 
+def scheduler() -> int | None:
+    """Return our scheduling policy; None where the system has none to tell (musl: ENOSYS)."""
+    try:
+        return os.sched_getscheduler(0)
+    except OSError:
+        return None
+
+
+def processors() -> int:
+    """Return how many of the system's processors this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except OSError:
+        return os.cpu_count() or 1  # forbidden here
+
+
 def hurries(program: Program) -> bool:
     """Whether a program needs the policy back that we gave up in give_way()."""
-    return not program.batch and os.sched_getscheduler(0) == os.SCHED_BATCH
+    return not program.batch and scheduler() == os.SCHED_BATCH
 
 
 def _fork(
@@ -218,7 +230,7 @@ def _fork(
 
     Not through a program that changes the user: the loader in it would follow the worker's
     environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
-    shell that sets the variable: what it executes it would call by another name.
+    shell that sets the variable, or nice(1): a small container has neither.
     places: number in the child -> ours, which is above all of these.
     """
     above = max((2, *places)) + 1

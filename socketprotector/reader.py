@@ -75,7 +75,8 @@ class Reader:
             self._start(settings, dry=dry)
         except OSError as error:
             self._release()
-            done(Answer(f"cannot read the configuration: {error.strerror}"))
+            where = f"{error.filename}: " if error.filename else ""
+            done(Answer(f"cannot read the configuration: {where}{error.strerror}"))
             return
         self._loop.call_after(self._key, limit_s, lambda: self._too_late(limit_s))
 
@@ -96,20 +97,17 @@ class Reader:
                 file.write(dump(settings))
             name = door.READER_DRY if dry else door.READER
             given = {door.SETTINGS: held, name: theirs.fileno()}
-            # posix_spawn cannot tell the child its own pid, which LISTEN_PID has to be.
-            shell = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command)
             program = Program(
-                path="/bin/sh",
-                argv=shell,
+                path=self._command[0],
+                argv=self._command,
                 directory="/",
                 environment=tuple(os.environ.items()),
                 umask=settings.origin.umask,  # as at the start: UNIX sockets get their mode by it
                 limits=(),
                 nice=0,
             )
-            places = dict(enumerate(given.values(), door.FIRST))
-            extra = door.names(given)
-            self._process = spawn(program, extra, {1: self._said, 2: self._said, **places})
+            places = {1: self._said, 2: self._said, **dict(enumerate(given.values(), door.FIRST))}
+            self._process = spawn(program, door.names(given), places, tell_pid=door.PID)
         finally:
             theirs.close()
             if held >= 0:

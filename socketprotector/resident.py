@@ -175,7 +175,7 @@ class _Resident:
             return snapshot.fleet.exit_status  # all was done but the last words
         self.began = snapshot is not None
         # With one core nobody could connect while we ask whether somebody has.
-        awake_s = self.settings.busy_poll_s if len(os.sched_getaffinity(0)) > 1 else 0.0
+        awake_s = self.settings.busy_poll_s if process.processors() > 1 else 0.0
         self._loop = Loop(awake_s)  # not before: from here on it is known who goes on if it fails
         settings, loop = self.settings, self.loop
         # Only the soft limit, and workers get the caller's back: each draining generation and

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from . import privileges
+from . import privileges, proc
 from .log import Log
 from .loop import Loop
 from .settings import Identity
@@ -43,6 +43,7 @@ class Strays:
         self._log = log
         self._kill_timeout_s = kill_timeout_s
         self._left: dict[str, float] = {}  # notify address -> when KILL is due
+        self._blind = False  # and has said so
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -102,6 +103,12 @@ class Strays:
         return bool(found)
 
     def _find(self, address: str) -> list[tuple[int, int]]:
+        if not proc.is_ours():
+            if not self._blind:
+                hint = "what a failed worker has detached from itself is not found"
+                self._log.write("warning", "cannot-look", error=proc.MISSING, hint=hint)
+            self._blind = True
+            return []
         if self._identity is None:
             return _carrying(address)
         return _carrying_as(self._identity, address)

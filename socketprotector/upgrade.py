@@ -88,19 +88,17 @@ class Upgrade:
             door.STATE: descriptors[door.STATE],
             door.PROBE: answer,
         }
-        # posix_spawn cannot tell the child its own pid, which LISTEN_PID has to be.
-        shell = ("sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *self._command)
         program = Program(
-            path="/bin/sh",
-            argv=shell,
+            path=self._command[0],
+            argv=self._command,
             directory="/",
             environment=tuple(os.environ.items()),
             umask=0o077,
             limits=(),
             nice=0,
         )
-        places = dict(enumerate(given.values(), door.FIRST))
-        return spawn(program, door.names(given), {1: said, 2: said, **places})
+        places = {1: said, 2: said, **dict(enumerate(given.values(), door.FIRST))}
+        return spawn(program, door.names(given), places, tell_pid=door.PID)
 
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""

@@ -168,7 +168,11 @@ def _connect(sock: socket.socket, path: str) -> None:
         return
     folder = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        sock.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+        there = f"/proc/self/fd/{folder}"
+        if not os.path.exists(there):
+            why = f"longer than {_LONGEST_PATH} bytes, and there is no /proc to shorten it by"
+            raise OSError(errno.ENAMETOOLONG, why)
+        sock.connect(f"{there}/{os.path.basename(path)}")
     finally:
         os.close(folder)
 
@@ -187,6 +191,17 @@ def peer_pid(sock: socket.socket) -> int:
     """Return SO_PEERCRED's pid of a connected socket."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", credentials)[0])
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process, or a zombie: not asked of /proc, which may hide it."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def _result(message: Message) -> Message:

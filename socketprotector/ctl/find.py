@@ -8,7 +8,7 @@ import re
 from .. import control_path
 from ..errors import UsageError
 from ..words import escape
-from .client import connect
+from .client import connect, lives
 from .failure import NoProtector
 from .survey import Found, ask_all
 
@@ -35,7 +35,7 @@ def by_name(name: str) -> str:
 def by_pid_file(file: str) -> str:
     """Return the socket of the protector whose pid stands in a file."""
     pid = _pid(file)
-    if not os.path.exists(f"/proc/{pid}"):
+    if not lives(pid):
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = ask_all(sockets())
     for each in found:

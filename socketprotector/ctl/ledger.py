@@ -15,7 +15,7 @@ import struct
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
-from .client import Message
+from .client import Message, lives
 from .unix_diag import waiting as unix_waiting
 from .verdict import listed, number_in, text_in
 
@@ -24,6 +24,7 @@ _LISTENING = "0A"
 #: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
 _CONNECTED = "03"
 EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
+_HIDDEN = "not in /proc (hidepid, or it is not mounted here): ask as root, where it is"
 _V4_MAPPED = b"\0" * 10 + b"\xff\xff"
 
 
@@ -85,7 +86,9 @@ def look(
             unseen.append(Unseen(generation, number, pid, "not allowed: ask as root or its user"))
             continue
         except (FileNotFoundError, ProcessLookupError):
-            continue  # ended meanwhile
+            if lives(pid):  # else it has ended meanwhile
+                unseen.append(Unseen(generation, number, pid, _HIDDEN))
+            continue
         accepted_at = worker.get("accepted_at_by_fd")
         since_at = worker.get("since_at")
         for inode, fd in inodes.items():

@@ -74,8 +74,8 @@ def _look_at(path: str) -> None:
 
 
 def _other_formats() -> bool:
-    """Whether the kernel was told how to execute what it does not know itself."""
+    """Whether the kernel was told how to execute what it does not know itself, or may have been."""
     try:
         return bool(set(os.listdir(_FORMATS)) - {"register", "status"})
     except OSError:
-        return False
+        return not os.path.exists("/proc/self")

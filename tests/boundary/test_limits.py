@@ -57,6 +57,7 @@ def test_with_a_spread_each_has_its_own_share_and_keeps_it() -> None:
 
 def test_memory() -> None:
     used = resident_bytes(os.getpid())
+    assert used is not None
     assert used > MIB
 
     assert of(Limits(memory_bytes=used * 2)) == ""
@@ -67,7 +68,7 @@ def test_of_a_process_that_is_gone_nothing_is_known() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
 
-    assert resident_bytes(process.pid) == 0
+    assert resident_bytes(process.pid) is None
     assert exceeded(Limits(memory_bytes=1), "k", age_s=0, pid=process.pid, accepted=0) is None
 
 

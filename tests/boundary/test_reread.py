@@ -165,23 +165,26 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("false",), "exited with status 1: it said nothing"),
-        (("no-such-program",), "exited with status 127: sh: "),
-        (("sh", "-c", "kill -9 $$"), "was killed by SIGKILL"),
-        (("sh", "-c", r"printf 'one\n\033[31mred\n' >&2"), r"exited with status 0: \x1b[31mred"),
-        (("sleep", "60"), "the configuration was not read within 0.2 s"),
+        (("/bin/false",), "exited with status 1: it said nothing"),
+        (("/no-such-program",), "/no-such-program: No such file or directory"),
+        (("/bin/sh", "-c", "kill -9 $$"), "was killed by SIGKILL"),
+        (
+            ("/bin/sh", "-c", r"printf 'one\n\033[31mred\n' >&2"),
+            r"exited with status 0: \x1b[31mred",
+        ),
+        (("/bin/sleep", "60"), "the configuration was not read within 0.2 s"),
     ],
 )
 def test_whatever_becomes_of_it_there_is_an_answer(
     loop: Loop, web: Web, command: tuple[str, ...], said: str
 ) -> None:
-    answer = read(loop, web.settings, command=command, limit_s=0.2 if "sleep" in command else 30)
+    answer = read(loop, web.settings, command=command, limit_s=0.2 if "60" in command else 30)
 
     assert said in answer.failure
 
 
 def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
-    reader = Reader(("sleep", "60"), loop, "reader")
+    reader = Reader(("/bin/sleep", "60"), loop, "reader")
     answers: list[Answer] = []
     reader.read(web.settings, 30.0, answers.append)
 

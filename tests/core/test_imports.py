@@ -60,8 +60,8 @@ LAYERS = {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
         *{"twin", "unheard"},
-        *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "process", "program"},
-        *{"readiness", "relay", "state", "strays", "terminal", "watch"},
+        *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "proc", "process"},
+        *{"program", "readiness", "relay", "state", "strays", "terminal", "watch"},
     },
     "values": {
         *{

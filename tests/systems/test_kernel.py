@@ -1,0 +1,119 @@
+"""Older kernels and filters of system calls: one clear line at the start, or it works without.
+
+Each newer call is made to fail, one after the other, as a kernel without it (ENOSYS) and as an old
+container's seccomp profile (EPERM) would have it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from socketprotector.checks import OLDEST_KERNEL
+from socketprotector.errors import SystemRefused
+from tests.systems import elsewhere
+from tests.systems.life import ELSEWHERE, Surroundings, lived
+
+pytestmark = pytest.mark.skipif(
+    not elsewhere.known_machine(), reason=f"NOT CHECKED: no call numbers of {os.uname().machine}"
+)
+
+#: Without these nothing would hold; as they are called in elsewhere.py, and by us.
+REQUIRED = {
+    "F_ADD_SEALS": "memfd_create",
+    "memfd_create": "memfd_create",
+    "pidfd_open": "pidfd_open",
+    "pidfd_send_signal": "pidfd_send_signal",
+    "P_PIDFD": r"waitid\(P_PIDFD\)",
+}
+#: glibc goes on without clone3 where that is unknown, not where it is forbidden.
+FORBIDDEN = {**REQUIRED, "clone3": "posix_spawn"}
+OPTIONAL = {
+    "ENOSYS": sorted({*elsewhere.CALLS} - {*REQUIRED}),
+    "EPERM": sorted({*elsewhere.CALLS} - {*FORBIDDEN}),
+}
+#: The first number of what came with Linux 3.17 or later, in the kernel's table for x86_64.
+NEWER = 317
+
+
+def through(error: str, *calls: str) -> tuple[str, ...]:
+    return (*ELSEWHERE, *(f"--fails={call}={error}" for call in calls), "--")
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["start", "check"])
+@pytest.mark.parametrize("call", REQUIRED)
+def test_a_missing_call_is_said_in_one_line_before_anything_is_bound(
+    tmp_path: Path, marked_environment: dict[str, str], call: str, check: tuple[str, ...]
+) -> None:
+    around = Surroundings(tmp_path, marked_environment, through("ENOSYS", call))
+    words = ("--pid-file", str(tmp_path / "pid"), f"unix:{tmp_path}/web", "--", "/bin/true")
+
+    done = around.run(*check, *words)
+
+    assert done.returncode == SystemRefused.status
+    oldest = ".".join(map(str, OLDEST_KERNEL))
+    release = re.escape(os.uname().release)
+    assert re.fullmatch(
+        rf"SocketProtector: {REQUIRED[call]}: not there; Linux {oldest} or later is needed, "
+        rf"this is {release}( with a filter of system calls)?\n",
+        done.stderr,
+    )
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("check", [(), ("--check",)], ids=["start", "check"])
+@pytest.mark.parametrize("call", FORBIDDEN)
+def test_so_is_a_forbidden_one(
+    tmp_path: Path, marked_environment: dict[str, str], call: str, check: tuple[str, ...]
+) -> None:
+    around = Surroundings(tmp_path, marked_environment, through("EPERM", call))
+
+    done = around.run(*check, f"unix:{tmp_path}/web", "--", "/bin/true")
+
+    assert done.returncode == SystemRefused.status
+    said = rf"SocketProtector: {FORBIDDEN[call]}: forbidden by a filter of system calls; .*\n"
+    assert re.fullmatch(said, done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.parametrize(("error", "calls"), OPTIONAL.items(), ids=str)
+def test_without_any_other_newer_call_it_lives_a_whole_life(
+    tmp_path: Path, marked_environment: dict[str, str], error: str, calls: list[str], mode: str
+) -> None:
+    lived(Surroundings(tmp_path, marked_environment, through(error, *calls), mode=mode))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.parametrize(
+    ("error", "call"), [(error, call) for error, calls in OPTIONAL.items() for call in calls]
+)
+def test_without_one_of_them_too(
+    tmp_path: Path, marked_environment: dict[str, str], error: str, call: str, mode: str
+) -> None:
+    lived(Surroundings(tmp_path, marked_environment, through(error, call), mode=mode))
+
+
+def test_no_newer_call_is_used_that_is_not_tested_here(
+    tmp_path: Path, marked_environment: dict[str, str]
+) -> None:
+    table = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+    if shutil.which("strace") is None or not table.exists():
+        pytest.skip("NOT CHECKED: strace or the kernel's headers for x86_64 are not installed")
+    numbers = re.findall(r"#define __NR_(\w+) (\d+)", table.read_text())
+    newer = {name for name, number in numbers if int(number) >= NEWER}
+    calls = tmp_path / "calls"
+    used: set[str] = set()
+    for mode in ("connection", "listener"):
+        tracer = ("strace", "-D", "-f", "-qq", "-o", str(calls))
+        lived(Surroundings(tmp_path, marked_environment, tracer, mode=mode))
+        used |= set(re.findall(r"^\d+ +(\w+)\(", calls.read_text(), re.MULTILINE))
+
+    assert "pidfd_open" in used
+    assert used & newer <= {*elsewhere.CALLS}

@@ -1,0 +1,57 @@
+"""musl's C library instead of glibc (Alpine): a Python linked against it, and what it answers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT
+from tests.systems.life import Surroundings, lived
+
+SOURCE = Path(__file__).with_name("musl.c")
+
+
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+def test_a_whole_life_where_the_c_library_answers_as_musl_does(
+    tmp_path: Path, marked_environment: dict[str, str], mode: str
+) -> None:
+    """A library that is preloaded answers for it: always to be had, where there is a compiler."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("NOT CHECKED: gcc is not installed")
+    library = tmp_path / "musl.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", library, SOURCE], check=True)
+
+    lived(
+        Surroundings(
+            tmp_path, marked_environment, mode=mode, variables={"LD_PRELOAD": str(library)}
+        )
+    )
+
+
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+def test_a_whole_life_with_musl(
+    tmp_path: Path, marked_environment: dict[str, str], mode: str
+) -> None:
+    folder = os.environ.get("MUSL_PYTHON", "")
+    if not folder:
+        pytest.skip("NOT CHECKED WITH MUSL ITSELF: make one by tools/musl-python, see there")
+    python = Path(folder).absolute() / "bin" / "python3"
+    told = subprocess.run(["ldd", python], capture_output=True, check=False, text=True)
+    assert re.search("musl|Not a valid dynamic program", told.stdout + told.stderr)
+    path = f"{ROOT}:{ROOT / 'client_lib'}"
+
+    lived(
+        Surroundings(
+            tmp_path,
+            marked_environment,
+            python=(str(python),),
+            mode=mode,
+            variables={"PYTHONPATH": path, "PYTHONWARNINGS": "error"},
+        )
+    )

@@ -1,0 +1,173 @@
+"""Where /proc is not mounted, hides other users' processes, or is another PID namespace's."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector, ask, eventually
+from tests.scenarios import tools
+from tests.systems.life import ELSEWHERE, NAME, Surroundings, lived
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: mounts take root")
+NO_PROC = (*ELSEWHERE, "--no-proc", "--")
+HIDEPID = (*ELSEWHERE, "--hidepid", "--")
+MANY = tools.worker("many")
+USER = ("--user", "nobody")
+OTHER_USER = (*USER, "--worker-user", "daemon")
+
+
+@pytest.fixture
+def everybodys(tmp_path: Path) -> Path:
+    """A folder that belongs to the user dropped to, by a path that everybody may go."""
+    nobody = pwd.getpwnam("nobody")
+    place = tmp_path / "nobodys"
+    place.mkdir()
+    os.chown(place, nobody.pw_uid, nobody.pw_gid)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    return place
+
+
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.parametrize(
+    ("through", "options"),
+    [
+        (NO_PROC, ()),
+        (NO_PROC, OTHER_USER),
+        (HIDEPID, USER),
+        (HIDEPID, OTHER_USER),
+    ],
+    ids=["no /proc", "no /proc, other users", "hidepid", "hidepid, other users"],
+)
+def test_a_whole_life(
+    everybodys: Path,
+    marked_environment: dict[str, str],
+    mode: str,
+    through: tuple[str, ...],
+    options: tuple[str, ...],
+) -> None:
+    lived(Surroundings(everybodys, marked_environment, through, mode=mode, options=options))
+
+
+@pytest.fixture
+def web(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Protector]:
+    """A protector without /proc whose options need it."""
+    words = ("--max-memory", "1K", "127.0.0.1:0", "--", *MANY)
+    daemon = Protector(words, marked_environment, through=NO_PROC)
+    yield daemon.ready()
+    daemon.end()
+
+
+def test_that_a_workers_memory_is_not_known_is_said_once(web: Protector) -> None:
+    line = web.log.wait_for("event=cannot-look")
+    assert "--max-memory replaces nobody" in line
+
+    web.reload()
+    web.reload()  # takes longer than a look
+
+    assert web.log.count("event=cannot-look") == 1
+    assert web.log.count("event=replacing") == 0
+    web.stop()
+
+
+def test_what_a_failed_worker_leaves_is_not_looked_for_and_that_is_said_once(
+    tmp_path: Path, marked_environment: dict[str, str]
+) -> None:
+    worker = tools.worker("dies_before_ready")
+    daemon = Protector(["127.0.0.1:0", "--", *worker], marked_environment, through=NO_PROC)
+    try:
+        assert daemon.wait() != 0
+        line = daemon.log.wait_for("event=cannot-look")
+        assert "no /proc of this PID namespace" in line
+        assert daemon.log.count("event=cannot-look") == 1
+    finally:
+        daemon.end()
+
+
+@pytest.mark.parametrize("through", [NO_PROC, HIDEPID])
+def test_ctl_says_that_it_cannot_see_connections_instead_of_none(
+    tmp_path: Path, marked_environment: dict[str, str], through: tuple[str, ...]
+) -> None:
+    """Another user than root looks, or nobody could where there is no /proc."""
+    listening = Protector(
+        ["--name", NAME, "--control-group", "nogroup", "127.0.0.1:0", "--", *MANY],
+        marked_environment,
+    ).ready()
+    try:
+        around = Surroundings(tmp_path, marked_environment, through)
+        if through is HIDEPID:
+            around.through = (*ELSEWHERE, "--hidepid", "--nobody", "--")
+        assert ask(("127.0.0.1", listening.port))
+        shown = around.run("--name", NAME, "connections", module="socketprotector.ctl")
+        assert "hidepid" in shown.stdout + shown.stderr
+        assert "no connections where it may look" in shown.stdout
+        listening.stop()
+    finally:
+        listening.end()
+
+
+def test_the_guard_that_gives_up_removes_its_pid_file(
+    tmp_path: Path, marked_environment: dict[str, str]
+) -> None:
+    """As one whose protector ends before it has ever accepted: here it cannot be loaded."""
+    pid_file = tmp_path / "pid"
+    script = (
+        "import os, sys; from socketprotector import guard, pidfile, launch, door;"
+        "held = pidfile.PidFile(sys.argv[1]); held.acquire();"
+        "os.environ.update(door.leave({door.PID_FILE: held.fd}));"
+        "told = guard.PID_FILE_OPTION + sys.argv[1];"
+        "words = ['-I', '-S', guard.__file__, told, sys.executable, '-c', 'raise SystemExit(7)'];"
+        "os.execv(sys.executable, [sys.executable, *words])"
+    )
+
+    done = subprocess.run(
+        [*NO_PROC, sys.executable, "-c", script, str(pid_file)],
+        env={**os.environ, **marked_environment},
+        stderr=subprocess.PIPE,
+        check=False,
+        text=True,
+    )
+
+    assert done.returncode == 7
+    assert re.fullmatch(r".* event=guard-gives-up .*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("owner", ["user=nobody", "group=nogroup"])
+def test_a_unix_listener_and_a_log_file_get_their_owner(
+    everybodys: Path, marked_environment: dict[str, str], owner: str
+) -> None:
+    log = everybodys / "log"
+    daemon = Protector(
+        [*USER, "--log-file", str(log), f"unix:{everybodys}/web?{owner}", "--", *MANY],
+        marked_environment,
+        through=NO_PROC,
+    )
+    try:
+        eventually(lambda: log.exists() and "event=ready" in log.read_text(), "ready")
+        assert ask(str(everybodys / "web"))
+        found = (everybodys / "web").stat()
+        kept = found.st_uid if owner.startswith("user") else found.st_gid
+        assert kept == 65534
+        assert log.stat().st_uid == pwd.getpwnam("nobody").pw_uid
+        daemon.stop()
+    finally:
+        daemon.end()
+
+
+def test_another_namespaces_proc_is_not_believed() -> None:
+    """Its numbers are of other processes: who is killed by them would be somebody else."""
+    script = "import os; from socketprotector import proc; print(os.getpid(), proc.is_ours())"
+    words = ("unshare", "--pid", "--fork", *(sys.executable, "-c", script))
+
+    done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)
+
+    assert done.stdout == "1 False\n"

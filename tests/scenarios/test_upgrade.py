@@ -110,7 +110,7 @@ def test_a_new_release_behind_the_symlink_takes_over_and_says_its_version(
 
 def missing_interpreter(installation: Installation) -> str:
     installation.script("two", "", interpreter="/nowhere/python")
-    return "not found|No such file"
+    return "the interpreter in its first line is missing"
 
 
 def no_package(installation: Installation) -> str:

@@ -15,10 +15,10 @@ from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.framework_rows import framework
 from bench.list_rows import listing
 from bench.processes import CannotMeasure
-from bench.reload_rows import draining, reloads, switch
+from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rows import cpu, handed, idle, latency, rate
 from bench.stdio_rows import stdio
-from bench.survive_rows import lasting, survive, upgrade
+from bench.survive_rows import handed_survive, handed_upgrade, lasting, survive, upgrade
 
 ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "rate": rate,
@@ -37,6 +37,9 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "control": control,
     "everything": everything,
     "handed": handed,
+    "handed-reloads": handed_reloads,
+    "handed-upgrade": handed_upgrade,
+    "handed-survive": handed_survive,
     "stdio": stdio,
     "framework": framework,
 }

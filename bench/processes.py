@@ -208,6 +208,10 @@ def protector(mode: str = "library", *options: str) -> Started:
     return Started(command, address, {}, [])
 
 
+#: For protector(): the worker accepts from a listener that it is handed.
+HANDED = ("direct", "--handoff", "listener", "--ready", "notify", "--env", "BENCH_LISTENER=3")
+
+
 def direct() -> Started:
     """Start the same worker on a listener that it accepts from itself."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:

@@ -8,10 +8,11 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from bench.figures import Figure, Scale, alternately, median, ratio
 from bench.processes import (
+    HANDED,
     CannotMeasure,
     Started,
     ask,
@@ -65,10 +66,21 @@ def _start_and_stop_a_worker() -> None:
 
 def reloads(scale: Scale) -> list[Figure]:
     """Failures and the tail of the latency under a reload every second."""
+    return _reloads(scale, ("library",), "", at_least_a_second=0.8)
+
+
+def handed_reloads(scale: Scale) -> list[Figure]:
+    """The same where the workers accept: each reload waits until the one before is over."""
+    return _reloads(scale, HANDED, "--handoff listener: ", at_least_a_second=0.3)
+
+
+def _reloads(
+    scale: Scale, words: Sequence[str], prefix: str, at_least_a_second: float
+) -> list[Figure]:
     seconds = scale(20, 3)
     made: list[int] = []
 
-    with protector() as started:
+    with protector(*words) as started:
 
         def reloading() -> Seen:
             first = stamps(started.address)["generation"]
@@ -86,15 +98,15 @@ def reloads(scale: Scale) -> list[Figure]:
             scale.rounds(3), reloading, lambda: load(started, 64, seconds, "--plain"), only_starting
         )
     failed = int(sum(column(moving, "failed")))
-    middle, words = ratio(column(moving, "p999_us"), column(quiet, "p999_us"))
+    middle, compared = ratio(column(moving, "p999_us"), column(quiet, "p999_us"))
     of_starting = ratio(column(starting, "p999_us"), column(quiet, "p999_us"))[1]
     return [
         Figure(
-            f"reload every second for {seconds * len(moving):.0f} s at C=64: failed",
+            f"{prefix}reload every second for {seconds * len(moving):.0f} s at C=64: failed",
             f"{failed} of {sum(column(moving, 'connections')):,.0f}",
             "0",
             "0",
-            failed == 0 and sum(made) >= seconds * len(moving) * 0.8,
+            failed == 0 and sum(made) >= seconds * len(moving) * at_least_a_second,
             [
                 f"{sum(made)} reloads made; "
                 f"{middle_of(moving, 'per_second'):,.0f} connections/s against "
@@ -103,8 +115,8 @@ def reloads(scale: Scale) -> list[Figure]:
             ],
         ),
         Figure(
-            "its p99.9 / p99.9 without reloads",
-            words,
+            f"{prefix}its p99.9 / p99.9 without reloads",
+            compared,
             "<= 2",
             "",
             middle <= 2,

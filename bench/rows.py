@@ -18,6 +18,7 @@ from typing import Any
 
 from bench.figures import Figure, Scale, alternately, median, ratio
 from bench.processes import (
+    HANDED,
     CannotMeasure,
     Started,
     ask,
@@ -110,7 +111,7 @@ def handed(scale: Scale) -> list[Figure]:
     """Connections/s and p50 of a worker that was handed the listener, against its own."""
     figures = []
     with (
-        protector("direct", "--handoff", "listener", "--env", "BENCH_LISTENER=3") as passed,
+        protector(*HANDED) as passed,
         direct() as accepting,
     ):
         for name, at_once, seconds, what in (

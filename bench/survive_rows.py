@@ -17,7 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.figures import Figure, Scale, alternately, median, ratio
-from bench.processes import CannotMeasure, Started, ask, cpu_ns, protector, resident_kib, switches
+from bench.processes import (
+    HANDED,
+    CannotMeasure,
+    Started,
+    ask,
+    cpu_ns,
+    protector,
+    resident_kib,
+    switches,
+)
 from bench.reload_rows import GENERATIONS, pile_up, still_there
 from bench.rows import column, load, middle_of, nothing_failed
 
@@ -98,9 +107,18 @@ def _load_ms() -> float:
 
 def upgrade(scale: Scale) -> list[Figure]:
     """For how long nobody is accepted while the protector's program is replaced."""
+    return _upgrade(scale, ("library",), "", 150)
+
+
+def handed_upgrade(scale: Scale) -> list[Figure]:
+    """The same where the workers accept: they go on meanwhile."""
+    return _upgrade(scale, HANDED, "--handoff listener: ", 50)
+
+
+def _upgrade(scale: Scale, words: Sequence[str], prefix: str, most_ms: float) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "log"
-        with protector("library", "--log-file", str(path)) as started:
+        with protector(*words, "--log-file", str(path)) as started:
             log = _Log(path)
             gaps, quiet, spans, loads = [], [], [], []
             for _ in range(scale.rounds(100, 5)):
@@ -113,11 +131,11 @@ def upgrade(scale: Scale) -> list[Figure]:
     worst = quantile(gaps, 0.99)
     return [
         Figure(
-            f"no accept at an upgrade (USR2), p99 of {len(gaps)}",
+            f"{prefix}no accept at an upgrade (USR2), p99 of {len(gaps)}",
             _spread(gaps),
-            "<= 150 ms",
+            f"<= {most_ms} ms",
             "",
-            worst <= 150,
+            worst <= most_ms,
             [
                 "the longest time between two answers to a client that asks one by one, from "
                 "the signal until 0.1 s after the new program serves",
@@ -224,6 +242,27 @@ def survive(scale: Scale) -> list[Figure]:
             ],
         ),
         Figure("the guard (VmRSS)", f"{guard_mb:.1f} MB", "<= 11 MB", "", guard_mb <= 11),
+    ]
+
+
+def handed_survive(scale: Scale) -> list[Figure]:
+    """SIGKILL of a guarded protector whose workers accept: they go on meanwhile."""
+    with protector(*HANDED, "--guard") as started:
+        times, quiet = [], []
+        for _ in range(scale.rounds(100, 5)):
+            times.append(_kill_and_ask(started))
+            quiet.append(_longest_gap_ms(started.address, 0.1))
+    worst = quantile(times, 0.99)
+    return [
+        Figure(
+            "--handoff listener: SIGKILL under --guard to the next connection answered, "
+            f"p99 of {len(times)}",
+            _spread(times),
+            "<= 50 ms",
+            "",
+            worst <= 50,
+            [f"the longest time between two answers in 0.1 s after it: {_spread(quiet)}"],
+        )
     ]
 
 

@@ -145,7 +145,10 @@ class Worker:
         self._waits: list[int] = [0] * SAMPLES
         self._taken = 0
         self._stamps = {
-            "generation": int(os.environ.get("SOCKETPROTECTOR_GENERATION", 0)),
+            "generation": int(
+                os.environ.get("SOCKETPROTECTOR_GENERATION")
+                or os.environ.get("SERVER_STARTER_GENERATION", "0")
+            ),
             "execed_ns": int(os.environ.get("BENCH_EXECED_NS", 0)),
         }
 

@@ -151,10 +151,13 @@ def _upgrade(scale: Scale, words: Sequence[str], prefix: str, most_ms: float) ->
 
 
 def guarded(guard: int) -> int:
-    """Return the pid of the protector below a guard."""
-    for child in Path(f"/proc/{guard}/task/{guard}/children").read_text().split():
-        if Path(f"/proc/{child}/comm").read_text().strip() == "SocketProtector":
-            return int(child)
+    """Return the pid of the protector below a guard, once there is one."""
+    until_s = time.monotonic() + LIMIT_S
+    while time.monotonic() < until_s:
+        for child in Path(f"/proc/{guard}/task/{guard}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text().strip() == "SocketProtector":
+                return int(child)
+        time.sleep(LIGHT_S)
     raise CannotMeasure(f"the guard {guard} has no protector")
 
 

@@ -51,7 +51,6 @@ def given() -> list[Given]:
             passed.detach()
             continue
         os.set_inheritable(passed.fileno(), False)
-        passed.setblocking(False)
         found.append(Given(name, passed, _address(passed)))
     return found
 

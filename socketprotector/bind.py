@@ -88,15 +88,20 @@ def bind_all(
 
 
 def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
-    """Return the second sockets of those that can have one (twin.py), by their places.
+    """Make ready what workers are to accept from; return second sockets (twin.py) by their places.
 
-    The caller owns them.  `notice` is told of an address that cannot, and should.  One that was
-    given to us has none: whoever else has it could be steering it, too.
+    The caller owns them.  `notice` is told of an address that cannot have one, and should.  One
+    that was given to us has none: whoever else has it could be steering it, too.  Whether they
+    block is said here and never again, for the flag is that of all who have a socket; of one that
+    was given to us its giver has said it.
     """
     found = {}
     for place, each in enumerate(bound):
+        if each.settings.foreign:
+            continue
         try:
-            second = twin.make(each.socket) if not each.settings.foreign else None
+            each.socket.setblocking(not each.settings.nonblock)
+            second = twin.make(each.socket)
         except OSError as error:
             notice(
                 f"{each.settings.address}: there can be no second socket ({error.strerror}), so "
@@ -105,6 +110,7 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
             )
             continue
         if second is not None:
+            second.setblocking(not each.settings.nonblock)
             found[place] = Bound(second, each.settings)
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from . import clock, door
 from .channel import Channel
@@ -77,6 +77,11 @@ _WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
 
+#: A server that has just been started sets up its sockets: looked at after so long, then after
+#: twice that, and so on, until it is this.
+_FLAGS = "listeners-flags"
+_FLAGS_FIRST_S = 1.0
+_FLAGS_LAST_S = 64.0
 #: From the last worker's end to our own, with time to spare.
 _TO_END_S = 5.0
 
@@ -105,6 +110,8 @@ class Effects:
         """
         self._loop = loop
         self._log = log
+        self._held = held
+        self._nonblocking: tuple[int, ...] = ()
         self._systemd = systemd
         self._launcher = launcher
         self._post = post
@@ -245,7 +252,32 @@ class Effects:
             coming=coming,
             settings_used=used,
             side=self.sides.current,
+            nonblocking=self._note_flags(),
         )
+
+    def _note_flags(self) -> tuple[int, ...]:
+        """Return which of the sockets that were given to us do not block.
+
+        Whoever starts us may set that anew each time (systemd does, by NonBlocking= of the unit),
+        under workers that have set it otherwise: it is put back.
+        """
+        given = [each for each in self.forwarder.listeners if each.shared and each.settings.foreign]
+        self._nonblocking = tuple(each.index for each in given if not each.blocks)
+        return self._nonblocking
+
+    def _watch_flags(self, after_s: float = _FLAGS_FIRST_S) -> None:
+        """See for a while whether workers set them: nothing tells of it."""
+        if any(each.shared and each.settings.foreign for each in self.forwarder.listeners):
+            if self._nonblocking != self._note_flags():
+                self._held()
+            if after_s <= _FLAGS_LAST_S:
+                again = 2 * after_s
+                self._loop.call_after(_FLAGS, after_s, lambda: self._watch_flags(again))
+
+    def _put_back_flags(self, nonblocking: Collection[int]) -> None:
+        for each in self.forwarder.listeners:
+            if each.shared and each.settings.foreign:
+                each.socket.setblocking(each.index not in nonblocking)
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors that the next program needs, by name."""
@@ -270,6 +302,7 @@ class Effects:
         Returns what it had not come to: events of what is in the fleet but was not made yet.
         """
         channels = door.under(descriptors, door.CHANNEL)
+        self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
         self.sides.current = snapshot.side
         broken: list[Event] = []
         for record in snapshot.generations:
@@ -391,6 +424,7 @@ class Effects:
         self.homes[number] = home
         if program.handoff == LISTENER:
             self.sides.enter(number, home.side)
+            self._watch_flags()
         capacity = home.channel.capacity()
         if capacity < settings.queue:
             self._log.write(

@@ -20,9 +20,9 @@ from .loop import Loop
 
 #: Handshakes that are under way finish in so long, or begin again.
 QUIET_S = 0.2
-#: Looks in a row that find somebody, after which it is closed all the same: where the system
-#: does not let us refuse new ones (listener.py) they might come for ever.
-BUSY_LOOKS = 50
+#: Where the system does not let us refuse new ones (listener.py) they might come for ever: it is
+#: closed after so long all the same.
+LAST_S = 10.0
 #: Connections in one go; then others come in between.
 BURST = 64
 _PACK_DESCRIPTOR = struct.Struct("i").pack
@@ -43,7 +43,7 @@ class Emptying:
         self._over = over
         self._hand: tuple[bytes, int] | None = None  # accepted, and the channel had no room
         self._quiet = False  # nobody came since the last look
-        self._busy = 0  # looks that found somebody
+        self._until = 0.0  # to be closed then, though new ones may still come
 
     @property
     def _timer(self) -> tuple[str, int]:
@@ -52,7 +52,8 @@ class Emptying:
     def begin(self, hand: tuple[bytes, int] | None = None) -> None:
         """Let nobody new in.  hand: one that was accepted already; takes ownership."""
         self._hand = hand
-        self.listener.refuse_new()
+        if not self.listener.refuse_new():
+            self._until = time.monotonic() + LAST_S
         self._loop.call_after(self._timer, 0.0, self._look)
 
     def end(self) -> None:
@@ -75,8 +76,8 @@ class Emptying:
             return
         self.moved += moved
         nobody = not moved and self._hand is None and not self._is_full()
-        self._busy += moved < BURST and moved > 0
-        if (nobody and self._quiet) or self._busy > BUSY_LOOKS:
+        late = bool(self._until) and time.monotonic() > self._until
+        if (nobody and self._quiet) or (late and self._hand is None):
             self.end()
             return
         self._quiet = nobody

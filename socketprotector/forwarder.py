@@ -38,6 +38,8 @@ FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
 #: A graceful stop lets handshakes under way finish: as long as nobody comes for this long.
 QUIET_S = 0.2
+#: Where the system does not let us refuse new ones they may come for ever: no longer than this.
+LAST_S = 10.0
 
 _RETRY = "forwarder-retry"
 _QUIET = "forwarder-quiet"
@@ -88,6 +90,8 @@ class Forwarder:
         self._last_ns = 0
         self._steady = 0  # so many came one by one, each soon after the other
         self._looked = False  # once, since new clients are refused
+        self._closing = False
+        self._close_at = 0.0  # the latest, where they cannot be refused
         self._reserve = -1
         self._take_reserve()
         self.forwarded = 0
@@ -183,9 +187,22 @@ class Forwarder:
         if quick:
             self._close_listeners()
             return
+        self._closing = True
+        refused = True
         for listener in self._listeners:
-            listener.refuse_new()
+            if listener.settings.foreign:
+                # Its owner has those who wait, and who comes; of these there may be no end.
+                self._accepting.pop(listener.fileno(), None)
+                self._unwatch(listener)
+            else:
+                refused = listener.refuse_new() and refused
+        self._close_at = 0.0 if refused else time.monotonic() + LAST_S
         self._close_when_quiet(self.forwarded)
+
+    @property
+    def _awaited(self) -> list[Listener]:
+        """The listeners from which somebody may still be accepted."""
+        return [each for each in self._listeners if not (self._closing and each.settings.foreign)]
 
     def close(self) -> None:
         """Close everything, with what could not be delivered (counted in `lost`)."""
@@ -336,7 +353,7 @@ class Forwarder:
 
     def _accept_for(self, route: Channel) -> None:
         try:
-            for listener in self._listeners:
+            for listener in self._awaited:
                 if listener.fileno() not in self._accepting and route.knows_of(listener.index):
                     ready = self._accept_to(route, listener)
                     self._loop.watch(listener.fileno(), ready)
@@ -485,8 +502,10 @@ class Forwarder:
             for ready in tuple(self._accepting.values()):
                 if self._open:  # the one before may have filled the channel, or found it broken
                     ready()
-            waiting = not self._accepts and any(each.has_waiting() for each in self._listeners)
-            if self.forwarded == before and self._open and self._looked and not waiting:
+            waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
+            quiet = self.forwarded == before and self._looked and not waiting
+            late = bool(self._close_at) and time.monotonic() > self._close_at
+            if self._open and (quiet or late or not self._awaited):
                 self._close_listeners()
                 self._emptied()
                 return

@@ -48,18 +48,18 @@ class Listener:
         shared: bool = False,
         second: int = -1,
     ) -> None:
-        """Adopt a bound, listening, non-blocking descriptor.  `index` is for life.
+        """Adopt a bound, listening descriptor.  `index` is for life.
 
-        shared: workers have it too, and accept from it: then it is theirs to the end, and blocking,
-        as most expect it, unless the settings say otherwise.  second: another one for the same
-        address (twin.py), so that two generations have one each.
+        shared: workers have it too, and accept from it: then it is theirs to the end.  second:
+        another one for the same address (twin.py), so that two generations have one each.
         """
         self.socket = socket.socket(fileno=fd)
         self.second = socket.socket(fileno=second) if second >= 0 else None
         self.shared = shared
-        if shared:
-            for each in self.sockets:
-                each.setblocking(not settings.nonblock)
+        if not shared:
+            # Whoever passes it in may have changed that.  On one that workers share nothing may be
+            # set: flags and options are those of the living ones, which may rely on them.
+            self.socket.setblocking(False)
         self.index = index
         self.settings = settings
         #: It tells of clients whether there are any or not, so nobody should wait for it.
@@ -77,6 +77,11 @@ class Listener:
         return self.sockets[side % len(self.sockets)]
 
     @property
+    def blocks(self) -> bool:
+        """Whether accept() waits, for all who have it: who accepts there can change that."""
+        return os.get_blocking(self.fileno())
+
+    @property
     def listens(self) -> bool:
         """Whether it was not shut down yet."""
         return bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
@@ -86,21 +91,26 @@ class Listener:
         if self.settings.backlog:
             self.socket.listen(self.settings.backlog)
 
-    def refuse_new(self) -> None:
-        """Let nobody new connect; who has connected can still be accepted."""
+    def refuse_new(self) -> bool:
+        """Let nobody new connect; who has connected can still be accepted.
+
+        Returns whether that could be had: else new ones come until it is closed, and after that,
+        where somebody has given it to us who goes on listening.
+        """
         if self.settings.foreign:
-            return  # who has given it to us listens on
+            return False
         if self.socket.family == socket.AF_UNIX:
             self._remove_file()
             if not self.shared:
                 self.socket.shutdown(socket.SHUT_RD)
                 self.always_readable = True
-            return
-        for each in self.sockets:
-            try:
+            return True  # or they would have to know it by another name
+        try:
+            for each in self.sockets:
                 twin.refuse_new(each)
-            except OSError:
-                pass  # not granted (optmem_max, a locked filter): new ones come until it is closed
+        except OSError:
+            return False  # optmem_max, or a filter that is locked
+        return True
 
     def close(self) -> None:
         """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere.

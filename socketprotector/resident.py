@@ -189,7 +189,8 @@ class _Resident:
             if starts_others:
                 privileges.reclaim()  # an upgrade in place has brought them along
         for listener in self.listeners:
-            listener.claim()
+            if snapshot is None or not listener.shared:  # else a worker has said how it listens
+                listener.claim()
         log = self._open_log()
         log.write(
             "info",

@@ -240,6 +240,42 @@ def test_a_channel_that_is_shut_down_ends_the_emptying(world: World) -> None:
     assert world.forwarder.lost == 1
 
 
+def test_one_that_lets_new_ones_in_is_closed_in_the_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system does not let us refuse them, however many they are."""
+    monkeypatch.setattr(world.listeners[1], "refuse_new", lambda: False)
+    monkeypatch.setattr("socketprotector.emptying.LAST_S", QUIET_S)
+    monkeypatch.setattr("socketprotector.emptying.BURST", 1)
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], world.old)
+    came = 0
+    while "sp.listener.1" in world.forwarder.descriptors():
+        world.connect(1)
+        came += 1
+        world.turn(0.01)
+        taken(world.old)
+        assert came < 1000
+
+
+def test_who_waits_is_served_however_slowly_where_nobody_new_gets_in(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socketprotector.emptying.LAST_S", 0.0)
+    small = world.channel({0, 1}, queue=6)
+    world.connect(1, 40)
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], small)
+
+    served = 0
+    while served < 40:
+        world.turn(2 * QUIET_S)
+        served += len(taken(small))
+
+    assert world.forwarder.lost == 0
+    small.close()
+
+
 def test_a_listener_of_somebody_else_is_only_let_go(world: World) -> None:
     foreign = world.listener(2, foreign=True)
     copy = socket.socket(fileno=os.dup(foreign.fileno()))

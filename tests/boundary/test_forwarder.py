@@ -17,9 +17,17 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.channel import BROKEN, Channel
-from socketprotector.forwarder import FIRST_WAIT_S, LAST_WAIT_S, STEADY, Forwarder
+from socketprotector.forwarder import (
+    FIRST_WAIT_S,
+    LAST_S,
+    LAST_WAIT_S,
+    QUIET_S,
+    STEADY,
+    Forwarder,
+)
 from socketprotector.listener import AGAIN, Listener
 from socketprotector.loop import Loop
+from socketprotector.settings import ListenerSettings
 
 FD = struct.Struct("i")
 SCARCE = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS]
@@ -59,6 +67,8 @@ class FakeListener:
         self.accepts = Faults()
         self.always_readable = False
         self.closed = False
+        self.settings = ListenerSettings("tcp:127.0.0.1:80")
+        self.refuses = True
         self.number = 10_000 + index
 
     def fileno(self) -> int:
@@ -70,8 +80,9 @@ class FakeListener:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.memfd_create(str(self.backlog.popleft())), None
 
-    def refuse_new(self) -> None:
+    def refuse_new(self) -> bool:
         self.always_readable = True  # as a UNIX socket that was shut down
+        return self.refuses
 
     def close(self) -> None:
         self.closed = True
@@ -627,6 +638,60 @@ def test_a_listener_that_was_shut_down_is_not_waited_for_once_it_is_empty(world:
 
     assert not world.accepting
     assert channel.taken() == [1]
+
+
+def test_a_graceful_close_is_over_at_once_where_the_listener_is_somebody_elses() -> None:
+    """Who goes on listening has those who come, and there may be no end of them."""
+    world = World()
+    world.listeners[0].settings = ListenerSettings("tcp:127.0.0.1:80", foreign=True)
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.turn()
+    world.listeners[0].backlog.extend(range(100))
+
+    world.forwarder.close_listeners(quick=False)
+
+    assert (world.emptied, world.listeners[0].closed, world.loop.watched) == (1, True, {})
+    assert channel.taken() == []
+    world.forwarder.close()
+
+
+def test_a_graceful_close_accepts_no_more_from_one_of_somebody_elses_beside_ours() -> None:
+    world = World(listeners=2)
+    world.listeners[0].settings = ListenerSettings("tcp:127.0.0.1:80", foreign=True)
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[1].backlog.append(7)
+
+    world.forwarder.close_listeners(quick=False)
+    while not world.emptied:
+        world.listeners[0].backlog.append(1)
+        world.turn()
+        world.loop.pass_time()
+
+    assert channel.taken() == [7]
+    world.forwarder.close()
+
+
+def test_a_graceful_close_has_an_end_where_new_clients_cannot_be_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    world.listeners[0].refuses = False
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.forwarder.close_listeners(quick=False)
+    while not world.emptied:
+        now += QUIET_S
+        world.listeners[0].backlog.append(1)
+        world.turn()
+        channel.taken()
+        world.loop.pass_time()
+        assert now < 1000 + 2 * LAST_S
+
+    assert now > 1000 + LAST_S
+    assert world.listeners[0].closed
 
 
 def test_a_quick_close_waits_for_nothing(world: World) -> None:

@@ -8,13 +8,14 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.running import DEADLINE_S, Protector, ask, wait_gone
+from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
 
@@ -83,6 +84,41 @@ class Giver:
             made.close()
 
 
+class Steady:
+    """Clients who come one after the other, faster than any pause that is waited for."""
+
+    def __init__(self, port: int) -> None:
+        self.address = ("127.0.0.1", port)
+        self.answered = 0
+        self.failures: list[str] = []
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(4)]
+
+    def _run(self) -> None:
+        while not self._over.is_set():
+            try:
+                reply = ask(self.address)
+            except OSError as error:
+                reply = str(error)
+            if reply.endswith("hello"):
+                self.answered += 1
+            else:
+                self.failures.append(reply)
+
+    def wait_for(self, count: int) -> None:
+        eventually(lambda: self.answered >= count or bool(self.failures), "more answers")
+
+    def __enter__(self) -> Steady:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for each in self._threads:
+            each.join()
+
+
 def fd_above(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD, 200)
 
@@ -114,6 +150,28 @@ def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Give
         second = giver.start("fd:web", "--", *MANY).ready()
         assert waiting.hear().endswith("for the next one")
     second.stop()
+
+
+@pytest.mark.parametrize("mode", ["connection", "listener"])
+def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
+    giver: Giver, mode: str
+) -> None:
+    """The listener is somebody else's: who comes then is his, and he may be waiting for it."""
+    port = giver.tcp("web")
+    words = ("--handoff", mode, "--ready", "notify", "--stop-timeout", "1h", "fd:web", "--")
+    server = MANY if mode == "connection" else worker("accepts")
+    daemon = giver.start(*words, *server).ready()
+
+    with Steady(port) as steady:
+        steady.wait_for(50)
+        daemon.stop()
+        assert still_listens(giver)
+        second = giver.start(*words, *server).ready()
+        steady.wait_for(steady.answered + 50)  # those among them who have waited meanwhile
+    second.stop()
+
+    assert daemon.log.count("signal=KILL") == 0
+    assert steady.failures == []
 
 
 def test_a_quick_stop_does_not_shut_it_down_either(giver: Giver) -> None:

@@ -55,6 +55,7 @@ _FIXED: Mapping[str, tuple[str, str]] = {
     "pid_file": ("pid-file", "text"),
     "log_file": ("log-file", "text"),
     "log_format": ("log-format", "text"),
+    "log_relay": ("no-log-relay", "not"),
     "log_prefix": ("log-prefix", "text"),
     "foreground": ("foreground", "text"),
     "guarded": ("guard", "text"),
@@ -70,6 +71,7 @@ _ELSEWHERE = frozenset(
 
 _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: "none" if value is None else str(value).lower(),
+    "not": lambda value: str(not value).lower(),
     "octal": lambda value: f"{value:04o}",
     "seconds": lambda value: f"{value:g} s",
     "order": lambda value: "stop-first" if value else "start-first",

@@ -223,6 +223,8 @@ def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) 
         without = next((each.text for each in listens if each.path is not None), None)
         if without is not None:
             raise UsageError(f"{without}: --handoff legacy knows workers by their port; give one")
+    if settings.log_prefix and not settings.log_relay:
+        raise UsageError("--log-prefix: it is the relay that writes it; leave out --no-log-relay")
     if settings.shell and len(settings.command) > 1:
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 

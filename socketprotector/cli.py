@@ -203,6 +203,11 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--log-level", default="info", type=click.Choice(list(LEVELS)))
 @click.option("--log-format", default="text", type=click.Choice(FORMATS), help="Of each line.")
 @click.option("--log-prefix", is_flag=True, help="Workers' lines say who wrote them.")
+@click.option(
+    "--no-log-relay",
+    is_flag=True,
+    help="Workers write to the log file or syslog's pipe themselves.",
+)
 @click.option("--watch", multiple=True, metavar="PATH", help="Reload when files change there.")
 @click.version_option(__version__, prog_name="SocketProtector")
 @click.pass_context
@@ -388,6 +393,7 @@ class _Reading:
             log_file=self._path("log_file"),
             log_level="debug" if verbose else given["log_level"],
             log_format=given["log_format"],
+            log_relay=not given["no_log_relay"],
             log_prefix=given["log_prefix"],
             watch=checks.watch(given["watch"], self._directory),
             foreground=given["foreground"],

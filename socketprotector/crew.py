@@ -46,6 +46,8 @@ _STATUS_CHARACTERS = 500
 _HEARD_AT_ONCE = 1024
 #: How long to wait before listening again to one who could not be heard.
 _HEAR_AGAIN_S = 0.1
+#: How soon to ask again for the end of a worker that has ended, and that somebody traces.
+_REAP_AGAIN_S = 0.1
 #: How long the guard may take to tell how a worker ended.
 _STATUS_S = 1.0
 #: Microseconds a worker may ask for, in digits: some 30 years.
@@ -63,7 +65,7 @@ class _Worker:
     notify: NotifySocket
     line: socket.socket | None  # our end of its RETURN line, where it has one
     readiness: Readiness
-    mark: int  # where the output stood when it began
+    mark: int  # where the output stood when it began; -1: others have written there since
     started_at: float  # seconds since the epoch, for people
     ready_at: float | None = None  # it said so, or its timer did
     told_to_go: bool = False
@@ -71,6 +73,8 @@ class _Worker:
     status: str = ""  # what it last said of itself
     died_saying_so: bool = False
     status_due: bool = False  # it has ended, and who has reaped it is to say how
+    last_words: str | None = None  # it has ended, and this is known; None: not asked for
+    asked: bool = False  # for them
     aborted: bool = False  # it hung, so its end is none that anybody wanted
     ready_by: str = ""  # what said so: notify, ack, line, check, timer
 
@@ -108,9 +112,12 @@ class Crew:
         output: Output,
         post: Callable[[Event], None],
         crashed: Callable[[Crash], None],
+        late: Callable[[int, str], None],
         listeners: Callable[[int], Mapping[int, int]],
     ) -> None:
         """`post` hands an event to the supervisor; `crashed` is told what nobody wanted.
+
+        late: told a crashed worker's last words, where they come after that.
 
         listeners: the descriptors, by index, of those that workers of a side accept from.
         """
@@ -120,6 +127,7 @@ class Crew:
         self._output = output
         self._post = post
         self._crashed = crashed
+        self._late = late
         self._listeners = listeners
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
@@ -152,7 +160,7 @@ class Crew:
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
             self._loop.unwatch(worker.notify.fileno())
-            worker.process.destroy()
+            worker.process.discard(self._loop)
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
             return
@@ -225,15 +233,17 @@ class Crew:
         """End what only this program knows of; the next one begins it anew."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
+        self._strays.stop_looking()
 
     def go_on_checking(self) -> None:
         """There was no next one."""
         for worker in self._workers.values():
             worker.readiness.check()
+        self._strays.go_on_looking()
 
-    def close(self) -> None:
-        """See that nothing is left of the workers that never served."""
-        self._strays.close()
+    def when_ended(self, done: Callable[[], None]) -> None:
+        """Call back when nothing is left of the workers that never served."""
+        self._strays.when_ended(done)
 
     # -- to the next program and from the one before -----------------------------
 
@@ -407,6 +417,8 @@ class Crew:
             notify = NotifySocket.make(self._address(number), self._uids)
             ours.callback(notify.close)
             mark = self._output.mark()
+            # What others write is nobody's last words.
+            others = tuple(self._workers.values())
             environment = {wire.ENV_NOTIFY: notify.address}
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
@@ -450,6 +462,9 @@ class Crew:
                 process = spawn(program, environment | offer.environment, descriptors, tell_pid)
                 output.pid = process.pid
             ours.pop_all()
+        for each in others:
+            each.mark = -1
+        mark = -1 if others else mark
         return _Worker(generation, slot, home, process, notify, line, readiness, mark, clock.date())
 
     def _heard(self, number: int) -> None:
@@ -513,14 +528,27 @@ class Crew:
         self._post(WorkerReady(number, retires or worker.accepts))
 
     def _ended(self, number: int) -> None:
-        """Take in a worker's end, after what it had still said."""
+        """Take in a worker's end, after what it had still said and, if it failed, its last words.
+
+        Until these have come it is not reaped: so a program that replaces this one finds it ended,
+        and asks again.
+        """
         self._heard(number)
         worker = self._workers[number]
+        unproven = worker.ready_at is None or worker.died_saying_so
+        if unproven and worker.last_words is None:
+            if not worker.asked and worker.process.has_ended():
+                worker.asked = True
+                self._loop.unwatch(worker.process.pidfd)
+                self._output.last_words(number, worker.mark, lambda said: self._said(number, said))
+            return
         try:
             result = worker.process.reap()
         except ChildProcessError:
             result = self._status_from_elsewhere(number, worker)
         if result is None:
+            if worker.process.has_ended() and not worker.status_due:
+                self._reap_later(number, worker)
             return
         how = result.how
         lost = worker.home.bury(worker.slot)
@@ -542,19 +570,27 @@ class Crew:
             self._strays.end(worker.notify.address)
         detached = result.clean and worker.ready_at is None
         reason, served_s = how, 0.0
-        crashed = not worker.told_to_go and not (result.clean and worker.home.ended)
-        unproven = worker.ready_at is None or worker.died_saying_so
-        last = ""
-        if crashed or unproven:
-            last = self._output.last_words(worker.mark, worker.process.pid, wait=unproven)
-        if crashed:
+        last = worker.last_words or ""
+        if not worker.told_to_go and not (result.clean and worker.home.ended):
             self._crashed(_crash(number, worker, result, lost, last))
-        if worker.ready_at is None or worker.died_saying_so:
+            if not unproven:  # it has served, so its place is filled without waiting for them
+                self._output.last_words(number, worker.mark, lambda said: self._late(number, said))
+        if unproven:
             reason = self._why(worker, how, last, detached=detached)
         else:
-            served_s = time.monotonic() - worker.ready_at
+            served_s = time.monotonic() - (worker.ready_at or 0.0)
         waiting = worker.home.channel.depth()
         self._post(WorkerExited(number, reason, served_s, waiting, detached))
+
+    def _reap_later(self, number: int, worker: _Worker) -> None:
+        """Somebody else is to see its end first: a debugger, or strace, that stands still."""
+        self._loop.unwatch(worker.process.pidfd)
+        self._loop.call_after(("reap", number), _REAP_AGAIN_S, lambda: self._ended(number))
+
+    def _said(self, number: int, said: str) -> None:
+        """Go on with the end of a worker whose last words were waited for."""
+        self._workers[number].last_words = said
+        self._ended(number)
 
     def _status_from_elsewhere(self, number: int, worker: _Worker) -> End | None:
         """Return how a worker ended that another process has reaped; None: not told yet."""

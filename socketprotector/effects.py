@@ -131,6 +131,7 @@ class Effects:
             output=output,
             post=post,
             crashed=self._note_crash,
+            late=self._note_last_words,
             listeners=lambda side: self.forwarder.shared(side),
         )
         self.forwarder = Forwarder(
@@ -214,7 +215,7 @@ class Effects:
                 self._report(action)
             case Exit(status):
                 self.exit_status = status
-                self._loop.running = False
+                self.crew.when_ended(self._stop_running)
             case _:  # of a generation that could not be opened, and that was told
                 pass
 
@@ -481,6 +482,10 @@ class Effects:
     def _note_crash(self, crash: Crash) -> None:
         self.history = self.history.with_crash(crash)
 
+    def _note_last_words(self, worker: int, last_words: str) -> None:
+        if last_words:
+            self.history = self.history.with_last_words(worker, last_words)
+
     # -- time and news -------------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
@@ -517,6 +522,9 @@ class Effects:
             case News.STOPPING:
                 self._say_stopping()
 
+    def _stop_running(self) -> None:
+        self._loop.running = False
+
     def _say_stopping(self) -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
         policy = self.configuration.settings.policy
@@ -527,7 +535,6 @@ class Effects:
         """Close what is left when nothing is supervised any more."""
         self.configuration.stop_reading()
         self.forwarder.close()
-        self.crew.close()
         self._log.write(
             "info",
             "stopped",

@@ -51,6 +51,14 @@ class History:
     def with_crash(self, crash: Crash) -> History:
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
 
+    def with_last_words(self, worker: int, last_words: str) -> History:
+        """Add what a worker that has crashed turned out to have said."""
+        crashes = (
+            replace(each, last_words=last_words) if each.worker == worker else each
+            for each in self.crashes
+        )
+        return replace(self, crashes=tuple(crashes))
+
     def reload_began(self, generation: int, at: float) -> History:
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])

@@ -83,6 +83,8 @@ class Launcher:
     def _say(self, **words: object) -> None:
         if self._socket is not None:
             try:
-                self._socket.sendall(json.dumps(words).encode() + b"\n")
+                # A few lines in all, for which there is room though it should not read them.
+                data = json.dumps(words).encode() + b"\n"
+                self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
                 pass  # it was killed; its end of the line says so to the loop

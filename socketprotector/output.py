@@ -1,8 +1,9 @@
 """Where the workers' output goes, and a failed worker's last words from there.
 
-Workers write to the terminal, the journal or the log file themselves.  Only where lines
-must be handled, on their way to syslog or for a prefix, a relay process reads them
-(relaying.py).
+Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
+where lines get a prefix, each worker has a pipe of its own, which a relay process reads
+(relaying.py): so a rotation takes the lines of running workers along, and what a worker has said
+is known to be its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from . import door, words
 from .line import is_own
-from .log import is_journal
+from .log import Log, is_journal
 from .logfile import open_log
 from .loop import Loop
 from .relaying import Relaying, WorkerPipe
@@ -24,6 +25,9 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{door.RELAY}write"
+#: For /dev/stdout, opened anew by a worker that is another user.  Who has not got the pipe cannot
+#: reach it.
+_REOPENED = 0o622
 
 
 @dataclass(slots=True)
@@ -37,28 +41,36 @@ class Opened:
 class Output:
     """The place that stdout and stderr of the protector and its workers lead to."""
 
-    def __init__(self, log_file: str | None, *, to_syslog: bool, prefixed: bool) -> None:
-        """to_syslog: there is no other place; prefixed: workers' lines say who wrote them."""
+    def __init__(
+        self, log_file: str | None, *, to_syslog: bool, relayed: bool, prefixed: bool
+    ) -> None:
+        """to_syslog: there is no other place.  relayed: each worker has a pipe of its own.
+
+        prefixed: workers' lines say who wrote them, which takes such pipes.
+        """
         self._log_file = log_file
         self._to_syslog = to_syslog
+        self._relayed = relayed or prefixed
         self._prefixed = prefixed
         self._relay: Relaying | None = None
         #: Called when other descriptors are to be kept for the next program than before.
         self.changed: Callable[[], object] = lambda: None
 
-    def begin(
-        self, descriptors: Mapping[str, int], name: str, loop: Loop, ended: Callable[[], None]
-    ) -> None:
+    @property
+    def needs_relay(self) -> bool:
+        """Whether lines go through a relay process, at least the protector's own."""
+        return self._to_syslog or self._relayed
+
+    def begin(self, descriptors: Mapping[str, int], name: str, loop: Loop, log: Log) -> None:
         """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
 
-        Takes ownership of those of the descriptors that are the relay's.  ended: called when it
-        has died.
+        Takes ownership of those of the descriptors that are the relay's.
         """
         mine = {n: fd for n, fd in descriptors.items() if n.startswith((door.RELAY, door.OUTPUT))}
-        if not (self._to_syslog or self._prefixed):
+        if not self.needs_relay:
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
-        self._relay = Relaying(name, kind, loop, prefixed=self._prefixed, ended=ended)
+        self._relay = Relaying(name, kind, loop, log, prefixed=self._prefixed)
         self._relay.changed = lambda: self.changed()
         write = mine.pop(_WRITE, -1)
         if mine:
@@ -91,10 +103,12 @@ class Output:
 
         Nothing is left of it if that raises.  Raises OSError.
         """
-        if self._relay is None or not self._prefixed:
+        if self._relay is None or not self._relayed:
             yield Opened()
             return
         read, write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(read, False)  # of this end only: the worker's is another description
+        os.fchmod(write, _REOPENED)
         given = Opened({_STDOUT: write, _STDERR: write})
         try:
             yield given
@@ -115,41 +129,47 @@ class Output:
     def finish(self) -> None:
         """Write no more, and let the relay pass on the last; it stays if somebody else writes."""
         if self._relay is not None:
-            self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+            if self._to_syslog:
+                self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
             self._relay.finish()
 
     def mark(self) -> int:
-        """Return where the output stands now: what a worker says comes after it."""
-        if self._relay is not None:
-            return self._relay.mark()
+        """Return where the output stands now: what one worker alone says comes after it.
+
+        -1 where that cannot be read back from here, or is asked for in another way.
+        """
+        if self._relayed:
+            return -1
         found = os.fstat(_STDERR)
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
-    def last_words(self, mark: int, pid: int, *, wait: bool = True) -> str:
-        """Return the last lines written since mark, escaped; "" where nobody can read them.
+    def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
+        """Call back with a worker's last lines, escaped; "" where nobody can tell them.
 
-        pid: whose, where that can be told.  wait: until the relay has all of it, which may
-        take a second where it is busy.
+        At once, or when the relay has answered.  mark: from where on nobody else has written;
+        -1 if that is not so.
         """
-        if self._relay is not None:
-            data = self._relay.kept(mark, pid, wait=wait)
-        elif mark >= 0 and self._log_file is not None:
-            data = _end_of(self._log_file, mark)
+        if self._relay is not None and self._relayed:
+            self._relay.ask(number, lambda data: done(_lines(data)))
         elif mark >= 0:
-            data = _end_of(f"/proc/self/fd/{_STDERR}", mark)
+            place = self._log_file or f"/proc/self/fd/{_STDERR}"
+            done(_lines(_end_of(place, mark)))
         else:
-            return ""
-        lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
-        lines = [line for line in lines if not is_own(line)]
-        return "\n".join(words.escape(line) for line in lines[-LAST_LINES:])
+            done("")
 
     def where_to_look(self) -> str:
-        """Say where a worker's words are when they cannot be read back from here."""
-        by_name = self._log_file or f"/proc/self/fd/{_STDERR}"
-        to_file = stat.S_ISREG(os.fstat(_STDERR).st_mode) and os.path.exists(by_name)
-        if self._relay is not None or to_file:
-            return ""
+        """Say where a worker's words are when they are not known here."""
+        if self._log_file is not None:
+            return f"see {self._log_file}"
+        if self._to_syslog:
+            return "see syslog"
         return "see the journal" if is_journal() else "see above for what it said"
+
+
+def _lines(data: bytes) -> str:
+    lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
+    lines = [line for line in lines if not is_own(line)]
+    return "\n".join(words.escape(line) for line in lines[-LAST_LINES:])
 
 
 def _end_of(path: str, mark: int) -> bytes:

@@ -11,13 +11,17 @@ import os
 import resource
 import select
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from . import privileges, words
+from .loop import Loop
 from .records import Program
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+#: How soon to try again what there was no memory for.
+_AGAIN_S = 0.1
+_TO_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,33 @@ class Process:
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._adopted = pidfd >= 0
         self._reaped = False
+        self._discarded = False  # nobody has it any more, and it is waited for
+
+    @classmethod
+    def forked(cls, act: Callable[[], None]) -> Process:
+        """Start a child that does this in our own memory, and ends.  Raises OSError.
+
+        It leads a group of its own, and takes no signal but KILL.
+        """
+        place = os.dup(0)  # for its pidfd
+        # Else a signal in the child would be reported to our own loop.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.setpgid(0, 0)
+                    act()
+                finally:
+                    os._exit(0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(place)
+        try:
+            return cls(pid)
+        except OSError:
+            _kill(pid)
+            raise
 
     def signal(self, number: int) -> None:
         """Send a signal to the process; nothing happens if it has ended.
@@ -60,18 +91,40 @@ class Process:
         Only while it is not reaped: until then its number cannot be another's.
         Raises PermissionError if all of it has become another user's.
         """
-        # One that is no child of ours is reaped by somebody else as soon as it has ended.
-        if not self._reaped and not (self._adopted and self.has_ended()):
-            try:
+        if self._reaped:
+            return
+        try:
+            self._kill_group()
+        except ProcessLookupError:
+            self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
+
+    def _kill_group(self) -> None:
+        """Send KILL to the group.  Raises ProcessLookupError where there is none."""
+        try:
+            # Never by a number: one that is no child of ours is reaped by somebody else as soon
+            # as it has ended.
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL, None, _TO_GROUP)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            # Before Linux 6.9.  The number is not given away while anybody has it as a group.
+            if not (self._adopted and self.has_ended()):
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
 
     def has_ended(self) -> bool:
         """Say whether it has ended, reaped or not."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return bool(poll.poll(0))
+
+    def is_stopped(self) -> bool | None:
+        """Say whether it stands still (SIGSTOP, a debugger); None where that cannot be seen."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                stat = file.read()
+        except OSError:
+            return None
+        return stat.rpartition(b") ")[2][:1] in (b"T", b"t") and not self.has_ended()
 
     def reap(self) -> End | None:
         """Return how it ended, or None while it runs.
@@ -90,7 +143,7 @@ class Process:
             return None
         # By its number, because waitid() does not tell what it used; until this returns the
         # number is nobody else's.
-        _, status, used = os.wait4(self.pid, 0)
+        _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._reaped = True
         clean, how = words.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
@@ -100,20 +153,52 @@ class Process:
         """Whether its end was taken in: its number may be another's by now."""
         return self._reaped
 
-    def destroy(self) -> None:
-        """Kill it with its group and wait for its end."""
-        _destroy(self.pid)
-        self._reaped = True
+    def discard(self, loop: Loop) -> None:
+        """Kill it with its group and let go of it, pidfd and all.
 
-    def close(self) -> None:
-        """Close the pidfd."""
+        Its end is taken in when it comes: one that waits for a disk cannot be waited for.
+        """
+        if not self._reaped:
+            try:
+                self.kill_group()
+            except PermissionError:
+                pass  # it has become another user's, and ends when that one likes
+        self._discarded = True
+        if self._reaped:
+            os.close(self.pidfd)
+            return
+        try:
+            loop.watch(self.pidfd, lambda: self._take_end(loop))
+        except OSError:  # the system is short of memory
+            loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
+
+    def _take_end(self, loop: Loop) -> None:
+        """Reap it, if nobody else is to see its end first (a debugger), and close the pidfd."""
+        loop.unwatch(self.pidfd)
+        try:
+            if self.reap() is None:
+                loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
+                return
+        except ChildProcessError:
+            pass  # it was no child of ours
         os.close(self.pidfd)
 
+    def close(self) -> None:
+        """Close the pidfd, if it is ours still."""
+        if not self._discarded:
+            os.close(self.pidfd)
 
-def _destroy(pid: int) -> None:
-    """Kill a child that was not reaped yet, and its group; take its status."""
-    os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+def _kill(pid: int) -> None:
+    """Kill a child that was not reaped yet, and its group; whoever reaps what is nobody's does so.
+
+    Not waited for: it may wait for a disk.
+    """
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, os.WNOHANG)
 
 
 def spawn(
@@ -141,6 +226,7 @@ def spawn(
     ]
     limits = {_LIMITS[name]: value for name, value in program.limits}
     kept = {which: resource.getrlimit(which) for which in limits}
+    place = os.dup(0)  # for its pidfd: a process that nobody can watch must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
     try:
@@ -180,12 +266,12 @@ def spawn(
             resource.setrlimit(which, pair)
         os.umask(umask)
         os.chdir("/")
-        for fd in aside:
+        for fd in (place, *aside):
             os.close(fd)
     try:
         return Process(pid)
     except OSError:
-        _destroy(pid)  # nobody would ever learn of its end
+        _kill(pid)  # nobody would ever learn of its end
         raise
 
 

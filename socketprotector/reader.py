@@ -84,8 +84,8 @@ class Reader:
         """End it, if one is under way; nobody hears of it."""
         if self._process is not None:
             self._done = _nobody
-            self._process.destroy()
-            self._ended()
+            self._let_go()
+            self._release()
 
     def _start(self, settings: Settings, *, dry: bool) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -117,8 +117,15 @@ class Reader:
             self._loop.watch(self._process.pidfd, self._ended)
         except OSError:
             self._loop.unwatch(self._line.fileno())
-            self._process.destroy()
+            self._let_go()
             raise
+
+    def _let_go(self) -> None:
+        """End its process, whenever that may be."""
+        assert self._process is not None
+        self._loop.unwatch(self._process.pidfd)
+        self._process.discard(self._loop)
+        self._process = None
 
     def _hear(self) -> None:
         """Take in what it has answered so far."""
@@ -152,22 +159,18 @@ class Reader:
         assert process is not None
         if self._line is not None:
             self._hear()
-        end = None
-        try:
-            end = process.reap()
-        except ChildProcessError:
-            pass  # it was waited for when it was called off
+        end = process.reap()
+        if end is None:
+            return  # a wake-up for a number that was another's before
         done, self._done = self._done, _nobody
         try:
-            answer = self._answer(f"who read it {end.how}" if end else "")
+            answer = self._answer(f"who read it {end.how}")
         except OSError as error:
             answer = Answer(f"cannot take the answer: {error.strerror}")
         self._release()
         done(answer)
 
     def _answer(self, how: str) -> Answer:
-        if not how:
-            return Answer("called off")
         if self._failure:
             return Answer(self._failure)
         if "refused" in self._heard:

@@ -198,12 +198,7 @@ class Readiness:
         self._loop.cancel((_CHECK, self._key))
         if self._check is not None:
             self._loop.unwatch(self._check.pidfd)
-            try:
-                if not self._check.reaped:
-                    self._check.destroy()
-            except PermissionError:
-                pass  # as above; nobody waits for it any more
-            self._check.close()
+            self._check.discard(self._loop)
             self._check = None
 
     def close(self) -> None:

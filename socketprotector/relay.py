@@ -1,18 +1,22 @@
 """The relay: carries what the workers (and the protector) print to where the log goes.
 
 A process of its own, so that nobody's output depends on the protector; it lives as long
-as its last writer.  It also keeps the last of it in a memfd, from which the protector
-reads a failed worker's last words.  Run as a script, on the standard library alone:
+as its last writer.  It also remembers the last of what each worker has written: a failed
+worker's last words, for which the protector asks.  Run as a script, on the standard library
+alone:
 
-    python relay.py NAME TAIL-DESCRIPTOR [LINE-DESCRIPTOR KIND]
+    python relay.py NAME KIND PREFIXED LINE-DESCRIPTOR
 
-On stdin are lines for syslog; they may begin with <N>, sd-daemon(3).  LINE is a SEQPACKET
-socket on which more comes to read (--log-prefix), each with its descriptor:
+On stdin are lines for syslog, if it is a pipe; they may begin with <N>, sd-daemon(3).  LINE is a
+SEQPACKET socket on which the protector says:
 
-    +NUMBER GENERATION PID   a pipe with a worker's lines, which get that prefix
-    =                        where lines go from now on (the log file after a rotation)
+    +NUMBER GENERATION PID   with a pipe: a worker's output.  PREFIXED 1: each line says whose it is
+    =                        with a descriptor: where lines go from now on (after a rotation)
+    ?NUMBER                  asks for the worker's last words.  Answered with NUMBER, a newline and
+                             the last bytes of all that was in its pipe by then, which have been
+                             passed on before
 
-KIND says where that is: `syslog`, `journal` (a stream that wants <N> first), or `lines`: the
+KIND says where lines go: `syslog`, `journal` (a stream that wants <N> first), or `lines`: the
 latter two are stdout at first.
 """
 
@@ -25,47 +29,17 @@ import signal
 import sys
 import syslog
 
-#: The memfd: 8 bytes that count all bytes ever written, then a ring of this size.
-TAIL_BYTES = 65536
-COUNT_BYTES = 8
-#: After the ring: one byte that is 1 while all that was read is in the ring.
-_IDLE_AT = COUNT_BYTES + TAIL_BYTES
+#: What is remembered of a worker, and of how many that have ended.
+TAIL_BYTES = 4096
+ENDED = 1024
 #: A longer line goes out in pieces: syslog daemons cut at 8 KiB.
 LINE_BYTES = 8000
-
-
-def keep(tail: int, total: int, data: bytes) -> int:
-    """Add data to the ring after `total` bytes so far; return the new total."""
-    for at in range(0, len(data), TAIL_BYTES):
-        piece = data[at : at + TAIL_BYTES]
-        place = total % TAIL_BYTES
-        first = piece[: TAIL_BYTES - place]
-        os.pwrite(tail, first, COUNT_BYTES + place)
-        os.pwrite(tail, piece[len(first) :], COUNT_BYTES)
-        total += len(piece)
-    os.pwrite(tail, total.to_bytes(COUNT_BYTES, "little"), 0)
-    return total
-
-
-def kept(tail: int, since: int) -> bytes:
-    """Return what the ring still holds of the bytes after the first `since`."""
-    total = written(tail)
-    start = max(since, total - TAIL_BYTES)
-    ring = os.pread(tail, TAIL_BYTES, COUNT_BYTES).ljust(TAIL_BYTES, b"\0")
-    first, last = start % TAIL_BYTES, total % TAIL_BYTES
-    if start >= total:
-        return b""
-    return ring[first:last] if first < last else ring[first:] + ring[:last]
-
-
-def written(tail: int) -> int:
-    """Return how many bytes have gone through the ring."""
-    return int.from_bytes(os.pread(tail, COUNT_BYTES, 0), "little")
-
-
-def is_idle(tail: int) -> bool:
-    """Whether a relay runs that has put all it has read into the ring."""
-    return os.pread(tail, 1, _IDLE_AT) == b"\1"
+#: Into a file it goes whole, unless it is longer than this.
+HELD_BYTES = 256 * 1024
+_READ_BYTES = 65536
+#: A pipe holds as many reads at most (fs.pipe-max-size).
+_READS = 16
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 def log(line: bytes) -> None:
@@ -81,119 +55,160 @@ def log(line: bytes) -> None:
 class Stream:
     """Somebody's lines."""
 
-    def __init__(self, fd: int, prefix: bytes) -> None:
-        """prefix: of each line; without one lines stay what they are."""
+    def __init__(self, fd: int, number: int, prefix: bytes) -> None:
+        """number: the worker's, -1 for the shared one.  prefix: of each line; it may be empty."""
         self.fd = fd
+        self.number = number
         self.prefix = prefix
         self.rest = b""  # a line whose end has not come yet
+        self.tail = b""  # the last of it
 
 
 class Relay:
     """Reads from all there are, until nobody is left who could write or bring another."""
 
-    def __init__(self, tail: int, line: int, kind: str) -> None:
-        """line: -1 if nobody brings another."""
-        self.tail = tail
-        self.total = written(tail)
+    def __init__(self, line: int, kind: str, *, prefixed: bool) -> None:
         self.kind = kind
-        self.line = socket.socket(fileno=line) if line >= 0 else None
-        self.streams: dict[int, Stream] = {}
-        self.known: dict[int, int] = {}  # a worker's number -> its stream's descriptor
-        self.poll = select.poll()
+        self.prefixed = prefixed
+        self.line: socket.socket | None = socket.socket(fileno=line)
+        self.streams: dict[int, Stream] = {}  # by descriptor
+        self.known: dict[int, Stream] = {}  # by the worker's number
+        self.ended: dict[int, bytes] = {}  # the last words of those that have ended
+        self.cut = False  # the last line could not be written to its end
+        # Not poll: that would ask for all of hundreds of pipes each time one is written to.
+        self.epoll = select.epoll()
+        self.epoll.register(line, select.EPOLLIN)
 
     def add(self, stream: Stream) -> None:
+        """Carry it from here on.  Raises PermissionError for what is no pipe (/dev/null)."""
+        self.epoll.register(stream.fd, select.EPOLLIN)
         self.streams[stream.fd] = stream
-        self.poll.register(stream.fd, select.POLLIN)
+        if stream.number >= 0:
+            self.known[stream.number] = stream
 
     def run(self) -> None:
         """Carry lines until the last one has gone."""
-        if self.line is not None:
-            self.poll.register(self.line.fileno(), select.POLLIN)
         while self.streams or self.line is not None:
-            for fd in self.ready():
-                if self.line is not None and fd == self.line.fileno():
-                    self.hear(self.line)
-                else:
-                    self.carry(self.streams[fd])
+            ready = [fd for fd, _ in self.epoll.poll()]
+            if self.line is not None and self.line.fileno() in ready:
+                # First: what is written after a rotation belongs into the new file.
+                self.hear(self.line)
+                continue
+            for fd in ready:
+                self.carry(self.streams[fd])
 
-    def ready(self) -> list[int]:
-        """Wait for data.  Idle is taken back while the data is still in its pipe: so whoever
-        sees the pipe empty and us idle knows that everything is in the ring.
-        """
-        os.pwrite(self.tail, b"\1", _IDLE_AT)
-        found = [fd for fd, _ in self.poll.poll()]
-        os.pwrite(self.tail, b"\0", _IDLE_AT)
-        return found
+    def carry(self, stream: Stream) -> bool:
+        """Pass on what is there of one; say whether that was anything."""
+        try:
+            data = os.read(stream.fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        stream.tail = (stream.tail + data)[-TAIL_BYTES:]
+        if self.kind == "lines" and not stream.prefix:
+            self.carry_whole(stream, data)
+        else:
+            self.carry_lines(stream, data)
+        if not data:
+            self.end(stream)
+        return bool(data)
 
-    def carry(self, stream: Stream) -> None:
-        """Pass on what is there of one."""
-        data = os.read(stream.fd, 65536)
-        if not stream.prefix:
-            self.total = keep(self.tail, self.total, data)
+    def carry_whole(self, stream: Stream, data: bytes) -> None:
+        """Write what is there as it is, up to the end of a line: so no line is torn apart."""
+        whole, found, rest = (stream.rest + data).rpartition(b"\n")
+        if len(rest) > HELD_BYTES:
+            whole, found, rest = whole + found + rest, b"", b""
+        elif not data and rest:
+            whole, found, rest = whole + found + rest, b"\n", b""
+        stream.rest = rest
+        self.write(whole + found)
+
+    def carry_lines(self, stream: Stream, data: bytes) -> None:
         *lines, stream.rest = (stream.rest + data).split(b"\n")
         if not data or len(stream.rest) > LINE_BYTES:
             lines, stream.rest = [*lines, *filter(None, [stream.rest])], b""
-        for line in lines:
-            self.say(stream.prefix, line)
-        if not data:
-            self.poll.unregister(stream.fd)
-            os.close(stream.fd)
-            del self.streams[stream.fd]
-            self.known = {number: fd for number, fd in self.known.items() if fd != stream.fd}
-
-    def say(self, prefix: bytes, line: bytes) -> None:
-        if prefix:
-            self.total = keep(self.tail, self.total, prefix + line + b"\n")
-        if self.kind != "lines" and line[:1] == b"<" and line[2:3] == b">":
-            line = line[:3] + prefix + line[3:]
-        else:
-            line = prefix + line
-        if self.kind == "syslog":
+        said = [self.shown(stream.prefix, line) for line in lines]
+        if self.kind != "syslog":
+            self.write(b"".join(line + b"\n" for line in said))
+            return
+        for line in said:
             log(line)
-        else:
-            write(line + b"\n")
+
+    def shown(self, prefix: bytes, line: bytes) -> bytes:
+        if self.kind != "lines" and line[:1] == b"<" and line[2:3] == b">":
+            return line[:3] + prefix + line[3:]
+        return prefix + line
+
+    def end(self, stream: Stream) -> None:
+        """Its last writer has gone."""
+        self.epoll.unregister(stream.fd)
+        os.close(stream.fd)
+        del self.streams[stream.fd]
+        if stream.number >= 0:
+            del self.known[stream.number]
+            self.ended[stream.number] = stream.tail
+            if len(self.ended) > ENDED:
+                del self.ended[next(iter(self.ended))]
 
     def hear(self, line: socket.socket) -> None:
-        """Take in what to read from, or where to write to."""
+        """Take in what to read from, where to write to, or a question."""
         try:
             data, control, _, _ = line.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
         except OSError:  # it was reset; or there is no descriptor left, and then no way to go on
             data, control = b"", []
         fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
         if not data:
-            self.poll.unregister(line.fileno())
+            self.epoll.unregister(line.fileno())
             line.close()
             self.line = None
+        elif data[:1] == b"?":
+            self.answer(line, int(data[1:]))
         elif fds and data[:1] == b"=":
             os.dup2(fds[0], 1)
             os.close(fds[0])
+            self.cut = False
         elif fds:
             number, generation, pid = (int(word) for word in data[1:].split())
             if number in self.known:  # told again, by who did not know
                 os.close(fds[0])
                 return
-            self.known[number] = fds[0]
-            self.add(Stream(fds[0], b"[%d %d] " % (generation, pid)))
+            prefix = b"[%d %d] " % (generation, pid) if self.prefixed else b""
+            self.add(Stream(fds[0], number, prefix))
 
+    def answer(self, line: socket.socket, number: int) -> None:
+        """Tell a worker's last words, once all that it has written is passed on."""
+        for _ in range(_READS):
+            if number not in self.known or not self.carry(self.known[number]):
+                break
+        stream = self.known.get(number)
+        tail = stream.tail if stream is not None else self.ended.get(number, b"")
+        try:
+            line.send(b"%d\n" % number + tail, _FLAGS)
+        except OSError:
+            pass  # it is gone, or has stopped reading and will not wait for this
 
-def write(data: bytes) -> None:
-    """Write to where lines go; what cannot be written (a full disk) is lost, and we go on."""
-    try:
-        while data:
-            data = data[os.write(1, data) :]
-    except OSError:
-        pass
+    def write(self, data: bytes) -> None:
+        """Write to where lines go; what cannot be written (a full disk) is lost, and we go on."""
+        if self.cut and data:
+            data = b"\n" + data
+        try:
+            while data:
+                data = data[os.write(1, data) :]
+                self.cut = bool(data)
+        except OSError:
+            pass
 
 
 def main() -> None:
-    name, tail = sys.argv[1], int(sys.argv[2])
-    line, kind = (int(sys.argv[3]), sys.argv[4]) if len(sys.argv) > 3 else (-1, "syslog")
+    name, kind, prefixed, line = sys.argv[1:]
     # It ends at end of file only: a stop of the service must not cut off its last lines.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     syslog.openlog(name, 0, syslog.LOG_DAEMON)
-    relay = Relay(tail, line, kind)
-    relay.add(Stream(0, b""))
+    relay = Relay(int(line), kind, prefixed=prefixed == "1")
+    try:
+        relay.add(Stream(0, -1, b""))
+    except PermissionError:
+        pass  # /dev/null: nobody writes there
     relay.run()
 
 

@@ -112,8 +112,12 @@ class _Resident:
         self.descriptors = descriptors
         self.command = command
         self.to_syslog = not settings.foreground and settings.log_file is None
+        ours = self.to_syslog or settings.log_file is not None
         self.output = Output(
-            settings.log_file, to_syslog=self.to_syslog, prefixed=settings.log_prefix
+            settings.log_file,
+            to_syslog=self.to_syslog,
+            relayed=ours and settings.log_relay,
+            prefixed=settings.log_prefix,
         )
         # Under a guard it is the guard whose end means the end.
         guarded = door.GUARD in descriptors
@@ -268,13 +272,10 @@ class _Resident:
         log = Log(settings.log_level, prioritized=self.to_syslog, form=settings.log_format)
         log.fold(self.loop)
 
-        def ended() -> None:
-            log.write("error", "relay-ended")
-
         try:
-            self.output.begin(self.descriptors, settings.name, self.loop, ended)
+            self.output.begin(self.descriptors, settings.name, self.loop, log)
         except OSError as error:
-            where = "to syslog" if self.to_syslog else "for --log-prefix"
+            where = "to syslog" if self.to_syslog else "of workers' output"
             why = f"cannot start the relay {where}: {what_failed(error)}"
             raise SystemRefused(why) from error
         log.reopen()

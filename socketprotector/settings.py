@@ -113,6 +113,7 @@ class Settings:
     log_file: str | None = None
     log_level: str = "info"
     log_format: str = "text"
+    log_relay: bool = True  # workers' output goes through the relay where the log is ours
     log_prefix: bool = False  # workers' lines say who wrote them
     watch: tuple[str, ...] = ()  # paths; a reload when something changes there
     foreground: bool = False

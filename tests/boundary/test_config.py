@@ -57,6 +57,7 @@ log-file = "log"
 log-level = "warning"
 log-format = "json"
 log-prefix = true
+no-log-relay = true
 """
 
 

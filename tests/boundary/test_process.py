@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from socketprotector.executable import resolve
+from socketprotector.loop import Loop
 from socketprotector.process import Process, spawn
 from socketprotector.records import Program
+from tests.boundary.ending import traced, until
 
 SHELL = Program(
     path="/bin/sh",
@@ -208,3 +212,59 @@ def test_what_is_not_there_or_not_executable_is_named(tmp_path: Path) -> None:
         resolve(["./text"], str(tmp_path), "")
     with pytest.raises(PermissionError):
         resolve(["./"], str(tmp_path), "")
+
+
+def test_one_that_does_not_end_when_it_is_killed_holds_nobody_up(loop: Loop) -> None:
+    """As one that waits for a disk; it is reaped when it ends, and the loop sleeps until then."""
+    process = spawn(running("exec sleep 1000"), {}, {})
+    with traced(process.pid):
+        process.discard(loop)  # returns
+        process.close()  # whoever has let go of it may close what was his
+
+        turns = 0
+
+        def count() -> bool:
+            nonlocal turns
+            turns += 1
+            return turns >= 20
+
+        before = time.process_time()
+        until(loop, count)
+        assert not process.reaped
+        assert time.process_time() - before < 0.5
+    until(loop, lambda: process.reaped)
+    assert not os.path.exists(f"/proc/{process.pid}")
+
+
+def signals_groups() -> bool:
+    """Whether a pidfd leads to its group (Linux 6.9)."""
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        signal.pidfd_send_signal(pidfd, 0, None, 4)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    finally:
+        os.close(pidfd)
+    return True
+
+
+@pytest.mark.skipif(
+    not signals_groups(), reason="NOT CHECKED: before Linux 6.9 a group has only its number"
+)
+def test_a_group_is_killed_by_its_pidfd_not_by_a_number() -> None:
+    """One that was adopted is reaped by somebody else, and its number may be another's then."""
+    receive, send = os.pipe()
+    process = spawn(running("sleep 1000 & echo started >&5; wait"), {}, {5: send})
+    os.close(send)
+    adopted = Process(process.pid, os.dup(process.pidfd))
+    other = spawn(running("exec sleep 1000"), {}, {})
+    with open(receive, encoding="utf-8") as file:
+        assert file.readline() == "started\n"
+        adopted.pid = other.pid  # as if that number were another's by now
+        adopted.kill_group()
+        assert file.read() == ""
+    assert not other.has_ended()
+    adopted.close()
+    assert end_of(process)[1] == "was killed by SIGKILL"
+    other.kill_group()
+    assert end_of(other)[1] == "was killed by SIGKILL"

@@ -14,6 +14,7 @@ from socketprotector.loop import Loop
 from socketprotector.process import Process, spawn
 from socketprotector.readiness import Readiness, check_program, program_of
 from socketprotector.records import Program
+from tests.boundary.ending import settle
 from tests.running import DEADLINE_S, wait_gone
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
@@ -100,6 +101,7 @@ def test_a_check_that_hangs_is_killed_with_its_group_and_asked_again_and_told_on
     assert at_end(receive), "a process of a check lives on"
     assert (checked.ready, checked.hangs) == (["check"], ["test"])
     assert len(tries) >= 4
+    settle(loop)
     assert wait_gone(tries) == []
     checked.readiness.close()
     os.close(receive)
@@ -138,7 +140,8 @@ def test_a_check_that_hangs_ends_with_its_worker(loop: Loop) -> None:
     checked.watch(check, until_hangs=True)
     checked.readiness.close()
 
-    assert wait_gone([each.pid for each in tries]) == []
+    settle(loop)
+    assert all(each.reaped for each in tries)
     assert loop.due(("check", 1)) is None
 
 
@@ -155,13 +158,12 @@ def test_one_that_we_may_not_kill_any_more_is_told_and_left(
 
     with monkeypatch.context() as patched:
         patched.setattr(Process, "kill_group", may_not)
-        patched.setattr(Process, "destroy", may_not)
         checked.watch(lambda: process, until_hangs=True)
         checked.readiness.close()
 
     assert checked.hangs == ["sudo"]
     os.kill(process.pid, 9)
-    os.waitpid(process.pid, 0)
+    settle(loop)
 
 
 @pytest.mark.parametrize(

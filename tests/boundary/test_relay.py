@@ -1,54 +1,104 @@
-"""The relay as a process: what it keeps, what it passes on, and when it ends."""
+"""The relay as a process: what it passes on, what it remembers, and when it ends."""
 
 from __future__ import annotations
 
 import os
-import random
+import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from socketprotector import relay
+from tests.running import DEADLINE_S, Lines
+
+
+class Told:
+    """A relay with our end of its line."""
+
+    def __init__(self, process: subprocess.Popen[bytes], line: socket.socket) -> None:
+        self.process = process
+        self.line = line
+
+    def pipe(self, number: int, generation: int, pid: int) -> int:
+        """Give it a worker's pipe; return the end that the worker writes to."""
+        receive, send = os.pipe()
+        os.set_blocking(receive, False)
+        self.say(b"+%d %d %d" % (number, generation, pid), receive)
+        os.close(receive)
+        return send
+
+    def say(self, text: bytes, fd: int = -1) -> None:
+        if fd >= 0:
+            socket.send_fds(self.line, [text], [fd])
+        else:
+            self.line.send(text)
+
+    def ask(self, number: int) -> bytes:
+        """Return a worker's last words."""
+        self.line.send(b"?%d" % number)
+        asked, _, words = self.line.recv(65536).partition(b"\n")
+        assert int(asked) == number
+        return words
+
+    def end(self) -> int:
+        """Hang up, and wait for its end; return the exit status."""
+        self.line.close()
+        return self.process.wait(DEADLINE_S)
+
+
+@contextmanager
+def running(
+    kind: str, *, prefixed: bool = False, stdin: int = subprocess.DEVNULL, out: int
+) -> Iterator[Told]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(DEADLINE_S)
+    words = ["test", kind, str(int(prefixed)), str(theirs.fileno())]
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(relay.__file__), *words],
+        stdin=stdin,
+        stdout=out,
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()
+    try:
+        yield Told(process, ours)
+    finally:
+        ours.close()
+        process.kill()
+        process.wait()
+
+
+Start = Callable[..., Told]
 
 
 @pytest.fixture
-def tail() -> Iterator[int]:
-    fd = os.memfd_create("test")
+def start() -> Iterator[Start]:
+    """Start a relay; `written` is what it has written once it has ended."""
+    contexts = []
+
+    def begin(kind: str, out: int, **more: object) -> Told:
+        contexts.append(running(kind, out=out, **more))  # type: ignore[arg-type]
+        return contexts[-1].__enter__()
+
+    yield begin
+    for each in contexts:
+        each.__exit__(None, None, None)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "log", os.O_RDWR | os.O_CREAT | os.O_APPEND)
     yield fd
     os.close(fd)
 
 
-def test_the_ring_keeps_the_last_of_everything(tail: int) -> None:
-    chance = random.Random(1)
-    everything = b""
-    for _ in range(200):
-        data = chance.randbytes(chance.choice((0, 1, 7, 1000, relay.TAIL_BYTES // 3, 70_000)))
-        total = relay.keep(tail, len(everything), data)
-        everything += data
-        since = chance.randrange(len(everything) + 1)
-
-        assert total == relay.written(tail) == len(everything)
-        start = max(since, total - relay.TAIL_BYTES)
-        assert relay.kept(tail, since) == everything[start:]
-
-
-def test_nothing_kept_is_nothing(tail: int) -> None:
-    assert relay.written(tail) == 0
-    assert relay.kept(tail, 0) == b""
-    assert relay.kept(tail, 12) == b""
-
-
-def run(tail: int, data: bytes) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-I", "-S", str(relay.__file__), "test", str(tail)],
-        input=data,
-        pass_fds=[tail],
-        capture_output=True,
-        timeout=30,
-    )
+def written(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 @pytest.mark.parametrize(
@@ -63,73 +113,162 @@ def run(tail: int, data: bytes) -> subprocess.CompletedProcess[bytes]:
     ],
     ids=["nothing", "a line", "no end", "odd bytes", "very long", "empty lines"],
 )
-def test_it_takes_whatever_comes_and_ends_with_its_last_writer(tail: int, data: bytes) -> None:
-    ended = run(tail, data)
+def test_to_syslog_it_takes_whatever_comes_and_ends_with_its_last_writer(
+    start: Start, data: bytes
+) -> None:
+    receive, send = os.pipe()
+    told = start("syslog", subprocess.DEVNULL, stdin=receive)
+    os.close(receive)
+    worker = told.pipe(1, 1, 11)
+    for fd in (send, worker):
+        rest = data
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    assert told.ask(1) == data[-relay.TAIL_BYTES :]
+    told.line.close()
+    os.close(send)
+    assert told.process.poll() is None  # somebody may still write
+    os.close(worker)
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
-    assert relay.kept(tail, 0) == data[-relay.TAIL_BYTES :]
-
-
-def with_pipes(
-    tail: int, kind: str, *told: tuple[bytes, bytes], to: int = subprocess.PIPE
-) -> subprocess.CompletedProcess[bytes]:
-    """Run it with a line on which pipes come, each with what was written into it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
-        for message, data in told:
-            receive, send = os.pipe()
-            socket.send_fds(ours, [message], [receive])
-            os.write(send, data)
-            os.close(receive)
-            os.close(send)
-        ours.shutdown(socket.SHUT_WR)
-        with theirs:
-            return subprocess.run(
-                [sys.executable, "-I", "-S", str(relay.__file__), "test", str(tail),
-                 str(theirs.fileno()), kind],
-                stdin=subprocess.DEVNULL,
-                stdout=to,
-                stderr=subprocess.PIPE,
-                pass_fds=[tail, theirs.fileno()],
-                timeout=30,
-            )  # fmt: skip
+    assert told.process.wait(DEADLINE_S) == 0
 
 
-def test_each_of_several_pipes_has_its_prefix(tail: int) -> None:
-    told = [(b"+1 1 11", b"one\ntwo"), (b"+2 1 22", b"<4>three\n\n"), (b"+3 2 33", b"")]
-    ended = with_pipes(tail, "lines", *told)
+def test_each_of_several_pipes_has_its_prefix(start: Start, file: int) -> None:
+    told = start("lines", file, prefixed=True)
+    for number, generation, pid, data in (
+        (1, 1, 11, b"one\ntwo"),
+        (2, 1, 22, b"<4>three\n\n"),
+        (3, 2, 33, b""),
+    ):
+        pipe = told.pipe(number, generation, pid)
+        os.write(pipe, data)
+        os.close(pipe)
 
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    lines = ended.stdout.splitlines()
+    assert told.end() == 0
+    lines = written(file).splitlines()
     assert sorted(lines) == [b"[1 11] one", b"[1 11] two", b"[1 22] ", b"[1 22] <4>three"]
-    assert sorted(relay.kept(tail, 0).splitlines()) == sorted(lines)
 
 
-def test_for_the_journal_the_priority_stays_in_front(tail: int) -> None:
-    ended = with_pipes(tail, "journal", (b"+1 1 11", b"<4>three\nfour\n"))
+def test_without_prefixes_lines_are_as_they_were_and_none_is_torn_apart(
+    start: Start, file: int
+) -> None:
+    told = start("lines", file)
+    one, other = told.pipe(1, 1, 11), told.pipe(2, 1, 22)
+    long = b"{" + b"x" * 50_000 + b"}\n"
+    os.write(one, b"be")
+    assert told.ask(1) == b"be"
+    os.write(other, long + b"whole\nrest")
+    assert told.ask(2).endswith(b"whole\nrest")
+    os.write(one, b"gun\n")
+    for fd in (one, other):
+        os.close(fd)
 
-    assert ended.stdout == b"<4>[1 11] three\n[1 11] four\n"
+    assert told.end() == 0
+    assert written(file) in (long + b"whole\nbegun\nrest\n", long + b"whole\nrest\nbegun\n")
 
 
-def test_a_pipe_that_is_told_of_again_is_the_same(tail: int) -> None:
-    ended = with_pipes(tail, "lines", (b"+1 1 11", b"one\n"), (b"+1 1 11", b"other\n"))
+def test_a_line_that_has_no_end_is_not_held_for_ever(start: Start, file: int) -> None:
+    told = start("lines", file)
+    pipe = told.pipe(1, 1, 11)
+    data = b"x" * (relay.HELD_BYTES + 65536)
+    rest = data
+    while rest:
+        rest = rest[os.write(pipe, rest) :]
+    told.ask(1)
+    assert len(written(file)) >= relay.HELD_BYTES
+    os.close(pipe)
 
-    assert ended.stdout == b"[1 11] one\n"
+    assert told.end() == 0
+    assert written(file).rstrip(b"\n") == data
 
 
-def test_a_place_that_takes_nothing_does_not_end_it(tail: int) -> None:
+def test_for_the_journal_the_priority_stays_in_front(start: Start, file: int) -> None:
+    told = start("journal", file, prefixed=True)
+    pipe = told.pipe(1, 1, 11)
+    os.write(pipe, b"<4>three\nfour\n")
+    os.close(pipe)
+
+    assert told.end() == 0
+    assert written(file) == b"<4>[1 11] three\n[1 11] four\n"
+
+
+def test_a_pipe_that_is_told_of_again_is_the_same(start: Start, file: int) -> None:
+    told = start("lines", file)
+    pipe, again = told.pipe(1, 1, 11), told.pipe(1, 1, 11)
+    os.write(pipe, b"one\n")
+    assert told.ask(1) == b"one\n"
+    with pytest.raises(BrokenPipeError):
+        os.write(again, b"nobody reads that\n")
+    for fd in (pipe, again):
+        os.close(fd)
+
+    assert told.end() == 0
+    assert written(file) == b"one\n"
+
+
+def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: int) -> None:
+    told = start("lines", file)
+    pipes = {number: told.pipe(number, 1, number) for number in range(8)}
+    for number, fd in pipes.items():
+        for turn in range(1000):
+            os.write(fd, b"worker %d, line %d\n" % (number, turn))
+            if turn % 100 == 0:
+                told.ask(number)  # else the pipe would be full
+    for number, fd in pipes.items():
+        os.close(fd)
+        words = told.ask(number)
+        assert len(words) == relay.TAIL_BYTES
+        assert words.endswith(b"worker %d, line 999\n" % number)
+        assert b"worker %d" % (number + 1) not in words
+    assert told.ask(99) == b""
+    assert told.ask(3) == told.ask(3)  # whoever asks again is told again
+
+    assert told.end() == 0
+    assert written(file).count(b"\n") == 8000
+
+
+def test_lines_go_where_it_is_told_from_then_on(start: Start, file: int, tmp_path: Path) -> None:
+    told = start("lines", file)
+    pipe = told.pipe(1, 1, 11)
+    os.write(pipe, b"before\n")
+    told.ask(1)
+    new = os.open(tmp_path / "new", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    told.say(b"=0", new)
+    os.write(pipe, b"after\n")
+    os.close(pipe)
+
+    assert told.end() == 0
+    assert (written(file), written(new)) == (b"before\n", b"after\n")
+    os.close(new)
+
+
+def test_a_place_that_takes_nothing_does_not_end_it(start: Start) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
-    ended = with_pipes(tail, "lines", (b"+1 1 11", b"one\n"), to=full)
+    told = start("lines", full, prefixed=True)
     os.close(full)
+    pipe = told.pipe(1, 1, 11)
+    os.write(pipe, b"one\n")
+    assert told.ask(1) == b"one\n"
+    os.close(pipe)
 
-    assert ended.returncode == 0
-    assert relay.kept(tail, 0) == b"[1 11] one\n"
+    assert told.end() == 0
 
 
-def test_a_new_relay_goes_on_where_the_last_one_ended(tail: int) -> None:
-    run(tail, b"one\n")
-    mark = relay.written(tail)
-    run(tail, b"two\n")
+def test_one_who_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> None:
+    receive, send = os.pipe()
+    out = Lines(receive)
+    told = start("lines", send)
+    os.close(send)
+    pipe = told.pipe(1, 1, 11)
+    os.write(pipe, b"x" * relay.TAIL_BYTES + b"\n")
+    poll = select.poll()
+    poll.register(told.line, select.POLLOUT)
+    for _ in range(500):  # more than there is room for answers
+        assert poll.poll(DEADLINE_S * 1000)
+        told.line.send(b"?1")
+    os.write(pipe, b"it goes on\n")
+    out.wait_for("^it goes on$")
+    os.close(pipe)
 
-    assert relay.kept(tail, mark) == b"two\n"
-    assert relay.kept(tail, 0) == b"one\ntwo\n"
+    assert told.end() == 0
+    out.join()

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from socketprotector import strays
+from socketprotector.loop import Loop
+from socketprotector.strays import Strays
+from tests.boundary.ending import settle, until
 
 ADDRESS = "@a-test-of-strays"
 
@@ -30,7 +35,8 @@ def living(environment: dict[str, str]) -> Iterator[int]:
 
 def found() -> list[int]:
     pids = []
-    for pid, pidfd in strays._carrying(ADDRESS):
+    for address, pid, pidfd in strays._carrying([ADDRESS, "@another"]):
+        assert address == ADDRESS
         pids.append(pid)
         os.close(pidfd)
     return pids
@@ -77,3 +83,121 @@ def test_processes_without_an_environment_are_not_looked_at_for_ever(
         monkeypatch.undo()
 
     assert len(looks) == 2
+
+
+class Log:
+    """What it says, by event."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, dict[str, Any]]] = []
+
+    def write(self, level: str, event: str, **fields: Any) -> None:
+        self.said.append((event, fields))
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+@contextmanager
+def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[Strays, list[int]]]:
+    """What ends strays, and of how many addresses each of its looks was."""
+    counted: list[int] = []
+    real = strays.look
+
+    def look(loop: Loop, wanted: tuple[str, ...], *more: Any) -> Any:
+        counted.append(len(wanted))
+        return real(loop, wanted, *more)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(strays, "look", look)
+        yield Strays(loop, log, kill_timeout_s, None), counted  # type: ignore[arg-type]
+    settle(loop)
+
+
+def test_what_twenty_failed_workers_have_left_is_found_in_one_look(loop: Loop, log: Log) -> None:
+    with (
+        looks(loop, log) as (found, counted),
+        living({"NOTIFY_SOCKET": "@stray-3"}) as one,
+        living({"NOTIFY_SOCKET": "@stray-17"}) as other,
+        living({"NOTIFY_SOCKET": "@stray-nobody"}),
+    ):
+        for number in range(20):
+            found.end(f"@stray-{number}")
+        assert counted == []  # nothing is looked at in the callback of a worker's end
+        until(loop, lambda: len(log.said) == 2)
+        assert counted == [20]
+        assert {fields["pid"] for _, fields in log.said} == {one, other}
+        assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
+        assert sorted(found.left) == ["@stray-17", "@stray-3"]  # until they are seen to be gone
+        assert done(loop, found)
+
+
+def done(loop: Loop, found: Strays) -> bool:
+    """Wait until nothing is left of them."""
+    said: list[bool] = []
+    found.when_ended(lambda: said.append(True))
+    until(loop, lambda: bool(said))
+    return found.left == ()
+
+
+def test_what_ignores_TERM_is_killed_when_its_time_is_over(loop: Loop, log: Log) -> None:
+    with (
+        looks(loop, log, 0.1) as (found, _),
+        subprocess.Popen(
+            ["/bin/sh", "-c", "trap '' TERM; echo; while :; do sleep 0.01; done"],
+            env={"NOTIFY_SOCKET": ADDRESS, "PATH": os.environ["PATH"]},
+            stdout=subprocess.PIPE,
+        ) as stubborn,
+    ):
+        assert stubborn.stdout is not None
+        assert stubborn.stdout.read(1) == b"\n"
+        found.end(ADDRESS)
+        assert done(loop, found)
+        assert stubborn.wait(30) == -signal.SIGKILL
+
+
+def test_a_look_that_hangs_is_given_up_and_holds_up_nobody(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one at a process whose memory is locked."""
+    monkeypatch.setattr(strays, "_LOOK_S", 0.1)
+    monkeypatch.setattr(strays, "_LOOK_AGAIN_S", 0.05)
+    with looks(loop, log) as (found, counted), living({"NOTIFY_SOCKET": ADDRESS}) as ours:
+        with monkeypatch.context() as hangs:
+            hangs.setattr(strays, "_carrying", lambda wanted: signal.pause())
+            found.end(ADDRESS)
+            until(loop, lambda: "cannot-look" in (event for event, _ in log.said))
+        monkeypatch.setattr(strays, "_LOOK_S", 30.0)
+        until(loop, lambda: log.said[-1][0] == "left-behind")
+        assert log.said[-1] == ("left-behind", {"pid": ours, "signal": "SIGTERM"})
+        assert len(counted) >= 2
+        assert done(loop, found)
+
+
+def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop, log: Log) -> None:
+    with looks(loop, log) as (found, counted), living({"NOTIFY_SOCKET": ADDRESS}):
+        found.end(ADDRESS)
+        until(loop, lambda: counted == [1])
+        found.stop_looking()
+        assert found.left == (ADDRESS,)  # it is told of what there is to look for
+        found.go_on_looking()
+        until(loop, lambda: bool(log.said))
+        assert done(loop, found)
+
+
+def test_nothing_of_ours_is_open_in_who_looks(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection in hand, for one, must end for its client when the worker closes it."""
+    receive, send = os.pipe()
+    monkeypatch.setattr(strays, "_carrying", lambda wanted: signal.pause())
+    with looks(loop, log) as (found, counted):
+        found.end(ADDRESS)
+        until(loop, lambda: counted == [1])
+        os.close(send)
+        with open(receive, "rb") as file:
+            assert file.read() == b""
+        found.stop_looking()
+    assert log.said == []

@@ -280,7 +280,7 @@ def test_the_name_is_shown_in_the_log_and_by_ps(start: Start) -> None:
 
 
 def test_the_log_is_reopened_on_usr1(start: Start) -> None:
-    start.up("127.0.0.1:0", "--", *MINIMAL)
+    start.up("--no-log-relay", "127.0.0.1:0", "--", *MINIMAL)
     rotated = start.folder / "log.1"
     start.log_file.rename(rotated)
 

@@ -287,6 +287,7 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "bind": (errno.ENOMEM, errno.EADDRINUSE),
     "pidfd_open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     "posix_spawn": (errno.ENOENT, errno.EACCES, errno.EAGAIN, errno.ENOMEM, errno.E2BIG),
+    "fork": (errno.EAGAIN, errno.ENOMEM),
     "resolve": (errno.ENOENT, errno.EACCES, errno.EIO),
     "dup": (errno.EMFILE,),
     "fcntl": (errno.EMFILE,),
@@ -306,6 +307,7 @@ class Kernel:
         self._next = 3
         self.limit = 100_000
         self.bound: dict[str, Datagrams] = {}
+        self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
         self.changes = 0  # how often a call of the protector has changed anything
         self.calls = 0
         self.quiet_calls = 1 << 62  # until the world interferes
@@ -318,7 +320,6 @@ class Kernel:
         self.turn: Callable[[float | None], list[tuple[int, int]]] = lambda timeout: []
         self.process_at: Callable[[int], Any] = lambda pid: None
         self.start: Callable[[tuple[str, ...], dict[str, str], dict[int, File]], int]
-        self.carrying: Callable[[str], list[Any]] = lambda address: []
         self.sent: Callable[[Connection, End], None] = lambda connection, end: None
         self.modules = self._modules()
 
@@ -549,7 +550,9 @@ class Kernel:
         self.process_at(pid).signal(number)
         self.changes += 1
 
-    def _pidfd_send_signal(self, fd: int, number: int) -> None:
+    def _pidfd_send_signal(self, fd: int, number: int, _: None = None, flags: int = 0) -> None:
+        if flags and not self.group_signals:
+            raise failure(errno.EINVAL)
         self.enter("kill")
         file = self.file(fd)
         assert isinstance(file, Running)

@@ -189,6 +189,12 @@ class Log:
 
 
 class Output:
+    """Tells last words, at once or later, as a relay that is busy, or not at all in time."""
+
+    def __init__(self, loop: Loop, chance: Callable[[], float]) -> None:
+        self._loop = loop
+        self._chance = chance
+
     def mark(self) -> int:
         return 0
 
@@ -196,8 +202,11 @@ class Output:
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
         yield Opened()
 
-    def last_words(self, mark: int, pid: int, *, wait: bool = True) -> str:
-        return ""
+    def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
+        if self._chance() < 0.5:
+            done("")
+        else:
+            self._loop.call_after(("words", number), 2.0 * self._chance(), lambda: done("said"))
 
     def where_to_look(self) -> str:
         return ""
@@ -246,6 +255,7 @@ class World:
         self.kernel.start = self._start
         self.kernel.sent = self._sent
         pick = self._random.choice
+        self.kernel.group_signals = pick((True, True, False))
         self.keeper = pick(("nobody", "guard", "guard", "systemd"))
         self._listening = [
             Listening(pick((socket.AF_INET, socket.AF_UNIX))) for _ in range(pick((1, 1, 2)))
@@ -382,7 +392,7 @@ class World:
                 listeners,
                 loop=self._loop,
                 log=log,
-                output=cast("Any", Output()),
+                output=cast("Any", Output(self._loop, self._chance)),
                 systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
                 launcher=Launcher(None, None, 1),
                 post=post,
@@ -983,16 +993,31 @@ def installed(world: World) -> Iterator[None]:
             raise failure(2, command[0])
         return f"/srv/{command[0]}", tuple(command)
 
-    def carrying(address: str) -> list[tuple[int, int]]:
-        found = [each for each in world.workers if each.address == address and not each.ended]
-        pidfds: list[tuple[int, int]] = []
-        try:
-            pidfds.extend((each.pid, kernel._pidfd_open(each.pid)) for each in found)
-        except OSError:
-            for _, fd in pidfds:
-                kernel.close(fd)
-            raise
-        return pidfds
+    class Look:
+        """A look at /proc takes a moment, and what is found is as it was at its end."""
+
+        def __init__(self, loop: Loop, wanted: tuple[str, ...], done: Callable[..., None]) -> None:
+            self._loop, self._wanted, self._done = loop, wanted, done
+            loop.call_after("look", 0.1 * world._chance(), self._end)
+
+        def _end(self) -> None:
+            found: dict[str, list[tuple[int, int]]] = {}
+            why = ""
+            try:
+                for each in world.workers:
+                    if each.address in self._wanted and not each.ended:
+                        pidfd = kernel._pidfd_open(each.pid)
+                        found.setdefault(each.address, []).append((each.pid, pidfd))
+            except OSError as error:
+                why = str(error)
+            self._done(self._wanted, found, why)
+
+        def call_off(self) -> None:
+            self._loop.cancel("look")
+
+    def look(loop: Loop, wanted: tuple[str, ...], identity: object, done: Any) -> Look:
+        kernel.enter("fork")
+        return Look(loop, wanted, done)
 
     try:
         for module in MODULES:
@@ -1000,7 +1025,7 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     replace(module, name, getattr(kernel.modules, name))
         replace(program, "resolve", resolve)
-        replace(strays, "_carrying", carrying)
+        replace(strays, "look", look)
         yield
     finally:
         for module, name, value in reversed(replaced):

@@ -1,0 +1,68 @@
+"""Processes whose end does not come when they are killed, and a loop that waits for a fact."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from socketprotector.loop import Loop
+from tests.running import DEADLINE_S
+
+_PTRACE_SEIZE = 0x4206
+
+
+@contextmanager
+def traced(pid: int) -> Iterator[None]:
+    """Have somebody trace a process and do nothing more.
+
+    While this lasts a killed process stays unreaped: its parent waits, as for one that waits for a
+    disk.  Source: ptrace(2).
+    """
+    receive, send = os.pipe()
+    tracer = os.fork()
+    if tracer == 0:
+        try:
+            libc = ctypes.CDLL(None, use_errno=True)
+            libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+            if libc.ptrace(_PTRACE_SEIZE, pid, None, None) == 0:
+                os.write(send, b"!")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(send)
+    try:
+        assert os.read(receive, 1) == b"!", "it cannot be traced"
+        yield
+    finally:
+        os.close(receive)
+        os.kill(tracer, signal.SIGKILL)
+        os.waitpid(tracer, 0)
+
+
+def until(loop: Loop, fact: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+    """Run the loop until something is so."""
+    end = time.monotonic() + deadline_s
+
+    def look() -> None:
+        assert time.monotonic() < end, "it never came"
+        if fact():
+            loop.running = False
+        else:
+            loop.call_after("until", 0.005, look)
+
+    loop.running = True
+    look()
+    loop.run()
+    loop.cancel("until")
+    loop.running = True
+
+
+def settle(loop: Loop) -> None:
+    """Run the loop until it has taken in the end of each child."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    until(loop, lambda: not children.read_text(encoding="ascii"))

@@ -12,8 +12,9 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
+from operator import attrgetter
 
 from socketprotector_client import wire
 
@@ -58,34 +59,31 @@ _USEC_DIGITS = 15
 class _Worker:
     """One process, and how it speaks with us."""
 
-    generation: int
-    slot: int
+    #: What another program would have to know.  Replaced whole, so that who writes it down sees
+    #: at a glance which ones are others than before.
+    record: WorkerRecord
     home: Home  # its generation's, not ours to close
     process: Process
     notify: NotifySocket
     line: socket.socket | None  # our end of its RETURN line, where it has one
     readiness: Readiness
-    mark: int  # where the output stood when it began; -1: others have written there since
-    started_at: float  # seconds since the epoch, for people
-    ready_at: float | None = None  # it said so, or its timer did
-    told_to_go: bool = False
-    watched: bool = False  # it has said WATCHDOG=1, and must go on doing so
-    status: str = ""  # what it last said of itself
     died_saying_so: bool = False
     status_due: bool = False  # it has ended, and who has reaped it is to say how
     last_words: str | None = None  # it has ended, and this is known; None: not asked for
     asked: bool = False  # for them
-    aborted: bool = False  # it hung, so its end is none that anybody wanted
-    ready_by: str = ""  # what said so: notify, ack, line, check, timer
+    named: dict[str, int] = field(default_factory=dict)  # of descriptors(), with whole names
 
     def descriptors(self) -> dict[str, int]:
         """What an adopter needs, by name."""
-        return {
-            "process": self.process.pidfd,
-            "notify": self.notify.fileno(),
-            **({"line": self.line.fileno()} if self.line is not None else {}),
-            **self.readiness.descriptors(),
+        before = f"{door.WORKER}{self.record.number}."
+        found = {
+            f"{before}process": self.process.pidfd,
+            f"{before}notify": self.notify.fileno(),
+            **{f"{before}{name}": fd for name, fd in self.readiness.descriptors().items()},
         }
+        if self.line is not None:
+            found[f"{before}line"] = self.line.fileno()
+        return found
 
     @property
     def accepts(self) -> bool:
@@ -132,6 +130,9 @@ class Crew:
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
+        self._by_pid: dict[int, int] = {}
+        #: All descriptors of workers that another program would need.
+        self.descriptors = door.Named()
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
         self._guarded = settings.guarded  # somebody tells how workers ended that we adopted
         if settings.worker_limits.any:
@@ -184,8 +185,9 @@ class Crew:
             sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
         if not sent:
             return
-        worker.aborted = worker.aborted or sign is Sign.ABRT
-        worker.told_to_go = worker.told_to_go or not worker.aborted
+        aborted = worker.record.aborted or sign is Sign.ABRT
+        told_to_go = worker.record.told_to_go or not aborted
+        worker.record = replace(worker.record, aborted=aborted, told_to_go=told_to_go)
 
     def retire(self, number: int) -> None:
         """Have a worker finish: by the end of its RETURN line, or by a signal."""
@@ -196,19 +198,20 @@ class Crew:
             self._tell_to_finish(number, worker)
         elif worker.line is not None:
             worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
-        worker.told_to_go = True
+        worker.record = replace(worker.record, told_to_go=True)
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
         """Have those finish who accept themselves; the others read the end of their channel."""
         for number, worker in self._workers.items():
-            if worker.generation == generation and worker.accepts and not worker.told_to_go:
+            known = worker.record
+            if known.generation == generation and worker.accepts and not known.told_to_go:
                 self._tell_to_finish(number, worker)
 
     def _tell_to_finish(self, number: int, worker: _Worker) -> None:
         sign = signal.Signals(worker.home.program.drain_signal)
         self._send(number, worker, sign.name.removeprefix("SIG"), worker.process.signal, sign)
-        worker.told_to_go = True
+        worker.record = replace(worker.record, told_to_go=True)
 
     def _send(
         self, number: int, worker: _Worker, name: str, act: Callable[..., None], *arguments: int
@@ -249,31 +252,7 @@ class Crew:
 
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of each worker."""
-        return tuple(
-            WorkerRecord(
-                number,
-                worker.generation,
-                worker.process.pid,
-                worker.mark,
-                worker.ready_at,
-                worker.slot,
-                worker.started_at,
-                worker.told_to_go,
-                worker.watched,
-                worker.status,
-                worker.aborted,
-                worker.ready_by,
-            )
-            for number, worker in self._workers.items()
-        )
-
-    def descriptors(self) -> dict[str, int]:
-        """Return all descriptors of workers, by name."""
-        return {
-            f"{door.WORKER}{number}.{name}": fd
-            for number, worker in self._workers.items()
-            for name, fd in worker.descriptors().items()
-        }
+        return tuple(map(_RECORD, self._workers.values()))
 
     def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> None:
         """Go on with a worker that an earlier program started; takes ownership.
@@ -284,21 +263,12 @@ class Crew:
         more = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
         line = descriptors.get("line")
         worker = _Worker(
-            record.generation,
-            record.slot,
+            record,
             home,
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address(record.number), self._uids),
             socket.socket(fileno=line) if line is not None else None,
             Readiness(home.program, more),
-            record.mark,
-            record.started_at,
-            record.ready_at,
-            record.told_to_go,
-            record.watched,
-            record.status,
-            aborted=record.aborted,
-            ready_by=record.ready_by,
         )
         self._watch(record.number, worker)
 
@@ -322,19 +292,17 @@ class Crew:
 
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a process ended from who has reaped it, because it was no child of ours."""
-        for number, worker in self._workers.items():
-            if worker.process.pid == pid:
-                self._statuses[pid] = clean, how
-                if worker.status_due:
-                    self._ended(number)
-                return
+        number = self._by_pid.get(pid)
+        if number is not None:
+            self._statuses[pid] = clean, how
+            if self._workers[number].status_due:
+                self._ended(number)
 
     def acked(self, pid: int) -> None:
         """A worker says by another way than its own line that it is ready (einhorn's)."""
-        for number, worker in self._workers.items():
-            if worker.process.pid == pid and worker.readiness.by_ack:
-                self._is_ready(number, "ack")
-                return
+        number = self._by_pid.get(pid)
+        if number is not None and self._workers[number].readiness.by_ack:
+            self._is_ready(number, "ack")
 
     # -- what comes back -----------------------------------------------------
 
@@ -344,7 +312,7 @@ class Crew:
     def _watch(self, number: int, worker: _Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        if worker.ready_at is None:
+        if worker.record.ready_at is None:
             program = check_program(worker.home.program)
             worker.readiness.watch(
                 self._loop,
@@ -354,9 +322,22 @@ class Crew:
                 lambda check: self._log.write(
                     "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
                 ),
+                lambda: self._name(worker),
             )
         self._workers[number] = worker
+        self._by_pid[worker.process.pid] = number
+        self._name(worker)
         self._wait_for_word(number, worker)
+
+    def _name(self, worker: _Worker) -> None:
+        """Have its descriptors kept that it has now, and no others."""
+        if worker.record.number not in self._workers:
+            return  # it could not be watched, or has ended
+        before, worker.named = worker.named, worker.descriptors()
+        for name in before.keys() - worker.named.keys():
+            del self.descriptors[name]
+        for name in worker.named.keys() - before.keys():
+            self.descriptors[name] = worker.named[name]
 
     def _wait_for_word(self, number: int, worker: _Worker) -> None:
         """Replace a worker that says nothing for too long from here on.
@@ -364,7 +345,7 @@ class Crew:
         One that has spoken before it was ready has all the time that a start has.
         """
         limit_s = worker.home.program.watchdog_s
-        if limit_s and worker.watched and worker.ready_at is not None:
+        if limit_s and worker.record.watched and worker.record.ready_at is not None:
 
             def silent() -> None:
                 self._heard(number)  # it may be we who could not listen for so long
@@ -381,13 +362,14 @@ class Crew:
         if self._settings.worker_limits.memory_bytes and not self._blind:
             self._blind = self._cannot_look()
         for number, worker in tuple(self._workers.items()):
-            if worker.ready_at is None or worker.told_to_go:
+            ready_at = worker.record.ready_at
+            if ready_at is None or worker.record.told_to_go:
                 continue
-            counts = worker.home.counts(worker.slot)
+            counts = worker.home.counts(worker.record.slot)
             reason = limits.exceeded(
                 self._settings.worker_limits,
                 f"{self._settings.secret}-{number}",
-                age_s=time.monotonic() - worker.ready_at,
+                age_s=time.monotonic() - ready_at,
                 pid=worker.process.pid,
                 accepted=counts.accepted if counts is not None else None,
             )
@@ -417,8 +399,6 @@ class Crew:
             notify = NotifySocket.make(self._address(number), self._uids)
             ours.callback(notify.close)
             mark = self._output.mark()
-            # What others write is nobody's last words.
-            others = tuple(self._workers.values())
             environment = {wire.ENV_NOTIFY: notify.address}
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
@@ -462,10 +442,16 @@ class Crew:
                 process = spawn(program, environment | offer.environment, descriptors, tell_pid)
                 output.pid = process.pid
             ours.pop_all()
-        for each in others:
-            each.mark = -1
-        mark = -1 if others else mark
-        return _Worker(generation, slot, home, process, notify, line, readiness, mark, clock.date())
+        # What others write is nobody's last words.
+        for each in reversed(self._workers.values()):
+            if each.record.mark < 0:
+                break  # so have all before it
+            each.record = replace(each.record, mark=-1)
+        mark = -1 if self._workers else mark
+        record = WorkerRecord(
+            number, generation, process.pid, mark, slot=slot, started_at=clock.date()
+        )
+        return _Worker(record, home, process, notify, line, readiness)
 
     def _heard(self, number: int) -> None:
         """Handle what a worker has said on its notify socket.
@@ -492,10 +478,12 @@ class Crew:
         if usec.isascii() and usec.isdigit() and len(usec) <= _USEC_DIGITS:
             self._post(TimeExtended(number, int(usec) / 1_000_000))
         if "STATUS" in fields:
-            worker.status = fields["STATUS"][:_STATUS_CHARACTERS]
-            self._log.write("debug", "status", worker=number, status=worker.status)
+            status = fields["STATUS"][:_STATUS_CHARACTERS]
+            worker.record = replace(worker.record, status=status)
+            self._log.write("debug", "status", worker=number, status=status)
         if fields.get("WATCHDOG") == "1":
-            worker.watched = True
+            if not worker.record.watched:
+                worker.record = replace(worker.record, watched=True)
             self._wait_for_word(number, worker)
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
@@ -513,16 +501,16 @@ class Crew:
 
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
-        if worker is None or worker.ready_at is not None:
+        if worker is None or worker.record.ready_at is not None:
             return
-        worker.ready_at, worker.ready_by = time.monotonic(), by
+        worker.record = replace(worker.record, ready_at=time.monotonic(), ready_by=by)
         worker.readiness.close()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
             return
         other = by if by != "notify" else None
         self._log.write(
-            "info", "worker-ready", generation=worker.generation, worker=number, by=other
+            "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
         )
         self._wait_for_word(number, worker)
         self._post(WorkerReady(number, retires or worker.accepts))
@@ -535,12 +523,14 @@ class Crew:
         """
         self._heard(number)
         worker = self._workers[number]
-        unproven = worker.ready_at is None or worker.died_saying_so
+        unproven = worker.record.ready_at is None or worker.died_saying_so
         if unproven and worker.last_words is None:
             if not worker.asked and worker.process.has_ended():
                 worker.asked = True
                 self._loop.unwatch(worker.process.pidfd)
-                self._output.last_words(number, worker.mark, lambda said: self._said(number, said))
+                self._output.last_words(
+                    number, worker.record.mark, lambda said: self._said(number, said)
+                )
             return
         try:
             result = worker.process.reap()
@@ -551,8 +541,13 @@ class Crew:
                 self._reap_later(number, worker)
             return
         how = result.how
-        lost = worker.home.bury(worker.slot)
+        known = worker.record
+        lost = worker.home.bury(known.slot)
         del self._workers[number]
+        if self._by_pid[known.pid] == number:  # else it is another's by now
+            del self._by_pid[known.pid]
+        for name in worker.named:
+            del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
@@ -561,24 +556,24 @@ class Crew:
         self._log.write(
             "info",
             "exited",
-            generation=worker.generation,
+            generation=known.generation,
             worker=number,
             how=how,
             lost=lost or None,
         )
-        if worker.ready_at is None:
+        if known.ready_at is None:
             self._strays.end(worker.notify.address)
-        detached = result.clean and worker.ready_at is None
+        detached = result.clean and known.ready_at is None
         reason, served_s = how, 0.0
         last = worker.last_words or ""
-        if not worker.told_to_go and not (result.clean and worker.home.ended):
+        if not known.told_to_go and not (result.clean and worker.home.ended):
             self._crashed(_crash(number, worker, result, lost, last))
             if not unproven:  # it has served, so its place is filled without waiting for them
-                self._output.last_words(number, worker.mark, lambda said: self._late(number, said))
+                self._output.last_words(number, known.mark, lambda said: self._late(number, said))
         if unproven:
             reason = self._why(worker, how, last, detached=detached)
         else:
-            served_s = time.monotonic() - (worker.ready_at or 0.0)
+            served_s = time.monotonic() - (known.ready_at or 0.0)
         waiting = worker.home.channel.depth()
         self._post(WorkerExited(number, reason, served_s, waiting, detached))
 
@@ -615,13 +610,13 @@ class Crew:
 
 
 def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words: str) -> Crash:
-    when = "draining" if worker.home.ended else "serving" if worker.ready_at else "starting"
+    when = "draining" if worker.home.ended else "serving" if worker.record.ready_at else "starting"
     return Crash(
         at=clock.date(),
-        generation=worker.generation,
+        generation=worker.record.generation,
         worker=number,
-        slot=worker.slot,
-        pid=worker.process.pid,
+        slot=worker.record.slot,
+        pid=worker.record.pid,
         how=end.how,
         when=when,
         lost=lost,
@@ -631,6 +626,7 @@ def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words:
     )
 
 
+_RECORD = attrgetter("record")
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 

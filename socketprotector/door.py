@@ -45,6 +45,27 @@ PID = "LISTEN_PID"
 _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
+class Named(dict[str, int]):
+    """Descriptors by name, of which it is known which names have come or gone of late.
+
+    So that whoever keeps them need not look at all of them again.  Change it by `[name] = fd` and
+    `del` alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Taken out by whoever has seen to it.
+        self.changed: set[str] = set()
+
+    def __setitem__(self, name: str, fd: int) -> None:
+        super().__setitem__(name, fd)
+        self.changed.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.changed.add(name)
+
+
 def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
     """Put descriptors in their places for an exec, and return the variables that name them.
 

@@ -282,8 +282,12 @@ class Effects:
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors that the next program needs, by name."""
+        return {**self.own_descriptors(), **self.crew.descriptors}
+
+    def own_descriptors(self) -> dict[str, int]:
+        """Return those that are not one worker's: as few as there are generations."""
         self._forget_closed()
-        found = {**self.forwarder.descriptors(), **self.crew.descriptors()}
+        found = self.forwarder.descriptors()
         for number, each in (*self.homes.items(), *self._released.items()):
             for name, fd in each.descriptors().items():
                 found[f"{door.CHANNEL}{number}.{name}"] = fd

@@ -2,7 +2,8 @@
 
 Descriptors go to whoever keeps them (systemd's store, or the guard); how they belong
 together is written to the state memfd.  Descriptors first, then the state, then the act: so
-whatever the state tells of can be found, whenever we are killed.
+whatever the state tells of can be found, whenever we are killed.  Only what has changed is given
+away and written: each worker's step costs what one worker costs, however many there are.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Heritage:
         self._store = store
         self._log = log
         self._others = others
+        self._written: Snapshot | None = None  # what the state says, as far as we know
         self._failing = False
         self._behind = False
 
@@ -56,12 +58,12 @@ class Heritage:
         """
         if not self._store.keeps:
             return True
-        wanted = self.descriptors(effects)
+        wanted = {**self._others(), **effects.own_descriptors()}
         wanted.pop(door.GUARD, None)  # each program gets a line of its own
-        self._store.sync(wanted)
+        self._store.sync(wanted, effects.crew.descriptors)
         if not self._write(effects, fleet, actions):
             return False
-        if self._store.has(wanted.keys()):
+        if self._store.told and self._store.complete:
             self._behind = False
         elif not self._behind:
             self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
@@ -78,13 +80,19 @@ class Heritage:
         return self._write(effects, fleet, ()) and self._store.has(wanted)
 
     def _write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action]) -> bool:
+        snapshot, before = effects.snapshot(fleet, actions, __version__), self._written
+        self._written = None  # until it is
         try:
-            self._file.write(CODEC.encode(effects.snapshot(fleet, actions, __version__)))
+            if before is None or not self._file.takes_changes:
+                self._file.write(CODEC.encode(snapshot))
+            elif changes := CODEC.changes(before, snapshot):
+                self._file.write_change(changes)
         except OSError as error:
             if not self._failing:
                 self._log.write("error", "state-not-written", error=error.strerror)
             self._failing = True
             return False
+        self._written = snapshot
         self._failing = False
         return True
 
@@ -97,7 +105,8 @@ def read(fd: int) -> Snapshot | None:
     file = StateFile(fd)
     if file.empty:
         return None
-    snapshot = CODEC.decode(file.read())
+    whole, *changes = file.read()
+    snapshot = CODEC.decode(whole, changes)
     if not isinstance(snapshot, Snapshot):
         raise StateError("the state is no snapshot of a protector")
     return snapshot

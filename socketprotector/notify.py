@@ -12,8 +12,9 @@ import socket
 import stat
 import struct
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+
+from .door import Named
 
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
@@ -168,7 +169,8 @@ class Outbox:
             # For life: where descriptors have run out, the watchdog wants to be fed all the same.
             line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._line = line
-        self._unsent: deque[tuple[bytes, int]] = deque()
+        #: Text -> copy of a descriptor, -1 for none.
+        self._unsent: dict[bytes, int] = {}
 
     @property
     def open(self) -> bool:
@@ -188,32 +190,26 @@ class Outbox:
         except OSError:
             return False
         # A file's name in a status need not be UTF-8.
-        message = text.encode("utf-8", "backslashreplace"), copy
+        data = text.encode("utf-8", "backslashreplace")
         # Once is enough: the watchdog's would fill the memory, and the last word stays last.
-        if message in self._unsent:
-            self._unsent.remove(message)
-        self._unsent.append(message)
-        if len(self._unsent) == 1:
-            self._flush()
+        self._drop(data)
+        self._unsent[data] = copy
+        self._flush()
         return True
 
     def withdraw(self, text: str) -> bool:
         """Forget a message that still waits, with its descriptor; False if there is none."""
-        data = text.encode("utf-8", "backslashreplace")
-        message = next((each for each in self._unsent if each[0] == data), None)
-        if message is None:
-            return False
-        self._drop(message)
-        return True
+        return self._drop(text.encode("utf-8", "backslashreplace"))
 
-    def _drop(self, message: tuple[bytes, int]) -> None:
-        if message[1] >= 0:
-            os.close(message[1])
-        self._unsent.remove(message)
+    def _drop(self, data: bytes) -> bool:
+        fd = self._unsent.pop(data, None)
+        if fd is not None and fd >= 0:
+            os.close(fd)
+        return fd is not None
 
     def _flush(self) -> None:
         while self._line is not None and self._unsent:
-            data, fd = self._unsent[0]
+            data, fd = next(iter(self._unsent.items()))
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
             try:
                 self._line.sendmsg([data], rights if fd >= 0 else [], _FLAGS, *self._to)
@@ -222,7 +218,7 @@ class Outbox:
                     self._later(self._flush)
                     return
                 # Else it is gone, or takes nothing from us.
-            self._drop(self._unsent[0])
+            self._drop(data)
 
     def finish(self, seconds: float) -> None:
         """Send what is left, waiting for room so long; then no more."""
@@ -240,7 +236,7 @@ class Outbox:
         if self._line is not None:
             self._line.close()
             self._line = None
-        for _, fd in self._unsent:
+        for fd in self._unsent.values():
             if fd >= 0:
                 os.close(fd)
         self._unsent.clear()
@@ -256,6 +252,9 @@ class Store:
         """`kept`: the names under which descriptors came from there."""
         self._outbox = outbox
         self._kept = set(kept)
+        self._few: set[str] | None = None  # those of them that each sync() is given
+        #: Whether all that was wanted last has been given away.
+        self.complete = False
 
     @property
     def told(self) -> bool:
@@ -271,18 +270,34 @@ class Store:
         """Whether all of these were given away, and nothing is still to be said."""
         return not self._outbox.open or (not self._outbox.waiting and self._kept.issuperset(wanted))
 
-    def sync(self, wanted: Mapping[str, int]) -> None:
+    def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
         """Have these descriptors kept, by name, and no others.  They stay the caller's.
 
-        A name stands for one descriptor for ever, so only names are compared.
+        A name stands for one descriptor for ever, so only names are compared; of the many only
+        those that have changed.
         """
         if not self._outbox.open:
             return
-        for name in wanted.keys() - self._kept:
-            if self._outbox.send(_STORE.format(name), wanted[name]):
-                self._kept.add(name)  # else it is tried again the next time
-        for name in self._kept - wanted.keys():
+        many = Named() if many is None else many
+        if self._few is None:  # what came from there, and may be over
+            many.changed |= self._kept - few.keys()
+            self._few = set()
+        for name in self._few - few.keys():
             self.forget(name)
+        self._few = {name for name in few if self._give(name, few[name])}
+        for name in tuple(many.changed):
+            if name not in many:
+                self.forget(name)
+            elif not self._give(name, many[name]):
+                continue
+            many.changed.discard(name)
+        self.complete = not many.changed and len(self._few) == len(few)
+
+    def _give(self, name: str, fd: int) -> bool:
+        """Have one kept; False where it must be tried again the next time."""
+        if name not in self._kept and self._outbox.send(_STORE.format(name), fd):
+            self._kept.add(name)
+        return name in self._kept
 
     def forget(self, name: str) -> None:
         """Have one no longer kept."""

@@ -60,6 +60,7 @@ class Readiness:
         self._ready: Callable[[str], None] = _nothing
         self._hangs: Callable[[str], None] | None = None  # until it was called
         self._checked: Callable[[], Process] | None = None
+        self._changed: Callable[[], None] | None = None
         self._heard: dict[str, bytes] = {}
         self._check: Process | None = None
 
@@ -113,14 +114,15 @@ class Readiness:
         ready: Callable[[str], None],
         checked: Callable[[], Process],
         hangs: Callable[[str], None],
+        changed: Callable[[], None],
     ) -> None:
         """Call back each time something says so, with what that is.  Raises OSError.
 
         key: of our timers.  checked: starts the check's process.  hangs: told once, with the
-        check's program, that it has run for CHECK_LIMIT_S.
+        check's program, that it has run for CHECK_LIMIT_S.  changed: descriptors() has.
         """
         self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
-        self._hangs = hangs
+        self._hangs, self._changed = hangs, changed
         if self._program.ready_after_s is not None:
             loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
         for name, fd in self._lines.items():
@@ -146,6 +148,8 @@ class Readiness:
             if self._loop is not None:
                 self._loop.unwatch(fd)
             os.close(fd)
+            if self._changed is not None:
+                self._changed()
 
     # -- the check ---------------------------------------------------------------
 
@@ -210,7 +214,7 @@ class Readiness:
             self._loop.cancel((_AFTER, self._key))
             self._loop = None
         # They lead back to who owns this, and such circles are found late.
-        self._ready, self._checked, self._hangs = _nothing, None, None
+        self._ready, self._checked, self._hangs, self._changed = _nothing, None, None, None
 
 
 def _nothing(by: str) -> None:

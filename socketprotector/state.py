@@ -1,7 +1,10 @@
 """What outlives the program: values in a memfd, written whole or not at all.
 
-The memfd holds two slots, each with a sequence number and a checksum.  A write goes to
-the slot that is not the newest, so whoever dies in the middle of it leaves the one before.
+The memfd holds two slots.  A slot begins with a whole value; what has changed in it since then
+follows, one record a change, because to write all of a thousand workers for each of them would
+take the time of a million.  Once the changes are longer than the value, a whole one goes to the
+other slot.  Each record has a checksum, so whoever dies in the middle of one leaves what was
+before it.
 
 Values are told by name (class and field), so that a newer program reads what an older one
 wrote: fields it does not find take their defaults.  The other way round is refused in words.
@@ -21,15 +24,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Grows when an older program could not make sense of what is written.
-FORMAT = 1
+#: Grows when an older program could not make sense of what is written: 2 has changes.
+FORMAT = 2
 
-#: magic, format, sequence, length, checksum of all before and of the payload
+#: magic, format, sequence, length, checksum of all before and of the payload; a change has the
+#: sequence of the whole value that it follows.
 _HEADER = struct.Struct("<4sIQQ")
 _CHECKSUM = struct.Struct("<I")
-_MAGIC = b"SPst"
+_RECORD_BYTES = _HEADER.size + _CHECKSUM.size  # without the payload
+_WHOLE, _CHANGE = b"SPst", b"SPch"
 #: The file is sparse: a slot takes the memory of what was written to it.
 _SLOT_BYTES = 64 * 1024 * 1024
+#: As long may the changes be, also where the value is shorter.
+_CHANGES_BYTES = 16 * 1024
 
 
 #: What json.dumps() would say, without its preparations.
@@ -57,26 +64,71 @@ class Codec:
             for each in self._classes.values()
             if is_dataclass(each)
         }
-        # The last encoding's values and their texts: they do not change, and most of them are
-        # in the next one too.
-        self._texts: dict[int, tuple[object, str]] = {}
-        self._used: dict[int, tuple[object, str]] = {}
 
     def encode(self, value: object) -> bytes:
         """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
 
         Raises TypeError for anything else.
         """
-        text = self._text(value)
-        self._texts, self._used = self._used, {}
-        return text.encode()
+        return self._text(value).encode()
 
-    def decode(self, data: bytes) -> Any:
-        """Return the value that was encoded.  Raises StateError for what is none."""
+    def changes(self, old: object, new: object) -> bytes:
+        """Return what makes the one value the other, for decode(); empty if nothing does.
+
+        Parts that are the same objects cost next to nothing.
+        """
+        found: list[str] = []
+        self._compare("", old, new, found)
+        return f"[{','.join(found)}]".encode() if found else b""
+
+    def decode(self, data: bytes, changes: Iterable[bytes] = ()) -> Any:
+        """Return the value that was encoded, with all changes.  Raises StateError for none."""
         try:
-            return self._in(json.loads(data))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            tree = {"f": {"": json.loads(data)}}
+            for each in changes:
+                for change in json.loads(each):
+                    _apply(tree, change)
+            return self._in(tree["f"][""])
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"the state cannot be read: {error!r}") from error
+
+    def _compare(self, path: str, old: object, new: object, found: list[str]) -> None:
+        """Note each difference: a path with a value, with a slice or with what a set lost and got.
+
+        path: the names and places that lead there, each after a comma.
+        """
+        if old is new:
+            return
+        if type(old) is type(new):
+            names = self._fields.get(type(new))
+            if names is not None:
+                for name in names:
+                    self._compare(f'{path},"{name}"', getattr(old, name), getattr(new, name), found)
+                return
+            if isinstance(old, tuple) and isinstance(new, tuple):
+                self._compare_tuples(path, old, new, found)
+                return
+            if old == new:
+                return
+            if isinstance(old, frozenset) and isinstance(new, frozenset):
+                less, more = self._text(tuple(old - new)), self._text(tuple(new - old))
+                found.append(f'{{"p":[""{path}],"less":{less},"more":{more}}}')
+                return
+        found.append(f'{{"p":[""{path}],"v":{self._text(new)}}}')
+
+    def _compare_tuples(
+        self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
+    ) -> None:
+        first = _alike(old, new)
+        last = _alike(old[first:][::-1], new[first:][::-1])
+        before, after = old[first : len(old) - last], new[first : len(new) - last]
+        if len(before) == len(after):
+            for at, (one, other) in enumerate(zip(before, after, strict=True), first):
+                self._compare(f"{path},{at}", one, other, found)
+        else:
+            found.append(
+                f'{{"p":[""{path}],"at":{first},"n":{len(before)},"v":{self._text(after)}}}'
+            )
 
     def _text(self, value: object) -> str:
         plain = _PLAIN.get(type(value))
@@ -86,7 +138,8 @@ class Codec:
             return f"[{','.join(map(self._text, value))}]"
         names = self._fields.get(type(value))
         if names is not None:
-            return self._of_class(value, names)
+            content = ",".join(f'"{name}":{self._text(getattr(value, name))}' for name in names)
+            return f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
         if isinstance(value, bytes):
             return f'{{"b":"{value.hex()}"}}'
         if isinstance(value, frozenset):
@@ -94,14 +147,6 @@ class Codec:
         if isinstance(value, Enum) and type(value).__name__ in self._classes:
             return f'{{"e":"{type(value).__name__}","v":{json.dumps(value.value)}}}'
         raise TypeError(f"{type(value).__name__} is no part of the state")
-
-    def _of_class(self, value: object, names: Iterable[str]) -> str:
-        known = self._texts.get(id(value))
-        if known is None:  # as long as one is kept its id is no other's
-            content = ",".join(f'"{name}":{self._text(getattr(value, name))}' for name in names)
-            known = value, f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
-        self._used[id(value)] = known
-        return known[1]
 
     def _in(self, value: Any) -> object:
         if isinstance(value, list):
@@ -119,6 +164,37 @@ class Codec:
         return known(**{name: self._in(v) for name, v in value["f"].items() if name in names})
 
 
+def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> int:
+    """Return with how many equal items both begin.
+
+    By halves, because a comparison of slices does not leave the interpreter's own code.
+    """
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _apply(tree: Any, change: Any) -> None:
+    """Put one change into what json.loads() has made of a value."""
+    *path, last = change["p"]
+    holder = tree["f"]
+    for step in path:
+        inside = holder[step]
+        holder = inside if isinstance(inside, list) else inside["f"]
+    if "at" in change:
+        holder[last][change["at"] : change["at"] + change["n"]] = change["v"]
+    elif "less" in change:
+        left = [each for each in holder[last]["s"] if each not in change["less"]]
+        holder[last]["s"] = left + change["more"]
+    else:
+        holder[last] = change["v"]
+
+
 class StateFile:
     """The memfd.  Owns its descriptor."""
 
@@ -126,6 +202,7 @@ class StateFile:
         """Use a memfd that make() made, in this program or an earlier one."""
         self.fd = fd
         self._sequence = max((sequence for sequence, _, _ in self._slots()), default=0)
+        self._whole_bytes = self._bytes = 0  # of what this program has written to the slot
 
     @classmethod
     def make(cls) -> StateFile:
@@ -137,51 +214,74 @@ class StateFile:
         """Whether nothing has ever been written."""
         return os.fstat(self.fd).st_size == 0
 
+    @property
+    def takes_changes(self) -> bool:
+        """Whether a change may follow what this program has written; else all of it is due."""
+        changes = self._bytes - self._whole_bytes
+        return self._bytes > 0 and changes <= max(self._whole_bytes, _CHANGES_BYTES)
+
     def write(self, payload: bytes) -> None:
         """Replace the state.  Raises OSError, and then the one before still stands."""
         sequence = self._sequence + 1
-        header = _HEADER.pack(_MAGIC, FORMAT, sequence, len(payload))
-        checksum = _CHECKSUM.pack(binascii.crc32(payload, binascii.crc32(header)))
-        record = header + checksum + payload
-        if len(record) > _SLOT_BYTES:
-            raise OSError(28, "the state does not fit into its slot")
-        written = os.pwrite(self.fd, record, sequence % 2 * _SLOT_BYTES)
-        if written != len(record):
-            raise OSError(28, "the state was written in part")
+        self._whole_bytes = self._bytes = self._put(_WHOLE, sequence, 0, payload)
         self._sequence = sequence
 
-    def read(self) -> bytes:
-        """Return the newest whole state.
+    def write_change(self, payload: bytes) -> None:
+        """Add a change to the state.  Raises OSError, and then the one before still stands.
+
+        Only where it takes changes.
+        """
+        self._bytes += self._put(_CHANGE, self._sequence, self._bytes, payload)
+
+    def _put(self, kind: bytes, sequence: int, at: int, payload: bytes) -> int:
+        header = _HEADER.pack(kind, FORMAT, sequence, len(payload))
+        checksum = _CHECKSUM.pack(binascii.crc32(payload, binascii.crc32(header)))
+        record = header + checksum + payload
+        if at + len(record) > _SLOT_BYTES:
+            raise OSError(28, "the state does not fit into its slot")
+        written = os.pwrite(self.fd, record, sequence % 2 * _SLOT_BYTES + at)
+        if written != len(record):
+            raise OSError(28, "the state was written in part")
+        return len(record)
+
+    def read(self) -> tuple[bytes, ...]:
+        """Return the newest whole state and its changes.
 
         Raises StateError when there is none, or when a newer program wrote it.
         """
         newest = max(self._slots(), default=None)
         if newest is None:
             raise StateError("there is no whole state in the memfd")
-        _, form, payload = newest
+        sequence, form, payload = newest
         if form > FORMAT:
             raise StateError(
                 f"the state was written by a newer program (format {form}, this one reads up to "
                 f"{FORMAT}): start that one, or stop and start afresh"
             )
-        return payload
+        found, at = [payload], _RECORD_BYTES + len(payload)
+        while (change := self._record(sequence % 2, at)) and change[:2] == (_CHANGE, sequence):
+            found.append(change[3])
+            at += _RECORD_BYTES + len(change[3])
+        return tuple(found)
 
     def _slots(self) -> list[tuple[int, int, bytes]]:
-        """Return (sequence, format, payload) of each whole slot."""
-        found = []
-        for slot in (0, 1):
-            at = slot * _SLOT_BYTES
-            head = os.pread(self.fd, _HEADER.size + _CHECKSUM.size, at)
-            if len(head) < _HEADER.size + _CHECKSUM.size:
-                continue
-            header, (checksum,) = head[: _HEADER.size], _CHECKSUM.unpack(head[_HEADER.size :])
-            magic, form, sequence, length = _HEADER.unpack(header)
-            if magic != _MAGIC or length > _SLOT_BYTES:
-                continue
-            payload = os.pread(self.fd, length, at + len(head))
-            if binascii.crc32(payload, binascii.crc32(header)) == checksum:
-                found.append((sequence, form, payload))
-        return found
+        """Return (sequence, format, payload) of each whole value."""
+        found = [self._record(slot, 0) for slot in (0, 1)]
+        return [(each[1], each[2], each[3]) for each in found if each and each[0] == _WHOLE]
+
+    def _record(self, slot: int, at: int) -> tuple[bytes, int, int, bytes] | None:
+        """Return (kind, sequence, format, payload) of a record, None where none is whole."""
+        head = os.pread(self.fd, _RECORD_BYTES, slot * _SLOT_BYTES + at)
+        if len(head) < _RECORD_BYTES:
+            return None
+        header, (checksum,) = head[: _HEADER.size], _CHECKSUM.unpack(head[_HEADER.size :])
+        kind, form, sequence, length = _HEADER.unpack(header)
+        if kind not in (_WHOLE, _CHANGE) or length > _SLOT_BYTES:
+            return None
+        payload = os.pread(self.fd, length, slot * _SLOT_BYTES + at + _RECORD_BYTES)
+        if binascii.crc32(payload, binascii.crc32(header)) != checksum:
+            return None
+        return kind, sequence, form, payload
 
     def close(self) -> None:
         os.close(self.fd)

@@ -67,6 +67,7 @@ class Checked:
             lambda by: told(self.ready, by, last=not until_hangs),
             checked,
             lambda what: told(self.hangs, what, last=until_hangs),
+            lambda: None,
         )
         loop.run()
         loop.cancel("never")

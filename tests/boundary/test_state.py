@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import pairwise
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from socketprotector import heritage, state
+from socketprotector.events import Deadline
+from socketprotector.fleet import Fleet, Generation, Worker
 from socketprotector.heritage import CODEC
-from socketprotector.records import CLASSES, Snapshot
+from socketprotector.records import CLASSES, Snapshot, WorkerRecord
 from socketprotector.state import Codec, StateError, StateFile
 from tests.rounds import rounds
 
@@ -54,6 +57,61 @@ def test_every_class_of_it_comes_back_as_it_was(value: object) -> None:
 
 def test_no_two_classes_have_one_name() -> None:
     assert len({each.__name__ for each in CLASSES}) == len(CLASSES)
+
+
+def one_more_step(draw: st.DrawFn, snapshot: Snapshot) -> Snapshot:
+    """What a step of the lifecycle does to a snapshot: a part is another, comes or goes."""
+    workers, generations = list(snapshot.workers), list(snapshot.fleet.generations)
+    match draw(st.integers(0, 6)):
+        case 0:
+            workers.insert(draw(st.integers(0, len(workers))), draw(st.from_type(WorkerRecord)))
+        case 1 if workers:
+            del workers[draw(st.integers(0, len(workers) - 1))]
+        case 2 if workers:
+            at = draw(st.integers(0, len(workers) - 1))
+            workers[at] = replace(workers[at], status=draw(texts), told_to_go=draw(st.booleans()))
+        case 3:
+            generations.append(draw(st.from_type(Generation)))
+        case 4 if generations:
+            at = draw(st.integers(0, len(generations) - 1))
+            entries = (*generations[at].workers, draw(st.from_type(Worker)))
+            generations[at] = replace(generations[at], workers=entries)
+        case 5:
+            timers = draw(st.frozensets(st.from_type(Deadline), max_size=3))
+            fleet = replace(snapshot.fleet, timers=snapshot.fleet.timers ^ timers)
+            return replace(snapshot, fleet=fleet, hand=draw(st.none() | st.binary(max_size=3)))
+        case _:
+            return draw(snapshots)
+    fleet = replace(snapshot.fleet, generations=tuple(generations))
+    return replace(snapshot, workers=tuple(workers), fleet=fleet)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> list[Snapshot]:
+    found = [draw(snapshots)]
+    for _ in range(draw(st.integers(0, 6))):
+        found.append(one_more_step(draw, found[-1]))
+    return found
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps())
+def test_a_snapshot_and_what_has_changed_since_is_the_one_that_holds(steps: list[Snapshot]) -> None:
+    changes = [CODEC.changes(one, other) for one, other in pairwise(steps)]
+
+    assert CODEC.decode(CODEC.encode(steps[0]), filter(None, changes)) == steps[-1]
+
+
+def test_what_has_not_changed_is_not_written_again() -> None:
+    workers = tuple(WorkerRecord(number, 1, 100 + number, 0) for number in range(600))
+    before = Snapshot(Fleet(), workers=workers)
+    status = replace(workers[300], status="busy")
+    after = replace(before, workers=(*workers[:300], status, *workers[301:]))
+    fewer = replace(before, workers=(*workers[:300], *workers[301:]))
+
+    assert CODEC.changes(before, replace(before)) == b""
+    assert len(CODEC.changes(before, after)) < 100
+    assert len(CODEC.changes(before, fewer)) < 100
 
 
 class Colour(Enum):
@@ -136,8 +194,8 @@ def test_the_last_state_is_read_also_by_another_program(file: StateFile) -> None
     assert file.empty
     for number in range(5):
         file.write(b"state %d" % number)
-        assert file.read() == b"state %d" % number
-        assert StateFile(os.dup(file.fd)).read() == b"state %d" % number
+        assert file.read() == (b"state %d" % number,)
+        assert StateFile(os.dup(file.fd)).read() == (b"state %d" % number,)
     assert not file.empty
     for fd in {int(name) for name in os.listdir("/proc/self/fd")}:
         if fd != file.fd and _is_state(fd):
@@ -149,6 +207,44 @@ def _is_state(fd: int) -> bool:
         return os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:sp.state")
     except FileNotFoundError:
         return False
+
+
+def test_changes_are_read_after_what_they_change(file: StateFile) -> None:
+    for number in range(5):
+        file.write(b"state %d" % number)
+        for change in range(number):
+            file.write_change(b"change %d" % change)
+        expected = (b"state %d" % number, *(b"change %d" % change for change in range(number)))
+        assert StateFile(file.fd).read() == expected
+
+
+def test_a_change_written_in_part_is_not_read_but_those_before_it(file: StateFile) -> None:
+    file.write(b"the value")
+    file.write_change(b"first")
+    before = _content(file)
+    file.write_change(b"second, of which a part is written")
+    after = _content(file)
+    changed = [at for at in range(len(after)) if before[at] != after[at]]
+
+    for at in reversed(changed):
+        slot, place = divmod(at, SLOT)
+        os.pwrite(file.fd, before[at : at + 1], slot * state._SLOT_BYTES + place)
+        assert StateFile(file.fd).read() == (b"the value", b"first"), at
+
+
+def test_changes_as_long_as_the_value_make_way_for_a_whole_one(file: StateFile) -> None:
+    assert not file.takes_changes
+    file.write(b"x" * 100_000)
+    written = 0
+    while file.takes_changes:
+        file.write_change(b"y" * 1000)
+        written += 1
+
+    assert 90 < written < 110
+    file.write(b"z")
+    assert file.takes_changes
+    assert not StateFile(os.dup(file.fd)).takes_changes  # another program begins with all of it
+    os.close(max(int(name) for name in os.listdir("/proc/self/fd") if _is_state(int(name))))
 
 
 def test_an_empty_one_has_no_state(file: StateFile) -> None:
@@ -175,11 +271,12 @@ class Spoilt:
         os.pwrite(self.file.fd, bytes([byte]), slot * state._SLOT_BYTES + place)
 
     def read(self) -> bytes:
-        return StateFile(self.file.fd).read()
+        (whole,) = StateFile(self.file.fd).read()
+        return whole
 
 
 HEADER = state._HEADER.size + state._CHECKSUM.size
-SLOT = HEADER + 64
+SLOT = HEADER + 160
 
 
 def _content(file: StateFile) -> bytes:
@@ -244,10 +341,10 @@ def test_a_state_of_a_newer_program_is_refused_in_words(
     file.write(b"old")
     monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
     file.write(b"new")
-    assert file.read() == b"new"
+    assert file.read() == (b"new",)
     monkeypatch.undo()
 
-    with pytest.raises(StateError, match=r"newer program \(format 2, this one reads up to 1\)"):
+    with pytest.raises(StateError, match=r"newer program \(format 3, this one reads up to 2\)"):
         StateFile(file.fd).read()
 
 
@@ -259,7 +356,7 @@ def test_what_does_not_fit_leaves_the_state_before(
     with pytest.raises(OSError, match="does not fit"):
         file.write(bytes(state._SLOT_BYTES))
 
-    assert file.read() == b"small"
+    assert file.read() == (b"small",)
 
 
 def test_a_state_that_is_no_snapshot_is_refused(file: StateFile) -> None:

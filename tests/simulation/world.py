@@ -446,7 +446,7 @@ class World:
         """Let the kernel close everything, and the keeper start another program."""
         kernel = self.kernel
         kernel.dead = False
-        copies = {fd for _, fd in self._outbox._unsent}
+        copies = set(self._outbox._unsent.values())
         held = {
             file
             for fd, file in kernel.files.items()
@@ -902,7 +902,7 @@ class World:
         act = protector.effects
         held = [each for each in self.kernel.files.values() if type(each) is Connection]
         if held:  # a copy may be on its way to the keeper
-            copies = {fd for _, fd in self._outbox._unsent}
+            copies = set(self._outbox._unsent.values())
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         assert len(held) <= 1, f"{held} in hand"
@@ -920,7 +920,7 @@ class World:
         protector = self._supervisor
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
-        known |= {fd for _, fd in self._outbox._unsent}
+        known |= set(self._outbox._unsent.values())
         known.add(protector.effects.forwarder._reserve)
         epoll = self.kernel.epoll
         left = {
@@ -973,7 +973,7 @@ class World:
             for fd, file in kernel.files.items()
             if fd not in self._fixed and file is not kernel.epoll and file is not kernel.wake
         }
-        left = {fd: f for fd, f in left.items() if fd not in {x for _, x in self._outbox._unsent}}
+        left = {fd: f for fd, f in left.items() if fd not in self._outbox._unsent.values()}
         assert not left, f"left open at the end: {left}"
 
 

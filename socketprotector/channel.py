@@ -106,6 +106,12 @@ class Channel:
         poll.register(self.read, select.POLLRDHUP)
         return bool(poll.poll(0))
 
+    def has_room(self) -> bool:
+        """Say whether its write end would wake who waits for room."""
+        poll = select.poll()
+        poll.register(self.write, select.POLLOUT)
+        return bool(poll.poll(0))
+
     def peek(self) -> bytes | None:
         """Return the header of the oldest untaken message, which stays; None when nothing waits."""
         try:

@@ -41,6 +41,9 @@ QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
 LAST_S = 10.0
 
+#: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
+LOOKS = 64
+
 _RETRY = "forwarder-retry"
 _QUIET = "forwarder-quiet"
 _PACK_DESCRIPTOR = struct.Struct("i").pack
@@ -310,6 +313,18 @@ class Forwarder:
                 self._steady = 0
 
         return ready
+
+    def look(self) -> None:
+        """Take in who has come meanwhile, while something long keeps the loop from it."""
+        if self._full is not None and self._full.has_room():
+            self._room()
+        for _ in range(LOOKS):
+            before = self.forwarded
+            for ready in tuple(self._accepting.values()):
+                if self._open:  # the one before may have filled the channel, or found it broken
+                    ready()
+            if self.forwarded == before:
+                return
 
     def _go_on(self) -> None:
         """Deliver what is in hand, then what was left over, then accept; or stay held."""

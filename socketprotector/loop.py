@@ -69,6 +69,13 @@ class Loop:
         if timer is not None and timer[0] < time.monotonic() + seconds:
             self.call_after(key, seconds, timer[2])
 
+    def run_if_due(self, key: Hashable) -> None:
+        """Call back now for a timer that has run out, while something long keeps us from run()."""
+        timer = self._timers.get(key)
+        if timer is not None and timer[0] <= time.monotonic():
+            self.cancel(key)
+            timer[2]()
+
     def due(self, key: Hashable) -> float | None:
         """Return when a timer runs out (CLOCK_MONOTONIC seconds), None if it does not run."""
         timer = self._timers.get(key)

@@ -24,6 +24,8 @@ _LATER = frozenset(
 )
 #: Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
 _STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
+#: The timer that has the watchdog fed.
+WATCHDOG = "watchdog"
 _NO_LINGER = struct.pack("ii", 0, 0)
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")

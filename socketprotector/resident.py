@@ -27,7 +27,7 @@ from .launcher import Launcher
 from .listener import Listener
 from .log import Log
 from .loop import Loop
-from .notify import Outbox, Store, Systemd, parse
+from .notify import WATCHDOG, Outbox, Store, Systemd, parse
 from .operate import Operator
 from .output import Output
 from .records import Snapshot
@@ -343,7 +343,7 @@ class _Resident:
     def _feed_watchdog(self) -> None:
         """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
         self.systemd.send(WATCHDOG="1")
-        self.loop.call_after("watchdog", self.systemd.watchdog_s, self._feed_watchdog)
+        self.loop.call_after(WATCHDOG, self.systemd.watchdog_s, self._feed_watchdog)
 
     def _reopen_logs(self, log: Log) -> None:
         try:

@@ -51,6 +51,7 @@ class Step:
     """What one event has led to so far."""
 
     def __init__(self, fleet: Fleet) -> None:
+        self.before = fleet  # all that an earlier step had to do was done in it
         self.fleet = fleet
         self.actions: list[Action] = []
 
@@ -163,8 +164,8 @@ class Step:
         self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
         for worker in gone:
             self.cancel(Wait.WORKER_RESPAWN, worker.number)
-            left = next((w for w in generation.alive if w.number == worker.replaces), None)
-            if left and left.hung and not generation.ending:
+            left = generation.worker(worker.replaces)
+            if left and left.alive and left.hung and not generation.ending:
                 self.end_worker(left)  # nobody comes any more whom it could wait for
 
     # -- settings ------------------------------------------------------------

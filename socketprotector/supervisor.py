@@ -32,6 +32,7 @@ from .heritage import Heritage
 from .lifecycle import decide, resume
 from .log import Log
 from .loop import Loop
+from .notify import WATCHDOG
 from .records import Snapshot
 from .upgrade import Upgrade
 
@@ -50,6 +51,8 @@ _SIGNALS = (
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
+#: After so much work of ours we look who has come; to start a worker takes a millisecond.
+_BREATH_S = 0.005
 _NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind"
 
 
@@ -87,6 +90,7 @@ class Supervisor:
         self._upgrade = upgrade
         self._handing_over = False
         self._give_up_at: float | None = None  # on the upgrade that waits
+        self._breath_at = 0.0  # when to look again who has come
         self.effects = effects(self.post, self.save)
         # Ignored by the caller, it would have the kernel throw away how workers ended.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -135,6 +139,7 @@ class Supervisor:
                 self._undone.extend(actions)
                 self.save()
                 self._act()
+                self._breathe()
         finally:
             self._working = False
         self.save()
@@ -147,6 +152,17 @@ class Supervisor:
             self._undone.popleft()
             if isinstance(action, Open | Spawn):
                 self.save()  # it cannot be repeated: what was made must be known
+            self._breathe()
+
+    def _breathe(self) -> None:
+        """Go back to the connections in the middle of what concerns many workers.
+
+        And to the watchdog; all else waits, so that one event is worked off after the other.
+        """
+        if time.monotonic() >= self._breath_at:
+            self.effects.forwarder.look()
+            self._loop.run_if_due(WATCHDOG)
+            self._breath_at = time.monotonic() + _BREATH_S
 
     def save(self) -> bool:
         """Write down how things are; say whether that is done."""

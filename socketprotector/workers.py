@@ -6,12 +6,17 @@ removes it from the fleet.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import count, islice
+from operator import attrgetter
 
 from .events import Deadline, News, Report, Retire, Sign, Signal, StartTimer, Wait, WorkerExited
 from .fleet import Fleet, Generation, Phase, State, Worker
 from .reload import abandon, all_ready, roll_back
 from .step import PROVEN_S, Step, backoff_s
+
+_REPLACES = attrgetter("replaces")
 
 
 def worker_ready(step: Step, number: int, retires: bool) -> None:
@@ -34,8 +39,8 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     generation, worker = found
     for wait in (Wait.WORKER_START, Wait.WORKER_RETIRE, Wait.WORKER_KILL):
         step.cancel(wait, worker.number)
-    step.fleet = _without(step.fleet, generation, worker)
-    replacement = _replacement(step.fleet, worker.number)
+    step.fleet = step.fleet.with_generation(generation.without(worker.number))
+    replacement = _replacement(generation, worker.number)
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
@@ -50,11 +55,6 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
         roll_back(step, generation.number, event.reason)
     else:
         _take_over(step, worker.replaces)  # nobody else is to come: it only has to go
-
-
-def _without(fleet: Fleet, generation: Generation, worker: Worker) -> Fleet:
-    left = tuple(w for w in generation.workers if w.number != worker.number)
-    return fleet.with_generation(replace(generation, workers=left))
 
 
 def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
@@ -105,25 +105,28 @@ def reconcile(step: Step) -> None:
     serving = step.fleet.of(Phase.SERVING)
     if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
         return  # while another settles it is not known yet which one is to grow
+    before, wanted = step.before, step.fleet.workers_wanted
+    as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
+    if as_it_was and not before.of(Phase.SETTLING):
+        return
     # One that is to take another's place counts once it has it.
-    staying = sorted(
-        (w for w in serving.workers if w.state is not State.RETIRING and not w.replaces),
-        key=lambda w: w.slot,
-    )
-    for worker in reversed(staying[step.fleet.workers_wanted :]):
-        _retire(step, serving.number, worker)
-        replacement = _replacement(step.fleet, worker.number)
-        if replacement:
-            _retire(step, serving.number, replacement)
-    for _ in range(step.fleet.workers_wanted - len(staying)):
-        generation = step.fleet.generation(serving.number)
-        if generation:
-            step.spawn(serving.number, step.add(generation, _free_slot(generation)))
+    staying = [w for w in serving.workers if w.state is not State.RETIRING and not w.replaces]
+    if len(staying) > wanted:
+        for worker in sorted(staying, key=lambda w: w.slot)[: wanted - 1 : -1]:
+            _retire(step, serving.number, worker)
+            replacement = _replacement(serving, worker.number)
+            if replacement:
+                _retire(step, serving.number, replacement)
+    elif len(staying) < wanted:
+        for slot in islice(_free_slots(serving), wanted - len(staying)):
+            generation = step.fleet.generation(serving.number)
+            if generation:
+                step.spawn(serving.number, step.add(generation, slot))
 
 
-def _free_slot(generation: Generation) -> int:
+def _free_slots(generation: Generation) -> Iterator[int]:
     taken = {worker.slot for worker in generation.workers}
-    return next(slot for slot in range(len(taken) + 1) if slot not in taken)
+    return (slot for slot in count() if slot not in taken)
 
 
 def _retire(step: Step, number: int, worker: Worker) -> None:
@@ -135,7 +138,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     worker = replace(worker, replaces=0)
     if worker.state is State.WAITING:
         step.cancel(Wait.WORKER_RESPAWN, worker.number)
-        step.fleet = _without(step.fleet, generation, worker)
+        step.fleet = step.fleet.with_generation(generation.without(worker.number))
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
     if worker.state is not State.READY or worker.hung:
@@ -171,24 +174,24 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
             step.end_worker(worker)
     if worker.state is not State.READY:
         return  # it is on its way out, or not in yet
-    if _replacement(step.fleet, number):
+    if _replacement(generation, number):
         return
     if generation.phase is Phase.SERVING and not step.fleet.stopping:
         step.do(Report(News.REPLACING, generation.number, reason))
         current = step.fleet.generation(generation.number)
         if current:
-            new = replace(step.add(current, _free_slot(current)), replaces=number)
+            new = replace(step.add(current, next(_free_slots(current))), replaces=number)
             step.spawn(current.number, new)
     elif hung:
         step.do(Report(News.REPLACING, generation.number, reason))
         step.end_worker(worker)  # it stays in its generation, whose failure its end may be
 
 
-def _replacement(fleet: Fleet, number: int) -> Worker | None:
+def _replacement(generation: Generation, number: int) -> Worker | None:
     """The worker that is to take another one's place."""
-    found = fleet.find(number)
-    generations = (found[0],) if found else fleet.generations
-    return next((w for g in generations for w in g.workers if w.replaces == number), None)
+    if number not in map(_REPLACES, generation.workers):
+        return None
+    return next(worker for worker in generation.workers if worker.replaces == number)
 
 
 def _take_over(step: Step, number: int) -> None:

@@ -119,6 +119,7 @@ class Effects:
         self._released: dict[int, Home] = {}  # until their channels are empty
         self._route: int | None = None
         self._good: Program | None = None  # what served last
+        self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
         self.history = History()
         self.restarts = 0
@@ -207,10 +208,12 @@ class Effects:
                 self.forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
+                self._note_due(deadline)
             case StartTimer(deadline, seconds):
                 self._start_timer(deadline, seconds)
             case CancelTimer(deadline):
                 self._loop.cancel(deadline)
+                self._note_due(deadline)
             case Report():
                 self._report(action)
             case Exit(status):
@@ -223,21 +226,20 @@ class Effects:
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action], version: str) -> Snapshot:
         """Return all that another program needs to go on, with these actions still to be done."""
-        due = {each: self._loop.due(each) for each in fleet.timers}
         now = time.monotonic()
-        due.update((a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer))
+        coming = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         self._forget_closed()
         generations = (
             *(each.record(n, released=False) for n, each in self.homes.items()),
             *(each.record(n, released=True) for n, each in self._released.items()),
         )
-        settings, coming, used = self.configuration.kept()
+        settings, to_try, used = self.configuration.kept()
         return Snapshot(
             fleet=fleet,
             generations=generations,
             workers=self.crew.records(),
             good=self._good,
-            due=tuple((each, when) for each, when in due.items() if when is not None),
+            due=(*self._due.values(), *coming),
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
             hand=self.forwarder.hand,
             hand_number=self.forwarder.hands,
@@ -250,7 +252,7 @@ class Effects:
             restarts=self.restarts,
             log_level=self._log.level,
             settings=settings,
-            coming=coming,
+            coming=to_try,
             settings_used=used,
             side=self.sides.current,
             nonblocking=self._note_flags(),
@@ -493,7 +495,20 @@ class Effects:
     # -- time and news -------------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
-        self._loop.call_after(deadline, seconds, lambda: self._post(DeadlinePassed(deadline)))
+        def passed() -> None:
+            self._note_due(deadline)
+            self._post(DeadlinePassed(deadline))
+
+        self._loop.call_after(deadline, seconds, passed)
+        self._note_due(deadline)
+
+    def _note_due(self, deadline: Deadline) -> None:
+        """Note when a timer runs out, or that it does not run."""
+        due = self._loop.due(deadline)
+        if due is None:
+            self._due.pop(deadline, None)
+        else:
+            self._due[deadline] = deadline, due
 
     def _report(self, report: Report) -> None:
         """Tell the log, systemd and the launcher."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import binascii
 import json
+import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -39,13 +40,17 @@ _SLOT_BYTES = 64 * 1024 * 1024
 _CHANGES_BYTES = 16 * 1024
 
 
+def _float(value: float) -> str:
+    return float.__repr__(value) if math.isfinite(value) else json.dumps(value)
+
+
 #: What json.dumps() would say, without its preparations.
 _PLAIN: Mapping[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
     int: int.__repr__,
-    float: json.dumps,
-    bool: json.dumps,
-    type(None): json.dumps,
+    float: _float,
+    bool: lambda value: "true" if value else "false",
+    type(None): lambda _: "null",
 }
 
 
@@ -122,7 +127,12 @@ class Codec:
         first = _alike(old, new)
         last = _alike(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
-        if len(before) == len(after):
+        if len(before) == len(after) and after and after[0] in before:
+            # The oldest make room for others: else each would be written in another's place.
+            gone = before.index(after[0])
+            found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
+            self._compare_tuples(path, old[:first] + old[first + gone :], new, found)
+        elif len(before) == len(after):
             for at, (one, other) in enumerate(zip(before, after, strict=True), first):
                 self._compare(f"{path},{at}", one, other, found)
         else:
@@ -145,7 +155,7 @@ class Codec:
         if isinstance(value, frozenset):
             return f'{{"s":{self._text(tuple(sorted(value, key=repr)))}}}'
         if isinstance(value, Enum) and type(value).__name__ in self._classes:
-            return f'{{"e":"{type(value).__name__}","v":{json.dumps(value.value)}}}'
+            return f'{{"e":"{type(value).__name__}","v":{self._text(value.value)}}}'
         raise TypeError(f"{type(value).__name__} is no part of the state")
 
     def _in(self, value: Any) -> object:

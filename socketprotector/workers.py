@@ -16,7 +16,7 @@ from .fleet import Fleet, Generation, Phase, State, Worker
 from .reload import abandon, all_ready, roll_back
 from .step import PROVEN_S, Step, backoff_s
 
-_REPLACES = attrgetter("replaces")
+_REPLACES, _STATE = attrgetter("replaces"), attrgetter("state")
 
 
 def worker_ready(step: Step, number: int, retires: bool) -> None:
@@ -109,16 +109,18 @@ def reconcile(step: Step) -> None:
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and not before.of(Phase.SETTLING):
         return
-    # One that is to take another's place counts once it has it.
-    staying = [w for w in serving.workers if w.state is not State.RETIRING and not w.replaces]
-    if len(staying) > wanted:
-        for worker in sorted(staying, key=lambda w: w.slot)[: wanted - 1 : -1]:
+    # One that is to take another's place counts once it has it; one that retires replaces nobody.
+    staying = tuple(map(_REPLACES, serving.workers)).count(0)
+    staying -= tuple(map(_STATE, serving.workers)).count(State.RETIRING)
+    if staying > wanted:
+        left = [w for w in serving.workers if w.state is not State.RETIRING and not w.replaces]
+        for worker in sorted(left, key=lambda w: w.slot)[: wanted - 1 : -1]:
             _retire(step, serving.number, worker)
             replacement = _replacement(serving, worker.number)
             if replacement:
                 _retire(step, serving.number, replacement)
-    elif len(staying) < wanted:
-        for slot in islice(_free_slots(serving), wanted - len(staying)):
+    elif staying < wanted:
+        for slot in islice(_free_slots(serving), wanted - staying):
             generation = step.fleet.generation(serving.number)
             if generation:
                 step.spawn(serving.number, step.add(generation, slot))

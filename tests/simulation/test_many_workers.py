@@ -1,0 +1,88 @@
+"""All of the protector at once: what concerns one worker costs what one costs.
+
+Counted in steps of the interpreter inside the protector's own modules, which are the same on a
+busy machine.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+import socketprotector
+from socketprotector.fleet import Policy
+from tests.simulation.world import World
+
+OURS = str(Path(socketprotector.__file__).parent)
+FEW, MANY = 10, 80
+#: More than in proportion: what the halves of a longer list and its one look cost more.
+SLACK = 1.3
+
+
+class Quiet(World):
+    """A life in which all goes well: a start, a reload, a crash of all workers, a stop."""
+
+    def __init__(self, workers: int, keeper: str) -> None:
+        super().__init__(seed=1, steps=0)
+        self.keeper = keeper
+        self.settings = replace(
+            self.settings,
+            workers=workers,
+            policy=Policy(),
+            ready_after_s=None,
+            guarded=keeper == "guard",
+        )
+        self._faulty = self._deadly = 0.0
+        self._to_come = [self._reload, self._crash_all]
+
+    def _check(self) -> None:
+        pass  # it would be counted
+
+    def _reload(self) -> None:
+        super()._signal(signal.SIGHUP)
+
+    def _crash_all(self) -> None:
+        for worker in self.workers:
+            worker.signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Come to rest again before the last signal."""
+        if self._to_come:
+            self._stopped = False
+            self._to_come.pop(0)()
+        else:
+            super()._signal(number)
+
+
+def steps_of(world: World) -> int:
+    """Live that life; return the steps of the interpreter that it takes."""
+    count = 0
+
+    def traced(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(OURS):
+            return None
+        frame.f_trace_opcodes = True
+        count += event == "opcode"
+        return traced
+
+    before = sys.gettrace()
+    sys.settrace(traced)
+    try:
+        world.live()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])
+def test_eight_times_the_workers_take_eight_times_the_steps(keeper: str) -> None:
+    few, many = (steps_of(Quiet(workers, keeper)) for workers in (FEW, MANY))
+
+    assert many < few * MANY / FEW * SLACK

@@ -35,7 +35,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, words[at + 1 :]
 
 
-class Duration(click.ParamType[float]):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
     """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
 
     name = "duration"

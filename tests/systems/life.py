@@ -32,14 +32,20 @@ class Surroundings:
     python: Sequence[str] = (sys.executable,)
     options: Sequence[str] = ()
     mode: str = "connection"
-    variables: Mapping[str, str] = field(default_factory=dict)
+    more: Mapping[str, str] = field(default_factory=dict)  # in its environment
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """Its environment, but for what it inherits: no process may warn of anything."""
+        return {**self.environment, "PYTHONWARNINGS": "error", **self.more}
 
     @property
     def config(self) -> Path:
         return self.place / "web.toml"
 
     def write(self, comment: str = "") -> None:
-        worker = [*self.python, str(WORKERS / f"{WORKER[self.mode]}.py")]
+        # As tests.scenarios.tools.worker: it is not the worker that is looked at.
+        worker = [self.python[0], "-S", "-E", str(WORKERS / f"{WORKER[self.mode]}.py")]
         text = [f"# {comment}", f"command = {json.dumps(worker)}", 'listen = ["127.0.0.1:0"]']
         if self.mode == "listener":
             text += ['handoff = "listener"', 'ready = "after:100ms"']
@@ -52,7 +58,7 @@ class Surroundings:
         """Run a command to its end."""
         return subprocess.run(
             [*self.through, *self.command(module), *words],
-            env={**os.environ, **self.environment, **self.variables},
+            env={**os.environ, **self.variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=DEADLINE_S,
@@ -77,7 +83,7 @@ def lived(around: Surroundings) -> Lines:
     words = ("--guard", "--name", NAME, "--pid-file", str(pid_file), *around.options)
     daemon = Protector(
         [*words, "--config", str(around.config)],
-        {**around.environment, **around.variables},
+        around.variables,
         through=around.through,
         command=around.command(),
     )

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-core lint format bench soak clean
+.PHONY: help install demo test test-all test-core test-debian test-musl lint format bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,11 +24,22 @@ demo: $(INSTALLED) ## protect the sample client, reload it under load, show that
 
 test: $(INSTALLED) ## run all tests (installs compilers, interpreters and servers that they need)
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
-	-tools/install-packages nodejs nginx-light starlet starman
+	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
+	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: test ## run them with many more rounds (before a release)
+
+test-debian: $(INSTALLED) ## run it with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
+	tools/install-packages debootstrap
+	$(BIN)/python -m pytest -v tests/systems/debian.py
+
+MUSL ?= .musl
+
+test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not there, and run it with that
+	PYTHON=$(BIN)/python tools/musl-python $(MUSL)
+	MUSL_PYTHON=$(MUSL) $(BIN)/python -m pytest -v tests/systems/test_musl.py
 
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
 	$(BIN)/python -m pytest tests/core
@@ -37,7 +48,7 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run tools/install-packages $(wildcard init.d/socketprotector init.d/*.sh)
+	$(BIN)/shellcheck .ci/run tools/install-packages tools/musl-python $(wildcard init.d/socketprotector init.d/*.sh)
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
@@ -53,5 +64,5 @@ soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N],
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
+	rm -rf $(VENV) $(MUSL) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

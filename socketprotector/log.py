@@ -7,8 +7,8 @@ dropped, and the next one that gets through says how many were.
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import socket
 import stat
 from collections.abc import Callable, Mapping
@@ -128,14 +128,23 @@ class Log:
         self._dropped = self._dropped + 1 if cut else 0
 
     def _put(self, data: bytes) -> int:
-        if self._may_block:
-            try:
-                return os.pwritev(self._fd, [data], -1, os.RWF_NOWAIT)
-            except OSError as error:
-                if error.errno != errno.EOPNOTSUPP:
-                    raise
-                # A terminal, or a kernel before 6.4: better a line that may block than none.
-        return os.write(self._fd, data)
+        if not self._may_block:
+            return os.write(self._fd, data)
+        if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            if not poll.poll(0):
+                raise BlockingIOError
+            return os.write(self._fd, data)  # a terminal
+        # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is
+        # unknown to musl, and to pipes before Linux 6.4.
+        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            written = os.write(send, data)
+            return os.splice(receive, self._fd, written, flags=os.SPLICE_F_NONBLOCK)
+        finally:
+            os.close(receive)
+            os.close(send)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = clock.date()

@@ -1,6 +1,7 @@
 """Runs a command as on another system: without /proc, without a shell, with calls that fail.
 
-    python elsewhere.py [--no-proc | --hidepid] [--no-shell] [--fails CALL=ERRNO]... -- COMMAND...
+    python elsewhere.py [--no-proc | --hidepid] [--no-shell | --root FOLDER] [--nobody]
+        [--fails CALL=ERRNO]... -- COMMAND...
 
 On the standard library alone; executes COMMAND in its own place.  All but --fails takes root:
 mounts are made in a mount namespace of its own and are gone with the command.
@@ -18,6 +19,7 @@ import os
 import stat
 import struct
 import sys
+import tempfile
 from pathlib import Path
 
 _CLONE_NEWNS = 0x00020000
@@ -38,7 +40,6 @@ CALLS: dict[str, tuple[int, int, tuple[int, int] | None]] = {
     "memfd_create": (319, 279, None),
     "pidfd_open": (434, 434, None),
     "pidfd_send_signal": (424, 424, None),
-    "pwritev2": (328, 287, None),
     "rseq": (334, 293, None),
     "statx": (332, 291, None),
     "sched_getaffinity": (204, 123, None),
@@ -122,6 +123,15 @@ def without_programs() -> None:
     assert not os.path.exists("/bin/sh")
 
 
+def in_root(root: Path, *shared: Path) -> None:
+    """Have another root, with what is not of a distribution in it as it is here."""
+    here = os.getcwd()
+    for each in (Path("/proc"), Path("/dev"), *shared):
+        _bind(each, root / each.relative_to("/"))
+    os.chroot(root)
+    os.chdir(here)
+
+
 def fail(calls: dict[str, int]) -> None:
     """Let system calls fail from here on, in whatever is executed too."""
     machine = _MACHINES.index(os.uname().machine)
@@ -150,16 +160,20 @@ def main() -> None:
     parser.add_argument("--hidepid", action="store_true", help="of other users nothing is seen")
     parser.add_argument("--no-shell", action="store_true", help="nor any other program in /usr/bin")
     parser.add_argument("--fails", action="append", default=[], metavar="CALL=ERRNO")
+    parser.add_argument("--root", help="with the folders of temporary files and of these tests")
     parser.add_argument("--nobody", action="store_true", help="run it as that user")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args()
-    if given.no_proc or given.hidepid or given.no_shell:
+    if given.no_proc or given.hidepid or given.no_shell or given.root:
         own_mounts()
         interpreter_for_everybody()
     if given.hidepid:
         _mount("proc", "/proc", "proc", 0, "hidepid=2")
     if given.no_shell:
         without_programs()
+    if given.root:
+        tests = Path(__file__).resolve().parents[2]
+        in_root(Path(given.root), Path(tempfile.gettempdir()), tests)
     if given.no_proc:
         _done(_libc.umount2(b"/proc", _MNT_DETACH), "umount /proc")
     if given.fails:

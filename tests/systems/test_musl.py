@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import ROOT
-from tests.systems.life import Surroundings, lived
+from tests.systems.life import ELSEWHERE, Surroundings, lived
 
 SOURCE = Path(__file__).with_name("musl.c")
 
@@ -30,8 +30,9 @@ def test_a_whole_life_where_the_c_library_answers_as_musl_does(
 
 
 @pytest.mark.parametrize("mode", ["connection", "listener"])
+@pytest.mark.parametrize("through", [(), (*ELSEWHERE, "--no-proc", "--")], ids=["", "no /proc"])
 def test_a_whole_life_with_musl(
-    tmp_path: Path, marked_environment: dict[str, str], mode: str
+    tmp_path: Path, marked_environment: dict[str, str], through: tuple[str, ...], mode: str
 ) -> None:
     folder = os.environ.get("MUSL_PYTHON", "")
     if not folder:
@@ -46,6 +47,7 @@ def test_a_whole_life_with_musl(
         Surroundings(
             tmp_path,
             marked_environment,
+            through,
             python=(str(python),),
             mode=mode,
             more={"PYTHONPATH": path},

@@ -66,6 +66,7 @@ _FIXED: Mapping[str, tuple[str, str]] = {
 _ELSEWHERE = frozenset(
     {"command", "listeners", "policy", "worker_limits", "limits", "nice", "environment"}
     | {"nofile_soft", "batch", "outlives_terminal", "secret", "notices", "origin", "control"}
+    | {"notify_folder"}
     | {"watch", "pools", "ready", "ready_after_s", "ready_fd", "ready_check"}
 )
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, handoff, options, process
+from . import __version__, activation, checks, door, handoff, notify_folder, options, process
 from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
@@ -444,6 +444,8 @@ def _launch(asked: Asked) -> int:
         notices += checks.notices(settings, asked.listens, asked.backlog)
         if settings.policy.workers_accept:
             second = pair(bound, notices.append)
+        if asked.check:
+            notify_folder.check(settings, notices.append)
         if asked.check or not (settings.foreground and settings.log_file is None):
             for notice in notices:  # else its log says them, in the same place
                 tell(notice)

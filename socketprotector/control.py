@@ -18,6 +18,7 @@ from . import clock, requests
 from .einhorn import ack
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
+from .peers import may_be_signalled, unmistakable_groups, unmistakable_users
 from .requests import Request, Wrong
 
 CLIENTS = 256
@@ -301,11 +302,14 @@ class Control:
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             _, uid, gid = _CREDENTIALS.unpack(found)
-            if uid in self._uids or gid == self._group:
+            if uid in unmistakable_users(self._uids):
                 return True
-            if self._group is None:
-                return False
+            if uid in self._uids and may_be_signalled(sock):
+                return True
+            wanted = unmistakable_groups(() if self._group is None else (self._group,))
+            if not wanted or gid in wanted:
+                return bool(wanted)
             groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
         except OSError:
             return False  # more groups than there is room for
-        return (self._group,) in struct.iter_unpack("I", groups)
+        return not wanted.isdisjoint(each for (each,) in struct.iter_unpack("I", groups))

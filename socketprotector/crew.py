@@ -266,7 +266,7 @@ class Crew:
             record,
             home,
             Process(record.pid, descriptors["process"]),
-            NotifySocket(notify, self._address(record.number), self._uids),
+            NotifySocket(notify, self._address_of(record.number, notify), self._uids),
             socket.socket(fileno=line) if line is not None else None,
             Readiness(home.program, more),
         )
@@ -274,7 +274,8 @@ class Crew:
 
     def lost(self, number: int) -> None:
         """A worker was being started when the earlier program was killed: end what there is."""
-        self._strays.end(self._address(number))
+        for address in self._addresses(number):
+            self._strays.end(address)
 
     def unguarded(self) -> None:
         """Nobody is left who would tell how a process ended that is no child of ours."""
@@ -306,8 +307,34 @@ class Crew:
 
     # -- what comes back -----------------------------------------------------
 
-    def _address(self, number: int) -> str:
-        return f"@socketprotector-{self._settings.secret}-{number}"
+    def _addresses(self, number: int) -> tuple[str, ...]:
+        """Return where a worker's notify socket may be, the better place first."""
+        name = f"{self._settings.secret}-{number}"
+        abstract = f"@socketprotector-{name}"
+        folder = self._settings.notify_folder
+        return (f"{folder}/{name}", abstract) if folder else (abstract,)
+
+    def _address_of(self, number: int, notify: socket.socket) -> str:
+        """Return where this one is, which an earlier program has made."""
+        first, *other = self._addresses(number)
+        # The name of an abstract one is told as bytes.
+        return other[0] if other and isinstance(notify.getsockname(), bytes) else first
+
+    def _notify_socket(self, number: int) -> NotifySocket:
+        """Make a worker's, abstract where the folder has none.  Raises OSError."""
+        *better, abstract = self._addresses(number)
+        for path in better:
+            try:
+                return NotifySocket.make(path, self._uids)
+            except OSError as error:
+                self._log.write(
+                    "warning",
+                    "notify-socket-abstract",
+                    worker=number,
+                    folder=self._settings.notify_folder,
+                    error=error.strerror,
+                )
+        return NotifySocket.make(abstract, self._uids)
 
     def _watch(self, number: int, worker: _Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
@@ -396,7 +423,7 @@ class Crew:
         """Start the process with all it needs; nothing is left of it when that raises."""
         program = home.program
         with ExitStack() as theirs, ExitStack() as ours:
-            notify = NotifySocket.make(self._address(number), self._uids)
+            notify = self._notify_socket(number)
             ours.callback(notify.close)
             mark = self._output.mark()
             environment = {wire.ENV_NOTIFY: notify.address}

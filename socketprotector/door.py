@@ -21,6 +21,7 @@ TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed star
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
 TWIN = "sp.twin."  # the same: the second socket of its address
+NOTIFY = "sp.notify"  # holds the lock of the folder of notify sockets
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard
 READER = "sp.reader"  # this process reads the configuration again, and answers there

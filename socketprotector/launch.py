@@ -13,14 +13,14 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
 from daemon import DaemonContext
 from lockfile import AlreadyLocked, LockFailed
 
-from . import door, guard, privileges
+from . import door, guard, notify_folder, privileges
 from .bind import Bound
 from .bind_control import bind_control
 from .errors import AlreadyRunning, Refusal, SystemRefused
@@ -143,13 +143,27 @@ def _become_resident(
         ) from error
     except OSError as error:
         raise SystemRefused(f"cannot detach: {error}") from error
-    # Of several that start at once only the one with the pid file may have it.
-    settings, control = _bind_control(settings, verdict)
+    # Of several that start at once only the one with the pid file may have them.
+    notices: list[str] = []
+    settings, control = _bind_control(settings, notices.append)
+    folder = notify_folder.make(settings, notices.append)
+    for notice in notices:
+        if not settings.foreground:
+            os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
+        elif settings.log_file is not None:  # else the log says it, in the same place
+            tell(notice, verdict)
+    settings = settings.noticed([*settings.notices, *notices])
+    descriptors = {}
+    if folder is not None:
+        settings = replace(settings, notify_folder=folder.path)
+        descriptors[door.NOTIFY] = folder.fd
     try:
-        _exec(settings, {**bound, **control}, label, pid_file, verdict)
+        _exec(settings, {**bound, **control}, descriptors, label, pid_file, verdict)
     except OSError as error:
         for each in control.values():
             each.discard()
+        if folder is not None:
+            folder.discard()
         context.close()  # removes the pid file, and will not do so again at our end
         if error.filename is None:
             raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
@@ -158,18 +172,13 @@ def _become_resident(
         ) from error
 
 
-def _bind_control(settings: Settings, verdict: int) -> tuple[Settings, dict[str, Bound]]:
+def _bind_control(
+    settings: Settings, notice: Callable[[str], None]
+) -> tuple[Settings, dict[str, Bound]]:
     """Bind the control socket where the settings want it; where that fails it is a notice."""
     if settings.control is None:
         return settings, {}
-    notices: list[str] = []
-    control = bind_control(settings, notices.append)
-    for notice in notices:
-        if not settings.foreground:
-            os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
-        elif settings.log_file is not None:  # else the log says it, in the same place
-            tell(notice, verdict)
-    settings = settings.noticed([*settings.notices, *notices])
+    control = bind_control(settings, notice)
     if control is None:
         return replace(settings, control=None), {}
     return replace(settings, control=control.settings), {door.CONTROL: control}
@@ -178,11 +187,12 @@ def _bind_control(settings: Settings, verdict: int) -> tuple[Settings, dict[str,
 def _exec(
     settings: Settings,
     bound: Mapping[str, Bound],
+    more: Mapping[str, int],
     label: Sequence[str],
     pid_file: PidFile | None,
     verdict: int,
 ) -> None:
-    descriptors = {door.SETTINGS: os.memfd_create(door.SETTINGS, os.MFD_CLOEXEC)}
+    descriptors = {door.SETTINGS: os.memfd_create(door.SETTINGS, os.MFD_CLOEXEC), **more}
     os.write(descriptors[door.SETTINGS], dump(settings))
     descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
     descriptors[door.TERMINAL if settings.foreground else door.LAUNCHER] = verdict

@@ -14,6 +14,7 @@ import os
 import stat
 from collections import deque
 
+from .peers import unmistakable_users
 from .settings import Identity
 
 #: Without waiting: a FIFO that nobody reads would hold the opener up.
@@ -70,7 +71,7 @@ def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
         found, around = os.fstat(fd), os.fstat(folder)
     finally:
         os.close(folder)
-    theirs = {0, around.st_uid} | ({identity.uid} if identity is not None else set())
+    theirs = unmistakable_users((0, around.st_uid, *((identity.uid,) if identity else ())))
     if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
         why = "it has another name (a hard link)"
     elif around.st_mode & stat.S_IWOTH and found.st_uid not in theirs:

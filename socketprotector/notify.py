@@ -15,7 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from .door import Named
+from .peers import unmistakable_users
 
+#: The name in its folder under which each socket is bound.
+_TOLD = "new"
 #: Longer datagrams are cut; systemd itself takes a page.
 _MAX_BYTES = 4096
 #: The manager is behind, or the system short; all else means that it is gone.
@@ -42,15 +45,24 @@ class NotifySocket:
         """Take ownership of a socket that make() bound to the address."""
         self.socket = bound
         self.address = address
-        self._allowed = allowed_uids
+        self._is_abstract = address.startswith("@")
+        # Anybody can send to an abstract name: there a number must stand for one user.  To the
+        # path only those can whom its name was told.
+        self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
 
     @classmethod
     def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:
-        """Bind an abstract address (`@name`) that nobody can guess.  Raises OSError."""
+        """Bind a path in our own folder, or an abstract address (`@name`).  Raises OSError.
+
+        Nobody can guess either.
+        """
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            bound.bind("\0" + address[1:])
+            if address.startswith("@"):
+                bound.bind("\0" + address[1:])
+            else:
+                _bind_path(bound, address)
         except OSError:
             bound.close()
             raise
@@ -92,7 +104,41 @@ class NotifySocket:
         _discard_rights(ancillary)
 
     def close(self) -> None:
+        """Close it, and remove its file."""
         self.socket.close()
+        if not self._is_abstract:
+            _remove(self.address)
+
+
+def _bind_path(bound: socket.socket, path: str) -> None:
+    """Bind a path that /proc/net/unix does not tell: there stands what was bound first.
+
+    Who may send is for the folder to say.
+    """
+    told = os.path.join(os.path.dirname(path), _TOLD)
+    _remove(told)
+    bound.bind(told)
+    try:
+        os.chmod(told, 0o666)
+        os.rename(told, path)
+    except OSError:
+        _remove(told)
+        raise
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # removed already
+
+
+def remove_folder(path: str) -> None:
+    """Remove the folder of notify sockets if it is empty and we may; else the next start does."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
 
 
 def discard(fd: int) -> None:

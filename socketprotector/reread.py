@@ -103,6 +103,7 @@ def _with_what_stays(new: Settings, running: Settings) -> Settings:
         pools=running.pools,
         outlives_terminal=running.outlives_terminal,
         secret=running.secret,
+        notify_folder=running.notify_folder,
         control=running.control,
         origin=running.origin,
     )

@@ -27,7 +27,7 @@ from .launcher import Launcher
 from .listener import Listener
 from .log import Log
 from .loop import Loop
-from .notify import WATCHDOG, Outbox, Store, Systemd, parse
+from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder
 from .operate import Operator
 from .output import Output
 from .records import Snapshot
@@ -247,6 +247,8 @@ class _Resident:
         for name in self.output.descriptors():
             self.store.forget(name)
         self.output.finish()
+        if self.settings.notify_folder:
+            remove_folder(self.settings.notify_folder)
         _remove_pid_file(self.settings.pid_file, self.descriptors.get(door.PID_FILE))
         self.launcher.failed(status)
         if self.line is None:
@@ -326,7 +328,7 @@ class _Resident:
         """The descriptors of the process itself, by name."""
         found = {
             name: self.descriptors[name]
-            for name in (door.SETTINGS, door.STATE, door.PID_FILE)
+            for name in (door.SETTINGS, door.STATE, door.PID_FILE, door.NOTIFY)
             if name in self.descriptors
         }
         if self.line is not None and self.line.fileno() >= 0:

@@ -124,6 +124,7 @@ class Settings:
     control: ListenerSettings | None = None  # the control socket
     control_group: int | None = None  # who else may speak there
     secret: str = ""  # part of each worker's notify address, so that nobody can guess it
+    notify_folder: str = ""  # where these addresses are; "": they are abstract
     notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
     origin: Origin = field(default_factory=Origin)
 

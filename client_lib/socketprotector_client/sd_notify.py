@@ -17,6 +17,7 @@ import atexit
 import errno
 import os
 import socket
+from functools import lru_cache
 from typing import Dict, Optional, Sequence, Tuple
 
 from . import forking, wire
@@ -41,12 +42,6 @@ def notify(*lines: str, **fields: object) -> bool:
     words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
     # A line end within a value would be read as the next assignment.
     return _teller(address).tell([" ".join(word.splitlines()) for word in words])
-
-
-def release() -> None:
-    """Close the socket; the next message opens another one."""
-    if _current is not None:
-        _current.close()
 
 
 class _Teller:
@@ -149,13 +144,6 @@ class _Teller:
         return line
 
 
-_current: Optional[_Teller] = None
-
-
+@lru_cache(maxsize=None)
 def _teller(address: str) -> _Teller:
-    global _current
-    known = _current
-    if known is None or known.address != address:
-        release()
-        known = _current = _Teller(address)
-    return known
+    return _Teller(address)

@@ -16,11 +16,11 @@ from tests.client.protector import DEADLINE_S, until
 
 
 @pytest.fixture(autouse=True)
-def _lets_go_of_its_socket() -> Iterator[None]:
+def _lets_go_of_its_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = len(os.listdir("/proc/self/task"))
     yield
     until(lambda: len(os.listdir("/proc/self/task")) == threads, "nothing waits any more")
-    sd_notify.release()
+    sd_notify._teller(os.environ.get(wire.ENV_NOTIFY, "")).close()
 
 
 def fill() -> int:

@@ -59,9 +59,9 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
-        *{"twin", "unheard"},
-        *{"log", "logfile", "loop", "notify", "pidfile", "privileges", "proc", "process"},
-        *{"program", "readiness", "relay", "state", "strays", "terminal", "watch"},
+        *{"peers", "twin", "unheard"},
+        *{"log", "logfile", "loop", "notify", "notify_folder", "pidfile", "privileges", "proc"},
+        *{"process", "program", "readiness", "relay", "state", "strays", "terminal", "watch"},
     },
     "values": {
         *{

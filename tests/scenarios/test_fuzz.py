@@ -133,8 +133,8 @@ def address_of_one(web: Operated, chance: random.Random) -> bytes:
         environment = Path(f"/proc/{chance.choice(workers)}/environ").read_bytes().split(b"\0")
     except OSError:
         return b""
-    name = b"NOTIFY_SOCKET=@"
-    return next((b"\0" + each[len(name) :] for each in environment if each.startswith(name)), b"")
+    name = b"NOTIFY_SOCKET="
+    return next((each[len(name) :] for each in environment if each.startswith(name)), b"")
 
 
 def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -> int:
@@ -144,7 +144,7 @@ def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"\0\0\0\0" * count)] if count else []
         try:
             notify.sendmsg([a_datagram(chance)], rights, 0, address)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, FileNotFoundError):
             return sent  # the worker has just ended
     return BATCH
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.running import COMMAND, ROOT, WORKERS, ask, eventually, wait_gone
+from tests.namespaces import everybodys_python, may
+from tests.running import COMMAND, WORKERS, ask, eventually, wait_gone
 from tests.scenarios.starting import Start, told
 from tests.scenarios.tools import children_of
 
@@ -29,23 +29,10 @@ A, B = "games", "nobody"
 ALL = int(Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split("\n")[0], 16)
 
 
-def may(user: str, *words: str, **environment: str) -> bool:
-    """Whether a user can run a command."""
-    through = ("/bin/sh", "-c", 'exec "$@"', "sh", *words)  # which says no instead of raising
-    done = subprocess.run(through, user=user, cwd="/", env=environment, capture_output=True)
-    return done.returncode == 0
-
-
 @pytest.fixture(scope="module")
 def python() -> tuple[str, str]:
     """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
-    readable = [entry for entry in sys.path if entry and may(B, "test", "-r", entry)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
-    imports = "import socketprotector.cli, socketprotector.resident"
-    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
-        if shutil.which(candidate) and may(B, candidate, "-c", imports, PYTHONPATH=path):
-            return candidate, path
-    pytest.skip("NOT CHECKED: no Python here with which nobody can run the command")
+    return everybodys_python()
 
 
 class Command:

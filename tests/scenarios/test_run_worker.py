@@ -100,7 +100,7 @@ def test_a_worker_gets_the_environment_of_the_contract(protector: Start, tmp_pat
         "SOCKETPROTECTOR_GENERATION": "1",
         "SOCKETPROTECTOR_WORKER": "0",
     }
-    assert environment["NOTIFY_SOCKET"].startswith("@")
+    assert environment["NOTIFY_SOCKET"].startswith("/")
     assert environment["OTHER"] == "reaches it"
     assert seen["argv"][1:] == ["an argument", ""]
     daemon.reload()

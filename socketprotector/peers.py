@@ -1,0 +1,71 @@
+"""Who is at the other end of a UNIX socket, where a user's number may stand for many.
+
+In a user namespace all users that have no number there appear as one, the overflow user, who
+is `nobody` elsewhere.  So that number proves nothing, unless every user has one of its own.
+
+Source: user_namespaces(7), unix(7), pidfd_send_signal(2).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterable
+
+_USERS, _GROUPS = ("uid_map", "overflowuid"), ("gid_map", "overflowgid")
+#: The kernel's default for both.
+_OVERFLOW = 65534
+#: As many as there are: the map of a system that is in no namespace.
+_ALL = 2**32 - 1
+_SO_PEERPIDFD = 77  # Linux 6.5
+
+
+def unmistakable_users(uids: Iterable[int]) -> frozenset[int]:
+    """Return those numbers that stand for one user each."""
+    return frozenset(uids) - _ambiguous(*_USERS)
+
+
+def unmistakable_groups(gids: Iterable[int]) -> frozenset[int]:
+    """Return those numbers that stand for one group each."""
+    return frozenset(gids) - _ambiguous(*_GROUPS)
+
+
+def may_be_signalled(connection: socket.socket) -> bool:
+    """Whether we may signal whoever has connected: then it is a process of our own user.
+
+    Or of our namespace, where we may signal all of that; a stranger from outside it is neither,
+    for the kernel compares users and not their numbers.  False, too, where it has ended,
+    and before Linux 6.5, which does not tell who it is.
+    """
+    try:
+        found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+        pidfd = int.from_bytes(found, sys.byteorder)
+    except OSError:
+        return False
+    try:
+        signal.pidfd_send_signal(pidfd, 0)
+    except OSError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
+def _ambiguous(map_name: str, overflow_name: str) -> frozenset[int]:
+    """Return the number that may be anybody's, if there is one here."""
+    try:
+        with open(f"/proc/self/{map_name}", encoding="ascii") as file:
+            if sum(int(line.split()[2]) for line in file) >= _ALL:
+                return frozenset()
+    except FileNotFoundError:
+        if os.path.exists("/proc/self"):
+            return frozenset()  # a kernel without namespaces of users
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        with open(f"/proc/sys/kernel/{overflow_name}", encoding="ascii") as file:
+            return frozenset({int(file.read())})
+    except (OSError, ValueError):
+        return frozenset({_OVERFLOW})

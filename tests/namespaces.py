@@ -1,0 +1,108 @@
+"""Processes of other users, and in user namespaces of their own that share the host's network.
+
+As in a rootless container with --net=host; maps are written by root, as newuidmap does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT
+
+#: Inside are 0 to 65535, `nobody` among them; all other users of the host have no number there.
+MAP = "0 100000 65536"
+#: Who is that on the host: some user that nobody there knows.
+STRANGER = 54_321
+_PROGRAM = Path(__file__).parent / "in_namespace.py"
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="NOT CHECKED: only root writes such maps")
+
+
+@contextmanager
+def in_user_namespace(
+    *command: str | Path,
+    users: str = MAP,
+    through: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+    stderr: int | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command as root there; stdin and stdout are pipes.  It is killed at the end.
+
+    users: the maps of users and groups; "" writes none.  through: executes it, before it is there.
+    """
+    with subprocess.Popen(
+        [*through, everybodys_python()[0], _PROGRAM, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, "PYTHONPATH": everybodys_python()[1], **(environment or {})},
+        bufsize=0,
+        start_new_session=True,
+    ) as process:
+        try:
+            assert read_line(process) == "here"
+            if users:
+                for name in ("uid_map", "gid_map"):
+                    Path(f"/proc/{process.pid}/{name}").write_text(users)
+            tell(process, "")
+            yield process
+        finally:
+            process.kill()
+
+
+def read_line(process: subprocess.Popen[bytes]) -> str:
+    """The next line that it says."""
+    assert process.stdout is not None
+    return process.stdout.readline().decode().rstrip("\n")
+
+
+def tell(process: subprocess.Popen[bytes], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(line.encode() + b"\n")
+
+
+def may(user: str, *words: str, **environment: str) -> bool:
+    """Whether a user can run a command."""
+    through = ("/bin/sh", "-c", 'exec "$@"', "sh", *words)  # which says no instead of raising
+    done = subprocess.run(through, user=user, cwd="/", env=environment, capture_output=True)
+    return done.returncode == 0
+
+
+@cache
+def everybodys_python() -> tuple[str, str]:
+    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
+    readable = [entry for entry in sys.path if entry and may("nobody", "test", "-r", entry)]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
+    imports = "import socketprotector.cli, socketprotector.resident"
+    for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if shutil.which(candidate) and may("nobody", candidate, "-c", imports, PYTHONPATH=path):
+            return candidate, path
+    pytest.skip("NOT CHECKED: no Python here with which nobody can run the command")
+
+
+@contextmanager
+def of_user(uid: int, code: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a Python program as another user, in no group of ours; it is killed at the end."""
+    with subprocess.Popen(
+        [everybodys_python()[0], "-I", "-c", code, *arguments],
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        cwd="/",
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()

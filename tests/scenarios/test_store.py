@@ -173,7 +173,7 @@ def wait_stored(service: Service, wanted: set[str]) -> None:
         print("wanted and not in the store:", sorted(wanted - set(service.store)))
 
 
-OWN = {"sp.settings", "sp.state", "sp.pidfile", "sp.control", "sp.listener.0"}
+OWN = {"sp.settings", "sp.state", "sp.pidfile", "sp.control", "sp.notify", "sp.listener.0"}
 
 
 def of_generation(number: int, *workers: int) -> set[str]:

@@ -351,7 +351,12 @@ def write(fd: int, line: bytes) -> None:
         poll.register(fd, select.POLLOUT)
         if not poll.poll(0):
             raise BlockingIOError
-        os.write(fd, line)
+        # On a terminal under `stty tostop` it would be tried for ever: see terminal.py.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+        try:
+            os.write(fd, line)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def quoted(text: str) -> str:

@@ -17,6 +17,7 @@ from . import clock
 from .fold import Fold
 from .line import LEVELS, as_coloured, as_json, as_text, plain
 from .loop import Loop
+from .terminal import put
 
 #: What an observer is called with: level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
@@ -44,6 +45,7 @@ class Log:
         self._end = b""  # of a line that was cut off
         self._fd = -1
         self._may_block = False
+        self._is_terminal = False
         self._socket: socket.socket | None = None
         self.reopen()
 
@@ -77,6 +79,7 @@ class Log:
         """
         self._close()
         self._coloured = _wants_colour()
+        self._is_terminal = os.isatty(_STDERR)
         mode = os.fstat(_STDERR).st_mode
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(_STDERR))
@@ -129,13 +132,13 @@ class Log:
 
     def _put(self, data: bytes) -> int:
         if not self._may_block:
-            return os.write(self._fd, data)
+            return put(self._fd, data) if self._is_terminal else os.write(self._fd, data)
         if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
             poll = select.poll()
             poll.register(self._fd, select.POLLOUT)
             if not poll.poll(0):
                 raise BlockingIOError
-            return os.write(self._fd, data)  # a terminal
+            return put(self._fd, data)  # a terminal
         # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is
         # unknown to musl, and to pipes before Linux 6.4.
         receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

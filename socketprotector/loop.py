@@ -1,8 +1,12 @@
 """One thread's wait for everything: descriptors, signals and timers.
 
 `select.epoll` itself, not `selectors`: the wait is part of the path of every
-connection, and the wrapper adds 0.7 us to it.  Callbacks tolerate a wake-up that finds
-nothing, so an event for a number that was closed and used again does no harm.
+connection, and the wrapper adds 0.7 us to it.
+
+One wait returns many events, and what the first of them leads to may close a number that a later
+one is about, and use it again for something else.  So a callback is called only for events that
+were found when it was watched already: until the next wait it stands apart.  Callbacks tolerate a
+wake-up that finds nothing: what there was may have been taken meanwhile.
 """
 
 from __future__ import annotations
@@ -20,16 +24,26 @@ SHUT = select.EPOLLRDHUP
 #: Cancelled timers stay in the heap until they come up or are this many too many: a reload
 #: each second with a drain limit of a day would else keep 86,400 of them.
 _STALE = 64
+_COMING = "loop-coming"
+#: How often to ask whether there is processor time to spare: an operator may change that.
+_ASK_NS = 2_000_000_000
 
 
 class Loop:
     """Calls back when a descriptor is ready, a timer runs out or a signal came."""
 
-    def __init__(self, soon_s: float = 0.0) -> None:
-        """soon_s: for how long the next event is asked for again and again where it is expected."""
+    def __init__(self, soon_s: float = 0.0, spare: Callable[[], bool] | None = None) -> None:
+        """soon_s: for how long the next event is asked for again and again where it is expected.
+
+        spare: says whether there is processor time for that; asked now and then.
+        """
         self._epoll = select.epoll()
+        self._spare = spare
+        self._has_spare = True
+        self._ask_at_ns = 0
         self.soon_ns = int(soon_s * 1_000_000_000)
         self._callbacks: dict[int, Callable[[], None]] = {}
+        self._coming: dict[int, Callable[[], None]] = {}  # watched since the last wait
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
         self._heap: list[tuple[float, int, Hashable]] = []
         self._count = 0
@@ -44,11 +58,17 @@ class Loop:
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
         """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing."""
         self._epoll.register(fd, events)
-        self._callbacks[fd] = callback
+        self._coming[fd] = callback
+        # A timer that is due, so that the path of a connection need not ask whether there is one.
+        self.call_after(_COMING, 0.0, self._take_coming)
+
+    def _take_coming(self) -> None:
+        self._callbacks |= self._coming
+        self._coming.clear()
 
     def unwatch(self, fd: int) -> None:
         """Stop calling back for fd; nothing happens if it is not watched."""
-        if self._callbacks.pop(fd, None) is not None:
+        if self._callbacks.pop(fd, None) or self._coming.pop(fd, None):
             self._epoll.unregister(fd)
 
     # -- timers --------------------------------------------------------------
@@ -148,8 +168,14 @@ class Loop:
         """Return what is ready within soon_ns, None if nothing is."""
         self.soon = False
         poll, now = self._epoll.poll, time.monotonic_ns
+        begin = now()
+        if begin >= self._ask_at_ns and self._spare is not None:
+            self._has_spare = self._spare()
+            self._ask_at_ns = begin + _ASK_NS
+        if not self._has_spare:
+            return None
         left = self.soon_ns if timeout is None else min(self.soon_ns, int(timeout * 1e9))
-        end = now() + left
+        end = begin + left
         while now() < end:
             found = poll(0)
             if found:

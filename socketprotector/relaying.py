@@ -198,7 +198,7 @@ class Relaying:
         def gone() -> None:
             try:
                 if process.reap() is None:
-                    return  # a wake-up for a number that was another's before
+                    return  # it cannot be waited for yet: somebody traces it
             except ChildProcessError:
                 pass  # an earlier program's child: reaped by whoever adopted it
             self._loop.unwatch(process.pidfd)

@@ -30,6 +30,7 @@ from .loop import Loop
 from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder
 from .operate import Operator
 from .output import Output
+from .quota import Quota
 from .records import Snapshot
 from .settings import ListenerSettings, Settings, SettingsError, load
 from .state import StateError, StateFile
@@ -84,6 +85,8 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     try:
         status = resident.supervise()
     except Exception as error:
+        # What is said of it must not be kept from a terminal for ever (`stty tostop`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.can_come_back:
             raise  # whoever keeps the descriptors starts another one, which goes on
         # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
@@ -178,9 +181,14 @@ class _Resident:
             self._close_listeners()
             return snapshot.fleet.exit_status  # all was done but the last words
         self.began = snapshot is not None
-        # With one core nobody could connect while we ask whether somebody has.
-        awake_s = self.settings.busy_poll_s if process.processors() > 1 else 0.0
-        self._loop = Loop(awake_s)  # not before: from here on it is known who goes on if it fails
+        quota = Quota()
+
+        def spare() -> bool:
+            """With one core nobody could connect while we ask whether somebody has."""
+            return process.processors() > 1 and quota.processors() > 1
+
+        # Not before: from here on it is known who goes on if it fails.
+        self._loop = Loop(self.settings.busy_poll_s, spare)
         settings, loop = self.settings, self.loop
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.

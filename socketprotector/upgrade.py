@@ -62,9 +62,11 @@ class Upgrade:
         probe = self._probe
 
         def ended() -> None:
+            result = probe.reap()
+            if result is None:
+                return  # it cannot be waited for yet: somebody traces it
             self._loop.unwatch(probe.pidfd)
             self._loop.cancel(_TIMER)
-            result = probe.reap()
             answer, last = _read(receive), os.pread(said, _LAST_BYTES, _start_of_end(said))
             probe.close()
             os.close(receive)
@@ -77,7 +79,7 @@ class Upgrade:
                 return
             lines = last.decode("utf-8", "replace").strip().splitlines()
             why = words.escape(lines[-1]) if lines else "it said nothing"
-            self.failed(f"the new program {result.how if result else 'hangs'}: {why}")
+            self.failed(f"the new program {result.how}: {why}")
 
         self._loop.watch(probe.pidfd, ended)
         self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)

@@ -141,7 +141,7 @@ class Watcher:
         try:
             result = self._process.reap()
             if result is None:
-                return  # a wake-up for a number that was another's before
+                return  # it cannot be waited for yet: somebody traces it
             how = result.how
         except ChildProcessError:
             pass  # an earlier program's child: reaped by whoever adopted it

@@ -66,6 +66,64 @@ def test_a_descriptor_unwatched_by_another_callback_of_the_same_wake_up_is_not_c
     assert called == [1]
 
 
+def test_a_number_that_is_used_again_is_not_told_of_what_had_it_before(loop: Loop) -> None:
+    """Both are found ready by one wait; the first to be called closes the other for a new one."""
+    ends = [os.pipe2(os.O_NONBLOCK) for _ in range(2)]
+    quiet = os.pipe2(os.O_NONBLOCK)
+    told: list[str | bytes] = []
+
+    def new() -> None:
+        try:
+            told.append(os.read(quiet[0], 1))
+        except BlockingIOError:
+            told.append("told of what the old one had")
+        stop(loop)
+
+    def first(mine: int, other: int) -> None:
+        told.append("old")
+        for fd in (mine, other):
+            loop.unwatch(fd)
+        os.dup2(quiet[0], other)  # as a new channel gets the lowest number that is free
+        loop.watch(other, new)
+        loop.call_after("later", 0.01, lambda: os.write(quiet[1], b"a"))
+
+    for (mine, send), (other, _) in (ends, ends[::-1]):
+        os.write(send, b"a")
+        loop.watch(mine, lambda mine=mine, other=other: first(mine, other))  # type: ignore[misc]
+
+    loop.run()
+
+    assert told == ["old", b"a"]  # of its own it is told
+    for fd in (*ends[0], *ends[1], *quiet):
+        os.close(fd)
+
+
+def test_what_is_watched_and_unwatched_at_once_is_forgotten(
+    loop: Loop, pipe: tuple[int, int]
+) -> None:
+    receive, send = pipe
+    os.write(send, b"a")
+    loop.watch(receive, lambda: pytest.fail("it is not watched"))
+    loop.unwatch(receive)
+    loop.call_after("end", 0, lambda: stop(loop))
+
+    loop.run()
+
+
+def test_a_timer_that_is_due_can_be_run_from_something_long(turning: Loop, turns: Turns) -> None:
+    called: list[str] = []
+    turning.call_after("fed", 0.01, lambda: called.append("fed"))
+
+    turning.run_if_due("fed")
+    assert called == []
+    turns.tick(0.02)
+    turning.run_if_due("fed")
+    turning.run_if_due("fed")
+    turning.run_if_due("never there")
+
+    assert called == ["fed"]
+
+
 @pytest.fixture
 def turning(turns: Turns, loop: Loop) -> Iterator[Loop]:
     """A loop for which no time passes but by its turns."""
@@ -225,6 +283,42 @@ def test_what_is_expected_soon_is_asked_for_without_sleeping(pipe: tuple[int, in
 
     assert asked.waits == [0]
     assert not loop.soon
+    loop.close()
+
+
+def test_without_processor_time_to_spare_it_sleeps_and_asks_again_later(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive, send = pipe
+    asked: list[bool] = []
+    now_ns = 0
+    monkeypatch.setattr("socketprotector.loop.time.monotonic_ns", lambda: now_ns)
+
+    def spare() -> bool:
+        asked.append(len(asked) > 0)
+        return asked[-1]
+
+    loop = Loop(soon_s=1000.0, spare=spare)
+    watched = loop._epoll = Asked(loop)  # type: ignore[assignment]
+
+    def come() -> None:
+        nonlocal now_ns
+        os.read(receive, 1)
+        loop.soon = True
+        if len(watched.waits) == 3:
+            stop(loop)
+            return
+        if len(watched.waits) == 2:
+            now_ns = 3_600_000_000_000
+        os.write(send, b"a")
+
+    loop.watch(receive, come)
+    loop.soon = True
+    os.write(send, b"a")
+    loop.run()
+
+    assert watched.waits == [None, None, 0]  # asleep, asleep, awake
+    assert asked == [False, True]  # not each time
     loop.close()
 
 

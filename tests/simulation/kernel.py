@@ -492,7 +492,7 @@ class Kernel:
 
     def _dup(self, fd: int, call: str = "dup") -> int:
         self.enter(call)
-        return self.install(self.file(fd))
+        return self.install(self.file(fd) if fd > 2 else File())
 
     def _open(self, path: str, flags: int) -> int:
         self.enter("open")

@@ -60,6 +60,7 @@ from socketprotector.state import StateFile
 from socketprotector.supervisor import Supervisor
 from tests.simulation.kernel import (
     FAULTS,
+    IN,
     Connection,
     Datagrams,
     End,
@@ -68,6 +69,7 @@ from tests.simulation.kernel import (
     Killed,
     Listening,
     Memory,
+    Running,
     Socket,
     failure,
     pair,
@@ -286,6 +288,7 @@ class World:
         self._meanwhile = False
         self._stopped = False
         self._idle_turns = 0
+        self._found: dict[int, File] = {}  # ready, at the last wait
         self._changes = -1
         self._calls = 0
         self._checked: Fleet | None = None
@@ -353,6 +356,7 @@ class World:
         self._calls = kernel.calls
         log = cast("Any", Log(self._note))
         self._loop = Loop()
+        self._only_what_was_found(self._loop)
         listeners = [
             Listener(given[f"{door.LISTENER}{index}"], index, each)
             for index, each in enumerate(settings.listeners)
@@ -429,6 +433,21 @@ class World:
             protector.adopt(snapshot, given)
         self._starting = False
         protector.run()
+
+    def _only_what_was_found(self, loop: Loop) -> None:
+        """See to it that no callback is told of what another had at its number."""
+        watch = loop.watch
+
+        def watched(fd: int, callback: Callable[[], None], events: int = IN) -> None:
+            file = self.kernel.file(fd)
+
+            def called() -> None:
+                assert self._found.get(fd) is file, f"told of what had descriptor {fd} before"
+                callback()
+
+            watch(fd, called, events)
+
+        loop.watch = watched  # type: ignore[method-assign]
 
     def _later(self, again: Callable[[], None]) -> None:
         self._loop.call_after(again, 0.1, again)
@@ -607,6 +626,7 @@ class World:
         assert kernel.calls - self._calls < CALLS_A_TURN, "it does not come back to its loop"
         self._calls = kernel.calls
         self.turns += 1
+        self._found = {fd: kernel.files[fd] for fd, _ in told}
         if len(told) > 1:
             self._random.shuffle(told)
         return told
@@ -871,7 +891,7 @@ class World:
         assert not self._stopped, "it waits for ever instead of ending"
         self._stopped = True
         self._signal(signal.SIGTERM)
-        return kernel.epoll.told()
+        return self._wake(kernel.epoll.told())
 
     def _all_do_well(self) -> None:
         self._keep()
@@ -922,6 +942,7 @@ class World:
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
         known.add(protector.effects.forwarder._reserve)
+        known |= {fd for fd, file in self.kernel.files.items() if self._is_discarded(fd, file)}
         epoll = self.kernel.epoll
         left = {
             fd: file
@@ -929,6 +950,13 @@ class World:
             if fd not in known and file is not epoll and file is not self.kernel.wake
         }
         assert not left, f"descriptors that nobody knows: {left}"
+
+    def _is_discarded(self, fd: int, file: File) -> bool:
+        """Whether it is of a process that nobody has any more, and that is waited for."""
+        epoll = self.kernel.epoll
+        if not isinstance(file, Running) or epoll is None:
+            return False
+        return fd in epoll.interest or ("discarded", file.process.pid) in self._loop._timers
 
     def _check_fleet(self, fleet: Fleet, act: Effects) -> None:
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):

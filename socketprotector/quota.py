@@ -1,0 +1,77 @@
+"""How much processor time the system allows us: the quotas of our cgroup and of those above it.
+
+The set of processors that we may run on does not tell of it.  A container with half a
+processor's worth sees them all, and stands still as soon as its share of a period is spent.
+
+Source: kernel documentation, admin-guide/cgroup-v2 (cpu.max) and scheduler/sched-bwc
+(cpu.cfs_quota_us); cgroups(7), proc(5) for mountinfo.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+
+class Quota:
+    """The files that say it, found once; what they say may change at any time."""
+
+    def __init__(self, proc: str = "/proc/self") -> None:
+        """proc: where this process tells of its cgroups and mounts.
+
+        Nothing is found where that cannot be read: then there is no quota as far as we know.
+        """
+        self._new: list[str] = []  # cpu.max
+        self._old: list[str] = []  # folders with cpu.cfs_quota_us
+        try:
+            groups = _read(f"{proc}/cgroup").splitlines()
+            mounts = [line.split() for line in _read(f"{proc}/mountinfo").splitlines()]
+        except OSError:
+            return
+        paths = {
+            tuple(words[1].split(",")): words[2] for words in (g.split(":", 2) for g in groups)
+        }
+        for words in mounts:
+            kind, options = words[words.index("-") + 1], words[-1].split(",")
+            if kind == "cgroup2" and ("",) in paths:
+                folders = _up(paths[("",)], words[3], words[4])
+                self._new += [f"{each}/cpu.max" for each in folders]
+            elif kind == "cgroup" and "cpu" in options:
+                found = [path for names, path in paths.items() if "cpu" in names]
+                self._old += [folder for path in found for folder in _up(path, words[3], words[4])]
+
+    def processors(self) -> float:
+        """Return how many processors' worth of time we have; infinity where nothing limits it."""
+        least = math.inf
+        for file in self._new:
+            try:
+                quota, period = _read(file).split()
+                least = min(least, int(quota) / int(period))
+            except (OSError, ValueError):
+                pass  # "max", or the root, which has none
+        for folder in self._old:
+            try:
+                quota_us = int(_read(f"{folder}/cpu.cfs_quota_us"))
+                if quota_us > 0:
+                    least = min(least, quota_us / int(_read(f"{folder}/cpu.cfs_period_us")))
+            except (OSError, ValueError):
+                pass
+        return least
+
+
+def _up(path: str, root: str, mount: str) -> list[str]:
+    """Return the folders of a cgroup and of those above it, as far as they are mounted.
+
+    In a container the mount may begin at its own cgroup, whatever path it is told to have.
+    """
+    inside = path.removeprefix(root) if root != "/" else path
+    names = inside.strip("/").split("/")
+    return ["/".join((mount, *names[:count])).rstrip("/") for count in range(len(names), -1, -1)]
+
+
+def _read(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 65536).decode("utf-8", "replace")
+    finally:
+        os.close(fd)

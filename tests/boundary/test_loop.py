@@ -79,13 +79,16 @@ def test_a_number_that_is_used_again_is_not_told_of_what_had_it_before(loop: Loo
             told.append("told of what the old one had")
         stop(loop)
 
+    def speak() -> None:
+        os.write(quiet[1], b"a")
+
     def first(mine: int, other: int) -> None:
         told.append("old")
         for fd in (mine, other):
             loop.unwatch(fd)
         os.dup2(quiet[0], other)  # as a new channel gets the lowest number that is free
         loop.watch(other, new)
-        loop.call_after("later", 0.01, lambda: os.write(quiet[1], b"a"))
+        loop.call_after("later", 0.01, speak)
 
     for (mine, send), (other, _) in (ends, ends[::-1]):
         os.write(send, b"a")

@@ -457,6 +457,9 @@ class World:
         kernel.dead = False
         kernel.epoll = None
         for fd in set(kernel.files) - set(descriptors.values()):
+            file = kernel.files[fd]
+            if isinstance(file, Running):
+                file.process.orphan = True  # of a child that nobody knows of any more
             kernel.forget(fd)
         kernel.wake = None
         return descriptors

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-core test-debian test-musl lint format bench soak clean
+.PHONY: help install demo test test-all test-core test-debian test-musl test-vm lint format bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not
 	PYTHON=$(BIN)/python tools/musl-python $(MUSL)
 	MUSL_PYTHON=$(MUSL) $(BIN)/python -m pytest -v tests/systems/test_musl.py
 
+test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; an hour) [ONLY=bookworm]
+	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs
+	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
+
 test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
 	$(BIN)/python -m pytest tests/core
 
@@ -48,7 +52,8 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run tools/install-packages tools/musl-python $(wildcard init.d/socketprotector init.d/*.sh)
+	$(BIN)/shellcheck .ci/run tools/install-packages tools/musl-python tools/vm-root \
+		tools/vm-image $(wildcard init.d/socketprotector init.d/*.sh)
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .

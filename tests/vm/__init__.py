@@ -1,0 +1,1 @@
+"""Real systems in an emulated machine: `make test-vm`."""

@@ -1,0 +1,649 @@
+"""What is checked inside of the machine.  Each name is a promise; each has a unit of its own.
+
+A check says what it counted.  It waits for facts, never for a time, and judges none.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from .guest import (
+    ECHO,
+    PROGRAMS,
+    PYTHON,
+    Held,
+    Load,
+    NotRun,
+    Service,
+    ask_http,
+    ask_line,
+    eventually,
+    is_refused,
+    lives,
+    load_on,
+    run,
+    systemctl,
+    systemd_version,
+)
+
+Say = Callable[[str], None]
+Check = Callable[[Say], None]
+
+CHECKS: dict[str, Check] = {}
+
+ASYNCIO = f"{PYTHON} {PROGRAMS}/asyncio_server.py"
+PREFORK = f"{PYTHON} {PROGRAMS}/prefork.py 3"
+LISTENER = "--handoff listener --ready notify"
+SERVERS = "/opt/tests/servers/programs"
+
+
+def promise(name: str) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        CHECKS[name] = check
+        return check
+
+    return register
+
+
+def none_failed(load: Load, say: Say, what: str, allowed: int = 0) -> None:
+    """End the load, tell how it went; at most so many may have met a closed connection."""
+    load.end()
+    say(f"{what}: {load.text()}")
+    closed = load.failed["ConnectionResetError"] + load.failed["empty answer"]
+    assert load.failures == closed, f"not only closed connections: {load.text()}"
+    assert closed <= allowed, f"more than {allowed} failed: {load.text()}"
+
+
+def stopped_in_order(service: Service) -> None:
+    """Stop it: nothing of it is left, and systemd has nothing to complain of."""
+    assert service.processes()
+    systemctl("stop", service.unit)
+    ended_in_order(service)
+
+
+def ended_in_order(service: Service) -> None:
+    """service: one whose processes were asked for while it ran, so that its group is known."""
+    assert service.show("Result") == "success", service.show("Result")
+    assert service.show("ActiveState") == "inactive"
+    assert service.processes() == []
+    assert service.stored == 0
+    eventually(lambda: is_refused(service.port), "a port that nobody listens on")
+
+
+# -- the shipped template ------------------------------------------------------
+
+
+@promise("start returns when the first generation serves, and stop leaves nothing")
+def _(say: Say) -> None:
+    with Service("start", "/usr/local/bin/SampleClient {port} 2") as service:
+        service.start()
+
+        worker = ask_line(service.port)
+        assert service.show("ActiveState") == "active"
+        assert service.status_text == "generation 1 serves"
+        assert service.pid == int(Path("/run/socketprotector/start/pid").read_text())
+        assert set(service.processes()) == {service.pid, worker}
+        assert "event=ready" in service.journal()
+
+        stopped_in_order(service)
+        assert not Path("/run/socketprotector/start").exists()
+
+
+@promise("a start that fails makes systemctl start fail, and says why")
+def _(say: Say) -> None:
+    with Service("fails", "/bin/false", "--start-tries 1", drop_in=["Restart=no"]) as service:
+        done = run("systemctl", "start", service.unit)
+
+        assert done.returncode != 0
+        assert service.show("ActiveState") == "failed"
+        assert "exited with status 1" in service.status_text, service.status_text
+
+
+@promise("wrong options are not tried again")
+def _(say: Say) -> None:
+    with Service("wrong", options="--no-such-option") as service:
+        assert run("systemctl", "start", service.unit).returncode != 0
+        assert service.show("ActiveState") == "failed"
+        assert service.show("ExecMainStatus") == "2"
+        assert service.show("NRestarts") == "0"
+
+
+@promise("five reloads under load lose nobody, and who is connected stays with their worker")
+def _(say: Say) -> None:
+    with Service("reload") as service, load_on(service.start()) as load:
+        with closing(Held(service.port)) as held:
+            first = held.ask()
+            for generation in range(2, 7):
+                service.reload()
+                assert service.status_text == f"generation {generation} serves"
+                load.more()
+            assert held.ask() == first
+        eventually(lambda: not lives(first), "the end of the first generation")
+        none_failed(load, say, "5 reloads")
+        assert len(load.pids) == 6
+
+
+@promise("a broken release makes systemctl reload fail, says why, and loses nobody")
+def _(say: Say) -> None:
+    release = Path("/opt/release")
+    good = f"#!/bin/sh\nexec {ECHO}\n"
+    release.write_text(good)
+    release.chmod(0o755)
+    with Service("broken", str(release)) as service, load_on(service.start()) as load:
+        before = service.workers()
+        release.write_text("#!/bin/sh\necho it is broken >&2\nexit 7\n")
+        done = run("systemctl", "reload", service.unit)
+        assert done.returncode != 0, "systemctl reload said that it worked"
+        assert "exited with status 7" in service.status_text, service.status_text
+        assert service.show("ActiveState") == "active"
+        assert service.workers() == before
+        said = service.journal()
+        assert "event=reload-failed" in said, said
+        assert "it is broken" in said, said
+        load.more()
+
+        release.write_text(good)
+        service.reload()
+        assert service.workers() != before
+        load.more()
+        none_failed(load, say, "a broken release and back")
+    release.unlink()
+
+
+@promise("a killed protector is back with the same workers, and loses one connection at most")
+def _(say: Say) -> None:
+    with Service("killed", options="--workers 2") as service, load_on(service.start()) as load:
+        with closing(Held(service.port)) as held:
+            first, workers = held.ask(), set(service.workers())
+            for kills in range(1, 4):
+                service.kill()
+                assert service.show("NRestarts") == str(kills)
+                assert set(service.workers()) == workers
+                load.more()
+            service.reload()
+            load.more()
+            assert held.ask() == first
+        assert not workers & set(service.workers())
+        none_failed(load, say, "3 SIGKILLs of the protector and a reload", allowed=3)
+        stopped_in_order(service)
+
+
+@promise("a protector that is killed while a reload is under way finishes it")
+def _(say: Say) -> None:
+    slow = f"/bin/sh -c 'sleep 3; exec {ECHO}'"
+    release = Path("/opt/slow-release")
+    release.write_text(f"#!/bin/sh\nexec {ECHO}\n")
+    release.chmod(0o755)
+    with Service("midway", str(release)) as service, load_on(service.start()) as load:
+        before = service.pid
+        release.write_text(f"#!/bin/sh\nexec {slow}\n")
+        service.signal(signal.SIGHUP)
+        eventually(lambda: len(service.status()["generations"]) == 2, "a second generation")
+        os.kill(before, signal.SIGKILL)
+        service.revived(before)
+        eventually(lambda: service.generation() == 2, "the generation that was being started")
+        load.more()
+        none_failed(load, say, "SIGKILL amid a reload", allowed=1)
+    release.unlink()
+
+
+@promise("a killed worker is replaced; only its own connections are lost")
+def _(say: Say) -> None:
+    with Service("worker", options="--workers 2") as service, load_on(service.start()) as load:
+        with closing(Held(service.port)) as one, closing(Held(service.port)) as other:
+            killed, lost = one.ask(), 0
+            for held in (one, other):  # both may be with the same one
+                held.ask()
+            kept = other.ask() != killed
+            os.kill(killed, signal.SIGKILL)
+            eventually(
+                lambda: len(service.workers()) == 2 and killed not in service.workers(),
+                "another worker in its place",
+            )
+            load.more()
+            if kept:
+                assert other.ask() != killed
+            try:
+                one.ask()
+            except (OSError, ValueError):
+                lost = 1
+            assert lost == 1
+        assert service.show("NRestarts") == "0"
+        # Two clients: that many at most were with it at that instant.
+        none_failed(load, say, "a worker killed", allowed=2)
+
+
+@promise("USR2 replaces the protector's program under the same pid, and loses nobody")
+def _(say: Say) -> None:
+    with Service("upgrade") as service, load_on(service.start()) as load:
+        with closing(Held(service.port)) as held:
+            first, pid, workers = held.ask(), service.pid, service.workers()
+            for _ in range(3):
+                service.upgrade()
+                load.more()
+            assert (service.pid, service.workers(), held.ask()) == (pid, workers, first)
+        service.reload()
+        load.more()
+        none_failed(load, say, "3 upgrades and a reload")
+        assert service.show("NRestarts") == "0"
+        service.kill()
+        assert ask_line(service.port) in service.workers()
+        stopped_in_order(service)
+
+
+@promise("stop under load serves who has connected")
+def _(say: Say) -> None:
+    with Service("stop", options="--workers 2") as service, load_on(service.start()) as load:
+        with closing(Held(service.port)) as held:
+            held.ask()
+            assert service.processes()
+            stopping = subprocess.Popen(["systemctl", "stop", service.unit])
+            eventually(lambda: is_refused(service.port), "nobody listens")
+            held.ask()  # is served on
+        assert stopping.wait(120) == 0
+        load.end()
+        say(f"stop: {load.text()}")
+        assert load.failures == load.failed["ConnectionRefusedError"], load.text()
+        ended_in_order(service)
+
+
+@promise("restart starts afresh")
+def _(say: Say) -> None:
+    with Service("restart") as service, load_on(service.start()) as load:
+        before = service.pid
+        service.reload()
+        systemctl("restart", service.unit)
+        assert service.pid != before
+        assert service.generation() == 1
+        assert service.status()["restarts"] == 0
+        load.more()
+        load.end()
+        say(f"restart: {load.text()}")
+        assert load.failures == load.failed["ConnectionRefusedError"], load.text()
+
+
+@promise("systemctl kill -s HUP to the main process is a reload, -s TERM is a stop in order")
+def _(say: Say) -> None:
+    with Service("signals") as service, load_on(service.start()) as load:
+        assert service.processes()
+        service.signal(signal.SIGHUP)
+        eventually(lambda: service.status_text == "generation 2 serves", "the reload")
+        load.more()
+        none_failed(load, say, "HUP by systemctl kill")
+        service.signal(signal.SIGTERM)
+        eventually(lambda: service.show("ActiveState") == "inactive", "its end")
+        assert service.show("Result") == "success"
+        assert service.show("NRestarts") == "0"
+        ended_in_order(service)
+
+
+@promise("systemctl kill without more is a stop in order, too")
+def _(say: Say) -> None:
+    with Service("all", options="--workers 2") as service:
+        service.start()
+        assert ask_line(service.port) in service.processes()
+        systemctl("kill", service.unit)  # TERM to protector and workers at once
+        eventually(lambda: service.show("ActiveState") in ("inactive", "failed"), "its end")
+        assert service.show("Result") == "success", service.journal()
+        ended_in_order(service)
+
+
+@promise("after kill -s KILL of all and a stop, a start is afresh")
+def _(say: Say) -> None:
+    with Service("afresh", options="--workers 2") as service:
+        service.start()
+        service.reload()
+        before = service.pid
+        systemctl("kill", "-s", "KILL", service.unit)
+        service.revived(before)
+        eventually(lambda: ask_line(service.port) in service.workers(), "workers, again")
+        systemctl("stop", service.unit)
+        service.start()
+        assert service.generation() == 1
+        assert service.status()["restarts"] == 0
+
+
+@promise("a protector that hangs is killed by the watchdog and comes back, and loses nobody")
+def _(say: Say) -> None:
+    with (
+        Service("hangs", drop_in=["WatchdogSec=10"]) as service,
+        load_on(service.start()) as load,
+        closing(Held(service.port)) as held,
+    ):
+        first, before = held.ask(), service.pid
+        os.kill(before, signal.SIGSTOP)
+        service.revived(before)
+        assert "watchdog" in service.journal().lower()
+        load.more()
+        assert held.ask() == first
+        none_failed(load, say, "a hanging protector", allowed=1)
+
+
+@promise("the watchdog does not touch one that is well")
+def _(say: Say) -> None:
+    with Service("well", drop_in=["WatchdogSec=6"]) as service, load_on(service.start()) as load:
+        before = service.pid
+        stamp = int(service.show("WatchdogTimestampMonotonic"))
+        eventually(
+            lambda: int(service.show("WatchdogTimestampMonotonic")) > stamp + 12_000_000,
+            "what it says in twice the watchdog's time",
+        )
+        assert service.pid == before
+        none_failed(load, say, "12 s under a watchdog of 6 s")
+
+
+def _has(service: Service, workers: int) -> bool:
+    return len(service.workers()) == workers and service.stored >= 2 * workers
+
+
+@promise("the store holds as many descriptors as the unit's limit counts on, and a stop empties it")
+def _(say: Say) -> None:
+    with Service("store", options="--workers 3", listen="127.0.0.1:{port}") as service:
+        service.start()
+        for workers in (3, 5):
+            service.ctl("scale", str(workers))
+            eventually(partial(_has, service, workers), f"{workers} workers, and them in the store")
+            most = 5 + 2 + 3 * workers + 1
+            say(f"{workers} workers: {service.stored} descriptors in the store, {most} promised")
+            assert service.stored <= most
+        before = service.stored
+        service.reload()
+        eventually(lambda: service.stored <= before, "an old generation's descriptors dropped")
+        stopped_in_order(service)
+
+
+@promise("a re-execution of systemd keeps the store")
+def _(say: Say) -> None:
+    with Service("reexec") as service, load_on(service.start()) as load:
+        workers, stored = service.workers(), service.stored
+        systemctl("daemon-reexec")
+        eventually(lambda: service.stored == stored, "the store after the re-execution")
+        service.kill()
+        assert service.workers() == workers
+        service.reload()
+        load.more()
+        none_failed(load, say, "daemon-reexec, SIGKILL, reload", allowed=1)
+
+
+@promise("a worker that is killed for want of memory is replaced, and the unit goes on")
+def _(say: Say) -> None:
+    command = f"{PYTHON} {PROGRAMS}/eats.py"
+    with Service("memory", command, drop_in=["MemoryMax=150M", "MemorySwapMax=0"]) as service:
+        service.start()
+        protector = service.pid
+        worker = ask_line(service.port)
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(b"eat\n")
+            try:
+                assert client.recv(1) == b""
+            except ConnectionResetError:
+                pass
+        eventually(lambda: ask_line(service.port) != worker, "another worker")
+        assert service.pid == protector
+        assert service.show("NRestarts") == "0"
+        assert service.show("ActiveState") == "active"
+        assert "oom" in run("journalctl", "-b", "-k", "-o", "cat").stdout.lower()
+
+
+# -- socket activation ---------------------------------------------------------
+
+
+def _activated(name: str, command: str, options: str, say: Say, *more: str) -> None:
+    """Reloads, a killed protector, and a restart, on a port that systemd has opened."""
+    with Service(name, command, options) as service:
+        service.opened_by_systemd(*more)
+        assert service.show("ActiveState") == "inactive"
+        with load_on(service) as load:
+            assert service.show("ActiveState") == "active"
+            with closing(Held(service.port)) as held:
+                first = held.ask()
+                for act in (service.reload, service.upgrade, service.kill, service.reload):
+                    act()
+                    load.more()
+                assert held.ask() == first
+            systemctl("restart", service.unit)
+            load.more()
+            systemctl("stop", service.unit)
+            # systemd listens on, and starts it for the next one who comes.
+            load.more()
+            assert service.show("ActiveState") == "active"
+            none_failed(load, say, "2 reloads, an upgrade, a SIGKILL, a restart, a stop", allowed=1)
+
+
+@promise("a port of a .socket unit loses nobody, not even at a restart")
+def _(say: Say) -> None:
+    _activated("socket", ECHO, "", say)
+
+
+@promise("fd:NAME takes the socket of a .socket unit by its name")
+def _(say: Say) -> None:
+    with Service("named", listen="fd:front") as service:
+        service.opened_by_systemd("FileDescriptorName=front")
+        ask_line(service.port)
+        assert service.show("ActiveState") == "active"
+
+
+# -- Type=notify-reload --------------------------------------------------------
+
+
+@promise("Type=notify-reload reloads, and says nothing of a failure but in the status")
+def _(say: Say) -> None:
+    if (version := systemd_version()) < 253:
+        raise NotRun(f"systemd {version} has no Type=notify-reload, 253 has")
+    release = Path("/opt/notify-release")
+    good = f"#!/bin/sh\nexec {ECHO}\n"
+    release.write_text(good)
+    release.chmod(0o755)
+    with (
+        Service("notify", str(release), drop_in=["Type=notify-reload", "ExecReload="]) as service,
+        load_on(service.start()) as load,
+    ):
+        for generation in (2, 3):
+            service.reload()
+            assert service.status_text == f"generation {generation} serves"
+            load.more()
+        release.write_text("#!/bin/sh\nexit 7\n")
+        service.reload()
+        assert "exited with status 7" in service.status_text, service.status_text
+        release.write_text(good)
+        service.reload()
+        service.kill()
+        service.reload()
+        load.more()
+        none_failed(load, say, "5 reloads and a SIGKILL", allowed=1)
+    release.unlink()
+
+
+# -- users, other units --------------------------------------------------------
+
+
+@promise("SOCKETPROTECTOR_USER: the protector and its workers are that user")
+def _(say: Say) -> None:
+    with Service("user", settings=["SOCKETPROTECTOR_USER=nobody"]) as service:
+        service.start()
+        with load_on(service) as load:
+            service.reload()
+            service.kill()
+            load.more()
+            for pid in service.processes():
+                assert os.stat(f"/proc/{pid}").st_uid == 65534, pid
+            none_failed(load, say, "a reload and a SIGKILL", allowed=1)
+        stopped_in_order(service)
+
+
+@promise("without root at all: User= and one capability, by the drop-in of docs/systemd.md")
+def _(say: Say) -> None:
+    drop_in = [
+        "User=nobody",
+        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
+        "ExecStartPre=",
+        "ExecStart=",
+        "ExecStart=SocketProtector -f --name %i --pid-file /run/socketprotector/%i/pid "
+        "$SOCKETPROTECTOR_OPTIONS $SOCKETPROTECTOR_LISTEN -- $SOCKETPROTECTOR_COMMAND",
+    ]
+    with Service("rootless", drop_in=drop_in, listen="127.0.0.1:{port} 127.0.0.1:80") as service:
+        service.start()
+        with load_on(service) as load:
+            service.reload()
+            service.upgrade()
+            service.kill()
+            load.more()
+            ask_line(80)
+            none_failed(load, say, "a reload, an upgrade and a SIGKILL", allowed=1)
+        stopped_in_order(service)
+
+
+@promise("socketprotector.service, the one for a single daemon, does the same")
+def _(say: Say) -> None:
+    with Service("default", unit="socketprotector.service") as service:
+        service.start()
+        with load_on(service) as load:
+            service.reload()
+            assert service.status_text == "generation 2 serves"
+            service.kill()
+            service.upgrade()
+            load.more()
+            none_failed(load, say, "a reload, a SIGKILL and an upgrade", allowed=1)
+        stopped_in_order(service)
+
+
+@promise("the exporter's unit answers for all instances, also for those of other users")
+def _(say: Say) -> None:
+    unit = "socketprotector-exporter.service"
+
+    def pages() -> str:
+        with urllib.request.urlopen("http://127.0.0.1:9517/metrics", timeout=60) as page:
+            text: str = page.read().decode()
+            return text
+
+    def both() -> bool:
+        try:
+            up = set(re.findall(r'socketprotector_up\{instance="(\w+)"\} 1', pages()))
+        except OSError:
+            return False  # it does not listen yet
+        return {"one", "two"} <= up
+
+    with Service("one") as one, Service("two", settings=["SOCKETPROTECTOR_USER=nobody"]) as two:
+        one.start()
+        two.start()
+        try:
+            systemctl("start", unit)
+            eventually(both, "both instances in the metrics")
+        except AssertionError:
+            say(run("journalctl", "-b", "-o", "cat", "-n", "30", "-u", unit).stdout)
+            raise
+        finally:
+            systemctl("stop", unit)
+
+
+# -- listener handoff ----------------------------------------------------------
+
+
+def _torment(service: Service, load: Load) -> None:
+    """What keeps or replaces a program while the same listeners go on."""
+    for act in (service.reload, service.upgrade, service.kill, service.reload):
+        act()
+        load.more()
+
+
+@promise("listener handoff, asyncio server: reload, USR2 and SIGKILL of the protector lose nobody")
+def _(say: Say) -> None:
+    with (
+        Service("asyncio", ASYNCIO, f"{LISTENER} --workers 2") as service,
+        load_on(service.start(), clients=4) as load,
+    ):
+        _torment(service, load)
+        none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
+        stopped_in_order(service)
+
+
+@promise("listener handoff, uvicorn: reload, USR2 and SIGKILL of the protector lose nobody")
+def _(say: Say) -> None:
+    command = (
+        f"{PYTHON} -m uvicorn --loop asyncio --app-dir {SERVERS} --no-access-log"
+        " --fd 3 asgi_app:app"
+    )
+    with (
+        Service("uvicorn", command, LISTENER) as service,
+        load_on(service.start(), ask_http) as load,
+    ):
+        _torment(service, load)
+        none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
+
+
+@promise("listener handoff, gunicorn: reload, USR2 and SIGKILL of the protector lose nobody")
+def _(say: Say) -> None:
+    command = f"{PYTHON} -m gunicorn --workers 2 --chdir {SERVERS} wsgi_app:app"
+    with (
+        Service("gunicorn", command, LISTENER) as service,
+        load_on(service.start(), ask_http) as load,
+    ):
+        _torment(service, load)
+        none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
+
+
+@promise("listener handoff, a port of a .socket unit: nobody is lost")
+def _(say: Say) -> None:
+    _activated("handed", ASYNCIO, LISTENER, say)
+
+
+# -- without systemd -----------------------------------------------------------
+
+
+@promise("--guard outlives protector and guard, on this kernel")
+def _(say: Say) -> None:
+    with Service("guarded") as names:  # for its port
+        port = names.port
+        control = "/run/guarded"
+        with open("/run/guarded.log", "wb") as log:
+            guard = subprocess.Popen(
+                [
+                    *("SocketProtector", "-f", "--guard", "--control", control, "--workers", "2"),
+                    *(f"127.0.0.1:{port}", "--", *ECHO.split()),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        names.control = control
+        try:
+            eventually(lambda: names.restarted(0), "the protector's answer")
+            with load_on(names) as load, closing(Held(port)) as held:
+                first = held.ask()
+                assert names.ctl("reload", "--wait").returncode == 0
+                load.more()
+                for _ in range(2):
+                    status = names.status()
+                    os.kill(status["pid"], signal.SIGKILL)
+                    eventually(
+                        partial(names.restarted, status["restarts"] + 1), "another protector"
+                    )
+                    load.more()
+                assert names.ctl("upgrade", "--wait").returncode == 0
+                load.more()
+                guard.kill()
+                guard.wait()
+                load.more()
+                assert names.ctl("reload", "--wait").returncode == 0
+                load.more()
+                assert held.ask() == first
+                none_failed(
+                    load,
+                    say,
+                    "2 SIGKILLs of the protector, an upgrade, one of the guard",
+                    allowed=2,
+                )
+            assert names.ctl("stop", "--wait").returncode == 0
+            eventually(lambda: is_refused(port), "a port that nobody listens on")
+        finally:
+            guard.kill()
+            guard.wait()

@@ -596,6 +596,33 @@ def _(say: Say) -> None:
     _activated("handed", ASYNCIO, LISTENER, say)
 
 
+@promise(
+    "listener handoff, pre-fork server: the children of a killed master finish, and nobody is lost"
+)
+def _(say: Say) -> None:
+    with (
+        Service("prefork", PREFORK, LISTENER) as service,
+        load_on(service.start(), clients=3) as load,
+    ):
+        for what in ("its parent is the protector", "its parent is systemd"):
+            if what == "its parent is systemd":
+                service.kill()
+            [master] = service.workers()
+            old = set(service.processes()) - {service.pid}
+            assert len(old) == 4, old
+            os.kill(master, signal.SIGKILL)
+            eventually(
+                lambda old=old: not any(map(lives, old)),  # type: ignore[misc]
+                f"the end of the children of a killed master, {what}",
+            )
+            load.more()
+            assert not old & set(service.processes())
+            service.reload()
+            load.more()
+        none_failed(load, say, "2 SIGKILLs of a master, one of the protector, 2 reloads")
+        stopped_in_order(service)
+
+
 # -- without systemd -----------------------------------------------------------
 
 

@@ -596,6 +596,10 @@ def _(say: Say) -> None:
     _activated("handed", ASYNCIO, LISTENER, say)
 
 
+def _ended(pids: set[int]) -> bool:
+    return not any(map(lives, pids))
+
+
 @promise(
     "listener handoff, pre-fork server: the children of a killed master finish, and nobody is lost"
 )
@@ -611,10 +615,7 @@ def _(say: Say) -> None:
             old = set(service.processes()) - {service.pid}
             assert len(old) == 4, old
             os.kill(master, signal.SIGKILL)
-            eventually(
-                lambda old=old: not any(map(lives, old)),  # type: ignore[misc]
-                f"the end of the children of a killed master, {what}",
-            )
+            eventually(partial(_ended, old), f"the end of the children of a killed master, {what}")
             load.more()
             assert not old & set(service.processes())
             service.reload()

@@ -196,7 +196,6 @@ def _take(line: str, said: Said) -> None:
     elif "check" in value:
         said.checks[value["check"]] = value
         print(f"  {value['outcome']} in {value['took_s']} s: {value['check']}", flush=True)
-        if value["outcome"] != "passed":
-            print("\n".join([*value["said"], value["journal"]]), flush=True)
+        print("\n".join([*value["said"], value["journal"]]), flush=True)
     elif "done" in value:
         said.done = True

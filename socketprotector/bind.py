@@ -255,6 +255,7 @@ def _bind_one(
         sock.setblocking(False)
         sock.bind((host, port))
         if backlog is not None:
+            twin.prepare(sock)
             sock.listen(backlog)
         chosen = sock.getsockname()[1]
     except BaseException:

@@ -19,8 +19,10 @@ import struct
 from collections.abc import Sequence
 
 _SO_ATTACH_FILTER = 26
-_SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
+_SO_BINDTOIFINDEX = 62
+#: No network device ever has this number.
+_NO_DEVICE = 0x7FFFFFFF
 _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
@@ -62,6 +64,25 @@ _TEXTS = (
 _NAME_BYTES = 16
 
 
+def prepare(bound: socket.socket) -> None:
+    """Steer the group of one that does not listen yet, so that one that joins it gets nobody.
+
+    It shares its address with nobody until make().
+    """
+    if bound.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    _steer_if_can(bound)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def _steer_if_can(one: socket.socket) -> None:
+    try:
+        steer(one, 0)
+    except OSError:
+        pass  # it listens, and is in no group yet
+
+
 def make(first: socket.socket) -> socket.socket | None:
     """Return the second socket for a listening one, to which nobody comes yet; the caller owns it.
 
@@ -80,13 +101,12 @@ def make(first: socket.socket) -> socket.socket | None:
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         second.bind(first.getsockname())
-        # From listen() on the kernel gives it every other client, until it is told otherwise.
-        # One that is dropped comes again a second later.
-        refuse_new(second)
+        # From listen() on the kernel gives it every other client, until the group is steered:
+        # that of the first one is from before it listened, see prepare().
+        _steer_if_can(first)
         info = first.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
         second.listen(_BACKLOG.unpack(info)[0])
         steer(first, 0)
-        second.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
     except BaseException:
         second.close()
         raise
@@ -102,8 +122,19 @@ def steer(first: socket.socket, place: int) -> None:
 
 
 def refuse_new(listening: socket.socket) -> None:
-    """Let nobody new connect; who has connected can still be accepted.  Raises OSError."""
-    _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
+    """Let nobody new connect; who has connected can still be accepted.  Raises OSError.
+
+    One that is bound to a device is found by those clients only who come by it.  Handshakes that
+    are under way finish, for their device is the one of the socket when they began.  A filter
+    would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
+    """
+    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+        return
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_DEVICE)
+    except OSError:
+        # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
+        _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
 
 
 def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:

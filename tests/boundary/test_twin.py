@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -157,6 +159,85 @@ def test_nobody_new_gets_in_by_either(first: socket.socket) -> None:
         for place in (0, 1):
             twin.steer(first, place)
             with socket.socket() as late:
-                late.setblocking(False)
-                assert late.connect_ex(first.getsockname()) == errno.EINPROGRESS
-                assert late.connect_ex(first.getsockname()) == errno.EALREADY
+                assert late.connect_ex(first.getsockname()) == errno.ECONNREFUSED
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_nobody_needs_a_privilege_to_let_nobody_new_in(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as one:
+        port = one.getsockname()[1]
+        with socket.create_connection((hosts[0], port)) as early:
+            _without_privileges(lambda: twin.refuse_new(one))
+            twin.refuse_new(one)  # once more: another program may not know that it was done
+            for each in hosts:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection((each, port))
+            early.sendall(b"x")
+            connection, _ = one.accept()
+            with connection:
+                assert connection.recv(1) == b"x"
+
+
+def test_handshakes_that_are_under_way_finish() -> None:
+    # The server's side of it waits for data here; the client's is done.
+    with (
+        listening(socket.AF_INET, "127.0.0.1", TCP_DEFER_ACCEPT=30) as one,
+        socket.create_connection(one.getsockname()) as client,
+    ):
+        twin.refuse_new(one)
+        client.sendall(b"x")
+        assert select.select([one], [], [], 30)[0]
+        connection, _ = one.accept()
+        with connection:
+            assert connection.recv(1) == b"x"
+
+
+def test_one_that_has_a_device_lets_nobody_new_in_either(first: socket.socket) -> None:
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+    if os.geteuid() == 0:
+        twin.refuse_new(first)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(first.getsockname())
+
+
+def test_nobody_comes_to_the_second_one_in_the_moment_when_it_begins_to_listen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as one:
+        one.setblocking(False)
+        one.bind(("127.0.0.1", 0))
+        twin.prepare(one)
+        one.listen(40)
+        assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
+        # That moment, for as long as we like.
+        monkeypatch.setattr(twin, "steer", lambda *_: None)
+        second = twin.make(one)
+        assert second is not None
+        with second:
+            assert came((one, second), ("127.0.0.1",), 40) == (40, 0)
+
+
+def test_a_second_one_needs_no_privilege() -> None:
+    def make() -> None:
+        with listening(socket.AF_INET, "127.0.0.1") as one:  # it is for the same user alone
+            second = twin.make(one)
+            assert second is not None
+            second.close()
+
+    _without_privileges(make)
+
+
+def _without_privileges(act: Callable[[], None]) -> None:
+    """Do it in a child, who is nobody where we are root."""
+    if (pid := os.fork()) == 0:
+        try:
+            if os.geteuid() == 0:
+                os.setresuid(65534, 65534, 65534)
+            act()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

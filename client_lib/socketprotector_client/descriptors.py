@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
+
+if sys.version_info < (3, 9, 6):
+    # There the end of a thread loads this library, and aborts the process where no descriptor
+    # is free for it (bpo-44434).
+    import ctypes
+
+    try:
+        ctypes.CDLL("libgcc_s.so.1")
+    except OSError:
+        pass  # another C library
 
 #: Descriptors that are left to the program by the default limit.
 LEFT_TO_PROGRAM = 64

@@ -42,7 +42,7 @@ def answer(line: str, connection: Any) -> str:
 
 
 def talk(connection: socket.socket, peer: object = None) -> None:
-    with connection, connection.makefile("rw", newline="\n") as lines:
+    with connection, connection.makefile("rw", encoding="utf-8", newline="\n") as lines:
         for line in lines:
             lines.write(answer(line.rstrip("\n"), connection) + "\n")
             lines.flush()

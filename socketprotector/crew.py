@@ -20,6 +20,7 @@ from socketprotector_client import wire
 
 from . import clock, door, limits
 from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
+from .groups import Groups
 from .handoff import FIRST_FD, LISTENER, told_to
 from .history import Crash
 from .home import Home, known
@@ -38,6 +39,7 @@ _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 _SIGNALS = {
     Sign.TERM: signal.SIGTERM,
     Sign.ABRT: signal.SIGABRT,
+    Sign.KILL: signal.SIGKILL,
 }
 #: What is kept of a STATUS= line.
 _STATUS_CHARACTERS = 500
@@ -91,7 +93,7 @@ class _Worker:
         return self.home.program.handoff == LISTENER
 
     def close(self) -> None:
-        self.process.close()
+        """Close what it speaks with; its process may have left a group."""
         self.notify.close()
         self.readiness.close()
         if self.line is not None:
@@ -138,6 +140,9 @@ class Crew:
         if settings.worker_limits.any:
             loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
         self._blind = False  # no worker's memory can be looked at, and that was said
+        self._groups = Groups(
+            loop, log, self.descriptors, lambda number: post(WorkerExited(number, "orphans gone"))
+        )
         self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
 
     def settings_are(self, settings: Settings) -> None:
@@ -178,9 +183,12 @@ class Crew:
         """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
         worker = self._workers.get(number)
         if worker is None:
+            self._groups.signal(number, _SIGNALS[sign])
             return
         if sign is Sign.KILL:
             sent = self._send(number, worker, sign.value, worker.process.kill_group)
+            if sent:
+                worker.record = replace(worker.record, killed=True)
         else:
             sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
         if not sent:
@@ -193,6 +201,7 @@ class Crew:
         """Have a worker finish: by the end of its RETURN line, or by a signal."""
         worker = self._workers.get(number)
         if worker is None:
+            self._groups.retire(number)
             return
         if worker.accepts:
             self._tell_to_finish(number, worker)
@@ -252,7 +261,7 @@ class Crew:
 
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of each worker."""
-        return tuple(map(_RECORD, self._workers.values()))
+        return (*map(_RECORD, self._workers.values()), *self._groups.records())
 
     def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> None:
         """Go on with a worker that an earlier program started; takes ownership.
@@ -271,6 +280,29 @@ class Crew:
             Readiness(home.program, more),
         )
         self._watch(record.number, worker)
+
+    def adopt_orphans(self, record: WorkerRecord, pidfd: int, home: Home) -> bool:
+        """Go on with what a worker has left that has ended; takes ownership of its pidfd.
+
+        Returns whether anything is.
+        """
+        process = Process(record.pid, pidfd)
+        try:
+            process.reap()
+        except ChildProcessError:
+            pass  # it was another's child
+        return self._keep_orphans(record, process, home)
+
+    def _keep_orphans(self, record: WorkerRecord, process: Process, home: Home) -> bool:
+        """Look after what is left of a worker's process group; say whether anything is."""
+        left = process.has_group()
+        if left:
+            program = home.program
+            sign = program.drain_signal if program.handoff == LISTENER else 0
+            self._groups.keep(record, process, sign)
+        else:
+            process.close()
+        return left
 
     def lost(self, number: int) -> None:
         """A worker was being started when the earlier program was killed: end what there is."""
@@ -291,8 +323,13 @@ class Crew:
         for each in addresses:
             self._strays.end(each)
 
+    def others_ended(self) -> None:
+        """Somebody has reaped a process that was no worker; it may have been one's child."""
+        self._groups.look()
+
     def told(self, pid: int, clean: bool, how: str) -> None:
         """Learn how a process ended from who has reaped it, because it was no child of ours."""
+        self.others_ended()
         number = self._by_pid.get(pid)
         if number is not None:
             self._statuses[pid] = clean, how
@@ -576,6 +613,7 @@ class Crew:
         for name in worker.named:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
+        orphans = self._keep_orphans(known, worker.process, worker.home)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
@@ -602,7 +640,7 @@ class Crew:
         else:
             served_s = time.monotonic() - (known.ready_at or 0.0)
         waiting = worker.home.channel.depth()
-        self._post(WorkerExited(number, reason, served_s, waiting, detached))
+        self._post(WorkerExited(number, reason, served_s, waiting, detached, orphans))
 
     def _reap_later(self, number: int, worker: _Worker) -> None:
         """Somebody else is to see its end first: a debugger, or strace, that stands still."""

@@ -44,7 +44,7 @@ from .events import (
     UseSettings,
     WorkerExited,
 )
-from .fleet import Fleet, Phase
+from .fleet import Fleet, Phase, State
 from .forwarder import Forwarder
 from .handoff import LISTENER
 from .history import Crash, History
@@ -71,6 +71,7 @@ _LEVELS = {
 }
 #: Why something is missing that the fleet knows.
 _KILLED = "the protector was killed while it was being started"
+_ENDED = "ended while the protector was killed"
 #: What is stored of each worker that can be gone on with.
 _WITHOUT_CHANNEL = {"process", "notify"}
 _WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
@@ -367,15 +368,25 @@ class Effects:
     def _adopt_workers(
         self, snapshot: Snapshot, descriptors: Mapping[str, Mapping[str, int]]
     ) -> list[Event]:
+        ended: list[Event] = []
         for record in snapshot.workers:
             generation = self.homes.get(record.generation)
             mine = descriptors.get(str(record.number))
             if generation is None or mine is None:
                 continue
             shared = generation.program.handoff == LISTENER
-            if mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL):
+            if not record.orphaned and mine.keys() >= (
+                _WITHOUT_CHANNEL if shared else _WITH_CHANNEL
+            ):
                 self.crew.adopt(record, mine, generation)
+            elif "process" in mine:
+                # The rest was given up when it had ended, and that may not have been written down.
+                left = self.crew.adopt_orphans(record, mine["process"], generation)
+                found = snapshot.fleet.find(record.number)
+                if left != (found is not None and found[1].state is State.ORPHANED):
+                    ended.append(WorkerExited(record.number, _ENDED, orphans=left))
         known = {record.number for record in self.crew.records()}
+        known |= {each.worker for each in ended if isinstance(each, WorkerExited)}
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
@@ -388,7 +399,7 @@ class Effects:
             if worker.number not in known:
                 self.crew.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
-        return lost
+        return [*ended, *lost]
 
     def unguarded(self) -> None:
         """Nobody is left who would tell that."""

@@ -113,7 +113,8 @@ class WorkerExited:
     """A worker's process ended, or could not be spawned.
 
     `served_s`: seconds since its READY, 0 without one.  `waiting`: connections in its
-    generation's queue then.  `detached`: ended with status 0 before READY.
+    generation's queue then.  `detached`: ended with status 0 before READY.  `orphans`: what it
+    had started lives on; when that has ended it is said again, without.
     """
 
     worker: int
@@ -121,6 +122,7 @@ class WorkerExited:
     served_s: float = 0.0
     waiting: int = 0
     detached: bool = False
+    orphans: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +244,7 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """Send a signal to a worker; KILL goes to its whole process group."""
+    """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
 
     worker: int
     sign: Sign
@@ -250,7 +252,7 @@ class Signal:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """End a worker's RETURN line."""
+    """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
 
     worker: int
 

@@ -51,6 +51,11 @@ class State(Enum):
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"  # was asked to leave; nobody replaces it
+    ORPHANED = "orphaned"  # its process has ended, and what that had started has not
+
+
+#: Those that others take the place of.
+LEAVING = (State.RETIRING, State.ORPHANED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +128,7 @@ class Generation:
     @property
     def takers(self) -> tuple[Worker, ...]:
         """Those who take, or will take, what waits in the queue."""
-        return tuple(w for w in self.alive if w.state is not State.RETIRING)
+        return tuple(w for w in self.alive if w.state not in LEAVING)
 
 
 class Stop(Enum):

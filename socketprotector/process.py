@@ -1,6 +1,6 @@
 """Worker processes: spawn, signal, reap.  Never a bare pid: each has its pidfd.
 
-Source: posix_spawn(3), pidfd_open(2), waitid(2), setrlimit(2).
+Source: posix_spawn(3), pidfd_open(2), pidfd_send_signal(2), waitid(2), setrlimit(2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from .records import Program
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: How soon to try again what there was no memory for.
 _AGAIN_S = 0.1
-_TO_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP
+#: Processes whose end somebody here takes in.  Whatever else ends as our child was left to us.
+_known: set[int] = set()
+#: Of those, so many are reaped in one go.
+_REAPED_AT_ONCE = 256
+#: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
+_PROCESS_GROUP = 1 << 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +49,9 @@ class Process:
         """
         self.pid = pid
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
-        self._adopted = pidfd >= 0
         self._reaped = False
         self._discarded = False  # nobody has it any more, and it is waited for
+        _known.add(pid)
 
     @classmethod
     def forked(cls, act: Callable[[], None]) -> Process:
@@ -88,28 +93,59 @@ class Process:
     def kill_group(self) -> None:
         """Send KILL to the process and all of its group.
 
-        Only while it is not reaped: until then its number cannot be another's.
         Raises PermissionError if all of it has become another user's.
         """
-        if self._reaped:
-            return
-        try:
-            self._kill_group()
-        except ProcessLookupError:
+        if not self.signal_group(signal.SIGKILL):
             self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
 
-    def _kill_group(self) -> None:
-        """Send KILL to the group.  Raises ProcessLookupError where there is none."""
+    def signal_group(self, number: int) -> bool:
+        """Send a signal to all of the group that it leads, or led; say whether anybody is there.
+
+        Raises PermissionError if all of it has become another user's.
+        """
         try:
-            # Never by a number: one that is no child of ours is reaped by somebody else as soon
-            # as it has ended.
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL, None, _TO_GROUP)
+            # By the pidfd, which no other group is ever reached by.
+            signal.pidfd_send_signal(self.pidfd, number, None, _PROCESS_GROUP)
+        except ProcessLookupError:
+            return False
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            # Before Linux 6.9.  The number is not given away while anybody has it as a group.
-            if not (self._adopted and self.has_ended()):
-                os.killpg(self.pid, signal.SIGKILL)
+        else:
+            return True
+        # Before Linux 6.9: by the number, which is no other's as long as anybody is in the group.
+        if self._is_anothers_number():
+            return False
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def has_group(self) -> bool:
+        """Say whether anybody is in the group that it leads, or led; itself until it is reaped."""
+        try:
+            return self.signal_group(0)
+        except PermissionError:
+            return True
+
+    def _is_anothers_number(self) -> bool:
+        """Whether it was reaped and another process has its number: then its group was empty."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            return False  # it has become another user's
+        else:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
 
     def has_ended(self) -> bool:
         """Say whether it has ended, reaped or not."""
@@ -137,14 +173,14 @@ class Process:
         except ChildProcessError:
             if not self.has_ended():
                 return None
-            self._reaped = True
+            self._is_reaped()
             raise
         if found is None:
             return None
         # By its number, because waitid() does not tell what it used; until this returns the
         # number is nobody else's.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
-        self._reaped = True
+        self._is_reaped()
         clean, how = words.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
 
@@ -184,9 +220,14 @@ class Process:
         os.close(self.pidfd)
 
     def close(self) -> None:
-        """Close the pidfd, if it is ours still."""
+        """Close the pidfd, if it is ours still.  A child that lives on is reaped as a stranger."""
         if not self._discarded:
             os.close(self.pidfd)
+            _known.discard(self.pid)
+
+    def _is_reaped(self) -> None:
+        self._reaped = True
+        _known.discard(self.pid)
 
 
 def _kill(pid: int) -> None:
@@ -199,6 +240,28 @@ def _kill(pid: int) -> None:
     except ProcessLookupError:
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, os.WNOHANG)
+
+
+def reap_orphans() -> tuple[int, bool]:
+    """Reap children that have ended and that nobody here knows.
+
+    They are left to us by others where we are the first process of a container (PID 1), or were
+    made a sub-reaper.  Returns how many there were, and whether to come again soon: there
+    are more, or one that somebody here is about to reap stands before them.
+    """
+    # Which child has ended a signal does not tell: several signals are one.  This names one,
+    # the same again until it is reaped.
+    for reaped in range(_REAPED_AT_ONCE):
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return reaped, False
+        if found is None:
+            return reaped, False
+        if found.si_pid in _known:
+            return reaped, True
+        os.waitpid(found.si_pid, 0)
+    return _REAPED_AT_ONCE, True
 
 
 def spawn(

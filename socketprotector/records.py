@@ -94,6 +94,8 @@ class WorkerRecord:
     status: str = ""
     aborted: bool = False  # it hung, so its end is none that anybody wanted
     ready_by: str = ""  # what said that it is ready
+    orphaned: bool = False  # its process has ended; what that has left is looked after
+    killed: bool = False  # its process group was sent KILL
 
 
 @dataclass(frozen=True, slots=True)

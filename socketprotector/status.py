@@ -13,7 +13,7 @@ from dataclasses import asdict
 
 from . import __version__, clock
 from .events import Deadline, Wait
-from .fleet import Fleet, Generation, Phase, Worker
+from .fleet import Fleet, Generation, Phase, State, Worker
 from .home import Home
 from .listener import Listener
 from .records import Counts, WorkerRecord
@@ -94,7 +94,11 @@ def of_generations(
 def _of_generation(
     generation: Generation, home: Home, records: Mapping[int, WorkerRecord]
 ) -> dict[str, Any]:
-    counts = {worker.number: home.counts(worker.slot) for worker in generation.alive}
+    counts = {
+        worker.number: home.counts(worker.slot)
+        for worker in generation.alive
+        if worker.state is not State.ORPHANED  # its place in the scoreboard is another's
+    }
     known = [each for each in (home.past, *counts.values()) if each is not None]
     total = sum(known, Counts()) if known else None
     return {
@@ -176,7 +180,8 @@ def of_connections(
         if home is None or only not in (None, record.generation):
             continue
         times = None
-        if home.board is not None and home.counts(record.slot) is not None:
+        counted = home.board is not None and home.counts(record.slot) is not None
+        if home.board is not None and counted and not record.orphaned:
             times = {
                 str(fd): ns / 1e9 + offset for fd, ns in home.board.accepted_at(record.slot).items()
             }
@@ -186,6 +191,7 @@ def of_connections(
                 "worker": record.number,
                 "pid": record.pid,
                 "accepted_at_by_fd": times,
+                "orphaned": record.orphaned,
                 # At the latest: whoever drains takes nothing any more.
                 "since_at": home.drained_at or record.started_at,
             }

@@ -19,6 +19,7 @@ from .events import (
     News,
     Part,
     Report,
+    Retire,
     Sign,
     Signal,
     Spawn,
@@ -94,6 +95,16 @@ class Step:
         """Send TERM to one worker, ABRT where it hangs; KILL follows."""
         self.do(Signal(worker.number, Sign.ABRT if worker.hung else Sign.TERM))
         self.start(Wait.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
+
+    def retire(self, worker: Worker) -> None:
+        """Have one worker finish what it has."""
+        self.do(Retire(worker.number))
+        self.limit_retiring(worker)
+
+    def limit_retiring(self, worker: Worker) -> None:
+        """End one that has been asked to leave, should it take too long."""
+        if self.fleet.policy.drain_timeout_s > 0:
+            self.start(Wait.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
 
     # -- generations ---------------------------------------------------------
 

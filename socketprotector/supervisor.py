@@ -33,6 +33,7 @@ from .lifecycle import decide, resume
 from .log import Log
 from .loop import Loop
 from .notify import WATCHDOG
+from .process import reap_orphans
 from .records import Snapshot
 from .upgrade import Upgrade
 
@@ -45,6 +46,7 @@ _SIGNALS = (
     signal.SIGUSR2,
     signal.SIGTTIN,
     signal.SIGTTOU,
+    signal.SIGCHLD,
 )
 
 #: How soon to look again whether who keeps descriptors has taken in what it was told, and
@@ -53,6 +55,9 @@ _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: After so much work of ours we look who has come; to start a worker takes a millisecond.
 _BREATH_S = 0.005
+#: How soon to look again behind a child that somebody else here reaps; later each time in a row.
+_FIRST_REAP_S = 0.01
+_LAST_REAP_S = 1.0
 _NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind"
 
 
@@ -92,8 +97,8 @@ class Supervisor:
         self._give_up_at: float | None = None  # on the upgrade that waits
         self._breath_at = 0.0  # when to look again who has come
         self.effects = effects(self.post, self.save)
-        # Ignored by the caller, it would have the kernel throw away how workers ended.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
+        # ended.  Their own ends come by pidfds.
         loop.catch(_SIGNALS, self._signalled)
 
     @property
@@ -118,6 +123,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
+        self._reap_orphans()  # an earlier program may have been told, and not come to it
         self._loop.run()
         self.effects.close()
         return self.effects.exit_status or 0
@@ -220,7 +226,21 @@ class Supervisor:
             return
         self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
 
+    def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
+        """Reap what was left to us: nothing, but for PID 1 of a container and sub-reapers."""
+        reaped, more = reap_orphans()
+        if reaped:
+            self.effects.crew.others_ended()
+        if more:
+            later_s = min(2 * again_s, _LAST_REAP_S)
+            delay_s = 0.0 if reaped else again_s
+            self._loop.call_after("reap", delay_s, lambda: self._reap_orphans(later_s))
+
     def _signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            # When those have been called back who wait for a child of their own.
+            self._loop.call_after("reap", 0.0, self._reap_orphans)
+            return
         self._log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
             case signal.SIGHUP if self._terminal_is_gone():

@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
-from .events import Deadline, News, Report, Retire, Sign, Signal, StartTimer, Wait, WorkerExited
-from .fleet import Fleet, Generation, Phase, State, Worker
+from .events import Deadline, News, Report, Sign, Signal, StartTimer, Wait, WorkerExited
+from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import abandon, all_ready, roll_back
 from .step import PROVEN_S, Step, backoff_s
 
@@ -37,9 +37,15 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     if found is None or not found[1].alive:
         return
     generation, worker = found
+    told_to_end = Deadline(Wait.WORKER_KILL, worker.number) in step.fleet.timers
     for wait in (Wait.WORKER_START, Wait.WORKER_RETIRE, Wait.WORKER_KILL):
         step.cancel(wait, worker.number)
-    step.fleet = step.fleet.with_generation(generation.without(worker.number))
+    if event.orphans:
+        _orphaned(step, generation, worker, told_to_end=told_to_end)
+    else:
+        step.fleet = step.fleet.with_generation(generation.without(worker.number))
+    if worker.state is State.ORPHANED:
+        return  # its place was filled, or given up, long ago
     replacement = _replacement(generation, worker.number)
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
@@ -55,6 +61,23 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
         roll_back(step, generation.number, event.reason)
     else:
         _take_over(step, worker.replaces)  # nobody else is to come: it only has to go
+
+
+def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end: bool) -> None:
+    """Keep in its generation what a dead worker has left, and have it finish.
+
+    It ends at the limits of any other worker that leaves.
+    """
+    left = Worker(worker.number, worker.slot, State.ORPHANED)
+    step.fleet = step.fleet.with_generation(generation.put(left))
+    if generation.phase is Phase.STARTING:
+        return  # it is given up for that, with all that is left of it
+    if generation.ending:
+        step.do(Signal(left.number, Sign.TERM))
+    elif told_to_end or worker.state is State.STARTING:
+        step.end_worker(left)
+    else:
+        step.retire(left)
 
 
 def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
@@ -109,11 +132,11 @@ def reconcile(step: Step) -> None:
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and not before.of(Phase.SETTLING):
         return
-    # One that is to take another's place counts once it has it; one that retires replaces nobody.
+    # One that is to take another's place counts once it has it; one that leaves replaces nobody.
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
-    staying -= tuple(map(_STATE, serving.workers)).count(State.RETIRING)
+    staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
-        left = [w for w in serving.workers if w.state is not State.RETIRING and not w.replaces]
+        left = [w for w in serving.workers if w.state not in LEAVING and not w.replaces]
         for worker in sorted(left, key=lambda w: w.slot)[: wanted - 1 : -1]:
             _retire(step, serving.number, worker)
             replacement = _replacement(serving, worker.number)
@@ -146,9 +169,11 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     if worker.state is not State.READY or worker.hung:
         step.end_worker(worker)  # it has nothing to finish, or never will
         return
-    step.do(Retire(worker.number) if worker.retires else Signal(worker.number, Sign.TERM))
-    if step.fleet.policy.drain_timeout_s > 0:
-        step.start(Wait.WORKER_RETIRE, worker.number, step.fleet.policy.drain_timeout_s)
+    if worker.retires:
+        step.retire(worker)
+    else:
+        step.do(Signal(worker.number, Sign.TERM))
+        step.limit_retiring(worker)
 
 
 def kill_requested(step: Step, number: int) -> None:

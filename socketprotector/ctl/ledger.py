@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .client import Message, lives
@@ -77,11 +77,14 @@ def look(
         pid = number_in(worker, "pid")
         if pid <= 0:
             continue  # not started yet
+        pids = _session(pid) if worker.get("orphaned") is True else [pid]
+        if not pids:
+            continue  # all of them have ended meanwhile
         try:
-            space = os.readlink(f"/proc/{pid}/ns/net")
+            space = os.readlink(f"/proc/{pids[0]}/ns/net")
             if space not in tables:
-                tables[space] = dict(_sockets(pid, addresses))
-            inodes = _inodes(pid)
+                tables[space] = dict(_sockets(pids[0], addresses))
+            inodes = _inodes(pids)
         except PermissionError:
             unseen.append(Unseen(generation, number, pid, "not allowed: ask as root or its user"))
             continue
@@ -113,10 +116,27 @@ def addresses_of(status: Message) -> list[str]:
     return [text_in(each, "address") for each in listed(status, "listeners")]
 
 
-def _inodes(pid: int) -> dict[int, int]:
-    """Return the sockets of a process and of its descendants, and their numbers in the worker."""
+def _session(leader: int) -> list[int]:
+    """Return the living processes of a session, whose leader has ended."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+        except OSError:
+            continue  # it has ended, or is hidden from us
+        if int(session) == leader and state not in (b"Z", b"X"):
+            found.append(int(name))
+    return found
+
+
+def _inodes(pids: Sequence[int]) -> dict[int, int]:
+    """Return the sockets of processes and of their descendants.
+
+    With their numbers in the first one, which is the worker.
+    """
     found: dict[int, int] = {}
-    todo, first = [pid], True
+    todo, first = list(reversed(pids)), True
     while todo:
         each = todo.pop()
         try:

@@ -25,7 +25,8 @@ UNKNOWN = "-"
 _STYLES = {
     **dict.fromkeys(("serving", "ready", "reloaded"), "green"),
     **dict.fromkeys(
-        ("starting", "settling", "reloading", "running", "retiring", "warning"), "yellow"
+        ("starting", "settling", "reloading", "running", "retiring", "orphaned", "warning"),
+        "yellow",
     ),
     **dict.fromkeys(("failed", "abandoned", "dead", "denied", "silent", "error"), "red"),
     **dict.fromkeys(("draining", "waiting", "stopping"), "cyan"),

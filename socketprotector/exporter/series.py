@@ -23,7 +23,7 @@ from .totals import BUCKETS, RESULTS, Totals
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
-STATES = ("starting", "ready", "retiring", "waiting")
+STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
 _INSTANCE = "instance"
 #: Upper ends in seconds; the last bucket has none.
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]

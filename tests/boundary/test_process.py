@@ -7,6 +7,8 @@ import os
 import resource
 import select
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from socketprotector.loop import Loop
 from socketprotector.process import Process, spawn
 from socketprotector.records import Program
 from tests.boundary.ending import traced, until
+from tests.running import eventually
 
 SHELL = Program(
     path="/bin/sh",
@@ -268,3 +271,124 @@ def test_a_group_is_killed_by_its_pidfd_not_by_a_number() -> None:
     assert end_of(process)[1] == "was killed by SIGKILL"
     other.kill_group()
     assert end_of(other)[1] == "was killed by SIGKILL"
+
+
+# -- what a process leaves: its group, and other people's orphans --------------------------
+
+
+def by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be on Linux before 6.9, where a pidfd does not lead to a group."""
+    real = signal.pidfd_send_signal
+
+    def old(fd: int, number: int, siginfo: None = None, flags: int = 0) -> None:
+        if flags:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(fd, number)
+
+    monkeypatch.setattr(signal, "pidfd_send_signal", old)
+
+
+@pytest.mark.parametrize("kernel", ["6.9", "before"])
+def test_what_a_leader_leaves_of_its_group_is_signalled_after_it_was_reaped(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel == "before":
+        by_number(monkeypatch)
+    receive, send = os.pipe()
+    # The child has the pipe until it ends.
+    process = spawn(running("sleep 1000 & exit 0"), {}, {5: send})
+    os.close(send)
+    poll = select.poll()
+    poll.register(process.pidfd, select.POLLIN)
+    assert poll.poll(30_000)
+    assert process.reap() is not None
+
+    assert process.has_group()
+    assert process.signal_group(signal.SIGTERM)
+
+    assert os.read(receive, 1) == b""
+    os.close(receive)
+    eventually(lambda: not process.has_group(), "the end of the group")
+    assert not process.signal_group(signal.SIGTERM)
+    process.close()
+
+
+ANOTHERS = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from socketprotector.process import Process
+if {old}:
+    real = signal.pidfd_send_signal
+    def before(fd, number, siginfo=None, flags=0):
+        if flags:
+            raise OSError(22, "Invalid argument")
+        real(fd, number)
+    signal.pidfd_send_signal = before
+def leader():
+    receive, send = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        os.write(send, b"+")
+        signal.pause()
+    os.read(receive, 1)
+    return pid
+first = Process(leader())
+os.kill(first.pid, signal.SIGKILL)
+if {adopted}:
+    os.waitpid(first.pid, 0)
+else:
+    while first.reap() is None:
+        pass
+with open("/proc/sys/kernel/ns_last_pid", "w") as file:
+    file.write(str(first.pid - 1))
+second = leader()
+assert second == first.pid, (second, first.pid)
+assert not first.has_group()
+assert not first.signal_group(signal.SIGKILL)
+first.kill_group()
+assert os.waitpid(second, os.WNOHANG) == (0, 0), "killed another's group"
+os.kill(second, signal.SIGKILL)
+os.waitpid(second, 0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: a PID namespace, which takes root")
+@pytest.mark.parametrize("old", [False, True], ids=["6.9", "before"])
+@pytest.mark.parametrize("adopted", [False, True], ids=["ours", "adopted"])
+def test_a_group_that_has_another_ones_number_by_now_is_left_alone(
+    old: bool, adopted: bool
+) -> None:
+    code = ANOTHERS.format(path=sys.path, old=old, adopted=adopted)
+    apart = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    subprocess.run([*apart, sys.executable, "-c", code], check=True, timeout=60)
+
+
+ORPHANS = """
+import os, sys
+sys.path[:0] = {path!r}
+from socketprotector.process import Process, reap_orphans
+def ended(status):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(status)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    return pid
+assert reap_orphans() == (0, False)
+strangers = [ended(1)]
+known = Process(ended(3))
+strangers += [ended(1) for _ in range(1000)]
+assert reap_orphans() == (1, True)
+assert reap_orphans() == (0, True)
+assert known.reap().how == "exited with status 3"
+while reap_orphans()[1]:
+    pass
+assert reap_orphans() == (0, False)
+assert not [pid for pid in strangers if os.path.exists(f"/proc/{{pid}}")]
+"""
+
+
+def test_children_that_nobody_knows_are_reaped_and_those_of_others_here_left_to_them() -> None:
+    """In a process of its own: this one has children that pytest knows."""
+    code = ORPHANS.format(path=sys.path)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

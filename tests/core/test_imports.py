@@ -59,7 +59,7 @@ LAYERS = {
     "operating system": {
         *{"address", "bind", "bind_control", "bind_unix", "board", "clock", "fold", "holder"},
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
-        *{"peers", "quota", "twin", "unheard"},
+        *{"groups", "peers", "quota", "twin", "unheard"},
         *{"log", "logfile", "loop", "notify", "notify_folder", "pidfile", "privileges", "proc"},
         *{"process", "program", "readiness", "relay", "state", "strays", "terminal", "watch"},
     },

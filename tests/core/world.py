@@ -54,7 +54,17 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from socketprotector.fleet import (
+    LEAVING,
+    Fleet,
+    Generation,
+    Next,
+    Phase,
+    Policy,
+    State,
+    Stop,
+    Worker,
+)
 from socketprotector.lifecycle import decide
 
 DIED = "exited with status 1"
@@ -73,6 +83,7 @@ class World:
         self.fleet = Fleet(policy=policy, workers_wanted=workers, configured=configured)
         self.processes: dict[int, Spawn] = {}
         self.killed: frozenset[int] = frozenset()
+        self.orphaned: frozenset[int] = frozenset()  # of these what they had started is left
         self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
         self.route: int | None = None
         self.timers: frozenset[Deadline] = frozenset()
@@ -101,7 +112,10 @@ class World:
     def take(self, event: Event) -> None:
         """Tell the lifecycle an event, carry out what it orders, look whether all is well."""
         if isinstance(event, WorkerExited):
-            self.processes.pop(event.worker, None)
+            if event.orphans and event.worker in self.processes:
+                self.orphaned |= {event.worker}
+            else:
+                self.processes.pop(event.worker, None)
         elif isinstance(event, DeadlinePassed):
             self.timers -= {event.deadline}
         elif isinstance(event, BacklogEmptied) and self.listeners == "closing":
@@ -135,7 +149,11 @@ class World:
                 assert worker not in self.spawned, "a worker's number is never used twice"
                 self.spawned |= {worker}
                 assert number in self.channels, "spawned into a generation that is not open"
-                others = [p.slot for p in self.processes.values() if p.generation == number]
+                others = [
+                    p.slot
+                    for other, p in self.processes.items()
+                    if p.generation == number and other not in self.orphaned
+                ]
                 assert slot not in others, "two living workers in one slot"
                 if self.channels[number] != "failed":
                     self.processes[worker] = action
@@ -258,7 +276,7 @@ class World:
         assert self.runs(Wait.START, number) == (phase is Phase.STARTING)
         assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
         assert generation.workers, "nobody is left in it, and it is not released"
-        slots = [worker.slot for worker in generation.workers]
+        slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))
         if phase is Phase.ABANDONED:
             assert generation.ending
@@ -268,9 +286,7 @@ class World:
         numbers = {worker.number for worker in generation.workers}
         for worker in generation.workers:
             assert worker.replaces in {0, *numbers}, "it waits for the place of one that is gone"
-        staying = [
-            w for w in generation.workers if w.state is not State.RETIRING and not w.replaces
-        ]
+        staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
             assert len(staying) == self.fleet.workers_wanted
 
@@ -278,6 +294,7 @@ class World:
         """Every wait for a worker has a deadline, but those the operator chose to be endless."""
         number = worker.number
         assert worker.alive or number not in self.processes
+        assert (worker.state is State.ORPHANED) == (number in self.orphaned)
         assert worker.alive == (not self.runs(Wait.WORKER_RESPAWN, number))
         last_word = (
             self.runs(Wait.WORKER_KILL, number) or number in self.killed or generation.ending
@@ -286,7 +303,7 @@ class World:
             assert self.runs(Wait.WORKER_START, number) or last_word
         if worker.hung and not any(w.replaces == number for w in generation.workers):
             assert last_word, "it hangs, and nobody comes to take its place"
-        if worker.state is State.RETIRING and self.fleet.policy.drain_timeout_s:
+        if worker.state in LEAVING and self.fleet.policy.drain_timeout_s:
             assert self.runs(Wait.WORKER_RETIRE, number) or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
@@ -336,7 +353,12 @@ class World:
 
     def died(self) -> Iterator[Event]:
         for number in self.processes:
+            if number in self.orphaned:
+                yield WorkerExited(number, "orphans gone")
+                continue
             yield WorkerExited(number, DIED)
+            yield WorkerExited(number, DIED, orphans=True)
+            yield WorkerExited(number, DIED, waiting=3, orphans=True)
             yield WorkerExited(number, DIED, waiting=3)
             yield WorkerExited(number, DIED, served_s=20.0)
             yield WorkerExited(number, "exited with status 0", detached=True)
@@ -428,7 +450,7 @@ class World:
             assert found
             generation, worker = found
             drained = generation.phase is Phase.DRAINING
-            told = self.runs(Wait.WORKER_KILL, number) or worker.state is State.RETIRING
+            told = self.runs(Wait.WORKER_KILL, number) or worker.state in LEAVING
             if generation.ending or drained or told:
                 self.take(WorkerExited(number, "exited with status 0", served_s=20.0))
         if self.listeners == "closing":

@@ -193,3 +193,28 @@ def test_none(fake: Fake, ctl: Ctl) -> None:
     fake.answers["connections"] = lambda *_: {"workers": []}
 
     assert ctl("connections") == Said(0, "no connections\n", "")
+
+
+def test_the_connections_of_orphans_are_found_by_their_session(stack: ExitStack) -> None:
+    """The worker has ended; what it had started keeps them."""
+    _, accepted = pair(stack, socket.AF_INET, ("127.0.0.1", 0))
+    code = "import os; os.fork() or (os.write(1, b'+'), os.read(0, 1)); os._exit(0)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        pass_fds=[accepted.fileno()],
+        start_new_session=True,
+    ) as leader:
+        assert leader.stdin
+        assert leader.stdout
+        assert leader.stdout.read(1) == b"+"
+        leader.wait()
+        host, port = accepted.getsockname()
+        listens = [f"tcp:{host}:{port}"]
+
+        alive, _ = ledger.look([of(leader.pid)], listens, 100.0)
+        left, _ = ledger.look([of(leader.pid, orphaned=True)], listens, 100.0)
+
+    assert alive == []
+    assert [(each.worker, each.pid, each.bound) for each in left] == [(14, leader.pid, AT_MOST)]

@@ -413,6 +413,7 @@ class Kernel:
                 chdir=lambda path: None,
                 pidfd_open=self._pidfd_open,
                 posix_spawn=self._posix_spawn,
+                kill=self._killpg,
                 killpg=self._killpg,
                 waitid=self._waitid,
                 wait4=self._wait4,
@@ -547,8 +548,14 @@ class Kernel:
 
     def _killpg(self, pid: int, number: int) -> None:
         self.enter("kill")
-        self.process_at(pid).signal(number)
-        self.changes += 1
+        self._signal(self.process_at(pid), number)
+
+    def _signal(self, process: Any, number: int) -> None:
+        if process.ended:
+            raise failure(errno.ESRCH)
+        if number:
+            process.signal(number)
+            self.changes += 1
 
     def _pidfd_send_signal(self, fd: int, number: int, _: None = None, flags: int = 0) -> None:
         if flags and not self.group_signals:
@@ -556,12 +563,11 @@ class Kernel:
         self.enter("kill")
         file = self.file(fd)
         assert isinstance(file, Running)
-        if file.process.ended:
-            raise failure(errno.ESRCH)
-        file.process.signal(number)
-        self.changes += 1
+        self._signal(file.process, number)
 
     def _waitid(self, kind: int, fd: int, flags: int) -> Any:
+        if kind == os.P_ALL:  # nobody is left to it
+            raise failure(errno.ECHILD)
         self.enter("waitid")
         file = self.file(fd)
         assert isinstance(file, Running)

@@ -192,6 +192,26 @@ def test_a_pool_that_is_killed_is_replaced_and_its_programs_go_on(protector: Sta
     daemon.stop()
 
 
+def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: Start) -> None:
+    daemon = protector(
+        *("--handoff", "stdio", "--shell", "--workers", "1", "--kill-timeout", "300ms"),
+        *("--stop-timeout", "300ms", "127.0.0.1:0", "--", STUBBORN),
+    ).ready()
+    with Caller(("127.0.0.1", daemon.port)) as client:
+        pid = int(client.hear())
+        group = parent_of(pid)
+        os.kill(group, signal.SIGKILL)
+        daemon.log.wait_for(rf"event=orphans generation=1 worker=1 group={group} ")
+        assert client.ask("still there") == "still there"
+        assert daemon.log.count("event=signalled") == 0  # nobody tells them to finish
+
+        daemon.stop()
+
+    assert wait_gone([pid], 0) == []
+    signs = [each.rpartition("=")[2] for each in daemon.log.seen if "worker=1 group=" in each]
+    assert [each for each in signs if each.isupper()] == ["TERM", "KILL"]
+
+
 def test_a_program_that_is_killed_frees_its_place(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
     with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:

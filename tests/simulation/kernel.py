@@ -548,7 +548,11 @@ class Kernel:
 
     def _killpg(self, pid: int, number: int) -> None:
         self.enter("kill")
-        self._signal(self.process_at(pid), number)
+        try:
+            process = self.process_at(pid)
+        except KeyError:  # long gone
+            raise failure(errno.ESRCH) from None
+        self._signal(process, number)
 
     def _signal(self, process: Any, number: int) -> None:
         if process.ended:

@@ -187,8 +187,12 @@ class Readiness:
 
     def _check_ended(self, loop: Loop) -> None:
         result = self._check.reap() if self._check is not None else None
-        if result is None:
+        if result is None or self._check is None:
             return
+        try:
+            self._check.kill_group()  # what it has left in the background: there are many checks
+        except PermissionError:
+            pass  # that has become another user's
         self.stop_check()
         if result.clean:
             self._ready(_CHECK)

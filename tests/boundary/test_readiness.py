@@ -108,6 +108,29 @@ def test_a_check_that_hangs_is_killed_with_its_group_and_asked_again_and_told_on
     os.close(receive)
 
 
+@pytest.mark.usefixtures("soon")
+def test_what_a_check_leaves_in_the_background_ends_with_it(loop: Loop, tmp_path: Path) -> None:
+    answers = tmp_path / "answers"
+    checked = Checked(loop, f"sleep 1000 & test -e {answers}")
+    receive, send = os.pipe()
+    tries: list[int] = []
+
+    def check() -> Process:
+        if len(tries) == 3:
+            answers.touch()
+        process = spawn(check_program(checked.program), {}, {5: send})
+        tries.append(process.pid)
+        return process
+
+    checked.watch(check)
+
+    os.close(send)
+    assert at_end(receive), "a process of a check lives on"
+    assert (checked.ready, len(tries)) == (["check"], 4)
+    checked.readiness.close()
+    os.close(receive)
+
+
 def test_a_check_that_has_ended_in_time_does_not_hang_however_late_that_is_seen(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:

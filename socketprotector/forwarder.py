@@ -40,12 +40,17 @@ LAST_WAIT_S = 0.5
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
 LAST_S = 10.0
+#: Whoever stands first in the queue for so long may wait for a worker that was woken, and was
+#: stopped or died before it took; while nobody takes, each look comes twice as late.
+FIRST_LOOK_S = 0.05
+LAST_LOOK_S = 1.6
 
 #: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
 LOOKS = 64
 
 _RETRY = "forwarder-retry"
 _QUIET = "forwarder-quiet"
+_LOOK = "forwarder-look"
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 
 
@@ -95,6 +100,9 @@ class Forwarder:
         self._looked = False  # once, since new clients are refused
         self._closing = False
         self._close_at = 0.0  # the latest, where they cannot be refused
+        self._looks = False  # something was sent since the queue was seen to be empty
+        self._look_s = FIRST_LOOK_S
+        self._first: bytes | None = None  # the header that stood first at the last look
         self._reserve = -1
         self._take_reserve()
         self.forwarded = 0
@@ -107,6 +115,8 @@ class Forwarder:
         self._route = channel
         self._unwatch_full()
         self._stop_accepting()
+        if channel is not None and channel.depth():  # an earlier program has left somebody there
+            self._look_later()
         self._go_on()
 
     def hold(self, on: bool) -> None:
@@ -304,6 +314,8 @@ class Forwarder:
                     return
                 close(fd)
                 self.forwarded += 1
+                if not self._looks:
+                    self._look_later()
                 since = at - self._last_ns
                 self._last_ns = at
                 if since > BUSY_NS:
@@ -391,6 +403,48 @@ class Forwarder:
             self._send_failed(error)
         else:
             os.close(fd)
+            if not self._looks:
+                self._look_later()
+
+    def _look_later(self) -> None:
+        self._looks = self._route is not None
+        if self._looks:
+            self._loop.call_after(_LOOK, self._look_s, self._look)
+
+    def _look(self) -> None:
+        """See to it that nobody waits in the queue while workers sleep.
+
+        Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that
+        is killed or stopped before it takes leaves the others asleep.  Sent once more, a
+        connection wakes another one, whatever the first has come to.
+        """
+        route = self._route
+        if route is None:
+            self._looks = False
+            return
+        first = route.peek()
+        if first is not None and first == self._first:
+            self._look_s = min(2 * self._look_s, LAST_LOOK_S)
+            self._send_again(route)
+        else:
+            self._look_s = FIRST_LOOK_S
+        self._first = first
+        if first is None:
+            self._looks = False
+        else:
+            self._look_later()
+
+    def _send_again(self, route: Channel) -> None:
+        """Send all that the queue holds once more, in the same order."""
+        for _ in range(route.depth()):
+            taken = self._take_back(route) if self._open else None
+            if taken is None:
+                return
+            header, fd = taken
+            if fd < 0:
+                self.lost += 1
+            else:
+                self._deliver(route, header, fd)
 
     def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
         """Move what waits in a channel to the route, oldest first, while there is room.
@@ -402,19 +456,13 @@ class Forwarder:
         route = self._route
         strange = route is not None and _lacks(route, channel)
         left = channel.depth() if strange else -1
-        while self._open and self._route not in (None, channel) and self._take_reserve():
+        while self._open and self._route not in (None, channel):
             if not left or (strange and not last and self._is_stuck(channel)):
                 return
-            os.close(self._reserve)
-            self._reserve = -1
-            try:
-                taken = channel.take_back()
-            except OSError as error:
-                self._scarce("recvmsg", error)
-                return
+            taken = self._take_back(channel)
             if taken is None:
-                self._take_reserve()
-                if channel.depth():  # then it is not empty, whatever the call has said
+                if self._open and channel.depth():
+                    # Then it is not empty, whatever the call has said.
                     self._scarce("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             left -= 1
@@ -425,6 +473,21 @@ class Forwarder:
                 self._put_back(channel, header, fd)
             elif self._route is not None:
                 self._deliver(self._route, header, fd)
+
+    def _take_back(self, channel: Channel) -> tuple[bytes, int] | None:
+        """Take one that nobody has taken; None where there is none, or no descriptor for it."""
+        if not self._take_reserve():
+            return None
+        os.close(self._reserve)
+        self._reserve = -1
+        try:
+            taken = channel.take_back()
+        except OSError as error:
+            self._scarce("recvmsg", error)
+            return None
+        if taken is None:
+            self._take_reserve()
+        return taken
 
     def _is_stuck(self, channel: Channel) -> bool:
         """Whether the next one could neither be given to the route nor put back."""

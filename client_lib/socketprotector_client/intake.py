@@ -15,9 +15,9 @@ import os
 import select
 import threading
 import time
-from typing import Callable, Optional
+from typing import TYPE_CHECKING, Callable, Optional, Union
 
-from . import forking
+from . import forking, system
 from .connection import Connection, OpenConnections
 from .descriptors import Spare, default_limit, has_room
 from .drain import Drain
@@ -25,6 +25,9 @@ from .errors import Drained
 from .scoreboard import Scoreboard
 from .source import Source
 from .waiting import WaitSet
+
+if TYPE_CHECKING:
+    from .joining import Joined
 
 _log = logging.getLogger(__name__)
 
@@ -71,8 +74,11 @@ class Intake:
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else []
         self._orders: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
+        self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
         self._set = waiting or WaitSet()
-        self._set.add(self._fds)
+        #: Where the descriptors of the source are, while they are anywhere.
+        self._place: Union[WaitSet, Joined] = self._set
+        self._place.add(self._fds, self._events)
         self._paused = False
         self._stop_asked = False
         self._ended = False
@@ -82,6 +88,8 @@ class Intake:
         self._will_look_again = False
         # What get_further takes from; -1: all must be looked at first.
         self._row_fd = -1
+        # The kernel wakes who stands first; whoever has taken stands last before it waits again.
+        self._stands_first = False
         # So many more find a free descriptor; -1: nobody has looked.
         self._room = -1
         self._spare = Spare(self._set.fileno())
@@ -123,6 +131,11 @@ class Intake:
             return None
         try:
             self._room = -1
+            if timeout_s != 0:
+                if self._place is not self._set:
+                    self.leave_loop()
+                if self._stands_first:
+                    self._stand_last()
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
                 connection = self._look(timeout_s)
@@ -171,7 +184,49 @@ class Intake:
 
     def has_more(self) -> bool:
         """Return whether `get` would have something to do."""
-        return bool(self._set.wait(0))
+        if self._set.wait(0):
+            return True
+        if self._place is self._set or self._paused or self._ended:
+            return False
+        poll = system.poll()
+        poll.register(self._fds[0], select.POLLIN)
+        return bool(poll.poll(0))
+
+    def rest(self) -> None:
+        """The caller takes no more before its loop has turned."""
+        if self._stands_first and self._place is not self._set:
+            self._stand_last()
+
+    def join_loop(self, number: int) -> None:
+        """Let asyncio's running loop, which watches `number` for us, wait for the queue itself.
+
+        Then one of the idle workers is woken for a connection, not all.  Where it cannot be,
+        nothing is changed.
+        """
+        if not self.source.wakes_one or self._ended or self._paused or self._place is not self._set:
+            return
+        from .joining import Joined  # which needs asyncio
+
+        (fd,) = self._fds
+        try:
+            joined = Joined(fd, number, self.leave_loop)
+        except (OSError, ValueError):
+            return
+        self._place = joined
+        try:
+            joined.add(self._fds, self._events)
+        except OSError:
+            self.leave_loop()
+        else:
+            self._set.remove(self._fds)
+
+    def leave_loop(self) -> None:
+        """Wait for the queue where `fileno` tells of it, as before `join_loop`."""
+        joined, self._place = self._place, self._set
+        if joined is not self._set:
+            joined.close()
+            if not self._paused and not self._ended:
+                self._set.add(self._fds, self._events)
 
     def failed(self) -> None:
         """A handler of one of these connections has raised."""
@@ -204,6 +259,7 @@ class Intake:
             return
         self._ended = True
         self._row_fd = -1
+        self.leave_loop()
         self._set.remove((*self._fds, *self._orders))
         self.source.close()
         self._spare.give_up()
@@ -239,18 +295,25 @@ class Intake:
         self._pid = os.getpid()
         self._will_look_again = False
         self._orders = dict.fromkeys(self._ends, self.drained)
+        if isinstance(self._place, WaitSet):
+            self._stands_first = False
+        else:
+            self._place.forget()
+            self._place = self._set
         # It is a copy of the parent's epoll, and leaves a descriptor for another one.
         self._spare.give_up()
         if self._ended:
-            self._set.renew((), ())
+            self._set.renew((), (), 0)
         else:
-            self._set.renew(() if self._paused else self._fds, self._ends)
+            self._set.renew(() if self._paused else self._fds, self._ends, self._events)
             self._spare.hold()
         if self.on_renewal is not None:
             self.on_renewal()
 
     def _look(self, timeout_s: Optional[float]) -> Optional[Connection]:
         ready = self._set.wait(timeout_s)
+        if self._place is not self._set and not self._paused:
+            ready += self._fds  # the loop has seen them, or may have
         if ready and ready == self._channel_alone and not self._stop_asked:
             return self._take(ready[0])
         # Orders before connections: under load there is always a connection.
@@ -293,14 +356,25 @@ class Intake:
             self._pause_for_resources()
             return None
         finally:
-            if room <= 0 and not self._ended:
-                self._spare.hold()
+            # Before the next one: who is woken and cannot take leaves the others asleep.
+            if room <= 0 and not self._ended and not self._spare.hold():
+                self._pause_for_resources()
         if connection is not None:
+            self._stands_first = True
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
             self._board.took(number, connection.accepted_at_ns)
+            if self.open.known() >= self._limit and self.open.reached(self._limit):
+                self._pause()
         return connection
+
+    def _stand_last(self) -> None:
+        """Let the others who wait be woken before us; what has come meanwhile is not missed."""
+        self._stands_first = False
+        if self.source.wakes_one and not self._paused and not self._ended:
+            self._place.remove(self._fds)
+            self._place.add(self._fds, self._events)
 
     def _pause(self) -> None:
         """Leave further connections in the queue until one of ours is closed."""
@@ -318,7 +392,7 @@ class Intake:
     def _stand_still(self) -> None:
         self._row_fd = -1
         # In this order: whoever sees _paused adds what has been removed.
-        self._set.remove(self._fds)
+        self._place.remove(self._fds)
         self._paused = True
 
     def _resume(self) -> None:
@@ -326,9 +400,9 @@ class Intake:
         # at the count again.
         if self._paused and not self._ended and os.getpid() == self._pid:
             self._paused = False
-            self._set.add(self._fds)
+            self._place.add(self._fds, self._events)
             if self._ended:  # in the meantime, by another thread
-                self._set.remove(self._fds)
+                self._place.remove(self._fds)
 
     def _changed(self) -> None:
         self._board.count_open()

@@ -67,6 +67,8 @@ class Listener(Socket):
         self._counts = take is not None
         self._taken = 0
         self._said_ready = False
+        self._reader: object = None  # by which asyncio was told of us when it called accept
+        self._may_join = True
         self._intake: Optional[Intake] = None
         self._leave: Optional[Leave] = None
         self._term: Optional[TermWatch] = None
@@ -90,6 +92,8 @@ class Listener(Socket):
             self._said_ready = True
         timeout_s = self.gettimeout()
         connection = None
+        if self._may_join and timeout_s == 0 and not self._taken:
+            self._join_later(intake)
         try:
             if timeout_s != 0.0:
                 connection = intake.get(timeout_s)
@@ -106,6 +110,7 @@ class Listener(Socket):
         if connection is None:
             self._taken = 0
             if timeout_s == 0:
+                intake.rest()
                 raise BlockingIOError(errno.EAGAIN, _AGAIN)
             raise socket.timeout("timed out")
         self._taken += self._counts
@@ -124,8 +129,13 @@ class Listener(Socket):
 
     def listen(self, backlog: int = DEFAULT_BACKLOG) -> None:
         """Say READY=1; without a protector, also set the backlog."""
-        self._opened().source.set_backlog(backlog)
+        self._leave_loop()
+        intake = self._opened()
+        intake.source.set_backlog(backlog)
         current().ready()
+        loop = _running_loop()
+        if loop is not None and self._may_join:
+            loop.call_soon(self._join, intake)  # it begins to watch this socket now
 
     def setblocking(self, flag: bool) -> None:
         """Set this socket's mode, which is nobody else's.
@@ -134,6 +144,7 @@ class Listener(Socket):
         """
         if not flag:
             _refuse_uvloop()
+        self._leave_loop()
         super().setblocking(flag)
 
     def getsockname(self) -> Any:
@@ -185,6 +196,35 @@ class Listener(Socket):
         intake.ask_to_stop()
         intake.ring()
 
+    def _join_later(self, intake: Intake) -> None:
+        """Have asyncio wait for the queue itself, where it calls accept for the second time.
+
+        Whoever wants one connection only (loop.sock_accept) is another reader each time.
+        """
+        before = self._reader
+        self._may_join = self._is_watched()
+        if self._may_join and self._reader is before:
+            self._join(intake)
+
+    def _join(self, intake: Intake) -> None:
+        if self._may_join and self._is_watched():
+            self._may_join = False
+            intake.join_loop(self.fileno())
+
+    def _is_watched(self) -> bool:
+        """Find out by which reader asyncio watches this socket, if it does."""
+        if _running_loop() is None:
+            return False
+        from .joining import reader_of
+
+        self._reader = reader_of(self.fileno())
+        return self._reader is not None
+
+    def _leave_loop(self) -> None:
+        # A loop begins to use this socket; if it is not the first one, each is told as before.
+        if self._intake is not None and not self._may_join:
+            self._intake.leave_loop()
+
     def _begin_leave(self) -> Leave:
         return Leave(self._opened())
 
@@ -212,10 +252,14 @@ class Listener(Socket):
 
 def _refuse_uvloop() -> None:
     # Silence would be worse: it would listen on what is no socket, and no client be served.
-    asyncio = sys.modules.get("asyncio")
-    loop = asyncio._get_running_loop() if asyncio is not None else None
+    loop = _running_loop()
     if loop is not None and type(loop).__module__.partition(".")[0] == "uvloop":
         raise RuntimeError(
             "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "
             "loop (uvicorn: --loop asyncio), or no Listener and the protector's --handoff listener"
         )
+
+
+def _running_loop() -> Any:
+    asyncio = sys.modules.get("asyncio")
+    return asyncio._get_running_loop() if asyncio is not None else None

@@ -43,6 +43,10 @@ NOTHING_TO_ACCEPT = frozenset(
 class Source(Protocol):
     """What an Intake takes from."""
 
+    #: Have the kernel wake one of those who wait.  Who is woken may die before it takes: only
+    #: where somebody then wakes another.
+    wakes_one: bool
+
     @property
     def fds(self) -> Sequence[int]:
         """The descriptors to wait on."""
@@ -64,8 +68,10 @@ class Source(Protocol):
 class ChannelSource:
     """Connections that the protector accepted.  The channel stays the caller's."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, *, wakes_one: bool) -> None:
+        """wakes_one: the protector is behind it, which looks after what nobody takes."""
         self._channel = channel
+        self.wakes_one = wakes_one
         self._listeners = [_Kind(name) for name in channel.listeners]
         self.fds = (channel.fileno(),)
         first = next((name for name in channel.listeners if family_of(name) is not None), "")
@@ -115,6 +121,8 @@ class _Kind:
 
 class ListenSource:
     """Connections that this process accepts itself, from sockets of its own or handed ones."""
+
+    wakes_one = False
 
     def __init__(self, listeners: List[socket.socket], *, handed: bool) -> None:
         """Take ownership of the sockets; handed: others listen on them, too, and go on."""

@@ -68,6 +68,7 @@ class _Service:
 
     def start(self) -> None:
         self._loop.add_reader(self._intake.fileno(), self._on_readable)
+        self._intake.join_loop(self._intake.fileno())
         if (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -100,6 +101,7 @@ class _Service:
         except Exception as error:
             self._settle(error)
         else:
+            self._intake.rest()
             if connection is not None:
                 task = self._loop.create_task(self._serve_one(connection))
                 self._tasks.add(task)

@@ -24,8 +24,9 @@ _EVENTS_AT_ONCE = 8
 class WaitSet:
     """The descriptors that are waited for.  They stay their owners'."""
 
-    def __init__(self) -> None:
-        self._epoll = epoll()
+    def __init__(self, of: int = -1) -> None:
+        """of: another's epoll, to add to it and remove from it; -1: a new one."""
+        self._epoll = epoll() if of < 0 else epoll.fromfd(os.dup(of))
         self._bell: Optional[socket.socket] = None
 
     def fileno(self) -> int:
@@ -69,7 +70,7 @@ class WaitSet:
         if self._bell is not None:
             self.remove([self._bell.fileno()])
 
-    def renew(self, fds: Iterable[int], ends: Iterable[int]) -> None:
+    def renew(self, fds: Iterable[int], ends: Iterable[int], events: int) -> None:
         """In a forked child: keep the number, but share nothing with the parent any more.
 
         (Nothing may be taken out of the inherited epoll, for it would be out for the parent, too.)
@@ -78,7 +79,7 @@ class WaitSet:
             fresh = epoll()
             os.dup2(fresh.fileno(), self._epoll.fileno(), inheritable=False)
             fresh.close()
-            self.add(fds)
+            self.add(fds, events)
             self.add(ends, select.EPOLLRDHUP)
         if self._bell is not None:
             self._bell.close()

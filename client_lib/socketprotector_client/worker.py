@@ -88,7 +88,7 @@ class Worker:
             raise ValueError(f"cannot work with limit={limit}: at least 1 is needed")
         source: Source
         if self.channel is not None:
-            source = ChannelSource(self.channel)
+            source = ChannelSource(self.channel, wakes_one=True)
         elif self.passed:
             source = ListenSource.passed(self.passed)
         elif address is not None:
@@ -103,7 +103,7 @@ class Worker:
         """Return a new intake from a channel, which stays the caller's; the caller closes it."""
         if channel is not self.channel:
             self.drain.follow(channel.fileno())
-        return self._open(ChannelSource(channel), limit)
+        return self._open(ChannelSource(channel, wakes_one=channel is self.channel), limit)
 
     def lend_channel(self) -> None:
         """Note that a SocketServer uses the channel.  Raises RuntimeError if one does already."""

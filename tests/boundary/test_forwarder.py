@@ -18,7 +18,9 @@ import pytest
 
 from socketprotector.channel import BROKEN, Channel
 from socketprotector.forwarder import (
+    FIRST_LOOK_S,
     FIRST_WAIT_S,
+    LAST_LOOK_S,
     LAST_S,
     LAST_WAIT_S,
     QUIET_S,
@@ -124,6 +126,9 @@ class FakeChannel:
     def is_shut(self) -> bool:
         return self.shut and not self.ended
 
+    def peek(self) -> bytes | None:
+        return self.queue[0][0] if self.queue else None
+
     def take_back(self) -> tuple[bytes, int] | None:
         self.takes.call()
         return self.queue.popleft() if self.queue else None
@@ -155,6 +160,7 @@ class FakeLoop:
     def __init__(self) -> None:
         self.watched: dict[int, Callable[[], None]] = {}
         self.timers: dict[Hashable, tuple[float, Callable[[], None]]] = {}
+        self.looks: list[tuple[float, Callable[[], None]]] = []  # at the queue, after sending
         self.watches = Faults()
         self.soon_ns = 0
         self.soon = False
@@ -168,7 +174,10 @@ class FakeLoop:
         self.watched.pop(fd, None)
 
     def call_after(self, key: Hashable, seconds: float, callback: Callable[[], None]) -> None:
-        self.timers[key] = (seconds, callback)
+        if key == "forwarder-look":
+            self.looks = [(seconds, callback)]
+        else:
+            self.timers[key] = (seconds, callback)
 
     def cancel(self, key: Hashable) -> None:
         self.timers.pop(key, None)
@@ -176,6 +185,15 @@ class FakeLoop:
     def wake(self, what: FakeListener | FakeChannel) -> None:
         if callback := self.watched.get(what.fileno()):
             callback()
+
+    def look(self) -> float:
+        """Have it look at the queue; return how long that was to wait, 0 if it would not look."""
+        if not self.looks:
+            return 0.0
+        ((seconds, callback),) = self.looks
+        self.looks = []
+        callback()
+        return seconds
 
     def pass_time(self) -> list[float]:
         """Run what is due by now, whenever that is; return how long it was to wait."""
@@ -718,3 +736,79 @@ def test_a_header_says_listener_and_time(world: World) -> None:
     assert at > 0
     many.forwarder.close()
     channel.close()
+
+
+# -- those whom nobody takes -------------------------------------------------------
+
+
+def waiting(world: World, *clients: int) -> Any:
+    """A channel in which these wait."""
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.extend(clients)
+    world.turn()
+    return channel
+
+
+def test_an_empty_queue_is_looked_at_once_and_then_the_loop_sleeps(world: World) -> None:
+    channel = waiting(world, 1, 2)
+    assert channel.taken() == [1, 2]
+
+    assert world.loop.look() == FIRST_LOOK_S
+
+    assert (world.loop.look(), world.loop.timers) == (0, {})
+    world.listeners[0].backlog.append(3)
+    world.turn()
+    assert world.loop.look() == FIRST_LOOK_S
+
+
+def test_a_queue_that_moves_is_left_alone(world: World) -> None:
+    channel = waiting(world, 1, 2, 3)
+    for _ in range(2):
+        assert world.loop.look() == FIRST_LOOK_S
+        os.close(channel.take_back()[1])
+    assert channel.takes.calls == 2
+
+
+def test_who_stands_still_is_sent_again_in_order_later_and_later(world: World) -> None:
+    channel = waiting(world, 1, 2, 3)
+    world.loop.look()
+    sent = channel.sends.calls
+
+    waits = [world.loop.look() for _ in range(8)]
+
+    assert channel.sends.calls == sent + 8 * 3
+    assert waits == [min(FIRST_LOOK_S * 2**n, LAST_LOOK_S) for n in range(8)]
+    assert channel.taken() == [1, 2, 3]
+    world.loop.look()
+    assert world.loop.look() == 0
+    world.listeners[0].backlog.append(4)
+    world.turn()
+    assert world.loop.look() == FIRST_LOOK_S
+
+
+@pytest.mark.parametrize("call", ["sends", "takes"])
+@pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
+def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: int) -> None:
+    channel = waiting(world, 1, 2, 3)
+    world.loop.look()
+
+    getattr(channel, call).fail(code, after=1)
+    world.loop.look()
+
+    for _ in range(3):
+        world.loop.pass_time()
+        world.loop.wake(channel)
+    assert sorted(channel.taken()) == [1, 2, 3]
+    assert world.forwarder.lost == 0
+    assert world.forwarder.hand is None
+
+
+def test_what_an_earlier_program_left_in_the_queue_is_looked_at(world: World) -> None:
+    channel = waiting(world, 1)
+    world.loop.looks.clear()
+    fresh = World()
+    fresh.forwarder.route_to(channel)
+
+    assert fresh.loop.look() == FIRST_LOOK_S
+    fresh.forwarder.close()

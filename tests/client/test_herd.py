@@ -1,0 +1,71 @@
+"""How many idle workers wake for a connection, and whose turn it is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.client.protector import PYTHON, ROOT, Protector, Worker, until
+
+WORKERS = 6
+ROUNDS = 60
+
+
+def sleeps(worker: Worker) -> int:
+    """How often the threads of a worker went to sleep, and so were woken."""
+    found = 0
+    for task in Path(f"/proc/{worker.pid}/task").iterdir():
+        status = (task / "status").read_text()
+        found += int(re.findall(r"^voluntary_ctxt_switches:\t(\d+)", status, re.M)[0])
+    return found
+
+
+def all_wait(workers: list[Worker]) -> None:
+    def waits(worker: Worker) -> bool:
+        return "poll" in Path(f"/proc/{worker.pid}/wchan").read_text()
+
+    until(lambda: all(waits(each) for each in workers), "all wait")
+
+
+def served_by(protector: Protector) -> int:
+    """Connect, hear who serves, and see the end of it."""
+    client = protector.connect()
+    who = client.read()
+    assert client.read() == ""
+    client.close()
+    return int(who.partition("]")[0][1:])
+
+
+@pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve"])
+def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
+    protector: Protector, way: str
+) -> None:
+    command = (PYTHON, ROOT / "bench" / "herd.py", way, "0")
+    workers = [protector.start(*command) for _ in range(WORKERS)]
+    for _ in range(3 * WORKERS):
+        served_by(protector)
+    all_wait(workers)
+    before = sum(map(sleeps, workers))
+
+    shares = Counter(served_by(protector) for _ in range(ROUNDS))
+
+    all_wait(workers)
+    assert sum(map(sleeps, workers)) - before <= 1.2 * ROUNDS
+    assert max(shares.values()) <= 1.5 * ROUNDS / WORKERS
+
+
+@pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve"])
+def test_who_is_at_its_limit_is_not_woken_in_the_place_of_an_idle_one(
+    protector: Protector, way: str
+) -> None:
+    workers = [
+        protector.start(PYTHON, ROOT / "bench" / "herd.py", way, "0", "hold") for _ in range(3)
+    ]
+
+    clients = [protector.connect() for _ in workers]
+    served = {client.read().partition("]")[0][1:] for client in clients}
+
+    assert served == {str(worker.pid) for worker in workers}

@@ -48,7 +48,7 @@ def take_or_stumble(channel: Channel) -> Any:
     return take(channel)
 
 
-Channel.take = take_or_stumble  # type: ignore[method-assign]
+Channel.take = take_or_stumble  # type: ignore[assignment, method-assign]
 if way == "connections":
     for client, peer in connections():
         answer(client, peer)
@@ -68,5 +68,5 @@ else:
         stumble()
         pool_take(pool)
 
-    Pool._take = pool_take_or_stumble  # type: ignore[method-assign]
+    Pool._take = pool_take_or_stumble  # type: ignore[assignment, method-assign]
     stdio.run(rest)

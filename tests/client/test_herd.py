@@ -50,9 +50,11 @@ def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
     all_wait(workers)
     before = sum(map(sleeps, workers))
 
-    shares = Counter(served_by(protector) for _ in range(ROUNDS))
+    shares: Counter[int] = Counter()
+    for _ in range(ROUNDS):
+        shares[served_by(protector)] += 1
+        all_wait(workers)  # on a busy machine one may be long on its way back
 
-    all_wait(workers)
     assert sum(map(sleeps, workers)) - before <= 1.2 * ROUNDS
     assert max(shares.values()) <= 1.5 * ROUNDS / WORKERS
 

@@ -55,6 +55,8 @@ class Readiness:
         """Take ownership of the lines: those that descriptors() has named."""
         self._program = program
         self._lines = dict(lines)
+        for fd in self._lines.values():
+            os.set_blocking(fd, False)  # our end alone is this: the worker's is another description
         self._loop: Loop | None = None  # until it is watched
         self._key: object = None
         self._ready: Callable[[str], None] = _nothing
@@ -132,6 +134,8 @@ class Readiness:
     def _hear(self, name: str, fd: int) -> None:
         try:
             data = os.read(fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
+        except BlockingIOError:
+            return  # a wake-up for a number that was another's before
         except OSError:
             data = b""  # reset: it has closed its end
         heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]

@@ -39,9 +39,8 @@ os.memfd_create = memfd_create
         ("sp.state", ("--log-file", "log"), "cannot keep the state in memory"),
         ("sp.state", ("-f",), "cannot keep the state in memory"),
         ("sp.state", ("--guard", "--log-file", "log"), "cannot keep the state in memory"),
-        ("sp.tail", (), "cannot start the relay to syslog"),
     ],
-    ids=["launch", "launch -f", "resident", "resident -f", "guarded", "relay"],
+    ids=["launch", "launch -f", "resident", "resident -f", "guarded"],
 )
 def test_without_a_memfd_the_start_fails_in_one_line_and_leaves_nothing(
     start: Start, name: str, mode: tuple[str, ...], reason: str, code: str
@@ -52,6 +51,35 @@ def test_without_a_memfd_the_start_fails_in_one_line_and_leaves_nothing(
 
     assert ended.status == 111, ended
     assert ended.lines == [f"SocketProtector: {reason}: {os.strerror(getattr(errno, code))}"]
+    assert start.left() == []
+    assert "Traceback" not in start.log
+
+
+RELAY_FAILS = """
+import os
+real = os.posix_spawn
+def posix_spawn(path, argv, *more, **named):
+    if any(each.endswith("relay.py") for each in argv):
+        raise fault("EAGAIN")
+    return real(path, argv, *more, **named)
+os.posix_spawn = posix_spawn
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [((), "to syslog"), (("--log-file", "log"), "of workers' output")],
+    ids=["syslog", "log file"],
+)
+def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_nothing(
+    start: Start, mode: tuple[str, ...], what: str
+) -> None:
+    environment = injected(start.folder / "fault.py", RELAY_FAILS)
+
+    ended = start(*mode, "unix:s", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 111, ended
+    assert ended.lines[0].startswith(f"SocketProtector: cannot start the relay {what}: ")
     assert start.left() == []
     assert "Traceback" not in start.log
 

@@ -145,8 +145,8 @@ def test_on_a_full_disk_lines_are_dropped_and_counted_and_nothing_else_stops(
 ) -> None:
     disk = new_disk("32k")
     log, address = disk.seen / "log", str(tmp_path / "socket")
-    words = ("--log-file", disk.path / "log", f"unix:{address}", "--", *worker("prints"))
-    daemon = on_disk(disk, *words)
+    options = ("--log-file", disk.path / "log", "--no-log-relay")
+    daemon = on_disk(disk, *options, f"unix:{address}", "--", *worker("prints"))
     eventually(lambda: listens(address), "an answer")
     disk.fill()
     with Client(address) as held:
@@ -171,5 +171,28 @@ def test_on_a_full_disk_lines_are_dropped_and_counted_and_nothing_else_stops(
     # No line of the protector is in pieces, or goes on where another one was cut off.
     own = [line for line in text.splitlines() if "event=" in line]
     assert [line for line in own if not re.match(STAMP, line)] == []
+    daemon.process.terminate()
+    assert daemon.wait() == 0
+
+
+def test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody(
+    on_disk: Callable[..., Protector], new_disk: Callable[[str], Disk], tmp_path: Path
+) -> None:
+    disk = new_disk("32k")
+    log, address = disk.seen / "log", str(tmp_path / "socket")
+    options = ("--log-file", disk.path / "log")
+    daemon = on_disk(disk, *options, f"unix:{address}", "--", *worker("prints"))
+    eventually(lambda: listens(address), "an answer")
+    disk.fill()
+    with Client(address) as held:
+        for number in range(200):  # more than there is room for in the pipe
+            assert held.ask(f"{number} " + "x" * 1000).endswith("x")
+        disk.make_room()
+
+        def printed() -> bool:
+            held.ask("printed")
+            return "\nprinted\n" in log.read_text()
+
+        eventually(printed, "a line again, on a line of its own")
     daemon.process.terminate()
     assert daemon.wait() == 0

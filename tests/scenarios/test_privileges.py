@@ -62,8 +62,13 @@ class Command:
 
     @property
     def protector(self) -> int:
-        """The one child of the guard that is no worker."""
-        found = [pid for pid in children_of(self.start.pid) if "socketprotector" in words_of(pid)]
+        """The one child of the guard that is neither a worker nor an orphaned relay."""
+        words = {pid: words_of(pid) for pid in children_of(self.start.pid)}
+        found = [
+            pid
+            for pid, said in words.items()
+            if "socketprotector" in said and "relay.py" not in said
+        ]
         return found[0] if found else self.start.pid
 
     @property

@@ -261,6 +261,18 @@ class Service:
             return max(own)[1] if own else 0
         return self._protector if _stat(self._protector)[0] not in ("", "Z") else 0
 
+    def relay(self) -> int:
+        """Return the pid of the relay, 0 while there is none."""
+        for parent in (self.protector(), self.guard):
+            for pid in _children(parent) if parent else ():
+                try:
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if any(each.endswith(b"/relay.py") for each in words):
+                    return pid
+        return 0
+
     def workers(self) -> dict[int, int]:
         """Return the living workers: pid -> generation."""
         kin = {self.guard, self.protector(), os.getpid()}

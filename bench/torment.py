@@ -43,6 +43,7 @@ class Torment:
             self._scale: 3,
             self._stop_worker: 2,
             self._stop_protector: 2,
+            self._stop_relay: 2,
             self._few_descriptors: 1,
         }
         if not service.kind.scales:
@@ -188,6 +189,17 @@ class Torment:
 
     def _stop_protector(self) -> str:
         return self._stop(self._service.protector(), "the protector")
+
+    def _stop_relay(self) -> str:
+        """Stop it for good: the protector is to see that, or workers that print would wait."""
+        pid = self._service.relay()
+        if not pid:
+            return "found nothing to stop"
+        try:
+            os.kill(pid, signal.SIGSTOP)
+        except ProcessLookupError:
+            return "found nothing to stop"
+        return "SIGSTOP of the relay"
 
     def _few_descriptors(self) -> str:
         """Leave the protector hardly any descriptor that it could still open.

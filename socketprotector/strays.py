@@ -263,6 +263,8 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
     os.nice(_NICE)
     why = ""
     try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("sp-strays")  # whoever looks for the protector by its name does not mean us
         if identity is not None:
             privileges.hand_over(identity)
         for address, pid, pidfd in _carrying(wanted):

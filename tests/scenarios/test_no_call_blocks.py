@@ -69,6 +69,7 @@ class Judge:
         self._made = dict(made)
         self._spawning: set[str] = set()  # pipes that a fork's child closes by executing
         self._last_pipe: list[str] = []
+        self._failed = False  # a fork's child could not execute
         self.seen: dict[str, int] = {}
         self.wrong: list[str] = []
 
@@ -119,7 +120,9 @@ class Judge:
     def _read(self, rest: str) -> bool:
         fd = _FD.match(rest)
         if fd and fd[2] in self._spawning:
-            return True  # ends when the child executes, as posix_spawn does
+            # Ends when the child executes, as posix_spawn does; what it says is why it could not.
+            self._failed = self._failed or re.search(r"= [1-9]\d*$", rest) is not None
+            return True
         return self._is_file(rest) or self._cannot_wait(rest)
 
     def _write(self, rest: str) -> bool:
@@ -152,9 +155,14 @@ class Judge:
         return "tv_sec=0, tv_nsec=0" in rest
 
     def _wait4(self, rest: str) -> bool:
-        return "WNOHANG" in rest
+        if "WNOHANG" in rest:
+            return True
+        # Of a child that could not execute and has closed all its files.
+        failed, self._failed = self._failed, False
+        return failed
 
-    _waitid = _wait4
+    def _waitid(self, rest: str) -> bool:
+        return "WNOHANG" in rest
 
     def _flock(self, rest: str) -> bool:
         return "LOCK_NB" in rest or "LOCK_UN" in rest
@@ -293,6 +301,11 @@ class Life:
         self._after("event=reload-failed", lambda: self.daemon.signal(signal.SIGHUP))
         self.release.becomes(*self.good)
 
+    def unexecutable(self) -> None:
+        self.release.write("#!/no/such/interpreter\n")
+        self._after("event=reload-failed", lambda: self.daemon.signal(signal.SIGHUP))
+        self.release.becomes(*self.good)
+
     def other_settings(self) -> None:
         config = self.folder / "web.toml"
         text = re.sub(r"workers = \d", f"workers = {2 + self.turn % 3}", config.read_text())
@@ -362,7 +375,7 @@ class Life:
 ACTS = {
     "look": 40, "connect": 40, "more": 6, "fewer": 6, "kill_worker": 8, "reload": 12,
     "bad_reload": 6, "rotate": 6, "hold": 6, "other_settings": 3, "bad_settings": 2,
-    "diff": 3, "upgrade": 2, "hold_relay": 2,
+    "unexecutable": 2, "diff": 3, "upgrade": 2, "hold_relay": 2,
 }  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class Process:
 
         It leads a group of its own, and takes no signal but KILL.
         """
-        place = os.dup(0)  # for its pidfd
+        place = _place()  # for its pidfd
         # Else a signal in the child would be reported to our own loop.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -203,6 +203,9 @@ class Process:
         if self._reaped:
             os.close(self.pidfd)
             return
+        if self.has_ended():
+            self._take_end(loop)
+            return
         try:
             loop.watch(self.pidfd, lambda: self._take_end(loop))
         except OSError:  # the system is short of memory
@@ -228,6 +231,11 @@ class Process:
     def _is_reaped(self) -> None:
         self._reaped = True
         _known.discard(self.pid)
+
+
+def _place() -> int:
+    """Open a descriptor that is in the place of another.  Raises OSError where none is free."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _kill(pid: int) -> None:
@@ -289,7 +297,7 @@ def spawn(
     ]
     limits = {_LIMITS[name]: value for name, value in program.limits}
     kept = {which: resource.getrlimit(which) for which in limits}
-    place = os.dup(0)  # for its pidfd: a process that nobody can watch must not be started
+    place = _place()  # for its pidfd: a process that nobody can watch must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
     try:

@@ -947,9 +947,12 @@ class World:
         known.add(protector.effects.forwarder._reserve)
         known |= {fd for fd, file in self.kernel.files.items() if self._is_discarded(fd, file)}
         epoll = self.kernel.epoll
+        # What was killed and let go of is waited for, and its pidfd closed then.
+        ending = any(isinstance(key, tuple) and key[0] == "discarded" for key in self._loop._timers)
         left = {
             fd: file
             for fd, file in self.kernel.files.items()
+            if not (isinstance(file, Running) and (ending or fd in self._loop._callbacks))
             if fd not in known and file is not epoll and file is not self.kernel.wake
         }
         assert not left, f"descriptors that nobody knows: {left}"

@@ -26,6 +26,7 @@ TESTS = "/opt/tests"
 PROGRAMS = f"{TESTS}/vm/programs"
 ECHO = f"{PYTHON} {TESTS}/workers/echo.py"
 _PAUSE_S = 0.1
+_TRIES = 4
 _T = TypeVar("_T")
 
 
@@ -231,10 +232,20 @@ class Service:
         )
 
     def upgrade(self) -> None:
-        """USR2, and wait until the next program serves."""
-        before = self.status()["restarts"]
-        self.signal(signal.SIGUSR2)
-        eventually(lambda: self.restarted(before + 1), "the upgraded program's answer")
+        """USR2, and wait until the next program serves.
+
+        The new program has half a minute to say that it can go on, which an emulated processor on
+        a busy machine may not do it in; then the old one goes on, and it is asked for again.
+        """
+        wanted = self.status()["restarts"] + 1
+        for _ in range(_TRIES):
+            self.signal(signal.SIGUSR2)
+            try:
+                eventually(lambda: self.restarted(wanted), "the upgraded program's answer", 60)
+                return
+            except AssertionError as error:
+                failed = error
+        raise failed
 
     def restarted(self, times: int) -> bool:
         """Whether a protector answers that is the successor of so many."""

@@ -85,6 +85,7 @@ class Guard:
         self.stopping = False  # a stop was taken
         self.began = False  # it has said anything: it has gone on, and takes signals
         self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
+        self.untold: list[bytes] = []  # how workers ended: it was behind
         self.dropped = 0  # lines that nobody could be told
 
     # -- the protector ---------------------------------------------------------
@@ -125,8 +126,9 @@ class Guard:
         # Those that the one before may have been told in vain.
         recent = time.monotonic() - TOLD_AGAIN_S
         self.statuses = [told for told in self.statuses if told[0] > recent]
-        for _, told in self.statuses:
-            self.tell(told)
+        again = [told for _, told in self.statuses]
+        self.untold = [told for told in self.untold if told not in again] + again
+        self.tell_on()
 
     def again(self, why: str) -> None:
         """Start the next one, later each time in a row."""
@@ -293,11 +295,18 @@ class Guard:
                 self.tell(told)
 
     def tell(self, told: bytes) -> None:
-        if self.line is not None:
+        """Tell the protector, behind all that it was not told yet."""
+        self.untold.append(told)
+        self.tell_on()
+
+    def tell_on(self) -> None:
+        """Tell it as much as there is room for: it may stand still, or be behind."""
+        while self.untold and self.line is not None:
             try:
-                self.line.send(told, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.line.send(self.untold[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                pass  # it is gone or far behind: then the status is unknown to it
+                return  # no room; or it is gone, and the next one is told
+            self.untold.pop(0)
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""
@@ -310,12 +319,14 @@ class Guard:
             poll = select.poll()
             poll.register(receive, select.POLLIN)
             if self.line is not None:
-                poll.register(self.line.fileno(), select.POLLIN)
+                events = select.POLLIN | (select.POLLOUT if self.untold else 0)
+                poll.register(self.line.fileno(), events)
             wait_ms = None
             if self.due is not None:
                 wait_ms = max(0.0, self.due - time.monotonic()) * 1000
             ready = [fd for fd, _ in poll.poll(wait_ms)]
             self.hear()
+            self.tell_on()
             if receive in ready:
                 for number in dict.fromkeys(os.read(receive, 512)):
                     self.signalled(number)

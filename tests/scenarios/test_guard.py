@@ -517,6 +517,26 @@ def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: 
     os.close(send)
 
 
+def test_how_workers_ended_is_told_once_a_protector_that_stood_still_reads_on() -> None:
+    ends = [b"X_EXITED=%d 0" % pid for pid in range(2000)]
+    keeper = guard.Guard([], {})
+    line, protectors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keeper.line = line
+
+    for each in ends:
+        keeper.tell(each)
+    assert keeper.untold, "there was room for all of them"
+    heard: list[bytes] = []
+    protectors.settimeout(DEADLINE_S)
+    while len(heard) < len(ends):
+        heard.append(protectors.recv(100))
+        keeper.tell_on()
+
+    assert heard == ends
+    line.close()
+    protectors.close()
+
+
 # --- a protector that cannot go on -------------------------------------------------
 
 

@@ -723,20 +723,23 @@ class World:
         seconds = self._random.choice((0.0001, 0.005, 0.02, 0.3, 1.0)) if chance < 0.9 else 20.0
         self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
 
-    def _tell(self, worker: Worker, text: bytes, *files: File) -> None:
+    def _tell(self, worker: Worker, text: bytes, *files: File) -> bool:
+        """Say something, if there is room; return whether there was."""
         to = self.kernel.bound.get(worker.address)
-        if to is not None and len(to.queue) < Datagrams.ROOM:
+        if to is not None and len(to.queue) >= Datagrams.ROOM:
+            return False
+        if to is not None:
             for each in files:
                 each.take()
             to.queue.append((text, worker.pid, files))
+        return True
 
     def _become_ready(self) -> None:
         worker = self._somebody()
         if worker and not worker.ready:
-            worker.ready = True
-            self._say(f"{worker.pid} is ready")
             retires = b"\nX_SOCKETPROTECTOR_RETIRES=1" if self._chance() < 0.5 else b""
-            self._tell(worker, b"READY=1" + retires)
+            worker.ready = self._tell(worker, b"READY=1" + retires)  # else it waits for room
+            self._say(f"{worker.pid} is ready" if worker.ready else f"{worker.pid} finds no room")
 
     def _obey(self) -> None:
         """A worker that has been asked to go goes, after its last connection."""
@@ -787,7 +790,9 @@ class World:
             case 4:
                 self._tell(worker, b"EXTEND_TIMEOUT_USEC=" + "\u0663".encode() + b"\nREADY=2")
             case 5:
-                self._tell(worker, b"STATUS=busy\nSTOPPING=1", File())
+                while self._tell(worker, b"STATUS=busy\nSTOPPING=1", File()):
+                    if worker.address not in self.kernel.bound:
+                        break
 
     def _signal(self, number: signal.Signals) -> None:
         wake = self.kernel.wake
@@ -903,8 +908,7 @@ class World:
                 continue
             worker.hangs = False
             if not worker.ready:
-                worker.ready = True
-                self._tell(worker, b"READY=1")
+                worker.ready = self._tell(worker, b"READY=1")
             if not worker.told and not worker.line.no_receive:
                 while worker.take():
                     pass

@@ -676,7 +676,7 @@ def test_it_does_without_where_one_cannot_be_made(protector: Starter, tmp_path: 
 def test_without_one_there_is_none(protector: Starter) -> None:
     daemon = protector("--no-control", "--name", "web", "127.0.0.1:0", "--", *MANY).ready()
 
-    assert not default_path("web").parent.exists()
+    assert not default_path("web").exists()
     assert daemon.log.count("event=notice") == 0
 
 

@@ -38,6 +38,7 @@ NAMES = "sp.names."  # and the number of the memfd that has the names
 #: One string of the environment has at most 128 KiB, with the variable's name (execve(2));
 #: systemd's store (docs/reliability.md) is bound to that.
 NAMES_BYTES = 120 * 1024
+STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
 #: Stands for a number in between that is nobody's.
 NOBODY = "sp.none"
 _OURS = "sp."

@@ -20,6 +20,7 @@ from .records import CLASSES, Snapshot
 from .state import Codec, StateError, StateFile
 
 CODEC = Codec(CLASSES)
+_FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
 
 
 class Heritage:
@@ -40,6 +41,7 @@ class Heritage:
         self._written: Snapshot | None = None  # what the state says, as far as we know
         self._failing = False
         self._behind = False
+        self._full = False
 
     @property
     def told(self) -> bool:
@@ -61,6 +63,9 @@ class Heritage:
         wanted = {**self._others(), **effects.own_descriptors()}
         wanted.pop(door.GUARD, None)  # each program gets a line of its own
         self._store.sync(wanted, effects.crew.descriptors)
+        if self._store.full and not self._full:
+            self._log.write("warning", "store-full", descriptors=self._store.kept, hint=_FULL)
+        self._full = self._store.full
         if not self._write(effects, fleet, actions):
             return False
         if self._store.told and self._store.complete:

@@ -11,6 +11,7 @@ import select
 import socket
 import stat
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -290,16 +291,39 @@ class Outbox:
         self._unsent.clear()
 
 
+def room_of(environment: Mapping[str, str]) -> int:
+    """Return how many descriptors a service manager has room for, as far as it tells.
+
+    Source: systemd.exec(5), $FDSTORE (since systemd 254; the units say it for those before).
+    """
+    told = environment.get("FDSTORE", "")
+    return int(told) if _is_number(told) else sys.maxsize
+
+
 class Store:
     """Whoever keeps our descriptors for the next program: systemd, or the guard.
 
     Source: sd_notify(3), FDSTORE=1 and FDSTOREREMOVE=1.
     """
 
-    def __init__(self, outbox: Outbox, kept: Iterable[str] = ()) -> None:
-        """`kept`: the names under which descriptors came from there."""
+    def __init__(
+        self,
+        outbox: Outbox,
+        kept: Iterable[str] = (),
+        *,
+        most: int = sys.maxsize,
+        names_bytes: int = sys.maxsize,
+    ) -> None:
+        """`kept`: the names under which descriptors came from there.
+
+        most: descriptors that it has room for; names_bytes: the same for their names, each with a
+        separator.
+        """
         self._outbox = outbox
         self._kept = set(kept)
+        self._most, self._names_bytes = most, names_bytes
+        self._bytes = sum(len(name) + 1 for name in self._kept)
+        self._left_out: set[str] = set()  # because it was full
         self._few: set[str] | None = None  # those of them that each sync() is given
         #: Whether all that was wanted last has been given away.
         self.complete = False
@@ -316,7 +340,18 @@ class Store:
 
     def has(self, wanted: Iterable[str]) -> bool:
         """Whether all of these were given away, and nothing is still to be said."""
-        return not self._outbox.open or (not self._outbox.waiting and self._kept.issuperset(wanted))
+        seen_to = self._kept | self._left_out
+        return not self._outbox.open or (not self._outbox.waiting and seen_to.issuperset(wanted))
+
+    @property
+    def kept(self) -> int:
+        """How many descriptors are there."""
+        return len(self._kept)
+
+    @property
+    def full(self) -> bool:
+        """Whether some had to be left out: after a kill their workers are missing."""
+        return bool(self._left_out)
 
     def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
         """Have these descriptors kept, by name, and no others.  They stay the caller's.
@@ -332,20 +367,30 @@ class Store:
             self._few = set()
         for name in self._few - few.keys():
             self.forget(name)
+        for name in many.changed - many.keys():
+            self.forget(name)
+        many.changed &= many.keys()
+        many.changed |= self._left_out & many.keys()  # there may be room by now
         self._few = {name for name in few if self._give(name, few[name])}
         for name in tuple(many.changed):
-            if name not in many:
-                self.forget(name)
-            elif not self._give(name, many[name]):
-                continue
-            many.changed.discard(name)
+            if self._give(name, many[name]):
+                many.changed.discard(name)
         self.complete = not many.changed and len(self._few) == len(few)
 
     def _give(self, name: str, fd: int) -> bool:
         """Have one kept; False where it must be tried again the next time."""
-        if name not in self._kept and self._outbox.send(_STORE.format(name), fd):
-            self._kept.add(name)
-        return name in self._kept
+        if name in self._kept:
+            return True
+        room = self._bytes + len(name) < self._names_bytes and len(self._kept) < self._most
+        if not room:
+            self._left_out.add(name)
+            return True  # nothing is gained by trying
+        if not self._outbox.send(_STORE.format(name), fd):
+            return False
+        self._left_out.discard(name)
+        self._kept.add(name)
+        self._bytes += len(name) + 1
+        return True
 
     def forget(self, name: str) -> None:
         """Have one no longer kept."""
@@ -353,7 +398,10 @@ class Store:
         # worker has closed.
         if name in self._kept and not self._outbox.withdraw(_STORE.format(name)):
             self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
-        self._kept.discard(name)
+        self._left_out.discard(name)
+        if name in self._kept:
+            self._kept.discard(name)
+            self._bytes -= len(name) + 1
 
 
 class Systemd:

@@ -27,7 +27,7 @@ from .launcher import Launcher
 from .listener import Listener
 from .log import Log
 from .loop import Loop
-from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder
+from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room_of
 from .operate import Operator
 from .output import Output
 from .quota import Quota
@@ -154,7 +154,16 @@ class _Resident:
         # At the first start they come from the launching process; only a guard has them too.
         known = guarded or door.STATE in descriptors
         kept = {name for name in descriptors if name != door.GUARD} if known else set()
-        self.store = Store(self.guard if guarded else self.manager, kept)
+        self.store = (
+            Store(self.guard, kept)
+            if guarded
+            else Store(
+                self.manager,
+                kept,
+                most=room_of(os.environ),
+                names_bytes=door.STORE_NAMES_BYTES,
+            )
+        )
         control = descriptors.get(door.CONTROL)
         self.control_listener = (
             Listener(control, -1, settings.control)

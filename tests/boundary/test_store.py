@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from socketprotector.door import Named
 from socketprotector.guard import Guard
-from socketprotector.notify import Outbox, Store
+from socketprotector.notify import Outbox, Store, room_of
 
 Again = list[Callable[[], None]]
 
@@ -154,3 +155,34 @@ def test_a_stop_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> No
 
     guard.take({"STOPPING": "1"}, -1)
     assert guard.passed_on == []
+
+
+@pytest.mark.parametrize(("most", "names_bytes"), [(2, 1000), (1000, len("sp.a:sp.b:"))])
+def test_what_there_is_no_room_for_is_left_out_until_there_is(
+    line: tuple[socket.socket, socket.socket],
+    guard: Guard,
+    files: list[int],
+    most: int,
+    names_bytes: int,
+) -> None:
+    outbox = Outbox(lambda again: None, line[0])
+    store = Store(outbox, most=most, names_bytes=names_bytes)
+    named = Named()
+    for name, fd in zip(("sp.a", "sp.b", "sp.c"), files, strict=True):
+        named[name] = fd
+        assert not store.full
+        store.sync({}, named)
+
+    assert store.full
+    assert store.complete
+    assert store.has(named)  # an upgrade in place takes all along
+    assert kept(guard) == {"sp.a": file(0), "sp.b": file(1)}
+    del named["sp.a"]
+    store.sync({}, named)
+    assert not store.full
+    assert kept(guard) == {"sp.b": file(1), "sp.c": file(2)}
+
+
+def test_how_much_room_there_is_is_told_by_systemd() -> None:
+    assert room_of({"FDSTORE": "512"}) == 512
+    assert room_of({}) == room_of({"FDSTORE": "many"}) > 10**9

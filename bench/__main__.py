@@ -14,6 +14,7 @@ from bench.control_rows import control, everything, scoreboard, status
 from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.framework_rows import framework
 from bench.list_rows import listing
+from bench.many_rows import quota, workers
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rows import cpu, handed, idle, latency, rate
@@ -42,6 +43,8 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "handed-survive": handed_survive,
     "stdio": stdio,
     "framework": framework,
+    "workers": workers,
+    "quota": quota,
 }
 
 

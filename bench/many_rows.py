@@ -1,0 +1,230 @@
+"""Lines of the table about many workers, and about little processor time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from bench.figures import Figure, Scale, alternately, ratio
+from bench.processes import CannotMeasure, Started, built, cpu_ns, free_port, protector
+from bench.rows import Seen, column, load, middle_of, nothing_failed
+from bench.survive_rows import guarded
+
+COUNTS = (2, 32, 128, 600)
+LIMIT_S = 120.0
+CPU = Path("/sys/fs/cgroup/cpu")
+
+
+class Asker:
+    """Connects one by one and notes who had to wait longest."""
+
+    def __init__(self, address: str) -> None:
+        host, port = address.rsplit(":", 1)
+        self._to = host, int(port)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self.longest_ms = 0.0
+        self.failed = 0
+
+    def _run(self) -> None:
+        while not self._over.wait(0.002):
+            begun_s = time.monotonic()
+            try:
+                with socket.create_connection(self._to, LIMIT_S) as sock:
+                    sock.sendall(b"ping\n")
+                    while sock.recv(64):
+                        pass
+            except OSError:
+                self.failed += 1
+            self.longest_ms = max(self.longest_ms, (time.monotonic() - begun_s) * 1e3)
+
+    def during(self, act: Callable[[], object]) -> tuple[float, float]:
+        """Do something; return its seconds and the longest wait in milliseconds meanwhile."""
+        self._thread.start()
+        begun_s = time.monotonic()
+        try:
+            act()
+        finally:
+            took_s = time.monotonic() - begun_s
+            self._over.set()
+            self._thread.join()
+        return took_s, self.longest_ms
+
+
+def _until(log: Path, event: str, count: int) -> None:
+    until_s = time.monotonic() + LIMIT_S
+    while log.read_text().count(f" event={event} ") < count:
+        if time.monotonic() > until_s:
+            raise CannotMeasure(f"{event} {count} times: {log.read_text()[-500:]}")
+        time.sleep(0.01)
+
+
+def _one_count(count: int, folder: Path) -> dict[str, tuple[float, float]]:
+    """Return what start, reload, upgrade and kill take: CPU in ms, longest wait in ms."""
+    log = folder / f"log.{count}"
+    log.touch()
+    address = f"127.0.0.1:{free_port()}"
+    program = str(Path(sys.executable).parent / "SocketProtector")
+    command = [
+        *(program, "-f", "--guard", "--workers", str(count), "--start-timeout", f"{LIMIT_S:g}"),
+        *("--log-file", str(log), address, "--", built("many")),
+    ]
+    seen: dict[str, tuple[float, float]] = {}
+    with Started(command, address, {}, []) as started:
+        _until(log, "ready", 1)
+        seen["start"] = cpu_ns(guarded(started.pid)) / 1e6, 0.0
+
+        def reload() -> None:
+            os.kill(started.pid, signal.SIGHUP)
+            _until(log, "drained", 1)
+
+        def upgrade() -> None:
+            os.kill(guarded(started.pid), signal.SIGUSR2)
+            _until(log, "adopted", 1)
+
+        def kill() -> None:
+            os.kill(guarded(started.pid), signal.SIGKILL)
+            _until(log, "adopted", 2)
+
+        for act in (reload, upgrade, kill):
+            pid = guarded(started.pid)
+            before = cpu_ns(pid)
+            _, longest_ms = Asker(address).during(act)
+            now = guarded(started.pid)
+            spent_ms = (cpu_ns(now) - (before if now == pid else 0)) / 1e6
+            seen[act.__name__] = spent_ms, longest_ms
+    return seen
+
+
+def _spawns_alone(count: int) -> float:
+    """Return the longest wait, in ms, beside as many starts of the same program by nobody."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        fd = listener.fileno()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {**os.environ, "SOCKETPROTECTOR_CHANNEL": str(theirs.fileno())}
+        env.pop("NOTIFY_SOCKET", None)
+        children: list[int] = []
+        os.set_inheritable(theirs.fileno(), True)
+        with ours, theirs, Started([built("many")], address, {"BENCH_LISTENER": str(fd)}, [fd]):
+
+            def spawns() -> None:
+                for _ in range(count):
+                    children.append(os.posix_spawn(built("many"), ["many"], env))  # noqa: PERF401
+
+            _, longest_ms = Asker(address).during(spawns)
+            ours.shutdown(socket.SHUT_RDWR)
+            for pid in children:
+                os.waitpid(pid, 0)
+    return longest_ms
+
+
+def workers(scale: Scale) -> list[Figure]:
+    """Start, reload, upgrade and kill under --guard: CPU a worker, and who waits meanwhile."""
+    counts = (2, 32) if scale.quick else COUNTS
+    with tempfile.TemporaryDirectory() as name:
+        found = {count: _one_count(count, Path(name)) for count in counts}
+    alone = {count: _spawns_alone(count) for count in counts}
+    figures = []
+    few, many = counts[-2:]
+    for what in ("start", "reload", "upgrade", "kill"):
+        each = {count: seen[what][0] / count for count, seen in found.items()}
+        grows = each[many] / each[few]
+        figures.append(
+            Figure(
+                f"{what} under --guard: CPU a worker, {many} workers / {few}",
+                f"{grows:.2f}",
+                "<= 1.3",
+                "1.0",
+                grows <= 1.3,
+                [
+                    *(
+                        f"{n}: {each[n]:.2f} ms a worker, {found[n][what][0]:.0f} ms"
+                        for n in counts
+                    ),
+                    "longest wait of a client meanwhile: "
+                    + ", ".join(f"{n}: {found[n][what][1]:.0f} ms" for n in counts),
+                    "beside as many starts of the same program without us: "
+                    + ", ".join(f"{n}: {alone[n]:.0f} ms" for n in counts),
+                ],
+            )
+        )
+    return figures
+
+
+@contextmanager
+def _within(pid: int, quota_us: int) -> Iterator[None]:
+    """Have a process and its children in a cgroup with so much time of each 100 ms."""
+    group = CPU / f"bench-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_quota_us").write_text(str(quota_us))
+    except OSError as error:
+        raise CannotMeasure(f"no cgroup with a quota: {error}") from error
+    pids = [pid, *(int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+    try:
+        for each in pids:
+            (group / "cgroup.procs").write_text(str(each))
+        yield
+    finally:
+        for line in (group / "cgroup.procs").read_text().split():
+            (CPU / "cgroup.procs").write_text(line)
+        group.rmdir()
+
+
+def _busy_poll(
+    scale: Scale, title: str, around: Callable[[Started], AbstractContextManager[None]]
+) -> Figure:
+    """Compare the rate of one client at a time by default with that of --busy-poll 0."""
+    with protector() as polls, protector("library", "--busy-poll", "0") as sleeps:
+
+        def run(started: Started) -> Seen:
+            with around(started):
+                return load(started, 1, scale(3, 0.5))
+
+        asks, rests = alternately(scale.rounds(7), lambda: run(polls), lambda: run(sleeps))
+    nothing_failed(asks + rests)
+    middle, words = ratio(column(asks, "per_second"), column(rests, "per_second"))
+    return Figure(
+        f"{title}: connections/s one by one, by default / --busy-poll 0",
+        words,
+        ">= 0.97",
+        "",
+        middle >= 0.97,
+        [
+            f"p99 {middle_of(asks, 'p99_us'):.0f} us against {middle_of(rests, 'p99_us'):.0f}; "
+            f"longest {middle_of(asks, 'max_us') / 1e3:.1f} ms against "
+            f"{middle_of(rests, 'max_us') / 1e3:.1f}",
+        ],
+    )
+
+
+@contextmanager
+def _hogs(_: Started) -> Iterator[None]:
+    """Have each core burnt by somebody else."""
+    cores = sorted(os.sched_getaffinity(0))
+    burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
+    hogs = [subprocess.Popen([sys.executable, "-c", burn, str(core)]) for core in cores]
+    try:
+        yield
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
+
+
+def quota(scale: Scale) -> list[Figure]:
+    """What it costs to await the next connection awake where there is no time for it."""
+    return [
+        _busy_poll(scale, "half a CPU", lambda started: _within(started.pid, 50_000)),
+        _busy_poll(scale, "a hog on each core", _hogs),
+    ]

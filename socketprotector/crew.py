@@ -133,8 +133,8 @@ class Crew:
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
         self._by_pid: dict[int, int] = {}
-        #: All descriptors of workers that another program would need.
-        self.descriptors = door.Named()
+        #: All descriptors of workers that another program would need, those of their output too.
+        self.descriptors = output.named
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
         self._guarded = settings.guarded  # somebody tells how workers ended that we adopted
         if settings.worker_limits.any:

@@ -361,8 +361,8 @@ class Store:
         """
         if not self._outbox.open:
             return
-        many = Named() if many is None else many
-        if self._few is None:  # what came from there, and may be over
+        if self._few is None or many is None:  # what came from there, and may be over
+            many = Named() if many is None else many
             many.changed |= self._kept - few.keys()
             self._few = set()
         for name in self._few - few.keys():

@@ -52,6 +52,8 @@ class Output:
         self._to_syslog = to_syslog
         self._relayed = relayed or prefixed
         self._prefixed = prefixed
+        #: All descriptors of workers that another program would need.
+        self.named = door.Named()
         self._relay: Relaying | None = None
         #: Called when other descriptors are to be kept for the next program than before.
         self.changed: Callable[[], object] = lambda: None
@@ -70,7 +72,7 @@ class Output:
         if not self.needs_relay:
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
-        self._relay = Relaying(name, kind, loop, log, prefixed=self._prefixed)
+        self._relay = Relaying(name, kind, loop, log, self.named, prefixed=self._prefixed)
         self._relay.changed = lambda: self.changed()
         write = mine.pop(_WRITE, -1)
         if mine:

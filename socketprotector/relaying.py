@@ -66,12 +66,19 @@ class WorkerPipe:
     generation: int
     pid: int
 
+    def name(self, number: int) -> str:
+        """How another program finds it; number: the worker's."""
+        return f"{door.OUTPUT}{number}.{self.generation}.{self.pid}"
+
 
 class Relaying:
     """One relay process, and all that it reads from."""
 
-    def __init__(self, name: str, kind: str, loop: Loop, log: Log, *, prefixed: bool) -> None:
-        """name: in syslog.  kind: where lines go (relay.py)."""
+    def __init__(
+        self, name: str, kind: str, loop: Loop, log: Log, named: door.Named, *, prefixed: bool
+    ) -> None:
+        """name: in syslog.  kind: where lines go (relay.py).  named: the workers' descriptors."""
+        self._named = named
         self._name = name
         self._kind = kind
         self._loop = loop
@@ -148,7 +155,7 @@ class Relaying:
         self._say_all()
 
     def descriptors(self) -> dict[str, int]:
-        """Return what the next program needs to go on with it, by name."""
+        """Return what the next program needs to go on with it, but for the workers' pipes."""
         found = {}
         if self._shared >= 0:
             found[f"{door.RELAY}read"] = self._shared
@@ -156,8 +163,6 @@ class Relaying:
             found[f"{door.RELAY}process.{self._process.pid}"] = self._process.pidfd
             if self._line is not None:
                 found[f"{door.RELAY}line.{self._process.pid}"] = self._line.fileno()
-        for number, pipe in self._workers.items():
-            found[f"{door.OUTPUT}{number}.{pipe.generation}.{pipe.pid}"] = pipe.read
         return found
 
     def _spawn(self) -> None:
@@ -284,6 +289,7 @@ class Relaying:
 
     def _keep(self, number: int, pipe: WorkerPipe) -> None:
         self._workers[number] = pipe
+        self._named[pipe.name(number)] = pipe.read
         try:
             # For nothing but the end of the last writer, which is told of unasked.
             self._loop.watch(pipe.read, lambda: self._left(number), 0)
@@ -301,7 +307,7 @@ class Relaying:
         if _waiting(pipe.read):
             self._look_later(number)
             return
-        del self._workers[number]
+        del self._workers[number], self._named[pipe.name(number)]
         try:
             self._written.unregister(pipe.read)
         except FileNotFoundError:

@@ -661,6 +661,8 @@ class Socket:
             self._file.room = max(6, -(-2 * value // CHARGE))
 
     def getsockopt(self, level: int, option: int) -> int:
+        if isinstance(self._file, Listening):
+            return 0
         assert isinstance(self._file, End)
         return self._file.room * CHARGE
 

@@ -196,6 +196,7 @@ class Output:
     def __init__(self, loop: Loop, chance: Callable[[], float]) -> None:
         self._loop = loop
         self._chance = chance
+        self.named = door.Named()
 
     def mark(self) -> int:
         return 0

@@ -237,6 +237,28 @@ def _overlap(one: str, other: str) -> bool:
 def _bind_one(
     listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
 ) -> Bound:
+    sock = _made(listen, family)
+    try:
+        if port:
+            sock.bind((host, port))
+        else:
+            # By its number: one that was bound as port 0 comes back on another when somebody shuts
+            # it down and it listens again.  As long as neither listens both may have it.
+            with _made(listen, family) as chooser:
+                chooser.bind((host, 0))
+                port = chooser.getsockname()[1]
+                sock.bind((host, port))
+        if backlog is not None:
+            twin.prepare(sock)
+            sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return Bound(sock, ListenerSettings(_canonical(family, host, port)))
+
+
+def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
+    """Return a socket with the options that were asked for, not bound yet.  Raises OSError."""
     options = listen.options
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -253,15 +275,10 @@ def _bind_one(
             seconds = int(options["defer_accept"])
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
         sock.setblocking(False)
-        sock.bind((host, port))
-        if backlog is not None:
-            twin.prepare(sock)
-            sock.listen(backlog)
-        chosen = sock.getsockname()[1]
     except BaseException:
         sock.close()
         raise
-    return Bound(sock, ListenerSettings(_canonical(family, host, chosen)))
+    return sock
 
 
 def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:

@@ -14,7 +14,7 @@ import stat
 from . import holder
 from .address import Listen, gid_of, uid_of
 from .errors import SystemRefused
-from .folder import locked
+from .folder import give, locked
 from .settings import ListenerSettings
 
 #: Of linux/fcntl.h.
@@ -81,23 +81,11 @@ def _bind_path(
 
 
 def _give(path: str, listen: Listen) -> os.stat_result:
-    """Give a socket file to the user and group that were asked for; return what it is.
-
-    By a descriptor: who may write the folder could put another file in its place meanwhile.
-    """
+    """Give a socket file to the user and group that were asked for; return what it is."""
     user, group = listen.options.get("user"), listen.options.get("group")
     uid = -1 if user is None else uid_of(listen.text, user)
     gid = -1 if group is None else gid_of(listen.text, group)
-    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
-            raise OSError(errno.EEXIST, "somebody else has put a file there")
-        if (uid, gid) != (-1, -1):
-            _chown(fd, uid, gid)
-        return found
-    finally:
-        os.close(fd)
+    return give(path, uid, gid, _chown)
 
 
 def _chown(fd: int, uid: int, gid: int) -> None:

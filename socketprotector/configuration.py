@@ -20,7 +20,7 @@ from .log import Log
 from .loop import Loop
 from .reader import Answer, Reader
 from .records import Snapshot
-from .settings import Settings, dump, load
+from .settings import ListenerSettings, Settings, dump, load
 from .sides import Sides
 
 
@@ -116,6 +116,13 @@ class Configuration:
                 self.forget()
         self._remove_listeners()
 
+    def bound_anew(self, listener: Listener) -> None:
+        """A listener has another socket file, which is to be removed at the end."""
+        index, its = listener.index, listener.settings
+        self.settings = _with_file(self.settings, index, its)
+        self._coming = _with_file(self._coming, index, its) if self._coming else None
+        self._changed = True
+
     # -- inside ------------------------------------------------------------------
 
     def _were_read(self, answer: Answer) -> None:
@@ -161,3 +168,10 @@ class Configuration:
                 to = self._homes[max(served)].channel if served else None
                 self._log.write("info", "listener-removed", address=listener.settings.address)
                 self._forwarder.remove(listener, to)
+
+
+def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:
+    found = list(settings.listeners)
+    if index < len(found):
+        found[index] = replace(found[index], device=its.device, inode=its.inode)
+    return settings.listening(tuple(found))

@@ -27,6 +27,7 @@ from .events import (
     Exit,
     ForgetSettings,
     Hold,
+    ListenersLost,
     News,
     Open,
     OpenFailed,
@@ -143,6 +144,7 @@ class Effects:
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
             held=held,
+            dead=lambda listener: self.sides.mend(listener, 0),
             accepts=settings.handoff != LISTENER,
         )
         self.sides = Sides(
@@ -151,6 +153,8 @@ class Effects:
             log=log,
             parted=lambda number: post(Parted(number)),
             stranded=lambda: post(Stranded()),
+            bound=self._bound_anew,
+            lost=self._listener_lost,
         )
         self.configuration = Configuration(
             settings,
@@ -206,6 +210,7 @@ class Effects:
             case ForgetSettings():
                 self.configuration.forget()
             case CloseListeners(quick):
+                self.sides.end()
                 self.forwarder.close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -257,6 +262,7 @@ class Effects:
             settings_used=used,
             side=self.sides.current,
             nonblocking=self._note_flags(),
+            unserved=tuple(self.sides.unserved),
         )
 
     def _note_flags(self) -> tuple[int, ...]:
@@ -312,6 +318,7 @@ class Effects:
         channels = door.under(descriptors, door.CHANNEL)
         self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
         self.sides.current = snapshot.side
+        self.sides.unserved = frozenset(snapshot.unserved)
         broken: list[Event] = []
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):
@@ -324,7 +331,7 @@ class Effects:
             if record.ended:
                 continue
             if record.program.handoff == LISTENER:
-                self.sides.enter(record.number, record.side)
+                self.sides.adopt(record.number, record.side)
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:
@@ -480,6 +487,19 @@ class Effects:
         since = generation.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
 
+    def _bound_anew(self, listener: Listener) -> None:
+        self.configuration.bound_anew(listener)
+        self._held()
+
+    def _listener_lost(self, listener: Listener, reason: str) -> None:
+        """Nobody can come by a listener any more; if by none, whoever supervises us must act."""
+        address = listener.settings.address
+        hint = "a worker has shut it down; a restart is needed to have it again"
+        self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
+        self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
+        if all(each.lost for each in self.forwarder.listeners):
+            self._post(ListenersLost())
+
     def _trouble(self, call: str, error: OSError) -> None:
         self._log.write(
             "error", "scarce", call=call, error=error.strerror, hint="accepting again by a timer"
@@ -550,16 +570,18 @@ class Effects:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._launcher.failure = report.reason
             case News.STOPPING:
-                self._say_stopping()
+                self._say_stopping(first_line)
 
     def _stop_running(self) -> None:
         self._loop.running = False
 
     def _say_stopping(self) -> None:
+    def _say_stopping(self, reason: str = "") -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
         policy = self.configuration.settings.policy
+        status = f"stopping: {reason}" if reason else "stopping"
         usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
-        self._systemd.send(STOPPING="1", STATUS="stopping", EXTEND_TIMEOUT_USEC=str(usec))
+        self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=str(usec))
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""

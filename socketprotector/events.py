@@ -146,6 +146,11 @@ class Stranded:
 
 
 @dataclass(frozen=True, slots=True)
+class ListenersLost:
+    """Somebody has shut down the last listener, and none can be had in its place."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChannelBroken:
     """A worker shut down the channel that all of its generation share."""
 
@@ -203,6 +208,7 @@ Event = (
     | OpenFailed
     | Parted
     | Stranded
+    | ListenersLost
     | ChannelBroken
     | TimeExtended
     | BacklogEmptied

@@ -12,8 +12,9 @@ import errno
 import fcntl
 import os
 import select
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 #: It is held for some system calls; who holds it for so long is no program of ours.
@@ -22,20 +23,20 @@ _LOOK_AGAIN_MS = 5
 
 
 @contextmanager
-def locked(path: str) -> Iterator[None]:
+def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
     """Hold the lock of the folder that `path` is in.
 
-    Raises OSError, EBUSY when another program keeps the folder locked.
+    Raises OSError, EBUSY when another program keeps the folder locked for so long.
     """
     folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        until = time.monotonic() + _LOCK_S
+        until = time.monotonic() + patience_s
         while True:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > until:
+                if time.monotonic() >= until:
                     raise OSError(
                         errno.EBUSY, "another program keeps the folder locked", path
                     ) from None
@@ -43,3 +44,21 @@ def locked(path: str) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
+    """Give a socket file that we have just made to a user and group (-1: as it is).
+
+    Returns what it is.  By a descriptor: who may write the folder could put another file in its
+    place meanwhile.  Raises OSError.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISSOCK(found.st_mode) or found.st_nlink > 1 or found.st_uid != os.geteuid():
+            raise OSError(errno.EEXIST, "somebody else has put a file there")
+        if (uid, gid) != (-1, -1):
+            chown(fd, uid, gid)
+        return found
+    finally:
+        os.close(fd)

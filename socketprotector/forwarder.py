@@ -66,6 +66,7 @@ class Forwarder:
         emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
         held: Callable[[], bool],
+        dead: Callable[[Listener], None],
         accepts: bool = True,
     ) -> None:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
@@ -73,6 +74,7 @@ class Forwarder:
         broken: the route's channel was shut down.  emptied: a graceful close is over.
         trouble: an error that holds the path up, told once each time it begins.
         held: what is in our hands has changed; returns whether that is written down.
+        dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
         """
         self._loop = loop
         self._listeners = list(listeners)
@@ -80,6 +82,7 @@ class Forwarder:
         self._emptied = emptied
         self._trouble = trouble
         self._held = held
+        self._dead = dead
         self._accepts = accepts
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
@@ -215,7 +218,8 @@ class Forwarder:
     @property
     def _awaited(self) -> list[Listener]:
         """The listeners from which somebody may still be accepted."""
-        return [each for each in self._listeners if not (self._closing and each.settings.foreign)]
+        foreign = [each for each in self._listeners if self._closing and each.settings.foreign]
+        return [each for each in self._listeners if each not in foreign and not each.lost]
 
     def close(self) -> None:
         """Close everything, with what could not be delivered (counted in `lost`)."""
@@ -257,9 +261,7 @@ class Forwarder:
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
         listeners = (*self._listeners, *(each.listener for each in self._emptying))
-        found = {f"{door.LISTENER}{each.index}": each.fileno() for each in listeners}
-        pairs = [(each.index, each.second) for each in listeners]
-        found |= {f"{door.TWIN}{n}": each.fileno() for n, each in pairs if each is not None}
+        found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         if self._in_hand is not None:
             found[f"{door.HAND}{self.hands}"] = self._in_hand[1]
         return found
@@ -519,11 +521,23 @@ class Forwarder:
         if error.errno in AGAIN:
             if listener.always_readable:  # shut down for a stop, and empty for the moment
                 self._loop.unwatch(listener.fileno())
+            elif listener.hangs_up:
+                self._is_shut(listener)
+        elif error.errno == errno.EINVAL:
+            self._is_shut(listener)
         else:
             # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has
             # thought of it: no reason to let go of the listeners.  The socket stays readable,
             # so only a timer helps.
             self._scarce("accept", error)
+
+    def _is_shut(self, listener: Listener) -> None:
+        """Somebody has shut a listener down, who is not us."""
+        self._loop.unwatch(listener.fileno())
+        self._accepting.pop(listener.fileno(), None)
+        if not self._closing:
+            self._dead(listener)
+            self._go_on()
 
     def _send_failed(self, error: OSError) -> None:
         """Decide what the connection in hand waits for."""

@@ -28,6 +28,7 @@ from .events import (
     HoldRequested,
     KillRequested,
     Launched,
+    ListenersLost,
     OpenFailed,
     Part,
     Parted,
@@ -104,6 +105,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.channel_broken(step, number, served_s)
         case TimeExtended(number, seconds):
             workers.time_extended(step, number, seconds)
+        case ListenersLost():
+            stop.listeners_lost(step)
         case BacklogEmptied():
             stop.backlog_emptied(step)
         case SettingsRead(policy, wanted):

@@ -11,9 +11,12 @@ import errno
 import os
 import select
 import socket
+from dataclasses import replace
 
-from . import twin
+from . import door, twin
+from .folder import give, locked
 from .settings import ListenerSettings
+from .unheard import listening
 
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
@@ -47,11 +50,13 @@ class Listener:
         *,
         shared: bool = False,
         second: int = -1,
+        again: tuple[int, int] = (0, 0),
     ) -> None:
         """Adopt a bound, listening descriptor.  `index` is for life.
 
         shared: workers have it too, and accept from it: then it is theirs to the end.  second:
         another one for the same address (twin.py), so that two generations have one each.
+        again: how often each of the two was bound anew, which is part of its name.
         """
         self.socket = socket.socket(fileno=fd)
         self.second = socket.socket(fileno=second) if second >= 0 else None
@@ -62,6 +67,11 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
+        self._again = list(again)
+        self._backlog = settings.backlog or socket.SOMAXCONN
+        self._last = 1  # which one was the last to listen, as far as we know
+        #: Nobody can come by it any more: it was shut down, and cannot be had anew.
+        self.lost = False
         #: It tells of clients whether there are any or not, so nobody should wait for it.
         self.always_readable = False
 
@@ -85,6 +95,155 @@ class Listener:
     def listens(self) -> bool:
         """Whether it was not shut down yet."""
         return bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
+        kinds = zip((door.LISTENER, door.TWIN), self.sockets, self._again, strict=False)
+        return {
+            f"{kind}{self.index}{f'.{again}' if again else ''}": each.fileno()
+            for kind, each, again in kinds
+        }
+
+    # -- one that somebody has shut down ---------------------------------------------
+
+    def is_alive(self, side: int = 0) -> bool:
+        """Whether clients can come to a socket, where it was bound."""
+        one = self.of_side(side)
+        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        if one.family == socket.AF_UNIX:
+            return not _events(one) & (select.POLLRDHUP | select.POLLHUP)
+        return bool(one.getsockname()[1] == _bound_to(self.settings.address)[1])
+
+    @property
+    def hangs_up(self) -> bool:
+        """Whether it is a UNIX one that was shut down: readable for ever, and nobody is there."""
+        return self.socket.family == socket.AF_UNIX and not self.is_alive()
+
+    def note(self) -> None:
+        """Remember how many may wait: a worker that listens says it, and so should we then."""
+        if self.socket.family != socket.AF_UNIX and self.is_alive():
+            try:
+                self._backlog = twin.backlog(self.socket)
+            except OSError:
+                pass  # the one before will do
+
+    def listen_again(self, side: int) -> bool:
+        """Have a socket listen again that somebody has shut down; False where it does not.
+
+        That of a UNIX address says that it does, and refuses whoever connects; one that was bound
+        as port 0 comes back on another port.
+        """
+        one = self.of_side(side)
+        if one.family == socket.AF_UNIX:
+            return False
+        try:
+            if self.second is not None and self.is_alive(1 - side):
+                twin.steer(self.of_side(1 - side), 0)  # so that nobody comes here unasked
+            one.listen(self._backlog)
+        except OSError:
+            return False
+        self._last = side % 2
+        if not self.is_alive(side):
+            _shut_down(one)
+            return False
+        return True
+
+    def bind_anew(self, side: int) -> None:
+        """Have another socket in the place of one that is of no use any more.  Raises OSError.
+
+        Workers that have that one do not have this one.
+        """
+        if self.settings.foreign:
+            raise OSError(errno.EPERM, "it was passed in, and is not ours")
+        number = side % len(self.sockets)
+        one, other = self.of_side(side), self.of_side(1 - side)
+        if one.family == socket.AF_UNIX:
+            made = self._bind_path()
+        else:
+            _shut_down(one)  # else it would go on in the group as long as anybody has a copy
+            if other is one:
+                made = twin.again(one, _bound_to(self.settings.address), self._backlog)
+            else:
+                second = twin.make(other)
+                if second is None:
+                    raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
+                made = second
+                self._last = side % 2
+        made.setblocking(os.get_blocking(one.fileno()))
+        _shut_down(one)
+        one.close()
+        if number:
+            self.second = made
+        else:
+            self.socket = made
+        self._again[number] += 1
+
+    def go_on_without(self, side: int) -> None:
+        """Have the other socket alone, for both sides."""
+        assert self.second is not None
+        one, other = self.of_side(side), self.of_side(1 - side)
+        _shut_down(one)
+        one.close()
+        if other is self.second:
+            self.socket = other
+            self._again[0] += 1
+        self.second = None
+
+    def steer(self, side: int) -> None:
+        """Have new clients come to the socket of a side.  Raises OSError."""
+        place, failed = self._place(side), OSError(errno.ENOTCONN, "it does not listen")
+        for number in (0, 1):  # a worker may have locked the filters of its own
+            if self.is_alive(number):
+                try:
+                    twin.steer(self.of_side(number), place)
+                except OSError as error:
+                    failed = error
+                else:
+                    return
+        raise failed
+
+    def _place(self, side: int) -> int:
+        """Return where a socket stands in the group."""
+        inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
+        try:
+            family, port = self.socket.family, _bound_to(self.settings.address)[1]
+            ours = [each for each in listening(family, port) if each in inodes]
+        except OSError:
+            ours = inodes if self._last else inodes[::-1]  # sock_diag is not there
+        wanted = inodes[side % 2]
+        return ours.index(wanted) if wanted in ours else 0
+
+    def _bind_path(self) -> socket.socket:
+        """Bind a socket file in the place of ours.  Raises OSError."""
+        path = self.settings.address.removeprefix("unix:")
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if not self.settings.inode:
+                made.bind("\0" + path[1:])  # which fails as long as anybody has the old one
+                made.listen(self._backlog)
+                return made
+            with locked(path, 0.0):
+                old = os.lstat(path)
+                if (old.st_dev, old.st_ino) != (self.settings.device, self.settings.inode):
+                    raise OSError(errno.EEXIST, "somebody has put another file in its place")
+                os.unlink(path)
+                before = os.umask(0o777 & ~old.st_mode)
+                try:
+                    made.bind(path)
+                finally:
+                    os.umask(before)
+                uid = -1 if old.st_uid == os.geteuid() else old.st_uid
+                gid = -1 if old.st_gid == os.lstat(path).st_gid else old.st_gid
+                found = give(path, uid, gid, _chown)
+                made.listen(self._backlog)
+        except BaseException:
+            made.close()
+            raise
+        self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
+        return made
+
+    # -- the end -------------------------------------------------------------------
 
     def claim(self) -> None:
         """Listen once more: clients of a UNIX socket see the pid and user of who did it last."""
@@ -128,10 +287,9 @@ class Listener:
 
     def has_waiting(self, side: int | None = None) -> bool:
         """Whether somebody has connected and was not accepted yet; side: only there."""
-        poll = select.poll()
-        for each in self.sockets if side is None else (self.of_side(side),):
-            poll.register(each, select.POLLIN)
-        return bool(poll.poll(0))
+        # One that was shut down is no client: it hangs up, and a UNIX one is readable, too.
+        asked = self.sockets if side is None else (self.of_side(side),)
+        return any(_events(each) == select.POLLIN for each in asked)
 
     def _remove_file(self) -> None:
         """Remove the socket file unless somebody has put another in its place."""
@@ -144,3 +302,26 @@ class Listener:
                 os.unlink(path)
         except OSError:
             pass  # removed already, or the folder is no longer ours: said at start
+
+
+def _events(one: socket.socket) -> int:
+    poll = select.poll()
+    poll.register(one, select.POLLIN | select.POLLRDHUP)
+    found = poll.poll(0)
+    return found[0][1] if found else 0
+
+
+def _bound_to(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _chown(fd: int, uid: int, gid: int) -> None:
+    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # ctypes, which needs no /proc, costs memory
+
+
+def _shut_down(one: socket.socket) -> None:
+    try:
+        one.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is already

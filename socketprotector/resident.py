@@ -128,25 +128,7 @@ class _Resident:
         self.launcher = Launcher(
             descriptors.get(door.LAUNCHER), descriptors.get(door.TERMINAL), self.pid
         )
-        self.listeners = [
-            Listener(
-                descriptors[f"{door.LISTENER}{index}"],
-                index,
-                each,
-                shared=settings.handoff == handoff.LISTENER,
-                second=descriptors.get(f"{door.TWIN}{index}", -1),
-            )
-            for index, each in enumerate(listeners)
-            if f"{door.LISTENER}{index}" in descriptors  # else it was closed already
-        ]
-        held = {str(each.index) for each in self.listeners}
-        for kind in (door.LISTENER, door.TWIN):
-            for name in door.under(descriptors, kind):
-                if name not in held:  # of a reload that never came to be, or half closed
-                    os.close(descriptors[f"{kind}{name}"])
-        for each in [each for each in self.listeners if not each.listens]:
-            self.listeners.remove(each)  # an earlier program was about to close it
-            each.close()
+        self.listeners = _listeners(descriptors, listeners, settings.handoff == handoff.LISTENER)
         self.line = socket.socket(fileno=descriptors[door.GUARD]) if guarded else None
         self.guard = Outbox(self._later, self.line)
         self.manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
@@ -448,6 +430,44 @@ def _held(descriptors: dict[str, int]) -> tuple[Settings, Sequence[ListenerSetti
     if snapshot is not None and snapshot.coming:
         return settings, load(snapshot.coming.encode()).listeners
     return settings, settings.listeners
+
+
+def _listeners(
+    descriptors: dict[str, int], settings: Sequence[ListenerSettings], shared: bool
+) -> list[Listener]:
+    """Adopt the listeners that there are; what belongs to none of them is closed.
+
+    It is of a reload that never came to be, or half closed.
+    """
+    found = {kind: door.under(descriptors, kind) for kind in (door.LISTENER, door.TWIN)}
+    newest = {
+        kind: {key: max(map(_count, each)) for key, each in found[kind].items()} for kind in found
+    }
+    made = []
+    for index, each in enumerate(settings):
+        key = str(index)
+        if key in found[door.LISTENER]:  # else it was closed already
+            again = newest[door.LISTENER][key], newest[door.TWIN].get(key, 0)
+            first = found[door.LISTENER][key].pop(_name(again[0]))
+            second = found[door.TWIN].get(key, {}).pop(_name(again[1]), -1)
+            made.append(Listener(first, index, each, shared=shared, second=second, again=again))
+    for kind in found.values():
+        for left in kind.values():
+            for fd in left.values():
+                os.close(fd)
+    ours = [each for each in made if not shared and not each.settings.foreign]
+    for listener in [each for each in ours if not each.listens]:
+        made.remove(listener)  # an earlier program was about to close it
+        listener.close()
+    return made
+
+
+def _count(name: str) -> int:
+    return int(name or 0)
+
+
+def _name(count: int) -> str:
+    return str(count) if count else ""
 
 
 def _name_process() -> None:

@@ -6,18 +6,23 @@ before can accept in peace who had come to it, and read what they have to say, b
 to finish: it gets nobody new whom it would take in and then close.
 
 A listener without a second socket is common to both, as everywhere else.
+
+Whoever has a socket can shut it down, for all who have it.  It listens again then, or another one
+is bound in its place, for which there must be another generation.
 """
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from . import twin
 from .listener import Listener
 from .log import Log
-from .loop import Loop
+from .loop import READ, SHUT, Loop
 from .unheard import unheard
 
 _LOOK_S = 0.1
@@ -35,6 +40,10 @@ FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
 _RESCUE = "sides-rescue"
+_MEND = "sides-mend"
+_MEND_AGAIN_S = 0.1
+#: Another socket cannot be had now, and can be later.
+_LATER = frozenset({errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 @dataclass(slots=True)
@@ -58,17 +67,25 @@ class Sides:
         log: Log,
         parted: Callable[[int], None],
         stranded: Callable[[], None],
+        bound: Callable[[Listener], None],
+        lost: Callable[[Listener, str], None],
     ) -> None:
         """listeners: those that there are; their owner's.
 
         parted: a generation has accepted and read who came to it.
-        stranded: clients wait where nobody accepts.
+        stranded: clients wait, or will, where nobody accepts.
+        bound: a listener has another socket.  lost: one has none any more, and why.
         """
         self._listeners = listeners
         self._loop = loop
         self._log = log
         self._parted = parted
         self._stranded = stranded
+        self._bound = bound
+        self._lost = lost
+        self._ended = False
+        #: Sockets, by listener and 0 or 1, that generations which accept there do not have.
+        self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> side
         self._parting: dict[int, _Parting] = {}
@@ -84,8 +101,16 @@ class Sides:
         """The side that the next generation gets."""
         return 1 - self.current if self.current in self._accepting.values() else self.current
 
+    def adopt(self, generation: int, side: int) -> None:
+        """The workers of a generation have accepted there under an earlier program."""
+        self._accepting[generation] = side
+        self._watch()
+
     def enter(self, generation: int, side: int) -> None:
-        """The workers of a generation accept there from now on."""
+        """The workers of a generation, which are yet to be started, accept there."""
+        for each in self._shared:
+            self._make_ready(each, side)
+            self.unserved -= {(each.index, side % len(each.sockets))}
         self._accepting[generation] = side
         self._watch()
 
@@ -100,7 +125,7 @@ class Sides:
         """Have those who connect to a new listener come to the generation that is to know it."""
         try:
             if listener.second is not None:
-                twin.steer(listener.socket, self.free)
+                listener.steer(self.free)
         except OSError:
             pass  # it is tried again when that generation has its turn
 
@@ -119,6 +144,15 @@ class Sides:
         self._unheard = self._ask()  # and whoever has come to the other side just now
         self._look(generation)
 
+    def end(self) -> None:
+        """The listeners are about to be closed: what is shut down now may stay so."""
+        self._ended = True
+        for each in self._shared:
+            for one in each.sockets:
+                self._loop.unwatch(one.fileno())
+        self._loop.cancel(_RESCUE)
+        self._loop.cancel(_MEND)
+
     # -- whose turn it is --------------------------------------------------------
 
     @property
@@ -129,7 +163,7 @@ class Sides:
         """Tell the kernel; until it is told they come to the other side, which goes on."""
         try:
             for each in self._pairs:
-                twin.steer(each.socket, self.current)
+                each.steer(self.current)
         except OSError as error:
             if self._steered:
                 self._log.write("error", "not-steered", error=error.strerror)
@@ -181,29 +215,104 @@ class Sides:
         self._asking_s = time.monotonic() - began
         return found
 
+    # -- a socket that was shut down ---------------------------------------------------
+
+    @property
+    def _shared(self) -> list[Listener]:
+        return [each for each in self._listeners() if each.shared and not each.lost]
+
+    def mend(self, listener: Listener, side: int) -> None:
+        """Have a socket that somebody has shut down listen again, or another one in its place."""
+        if self._ended or listener.lost:
+            return
+        self._loop.unwatch(listener.of_side(side).fileno())
+        if listener.listen_again(side):
+            self._log.write("warning", "listens-again", listen=listener.settings.address)
+            self._steer()
+        else:
+            self._replace(listener, side)
+        # Somebody who does it again and again does not keep us busy.
+        self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
+
+    def _make_ready(self, listener: Listener, side: int) -> None:
+        """Have no generation begin with what an earlier one has done to a socket."""
+        if not listener.is_alive(side):
+            self.mend(listener, side)
+        elif listener.second is not None and side not in self._accepting.values():
+            try:
+                twin.detach(listener.of_side(side))
+            except OSError:  # locked, and so it stays
+                self._loop.unwatch(listener.of_side(side).fileno())
+                self._replace(listener, side)
+
+    def _replace(self, listener: Listener, side: int) -> None:
+        address = listener.settings.address
+        served = listener.second is None or side in self._accepting.values()
+        try:
+            listener.bind_anew(side)
+        except OSError as error:
+            if error.errno in _LATER:
+                return
+            if listener.second is None:
+                listener.lost = True
+                self._lost(listener, error.strerror or str(error))
+                return
+            listener.go_on_without(side)
+        self._log.write("warning", "bound-anew", listen=address)
+        self._steer()
+        served = served and bool(self._accepting)
+        if served:
+            self.unserved |= {(listener.index, side % len(listener.sockets))}
+        self._bound(listener)
+        if served:
+            self._stranded()
+
     # -- where nobody accepts --------------------------------------------------------
 
-    def _watch(self) -> None:
-        """Be told of whoever comes, or still waits, where nobody accepts."""
+    def _in_vain(self) -> list[tuple[Listener, int]]:
+        """Return the sockets at which clients would wait for nobody."""
         other = 1 - self.current
-        for each in self._pairs:
-            self._loop.unwatch(each.of_side(0).fileno())
-            self._loop.unwatch(each.of_side(1).fileno())
         # As long as nobody accepts at all they wait for who is to come.
-        if not self._accepting or other in self._accepting.values():
+        idle = bool(self._accepting) and other not in self._accepting.values()
+        return [
+            (each, number)
+            for each in self._shared
+            for number in range(len(each.sockets))
+            if (each.index, number) in self.unserved
+            or (idle and each.second is not None and number == other)
+        ]
+
+    def _watch(self) -> None:
+        """Be told of what is shut down; and of whoever comes, or still waits, in vain."""
+        if self._ended:
+            return
+        in_vain = self._in_vain()
+        if not in_vain:
             self._loop.cancel(_RESCUE)
-        elif self._loop.due(_RESCUE) is None:
-            try:
-                for each in self._pairs:
-                    self._loop.watch(each.of_side(other).fileno(), self._somebody_waits)
-            except OSError:  # of epoll: no memory
+        elif self._loop.due(_RESCUE) is not None:
+            in_vain = []
+        try:
+            for each in self._shared:
+                each.note()
+                for number, one in enumerate(each.sockets):
+                    self._loop.unwatch(one.fileno())
+                    events = SHUT | READ if (each, number) in in_vain else SHUT
+                    self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
+        except OSError:  # of epoll: no memory
+            self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
+            if in_vain:
                 self._somebody_waits()
+
+    def _look_at(self, listener: Listener, number: int) -> None:
+        if not listener.is_alive(number):
+            self.mend(listener, number)
+        elif (listener, number) in self._in_vain():
+            self._somebody_waits()
 
     def _somebody_waits(self) -> None:
         """Look again later: one that was told to finish may still accept him."""
-        other = 1 - self.current
-        for each in self._pairs:
-            self._loop.unwatch(each.of_side(other).fileno())
+        for each, number in self._in_vain():
+            self._loop.unwatch(each.of_side(number).fileno())
         now = time.monotonic()
         if now - self._rescued_at > LAST_RESCUE_S:
             self._rescue_s = FIRST_RESCUE_S
@@ -211,8 +320,7 @@ class Sides:
         self._loop.call_after(_RESCUE, delay_s, self._rescue)
 
     def _rescue(self) -> None:
-        other = 1 - self.current
-        waiting = [each for each in self._pairs if each.has_waiting(other)]
+        waiting = [each for each, number in self._in_vain() if each.has_waiting(number)]
         if waiting:
             addresses = " ".join(each.settings.address for each in waiting)
             self._log.write("warning", "stranded", listen=addresses)

@@ -12,6 +12,9 @@ from .events import CloseListeners, Exit, Hold, News, Report, RouteTo, Wait
 from .fleet import Phase, Stop
 from .step import Step
 
+#: The exit status of a stop because nobody could connect any more (errors.SystemRefused).
+LISTENERS_LOST = 111
+
 
 def stop_requested(step: Step, quick: bool) -> None:
     if step.fleet.stopping:
@@ -40,6 +43,15 @@ def _stop_gracefully(step: Step) -> None:
         step.close_listeners()
     if step.fleet.generations:
         step.start(Wait.STOP, 0, step.fleet.policy.stop_timeout_s)
+
+
+def listeners_lost(step: Step) -> None:
+    """Nobody can come any more: end, as failed, so that whoever supervises us starts us anew."""
+    if step.fleet.stopping:
+        return
+    step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)
+    step.do(Report(News.STOPPING, reason="no listener is left"))
+    _stop_gracefully(step)
 
 
 def backlog_emptied(step: Step) -> None:

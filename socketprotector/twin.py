@@ -7,8 +7,10 @@ kernel asks it for each client that begins to connect.
 The first one is bound without SO_REUSEPORT, so that a port that somebody else has is refused as
 ever, and nobody who asks for the port later without it gets in.
 
-Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() in
-net/core/sock_reuseport.c: places are given in the order of listen(2).
+A socket that was shut down has left the group; when it listens again it stands last.
+
+Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() and
+reuseport_detach_sock() in net/core/sock_reuseport.c.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import struct
 from collections.abc import Sequence
 
 _SO_ATTACH_FILTER = 26
+_SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_BINDTOIFINDEX = 62
 #: No network device ever has this number.
@@ -104,8 +107,7 @@ def make(first: socket.socket) -> socket.socket | None:
         # From listen() on the kernel gives it every other client, until the group is steered:
         # that of the first one is from before it listened, see prepare().
         _steer_if_can(first)
-        info = first.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
-        second.listen(_BACKLOG.unpack(info)[0])
+        second.listen(backlog(first))
         steer(first, 0)
     except BaseException:
         second.close()
@@ -113,10 +115,39 @@ def make(first: socket.socket) -> socket.socket | None:
     return second
 
 
-def steer(first: socket.socket, place: int) -> None:
-    """Have those who connect from now on come to the first (0) or second (1) one.  Raises OSError.
+def backlog(listening: socket.socket) -> int:
+    """Return how many may wait to be accepted: who listened last has said it.  Raises OSError."""
+    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
+    found: int = _BACKLOG.unpack(info)[0]
+    return found
 
-    Handshakes that are under way finish where they began.
+
+def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
+    """Return another one for an address, in the place of one that is dead.  Raises OSError."""
+    made = socket.socket(one.family, socket.SOCK_STREAM)
+    try:
+        _copy(one, made)
+        made.bind(address)
+        made.listen(backlog)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def detach(listening: socket.socket) -> None:
+    """Take away a filter that somebody has attached.  Raises OSError where it is locked."""
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    except FileNotFoundError:
+        pass  # there is none
+
+
+def steer(first: socket.socket, place: int) -> None:
+    """Have those who connect from now on come to the one in a place of the group, from 0 on.
+
+    Places are in the order of listen(2), until one leaves: then the last one takes its place.
+    Handshakes that are under way finish where they began.  Raises OSError.
     """
     _attach(first, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, place),))
 

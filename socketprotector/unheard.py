@@ -1,22 +1,25 @@
-"""Clients that no server has heard yet: asked of the kernel, for nobody else knows.
+"""What the kernel alone knows of a port: who has not been heard, and in which order one listened.
 
-Their handshake is under way, or they have connected and said nothing, or nobody has read it.
+A client has not been heard whose handshake is under way, who has connected and said nothing, or
+whose words nobody has read.
 
 Only for this process's network namespace.
 
-Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/tcp.h.
+Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/tcp.h; __inet_hash() in
+net/ipv4/inet_hashtables.c for the order.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Callable, Iterator
 
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
 _DONE, _ERROR = 3, 2
 _REQUEST_AND_DUMP = 0x301
-_ESTABLISHED, _SYN_RECV, _CLOSE_WAIT = 1, 3, 8
+_ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 _INFO = 2  # the attribute that holds a tcp_info, and the bit that asks for it is one less
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
@@ -41,23 +44,44 @@ def unheard(family: int, port: int) -> dict[bytes, bool]:
     family: AF_INET, or AF_INET6 with IPv4 in it where the socket takes both.  Raises OSError
     where it cannot be asked.
     """
-    nobody = bytes(16)
-    asked = _ASKED.pack(
-        *(family, socket.IPPROTO_TCP, 1 << _INFO - 1, 0, _STATES),
-        *(port.to_bytes(2, "big"), bytes(2), nobody, nobody, 0, _NO_COOKIE),
-    )
-    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, _REQUEST_AND_DUMP, 1, 0)
     found: dict[bytes, bool] = {}
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
-        # The kernel has answered when it was asked: nobody ever waits.
-        ask.send(header + asked, socket.MSG_DONTWAIT)
-        while _take(ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT), found):
-            pass
+    _ask(family, port, _STATES, 1 << _INFO - 1, lambda data: _take(data, found))
     return found
 
 
-def _take(data: bytes, found: dict[bytes, bool]) -> bool:
-    """Read one answer; False after the last.  Raises OSError for a refusal."""
+def listening(family: int, port: int) -> list[int]:
+    """Return the inodes of the sockets that listen on a port, who began last at the end.
+
+    Raises OSError where it cannot be asked.
+    """
+    found: list[int] = []
+    _ask(family, port, 1 << _LISTEN, 0, lambda data: _take_listening(data, found))
+    # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
+    return found if family == socket.AF_INET6 else found[::-1]
+
+
+def _ask(
+    family: int, port: int, states: int, attributes: int, take: Callable[[bytes], bool]
+) -> None:
+    """Ask for the sockets of a port; `take` says whether more is to come.  Raises OSError."""
+    nobody = bytes(16)
+    asked = _ASKED.pack(
+        *(family, socket.IPPROTO_TCP, attributes, 0, states),
+        *(port.to_bytes(2, "big"), bytes(2), nobody, nobody, 0, _NO_COOKIE),
+    )
+    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, _REQUEST_AND_DUMP, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
+        # The kernel has answered when it was asked: nobody ever waits.
+        ask.send(header + asked, socket.MSG_DONTWAIT)
+        while take(ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)):
+            pass
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where each socket's part of an answer begins and ends; (0, 0) after the last one.
+
+    Raises OSError for a refusal.
+    """
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_ = _HEADER.unpack_from(data, at)
@@ -65,15 +89,32 @@ def _take(data: bytes, found: dict[bytes, bool]) -> bool:
         if kind == _ERROR:
             raise OSError(-struct.unpack_from("=i", data, body)[0], "the kernel does not tell")
         if kind == _DONE or length < _HEADER.size:
+            yield 0, 0
+            return
+        yield body, at + length
+        at += (length + 3) & ~3
+
+
+def _take_listening(data: bytes, found: list[int]) -> bool:
+    for body, _ in _messages(data):
+        if not body:
+            return False
+        found.append(_TOLD.unpack_from(data, body)[-1])
+    return bool(data)
+
+
+def _take(data: bytes, found: dict[bytes, bool]) -> bool:
+    """Read one answer; False after the last."""
+    for body, end in _messages(data):
+        if not body:
             return False
         _, state, _, _, _, port, _, address, _, _, _, unread, *_ = _TOLD.unpack_from(data, body)
         if state == _SYN_RECV:
             found[port + address] = False
         else:
-            received = _bytes_received(data, body + _TOLD.size, at + length)
+            received = _bytes_received(data, body + _TOLD.size, end)
             if received is not None and received <= unread:
                 found[port + address] = not unread
-        at += (length + 3) & ~3
     return bool(data)
 
 

@@ -36,6 +36,7 @@ class World:
             emptied=lambda: None,
             trouble=lambda call, error: None,
             held=self._held,
+            dead=lambda listener: None,
         )
         self.old, self.new = self.channel({0, 1}), self.channel({0})
         self.clients: list[socket.socket] = []

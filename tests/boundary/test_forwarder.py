@@ -71,6 +71,7 @@ class FakeListener:
         self.closed = False
         self.settings = ListenerSettings("tcp:127.0.0.1:80")
         self.refuses = True
+        self.lost = self.hangs_up = False
         self.number = 10_000 + index
 
     def fileno(self) -> int:
@@ -215,6 +216,8 @@ class World:
         self.troubles: list[tuple[str, int | None]] = []
         self.channels: list[FakeChannel] = []
         self.hands: list[bytes | None] = []  # what was in hand, each time that changed
+        self.dead: list[int] = []  # listeners that somebody has shut down
+        self.loses = True
         self.on_broken: Callable[[], None] = lambda: None
         self.forwarder = Forwarder(
             cast("Loop", self.loop),
@@ -223,6 +226,7 @@ class World:
             emptied=self._emptied,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
             held=self._held,
+            dead=self._dead,
         )
 
     def _held(self) -> bool:
@@ -232,6 +236,10 @@ class World:
     def _broken(self) -> None:
         self.broken += 1
         self.on_broken()
+
+    def _dead(self, listener: Listener) -> None:
+        self.dead.append(listener.index)
+        listener.lost = self.loses
 
     def _emptied(self) -> None:
         self.emptied += 1
@@ -710,6 +718,47 @@ def test_a_graceful_close_has_an_end_where_new_clients_cannot_be_refused(
 
     assert now > 1000 + LAST_S
     assert world.listeners[0].closed
+
+
+def test_a_listener_that_somebody_has_shut_down_is_told_of_and_not_asked_again(
+    world: World,
+) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].accepts.fail(errno.EINVAL)
+
+    world.loop.wake(world.listeners[0])
+
+    assert (world.dead, world.loop.watched, world.loop.timers) == ([0], {}, {})
+
+
+@pytest.mark.parametrize("how", [errno.EINVAL, errno.EAGAIN], ids=name)
+def test_one_that_listens_again_is_accepted_from_as_before(world: World, how: int) -> None:
+    """A UNIX one finds nobody and hangs up."""
+    world.loses = False
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].hangs_up = True
+    world.listeners[0].accepts.fail(how)
+    world.loop.wake(world.listeners[0])
+    world.listeners[0].hangs_up = False
+    world.listeners[0].backlog.append(1)
+    world.turn()
+
+    assert world.dead == [0]
+    assert channel.taken() == [1]
+
+
+def test_a_graceful_close_does_not_wait_for_one_that_was_shut_down(world: World) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].accepts.fail(errno.EINVAL, times=100)
+    world.forwarder.close_listeners(quick=False)
+    world.loop.wake(world.listeners[0])
+    for _ in range(3):
+        world.loop.pass_time()
+
+    assert (world.emptied, world.dead) == (1, [])
 
 
 def test_a_quick_close_waits_for_nothing(world: World) -> None:

@@ -39,12 +39,14 @@ class World:
         self.loop.watch(self.always, self.end)
         self.parted: list[int] = []
         self.stranded = 0
+        self.bound: list[Listener] = []
+        self.lost: list[Listener] = []
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(module, "unheard", self.ask)
         first = socket.create_server(("127.0.0.1", 0))
         second = twin.make(first)
         assert second is not None
-        settings = ListenerSettings("tcp:127.0.0.1:80")
+        settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
         fds = first.detach(), second.detach()
         self.listener = Listener(fds[0], 0, settings, shared=True, second=fds[1])
         self.listeners = [self.listener]
@@ -55,6 +57,8 @@ class World:
             log=self.log,  # type: ignore[arg-type]
             parted=self.parted.append,
             stranded=self.strand,
+            bound=self.bound.append,
+            lost=lambda listener, why: self.lost.append(listener),
         )
 
     def ask(self, family: int, port: int) -> dict[bytes, bool]:

@@ -43,11 +43,26 @@ class Giver:
         self.given: list[tuple[str, socket.socket]] = []
         self.started: list[Protector] = []
 
-    def tcp(self, name: str, family: int = socket.AF_INET, *, both: bool = False) -> int:
+    def tcp(
+        self,
+        name: str,
+        family: int = socket.AF_INET,
+        *,
+        both: bool = False,
+        bound_by_number: bool = False,
+    ) -> int:
         made = socket.socket(family, socket.SOCK_STREAM)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-        made.bind(("::" if both else "::1" if family == socket.AF_INET6 else "127.0.0.1", 0))
+        host = "::" if both else "::1" if family == socket.AF_INET6 else "127.0.0.1"
+        with socket.socket(family) as chooser:
+            port = 0
+            if bound_by_number:  # as units have it, and it is kept when the socket is shut down
+                for each in (chooser, made):
+                    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                chooser.bind((host, 0))
+                port = chooser.getsockname()[1]
+            made.bind((host, port))
         made.listen()
         self.given.append((name, made))
         return int(made.getsockname()[1])

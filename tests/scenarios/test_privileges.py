@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from tests.namespaces import everybodys_python, may
 from tests.running import COMMAND, WORKERS, ask, eventually, wait_gone
 from tests.scenarios.starting import Start, told
-from tests.scenarios.tools import children_of
+from tests.scenarios.tools import Release, children_of
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
@@ -412,3 +412,32 @@ def test_an_unknown_worker_user_is_refused(command: Command) -> None:
 
     assert ended.status == 2
     assert "--worker-user no-such-user: unknown user" in ended.err
+
+
+HARMS = ["shuts_it_down", "listens_again", "drops_clients_in_the_kernel", "steers_clients_astray"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", HARMS)
+def test_a_worker_of_another_user_harms_by_its_listener_no_generation_after_it(
+    command: Command, free_port: Callable[[], int], attack: str
+) -> None:
+    """tests/workers/hostile_listener.py; the protector could bind neither port nor socket anew."""
+    port, release = free_port(), Release(command.start.folder / "daemon")
+    release.becomes(*command.worker("hostile_listener", attack))
+    mode = ("--handoff", "listener", "--ready", "notify", "--drain-timeout", "0.1s")
+    quick = ("--kill-timeout", "0.1s", "--user", A, "--worker-user", B)
+    command.up(*mode, *quick, f"127.0.0.1:{port}", "--", release.path)
+    eventually(lambda: "\ndone\n" in command.start.log, "the attack")
+    release.becomes(*command.worker("accepts"))
+
+    for generation in range(2, 6):
+        os.kill(command.guard, signal.SIGHUP)
+        told = f"event=reloaded generation={generation}"
+        eventually(lambda told=told: told in command.start.log, told)  # type: ignore[misc]
+        gone = f"event=drained generation={generation - 1}"
+        eventually(lambda gone=gone: gone in command.start.log, gone)  # type: ignore[misc]
+        new = command.worker_pid()
+        replies = {ask(("127.0.0.1", port), timeout_s=5) for _ in range(20)}
+        assert replies == {f"[{new}] hello"}
+    command.start.stop()

@@ -1,0 +1,234 @@
+"""`--handoff listener`: a worker that does its worst to the listening socket that it was handed.
+
+Each attack is a function in tests/workers/hostile_listener.py.  After it releases that behave are
+loaded, and whoever connects is served by them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import Protector, ask, eventually, wait_gone
+from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.test_activation import Giver
+from tests.scenarios.test_store import Service
+from tests.scenarios.tools import Release, pid_in, spawned, wake_ups, worker
+
+Starter = Callable[..., Protector]
+MODE = ("--handoff", "listener", "--ready", "notify")
+QUICK = ("--drain-timeout", "0.1s", "--stop-timeout", "0.1s", "--kill-timeout", "0.1s")
+GOOD = worker("accepts")
+SHUT = ("shuts_it_down", "shuts_it_down_for_reading")
+ATTACKS = (
+    *SHUT,
+    "shuts_it_down_again_and_again",
+    "listens_again",
+    "drops_clients_in_the_kernel",
+    "drops_them_and_locks_that",
+    "steers_clients_astray",
+    "turns_every_switch",
+)
+IN_TIME_S = 5.0
+
+
+def served(address: tuple[str, int] | str) -> int:
+    """Ask until somebody answers, and return who; each try has its time."""
+    found: list[int] = []
+
+    def answers() -> bool:
+        try:
+            reply = ask(address, timeout_s=IN_TIME_S)
+        except OSError:
+            return False
+        if reply:
+            found.append(pid_in(reply))
+        return bool(reply)
+
+    eventually(answers, "an answer", deadline_s=60)
+    return found[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0", "0"])
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_it_does_to_its_listener_harms_no_generation_after_it(
+    protector: Starter, tmp_path: Path, attack: str, listen: str
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*worker("hostile_listener", attack))
+    daemon = protector(*MODE, *QUICK, listen, "--", release.path).ready()
+    daemon.log.wait_for("^done$")
+    host = "::1" if "::1" in listen else "127.0.0.1"
+    address = (host, daemon.port)
+
+    release.becomes(*GOOD)
+    for generation in range(2, 6):  # each side has its turn twice
+        daemon.reload()
+        assert wait_gone(spawned(daemon, generation - 1)) == []
+        new = spawned(daemon, generation)[0]
+        assert {pid_in(ask(address, timeout_s=IN_TIME_S)) for _ in range(20)} == {new}
+    assert daemon.log.count("event=stranded|event=not-taken") == 0
+    daemon.stop()
+
+
+@pytest.mark.parametrize("attack", SHUT)
+def test_a_listener_that_it_shuts_down_listens_again_for_its_own_generation(
+    protector: Starter, attack: str
+) -> None:
+    daemon = protector(
+        *MODE, *QUICK, "127.0.0.1:0", "--", *worker("hostile_listener", attack)
+    ).ready()
+    daemon.log.wait_for("event=listens-again")
+
+    assert served(("127.0.0.1", daemon.port)) == spawned(daemon)[0]
+    assert daemon.log.count("event=spawned") == 1
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
+
+
+def test_one_that_does_it_without_end_does_not_keep_the_protector_busy(protector: Starter) -> None:
+    attack = worker("hostile_listener", "shuts_it_down_again_and_again")
+    daemon = protector(*MODE, *QUICK, "127.0.0.1:0", "--", *attack).ready()
+    daemon.log.wait_for("event=listens-again")
+    began, before = time.monotonic(), wake_ups(daemon.pid)
+    for _ in range(3):
+        daemon.log.wait_for("event=listens-again", after=len(daemon.log.seen))
+    rate = (wake_ups(daemon.pid) - before) / (time.monotonic() - began)
+
+    assert rate < 50  # of some hundred a second that it does it
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
+
+
+@pytest.mark.parametrize("attack", SHUT)
+def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_serves(
+    protector: Starter, tmp_path: Path, attack: str
+) -> None:
+    path, release = tmp_path / "s", Release(tmp_path / "daemon")
+    release.becomes(*worker("hostile_listener", attack))
+    daemon = protector(*MODE, *QUICK, f"unix:{path}?mode=0640", "--", release.path)
+    daemon.log.wait_for("event=spawned generation=1")
+    release.becomes(*GOOD)  # the same file is executed by the next one
+    daemon.log.wait_for("event=bound-anew")
+    daemon.log.wait_for("event=recovered generation=2")
+
+    assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert wait_gone(spawned(daemon, 1)) == []
+    assert "event=adopted" in upgrade(daemon)
+    daemon.reload()
+    assert wait_gone(spawned(daemon, 2)) == []
+    assert pid_in(ask(str(path))) == spawned(daemon, 3)[0]
+    daemon.stop()
+    assert not path.exists()
+
+
+def test_one_that_is_bound_anew_is_there_for_the_protector_that_a_guard_starts(
+    protector: Starter, tmp_path: Path
+) -> None:
+    path, release = tmp_path / "s", Release(tmp_path / "daemon")
+    release.becomes(*worker("hostile_listener", "shuts_it_down"))
+    daemon = protector("--guard", *MODE, *QUICK, f"unix:{path}", "--", release.path)
+    daemon.log.wait_for("event=spawned generation=1")
+    release.becomes(*GOOD)
+    daemon.log.wait_for("event=recovered generation=2")
+    revived(daemon, kill_protector(daemon))
+
+    assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
+    daemon.reload()
+    assert wait_gone(spawned(daemon, 2)) == []
+    assert pid_in(ask(str(path))) == spawned(daemon, 3)[0]
+    daemon.stop()
+    assert not path.exists()
+
+
+@pytest.fixture
+def giver(marked_environment: dict[str, str]) -> Iterator[Giver]:
+    made = Giver(marked_environment)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Service]:
+    made = Service(tmp_path, marked_environment)
+    yield made
+    made.close()
+
+
+def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
+    """It ends as failed, so that whoever supervises it can act, and has said why."""
+    assert daemon.wait() == 111
+    [line] = [line for line in daemon.log.seen if "event=listener-lost" in line]
+    assert address in line
+    eventually(lambda: service.said[-1:] == [{"EXIT_STATUS": "111"}], "its last word")
+    said = [fields.get("STATUS", "") for fields in service.said]
+    assert f"nobody can connect to {address} any more: it was shut down" in said
+    assert "stopping: no listener is left" in said
+
+
+def test_an_abstract_socket_that_it_shuts_down_ends_the_service_as_failed(
+    protector: Starter, service: Service
+) -> None:
+    """Its name is taken as long as anybody has it: a start after that has it anew."""
+    name = f"unix:@sp-test-{os.getpid()}-{time.monotonic_ns()}"
+    words = (*MODE, *QUICK, name, "--")
+    attack = worker("hostile_listener", "shuts_it_down")
+    daemon = protector(*words, *attack, NOTIFY_SOCKET=service.address).ready()
+
+    told_and_ended(daemon, service, name)
+    again = protector(*words, *GOOD).ready()
+    again.stop()
+
+
+@pytest.mark.parametrize("mode", ["listener", "connection"])
+def test_a_passed_unix_socket_that_is_shut_down_ends_the_service_as_failed(
+    giver: Giver, service: Service, tmp_path: Path, mode: str
+) -> None:
+    path = giver.unix("local", tmp_path / "socket")
+    server = worker("hostile_listener", "shuts_it_down") if mode == "listener" else worker("many")
+    words = ("--handoff", mode, *QUICK, f"unix:{path}", "--", *server)
+    giver.environment["NOTIFY_SOCKET"] = service.address
+    daemon = giver.start(*words).ready()
+    if mode == "connection":
+        giver.given[0][1].shutdown(socket.SHUT_RDWR)
+
+    told_and_ended(daemon, service, f"unix:{path}")
+
+
+@pytest.mark.parametrize("mode", ["listener", "connection"])
+def test_a_passed_tcp_socket_that_is_shut_down_listens_again(giver: Giver, mode: str) -> None:
+    port = giver.tcp("web", bound_by_number=True)
+    server = worker("hostile_listener", "shuts_it_down") if mode == "listener" else worker("many")
+    daemon = giver.start("--handoff", mode, *QUICK, "fd:web", "--", *server).ready()
+    if mode == "connection":
+        giver.given[0][1].shutdown(socket.SHUT_RDWR)
+    daemon.log.wait_for("event=listens-again")
+
+    assert served(("127.0.0.1", port)) == spawned(daemon)[0]
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0
+
+
+def test_the_service_goes_on_by_its_other_listeners(
+    protector: Starter, tmp_path: Path, service: Service
+) -> None:
+    """The first one is shut down, and cannot be had anew; the second one is another's, too."""
+    name = f"unix:@sp-test-{os.getpid()}-{time.monotonic_ns()}"
+    attack = worker("hostile_listener", "shuts_it_down")
+    daemon = protector(
+        *(*MODE, *QUICK, name, "127.0.0.1:0", "--", *attack), NOTIFY_SOCKET=service.address
+    ).ready()
+    daemon.log.wait_for("event=listener-lost")
+    eventually(lambda: any(name in each.get("STATUS", "") for each in service.said), "its word")
+
+    daemon.reload()
+    daemon.signal(signal.SIGINT)
+    assert daemon.wait() == 0

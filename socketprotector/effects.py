@@ -575,7 +575,6 @@ class Effects:
     def _stop_running(self) -> None:
         self._loop.running = False
 
-    def _say_stopping(self) -> None:
     def _say_stopping(self, reason: str = "") -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
         policy = self.configuration.settings.policy

@@ -120,6 +120,17 @@ class Listener:
         """Whether it is a UNIX one that was shut down: readable for ever, and nobody is there."""
         return self.socket.family == socket.AF_UNIX and not self.is_alive()
 
+    def is_sound(self, side: int) -> bool:
+        """Whether who is accepted can be spoken with: not where it was shut down twice before."""
+        one = self.of_side(side)
+        if one.family == socket.AF_UNIX:
+            return True
+        try:
+            found = listening(one.family, _bound_to(self.settings.address)[1])
+        except OSError:
+            return True  # as far as can be told
+        return not found.get(os.fstat(one.fileno()).st_ino, 0)
+
     def note(self) -> None:
         """Remember how many may wait: a worker that listens says it, and so should we then."""
         if self.socket.family != socket.AF_UNIX and self.is_alive():
@@ -140,6 +151,10 @@ class Listener:
         try:
             if self.second is not None and self.is_alive(1 - side):
                 twin.steer(self.of_side(1 - side), 0)  # so that nobody comes here unasked
+            # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
+            # as one that listens.
+            one.listen(self._backlog)
+            one.shutdown(socket.SHUT_RDWR)
             one.listen(self._backlog)
         except OSError:
             return False

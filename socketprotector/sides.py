@@ -239,8 +239,10 @@ class Sides:
         if not listener.is_alive(side):
             self.mend(listener, side)
         elif listener.second is not None and side not in self._accepting.values():
+            if not listener.is_sound(side):
+                self.mend(listener, side)
             try:
-                twin.detach(listener.of_side(side))
+                twin.reset(listener.of_side(side))
             except OSError:  # locked, and so it stays
                 self._loop.unwatch(listener.of_side(side).fileno())
                 self._replace(listener, side)

@@ -65,6 +65,13 @@ _TEXTS = (
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
 )
 _NAME_BYTES = 16
+#: What the kernel begins with: no time-outs, no linger, and one byte is enough to tell of.
+_HARMLESS = (
+    (socket.SO_RCVTIMEO, bytes(16)),
+    (socket.SO_SNDTIMEO, bytes(16)),
+    (socket.SO_LINGER, bytes(8)),
+    (socket.SO_RCVLOWAT, 1),
+)
 
 
 def prepare(bound: socket.socket) -> None:
@@ -135,8 +142,14 @@ def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.
     return made
 
 
-def detach(listening: socket.socket) -> None:
-    """Take away a filter that somebody has attached.  Raises OSError where it is locked."""
+def reset(listening: socket.socket) -> None:
+    """Take away what a server may have left that would harm who accepts after it.
+
+    A filter, and time-outs and linger, which accepted connections inherit.  Raises OSError where
+    the filter is locked.
+    """
+    for option, value in _HARMLESS:
+        listening.setsockopt(socket.SOL_SOCKET, option, value)
     try:
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
     except FileNotFoundError:

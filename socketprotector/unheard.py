@@ -22,6 +22,7 @@ _REQUEST_AND_DUMP = 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 _INFO = 2  # the attribute that holds a tcp_info, and the bit that asks for it is one less
+_SHUTDOWN = 8  # one that holds how a socket was shut down; it comes unasked
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 #: Family, protocol, attributes, padding, states; then the socket: ports (in the network's order),
 #: two addresses, interface, cookie.
@@ -49,15 +50,16 @@ def unheard(family: int, port: int) -> dict[bytes, bool]:
     return found
 
 
-def listening(family: int, port: int) -> list[int]:
-    """Return the inodes of the sockets that listen on a port, who began last at the end.
+def listening(family: int, port: int) -> dict[int, int]:
+    """Return the sockets that listen on a port, by inode, who began last at the end.
 
+    Each with how accepted ones find themselves shut down (1: for reading, 2: for writing).
     Raises OSError where it cannot be asked.
     """
-    found: list[int] = []
+    found: dict[int, int] = {}
     _ask(family, port, 1 << _LISTEN, 0, lambda data: _take_listening(data, found))
     # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
-    return found if family == socket.AF_INET6 else found[::-1]
+    return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
 
 def _ask(
@@ -95,11 +97,12 @@ def _messages(data: bytes) -> Iterator[tuple[int, int]]:
         at += (length + 3) & ~3
 
 
-def _take_listening(data: bytes, found: list[int]) -> bool:
-    for body, _ in _messages(data):
+def _take_listening(data: bytes, found: dict[int, int]) -> bool:
+    for body, end in _messages(data):
         if not body:
             return False
-        found.append(_TOLD.unpack_from(data, body)[-1])
+        shut = _attribute(data, body + _TOLD.size, end, _SHUTDOWN)
+        found[_TOLD.unpack_from(data, body)[-1]] = data[shut[0]] if shut else 0
     return bool(data)
 
 
@@ -120,13 +123,20 @@ def _take(data: bytes, found: dict[bytes, bool]) -> bool:
 
 def _bytes_received(data: bytes, at: int, end: int) -> int | None:
     """Return what has come over a connection; None where the kernel, before 4.1, does not tell."""
+    found = _attribute(data, at, end, _INFO)
+    if found is None or found[1] < _BYTES_RECEIVED_AT + _COUNT.size:
+        return None
+    count: int = _COUNT.unpack_from(data, found[0] + _BYTES_RECEIVED_AT)[0]
+    return count
+
+
+def _attribute(data: bytes, at: int, end: int, wanted: int) -> tuple[int, int] | None:
+    """Return where the content of an attribute begins, and how long it is."""
     while at + _ATTRIBUTE.size <= end:
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < _ATTRIBUTE.size:
             break
-        place = _ATTRIBUTE.size + _BYTES_RECEIVED_AT
-        if kind == _INFO and length >= place + _COUNT.size:
-            count: int = _COUNT.unpack_from(data, at + place)[0]
-            return count
+        if kind == wanted:
+            return at + _ATTRIBUTE.size, length - _ATTRIBUTE.size
         at += (length + 3) & ~3
     return None

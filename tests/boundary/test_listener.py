@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector import twin
+from socketprotector.address import Listen
+from socketprotector.bind import bind_all
 from socketprotector.listener import Listener
 from socketprotector.settings import ListenerSettings
 
@@ -98,3 +101,240 @@ def test_closing_tells_clients_that_wait_even_if_a_copy_is_open_elsewhere() -> N
     with socket.socket() as client, pytest.raises(ConnectionRefusedError):
         client.connect(address)
     os.close(copy)
+
+
+# -- one that somebody has shut down ----------------------------------------------------
+
+HOW = [socket.SHUT_RD, socket.SHUT_RDWR]
+
+
+def shared(listen: str, *, second: bool = True) -> Listener:
+    """As it is handed to workers."""
+    host, _, port = listen.rpartition(":")
+    words = Listen(listen, port=int(port), host=host.strip("[]"))
+    [bound] = bind_all([words], 40, notice=print)
+    twins = twin.make(bound.socket) if second else None
+    fd = twins.detach() if twins is not None else -1
+    made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, second=fd)
+    made.note()
+    return made
+
+
+def came(listener: Listener, count: int = 8) -> list[int]:
+    """How many of so many new clients come to each socket."""
+    address = listener.socket.getsockname()[:2]
+    clients = [socket.create_connection(address, timeout=5) for _ in range(count)]
+    found = []
+    for each in listener.sockets:
+        each.setblocking(False)
+        found.append(0)
+        while True:
+            try:
+                each.accept()[0].close()
+            except BlockingIOError:
+                break
+            found[-1] += 1
+    for client in clients:
+        client.close()
+    return found
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+def test_one_that_was_shut_down_listens_again_at_its_port_with_its_backlog(
+    listen: str, how: int
+) -> None:
+    """Also where any port was asked for: it is bound by its number."""
+    listener = shared(listen, second=False)
+    assert listener.is_alive()
+    listener.socket.shutdown(how)
+
+    assert not listener.is_alive()
+    assert not listener.has_waiting()  # it hangs up, which is no client
+    assert listener.listen_again(0)
+
+    assert listener.is_alive()
+    assert twin.backlog(listener.socket) == 40
+    assert came(listener) == [8]
+    listener.close()
+
+
+def speaks(listener: Listener) -> bool:
+    """Whether a client can be heard."""
+    with socket.create_connection(listener.socket.getsockname()[:2]) as client:
+        accepted, _ = listener.socket.accept()
+        with accepted:
+            try:
+                client.sendall(b"x")
+                return accepted.recv(1) == b"x"
+            except OSError:
+                return False
+
+
+def test_one_that_was_shut_down_twice_accepts_connections_that_are_not() -> None:
+    """The kernel would pass on to each that it is shut down."""
+    listener = shared("127.0.0.1:0", second=False)
+    for _ in range(2):
+        try:
+            listener.socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # ENOTCONN, but it counts
+    listener.socket.listen(40)
+    assert not speaks(listener)
+    assert not listener.is_sound(0)
+
+    assert listener.listen_again(0)
+
+    assert listener.is_sound(0)
+    assert speaks(listener)
+    listener.close()
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(listen: str) -> None:
+    listener = shared(listen)
+    for dead in (0, 0, 1, 1, 0, 1, 0):
+        for side in (0, 1):
+            listener.steer(side)
+            assert came(listener) == ([0, 8] if side else [8, 0])
+        listener.of_side(dead).shutdown(socket.SHUT_RDWR)
+        assert listener.listen_again(dead)
+        listener.steer(1 - dead)
+    # A worker does both, and nobody tells of it.
+    listener.socket.shutdown(socket.SHUT_RDWR)
+    listener.socket.listen(40)
+    listener.steer(0)
+    assert came(listener) == [8, 0]
+    listener.close()
+
+
+def test_nobody_comes_to_one_that_listens_again_while_the_other_is_meant() -> None:
+    listener = shared("127.0.0.1:0")
+    listener.steer(1)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+    assert listener.listen_again(0)  # and nothing was steered yet
+
+    assert came(listener) == [0, 8]
+    listener.close()
+
+
+def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> dict[int, int]:
+        raise OSError(errno.ENOENT, "no sock_diag")
+
+    monkeypatch.setattr("socketprotector.listener.listening", fails)
+    listener = shared("127.0.0.1:0")
+    for dead in (0, 1, 1, 0):
+        listener.of_side(dead).shutdown(socket.SHUT_RDWR)
+        assert listener.listen_again(dead)
+        for side in (0, 1):
+            listener.steer(side)
+            assert came(listener) == ([0, 8] if side else [8, 0])
+    listener.close()
+
+
+def test_one_that_comes_back_on_another_port_is_bound_anew_to_its_own() -> None:
+    """As an older version has bound it, or whoever passes it in."""
+    made = socket.socket()
+    made.bind(("127.0.0.1", 0))
+    made.listen(40)
+    port = made.getsockname()[1]
+    settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
+    listener = Listener(made.detach(), 3, settings, shared=True)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+
+    assert not listener.listen_again(0)
+    listener.bind_anew(0)
+
+    assert listener.socket.getsockname() == ("127.0.0.1", port)
+    assert list(listener.descriptors()) == ["sp.listener.3.1"]
+    assert came(listener) == [8]
+    listener.close()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_of_two_is_bound_anew_beside_the_other(side: int) -> None:
+    listener = shared("127.0.0.1:0")
+    listener.steer(1 - side)
+    before = set(listener.descriptors())
+
+    listener.bind_anew(side)
+
+    assert len(before - set(listener.descriptors())) == 1
+    for wanted in (0, 1):
+        listener.steer(wanted)
+        assert came(listener) == ([0, 8] if wanted else [8, 0])
+    listener.close()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_where_one_of_two_cannot_be_had_anew_the_other_is_for_both(side: int) -> None:
+    listener = shared("127.0.0.1:0")
+    other = listener.of_side(1 - side).fileno()
+
+    listener.go_on_without(side)
+
+    assert [each.fileno() for each in listener.sockets] == [other]
+    assert [name.startswith("sp.listener.0") for name in listener.descriptors()] == [True]
+    assert came(listener) == [8]
+    listener.close()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_unix_socket_is_bound_anew_with_the_rights_that_it_had(tmp_path: Path, how: int) -> None:
+    path = tmp_path / "socket"
+    listener = on_file(path)
+    path.chmod(0o640)
+    listener.socket.shutdown(how)
+
+    assert not listener.is_alive()
+    assert not listener.has_waiting()
+    assert not listener.listen_again(0)
+    listener.bind_anew(0)
+
+    assert listener.is_alive()
+    assert path.stat().st_mode & 0o777 == 0o640
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        assert listener.has_waiting()
+    listener.close()
+    assert not path.exists()
+
+
+def test_a_file_that_is_another_s_by_now_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    listener = on_file(path)
+    path.unlink()
+    other = on_file(path)
+    listener.socket.shutdown(socket.SHUT_RDWR)
+
+    with pytest.raises(OSError, match="another file"):
+        listener.bind_anew(0)
+
+    assert other.is_alive()
+    listener.close()
+    other.close()
+
+
+def test_what_was_passed_in_is_never_bound_anew() -> None:
+    made = socket.create_server(("127.0.0.1", 0))
+    port = made.getsockname()[1]
+    listener = Listener(
+        made.detach(), 0, ListenerSettings(f"tcp:127.0.0.1:{port}", foreign=True), shared=True
+    )
+    with pytest.raises(OSError, match="passed in"):
+        listener.bind_anew(0)
+    listener.close()
+
+
+def test_a_socket_of_workers_keeps_its_flags_and_one_of_ours_never_waits() -> None:
+    for is_shared in (True, False):
+        for blocks in (True, False):
+            made = socket.create_server(("127.0.0.1", 0))
+            made.setblocking(blocks)
+            settings = ListenerSettings(f"tcp:127.0.0.1:{made.getsockname()[1]}")
+            listener = Listener(made.detach(), 0, settings, shared=is_shared)
+            assert listener.blocks == (is_shared and blocks)
+            listener.close()

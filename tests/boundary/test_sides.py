@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from socketprotector import sides as module
 from socketprotector import twin
 from socketprotector.listener import Listener
-from socketprotector.loop import Loop
+from socketprotector.loop import READ, Loop
 from socketprotector.settings import ListenerSettings
 from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
 
@@ -43,7 +44,14 @@ class World:
         self.lost: list[Listener] = []
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(module, "unheard", self.ask)
-        first = socket.create_server(("127.0.0.1", 0))
+        # By its number, as bind.py does.
+        with socket.socket() as chooser:
+            chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            chooser.bind(("127.0.0.1", 0))
+            first = socket.socket()
+            first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            first.bind(chooser.getsockname())
+        first.listen()
         second = twin.make(first)
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
@@ -387,3 +395,133 @@ def test_who_connects_to_a_new_listener_comes_to_the_generation_to_come(world: W
     world.connect()
 
     assert world.waiting() == [1] == [world.sides.free]
+
+
+# -- a socket that somebody has shut down ------------------------------------------------
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_that_is_shut_down_listens_again_and_clients_come_where_they_should(
+    reloaded: World, side: int
+) -> None:
+    reloaded.sides.turn_to(1)
+    reloaded.listener.of_side(side).shutdown(socket.SHUT_RDWR)
+
+    reloaded.turn()
+
+    assert reloaded.log.events == ["listens-again"]
+    reloaded.connect()
+    assert reloaded.waiting() == [1]
+    assert (reloaded.bound, reloaded.lost, reloaded.stranded) == ([], [], 0)
+
+
+def test_again_and_again_it_is_mended_ten_times_a_second_at_most(reloaded: World) -> None:
+    for _ in range(100):
+        if reloaded.listener.is_alive(0):
+            reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
+        reloaded.pass_time(0.01)
+
+    assert 5 <= reloaded.log.events.count("listens-again") <= 11
+
+
+def test_clients_that_come_to_who_accepts_do_not_wake_us(reloaded: World) -> None:
+    seen: list[int] = []
+    watch = reloaded.loop.watch
+
+    def counted(fd: int, callback: Callable[[], None], events: int = READ) -> None:
+        def woken() -> None:
+            seen.append(fd)
+            callback()
+
+        watch(fd, woken, events)
+
+    reloaded.loop.watch = counted  # type: ignore[method-assign]
+    reloaded.sides.turn_to(0)
+    for _ in range(10):
+        reloaded.connect()
+        reloaded.turn()
+
+    assert seen == []
+
+
+def test_what_an_earlier_generation_has_attached_is_gone_before_the_next_one_begins(
+    reloaded: World,
+) -> None:
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    twin.refuse_new(reloaded.listener.socket)
+
+    reloaded.sides.enter(3, reloaded.sides.free)
+    reloaded.sides.turn_to(0)
+    reloaded.connect()
+
+    assert reloaded.waiting() == [0]
+
+
+def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
+    reloaded: World,
+) -> None:
+    supersede(reloaded)
+    reloaded.sides.leave(1)
+    twin.refuse_new(reloaded.listener.socket)
+    reloaded.listener.socket.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+
+    reloaded.sides.enter(3, reloaded.sides.free)
+    reloaded.sides.turn_to(0)
+    reloaded.connect()
+
+    assert reloaded.waiting() == [0]
+    assert reloaded.bound == [reloaded.listener]
+    assert reloaded.stranded == 0  # who begins now has it
+
+
+def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
+    world: World, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(path))
+    unix.listen(5)
+    found = path.stat()
+    settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 5)
+    world.listeners.append(Listener(unix.detach(), 1, settings, shared=True))
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    world.listeners[1].socket.shutdown(socket.SHUT_RD)
+    world.turn()
+    assert (world.stranded, world.sides.unserved) == (1, frozenset({(1, 0)}))
+
+    with socket.socket(socket.AF_UNIX) as client:  # and it could not be opened
+        client.connect(str(path))
+        world.pass_time(FIRST_RESCUE_S + 0.3)
+        assert world.stranded == 2
+        world.sides.enter(2, world.sides.free)
+        world.pass_time(60)
+
+    assert (world.stranded, world.sides.unserved) == (2, frozenset())
+
+
+def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) -> None:
+    made = socket.socket(socket.AF_UNIX)
+    made.bind("")
+    made.listen()
+    settings = ListenerSettings(f"unix:@{made.getsockname()[1:].decode()}", backlog=5)
+    copy = socket.socket(fileno=os.dup(made.fileno()))
+    world.listeners.append(Listener(made.detach(), 1, settings, shared=True))
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    copy.shutdown(socket.SHUT_RDWR)
+    world.pass_time(3)
+
+    assert world.lost == [world.listeners[1]]
+    assert world.stranded == 0
+    copy.close()
+
+
+def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
+    reloaded.sides.end()
+    reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
+    reloaded.pass_time(3)
+
+    assert reloaded.log.events == []
+    assert not reloaded.listener.is_alive(0)

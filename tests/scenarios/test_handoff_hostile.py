@@ -30,6 +30,7 @@ ATTACKS = (
     *SHUT,
     "shuts_it_down_again_and_again",
     "listens_again",
+    "leaves_it_half_shut",
     "drops_clients_in_the_kernel",
     "drops_them_and_locks_that",
     "steers_clients_astray",

@@ -27,7 +27,8 @@ def attach(option: int, returned: int) -> None:
     """Attach a program of one instruction that returns this."""
     code = array.array("B", struct.pack("HBBI", 0x06, 0, 0, returned))
     program = struct.pack("HP", 1, code.buffer_info()[0])
-    LISTENER.setsockopt(socket.SOL_SOCKET, option, program)
+    with contextlib.suppress(PermissionError):  # some kernels grant no filter to other users
+        LISTENER.setsockopt(socket.SOL_SOCKET, option, program)
 
 
 def shuts_it_down() -> None:
@@ -55,6 +56,14 @@ def listens_again() -> None:
     LISTENER.listen(1)
 
 
+def leaves_it_half_shut() -> None:
+    """Who is accepted by it is shut down from the beginning."""
+    for _ in range(2):
+        with contextlib.suppress(OSError):
+            LISTENER.shutdown(socket.SHUT_RDWR)
+    LISTENER.listen(1)
+
+
 def drops_clients_in_the_kernel() -> None:
     attach(SO_ATTACH_FILTER, 0)
 
@@ -71,7 +80,6 @@ def steers_clients_astray() -> None:
 
 
 def turns_every_switch() -> None:
-    signal.signal(signal.SIGIO, signal.SIG_IGN)
     fcntl.fcntl(LISTENER, fcntl.F_SETFL, os.O_NONBLOCK | os.O_ASYNC)
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         LISTENER.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", 0, 1))
@@ -89,6 +97,7 @@ def serve(client: socket.socket) -> None:
 
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGIO, signal.SIG_IGN)
 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
     notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
 

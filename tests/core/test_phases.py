@@ -76,7 +76,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     (OpenFailed(2, "command not found"), {STARTING: None, ABANDONED: None}),
     (Parted(2), {}),
     (Stranded(), {}),
-    (ListenersLost(), {}),
+    (ListenersLost(), {STARTING: ABANDONED, SETTLING: SERVING}),
     (ChannelBroken(2), {STARTING: ABANDONED, SETTLING: DRAINING, SERVING: DRAINING}),
     (TimeExtended(2, 7.0), {}),
     (BacklogEmptied(), {}),

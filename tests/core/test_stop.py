@@ -10,6 +10,7 @@ from socketprotector.events import (
     Deadline,
     Drain,
     Exit,
+    ListenersLost,
     News,
     Release,
     ReloadRequested,
@@ -53,6 +54,19 @@ def test_a_graceful_stop_serves_what_has_connected_and_waits_for_the_workers(
         Exit(0),
     ]
     assert story.when(StopRequested()) == []
+
+
+def test_where_nobody_can_come_any_more_it_ends_in_order_and_as_failed(story: Story) -> None:
+    story.given_serving()
+
+    assert story.when(ListenersLost()) == [
+        Report(News.STOPPING, reason="no listener is left"),
+        CloseListeners(quick=False),
+        StartTimer(Deadline(Wait.STOP), 30.0),
+    ]
+    assert story.when(ListenersLost()) == []
+    assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(1)]
+    assert story.when(WorkerExited(1, LEFT))[-1] == Exit(111)
 
 
 def test_a_graceful_stop_that_takes_too_long_becomes_a_quick_one(story: Story) -> None:

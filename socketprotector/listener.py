@@ -208,6 +208,8 @@ class Listener:
     def steer(self, side: int) -> None:
         """Have new clients come to the socket of a side.  Raises OSError."""
         place, failed = self._place(side), OSError(errno.ENOTCONN, "it does not listen")
+        for each in self.sockets:  # one without it takes all who come, where it stands first
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for number in (0, 1):  # a worker may have locked the filters of its own
             if self.is_alive(number):
                 try:

@@ -208,6 +208,20 @@ def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(list
     listener.close()
 
 
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_that_has_left_the_group_by_an_option_comes_back_at_a_switch(
+    listen: str, side: int
+) -> None:
+    listener = shared(listen)
+    listener.of_side(side).setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+    for wanted in (1 - side, side):
+        listener.steer(wanted)
+        assert came(listener) == ([0, 8] if wanted else [8, 0])
+    listener.close()
+
+
 def test_nobody_comes_to_one_that_listens_again_while_the_other_is_meant() -> None:
     listener = shared("127.0.0.1:0")
     listener.steer(1)

@@ -19,7 +19,7 @@ from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.test_activation import Giver
 from tests.scenarios.test_store import Service
-from tests.scenarios.tools import Release, pid_in, spawned, wake_ups, worker
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, wake_ups, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")
@@ -112,11 +112,11 @@ def test_one_that_does_it_without_end_does_not_keep_the_protector_busy(protector
 def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_serves(
     protector: Starter, tmp_path: Path, attack: str
 ) -> None:
-    path, release = tmp_path / "s", Release(tmp_path / "daemon")
-    release.becomes(*worker("hostile_listener", attack))
-    daemon = protector(*MODE, *QUICK, f"unix:{path}?mode=0640", "--", release.path)
-    daemon.log.wait_for("event=spawned generation=1")
+    path, release, gate = tmp_path / "s", Release(tmp_path / "daemon"), Gate(tmp_path / "gate")
+    release.becomes(*worker("hostile_listener", attack, gate.path))
+    daemon = protector(*MODE, *QUICK, f"unix:{path}?mode=0640", "--", release.path).ready()
     release.becomes(*GOOD)  # the same file is executed by the next one
+    gate.open()
     daemon.log.wait_for("event=bound-anew")
     daemon.log.wait_for("event=recovered generation=2")
 
@@ -134,11 +134,11 @@ def test_a_unix_socket_that_it_shuts_down_is_bound_anew_and_another_generation_s
 def test_one_that_is_bound_anew_is_there_for_the_protector_that_a_guard_starts(
     protector: Starter, tmp_path: Path
 ) -> None:
-    path, release = tmp_path / "s", Release(tmp_path / "daemon")
-    release.becomes(*worker("hostile_listener", "shuts_it_down"))
-    daemon = protector("--guard", *MODE, *QUICK, f"unix:{path}", "--", release.path)
-    daemon.log.wait_for("event=spawned generation=1")
+    path, release, gate = tmp_path / "s", Release(tmp_path / "daemon"), Gate(tmp_path / "gate")
+    release.becomes(*worker("hostile_listener", "shuts_it_down", gate.path))
+    daemon = protector("--guard", *MODE, *QUICK, f"unix:{path}", "--", release.path).ready()
     release.becomes(*GOOD)
+    gate.open()
     daemon.log.wait_for("event=recovered generation=2")
     revived(daemon, kill_protector(daemon))
 

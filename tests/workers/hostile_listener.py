@@ -1,4 +1,6 @@
-"""Accepts from the listeners it was handed, and does its worst to them, named by its argument.
+"""Accepts from the listener it was handed, and does its worst to it, named by its argument.
+
+With a FIFO's path not before somebody has opened that.
 
 Each connection is a line and an answer, `[pid] line`.  Only KILL ends it.
 """
@@ -104,6 +106,8 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
 
 def attacks() -> None:
     attack: Callable[[], None] = globals()[sys.argv[1]]
+    for gate in sys.argv[2:]:
+        open(gate).close()
     attack()
     os.write(2, b"done\n")
 

@@ -145,9 +145,11 @@ def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.
 def reset(listening: socket.socket) -> None:
     """Take away what a server may have left that would harm who accepts after it.
 
-    A filter, and time-outs and linger, which accepted connections inherit.  Raises OSError where
-    the filter is locked.
+    A filter, a device that does not exist; time-outs and linger, which accepted connections
+    inherit.  Raises OSError where the filter is locked, or we may not change the device.
     """
+    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     for option, value in _HARMLESS:
         listening.setsockopt(socket.SOL_SOCKET, option, value)
     try:

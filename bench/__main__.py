@@ -13,6 +13,7 @@ from collections.abc import Callable
 from bench.control_rows import control, everything, scoreboard, status
 from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.framework_rows import framework
+from bench.herd_rows import herds
 from bench.list_rows import listing
 from bench.many_rows import quota, workers
 from bench.processes import CannotMeasure
@@ -45,6 +46,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "framework": framework,
     "workers": workers,
     "quota": quota,
+    "herd": herds,
 }
 
 

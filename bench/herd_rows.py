@@ -1,0 +1,169 @@
+"""The lines of the table about many workers: how many are woken, and whose turn it is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import sysconfig
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.figures import Figure, Scale, alternately, median, ratio
+from bench.processes import HERE, Started, cpu_ns, descendants, free_port, switches
+
+#: What is measured, and beside how many workers.
+WAYS = ("connections", "blocking", "serve", "listener", "aserve")
+COUNTS = (2, 8, 32, 128)
+#: By hand: as it was, and what does not pass through.
+OTHERS = ("every", "nested")
+#: At once this many workers, each connection held so long: what they can serve is known.
+LOADED, HELD_MS = 8, 20.0
+LOADS = (0.2, 0.6, 1.0)
+
+
+class _Herd(Started):
+    def _ask(self) -> None:
+        served_by(self.address)
+
+
+@dataclass(frozen=True)
+class Woken:
+    """What connections, one at a time, cost all workers together; each."""
+
+    wake_ups: float
+    cpu_us: float
+    protector_wake_ups: float
+
+
+def served_by(address: str) -> int:
+    """Connect; return who served, once the connection has ended.  Raises OSError."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), 30) as client:
+        said = b""
+        while data := client.recv(256):
+            said += data
+    if not said:
+        raise ConnectionResetError("nobody served")
+    return int(said.partition(b"]")[0][1:])
+
+
+@contextmanager
+def herd(way: str, workers: int, held_ms: float = 0.0) -> Iterator[Started]:
+    """Start so many workers, and let them serve until all wait in their way."""
+    address = f"127.0.0.1:{free_port()}"
+    program = os.environ.get("BENCH_PROTECTOR", "").split() or [
+        str(Path(sysconfig.get_path("scripts")) / "SocketProtector"),
+        "-f",
+    ]
+    worker = [sys.executable, str(HERE / "herd.py"), way, str(held_ms)]
+    command = [*program, "--workers", str(workers), address, "--", *worker]
+    with _Herd(command, address, {}, []) as started:
+        for _ in range(5):
+            served_by(address)
+        yield started
+
+
+def one_by_one(started: Started, count: int) -> Woken:
+    """Connect so often, each time after a pause in which all go to sleep again."""
+    time.sleep(0.2)
+    workers = descendants(started.pid)
+    before = sum(switches(pid).voluntary for pid in workers)
+    cpu, own = sum(map(cpu_ns, workers)), switches(started.pid).voluntary
+    for _ in range(count):
+        served_by(started.address)
+        time.sleep(0.004)
+    time.sleep(0.2)
+    return Woken(
+        (sum(switches(pid).voluntary for pid in workers) - before) / count,
+        (sum(map(cpu_ns, workers)) - cpu) / count / 1e3,
+        (switches(started.pid).voluntary - own) / count,
+    )
+
+
+def wake_ups(way: str, workers: int, scale: Scale) -> Figure:
+    """Compare so many idle workers with a single one."""
+    count = int(scale(100, 30))
+    with ExitStack() as stack:
+        many = stack.enter_context(herd(way, workers))
+        single = stack.enter_context(herd(way, 1))
+        together, alone = alternately(
+            scale.rounds(3), lambda: one_by_one(many, count), lambda: one_by_one(single, count)
+        )
+    woken = median([each.wake_ups for each in together])
+    of_one = median([each.wake_ups for each in alone])
+    _, cpu = ratio([each.cpu_us for each in together], [each.cpu_us for each in alone])
+    bound = None if way in OTHERS else 1.2
+    return Figure(
+        f"{way}, {workers} idle workers: wake-ups a connection / of a single worker",
+        f"{woken / of_one:.2f} ({woken:.2f})",
+        "" if bound is None else f"<= {bound}",
+        "1.0",
+        None if bound is None else woken / of_one <= bound,
+        [
+            f"all workers' CPU a connection: "
+            f"{median([each.cpu_us for each in together]):.0f} us, {cpu} of a single one's",
+            f"the protector woke {median([each.protector_wake_ups for each in together]):.2f} "
+            "times a connection",
+        ],
+    )
+
+
+def shares(started: Started, per_second: float, seconds: float) -> Counter[int]:
+    """Let connections come at random at this rate, whoever is served when; count by worker."""
+    found: Counter[int] = Counter()
+    lock = threading.Lock()
+
+    def connect() -> None:
+        pid = served_by(started.address)
+        with lock:
+            found[pid] += 1
+
+    clients = []
+    begun_s = time.monotonic()
+    for number in range(int(per_second * seconds)):
+        due_s = begun_s + number / per_second
+        time.sleep(max(0.0, due_s - time.monotonic()))
+        clients.append(threading.Thread(target=connect))
+        clients[-1].start()
+    for client in clients:
+        client.join()
+    return found
+
+
+def fairness(way: str, scale: Scale) -> list[Figure]:
+    """The largest share of one worker, where so much of what they can do is asked of them."""
+    figures = []
+    with herd(way, LOADED, HELD_MS) as started:
+        for part in LOADS:
+            per_second = part * LOADED / HELD_MS * 1e3
+            found = shares(started, per_second, scale(6, 1.5))
+            sorts = sorted(found.values())
+            largest = max(found.values()) / found.total() * LOADED
+            figures.append(
+                Figure(
+                    f"{way}, {LOADED} workers, {part:.0%} load: the busiest one's share / its due",
+                    f"{largest:.2f}",
+                    "<= 1.5",
+                    "1.0",
+                    largest <= 1.5,
+                    [f"{found.total()} connections, {HELD_MS:.0f} ms each: {sorts}"],
+                )
+            )
+    return figures
+
+
+def herds(scale: Scale) -> list[Figure]:
+    """Wake-ups and CPU a connection beside idle workers, and the shares of loaded ones."""
+    figures = []
+    for way in WAYS:
+        figures += [wake_ups(way, count, scale) for count in COUNTS]
+    figures += [wake_ups(way, 32, scale) for way in OTHERS]
+    for way in ("connections", "listener"):
+        figures += fairness(way, scale)
+    return figures

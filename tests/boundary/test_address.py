@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import bind
+from socketprotector import bind, bind_unix
 from socketprotector.address import Listen, parse
 from socketprotector.bind import bind_all
 from socketprotector.errors import Refusal, SystemRefused, UsageError
@@ -188,7 +188,7 @@ def test_a_socket_that_cannot_be_given_away_is_removed_again(
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(os, "chown", refused)
+    monkeypatch.setattr(bind_unix, "_chown", refused)
 
     with pytest.raises(SystemRefused, match="to give a socket away needs root"):
         bound("unix:s?user=0", folder=tmp_path)

@@ -282,9 +282,9 @@ class Crew:
         self._watch(record.number, worker)
 
     def adopt_orphans(self, record: WorkerRecord, pidfd: int, home: Home) -> bool:
-        """Go on with what a worker has left that has ended; takes ownership of its pidfd.
+        """Go on with what a worker has left that has ended.
 
-        Returns whether anything is.
+        Returns whether anything is: only then its pidfd is ours.
         """
         process = Process(record.pid, pidfd)
         try:
@@ -294,14 +294,15 @@ class Crew:
         return self._keep_orphans(record, process, home)
 
     def _keep_orphans(self, record: WorkerRecord, process: Process, home: Home) -> bool:
-        """Look after what is left of a worker's process group; say whether anything is."""
+        """Look after what is left of a worker's process group, and own the process then.
+
+        Returns whether anything is.
+        """
         left = process.has_group()
         if left:
             program = home.program
             sign = program.drain_signal if program.handoff == LISTENER else 0
             self._groups.keep(record, process, sign)
-        else:
-            process.close()
         return left
 
     def lost(self, number: int) -> None:
@@ -614,6 +615,8 @@ class Crew:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
         orphans = self._keep_orphans(known, worker.process, worker.home)
+        if not orphans:
+            worker.process.close()
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))

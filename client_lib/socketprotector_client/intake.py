@@ -82,8 +82,10 @@ class Intake:
         self._paused = False
         self._stop_asked = False
         self._ended = False
-        #: Several threads call `get`; that all are busy does not mean that one hangs.
-        self.pooled = False
+        # Several threads call `get`; that all are busy does not mean that one hangs.
+        self._pooled = False
+        # Those of them that wait for the kernel to choose one.
+        self._idle: set[int] = set()
         self._awaits_last = False
         self._will_look_again = False
         # What get_further takes from; -1: all must be looked at first.
@@ -125,6 +127,8 @@ class Intake:
         The caller owns it.  Raises Drained once nothing more will come, and
         ProtocolError for a message of another version.
         """
+        if self._pooled and self.source.wakes_one:
+            return self._get_chosen(timeout_s)
         # One thread waits, the others wait for its place: a connection wakes
         # one of them, not all.
         if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
@@ -138,7 +142,7 @@ class Intake:
                     self._stand_last()
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
-                connection = self._look(timeout_s)
+                connection = self._look(self._set.wait(timeout_s))
                 if connection is not None:
                     return connection
                 if deadline is not None and not self._ended:
@@ -149,6 +153,17 @@ class Intake:
         finally:
             self._turn.release()
 
+    def share(self) -> None:
+        """Several threads will call `get`."""
+        self._pooled = True
+        if self.source.wakes_one:
+            # Of what stays readable until it is taken the kernel tells each thread in turn.
+            self._events |= select.EPOLLET
+            self._stand_last()
+            # Who ends must be able to wake the others, without a descriptor to spare.
+            self.ring()
+            self.hush()
+
     def get_now(self) -> Optional[Connection]:
         """The same as get(0), at half the cost.  A row begins that get_further may continue."""
         if not self._turn.acquire(False):
@@ -158,7 +173,7 @@ class Intake:
                 raise Drained
             self._row_fd = self._fds[0] if len(self._fds) == 1 else -1
             self._room = -1
-            connection = self._look(0)
+            connection = self._look(self._set.wait(0))
             if connection is None and self._ended:
                 raise Drained
             return connection
@@ -251,7 +266,7 @@ class Intake:
     @property
     def may_be_silent(self) -> bool:
         """Whether all is well though nobody waits in `get`: no more is taken, or a pool is busy."""
-        return self._ended or (self.pooled and not self._turn.locked())
+        return self._ended or (self._pooled and not self._idle and not self._turn.locked())
 
     def end(self) -> None:
         """Take no more.  What is queued stays for others; what was handed out stays open."""
@@ -292,6 +307,7 @@ class Intake:
 
     def after_fork_in_child(self) -> None:
         self._turn = threading.Lock()
+        self._idle = set()
         self._pid = os.getpid()
         self._will_look_again = False
         self._orders = dict.fromkeys(self._ends, self.drained)
@@ -310,8 +326,39 @@ class Intake:
         if self.on_renewal is not None:
             self.on_renewal()
 
-    def _look(self, timeout_s: Optional[float]) -> Optional[Connection]:
-        ready = self._set.wait(timeout_s)
+    def _get_chosen(self, timeout_s: Optional[float]) -> Optional[Connection]:
+        """As `get`, where all threads wait and the kernel wakes one of them.
+
+        With a place that is passed on a second one would wake for each connection.
+        """
+        me = threading.get_ident()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while not self._ended:
+            self._idle.add(me)
+            try:
+                ready = self._set.wait(timeout_s)
+            finally:
+                self._idle.discard(me)
+            with self._turn:
+                if self._ended:
+                    break
+                if ready != self._channel_alone:
+                    # What another thread may have heeded meanwhile.
+                    ready = [fd for fd in ready if fd in self._fds] + self._set.wait(0)
+                self._room = -1
+                connection = self._look(ready)
+                if any(fd in self._fds for fd in ready):
+                    self._stand_last()  # or what else is there would be told to nobody
+            if connection is not None:
+                return connection
+            if deadline is not None and not self._ended:
+                timeout_s = deadline - time.monotonic()
+                if timeout_s <= 0:
+                    return None
+        self.ring()  # for the others
+        raise Drained
+
+    def _look(self, ready: list[int]) -> Optional[Connection]:
         if self._place is not self._set and not self._paused:
             ready += self._fds  # the loop has seen them, or may have
         if ready and ready == self._channel_alone and not self._stop_asked:

@@ -111,7 +111,8 @@ class _Pool:
         self._errors: List[BaseException] = []
 
     def run(self, threads: int) -> None:
-        self._intake.pooled = threads > 1
+        if threads > 1:
+            self._intake.share()
         # Daemons, so that Ctrl-C ends a program whose clients never hang up.
         others = [
             threading.Thread(target=self._work_elsewhere, name=f"serve-{number}", daemon=True)

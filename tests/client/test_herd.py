@@ -25,7 +25,9 @@ def sleeps(worker: Worker) -> int:
 
 def all_wait(workers: list[Worker]) -> None:
     def waits(worker: Worker) -> bool:
-        return "poll" in Path(f"/proc/{worker.pid}/wchan").read_text()
+        threads = Path(f"/proc/{worker.pid}/task").iterdir()
+        told = [(thread / "wchan").read_text() for thread in threads]
+        return any("poll" in one for one in told) and "0" not in told
 
     until(lambda: all(waits(each) for each in workers), "all wait")
 
@@ -39,7 +41,7 @@ def served_by(protector: Protector) -> int:
     return int(who.partition("]")[0][1:])
 
 
-@pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve"])
+@pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve", "serve"])
 def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
     protector: Protector, way: str
 ) -> None:

@@ -26,8 +26,7 @@ def sleeps(worker: Worker) -> int:
 def all_wait(workers: list[Worker]) -> None:
     def waits(worker: Worker) -> bool:
         threads = Path(f"/proc/{worker.pid}/task").iterdir()
-        told = [(thread / "wchan").read_text() for thread in threads]
-        return any("poll" in one for one in told) and "0" not in told
+        return all("poll" in (thread / "wchan").read_text() for thread in threads)
 
     until(lambda: all(waits(each) for each in workers), "all wait")
 

@@ -133,6 +133,7 @@ class Crew:
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
         self._by_pid: dict[int, int] = {}
+        self._expected: dict[int, WorkerRecord] = {}  # an earlier program's, soon to be adopted
         #: All descriptors of workers that another program would need, those of their output too.
         self.descriptors = output.named
         self._statuses: dict[int, tuple[bool, str]] = {}  # pid -> told by who has reaped it
@@ -261,7 +262,20 @@ class Crew:
 
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of each worker."""
-        return (*map(_RECORD, self._workers.values()), *self._groups.records())
+        known = map(_RECORD, self._workers.values())
+        return (*known, *self._groups.records(), *self._expected.values())
+
+    def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
+        """Have a worker known, to whoever goes on if we are killed, until it is adopted."""
+        self._expected[record.number] = record
+        for name, fd in descriptors.items():
+            self.descriptors[f"{door.WORKER}{record.number}.{name}"] = fd
+
+    def _no_longer_expect(self, number: int, descriptors: Iterable[str]) -> None:
+        """Forget what is known by its process, or by its group, from here on."""
+        if self._expected.pop(number, None) is not None:
+            for name in descriptors:
+                del self.descriptors[f"{door.WORKER}{number}.{name}"]
 
     def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> None:
         """Go on with a worker that an earlier program started; takes ownership.
@@ -271,6 +285,7 @@ class Crew:
         notify = socket.socket(fileno=descriptors["notify"])
         more = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
         line = descriptors.get("line")
+        self._no_longer_expect(record.number, descriptors)
         worker = _Worker(
             record,
             home,
@@ -281,12 +296,18 @@ class Crew:
         )
         self._watch(record.number, worker)
 
-    def adopt_orphans(self, record: WorkerRecord, pidfd: int, home: Home) -> bool:
-        """Go on with what a worker has left that has ended.
+    def adopt_orphans(
+        self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home
+    ) -> bool:
+        """Go on with what a worker has left that has ended; takes ownership of its descriptors.
 
-        Returns whether anything is: only then its pidfd is ours.
+        Returns whether anything is.
         """
-        process = Process(record.pid, pidfd)
+        self._no_longer_expect(record.number, descriptors)
+        for name, fd in descriptors.items():
+            if name != "process":
+                os.close(fd)  # it was to be given up
+        process = Process(record.pid, descriptors["process"])
         try:
             process.reap()
         except ChildProcessError:
@@ -294,15 +315,14 @@ class Crew:
         return self._keep_orphans(record, process, home)
 
     def _keep_orphans(self, record: WorkerRecord, process: Process, home: Home) -> bool:
-        """Look after what is left of a worker's process group, and own the process then.
-
-        Returns whether anything is.
-        """
+        """Look after what is left of a worker's process group; say whether anything is."""
         left = process.has_group()
         if left:
             program = home.program
             sign = program.drain_signal if program.handoff == LISTENER else 0
             self._groups.keep(record, process, sign)
+        else:
+            process.close()
         return left
 
     def lost(self, number: int) -> None:
@@ -615,8 +635,6 @@ class Crew:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
         orphans = self._keep_orphans(known, worker.process, worker.home)
-        if not orphans:
-            worker.process.close()
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))

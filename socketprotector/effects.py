@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from . import clock, door
 from .channel import Channel
@@ -57,7 +57,7 @@ from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .program import program_of
-from .records import Program, Snapshot
+from .records import Program, Snapshot, WorkerRecord
 from .settings import Settings
 from .sides import Sides
 
@@ -313,7 +313,8 @@ class Effects:
     def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> list[Event]:
         """Go on where another program stopped; takes ownership of the descriptors.
 
-        Returns what it had not come to: events of what is in the fleet but was not made yet.
+        Then there can be a route, while the workers are adopted.  Returns what it had not come to:
+        events of what is in the fleet but was not made yet.
         """
         channels = door.under(descriptors, door.CHANNEL)
         self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
@@ -336,7 +337,8 @@ class Effects:
                 broken.append(ChannelBroken(record.number))
             else:
                 self._watch(record.number, each.channel)
-        lost = self._adopt_workers(snapshot, door.under(descriptors, door.WORKER))
+        for worker, mine, _ in self._workers_of(snapshot, descriptors):
+            self.crew.expect(worker, mine)
         serving = snapshot.fleet.of(Phase.SERVING)
         proven = self.homes.get(serving.number) if serving is not None else None
         self._good = proven.program if proven is not None else snapshot.good
@@ -363,7 +365,7 @@ class Effects:
             generation = snapshot.fleet.generation(number)
             if generation is not None and generation.phase is Phase.DRAINING:
                 self.forwarder.adopt_drained(each.channel)
-        return [*broken, *lost]
+        return broken
 
     def _close_unknown(self, descriptors: Mapping[str, int]) -> None:
         """Close what was on its way into the store, or out of it, when the other was killed."""
@@ -372,41 +374,51 @@ class Effects:
             if name.startswith((door.CHANNEL, door.WORKER, door.HAND)) and fd not in known:
                 os.close(fd)
 
-    def _adopt_workers(
-        self, snapshot: Snapshot, descriptors: Mapping[str, Mapping[str, int]]
-    ) -> list[Event]:
-        ended: list[Event] = []
+    def _workers_of(
+        self, snapshot: Snapshot, descriptors: Mapping[str, int]
+    ) -> Iterator[tuple[WorkerRecord, Mapping[str, int], Home]]:
+        """Give what can be gone on with: a process, its descriptors and its generation."""
+        workers = door.under(descriptors, door.WORKER)
         for record in snapshot.workers:
-            generation = self.homes.get(record.generation)
-            mine = descriptors.get(str(record.number))
-            if generation is None or mine is None:
-                continue
-            shared = generation.program.handoff == LISTENER
-            if not record.orphaned and mine.keys() >= (
-                _WITHOUT_CHANNEL if shared else _WITH_CHANNEL
-            ):
-                self.crew.adopt(record, mine, generation)
-            elif "process" in mine:
+            home, mine = self.homes.get(record.generation), workers.get(str(record.number), {})
+            if home is not None and "process" in mine:
+                yield record, mine, home
+
+    def adopt_workers(
+        self, snapshot: Snapshot, descriptors: Mapping[str, int]
+    ) -> Iterator[tuple[Event, ...]]:
+        """Go on with the workers, one a step; gives what was not come to, as adopt() does."""
+        ended: list[WorkerExited] = []
+        for record, mine, home in self._workers_of(snapshot, descriptors):
+            shared = home.program.handoff == LISTENER
+            whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
+            if whole and not record.orphaned:
+                self.crew.adopt(record, mine, home)
+            else:
                 # The rest was given up when it had ended, and that may not have been written down.
-                left = self.crew.adopt_orphans(record, mine["process"], generation)
+                left = self.crew.adopt_orphans(record, mine, home)
                 found = snapshot.fleet.find(record.number)
                 if left != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=left))
-        known = {record.number for record in self.crew.records()}
-        known |= {each.worker for each in ended if isinstance(each, WorkerExited)}
+            yield ()
+        yield (*ended, *self._not_made(snapshot.fleet, {each.worker for each in ended}))
+
+    def _not_made(self, fleet: Fleet, ended: Collection[int]) -> list[Event]:
+        """Say what is in the fleet and could not be found; of those that ended it is said."""
+        known = {record.number for record in self.crew.records()}.union(ended)
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
-            for each in snapshot.fleet.generations
+            for each in fleet.generations
             if each.number not in self.homes
         ]
-        for worker in snapshot.fleet.alive():
+        for worker in fleet.alive():
             if worker.number not in known:
                 self.crew.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
-        return [*ended, *lost]
+        return lost
 
     def unguarded(self) -> None:
         """Nobody is left who would tell that."""

@@ -58,9 +58,11 @@ class Loop:
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
         """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing."""
         self._epoll.register(fd, events)
+        if not self._coming:
+            # A timer that is due, so that the path of a connection need not ask whether there is
+            # one; it runs already where others have come.
+            self.call_after(_COMING, 0.0, self._take_coming)
         self._coming[fd] = callback
-        # A timer that is due, so that the path of a connection need not ask whether there is one.
-        self.call_after(_COMING, 0.0, self._take_coming)
 
     def _take_coming(self) -> None:
         self._callbacks |= self._coming

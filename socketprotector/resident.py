@@ -60,8 +60,7 @@ def main() -> None:
 def _probe(descriptors: dict[str, int]) -> int:
     """Say whether this program could take over from the one that asks."""
     try:
-        heritage.read(descriptors[door.STATE])
-        _held(descriptors)
+        _held(descriptors, heritage.read(descriptors[door.STATE]))
     except (StateError, SettingsError) as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
@@ -75,13 +74,15 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: how to execute this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
+    inherited = _inherited(descriptors)
     try:
-        settings, listeners = _held(descriptors)
+        snapshot = inherited if isinstance(inherited, Snapshot) else None
+        settings, listeners = _held(descriptors, snapshot)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
     _name_process()
-    resident = _Resident(settings, listeners, descriptors, command)
+    resident = _Resident(settings, listeners, descriptors, inherited, command)
     try:
         status = resident.supervise()
     except Exception as error:
@@ -109,10 +110,13 @@ class _Resident:
         settings: Settings,
         listeners: Sequence[ListenerSettings],
         descriptors: dict[str, int],
+        inherited: Snapshot | StateError | None,
         command: tuple[str, ...],
     ) -> None:
+        """inherited: where another program stopped, or why nobody can go on from there."""
         self.settings = settings
         self.descriptors = descriptors
+        self.inherited = inherited
         self.command = command
         self.to_syslog = not settings.foreground and settings.log_file is None
         ours = self.to_syslog or settings.log_file is not None
@@ -167,7 +171,11 @@ class _Resident:
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
-        snapshot = self._inherited()
+        snapshot = self.inherited
+        if isinstance(snapshot, StateError):
+            raise snapshot
+        if door.STATE not in self.descriptors:
+            self._make_state()
         if snapshot is not None and snapshot.fleet.exiting:
             self._close_listeners()
             return snapshot.fleet.exit_status  # all was done but the last words
@@ -258,15 +266,11 @@ class _Resident:
 
     # -- putting together ----------------------------------------------------
 
-    def _inherited(self) -> Snapshot | None:
-        """Return where another program stopped."""
-        if door.STATE not in self.descriptors:
-            try:
-                self.descriptors[door.STATE] = StateFile.make().fd
-            except OSError as error:
-                raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
-            return None
-        return heritage.read(self.descriptors[door.STATE])
+    def _make_state(self) -> None:
+        try:
+            self.descriptors[door.STATE] = StateFile.make().fd
+        except OSError as error:
+            raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
 
     def _open_log(self) -> Log:
         settings = self.settings
@@ -417,14 +421,23 @@ class _Resident:
             log.write("error", "pid-file-not-written", error=error.strerror)
 
 
-def _held(descriptors: dict[str, int]) -> tuple[Settings, Sequence[ListenerSettings]]:
+def _inherited(descriptors: dict[str, int]) -> Snapshot | StateError | None:
+    """Return where another program stopped, or why nobody can go on from there.
+
+    Read once: a thousand workers take their time.
+    """
+    try:
+        return heritage.read(descriptors[door.STATE]) if door.STATE in descriptors else None
+    except StateError as error:
+        return error
+
+
+def _held(
+    descriptors: dict[str, int], snapshot: Snapshot | None
+) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
     fd = descriptors[door.SETTINGS]
     settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
-    try:
-        snapshot = heritage.read(descriptors[door.STATE]) if door.STATE in descriptors else None
-    except StateError:
-        return settings, settings.listeners  # whoever goes on from it will say so
     if snapshot is not None and snapshot.settings:
         settings = load(snapshot.settings.encode())
     if snapshot is not None and snapshot.coming:

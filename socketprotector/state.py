@@ -148,7 +148,12 @@ class Codec:
             return f"[{','.join(map(self._text, value))}]"
         names = self._fields.get(type(value))
         if names is not None:
-            content = ",".join(f'"{name}":{self._text(getattr(value, name))}' for name in names)
+            parts = []
+            for name in names:
+                part = getattr(value, name)
+                plain = _PLAIN.get(type(part)) or self._text
+                parts.append(f'"{name}":{plain(part)}')
+            content = ",".join(parts)
             return f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
         if isinstance(value, bytes):
             return f'{{"b":"{value.hex()}"}}'
@@ -170,8 +175,15 @@ class Codec:
         if "e" in value:
             return self._classes[value["e"]](value["v"])
         known = self._classes[value["c"]]
-        names = {each.name for each in fields(known)}
-        return known(**{name: self._in(v) for name, v in value["f"].items() if name in names})
+        names = self._fields[known]
+        plain = _PLAIN
+        return known(
+            **{
+                name: v if type(v) in plain else self._in(v)
+                for name, v in value["f"].items()
+                if name in names
+            }
+        )
 
 
 def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> int:

@@ -17,11 +17,13 @@ from .effects import Effects
 from .events import (
     Action,
     Event,
+    Hold,
     Launched,
     News,
     Open,
     ReadSettings,
     ReloadRequested,
+    RouteTo,
     ScaleRequested,
     Spawn,
     StopRequested,
@@ -113,10 +115,14 @@ class Supervisor:
         """Go on where another program stopped; takes ownership of its descriptors."""
         self._fleet = snapshot.fleet
         self._working = True  # what comes back meanwhile waits until all of it stands again
-        self._queue.extend(self.effects.adopt(snapshot, descriptors))
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.due}
         self._undone.extend(resume(self._fleet, left_s, snapshot.undone))
+        self._queue.extend(self.effects.adopt(snapshot, descriptors))
+        self._act(Hold, RouteTo)  # so that nobody who connects has to wait for what follows
+        for events in self.effects.adopt_workers(snapshot, descriptors):
+            self._queue.extend(events)
+            self._breathe()
         self._act()
         self.effects.welcome(self._fleet)
         self._work()
@@ -150,9 +156,12 @@ class Supervisor:
             self._working = False
         self.save()
 
-    def _act(self) -> None:
-        """Carry out what was decided.  Killed in the middle of one, the next program repeats it."""
-        while self._undone:
+    def _act(self, *kinds: type[Action]) -> None:
+        """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
+
+        kinds: go no further than these.
+        """
+        while self._undone and (not kinds or isinstance(self._undone[0], kinds)):
             action = self._undone[0]
             self.effects.perform(action)
             self._undone.popleft()

@@ -5,16 +5,18 @@ Time is counted here, not taken: each start of a worker takes a millisecond of i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from socketprotector import supervisor
-from socketprotector.events import Action, Event, Spawn
+from socketprotector import door, supervisor
+from socketprotector.crew import Crew
+from socketprotector.events import Action, Event, RouteTo, Spawn
 from socketprotector.fleet import Fleet
 from socketprotector.notify import WATCHDOG
+from socketprotector.records import Snapshot, WorkerRecord
 from socketprotector.supervisor import Supervisor
 
 #: What the protector promises.
@@ -28,6 +30,7 @@ class Away:
     def __init__(self) -> None:
         self.now_s = 1000.0
         self.spawned = 0
+        self.performed: list[Action] = []
         self.looked_at_s = self.fed_at_s = self.now_s
         self.longest_s = self.unfed_s = 0.0
         self.forwarder = SimpleNamespace(look=self.look)
@@ -45,22 +48,34 @@ class Away:
         self.fed_at_s = self.now_s
 
     def perform(self, action: Action) -> None:
+        self.performed.append(action)
         if isinstance(action, Spawn):
             self.spawned += 1
             self.now_s += SPAWN_S
 
+    def adopt(self, snapshot: Snapshot, descriptors: object) -> list[Event]:
+        return []
 
-def test_while_600_workers_are_started_clients_are_looked_after(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    away = Away()
+    def adopt_workers(self, snapshot: Snapshot, descriptors: object) -> Iterator[tuple[Event, ...]]:
+        """Go on with 600: they are found by one who is on the way already."""
+        assert self.performed == [RouteTo(None)]
+        self.look()
+        for _ in range(600):
+            self.now_s += SPAWN_S
+            yield ()
+
+    def welcome(self, fleet: Fleet) -> None:
+        pass
+
+
+def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
     monkeypatch.setattr(supervisor, "time", away)
     loop = SimpleNamespace(catch=lambda *_: None, run_if_due=away.run_if_due)
 
     def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Any:
         return away
 
-    protector = Supervisor(
+    return Supervisor(
         Fleet(workers_wanted=600),
         cast("Any", effects),
         cast("Any", SimpleNamespace(save=lambda *_: True)),
@@ -72,9 +87,55 @@ def test_while_600_workers_are_started_clients_are_looked_after(
         outlives_terminal=False,
     )
 
+
+def test_while_600_workers_are_started_clients_are_looked_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = Away()
+    protector = protector_of(away, monkeypatch)
+
     protector.launch()
     away.look()
 
     assert away.spawned == 600
     assert away.longest_s < LONGEST_S
     assert away.unfed_s < LONGEST_S
+
+
+def test_while_600_workers_are_adopted_clients_are_looked_after(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = Away()
+
+    protector_of(away, monkeypatch).adopt(Snapshot(Fleet(workers_wanted=600)), {})
+    away.look()
+
+    assert away.longest_s < LONGEST_S
+    assert away.unfed_s < LONGEST_S
+
+
+def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile() -> None:
+    named = door.Named()
+    settings = SimpleNamespace(
+        identity=None,
+        worker_identity=None,
+        guarded=True,
+        worker_limits=SimpleNamespace(any=False),
+        policy=SimpleNamespace(kill_timeout_s=1.0),
+    )
+    crew = Crew(
+        cast("Any", settings),
+        loop=cast("Any", None),
+        log=cast("Any", None),
+        output=cast("Any", SimpleNamespace(named=named)),
+        post=lambda _: None,
+        crashed=lambda _: None,
+        late=lambda *_: None,
+        listeners=lambda _: {},
+    )
+    record = WorkerRecord(number=7, generation=1, pid=1, mark=-1)
+
+    crew.expect(record, {"process": 10, "notify": 11})
+
+    assert crew.records() == (record,)
+    assert named == {"sp.worker.7.process": 10, "sp.worker.7.notify": 11}

@@ -252,30 +252,6 @@ def test_orphans_are_known_to_the_next_program(protector: Starter, how: str) -> 
     the_port_is_free(daemon)
 
 
-def test_orphans_that_end_while_no_protector_runs_do_not_keep_the_next_one_from_going_on(
-    protector: Starter,
-) -> None:
-    times = ("--stop-timeout", "300ms", "--kill-timeout", "300ms")
-    daemon = protector("--guard", *MODE, *times, "127.0.0.1:0", "--", *STUBBORN).ready()
-    orphans = kill_master(daemon)
-    daemon.log.wait_for("event=orphans generation=1 worker=1")
-    daemon.log.wait_for("event=worker-ready generation=1 worker=2")
-    # The guard cannot start another one before it goes on.
-    daemon.process.send_signal(signal.SIGSTOP)
-    mark = kill_protector(daemon)
-    for orphan in orphans:
-        os.kill(orphan, signal.SIGKILL)
-    assert wait_gone(orphans) == []
-    daemon.process.send_signal(signal.SIGCONT)
-
-    revived(daemon, mark)
-    at_rest(daemon)
-    assert versions(daemon) == {"v1"}
-    assert daemon.log.count("event=protector-died") == 1
-    daemon.stop()
-    the_port_is_free(daemon)
-
-
 # -- elsewhere they finish ------------------------------------------------------------------
 
 

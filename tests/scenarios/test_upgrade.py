@@ -139,8 +139,8 @@ def exception_at_import(installation: Installation) -> str:
 
 
 def older_state(installation: Installation) -> str:
-    installation.change("two", "state", r"FORMAT = 1", "FORMAT = 0")
-    return r"written by a newer program \(format 1, this one reads up to 0\)"
+    installation.change("two", "state", r"FORMAT = 2", "FORMAT = 1")
+    return r"written by a newer program \(format 2, this one reads up to 1\)"
 
 
 def other_settings(installation: Installation) -> str:

@@ -656,7 +656,7 @@ def _(say: Say) -> None:
                         partial(names.restarted, status["restarts"] + 1), "another protector"
                     )
                     load.more()
-                assert names.ctl("upgrade", "--wait").returncode == 0
+                names.upgrade(partial(names.ctl, "upgrade", "--wait"))
                 load.more()
                 guard.kill()
                 guard.wait()
@@ -672,6 +672,9 @@ def _(say: Say) -> None:
                 )
             assert names.ctl("stop", "--wait").returncode == 0
             eventually(lambda: is_refused(port), "a port that nobody listens on")
+        except AssertionError:
+            say(Path("/run/guarded.log").read_text(encoding="utf-8", errors="replace"))
+            raise
         finally:
             guard.kill()
             guard.wait()

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -231,15 +232,16 @@ class Service:
             f"another protector in the place of {before}",
         )
 
-    def upgrade(self) -> None:
-        """USR2, and wait until the next program serves.
+    def upgrade(self, ask: Callable[[], object] | None = None) -> None:
+        """USR2 (or what ask() does), and wait until the next program serves.
 
         The new program has half a minute to say that it can go on, which an emulated processor on
         a busy machine may not do it in; then the old one goes on, and it is asked for again.
         """
+        ask = ask or partial(self.signal, signal.SIGUSR2)
         wanted = self.status()["restarts"] + 1
         for _ in range(_TRIES):
-            self.signal(signal.SIGUSR2)
+            ask()
             try:
                 eventually(lambda: self.restarted(wanted), "the upgraded program's answer", 60)
                 return

@@ -48,6 +48,8 @@ _CENSUS_SLICE = 50
 
 @dataclass(slots=True)
 class _Group:
+    """What is known of one."""
+
     record: WorkerRecord
     process: Process  # the leader, which has ended
     drain_signal: int  # what has it finish; 0: it finishes by itself

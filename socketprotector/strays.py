@@ -41,8 +41,6 @@ _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 _MESSAGE_BYTES = 256
 _CANNOT = b"!"
 _TIMER, _TIMER_END, _LIMIT = "strays", "strays-end", "strays-look"
-#: Of who looks: whoever serves is more urgent.
-_NICE = 10
 
 #: What was found: notify address -> (pid, pidfd) of each that has it.
 Found = Mapping[str, Sequence[tuple[int, int]]]
@@ -260,7 +258,6 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
     last = os.sysconf("SC_OPEN_MAX")
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, last)
-    os.nice(_NICE)
     why = ""
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:

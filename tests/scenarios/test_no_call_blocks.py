@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds import rounds
 from tests.running import MARK, Protector, eventually, marked
 from tests.scenarios.operating import Line
 from tests.scenarios.starting import shown
@@ -35,24 +36,24 @@ pytestmark = [
     ),
 ]
 
-ROUNDS = 500
+ROUNDS = rounds(60, 250)
 TALKS = worker("talks")
 #: One that leaves something behind and fails.
 FAILS = "#!/bin/sh\nsleep 1000 &\necho no such table >&2\nexit 7\n"
 
 #: These return at once, or wait for memory, a processor or a disk alone.
 _NEVER = """
-access arch_prctl bind brk capget capset chdir clock_getres clock_gettime clone clone3 close
+access arch_prctl bind brk capget capset chdir chmod clock_getres clock_gettime clone clone3 close
 close_range dup dup2 dup3 epoll_create1 epoll_ctl eventfd2 execve exit exit_group faccessat
 faccessat2 fchdir fchmod fchown fork fstat fstatfs ftruncate getcwd getdents64 getegid geteuid
 getgid getgroups getitimer getpeername getpgrp getpid getppid getpriority getrandom getresgid
-getresuid getrlimit getsid getsockname getsockopt gettid gettimeofday getuid kill listen lseek
-lstat madvise membarrier memfd_create mkdir mmap mprotect mremap munmap newfstatat open openat
-pidfd_open pidfd_send_signal pipe2 prctl pread64 prlimit64 pwrite64 readlink readlinkat rename
-renameat restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn sched_getaffinity
-sched_getparam sched_getscheduler sched_setscheduler set_robust_list set_tid_address setitimer
-setpriority setrlimit setsockopt shutdown sigaltstack socket socketpair stat statfs statx
-sysinfo tgkill umask uname unlink unlinkat vfork
+getresuid getrlimit getsid getsockname getsockopt gettid gettimeofday getuid kill listen lseek lstat
+madvise membarrier memfd_create mkdir mmap mprotect mremap munmap newfstatat open openat pidfd_open
+pidfd_send_signal pipe2 prctl pread64 prlimit64 pwrite64 readlink readlinkat rename renameat
+restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigreturn sched_getaffinity sched_getparam
+sched_getscheduler sched_setscheduler set_robust_list set_tid_address setitimer setpriority
+setrlimit setsockopt shutdown sigaltstack socket socketpair stat statfs statx sysinfo tgkill umask
+uname unlink unlinkat vfork
 """
 NEVER = frozenset(_NEVER.split())
 #: The one wait.
@@ -332,12 +333,19 @@ class Life:
 
     def kill_worker(self) -> None:
         pids = self.pids()
-        if pids:
-            self._after("event=exited", lambda: os.kill(pids[self.turn % len(pids)], 9))
+        if not pids:
+            return
+        before = self.count("event=exited")
+        try:
+            os.kill(pids[self.turn % len(pids)], signal.SIGKILL)
+        except ProcessLookupError:
+            return  # it has drained meanwhile
+        eventually(lambda: self.count("event=exited") > before, "its end")
 
     def pids(self) -> list[int]:
         found = self.control.status()
-        return [each["pid"] for gen in found["generations"] for each in gen["workers"]]
+        workers = [each for gen in found["generations"] for each in gen["workers"]]
+        return [each["pid"] for each in workers if each["state"] != "orphaned"]
 
     def rotate(self) -> None:
         (self.folder / "log").rename(self.folder / "log.1")
@@ -397,14 +405,16 @@ def test_no_call_of_the_resident_process_can_block_but_its_wait(
     eventually(lambda: log.exists() and "event=ready" in log.read_text(), "ready")
     life = Life(daemon, tmp_path, release, serving(mode), marked_environment[MARK])
     chance = random.Random(1)
-    with judged(daemon.pid, tmp_path / "calls") as judge:
-        for what in chance.choices(list(ACTS), list(ACTS.values()), k=ROUNDS // 2):
-            life.act(what)
-    life.control.close()
+    try:
+        with judged(daemon.pid, tmp_path / "calls") as judge:
+            for what in chance.choices(list(ACTS), list(ACTS.values()), k=ROUNDS):
+                life.act(what)
+    finally:
+        life.control.close()
     daemon.stop()
 
     assert state_of(daemon.pid) in "ZX"
-    assert sum(judge.seen.values()) > 10_000
+    assert sum(judge.seen.values()) > 30 * ROUNDS
     assert judge.wrong == [], "\n".join(judge.wrong[:30])
 
 

@@ -71,6 +71,7 @@ class Judge:
         self._spawning: set[str] = set()  # pipes that a fork's child closes by executing
         self._last_pipe: list[str] = []
         self._failed = False  # a fork's child could not execute
+        self._vforked = ""  # the last child of posix_spawn, which had executed or ended by then
         self.seen: dict[str, int] = {}
         self.wrong: list[str] = []
 
@@ -98,6 +99,8 @@ class Judge:
                 self._made[each] = "O_NONBLOCK" in rest
         elif name in ("fork", "vfork", "clone", "clone3"):
             self._spawning |= set(self._last_pipe)
+            if "CLONE_VFORK" in rest or name == "vfork":
+                self._vforked = rest.rpartition("= ")[2].strip()
         elif name in ("socket", "accept4"):
             for each in re.findall(r"= \d+<(socket:\[\d+\])>", rest):
                 self._made[each] = "SOCK_NONBLOCK" in rest
@@ -158,6 +161,8 @@ class Judge:
     def _wait4(self, rest: str) -> bool:
         if "WNOHANG" in rest:
             return True
+        if self._vforked and rest.startswith(f"{self._vforked}, NULL"):
+            return True  # posix_spawn takes in its end itself
         # Of a child that could not execute and has closed all its files.
         failed, self._failed = self._failed, False
         return failed

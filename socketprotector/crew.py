@@ -397,18 +397,18 @@ class Crew:
     def _watch(self, number: int, worker: _Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        if worker.record.ready_at is None:
-            program = check_program(worker.home.program)
-            worker.readiness.watch(
-                self._loop,
-                number,
-                lambda by: self._is_ready(number, by),
-                lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
-                lambda check: self._log.write(
-                    "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
-                ),
-                lambda: self._name(worker),
-            )
+        program = check_program(worker.home.program)
+        worker.readiness.watch(
+            self._loop,
+            number,
+            lambda by: self._is_ready(number, by),
+            lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
+            lambda check: self._log.write(
+                "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
+            ),
+            lambda: self._name(worker),
+            known=worker.record.ready_at is not None,
+        )
         self._workers[number] = worker
         self._by_pid[worker.process.pid] = number
         self._name(worker)
@@ -589,7 +589,7 @@ class Crew:
         if worker is None or worker.record.ready_at is not None:
             return
         worker.record = replace(worker.record, ready_at=time.monotonic(), ready_by=by)
-        worker.readiness.close()
+        worker.readiness.is_known()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
             return

@@ -77,6 +77,15 @@ def ready_fd(settings: Settings) -> int:
     return FIRST_FD + len(descriptors(settings.listeners))
 
 
+def ready_after_s(settings: Settings) -> float | None:
+    """Return after how long a worker that says nothing is ready; None: it is to say so.
+
+    A server that was given {fd:ready} will: until then it is not ready, however long it takes.
+    """
+    told = settings.ready == "any" and ready_fd(settings) >= 0
+    return None if told else settings.ready_after_s
+
+
 def filled(
     words: Sequence[str], listeners: Sequence[ListenerSettings], ready: int = -1
 ) -> tuple[str, ...]:

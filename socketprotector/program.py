@@ -60,7 +60,7 @@ def program_of(settings: Settings) -> Program:
         ),
         handoff=settings.handoff,
         ready=settings.ready,
-        ready_after_s=settings.ready_after_s,
+        ready_after_s=handoff.ready_after_s(settings),
         ready_fd=ready_fd,
         ready_check=settings.ready_check,
         drain_signal=settings.drain_signal,

@@ -2,7 +2,11 @@
 
 ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
 number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails
-or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer.
+or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer; without it where
+the server was given the number of fd.
+
+A line that was offered stays open until it was used or the worker ends: one that is known to be
+ready by something else may write there later, and would be killed by SIGPIPE.
 
 Source: einhorn.py; s6's notification-fd.
 """
@@ -117,18 +121,24 @@ class Readiness:
         checked: Callable[[], Process],
         hangs: Callable[[str], None],
         changed: Callable[[], None],
+        *,
+        known: bool = False,
     ) -> None:
         """Call back each time something says so, with what that is.  Raises OSError.
 
-        key: of our timers.  checked: starts the check's process.  hangs: told once, with the
-        check's program, that it has run for CHECK_LIMIT_S.  changed: descriptors() has.
+        known: it is ready, and its lines are only to be read.  key: of our timers.  checked: starts
+        the check's process.  hangs: told once, with the check's program, that it has run for
+        CHECK_LIMIT_S.  changed: descriptors() has.
         """
         self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
         self._hangs, self._changed = hangs, changed
-        if self._program.ready_after_s is not None:
-            loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
         for name, fd in self._lines.items():
             loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
+        if known:
+            self.is_known()
+            return
+        if self._program.ready_after_s is not None:
+            loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
         self.check()
 
     def _hear(self, name: str, fd: int) -> None:
@@ -213,16 +223,21 @@ class Readiness:
             self._check.discard(self._loop)
             self._check = None
 
-    def close(self) -> None:
-        """Nothing more is to be heard."""
-        for name in tuple(self._lines):
-            self._forget(name)
+    def is_known(self) -> None:
+        """The worker is ready; what it still says of that is read, and means nothing."""
         self.stop_check()
         if self._loop is not None:
             self._loop.cancel((_AFTER, self._key))
-            self._loop = None
-        # They lead back to who owns this, and such circles are found late.
-        self._ready, self._checked, self._hangs, self._changed = _nothing, None, None, None
+        self._ready, self._checked, self._hangs = _nothing, None, None
+
+    def close(self) -> None:
+        """Nothing more is to be heard."""
+        self.is_known()
+        for name in tuple(self._lines):
+            self._forget(name)
+        self._loop = None
+        # It leads back to who owns this, and such circles are found late.
+        self._changed = None
 
 
 def _nothing(by: str) -> None:

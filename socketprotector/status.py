@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from . import __version__, clock
+from . import __version__, clock, handoff
 from .events import Deadline, Wait
 from .fleet import Fleet, Generation, Phase, State, Worker
 from .home import Home
@@ -48,7 +48,8 @@ def of_ready(settings: Settings) -> str:
         case "after":
             return after
         case "any":
-            return f"notify, ack or a line, else {after}"
+            said = "notify, ack or a line"
+            return said if handoff.ready_after_s(settings) is None else f"{said}, else {after}"
         case "fd":
             return f"fd {settings.ready_fd}"
         case kind:

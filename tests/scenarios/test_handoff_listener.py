@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def test_a_placeholder_without_listeners_names_the_mode(start: Start) -> None:
     [
         ((), "notify", "notify, ack or a line, else after 1 s (only a timer)"),
         ((), "ack", "notify, ack or a line, else after 1 s (only a timer)"),
-        ((), "{fd:ready}", "notify, ack or a line, else after 1 s (only a timer)"),
+        ((), "{fd:ready}", "notify, ack or a line"),
         (("--ready", "ack"), "ack", "ack"),
         (("--ready", "ack"), "yaml", "ack"),
         (("--ready", "ack"), "path", "ack"),
@@ -303,6 +304,24 @@ def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) 
     daemon = served_by(command=(*SERVER, "--ready", "never"))
 
     assert ask(here(daemon)).endswith("hello")
+
+
+@pytest.mark.parametrize("how", ["ack", "{fd:ready}"])
+def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how: str) -> None:
+    """After the second in which others are thought ready, too, nothing it writes to is closed."""
+    gate = Gate(tmp_path / "gate")
+    command = (*SERVER, "--ready", how, "--gate", gate.path)
+    daemon = protector(*MODE, "http=127.0.0.1:0", "--", *command)
+    if how == "ack":
+        daemon.log.wait_for("event=worker-ready .*by=timer")
+    else:
+        time.sleep(1.5)  # no log line tells of what is not to happen
+        assert daemon.log.count("event=worker-ready") == 0
+    gate.open()
+    daemon.ready()
+
+    assert pid_in(ask(here(daemon))) == spawned(daemon)[0]
+    assert daemon.log.count("event=exited") == 0
 
 
 def test_a_check_knows_whom_it_is_about(served_by: Starter, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.figures import Figure, Scale, alternately, ratio
@@ -68,9 +69,30 @@ def _until(log: Path, event: str, count: int) -> None:
         time.sleep(0.01)
 
 
-def _one_count(count: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Return what start, reload, upgrade and kill take: CPU in ms, longest wait in ms."""
-    log = folder / f"log.{count}"
+@dataclass(frozen=True)
+class Took:
+    """What one of them took, in milliseconds; the first and the last two of processor time."""
+
+    cpu: float
+    longest_wait: float = 0.0  # of a client, by the clock
+    away: float = 0.0  # of the loop from its connections, no matter what keeps the machine busy
+    start: float = 0.0  # of a new program until it looks at them first
+
+
+def _away(record: Path, pid: int, since_ns: int) -> tuple[float, float]:
+    """Return the longest times that away.c has noted of a process: at work, and at its start."""
+    longest = [0.0, 0.0]
+    if record.exists():  # else each was shorter than a millisecond
+        for line in record.read_text().splitlines():
+            whose, at_ns, away_ns, at_start = map(int, line.split())
+            if whose == pid and at_ns >= since_ns:
+                longest[at_start] = max(longest[at_start], away_ns / 1e6)
+    return longest[0], longest[1]
+
+
+def _one_count(count: int, folder: Path) -> dict[str, Took]:
+    """Return what start, reload, upgrade and kill take."""
+    log, record = folder / f"log.{count}", folder / f"away.{count}"
     log.touch()
     address = f"127.0.0.1:{free_port()}"
     program = str(Path(sys.executable).parent / "SocketProtector")
@@ -78,10 +100,11 @@ def _one_count(count: int, folder: Path) -> dict[str, tuple[float, float]]:
         *(program, "-f", "--guard", "--workers", str(count), "--start-timeout", f"{LIMIT_S:g}"),
         *("--log-file", str(log), address, "--", built("many")),
     ]
-    seen: dict[str, tuple[float, float]] = {}
-    with Started(command, address, {}, []) as started:
+    env = {"LD_PRELOAD": built("away", preloaded=True), "BENCH_AWAY": str(record)}
+    seen: dict[str, Took] = {}
+    with Started(command, address, env, []) as started:
         _until(log, "ready", 1)
-        seen["start"] = cpu_ns(guarded(started.pid)) / 1e6, 0.0
+        seen["start"] = Took(cpu_ns(guarded(started.pid)) / 1e6)
 
         def reload() -> None:
             os.kill(started.pid, signal.SIGHUP)
@@ -97,11 +120,11 @@ def _one_count(count: int, folder: Path) -> dict[str, tuple[float, float]]:
 
         for act in (reload, upgrade, kill):
             pid = guarded(started.pid)
-            before = cpu_ns(pid)
+            before, since_ns = cpu_ns(pid), time.monotonic_ns()
             _, longest_ms = Asker(address).during(act)
             now = guarded(started.pid)
             spent_ms = (cpu_ns(now) - (before if now == pid else 0)) / 1e6
-            seen[act.__name__] = spent_ms, longest_ms
+            seen[act.__name__] = Took(spent_ms, longest_ms, *_away(record, now, since_ns))
     return seen
 
 
@@ -137,7 +160,7 @@ def workers(scale: Scale) -> list[Figure]:
     figures = []
     few, many = counts[-2:]
     for what in ("start", "reload", "upgrade", "kill"):
-        each = {count: seen[what][0] / count for count, seen in found.items()}
+        each = {count: seen[what].cpu / count for count, seen in found.items()}
         grows = each[many] / each[few]
         figures.append(
             Figure(
@@ -148,16 +171,31 @@ def workers(scale: Scale) -> list[Figure]:
                 grows <= 1.3,
                 [
                     *(
-                        f"{n}: {each[n]:.2f} ms a worker, {found[n][what][0]:.0f} ms"
+                        f"{n}: {each[n]:.2f} ms a worker, {found[n][what].cpu:.0f} ms"
                         for n in counts
                     ),
                     "longest wait of a client meanwhile: "
-                    + ", ".join(f"{n}: {found[n][what][1]:.0f} ms" for n in counts),
+                    + ", ".join(f"{n}: {found[n][what].longest_wait:.0f} ms" for n in counts),
                     "beside as many starts of the same program without us: "
                     + ", ".join(f"{n}: {alone[n]:.0f} ms" for n in counts),
                 ],
             )
         )
+    away = {n: max(took.away for took in seen.values()) for n, seen in found.items()}
+    figures.append(
+        Figure(
+            "the loop's longest absence from its connections meanwhile, its own CPU time",
+            f"{max(away.values()):.1f} ms",
+            "<= 50 ms",
+            "",
+            max(away.values()) <= 50,
+            [
+                f"{n}: {away[n]:.1f} ms; from a new program's start to its first look: "
+                f"upgrade {seen['upgrade'].start:.0f} ms, kill {seen['kill'].start:.0f} ms"
+                for n, seen in found.items()
+            ],
+        )
+    )
     return figures
 
 

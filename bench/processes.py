@@ -35,11 +35,15 @@ class Switches(NamedTuple):
     involuntary: int
 
 
-def built(name: str) -> str:
-    """Return the path of bench/NAME, compiled from bench/NAME.c if that is newer."""
-    source, binary = HERE / f"{name}.c", HERE / name
+def built(name: str, *, preloaded: bool = False) -> str:
+    """Return the path of bench/NAME, compiled from bench/NAME.c if that is newer.
+
+    preloaded: as NAME.so, for LD_PRELOAD.
+    """
+    source, binary = HERE / f"{name}.c", HERE / (f"{name}.so" if preloaded else name)
     if not binary.exists() or binary.stat().st_mtime < source.stat().st_mtime:
         flags = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Werror"]
+        flags += ["-fPIC", "-shared"] if preloaded else []
         try:
             subprocess.run(["cc", *flags, "-o", str(binary), str(source)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:

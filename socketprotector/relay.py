@@ -28,6 +28,7 @@ import select
 import signal
 import sys
 import syslog
+import time
 
 #: What is remembered of a worker, and of how many that have ended.
 TAIL_BYTES = 4096
@@ -37,6 +38,12 @@ LINE_BYTES = 8000
 #: Into a file it goes whole, unless it is longer than this.
 HELD_BYTES = 256 * 1024
 _READ_BYTES = 65536
+#: For how long lines are gathered once some were passed on.  Else each line of a worker that writes
+#: one after the other would wake us, and on a busy machine that worker would have to wait for us.
+_GATHER_MS = 5
+#: Who has written so much meanwhile will fill its pipe, and would have to wait: none of that then.
+_MANY_BYTES = 16384
+_HURRY_S = 0.1
 #: A pipe holds as many reads at most (fs.pipe-max-size).
 _READS = 16
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
@@ -78,6 +85,9 @@ class Relay:
         # Not poll: that would ask for all of hundreds of pipes each time one is written to.
         self.epoll = select.epoll()
         self.epoll.register(line, select.EPOLLIN)
+        self.gathering = select.poll()  # ends when the protector says something
+        self.gathering.register(line, select.POLLIN)
+        self.hurry_s = 0.0  # the time until which nothing is gathered
 
     def add(self, stream: Stream) -> None:
         """Carry it from here on.  Raises PermissionError for what is no pipe (/dev/null)."""
@@ -94,15 +104,21 @@ class Relay:
                 # First: what is written after a rotation belongs into the new file.
                 self.hear(self.line)
                 continue
-            for fd in ready:
-                self.carry(self.streams[fd])
+            self.gather(max(self.carry(self.streams[fd]) for fd in ready))
 
-    def carry(self, stream: Stream) -> bool:
-        """Pass on what is there of one; say whether that was anything."""
+    def gather(self, most: int) -> None:
+        """Let more lines come before we look again.  most: bytes that one had written this time."""
+        if most >= _MANY_BYTES:
+            self.hurry_s = time.monotonic() + _HURRY_S
+        elif time.monotonic() >= self.hurry_s:
+            self.gathering.poll(_GATHER_MS)
+
+    def carry(self, stream: Stream) -> int:
+        """Pass on what is there of one; return how many bytes that was."""
         try:
             data = os.read(stream.fd, _READ_BYTES)
         except BlockingIOError:
-            return False
+            return 0
         stream.tail = (stream.tail + data)[-TAIL_BYTES:]
         if self.kind == "lines" and not stream.prefix:
             self.carry_whole(stream, data)
@@ -110,7 +126,7 @@ class Relay:
             self.carry_lines(stream, data)
         if not data:
             self.end(stream)
-        return bool(data)
+        return len(data)
 
     def carry_whole(self, stream: Stream, data: bytes) -> None:
         """Write what is there as it is, up to the end of a line: so no line is torn apart."""
@@ -158,6 +174,7 @@ class Relay:
         fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
         if not data:
             self.epoll.unregister(line.fileno())
+            self.gathering.unregister(line.fileno())
             line.close()
             self.line = None
         elif data[:1] == b"?":

@@ -7,6 +7,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,3 +273,69 @@ def test_one_who_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> Non
 
     assert told.end() == 0
     out.join()
+
+
+class Meanwhile:
+    """Stands in for the time in which lines are gathered: does something instead."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act = act
+
+    def poll(self, _: int) -> None:
+        self.act()
+
+    def unregister(self, _: int) -> None:
+        pass
+
+
+class Noted(relay.Relay):
+    """One in this process, that notes what it would write."""
+
+    noted: list[bytes]
+
+    def write(self, data: bytes) -> None:
+        self.noted.append(data)
+
+
+def test_lines_that_follow_one_another_are_passed_on_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else each would wake the relay, and on a busy machine the worker would wait for it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    receive, send = os.pipe()
+    noted = Noted(theirs.detach(), "lines", prefixed=False)
+    noted.noted = []
+    noted.add(relay.Stream(receive, 1, b""))
+
+    def act() -> None:
+        if ours.fileno() >= 0:
+            for number in range(10):
+                os.write(send, b"%d\n" % number)
+            os.close(send)
+            ours.close()
+
+    monkeypatch.setattr(noted, "gathering", Meanwhile(act))
+    os.write(send, b"the first one at once\n")
+    noted.run()
+    noted.epoll.close()
+
+    assert list(filter(None, noted.noted)) == [
+        b"the first one at once\n",
+        b"".join(b"%d\n" % number for number in range(10)),
+    ]
+
+
+def test_who_writes_very_much_does_not_wait_for_the_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    here = relay.Relay(theirs.detach(), "lines", prefixed=False)
+    gathered: list[float] = []
+    monkeypatch.setattr(here, "gathering", Meanwhile(lambda: gathered.append(time.monotonic())))
+    for now, most in ((100.0, 200), (101.0, 65536), (101.05, 200), (102.0, 200)):
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "monotonic", lambda now=now: now)
+            here.gather(most)
+    ours.close()
+    here.run()
+    here.epoll.close()
+
+    assert gathered == [100.0, 102.0]

@@ -523,7 +523,7 @@ class Forwarder:
                 self._loop.unwatch(listener.fileno())
             elif listener.hangs_up:
                 self._is_shut(listener)
-        elif error.errno == errno.EINVAL:
+        elif error.errno == errno.EINVAL and not listener.is_alive():
             self._is_shut(listener)
         else:
             # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has

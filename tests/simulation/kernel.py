@@ -91,17 +91,26 @@ class Connection(File):
 class Listening(File):
     """A listening socket with its backlog."""
 
-    def __init__(self, family: int) -> None:
+    def __init__(self, family: int, name: Any) -> None:
         super().__init__()
         self.family = family
+        self.name = name
         self.backlog: deque[Connection] = deque()
         self.refuses = False  # nobody new comes in
         self.shut = False
         self.accepted = 0
         self.sent = 0  # the place of the last one sent on
 
+    @property
+    def listens(self) -> bool:
+        """As SO_ACCEPTCONN tells it: a UNIX socket that was shut down says that it does."""
+        return self.family == socket.AF_UNIX or not self.shut
+
     def ready(self) -> int:
-        return IN if self.backlog or self.shut else 0
+        events = IN if self.backlog else 0
+        if self.shut:
+            events |= IN | SHUT
+        return events
 
     def shutdown(self, how: int) -> None:
         self.refuses = True
@@ -662,9 +671,13 @@ class Socket:
 
     def getsockopt(self, level: int, option: int) -> int:
         if isinstance(self._file, Listening):
-            return 0
+            return int(option == socket.SO_ACCEPTCONN and self._file.listens)
         assert isinstance(self._file, End)
         return self._file.room * CHARGE
+
+    def getsockname(self) -> Any:
+        assert isinstance(self._file, Listening)
+        return self._file.name
 
     def _accept(self) -> tuple[int, None]:
         kernel, listening = self._kernel, self._file

@@ -261,7 +261,8 @@ class World:
         self.kernel.group_signals = pick((True, True, False))
         self.keeper = pick(("nobody", "guard", "guard", "systemd"))
         self._listening = [
-            Listening(pick((socket.AF_INET, socket.AF_UNIX))) for _ in range(pick((1, 1, 2)))
+            Listening(pick((socket.AF_INET, socket.AF_UNIX)), ("h", n))
+            for n in range(pick((1, 1, 2)))
         ]
         self.settings = Settings(
             name="daemon",
@@ -738,7 +739,7 @@ class World:
     def _become_ready(self) -> None:
         worker = self._somebody()
         if worker and not worker.ready:
-            retires = b"\nX_SOCKETPROTECTOR_RETIRES=1" if self._chance() < 0.5 else b""
+            retires = b"\nX_SOCKETPROTECTOR_RETIRE=1" if self._chance() < 0.5 else b""
             worker.ready = self._tell(worker, b"READY=1" + retires)  # else it waits for room
             self._say(f"{worker.pid} is ready" if worker.ready else f"{worker.pid} finds no room")
 

@@ -320,6 +320,8 @@ class Effects:
         self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
         self.sides.current = snapshot.side
         self.sides.unserved = frozenset(snapshot.unserved)
+        if snapshot.fleet.stopping:  # we may have shut down what is shut down
+            self.sides.end()
         broken: list[Event] = []
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):

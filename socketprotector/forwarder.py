@@ -424,7 +424,11 @@ class Forwarder:
         if route is None:
             self._looks = False
             return
-        first = route.peek()
+        try:
+            first = route.peek()
+        except OSError:  # no memory for that now: whoever waits there can wait for the next look
+            self._look_later()
+            return
         if first is not None and first == self._first:
             self._look_s = min(2 * self._look_s, LAST_LOOK_S)
             self._send_again(route)
@@ -493,7 +497,11 @@ class Forwarder:
 
     def _is_stuck(self, channel: Channel) -> bool:
         """Whether the next one could neither be given to the route nor put back."""
-        header = channel.peek() if channel.write.fileno() < 0 else None
+        try:
+            header = channel.peek() if channel.write.fileno() < 0 else None
+        except OSError as error:
+            self._scarce("recvmsg", error)
+            return True
         known = self._route is None or header is None or self._route.knows_of(_listener_of(header))
         return not known
 

@@ -38,6 +38,7 @@ TABLE: tuple[tuple[str, tuple[int, ...], int, str], ...] = (
     ("sendmsg", (errno.EAGAIN, *SCARCE, errno.ETOOMANYREFS, *FATAL), 0, LATER),
     ("sendmsg", GONE, 0, BROKEN),
     ("recvmsg", (errno.EAGAIN, *SCARCE, *FATAL, *GONE), 0, LATER),
+    ("recvmsg", (errno.EAGAIN, *SCARCE, *FATAL, *GONE), 1, LATER),
     ("open", SCARCE, 0, RELOAD_FAILS),  # a place for the pidfd of each worker
     ("open", SCARCE, 3, LATER),
     ("hear", (errno.EAGAIN,), 0, NEXT),

@@ -407,10 +407,12 @@ class Kernel:
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
+                readlink=lambda path: "1",  # /proc/self
                 sched_getscheduler=lambda _: os.SCHED_OTHER,
                 close=self.close,
                 dup=self._dup,
                 open=self._open,
+                listdir=lambda path: [],  # /proc is closed: those that nobody reaps stay
                 read=self._read_pipe,
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
@@ -722,10 +724,9 @@ class Socket:
             rights = [(1, socket.SCM_CREDENTIALS, _CREDENTIALS.pack(pid, 1000, 1000))]
         else:
             assert isinstance(self._file, End)
-            if flags & socket.MSG_PEEK and self._file.queue:  # without room for descriptors
-                kernel.enter("peek")
-                return self._file.queue[0][0][:size], [], 0, None
             kernel.enter("recvmsg")
+            if flags & socket.MSG_PEEK and self._file.queue:  # without room for descriptors
+                return self._file.queue[0][0][:size], [], 0, None
             message = self._file.receive()
             if message is None:
                 return b"", [], 0, None

@@ -72,7 +72,11 @@ class FakeListener:
         self.settings = ListenerSettings("tcp:127.0.0.1:80")
         self.refuses = True
         self.lost = self.hangs_up = False
+        self.alive = True
         self.number = 10_000 + index
+
+    def is_alive(self) -> bool:
+        return self.alive
 
     def fileno(self) -> int:
         return self.number
@@ -726,6 +730,7 @@ def test_a_listener_that_somebody_has_shut_down_is_told_of_and_not_asked_again(
     channel = world.channel()
     world.forwarder.route_to(channel)
     world.listeners[0].accepts.fail(errno.EINVAL)
+    world.listeners[0].alive = False
 
     world.loop.wake(world.listeners[0])
 
@@ -739,9 +744,11 @@ def test_one_that_listens_again_is_accepted_from_as_before(world: World, how: in
     channel = world.channel()
     world.forwarder.route_to(channel)
     world.listeners[0].hangs_up = True
+    world.listeners[0].alive = False
     world.listeners[0].accepts.fail(how)
     world.loop.wake(world.listeners[0])
     world.listeners[0].hangs_up = False
+    world.listeners[0].alive = True
     world.listeners[0].backlog.append(1)
     world.turn()
 
@@ -753,6 +760,7 @@ def test_a_graceful_close_does_not_wait_for_one_that_was_shut_down(world: World)
     channel = world.channel()
     world.forwarder.route_to(channel)
     world.listeners[0].accepts.fail(errno.EINVAL, times=100)
+    world.listeners[0].alive = False
     world.forwarder.close_listeners(quick=False)
     world.loop.wake(world.listeners[0])
     for _ in range(3):

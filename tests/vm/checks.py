@@ -397,10 +397,10 @@ def _(say: Say) -> None:
 # -- socket activation ---------------------------------------------------------
 
 
-def _activated(name: str, command: str, options: str, say: Say, *more: str) -> None:
+def _activated(name: str, command: str, options: str, say: Say, *drop_in: str) -> None:
     """Reloads, a killed protector, and a restart, on a port that systemd has opened."""
-    with Service(name, command, options) as service:
-        service.opened_by_systemd(*more)
+    with Service(name, command, options, drop_in=drop_in) as service:
+        service.opened_by_systemd()
         assert service.show("ActiveState") == "inactive"
         with load_on(service) as load:
             assert service.show("ActiveState") == "active"
@@ -593,7 +593,8 @@ def _(say: Say) -> None:
 
 @promise("listener handoff, a port of a .socket unit: nobody is lost")
 def _(say: Say) -> None:
-    _activated("handed", ASYNCIO, LISTENER, say)
+    # As docs/systemd.md says: without it, who polls can hang in accept() while we are started anew.
+    _activated("handed", ASYNCIO, LISTENER, say, "NonBlocking=yes")
 
 
 def _ended(pids: set[int]) -> bool:

@@ -7,6 +7,7 @@ are blocked from here until somebody can answer them: the waiting process, or th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -168,7 +169,8 @@ def _become_resident(
         if error.filename is None:
             raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
         raise SystemRefused(
-            f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile?"
+            f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
+            "or is a folder on its path closed to --user?"
         ) from error
 
 
@@ -201,7 +203,6 @@ def _exec(
     # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
     for fd in (0, 1, 2):
         os.set_inheritable(fd, True)
-    environment = {**os.environ, **door.leave(descriptors)}
     # Run by -m from a folder with the package in it, that folder is needed again.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
     command = list(command_of(tuple(label), safe))
@@ -220,5 +221,11 @@ def _exec(
         if settings.pid_file is not None:
             told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
-    with privileges.lent() if settings.guarded and starts_others else nullcontext():
-        os.execve(command[0], command, environment)
+    # Whoever is told if this fails is found under the same number then.
+    spare = fcntl.fcntl(verdict, fcntl.F_DUPFD_CLOEXEC, door.FIRST + len(descriptors))
+    environment = {**os.environ, **door.leave(descriptors)}
+    try:
+        with privileges.lent() if settings.guarded and starts_others else nullcontext():
+            os.execve(command[0], command, environment)
+    finally:
+        os.dup2(spare, verdict, inheritable=False)

@@ -280,7 +280,7 @@ class _Resident:
         try:
             self.output.begin(self.descriptors, settings.name, self.loop, log)
         except OSError as error:
-            where = "to syslog" if self.to_syslog else "of workers' output"
+            where = "to syslog" if self.to_syslog else "of workers' output (or use --no-log-relay)"
             why = f"cannot start the relay {where}: {what_failed(error)}"
             raise SystemRefused(why) from error
         log.reopen()

@@ -386,6 +386,28 @@ def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words
     assert command.start.left() == []
 
 
+@pytest.mark.parametrize("mode", [(), ("-f",)], ids=["detached", "foreground"])
+def test_a_python_that_the_protectors_user_cannot_execute_is_named(
+    command: Command, mode: tuple[str, ...]
+) -> None:
+    """As one below /root.  The guard becomes that user first, and so fails to execute it."""
+    closed = command.start.folder / "closed.sh"
+    closed.mkdir(mode=0o700)
+    python = closed / "python"
+    python.symlink_to(command.python)
+    words = (*mode, "--guard", "--no-log-relay", "--user", A, "unix:s", "--")
+    log: tuple[str | Path, ...] = ("--log-file", command.start.log_file)
+
+    ended = command.start(
+        *(*log, *words, *command.worker("minimal")),
+        command=(str(python), *COMMAND[1:]),
+        environment={"PYTHONPATH": command.path},
+    )
+
+    assert ended.status == 111
+    assert f"cannot execute {python}: Permission denied" in ended.err
+
+
 def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> None:
     """Files of root's and of the workers' are closed to it."""
     command.up(

@@ -737,6 +737,20 @@ def test_a_listener_that_somebody_has_shut_down_is_told_of_and_not_asked_again(
     assert (world.dead, world.loop.watched, world.loop.timers) == ([0], {}, {})
 
 
+def test_one_that_listens_is_not_taken_for_shut_down_because_of_an_error(world: World) -> None:
+    channel = world.channel()
+    world.forwarder.route_to(channel)
+    world.listeners[0].backlog.append(1)
+    world.listeners[0].accepts.fail(errno.EINVAL)
+
+    world.loop.wake(world.listeners[0])
+    world.loop.pass_time()
+    world.turn()
+
+    assert world.dead == []
+    assert channel.taken() == [1]
+
+
 @pytest.mark.parametrize("how", [errno.EINVAL, errno.EAGAIN], ids=name)
 def test_one_that_listens_again_is_accepted_from_as_before(world: World, how: int) -> None:
     """A UNIX one finds nobody and hangs up."""

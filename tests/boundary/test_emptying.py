@@ -242,9 +242,10 @@ def test_a_channel_that_is_shut_down_ends_the_emptying(world: World) -> None:
 
 
 def test_one_that_lets_new_ones_in_is_closed_in_the_end(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system does not let us refuse them, however many they are."""
+    monkeypatch.setattr("socketprotector.emptying.time", turns)
     monkeypatch.setattr(world.listeners[1], "refuse_new", lambda: False)
     monkeypatch.setattr("socketprotector.emptying.LAST_S", QUIET_S)
     monkeypatch.setattr("socketprotector.emptying.BURST", 1)

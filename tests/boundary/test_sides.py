@@ -33,6 +33,7 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
         self.unheard: dict[bytes, bool] = {}  # and whether he is silent
         self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
@@ -42,7 +43,6 @@ class World:
         self.stranded = 0
         self.bound: list[Listener] = []
         self.lost: list[Listener] = []
-        monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(module, "unheard", self.ask)
         # By its number, as bind.py does.
         with socket.socket() as chooser:

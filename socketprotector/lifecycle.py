@@ -56,8 +56,8 @@ from .step import Step
 
 #: What to do about a generation that stays silent.
 READY_HINT = (
-    "what --ready waits for did not come: READY=1 to NOTIFY_SOCKET, as socketprotector_client says "
-    "it, unless something else is chosen there, like after:1s"
+    "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it, or is taken "
+    "as ready by --ready after:1s"
 )
 
 

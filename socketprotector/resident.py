@@ -282,7 +282,13 @@ class _Resident:
         except OSError as error:
             where = "to syslog" if self.to_syslog else "of workers' output (or use --no-log-relay)"
             why = f"cannot start the relay {where}: {what_failed(error)}"
-            raise SystemRefused(why) from error
+            if self.to_syslog or settings.log_prefix:
+                raise SystemRefused(why) from error
+            # Nobody has asked for one: workers write to the file themselves.
+            self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)
+            log.reopen()
+            log.write("warning", "notice", text=why)
+            return log
         log.reopen()
         return log
 

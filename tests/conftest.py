@@ -97,14 +97,7 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 #: Known to fail since the relay is the default, groups are waited for and a look is taken at the
 #: queue: each wants a mend, of the product or of the test, and none may be forgotten here.
 _OPEN = {
-    "a start as a user who cannot execute this Python is refused because of the relay": (
-        "test_start_user.py::test_everything_runs_as_that_user_from_before_the_first_worker",
-        "test_start_user.py::test_the_order_is_bind_then_pid_file_then_drop_then_workers",
-        "test_start_user.py::test_folders_of_several_files_are_named_in_one_line",
-        "test_start_user.py::test_a_group_of_ones_own_choice",
-        "test_start_user.py::test_a_number_may_stand_for_the_user",
-        "test_start_user.py::test_the_log_can_be_reopened_after_the_drop",
-        "test_init_script.py::test_the_run_directory_is_the_users_and_so_is_the_daemon",
+    "a relay that cannot be started for a log file is a notice now, no refusal": (
         "test_faults_calls.py::test_without_a_process_for_the_relay_the_start_fails_in_one_line",
     ),
     "a worker's output is a pipe now, not the log file": (

@@ -97,12 +97,6 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 #: Known to fail since the relay is the default, groups are waited for and a look is taken at the
 #: queue: each wants a mend, of the product or of the test, and none may be forgotten here.
 _OPEN = {
-    "a relay that cannot be started for a log file is a notice now, no refusal": (
-        "test_faults_calls.py::test_without_a_process_for_the_relay_the_start_fails_in_one_line",
-    ),
-    "a worker's output is a pipe now, not the log file": (
-        "test_start_surroundings.py::test_standard_descriptors_may_be_closed",
-    ),
     "the relay on a full disk does not go on": (
         "test_faults_disk.py::test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody",
     ),

@@ -68,8 +68,8 @@ os.posix_spawn = posix_spawn
 
 @pytest.mark.parametrize(
     ("mode", "what"),
-    [((), "to syslog"), (("--log-file", "log"), "of workers' output")],
-    ids=["syslog", "log file"],
+    [((), "to syslog")],
+    ids=["syslog"],
 )
 def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_nothing(
     start: Start, mode: tuple[str, ...], what: str
@@ -82,6 +82,19 @@ def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_
     assert ended.lines[0].startswith(f"SocketProtector: cannot start the relay {what}: ")
     assert start.left() == []
     assert "Traceback" not in start.log
+
+
+def test_without_a_process_for_the_relay_that_nobody_asked_for_it_starts_and_says_so(
+    start: Start,
+) -> None:
+    environment = injected(start.folder / "fault.py", RELAY_FAILS)
+
+    ended = start("--log-file", "log", "unix:s", "--", *MINIMAL, environment=environment)
+
+    assert ended.status == 0, ended
+    assert "event=notice text=\"cannot start the relay of workers' output" in start.log
+    start.stop()
+    assert start.left() == []
 
 
 @pytest.mark.parametrize(

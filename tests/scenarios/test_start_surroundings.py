@@ -28,30 +28,48 @@ from tests.scenarios.tools import Client, worker
 # -- descriptors ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"])
-def test_standard_descriptors_may_be_closed(start: Start, closed: str) -> None:
-    before = ("sh", "-c", f'exec "$@" {closed}', "-")
+#: A worker writes to a pipe of its own, or without the relay to the log file itself.
+relayed = pytest.mark.parametrize("relay", [(), ("--no-log-relay",)])
 
-    ended = start("--log-file", "log", "127.0.0.1:0", "unix:s", "--", *TELLS, before=before)
+
+def is_output(target: str, start: Start, relay: tuple[str, ...]) -> bool:
+    if not relay:
+        return target.startswith("pipe:[")
+    return target == str(start.log_file)
+
+
+@relayed
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&-", "0<&- 1>&- 2>&-"])
+def test_standard_descriptors_may_be_closed(
+    start: Start, closed: str, relay: tuple[str, ...]
+) -> None:
+    before = ("sh", "-c", f'exec "$@" {closed}', "-")
+    words = (*relay, "--log-file", "log", "127.0.0.1:0", "unix:s", "--", *TELLS)
+
+    ended = start(*words, before=before)
 
     assert ended.status == 0, ended
     assert ended.err == ""
     found = told(f"{start.folder}/s")
     assert found["descriptors"]["0"] == "/dev/null"
-    assert found["descriptors"]["2"] == str(start.log_file)
+    assert is_output(found["descriptors"]["2"], start, relay)
     assert os.readlink(f"/proc/{start.pid}/fd/0") == "/dev/null"
     start.stop()
     assert start.left() == []
 
 
-def test_standard_descriptors_may_be_closed_in_the_foreground(start: Start) -> None:
+@relayed
+def test_standard_descriptors_may_be_closed_in_the_foreground(
+    start: Start, relay: tuple[str, ...]
+) -> None:
     before = ("sh", "-c", 'exec "$@" 0<&- 1>&- 2>&-', "-")
+    words = ("-f", *relay, "--log-file", "log", "unix:s", "--", *TELLS)
 
-    with start_of(start, "-f", "--log-file", "log", "unix:s", "--", *TELLS, before=before) as run:
+    with start_of(start, *words, before=before) as run:
         start.wait_for("event=ready")
         found = told(f"{start.folder}/s")
         assert found["descriptors"]["0"] == "/dev/null"
-        assert found["descriptors"]["1"] == str(start.log_file)
+        assert is_output(found["descriptors"]["1"], start, relay)
         run.send_signal(signal.SIGTERM)
         assert run.wait(DEADLINE_S) == 0
     assert start.left() == []

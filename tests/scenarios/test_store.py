@@ -248,6 +248,34 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     second.stop()
 
 
+# 6 are its own, 3 a generation's, 3 each worker's: no room for a channel, for half of one, for any
+# worker, for half of one, for one more than two generations need.
+@pytest.mark.parametrize("room", [6, 8, 10, 14, 30])
+def test_with_a_store_that_is_full_it_serves_after_a_kill_all_the_same(
+    service: Service, room: int
+) -> None:
+    service.environment["FDSTORE"] = str(room)
+    words = ("127.0.0.1:0", "--workers", "3", "--", *MANY)
+    first = service.start(*words).ready()
+    service.wait_for("READY")
+    with Client(("127.0.0.1", first.port)) as held:
+        held.ask()  # so that the generation before the last one is still there
+        first.reload()
+        assert (first.log.count("event=store-full") > 0) == (room < 30)
+        workers = spawned(first)
+        service.kill()
+        assert len(service.store) <= room
+        waiting = Client(("127.0.0.1", first.port))
+        second = service.start(*words)
+        service.wait_for("READY")
+
+        with waiting:
+            waiting.ask()
+    second.stop()
+    assert wait_gone(workers) == []
+    wait_stored(service, set())
+
+
 @pytest.mark.slow
 def test_killed_under_load_again_and_again_it_loses_one_connection_a_time_at_most(
     service: Service,

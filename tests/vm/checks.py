@@ -33,6 +33,7 @@ from .guest import (
     run,
     systemctl,
     systemd_version,
+    waits_awake,
 )
 
 Say = Callable[[str], None]
@@ -41,6 +42,8 @@ Check = Callable[[Say], None]
 CHECKS: dict[str, Check] = {}
 
 ASYNCIO = f"{PYTHON} {PROGRAMS}/asyncio_server.py"
+#: bench/many.c: 600 of them fit into the machine.
+SMALL = "/opt/many"
 PREFORK = f"{PYTHON} {PROGRAMS}/prefork.py 3"
 LISTENER = "--handoff listener --ready notify"
 SERVERS = "/opt/tests/servers/programs"
@@ -352,12 +355,68 @@ def _(say: Say) -> None:
         for workers in (3, 5):
             service.ctl("scale", str(workers))
             eventually(partial(_has, service, workers), f"{workers} workers, and them in the store")
-            most = 5 + 2 + 3 * workers + 1
+            most = 6 + 3 + 3 * workers + 1
             say(f"{workers} workers: {service.stored} descriptors in the store, {most} promised")
             assert service.stored <= most
         before = service.stored
         service.reload()
         eventually(lambda: service.stored <= before, "an old generation's descriptors dropped")
+        stopped_in_order(service)
+
+
+@promise("a reload of 600 workers fits into the unit's store, and goes on after a SIGKILL amid it")
+def _(say: Say) -> None:
+    release, gate = Path("/opt/small-release"), Path("/opt/gate")
+    release.write_text(f"#!/bin/sh\nexec {SMALL}\n")
+    release.chmod(0o755)
+    gate.unlink(missing_ok=True)
+    os.mkfifo(gate, 0o666)
+    options = "--workers 600 --start-timeout 20m"
+    with (
+        Service("many", str(release), options, drop_in=["TasksMax=infinity"]) as service,
+        load_on(service.start()) as load,
+    ):
+        first = set(service.workers())
+        release.write_text(f"#!/bin/sh\nread -r _ <{gate}\nexec {SMALL}\n")
+        service.signal(signal.SIGHUP)
+        eventually(lambda: service.stored > 3600, "both generations in the store", 1200)
+        say(f"{service.stored} descriptors in the store amid the reload")
+        service.kill()
+        assert set(service.workers()) == first
+        load.more()
+        gate.open("w").close()  # all who wait to read, read on
+        eventually(lambda: service.status_text == "generation 2 serves", "the reload", 1200)
+        second = set(service.workers())
+        assert len(second) == 600
+        assert not first & second
+        eventually(lambda: service.stored < 1900, "the first generation out of the store", 1200)
+        service.kill()
+        assert set(service.workers()) == second
+        load.more()
+        assert "store-full" not in service.journal(lines=10_000)
+        none_failed(load, say, "600 workers: a reload and two SIGKILLs", allowed=2)
+        stopped_in_order(service)
+    release.unlink()
+    gate.unlink()
+
+
+@promise("a store that is full is said; what has no room does not outlive a kill, the service does")
+def _(say: Say) -> None:
+    # Before 254 systemd does not tell how much room there is.
+    told = [] if systemd_version() >= 254 else ["Environment=FDSTORE=15"]
+    drop_in = ["FileDescriptorStoreMax=15", *told]
+    with Service("full", options="--workers 4", drop_in=drop_in) as service:
+        service.start()
+        first = set(service.workers())
+        assert "event=store-full" in service.journal()
+        assert service.stored <= 15
+        service.kill()
+        ask_line(service.port)
+        eventually(lambda: len(service.workers()) == 4, "as many workers as before")
+        say(f"{len(first & set(service.workers()))} of 4 workers have outlived the protector")
+        service.reload()
+        ask_line(service.port)
+        eventually(lambda: not any(map(lives, first)), "the end of the first workers")
         stopped_in_order(service)
 
 
@@ -392,6 +451,40 @@ def _(say: Say) -> None:
         assert service.show("NRestarts") == "0"
         assert service.show("ActiveState") == "active"
         assert "oom" in run("journalctl", "-b", "-k", "-o", "cat").stdout.lower()
+
+
+# -- what the unit allows ------------------------------------------------------
+
+
+_CLIENTS = 30
+
+
+def _come_one_by_one(service: Service) -> None:
+    for _ in range(_CLIENTS):
+        ask_line(service.port)
+
+
+def _is_awake(service: Service, wanted: bool, say: Say) -> bool:
+    """Whether the next client is awaited awake; else a timer may be due now and then."""
+    times = waits_awake(service.pid, partial(_come_one_by_one, service))
+    say(f"{_CLIENTS} clients: asked {times} times without waiting")
+    return times > 10 * _CLIENTS if wanted else times < 3 * _CLIENTS
+
+
+@promise("CPUQuota=50%: nobody is awaited awake; by systemctl set-property it changes at once")
+def _(say: Say) -> None:
+    if os.cpu_count() == 1:
+        raise NotRun("this machine has one processor, and nobody waits awake on that")
+    with Service("quota", options="--busy-poll 10s", drop_in=["CPUQuota=50%"]) as service:
+        service.start()
+        assert _is_awake(service, False, say)
+        for quota, awake in (("150%", True), ("50%", False), ("", True)):
+            systemctl("set-property", "--runtime", service.unit, f"CPUQuota={quota}")
+            limit = Path("/sys/fs/cgroup", service.show("ControlGroup").lstrip("/"), "cpu.max")
+            say(f"CPUQuota={quota}: cpu.max {limit.read_text(encoding='ascii').strip()}")
+            eventually(partial(_is_awake, service, awake, say), f"awake: {awake}", 300)
+        stopped_in_order(service)
+        run("systemctl", "revert", service.unit)
 
 
 # -- socket activation ---------------------------------------------------------

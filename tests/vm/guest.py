@@ -26,8 +26,10 @@ PYTHON = "/opt/venv/bin/python"
 TESTS = "/opt/tests"
 PROGRAMS = f"{TESTS}/vm/programs"
 ECHO = f"{PYTHON} {TESTS}/workers/echo.py"
-_PAUSE_S = 0.1
+#: Between two looks, and two clients: each costs an emulated processor a hundred times as much.
+_PAUSE_S = 0.3
 _TRIES = 4
+_TRACING = Path("/sys/kernel/tracing")
 _T = TypeVar("_T")
 
 
@@ -44,7 +46,7 @@ def eventually(fact: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S
     return found
 
 
-def run(*words: str, deadline_s: float = 300.0) -> subprocess.CompletedProcess[str]:
+def run(*words: str, deadline_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
     """Run a command to its end; whoever calls looks at its status."""
     return subprocess.run(
         words,
@@ -273,7 +275,7 @@ def ask_line(port: int) -> int:
         client.shutdown(socket.SHUT_WR)
         with client.makefile("rb") as answer:
             said = answer.read()
-    found = re.fullmatch(rb"\[(\d+)\] hello\n", said)
+    found = re.fullmatch(rb"\[(\d+)\] (hello|pong)\n", said)
     if not found:
         raise ValueError(f"wrong answer {said!r}" if said else "empty answer")
     return int(found[1])
@@ -365,6 +367,20 @@ def load_on(
         yield load
     finally:
         load.end()
+
+
+def waits_awake(pid: int, during: Callable[[], object]) -> int:
+    """Return how often a process asks for events without waiting, as the kernel traces it."""
+    event = _TRACING / "events/syscalls/sys_enter_epoll_wait"
+    (event / "filter").write_text(f"common_pid == {pid} && timeout == 0")
+    (_TRACING / "trace").write_text("")
+    (event / "enable").write_text("1")
+    try:
+        during()
+    finally:
+        (event / "enable").write_text("0")
+    lines = (_TRACING / "trace").read_text(encoding="ascii").splitlines()
+    return sum(not line.startswith("#") for line in lines)
 
 
 def is_refused(port: int) -> bool:

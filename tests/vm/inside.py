@@ -23,7 +23,7 @@ from . import checks
 from .guest import NotRun, run
 
 #: A check that takes longer than all its own deadlines should: the others come nevertheless.
-_LONGEST_S = 600
+_LONGEST_S = 1500
 
 
 def main() -> None:

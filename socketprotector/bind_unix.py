@@ -5,7 +5,6 @@ Source: unix(7), bind(2).
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import socket
@@ -93,6 +92,8 @@ def _chown(fd: int, uid: int, gid: int) -> None:
 
     Source: fchownat(2), AT_EMPTY_PATH.
     """
+    import ctypes  # few sockets are given away, and each start would load it
+
     if ctypes.CDLL(None, use_errno=True).fchownat(fd, b"", uid, gid, _AT_EMPTY_PATH):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

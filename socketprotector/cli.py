@@ -12,24 +12,27 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, handoff, notify_folder, options, process
+from . import __version__, activation, checks, door, handoff, notify_folder, options
 from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
-from .config import ConfigFile
 from .errors import Refusal, UsageError
-from .fleet import Policy
 from .launch import launch
 from .line import FORMATS, LEVELS
 from .options import Duration, Ready
+from .policy import Policy
+from .quota import scheduler
 from .settings import Limits, ListenerSettings, Origin, Settings
 from .terminal import STDOUT, tell
+
+if TYPE_CHECKING:
+    from .config import ConfigFile
 
 _DURATION = Duration()
 _ABOVE_ZERO = Duration(zero=False)
@@ -79,6 +82,8 @@ class _Purpose:
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Have the file's values in the place of the defaults."""
     if value is not None:
+        from .config import ConfigFile  # with tomllib: only for those who have one
+
         file = ConfigFile(os.path.join(ctx.obj.directory, value))
         file.convert(ctx)
         ctx.default_map = file.values
@@ -386,7 +391,7 @@ class _Reading:
             nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             limits=tuple(limits.items()),
             nice=nice,
-            batch=process.scheduler() == os.SCHED_BATCH,
+            batch=scheduler() == os.SCHED_BATCH,
             environment=tuple(self._table("env").items()),
             env_file=self._path("env_file"),
             pid_file=self._path("pid_file"),

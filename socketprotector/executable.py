@@ -1,8 +1,9 @@
-"""Finds the executable file that a command means."""
+"""Finds the executable file that a command means, and our own."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # a program that is to stay small uses this, too
@@ -32,6 +33,18 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
         else os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
     )
     return real, (argv0, *command[1:])
+
+
+def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
+    """Return how this very program is executed again, by the path it was called by.
+
+    A script is taken by that path, so that a symlink to another release is followed; else
+    it is the interpreter with -m.  `label` is for whoever looks at the process list.
+    """
+    script = sys.argv[0]
+    if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
+        return (os.path.abspath(script), *label)
+    return (sys.executable, *safe, "-m", "socketprotector", *label)
 
 
 def _search(name: str, search: str) -> str:

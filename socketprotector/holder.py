@@ -9,13 +9,13 @@ import os
 import socket
 import struct
 
-import psutil
-
 _CREDENTIALS = struct.Struct("3i")
 
 
 def of_port(host: str, port: int) -> str:
     """Say which process listens on a TCP port."""
+    import psutil  # takes a tenth of a start, and only one that fails comes here
+
     pid = None
     try:
         for connection in psutil.net_connections("tcp"):
@@ -33,6 +33,8 @@ def of_port(host: str, port: int) -> str:
 
 def _called(pid: int | None) -> str:
     """Name a process by its number and program."""
+    import psutil
+
     try:
         return f"process {pid} ({psutil.Process(pid).name()})" if pid else "another program"
     except psutil.Error:

@@ -25,11 +25,11 @@ from . import door, guard, notify_folder, privileges
 from .bind import Bound
 from .bind_control import bind_control
 from .errors import AlreadyRunning, Refusal, SystemRefused
+from .executable import command_of
 from .logfile import open_log
 from .pidfile import PidFile
 from .settings import Settings, dump
 from .terminal import tell
-from .upgrade import command_of
 from .waiting import wait
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from . import privileges, words
 from .loop import Loop
+from .quota import scheduler
 from .records import Program
 
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
@@ -357,14 +358,6 @@ def give_way() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         except OSError:
             pass  # forbidden here (a system call filter): slower, not wrong
-
-
-def scheduler() -> int | None:
-    """Return our scheduling policy; None where the system has none to tell (musl: ENOSYS)."""
-    try:
-        return os.sched_getscheduler(0)
-    except OSError:
-        return None
 
 
 def processors() -> int:

@@ -1,4 +1,4 @@
-"""How much processor time the system allows us: the quotas of our cgroup and of those above it.
+"""How much processor time the system allows us, and by which policy: quotas of cgroups, scheduler.
 
 The set of processors that we may run on does not tell of it.  A container with half a
 processor's worth sees them all, and stands still as soon as its share of a period is spent.
@@ -11,6 +11,14 @@ from __future__ import annotations
 
 import math
 import os
+
+
+def scheduler() -> int | None:
+    """Return our scheduling policy; None where the system has none to tell (musl: ENOSYS)."""
+    try:
+        return os.sched_getscheduler(0)
+    except OSError:
+        return None
 
 
 class Quota:

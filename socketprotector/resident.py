@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__, door, handoff, heritage, privileges, process, upgrade
+from . import __version__, door, executable, handoff, heritage, privileges, process
 from .control import Control
 from .crew import what_failed
 from .effects import Effects
@@ -50,7 +50,7 @@ _MESSAGE_BYTES = 4096
 
 def main() -> None:
     """Run until nothing is left to supervise, and exit with the status of that."""
-    command = upgrade.command_of(tuple(sys.argv[1:]))
+    command = executable.command_of(tuple(sys.argv[1:]))
     descriptors = door.enter()
     if door.PROBE in descriptors:
         sys.exit(_probe(descriptors))

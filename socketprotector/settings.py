@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 
-from .fleet import Policy
+from .policy import Policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

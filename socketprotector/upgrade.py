@@ -8,8 +8,7 @@ A broken install is found out by the probe, and changes nothing.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 from . import __version__, door, privileges, words
@@ -144,15 +143,3 @@ def _read(fd: int) -> bytes:
 
 def _start_of_end(fd: int) -> int:
     return max(0, os.fstat(fd).st_size - _LAST_BYTES)
-
-
-def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:
-    """Return how this very program is executed again, by the path it was called by.
-
-    A script is taken by that path, so that a symlink to another release is followed; else
-    it is the interpreter with -m.  `label` is for whoever looks at the process list.
-    """
-    script = sys.argv[0]
-    if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):
-        return (os.path.abspath(script), *label)
-    return (sys.executable, *safe, "-m", "socketprotector", *label)

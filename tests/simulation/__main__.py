@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 
+from tests.simulation.handed import Handed
 from tests.simulation.world import World
 
 #: Steps of one life: long enough for a dozen reloads.
 STEPS = 2000
 #: Seeds that may fail before it gives up.
 FAILURES = 10
+#: By --handoff.
+KINDS: dict[str, type[World]] = {"connection": World, "listener": Handed}
+HANDOFF = "of all lives; else the seed chooses"
+
+
+def life(seed: int, steps: int, handoff: str, note: Callable[[str], None] | None = None) -> World:
+    """Return a protector's life that has not begun yet."""
+    if handoff == "any":
+        handoff = random.Random(f"handoff {seed}").choice(tuple(KINDS))
+    return KINDS[handoff](seed, steps, note)
 
 
 def main() -> int:
@@ -28,14 +41,16 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="the first seed of many")
     parser.add_argument("--total", type=int, default=1_000_000, help="steps in all")
     parser.add_argument("--minutes", type=float, help="so long, instead of so many steps")
+    parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
     parser.add_argument("--verbose", action="store_true", help="with tracebacks")
     arguments = parser.parse_args()
     if arguments.seed is not None:
-        World(arguments.seed, arguments.steps, note=print).live()
+        life(arguments.seed, arguments.steps, arguments.handoff, print).live()
         return 0
     began, seed, done = time.process_time(), arguments.first, 0
     ends = time.monotonic() + (arguments.minutes or 0.0) * 60
     seen: Counter[str] = Counter()
+    events: Counter[str] = Counter()
     failed: list[int] = []
 
     def goes_on() -> bool:
@@ -44,7 +59,7 @@ def main() -> int:
         return done < arguments.total if arguments.minutes is None else time.monotonic() < ends
 
     while goes_on():
-        world = World(seed, arguments.steps)
+        world = life(seed, arguments.steps, arguments.handoff)
         try:
             world.live()
         except Exception as error:
@@ -55,10 +70,13 @@ def main() -> int:
         done += max(1, world.steps)
         seen.update(connections=world.connections, kills=world.kills, faults=world.faults)
         seen.update(turns=world.turns, upgrades=world.upgrades, unguarded=world.unguarded)
+        events.update(world.events)
         seen.update({f"lost: {why}": count for why, count in world.lost.items()})
         seed += 1
     took = time.process_time() - began
     print(f"{done} steps, seeds {arguments.first} to {seed - 1}, {took:.0f} s of CPU")
+    if arguments.verbose:
+        print(dict(events.most_common()))
     print(f"{done / took:.0f} steps/s; {dict(seen)}; failed: {failed}")
     return 1 if failed else 0
 

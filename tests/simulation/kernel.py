@@ -23,11 +23,15 @@ import stat
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-IN, OUT, SHUT, HUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLRDHUP, select.EPOLLHUP
+from tests.simulation.files import Connection, File, failure
+from tests.simulation.ports import BIND_TO_DEVICE, HUP, IN, SHUT, Address, Listening
+
+OUT = select.EPOLLOUT
 #: Charged to the sender for a message with one descriptor; see channel.py.
 CHARGE = 768
 #: What a message to workers is as long as; on its way to the keeper a connection is a copy.
@@ -39,88 +43,6 @@ _CREDENTIALS = struct.Struct("3i")
 
 class Killed(BaseException):
     """The protector was killed, in whatever it did."""
-
-
-def failure(code: int, name: str | None = None) -> OSError:
-    return OSError(code, os.strerror(code), name)
-
-
-class File:
-    """An open file: lives as long as a descriptor or a message refers to it."""
-
-    def __init__(self) -> None:
-        self.references = 0
-
-    def ready(self) -> int:
-        """The events that poll would tell of."""
-        return 0
-
-    def take(self) -> None:
-        self.references += 1
-
-    def drop(self) -> None:
-        self.references -= 1
-        if self.references == 0:
-            self.closed()
-
-    def closed(self) -> None:
-        pass
-
-
-class Connection(File):
-    """One client's connection, and all that may be asked about it later."""
-
-    def __init__(self, number: int, lost: Callable[[Connection], None]) -> None:
-        super().__init__()
-        self.number = number
-        self.taken_by: list[int] = []
-        self.in_queues = 0
-        self.source: Listening | End | None = None
-        self.place = 0  # in the order of its source
-        self.excuse = ""  # why it may be lost
-        self._lost = lost
-
-    def closed(self) -> None:
-        if not self.taken_by:
-            self._lost(self)
-
-    def __repr__(self) -> str:
-        return f"connection {self.number}"
-
-
-class Listening(File):
-    """A listening socket with its backlog."""
-
-    def __init__(self, family: int, name: Any) -> None:
-        super().__init__()
-        self.family = family
-        self.name = name
-        self.backlog: deque[Connection] = deque()
-        self.refuses = False  # nobody new comes in
-        self.shut = False
-        self.accepted = 0
-        self.sent = 0  # the place of the last one sent on
-
-    @property
-    def listens(self) -> bool:
-        """As SO_ACCEPTCONN tells it: a UNIX socket that was shut down says that it does."""
-        return self.family == socket.AF_UNIX or not self.shut
-
-    def ready(self) -> int:
-        events = IN if self.backlog else 0
-        if self.shut:
-            events |= IN | SHUT
-        return events
-
-    def shutdown(self, how: int) -> None:
-        self.refuses = True
-        self.shut = True
-        if how == socket.SHUT_RDWR:
-            while self.backlog:
-                self.backlog.popleft().drop()
-
-    def closed(self) -> None:
-        self.shutdown(socket.SHUT_RDWR)
 
 
 class End(File):
@@ -293,6 +215,11 @@ FAULTS: dict[str, tuple[int, ...]] = {
     "socketpair": (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
     "socket": (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM),
     "setsockopt": (errno.ENOMEM, errno.ENOBUFS),
+    "attach": (errno.ENOMEM, errno.EPERM),
+    "listen": (errno.ENOMEM, errno.EADDRINUSE),
+    "sock_diag": (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS),
+    "lock": (errno.EMFILE, errno.EBUSY),
+    "give": (errno.EMFILE, errno.ENFILE),
     "bind": (errno.ENOMEM, errno.EADDRINUSE),
     "pidfd_open": (errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     "posix_spawn": (errno.ENOENT, errno.EACCES, errno.EAGAIN, errno.ENOMEM, errno.E2BIG),
@@ -316,6 +243,8 @@ class Kernel:
         self._next = 3
         self.limit = 100_000
         self.bound: dict[str, Datagrams] = {}
+        self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
+        self.binds_to_devices = True  # whoever asks for it (Linux 5.7)
         self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
         self.changes = 0  # how often a call of the protector has changed anything
         self.calls = 0
@@ -328,6 +257,7 @@ class Kernel:
         self.strike: Callable[[str], int] = lambda call: 0
         self.turn: Callable[[float | None], list[tuple[int, int]]] = lambda timeout: []
         self.process_at: Callable[[int], Any] = lambda pid: None
+        self.group_of: Callable[[Any], list[Any]] = lambda leader: []  # zombies, too
         self.start: Callable[[tuple[str, ...], dict[str, str], dict[int, File]], int]
         self.sent: Callable[[Connection, End], None] = lambda connection, end: None
         self.modules = self._modules()
@@ -418,13 +348,18 @@ class Kernel:
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
                 pwrite=self._pwrite,
                 fstat=self._fstat,
+                lstat=self._lstat,
+                unlink=self._unlink,
+                geteuid=lambda: 1000,
+                get_blocking=lambda fd: not self._listening(fd).nonblocking,
+                set_blocking=lambda fd, flag: None,
                 memfd_create=self._memfd_create,
                 ftruncate=self._ftruncate,
                 umask=lambda mask: 0o022,
                 chdir=lambda path: None,
                 pidfd_open=self._pidfd_open,
                 posix_spawn=self._posix_spawn,
-                kill=self._killpg,
+                kill=self._kill,
                 killpg=self._killpg,
                 waitid=self._waitid,
                 wait4=self._wait4,
@@ -474,11 +409,33 @@ class Kernel:
         assert isinstance(file, Memory)
         return file
 
+    def _listening(self, fd: int) -> Listening:
+        file = self.file(fd)
+        assert isinstance(file, Listening)
+        return file
+
     def _fstat(self, fd: int) -> Any:
         self.enter("fstat")
         file = self.file(fd)
         size = len(file.slots) if isinstance(file, Memory) else 0
-        return SimpleNamespace(st_size=size, st_mode=stat.S_IFREG)
+        inode = file.inode if isinstance(file, Listening) else 0
+        return SimpleNamespace(st_size=size, st_mode=stat.S_IFREG, st_ino=inode)
+
+    def _lstat(self, path: str) -> Any:
+        self.enter("lstat")
+        address = self.addresses.get(path)
+        if address is None or not address.path_inode:
+            raise failure(errno.ENOENT, path)
+        inode = address.path_inode
+        return SimpleNamespace(st_dev=1, st_ino=inode, st_mode=0o600, st_uid=1000, st_gid=1000)
+
+    def _unlink(self, path: str) -> None:
+        self.enter("unlink")
+        address = self.addresses.get(path)
+        if address is None or not address.path_inode:
+            raise failure(errno.ENOENT, path)
+        address.file, address.path_inode = None, 0
+        self.changes += 1
 
     def _pwrite(self, fd: int, data: bytes, at: int) -> int:
         self.enter("pwrite")
@@ -533,6 +490,38 @@ class Kernel:
         assert isinstance(file, End)
         into[:] = sum(len(data) for data, _ in file.queue).to_bytes(4, "little")
 
+    # -- what the protector's modules do by several calls ------------------------
+
+    def listening(self, family: int, port: int) -> dict[int, int]:
+        """In the place of unheard.listening()."""
+        self.enter("sock_diag")
+        return self.addresses["h", port].order()
+
+    def unheard(self, family: int, port: int) -> dict[bytes, bool]:
+        """In the place of unheard.unheard()."""
+        self.enter("sock_diag")
+        return self.addresses["h", port].unheard()
+
+    @contextmanager
+    def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:
+        """In the place of folder.locked()."""
+        self.enter("lock")
+        yield
+
+    def give(self, path: str, *_: Any) -> Any:
+        """In the place of folder.give()."""
+        self.enter("give")
+        return self._lstat(path)
+
+    def fork(
+        self, program: Any, environment: dict[str, str], places: dict[int, int], tell_pid: str
+    ) -> int:
+        """In the place of process._fork(): the child, until it has become the worker."""
+        self.enter("posix_spawn")
+        self.changes += 1
+        given = {theirs: self.file(ours) for theirs, ours in places.items()}
+        return self.start(program.argv, environment, given)
+
     # -- processes -------------------------------------------------------------
 
     def _pidfd_open(self, pid: int) -> int:
@@ -557,20 +546,29 @@ class Kernel:
         self.changes += 1
         return self.start(argv, environment, given)
 
+    def _kill(self, pid: int, number: int) -> None:
+        self.enter("kill")
+        self._signal([self._at(pid)], number)
+
     def _killpg(self, pid: int, number: int) -> None:
         self.enter("kill")
-        try:
-            process = self.process_at(pid)
-        except KeyError:  # long gone
-            raise failure(errno.ESRCH) from None
-        self._signal(process, number)
+        self._signal(self.group_of(self._at(pid)), number)
 
-    def _signal(self, process: Any, number: int) -> None:
-        if process.ended:
+    def _at(self, pid: int) -> Any:
+        try:
+            return self.process_at(pid)
+        except KeyError:  # never there
+            raise failure(errno.ESRCH) from None
+
+    def _signal(self, processes: list[Any], number: int) -> None:
+        """Signal those that are there; one that waits to be reaped takes no notice."""
+        there = [each for each in processes if not each.gone]
+        if not there:
             raise failure(errno.ESRCH)
-        if number:
-            process.signal(number)
-            self.changes += 1
+        for each in there:
+            if number and not each.ended:
+                each.signal(number)
+                self.changes += 1
 
     def _pidfd_send_signal(self, fd: int, number: int, _: None = None, flags: int = 0) -> None:
         if flags and not self.group_signals:
@@ -578,7 +576,7 @@ class Kernel:
         self.enter("kill")
         file = self.file(fd)
         assert isinstance(file, Running)
-        self._signal(file.process, number)
+        self._signal(self.group_of(file.process) if flags else [file.process], number)
 
     def _waitid(self, kind: int, fd: int, flags: int) -> Any:
         if kind == os.P_ALL:  # nobody is left to it
@@ -597,7 +595,7 @@ class Kernel:
         process = self.process_at(pid)
         assert process.ended, "a wait that would block"
         assert not process.reaped
-        process.reaped = True
+        process.reaped = process.gone = True
         self.changes += 1
         code, status = process.result
         said = status << 8 if code == os.CLD_EXITED else int(status)
@@ -607,7 +605,7 @@ class Kernel:
         self.enter("waitid")
         process = self.process_at(pid)
         assert process.ended, "a wait that would block"
-        process.reaped = True
+        process.reaped = process.gone = True
 
     # -- sockets ---------------------------------------------------------------
 
@@ -615,10 +613,16 @@ class Kernel:
         if fileno is not None:
             return Socket(self, fileno)
         self.enter("socket")
-        file = Datagrams(self.bound) if kind & socket.SOCK_DGRAM else pair()[0]
+        file: File = pair()[0]
+        if kind & socket.SOCK_DGRAM:
+            file = Datagrams(self.bound)
+        elif kind == socket.SOCK_STREAM:
+            file = Listening(Address(family, None))
         return Socket(self, self.install(file))
 
-    def _socketpair(self, family: int, kind: int) -> tuple[Socket, Socket]:
+    def _socketpair(
+        self, family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM
+    ) -> tuple[Socket, Socket]:
         self.enter("socketpair")
         if len(self.files) + 2 > self.limit:
             raise failure(errno.EMFILE)
@@ -642,7 +646,10 @@ class Socket:
         return self._fd
 
     def setblocking(self, flag: bool) -> None:
-        assert not flag, "a call here would wait"
+        if isinstance(self._file, Listening):
+            self._file.set_flags(not flag)
+        else:
+            assert not flag, "a call here would wait"
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -659,21 +666,43 @@ class Socket:
         self._file.shutdown(how)
         self._kernel.changes += 1
 
-    def bind(self, address: str) -> None:
+    def bind(self, address: Any) -> None:
         self._kernel.enter("bind")
-        assert isinstance(self._file, Datagrams)
-        self._file.bind("@" + address[1:])
+        if isinstance(self._file, Listening):
+            self._file.bind(self._kernel.addresses[address])
+        else:
+            assert isinstance(self._file, Datagrams)
+            self._file.bind("@" + address[1:])
+        self._kernel.changes += 1
+
+    def listen(self, room: int) -> None:
+        self._kernel.enter("listen")
+        assert isinstance(self._file, Listening)
+        self._file.listen(room)
+        self._kernel.changes += 1
 
     def setsockopt(self, level: int, option: int, value: Any) -> None:
-        self._kernel.enter("setsockopt")
+        self._kernel.enter("option" if isinstance(self._file, Listening) else "setsockopt")
         if isinstance(self._file, Listening):
-            self._file.refuses = True
+            if option == BIND_TO_DEVICE and not self._kernel.binds_to_devices:
+                raise failure(errno.EPERM)
+            self._file.set(level, option, value)
+            self._kernel.changes += 1
         elif isinstance(self._file, End):
             self._file.room = max(6, -(-2 * value // CHARGE))
 
-    def getsockopt(self, level: int, option: int) -> int:
+    def attach(self, option: int, place: int) -> None:
+        """As setsockopt() does it with a program; place: what that answers."""
+        self._kernel.enter("attach")
+        assert isinstance(self._file, Listening)
+        self._file.attach(option, place)
+        self._kernel.changes += 1
+
+    def getsockopt(self, level: int, option: int, size: int = 0) -> Any:
         if isinstance(self._file, Listening):
-            return int(option == socket.SO_ACCEPTCONN and self._file.listens)
+            if (level, option) == (socket.IPPROTO_TCP, socket.TCP_INFO):
+                return struct.pack("=28xI", self._file.room)
+            return b"" if size else self._file.get(level, option)
         assert isinstance(self._file, End)
         return self._file.room * CHARGE
 
@@ -686,6 +715,8 @@ class Socket:
         kernel.enter("accept")
         assert isinstance(listening, Listening)
         assert self._fd >= 0
+        if listening.address.by_number and not listening.listens:
+            raise failure(errno.EINVAL)
         if not listening.backlog:
             raise failure(errno.EAGAIN)
         fd = kernel.install(listening.backlog[0])

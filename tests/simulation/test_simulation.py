@@ -38,22 +38,27 @@ def simulate(*arguments: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(rounds(300, 900))
 @pytest.mark.parametrize("part", range(PARTS))
-def test_many_steps_lose_nothing_and_leave_nothing(part: int) -> None:
-    seen = simulate("--first", str(1 + part * 1000), "--total", str(STEPS))
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_many_steps_lose_nothing_and_leave_nothing(handoff: str, part: int) -> None:
+    first = str(1 + part * 1000)
+    seen = simulate("--handoff", handoff, "--first", first, "--total", str(STEPS))
 
     for what in ("kills", "faults", "upgrades", "unguarded"):  # it has been tried
         assert f"'{what}': 0" not in seen
 
 
-def seeds() -> list[str]:
+def seeds() -> list[list[str]]:
     lines = REGRESSIONS.read_text(encoding="ascii").splitlines()
-    return [line.split()[0] for line in lines if line and not line.startswith("#")]
+    return [line.split()[:2] for line in lines if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("seed", seeds())
-def test_a_seed_that_has_once_failed(seed: str) -> None:
-    simulate("--first", seed, "--total", "1")
+@pytest.mark.parametrize(("handoff", "seed"), seeds())
+def test_a_seed_that_has_once_failed(handoff: str, seed: str) -> None:
+    simulate("--handoff", handoff, "--first", seed, "--total", "1")
 
 
-def test_the_same_seed_is_the_same_life() -> None:
-    assert simulate("--seed", "7", "--steps", "500") == simulate("--seed", "7", "--steps", "500")
+@pytest.mark.parametrize("handoff", ["connection", "listener"])
+def test_the_same_seed_is_the_same_life(handoff: str) -> None:
+    words = ("--handoff", handoff, "--seed", "7", "--steps", "500")
+
+    assert simulate(*words) == simulate(*words)

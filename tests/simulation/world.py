@@ -22,46 +22,49 @@ import random
 import signal
 import socket
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 from socketprotector import (
     door,
     heritage,
+    listener,
+    process,
     program,
+    resident,
+    sides,
     strays,
+    twin,
     words,
 )
 from socketprotector.effects import Effects
 from socketprotector.events import Deadline, Wait
 from socketprotector.fleet import Fleet, Phase, Policy, State, Stop
+from socketprotector.handoff import LISTENER
 from socketprotector.heritage import Heritage
 from socketprotector.launcher import Launcher
-from socketprotector.listener import Listener
 from socketprotector.loop import Loop
 from socketprotector.notify import Outbox, Store, Systemd
 from socketprotector.output import Opened
-from socketprotector.settings import ListenerSettings, Settings
+from socketprotector.records import Snapshot
+from socketprotector.settings import ListenerSettings, Settings, load
 from socketprotector.state import StateFile
 from socketprotector.supervisor import Supervisor
+from tests.simulation.files import Connection, File, failure
 from tests.simulation.kernel import (
     FAULTS,
-    IN,
-    Connection,
     Datagrams,
     End,
-    File,
     Kernel,
     Killed,
-    Listening,
     Memory,
     Running,
     Socket,
-    failure,
     pair,
 )
+from tests.simulation.ports import IN, Address, Listening
 
 #: All that have been imported for the supervisor, so that none asks the real clock.
 MODULES = tuple(
@@ -85,6 +88,8 @@ IDLE_WAKE_UPS = 12
 #: Calls by the protector in one turn of its loop: a full queue moved costs a few each.
 CALLS_A_TURN = 20_000
 CALM_TURNS = 5_000
+#: Why the one may be lost that the protector has in its own hands.
+BY_KILL = "killed between accept and send"
 
 
 class Executed(BaseException):
@@ -110,6 +115,7 @@ class Worker:
         self.ended = False
         self.reaped = False
         self.orphan = False  # no child of the protector that runs now
+        self.gone = False  # reaped, by whomever
         self.result = (os.CLD_EXITED, 0)
         read.take()
         line.take()
@@ -157,10 +163,12 @@ class Worker:
 class Log:
     level = ""
 
-    def __init__(self, note: Callable[[str], None] | None) -> None:
+    def __init__(self, note: Callable[[str], None] | None, events: Counter[str]) -> None:
         self._note = note
+        self._events = events
 
     def write(self, level: str, event: str, **fields: object) -> None:
+        self._events[event] += 1
         if self._note and event != "decided":
             self._note(f"  log: {event} {fields}")
 
@@ -210,6 +218,11 @@ class Upgrade:
 class World:
     """Everything around one protector, and its lives one after another."""
 
+    #: Whether it does so for its workers.
+    ACCEPTS = True
+    #: How many calls of the protector pass, on average, until something interferes.
+    GAPS = (30, 100, 400)
+
     def __init__(self, seed: int, steps: int, note: Callable[[str], None] | None = None) -> None:
         self.seed = seed
         self.steps_left = steps
@@ -222,6 +235,7 @@ class World:
         self.connections = 0
         self.delivered = 0
         self.lost: dict[str, int] = {}
+        self.events: Counter[str] = Counter()  # in the protector's log
         self._note = note
         self._random = random.Random(seed)
         self._chance = self._random.random
@@ -230,32 +244,20 @@ class World:
         self.kernel.strike = self._strike
         self.kernel.turn = self._turn
         self.kernel.process_at = self._process_at
+        self.kernel.group_of = self._group_of
         self.kernel.start = self._start
         self.kernel.sent = self._sent
         pick = self._random.choice
         self.kernel.group_signals = pick((True, True, False))
+        self.kernel.binds_to_devices = seed % 3 != 0
         self.keeper = pick(("nobody", "guard", "guard", "systemd"))
-        self._listening = [
-            Listening(pick((socket.AF_INET, socket.AF_UNIX)), ("h", n))
-            for n in range(pick((1, 1, 2)))
-        ]
-        self.settings = Settings(
-            name="daemon",
-            command=("./daemon",),
-            directory="/srv",
-            listeners=tuple(ListenerSettings(f"tcp:h:{n}") for n in range(len(self._listening))),
-            policy=pick(POLICIES),
-            workers=pick((1, 1, 2, 3)),
-            ready_after_s=pick((None, None, None, 1.0)),
-            queue=pick((6, 12, 64, 256)),
-            guarded=self.keeper == "guard",
-            secret="x",
-        )
+        self._listening: list[Listening] = []
+        self.settings = self._choose(pick)
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
-        self._gap = pick((30, 100, 400))
-        self.workers: list[Worker] = []
-        self._processes: dict[int, Worker] = {}
+        self._gap = pick(self.GAPS)
+        self.workers: list[Any] = []
+        self._processes: dict[int, Any] = {}
         self._next_pid = 100
         self._deploy_works = True
         self.store: dict[str, File] = {}
@@ -275,14 +277,41 @@ class World:
         self._held: set[Connection] = set()  # by the protector that was killed
         self._lost_by_kill = 0
 
+    def _choose(self, pick: Callable[[Any], Any]) -> Settings:
+        """Bind what there is to listen on, and choose the settings."""
+        for n in range(pick((1, 1, 2))):
+            self._listening.append(self._bind(pick((socket.AF_INET, socket.AF_UNIX)), ("h", n)))
+        return Settings(
+            name="daemon",
+            command=("./daemon",),
+            directory="/srv",
+            listeners=tuple(ListenerSettings(f"tcp:h:{n}") for n in range(len(self._listening))),
+            policy=pick(POLICIES),
+            workers=pick((1, 1, 2, 3)),
+            ready_after_s=pick((None, None, None, 1.0)),
+            queue=pick((6, 12, 64, 256)),
+            guarded=self.keeper == "guard",
+            secret="x",
+        )
+
+    def _bind(self, family: int, name: Any) -> Listening:
+        """Bind the first socket of an address, as the launching process does."""
+        address = self.kernel.addresses.setdefault(name, Address(family, name))
+        made = Listening(address)
+        made.bind(address)
+        made.listen(socket.SOMAXCONN)
+        return made
+
+    def _to_give(self) -> dict[str, File]:
+        """What the launching process passes on, by name."""
+        return {f"{door.LISTENER}{index}": each for index, each in enumerate(self._listening)}
+
     # -- the lives of the protector ----------------------------------------------
 
     def live(self) -> None:
         """Run from the first start to the last end.  Raises AssertionError where it goes wrong."""
         kernel = self.kernel
-        given: dict[str, int] = {}
-        for index, each in enumerate(self._listening):
-            given[f"{door.LISTENER}{index}"] = kernel.install(each)
+        given = {name: kernel.install(each) for name, each in self._to_give().items()}
         self._state = Memory()
         given[door.STATE] = kernel.install(self._state)
         if self.keeper != "nobody":  # it has passed on what it keeps
@@ -326,19 +355,14 @@ class World:
 
     def _run(self, given: dict[str, int], kept: set[str]) -> None:
         """One program of the protector, put together as resident.py does it."""
-        kernel, settings = self.kernel, self.settings
+        kernel = self.kernel
         kernel.dead = False
         self._checked = None
         self._starting = True
         self._calls = kernel.calls
-        log = cast("Any", Log(self._note))
+        log = cast("Any", Log(self._note, self.events))
         self._loop = Loop()
         self._only_what_was_found(self._loop)
-        listeners = [
-            Listener(given[f"{door.LISTENER}{index}"], index, each)
-            for index, each in enumerate(settings.listeners)
-            if f"{door.LISTENER}{index}" in given
-        ]
         line: Any = None
         if self.keeper != "nobody" and door.GUARD not in given:
             ours, self._line = pair()
@@ -348,6 +372,9 @@ class World:
             line = Socket(kernel, given[door.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = heritage.read(given[door.STATE])
+        settings = self._settings_of(snapshot)
+        shared = settings.handoff == LISTENER
+        listeners = resident._listeners(given, settings.listeners, shared)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:
@@ -411,6 +438,12 @@ class World:
         self._starting = False
         protector.run()
 
+    def _settings_of(self, snapshot: Snapshot | None) -> Settings:
+        """The settings that hold, as the resident process finds them."""
+        if snapshot is not None and snapshot.settings:
+            return load(snapshot.settings.encode())
+        return self.settings
+
     def _only_what_was_found(self, loop: Loop) -> None:
         """See to it that no callback is told of what another had at its number."""
         watch = loop.watch
@@ -453,12 +486,12 @@ class World:
         }
         assert len(held) <= 1, f"in the protector's own hands: {held}"
         for connection in held:  # it may be kept, and the state not know of it yet
-            connection.excuse = "killed between accept and send"
+            connection.excuse = BY_KILL
         if self._supervisor is not None and not self._everything_is_kept():
             self._why_lost = "killed before all was kept"
             self._excuse(self._why_lost)
         else:
-            self._why_lost = "killed between accept and send"
+            self._why_lost = BY_KILL
         if self._supervisor is not None and self._supervisor._heritage._failing:
             self._excuse("killed while the state could not be written")
         self._held = held
@@ -510,8 +543,16 @@ class World:
 
     # -- what the kernel asks ------------------------------------------------------
 
-    def _process_at(self, pid: int) -> Worker:
+    def _process_at(self, pid: int) -> Any:
         return self._processes[pid]
+
+    def _group_of(self, leader: Any) -> list[Any]:
+        """All processes of the group that one leads, or led."""
+        return [leader]
+
+    def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
+        """The processes that have one of these notify addresses in their environment."""
+        return [(w.address, w.pid) for w in self.workers if w.address in addresses and not w.ended]
 
     def _start(
         self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
@@ -536,10 +577,12 @@ class World:
 
     def _connection_lost(self, connection: Connection) -> None:
         why = self._why_lost or self._reason() or connection.excuse
-        if not why:
+        if why == BY_KILL and connection not in self._held:
+            why = self._reason() or why  # the keeper has let go of what a stop had closed
+        if not why or (why == BY_KILL and not self.ACCEPTS):
             raise AssertionError(f"{connection} is lost")
         # What an earlier kill has lost may have been kept until now, with nobody knowing of it.
-        if why == "killed between accept and send":
+        if why == BY_KILL:
             self._lost_by_kill += connection in self._held or not connection.excuse
         self._say(f"  {connection} is lost: {why}")
         self.lost[why] = self.lost.get(why, 0) + 1
@@ -672,7 +715,7 @@ class World:
             return None
         worker = self.workers[int(self._chance() * len(self.workers))]
         if worker.ended:
-            if worker.reaped or (worker.orphan and worker.pid not in self._processes):
+            if worker.gone:
                 self.workers.remove(worker)
             return None
         return None if worker.hangs else worker
@@ -700,9 +743,11 @@ class World:
         seconds = self._random.choice((0.0001, 0.005, 0.02, 0.3, 1.0)) if chance < 0.9 else 20.0
         if "look" in self._loop._timers:
             seconds = min(seconds, 1.0)  # who looks for strays does not hang
+        if "strays-end" in self._loop._timers:
+            seconds = min(seconds, 1.0)  # nor do we stand still for half a minute at the very end
         self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
 
-    def _tell(self, worker: Worker, text: bytes, *files: File) -> bool:
+    def _tell(self, worker: Any, text: bytes, *files: File) -> bool:
         """Say something, if there is room; return whether there was."""
         to = self.kernel.bound.get(worker.address)
         if to is not None and len(to.queue) >= Datagrams.ROOM:
@@ -730,7 +775,7 @@ class World:
             else:
                 self._end(worker, os.CLD_EXITED, 0)
 
-    def _end(self, worker: Worker, code: int, status: int) -> None:
+    def _end(self, worker: Any, code: int, status: int) -> None:
         self._say(f"{worker.pid} ends with status {status}")
         worker.end(code, status)
 
@@ -838,8 +883,8 @@ class World:
             for each in files:
                 each.drop()
         for worker in self.workers:
-            if worker.orphan and worker.ended and worker.pid in self._processes:
-                del self._processes[worker.pid]
+            if worker.orphan and worker.ended and not worker.gone:
+                worker.gone = True
                 if self.keeper == "guard" and not self._line.peer.is_closed:
                     code, status = worker.result
                     said = status << 8 if code == os.CLD_EXITED else status
@@ -966,15 +1011,27 @@ class World:
         protector = self._supervisor
         assert protector is not None
         fleet = protector._fleet
-        assert not any(each.backlog for each in self._listening), "clients wait for ever"
-        assert protector.effects.forwarder.hand is None, "one is in hand for ever"
-        assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
+        self._check_waiting()
         if not fleet.stopping:
             (serving,) = fleet.generations
             assert serving.phase is Phase.SERVING
             assert all(each.state is State.READY for each in serving.workers)
             assert len(serving.workers) == fleet.workers_wanted
             assert not fleet.timers
+            self._check_serving(serving.number)
+
+    def _check_waiting(self) -> None:
+        """Nobody waits any more."""
+        assert self._supervisor is not None
+        assert not any(each.backlog for each in self._listening), "clients wait for ever"
+        assert self._supervisor.effects.forwarder.hand is None, "one is in hand for ever"
+        assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
+
+    def _check_serving(self, number: int) -> None:
+        """What holds at rest of the generation that serves."""
+
+    def _check_left(self) -> None:
+        """Nothing is left but what the protector's own end will close."""
 
     def _check_the_end(self) -> None:
         protector = self._supervisor
@@ -1000,6 +1057,7 @@ class World:
             if fd not in gone and fd not in self._outbox._unsent.values()
         }
         assert not left, f"left open at the end: {left}"
+        self._check_left()
 
 
 @contextmanager
@@ -1029,10 +1087,8 @@ def installed(world: World) -> Iterator[None]:
             found: dict[str, list[tuple[int, int]]] = {}
             why = ""
             try:
-                for each in world.workers:
-                    if each.address in self._wanted and not each.ended:
-                        pidfd = kernel._pidfd_open(each.pid)
-                        found.setdefault(each.address, []).append((each.pid, pidfd))
+                for address, pid in world._carrying(self._wanted):
+                    found.setdefault(address, []).append((pid, kernel._pidfd_open(pid)))
             except OSError as error:
                 why = str(error)
             self._done(self._wanted, found, why)
@@ -1050,6 +1106,12 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     replace(module, name, getattr(kernel.modules, name))
         replace(program, "resolve", resolve)
+        replace(twin, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
+        replace(listener, "listening", kernel.listening)
+        replace(listener, "locked", kernel.locked)
+        replace(listener, "give", kernel.give)
+        replace(sides, "unheard", kernel.unheard)
+        replace(process, "_fork", kernel.fork)
         replace(strays, "look", look)
         yield
     finally:

@@ -1,0 +1,469 @@
+"""A life under --handoff listener: the workers accept, from sockets that they have in common.
+
+Beside world.py: an address has two sockets where it is a port that we have bound, and new clients
+come to the one that the kernel was told of.  A client's handshake may be under way, it may have
+said nothing yet, and workers accept, read and finish as they like.  A worker is one process, or a
+master that accepts nothing with children that do; when that dies its children live on.
+
+What must hold: who has connected is accepted and finished by somebody who was not killed; new
+clients come to the side that has the route; at rest nothing of an old generation accepts.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+from socketprotector import door
+from socketprotector.handoff import FIRST_FD, LISTENER
+from socketprotector.settings import ListenerSettings, Settings
+from tests.simulation.files import Connection, File
+from tests.simulation.ports import Address, Listening
+from tests.simulation.world import BACKLOG, POLICIES, World
+
+
+class Server:
+    """A process that accepts: a worker that does so itself, or a child of one."""
+
+    def __init__(self, pid: int, leader: Leader | None, listening: Mapping[int, Listening]) -> None:
+        self.pid = pid
+        self.leader = leader if leader is not None else cast("Leader", self)
+        self.listening = dict(listening)
+        self.connections: list[Connection] = []
+        self.told = False  # to finish
+        self.hangs = False
+        self.ended = False
+        self.gone = False  # reaped, by whomever
+        for each in self.listening.values():
+            each.take()
+            each.used = True
+
+    def signal(self, number: int) -> None:
+        """Be sent a signal."""
+        if number == signal.SIGKILL:
+            self.end(os.CLD_KILLED, number)
+        else:
+            self.told = True
+
+    def end(self, code: int, status: int) -> None:
+        """End, with all that it has."""
+        if self.ended:
+            return
+        self.ended = True
+        for each in self.connections:
+            each.drop()
+        self.connections.clear()
+        self.stop_accepting()
+        if self.leader is not self:
+            self.gone = True  # whose child it is, or was left to, reaps it
+
+    def stop_accepting(self) -> None:
+        """Close the listening sockets."""
+        left, self.listening = self.listening, {}
+        for each in left.values():
+            each.drop()
+
+    def accept(self, chance: float) -> Connection | None:
+        """Accept somebody, if anybody has connected."""
+        waiting = [each for each in self.listening.values() if each.backlog]
+        if not waiting:
+            return None
+        connection = waiting[int(chance * len(waiting))].backlog.popleft()
+        connection.taken_by.append(self.pid)
+        self.connections.append(connection)
+        return connection
+
+
+class Leader(Server):
+    """A worker: what the protector has started, and what that has."""
+
+    def __init__(
+        self, pid: int, address: str, generation: int, listening: Mapping[int, Listening]
+    ) -> None:
+        super().__init__(pid, None, listening)
+        self.address = address
+        self.generation = generation
+        self.children: list[Server] = []
+        self.master = False  # it leaves accepting to them
+        self.ready = False
+        self.reaped = False
+        self.orphan = False  # no child of the protector that runs now
+        self.result = (os.CLD_EXITED, 0)
+
+    def end(self, code: int, status: int) -> None:
+        """End; the children live on."""
+        if not self.ended:
+            self.result = code, status
+        super().end(code, status)
+
+    @property
+    def living(self) -> list[Server]:
+        """What lives of its group."""
+        return [each for each in (self, *self.children) if not each.ended]
+
+
+class Handed(World):
+    """Everything around one protector whose workers accept."""
+
+    ACCEPTS = False
+    GAPS = (8, 30, 100)
+    workers: list[Leader]
+
+    def _choose(self, pick: Callable[[Any], Any]) -> Settings:
+        self._seconds: dict[int, Listening] = {}
+        self._has_stopped = False  # an earlier program
+        self._masters = pick((0.0, 0.5, 1.0))  # how many of the workers are
+        listeners = tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2))))
+        self._addresses = [each.address for each in self._listening]
+        return Settings(
+            name="daemon",
+            command=("./daemon",),
+            directory="/srv",
+            listeners=listeners,
+            policy=replace(pick(POLICIES), workers_accept=True),
+            handoff=LISTENER,
+            drain_signal=int(pick((signal.SIGTERM, signal.SIGQUIT))),
+            workers=pick((1, 1, 2, 3)),
+            ready_after_s=pick((None, None, None, 1.0)),
+            guarded=self.keeper == "guard",
+            secret="x",
+        )
+
+    def _bind_one(self, number: int, pick: Callable[[Any], Any]) -> ListenerSettings:
+        kind = pick(("tcp", "tcp", "tcp6", "unix", "abstract", "foreign"))
+        if kind in ("unix", "abstract"):
+            path = f"/srv/{number}" if kind == "unix" else f"\0srv/{number}"
+            one = self._bind(socket.AF_UNIX, path)
+            self._listening.append(one)
+            inode = one.address.path_inode
+            address = f"unix:{path}".replace("\0", "@")
+            return ListenerSettings(address, device=1 if inode else 0, inode=inode)
+        family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
+        first = self._bind(family, ("h", number))
+        self._listening.append(first)
+        if kind == "foreign":
+            first.foreign = True
+            first.take()  # by whoever has passed it in
+            return ListenerSettings(f"tcp:h:{number}", foreign=True)
+        first.reuseport = True
+        first.address.group.append(first)
+        second = Listening(first.address)
+        second.reuseport = True
+        second.bind(first.address)
+        second.listen(socket.SOMAXCONN)
+        first.address.steered = 0
+        self._seconds[number] = second
+        return ListenerSettings(f"tcp:h:{number}")
+
+    def _to_give(self) -> dict[str, File]:
+        seconds = {f"{door.TWIN}{index}": each for index, each in self._seconds.items()}
+        return {**super()._to_give(), **seconds}
+
+    # -- what the kernel asks --------------------------------------------------------
+
+    def _start(
+        self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
+    ) -> int:
+        listening: dict[int, Listening] = {}
+        for index in range(len(self.settings.listeners)):
+            each = given[FIRST_FD + index]
+            assert isinstance(each, Listening)
+            listening[index] = each
+        generation = int(environment["SERVER_STARTER_GENERATION"])
+        worker = Leader(self._new_pid(), environment["NOTIFY_SOCKET"], generation, listening)
+        worker.hangs = not self._deploy_works and self._chance() < 0.5
+        worker.master = self._chance() < self._masters
+        self.workers.append(worker)
+        self._processes[worker.pid] = worker
+        return worker.pid
+
+    def _new_pid(self) -> int:
+        self._next_pid += 1
+        return self._next_pid
+
+    def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
+        leaders = [each for each in self.workers if each.address in addresses]
+        return [(leader.address, each.pid) for leader in leaders for each in leader.living]
+
+    def _group_of(self, leader: Any) -> list[Any]:
+        return [leader, *leader.children]
+
+    def _excuse(self, why: str) -> None:
+        super()._excuse(why)
+        for address in self._addresses:
+            for each in address.clients.values():
+                each.excuse = why
+
+    # -- what may happen ---------------------------------------------------------------
+
+    def _what_happens(self) -> list[tuple[Callable[[], None], int]]:
+        common = dict(super()._what_happens())
+        del common[self._shut_channel]
+        common |= {
+            self._connect: 150,
+            self._shake: 60,
+            self._speak: 40,
+            self._take: 200,
+            self._read: 150,
+            self._finish: 100,
+            self._time: 200,
+            self._obey: 150,
+            self._fork_child: 40,
+            self._crash_child: 8,
+            self._hup: 40,
+            self._crash: 30,
+            self._upgrade: 3 * common[self._upgrade],
+            self._unguard: int(self.seed % 3 == 2 and self.keeper == "guard"),
+            self._term: 2 * common[self._term],
+        }
+        return list(common.items())
+
+    def _connect(self) -> None:
+        address = self._addresses[int(self._chance() * len(self._addresses))]
+        if len(address.clients) >= BACKLOG:
+            return
+        to = address.for_new(self.connections)
+        if to is None:
+            self._refused(address)
+            return
+        self._check_side(address, to)
+        self.connections += 1
+        connection = Connection(self.connections, self._connection_lost, address)
+        connection.take()
+        under_way = address.by_number and self._chance() < 0.3
+        if self._note:
+            self._note(f"{connection} comes to {to.name}, socket {to.inode}")
+        if under_way:
+            to.handshakes.append(connection)
+        else:
+            self._establish(to, connection)
+
+    def _establish(self, to: Listening, connection: Connection) -> None:
+        connection.established = True
+        connection.said = self._chance() < 0.8
+        if to.address.by_number and to.mask:  # it finds itself shut down
+            connection.drop()
+        else:
+            to.backlog.append(connection)
+
+    def _shake(self) -> None:
+        """A handshake ends well."""
+        address = self._addresses[int(self._chance() * len(self._addresses))]
+        under_way = [each for each in address.listening if each.handshakes]
+        if under_way:
+            to = under_way[int(self._chance() * len(under_way))]
+            self._establish(to, to.handshakes.popleft())
+
+    def _speak(self) -> None:
+        """Some that are silent say something."""
+        address = self._addresses[int(self._chance() * len(self._addresses))]
+        for each in address.clients.values():
+            if each.established and self._chance() < 0.5:
+                each.said = True
+
+    def _one(self) -> Server | None:
+        """A process of a worker that lives and does something."""
+        if not self.workers:
+            return None
+        worker = self.workers[int(self._chance() * len(self.workers))]
+        living = worker.living
+        if not living:
+            if worker.gone:
+                self.workers.remove(worker)
+            return None
+        found = living[int(self._chance() * len(living))]
+        return None if found.hangs else found
+
+    def _somebody(self) -> Any:
+        """A worker whose leader lives and does something."""
+        found = self._one()
+        return found if isinstance(found, Leader) else None
+
+    def _accepts(self, server: Server) -> bool:
+        return not (isinstance(server, Leader) and server.master)
+
+    def _take(self) -> None:
+        server = self._one()
+        if server and self._accepts(server) and (found := server.accept(self._chance())):
+            self._say(f"{server.pid} accepts {found}")
+
+    def _take_all(self) -> None:
+        server = self._one()
+        if server and self._accepts(server):
+            self._say(f"{server.pid} accepts all")
+            while server.accept(self._chance()):
+                pass
+
+    def _read(self) -> None:
+        server = self._one()
+        if server:
+            for each in server.connections:
+                each.heard = each.heard or each.said
+
+    def _finish(self) -> None:
+        server = self._one()
+        if server:
+            self._finish_one(server)
+
+    def _finish_one(self, server: Server) -> None:
+        found = next((each for each in server.connections if each.said), None)
+        if found is not None:
+            self.delivered += 1
+            server.connections.remove(found)
+            found.drop()
+
+    def _fork_child(self) -> None:
+        """A master starts another child."""
+        worker = self._somebody()
+        if worker and worker.master and not worker.told:
+            worker.children = [each for each in worker.children if not each.ended]
+            if len(worker.children) < 3:
+                child = self._fork_of(worker)
+                self._say(f"{worker.pid} forks {child.pid}")
+
+    def _fork_of(self, worker: Leader) -> Server:
+        child = Server(self._new_pid(), worker, worker.listening)
+        worker.children.append(child)
+        self._processes[child.pid] = child
+        return child
+
+    def _crash_child(self) -> None:
+        child = self._one()
+        if child and child.leader is not child:
+            self._end(child, os.CLD_KILLED, signal.SIGSEGV)
+
+    def _obey(self) -> None:
+        """Who has been told to finish goes a step further."""
+        server = self._one()
+        if server and server.told:
+            self._obey_once(server)
+
+    def _obey_once(self, server: Server) -> None:
+        children = server.living[1:] if isinstance(server, Leader) else []
+        if server.listening:
+            self._say(f"{server.pid} accepts no more")
+            server.stop_accepting()
+            for each in children:
+                each.signal(self.settings.drain_signal)
+        elif server.connections:
+            self._finish_one(server)
+        elif not children:
+            self._end(server, os.CLD_EXITED, 0)
+
+    def _go_on(self) -> None:
+        if self.workers:
+            for each in self._random.choice(self.workers).living:
+                each.hangs = False
+
+    def _refused(self, address: Address) -> None:
+        """A client is refused."""
+        assert self._has_stopped or self._reason(), f"a client of {address.name} is refused"
+
+    # -- how it ends -------------------------------------------------------------------
+
+    def _after_kill(self) -> dict[str, int]:
+        self._has_stopped = self._has_stopped or bool(self._reason())
+        return super()._after_kill()
+
+    def _end_of_all(self, why: str) -> None:
+        """Nobody starts another program: who accepts goes on, as if nothing had happened."""
+        self._why_lost = why
+        self.kernel.dead = False
+        self.kernel.end_of_process()
+        self._all_shake()
+        for server in self._living():
+            self._serve_all(server)
+        for server in self._living():
+            server.end(os.CLD_EXITED, 0)
+
+    def _living(self) -> list[Server]:
+        return [each for worker in self.workers for each in worker.living]
+
+    def _all_shake(self) -> None:
+        for address in self._addresses:
+            for each in address.listening:
+                while each.handshakes:
+                    self._establish(each, each.handshakes.popleft())
+            for client in address.clients.values():
+                client.said = True
+
+    def _serve_all(self, server: Server) -> None:
+        while self._accepts(server) and server.accept(0.0):
+            pass
+        for each in server.connections:
+            each.heard = True
+        while server.connections:
+            self._finish_one(server)
+
+    def _all_do_well(self) -> None:
+        self._keep()
+        self._all_shake()
+        for worker in self.workers:
+            if worker.ended:
+                continue
+            if not worker.ready:
+                worker.ready = self._tell(worker, b"READY=1")
+            if worker.master and not worker.told and not worker.children:
+                self._fork_of(worker)
+        for server in self._living():
+            server.hangs = False
+            self._serve_all(server)
+        for worker in self.workers:
+            for server in (worker, *worker.children, worker):  # whose end comes last
+                for _ in range(3):
+                    if server.told and not server.ended:
+                        self._obey_once(server)
+        self.workers = [each for each in self.workers if each.living or not each.gone]
+
+    # -- what must hold ----------------------------------------------------------------
+
+    def _check_side(self, address: Address, to: Listening) -> None:
+        """New clients come to the side that has the route, from when the kernel was told."""
+        if self._supervisor is None or self._meanwhile or self._calm:
+            return
+        act = self._supervisor.effects
+        if act._route is None or not act.sides._steered:
+            return
+        assert act.sides.current == act.homes[act._route].side
+        listeners = {each.settings.address: each for each in act.forwarder.listeners}
+        its = listeners[_told(address)]
+        wanted = self.kernel.file(its.of_side(act.sides.current).fileno())
+        assert to is wanted, f"a client comes to socket {to.inode} of {to.name}"
+
+    def _check_waiting(self) -> None:
+        stopping = self._supervisor is not None and self._supervisor._fleet.stopping
+        for address in self._addresses:
+            for each in address.listening:
+                if not (stopping and each.foreign):
+                    assert not each.backlog, f"clients of socket {each.inode} wait for ever"
+
+    def _check_serving(self, number: int) -> None:
+        for server in self._living():
+            of = server.leader.generation
+            assert of == number, f"{server.pid} of generation {of} goes on"
+        for address in self._addresses:
+            to = address.for_new()
+            accepting = [each for each in self._living() if self._accepts(each)]
+            assert any(to in each.listening.values() for each in accepting), "nobody accepts"
+
+    def _check_left(self) -> None:
+        for server in self._living():
+            raise AssertionError(f"{server.pid} is left behind")
+        for file in self.store.values():  # whoever keeps them ends, too
+            file.drop()
+        self.store = {}
+        for address in self._addresses:
+            for each in address.listening:
+                assert each.foreign, f"socket {each.inode} of {each.name} is left behind"
+                assert not each.refuses, f"{each.name} of somebody else refuses"
+
+
+def _told(address: Address) -> str:
+    """An address as the settings have it."""
+    if address.by_number:
+        return f"tcp:h:{address.name[1]}"
+    return f"unix:{address.name}".replace("\0", "@")

@@ -1,0 +1,225 @@
+"""Listening sockets of the simulated kernel: where a new client comes to, and who waits there.
+
+Source: inet_shutdown() in net/ipv4/af_inet.c, tcp_disconnect() in net/ipv4/tcp.c;
+__inet_hash() and inet_lhash2_lookup() in net/ipv4/inet_hashtables.c; net/core/sock_reuseport.c;
+unix_shutdown() and unix_stream_connect() in net/unix/af_unix.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+from collections import deque
+from itertools import count
+from typing import Any
+
+from tests.simulation.files import Connection, File, failure
+
+IN, SHUT, HUP = select.EPOLLIN, select.EPOLLRDHUP, select.EPOLLHUP
+#: Options that Python has no names for.
+ATTACH_FILTER, DETACH_FILTER, STEER, BIND_TO_DEVICE = 26, 27, 51, 62
+_MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
+#: Where a socket comes back that was bound as port 0 and shut down.
+ASTRAY = ("h", 60_000)
+
+
+class Address:
+    """What clients connect to, and the sockets that are bound to it."""
+
+    def __init__(self, family: int, name: Any) -> None:
+        self.family = family
+        self.name = name
+        self.listening: list[Listening] = []  # in the order of listen(2)
+        self.group: list[Listening] = []  # of SO_REUSEPORT, by place
+        self.steered: int | None = None  # to which place
+        self.file: Listening | None = None  # of UNIX: what has the name
+        self.path_inode = 0  # and the file of that name, where it is a path
+        self.clients: dict[int, Connection] = {}  # whoever has begun to connect, until closed
+        self.inodes = count(1)
+
+    @property
+    def is_path(self) -> bool:
+        """Whether it is a UNIX one with a file."""
+        return isinstance(self.name, str) and self.name.startswith("/")
+
+    @property
+    def by_number(self) -> bool:
+        """Whether it is a port."""
+        return self.family != socket.AF_UNIX
+
+    def for_new(self, number: int = 0) -> Listening | None:
+        """Return the socket that a client comes to who connects now; None: it is refused."""
+        if not self.by_number:
+            return None if self.file is None or self.file.refuses else self.file
+        found = [each for each in self.listening if not each.refuses]
+        if not found:
+            return None
+        # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
+        first = found[0] if self.family == socket.AF_INET6 else found[-1]
+        if not first.reuseport or first not in self.group:
+            return first
+        if self.steered is not None and self.steered < len(self.group):
+            return self.group[self.steered]
+        return self.group[number % len(self.group)]
+
+    def order(self) -> dict[int, int]:
+        """What sock_diag tells of those that listen: inode -> how they were shut down."""
+        return {each.inode: each.mask for each in self.listening}
+
+    def unheard(self) -> dict[bytes, bool]:
+        """What sock_diag tells of clients whom nobody has heard -> whether they are silent."""
+        return {
+            b"%d" % each.number: not each.said and each.established
+            for each in self.clients.values()
+            if not each.heard
+        }
+
+
+class Listening(File):
+    """A socket that listens, or is to, with its backlog."""
+
+    def __init__(self, address: Address) -> None:
+        """address: nobody's, until it is bound."""
+        super().__init__()
+        self.address = address
+        self.inode = next(address.inodes)
+        self.backlog: deque[Connection] = deque()
+        self.handshakes: deque[Connection] = deque()  # under way
+        self.listens = False
+        self.mask = 0  # of what shutdown() has ended
+        self.filtered = False  # nobody new comes in
+        self.locked = False  # whoever has attached a filter does not let others change it
+        self.reuseport = False
+        self.options: dict[tuple[int, int], Any] = {}
+        self.room = socket.SOMAXCONN
+        self.port_zero = False  # the number was the kernel's choice
+        self.astray = False  # and now it has another one
+        self.nonblocking = True
+        self.used = False  # some worker has had it: from then on its flags are theirs
+        self.foreign = False  # it was passed in, and whoever did so changes them, too
+        self.accepted = 0
+        self.sent = 0  # the place of the last one sent on
+
+    @property
+    def family(self) -> int:
+        return self.address.family
+
+    @property
+    def refuses(self) -> bool:
+        """Whether nobody new comes in."""
+        elsewhere = bool(self.options.get((socket.SOL_SOCKET, BIND_TO_DEVICE)))
+        return self.filtered or elsewhere or bool(self.mask & 1 and not self.address.by_number)
+
+    @property
+    def name(self) -> Any:
+        return ASTRAY if self.astray else self.address.name
+
+    def ready(self) -> int:
+        events = IN if self.backlog else 0
+        if self.mask & 1:
+            events |= IN | SHUT
+        if self.mask == 3 or not self.listens:
+            events |= HUP
+        return events
+
+    def bind(self, address: Address) -> None:
+        """Raises OSError (EADDRINUSE) where another one has the address and does not share it."""
+        if not address.by_number:
+            if address.file is not None or address.path_inode:
+                raise failure(errno.EADDRINUSE)
+            address.file = self
+            address.path_inode = next(address.inodes) if address.is_path else 0
+        elif any(not (self.reuseport and each.reuseport) for each in address.listening):
+            raise failure(errno.EADDRINUSE)
+        self.address = address
+        self.inode = next(address.inodes)
+
+    def set_flags(self, nonblocking: bool) -> None:
+        """Have accept() wait or not, for all who have it."""
+        assert not self.used or self.foreign, "the flags of living workers are changed"
+        self.nonblocking = nonblocking
+
+    def listen(self, room: int) -> None:
+        """Have clients come, or set how many may wait."""
+        self.room = room
+        if self.listens:
+            return
+        self.listens = True
+        if self.astray:
+            return
+        self.address.listening.append(self)
+        group = self.address.group
+        if self.reuseport and self not in group:
+            others = [each for each in self.address.listening if each is not self]
+            if not group and others and others[0].reuseport:
+                group.append(others[0])
+            group.append(self)
+
+    def shutdown(self, how: int) -> None:
+        """Raises OSError (ENOTCONN) where a TCP socket does not listen, as the kernel does."""
+        if not self.address.by_number:
+            self.mask |= _MASK[how]
+        elif not self.listens:
+            self.mask |= _MASK[how]
+            raise failure(errno.ENOTCONN)
+        elif how != socket.SHUT_WR:
+            self._leave()
+            self.mask = 0
+            self.astray = self.port_zero
+
+    def _leave(self) -> None:
+        """Whoever waits is reset; and the last one of the group takes its place."""
+        self.listens = False
+        address = self.address
+        if self in address.listening:
+            address.listening.remove(self)
+        if self in address.group:
+            last = address.group.pop()
+            if last is not self:
+                address.group[address.group.index(self)] = last
+            if not address.group:
+                address.steered = None
+        for queue in (self.backlog, self.handshakes):
+            while queue:
+                queue.popleft().drop()
+
+    def closed(self) -> None:
+        self._leave()
+        if self.address.file is self:
+            self.address.file = None
+
+    def attach(self, option: int, place: int) -> None:
+        """Attach a filter: one that refuses all, or one that steers.  Raises OSError."""
+        if option == STEER:
+            if self not in self.address.group:
+                raise failure(errno.EINVAL)
+            self.address.steered = place
+        elif self.locked:
+            raise failure(errno.EPERM)
+        else:
+            self.filtered = True
+
+    def set(self, level: int, option: int, value: Any) -> None:
+        """As setsockopt(2)."""
+        if (level, option) == (socket.SOL_SOCKET, socket.SO_REUSEPORT):
+            self.reuseport = bool(value)
+        elif (level, option) == (socket.SOL_SOCKET, DETACH_FILTER):
+            if self.locked:
+                raise failure(errno.EPERM)
+            if not self.filtered:
+                raise failure(errno.ENOENT)
+            self.filtered = False
+        else:
+            self.options[level, option] = value
+
+    def get(self, level: int, option: int) -> int:
+        """As getsockopt(2) for a number."""
+        match level, option:
+            case socket.SOL_SOCKET, socket.SO_ACCEPTCONN:
+                # That of a UNIX socket which was shut down says that it does.
+                return int(self.listens)
+            case socket.SOL_SOCKET, socket.SO_REUSEPORT:
+                return int(self.reuseport)
+        found = self.options.get((level, option), 0)
+        return found if isinstance(found, int) else 0

@@ -65,6 +65,7 @@ class Upgrade:
             if result is None:
                 return  # it cannot be waited for yet: somebody traces it
             self._loop.unwatch(probe.pidfd)
+            late = self._loop.due(_TIMER) is None
             self._loop.cancel(_TIMER)
             answer, last = _read(receive), os.pread(said, _LAST_BYTES, _start_of_end(said))
             probe.close()
@@ -78,7 +79,8 @@ class Upgrade:
                 return
             lines = last.decode("utf-8", "replace").strip().splitlines()
             why = words.escape(lines[-1]) if lines else "it said nothing"
-            self.failed(f"the new program {result.how}: {why}")
+            how = f"did not answer in {PROBE_S:g} s" if late else result.how
+            self.failed(f"the new program {how}: {why}")
 
         self._loop.watch(probe.pidfd, ended)
         self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)

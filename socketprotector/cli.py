@@ -6,7 +6,6 @@ Whatever is wrong is one line: what, where, what to do.
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -388,7 +387,7 @@ class _Reading:
             worker_identity=worker_identity,
             no_new_privileges=given["no_new_privs"],
             umask=umask if given["umask"] is None else given["umask"],
-            nofile_soft=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            nofile_soft=options.nofile_of_workers(os.environ),
             limits=tuple(limits.items()),
             nice=nice,
             batch=scheduler() == os.SCHED_BATCH,

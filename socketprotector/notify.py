@@ -30,6 +30,9 @@ _LATER = frozenset(
 _STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
 #: The timer that has the watchdog fed.
 WATCHDOG = "watchdog"
+#: The standard ones, sockets of .socket units, and what the next program opens before it raises
+#: its limit.
+_NOT_STORED = 64
 _NO_LINGER = struct.pack("ii", 0, 0)
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _DESCRIPTOR = struct.Struct("i")
@@ -291,13 +294,17 @@ class Outbox:
         self._unsent.clear()
 
 
-def room_of(environment: Mapping[str, str]) -> int:
-    """Return how many descriptors a service manager has room for, as far as it tells.
+def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
+    """Return how many descriptors a service manager has room for, and can pass on.
 
-    Source: systemd.exec(5), $FDSTORE (since systemd 254; the units say it for those before).
+    soft_limit: of descriptors, as it has set it for us.  systemd sets it for the next program, too,
+    before it puts what is stored there in place, and one number beyond it makes that start fail.
+
+    Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
     """
     told = environment.get("FDSTORE", "")
-    return int(told) if _is_number(told) else sys.maxsize
+    most = max(0, soft_limit - _NOT_STORED)
+    return min(int(told), most) if _is_number(told) else most
 
 
 class Store:

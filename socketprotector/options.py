@@ -171,6 +171,16 @@ def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
     return found, nice
 
 
+def nofile_of_workers(environment: Mapping[str, str]) -> int:
+    """Return the soft limit of descriptors that workers get where nobody asks for another one.
+
+    It is ours, or what a unit says whose protector needs a higher one before it can raise it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = environment.get("SOCKETPROTECTOR_NOFILE", "")
+    return min(int(told), hard) if told.isascii() and told.isdigit() else soft
+
+
 def _limit(name: str, value: str) -> int:
     if name not in (*_LIMITS, "nice"):
         raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")

@@ -140,13 +140,16 @@ class _Resident:
         # At the first start they come from the launching process; only a guard has them too.
         known = guarded or door.STATE in descriptors
         kept = {name for name in descriptors if name != door.GUARD} if known else set()
+        room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
+        os.environ["FDSTORE"] = str(room)
         self.store = (
             Store(self.guard, kept)
             if guarded
             else Store(
                 self.manager,
                 kept,
-                most=room_of(os.environ),
+                most=room,
                 names_bytes=door.STORE_NAMES_BYTES,
             )
         )

@@ -184,5 +184,10 @@ def test_what_there_is_no_room_for_is_left_out_until_there_is(
 
 
 def test_how_much_room_there_is_is_told_by_systemd() -> None:
-    assert room_of({"FDSTORE": "512"}) == 512
-    assert room_of({}) == room_of({"FDSTORE": "many"}) > 10**9
+    assert room_of({"FDSTORE": "512"}, 524_288) == 512
+    assert room_of({}, 524_288) == room_of({"FDSTORE": "many"}, 524_288) == 524_288 - 64
+
+
+def test_a_service_manager_cannot_pass_more_than_its_limit_on() -> None:
+    assert room_of({"FDSTORE": "8192"}, 1024) == room_of({}, 1024) == 960
+    assert room_of({}, 30) == 0

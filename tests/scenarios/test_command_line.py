@@ -216,6 +216,16 @@ def test_a_worker_without_options_gets_what_the_caller_had(start: Start) -> None
     start.stop()
 
 
+def test_a_unit_with_a_higher_limit_says_what_workers_get(start: Start) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    start.up("127.0.0.1:0", "--", *TELLS, environment={"SOCKETPROTECTOR_NOFILE": "200"})
+    found = told(start.address)
+
+    assert found["nofile"] == [200, hard]
+    assert "SOCKETPROTECTOR_NOFILE" not in found["environment"]
+    start.stop()
+
+
 def test_the_env_file_is_read_again_at_each_reload(start: Start) -> None:
     file = start.folder / "settings.sh"
     file.write_text("# a comment\n\nexport COLOUR=red\n")

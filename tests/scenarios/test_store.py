@@ -24,12 +24,15 @@ from tests.scenarios.tools import Client, Gate, Release, children_of, hold, pid_
 MANY = worker("many")
 #: Moves the descriptors 1000, 1001, ... to 3, 4, ..., tells whose they are, and executes.
 PASS_ON = """
-import os, sys
+import os, resource, sys
 count = int(sys.argv[1])
 for place in range(count):
     os.dup2(1000 + place, 3 + place)
     os.close(1000 + place)
 os.environ["LISTEN_PID"] = str(os.getpid())
+if limit := os.environ.pop("TEST_NOFILE", ""):  # LimitNOFILE=, which is set before
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), hard))
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
@@ -246,6 +249,26 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
         client.close()
     wait_stored(service, OWN | of_generation(1, 1))
     second.stop()
+
+
+def test_no_more_is_stored_than_systemd_can_pass_on_below_the_soft_limit(service: Service) -> None:
+    service.environment["TEST_NOFILE"] = "100"
+    words = ("127.0.0.1:0", "--workers", "12", "--", *MANY)  # 45 descriptors
+    first = service.start(*words).ready()
+    service.wait_for("READY")
+    first.log.wait_for("event=store-full")
+    mark = len(first.log.seen)
+    first.signal(signal.SIGUSR2)
+    first.log.wait_for("event=adopted", after=mark)
+    first.reload()
+    assert len(service.store) <= 36
+
+    service.kill()
+    second = service.start(*words)
+    service.wait_for("READY")
+    assert ask(("127.0.0.1", first.port))
+    second.stop()
+    wait_stored(service, set())
 
 
 # 6 are its own, 3 a generation's, 3 each worker's: no room for a channel, for half of one, for any

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -95,6 +96,7 @@ def _(say: Say) -> None:
         assert service.status_text == "generation 1 serves"
         assert service.pid == int(Path("/run/socketprotector/start/pid").read_text())
         assert set(service.processes()) == {service.pid, worker}
+        assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (1024, 524288)
         assert "event=ready" in service.journal()
 
         stopped_in_order(service)
@@ -417,6 +419,20 @@ def _(say: Say) -> None:
         service.reload()
         ask_line(service.port)
         eventually(lambda: not any(map(lives, first)), "the end of the first workers")
+        stopped_in_order(service)
+
+
+@promise("no more is stored than systemd can pass on below the soft limit of descriptors")
+def _(say: Say) -> None:
+    # One more than fits, and each start ends with 202/FDS.
+    drop_in = ["LimitNOFILE=100:524288"]
+    with Service("soft", options="--workers 31", command=SMALL, drop_in=drop_in) as service:
+        service.start()
+        say(f"31 workers: {service.stored} descriptors in the store")
+        assert service.stored <= 100 - 3
+        service.kill()
+        ask_line(service.port)
+        assert service.show("NRestarts") == "1"
         stopped_in_order(service)
 
 

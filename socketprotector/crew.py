@@ -144,7 +144,8 @@ class Crew:
         self._groups = Groups(
             loop, log, self.descriptors, lambda number: post(WorkerExited(number, "orphans gone"))
         )
-        self._strays = Strays(loop, log, settings.policy.kill_timeout_s, settings.worker_identity)
+        kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
+        self._strays = Strays(loop, log, kill_timeout_s, identity, self._groups.has)
 
     def settings_are(self, settings: Settings) -> None:
         """A reload has changed them."""

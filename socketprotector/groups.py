@@ -117,6 +117,10 @@ class Groups:
         group.since = time.monotonic()
         self._look_later(number)
 
+    def has(self, group: int) -> bool:
+        """Say whether a process group is one of them."""
+        return any(each.process.pid == group for each in self._groups.values())
+
     def look(self) -> None:
         """Look at all groups as soon as there is time: one of them may have ended."""
         for number in self._groups:

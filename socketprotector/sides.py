@@ -227,8 +227,9 @@ class Sides:
             return
         self._loop.unwatch(listener.of_side(side).fileno())
         if listener.listen_again(side):
-            self._log.write("warning", "listens-again", listen=listener.settings.address)
+            # Before it is said: until then who connects waits at the other socket, in vain.
             self._steer()
+            self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
             self._replace(listener, side)
         # Somebody who does it again and again does not keep us busy.
@@ -260,8 +261,8 @@ class Sides:
                 self._lost(listener, error.strerror or str(error))
                 return
             listener.go_on_without(side)
-        self._log.write("warning", "bound-anew", listen=address)
         self._steer()
+        self._log.write("warning", "bound-anew", listen=address)
         served = served and bool(self._accepting)
         if served:
             self.unserved |= {(listener.index, side % len(listener.sockets))}

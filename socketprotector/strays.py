@@ -2,7 +2,8 @@
 
 A program that detaches itself, or that fails with children of its own, would go on living
 with its port and its files while the start is reported as failed.  What it has started
-carries its notify address, which is random and its own, in the environment.
+carries its notify address, which is random and its own, in the environment.  Who has stayed in
+the worker's process group is ended with that (groups.py); this is about whoever has left it.
 
 A child of ours looks for them, for all addresses in one go: /proc may have thousands of
 processes, and one whose memory is locked (a page that a dead disk does not give) holds up whoever
@@ -20,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
 from . import privileges, proc
 from .log import Log
@@ -50,9 +52,18 @@ class Strays:
     """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
 
     def __init__(
-        self, loop: Loop, log: Log, kill_timeout_s: float, identity: Identity | None
+        self,
+        loop: Loop,
+        log: Log,
+        kill_timeout_s: float,
+        identity: Identity | None,
+        looked_after: Callable[[int], bool],
     ) -> None:
-        """identity: the user whom the workers run as, if not ours."""
+        """identity: the user whom the workers run as, if not ours.
+
+        looked_after: whether somebody else ends a process group (groups.py).
+        """
+        self._looked_after = looked_after
         self._identity = identity
         self._loop = loop
         self._log = log
@@ -158,6 +169,8 @@ class Strays:
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:
             try:
+                if self._looked_after(os.getpgid(pid)):
+                    continue  # a second TERM may mean something else to it than the first
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
             except (ProcessLookupError, PermissionError):
@@ -260,8 +273,10 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
     os.closerange(line.fileno() + 1, last)
     why = ""
     try:
-        with open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write("sp-strays")  # whoever looks for the protector by its name does not mean us
+        # Whoever looks for the protector by its name does not mean us.  Where privileges were
+        # dropped the file is root's: then it keeps the protector's name.
+        with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("sp-strays")
         if identity is not None:
             privileges.hand_over(identity)
         for address, pid, pidfd in _carrying(wanted):

@@ -100,15 +100,8 @@ _OPEN = {
     "the relay on a full disk does not go on": (
         "test_faults_disk.py::test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody",
     ),
-    "what outlives a worker keeps its generation": (
-        "test_log_prefix.py::test_a_child_that_a_worker_leaves_behind_still_writes",
-        "test_privileges.py::test_what_a_failed_worker_of_another_user_leaves_is_ended",
-    ),
     "one look at the queue follows the last connection": (
         "test_run_scarce.py::test_an_idle_protector_does_not_wake_up",
-    ),
-    "another worker answers than the test expects, not looked into": (
-        "test_handoff_hostile.py::test_a_listener_that_it_shuts_down_listens_again_for_its_own",
     ),
 }
 

@@ -23,9 +23,11 @@ class Told:
 
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.then: Callable[[], None] = lambda: None
 
     def write(self, level: str, event: str, **fields: object) -> None:
         self.events.append(event)
+        self.then()
 
 
 class World:
@@ -413,6 +415,19 @@ def test_one_that_is_shut_down_listens_again_and_clients_come_where_they_should(
     reloaded.connect()
     assert reloaded.waiting() == [1]
     assert (reloaded.bound, reloaded.lost, reloaded.stranded) == ([], [], 0)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_when_it_is_said_that_it_listens_again_clients_come_where_they_should_already(
+    reloaded: World, side: int
+) -> None:
+    reloaded.sides.turn_to(side)
+    reloaded.listener.of_side(side).shutdown(socket.SHUT_RDWR)
+    reloaded.log.then = reloaded.connect
+
+    reloaded.turn()
+
+    assert reloaded.waiting() == [side]
 
 
 def test_again_and_again_it_is_mended_ten_times_a_second_at_most(reloaded: World) -> None:

@@ -112,7 +112,7 @@ def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(strays, "look", look)
-        yield Strays(loop, log, kill_timeout_s, None), counted  # type: ignore[arg-type]
+        yield Strays(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
 

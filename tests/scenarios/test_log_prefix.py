@@ -262,12 +262,13 @@ def test_a_child_that_a_worker_leaves_behind_still_writes(
     (pid,) = spawned(daemon, 1)
     release.becomes(*TALKS)
     daemon.reload()
-    daemon.log.wait_for("event=drained generation=1")
+    daemon.log.wait_for("event=exited generation=1")
     relay = relay_of(marked_environment[MARK])
     os.kill(relay, signal.SIGKILL)
 
     os.close(os.open(gate, os.O_WRONLY))
     daemon.log.wait_for(rf"^\[1 {pid}\] late$")
+    daemon.log.wait_for("event=drained generation=1")
     daemon.stop()
 
 

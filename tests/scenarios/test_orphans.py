@@ -189,6 +189,25 @@ def test_a_failed_start_leaves_no_orphan(protector: Starter, tmp_path: Path) -> 
     assert wait_gone(children(daemon), 0) == []
 
 
+def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> None:
+    """Who is in its group, and whoever has left that: a second TERM may mean: at once."""
+    counts = (
+        "trap 'echo $0 told >&2' TERM; echo $0 child=$$ >&2; while :; do sleep 1000 & wait; done"
+    )
+    words = 'sh -c "$1" stays & setsid sh -c "$1" detached & sleep 0.5'
+    daemon = protector(
+        *MODE,
+        *("--kill-timeout", "500ms", "--start-tries", "1", "127.0.0.1:0"),
+        *("--", "sh", "-c", words, "-", counts),
+    )
+
+    assert daemon.wait() == 3
+    for each in ("stays", "detached"):
+        assert daemon.log.count(f"^{each} child=") == 1
+        assert daemon.log.count(f"^{each} told$") == 1
+    assert daemon.log.count("event=left-behind .*signal=SIGTERM") >= 1
+
+
 # -- whoever reaps -----------------------------------------------------------------------
 
 

@@ -94,26 +94,6 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     )
 
 
-#: Known to fail since the relay is the default, groups are waited for and a look is taken at the
-#: queue: each wants a mend, of the product or of the test, and none may be forgotten here.
-_OPEN = {
-    "the relay on a full disk does not go on": (
-        "test_faults_disk.py::test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody",
-    ),
-    "one look at the queue follows the last connection": (
-        "test_run_scarce.py::test_an_idle_protector_does_not_wake_up",
-    ),
-}
-
-
-def _mark_open(item: pytest.Item) -> None:
-    for reason, names in _OPEN.items():
-        if any(name in item.nodeid for name in names):
-            item.add_marker(pytest.mark.xfail(reason=f"OPEN: {reason}", run=False, strict=False))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long begins first, or one process would be busy with it at the end."""
-    for item in items:
-        _mark_open(item)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

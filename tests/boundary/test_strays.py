@@ -16,7 +16,8 @@ from socketprotector.loop import Loop
 from socketprotector.strays import Strays
 from tests.boundary.ending import settle, until
 
-ADDRESS = "@a-test-of-strays"
+#: Nobody's who runs the same tests beside this one: these kill what they find.
+ADDRESS = f"@a-test-of-strays-{os.getpid()}"
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def living(environment: dict[str, str]) -> Iterator[int]:
 
 def found() -> list[int]:
     pids = []
-    for address, pid, pidfd in strays._carrying([ADDRESS, "@another"]):
+    for address, pid, pidfd in strays._carrying([ADDRESS, f"{ADDRESS}-another"]):
         assert address == ADDRESS
         pids.append(pid)
         os.close(pidfd)
@@ -119,18 +120,21 @@ def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[
 def test_what_twenty_failed_workers_have_left_is_found_in_one_look(loop: Loop, log: Log) -> None:
     with (
         looks(loop, log) as (found, counted),
-        living({"NOTIFY_SOCKET": "@stray-3"}) as one,
-        living({"NOTIFY_SOCKET": "@stray-17"}) as other,
-        living({"NOTIFY_SOCKET": "@stray-nobody"}),
+        living({"NOTIFY_SOCKET": f"{ADDRESS}-3"}) as one,
+        living({"NOTIFY_SOCKET": f"{ADDRESS}-17"}) as other,
+        living({"NOTIFY_SOCKET": f"{ADDRESS}-nobody"}),
     ):
         for number in range(20):
-            found.end(f"@stray-{number}")
+            found.end(f"{ADDRESS}-{number}")
         assert counted == []  # nothing is looked at in the callback of a worker's end
         until(loop, lambda: len(log.said) == 2)
         assert counted == [20]
         assert {fields["pid"] for _, fields in log.said} == {one, other}
         assert {fields["signal"] for _, fields in log.said} == {"SIGTERM"}
-        assert sorted(found.left) == ["@stray-17", "@stray-3"]  # until they are seen to be gone
+        assert sorted(found.left) == [
+            f"{ADDRESS}-17",
+            f"{ADDRESS}-3",
+        ]  # until they are seen to be gone
         assert done(loop, found)
 
 

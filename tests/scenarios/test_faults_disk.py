@@ -178,7 +178,7 @@ def test_on_a_full_disk_lines_are_dropped_and_counted_and_nothing_else_stops(
 def test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody(
     on_disk: Callable[..., Protector], new_disk: Callable[[str], Disk], tmp_path: Path
 ) -> None:
-    disk = new_disk("32k")
+    disk = new_disk("512k")  # what still waits in the pipe then cannot fill it again
     log, address = disk.seen / "log", str(tmp_path / "socket")
     options = ("--log-file", disk.path / "log")
     daemon = on_disk(disk, *options, f"unix:{address}", "--", *worker("prints"))

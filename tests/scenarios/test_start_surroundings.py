@@ -142,13 +142,20 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
     start.stop()
 
 
-def test_the_protector_is_resident_in_less_than_16_mb(start: Start) -> None:
+def test_the_protector_is_resident_in_less_than_16_mb(start: Start, tmp_path: Path) -> None:
+    """As installed: with bytecode.  A process that has to compile its modules keeps 1.5 MB more."""
+    installed = tmp_path / "installed"
+    for package in (socketprotector, socketprotector_client):
+        [source] = package.__path__
+        shutil.copytree(source, installed / package.__name__)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", installed], check=True)
+    start.environment["PYTHONPATH"] = str(installed)
     start.up("unix:s", "--", *MINIMAL)
 
     status = Path(f"/proc/{start.pid}/status").read_text()
     resident_kb = int(status.split("VmRSS:")[1].split()[0])
 
-    assert resident_kb <= 16 * 1024
+    assert resident_kb <= 15.5 * 1024  # so there is room for the next feature, and another Python
     start.stop()
 
 

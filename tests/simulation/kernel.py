@@ -337,6 +337,7 @@ class Kernel:
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
+                getpgid=lambda pid: pid,  # what has detached itself
                 readlink=lambda path: "1",  # /proc/self
                 sched_getscheduler=lambda _: os.SCHED_OTHER,
                 close=self.close,

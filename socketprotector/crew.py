@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import count
-from operator import attrgetter
 
 from socketprotector_client import wire
 
@@ -132,6 +131,7 @@ class Crew:
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
         self._workers: dict[int, _Worker] = {}
+        self._records: dict[int, WorkerRecord] = {}  # theirs, for all are asked for at each step
         self._by_pid: dict[int, int] = {}
         self._expected: dict[int, WorkerRecord] = {}  # an earlier program's, soon to be adopted
         #: All descriptors of workers that another program would need, those of their output too.
@@ -190,14 +190,14 @@ class Crew:
         if sign is Sign.KILL:
             sent = self._send(number, worker, sign.value, worker.process.kill_group)
             if sent:
-                worker.record = replace(worker.record, killed=True)
+                self._note(worker, killed=True)
         else:
             sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
         if not sent:
             return
         aborted = worker.record.aborted or sign is Sign.ABRT
         told_to_go = worker.record.told_to_go or not aborted
-        worker.record = replace(worker.record, aborted=aborted, told_to_go=told_to_go)
+        self._note(worker, aborted=aborted, told_to_go=told_to_go)
 
     def retire(self, number: int) -> None:
         """Have a worker finish: by the end of its RETURN line, or by a signal."""
@@ -209,7 +209,7 @@ class Crew:
             self._tell_to_finish(number, worker)
         elif worker.line is not None:
             worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
-        worker.record = replace(worker.record, told_to_go=True)
+        self._note(worker, told_to_go=True)
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
@@ -222,7 +222,7 @@ class Crew:
     def _tell_to_finish(self, number: int, worker: _Worker) -> None:
         sign = signal.Signals(worker.home.program.drain_signal)
         self._send(number, worker, sign.name.removeprefix("SIG"), worker.process.signal, sign)
-        worker.record = replace(worker.record, told_to_go=True)
+        self._note(worker, told_to_go=True)
 
     def _send(
         self, number: int, worker: _Worker, name: str, act: Callable[..., None], *arguments: int
@@ -261,10 +261,16 @@ class Crew:
 
     # -- to the next program and from the one before -----------------------------
 
+    def _note(self, worker: _Worker, **changes: object) -> None:
+        """Have other fields in the record of a worker."""
+        worker.record = replace(worker.record, **changes)  # type: ignore[arg-type]
+        number = worker.record.number
+        if number in self._workers:  # else it could not be watched, or has ended
+            self._records[number] = worker.record
+
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of each worker."""
-        known = map(_RECORD, self._workers.values())
-        return (*known, *self._groups.records(), *self._expected.values())
+        return (*self._records.values(), *self._groups.records(), *self._expected.values())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
         """Have a worker known, to whoever goes on if we are killed, until it is adopted."""
@@ -411,6 +417,7 @@ class Crew:
             known=worker.record.ready_at is not None,
         )
         self._workers[number] = worker
+        self._records[number] = worker.record
         self._by_pid[worker.process.pid] = number
         self._name(worker)
         self._wait_for_word(number, worker)
@@ -532,7 +539,7 @@ class Crew:
         for each in reversed(self._workers.values()):
             if each.record.mark < 0:
                 break  # so have all before it
-            each.record = replace(each.record, mark=-1)
+            self._note(each, mark=-1)
         mark = -1 if self._workers else mark
         record = WorkerRecord(
             number, generation, process.pid, mark, slot=slot, started_at=clock.date()
@@ -565,11 +572,11 @@ class Crew:
             self._post(TimeExtended(number, int(usec) / 1_000_000))
         if "STATUS" in fields:
             status = fields["STATUS"][:_STATUS_CHARACTERS]
-            worker.record = replace(worker.record, status=status)
+            self._note(worker, status=status)
             self._log.write("debug", "status", worker=number, status=status)
         if fields.get("WATCHDOG") == "1":
             if not worker.record.watched:
-                worker.record = replace(worker.record, watched=True)
+                self._note(worker, watched=True)
             self._wait_for_word(number, worker)
 
     def _hear_later(self, number: int, worker: _Worker, error: OSError) -> None:
@@ -589,7 +596,7 @@ class Crew:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_at is not None:
             return
-        worker.record = replace(worker.record, ready_at=time.monotonic(), ready_by=by)
+        self._note(worker, ready_at=time.monotonic(), ready_by=by)
         worker.readiness.is_known()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
@@ -629,7 +636,7 @@ class Crew:
         how = result.how
         known = worker.record
         lost = worker.home.bury(known.slot)
-        del self._workers[number]
+        del self._workers[number], self._records[number]
         if self._by_pid[known.pid] == number:  # else it is another's by now
             del self._by_pid[known.pid]
         for name in worker.named:
@@ -713,7 +720,6 @@ def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words:
     )
 
 
-_RECORD = attrgetter("record")
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 

@@ -75,7 +75,7 @@ class Worker:
         return self.state is not State.WAITING
 
 
-_NUMBER, _STATE = attrgetter("number"), attrgetter("state")
+_NUMBER = attrgetter("number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,8 @@ class Generation:
 
     @property
     def ready(self) -> bool:
-        return tuple(map(_STATE, self.workers)).count(State.READY) == len(self.workers)
+        # From the end: who was started last is mostly the last one to be ready.
+        return all(worker.state is State.READY for worker in reversed(self.workers))
 
     def place(self, number: int) -> int | None:
         """Where a worker stands among the others."""

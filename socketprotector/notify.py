@@ -374,9 +374,11 @@ class Store:
             self._few = set()
         for name in self._few - few.keys():
             self.forget(name)
-        for name in many.changed - many.keys():
-            self.forget(name)
-        many.changed &= many.keys()
+        # One by one: to take away a view's names from a set looks at all of them.
+        for name in tuple(many.changed):
+            if name not in many:
+                self.forget(name)
+                many.changed.discard(name)
         many.changed |= self._left_out & many.keys()  # there may be room by now
         self._few = {name for name in few if self._give(name, few[name])}
         for name in tuple(many.changed):

@@ -125,6 +125,10 @@ class Codec:
         self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
     ) -> None:
         first = _alike(old, new)
+        if len(old) == len(new) and old[first + 1 :] == new[first + 1 :]:
+            if first < len(new):  # one of a thousand, as nearly always
+                self._compare(f"{path},{first}", old[first], new[first], found)
+            return
         last = _alike(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
         if len(before) == len(after) and after and after[0] in before:

@@ -143,6 +143,7 @@ class Supervisor:
     def _work(self) -> None:
         """Work the queue off."""
         self._working = True
+        acted = True  # whoever calls may have
         try:
             while self._queue:
                 event = self._queue.popleft()
@@ -150,11 +151,13 @@ class Supervisor:
                 self._log.write("debug", "decided", about=event, actions=list(actions))
                 self._undone.extend(actions)
                 self.save()
+                acted = bool(self._undone)
                 self._act()
                 self._breathe()
         finally:
             self._working = False
-        self.save()
+        if acted:
+            self.save()
 
     def _act(self, *kinds: type[Action]) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it.

@@ -17,6 +17,7 @@ import pytest
 
 import socketprotector
 from socketprotector.fleet import Policy
+from socketprotector.heritage import Heritage
 from tests.simulation.world import World
 
 OURS = str(Path(socketprotector.__file__).parent)
@@ -43,6 +44,9 @@ class Quiet(World):
 
     def _check(self) -> None:
         pass  # it would be counted
+
+    def _interfere_later(self) -> None:
+        self.kernel.quiet_calls = 1 << 62  # else one of the workers may shut the channel down
 
     def _reload(self) -> None:
         super()._signal(signal.SIGHUP)
@@ -79,6 +83,24 @@ def steps_of(world: World) -> int:
     finally:
         sys.settrace(before)
     return count
+
+
+def test_what_follows_from_nothing_is_not_written_down_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A start, a reload, a crash, a stop: three of each worker's place begin, are ready, and end."""
+    saved = 0
+    save = Heritage.save
+
+    def counted(*arguments: Any) -> bool:
+        nonlocal saved
+        saved += 1
+        return save(*arguments)
+
+    monkeypatch.setattr(Heritage, "save", counted)
+    Quiet(MANY, "guard").live()
+
+    assert saved < 3 * 4 * MANY  # spawned, ready, ended, and one more
 
 
 @pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import select
 import socket
 import sys
 import sysconfig
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ OTHERS = ("every", "nested")
 #: At once this many workers, each connection held so long: what they can serve is known.
 LOADED, HELD_MS = 8, 20.0
 LOADS = (0.2, 0.6, 1.0)
+#: So many clients come together.  With a few hundred connections in all chance would decide.
+CLUMPS = (1, 16)
 
 
 class _Herd(Started):
@@ -115,25 +118,33 @@ def wake_ups(way: str, workers: int, scale: Scale) -> Figure:
     )
 
 
-def shares(started: Started, per_second: float, seconds: float) -> Counter[int]:
-    """Let connections come at random at this rate, whoever is served when; count by worker."""
+def shares(started: Started, per_second: float, count: int, at_once: int) -> Counter[int]:
+    """Let so many come at this rate, several at once, whoever is served when; count by worker."""
+    host, _, port = started.address.rpartition(":")
     found: Counter[int] = Counter()
-    lock = threading.Lock()
-
-    def connect() -> None:
-        pid = served_by(started.address)
-        with lock:
-            found[pid] += 1
-
-    clients = []
-    begun_s = time.monotonic()
-    for number in range(int(per_second * seconds)):
-        due_s = begun_s + number / per_second
-        time.sleep(max(0.0, due_s - time.monotonic()))
-        clients.append(threading.Thread(target=connect))
-        clients[-1].start()
-    for client in clients:
-        client.join()
+    epoll = select.epoll()
+    clients: dict[int, tuple[socket.socket, list[bytes]]] = {}
+    begun_s, come = time.monotonic(), 0
+    while come < count or clients:
+        due_s = begun_s + come / per_second - time.monotonic() if come < count else 1.0
+        if due_s <= 0.0:
+            for _ in range(at_once):
+                client = socket.socket()
+                client.setblocking(False)
+                client.connect_ex((host, int(port)))
+                clients[client.fileno()] = client, []
+                epoll.register(client, select.EPOLLIN)
+            come += at_once
+        for fd, _ in epoll.poll(max(0.0, due_s)):
+            client, said = clients[fd]
+            if data := client.recv(256):
+                said.append(data)
+            else:
+                epoll.unregister(fd)
+                client.close()
+                del clients[fd]
+                found[int(b"".join(said).partition(b"]")[0][1:])] += 1
+    epoll.close()
     return found
 
 
@@ -141,14 +152,15 @@ def fairness(way: str, scale: Scale) -> list[Figure]:
     """The largest share of one worker, where so much of what they can do is asked of them."""
     figures = []
     with herd(way, LOADED, HELD_MS) as started:
-        for part in LOADS:
+        for part, at_once in itertools.product(LOADS, CLUMPS):
             per_second = part * LOADED / HELD_MS * 1e3
-            found = shares(started, per_second, scale(6, 1.5))
+            found = shares(started, per_second, int(scale(4000, 480)), at_once)
             sorts = sorted(found.values())
             largest = max(found.values()) / found.total() * LOADED
             figures.append(
                 Figure(
-                    f"{way}, {LOADED} workers, {part:.0%} load: the busiest one's share / its due",
+                    f"{way}, {LOADED} workers, {part:.0%} load, {at_once} at once: "
+                    "the busiest one's share / its due",
                     f"{largest:.2f}",
                     "<= 1.5",
                     "1.0",

@@ -526,6 +526,7 @@ class Crew:
                     wire.ENV_LISTENERS: program.listeners,
                     wire.ENV_GENERATION: str(generation),
                     wire.ENV_WORKER: str(slot),
+                    wire.ENV_WORKERS: str(max(self._settings.processes, slot + 1)),
                 }
             with (
                 Readiness.offered(program, free) as (readiness, offer),

@@ -32,6 +32,8 @@ class Environment:
     listeners: tuple[str, ...]
     generation: int
     worker: int
+    #: How many workers take from the channel, as many as there were to be at the start.
+    workers: int = 1
     #: The scoreboard's descriptor, -1 without one, and where in it this worker's record is.
     board_fd: int = -1
     board_offset: int = 0
@@ -57,6 +59,7 @@ def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
         listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
         generation=_number(environ, wire.ENV_GENERATION, 0),
         worker=_number(environ, wire.ENV_WORKER, 0),
+        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
         board_fd=board_fd,
         board_offset=board_offset,
     )

@@ -27,6 +27,7 @@ from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
 
 # One for each turn of an event loop costs a third of the rate, 16 a fortieth; more gains nothing.
+# All workers together: a row leaves the others, who are just waking up, without their share.
 _MOST = 32
 
 _AGAIN = os.strerror(errno.EAGAIN)
@@ -55,8 +56,8 @@ class Listener(Socket):
         Event loops call accept until it fails, and would take the whole queue
         before they serve the first: after `take` connections in a row accept
         fails once with BlockingIOError.  0: after the first, and under load, where the
-        queue is never empty, after up to 32.  None for loops that accept once for
-        each wake-up.  Without effect on a blocking listener.
+        queue is never empty, after up to 32, shared by all workers of the generation.
+        None for loops that accept once for each wake-up.  Without effect on a blocking listener.
 
         Raises what `connections` raises, except that the address may be missing.
         """
@@ -64,6 +65,7 @@ class Listener(Socket):
         self._limit = limit
         self._adapts = take == 0
         self._take = take or 1
+        self._most = _MOST // current().sharers
         self._counts = take is not None
         self._taken = 0
         self._said_ready = False
@@ -101,7 +103,7 @@ class Listener(Socket):
                 connection = intake.get_further() if self._taken else intake.get_now()
                 if connection is None and self._adapts and 1 < self._take >= self._taken * 2:
                     self._take //= 2
-            elif self._adapts and self._take < _MOST and intake.has_more():
+            elif self._adapts and self._take < self._most and intake.has_more():
                 self._take *= 2
         except Drained:
             if self._leave is None:

@@ -45,6 +45,8 @@ class Worker:
             environment.board_offset if environment else 0,
         )
         self.channel: Optional[Channel] = None
+        #: Those who take connections from the same place, as far as is known.
+        self.sharers = environment.workers if environment else 1
         #: Listening sockets that others have, too (`--handoff listener`); SIGTERM ends the use.
         self.passed = passed_listeners(environ) if environment is None else ()
         self._watchdog_s = interval_s(environ) if environment or self.passed else 0.0

@@ -31,6 +31,7 @@ def environ(fds: tuple[int, int, int]) -> dict[str, str]:
         wire.ENV_LISTENERS: wire.pack_listeners(["tcp:0.0.0.0:80", "unix:/run/a b", "-"]),
         wire.ENV_GENERATION: "7",
         wire.ENV_WORKER: "3",
+        wire.ENV_WORKERS: "8",
         wire.ENV_SCOREBOARD: f"{fds[2]}:4096",
     }
 
@@ -44,6 +45,7 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
         listeners=("tcp:0.0.0.0:80", "unix:/run/a b", "-"),
         generation=7,
         worker=3,
+        workers=8,
         board_fd=fds[2],
         board_offset=4096,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from socketprotector_client import Connection, Listener, listener_of
+from socketprotector_client.worker import current
 
 from tests.client.protector import Protector, until
 
@@ -104,6 +105,25 @@ def test_it_takes_more_in_a_row_the_longer_there_is_more(listener: Listener) -> 
     assert rows == [1, 2]
     for one in (*clients, *more):
         one.close()
+
+
+@pytest.mark.parametrize(("workers", "longest"), [(1, 32), (8, 4), (32, 1), (100, 1)])
+def test_the_longest_row_is_shared_by_all_workers(
+    workers: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current(), "sharers", workers)
+    with Listener("127.0.0.1:0") as listener:
+        listener.listen(128)
+        listener.setblocking(False)
+        clients = [connect(listener) for _ in range(100)]
+
+        rows: list[int] = []
+        while sum(rows) < len(clients):
+            rows.append(len(take_row(listener)))
+
+        assert max(rows) == longest
+        for one in clients:
+            one.close()
 
 
 def take_row(listener: Listener) -> list[Connection]:

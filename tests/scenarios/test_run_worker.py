@@ -99,6 +99,7 @@ def test_a_worker_gets_the_environment_of_the_contract(protector: Start, tmp_pat
         "SOCKETPROTECTOR_LISTENERS": f"tcp:127.0.0.1:{daemon.port} unix:@sp%20env%20test",
         "SOCKETPROTECTOR_GENERATION": "1",
         "SOCKETPROTECTOR_WORKER": "0",
+        "SOCKETPROTECTOR_WORKERS": "1",
     }
     assert environment["NOTIFY_SOCKET"].startswith("/")
     assert environment["OTHER"] == "reaches it"

@@ -88,7 +88,7 @@ def steps_of(world: World) -> int:
 def test_what_follows_from_nothing_is_not_written_down_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A start, a reload, a crash, a stop: three of each worker's place begin, are ready, and end."""
+    """A start, a reload, a crash, a stop: three in each worker's place begin and end."""
     saved = 0
     save = Heritage.save
 

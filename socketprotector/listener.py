@@ -39,6 +39,10 @@ AGAIN = frozenset(
 )
 
 
+#: The system is out of something: what cannot be had now can be later.
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
 class Listener:
     """One listening socket.  Owns its descriptor, and the socket file if it made one."""
 
@@ -221,12 +225,14 @@ class Listener:
         raise failed
 
     def _place(self, side: int) -> int:
-        """Return where a socket stands in the group."""
+        """Return where a socket stands in the group.  Raises OSError where that is not told now."""
         inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
         try:
             family, port = self.socket.family, _bound_to(self.settings.address)[1]
             ours = [each for each in listening(family, port) if each in inodes]
-        except OSError:
+        except OSError as error:
+            if error.errno in SCARCE:
+                raise  # an earlier program may have known better than we do
             ours = inodes if self._last else inodes[::-1]  # sock_diag is not there
         wanted = inodes[side % 2]
         return ours.index(wanted) if wanted in ours else 0

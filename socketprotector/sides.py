@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from . import twin
-from .listener import Listener
+from .listener import SCARCE, Listener
 from .log import Log
 from .loop import READ, SHUT, Loop
 from .unheard import unheard
@@ -43,7 +43,7 @@ _RESCUE = "sides-rescue"
 _MEND = "sides-mend"
 _MEND_AGAIN_S = 0.1
 #: Another socket cannot be had now, and can be later.
-_LATER = frozenset({errno.EBUSY, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_LATER = SCARCE | {errno.EBUSY}
 
 
 @dataclass(slots=True)
@@ -90,8 +90,8 @@ class Sides:
         self._accepting: dict[int, int] = {}  # generation -> side
         self._parting: dict[int, _Parting] = {}
         self._steered = True  # the kernel knows the current one
-        # Who had come before, and whether he is silent.
-        self._unheard: dict[tuple[int, bytes], bool] = {}
+        # Who had come before, and whether he is silent; None: the kernel is still to be asked.
+        self._unheard: dict[tuple[int, bytes], bool] | None = None
         self._asking_s = 0.0
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
@@ -140,8 +140,11 @@ class Sides:
         if generation not in self._accepting or not self._pairs:
             self._parted(generation)
             return
+        side = self._accepting[generation]
+        if side == self.current and 1 - side not in self._accepting.values():
+            self.turn_to(1 - side)  # where they wait for a generation that is yet to come
         self._parting[generation] = _Parting(time.monotonic())
-        self._unheard = self._ask()  # and whoever has come to the other side just now
+        self._unheard = None
         self._look(generation)
 
     def end(self) -> None:
@@ -180,14 +183,16 @@ class Sides:
         now, self._asking_s = time.monotonic(), 0.0
         waiting = any(each.has_waiting(side) for each in self._pairs)
         if not self._steered:  # they still come here
-            self._unheard = self._ask()
+            self._unheard = None
             parting.began, parting.looks = now, 0
-        elif self._unheard:
-            still = self._ask()
+        if self._unheard is None:
+            self._unheard = self._ask()  # and whoever has come to the other side just now
+        elif self._unheard and (still := self._ask()) is not None:
             self._unheard = {who: still[who] for who in self._unheard if who in still}
         parting.looks += 1
         parting.quiet_looks += 1
-        if waiting or not self._steered or not all(self._unheard.values()):
+        known = self._steered and self._unheard is not None
+        if waiting or not known or not all((self._unheard or {}).values()):
             parting.quiet_looks = 0
         quiet = parting.quiet_looks * _LOOK_S > QUIET_S
         awaited = self._unheard and parting.looks * _LOOK_S < SILENT_S
@@ -202,14 +207,19 @@ class Sides:
         delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
         self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
 
-    def _ask(self) -> dict[tuple[int, bytes], bool]:
-        """Return who has not been heard at any address; nobody where the kernel does not tell."""
+    def _ask(self) -> dict[tuple[int, bytes], bool] | None:
+        """Return who has not been heard at any address; nobody where the kernel does not tell.
+
+        None where it could not be asked just now.
+        """
         began = time.monotonic()
         found: dict[tuple[int, bytes], bool] = {}
         for each in self._pairs:
             try:
                 known = unheard(each.socket.family, each.socket.getsockname()[1])
-            except OSError:
+            except OSError as error:
+                if error.errno in SCARCE:
+                    return None
                 continue  # sock_diag is not there: QUIET_S is far longer than most take
             found.update(((each.index, client), silent) for client, silent in known.items())
         self._asking_s = time.monotonic() - began

@@ -112,7 +112,9 @@ class Step:
         """Let a generation finish what it has."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet.generation(number)
-        others_accept = self.fleet.policy.workers_accept and self.fleet.route
+        # Another one accepts; or is to come, for whom there is a place where nobody does.
+        others = self.fleet.route or self.fleet.to_open
+        others_accept = self.fleet.policy.workers_accept and others
         if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
             # It may not have accepted yet who came before, nor read what they have to say.
             self.fleet = self.fleet.with_generation(replace(generation, parting=True))

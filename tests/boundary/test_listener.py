@@ -249,6 +249,28 @@ def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
     listener.close()
 
 
+def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_steered_by_a_guess(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> dict[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    earlier = shared("127.0.0.1:0")
+    earlier.socket.shutdown(socket.SHUT_RDWR)
+    assert earlier.listen_again(0)
+    earlier.steer(0)
+    fds = [os.dup(each.fileno()) for each in earlier.sockets]
+    listener = Listener(fds[0], 3, earlier.settings, shared=True, second=fds[1])
+    monkeypatch.setattr("socketprotector.listener.listening", fails)
+
+    with pytest.raises(OSError, match="Too many"):
+        listener.steer(0)
+
+    assert came(listener) == [8, 0]
+    listener.close()
+    earlier.close()
+
+
 def test_one_that_comes_back_on_another_port_is_bound_anew_to_its_own() -> None:
     """As an older version has bound it, or whoever passes it in."""
     made = socket.socket()

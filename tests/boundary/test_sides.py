@@ -158,6 +158,45 @@ def test_where_nobody_accepts_the_next_one_serves_who_waits(world: World) -> Non
     assert world.waiting() == [0]
 
 
+def test_where_nobody_is_to_accept_for_a_while_one_parts_from_who_comes_then(world: World) -> None:
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    world.connect()
+    world.sides.part(1)  # under stop-first
+    world.connect()
+    assert world.waiting() == [0, 1]
+
+    world.accept(0)
+    world.pass_time(QUIET_S + 0.2)
+    assert world.parted == [1]
+    world.sides.leave(1)
+
+    assert world.sides.free == 1
+
+
+def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(family: int, port: int) -> dict[bytes, bool]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    reloaded.unheard = {b"slow": False}
+    monkeypatch.setattr(module, "unheard", fails)
+    supersede(reloaded)
+    reloaded.pass_time(2 * QUIET_S)
+    assert reloaded.parted == []
+    monkeypatch.setattr(module, "unheard", reloaded.ask)
+    reloaded.pass_time(2 * QUIET_S)
+    monkeypatch.setattr(module, "unheard", fails)
+    reloaded.pass_time(2 * QUIET_S)
+    assert reloaded.parted == []
+    monkeypatch.setattr(module, "unheard", reloaded.ask)
+    reloaded.unheard = {}
+    reloaded.pass_time(2 * QUIET_S)
+
+    assert reloaded.parted == [1]
+
+
 def test_one_parts_when_nobody_has_come_for_a_while(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.pass_time(QUIET_S - 0.15)

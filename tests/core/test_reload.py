@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from socketprotector.events import (
@@ -13,6 +15,8 @@ from socketprotector.events import (
     News,
     Open,
     OpenFailed,
+    Part,
+    Parted,
     Release,
     ReloadRequested,
     Report,
@@ -323,6 +327,21 @@ def test_stop_first_starts_the_new_generation_when_the_old_one_is_gone(story: St
         CancelTimer(Deadline(Wait.START, 2)),
         RouteTo(2),
         Report(News.RELOADED, 2),
+    ]
+
+
+def test_stop_first_lets_an_old_generation_hear_whom_it_has_accepted(story: Story) -> None:
+    story.given_serving(replace(STOP_FIRST, workers_accept=True))
+
+    assert story.when(ReloadRequested()) == [
+        Report(News.RELOADING),
+        RouteTo(None),
+        Part(1),
+        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+    ]
+    assert story.when(Parted(1)) == [
+        Drain(1),
+        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
     ]
 
 

@@ -173,7 +173,8 @@ class World:
             case Part(number):
                 assert self.fleet.policy.workers_accept
                 assert self.channels[number] == "open", "parts twice, or what is not there"
-                assert self.route not in (None, number), "parts, and nobody else gets who comes"
+                assert self.route != number, "parts, and gets who comes"
+                assert self.route or self.fleet.to_open, "parts, and nobody else gets who comes"
                 self.channels[number] = "parting"
             case Drain(number):
                 assert self.channels[number] in ("open", "parting"), "drained twice"

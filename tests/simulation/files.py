@@ -51,6 +51,7 @@ class Connection(File):
         self.excuse = ""  # why it may be lost
         self.established = False  # its handshake is over
         self.said = False  # the client has sent its words
+        self.said_at = 0  # in turns of the protector's loop
         self.heard = False  # and somebody has read them
         self.address = address  # where it is looked for by sock_diag
         self._lost = lost

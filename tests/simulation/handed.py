@@ -15,15 +15,21 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
 from socketprotector import door
+from socketprotector.fleet import Phase, State
 from socketprotector.handoff import FIRST_FD, LISTENER
 from socketprotector.settings import ListenerSettings, Settings
+from socketprotector.sides import LAST_S
 from tests.simulation.files import Connection, File
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, World
+
+#: Why clients may be lost that come to an address which a worker has done something to.
+MISCHIEF = "mischief"
 
 
 class Server:
@@ -35,6 +41,8 @@ class Server:
         self.listening = dict(listening)
         self.connections: list[Connection] = []
         self.told = False  # to finish
+        self.quickly = False  # and to drop what it has
+        self.rude = False  # it drops whom it has not heard, when it is told
         self.hangs = False
         self.ended = False
         self.gone = False  # reaped, by whomever
@@ -48,6 +56,7 @@ class Server:
             self.end(os.CLD_KILLED, number)
         else:
             self.told = True
+            self.quickly = number == signal.SIGTERM != self.leader.drain_signal
 
     def end(self, code: int, status: int) -> None:
         """End, with all that it has."""
@@ -87,6 +96,8 @@ class Leader(Server):
         super().__init__(pid, None, listening)
         self.address = address
         self.generation = generation
+        self.drain_signal = int(signal.SIGTERM)
+        self.told_by: Callable[[Leader], None] = lambda leader: None
         self.children: list[Server] = []
         self.master = False  # it leaves accepting to them
         self.ready = False
@@ -99,6 +110,12 @@ class Leader(Server):
         if not self.ended:
             self.result = code, status
         super().end(code, status)
+
+    def signal(self, number: int) -> None:
+        """Be sent a signal."""
+        if number == self.drain_signal and not self.told:
+            self.told_by(self)
+        super().signal(number)
 
     @property
     def living(self) -> list[Server]:
@@ -116,6 +133,8 @@ class Handed(World):
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         self._seconds: dict[int, Listening] = {}
         self._has_stopped = False  # an earlier program
+        self._mischievous = pick((False, False, True))
+        self._rude = pick((0.0, 0.5))
         self._masters = pick((0.0, 0.5, 1.0))  # how many of the workers are
         listeners = tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2))))
         self._addresses = [each.address for each in self._listening]
@@ -134,21 +153,26 @@ class Handed(World):
         )
 
     def _bind_one(self, number: int, pick: Callable[[Any], Any]) -> ListenerSettings:
-        kind = pick(("tcp", "tcp", "tcp6", "unix", "abstract", "foreign"))
-        if kind in ("unix", "abstract"):
+        kinds = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "foreign")
+        kind = pick((*kinds, "unix", "abstract", "passed in"))
+        if kind in ("unix", "abstract", "passed in"):
             path = f"/srv/{number}" if kind == "unix" else f"\0srv/{number}"
             one = self._bind(socket.AF_UNIX, path)
-            self._listening.append(one)
-            inode = one.address.path_inode
-            address = f"unix:{path}".replace("\0", "@")
-            return ListenerSettings(address, device=1 if inode else 0, inode=inode)
-        family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
-        first = self._bind(family, ("h", number))
-        self._listening.append(first)
-        if kind == "foreign":
-            first.foreign = True
-            first.take()  # by whoever has passed it in
-            return ListenerSettings(f"tcp:h:{number}", foreign=True)
+        else:
+            path = ""
+            family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
+            one = self._bind(family, ("h", number))
+        self._listening.append(one)
+        address, inode = _told(one.address), one.address.path_inode
+        if kind in ("foreign", "passed in"):
+            one.foreign = True
+            one.take()  # by whoever has passed it in
+        elif kind in ("tcp", "tcp6", "zero"):
+            one.port_zero = kind == "zero"
+            self._seconds[number] = self._bind_second(one)
+        return ListenerSettings(address, device=1 if inode else 0, inode=inode, foreign=one.foreign)
+
+    def _bind_second(self, first: Listening) -> Listening:
         first.reuseport = True
         first.address.group.append(first)
         second = Listening(first.address)
@@ -156,8 +180,7 @@ class Handed(World):
         second.bind(first.address)
         second.listen(socket.SOMAXCONN)
         first.address.steered = 0
-        self._seconds[number] = second
-        return ListenerSettings(f"tcp:h:{number}")
+        return second
 
     def _to_give(self) -> dict[str, File]:
         seconds = {f"{door.TWIN}{index}": each for index, each in self._seconds.items()}
@@ -177,6 +200,9 @@ class Handed(World):
         worker = Leader(self._new_pid(), environment["NOTIFY_SOCKET"], generation, listening)
         worker.hangs = not self._deploy_works and self._chance() < 0.5
         worker.master = self._chance() < self._masters
+        worker.rude = self._chance() < self._rude
+        worker.drain_signal = self.settings.drain_signal
+        worker.told_by = self._check_told
         self.workers.append(worker)
         self._processes[worker.pid] = worker
         return worker.pid
@@ -214,6 +240,7 @@ class Handed(World):
             self._obey: 150,
             self._fork_child: 40,
             self._crash_child: 8,
+            self._mischief: 10 * self._mischievous,
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
@@ -234,6 +261,8 @@ class Handed(World):
         self.connections += 1
         connection = Connection(self.connections, self._connection_lost, address)
         connection.take()
+        if address.disturbed or to.locked:
+            connection.excuse = MISCHIEF
         under_way = address.by_number and self._chance() < 0.3
         if self._note:
             self._note(f"{connection} comes to {to.name}, socket {to.inode}")
@@ -244,7 +273,8 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
-        connection.said = self._chance() < 0.8
+        if self._chance() < 0.8:
+            self._says(connection)
         if to.address.by_number and to.mask:  # it finds itself shut down
             connection.drop()
         else:
@@ -263,7 +293,12 @@ class Handed(World):
         address = self._addresses[int(self._chance() * len(self._addresses))]
         for each in address.clients.values():
             if each.established and self._chance() < 0.5:
-                each.said = True
+                self._says(each)
+
+    def _says(self, connection: Connection) -> None:
+        if not connection.said:
+            connection.said = True
+            connection.said_at = self.turns
 
     def _one(self) -> Server | None:
         """A process of a worker that lives and does something."""
@@ -327,6 +362,7 @@ class Handed(World):
 
     def _fork_of(self, worker: Leader) -> Server:
         child = Server(self._new_pid(), worker, worker.listening)
+        child.rude = worker.rude
         worker.children.append(child)
         self._processes[child.pid] = child
         return child
@@ -344,11 +380,18 @@ class Handed(World):
 
     def _obey_once(self, server: Server) -> None:
         children = server.living[1:] if isinstance(server, Leader) else []
-        if server.listening:
+        if server.quickly:
+            self._end(server, os.CLD_EXITED, 0)
+        elif server.listening:
             self._say(f"{server.pid} accepts no more")
             server.stop_accepting()
-            for each in children:
-                each.signal(self.settings.drain_signal)
+            if server.rude:
+                for each in [each for each in server.connections if not each.heard]:
+                    self._say(f"{server.pid} drops {each}")
+                    server.connections.remove(each)
+                    each.drop()
+            for child in children:
+                child.signal(self.settings.drain_signal)
         elif server.connections:
             self._finish_one(server)
         elif not children:
@@ -361,7 +404,63 @@ class Handed(World):
 
     def _refused(self, address: Address) -> None:
         """A client is refused."""
-        assert self._has_stopped or self._reason(), f"a client of {address.name} is refused"
+        why = self._has_stopped or self._reason() or address.disturbed
+        assert why, f"a client of {address.name} is refused"
+
+    # -- what a worker can do to what it shares ------------------------------------------
+
+    def _mischief(self) -> None:
+        """A worker does something to a listening socket, for all who have it."""
+        server = self._one()
+        if not server or not server.listening:
+            return
+        one = self._random.choice(list(server.listening.values()))
+        what = self._random.randrange(8)
+        if what == 0:
+            one.nonblocking = not one.nonblocking
+            return
+        self._say(f"{server.pid} does mischief {what} to socket {one.inode} of {one.name}")
+        one.address.disturbed = True
+        for each in (*one.backlog, *one.handshakes):
+            each.excuse = MISCHIEF
+        if what <= 4:
+            how = (socket.SHUT_RDWR, socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR)[what - 1]
+            for _ in range(1 + (what == 4)):
+                with suppress(OSError):
+                    one.shutdown(how)
+        elif what == 5:
+            one.filtered = True
+            one.locked = self._chance() < 0.5
+        elif what == 6:
+            one.reuseport = False
+        elif one in one.address.group:
+            one.address.steered = self._random.randrange(3)
+
+    def _look_after_mischief(self) -> None:
+        """See whether all that was done to an address is mended."""
+        assert self._supervisor is not None
+        act = self._supervisor.effects
+        for its in act.forwarder.listeners:
+            address = self._addresses[its.index]
+            if not address.disturbed or its.lost or not act.sides._steered:
+                continue
+            files = [self.kernel.file(each.fileno()) for each in its.sockets]
+            ours = [each for each in files if isinstance(each, Listening) and each.whole]
+            if len(ours) == len(its.sockets) and self._is_steered(address, ours, act.sides.current):
+                address.disturbed = False
+
+    def _is_steered(self, address: Address, ours: list[Listening], side: int) -> bool:
+        if not address.by_number:
+            return address.file is ours[0]
+        if len(ours) == 1:
+            return address.listening == ours
+        wanted = address.group.index(ours[side]) if ours[side] in address.group else None
+        return all(each.reuseport for each in ours) and address.steered == wanted
+
+    def _check(self) -> None:
+        super()._check()
+        if self._mischievous:
+            self._look_after_mischief()
 
     # -- how it ends -------------------------------------------------------------------
 
@@ -419,11 +518,43 @@ class Handed(World):
                         self._obey_once(server)
         self.workers = [each for each in self.workers if each.living or not each.gone]
 
+    def _come_late(self) -> None:
+        for _ in range(8):
+            self._connect()
+
     # -- what must hold ----------------------------------------------------------------
+
+    def _check_told(self, leader: Leader) -> None:
+        """Who had come to a generation has been heard when it is told to finish.
+
+        For 10 s: then it is told so all the same.
+        """
+        protector = self._supervisor
+        if protector is None or self._reason():
+            return
+        generation = protector._fleet.generation(leader.generation)
+        records = [each for each in protector.effects.crew.records() if each.pid == leader.pid]
+        found = protector._fleet.find(records[0].number) if records else None
+        if found is None or found[1].state is not State.READY:
+            return  # it leaves for a reason of its own
+        home = protector.effects.homes.get(leader.generation)
+        if generation is None or generation.phase is not Phase.DRAINING or generation.ending:
+            return
+        if home is None or home.drained_at is None:
+            return
+        if self.kernel.clock_ns / 1e9 - home.drained_at >= LAST_S:
+            return
+        for index in self._seconds:
+            its = self._addresses[index]
+            for each in its.clients.values():
+                one = (to for to in leader.listening.values() if each in to.backlog)
+                mine = any(each in server.connections for server in leader.living) or any(one)
+                if mine and each.said and each.said_at < self.turns and not each.excuse:
+                    assert each.heard, f"{each} is not heard, and {leader.pid} told to finish"
 
     def _check_side(self, address: Address, to: Listening) -> None:
         """New clients come to the side that has the route, from when the kernel was told."""
-        if self._supervisor is None or self._meanwhile or self._calm:
+        if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
         if act._route is None or not act.sides._steered:
@@ -432,7 +563,8 @@ class Handed(World):
         listeners = {each.settings.address: each for each in act.forwarder.listeners}
         its = listeners[_told(address)]
         wanted = self.kernel.file(its.of_side(act.sides.current).fileno())
-        assert to is wanted, f"a client comes to socket {to.inode} of {to.name}"
+        told = f"{address.steered} of {[each.inode for each in address.group]}"
+        assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
 
     def _check_waiting(self) -> None:
         stopping = self._supervisor is not None and self._supervisor._fleet.stopping
@@ -445,7 +577,11 @@ class Handed(World):
         for server in self._living():
             of = server.leader.generation
             assert of == number, f"{server.pid} of generation {of} goes on"
-        for address in self._addresses:
+        assert self._supervisor is not None
+        lost = [each.index for each in self._supervisor.effects.forwarder.listeners if each.lost]
+        for index, address in enumerate(self._addresses):
+            if index in lost or address.disturbed:
+                continue
             to = address.for_new()
             accepting = [each for each in self._living() if self._accepts(each)]
             assert any(to in each.listening.values() for each in accepting), "nobody accepts"
@@ -459,7 +595,8 @@ class Handed(World):
         for address in self._addresses:
             for each in address.listening:
                 assert each.foreign, f"socket {each.inode} of {each.name} is left behind"
-                assert not each.refuses, f"{each.name} of somebody else refuses"
+                refuses = each.refuses and not address.disturbed
+                assert not refuses, f"{each.name} of somebody else refuses"
 
 
 def _told(address: Address) -> str:

@@ -35,6 +35,8 @@ class Address:
         self.steered: int | None = None  # to which place
         self.file: Listening | None = None  # of UNIX: what has the name
         self.path_inode = 0  # and the file of that name, where it is a path
+        #: A worker has done something to a socket, and that is not mended yet.
+        self.disturbed = False
         self.clients: dict[int, Connection] = {}  # whoever has begun to connect, until closed
         self.inodes = count(1)
 
@@ -52,7 +54,11 @@ class Address:
         """Return the socket that a client comes to who connects now; None: it is refused."""
         if not self.by_number:
             return None if self.file is None or self.file.refuses else self.file
-        found = [each for each in self.listening if not each.refuses]
+        found = self._chosen(number)
+        return None if found is None or found.filtered else found
+
+    def _chosen(self, number: int) -> Listening | None:
+        found = [each for each in self.listening if not each.elsewhere]
         if not found:
             return None
         # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
@@ -108,8 +114,18 @@ class Listening(File):
     @property
     def refuses(self) -> bool:
         """Whether nobody new comes in."""
-        elsewhere = bool(self.options.get((socket.SOL_SOCKET, BIND_TO_DEVICE)))
-        return self.filtered or elsewhere or bool(self.mask & 1 and not self.address.by_number)
+        shut = bool(self.mask & 1) and not self.address.by_number
+        return self.filtered or self.elsewhere or shut
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is bound to a device that does not exist."""
+        return bool(self.options.get((socket.SOL_SOCKET, BIND_TO_DEVICE)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return self.listens and not (self.mask or self.astray or self.filtered or self.elsewhere)
 
     @property
     def name(self) -> Any:

@@ -922,8 +922,12 @@ class World:
         self._check_rest()
         assert not self._stopped, "it waits for ever instead of ending"
         self._stopped = True
+        self._come_late()
         self._signal(signal.SIGTERM)
         return self._wake(kernel.epoll.told())
+
+    def _come_late(self) -> None:
+        """Let something happen just before the last stop."""
 
     def _all_do_well(self) -> None:
         self._keep()

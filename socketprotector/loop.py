@@ -109,22 +109,22 @@ class Loop:
         if not self._timers:
             self._heap.clear()
 
-    def _drop_cancelled(self) -> None:
-        while self._heap:
-            _, count, key = self._heap[0]
-            timer = self._timers.get(key)
-            if timer is not None and timer[1] == count:
-                return
-            heapq.heappop(self._heap)
-
-    def _run_due(self) -> None:
+    def _run_due(self) -> float | None:
+        """Call back for what is due; return the seconds until the next timer, None without one."""
         now = time.monotonic()
-        while self.running:
-            self._drop_cancelled()
-            if not self._heap or self._heap[0][0] > now:
-                return
-            _, _, key = heapq.heappop(self._heap)
-            self._timers.pop(key)[2]()
+        heap = self._heap
+        while heap:
+            due, count, key = heap[0]
+            timer = self._timers.get(key)
+            if timer is None or timer[1] != count:
+                heapq.heappop(heap)  # cancelled
+            elif due <= now and self.running:
+                heapq.heappop(heap)
+                self._timers.pop(key)[2]()
+                heap = self._heap  # the callback may have had it made anew
+            else:
+                return max(0.0, due - time.monotonic())  # callbacks have taken some time
+        return None
 
     # -- signals -------------------------------------------------------------
 
@@ -154,10 +154,7 @@ class Loop:
         poll = self._epoll.poll
         callbacks = self._callbacks
         while self.running:
-            if self._timers:
-                self._run_due()
-                self._drop_cancelled()
-            timeout = max(0.0, self._heap[0][0] - time.monotonic()) if self._heap else None
+            timeout = self._run_due() if self._heap else None
             if not self.running:
                 return
             found = self._poll_briefly(timeout) if self.soon else None

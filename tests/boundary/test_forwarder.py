@@ -18,6 +18,7 @@ import pytest
 
 from socketprotector.channel import BROKEN, Channel
 from socketprotector.forwarder import (
+    BURST,
     FIRST_LOOK_S,
     FIRST_WAIT_S,
     LAST_LOOK_S,
@@ -344,6 +345,42 @@ def test_where_several_come_at_once_nobody_is_awaited(
     world.forwarder.route_to(world.channel())
 
     assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY + 3)
+
+
+def wake_ups_and_accepts(world: World, waiting: int) -> tuple[int, int]:
+    """Have so many wait at once; return what it took until nobody waits."""
+    listener = world.listeners[0]
+    listener.backlog.extend(range(waiting))
+    before, wake_ups = listener.accepts.calls, 0
+    while listener.backlog:
+        world.loop.wake(listener)
+        wake_ups += 1
+    return wake_ups, listener.accepts.calls - before
+
+
+def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that others keep busy many wait at each wake-up, which itself costs most."""
+    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    world.forwarder.route_to(world.channel())
+
+    wake_ups_and_accepts(world, 3)  # close together
+
+    assert wake_ups_and_accepts(world, BURST - 1) == (1, BURST)  # the last one finds nobody
+    assert wake_ups_and_accepts(world, 64) == (2, 64)
+    assert world.forwarder.forwarded == 3 + BURST - 1 + 64
+
+
+def test_who_comes_alone_costs_one_wake_up_and_one_accept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.forwarder.route_to(world.channel())
+    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    wake_ups_and_accepts(world, 2 * BURST)
+
+    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 0)
+
+    wake_ups_and_accepts(world, 1)  # for the last time it is seen whether there is another one
+    assert [wake_ups_and_accepts(world, 1) for _ in range(3)] == [(1, 1)] * 3
 
 
 # -- send -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from bench.control_rows import control, everything, scoreboard, status
 from bench.figures import Bystanders, Figure, Scale, machine, table
 from bench.framework_rows import framework
 from bench.herd_rows import herds
+from bench.hog_rows import hog
 from bench.list_rows import listing
 from bench.many_rows import quota, workers
 from bench.processes import CannotMeasure
@@ -47,6 +48,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "workers": workers,
     "quota": quota,
     "herd": herds,
+    "hog": hog,
 }
 
 

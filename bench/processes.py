@@ -223,3 +223,12 @@ def direct() -> Started:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         env = {"BENCH_LISTENER": str(fd)}
         return Started(worker_command("direct"), address, env, [fd])
+
+
+def least() -> Started:
+    """Start the same worker behind the least that can forward (forward.c), not behind ours."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
+        fd = listener.fileno()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = [built("forward"), *worker_command("library")]
+        return Started(command, address, {"BENCH_LISTENER": str(fd)}, [fd])

@@ -1,0 +1,110 @@
+/* The least that can forward: accept4, sendmsg with the descriptor, close; nothing else.
+ *
+ *     forward COMMAND...    accepts on the listener whose number is in BENCH_LISTENER and gives
+ *                           what comes to COMMAND, by the channel of docs/protocol.md
+ *
+ * No generation, no queue that could be taken back, no signal, no time limit: what any design costs
+ * in which one process accepts and another one serves, beside what ours costs.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { BURST = 32 };
+
+struct header { /* docs/protocol.md, "Channel" */
+    uint8_t version, kind;
+    uint16_t listener;
+    uint32_t state_bytes;
+    uint64_t accepted_ns;
+};
+
+static void die(const char *what)
+{
+    perror(what);
+    exit(111);
+}
+
+static void start(char **command, int channel, pid_t parent)
+{
+    char number[16];
+
+    if (fork() != 0)
+        return;
+    prctl(PR_SET_PDEATHSIG, SIGTERM);
+    if (getppid() != parent)
+        exit(0);
+    setsid(); /* as our workers do */
+    snprintf(number, sizeof number, "%d", channel);
+    setenv("SOCKETPROTECTOR_CHANNEL", number, 1);
+    setenv("SOCKETPROTECTOR_LISTENERS", "tcp:127.0.0.1:1", 1);
+    fcntl(channel, F_SETFD, 0);
+    execvp(command[0], command);
+    die(command[0]);
+}
+
+/* Returns 0 when nobody waits. */
+static int forward_one(int listener, int channel)
+{
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } rights = {.header = {CMSG_LEN(sizeof(int)), SOL_SOCKET, SCM_RIGHTS}};
+    struct header header = {1, 1, 0, 0, 0};
+    struct iovec part = {&header, sizeof header};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = rights.room,
+                             .msg_controllen = CMSG_LEN(sizeof(int))};
+    struct timespec now;
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+
+    if (fd < 0)
+        return 0;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    header.accepted_ns = (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+    memcpy(CMSG_DATA(&rights.header), &fd, sizeof fd);
+    if (sendmsg(channel, &message, MSG_NOSIGNAL) < 0) /* waits for room */
+        exit(0); /* the worker has ended */
+    close(fd);
+    return 1;
+}
+
+int main(int argc, char **argv)
+{
+    const char *given = getenv("BENCH_LISTENER");
+    struct sched_param no_priority = {0};
+    struct epoll_event event = {.events = EPOLLIN};
+    int channel[2], listener, room = 1 << 18;
+
+    if (argc < 2 || given == NULL)
+        return 2;
+    listener = atoi(given);
+    fcntl(listener, F_SETFL, fcntl(listener, F_GETFL) | O_NONBLOCK);
+    fcntl(listener, F_SETFD, FD_CLOEXEC);
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, channel) < 0)
+        die("socketpair");
+    setsockopt(channel[1], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    start(argv + 1, channel[0], getpid());
+    close(channel[0]);
+    if (sched_setscheduler(0, SCHED_BATCH, &no_priority) < 0)
+        die("sched_setscheduler");
+    int set = epoll_create1(EPOLL_CLOEXEC);
+    if (set < 0 || epoll_ctl(set, EPOLL_CTL_ADD, listener, &event) < 0)
+        die("epoll");
+    for (;;) {
+        if (epoll_wait(set, &event, 1, -1) < 0 && errno != EINTR)
+            die("epoll_wait");
+        for (int i = 0; i < BURST && forward_one(listener, channel[1]); i++)
+            ;
+    }
+}

@@ -692,7 +692,7 @@ class World:
             (self._deploy, 6),
             (self._term, 1 if self.seed % 4 == 0 else 0),
             (self._int, 1 if self.seed % 8 == 0 else 0),
-            (self._unguard, 1 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
+            (self._unguard, 3 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
         ]
 
     def _connect(self) -> None:

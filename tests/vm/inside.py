@@ -2,8 +2,8 @@
 
     python -m tests.vm.inside TTY
 
-The lines: {"system": {...}}, {"began": NAME}, {"check": NAME, "outcome": ..., "said": [...],
-"journal": TEXT}, and at last {"done": true}.
+The lines: {"system": {...}}, {"began": NAME}, {"saying": TEXT} while it runs, {"check": NAME,
+"outcome": ..., "said": [...], "journal": TEXT}, and at last {"done": true}.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     for name, check in checks.CHECKS.items():
         if name in wanted:
             say(began=name)
-            say(check=name, **_outcome(check))
+            say(check=name, **_outcome(check, lambda text: say(saying=text)))
     say(done=True)
 
 
@@ -57,13 +57,18 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"it took more than {_LONGEST_S} s")
 
 
-def _outcome(check: Callable[[checks.Say], None]) -> dict[str, Any]:
+def _outcome(check: Callable[[checks.Say], None], tell: checks.Say) -> dict[str, Any]:
     said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        tell(text)
+
     began = time.monotonic()
     journal = ""
     signal.alarm(_LONGEST_S)
     try:
-        check(said.append)
+        check(say)
         outcome = "passed"
     except NotRun as why:
         outcome = "not run"

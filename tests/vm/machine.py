@@ -193,9 +193,14 @@ def _take(line: str, said: Said) -> None:
     if "system" in value:
         said.system = value["system"]
         print(f"\n  {said.system}", flush=True)
+    elif "began" in value:
+        print(f"  {value['began']}", flush=True)
+    elif "saying" in value:
+        print(f"    {value['saying']}", flush=True)
     elif "check" in value:
         said.checks[value["check"]] = value
-        print(f"  {value['outcome']} in {value['took_s']} s: {value['check']}", flush=True)
-        print("\n".join([*value["said"], value["journal"]]), flush=True)
+        print(f"    {value['outcome']} in {value['took_s']} s", flush=True)
+        if value["outcome"] == "failed":
+            print(f"{value['said'][-1]}\n{value['journal']}", flush=True)
     elif "done" in value:
         said.done = True

@@ -41,7 +41,7 @@ test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not
 	PYTHON=$(BIN)/python tools/musl-python $(MUSL)
 	MUSL_PYTHON=$(MUSL) $(BIN)/python -m pytest -v tests/systems/test_musl.py
 
-test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; an hour) [ONLY=bookworm]
+test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY=bookworm]
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
 

@@ -54,11 +54,18 @@ from .events import (
 from .fleet import PHASES, Fleet, Phase, Stop
 from .step import Step
 
-#: What to do about a generation that stays silent.
-READY_HINT = (
-    "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it, or is taken "
-    "as ready by --ready after:1s"
-)
+#: What to do about a generation that stays silent, by what should have said that it is ready.
+READY_HINTS = {
+    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it, or "
+    "is taken as ready by --ready after:1s",
+    "ack": "a worker sends einhorn's ACK, or is taken as ready by --ready after:1s",
+    "fd": "a worker writes a line to the descriptor of --ready fd:N, or is taken as ready by "
+    "--ready after:1s",
+    "check": "the command of --ready check: did not succeed; try it while a worker runs",
+    "after": "--ready after: is longer than --start-timeout",
+    "any": "a worker says READY=1 to NOTIFY_SOCKET, sends einhorn's ACK, writes to {fd:ready}, or "
+    "is taken as ready by --ready after:1s",
+}
 
 
 def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
@@ -123,8 +130,9 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
     number = deadline.target
     match deadline.wait:
         case Wait.START:
-            limit_s = step.fleet.policy_of(step.fleet.is_fresh(number)).start_timeout_s
-            reason = f"not ready within {limit_s:g} s; {READY_HINT}"
+            policy = step.fleet.policy_of(step.fleet.is_fresh(number))
+            hint = READY_HINTS[policy.ready]
+            reason = f"not ready within {policy.start_timeout_s:g} s; {hint}"
             reload.abandon(step, number, reason, retry=False)
         case Wait.SETTLE:
             reload.promote(step, number)

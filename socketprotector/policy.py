@@ -24,6 +24,7 @@ class Policy:
     kill_timeout_s: float = 5.0
     stop_first: bool = False
     workers_accept: bool = False  # --handoff listener: nobody else knows what they have taken
+    ready: str = "notify"  # what says that a worker is ready (settings.py), for who waits in vain
 
     @property
     def drain_limit_s(self) -> float:

@@ -283,9 +283,10 @@ class _Resident:
         try:
             self.output.begin(self.descriptors, settings.name, self.loop, log)
         except OSError as error:
-            where = "to syslog" if self.to_syslog else "of workers' output (or use --no-log-relay)"
-            why = f"cannot start the relay {where}: {what_failed(error)}"
-            if self.to_syslog or settings.log_prefix:
+            where = "to syslog" if self.to_syslog else "of workers' output"
+            asked = " for --log-prefix" if settings.log_prefix else ""
+            why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
+            if self.to_syslog or asked:
                 raise SystemRefused(why) from error
             # Nobody has asked for one: workers write to the file themselves.
             self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)

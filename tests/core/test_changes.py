@@ -22,7 +22,8 @@ SETTINGS = Settings(
 
 
 def test_every_setting_is_told_of_or_known_to_be_nobodys_wish() -> None:
-    by_another_name: dict[type, set[str]] = {Policy: {"workers_accept"}}  # of --handoff
+    # Of --handoff and --ready.
+    by_another_name: dict[type, set[str]] = {Policy: {"workers_accept", "ready"}}
     for kind, told in known().items():
         there = {each.name for each in fields(kind)} - by_another_name.get(kind, set())
         assert told == there, kind

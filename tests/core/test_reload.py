@@ -30,7 +30,7 @@ from socketprotector.events import (
     WorkerReady,
 )
 from socketprotector.fleet import Policy
-from socketprotector.lifecycle import READY_HINT
+from socketprotector.lifecycle import READY_HINTS
 from tests.core.conftest import Story
 
 DIED = "./daemon exited with status 1"
@@ -90,7 +90,7 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
     assert story.when_over(Wait.START, 2) == [
         Signal(2, Sign.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
-        Report(News.RELOAD_FAILED, 2, f"not ready within 60 s; {READY_HINT}"),
+        Report(News.RELOAD_FAILED, 2, f"not ready within 60 s; {READY_HINTS['notify']}"),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
     assert story.when_over(Wait.KILL, 2) == [Signal(2, Sign.KILL)]

@@ -26,7 +26,7 @@ from socketprotector.events import (
     WorkerReady,
 )
 from socketprotector.fleet import Policy
-from socketprotector.lifecycle import READY_HINT
+from socketprotector.lifecycle import READY_HINTS
 from tests.core.conftest import Story
 
 DIED = "./daemon exited with status 1"
@@ -99,7 +99,7 @@ def test_a_first_start_that_takes_too_long_is_not_tried_again(story: Story) -> N
     assert story.when_over(Wait.START, 1) == [
         Signal(1, Sign.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
-        Report(News.START_FAILED, 1, f"not ready within 60 s; {READY_HINT}"),
+        Report(News.START_FAILED, 1, f"not ready within 60 s; {READY_HINTS['notify']}"),
         CloseListeners(quick=True),
     ]
     assert story.when(WorkerExited(1, "killed by SIGTERM")) == [

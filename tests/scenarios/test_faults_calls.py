@@ -68,8 +68,12 @@ os.posix_spawn = posix_spawn
 
 @pytest.mark.parametrize(
     ("mode", "what"),
-    [((), "to syslog")],
-    ids=["syslog"],
+    [
+        ((), "to syslog"),
+        (("--log-prefix",), "to syslog for --log-prefix"),
+        (("--log-prefix", "--log-file", "log"), "of workers' output for --log-prefix"),
+    ],
+    ids=["syslog", "prefix to syslog", "prefix"],
 )
 def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_nothing(
     start: Start, mode: tuple[str, ...], what: str

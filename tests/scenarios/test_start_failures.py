@@ -262,6 +262,31 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
     assert start.left() == []
 
 
+@pytest.mark.parametrize(
+    ("ready", "hint"),
+    [
+        ("check:exit 1", "the command of --ready check: did not succeed"),
+        ("ack", "a worker sends einhorn's ACK, or .* --ready after:1s"),
+        (
+            "fd:3",
+            "a worker writes a line to the descriptor of --ready fd:N, or ",
+        ),
+        ("after:30s", "--ready after: is longer than --start-timeout"),
+    ],
+)
+def test_what_is_said_of_one_that_is_never_ready_speaks_of_what_was_to_say_so(
+    start: Start, mode: tuple[str, ...], ready: str, hint: str
+) -> None:
+    timed = ("--ready", ready, "--start-timeout", "300ms", f"unix:{start.folder}/s")
+
+    ended = start(*mode, *timed, "--", *worker("never_ready"))
+
+    assert ended.status == 3, ended
+    assert re.search(f"not ready within 0.3 s; {hint}", ended.lines[-1])
+    assert "READY=1" not in ended.lines[-1]
+    assert start.left() == []
+
+
 def test_a_worker_that_is_never_ready_and_deaf_is_killed(start: Start) -> None:
     command = ("sh", "-c", "trap '' TERM; sleep 1000; sleep 1000")
 

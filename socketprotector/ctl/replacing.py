@@ -214,15 +214,14 @@ def _quoted(last_words: str) -> str:
 
 def _drained(session: Session, generation: int, deadline: _Deadline, progress: bool) -> None:
     """Wait until no generation before this one is left."""
-    most, shown = 0, ""
+    most, shown = 0, verdict.Shown()
     left = verdict.Draining()
     while True:
         try:
             left = verdict.draining(session.ask("status"), generation)
             most = max(most, left.workers)
             step = f"drained {most - left.workers}/{most} workers"
-            if progress and step != shown and most:
-                shown = step
+            if progress and most and shown.is_news(left.workers, step):
                 tell(step)
             if left.over:
                 return
@@ -330,7 +329,7 @@ def _ask_stop(session: Session, quick: bool) -> None:
 
 
 def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progress: bool) -> None:
-    shown, left = "", "the workers"
+    shown, left = verdict.Shown(), "the workers"
     while True:
         try:
             event = session.event(deadline.slice_s(f"{left} to finish"))
@@ -338,8 +337,7 @@ def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progre
                 continue
             everybody = verdict.draining(session.ask_once("status"), 1 << 62)
             left = "the protector" if everybody.over else everybody.words()
-            if progress and left != shown and not everybody.over:
-                shown = left
+            if progress and not everybody.over and shown.is_news(everybody.workers, left):
                 tell(f"waits for {left}")
         except Cut:
             try:

@@ -7,12 +7,14 @@ on the generation that was promised, or on a later one; nothing else is a succes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .client import Message
 
 #: Generations that no longer get connections, and workers that leave.
 LEAVING = ("draining", "abandoned")
+#: Of more workers than this only each further part of so many is worth a line.
+_PARTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,28 @@ class Verdict:
 
 
 @dataclass(slots=True)
+class Shown:
+    """What was said of a count of workers: each change of a few, each tenth part of many."""
+
+    _whole: int = 0
+    _last: object = None
+
+    def is_news(self, left: int, words: str) -> bool:
+        """Say whether these words, about so many who are left, are to be shown."""
+        self._whole = max(self._whole, left)
+        mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
+        before, self._last = self._last, mark
+        return mark != before
+
+
+@dataclass(slots=True)
 class _Generation:
     """What is known of the generation that starts."""
 
     number: int
     spawned: set[int]
     ready: set[int]
+    shown: Shown = field(default_factory=Shown)
     routed: bool = False
 
 
@@ -135,13 +153,15 @@ class Reload:
         starting = self._starting(number)
         if not workers <= starting.ready:
             starting.ready |= workers
-            self.steps.append(f"ready {self._share()}")
+            left, words = self._left(starting), f"ready {self._share(starting)}"
+            if starting.shown.is_news(left, words):
+                self.steps.append(words)
 
-    def _share(self) -> str:
-        starting = self._now
-        assert starting is not None
-        whole = max(self._wanted, len(starting.ready))
-        return f"{len(starting.ready)}/{whole}"
+    def _left(self, starting: _Generation) -> int:
+        return max(self._wanted - len(starting.ready), 0)
+
+    def _share(self, starting: _Generation) -> str:
+        return f"{len(starting.ready)}/{len(starting.ready) + self._left(starting)}"
 
     def _switched(self, number: int) -> None:
         starting = self._starting(number)
@@ -159,7 +179,7 @@ class Reload:
             return f"generation {self.generation} to be started ({self._phase})"
         if self._now.routed:
             return f"generation {self._now.number} to live as long as --settle"
-        return f"generation {self._now.number} to be ready ({self._share()} workers are)"
+        return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,47 @@ def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, 
     )
 
 
+def test_of_many_workers_each_tenth_part_is_a_line(fake: Fake, ctl: Ctl) -> None:
+    fake.status["workers_wanted"] = 128
+
+    def then(connection: Connection) -> None:
+        for number in range(128):
+            connection.event("worker-ready", generation=9, worker=15 + number)
+        connection.event("route", generation=9)
+        fake.status["generations"] = [
+            generation(9),
+            generation(8, "draining", *(worker(each) for each in range(128)), active=0),
+        ]
+        connection.event("reloaded", generation=9)
+        threading.Timer(0.3, gone, [connection]).start()
+
+    def gone(connection: Connection) -> None:
+        """Each is seen to have gone: status is asked for after each event."""
+        fake.answers["status"] = looked
+        connection.event("exited", generation=8)
+
+    def looked(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": fake.status})
+        workers = fake.status["generations"][-1]["workers"]
+        if len(fake.status["generations"]) == 2:
+            workers.pop()
+            if not workers:
+                fake.status["generations"].pop()
+            connection.event("exited", generation=8)
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--drained")
+
+    assert said.status == 0
+    lines = said.err.splitlines()
+    ready = [line for line in lines if line.startswith("ready ")]
+    drained = [line for line in lines if line.startswith("drained ")]
+    assert (ready[0], ready[-1], len(ready)) == ("ready 1/128", "ready 128/128", 11)
+    assert drained[0] == "drained 0/128 workers"
+    assert (drained[-1], len(drained)) == ("drained 128/128 workers", 11)
+
+
 def test_a_release_that_is_given_up_is_status_3_with_the_reason_and_the_last_words(
     fake: Fake, ctl: Ctl
 ) -> None:

@@ -409,7 +409,7 @@ class Crew:
             self._loop,
             number,
             lambda by: self._is_ready(number, by),
-            lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}),
+            lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}, mortal=True),
             lambda check: self._log.write(
                 "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
             ),

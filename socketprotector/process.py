@@ -43,12 +43,14 @@ class End:
 class Process:
     """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
 
-    def __init__(self, pid: int, pidfd: int = -1) -> None:
+    def __init__(self, pid: int, pidfd: int = -1, lifeline: int = -1) -> None:
         """Open it, or take ownership of a pidfd that an earlier program had opened.
 
-        Raises OSError when the system is out of descriptors.
+        lifeline: what its group ends with, see spawn(); it is owned from here on.  Raises OSError
+        when the system is out of descriptors.
         """
         self.pid = pid
+        self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._reaped = False
         self._discarded = False  # nobody has it any more, and it is waited for
@@ -202,7 +204,7 @@ class Process:
                 pass  # it has become another user's, and ends when that one likes
         self._discarded = True
         if self._reaped:
-            os.close(self.pidfd)
+            self._close()
             return
         if self.has_ended():
             self._take_end(loop)
@@ -221,13 +223,18 @@ class Process:
                 return
         except ChildProcessError:
             pass  # it was no child of ours
-        os.close(self.pidfd)
+        self._close()
 
     def close(self) -> None:
         """Close the pidfd, if it is ours still.  A child that lives on is reaped as a stranger."""
         if not self._discarded:
-            os.close(self.pidfd)
+            self._close()
             _known.discard(self.pid)
+
+    def _close(self) -> None:
+        os.close(self.pidfd)
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
 
     def _is_reaped(self) -> None:
         self._reaped = True
@@ -278,10 +285,13 @@ def spawn(
     extra: Mapping[str, str],
     descriptors: Mapping[int, int],
     tell_pid: str = "",
+    *,
+    mortal: bool = False,
 ) -> Process:
     """Start a program as the leader of a session of its own.
 
     extra: environment on top of the program's.  tell_pid: the variable that its pid goes to.
+    mortal: it is killed with its group when we end, in whatever way, or execute another program.
     descriptors: number in the child -> ours, which stays ours; nothing else than these and
     0, 1, 2 is inherited, with /dev/null as 0.  Raises OSError with the reason of posix_spawn,
     or of its directory, and ValueError for a limit above the hard one or a NUL in the
@@ -291,8 +301,51 @@ def spawn(
     it and put back: this process has one thread.  What cannot be put back (a nice value), or is
     known only afterwards (its pid), or takes another user, is done in a fork: see _fork().
     """
+    if mortal:
+        return _spawn_mortal(program, extra, descriptors, tell_pid)
+    pid = _spawn(program, extra, descriptors, tell_pid)
+    try:
+        return Process(pid)
+    except OSError:
+        _kill(pid)  # nobody would ever learn of its end
+        raise
+
+
+def _spawn_mortal(
+    program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int], tell_pid: str
+) -> Process:
+    """Start it with the read end of a pipe whose write end nobody has but us.
+
+    Where the last writer of a pipe ends, the kernel sends a signal to whom the read end's owner
+    names: here KILL to the group.  PR_SET_PDEATHSIG would reach its leader alone.
+    Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
+    """
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    try:
+        place = max((2, *descriptors)) + 1
+        pid = _spawn(program, extra, {**descriptors, place: receive}, tell_pid, place)
+        try:
+            return Process(pid, lifeline=send)
+        except OSError:
+            _kill(pid)
+            raise
+    except BaseException:
+        os.close(send)
+        raise
+    finally:
+        os.close(receive)
+
+
+def _spawn(
+    program: Program,
+    extra: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int = -1,
+) -> int:
+    """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
     path = program.path
-    forked = bool(program.identity is not None or program.nice or tell_pid)
+    forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
@@ -313,7 +366,7 @@ def spawn(
         again = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if hurries(program) else {}
         if forked:
             places = dict(zip(descriptors, aside, strict=True))
-            pid = _fork(program, environment, places, tell_pid)
+            pid = _fork(program, environment, places, tell_pid, lifeline)
         else:
             pid = os.posix_spawn(
                 path,
@@ -340,11 +393,7 @@ def spawn(
         os.chdir("/")
         for fd in (place, *aside):
             os.close(fd)
-    try:
-        return Process(pid)
-    except OSError:
-        _kill(pid)  # nobody would ever learn of its end
-        raise
+    return pid
 
 
 def give_way() -> None:
@@ -374,10 +423,15 @@ def hurries(program: Program) -> bool:
 
 
 def _fork(
-    program: Program, environment: Mapping[str, str], places: Mapping[int, int], tell_pid: str
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
 ) -> int:
     """Start a program, maybe as another user or with its pid in a variable; return its pid.
 
+    It is also what can have itself killed when we end: see _spawn_mortal().
     Not through a program that changes the user: the loader in it would follow the worker's
     environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
     shell that sets the variable, or nice(1): a small container has neither.
@@ -392,7 +446,7 @@ def _fork(
         if pid == 0:
             try:
                 send = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
-                _become(program, environment, places, tell_pid)
+                _become(program, environment, places, tell_pid, lifeline)
             except OSError as error:
                 os.write(send, b"%d" % (error.errno or errno.EIO))
             except BaseException as error:  # as a NUL in the environment
@@ -416,7 +470,11 @@ def _fork(
 
 
 def _become(
-    program: Program, environment: Mapping[str, str], places: Mapping[int, int], tell_pid: str
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
 ) -> None:
     """In the forked child: become the worker.  Returns only by raising."""
     os.setsid()
@@ -435,5 +493,9 @@ def _become(
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
         privileges.hand_over(program.identity)
+    if lifeline >= 0:  # as who it is from now on: that user may kill it
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execve(program.path, program.argv, environment)

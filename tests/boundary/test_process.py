@@ -17,8 +17,10 @@ import pytest
 
 from socketprotector.executable import resolve
 from socketprotector.loop import Loop
+from socketprotector.privileges import become
 from socketprotector.process import Process, spawn
 from socketprotector.records import Program
+from socketprotector.settings import Identity
 from tests.boundary.ending import traced, until
 from tests.running import eventually
 
@@ -156,6 +158,47 @@ def test_kill_reaches_the_whole_group() -> None:
 
         assert file.read() == ""  # the child held it, too
     assert end_of(process)[1] == "was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("how", ["killed", "executes another", "another user's"])
+def test_a_mortal_one_ends_with_its_group_when_we_end_in_whatever_way(how: str) -> None:
+    program = running("sleep 1000 & echo started >&5; wait")
+    if how == "another user's":
+        if os.geteuid() != 0:
+            pytest.skip("NEEDS ROOT to become another user")
+        program = replace(program, identity=Identity("nobody", 65534, 65534, (65534,)))
+    receive, send = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        try:
+            if program.identity is not None:
+                become(Identity("games", 5, 60, (60,)), 0, starts_others=True)
+            spawn(program, {}, {5: send}, mortal=True)
+            os.close(send)
+            if how == "executes another":
+                os.execv("/bin/sleep", ("sleep", "1000"))
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(send)
+    try:
+        with open(receive, encoding="utf-8") as file:
+            assert file.readline() == "started\n"
+            if how != "executes another":
+                os.kill(parent, signal.SIGKILL)
+
+            assert file.read() == ""
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+
+
+def test_a_mortal_one_is_told_of_like_any_other_and_leaves_no_descriptor() -> None:
+    before = os.listdir("/proc/self/fd")
+    process = spawn(running("exit 3"), {}, {}, mortal=True)
+
+    assert end_of(process) == (False, "exited with status 3")
+    assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
 def test_signals_to_one_that_has_ended_do_nothing() -> None:

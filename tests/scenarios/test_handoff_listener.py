@@ -417,6 +417,33 @@ def test_a_check_that_hangs_is_asked_again_and_told_without_its_arguments(
     daemon.stop()
 
 
+@pytest.mark.parametrize("guarded", [False, True], ids=["alone", "guarded"])
+def test_a_check_under_way_ends_with_its_protector(
+    served_by: Starter, tmp_path: Path, guarded: bool
+) -> None:
+    """All of its group, whether another protector goes on or not."""
+    there, pids = tmp_path / "there", tmp_path / "pids"
+    there.touch()
+    guard = ("--guard",) if guarded else ()
+    check = f"echo $$ >> {pids}; test -e {there} && exit; sleep 1000 & echo $! >> {pids}; wait"
+    daemon = served_by(*guard, "--ready", f"check:{check}")
+    there.unlink()
+    daemon.signal(signal.SIGHUP)
+    eventually(lambda: len(pids.read_text().split()) == 3, "a check of the new one")
+    there.touch()  # too late for that one, which waits
+
+    mark = kill_protector(daemon)
+
+    _, *hung = [int(pid) for pid in pids.read_text().split()][:3]
+    assert wait_gone(hung) == []
+    if guarded:
+        daemon.log.wait_for("event=(reloaded|reload-failed)", after=mark)
+        daemon.stop()
+    else:
+        for pid in (*spawned(daemon, 1), *spawned(daemon, 2)):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path) -> None:
     there, pids = tmp_path / "there", tmp_path / "pids"
     there.touch()

@@ -176,7 +176,7 @@ def test_a_failure_is_reported_though_the_protector_is_replaced_meanwhile(
         assert "the reason of" in start.log
         release.becomes(*TALKS)
         start.reload()
-        assert len(relays_of(start)) == 1
+        eventually(lambda: len(relays_of(start)) == 1, "the end of one that was replaced")
 
 
 def test_without_the_relay_workers_write_to_the_file_and_the_reason_says_where(

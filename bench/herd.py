@@ -2,6 +2,7 @@
 
     herd.py connections   by connections(); serve, aserve, listener (asyncio's server on a Listener)
                           and blocking (accept() of a Listener) likewise
+    herd.py gevent        likewise trio, anyio (on asyncio), anyio-trio, waitress, gunicorn, gthread
     herd.py every         from the channel by an epoll that has all woken, as it was
     herd.py nested        from an epoll within another that has one woken: it does not pass through
 
@@ -70,6 +71,57 @@ def _by_hand(channel: Channel, *, nested: bool) -> None:
             os.close(taken[0])
 
 
+def _wsgi(environ: Any, start_response: Any) -> list[bytes]:
+    if _BUSY_S:
+        time.sleep(_BUSY_S)
+    start_response("200 OK", [("Content-Length", str(len(_SAID)))])
+    return [_SAID]
+
+
+def _on_gunicorn(worker_class: str) -> None:
+    # So many processes of its own as there are to be workers.
+    options = ["-w", os.environ["HERD_PROCESSES"], "-k", worker_class, "--threads", "1"]
+    os.execv(
+        sys.executable,
+        [
+            *(sys.executable, "-m", "gunicorn", "-c", "python:socketprotector_client.gunicorn"),
+            *(*options, "--keep-alive", "0", "-b", "127.0.0.1:1"),  # which nobody binds
+            *("--pythonpath", os.path.dirname(__file__), "herd_wsgi:application"),
+        ],
+    )
+
+
+def _framework() -> None:
+    if _MODE == "gevent":
+        from gevent.server import StreamServer
+        from socketprotector_client.gevent import Listener as GeventListener
+
+        StreamServer(GeventListener(limit=_LIMIT), _answer).serve_forever()
+    elif _MODE == "trio":
+        import trio
+        from socketprotector_client.trio import serve as trio_serve
+
+        trio.run(lambda: trio_serve(_say, limit=_LIMIT))
+    elif _MODE.startswith("anyio"):
+        import anyio
+        from socketprotector_client.anyio import Listener as AnyioListener
+
+        async def serve_anyio() -> None:
+            await AnyioListener(limit=_LIMIT).serve(_say)
+
+        anyio.run(serve_anyio, backend=_MODE.partition("-")[2] or "asyncio")
+    elif _MODE == "waitress":
+        from socketprotector_client.waitress import serve as waitress_serve
+
+        waitress_serve(_wsgi, threads=1)
+    else:
+        _on_gunicorn({"gunicorn": "sync"}.get(_MODE, _MODE))
+
+
+async def _say(stream: Any) -> None:
+    await (getattr(stream, "send_all", None) or stream.send)(_SAID)
+
+
 if _MODE == "connections":
     for client, _ in connections(limit=_LIMIT):
         _answer(client)
@@ -83,6 +135,8 @@ elif _MODE == "blocking":
     listener = Listener(limit=_LIMIT)
     while True:
         _answer(listener.accept()[0])
+elif _MODE not in ("every", "nested"):
+    _framework()
 else:
     channel = Channel.from_environment()
     if channel is None:

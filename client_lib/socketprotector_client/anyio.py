@@ -7,10 +7,11 @@ Source: anyio.readthedocs.io, "API reference", anyio.abc.Listener.
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 import threading
-from typing import Any, Awaitable, Callable, Optional
+from typing import Any, Awaitable, Callable, Optional, Tuple
 
 import anyio
 import anyio.abc
@@ -18,6 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from .address import ListenAddress
+from .beside import BesideEpoll
 from .errors import Drained
 from .worker import current
 
@@ -38,6 +40,7 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
         self._intake = current().open_intake(address, limit)
         self._closed = False
         self._pause = anyio.CancelScope()
+        self._loop: Tuple[object, str] = (None, "")  # beside whose epoll the intake's is
 
     async def serve(
         self, handler: Handler, task_group: Optional[anyio.abc.TaskGroup] = None
@@ -73,6 +76,7 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
         if not self._closed:
             self._closed = True
             anyio.notify_closing(self._intake.fileno())
+            BesideEpoll.take_back(*self._loop, self._intake)
             self._intake.close()
         await anyio.lowlevel.checkpoint()
 
@@ -94,6 +98,9 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
                 raise anyio.EndOfStream from None
             if connection is not None:
                 return self._intake.open.exchange(connection)
+            if self._loop[0] is None:
+                self._loop = _running_loop()
+                BesideEpoll.put(*self._loop, self._intake)
             with anyio.CancelScope() as self._pause:
                 await anyio.wait_readable(self._intake.fileno())
         raise anyio.ClosedResourceError
@@ -122,6 +129,16 @@ class Listener(anyio.abc.Listener[anyio.abc.SocketStream]):
                 self._intake.ask_to_stop()
                 self._intake.end()
                 self._pause.cancel()
+
+
+def _running_loop() -> Tuple[object, str]:
+    """Return what holds the epoll of asyncio's or trio's running loop, and under which name."""
+    loop = asyncio._get_running_loop()
+    if loop is not None:
+        return getattr(loop, "_selector", loop), "_selector"
+    from .trio import running_loop
+
+    return running_loop(), "_epoll"
 
 
 async def _stream(plain: socket.socket) -> anyio.abc.SocketStream:

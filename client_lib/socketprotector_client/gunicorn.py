@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Optional
+from functools import partial
+from typing import Any, List, Optional
 
 from . import wire
+from .beside import BesideEpoll
+from .intake import Intake
 from .leaving import Leave
 from .listener import Listener
 from .worker import current
@@ -32,6 +35,16 @@ class _Listener(Listener):
 
     def _begin_leave(self) -> Leave:
         return Leave(self._opened(), os.getppid())
+
+    def sleep_for(self, worker: Any) -> None:
+        """Have one of all idle workers woken for a connection: see beside.py."""
+        intake = self._opened()
+        poller = getattr(worker, "poller", None)
+        if poller is not None:
+            BesideEpoll.put(poller, "_selector", intake, self.fileno())
+        elif intake.source.wakes_one:
+            intake.sleep_beside(worker.PIPE[0])
+            worker.wait = partial(_wait, worker, intake)
 
     def get_backlog(self) -> Optional[int]:
         """Return None: the queue is the protector's, who tells of it."""
@@ -61,7 +74,19 @@ def when_ready(server: Any) -> None:
 def post_worker_init(worker: Any) -> None:
     """Say READY=1 in a worker that has loaded the application."""
     if current().channel is not None:
+        for each in worker.sockets:
+            if isinstance(each, _Listener):
+                each.sleep_for(worker)
         current().ready()
+
+
+def _wait(worker: Any, intake: Intake, timeout: float) -> List[Any]:
+    """Do what gunicorn's sync worker does before it accepts again, but by select()."""
+    worker.notify()
+    ours, signalled = intake.sleep(timeout)
+    if signalled:
+        os.read(worker.PIPE[0], 1)
+    return list(worker.sockets) if ours else []
 
 
 def _check_worker_class(server: Any) -> None:

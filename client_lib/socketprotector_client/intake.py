@@ -15,7 +15,7 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Callable, Optional, Union
+from typing import TYPE_CHECKING, Callable, Optional, Tuple, Union
 
 from . import forking, system
 from .connection import Connection, OpenConnections
@@ -72,6 +72,7 @@ class Intake:
         self._fds = tuple(source.fds)
         # What is readable nearly always.
         self._channel_alone = [*self._fds] if len(self._fds) == 1 else []
+        self._beside = -1  # another's descriptor, which `sleep` tells of
         self._orders: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
@@ -212,6 +213,25 @@ class Intake:
         if self._stands_first and self._place is not self._set:
             self._stand_last()
 
+    def sleep_beside(self, fd: int) -> None:
+        """Have `sleep` wait for another descriptor, too, which stays the caller's."""
+        self._set.remove([self._beside])
+        self._beside = fd
+        self._set.add([fd])
+
+    def sleep(self, timeout_s: Optional[float]) -> Tuple[bool, bool]:
+        """Wait where one of the idle workers is woken for a connection, not all.
+
+        Return whether `get` has something to do, and whether the other descriptor is readable.
+        """
+        if self._place is not self._set:
+            self.leave_loop()
+        if self._stands_first:
+            self._stand_last()
+        ready = self._set.wait(timeout_s)
+        others = self._beside in ready
+        return len(ready) > others, others
+
     def join_loop(self, number: int) -> None:
         """Let asyncio's running loop, which watches `number` for us, wait for the queue itself.
 
@@ -309,6 +329,7 @@ class Intake:
         self._turn = threading.Lock()
         self._idle = set()
         self._pid = os.getpid()
+        self._beside = -1
         self._will_look_again = False
         self._orders = dict.fromkeys(self._ends, self.drained)
         if isinstance(self._place, WaitSet):

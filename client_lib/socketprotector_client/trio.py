@@ -16,6 +16,7 @@ from typing import Awaitable, Callable, Optional
 import trio
 
 from .address import ListenAddress
+from .beside import BesideEpoll
 from .errors import Drained
 from .worker import current
 
@@ -36,6 +37,7 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
         self._intake = current().open_intake(address, limit)
         self._closed = False
         self._pause = trio.CancelScope()
+        self._loop: object = None  # beside whose epoll the intake's is
 
     async def accept(self) -> trio.SocketStream:
         """Return the next connection, which is the caller's; says READY=1 the first time.
@@ -51,6 +53,7 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
         if not self._closed:
             self._closed = True
             trio.lowlevel.notify_closing(self._intake.fileno())
+            BesideEpoll.take_back(self._loop, "_epoll", self._intake)
             self._intake.close()
         await trio.lowlevel.checkpoint()
 
@@ -65,6 +68,9 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
                 raise trio.EndOfChannel from None
             if connection is not None:
                 return self._intake.open.exchange(connection)
+            if self._loop is None:
+                self._loop = running_loop()
+                BesideEpoll.put(self._loop, "_epoll", self._intake)
             with trio.CancelScope() as self._pause:
                 await trio.lowlevel.wait_readable(self._intake.fileno())
         raise trio.ClosedResourceError
@@ -94,6 +100,17 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
                 self._intake.ask_to_stop()
                 self._intake.end()
                 self._pause.cancel()
+
+
+def running_loop() -> object:
+    """Return what holds the epoll of the running loop; what is none where trio has another one.
+
+    trio has no public name for it.
+    """
+    try:
+        return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
+    except AttributeError:
+        return trio
 
 
 async def serve(

@@ -9,9 +9,10 @@ Source: docs.pylonsproject.org/projects/waitress, "Arguments to waitress.serve".
 
 from __future__ import annotations
 
-from typing import Any, Optional
+import select
+from typing import Any, Dict, Optional, Tuple
 
-from waitress import create_server
+from waitress import create_server, wasyncore
 
 from .address import ListenAddress
 from .listener import Listener
@@ -48,4 +49,58 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
         server.pull_trigger()
 
     on_drain(end_idle)
+    server.asyncore = _Loop(listener)
     server.run()
+
+
+class _Loop:
+    """waitress's loop, that sleeps where one of all idle workers is woken: see beside.py."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._intake = listener._opened()
+        self._epoll = select.epoll()  # all but the listener
+        self._watched: Dict[int, Tuple[Any, int]] = {}
+        self._intake.sleep_beside(self._epoll.fileno())
+
+    def loop(self, timeout: float, map: Dict[int, Any], use_poll: bool = False) -> None:
+        """Serve those in the map, by descriptor, until there are none."""
+        while map:
+            self._turn(timeout, map)
+
+    def _turn(self, timeout: float, map: Dict[int, Any]) -> None:
+        accepting = self._watch(map)
+        if accepting is not None:
+            ours, others = self._intake.sleep(timeout)
+            found = self._epoll.poll(0) if others else []
+        else:
+            ours, found = False, self._epoll.poll(timeout)
+        for fd, flags in found:
+            if fd in map:
+                wasyncore.readwrite(map[fd], flags)
+        if ours:
+            wasyncore.read(accepting)
+
+    def _watch(self, map: Dict[int, Any]) -> Any:
+        """Have the epoll know who wants what; return the listener's part if that is to accept."""
+        wanted, accepting = {}, None
+        for fd, each in list(map.items()):
+            flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0
+            if each.accepting:
+                accepting = each if flags else None
+                continue
+            flags |= select.EPOLLOUT if each.writable() else 0
+            if flags:
+                wanted[fd] = each, flags
+        for fd in self._watched.keys() - wanted.keys():
+            try:
+                self._epoll.unregister(fd)
+            except OSError:
+                pass  # it was closed
+        for fd, (each, flags) in wanted.items():
+            if self._watched.get(fd) != (each, flags):
+                try:
+                    self._epoll.register(fd, flags)
+                except FileExistsError:
+                    self._epoll.modify(fd, flags)
+        self._watched = wanted
+        return accepting

@@ -85,7 +85,14 @@ def _on_gunicorn(worker_class: str) -> None:
         sys.executable,
         [
             *(sys.executable, "-m", "gunicorn", "-c", "python:socketprotector_client.gunicorn"),
-            *(*options, "--keep-alive", "0", "-b", "127.0.0.1:1"),  # which nobody binds
+            *(
+                *options,
+                "--no-control-socket",
+                "--keep-alive",
+                "0",
+                "-b",
+                "127.0.0.1:1",
+            ),  # which nobody binds
             *("--pythonpath", os.path.dirname(__file__), "herd_wsgi:application"),
         ],
     )

@@ -15,7 +15,7 @@ import os
 import select
 import threading
 import time
-from typing import TYPE_CHECKING, Callable, Optional, Tuple, Union
+from typing import Callable, Iterable, Optional, Protocol, Tuple, Union
 
 from . import forking, system
 from .connection import Connection, OpenConnections
@@ -25,9 +25,6 @@ from .errors import Drained
 from .scoreboard import Scoreboard
 from .source import Source
 from .waiting import WaitSet
-
-if TYPE_CHECKING:
-    from .joining import Joined
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +38,15 @@ _ROW, _OTHERS = 32, 256
 # accept() fails with these while the system is short of something; the
 # connection waits.
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+class Place(Protocol):
+    """Where an event loop waits for the queue itself."""
+
+    def add(self, fds: Iterable[int], events: int) -> None: ...
+    def remove(self, fds: Iterable[int]) -> None: ...
+    def close(self) -> None: ...
+    def forget(self) -> None: ...
 
 
 class Intake:
@@ -78,7 +84,7 @@ class Intake:
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
         self._set = waiting or WaitSet()
         #: Where the descriptors of the source are, while they are anywhere.
-        self._place: Union[WaitSet, Joined] = self._set
+        self._place: Union[WaitSet, Place] = self._set
         self._place.add(self._fds, self._events)
         self._paused = False
         self._stop_asked = False
@@ -238,18 +244,26 @@ class Intake:
         Then one of the idle workers is woken for a connection, not all.  Where it cannot be,
         nothing is changed.
         """
-        if not self.source.wakes_one or self._ended or self._paused or self._place is not self._set:
+        if not self.may_join:
             return
         from .joining import Joined  # which needs asyncio
 
-        (fd,) = self._fds
         try:
-            joined = Joined(fd, number, self.leave_loop)
+            self.join(Joined(self._fds[0], number, self.leave_loop))
         except (OSError, ValueError):
-            return
-        self._place = joined
+            pass
+
+    @property
+    def may_join(self) -> bool:
+        """Whether the queue may be waited for in another place than the set of this intake."""
+        waits = not self._ended and not self._paused and self._place is self._set
+        return waits and self.source.wakes_one
+
+    def join(self, place: Place) -> None:
+        """Have the queue waited for there, until `leave_loop`; takes ownership of the place."""
+        self._place = place
         try:
-            joined.add(self._fds, self._events)
+            place.add(self._fds, self._events)
         except OSError:
             self.leave_loop()
         else:

@@ -40,6 +40,74 @@ def served_by(protector: Protector) -> int:
     return int(who.partition("]")[0][1:])
 
 
+def served_web(protector: Protector) -> int:
+    """Ask for a page, and see the end of it."""
+    client = protector.connect()
+    client.send("GET / HTTP/1.0\r\n\r")
+    while not (said := client.read()).startswith("["):
+        assert said
+    assert client.read() == ""
+    client.close()
+    return int(said.partition("]")[0][1:])
+
+
+def serving(worker: Worker) -> list[int]:
+    """The processes that accept: those that have no children."""
+    found = [worker.pid]
+    for pid in found:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        found += map(int, children)
+    return found[1:] or found
+
+
+@pytest.mark.parametrize("way", ["trio", "anyio", "anyio-trio", "gevent"])
+def test_one_idle_worker_wakes_under_loops_that_wait_in_ways_of_their_own(
+    protector: Protector, way: str
+) -> None:
+    pytest.importorskip(way.partition("-")[2] or way)
+    test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(protector, way)
+
+
+@pytest.mark.parametrize(
+    ("way", "needs"),
+    [("waitress", "waitress"), ("gunicorn", "gunicorn"), ("gthread", "gunicorn")],
+)
+def test_a_web_server_that_is_idle_sleeps_while_another_one_serves(
+    protector: Protector, way: str, needs: str
+) -> None:
+    pytest.importorskip(needs)
+    command = (PYTHON, ROOT / "bench" / "herd.py", way, "0")
+    forks = {"HERD_PROCESSES": "1"}
+    # Of gunicorn's it is a child that says READY=1.
+    start = protector.start if way == "waitress" else protector.spawn
+    workers = [start(*command, env=forks) for _ in range(WORKERS)]
+
+    def slept(pid: int) -> int:
+        status = Path(f"/proc/{pid}/status").read_text()
+        return int(re.findall(r"^voluntary_ctxt_switches:\t(\d+)", status, re.M)[0])
+
+    seen: set[int] = set()
+
+    def all_have_served() -> bool:
+        seen.add(served_web(protector))
+        return len(seen) == WORKERS
+
+    until(all_have_served, "all serve")
+    processes = [pid for worker in workers for pid in serving(worker)]
+    assert set(processes) == seen
+    others = 0
+    shares: Counter[int] = Counter()
+    for _ in range(ROUNDS):
+        before = {pid: slept(pid) for pid in processes}
+        served = served_web(protector)
+        shares[served] += 1
+        others += sum(slept(pid) - before[pid] for pid in processes if pid != served)
+
+    # Each looks around once a second, too.  All of them woke for each before.
+    assert others < ROUNDS
+    assert len(shares) == WORKERS
+
+
 @pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve", "serve"])
 def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
     protector: Protector, way: str

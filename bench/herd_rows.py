@@ -86,17 +86,25 @@ def herd(way: str, workers: int, held_ms: float = 0.0) -> Iterator[_Herd]:
 
 
 def one_by_one(started: _Herd, count: int) -> Woken:
-    """Connect so often, each time after a pause in which all go to sleep again."""
+    """Connect so often, each time after a pause in which all go to sleep again.
+
+    Less what they wake for without any: many servers look around once a second.
+    """
     time.sleep(0.2)
     workers = descendants(started.pid)
+    idle, begun_s = sum(switches(pid).voluntary for pid in workers), time.monotonic()
+    time.sleep(1.0)
     before = sum(switches(pid).voluntary for pid in workers)
+    idle_per_s = (before - idle) / (time.monotonic() - begun_s)
+    begun_s = time.monotonic()
     cpu, own = sum(map(cpu_ns, workers)), switches(started.pid).voluntary
     for _ in range(count):
         started.served_by()
         time.sleep(0.004)
     time.sleep(0.2)
+    by_clock = idle_per_s * (time.monotonic() - begun_s)
     return Woken(
-        (sum(switches(pid).voluntary for pid in workers) - before) / count,
+        (sum(switches(pid).voluntary for pid in workers) - before - by_clock) / count,
         (sum(map(cpu_ns, workers)) - cpu) / count / 1e3,
         (switches(started.pid).voluntary - own) / count,
     )

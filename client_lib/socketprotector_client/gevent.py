@@ -157,12 +157,18 @@ class _Place:
 
     def remove(self, fds: Iterable[int]) -> None:
         self._wanted = False
-        self._control(_DEL)
+        try:
+            self._control(_DEL)
+        except OSError:
+            pass  # the loop is over
 
     def wait(self) -> None:
         """Wait again, last of all workers."""
         if self._wanted:
-            self._control(_ADD, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            try:
+                self._control(_ADD, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+            except OSError:  # out of memory
+                self._intake.leave_loop()
 
     def close(self) -> None:
         self.remove(())
@@ -192,10 +198,13 @@ class _Place:
 
     def _control(self, operation: int, events: int = 0) -> None:
         event = _Event(events, self._data)
-        _epoll_ctl(self._loop.fileno(), operation, self._fd, ctypes.byref(event))
+        failed = _libc.epoll_ctl(self._loop.fileno(), operation, self._fd, ctypes.byref(event))
+        error = ctypes.get_errno() if failed else 0
+        if error not in (0, errno.EEXIST, errno.ENOENT):
+            raise OSError(error, os.strerror(error))
 
 
-_epoll_ctl = ctypes.CDLL(None).epoll_ctl
+_libc = ctypes.CDLL(None, use_errno=True)
 _ADD, _DEL = 1, 2
 
 

@@ -1,0 +1,88 @@
+"""An event loop's epoll beside an intake's: the loop is told of both, and of nothing else."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from socketprotector_client.beside import BesideEpoll
+from socketprotector_client.drain import Drain
+from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.source import ListenSource
+
+
+class Chosen(ListenSource):
+    """Has the kernel wake one, as a channel does."""
+
+    wakes_one = True
+
+
+@pytest.fixture
+def intake() -> Iterator[Intake]:
+    source = Chosen(ListenSource.bound("127.0.0.1:0", 16).listeners, handed=False)
+    one = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    yield one
+    one.close()
+
+
+def test_a_loop_is_told_of_its_own_descriptors_and_of_the_queue(intake: Intake) -> None:
+    ours, theirs = socket.socketpair()
+    with select.epoll() as epoll, ours, theirs:
+        loop = SimpleNamespace(epoll=epoll)
+        assert BesideEpoll.put(loop, "epoll", intake)
+        beside = loop.epoll
+        beside.register(ours.fileno(), select.EPOLLIN)
+        beside.register(intake.fileno(), select.EPOLLIN)
+        assert beside.poll(0) == []
+
+        theirs.send(b"!")
+        assert beside.poll(10) == [(ours.fileno(), select.EPOLLIN)]
+        with socket.create_connection(intake.source.sockname):
+            both = {(ours.fileno(), select.EPOLLIN), (intake.fileno(), select.EPOLLIN)}
+            while set(beside.poll(10)) != both:
+                pass
+            beside.unregister(intake.fileno())
+            assert beside.poll(10) == [(ours.fileno(), select.EPOLLIN)]
+            assert beside.fileno() == epoll.fileno()
+
+        BesideEpoll.take_back(loop, "epoll", intake)
+        assert loop.epoll is epoll
+
+
+def test_who_asks_for_one_event_is_told_once(intake: Intake) -> None:
+    with select.epoll() as epoll:
+        beside = BesideEpoll(epoll, intake)
+        beside.register(intake.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+        with socket.create_connection(intake.source.sockname):
+            assert beside.poll(10) == [(intake.fileno(), select.EPOLLIN)]
+            assert beside.poll(0) == []
+            beside.modify(intake.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+            assert beside.poll(10) == [(intake.fileno(), select.EPOLLIN)]
+
+
+def test_a_loop_that_has_no_such_epoll_stays_as_it_is(intake: Intake) -> None:
+    other = object()
+    loop = SimpleNamespace(epoll=other)
+
+    assert not BesideEpoll.put(loop, "epoll", intake)
+    assert not BesideEpoll.put(loop, "nothing", intake)
+    assert loop.epoll is other
+
+
+def test_two_listeners_in_one_loop_both_are_told_of(intake: Intake) -> None:
+    """The first has the loop sleep in its own; the second is told of as before."""
+    source = Chosen(ListenSource.bound("127.0.0.1:0", 16).listeners, handed=False)
+    second = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    with select.epoll() as epoll:
+        loop = SimpleNamespace(epoll=epoll)
+        assert BesideEpoll.put(loop, "epoll", intake)
+        assert not BesideEpoll.put(loop, "epoll", second)
+        for each in (intake, second):
+            loop.epoll.register(each.fileno(), select.EPOLLIN)
+        with socket.create_connection(source.sockname):
+            assert loop.epoll.poll(10) == [(second.fileno(), select.EPOLLIN)]
+    second.close()

@@ -19,7 +19,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from .address import ListenAddress
-from .beside import BesideEpoll
+from .beside import BesideEpoll, loop_of_trio
 from .errors import Drained
 from .worker import current
 
@@ -136,9 +136,7 @@ def _running_loop() -> Tuple[object, str]:
     loop = asyncio._get_running_loop()
     if loop is not None:
         return getattr(loop, "_selector", loop), "_selector"
-    from .trio import running_loop
-
-    return running_loop(), "_epoll"
+    return loop_of_trio(), "_epoll"
 
 
 async def _stream(plain: socket.socket) -> anyio.abc.SocketStream:

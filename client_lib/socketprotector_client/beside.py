@@ -14,6 +14,7 @@ Source: epoll(7); ep_poll_callback in the kernel's fs/eventpoll.c.
 from __future__ import annotations
 
 import select
+import sys
 from typing import Any, List, Optional, Tuple
 
 from .intake import Intake
@@ -83,3 +84,15 @@ class BesideEpoll:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._epoll, name)
+
+
+def loop_of_trio() -> object:
+    """Return what holds the epoll of trio's running loop; what holds none where it is another one.
+
+    trio has no public name for it.
+    """
+    trio: Any = sys.modules.get("trio")
+    try:
+        return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
+    except AttributeError:
+        return trio or sys

@@ -16,7 +16,7 @@ from typing import Awaitable, Callable, Optional
 import trio
 
 from .address import ListenAddress
-from .beside import BesideEpoll
+from .beside import BesideEpoll, loop_of_trio
 from .errors import Drained
 from .worker import current
 
@@ -69,7 +69,7 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
             if connection is not None:
                 return self._intake.open.exchange(connection)
             if self._loop is None:
-                self._loop = running_loop()
+                self._loop = loop_of_trio()
                 BesideEpoll.put(self._loop, "_epoll", self._intake)
             with trio.CancelScope() as self._pause:
                 await trio.lowlevel.wait_readable(self._intake.fileno())
@@ -100,17 +100,6 @@ class Listener(trio.abc.Listener[trio.SocketStream]):
                 self._intake.ask_to_stop()
                 self._intake.end()
                 self._pause.cancel()
-
-
-def running_loop() -> object:
-    """Return what holds the epoll of the running loop; what is none where trio has another one.
-
-    trio has no public name for it.
-    """
-    try:
-        return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
-    except AttributeError:
-        return trio
 
 
 async def serve(

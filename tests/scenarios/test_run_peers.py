@@ -109,9 +109,9 @@ def test_node_v0_8746_a_busy_worker_fills_the_backlog_and_not_the_protector(
     more = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400, 420)]
     assert in_backlog(daemon.port) > 350
     assert len(descriptors(daemon.pid)) <= before + 1  # the one in hand
-    assert (
-        wake_ups(daemon.pid) - woken <= 1
-    )  # it may have gone to sleep; nobody looks before there is room
+    # Nobody is taken before there is room; the looks at whether a worker takes anything come twice
+    # as late each time, so that the machine's pace does not matter.
+    assert wake_ups(daemon.pid) - woken < len(more) / 2
     os.kill(pid, signal.SIGCONT)
     for number, client in enumerate(clients + more):
         assert client.hear() == f"[{pid}] line {number}, number {number + 1}"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.running import Protector, mark
 
 # A shell starts what it runs in the background with these ignored, and so does nohup; what tests
@@ -22,6 +23,12 @@ for _number, _handler in (
 ):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _programs_are_loaded() -> None:
+    """So that no test takes what starts them for something that it has left."""
+    forked.begin()
 
 
 @pytest.fixture(autouse=True)

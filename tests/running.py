@@ -23,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "tests" / "workers"
 COMMAND = (sys.executable, "-m", "socketprotector")
@@ -133,7 +135,7 @@ class Protector:
         """
         receive, send = os.pipe()
         out, out_send = os.pipe()
-        self.process = subprocess.Popen(
+        self.process = forked.popen(
             [*through, *command, "-f", *arguments],
             **{
                 "stdin": subprocess.DEVNULL,

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl.entry import main
+from tests import forked
 from tests.ctl.fake import Fake
 from tests.running import DEADLINE_S
 
-COMMAND = (sys.executable, str(Path(__file__).with_name("alone.py")))
+COMMAND = (sys.executable, forked.CTL)
 
 
 @dataclass
@@ -73,12 +74,17 @@ def ctl(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
 
 def run(*arguments: str | Path, **environment: str) -> Said:
     """Run the command as a process of its own."""
-    done = subprocess.run(
+    with forked.popen(
         [*COMMAND, *map(str, arguments)],
         env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=DEADLINE_S,
-    )
-    return Said(done.returncode, done.stdout, done.stderr)
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return Said(process.returncode, out, err)

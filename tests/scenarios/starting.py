@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from tests.running import COMMAND, DEADLINE_S, MARK, eventually, marked, wait_gone
 from tests.scenarios.tools import Client, worker
 
@@ -67,7 +68,7 @@ class Start:
             "start_new_session": True,
             **more,
         }
-        return subprocess.Popen(
+        return forked.popen(
             words,
             text=True,
             cwd=cwd or self.folder,

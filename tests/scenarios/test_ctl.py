@@ -16,6 +16,7 @@ import pytest
 
 from bench.load import Load
 from socketprotector import cli
+from tests import forked
 from tests.ctl.conftest import COMMAND, run
 from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
@@ -79,7 +80,7 @@ class Running:
     def __init__(self, *arguments: str) -> None:
         out, out_send = os.pipe()
         err, err_send = os.pipe()
-        self.process = subprocess.Popen([*COMMAND, *arguments], stdout=out_send, stderr=err_send)
+        self.process = forked.popen([*COMMAND, *arguments], stdout=out_send, stderr=err_send)
         os.close(out_send)
         os.close(err_send)
         self.out, self.err = Lines(out), Lines(err)

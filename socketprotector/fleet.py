@@ -224,8 +224,12 @@ class Fleet:
 
     @property
     def queue_is_last(self) -> bool:
-        """What waits with a draining generation has nobody else to go to, now or later."""
-        return self.stopping is Stop.GRACEFUL and self.route is None
+        """What waits with a draining generation has nobody else to go to, now or later.
+
+        Where workers accept nothing does: it would be in the backlog, which is closed by then.
+        """
+        stops = self.stopping is Stop.GRACEFUL and self.route is None
+        return stops and not self.policy.workers_accept
 
     def with_generation(self, changed: Generation) -> Fleet:
         """Put a changed generation in the place of the one with its number."""

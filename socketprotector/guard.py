@@ -53,6 +53,8 @@ _PASSED_ON = (
     signal.SIGTTOU,
 )
 _STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+#: A worker's process, in the store.
+_WORKER, _PROCESS = "sp.worker.", ".process"
 _MESSAGE_BYTES = 4096
 #: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -78,6 +80,7 @@ class Guard:
         self.accepted = False  # this protector has said READY
         self.first = True  # this protector is
         self.verdict: int | None = None  # the exit status it said it will have
+        self.finish = 0  # the signal that has workers finish who accept themselves
         self.wait_s = 0.0
         self.due: float | None = None  # when to start the next one
         self.pending: list[int] = []  # signals for the next one
@@ -168,7 +171,8 @@ class Guard:
             self.give_up(f"{how} before it ever accepted", code or FAILED)
         stops = any(number in _STOPS for number in self.passed_on)
         if stops and code >= 0 and not self.began:
-            # Workers finish what they have when the last end of their channel is closed.
+            # Workers finish what they have when the last end of their channel is closed; those
+            # that accept are told.
             self.give_up(f"{how} when it was to stop", code or FAILED)
         self.pending += self.passed_on
         self.first = False
@@ -224,6 +228,8 @@ class Guard:
         if said.get("READY") == "1":
             self.accepted = True
             self.wait_s = 0.0
+        if "X_FINISH" in said:
+            self.finish = int(said["X_FINISH"])
         if "EXIT_STATUS" in said:
             self.verdict = int(said["EXIT_STATUS"])
 
@@ -232,8 +238,14 @@ class Guard:
             os.close(self.store.pop(name))
 
     def give_up(self, why: str, status: int) -> None:
-        """Leave nothing behind that says we are here, and exit."""
+        """Leave nothing behind that says we are here, have workers finish, and exit."""
         self.log("guard-gives-up", protector=why)
+        for name, fd in self.store.items():
+            if self.finish and name.startswith(_WORKER) and name.endswith(_PROCESS):
+                try:
+                    signal.pidfd_send_signal(fd, self.finish)
+                except OSError:
+                    pass  # it has ended, or has become another user's
         try:
             lock = os.fstat(self.store.get(PID_FILE, -1))
             if os.path.samestat(os.lstat(self.pid_file), lock):

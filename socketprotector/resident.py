@@ -237,7 +237,10 @@ class _Resident:
             supervisor.launch()
         else:
             supervisor.adopt(snapshot, self.descriptors)
-        self.guard.send("X_BEGAN=1")  # signals are taken from here on
+        # Signals are taken from here on; and by which of them workers finish, should none of us
+        # be there to say so.
+        accept = self.settings.handoff == handoff.LISTENER
+        self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
         self.watcher.start(self.descriptors)
         status = supervisor.run()
         self.watcher.close()

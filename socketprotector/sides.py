@@ -186,8 +186,10 @@ class Sides:
             self._unheard = None
             parting.began, parting.looks = now, 0
         if self._unheard is None:
-            self._unheard = self._ask()  # and whoever has come to the other side just now
-        elif self._unheard and (still := self._ask()) is not None:
+            # And whoever has come to the other side just now: not if he waits there, for then it
+            # is others who let him wait.
+            self._unheard = self._ask(accepted=not waiting)
+        elif self._unheard and (still := self._ask(accepted=not waiting)) is not None:
             self._unheard = {who: still[who] for who in self._unheard if who in still}
         parting.looks += 1
         parting.quiet_looks += 1
@@ -207,8 +209,10 @@ class Sides:
         delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
         self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
 
-    def _ask(self) -> dict[tuple[int, bytes], bool] | None:
+    def _ask(self, *, accepted: bool) -> dict[tuple[int, bytes], bool] | None:
         """Return who has not been heard at any address; nobody where the kernel does not tell.
+
+        accepted: without those who are still to be accepted.
 
         None where it could not be asked just now.
         """
@@ -216,7 +220,8 @@ class Sides:
         found: dict[tuple[int, bytes], bool] = {}
         for each in self._pairs:
             try:
-                known = unheard(each.socket.family, each.socket.getsockname()[1])
+                port = each.socket.getsockname()[1]
+                known = unheard(each.socket.family, port, accepted=accepted)
             except OSError as error:
                 if error.errno in SCARCE:
                     return None

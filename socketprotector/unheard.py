@@ -37,16 +37,18 @@ _NO_COOKIE = b"\xff" * 8
 _ANSWER_BYTES = 65_536
 
 
-def unheard(family: int, port: int) -> dict[bytes, bool]:
+def unheard(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
     """Return the clients of a port that nobody has heard, by their own port and address.
 
     Each with whether it has connected and says nothing, so that it may go on like that.
+
+    accepted: without those who wait for somebody to accept them.
 
     family: AF_INET, or AF_INET6 with IPv4 in it where the socket takes both.  Raises OSError
     where it cannot be asked.
     """
     found: dict[bytes, bool] = {}
-    _ask(family, port, _STATES, 1 << _INFO - 1, lambda data: _take(data, found))
+    _ask(family, port, _STATES, 1 << _INFO - 1, lambda data: _take(data, found, accepted))
     return found
 
 
@@ -106,15 +108,15 @@ def _take_listening(data: bytes, found: dict[int, int]) -> bool:
     return bool(data)
 
 
-def _take(data: bytes, found: dict[bytes, bool]) -> bool:
+def _take(data: bytes, found: dict[bytes, bool], accepted: bool) -> bool:
     """Read one answer; False after the last."""
     for body, end in _messages(data):
         if not body:
             return False
-        _, state, _, _, _, port, _, address, _, _, _, unread, *_ = _TOLD.unpack_from(data, body)
+        _, state, _, _, _, port, _, address, *_, unread, _, _, inode = _TOLD.unpack_from(data, body)
         if state == _SYN_RECV:
             found[port + address] = False
-        else:
+        elif inode or not accepted:  # it has one from the moment at which it is accepted
             received = _bytes_received(data, body + _TOLD.size, end)
             if received is not None and received <= unread:
                 found[port + address] = not unread

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import forked
-from tests.running import Protector, mark
+from tests.running import LISTENER, Protector, mark
 
 # A shell starts what it runs in the background with these ignored, and so does nohup; what tests
 # start would inherit that.
@@ -48,14 +48,26 @@ def marked_environment() -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
+def handoff(request: pytest.FixtureRequest) -> str:
+    """How connections come to workers in this test; EITHER_HANDOFF runs it each way."""
+    return str(getattr(request, "param", "connection"))
+
+
+@pytest.fixture
+def handed_over(handoff: str) -> tuple[str, ...]:
+    """The options for that: whatever starts a protector here puts them in front of a test's own."""
+    return LISTENER if handoff == "listener" else ()
+
+
+@pytest.fixture
 def protector(
-    marked_environment: dict[str, str], request: pytest.FixtureRequest
+    marked_environment: dict[str, str], handed_over: tuple[str, ...]
 ) -> Iterator[Callable[..., Protector]]:
     """Start the real command in the foreground: protector("127.0.0.1:0", "--", *command)."""
     started: list[Protector] = []
 
     def start(*arguments: str | Path, **environment: str) -> Protector:
-        words = [str(each) for each in arguments]
+        words = [*handed_over, *(str(each) for each in arguments)]
         started.append(Protector(words, {**marked_environment, **environment}))
         return started[-1]
 

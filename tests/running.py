@@ -28,6 +28,8 @@ from tests import forked
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "tests" / "workers"
 COMMAND = (sys.executable, "-m", "socketprotector")
+#: Options with which workers accept; those that are built on tests/workers/plain.py do either.
+LISTENER = ("--handoff", "listener", "--ready", "notify")
 DEADLINE_S = 30.0
 #: In the environment of whatever a test starts, so that what it leaves behind is found.  Not
 #: SOCKETPROTECTOR_*, which never reaches a worker.

@@ -37,6 +37,7 @@ class World:
         self.now = 1000.0
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         self.unheard: dict[bytes, bool] = {}  # and whether he is silent
+        self.unaccepted: set[bytes] = set()  # of those
         self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
         self.always = os.eventfd(1)  # ends each turn of the loop
@@ -71,10 +72,11 @@ class World:
             lost=lambda listener, why: self.lost.append(listener),
         )
 
-    def ask(self, family: int, port: int) -> dict[bytes, bool]:
+    def ask(self, family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
         self.asked += 1
         self.now += self.asking_s
-        return dict(self.unheard)
+        left_out = self.unaccepted if accepted else set()
+        return {who: silent for who, silent in self.unheard.items() if who not in left_out}
 
     def strand(self) -> None:
         self.stranded += 1
@@ -177,7 +179,7 @@ def test_where_nobody_is_to_accept_for_a_while_one_parts_from_who_comes_then(wor
 def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(family: int, port: int) -> dict[bytes, bool]:
+    def fails(family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
     reloaded.unheard = {b"slow": False}
@@ -218,6 +220,22 @@ def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> 
     assert reloaded.parted == []
 
     reloaded.pass_time(0.4)
+
+    assert reloaded.parted == [1]
+
+
+def test_who_waits_for_others_to_accept_him_holds_nobody_up(reloaded: World) -> None:
+    """As where the next one's workers crash again and again, and another reload is to help."""
+    reloaded.connect()  # to the one that parts
+    reloaded.unheard = {b"his": False, b"theirs": False}
+    reloaded.unaccepted = {b"his", b"theirs"}
+    supersede(reloaded)
+    reloaded.pass_time(2 * QUIET_S)
+    assert reloaded.parted == []
+
+    reloaded.accept(0)
+    del reloaded.unheard[b"his"]
+    reloaded.pass_time(QUIET_S + 0.3)
 
     assert reloaded.parted == [1]
 
@@ -402,7 +420,7 @@ def test_until_the_kernel_is_told_the_old_one_goes_on(
 def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: object) -> dict[bytes, bool]:
+    def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
     monkeypatch.setattr(module, "unheard", fails)

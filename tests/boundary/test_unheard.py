@@ -84,6 +84,24 @@ def test_one_who_says_nothing_is_silent_until_he_speaks(
         assert known(listener) == {}
 
 
+def test_those_who_are_still_to_be_accepted_may_be_left_out(first: socket.socket) -> None:
+    family, port = first.family, port_of(first)
+    with (
+        socket.create_connection(first.getsockname()) as one,
+        socket.create_connection(first.getsockname()) as another,
+    ):
+        one.sendall(b"words")
+        eventually(lambda: known(first)[port_of(one)] is False, "his words")
+        assert unheard(family, port, accepted=True) == {}
+
+        with first.accept()[0]:
+            assert [*unheard(family, port, accepted=True).values()] == [False]
+            with first.accept()[0]:
+                found = unheard(family, port, accepted=True)
+                assert found == unheard(family, port)
+                assert {*known(first)} == {port_of(one), port_of(another)}
+
+
 def test_one_who_only_hangs_up_is_known_until_that_is_read(first: socket.socket) -> None:
     with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
         client.shutdown(socket.SHUT_WR)

@@ -137,6 +137,22 @@ def test_in_a_crash_loop_a_stop_spawns_one_worker_at_once_for_what_may_wait(
     ]
 
 
+def test_in_a_crash_loop_of_workers_that_accept_a_stop_spawns_none_for_closed_listeners(
+    story: Story,
+) -> None:
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)), StopRequested())
+
+    assert story.when(BacklogEmptied()) == [
+        RouteTo(None),
+        Drain(1),
+        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        Release(1),
+        CancelTimer(Deadline(Wait.STOP)),
+        Exit(0),
+    ]
+
+
 def test_a_stop_does_not_wait_for_a_crashing_place_beside_a_living_worker(story: Story) -> None:
     story.given_serving(workers=2)
     story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 3, 4)), StopRequested())

@@ -149,6 +149,8 @@ class World:
                 assert worker not in self.spawned, "a worker's number is never used twice"
                 self.spawned |= {worker}
                 assert number in self.channels, "spawned into a generation that is not open"
+                closed = self.listeners == "closed" and self.fleet.policy.workers_accept
+                assert not closed, "spawned to accept where nothing listens any more"
                 others = [
                     p.slot
                     for other, p in self.processes.items()

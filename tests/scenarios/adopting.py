@@ -94,9 +94,13 @@ def served(load: Load, more: int = 20) -> Snapshot:
 class Installation:
     """Releases of the protector; `current` leads to one, as a deploy leaves it."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], options: tuple[str, ...] = ()
+    ) -> None:
+        """options: in front of those that a protector is started with."""
         self.folder = folder
         self.environment = environment
+        self.options = options
         self.started: list[Protector] = []
         self.add("one")
         self.switch("one")
@@ -140,7 +144,7 @@ class Installation:
         new.rename(self.folder / "current")
 
     def start(self, *arguments: str | Path, **more: Any) -> Protector:
-        words = [str(each) for each in arguments]
+        words = [*self.options, *(str(each) for each in arguments)]
         daemon = Protector(words, self.environment, command=self.command, **more)
         self.started.append(daemon)
         return daemon

@@ -15,9 +15,11 @@ from tests.scenarios.starting import Start
 
 
 @pytest.fixture
-def start(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Start]:
+def start(
+    tmp_path: Path, marked_environment: dict[str, str], handed_over: tuple[str, ...]
+) -> Iterator[Start]:
     """Run the command detached, in a folder of its own; its end is seen to."""
-    starter = Start(tmp_path, marked_environment)
+    starter = Start(tmp_path, marked_environment, handed_over)
     yield starter
     starter.end()
     print(f"--- {starter.log_file} ---\n{starter.log}")
@@ -25,10 +27,13 @@ def start(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Start]
 
 @pytest.fixture
 def installation(
-    tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str]
+    tmp_path_factory: pytest.TempPathFactory,
+    marked_environment: dict[str, str],
+    handed_over: tuple[str, ...],
 ) -> Iterator[Installation]:
     """Releases of the protector itself, in folders of their own behind a symlink."""
-    made = Installation(tmp_path_factory.mktemp("installation"), marked_environment)
+    folder = tmp_path_factory.mktemp("installation")
+    made = Installation(folder, marked_environment, handed_over)
     yield made
     made.end()
 

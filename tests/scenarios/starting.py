@@ -44,8 +44,12 @@ class Ended:
 class Start:
     """Runs the command to its end, which is when the first generation serves or has failed."""
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], options: tuple[str, ...] = ()
+    ) -> None:
+        """options: in front of those that the command is given."""
         self.folder = folder
+        self.options = options
         self.environment = {**os.environ, **environment}
         self.pid_file = folder / "pid"
         self.log_file = folder / "log"
@@ -60,7 +64,7 @@ class Start:
         **more: Any,
     ) -> Popen:
         """Start the launching process.  `before` are words in front of it, like setpriv."""
-        words = [*before, *command, *(str(each) for each in arguments)]
+        words = [*before, *command, *self.options, *(str(each) for each in arguments)]
         given = {
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,

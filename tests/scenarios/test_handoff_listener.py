@@ -15,11 +15,10 @@ import pytest
 
 from bench.load import Load
 from tests.rounds import rounds
-from tests.running import Protector, ask, eventually, parent_of, wait_gone
+from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
-    protector_pid,
     revived,
     served,
     upgrade,
@@ -509,21 +508,6 @@ def test_another_signal_may_tell_it_to_finish(served_by: Starter) -> None:
     assert daemon.log.count("signal=QUIT") == 2
 
 
-def test_a_release_that_does_not_start_leaves_the_old_one(
-    served_by: Starter, tmp_path: Path
-) -> None:
-    release = Release(tmp_path / "server")
-    release.becomes(*SERVER)
-    daemon = served_by(*FAST, command=(str(release.path),))
-    release.becomes("/bin/sh", "-c", "echo broken >&2; exit 3")
-
-    mark = daemon.signal(signal.SIGHUP)
-    line = daemon.log.wait_for("event=reload-failed", after=mark)
-
-    assert "exited with status 3 before it was ready" in line
-    assert pid_in(ask(here(daemon))) == spawned(daemon)[0]
-
-
 def test_who_connects_while_no_worker_lives_is_served_by_the_next(
     served_by: Starter, tmp_path: Path
 ) -> None:
@@ -625,39 +609,6 @@ def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, n
 
 
 # -- who survives what ----------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_the_protector_loses_no_connection(
-    protector: Starter, tmp_path: Path
-) -> None:
-    """Not even the one that it would otherwise have in hand."""
-    daemon = protector("--guard", *MODE, *FAST, "127.0.0.1:0", "--", *SERVER).ready()
-
-    with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for _ in range(rounds(5, 40)):
-            revived(daemon, kill_protector(daemon))
-            served(load)
-        mark = daemon.signal(signal.SIGHUP)
-        daemon.log.wait_for("event=reloaded", after=mark)
-        served(load)
-
-    assert not load.snapshot().failures
-    assert wait_gone(spawned(daemon, 1)) == []
-    assert parent_of(spawned(daemon, 2)[0]) == protector_pid(daemon)
-    daemon.stop()
-
-
-def test_an_upgrade_goes_on_with_workers_and_listeners(served_by: Starter) -> None:
-    daemon = served_by(*FAST)
-    old = spawned(daemon)[0]
-
-    assert "event=adopted" in upgrade(daemon)
-    assert pid_in(ask(here(daemon))) == old
-    daemon.reload()
-
-    assert wait_gone([old]) == []
-    assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
 
 
 @pytest.mark.parametrize("how", ["ack", "9"])

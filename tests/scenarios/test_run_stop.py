@@ -11,14 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.running import Protector, eventually, wait_gone
-from tests.scenarios.tools import Client, hold, in_backlog, pid_in, spawned, worker
+from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, in_backlog, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 TERM = signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
-def test_a_graceful_stop_finishes_what_is_served(number: signal.Signals, protector: Start) -> None:
+@EITHER_HANDOFF
+def test_a_graceful_stop_finishes_what_is_served(
+    number: signal.Signals, protector: Start, handoff: str
+) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     with Client(("127.0.0.1", daemon.port)) as client:
         client.ask()
@@ -30,7 +33,7 @@ def test_a_graceful_stop_finishes_what_is_served(number: signal.Signals, protect
         eventually(lambda: refused(daemon.port), "refused connections")
         assert client.ask("still") == f"[{spawned(daemon)[0]}] still"
     assert daemon.wait() == 0
-    assert daemon.log.count("event=signalled") == 0
+    assert daemon.log.count("event=signalled") == (0 if handoff == "connection" else 1)
 
 
 def refused(port: int) -> bool:
@@ -55,6 +58,7 @@ def test_term_answers_200_connections_that_wait_in_the_backlog(protector: Start)
     assert daemon.wait() == 0
 
 
+@EITHER_HANDOFF
 def test_term_answers_what_waits_in_the_backlog_of_a_unix_socket(
     protector: Start, tmp_path: Path
 ) -> None:
@@ -75,6 +79,7 @@ def test_term_answers_what_waits_in_the_backlog_of_a_unix_socket(
     assert not os.path.lexists(path)
 
 
+@EITHER_HANDOFF
 def test_term_with_several_full_listeners_loses_nothing(protector: Start, tmp_path: Path) -> None:
     """Each listener in turn finds the channel full while a connection is in hand already."""
     path = str(tmp_path / "socket")
@@ -97,6 +102,7 @@ def test_term_with_several_full_listeners_loses_nothing(protector: Start, tmp_pa
     assert "lost=" not in daemon.log.text()
 
 
+@EITHER_HANDOFF
 def test_a_worker_killed_during_a_graceful_stop_is_replaced_for_what_it_had_not_taken(
     protector: Start,
 ) -> None:
@@ -116,6 +122,7 @@ def test_a_worker_killed_during_a_graceful_stop_is_replaced_for_what_it_had_not_
     assert daemon.wait() == 0
 
 
+@EITHER_HANDOFF
 def test_stop_timeout_ends_with_term_then_kill(protector: Start) -> None:
     limits = ("--stop-timeout", "0.3s", "--kill-timeout", "0.3s")
     daemon = protector(*limits, "127.0.0.1:0", "--", *worker("ignores_sigterm")).ready()
@@ -127,27 +134,35 @@ def test_stop_timeout_ends_with_term_then_kill(protector: Start) -> None:
     assert said.index("signal=TERM") < said.index("signal=KILL") < said.index("SIGKILL")
 
 
+@EITHER_HANDOFF
 def test_a_second_term_is_quick(protector: Start) -> None:
-    daemon = protector("127.0.0.1:0", "--", *worker("ignores_end_of_file")).ready()
-    mark = daemon.signal(TERM)
-    daemon.log.wait_for("event=stopping", after=mark)
-    assert daemon.log.count("event=signalled") == 0
+    limit = ("--kill-timeout", "0.3s")
+    daemon = protector(*limit, "127.0.0.1:0", "--", *worker("many")).ready()
+    with Client(("127.0.0.1", daemon.port)) as client:
+        client.ask()
+        mark = daemon.signal(TERM)
+        daemon.log.wait_for("event=stopping", after=mark)
+        eventually(lambda: refused(daemon.port), "refused connections")
+        assert client.ask() == f"[{spawned(daemon)[0]}] hello"
 
-    daemon.signal(TERM)
+        daemon.signal(TERM)
 
-    assert daemon.wait() == 0
-    assert daemon.log.count('how="was killed by SIGTERM"') == 1
+        assert daemon.wait() == 0
+    assert daemon.log.count('how="was killed by SIGKILL"') == 1
 
 
-def test_int_is_quick(protector: Start) -> None:
+@EITHER_HANDOFF
+def test_int_is_quick(protector: Start, handoff: str) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("ignores_end_of_file")).ready()
 
     daemon.signal(signal.SIGINT)
 
     assert daemon.wait() == 0
-    assert daemon.log.count("event=signalled worker=1 signal=TERM") == 1
+    sent = 1 if handoff == "connection" else 2  # --drain-signal first, which is TERM here
+    assert daemon.log.count("event=signalled worker=1 signal=TERM") == sent
 
 
+@EITHER_HANDOFF
 def test_int_ends_the_draining_generations_too(protector: Start) -> None:
     daemon = protector("--kill-timeout", "0.3s", "127.0.0.1:0", "--", *worker("many")).ready()
     clients = []
@@ -164,6 +179,7 @@ def test_int_ends_the_draining_generations_too(protector: Start) -> None:
         client.close()
 
 
+@EITHER_HANDOFF
 def test_term_while_the_first_worker_starts(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("never_ready"))
     daemon.log.wait_for("event=spawned")
@@ -174,6 +190,7 @@ def test_term_while_the_first_worker_starts(protector: Start) -> None:
     assert wait_gone(spawned(daemon)) == []
 
 
+@EITHER_HANDOFF
 def test_term_while_every_worker_is_dead(protector: Start, tmp_path: Path) -> None:
     copy = tmp_path / "worker"
     copy.write_text(f"#!/bin/sh\nexec {' '.join(worker('many'))}\n")
@@ -188,6 +205,7 @@ def test_term_while_every_worker_is_dead(protector: Start, tmp_path: Path) -> No
     assert daemon.wait() == 0
 
 
+@EITHER_HANDOFF
 def test_hup_while_stopping_is_refused(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     with Client(("127.0.0.1", daemon.port)) as client:

@@ -40,7 +40,11 @@ os.execvp(sys.argv[2], sys.argv[2:])
 class Service:
     """One unit: its notify socket, its descriptor store, and its main process."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, environment: dict[str, str], options: tuple[str, ...] = ()
+    ) -> None:
+        """options: in front of those that the command is given."""
+        self.options = options
         self.address = str(folder / "notify")
         self.pid_file = folder / "pid"
         self.environment = environment
@@ -83,7 +87,7 @@ class Service:
         python = COMMAND[0]
         self.started.append(
             Protector(
-                ["--pid-file", str(self.pid_file), *(str(word) for word in words)],
+                ["--pid-file", str(self.pid_file), *self.options, *(str(word) for word in words)],
                 environment,
                 through=(python, "-c", PASS_ON, str(len(names))),
                 pass_fds=high,
@@ -162,8 +166,10 @@ class Service:
 
 
 @pytest.fixture
-def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Service]:
-    made = Service(tmp_path, marked_environment)
+def service(
+    tmp_path: Path, marked_environment: dict[str, str], handed_over: tuple[str, ...]
+) -> Iterator[Service]:
+    made = Service(tmp_path, marked_environment, handed_over)
     yield made
     made.close()
 

@@ -26,6 +26,7 @@ from tests.scenarios.adopting import (
 )
 from tests.scenarios.test_systemd import Manager
 from tests.scenarios.tools import (
+    EITHER_HANDOFF,
     Client,
     Gate,
     Release,
@@ -47,15 +48,16 @@ def upgraded(daemon: Protector) -> None:
 
 
 @pytest.mark.slow
+@EITHER_HANDOFF
 def test_upgrades_and_reloads_under_load_lose_nothing_at_all(
-    protector: Starter, tmp_path: Path
+    protector: Starter, tmp_path: Path, handoff: str
 ) -> None:
     pid_file = tmp_path / "pid"
     daemon = protector("--pid-file", pid_file, "--workers", "2", "127.0.0.1:0", "--", *MANY).ready()
     descriptors, before = kinds_at_rest(daemon), pid_file.stat()
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
-        for number in range(ROUNDS):
+        for number in range(ROUNDS if handoff == "connection" else rounds(2, 50)):
             upgraded(daemon)
             if number % 4 == 0:
                 daemon.reload()
@@ -73,6 +75,7 @@ def test_upgrades_and_reloads_under_load_lose_nothing_at_all(
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_the_workers_stay_and_what_they_hold_with_them(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     with Client(("127.0.0.1", daemon.port)) as held:
@@ -238,6 +241,7 @@ def test_a_program_removed_after_it_said_yes_leaves_all_as_it_was(
 # --- in every phase -----------------------------------------------------------------
 
 
+@EITHER_HANDOFF
 def test_during_a_reload_the_new_generation_still_takes_over(
     protector: Starter, tmp_path: Path
 ) -> None:
@@ -257,6 +261,7 @@ def test_during_a_reload_the_new_generation_still_takes_over(
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_during_a_drain_the_connections_go_on_and_the_old_generation_ends(
     protector: Starter,
 ) -> None:
@@ -270,22 +275,26 @@ def test_during_a_drain_the_connections_go_on_and_the_old_generation_ends(
     daemon.stop()
 
 
-def test_a_drain_limit_goes_on_and_no_second_term_is_sent(protector: Starter) -> None:
+@EITHER_HANDOFF
+def test_a_drain_limit_goes_on_and_no_second_term_is_sent(protector: Starter, handoff: str) -> None:
+    sent = 1 if handoff == "connection" else 2  # the first one has it finish
     daemon = protector(
         "--drain-timeout", "0.1s", "--kill-timeout", "1h", "127.0.0.1:0", "--", *MANY
     ).ready()
     with Client(("127.0.0.1", daemon.port)) as held:
         held.ask()
         daemon.reload()
-        daemon.log.wait_for("event=signalled worker=1 signal=TERM")
+        signals = "event=signalled worker=1 signal=TERM"
+        eventually(lambda: daemon.log.count(signals) == sent, "the limit")
         upgraded(daemon)
         at_rest(daemon)
-        assert daemon.log.count("event=signalled worker=1") == 1
+        assert daemon.log.count("event=signalled worker=1") == sent
         assert held.ask()
     daemon.log.wait_for("event=exited generation=1")
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_while_it_settles_the_old_generation_can_still_take_over_again(
     protector: Starter,
 ) -> None:
@@ -302,6 +311,7 @@ def test_while_it_settles_the_old_generation_can_still_take_over_again(
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path: Path) -> None:
     release = Release(tmp_path / "daemon")
     release.becomes(*MANY)
@@ -316,6 +326,7 @@ def test_in_a_back_off_the_next_worker_still_comes(protector: Starter, tmp_path:
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_during_a_stop_it_stops(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     with Client(("127.0.0.1", daemon.port)) as held:
@@ -331,11 +342,14 @@ def test_during_a_stop_it_stops(protector: Starter) -> None:
 
 
 @pytest.mark.slow
-def test_signals_during_an_upgrade_are_not_lost_and_kill_nothing(protector: Starter) -> None:
+@EITHER_HANDOFF
+def test_signals_during_an_upgrade_are_not_lost_and_kill_nothing(
+    protector: Starter, handoff: str
+) -> None:
     chance = Chance()
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()
     with Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load:
-        for number in range(ROUNDS // 2):
+        for number in range(ROUNDS // 2 if handoff == "connection" else rounds(2, 25)):
             mark = daemon.signal(signal.SIGUSR2)
             daemon.log.wait_for("event=upgrading", after=mark)
             chance.moment(0.02)  # the exec is under way
@@ -349,6 +363,7 @@ def test_signals_during_an_upgrade_are_not_lost_and_kill_nothing(protector: Star
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) -> None:
     chance = Chance()
     daemon = protector("127.0.0.1:0", "--", *MANY).ready()

@@ -9,9 +9,13 @@ import socket
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.running import DEADLINE_S, WORKERS, Protector, eventually
 
 Address = tuple[str, int] | str
+#: The promise holds for workers that are handed connections and for those that accept.
+EITHER_HANDOFF = pytest.mark.parametrize("handoff", ["connection", "listener"], indirect=True)
 
 
 def worker(name: str, *arguments: str | Path) -> tuple[str, ...]:

@@ -498,10 +498,10 @@ class Kernel:
         self.enter("sock_diag")
         return self.addresses["h", port].order()
 
-    def unheard(self, family: int, port: int) -> dict[bytes, bool]:
+    def unheard(self, family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
         """In the place of unheard.unheard()."""
         self.enter("sock_diag")
-        return self.addresses["h", port].unheard()
+        return self.addresses["h", port].unheard(accepted)
 
     @contextmanager
     def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:

@@ -73,12 +73,13 @@ class Address:
         """What sock_diag tells of those that listen: inode -> how they were shut down."""
         return {each.inode: each.mask for each in self.listening}
 
-    def unheard(self) -> dict[bytes, bool]:
+    def unheard(self, accepted: bool) -> dict[bytes, bool]:
         """What sock_diag tells of clients whom nobody has heard -> whether they are silent."""
+        left_out = [each for one in self.listening for each in one.backlog] if accepted else []
         return {
             b"%d" % each.number: not each.said and each.established
             for each in self.clients.values()
-            if not each.heard
+            if not each.heard and each not in left_out
         }
 
 

@@ -10,13 +10,14 @@ import signal
 import socket
 import sys
 
-from plain import CHANNEL, say, take
+from plain import SOURCES, say, take
 
 wake, wake_send = os.pipe2(os.O_NONBLOCK)
 signal.set_wakeup_fd(wake_send)
 signal.signal(signal.SIGTERM, lambda *_: None)
 poll = select.epoll()
-poll.register(CHANNEL, select.EPOLLIN)
+for each in SOURCES:
+    poll.register(each, select.EPOLLIN)
 poll.register(wake, select.EPOLLIN)
 clients: dict[int, socket.socket] = {}
 taking = True
@@ -26,7 +27,8 @@ def stop_taking() -> None:
     global taking
     if taking:
         taking = False
-        poll.unregister(CHANNEL)
+        for each in SOURCES:
+            poll.unregister(each)
 
 
 if "--silent" not in sys.argv:

@@ -1,10 +1,25 @@
-"""What the workers here that use no client library have in common: a few lines of the protocol."""
+"""What the workers here that use no client library have in common: a few lines of the protocol.
+
+Those that take connections do so either way: from the channel, or where there is none
+(`--handoff listener`) from the listening sockets themselves, until TERM.
+"""
 
 import os
+import select
+import signal
 import socket
 import sys
 
-CHANNEL = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
+if "SOCKETPROTECTOR_CHANNEL" in os.environ:
+    CHANNEL = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
+    LISTENERS = []
+else:
+    LISTENERS = [socket.socket(fileno=3 + n) for n in range(int(os.environ["LISTEN_FDS"]))]
+    for each in LISTENERS:
+        os.set_blocking(each.fileno(), False)  # others accept there, too, and may be faster
+#: Where connections come from.
+SOURCES = LISTENERS or [CHANNEL]
+_told: list[int] = []  # a pipe that says that TERM has come
 
 
 def say(message: bytes) -> None:
@@ -14,11 +29,41 @@ def say(message: bytes) -> None:
 
 
 def take(flags: int = 0) -> tuple[bytes, socket.socket] | None:
-    """Wait for a connection and return (header, socket); None at end of file."""
+    """Wait for a connection and return (header, socket); None when there is to be no more."""
+    if LISTENERS:
+        return _accept() if flags & socket.MSG_DONTWAIT else _wait_and_accept()
     header, control, _, _ = CHANNEL.recvmsg(16, socket.CMSG_LEN(4), flags)
     if not header:
         return None
     return header, socket.socket(fileno=int.from_bytes(control[0][2], sys.byteorder))
+
+
+def _accept() -> tuple[bytes, socket.socket]:
+    for place, each in enumerate(LISTENERS):
+        try:
+            client, _ = each.accept()
+        except BlockingIOError:
+            continue
+        return bytes((0, 0, place & 255, place >> 8)).ljust(16, b"\0"), client
+    raise BlockingIOError
+
+
+def _wait_and_accept() -> tuple[bytes, socket.socket] | None:
+    if not _told:
+        _told.extend(os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
+        signal.set_wakeup_fd(_told[1])
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: None)
+    poll = select.poll()
+    poll.register(_told[0], select.POLLIN)
+    for source in LISTENERS:
+        poll.register(source, select.POLLIN)
+    while _told[0] not in [fd for fd, _ in poll.poll()]:
+        try:
+            return _accept()
+        except BlockingIOError:
+            continue
+    return None
 
 
 def answer(client: socket.socket) -> None:

@@ -11,13 +11,22 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.figures import Figure, Scale, alternately, ratio
-from bench.processes import CannotMeasure, Started, ask, built, cpu_ns, free_port, protector
-from bench.rows import Seen, column, load, middle_of, nothing_failed
+from bench.processes import (
+    CannotMeasure,
+    Started,
+    ask,
+    built,
+    cpu_ns,
+    descendants,
+    free_port,
+    protector,
+)
+from bench.rows import column, load, middle_of, nothing_failed
 from bench.survive_rows import guarded
 
 COUNTS = (2, 32, 128, 600)
@@ -219,15 +228,14 @@ def workers(scale: Scale) -> list[Figure]:
 @contextmanager
 def _within(pid: int, quota_us: int) -> Iterator[None]:
     """Have a process and its children in a cgroup with so much time of each 100 ms."""
-    group = CPU / f"bench-{os.getpid()}"
+    group = CPU / f"bench-{pid}"
     try:
         group.mkdir()
         (group / "cpu.cfs_quota_us").write_text(str(quota_us))
     except OSError as error:
         raise CannotMeasure(f"no cgroup with a quota: {error}") from error
-    pids = [pid, *(int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
     try:
-        for each in pids:
+        for each in (pid, *descendants(pid)):
             (group / "cgroup.procs").write_text(str(each))
         yield
     finally:
@@ -236,19 +244,26 @@ def _within(pid: int, quota_us: int) -> Iterator[None]:
         group.rmdir()
 
 
-def _busy_poll(
-    scale: Scale, title: str, around: Callable[[Started], AbstractContextManager[None]]
-) -> Figure:
-    """Compare the rate of one client at a time by default with that of --busy-poll 0."""
-    with protector() as polls, protector("library", "--busy-poll", "0") as sleeps:
-
-        def run(started: Started) -> Seen:
-            with around(started):
-                return load(started, 1, scale(3, 0.5))
-
-        asks, rests = alternately(scale.rounds(7), lambda: run(polls), lambda: run(sleeps))
+def _busy_poll(scale: Scale, title: str, quota_us: int = 0, hogs: bool = False) -> Figure:
+    """Compare one client at a time by default with --busy-poll 0, in many short pairs."""
+    with ExitStack() as stack:
+        both = [protector(), protector("library", "--busy-poll", "0")]
+        for each in both:
+            stack.enter_context(each)
+            if quota_us:
+                stack.enter_context(_within(each.pid, quota_us))
+        if hogs:
+            stack.enter_context(_hogs())
+        for each in both:  # for longer than it takes until a quota is looked at anew
+            load(each, 1, 3)
+        asks, rests = alternately(
+            scale.rounds(25, 3),
+            lambda: load(both[0], 1, scale(2, 1)),
+            lambda: load(both[1], 1, scale(2, 1)),
+        )
     nothing_failed(asks + rests)
     middle, words = ratio(column(asks, "per_second"), column(rests, "per_second"))
+    _, p99 = ratio(column(asks, "p99_us"), column(rests, "p99_us"))
     return Figure(
         f"{title}: connections/s one by one, by default / --busy-poll 0",
         words,
@@ -256,15 +271,18 @@ def _busy_poll(
         "",
         middle >= 0.97,
         [
-            f"p99 {middle_of(asks, 'p99_us'):.0f} us against {middle_of(rests, 'p99_us'):.0f}; "
-            f"longest {middle_of(asks, 'max_us') / 1e3:.1f} ms against "
+            f"{middle_of(asks, 'per_second'):,.0f}/s against {middle_of(rests, 'per_second'):,.0f}",
+            f"p99 {middle_of(asks, 'p99_us'):.0f} us against {middle_of(rests, 'p99_us'):.0f}: {p99}",
+            f"longest, its median: {middle_of(asks, 'max_us') / 1e3:.1f} ms against "
             f"{middle_of(rests, 'max_us') / 1e3:.1f}",
+            f"the protector's CPU: {middle_of(asks, 'parent_us'):.1f} us a connection against "
+            f"{middle_of(rests, 'parent_us'):.1f}",
         ],
     )
 
 
 @contextmanager
-def _hogs(_: Started) -> Iterator[None]:
+def _hogs() -> Iterator[None]:
     """Have each core burnt by somebody else."""
     cores = sorted(os.sched_getaffinity(0))
     burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
@@ -280,6 +298,6 @@ def _hogs(_: Started) -> Iterator[None]:
 def quota(scale: Scale) -> list[Figure]:
     """What it costs to await the next connection awake where there is no time for it."""
     return [
-        _busy_poll(scale, "half a CPU", lambda started: _within(started.pid, 50_000)),
-        _busy_poll(scale, "a hog on each core", _hogs),
+        _busy_poll(scale, "half a CPU", quota_us=50_000),
+        _busy_poll(scale, "a hog on each core", hogs=True),
     ]

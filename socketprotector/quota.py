@@ -22,23 +22,30 @@ def scheduler() -> int | None:
 
 
 class Quota:
-    """The files that say it, found once; what they say may change at any time."""
+    """The files that say it; what they say may change at any time, and our cgroup, too."""
 
     def __init__(self, proc: str = "/proc/self") -> None:
         """proc: where this process tells of its cgroups and mounts.
 
         Nothing is found where that cannot be read: then there is no quota as far as we know.
         """
+        self._proc = proc
+        self._groups = ""  # in which the files below were found
         self._new: list[str] = []  # cpu.max
         self._old: list[str] = []  # folders with cpu.cfs_quota_us
+
+    def _find(self) -> None:
+        """Find the files, if somebody has moved us since they were found."""
         try:
-            groups = _read(f"{proc}/cgroup").splitlines()
-            mounts = [line.split() for line in _read(f"{proc}/mountinfo").splitlines()]
+            groups = _read(f"{self._proc}/cgroup")
+            if groups == self._groups:
+                return
+            mounts = [line.split() for line in _read(f"{self._proc}/mountinfo").splitlines()]
         except OSError:
             return
-        paths = {
-            tuple(words[1].split(",")): words[2] for words in (g.split(":", 2) for g in groups)
-        }
+        self._groups, self._new, self._old = groups, [], []
+        named = (line.split(":", 2) for line in groups.splitlines())
+        paths = {tuple(words[1].split(",")): words[2] for words in named}
         for words in mounts:
             kind, options = words[words.index("-") + 1], words[-1].split(",")
             if kind == "cgroup2" and ("",) in paths:
@@ -50,6 +57,7 @@ class Quota:
 
     def processors(self) -> float:
         """Return how many processors' worth of time we have; infinity where nothing limits it."""
+        self._find()
         least = math.inf
         for file in self._new:
             try:

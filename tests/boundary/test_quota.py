@@ -70,6 +70,17 @@ def test_what_it_says_now_counts(system: System) -> None:
     assert quota.processors() == math.inf
 
 
+def test_who_is_moved_into_another_group_has_the_quota_of_that_one(system: System) -> None:
+    system.allows("/a", cpu_max="max 100000")
+    system.allows("/b", cpu_max="50000 100000")
+    quota = system.tells("/a", new=True)
+    assert quota.processors() == math.inf
+
+    system.tells("/b", new=True)
+
+    assert quota.processors() == 0.5
+
+
 def test_of_the_older_kind(system: System) -> None:
     system.allows("/a", cpu_cfs_quota_us="150000", cpu_cfs_period_us="100000")
     system.allows("/a/b", cpu_cfs_quota_us="-1", cpu_cfs_period_us="100000")

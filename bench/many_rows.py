@@ -272,7 +272,8 @@ def _busy_poll(scale: Scale, title: str, quota_us: int = 0, hogs: bool = False) 
         middle >= 0.97,
         [
             f"{middle_of(asks, 'per_second'):,.0f}/s against {middle_of(rests, 'per_second'):,.0f}",
-            f"p99 {middle_of(asks, 'p99_us'):.0f} us against {middle_of(rests, 'p99_us'):.0f}: {p99}",
+            f"p99 {middle_of(asks, 'p99_us'):.0f} us against "
+            f"{middle_of(rests, 'p99_us'):.0f}: {p99}",
             f"longest, its median: {middle_of(asks, 'max_us') / 1e3:.1f} ms against "
             f"{middle_of(rests, 'max_us') / 1e3:.1f}",
             f"the protector's CPU: {middle_of(asks, 'parent_us'):.1f} us a connection against "

@@ -73,6 +73,8 @@ _LEVELS = {
 #: Why something is missing that the fleet knows.
 _KILLED = "the protector was killed while it was being started"
 _ENDED = "ended while the protector was killed"
+#: Actions that another program has to know of while they are not carried out.
+RECORDED = (Signal, Retire, StartTimer)
 #: What is stored of each worker that can be gone on with.
 _WITHOUT_CHANNEL = {"process", "notify"}
 _WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
@@ -231,7 +233,10 @@ class Effects:
     # -- to the next program and from the one before -----------------------------
 
     def snapshot(self, fleet: Fleet, actions: Iterable[Action], version: str) -> Snapshot:
-        """Return all that another program needs to go on, with these actions still to be done."""
+        """Return all that another program needs to go on, with these actions still to be done.
+
+        Of RECORDED alone anything is told.
+        """
         now = time.monotonic()
         coming = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         self._forget_closed()

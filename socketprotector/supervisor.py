@@ -11,9 +11,9 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from .effects import Effects
+from .effects import RECORDED, Effects
 from .events import (
     Action,
     Event,
@@ -87,6 +87,8 @@ class Supervisor:
         self._fleet = fleet
         self._queue: deque[Event] = deque()
         self._undone: deque[Action] = deque()  # decided, and maybe not carried out
+        # Those of them that the state tells of: it is written for each of a thousand spawns.
+        self._told: deque[Action] = deque()
         self._working = False
         self._loop = loop
         self._log = log
@@ -117,7 +119,7 @@ class Supervisor:
         self._working = True  # what comes back meanwhile waits until all of it stands again
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.due}
-        self._undone.extend(resume(self._fleet, left_s, snapshot.undone))
+        self._order(resume(self._fleet, left_s, snapshot.undone))
         self._queue.extend(self.effects.adopt(snapshot, descriptors))
         self._act(Hold, RouteTo)  # so that nobody who connects has to wait for what follows
         for events in self.effects.adopt_workers(snapshot, descriptors):
@@ -149,7 +151,7 @@ class Supervisor:
                 event = self._queue.popleft()
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
-                self._undone.extend(actions)
+                self._order(actions)
                 self.save()
                 acted = bool(self._undone)
                 self._act()
@@ -158,6 +160,13 @@ class Supervisor:
             self._working = False
         if acted:
             self.save()
+
+    def _order(self, actions: Iterable[Action]) -> None:
+        """Have these carried out after the others."""
+        for each in actions:
+            self._undone.append(each)
+            if isinstance(each, RECORDED):
+                self._told.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
@@ -168,6 +177,8 @@ class Supervisor:
             action = self._undone[0]
             self.effects.perform(action)
             self._undone.popleft()
+            if self._told and self._told[0] is action:
+                self._told.popleft()
             if isinstance(action, Open | Spawn):
                 self.save()  # it cannot be repeated: what was made must be known
             self._breathe()
@@ -184,7 +195,7 @@ class Supervisor:
 
     def save(self) -> bool:
         """Write down how things are; say whether that is done."""
-        return self._heritage.save(self.effects, self._fleet, self._undone)
+        return self._heritage.save(self.effects, self._fleet, self._told)
 
     def begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""

@@ -89,18 +89,20 @@ def test_what_follows_from_nothing_is_not_written_down_twice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A start, a reload, a crash, a stop: three in each worker's place begin and end."""
-    saved = 0
+    saved = looked_at = 0
     save = Heritage.save
 
-    def counted(*arguments: Any) -> bool:
-        nonlocal saved
+    def counted(heritage: Heritage, effects: Any, fleet: Any, actions: Any = ()) -> bool:
+        nonlocal saved, looked_at
         saved += 1
-        return save(*arguments)
+        looked_at += len(actions)
+        return save(heritage, effects, fleet, actions)
 
     monkeypatch.setattr(Heritage, "save", counted)
     Quiet(MANY, "guard").live()
 
     assert saved < 3 * 4 * MANY  # spawned, ready, ended, and one more
+    assert looked_at < 10 * MANY  # and not all that is still to be spawned for each of them
 
 
 @pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])

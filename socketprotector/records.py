@@ -122,7 +122,7 @@ class Snapshot:
     coming: str = ""  # the same of those that were read again and are not used yet
     settings_used: int = 0  # as the fleet had it when `settings` were made to hold
     side: int = 0  # to which new clients come
-    unserved: tuple[tuple[int, int], ...] = ()  # sockets that no worker has: see sides.py
+    unserved: tuple[tuple[int, int], ...] = ()  # generations without a socket: see sides.py
     nonblocking: tuple[int, ...] = ()  # of the listeners whose flags others may change: see effects
 
 

@@ -84,7 +84,8 @@ class Sides:
         self._bound = bound
         self._lost = lost
         self._ended = False
-        #: Sockets, by listener and 0 or 1, that generations which accept there do not have.
+        #: Generations, each with a listener whose socket on their side they do not have: it was
+        #: bound after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> side
@@ -110,13 +111,13 @@ class Sides:
         """The workers of a generation, which are yet to be started, accept there."""
         for each in self._shared:
             self._make_ready(each, side)
-            self.unserved -= {(each.index, side % len(each.sockets))}
         self._accepting[generation] = side
         self._watch()
 
     def leave(self, generation: int) -> None:
         """They do not any more: they were told to finish, or are gone."""
         self._accepting.pop(generation, None)
+        self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._parting.pop(generation, None) is not None:
             self._loop.cancel(("part", generation))
         self._watch()
@@ -265,40 +266,50 @@ class Sides:
 
     def _replace(self, listener: Listener, side: int) -> None:
         address = listener.settings.address
-        served = listener.second is None or side in self._accepting.values()
+        common = listener.second is None
         try:
             listener.bind_anew(side)
         except OSError as error:
             if error.errno in _LATER:
                 return
-            if listener.second is None:
+            if common:
                 listener.lost = True
                 self._lost(listener, error.strerror or str(error))
                 return
             listener.go_on_without(side)
         self._steer()
         self._log.write("warning", "bound-anew", listen=address)
-        served = served and bool(self._accepting)
-        if served:
-            self.unserved |= {(listener.index, side % len(listener.sockets))}
+        without = {
+            (generation, listener.index)
+            for generation, its in self._accepting.items()
+            if common or its == side
+        }
+        self.unserved |= without
         self._bound(listener)
-        if served:
+        if without:
             self._stranded()
 
     # -- where nobody accepts --------------------------------------------------------
 
     def _in_vain(self) -> list[tuple[Listener, int]]:
         """Return the sockets at which clients would wait for nobody."""
-        other = 1 - self.current
-        # As long as nobody accepts at all they wait for who is to come.
-        idle = bool(self._accepting) and other not in self._accepting.values()
         return [
             (each, number)
             for each in self._shared
             for number in range(len(each.sockets))
-            if (each.index, number) in self.unserved
-            or (idle and each.second is not None and number == other)
+            if not self._is_served(each, number)
         ]
+
+    def _is_served(self, listener: Listener, number: int) -> bool:
+        there = {
+            generation
+            for generation, side in self._accepting.items()
+            if side % len(listener.sockets) == number
+        }
+        if not there:
+            # As long as nobody accepts at all, or where the next one will, they wait for that.
+            return not self._accepting or number == self.current
+        return any((generation, listener.index) not in self.unserved for generation in there)
 
     def _watch(self) -> None:
         """Be told of what is shut down; and of whoever comes, or still waits, in vain."""
@@ -317,6 +328,8 @@ class Sides:
                     events = SHUT | READ if (each, number) in in_vain else SHUT
                     self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
         except OSError:  # of epoll: no memory
+            for one in (one for each in self._shared for one in each.sockets):
+                self._loop.unwatch(one.fileno())  # until then none may be told of who comes
             self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
             if in_vain:
                 self._somebody_waits()

@@ -561,7 +561,7 @@ def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
     world.sides.turn_to(0)
     world.listeners[1].socket.shutdown(socket.SHUT_RD)
     world.turn()
-    assert (world.stranded, world.sides.unserved) == (1, frozenset({(1, 0)}))
+    assert (world.stranded, world.sides.unserved) == (1, frozenset({(1, 1)}))
 
     with socket.socket(socket.AF_UNIX) as client:  # and it could not be opened
         client.connect(str(path))
@@ -569,8 +569,15 @@ def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
         assert world.stranded == 2
         world.sides.enter(2, world.sides.free)
         world.pass_time(60)
+        assert world.stranded == 2
+        world.sides.leave(2)  # it has failed
+        world.pass_time(2 * FIRST_RESCUE_S + 0.3)
+        assert world.stranded == 3
+        world.sides.enter(3, world.sides.free)
+        world.sides.leave(1)
+        world.pass_time(60)
 
-    assert (world.stranded, world.sides.unserved) == (2, frozenset())
+    assert (world.stranded, world.sides.unserved) == (3, frozenset())
 
 
 def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) -> None:

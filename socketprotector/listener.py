@@ -83,6 +83,11 @@ class Listener:
         return self.socket.fileno()
 
     @property
+    def port(self) -> int:
+        """That of its address: a socket that was shut down may have another one."""
+        return _bound_to(self.settings.address)[1]
+
+    @property
     def sockets(self) -> tuple[socket.socket, ...]:
         return (self.socket, self.second) if self.second is not None else (self.socket,)
 
@@ -117,7 +122,7 @@ class Listener:
             return False
         if one.family == socket.AF_UNIX:
             return not _events(one) & (select.POLLRDHUP | select.POLLHUP)
-        return bool(one.getsockname()[1] == _bound_to(self.settings.address)[1])
+        return bool(one.getsockname()[1] == self.port)
 
     @property
     def hangs_up(self) -> bool:
@@ -130,7 +135,7 @@ class Listener:
         if one.family == socket.AF_UNIX:
             return True
         try:
-            found = listening(one.family, _bound_to(self.settings.address)[1])
+            found = listening(one.family, self.port)
         except OSError:
             return True  # as far as can be told
         return not found.get(os.fstat(one.fileno()).st_ino, 0)
@@ -228,8 +233,8 @@ class Listener:
         """Return where a socket stands in the group.  Raises OSError where that is not told now."""
         inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
         try:
-            family, port = self.socket.family, _bound_to(self.settings.address)[1]
-            ours = [each for each in listening(family, port) if each in inodes]
+            found = listening(self.socket.family, self.port)
+            ours = [each for each in found if each in inodes]
         except OSError as error:
             if error.errno in SCARCE:
                 raise  # an earlier program may have known better than we do

@@ -105,6 +105,9 @@ class Sides:
     def adopt(self, generation: int, side: int) -> None:
         """The workers of a generation have accepted there under an earlier program."""
         self._accepting[generation] = side
+        for each in self._shared:  # that one may have been killed while it listened again
+            if each.is_alive(side) and not each.is_sound(side):
+                self.mend(each, side)
         self._watch()
 
     def enter(self, generation: int, side: int) -> None:
@@ -221,8 +224,7 @@ class Sides:
         found: dict[tuple[int, bytes], bool] = {}
         for each in self._pairs:
             try:
-                port = each.socket.getsockname()[1]
-                known = unheard(each.socket.family, port, accepted=accepted)
+                known = unheard(each.socket.family, each.port, accepted=accepted)
             except OSError as error:
                 if error.errno in SCARCE:
                     return None
@@ -253,11 +255,9 @@ class Sides:
 
     def _make_ready(self, listener: Listener, side: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""
-        if not listener.is_alive(side):
+        if not listener.is_alive(side) or not listener.is_sound(side):
             self.mend(listener, side)
-        elif listener.second is not None and side not in self._accepting.values():
-            if not listener.is_sound(side):
-                self.mend(listener, side)
+        if listener.second is not None and side not in self._accepting.values():
             try:
                 twin.reset(listener.of_side(side))
             except OSError:  # locked, and so it stays

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -545,6 +546,29 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
     assert reloaded.waiting() == [0]
     assert reloaded.bound == [reloaded.listener]
     assert reloaded.stranded == 0  # who begins now has it
+
+
+@pytest.mark.parametrize("begins", ["adopted", "started"])
+def test_no_generation_has_a_socket_whose_connections_are_shut_down(
+    world: World, begins: str
+) -> None:
+    one, second = world.listener.sockets
+    if begins == "started":  # beside another one, on the same socket
+        second.close()
+        world.listener.second = None
+        world.sides.adopt(1, 0)
+    for _ in range(2):
+        with suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
+    one.listen(5)  # by whoever has done that, or by a program that was killed then
+    assert not world.listener.is_sound(0)
+
+    if begins == "started":
+        world.sides.enter(2, 1)
+    else:
+        world.sides.adopt(1, 0)
+
+    assert world.listener.is_sound(0)
 
 
 def test_one_that_is_bound_anew_wants_a_generation_that_has_it(

@@ -30,6 +30,8 @@ from tests.simulation.world import BACKLOG, POLICIES, World
 
 #: Why clients may be lost that come to an address which a worker has done something to.
 MISCHIEF = "mischief"
+#: How often it may come to rest after it has been disturbed there.
+TEMPTATIONS = 6
 
 
 class Server:
@@ -128,11 +130,13 @@ class Handed(World):
 
     ACCEPTS = False
     GAPS = (8, 30, 100)
+    TIME = (0.98, (0.001, 0.02, 0.1, 0.2, 0.5), 20.0)
     workers: list[Leader]
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         self._seconds: dict[int, Listening] = {}
         self._has_stopped = False  # an earlier program
+        self._tempted = 0
         self._mischievous = pick((False, False, True))
         self._rude = pick((0.0, 0.5))
         self._masters = pick((0.0, 0.5, 1.0))  # how many of the workers are
@@ -211,6 +215,9 @@ class Handed(World):
         self._next_pid += 1
         return self._next_pid
 
+    def _reason(self) -> str:
+        return super()._reason() or ("an earlier stop" if self._has_stopped else "")
+
     def _carrying(self, addresses: Collection[str]) -> list[tuple[str, int]]:
         leaders = [each for each in self.workers if each.address in addresses]
         return [(leader.address, each.pid) for leader in leaders for each in leader.living]
@@ -236,21 +243,23 @@ class Handed(World):
             self._take: 200,
             self._read: 150,
             self._finish: 100,
-            self._time: 200,
+            self._time: 300,
             self._obey: 150,
             self._fork_child: 40,
             self._crash_child: 8,
-            self._mischief: 10 * self._mischievous,
+            self._mischief: 20 * self._mischievous,
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
-            self._unguard: int(self.seed % 3 == 2 and self.keeper == "guard"),
+            self._unguard: 3 * (self.seed % 3 == 2 and self.keeper == "guard"),
             self._term: 2 * common[self._term],
         }
         return list(common.items())
 
     def _connect(self) -> None:
-        address = self._addresses[int(self._chance() * len(self._addresses))]
+        self._connect_to(self._addresses[int(self._chance() * len(self._addresses))])
+
+    def _connect_to(self, address: Address) -> None:
         if len(address.clients) >= BACKLOG:
             return
         to = address.for_new(self.connections)
@@ -415,7 +424,7 @@ class Handed(World):
         if not server or not server.listening:
             return
         one = self._random.choice(list(server.listening.values()))
-        what = self._random.randrange(8)
+        what = self._random.randrange(9)
         if what == 0:
             one.nonblocking = not one.nonblocking
             return
@@ -423,11 +432,15 @@ class Handed(World):
         one.address.disturbed = True
         for each in (*one.backlog, *one.handshakes):
             each.excuse = MISCHIEF
-        if what <= 4:
-            how = (socket.SHUT_RDWR, socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR)[what - 1]
-            for _ in range(1 + (what == 4)):
+        if what <= 4 or what == 8:
+            hows = (socket.SHUT_RDWR, socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR)
+            how = hows[(what - 1) % 4]
+            for _ in range(1 + (what in (4, 8))):
                 with suppress(OSError):
                     one.shutdown(how)
+            if what == 8:
+                with suppress(OSError):
+                    one.listen(10)
         elif what == 5:
             one.filtered = True
             one.locked = self._chance() < 0.5
@@ -459,6 +472,7 @@ class Handed(World):
 
     def _check(self) -> None:
         super()._check()
+        self._has_stopped = self._has_stopped or bool(self._reason())
         if self._mischievous:
             self._look_after_mischief()
 
@@ -467,6 +481,10 @@ class Handed(World):
     def _after_kill(self) -> dict[str, int]:
         self._has_stopped = self._has_stopped or bool(self._reason())
         return super()._after_kill()
+
+    def _after_exec(self, descriptors: dict[str, int]) -> dict[str, int]:
+        self._has_stopped = self._has_stopped or bool(self._reason())
+        return super()._after_exec(descriptors)
 
     def _end_of_all(self, why: str) -> None:
         """Nobody starts another program: who accepts goes on, as if nothing had happened."""
@@ -518,6 +536,34 @@ class Handed(World):
                         self._obey_once(server)
         self.workers = [each for each in self.workers if each.living or not each.gone]
 
+    def _tempt(self) -> bool:
+        """Have somebody come where nobody accepts; and a switch, which is to mend the rest."""
+        protector = self._supervisor
+        if protector is None or self._reason() or self._tempted >= TEMPTATIONS:
+            return False
+        self._tempted += 1
+        listeners = [each for each in protector.effects.forwarder.listeners if not each.lost]
+        idle, harmed = [], []
+        for its in listeners:
+            address = self._addresses[its.index]
+            sockets = [self.kernel.file(each.fileno()) for each in its.sockets]
+            for each in sockets:
+                assert isinstance(each, Listening)
+                assert each.listens, "it is still shut down"
+                assert not each.astray, "it has another port"
+            accepted = {to for each in self._living() for to in each.listening.values()}
+            if address.for_new() not in {None, *accepted}:
+                idle.append(address)
+            dead = any(each.mask for each in sockets if isinstance(each, Listening))
+            if (address.disturbed and its.second is not None) or dead:
+                harmed.append(address)
+        for address in idle:
+            self._connect_to(address)
+        if harmed and not idle:
+            assert self._tempted < TEMPTATIONS, f"{harmed[0].name} is not as it was"
+            self._signal(signal.SIGHUP)
+        return bool(idle or harmed)
+
     def _come_late(self) -> None:
         for _ in range(8):
             self._connect()
@@ -544,9 +590,9 @@ class Handed(World):
             return
         if self.kernel.clock_ns / 1e9 - home.drained_at >= LAST_S:
             return
-        for index in self._seconds:
-            its = self._addresses[index]
-            for each in its.clients.values():
+        for listener in protector.effects.forwarder.listeners:
+            its = self._addresses[listener.index]
+            for each in its.clients.values() if listener.second is not None else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
                 mine = any(each in server.connections for server in leader.living) or any(one)
                 if mine and each.said and each.said_at < self.turns and not each.excuse:

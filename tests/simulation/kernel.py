@@ -337,7 +337,7 @@ class Kernel:
                 strerror=os.strerror,
                 getuid=lambda: 1000,
                 getpid=lambda: 1,
-                getpgid=lambda pid: pid,  # what has detached itself
+                getpgid=self._getpgid,
                 readlink=lambda path: "1",  # /proc/self
                 sched_getscheduler=lambda _: os.SCHED_OTHER,
                 close=self.close,
@@ -566,6 +566,13 @@ class Kernel:
             return self.process_at(pid)
         except KeyError:  # never there
             raise failure(errno.ESRCH) from None
+
+    def _getpgid(self, pid: int) -> int:
+        self.enter("getpgid")
+        process = self._at(pid)
+        if process.gone:
+            raise failure(errno.ESRCH)
+        return int(process.leader.pid)
 
     def _signal(self, processes: list[Any], number: int) -> None:
         """Signal those that are there; one that waits to be reaped takes no notice."""

@@ -134,6 +134,8 @@ class Listening(File):
 
     def ready(self) -> int:
         events = IN if self.backlog else 0
+        if self.listens and self.address.by_number:
+            return events
         if self.mask & 1:
             events |= IN | SHUT
         if self.mask == 3 or not self.listens:
@@ -147,10 +149,14 @@ class Listening(File):
                 raise failure(errno.EADDRINUSE)
             address.file = self
             address.path_inode = next(address.inodes) if address.is_path else 0
-        elif any(not (self.reuseport and each.reuseport) for each in address.listening):
-            raise failure(errno.EADDRINUSE)
+        else:
+            self._share(address)
         self.address = address
         self.inode = next(address.inodes)
+
+    def _share(self, address: Address) -> None:
+        if any(not (self.reuseport and each.reuseport) for each in address.listening):
+            raise failure(errno.EADDRINUSE)
 
     def set_flags(self, nonblocking: bool) -> None:
         """Have accept() wait or not, for all who have it."""
@@ -158,10 +164,15 @@ class Listening(File):
         self.nonblocking = nonblocking
 
     def listen(self, room: int) -> None:
-        """Have clients come, or set how many may wait."""
+        """Have clients come, or set how many may wait.
+
+        Raises OSError (EADDRINUSE) where another one listens and they do not share the port.
+        """
         self.room = room
         if self.listens:
             return
+        if self.address.by_number and not self.astray:
+            self._share(self.address)
         self.listens = True
         if self.astray:
             return

@@ -105,6 +105,7 @@ class Worker:
 
     def __init__(self, pid: int, address: str, read: End, line: End) -> None:
         self.pid = pid
+        self.leader = self  # of its group
         self.address = address
         self.read = read
         self.line = line
@@ -220,6 +221,8 @@ class World:
 
     #: Whether it does so for its workers.
     ACCEPTS = True
+    #: How often time passes a little, by how much, and by how much else.
+    TIME = (0.9, (0.0001, 0.005, 0.02, 0.3, 1.0), 20.0)
     #: How many calls of the protector pass, on average, until something interferes.
     GAPS = (30, 100, 400)
 
@@ -740,7 +743,8 @@ class World:
 
     def _time(self) -> None:
         chance = self._chance()
-        seconds = self._random.choice((0.0001, 0.005, 0.02, 0.3, 1.0)) if chance < 0.9 else 20.0
+        often, pauses, pause = self.TIME
+        seconds = self._random.choice(pauses) if chance < often else pause
         if "look" in self._loop._timers:
             seconds = min(seconds, 1.0)  # who looks for strays does not hang
         if "strays-end" in self._loop._timers:
@@ -919,12 +923,18 @@ class World:
         if due is not None:
             kernel.clock_ns = max(kernel.clock_ns, due)
             return self._wake([])
+        if self._tempt():
+            return self._wake(kernel.epoll.told())
         self._check_rest()
         assert not self._stopped, "it waits for ever instead of ending"
         self._stopped = True
         self._come_late()
         self._signal(signal.SIGTERM)
         return self._wake(kernel.epoll.told())
+
+    def _tempt(self) -> bool:
+        """Let something happen at rest that must come to rest again; return whether it did."""
+        return False
 
     def _come_late(self) -> None:
         """Let something happen just before the last stop."""

@@ -555,7 +555,7 @@ class Handed(World):
             if address.for_new() not in {None, *accepted}:
                 idle.append(address)
             dead = any(each.mask for each in sockets if isinstance(each, Listening))
-            if (address.disturbed and its.second is not None) or dead:
+            if (address.disturbed and its.second is not None) or (dead and address.by_number):
                 harmed.append(address)
         for address in idle:
             self._connect_to(address)

@@ -103,6 +103,11 @@ def begin() -> None:
         _sources.append(_Source())
 
 
+def source() -> set[str]:
+    """Return the pid of what forks, which is a child of this process all the time."""
+    return {str(each.process.pid) for each in _sources}
+
+
 class _Forked(subprocess.Popen[Any]):
     def _execute_child(self, args: Any, *rest: Any) -> None:
         """Do what Popen does here: start it, and close the child's ends of pipes."""

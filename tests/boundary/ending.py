@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from socketprotector.loop import Loop
+from tests import forked
 from tests.running import DEADLINE_S
 
 _PTRACE_SEIZE = 0x4206
@@ -65,4 +66,4 @@ def until(loop: Loop, fact: Callable[[], bool], deadline_s: float = DEADLINE_S) 
 def settle(loop: Loop) -> None:
     """Run the loop until it has taken in the end of each child."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
-    until(loop, lambda: not children.read_text(encoding="ascii"))
+    until(loop, lambda: {*children.read_text(encoding="ascii").split()} <= forked.source())

@@ -74,6 +74,7 @@ class Strays:
         self._look: _Look | None = None
         self._ended: Callable[[], None] | None = None  # waits for their end
         self._blind = False  # and has said so
+        self._trouble = ""  # why the last look has failed
 
     @property
     def left(self) -> tuple[str, ...]:
@@ -127,7 +128,9 @@ class Strays:
 
     def _cannot_look(self, why: str) -> None:
         """Out of descriptors or memory: whoever is left behind will still be there."""
-        self._log.write("error", "cannot-look", error=why)
+        if why != self._trouble:  # once, not each second
+            self._log.write("error", "cannot-look", error=why)
+        self._trouble = why
         self._look_after(_LOOK_AGAIN_S)
 
     def _looked(self, wanted: Collection[str], found: Found, why: str) -> None:
@@ -147,6 +150,7 @@ class Strays:
         if why:
             self._cannot_look(why)
             return
+        self._trouble = ""
         for address in wanted:
             if address not in found or self._kills.get(address, 0) >= _LOOKS:
                 self._left.pop(address, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -178,6 +179,25 @@ def test_a_look_that_hangs_is_given_up_and_holds_up_nobody(
         assert log.said[-1] == ("left-behind", {"pid": ours, "signal": "SIGTERM"})
         assert len(counted) >= 2
         assert done(loop, found)
+
+
+def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
+    loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(strays, "_LOOK_AGAIN_S", 0.01)
+
+    def refused(wanted: object) -> object:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with looks(loop, log) as (found, counted):
+        for said in (1, 2):
+            with monkeypatch.context() as patched:
+                patched.setattr(strays, "_carrying", refused)
+                found.end(ADDRESS)
+                more = len(counted) + 5
+                until(loop, lambda more=more: len(counted) >= more)  # type: ignore[misc]
+            until(loop, lambda: not found.left)
+            assert log.said == [("cannot-look", {"error": "Operation not permitted"})] * said
 
 
 def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop, log: Log) -> None:

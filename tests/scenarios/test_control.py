@@ -18,7 +18,7 @@ from socketprotector.requests import COMMANDS
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
-from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned
+from tests.scenarios.tools import EITHER_HANDOFF, Client, Gate, Release, pid_in, spawned
 
 Starter = Callable[..., Protector]
 NOBODY = 65_534
@@ -77,6 +77,7 @@ def test_status_of_one_that_serves(operated: Operating, place: Path) -> None:
         assert each["started_at"] <= each["ready_at"] <= found["now"]
 
 
+@EITHER_HANDOFF
 def test_status_of_a_first_start_and_of_a_reload(
     operated: Operating, release: Release, gate: Gate
 ) -> None:
@@ -135,6 +136,7 @@ def test_status_of_one_that_settles_and_is_rolled_back(
     assert (last["result"], last["reason"]) == ("failed", failed["reason"])
 
 
+@EITHER_HANDOFF
 def test_status_while_it_stops_and_what_it_then_refuses(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -391,6 +393,7 @@ def test_a_reload_while_held_takes_place(operated: Operating) -> None:
         assert pid_in(client.hear()) == spawned(web.daemon, 2)[0]
 
 
+@EITHER_HANDOFF
 def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
@@ -407,6 +410,7 @@ def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
     assert len(web.pids(2)) == 2
 
 
+@EITHER_HANDOFF
 def test_a_generation_is_drained_and_replaced_by_one_of_the_same_program(
     operated: Operating, tmp_path: Path
 ) -> None:
@@ -430,6 +434,7 @@ def test_a_generation_is_drained_and_replaced_by_one_of_the_same_program(
     assert line.refused("drain", generation=1)[0] == "unknown"
 
 
+@EITHER_HANDOFF
 def test_a_worker_is_drained_by_its_pid_when_its_replacement_serves(operated: Operating) -> None:
     web = operated("--workers", "2", command=(*OBEYS, "4"))
     line = web.line(follows=True)
@@ -479,6 +484,7 @@ def test_what_drains_already_or_is_not_there_is_not_drained(
         line.event("reloaded", generation=3)
 
 
+@EITHER_HANDOFF
 def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)

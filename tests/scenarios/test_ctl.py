@@ -28,7 +28,16 @@ from tests.scenarios.adopting import (
     revived,
     upgrade,
 )
-from tests.scenarios.tools import Client, Gate, Release, library_worker, pid_in, spawned, worker
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    Client,
+    Gate,
+    Release,
+    library_worker,
+    pid_in,
+    spawned,
+    worker,
+)
 
 Start = Callable[..., Protector]
 MANY = worker("many")
@@ -196,6 +205,7 @@ def test_list_shows_two_and_one_that_was_killed(
 # -- reload ------------------------------------------------------------------------------
 
 
+@EITHER_HANDOFF
 def test_reload_under_load_ends_when_the_new_generation_serves(web: Start) -> None:
     daemon = web("--workers", "2")
     with Load(f"127.0.0.1:{daemon.port}", concurrency=4) as load:
@@ -231,6 +241,7 @@ def test_a_broken_release_is_status_3_with_reason_and_last_words(
     assert json.loads(run("reload", "--json").out)["result"] == "failed"
 
 
+@EITHER_HANDOFF
 def test_drained_waits_for_the_last_connection(beside: Beside, web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
@@ -261,6 +272,7 @@ def test_drained_is_waited_for_through_a_cut(beside: Beside, web: Start) -> None
     assert running.out.text().endswith("nothing older is left")
 
 
+@EITHER_HANDOFF
 def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
     beside: Beside, web: Start, release: Release
 ) -> None:
@@ -279,6 +291,7 @@ def test_settle_is_waited_for_and_a_death_in_it_is_no_success(
 
 @pytest.mark.parametrize("how", ["upgrade", "SIGKILL under --guard"])
 @pytest.mark.parametrize("works", [True, False])
+@EITHER_HANDOFF
 def test_a_verdict_comes_through_a_cut_in_the_middle(
     beside: Beside, how: str, works: bool, web: Start, release: Release, gate: Gate
 ) -> None:
@@ -458,6 +471,7 @@ def test_hold_for_a_time(web: Start) -> None:
         assert pid_in(client.hear()) > 0
 
 
+@EITHER_HANDOFF
 def test_drain_of_a_worker_and_of_a_generation(web: Start) -> None:
     daemon = web()
     [first] = spawned(daemon)
@@ -469,6 +483,7 @@ def test_drain_of_a_worker_and_of_a_generation(web: Start) -> None:
     assert pid_in(ask(("127.0.0.1", daemon.port))) in spawned(daemon, 2)
 
 
+@EITHER_HANDOFF
 def test_kill_ends_a_generation_that_drains_and_no_other(web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
@@ -513,6 +528,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
     assert daemon.wait() == 0
 
 
+@EITHER_HANDOFF
 def test_stop_says_who_is_not_done_yet(beside: Beside, web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:

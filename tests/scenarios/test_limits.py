@@ -20,7 +20,16 @@ from bench.load import Load
 from tests.running import WORKERS
 from tests.scenarios.adopting import served, upgrade
 from tests.scenarios.operating import OBEYS, Line, Operated, Operating
-from tests.scenarios.tools import Client, Gate, Release, hold, in_backlog, pid_in, spawned
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    Client,
+    Gate,
+    Release,
+    hold,
+    in_backlog,
+    pid_in,
+    spawned,
+)
 
 ASYNCIO = (sys.executable, str(WORKERS / "asyncio_server.py"))
 
@@ -210,6 +219,7 @@ def test_what_was_said_while_the_protector_stood_still_counts(operated: Operatin
     assert web.pids(1) == [pid]
 
 
+@EITHER_HANDOFF
 def test_who_never_spoke_is_not_waited_for(operated: Operating) -> None:
     web = operated("--watchdog", "100ms")
     line = web.line(follows=True)
@@ -291,6 +301,7 @@ def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
     web.daemon.log.wait_for("MiB resident, 64 are allowed")
 
 
+@EITHER_HANDOFF
 def test_who_cannot_be_asked_on_its_line_gets_term(operated: Operating) -> None:
     web = operated("--max-age", "500ms")
     line = web.line(follows=True)

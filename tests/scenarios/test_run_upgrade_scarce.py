@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import sys
 from collections.abc import Callable
 
 import pytest
 
-from tests.running import WORKERS, Protector, ask
+from tests.running import Protector, ask
+from tests.scenarios.tools import EITHER_HANDOFF, worker
 
 
 @pytest.mark.parametrize("spare", [0, 1, 2, 4])
+@EITHER_HANDOFF
 def test_an_upgrade_without_descriptors_is_refused_and_the_old_program_goes_on(
     protector: Callable[..., Protector], spare: int
 ) -> None:
-    command = (sys.executable, str(WORKERS / "minimal.py"))
-    daemon = protector("127.0.0.1:0", "--", *command).ready()
+    daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     used = max(map(int, os.listdir(f"/proc/{daemon.pid}/fd"))) + 1
     _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
 

@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 
 from tests.running import DEADLINE_S, WORKERS, Protector, ask, eventually
-from tests.scenarios.tools import Client, Gate, descriptors, kinds_at_rest, pid_in, spawned, worker
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    Client,
+    Gate,
+    descriptors,
+    kinds_at_rest,
+    pid_in,
+    spawned,
+    worker,
+)
 
 Start = Callable[..., Protector]
 MANY_SILENT = " ".join(worker("many", "--silent"))
@@ -224,6 +233,7 @@ def test_a_worker_that_drops_root_before_ready_is_believed(protector: Start) -> 
 
 
 @needs_root
+@EITHER_HANDOFF
 def test_a_stranger_is_not_believed(protector: Start, tmp_path: Path) -> None:
     script = f'echo "at=$NOTIFY_SOCKET" >&2; exec {" ".join(worker("never_ready"))}'
     daemon = protector("--start-timeout", "60s", "127.0.0.1:0", "--", "/bin/sh", "-c", script)
@@ -257,6 +267,7 @@ def test_ready_after_a_time_needs_no_word(protector: Start) -> None:
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_extend_timeout_gives_a_slow_start_more_time(protector: Start, tmp_path: Path) -> None:
     gate = Gate(tmp_path / "gate")
     say = f"{sys.executable} -S -E {WORKERS / 'says.py'}"
@@ -338,6 +349,7 @@ def test_a_retiring_worker_finishes_what_it_has(protector: Start) -> None:
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_a_reload_starts_as_many_workers_as_are_wanted_by_now(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     for number in (2, 3):
@@ -350,6 +362,7 @@ def test_a_reload_starts_as_many_workers_as_are_wanted_by_now(protector: Start) 
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_there_is_always_one_worker(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
 

@@ -186,7 +186,8 @@ class Listener:
             made = self._bind_path()
         else:
             _shut_down(one)  # else it would go on in the group as long as anybody has a copy
-            if other is one:
+            if other is one or other.getsockname()[1] != self.port:
+                # Alone, or the other one has come back on another port.
                 made = twin.again(one, _bound_to(self.settings.address), self._backlog)
             else:
                 second = twin.make(other)

@@ -134,6 +134,12 @@ def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.
     made = socket.socket(one.family, socket.SOCK_STREAM)
     try:
         _copy(one, made)
+        # The dead one may hold the port as long as a worker has it.
+        made.setsockopt(
+            socket.SOL_SOCKET,
+            socket.SO_REUSEPORT,
+            one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT),
+        )
         made.bind(address)
         made.listen(backlog)
     except BaseException:

@@ -290,6 +290,29 @@ def test_one_that_comes_back_on_another_port_is_bound_anew_to_its_own() -> None:
     listener.close()
 
 
+def test_one_of_two_is_bound_anew_to_its_port_where_the_other_is_on_another_one() -> None:
+    first = socket.socket()
+    first.bind(("127.0.0.1", 0))
+    first.listen(40)
+    port = first.getsockname()[1]
+    second = twin.make(first)
+    assert second is not None
+    settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
+    listener = Listener(first.detach(), 3, settings, shared=True, second=second.detach())
+    listener.socket.shutdown(socket.SHUT_RDWR)
+    listener.socket.listen(40)
+
+    listener.bind_anew(1)
+    assert [listener.is_alive(0), listener.is_alive(1)] == [False, True]
+    listener.bind_anew(0)
+
+    assert [each.getsockname()[1] for each in listener.sockets] == [port, port]
+    for wanted in (0, 1):
+        listener.steer(wanted)
+        assert came(listener) == ([0, 8] if wanted else [8, 0])
+    listener.close()
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_one_of_two_is_bound_anew_beside_the_other(side: int) -> None:
     listener = shared("127.0.0.1:0")

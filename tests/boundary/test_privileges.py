@@ -16,6 +16,7 @@ from socketprotector import privileges
 from socketprotector.process import spawn
 from socketprotector.records import Program
 from socketprotector.settings import Identity
+from tests.boundary.ending import children
 from tests.boundary.test_process import SHELL, end_of, is_open, running
 
 pytestmark = [
@@ -193,8 +194,7 @@ def test_what_cannot_be_executed_is_said_and_nothing_is_left(path: str, number: 
 
     assert caught.value.errno == number
     assert set(os.listdir("/proc/self/fd")) == before
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert children() == set()
 
 
 def test_signals_begin_with_their_defaults_and_none_is_blocked() -> None:

@@ -16,6 +16,7 @@ from socketprotector.cli import Asked
 from socketprotector.loop import Loop
 from socketprotector.reader import Answer, Reader
 from socketprotector.settings import ListenerSettings, Settings
+from tests.boundary.ending import settle
 
 COMMAND = (sys.executable, "-P", "-m", "socketprotector")
 
@@ -192,15 +193,5 @@ def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
     reader.call_off()
 
     assert not reader.busy
-
-    def look() -> None:
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            loop.call_after("look", 0.01, look)
-        except ChildProcessError:  # the loop has taken its end in
-            loop.running = False
-
-    loop.running = True
-    look()
-    loop.run()
+    settle(loop)
     assert answers == []

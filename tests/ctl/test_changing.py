@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -139,9 +139,10 @@ def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:
 
 
 @pytest.fixture
-def protected() -> subprocess.Popen[bytes]:
+def protected() -> Iterator[subprocess.Popen[bytes]]:
     """A process in the place of the protector's; it ends when its stdin does."""
-    return subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        yield process
 
 
 def test_stop_waits_for_the_end_of_the_process(

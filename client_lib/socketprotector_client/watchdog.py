@@ -45,7 +45,12 @@ class Watchdog:
         forking.register(self)
 
     def start(self) -> None:
-        """Begin to knock: not before the program serves, for it may fork first."""
+        """Begin to knock: not before the program serves, for it may fork first.
+
+        At once, too: the loop answers before it takes its first connection.  A release that
+        hangs does so with its first clients, and who never spoke is not waited for.
+        """
+        self._outer.send(b"\0")
         threading.Thread(target=self._knock, name="watchdog", daemon=True).start()
 
     def fileno(self) -> int:

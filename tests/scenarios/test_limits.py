@@ -118,6 +118,17 @@ def test_one_that_hangs_is_replaced_first_then_ended(operated: Operating) -> Non
     hangs(web, line, hanging, last)
 
 
+@EITHER_HANDOFF
+def test_one_that_hangs_with_its_first_client_is_replaced(operated: Operating) -> None:
+    """As a bad release does: the library has spoken before it takes anybody."""
+    web = operated("--watchdog", "2s", command=(*OBEYS, "1"))
+    line = web.line(follows=True)
+
+    with Client(web.address, "hang") as hanging:
+        assert line.event("hangs")["worker"] == 1
+        assert is_cut_off(hanging)
+
+
 def test_one_that_is_deaf_as_well_is_killed(operated: Operating) -> None:
     web = operated("--watchdog", "500ms", "--kill-timeout", "300ms", command=(*OBEYS, "1", "deaf"))
     line = web.line(follows=True)
@@ -136,10 +147,9 @@ def test_an_event_loop_that_is_blocked_hangs(operated: Operating, tmp_path: Path
     gate = Gate(tmp_path / "gate")
     release = Release(tmp_path / "daemon")
     release.becomes(*ASYNCIO, str(gate.path))  # the first handler blocks the loop
-    web = operated(*("--watchdog", "500ms", "--kill-timeout", "60s"), command=(str(release.path),))
+    web = operated(*("--watchdog", "2s", "--kill-timeout", "60s"), command=(str(release.path),))
     release.becomes(*ASYNCIO)
     line = web.line(follows=True)
-    say_watchdog(web.pids(1)[0])
     with Client(web.address, "hello") as hanging:
         assert line.event("hangs")["worker"] == 1
         line.event("worker-ready", worker=2)

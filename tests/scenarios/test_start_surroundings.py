@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -333,6 +333,18 @@ def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -
     assert os.getsid(start.pid) != os.getsid(0)
     terminal = Path(f"/proc/{start.pid}/stat").read_text().rpartition(")")[2].split()[4]
     assert terminal == "0"
+    start.reload()
+    start.stop()
+
+
+@pytest.mark.parametrize("options", [(), ("--guard",)], ids=["alone", "guarded"])
+def test_a_caller_may_ignore_the_end_of_its_children(start: Start, options: Sequence[str]) -> None:
+    """As some supervisors and container entry points do; it is inherited over exec."""
+    ignores = "from signal import *; import os, sys; signal(SIGCHLD, SIG_IGN); "
+    before = (sys.executable, "-c", ignores + "os.execvp(sys.argv[1], sys.argv[1:])")
+
+    start.up(*options, "unix:s", "--", *MINIMAL, before=before)
+
     start.reload()
     start.stop()
 

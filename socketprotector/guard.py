@@ -84,7 +84,7 @@ class Guard:
         self.wait_s = 0.0
         self.due: float | None = None  # when to start the next one
         self.pending: list[int] = []  # signals for the next one
-        self.passed_on: list[int] = []  # to this one, and maybe not taken
+        self.passed_on: list[int] = []  # to this one, which has not said that it took them
         self.stopping = False  # a stop was taken
         self.began = False  # it has said anything: it has gone on, and takes signals
         self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
@@ -214,8 +214,11 @@ class Guard:
         """Do what one message asks for.  Takes ownership of its descriptor."""
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
+        took = int(said.get("X_TOOK", "0"))
         self.passed_on = [
-            number for number in self.passed_on if number in _STOPS and not self.stopping
+            number
+            for number in self.passed_on
+            if (not self.stopping if number in _STOPS else number != took)
         ]
         name = said.get("FDNAME", "")
         if "FDSTORE" in said and fd >= 0 and name:
@@ -284,7 +287,8 @@ class Guard:
             self.reap()
         elif self.pid:
             os.kill(self.pid, number)
-            if not self.began or (number in _STOPS and not self.stopping):
+            # It may be dead, or die before it gets to that: then the next one is told.
+            if number not in self.passed_on and not (number in _STOPS and self.stopping):
                 self.passed_on.append(number)
         else:
             self.pending.append(number)

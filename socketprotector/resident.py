@@ -336,6 +336,7 @@ class _Resident:
             loop=self.loop,
             log=log,
             reopen_logs=lambda: self._reopen_logs(log),
+            took=lambda number: self.guard.send(f"X_TOOK={number:d}"),
             terminal=terminal_of(self.settings.foreground),
             outlives_terminal=self.settings.outlives_terminal,
         )

@@ -76,11 +76,13 @@ class Supervisor:
         loop: Loop,
         log: Log,
         reopen_logs: Callable[[], None],
+        took: Callable[[int], object],
         terminal: int | None,
         outlives_terminal: bool,
     ) -> None:
         """`effects` is given the queue's entrance and `save`, and returns what acts.
 
+        took: told of each signal that has come, before it is acted on.
         terminal: a descriptor of the terminal that a foreground protector lives on;
         outlives_terminal: it was started so as to go on without (nohup).
         """
@@ -93,6 +95,7 @@ class Supervisor:
         self._loop = loop
         self._log = log
         self._reopen_logs = reopen_logs
+        self._took = took
         self._terminal = terminal
         self._outlives_terminal = outlives_terminal
         self._heritage = heritage
@@ -264,6 +267,8 @@ class Supervisor:
             # When those have been called back who wait for a child of their own.
             self._loop.call_after("reap", 0.0, self._reap_orphans)
             return
+        # Before, so that one that is our end is not that of the next program as well.
+        self._took(number)
         self._log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
             case signal.SIGHUP if self._terminal_is_gone():

@@ -83,6 +83,7 @@ def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
         loop=cast("Any", loop),
         log=cast("Any", SimpleNamespace(write=lambda *_, **__: None)),
         reopen_logs=lambda: None,
+        took=lambda _: None,
         terminal=None,
         outlives_terminal=False,
     )

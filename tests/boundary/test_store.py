@@ -148,9 +148,14 @@ def test_what_is_dropped_before_the_guard_was_told_is_closed_at_once(
     outbox.close()
 
 
-def test_a_stop_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
-    guard.passed_on = [signal.SIGHUP, signal.SIGTERM]
+def test_a_signal_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
+    guard.passed_on = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
     guard.take({"X_BEGAN": "1"}, -1)
+    guard.take({"X_TOOK": f"{signal.SIGHUP:d}"}, -1)
+    assert guard.passed_on == [signal.SIGTERM, signal.SIGTTIN]
+
+    guard.take({"X_TOOK": f"{signal.SIGTTIN:d}"}, -1)
+    guard.take({"X_TOOK": f"{signal.SIGTERM:d}"}, -1)  # it may still be killed before it stops
     assert guard.passed_on == [signal.SIGTERM]
 
     guard.take({"STOPPING": "1"}, -1)

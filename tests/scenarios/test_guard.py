@@ -348,6 +348,31 @@ def test_term_is_not_lost_when_the_protector_is_killed_right_after(guarded: Star
     assert daemon.wait() == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "done"),
+    [
+        (signal.SIGHUP, "event=reloaded generation=2"),
+        (signal.SIGTTIN, "event=worker-ready generation=1 worker=2"),
+        (signal.SIGUSR1, "event=reopened"),
+        (signal.SIGUSR2, "event=upgrading"),
+    ],
+    ids=["HUP", "TTIN", "USR1", "USR2"],
+)
+def test_no_signal_is_lost_when_the_protector_is_killed_right_after(
+    guarded: Starter, number: signal.Signals, done: str
+) -> None:
+    daemon = guarded()
+    hold(protector_pid(daemon))
+
+    daemon.signal(number)
+    kill_protector(daemon)
+
+    daemon.log.wait_for(done)
+    revived(daemon, kill_protector(daemon))
+    daemon.stop()
+    assert len([line for line in daemon.log.seen if f"signal={number.name}" in line]) == 1
+
+
 def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
     start: Start, tmp_path: Path
 ) -> None:

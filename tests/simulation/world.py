@@ -415,6 +415,7 @@ class World:
             loop=self._loop,
             log=log,
             reopen_logs=lambda: None,
+            took=lambda _: None,
             terminal=None,
             outlives_terminal=False,
         )

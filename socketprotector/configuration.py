@@ -138,6 +138,8 @@ class Configuration:
             self._log.write("warning", "notice", text=text)
         told = "; ".join(changes(old, new))
         self._log.write("info", "configured", changes=told or "none")
+        for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
+            new = _with_file(new, index, its)
         self._coming = new
         for index, fd in answer.listeners.items():
             shared, second = new.handoff == LISTENER, answer.seconds.get(index, -1)

@@ -159,7 +159,7 @@ class Listener:
             return False
         try:
             if self.second is not None and self.is_alive(1 - side):
-                twin.steer(self.of_side(1 - side), 0)  # so that nobody comes here unasked
+                twin.steer_if_can(self.of_side(1 - side), 0)  # so that nobody comes here unasked
             # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
             # as one that listens.
             one.listen(self._backlog)
@@ -271,6 +271,19 @@ class Listener:
             raise
         self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
         return made
+
+    def let_in(self) -> None:
+        """Have no generation begin on a socket, common to it and others, where nobody gets in.
+
+        Time-outs and the like are those of the living; what is passed in is its owner's; and a
+        filter that is locked cannot be taken away.
+        """
+        if self.settings.foreign or self.socket.family == socket.AF_UNIX:
+            return
+        try:
+            twin.let_in(self.socket)
+        except OSError:
+            pass
 
     # -- the end -------------------------------------------------------------------
 

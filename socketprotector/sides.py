@@ -257,7 +257,9 @@ class Sides:
         """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.is_alive(side) or not listener.is_sound(side):
             self.mend(listener, side)
-        if listener.second is not None and side not in self._accepting.values():
+        if listener.second is None:
+            listener.let_in()
+        elif side not in self._accepting.values():
             try:
                 twin.reset(listener.of_side(side))
             except OSError:  # locked, and so it stays

@@ -82,15 +82,19 @@ def prepare(bound: socket.socket) -> None:
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    _steer_if_can(bound)
+    steer_if_can(bound, 0)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
-def _steer_if_can(one: socket.socket) -> None:
+def steer_if_can(one: socket.socket, place: int) -> None:
+    """As steer(), where that can be had: not where it listens and is in no group yet.
+
+    Nor where a worker has locked its filters; then the group's other one can.
+    """
     try:
-        steer(one, 0)
+        steer(one, place)
     except OSError:
-        pass  # it listens, and is in no group yet
+        pass
 
 
 def make(first: socket.socket) -> socket.socket | None:
@@ -113,9 +117,9 @@ def make(first: socket.socket) -> socket.socket | None:
         second.bind(first.getsockname())
         # From listen() on the kernel gives it every other client, until the group is steered:
         # that of the first one is from before it listened, see prepare().
-        _steer_if_can(first)
+        steer_if_can(first, 0)
         second.listen(backlog(first))
-        steer(first, 0)
+        steer(second, 0)  # which is of the same group; filters of the first one may be locked
     except BaseException:
         second.close()
         raise
@@ -151,13 +155,21 @@ def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.
 def reset(listening: socket.socket) -> None:
     """Take away what a server may have left that would harm who accepts after it.
 
-    A filter, a device that does not exist; time-outs and linger, which accepted connections
-    inherit.  Raises OSError where the filter is locked, or we may not change the device.
+    What let_in() does; and time-outs and linger, which accepted connections inherit.
+    Raises OSError.
+    """
+    for option, value in _HARMLESS:
+        listening.setsockopt(socket.SOL_SOCKET, option, value)
+    let_in(listening)
+
+
+def let_in(listening: socket.socket) -> None:
+    """Take away what keeps clients out: a filter, a device that does not exist.
+
+    Raises OSError where the filter is locked, or we may not change the device.
     """
     if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
-    for option, value in _HARMLESS:
-        listening.setsockopt(socket.SOL_SOCKET, option, value)
     try:
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
     except FileNotFoundError:

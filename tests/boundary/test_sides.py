@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from socketprotector.listener import Listener
 from socketprotector.loop import READ, Loop
 from socketprotector.settings import ListenerSettings
 from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
+
+ONE_S = struct.pack("ll", 1, 0)
 
 
 class Told:
@@ -546,6 +549,52 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
     assert reloaded.waiting() == [0]
     assert reloaded.bound == [reloaded.listener]
     assert reloaded.stranded == 0  # who begins now has it
+
+
+def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_generation(
+    world: World,
+) -> None:
+    plain = socket.create_server(("127.0.0.1", 0))
+    address = f"tcp:127.0.0.1:{plain.getsockname()[1]}"
+    world.listeners.append(Listener(plain.detach(), 1, ListenerSettings(address), shared=True))
+    common = world.listeners[1]
+    world.sides.enter(1, 0)
+    world.sides.turn_to(0)
+    twin.refuse_new(common.socket)  # by 1, which accepts there until 2 is ready
+    common.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_S)
+
+    world.sides.enter(2, world.sides.free)
+    world.clients.append(socket.create_connection(common.socket.getsockname(), timeout=5))
+
+    assert common.has_waiting()
+    assert common.socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == ONE_S
+
+
+@pytest.mark.parametrize("locked", [0, 1])
+def test_one_listens_again_beside_one_whose_filter_is_locked(reloaded: World, locked: int) -> None:
+    reloaded.listener.of_side(locked).setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    reloaded.sides.turn_to(1 - locked)
+    reloaded.listener.of_side(1 - locked).shutdown(socket.SHUT_RDWR)
+
+    reloaded.turn()
+    reloaded.connect()
+
+    assert reloaded.log.events == ["listens-again"]
+    assert reloaded.waiting() == [1 - locked]
+
+
+def test_one_is_bound_anew_beside_one_whose_filter_is_locked(reloaded: World) -> None:
+    for side in (0, 1):
+        reloaded.listener.of_side(side).setsockopt(socket.SOL_SOCKET, 44, 1)
+    reloaded.sides.turn_to(1)
+    reloaded.sides.leave(1)  # of side 0, which is bound anew
+
+    reloaded.sides.enter(3, reloaded.sides.free)
+    reloaded.sides.turn_to(0)
+    reloaded.connect()
+
+    assert reloaded.bound == [reloaded.listener]
+    assert reloaded.waiting() == [0]
 
 
 @pytest.mark.parametrize("begins", ["adopted", "started"])

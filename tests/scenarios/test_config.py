@@ -532,6 +532,30 @@ def test_who_goes_on_after_a_kill_reads_the_file_anew(gated: Gated) -> None:
     daemon.stop()
 
 
+def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_on(
+    gated: Gated, tmp_path: Path
+) -> None:
+    path, attack = tmp_path / "s", Gate(tmp_path / "attack")
+    gated.file.listens = [f"unix:{path}"]
+    gated.file.command = worker("hostile_listener", "shuts_it_down", attack.path)
+    quick = 'drain-timeout = "0.1s"\nkill-timeout = "0.1s"'
+    keys = f'handoff = "listener"\nready = "notify"\n{quick}'
+    gated.file.says(keys)
+    daemon = gated.start("--guard")
+    gated.file.command = worker("accepts")
+    gated.file.says(keys)
+    mark = reading(daemon)
+    attack.open()
+    daemon.log.wait_for("event=bound-anew", after=mark)
+    gated.through(daemon, "event=reloaded generation=2", mark)
+
+    revived(daemon, kill_protector(daemon))
+
+    assert pid_in(ask(str(path))) == spawned(daemon, 2)[0]
+    daemon.stop()
+    assert not path.exists()
+
+
 def test_an_upgrade_while_the_file_is_read_reads_it_anew(gated: Gated) -> None:
     daemon = gated.start()
     gated.file.says("workers = 2")

@@ -7,6 +7,7 @@ a configuration again for it.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from . import door
@@ -22,6 +23,9 @@ def main() -> None:
         from . import lean
 
         lean.defer("inspect")
+        # Until its handlers stand a signal waits: it would end this program, and its workers go
+        # on alone. The others who execute us have blocked them; systemd blocks nothing.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         from . import resident
 
         resident.main()

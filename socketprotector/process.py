@@ -409,14 +409,6 @@ def give_way() -> None:
             pass  # forbidden here (a system call filter): slower, not wrong
 
 
-def processors() -> int:
-    """Return how many of the system's processors this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except OSError:
-        return os.cpu_count() or 1  # forbidden here
-
-
 def hurries(program: Program) -> bool:
     """Whether a program needs the policy back that we gave up in give_way()."""
     return not program.batch and scheduler() == os.SCHED_BATCH

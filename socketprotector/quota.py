@@ -21,6 +21,14 @@ def scheduler() -> int | None:
         return None
 
 
+def processors() -> int:
+    """Return how many of the system's processors this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except OSError:
+        return os.cpu_count() or 1  # forbidden here
+
+
 class Quota:
     """The files that say it; what they say may change at any time, and our cgroup, too."""
 

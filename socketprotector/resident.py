@@ -30,7 +30,7 @@ from .loop import Loop
 from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room_of
 from .operate import Operator
 from .output import Output
-from .quota import Quota
+from .quota import Quota, processors
 from .records import Snapshot
 from .settings import ListenerSettings, Settings, SettingsError, load
 from .state import StateError, StateFile
@@ -187,7 +187,7 @@ class _Resident:
 
         def spare() -> bool:
             """With one core nobody could connect while we ask whether somebody has."""
-            return process.processors() > 1 and quota.processors() > 1
+            return processors() > 1 and quota.processors() > 1
 
         # Not before: from here on it is known who goes on if it fails.
         self._loop = Loop(self.settings.busy_poll_s, spare)
@@ -230,7 +230,7 @@ class _Resident:
         self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
         if self.systemd.watchdog_s:
             self._feed_watchdog()
-        # They were blocked before the exec, so that none of them could come too early.
+        # They were blocked from the start, so that none of them could come too early.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.began = True
         if snapshot is None:

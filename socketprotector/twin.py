@@ -46,6 +46,8 @@ _NO_NEW_CLIENTS = (
 #: What accepted connections inherit, or what the address is bound with.
 _COPIED = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    # Also of one that is dead: it holds the port as long as a worker has it.
+    (socket.SOL_SOCKET, socket.SO_REUSEPORT),
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_PRIORITY),
     (socket.SOL_SOCKET, socket.SO_MARK),
@@ -111,9 +113,8 @@ def make(first: socket.socket) -> socket.socket | None:
     second = socket.socket(first.family, socket.SOCK_STREAM)
     try:
         second.setblocking(False)
-        _copy(first, second)
         first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _copy(first, second)
         second.bind(first.getsockname())
         # From listen() on the kernel gives it every other client, until the group is steered:
         # that of the first one is from before it listened, see prepare().
@@ -138,12 +139,6 @@ def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.
     made = socket.socket(one.family, socket.SOCK_STREAM)
     try:
         _copy(one, made)
-        # The dead one may hold the port as long as a worker has it.
-        made.setsockopt(
-            socket.SOL_SOCKET,
-            socket.SO_REUSEPORT,
-            one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT),
-        )
         made.bind(address)
         made.listen(backlog)
     except BaseException:

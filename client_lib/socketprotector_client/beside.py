@@ -87,7 +87,7 @@ class BesideEpoll:
 
 
 def loop_of_trio() -> object:
-    """Return what holds the epoll of trio's running loop; what holds none where it is another one.
+    """Return what holds the epoll of trio's running loop; None where it is not to be found.
 
     trio has no public name for it.
     """
@@ -95,4 +95,4 @@ def loop_of_trio() -> object:
     try:
         return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
     except AttributeError:
-        return trio or sys
+        return None

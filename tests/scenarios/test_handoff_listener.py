@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from bench.load import Load
 from tests.rounds import rounds
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -314,8 +313,11 @@ def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how
     if how == "ack":
         daemon.log.wait_for("event=worker-ready .*by=timer")
     else:
-        time.sleep(1.5)  # no log line tells of what is not to happen
-        assert daemon.log.count("event=worker-ready") == 0
+        later = protector(*MODE, "--start-timeout", "1500ms", "http=127.0.0.1:0", "--", *command)
+        later.process.wait(DEADLINE_S)
+        for each in (daemon, later):
+            assert each.log.count("event=worker-ready") == 0
+        assert later.log.count("not ready within 1.5 s") > 0
     gate.open()
     daemon.ready()
 

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -83,8 +84,11 @@ class Service:
     def main(self) -> Protector:
         return self.started[-1]
 
-    def start(self, *words: str | Path) -> Protector:
-        """Start the command, with all that is in the store, in an order of its own."""
+    def start(self, *words: str | Path, under: tuple[str, ...] = ()) -> Protector:
+        """Start the command, with all that is in the store, in an order of its own.
+
+        under: what executes it in its own place.
+        """
         names = list(self.store)
         self.random.shuffle(names)
         high = []
@@ -99,7 +103,7 @@ class Service:
             Protector(
                 ["--pid-file", str(self.pid_file), *self.options, *(str(word) for word in words)],
                 environment,
-                through=(python, "-c", PASS_ON, str(len(names))),
+                through=(*under, python, "-c", PASS_ON, str(len(names))),
                 pass_fds=high,
             )
         )
@@ -390,6 +394,28 @@ def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
     assert second.wait() == 0
     wait_stored(service, set())
     assert not service.pid_file.exists()
+
+
+@pytest.mark.skipif(
+    shutil.which("strace") is None,
+    reason="NOT CHECKED: strace is not installed (tools/install-packages strace)",
+)
+def test_told_to_stop_before_it_has_gone_on_it_goes_on_to_stop(service: Service) -> None:
+    words = ("127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    with Client(("127.0.0.1", first.port)) as held:
+        pid = pid_in(held.ask())
+        service.wait_for("READY")
+        service.kill()
+
+        # Nobody has blocked it for a process that systemd starts, and no handler stands yet.
+        early = ("strace", "-D", "-qq", "-o", "/dev/null", "-e", "inject=chdir:signal=TERM:when=1")
+        second = service.start(*words, under=early)
+        service.wait_for("STOPPING")
+        assert pid_in(held.ask()) == pid
+    assert second.wait() == 0
+    assert wait_gone([pid]) == []
+    wait_stored(service, set())
 
 
 def test_a_state_it_cannot_read_is_refused_and_the_workers_finish(service: Service) -> None:

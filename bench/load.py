@@ -27,7 +27,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from bench.seen import BUCKETS, KINDS, Failure, Kind, Snapshot, bucket_of, split_by_kills
 
@@ -140,7 +140,7 @@ class Load:
         self._poll.register(self._wake, select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
-    def start(self) -> Load:
+    def start(self) -> Self:
         """Begin; returns at once."""
         self._thread.start()
         return self
@@ -193,7 +193,7 @@ class Load:
             raise RuntimeError("the load client itself failed") from self._broken
         return self.snapshot()
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(self, *_: object) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from socketprotector_client import wire
 
-from bench.load import Load
 from bench.seen import Snapshot
 from tests.c.building import PLAIN, SANITIZED, Build, working_valgrind
 from tests.client.protector import Protector as Channel
 from tests.client.protector import ports_of
+from tests.load import Load
 from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
 from tests.scenarios.test_start_listeners import needs_ipv6
 from tests.scenarios.tools import Client, pid_in, spawned

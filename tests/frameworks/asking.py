@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from types import TracebackType
 
+from tests.load import GAP_S
 from tests.running import DEADLINE_S
 
 Address = tuple[str, int]
@@ -122,3 +124,4 @@ class Load:
                 with self._news:
                     self.answers[pid] = self.answers.get(pid, 0) + 1
                     self._news.notify_all()
+                time.sleep(GAP_S)

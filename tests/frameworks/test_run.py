@@ -198,9 +198,7 @@ def test_with_the_listeners_themselves_it_is_reloaded_under_load(
     protector: Callable[..., Protector], app: str
 ) -> None:
     daemon = protector(*LISTENER, "127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
-    reloads = rounds(4, 20)
-
-    reloads = rounds(4, 20)
+    reloads = rounds(2, 20)
     with Load(("127.0.0.1", daemon.port)) as load:
         load.wait_for(30)
         for _ in range(reloads):

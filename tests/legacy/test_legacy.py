@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from bench.seen import Snapshot
 from tests.legacy.conftest import is_root, padded
+from tests.load import Load
 from tests.running import ROOT, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.test_activation import Giver
 from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned

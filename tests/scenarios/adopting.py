@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.load import Load, Snapshot
+from tests.load import Load, Snapshot
 from tests.rounds import rounds
 from tests.running import ROOT, WORKERS, Protector, eventually
 from tests.scenarios.tools import descriptors, state_of

@@ -141,8 +141,9 @@ class Start:
         assert not wait_gone([pid]), self.log
 
     def left(self) -> list[str]:
-        """What there is of it now: processes, and files other than its log."""
-        found = [shown(pid) for pid in marked(self.environment[MARK])]
+        """What there is of it: processes that do not end, and files other than its log."""
+        # A detached one says that it has failed before it has ended.
+        found = [shown(pid) for pid in wait_gone(marked(self.environment[MARK]))]
         kept = {self.log_file, *(f for f in self.folder.iterdir() if f.suffix in (".py", ".sh"))}
         return found + [str(file) for file in self.folder.iterdir() if file not in kept]
 

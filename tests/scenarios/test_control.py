@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from bench.load import Load
 from socketprotector import __version__
 from socketprotector.requests import COMMANDS
+from tests.load import Load
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from bench.load import Load
 from socketprotector import cli
 from tests import forked
 from tests.ctl.conftest import COMMAND, run
+from tests.load import Load
 from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     ROUNDS,

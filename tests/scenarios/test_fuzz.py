@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from socketprotector.requests import COMMANDS, LINE_BYTES
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import DEADLINE_S
 from tests.scenarios.adopting import Chance, served

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from socketprotector import guard
+from tests.load import Load
 from tests.running import DEADLINE_S, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.adopting import (
     NOBODY_ELSE,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from tests.c.building import compiled, shared_folder
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import Protector, ask, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade

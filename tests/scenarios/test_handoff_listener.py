@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from socketprotector import heritage
+from tests.load import Load
 from tests.running import Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
 from tests.scenarios.test_store import Service

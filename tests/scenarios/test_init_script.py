@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.running import DEADLINE_S, ROOT, WORKERS, ask, exchange, wait_gone
 
 SCRIPT = ROOT / "init.d" / "socketprotector"

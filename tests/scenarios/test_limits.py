@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.running import WORKERS
 from tests.scenarios.adopting import served, upgrade
 from tests.scenarios.operating import OBEYS, Line, Operated, Operating
@@ -284,10 +284,11 @@ def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
         assert "event=adopted" in upgrade(web.daemon)
         line = web.line(follows=True)
         mark = len(web.daemon.log.seen)
+        # The first two may have been on their way out.
+        web.daemon.log.wait_for(f'event=replacing generation=1 reason="{reason}"', after=mark)
         replaced(line, 2)
         served(load)
     assert load.snapshot().failures == ()
-    web.daemon.log.wait_for(f'event=replacing generation=1 reason="{reason}"', after=mark)
     found = web.status()
     assert (found["route"], found["crashes"], found["lost"]) == (1, 0, 0)
     [generation] = found["generations"]

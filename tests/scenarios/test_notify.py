@@ -58,8 +58,15 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
 
 def address_of(pid: int) -> str:
     """The notify address of a worker."""
-    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    [address] = [e for e in environment if e.startswith(b"NOTIFY_SOCKET=")]
+    found: list[bytes] = []
+
+    def executed() -> bool:  # whoever has forked goes on before there is an environment
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found.extend(e for e in environment if e.startswith(b"NOTIFY_SOCKET="))
+        return bool(found)
+
+    eventually(executed, "an environment")
+    [address] = found
     return address.partition(b"=")[2].decode()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import Protector, ask, eventually
 from tests.scenarios.tools import (

@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.load import Load
+from tests.load import Load
 from tests.running import Protector, eventually
 from tests.scenarios.tools import (
     Client,

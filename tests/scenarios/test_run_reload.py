@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from bench.seen import Snapshot
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import Protector, eventually, wait_gone
 from tests.scenarios.adopting import at_rest

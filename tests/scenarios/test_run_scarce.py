@@ -14,7 +14,7 @@ from functools import partial
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import Protector, ask, eventually
 from tests.scenarios.tools import (

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from socketprotector.notify import parse
+from tests.load import Load
 from tests.running import COMMAND, DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, kinds_now, served
 from tests.scenarios.tools import (

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
+from tests.load import Load
 from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, wait_gone
 from tests.scenarios.adopting import served
 from tests.scenarios.tools import Client, Gate, kinds_of, pid_in

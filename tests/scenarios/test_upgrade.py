@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from socketprotector import __version__
+from tests.load import Load
 from tests.rounds import rounds
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (

@@ -35,7 +35,7 @@ def test_another_protector_goes_on_and_no_request_fails(
     daemon = protector(*guard, *server.arguments(tmp_path, free_port), WAIT_S=WAIT_S).ready()
     with Traffic(daemon.port, pause_s=PAUSE_S) as traffic:
         traffic.wait_for(newest(daemon))
-        for _ in range(rounds(2, 10)):
+        for _ in range(rounds(1, 10)):
             if how == "guard":
                 revived(daemon, kill_protector(daemon))
             else:

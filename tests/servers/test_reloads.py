@@ -21,7 +21,7 @@ from tests.servers.traffic import Connection, Traffic, is_accepted
 Start = Callable[..., Protector]
 Serve = Callable[[Server], Protector]
 
-RELOADS = rounds(3, 20)
+RELOADS = rounds(1, 20)
 #: How long an application takes for an answer, so that requests are under way when the signal
 #: comes.
 WAIT_S = "0.005"

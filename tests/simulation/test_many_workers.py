@@ -21,7 +21,7 @@ from socketprotector.heritage import Heritage
 from tests.simulation.world import World
 
 OURS = str(Path(socketprotector.__file__).parent)
-FEW, MANY = 10, 80
+FEW, MANY = 5, 40
 #: More than in proportion: what the halves of a longer list and its one look cost more.
 SLACK = 1.3
 

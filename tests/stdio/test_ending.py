@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load
 from tests.client.protector import Protector as Given
+from tests.load import Load
 from tests.running import Protector, eventually, parent_of, wait_gone
 from tests.scenarios.tools import Release
 from tests.stdio.pools import ANSWERS, PROGRAMS, TALKS, Caller, pool, refusing, waited_for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pwd
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.rounds import some
 from tests.running import Protector, ask, eventually
 from tests.scenarios import tools
 from tests.systems.life import ELSEWHERE, NAME, Surroundings, lived
@@ -36,24 +38,31 @@ def everybodys(tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("mode", ["connection", "listener"])
+#: What can be seen, and by whom.
+SIGHT = {
+    "no /proc": (NO_PROC, ()),
+    "no /proc, other users": (NO_PROC, OTHER_USER),
+    "hidepid": (HIDEPID, USER),
+    "hidepid, other users": (HIDEPID, OTHER_USER),
+}
+
+
 @pytest.mark.parametrize(
-    ("through", "options"),
-    [
-        (NO_PROC, ()),
-        (NO_PROC, OTHER_USER),
-        (HIDEPID, USER),
-        (HIDEPID, OTHER_USER),
-    ],
-    ids=["no /proc", "no /proc, other users", "hidepid", "hidepid, other users"],
+    ("sight", "mode"),
+    some(
+        list(itertools.product(SIGHT, ("connection", "listener"))),
+        few=[
+            ("no /proc", "connection"),
+            ("no /proc, other users", "listener"),
+            ("hidepid", "listener"),
+            ("hidepid, other users", "connection"),
+        ],
+    ),
 )
 def test_a_whole_life(
-    everybodys: Path,
-    marked_environment: dict[str, str],
-    mode: str,
-    through: tuple[str, ...],
-    options: tuple[str, ...],
+    everybodys: Path, marked_environment: dict[str, str], sight: str, mode: str
 ) -> None:
+    through, options = SIGHT[sight]
     lived(Surroundings(everybodys, marked_environment, through, mode=mode, options=options))
 
 

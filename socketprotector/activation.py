@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 
 from .address import Listen
 from .bind import Bound
 from .errors import UsageError
+from .frozen import frozen
 from .settings import ListenerSettings
 
 _FIRST = 3
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Given:
     """One socket that was passed in, and what it is bound to."""
 

@@ -10,11 +10,12 @@ import os
 import pwd
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 from urllib.parse import parse_qsl
 
 from .errors import UsageError
+from .frozen import frozen
 
 _TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "nonblock", "v6only")
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
@@ -23,7 +24,7 @@ _PATH_MAX_BYTES = 107
 _NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Listen:
     """One LISTEN argument, checked but not resolved."""
 

@@ -12,12 +12,13 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from . import holder, twin
 from .address import Listen
 from .bind_unix import bind_unix
 from .errors import Refusal, SystemRefused, UsageError
+from .frozen import frozen
 from .settings import ListenerSettings
 
 #: One number for two sockets: another program may take it between the two binds.
@@ -25,7 +26,7 @@ _SAME_PORT_TRIES = 16
 _IP_FREEBIND = 15
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Bound:
     """A listening socket and what is known of it."""
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +22,7 @@ from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
 from .errors import Refusal, UsageError
+from .frozen import frozen
 from .launch import launch
 from .line import FORMATS, LEVELS
 from .options import Duration, Ready
@@ -50,7 +51,7 @@ _FOR_LATER = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Asked:
     """What the command line and the file ask for, checked; nothing is bound yet."""
 
@@ -63,7 +64,7 @@ class Asked:
     control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Purpose:
     """Why the command line is read, and what to do with it."""
 

@@ -6,9 +6,9 @@ stands for (a process, a channel) is the business of effects.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 
+from .frozen import frozen
 from .policy import Policy
 
 
@@ -28,7 +28,7 @@ class Wait(Enum):
     STOP = "stop"  # fleet: graceful stop takes too long
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Deadline:
     """The name of a timer; starting it again replaces it."""
 
@@ -39,24 +39,24 @@ class Deadline:
 # -- events ------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Launched:
     """The program stands and may start its first generation."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReloadRequested:
     """Somebody wants the command as it is now."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StopRequested:
     """Somebody wants an end; quick: without waiting for what is being served."""
 
     quick: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ScaleRequested:
     """Somebody wants so many workers more (or fewer); with `to`, so many in all."""
 
@@ -64,31 +64,31 @@ class ScaleRequested:
     to: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HoldRequested:
     """Somebody wants nothing accepted, and nothing refused, for so long."""
 
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class HoldReleased:
     """Somebody wants no hold any more."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RenewRequested:
     """Somebody wants the serving generation replaced by one of the same program."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class KillRequested:
     """Somebody wants no end waited for of a generation that is on its way out."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReplaceRequested:
     """A worker is to make room for another one: it is too old or large, or was asked for.
 
@@ -100,7 +100,7 @@ class ReplaceRequested:
     hung: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerReady:
     """A worker said READY, or its timer said so for it."""
 
@@ -108,7 +108,7 @@ class WorkerReady:
     retires: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerExited:
     """A worker's process ended, or could not be spawned.
 
@@ -125,7 +125,7 @@ class WorkerExited:
     orphans: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class OpenFailed:
     """A generation could not be opened: the command or what it needs is not there."""
 
@@ -133,24 +133,24 @@ class OpenFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Parted:
     """A generation whose workers accept has taken all who had come to it."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stranded:
     """Clients wait where no generation accepts any more."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ListenersLost:
     """Somebody has shut down the last listener, and none can be had in its place."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ChannelBroken:
     """A worker shut down the channel that all of its generation share."""
 
@@ -158,7 +158,7 @@ class ChannelBroken:
     served_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TimeExtended:
     """A worker asked for more time for what it is doing (EXTEND_TIMEOUT_USEC)."""
 
@@ -166,12 +166,12 @@ class TimeExtended:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class BacklogEmptied:
     """What had connected before the stop is sent; the listeners are closed."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettingsRead:
     """The configuration was read again and can be had.  workers: None for as many as before."""
 
@@ -179,14 +179,14 @@ class SettingsRead:
     workers: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class SettingsFailed:
     """The configuration was read again and cannot be had; reason is for people."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DeadlinePassed:
     """A timer ran out."""
 
@@ -228,7 +228,7 @@ class Sign(Enum):
     KILL = "KILL"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Open:
     """Make a generation's channel; fresh: resolve the command anew, else take the last good.
 
@@ -239,7 +239,7 @@ class Open:
     fresh: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Spawn:
     """Start a worker's process in an open generation."""
 
@@ -248,7 +248,7 @@ class Spawn:
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Signal:
     """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
 
@@ -256,28 +256,28 @@ class Signal:
     sign: Sign
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Retire:
     """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
 
     worker: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RouteTo:
     """Give new connections to this generation; None: hold them."""
 
     generation: int | None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Part:
     """Wait until this generation, which gets nobody new, has accepted who came: `Parted`."""
 
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Drain:
     """Take back what nobody of this generation has taken, for the route; then end its channel.
 
@@ -287,7 +287,7 @@ class Drain:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Release:
     """Close what a generation that is gone has left; what still waits goes to the route.
 
@@ -297,36 +297,36 @@ class Release:
     generation: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Hold:
     """Accept nothing from now on, or go on accepting."""
 
     on: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CloseListeners:
     """Take no new clients; quick: close at once, else first send on what has connected."""
 
     quick: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ReadSettings:
     """Have the configuration read again, for what is opened fresh from then on."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class UseSettings:
     """What was read holds from now on for everything; listeners that it lacks are emptied."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ForgetSettings:
     """Nobody wants what was read, or is being read; listeners that it added are given up."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class StartTimer:
     """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
 
@@ -335,7 +335,7 @@ class StartTimer:
     extend: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class CancelTimer:
     """Forget a timer."""
 
@@ -363,7 +363,7 @@ class News(Enum):
     BROKEN = "channel-broken"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Report:
     """Tell what happened; reason is for people."""
 
@@ -372,7 +372,7 @@ class Report:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Exit:
     """The last action: nothing is left to supervise."""
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from enum import Enum
 from operator import attrgetter
 
 from .events import Deadline
+from .frozen import frozen
 from .policy import Policy as Policy
 
 
@@ -58,7 +59,7 @@ class State(Enum):
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Worker:
     """One place in a generation and the process in it; `number` is never reused."""
 
@@ -78,7 +79,7 @@ class Worker:
 _NUMBER = attrgetter("number")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Generation:
     """All workers started from one version of the command.
 
@@ -146,7 +147,7 @@ class Next(Enum):
     LAST_GOOD = "last good"
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Candidate:
     """What the configuration said when it was read again; it has not served yet."""
 
@@ -154,7 +155,7 @@ class Candidate:
     workers: int | None = None  # None: as many as are wanted anyway
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Fleet:
     """Everything the lifecycle knows.  Wishes (what is wanted) stand apart from what is."""
 

@@ -6,13 +6,15 @@ Times are seconds since the epoch, for people.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from .frozen import frozen
 
 #: The last so many are remembered.
 RELOADS, CRASHES = 10, 20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Reload:
     """One that was tried; the generation is the one that it started."""
 
@@ -23,7 +25,7 @@ class Reload:
     ended_at: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Crash:
     """A worker that ended without being asked to, or badly."""
 
@@ -40,7 +42,7 @@ class Crash:
     max_rss_kib: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class History:
     """The last of both, the newest last."""
 

@@ -18,9 +18,9 @@ import fcntl
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from . import control_path
+from .frozen import frozen
 from .notify import remove_folder
 from .settings import Settings
 
@@ -35,7 +35,7 @@ _NAME_BYTES = 1 + 24 + 1 + 10
 _TRIES = 20
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class NotifyFolder:
     """A folder that was made, and the descriptor that keeps it locked."""
 

@@ -9,12 +9,12 @@ import os
 import resource
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from .errors import UsageError
+from .frozen import frozen
 
 _UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
@@ -61,7 +61,7 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in ne
         return seconds
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Ready:
     """What says that a worker is ready; see Settings."""
 

@@ -5,13 +5,13 @@ Pure.  Apart from fleet.py, which speaks of events, because an event tells a new
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .frozen import frozen
 
 #: stop-first has nobody serving while the old generation drains: never without an end.
 STOP_FIRST_DRAIN_S = 30.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Policy:
     """What the operator chose.  Times in seconds; 0 means no limit where one is named."""
 

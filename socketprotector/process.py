@@ -12,9 +12,9 @@ import resource
 import select
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from . import privileges, words
+from .frozen import frozen
 from .loop import Loop
 from .quota import scheduler
 from .records import Program
@@ -30,7 +30,7 @@ _REAPED_AT_ONCE = 256
 _PROCESS_GROUP = 1 << 2
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class End:
     """How a process ended."""
 

@@ -18,9 +18,10 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from .einhorn import ack
+from .frozen import frozen
 from .loop import Loop
 from .process import Process
 from .records import Program
@@ -44,7 +45,7 @@ _PROGRAM = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Offer:
     """What a worker is given to say it on: number there -> ours, and what the environment says."""
 

@@ -6,17 +6,18 @@ next program finds them again.  Times are CLOCK_MONOTONIC seconds: they hold unt
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from socketprotector_client import wire
 
 from .events import Deadline, Retire, Sign, Signal, Wait
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from .frozen import frozen
 from .history import Crash, History, Reload
 from .settings import Identity
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Program:
     """What to execute, wholly resolved: the same again for a respawn."""
 
@@ -39,7 +40,7 @@ class Program:
     watchdog_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Counts:
     """What workers have counted of their connections."""
 
@@ -61,7 +62,7 @@ class Counts:
         return replace(self, active=0)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GenerationRecord:
     """An open generation, or one that is released and not yet empty."""
 
@@ -78,7 +79,7 @@ class GenerationRecord:
     side: int = 0  # where its workers accept, if they do: see sides.py
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerRecord:
     """A worker's process and what it has said."""
 
@@ -98,7 +99,7 @@ class WorkerRecord:
     killed: bool = False  # its process group was sent KILL
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Snapshot:
     """All that a program needs to go on where another one stopped."""
 

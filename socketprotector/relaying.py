@@ -26,9 +26,9 @@ import termios
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from . import door, relay
+from .frozen import frozen
 from .log import Log
 from .loop import Loop
 from .process import Process, spawn
@@ -58,7 +58,7 @@ _END_S = 3.0
 _PIPE, _WORDS, _PLACE = "+", "?", "="
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class WorkerPipe:
     """Our copy of the read end of a worker's output."""
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from .frozen import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ class Wrong(Exception):
         self.id = request_id
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Request:
     """A command that is known, with arguments that it takes."""
 

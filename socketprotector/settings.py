@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, field, fields, replace
 
+from .frozen import frozen
 from .policy import Policy
 
 TYPE_CHECKING = False
@@ -30,7 +31,7 @@ class SettingsError(ValueError):
     """The settings cannot be used; the message says why."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ListenerSettings:
     """One bound socket: its canonical address and, for a UNIX path, the file that is ours."""
 
@@ -45,7 +46,7 @@ class ListenerSettings:
     removed: bool = False  # by a reload; its place is never another's
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Origin:
     """What a configuration file is read again with: as the caller said it, where he was."""
 
@@ -55,7 +56,7 @@ class Origin:
     configured: bool = False  # there is a file
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Identity:
     """The user that everything runs as after the start."""
 
@@ -65,7 +66,7 @@ class Identity:
     groups: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Limits:
     """When a worker makes room for another one; 0: never."""
 
@@ -79,7 +80,7 @@ class Limits:
         return bool(self.requests or self.memory_bytes or self.age_s)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Settings:
     """Everything the resident process needs to know."""
 

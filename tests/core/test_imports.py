@@ -72,6 +72,7 @@ LAYERS = {
             "errors",
             "events",
             "fleet",
+            "frozen",
             "handoff",
             "history",
             "lean",
@@ -87,7 +88,7 @@ LAYERS = {
 DEPTH = {module: depth for depth, layer in enumerate(LAYERS.values()) for module in layer}
 
 #: These know no clock, process, socket or logger.
-PURE = LAYERS["core"] | {"events", "fleet", "handoff", "policy", "settings"}
+PURE = LAYERS["core"] | {"events", "fleet", "frozen", "handoff", "policy", "settings"}
 IMPURE = {"asyncio", "logging", "os", "random", "select", "signal", "socket", "sys", "time"}
 
 #: Each costs the resident process memory for life (design: idle in 16 MB).

@@ -372,7 +372,7 @@ class _Reading:
                 kill_timeout_s=given["kill_timeout"],
                 stop_first=given["reload_order"] == "stop-first",
                 workers_accept=mode == handoff.LISTENER,
-                ready=ready.kind,
+                ready=mode if (mode, ready.kind) == (handoff.LEGACY, "notify") else ready.kind,
             ),
             handoff=mode,
             shell=given["shell"],

@@ -63,6 +63,8 @@ READY_HINTS = {
     "--ready after:1s",
     "check": "the command of --ready check: did not succeed; try it while a worker runs",
     "after": "--ready after: is longer than --start-timeout",
+    "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
+    "of the C++ SocketProtector does",
     "any": "a worker says READY=1 to NOTIFY_SOCKET, sends einhorn's ACK, writes to {fd:ready}, or "
     "is taken as ready by --ready after:1s",
 }

@@ -28,6 +28,8 @@ LONGEST_MS = 2000
 #: The first time it returns without a change says that it watches by now.
 _LOOK_MS = 250
 _MOST_BYTES = 2000
+#: What is there anew, told by the program before to itself.
+_ANEW = "SOCKETPROTECTOR_WATCHED_ANEW"
 Filter = Callable[[Change, str], bool]
 
 
@@ -50,10 +52,16 @@ class Below(DefaultFilter):
         return path not in self._ignored and super().__call__(change, path)
 
 
-def only(names: Iterable[str]) -> Filter:
-    """These very names, whatever they are."""
+def only(names: Iterable[str], folders: Collection[str]) -> Filter:
+    """These very names, whatever they are; and folders that are there anew."""
     wanted = frozenset(names)
-    return lambda _, path: path in wanted
+    return lambda change, path: path in wanted or (change is Change.added and path in folders)
+
+
+def begin_anew(line: socket.socket, folder: str) -> None:
+    """Look at another folder of the same name: what looks below it sees the one of before."""
+    line.set_inheritable(True)
+    os.execve(sys.executable, sys.orig_argv, {**os.environ, _ANEW: folder})
 
 
 def is_name(path: str) -> bool:
@@ -67,8 +75,9 @@ def look(
     wanted: Filter,
     began: threading.Event,
     recursive: bool,
+    folders: Collection[str],
 ) -> None:
-    """Tell of each change, for ever."""
+    """Tell of each change, for ever, or until one of the folders is there anew."""
     try:
         for changes in watch(
             *paths,
@@ -82,6 +91,9 @@ def look(
             ignore_permission_denied=True,
         ):
             began.set()
+            for change, path in changes:
+                if change is Change.added and path in folders:
+                    begin_anew(line, path)
             if changes:
                 say(line, f"+{len(changes)} {min(path for _, path in changes)}")
     except BaseException as error:
@@ -104,29 +116,35 @@ def main() -> None:
     folders = [path for path in paths if os.path.isdir(path)]
     names = [path for path in paths if is_name(path)]
     # The folder, not the file: one that is replaced by another is not there any more.
-    around = sorted({os.path.dirname(path) for path in names})
+    around = sorted({os.path.dirname(path) for path in paths})
     begun = [
-        start(line, there, wanted, recursive)
-        for there, wanted, recursive in (
-            (folders, Below(ignored), True),
-            (around, only(names), False),
+        start(line, there, wanted, recursive, looked_for)
+        for there, wanted, recursive, looked_for in (
+            (folders, Below(ignored), True, ()),
+            (around, only(names, folders), False, folders),
         )
         if there
     ]
     for each in begun:
         each.wait()
     say(line, "=")
+    if anew := os.environ.pop(_ANEW, ""):
+        say(line, f"+1 {anew}")
     while line.recv(1):
         pass
     os._exit(0)  # threads that wait for a change have nothing to finish
 
 
 def start(
-    line: socket.socket, paths: Iterable[str], wanted: Filter, recursive: bool
+    line: socket.socket,
+    paths: Iterable[str],
+    wanted: Filter,
+    recursive: bool,
+    folders: Collection[str],
 ) -> threading.Event:
     """Look in a thread of its own; the event is set once it does."""
     began = threading.Event()
-    given = (line, paths, wanted, began, recursive)
+    given = (line, paths, wanted, began, recursive, folders)
     threading.Thread(target=look, args=given, daemon=True).start()
     return began
 

@@ -176,7 +176,7 @@ def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
     release.becomes(service.program, str(service.port), "never")
     mark = daemon.signal(signal.SIGHUP)
 
-    daemon.log.wait_for("event=reload-failed .*not ready within 2 s", after=mark)
+    daemon.log.wait_for("event=reload-failed .*not ready within 2 s; .* sock_srv_PORT", after=mark)
     never = int(daemon.out.wait_for(rf"started (?!{old}\b)").split()[1])
     assert wait_gone([never]) == []
     assert pid_in(ask(service.address)) == old

@@ -190,10 +190,29 @@ def test_a_file_may_be_replaced_and_a_link_turned(
         (tmp_path / "new").rename(current)
 
     after(daemon, turn)
+    after(daemon, lambda: put(tmp_path / "releases" / "b" / "more.py", "of the new one\n"))
     after(daemon, lambda: source.save("three"))
     assert says(daemon) == "three"
     told = [line for line in daemon.log.seen if "event=changed" in line]
-    assert ["beside" in line for line in told] == [False] * 3
+    assert ["beside" in line for line in told] == [False] * 4
+    daemon.stop()
+
+
+def test_another_folder_may_take_the_place_of_the_one_that_is_watched(
+    watching: Starter, source: Source, tmp_path: Path, marked_environment: dict[str, str]
+) -> None:
+    daemon = watching()
+    other = Source(tmp_path / "other")
+    other.save("two")
+
+    source.folder.rename(tmp_path / "old")
+    other.folder.rename(source.folder)
+
+    daemon.log.wait_for(f"event=changed path={source.folder} ")
+    eventually(lambda: says(daemon) == "two", "what is in the other folder")
+    after(daemon, lambda: source.save("three"))
+    assert says(daemon) == "three"
+    assert len(watcher_of(marked_environment[MARK])) == 1
     daemon.stop()
 
 

@@ -63,11 +63,18 @@ class Scoreboard:
 
     def follow(self, connections: OpenConnections) -> None:
         """Count these among the open ones, until the last of them is closed."""
+        if self._words is not None and not self._open:
+            self._words[wire.BOARD_STATE] = wire.BOARD_COUNTED  # see leave_uncounted
         self._open = opened = (*(each for each in self._open if each.known()), connections)
         if len(opened) == 1:  # nearly always, and each connection would pay for the sum
             self._now_open = connections.known
         else:
             self._now_open = lambda: sum(each.known() for each in opened)
+
+    def leave_uncounted(self) -> None:
+        """Say that nothing is told of here, unless something is: what is not known is not 0."""
+        if self._words is not None and not self._open:
+            self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def count_open(self) -> None:
         """Write down how many connections are open now.  Also fit for a finalizer."""

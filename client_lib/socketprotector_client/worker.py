@@ -138,7 +138,8 @@ class Worker:
         """Say READY=1, the first time; later calls do nothing.
 
         Where the protector has not read on for a while it is heard once it does: see notify().
-        retires: whether this worker leaves when its RETURN line ends.
+        retires: whether this worker leaves when its RETURN line ends; not where the program takes
+        from the Channel itself, which nobody counts either.
         """
         with self._lock:
             if self._said_ready:
@@ -146,6 +147,8 @@ class Worker:
             self._said_ready = True
             while self._watchdogs:
                 self._watchdogs.pop().start()
+        if not retires:
+            self._board.leave_uncounted()
         # In one datagram: the protector must know both before it relies on one.
         if retires and self._return_line is not None:
             notify("READY=1", wire.RETIRES_ON_RETURN)

@@ -56,6 +56,15 @@ def test_a_worker_that_writes_says_so_at_once(record: Record) -> None:
     assert os.pread(record.fd, PLACE, 0) == bytes(PLACE)  # and nothing to the records of others
 
 
+def test_who_tells_of_nothing_does_not_say_that_it_is_nothing(record: Record) -> None:
+    record.board.leave_uncounted()
+    assert record.word(wire.BOARD_STATE) == wire.BOARD_UNKNOWN
+
+    record.board.follow(OpenConnections(lambda: None))
+    record.board.leave_uncounted()
+    assert record.word(wire.BOARD_STATE) == wire.BOARD_COUNTED
+
+
 @pytest.mark.parametrize(
     ("wait_us", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (1000, 10), (2**40, 31), (-5, 0)]
 )

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,34 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
     found = web.until_generation(1, active=0)
     assert (found["accepted"], found["finished"]) == (8, 8)
     assert web.status()["forwarded"] == 8
+
+
+OWN_LOOP = """
+import select, socket
+from socketprotector_client import Channel, Drained, ready
+channel = Channel.from_environment()
+ready()
+while select.select([channel], [], []):
+    try:
+        taken = channel.take()
+    except Drained:
+        break
+    if taken:
+        with socket.socket(fileno=taken[0]) as client:
+            client.recv(100)
+            client.sendall(b"taken\\n")
+"""
+
+
+def test_who_takes_from_the_channel_itself_is_not_said_to_have_taken_nothing(
+    operated: Operating,
+) -> None:
+    web = operated(command=(sys.executable, "-c", OWN_LOOP))
+
+    assert ask(web.address) == "taken"
+
+    [each] = web.until_generation(1, accepted=None)["workers"]
+    assert [each[name] for name in ("accepted", "active", "finished", "errors")] == [None] * 4
 
 
 def test_the_counts_of_several_workers_add_up(operated: Operating) -> None:

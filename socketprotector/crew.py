@@ -6,6 +6,7 @@ here owns its process, its notify socket and our end of its RETURN line.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -504,6 +505,9 @@ class Crew:
                     path = self._settings.control.address.removeprefix("unix:")
                     environment["EINHORN_SOCK_PATH"] = path
                 listeners = self._listeners(home.side)
+                if not listeners.keys() >= (known(program) or set()):
+                    why = "a listener was lost when the protector was killed; restart to have it"
+                    raise OSError(errno.ENOTCONN, why)
                 # They have the first numbers, and --ready fd:N none of these.
                 descriptors = {next(free): listeners[i] for i in sorted(known(program) or ())}
             else:
@@ -638,7 +642,7 @@ class Crew:
         known = worker.record
         lost = worker.home.bury(known.slot)
         del self._workers[number], self._records[number]
-        if self._by_pid[known.pid] == number:  # else it is another's by now
+        if self._by_pid.get(known.pid) == number:  # else it was another's meanwhile
             del self._by_pid[known.pid]
         for name in worker.named:
             del self.descriptors[name]

@@ -254,6 +254,7 @@ class Effects:
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
             hand=self.forwarder.hand,
             hand_number=self.forwarder.hands,
+            aside=self.forwarder.aside,
             strays=self.crew.strays,
             forwarded=self.forwarder.forwarded,
             lost=self.forwarder.lost,
@@ -363,8 +364,11 @@ class Effects:
             self.forwarder.hands = snapshot.hand_number + 1
         else:
             self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
-        self.configuration.adopt(snapshot)
+        for number, header in snapshot.aside:
+            if f"{door.HAND}{number}" in descriptors:  # else it could not be stored in time
+                self.forwarder.adopt_aside(header, descriptors[f"{door.HAND}{number}"], number)
         self._close_unknown(descriptors)
+        self.configuration.adopt(snapshot)
         for each in self._released.values():
             each.forget_board()
             self.forwarder.release(each.channel)

@@ -28,11 +28,61 @@ BURST = 64
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 
 
+class Aside:
+    """Connections that were accepted, could not be sent, and are not for the route.
+
+    Owns their descriptors.
+    """
+
+    def __init__(self, number: Callable[[], int], held: Callable[[], bool]) -> None:
+        """number: one that no other ever had.  held: writes down what there is; False: cannot."""
+        self._number = number
+        self._held = held
+        #: By their number: header and descriptor.
+        self.hands: dict[int, tuple[bytes, int]] = {}
+
+    def has(self, listener: int) -> bool:
+        """Whether one is there that came by a listener."""
+        return any(listener_of(header) == listener for header, _ in self.hands.values())
+
+    def put(self, header: bytes, fd: int) -> None:
+        """Take ownership of one."""
+        self.hands[self._number()] = header, fd
+        self._held()
+
+    def take(self, listener: int) -> tuple[bytes, int] | None:
+        """Give one that came by a listener to the caller, who may send it: it is written down.
+
+        None where there is none, or where it cannot be.
+        """
+        for number, hand in self.hands.items():
+            if listener_of(hand[0]) == listener:
+                del self.hands[number]
+                # Killed from here on we lose it, but never send it twice.
+                if self._held():
+                    return hand
+                self.hands[number] = hand
+                return None
+        return None
+
+    def drop(self, listener: int) -> int:
+        """Close those that came by a listener; return how many."""
+        gone = [n for n, (header, _) in self.hands.items() if listener_of(header) == listener]
+        for number in gone:
+            os.close(self.hands.pop(number)[1])
+        return len(gone)
+
+
 class Emptying:
     """Owns the listener until it is closed; the channel is its generation's."""
 
     def __init__(
-        self, listener: Listener, channel: Channel, loop: Loop, over: Callable[[Emptying], None]
+        self,
+        listener: Listener,
+        channel: Channel,
+        loop: Loop,
+        aside: Aside,
+        over: Callable[[Emptying], None],
     ) -> None:
         """`over` is called back once the listener is closed."""
         self.listener = listener
@@ -40,8 +90,8 @@ class Emptying:
         self.moved = 0
         self.lost = 0
         self._loop = loop
+        self._aside = aside
         self._over = over
-        self._hand: tuple[bytes, int] | None = None  # accepted, and the channel had no room
         self._quiet = False  # nobody came since the last look
         self._until = 0.0  # to be closed then, though new ones may still come
 
@@ -49,9 +99,8 @@ class Emptying:
     def _timer(self) -> tuple[str, int]:
         return "emptying", self.listener.index
 
-    def begin(self, hand: tuple[bytes, int] | None = None) -> None:
-        """Let nobody new in.  hand: one that was accepted already; takes ownership."""
-        self._hand = hand
+    def begin(self) -> None:
+        """Let nobody new in."""
         if not self.listener.refuse_new():
             self._until = time.monotonic() + LAST_S
         self._loop.call_after(self._timer, 0.0, self._look)
@@ -59,10 +108,7 @@ class Emptying:
     def end(self) -> None:
         """Close the listener, whoever may still wait there."""
         self._loop.cancel(self._timer)
-        if self._hand is not None:
-            os.close(self._hand[1])
-            self.lost += 1
-            self._hand = None
+        self.lost += self._aside.drop(self.listener.index)
         self.listener.close()
         self._over(self)
 
@@ -75,9 +121,10 @@ class Emptying:
             self.end()
             return
         self.moved += moved
-        nobody = not moved and self._hand is None and not self._is_full()
+        aside = self._aside.has(self.listener.index)
+        nobody = not moved and not aside and not self._is_full()
         late = bool(self._until) and time.monotonic() > self._until
-        if (nobody and self._quiet) or (late and self._hand is None):
+        if (nobody and self._quiet) or (late and not aside):
             self.end()
             return
         self._quiet = nobody
@@ -88,9 +135,12 @@ class Emptying:
 
     def _move(self) -> bool:
         """Accept one and send it; False where there is none, or no room.  Raises OSError."""
-        if self._hand is None:
-            if self._is_full():
-                return False
+        if self._is_full():
+            return False
+        hand = self._aside.take(self.listener.index)
+        if hand is None and self._aside.has(self.listener.index):
+            return False  # it goes first
+        if hand is None:
             try:
                 # As in forwarder.py: no socket object only to be taken apart.
                 fd, _ = self.listener.socket._accept()  # type: ignore[attr-defined]
@@ -99,15 +149,21 @@ class Emptying:
                 self._quiet = self._quiet and error.errno in AGAIN
                 return False
             index, now = self.listener.index, time.monotonic_ns()
-            self._hand = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
-        header, fd = self._hand
+            hand = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
+        header, fd = hand
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd))]
         try:
             self.channel.write.sendmsg([header], rights, SEND_FLAGS)
         except OSError as error:
+            self._aside.put(header, fd)
             if error.errno in BROKEN:
                 raise
             return False  # no room after all, or the system is short of something
-        self._hand = None
         os.close(fd)
         return True
+
+
+def listener_of(header: bytes) -> int:
+    """The index of the listener that a connection came by."""
+    index: int = wire.HEADER.unpack_from(header)[2]
+    return index

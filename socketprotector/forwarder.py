@@ -21,7 +21,7 @@ from socketprotector_client import wire
 
 from . import door
 from .channel import BROKEN, SEND_FLAGS, Channel
-from .emptying import Emptying
+from .emptying import Aside, Emptying, listener_of
 from .listener import AGAIN, Listener
 from .loop import WRITE, Loop
 
@@ -88,7 +88,7 @@ class Forwarder:
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
-        self._aside: list[tuple[bytes, int]] = []  # was in hand; the route knows not its listener
+        self._aside = Aside(self._number, held)  # the route knows not their listeners
         self._emptying: list[Emptying] = []  # listeners that were removed
         self._fed: list[Channel] = []  # by those; to be ended afterwards
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
@@ -164,26 +164,16 @@ class Forwarder:
         self._listeners.remove(listener)
         self._accepting.pop(listener.fileno(), None)
         self._unwatch(listener)
-        hand = self._take_aside(listener.index)
         if listener.shared:
             listener.refuse_new()  # those who accept from it take who has connected
         if to is None or listener.settings.foreign or listener.shared:
             # A foreign one's owner goes on listening, and has those who wait.
-            if hand is not None:
-                os.close(hand[1])
-                self.lost += 1
+            self.lost += self._aside.drop(listener.index)
             listener.close()
             return
-        emptying = Emptying(listener, to, self._loop, self._is_empty)
+        emptying = Emptying(listener, to, self._loop, self._aside, self._is_empty)
         self._emptying.append(emptying)
-        emptying.begin(hand)
-
-    def _take_aside(self, index: int) -> tuple[bytes, int] | None:
-        for each in self._aside:
-            if _listener_of(each[0]) == index:
-                self._aside.remove(each)
-                return each
-        return None
+        emptying.begin()
 
     def _emptying_to(self, channel: Channel) -> list[Emptying]:
         return [each for each in self._emptying if each.channel is channel]
@@ -228,12 +218,13 @@ class Forwarder:
         self.route_to(None)
         self._loop.cancel(_RETRY)
         if self._in_hand is not None:
-            self._aside.append(self._in_hand)
+            self.lost += 1
+            os.close(self._in_hand[1])
             self._in_hand = None
-        for _, fd in self._aside:
+        for _, fd in self._aside.hands.values():
             self.lost += 1
             os.close(fd)
-        self._aside.clear()
+        self._aside.hands.clear()
         for channel in self._left_over:
             self.lost += channel.depth()
             channel.close()
@@ -259,18 +250,33 @@ class Forwarder:
         """The header of the connection in hand, if there is one."""
         return self._in_hand[0] if self._in_hand is not None else None
 
+    @property
+    def aside(self) -> tuple[tuple[int, bytes], ...]:
+        """Number and header of each that is neither in hand nor to be sent to the route."""
+        return tuple((number, header) for number, (header, _) in self._aside.hands.items())
+
+    def _number(self) -> int:
+        """Number one that is set aside; that in hand, if there is one, keeps the last number."""
+        self.hands += 2
+        return self.hands - 1
+
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
         listeners = (*self._listeners, *(each.listener for each in self._emptying))
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         if self._in_hand is not None:
             found[f"{door.HAND}{self.hands}"] = self._in_hand[1]
+        found.update((f"{door.HAND}{n}", fd) for n, (_, fd) in self._aside.hands.items())
         return found
 
     def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
         """Take the connection that an earlier program had in hand.  Takes ownership of fd."""
         self._in_hand = header, fd
         self.hands = number
+
+    def adopt_aside(self, header: bytes, fd: int, number: int) -> None:
+        """Take one that an earlier program had set aside.  Takes ownership of fd."""
+        self._aside.hands[number] = header, fd
 
     def adopt_drained(self, channel: Channel) -> None:
         """Go on with a channel that an earlier program has ended: empty it for the next route."""
@@ -363,16 +369,7 @@ class Forwarder:
     def _go_on(self) -> None:
         """Deliver what is in hand, then what was left over, then accept; or stay held."""
         if self._route is not None and self._full is None and not self._waiting:
-            self._sort_hands(self._route)
-            if self._in_hand is not None:
-                header, fd = self._in_hand
-                self._in_hand = None
-                # Before it is sent: killed in between we lose it, but never send it twice.
-                if not self._held():
-                    self._in_hand = header, fd
-                    self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
-                    return
-                self._deliver(self._route, header, fd)
+            self._deliver_hands(self._route)
             while self._shut and self._open:
                 self._reclaim(self._shut[0])
                 if self._open:
@@ -385,18 +382,32 @@ class Forwarder:
         if self._accepts and self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
+    def _deliver_hands(self, route: Channel) -> None:
+        """Send what is in hand, and what was set aside for a route like this one."""
+        self._sort_hands(route)
+        while self._in_hand is not None and self._full is None and not self._waiting:
+            header, fd = self._in_hand
+            self._in_hand = None
+            # Before it is sent: killed in between we lose it, but never send it twice.
+            if not self._held():
+                self._in_hand = header, fd
+                self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                return
+            self._deliver(route, header, fd)
+            if self._route is None:
+                return
+            self._sort_hands(route)
+
     def _sort_hands(self, route: Channel) -> None:
         """Have in hand what the route knows of, if there is anything."""
-        if self._in_hand is not None and not route.knows_of(_listener_of(self._in_hand[0])):
-            self._aside.append(self._in_hand)
-            self._in_hand = None
-            self.hands += 1
-            self._held()
-        if self._in_hand is None and self._aside:
-            known = [each for each in self._aside if route.knows_of(_listener_of(each[0]))]
+        if self._in_hand is not None and not route.knows_of(listener_of(self._in_hand[0])):
+            hand, self._in_hand = self._in_hand, None
+            self._aside.put(*hand)
+        if self._in_hand is None and self._aside.hands:
+            aside = self._aside.hands
+            known = [n for n, (header, _) in aside.items() if route.knows_of(listener_of(header))]
             if known:
-                self._aside.remove(known[0])
-                self._in_hand = known[0]
+                self._in_hand = aside.pop(known[0])
                 self.hands += 1
                 self._held()
 
@@ -476,7 +487,7 @@ class Forwarder:
 
         What came by a listener that the route does not know stays where it is: behind the
         others, or with all that is behind it where the channel has ended.  last: its workers
-        are gone, and nobody else is left who knows it.
+        are gone, and it is set aside for another generation that knows it.
         """
         route = self._route
         strange = route is not None and _lacks(route, channel)
@@ -494,7 +505,7 @@ class Forwarder:
             header, fd = taken
             if fd < 0:
                 self.lost += 1
-            elif strange and route is not None and not route.knows_of(_listener_of(header)):
+            elif strange and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self._route is not None:
                 self._deliver(self._route, header, fd)
@@ -521,15 +532,19 @@ class Forwarder:
         except OSError as error:
             self._scarce("recvmsg", error)
             return True
-        known = self._route is None or header is None or self._route.knows_of(_listener_of(header))
+        known = self._route is None or header is None or self._route.knows_of(listener_of(header))
         return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
-        """Send a connection to where it was taken from.  Takes ownership of fd."""
+        """Send a connection to where it was taken from, or set it aside.  Takes ownership of fd."""
         try:
             channel.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
-        except OSError:
-            self.lost += 1  # ended: nobody is left who knows the listener
+        except OSError:  # it has ended
+            there = (*self._listeners, *(each.listener for each in self._emptying))
+            if listener_of(header) in {each.index for each in there}:
+                self._aside.put(header, fd)
+                return
+            self.lost += 1  # nobody is left who knows the listener
         os.close(fd)
 
     def _take_reserve(self) -> bool:
@@ -650,12 +665,6 @@ class Forwarder:
 def _rights(fd: int) -> tuple[int, int, bytes]:
     """What carries a descriptor."""
     return socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd)
-
-
-def _listener_of(header: bytes) -> int:
-    """The index of the listener that a connection came by."""
-    index: int = wire.HEADER.unpack_from(header)[2]
-    return index
 
 
 def _lacks(route: Channel, channel: Channel) -> bool:

@@ -372,7 +372,10 @@ class Store:
             many = Named() if many is None else many
             many.changed |= self._kept - few.keys()
             self._few = set()
-        for name in self._few - few.keys():
+        # First what is new: it may be in the place of what is over, and we be killed in between.
+        given = {name for name in few if self._give(name, few[name])}
+        over = self._few - few.keys() if len(given) == len(few) else set()
+        for name in over:
             self.forget(name)
         # One by one: to take away a view's names from a set looks at all of them.
         for name in tuple(many.changed):
@@ -380,11 +383,13 @@ class Store:
                 self.forget(name)
                 many.changed.discard(name)
         many.changed |= self._left_out & many.keys()  # there may be room by now
-        self._few = {name for name in few if self._give(name, few[name])}
+        self._few = (self._few | given) - over
+        for name in self._left_out & few.keys():
+            self._give(name, few[name])
         for name in tuple(many.changed):
             if self._give(name, many[name]):
                 many.changed.discard(name)
-        self.complete = not many.changed and len(self._few) == len(few)
+        self.complete = not many.changed and len(given) == len(few)
 
     def _give(self, name: str, fd: int) -> bool:
         """Have one kept; False where it must be tried again the next time."""

@@ -23,7 +23,8 @@ _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: How soon to try again what there was no memory for.
 _AGAIN_S = 0.1
 #: Processes whose end somebody here takes in.  Whatever else ends as our child was left to us.
-_known: set[int] = set()
+#: By whom: one that was reaped may be let go of when its number is another's already.
+_known: dict[int, Process] = {}
 #: Of those, so many are reaped in one go.
 _REAPED_AT_ONCE = 256
 #: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
@@ -54,7 +55,10 @@ class Process:
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._reaped = False
         self._discarded = False  # nobody has it any more, and it is waited for
-        _known.add(pid)
+        if pidfd >= 0:
+            _known.setdefault(pid, self)  # it may have been reaped while nobody was here
+        else:
+            _known[pid] = self
 
     @classmethod
     def forked(cls, act: Callable[[], None]) -> Process:
@@ -229,7 +233,7 @@ class Process:
         """Close the pidfd, if it is ours still.  A child that lives on is reaped as a stranger."""
         if not self._discarded:
             self._close()
-            _known.discard(self.pid)
+            self._forget()
 
     def _close(self) -> None:
         os.close(self.pidfd)
@@ -238,7 +242,11 @@ class Process:
 
     def _is_reaped(self) -> None:
         self._reaped = True
-        _known.discard(self.pid)
+        self._forget()
+
+    def _forget(self) -> None:
+        if _known.get(self.pid) is self:
+            del _known[self.pid]
 
 
 def _place() -> int:

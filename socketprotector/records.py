@@ -111,6 +111,7 @@ class Snapshot:
     undone: tuple[Signal | Retire, ...] = ()  # ordered, and maybe not carried out
     hand: bytes | None = None  # the header of the connection in hand
     hand_number: int = 0  # and which one that is
+    aside: tuple[tuple[int, bytes], ...] = ()  # the same of those that are not for the route
     strays: tuple[str, ...] = ()  # what failed workers left, told to end: by notify address
     forwarded: int = 0
     lost: int = 0

@@ -29,17 +29,20 @@ class World:
         self.folder = folder
         self.listeners = [self.listener(0), self.listener(1)]
         self.held = 0
-        self.forwarder = Forwarder(
+        self.forwarder = self.another(self.listeners)
+        self.old, self.new = self.channel({0, 1}), self.channel({0})
+        self.clients: list[socket.socket] = []
+
+    def another(self, listeners: list[Listener]) -> Forwarder:
+        return Forwarder(
             self.loop,
-            self.listeners,
+            listeners,
             broken=lambda: None,
             emptied=lambda: None,
             trouble=lambda call, error: None,
             held=self._held,
             dead=lambda listener: None,
         )
-        self.old, self.new = self.channel({0, 1}), self.channel({0})
-        self.clients: list[socket.socket] = []
 
     def _held(self) -> bool:
         self.held += 1
@@ -151,11 +154,31 @@ def test_what_nobody_is_left_for_is_counted_as_lost(world: World) -> None:
         world.connect(index)
         world.turn()
     world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], None)
 
     world.forwarder.release(world.old)
 
     assert (taken(world.new), world.forwarder.lost) == ([0, 0], 1)
     assert world.old.closed
+
+
+def test_what_a_generation_that_is_gone_has_left_goes_to_another_that_knows_the_listener(
+    world: World,
+) -> None:
+    """It could not be given to that one while it had the route: then that was full."""
+    world.forwarder.route_to(world.old)
+    for index in (0, 1, 0, 1):
+        world.connect(index)
+        world.turn()
+    before = world.channel({0, 1})
+    world.forwarder.route_to(world.new)
+
+    world.forwarder.release(world.old)
+    world.forwarder.remove(world.listeners[1], before)
+    world.turn(4 * QUIET_S)
+
+    assert (taken(world.new), taken(before), world.forwarder.lost) == ([0, 0], [1, 1], 0)
+    before.close()
 
 
 def test_who_waits_at_a_removed_listener_goes_to_the_channel_that_is_ended_after_it(
@@ -215,6 +238,33 @@ def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: W
 
     assert taken(small) == [1]
     assert world.forwarder.lost == 0
+    small.close()
+
+
+def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
+    world: World,
+) -> None:
+    small = world.channel({0, 1}, queue=6)
+    world.forwarder.route_to(small)
+    world.connect(1, small.capacity() + 1)
+    world.turn()
+    world.forwarder.route_to(world.new)
+
+    ((number, header),) = world.forwarder.aside
+    found = world.forwarder.descriptors()
+    hand, first = (os.dup(found[name]) for name in (f"sp.hand.{number}", "sp.listener.1"))
+    listener = Listener(first, 1, world.listeners[1].settings)
+    taken(small)
+    held = world.held
+    after = world.another([listener])
+    after.adopt_aside(header, hand, number)
+    after.remove(listener, small)
+    world.turn(4 * QUIET_S)
+
+    assert taken(small) == [1]
+    assert (after.aside, after.lost) == ((), 0)
+    assert world.held > held, "sent before that was written down: once more after a kill"
+    after.close()
     small.close()
 
 

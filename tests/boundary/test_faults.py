@@ -78,6 +78,8 @@ ROWS = [
 class OneFault(World):
     """A calm world with a reload in the middle, in which one call fails."""
 
+    UNUSUAL = False
+
     def __init__(self, call: str, code: int, nth: int) -> None:
         self.said: list[str] = []
         super().__init__(seed=1, steps=0, note=self.said.append)

@@ -427,6 +427,11 @@ assert known.reap().how == "exited with status 3"
 while reap_orphans()[1]:
     pass
 assert reap_orphans() == (0, False)
+later = Process(ended(4))
+known.pid = later.pid  # as if that number were used again before this one is let go of
+known.close()
+assert reap_orphans() == (0, True), "reaped as a stranger"
+assert later.reap().how == "exited with status 4"
 assert not [pid for pid in strangers if os.path.exists(f"/proc/{{pid}}")]
 """
 

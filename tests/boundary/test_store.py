@@ -148,6 +148,23 @@ def test_what_is_dropped_before_the_guard_was_told_is_closed_at_once(
     outbox.close()
 
 
+def test_what_comes_in_the_place_of_another_is_given_before_that_is_dropped(
+    line: tuple[socket.socket, socket.socket], files: list[int]
+) -> None:
+    """Killed between the two the next program would have neither, as of a listener bound anew."""
+    store = Store(Outbox(lambda again: None, line[0]))
+    store.sync({"sp.listener.0": files[0]})
+    store.sync({"sp.listener.0.1": files[1]})
+
+    said = [line[1].recv(4096, socket.MSG_DONTWAIT).decode().split() for _ in range(3)]
+
+    assert [(each[0], each[1]) for each in said] == [
+        ("FDSTORE=1", "FDNAME=sp.listener.0"),
+        ("FDSTORE=1", "FDNAME=sp.listener.0.1"),
+        ("FDSTOREREMOVE=1", "FDNAME=sp.listener.0"),
+    ]
+
+
 def test_a_signal_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
     guard.passed_on = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
     guard.take({"X_BEGAN": "1"}, -1)

@@ -54,6 +54,8 @@ class Connection(File):
         self.said_at = 0  # in turns of the protector's loop
         self.heard = False  # and somebody has read them
         self.address = address  # where it is looked for by sock_diag
+        self.came_by: Address | None = address
+        self.added = address.added if address is not None else 0
         self._lost = lost
         if address is not None:
             address.clients[number] = self

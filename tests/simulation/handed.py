@@ -12,6 +12,7 @@ clients come to the side that has the route; at rest nothing of an old generatio
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -22,11 +23,12 @@ from typing import Any, cast
 from socketprotector import door
 from socketprotector.fleet import Phase, State
 from socketprotector.handoff import FIRST_FD, LISTENER
+from socketprotector.reader import Answer
 from socketprotector.settings import ListenerSettings, Settings
 from socketprotector.sides import LAST_S
 from tests.simulation.files import Connection, File
 from tests.simulation.ports import Address, Listening
-from tests.simulation.world import BACKLOG, POLICIES, World
+from tests.simulation.world import BACKLOG, POLICIES, Voice, World
 
 #: Why clients may be lost that come to an address which a worker has done something to.
 MISCHIEF = "mischief"
@@ -47,6 +49,7 @@ class Server:
         self.rude = False  # it drops whom it has not heard, when it is told
         self.hangs = False
         self.ended = False
+        self.orphan = True  # no child of the protector that runs now
         self.gone = False  # reaped, by whomever
         for each in self.listening.values():
             each.take()
@@ -92,25 +95,29 @@ class Server:
 class Leader(Server):
     """A worker: what the protector has started, and what that has."""
 
-    def __init__(
-        self, pid: int, address: str, generation: int, listening: Mapping[int, Listening]
-    ) -> None:
-        super().__init__(pid, None, listening)
-        self.address = address
-        self.generation = generation
+    def __init__(self, pid: int, environment: Mapping[str, str], given: Mapping[int, File]) -> None:
+        places = range(FIRST_FD, FIRST_FD + int(environment["LISTEN_FDS"]))
+        found = {place: given[place] for place in places}
+        super().__init__(
+            pid, None, {n: each for n, each in found.items() if isinstance(each, Listening)}
+        )
+        self.address = environment["NOTIFY_SOCKET"]
+        self.generation = int(environment["SERVER_STARTER_GENERATION"])
+        self.voice = Voice(environment, given)
         self.drain_signal = int(signal.SIGTERM)
         self.told_by: Callable[[Leader], None] = lambda leader: None
         self.children: list[Server] = []
         self.master = False  # it leaves accepting to them
         self.ready = False
         self.reaped = False
-        self.orphan = False  # no child of the protector that runs now
+        self.orphan = False
         self.result = (os.CLD_EXITED, 0)
 
     def end(self, code: int, status: int) -> None:
         """End; the children live on."""
         if not self.ended:
             self.result = code, status
+        self.voice.close()
         super().end(code, status)
 
     def signal(self, number: int) -> None:
@@ -129,19 +136,21 @@ class Handed(World):
     """Everything around one protector whose workers accept."""
 
     ACCEPTS = False
+    ADDED = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "unix", "abstract")
+    KINDS = (*ADDED[:6], "foreign", "unix", "abstract", "passed in")
     GAPS = (8, 30, 100)
     TIME = (0.98, (0.001, 0.02, 0.1, 0.2, 0.5), 20.0)
     workers: list[Leader]
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
-        self._seconds: dict[int, Listening] = {}
+        self._seconds: dict[Listening, Listening] = {}
         self._has_stopped = False  # an earlier program
+        self._impatient = random.Random(f"clients {self.seed}").random() < 0.3
         self._tempted = 0
         self._mischievous = pick((False, False, True))
         self._rude = pick((0.0, 0.5))
         self._masters = pick((0.0, 0.5, 1.0))  # how many of the workers are
         listeners = tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2))))
-        self._addresses = [each.address for each in self._listening]
         return Settings(
             name="daemon",
             command=("./daemon",),
@@ -156,9 +165,21 @@ class Handed(World):
             secret="x",
         )
 
-    def _bind_one(self, number: int, pick: Callable[[Any], Any]) -> ListenerSettings:
-        kinds = ("tcp", "tcp", "tcp", "tcp6", "zero", "alone", "foreign")
-        kind = pick((*kinds, "unix", "abstract", "passed in"))
+    @property
+    def _addresses(self) -> list[Address]:
+        return list(dict.fromkeys(each.address for each in self._listening))
+
+    def _add(self, index: int, pick: Callable[[Any], Any], found: Answer) -> ListenerSettings:
+        its = super()._add(index, pick, found)
+        second = self._seconds.get(self._listening[-1])
+        if second is not None:
+            found.seconds[index] = self.kernel.install(second)
+        return its
+
+    def _bind_one(
+        self, number: int, pick: Callable[[Any], Any], kinds: Any = None
+    ) -> ListenerSettings:
+        kind = pick(kinds or self.KINDS)
         if kind in ("unix", "abstract", "passed in"):
             path = f"/srv/{number}" if kind == "unix" else f"\0srv/{number}"
             one = self._bind(socket.AF_UNIX, path)
@@ -167,13 +188,13 @@ class Handed(World):
             family = socket.AF_INET6 if kind == "tcp6" else socket.AF_INET
             one = self._bind(family, ("h", number))
         self._listening.append(one)
-        address, inode = _told(one.address), one.address.path_inode
+        address, inode = one.address.told, one.address.path_inode
         if kind in ("foreign", "passed in"):
             one.foreign = True
             one.take()  # by whoever has passed it in
         elif kind in ("tcp", "tcp6", "zero"):
             one.port_zero = kind == "zero"
-            self._seconds[number] = self._bind_second(one)
+            self._seconds[one] = self._bind_second(one)
         return ListenerSettings(address, device=1 if inode else 0, inode=inode, foreign=one.foreign)
 
     def _bind_second(self, first: Listening) -> Listening:
@@ -182,26 +203,23 @@ class Handed(World):
         second = Listening(first.address)
         second.reuseport = True
         second.bind(first.address)
-        second.listen(socket.SOMAXCONN)
+        second.listen(self.kernel.somaxconn)
         first.address.steered = 0
         return second
 
     def _to_give(self) -> dict[str, File]:
-        seconds = {f"{door.TWIN}{index}": each for index, each in self._seconds.items()}
-        return {**super()._to_give(), **seconds}
+        firsts = ((n, one) for n, one in enumerate(self._listening) if one in self._seconds)
+        return {
+            **super()._to_give(),
+            **{f"{door.TWIN}{n}": self._seconds[one] for n, one in firsts},
+        }
 
     # -- what the kernel asks --------------------------------------------------------
 
     def _start(
         self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
     ) -> int:
-        listening: dict[int, Listening] = {}
-        for index in range(len(self.settings.listeners)):
-            each = given[FIRST_FD + index]
-            assert isinstance(each, Listening)
-            listening[index] = each
-        generation = int(environment["SERVER_STARTER_GENERATION"])
-        worker = Leader(self._new_pid(), environment["NOTIFY_SOCKET"], generation, listening)
+        worker = Leader(self._new_pid(), environment, given)
         worker.hangs = not self._deploy_works and self._chance() < 0.5
         worker.master = self._chance() < self._masters
         worker.rude = self._chance() < self._rude
@@ -210,10 +228,6 @@ class Handed(World):
         self.workers.append(worker)
         self._processes[worker.pid] = worker
         return worker.pid
-
-    def _new_pid(self) -> int:
-        self._next_pid += 1
-        return self._next_pid
 
     def _reason(self) -> str:
         return super()._reason() or ("an earlier stop" if self._has_stopped else "")
@@ -245,6 +259,7 @@ class Handed(World):
             self._finish: 100,
             self._time: 300,
             self._obey: 150,
+            self._go_away: 15 * self._impatient,
             self._fork_child: 40,
             self._crash_child: 8,
             self._mischief: 20 * self._mischievous,
@@ -266,6 +281,8 @@ class Handed(World):
         if to is None:
             self._refused(address)
             return
+        if to.full:
+            return  # and comes again later
         self._check_side(address, to)
         self.connections += 1
         connection = Connection(self.connections, self._connection_lost, address)
@@ -289,10 +306,28 @@ class Handed(World):
         else:
             to.backlog.append(connection)
 
+    def _go_away(self) -> None:
+        """Somebody closes, or resets; who has connected is accepted all the same."""
+        address = self._addresses[int(self._chance() * len(self._addresses))]
+        if not address.clients:
+            return
+        found = self._random.choice(list(address.clients.values()))
+        self._say(f"{found} goes away")
+        if found.established and self._chance() < 0.5:
+            self._says(found)  # the end of file, which is to be read
+            return
+        found.excuse = "it went away"
+        del address.clients[found.number]
+        for each in address.listening:
+            if found in each.handshakes:
+                each.handshakes.remove(found)
+                found.drop()
+        found.said = True  # whoever has it sees that there is nobody
+
     def _shake(self) -> None:
         """A handshake ends well."""
         address = self._addresses[int(self._chance() * len(self._addresses))]
-        under_way = [each for each in address.listening if each.handshakes]
+        under_way = [each for each in address.listening if each.handshakes and not each.full]
         if under_way:
             to = under_way[int(self._chance() * len(under_way))]
             self._establish(to, to.handshakes.popleft())
@@ -414,6 +449,7 @@ class Handed(World):
     def _refused(self, address: Address) -> None:
         """A client is refused."""
         why = self._has_stopped or self._reason() or address.disturbed
+        why = why or not (address.served and address.kept)
         assert why, f"a client of {address.name} is refused"
 
     # -- what a worker can do to what it shares ------------------------------------------
@@ -454,7 +490,7 @@ class Handed(World):
         assert self._supervisor is not None
         act = self._supervisor.effects
         for its in act.forwarder.listeners:
-            address = self._addresses[its.index]
+            address = self._at(its.settings.address)
             if not address.disturbed or its.lost or not act.sides._steered:
                 continue
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
@@ -491,9 +527,9 @@ class Handed(World):
         self._why_lost = why
         self.kernel.dead = False
         self.kernel.end_of_process()
-        self._all_shake()
-        for server in self._living():
-            self._serve_all(server)
+        for worker in self.workers:
+            worker.voice.close()
+        self._serve_everybody()
         for server in self._living():
             server.end(os.CLD_EXITED, 0)
 
@@ -503,10 +539,21 @@ class Handed(World):
     def _all_shake(self) -> None:
         for address in self._addresses:
             for each in address.listening:
-                while each.handshakes:
+                while each.handshakes and not each.full:
                     self._establish(each, each.handshakes.popleft())
             for client in address.clients.values():
                 client.said = True
+
+    def _serve_everybody(self) -> None:
+        waiting = None
+        while waiting != (waiting := self._waiting()):
+            self._all_shake()
+            for server in self._living():
+                server.hangs = False
+                self._serve_all(server)
+
+    def _waiting(self) -> int:
+        return sum(len(each.clients) for each in self._addresses)
 
     def _serve_all(self, server: Server) -> None:
         while self._accepts(server) and server.accept(0.0):
@@ -523,12 +570,10 @@ class Handed(World):
             if worker.ended:
                 continue
             if not worker.ready:
-                worker.ready = self._tell(worker, b"READY=1")
+                worker.ready = self._say_ready(worker)
             if worker.master and not worker.told and not worker.children:
                 self._fork_of(worker)
-        for server in self._living():
-            server.hangs = False
-            self._serve_all(server)
+        self._serve_everybody()
         for worker in self.workers:
             for server in (worker, *worker.children, worker):  # whose end comes last
                 for _ in range(3):
@@ -545,7 +590,7 @@ class Handed(World):
         listeners = [each for each in protector.effects.forwarder.listeners if not each.lost]
         idle, harmed = [], []
         for its in listeners:
-            address = self._addresses[its.index]
+            address = self._at(its.settings.address)
             sockets = [self.kernel.file(each.fileno()) for each in its.sockets]
             for each in sockets:
                 assert isinstance(each, Listening)
@@ -591,7 +636,7 @@ class Handed(World):
         if self.kernel.clock_ns / 1e9 - home.drained_at >= LAST_S:
             return
         for listener in protector.effects.forwarder.listeners:
-            its = self._addresses[listener.index]
+            its = self._at(listener.settings.address)
             for each in its.clients.values() if listener.second is not None else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
                 mine = any(each in server.connections for server in leader.living) or any(one)
@@ -607,7 +652,9 @@ class Handed(World):
             return
         assert act.sides.current == act.homes[act._route].side
         listeners = {each.settings.address: each for each in act.forwarder.listeners}
-        its = listeners[_told(address)]
+        its = listeners.get(address.told)
+        if its is None or not address.served:
+            return
         wanted = self.kernel.file(its.of_side(act.sides.current).fileno())
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
@@ -616,7 +663,7 @@ class Handed(World):
         stopping = self._supervisor is not None and self._supervisor._fleet.stopping
         for address in self._addresses:
             for each in address.listening:
-                if not (stopping and each.foreign):
+                if not (each.foreign and (stopping or not address.kept)):
                     assert not each.backlog, f"clients of socket {each.inode} wait for ever"
 
     def _check_serving(self, number: int) -> None:
@@ -624,9 +671,10 @@ class Handed(World):
             of = server.leader.generation
             assert of == number, f"{server.pid} of generation {of} goes on"
         assert self._supervisor is not None
-        lost = [each.index for each in self._supervisor.effects.forwarder.listeners if each.lost]
-        for index, address in enumerate(self._addresses):
-            if index in lost or address.disturbed:
+        listeners = self._supervisor.effects.forwarder.listeners
+        there = [self._at(each.settings.address) for each in listeners if not each.lost]
+        for address in there:
+            if address.disturbed:
                 continue
             to = address.for_new()
             accepting = [each for each in self._living() if self._accepts(each)]
@@ -635,7 +683,9 @@ class Handed(World):
     def _check_left(self) -> None:
         for server in self._living():
             raise AssertionError(f"{server.pid} is left behind")
-        for file in self.store.values():  # whoever keeps them ends, too
+        # Whoever keeps them ends, too, with what it was told and has not read.
+        unsent = [self.kernel.files[fd] for fd in self._outbox._unsent.values()]
+        for file in (*self.store.values(), *unsent, self._line):
             file.drop()
         self.store = {}
         for address in self._addresses:
@@ -643,10 +693,3 @@ class Handed(World):
                 assert each.foreign, f"socket {each.inode} of {each.name} is left behind"
                 refuses = each.refuses and not address.disturbed
                 assert not refuses, f"{each.name} of somebody else refuses"
-
-
-def _told(address: Address) -> str:
-    """An address as the settings have it."""
-    if address.by_number:
-        return f"tcp:h:{address.name[1]}"
-    return f"unix:{address.name}".replace("\0", "@")

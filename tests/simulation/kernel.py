@@ -56,7 +56,7 @@ class End(File):
         self.no_receive = False
         self.no_send = False
         self.is_closed = False
-        self.sent = 0  # the place of the last one of ours that was sent on from here
+        self.sent: dict[str, int] = {}  # the place of the last one that was sent on, by address
         self.taken = 0
 
     def ready(self) -> int:
@@ -245,7 +245,9 @@ class Kernel:
         self.bound: dict[str, Datagrams] = {}
         self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
         self.binds_to_devices = True  # whoever asks for it (Linux 5.7)
+        self.somaxconn = socket.SOMAXCONN  # whatever listen() asks for
         self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
+        self.signals = 0  # sent to workers
         self.changes = 0  # how often a call of the protector has changed anything
         self.calls = 0
         self.quiet_calls = 1 << 62  # until the world interferes
@@ -258,6 +260,7 @@ class Kernel:
         self.turn: Callable[[float | None], list[tuple[int, int]]] = lambda timeout: []
         self.process_at: Callable[[int], Any] = lambda pid: None
         self.group_of: Callable[[Any], list[Any]] = lambda leader: []  # zombies, too
+        self.zombie: Callable[[], Any] = lambda: None  # a child that has ended, if there is one
         self.start: Callable[[tuple[str, ...], dict[str, str], dict[int, File]], int]
         self.sent: Callable[[Connection, End], None] = lambda connection, end: None
         self.modules = self._modules()
@@ -344,7 +347,7 @@ class Kernel:
                 dup=self._dup,
                 open=self._open,
                 listdir=lambda path: [],  # /proc is closed: those that nobody reaps stay
-                read=self._read_pipe,
+                read=self._read,
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),
                 pwrite=self._pwrite,
@@ -470,12 +473,24 @@ class Kernel:
 
     def _pipe2(self, flags: int) -> tuple[int, int]:
         self.enter("pipe2")
+        if self.wake is not None:  # not the loop's: a worker gets the other end of it
+            return self._pair()
         self.wake = Pipe()
         return self.install(self.wake), self.install(self.wake)
 
-    def _read_pipe(self, fd: int, size: int) -> bytes:
+    def _pair(self) -> tuple[int, int]:
+        if len(self.files) + 2 > self.limit:
+            raise failure(errno.EMFILE)
+        one, other = pair()
+        return self.install(one), self.install(other)
+
+    def _read(self, fd: int, size: int) -> bytes:
         self.enter("read")
         file = self.file(fd)
+        if isinstance(file, End):
+            message = file.receive()
+            self.changes += 1
+            return message[0] if message is not None else b""
         assert isinstance(file, Pipe)
         if not file.bytes:
             raise failure(errno.EAGAIN)
@@ -582,6 +597,7 @@ class Kernel:
         for each in there:
             if number and not each.ended:
                 each.signal(number)
+                self.signals += 1
                 self.changes += 1
 
     def _pidfd_send_signal(self, fd: int, number: int, _: None = None, flags: int = 0) -> None:
@@ -593,8 +609,9 @@ class Kernel:
         self._signal(self.group_of(file.process) if flags else [file.process], number)
 
     def _waitid(self, kind: int, fd: int, flags: int) -> Any:
-        if kind == os.P_ALL:  # nobody is left to it
-            raise failure(errno.ECHILD)
+        if kind == os.P_ALL:
+            found = self.zombie()
+            return None if found is None else SimpleNamespace(si_pid=found.pid)
         self.enter("waitid")
         file = self.file(fd)
         assert isinstance(file, Running)
@@ -619,6 +636,8 @@ class Kernel:
         self.enter("waitid")
         process = self.process_at(pid)
         assert process.ended, "a wait that would block"
+        known = any(isinstance(f, Running) and f.process is process for f in self.files.values())
+        assert flags or not known, f"worker {pid} is reaped as a stranger"
         process.reaped = process.gone = True
 
     # -- sockets ---------------------------------------------------------------
@@ -638,10 +657,8 @@ class Kernel:
         self, family: int = socket.AF_UNIX, kind: int = socket.SOCK_STREAM
     ) -> tuple[Socket, Socket]:
         self.enter("socketpair")
-        if len(self.files) + 2 > self.limit:
-            raise failure(errno.EMFILE)
-        one, other = pair()
-        return Socket(self, self.install(one)), Socket(self, self.install(other))
+        one, other = self._pair()
+        return Socket(self, one), Socket(self, other)
 
 
 class Socket:
@@ -692,7 +709,7 @@ class Socket:
     def listen(self, room: int) -> None:
         self._kernel.enter("listen")
         assert isinstance(self._file, Listening)
-        self._file.listen(room)
+        self._file.listen(min(room, self._kernel.somaxconn))
         self._kernel.changes += 1
 
     def setsockopt(self, level: int, option: int, value: Any) -> None:

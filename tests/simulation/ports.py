@@ -39,6 +39,12 @@ class Address:
         self.disturbed = False
         self.clients: dict[int, Connection] = {}  # whoever has begun to connect, until closed
         self.inodes = count(1)
+        #: A configuration that is tried has added it: nobody who comes is promised anything yet.
+        self.served = True
+        #: No configuration that was read has removed it: nobody who comes is refused.
+        self.kept = True
+        self.added = 0  # how often, later
+        self.harm = 0  # of workers, when it was removed: who waits may be lost by more of that
 
     @property
     def is_path(self) -> bool:
@@ -49,6 +55,13 @@ class Address:
     def by_number(self) -> bool:
         """Whether it is a port."""
         return self.family != socket.AF_UNIX
+
+    @property
+    def told(self) -> str:
+        """As the settings have it."""
+        if isinstance(self.name, tuple):
+            return f"tcp:h:{self.name[1]}"
+        return f"unix:{self.name}".replace("\0", "@")
 
     def for_new(self, number: int = 0) -> Listening | None:
         """Return the socket that a client comes to who connects now; None: it is refused."""
@@ -106,7 +119,7 @@ class Listening(File):
         self.used = False  # some worker has had it: from then on its flags are theirs
         self.foreign = False  # it was passed in, and whoever did so changes them, too
         self.accepted = 0
-        self.sent = 0  # the place of the last one sent on
+        self.sent: dict[str, int] = {}  # the place of the last one sent on, by address
 
     @property
     def family(self) -> int:
@@ -127,6 +140,11 @@ class Listening(File):
     def whole(self) -> bool:
         """Whether nothing is wrong with it."""
         return self.listens and not (self.mask or self.astray or self.filtered or self.elsewhere)
+
+    @property
+    def full(self) -> bool:
+        """Whether as many wait as may: then clients try again, and handshakes do not end."""
+        return len(self.backlog) > self.room
 
     @property
     def name(self) -> Any:

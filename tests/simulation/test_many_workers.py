@@ -29,6 +29,8 @@ SLACK = 1.3
 class Quiet(World):
     """A life in which all goes well: a start, a reload, a crash of all workers, a stop."""
 
+    UNUSUAL = False
+
     def __init__(self, workers: int, keeper: str) -> None:
         super().__init__(seed=1, steps=0)
         self.keeper = keeper

@@ -11,23 +11,31 @@ happen (clients, workers, signals, time, whoever keeps its descriptors), and in 
 any system call something may happen too, the call may fail, or the protector be killed.
 The guard may be killed as well: then the protector goes on without one, and its own kill
 after that is the end of all but what workers have been sent.
+In some lives a configuration is read again, and adds, removes and changes things; workers say in
+other ways that they are ready; few clients may wait; numbers of processes are used again.
 After the wild part all goes well for a while, everything must come to rest and be delivered,
 and a graceful stop must end it.
 """
 
 from __future__ import annotations
 
+import errno
+import operator
 import os
 import random
 import signal
 import socket
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
+from socketprotector_client import wire
+
 from socketprotector import (
+    configuration,
     door,
     heritage,
     listener,
@@ -41,15 +49,16 @@ from socketprotector import (
 )
 from socketprotector.effects import Effects
 from socketprotector.events import Deadline, Wait
-from socketprotector.fleet import Fleet, Phase, Policy, State, Stop
+from socketprotector.fleet import Fleet, Next, Phase, Policy, State, Stop
 from socketprotector.handoff import LISTENER
 from socketprotector.heritage import Heritage
 from socketprotector.launcher import Launcher
 from socketprotector.loop import Loop
 from socketprotector.notify import Outbox, Store, Systemd
 from socketprotector.output import Opened
+from socketprotector.reader import Answer
 from socketprotector.records import Snapshot
-from socketprotector.settings import ListenerSettings, Settings, load
+from socketprotector.settings import ListenerSettings, Origin, Settings, load
 from socketprotector.state import StateFile
 from socketprotector.supervisor import Supervisor
 from tests.simulation.files import Connection, File, failure
@@ -82,6 +91,10 @@ POLICIES = (
     Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
 )
 BACKLOG = 200
+#: The number of the line in a worker, for --ready fd.
+READY_FD = 30
+#: Places of listeners in one life, those that were removed included.
+PLACES = 20
 #: How often the loop may be woken in a row without anything changing: a callback may be
 #: woken for a number that was another's before, or find what a step has taken from it.
 IDLE_WAKE_UPS = 12
@@ -100,13 +113,34 @@ class Executed(BaseException):
         self.descriptors = descriptors
 
 
+class Voice:
+    """The lines on which a worker may say that it is ready, each with what it says there."""
+
+    def __init__(self, environment: Mapping[str, str], given: Mapping[int, File]) -> None:
+        said = {int(environment.get("EINHORN_SOCK_FD", -1)): b'{"command": "worker:ack"}\n'}
+        said[READY_FD] = b"\n"
+        found = [(given[place], text) for place, text in said.items() if place in given]
+        self.lines = [(end, text) for end, text in found if isinstance(end, End)]
+        for end, _ in self.lines:
+            end.take()
+
+    def close(self) -> None:
+        while self.lines:
+            self.lines.pop()[0].drop()
+
+
 class Worker:
     """A process of the protected daemon."""
 
-    def __init__(self, pid: int, address: str, read: End, line: End) -> None:
+    def __init__(self, pid: int, environment: Mapping[str, str], given: Mapping[int, File]) -> None:
+        read, line = given[3], given[4]
+        assert isinstance(read, End)
+        assert isinstance(line, End)
         self.pid = pid
         self.leader = self  # of its group
-        self.address = address
+        self.address = environment["NOTIFY_SOCKET"]
+        self.listeners = environment[wire.ENV_LISTENERS].split()
+        self.voice = Voice(environment, given)
         self.read = read
         self.line = line
         self.connections: list[Connection] = []
@@ -135,6 +169,7 @@ class Worker:
         for each in self.connections:
             each.drop()
         self.connections.clear()
+        self.voice.close()
         self.read.drop()
         self.line.drop()
 
@@ -152,6 +187,9 @@ class Worker:
         assert message is not None
         (connection,) = message[1]
         assert isinstance(connection, Connection)
+        assert connection.came_by is not None
+        index = wire.HEADER.unpack_from(message[0])[2]
+        assert self.listeners[index : index + 1] == [connection.came_by.told], "it is not told of"
         # Killed before the keeper or the state knew that it was out of our hands, it is sent
         # again by the next program: a fault upon a fault, and a known weakness.
         assert connection.excuse or not connection.taken_by, f"{connection} is delivered twice"
@@ -216,11 +254,42 @@ class Upgrade:
         raise Executed(descriptors)
 
 
+class Reads:
+    """In the place of reader.Reader: it takes a moment, and the world says what there is."""
+
+    def __init__(self, world: World, loop: Loop, key: str) -> None:
+        self._world, self._loop, self._key = world, loop, key
+        self.busy = False
+
+    def read(self, settings: Settings, limit_s: float, done: Any, *, dry: bool = False) -> None:
+        try:
+            self._world.kernel.enter("fork")
+        except OSError as error:
+            done(Answer(f"cannot read the configuration: {error.strerror}"))
+            return
+        self.busy = True
+        seconds = 0.5 * self._world._chance()
+        self._loop.call_after(self._key, seconds, lambda: self._end(settings, done))
+
+    def _end(self, settings: Settings, done: Any) -> None:
+        self.busy = False
+        done(self._world._read_again(settings))
+
+    def call_off(self) -> None:
+        self.busy = False
+        self._loop.cancel(self._key)
+
+
 class World:
     """Everything around one protector, and its lives one after another."""
 
     #: Whether it does so for its workers.
     ACCEPTS = True
+    #: Whether it may be one of few lives in something; else it is as most are.
+    UNUSUAL = True
+    #: What there is to listen on, and what a configuration that is read again can add.
+    KINDS: Any = (socket.AF_INET, socket.AF_UNIX)
+    ADDED: Any = KINDS
     #: How often time passes a little, by how much, and by how much else.
     TIME = (0.9, (0.0001, 0.005, 0.02, 0.3, 1.0), 20.0)
     #: How many calls of the protector pass, on average, until something interferes.
@@ -255,7 +324,14 @@ class World:
         self.kernel.binds_to_devices = seed % 3 != 0
         self.keeper = pick(("nobody", "guard", "guard", "systemd"))
         self._listening: list[Listening] = []
-        self.settings = self._choose(pick)
+        # Apart from the others, so that a life without all of these is as it was before them.
+        unusual: Any = random.Random(f"unusual {seed}").choice
+        if not self.UNUSUAL:
+            unusual = operator.itemgetter(0)
+        self._few_numbers = unusual((False, False, True))  # of processes
+        self.kernel.somaxconn = unusual((socket.SOMAXCONN, socket.SOMAXCONN, 3))
+        self.kernel.zombie = self._zombie
+        self.settings = self._unusual(self._choose(pick), unusual)
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
         self._gap = pick(self.GAPS)
@@ -279,16 +355,16 @@ class World:
         self._why_lost = ""
         self._held: set[Connection] = set()  # by the protector that was killed
         self._lost_by_kill = 0
+        self._harm = 0  # what has befallen workers
+        self._unkept = False  # a program was killed that had not told all
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         """Bind what there is to listen on, and choose the settings."""
-        for n in range(pick((1, 1, 2))):
-            self._listening.append(self._bind(pick((socket.AF_INET, socket.AF_UNIX)), ("h", n)))
         return Settings(
             name="daemon",
             command=("./daemon",),
             directory="/srv",
-            listeners=tuple(ListenerSettings(f"tcp:h:{n}") for n in range(len(self._listening))),
+            listeners=tuple(self._bind_one(n, pick) for n in range(pick((1, 1, 2)))),
             policy=pick(POLICIES),
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
@@ -297,13 +373,84 @@ class World:
             secret="x",
         )
 
+    def _unusual(self, settings: Settings, pick: Callable[[Any], Any]) -> Settings:
+        """Have other settings in some lives."""
+        ready = pick(("notify", "notify", "notify", "ack", "fd", "any", "any"))
+        settings = replace(settings, origin=Origin(configured=pick((False, False, True))))
+        if ready == "notify":
+            return settings
+        return replace(
+            settings,
+            policy=replace(settings.policy, ready=ready),
+            ready=ready,
+            ready_after_s=1.0 if ready == "any" else None,
+            ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
+        )
+
     def _bind(self, family: int, name: Any) -> Listening:
-        """Bind the first socket of an address, as the launching process does."""
+        """Bind the first socket of an address, as the launching process does.  Raises OSError."""
         address = self.kernel.addresses.setdefault(name, Address(family, name))
         made = Listening(address)
         made.bind(address)
-        made.listen(socket.SOMAXCONN)
+        made.listen(self.kernel.somaxconn)
         return made
+
+    def _read_again(self, old: Settings) -> Answer:
+        """Answer as a process that has read the configuration again, where some has changed."""
+        if self._calm:
+            return Answer(settings=old)
+        if self._chance() < 0.1:
+            return Answer("there is a mistake in it")
+        pick = self._random.choice
+        places = list(old.listeners)
+        living = [index for index, each in enumerate(places) if not each.removed]
+        if len(living) > 1 and self._chance() < 0.5:
+            index = pick(living)
+            self._say(f"{places[index].address} is removed")
+            places[index] = replace(places[index], removed=True)
+        found = Answer()
+        if len(places) < PLACES and self._chance() < 0.6:
+            try:
+                places.append(self._add(len(places), pick, found))
+            except OSError as error:
+                return Answer(str(error))
+        policy = replace(
+            pick(POLICIES),
+            workers_accept=old.policy.workers_accept,
+            ready=old.policy.ready,
+        )
+        alone = old.policy.stop_first or policy.stop_first or all(e.ended for e in self.workers)
+        for before, after in zip(old.listeners, places, strict=False):
+            if after.removed and not before.removed:
+                address = self._at(after.address)
+                address.kept, address.harm = False, -1 if alone else self._harmed
+        workers, queue = pick((1, 2, 3)), pick((6, 64))
+        found.settings = replace(
+            old, listeners=tuple(places), policy=policy, workers=workers, queue=queue
+        )
+        return found
+
+    def _add(self, index: int, pick: Callable[[Any], Any], found: Answer) -> ListenerSettings:
+        """Bind one more listener, maybe where one was that was removed.  Raises OSError."""
+        if len(self.kernel.files) + 2 > self.kernel.limit:
+            raise failure(errno.EMFILE)
+        its = self._bind_one(self._random.randrange(8), pick, self.ADDED)
+        one = self._listening[-1]
+        self._say(f"{its.address} is added")
+        one.address.served, one.address.kept = False, True
+        one.address.added += 1
+        found.listeners[index] = self.kernel.install(one)
+        return its
+
+    def _bind_one(
+        self, number: int, pick: Callable[[Any], Any], kinds: Any = None
+    ) -> ListenerSettings:
+        self._listening.append(self._bind(pick(kinds or self.KINDS), ("h", number)))
+        return ListenerSettings(self._listening[-1].address.told)
+
+    def _at(self, address: str) -> Address:
+        """Return what is at an address of the settings."""
+        return next(e.address for e in reversed(self._listening) if e.address.told == address)
 
     def _to_give(self) -> dict[str, File]:
         """What the launching process passes on, by name."""
@@ -375,9 +522,11 @@ class World:
             line = Socket(kernel, given[door.GUARD])
         self._outbox = Outbox(self._later, line)
         snapshot = heritage.read(given[door.STATE])
+        process._known.clear()
         settings = self._settings_of(snapshot)
         shared = settings.handoff == LISTENER
-        listeners = resident._listeners(given, settings.listeners, shared)
+        coming = load(snapshot.coming.encode()) if snapshot and snapshot.coming else settings
+        listeners = resident._listeners(given, coming.listeners, shared)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:
@@ -397,7 +546,11 @@ class World:
             return found
 
         self._supervisor = protector = Supervisor(
-            Fleet(policy=settings.policy, workers_wanted=settings.workers),
+            Fleet(
+                policy=settings.policy,
+                workers_wanted=settings.workers,
+                configured=settings.origin.configured,
+            ),
             lambda post, held: Effects(
                 settings,
                 listeners,
@@ -488,10 +641,13 @@ class World:
             for fd, file in kernel.files.items()
             if isinstance(file, Connection) and fd not in copies
         }
-        assert len(held) <= 1, f"in the protector's own hands: {held}"
+        passed_on = [*self.store.values(), *(f for _, files in self._line.queue for f in files)]
+        in_hand = held.difference(each for each in passed_on if isinstance(each, Connection))
+        assert len(in_hand) <= 1, f"in the protector's own hands: {in_hand}"
         for connection in held:  # it may be kept, and the state not know of it yet
             connection.excuse = BY_KILL
         if self._supervisor is not None and not self._everything_is_kept():
+            self._unkept = True
             self._why_lost = "killed before all was kept"
             self._excuse(self._why_lost)
         else:
@@ -519,6 +675,7 @@ class World:
         self.kernel.end_of_process()
         for worker in self.workers:
             worker.hangs = False
+            worker.voice.close()
             if not worker.ended:
                 assert worker.read.no_receive, f"{worker.pid} waits for ever on its channel"
                 assert worker.line.no_receive, f"{worker.pid} waits for ever on its line"
@@ -561,28 +718,47 @@ class World:
     def _start(
         self, argv: tuple[str, ...], environment: dict[str, str], given: dict[int, File]
     ) -> int:
-        read, line = given[3], given[4]
-        assert isinstance(read, End)
-        assert isinstance(line, End)
-        self._next_pid += 1
-        worker = Worker(self._next_pid, environment["NOTIFY_SOCKET"], read, line)
+        worker = Worker(self._new_pid(), environment, given)
         worker.hangs = not self._deploy_works and self._chance() < 0.5
         self.workers.append(worker)
         self._processes[worker.pid] = worker
         return worker.pid
+
+    def _new_pid(self) -> int:
+        """Number a process, where numbers are few as one that is gone with all of its group."""
+        if self._few_numbers:
+            free = [pid for pid, each in self._processes.items() if self._is_free(each.leader)]
+            # Rather one that somebody here may still take for the one that is gone.
+            open_yet = {f.process.pid for f in self.kernel.files.values() if isinstance(f, Running)}
+            free = [pid for pid in free if pid in open_yet] or free
+            if free:
+                return self._random.choice(free)
+        self._next_pid += 1
+        return self._next_pid
+
+    def _is_free(self, leader: Any) -> bool:
+        return all(each.gone for each in self._group_of(leader))
+
+    def _zombie(self) -> Any:
+        ended = (each for each in self.workers if each.ended and not each.reaped)
+        return next((each for each in ended if not each.orphan), None)
 
     def _sent(self, connection: Connection, end: End) -> None:
         assert connection.excuse or connection.in_queues == 1, f"{connection} is in two queues"
         assert connection.excuse or not connection.taken_by, f"{connection} was delivered already"
         source = connection.source
         assert source is not None
-        assert source.sent < connection.place, f"{connection} comes after later ones"
-        source.sent = connection.place
+        assert connection.came_by is not None
+        came_by = connection.came_by.told
+        before = source.sent.get(came_by, 0)
+        assert before < connection.place, f"{connection} comes after later ones"
+        source.sent[came_by] = connection.place
 
     def _connection_lost(self, connection: Connection) -> None:
-        why = self._why_lost or self._reason() or connection.excuse
+        other = self._reason() or connection.excuse or self._of_reading(connection)
+        why = self._why_lost or other
         if why == BY_KILL and connection not in self._held:
-            why = self._reason() or why  # the keeper has let go of what a stop had closed
+            why = other or why  # the keeper has let go of what had been closed before
         if not why or (why == BY_KILL and not self.ACCEPTS):
             raise AssertionError(f"{connection} is lost")
         # What an earlier kill has lost may have been kept until now, with nobody knowing of it.
@@ -590,6 +766,25 @@ class World:
             self._lost_by_kill += connection in self._held or not connection.excuse
         self._say(f"  {connection} is lost: {why}")
         self.lost[why] = self.lost.get(why, 0) + 1
+
+    def _of_reading(self, connection: Connection) -> str:
+        """Say why one is lost by another configuration; empty: for none of that."""
+        address = connection.came_by
+        if address is None:
+            return ""
+        if connection.added < address.added:
+            return "removed, and added again"
+        if address.served and address.kept:
+            return ""
+        if not address.served:
+            return "nobody has served that address yet, or does any more"
+        # Others than those who have been told of it do not serve who has come by it.
+        return "removed" if self._harmed > address.harm or not self.ACCEPTS else ""
+
+    @property
+    def _harmed(self) -> int:
+        """How often something has befallen a worker."""
+        return self._harm + self.kernel.signals
 
     def _reason(self) -> str:
         fleet = self._supervisor._fleet if self._supervisor is not None else None
@@ -679,7 +874,7 @@ class World:
             (self._take_all, 40),
             (self._finish, 150),
             (self._time, 120),
-            (self._become_ready, 100),
+            (self._become_ready, 100 + 200 * self.settings.origin.configured),
             (self._obey, 120),
             (self._keep, 80),
             (self._crash, 15),
@@ -687,7 +882,7 @@ class World:
             (self._go_on, 15),
             (self._shut_channel, 6),
             (self._nonsense, 20),
-            (self._hup, 20),
+            (self._hup, 20 + 20 * self.settings.origin.configured),
             (self._more, 6),
             (self._fewer, 6),
             (self._upgrade, 5 if self.keeper != "nobody" else 0),
@@ -697,14 +892,17 @@ class World:
             (self._term, 1 if self.seed % 4 == 0 else 0),
             (self._int, 1 if self.seed % 8 == 0 else 0),
             (self._unguard, 3 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
+            (self._children_ended, 10 * self._few_numbers),
         ]
 
     def _connect(self) -> None:
         at = self._listening[int(self._chance() * len(self._listening))]
-        if not at.refuses and len(at.backlog) < BACKLOG and at.references:
+        comes_in = at.references and at.listens and not (at.refuses or at.full)
+        if comes_in and len(at.backlog) < BACKLOG:
             self.connections += 1
             connection = Connection(self.connections, self._connection_lost)
             connection.references = 1
+            connection.came_by, connection.added = at.address, at.address.added
             at.backlog.append(connection)
             if self._note:
                 self._note(f"{connection} comes")
@@ -767,8 +965,45 @@ class World:
         worker = self._somebody()
         if worker and not worker.ready:
             retires = b"\nX_SOCKETPROTECTOR_RETIRE=1" if self._chance() < 0.5 else b""
-            worker.ready = self._tell(worker, b"READY=1" + retires)  # else it waits for room
+            worker.ready = self._say_ready(worker, retires)  # else it waits for room
             self._say(f"{worker.pid} is ready" if worker.ready else f"{worker.pid} finds no room")
+
+    def _say_ready(self, worker: Any, more: bytes = b"") -> bool:
+        """Say READY=1, or the same in another way that counts; return whether it was said."""
+        ready, lines = self.settings.ready, worker.voice.lines
+        if ready == "notify" or (ready == "any" and self._chance() < 0.5):
+            return self._tell(worker, b"READY=1" + more)
+        if ready != "fd" and not self._calm and self._chance() < 0.3:
+            return self._ack(worker.pid)
+        end, text = self._random.choice(lines)
+        half = int(self._chance() * len(text))
+        try:
+            for part in filter(None, (text[:half], text[half:])):
+                end.send(part, ())
+        except OSError:  # a real one would be killed by SIGPIPE
+            assert not self._is_heard(worker), f"{worker.pid} speaks, and nobody hears it"
+            self._end(worker, os.CLD_KILLED, signal.SIGPIPE)
+        else:
+            if self._chance() < 0.5:
+                lines.remove((end, text))
+                end.drop()
+        return True
+
+    def _is_heard(self, worker: Any) -> bool:
+        """Whether the protector knows it, and has not lost its line by a kill."""
+        if self._supervisor is None or self._starting or self._unkept:
+            return False
+        records = self._supervisor.effects.crew.records()
+        return worker.pid in {each.pid for each in records if not each.orphaned}
+
+    def _ack(self, pid: int) -> bool:
+        """Say it by the control socket; return whether anybody was there."""
+        if self._starting or self._supervisor is None or self.kernel.wake is None:
+            return False
+        acked = self._supervisor.effects.crew.acked
+        self._loop.call_after(("acked", pid), 0.0, lambda: acked(pid))
+        self._children_ended()  # so that it looks whose time has come
+        return True
 
     def _obey(self) -> None:
         """A worker that has been asked to go goes, after its last connection."""
@@ -782,6 +1017,7 @@ class World:
 
     def _end(self, worker: Any, code: int, status: int) -> None:
         self._say(f"{worker.pid} ends with status {status}")
+        self._harm += 1
         worker.end(code, status)
 
     def _crash(self) -> None:
@@ -801,6 +1037,7 @@ class World:
         worker = self._somebody()
         if worker:
             self._say(f"{worker.pid} shuts its channel down")
+            self._harm += 1
             worker.read.shutdown(self._random.choice((socket.SHUT_RD, socket.SHUT_RDWR)))
 
     def _nonsense(self) -> None:
@@ -828,6 +1065,9 @@ class World:
         if wake is not None:
             self._say(f"the protector gets {number.name}")
             wake.bytes.append(number)
+
+    def _children_ended(self) -> None:
+        self._signal(signal.SIGCHLD)
 
     def _hup(self) -> None:
         self._signal(signal.SIGHUP)
@@ -947,7 +1187,7 @@ class World:
                 continue
             worker.hangs = False
             if not worker.ready:
-                worker.ready = self._tell(worker, b"READY=1")
+                worker.ready = self._say_ready(worker)
             if not worker.told and not worker.line.no_receive:
                 while worker.take():
                     pass
@@ -971,16 +1211,29 @@ class World:
             copies = set(self._outbox._unsent.values())
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
-        assert len(held) <= 1, f"{held} in hand"
-        assert bool(held) == (act.forwarder.hand is not None)
-        if held and not held[0].excuse:
-            assert held[0].in_queues == 0, f"{held[0]} is in hand and in a queue"
-            assert not held[0].taken_by, f"{held[0]} is in hand and was delivered"
+        # Of each listener that is removed there may be one.
+        hands = (act.forwarder.hand is not None) + len(act.forwarder.aside)
+        assert len(held) == hands, f"{held} in hand"
+        for each in held:
+            assert each.excuse or each.in_queues == 0, f"{each} is in hand and in a queue"
+            assert each.excuse or not each.taken_by, f"{each} is in hand and was delivered"
+        self._look_at_places(act)
         if self.turns % 16 == 0:
             self._check_descriptors()
         if protector._fleet is not self._checked:
             self._checked = protector._fleet
             self._check_fleet(protector._fleet, act)
+
+    def _look_at_places(self, act: Effects) -> None:
+        """See which addresses are served, as soon as no other configuration is tried."""
+        if act.configuration._coming is not None or self._reason():
+            return
+        settings = act.configuration.settings.listeners
+        there = {each.settings.address for each in act.forwarder.listeners}
+        for each in self._listening:
+            each.address.served = each.address.kept = each.address.told in there
+        wanted = {each.address for each in settings if not each.removed}
+        assert self._unkept or wanted == there, f"{wanted} are to be served, and {there} are"
 
     def _check_descriptors(self) -> None:
         protector = self._supervisor
@@ -989,6 +1242,10 @@ class World:
         known |= set(self._outbox._unsent.values())
         known.add(protector.effects.forwarder._reserve)
         known |= {fd for fd, file in self.kernel.files.items() if self._is_discarded(fd, file)}
+        running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
+        ours = {each.pid for each in running if not (each.orphan or each.gone)}
+        unknown = ours.difference(process._known)
+        assert not unknown, f"{unknown} would be reaped as strangers"
         epoll = self.kernel.epoll
         # What was killed and let go of is waited for, and its pidfd closed then.
         ending = any(isinstance(key, tuple) and key[0] == "discarded" for key in self._loop._timers)
@@ -1019,7 +1276,10 @@ class World:
         assert {each.number for each in fleet.generations} == set(act.homes)
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
             waits = Deadline(Wait.OPEN) in fleet.timers
-            assert waits or (fleet.to_open and fleet.policy.stop_first), "nobody will ever serve"
+            policy = fleet.policy_of(fleet.to_open is Next.FRESH)
+            before = [g for g in fleet.generations if g.parting or g.phase is Phase.ABANDONED]
+            to_come = fleet.to_open and (policy.stop_first or before)
+            assert waits or to_come, "nobody will ever serve"
 
     def _check_rest(self) -> None:
         """All goes well and nothing is to be done any more: so all must be done."""
@@ -1081,7 +1341,7 @@ def installed(world: World) -> Iterator[None]:
     kernel = world.kernel
     replaced: list[tuple[Any, str, Any]] = []
 
-    def replace(module: Any, name: str, value: Any) -> None:
+    def put(module: Any, name: str, value: Any) -> None:
         replaced.append((module, name, getattr(module, name)))
         setattr(module, name, value)
 
@@ -1119,15 +1379,16 @@ def installed(world: World) -> Iterator[None]:
         for module in MODULES:
             for name in NAMES:
                 if hasattr(module, name):
-                    replace(module, name, getattr(kernel.modules, name))
-        replace(program, "resolve", resolve)
-        replace(twin, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
-        replace(listener, "listening", kernel.listening)
-        replace(listener, "locked", kernel.locked)
-        replace(listener, "give", kernel.give)
-        replace(sides, "unheard", kernel.unheard)
-        replace(process, "_fork", kernel.fork)
-        replace(strays, "look", look)
+                    put(module, name, getattr(kernel.modules, name))
+        put(program, "resolve", resolve)
+        put(configuration, "Reader", lambda _, loop, key: Reads(world, loop, key))
+        put(twin, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
+        put(listener, "listening", kernel.listening)
+        put(listener, "locked", kernel.locked)
+        put(listener, "give", kernel.give)
+        put(sides, "unheard", kernel.unheard)
+        put(process, "_fork", kernel.fork)
+        put(strays, "look", look)
         yield
     finally:
         for module, name, value in reversed(replaced):

@@ -684,7 +684,7 @@ class Handed(World):
         for server in self._living():
             raise AssertionError(f"{server.pid} is left behind")
         # Whoever keeps them ends, too, with what it was told and has not read.
-        unsent = [self.kernel.files[fd] for fd in self._outbox._unsent.values()]
+        unsent = [self.kernel.files[fd] for fd in self._outbox._unsent.values() if fd >= 0]
         for file in (*self.store.values(), *unsent, self._line):
             file.drop()
         self.store = {}

@@ -24,6 +24,8 @@ SHUT = select.EPOLLRDHUP
 #: Cancelled timers stay in the heap until they come up or are this many too many: a reload
 #: each second with a drain limit of a day would else keep 86,400 of them.
 _STALE = 64
+#: How much one wait returns at most (Python asks for FD_SETSIZE - 1).
+_FOUND_AT_ONCE = 1023
 _COMING = "loop-coming"
 #: How often to ask whether there is processor time to spare: an operator may change that.
 _ASK_NS = 2_000_000_000
@@ -47,6 +49,7 @@ class Loop:
         self._timers: dict[Hashable, tuple[float, int, Callable[[], None]]] = {}
         self._heap: list[tuple[float, int, Hashable]] = []
         self._count = 0
+        self._asked_at = 0.0  # when it was last asked what is due
         self.running = True
         #: Set, each time anew, by who expects an event within soon_ns: then the next wait does
         #: not sleep so long.  To wake a core that sleeps costs more (17 us and above).
@@ -61,12 +64,8 @@ class Loop:
         if not self._coming:
             # A timer that is due, so that the path of a connection need not ask whether there is
             # one; it runs already where others have come.
-            self.call_after(_COMING, 0.0, self._take_coming)
+            self.call_after(_COMING, 0.0, lambda: None)
         self._coming[fd] = callback
-
-    def _take_coming(self) -> None:
-        self._callbacks |= self._coming
-        self._coming.clear()
 
     def unwatch(self, fd: int) -> None:
         """Stop calling back for fd; nothing happens if it is not watched."""
@@ -109,22 +108,29 @@ class Loop:
         if not self._timers:
             self._heap.clear()
 
-    def _run_due(self) -> float | None:
-        """Call back for what is due; return the seconds until the next timer, None without one."""
-        now = time.monotonic()
+    def _until_due(self) -> float | None:
+        """Return the seconds until the next timer: 0 if it is due, None without one."""
+        if self._coming:
+            self._callbacks |= self._coming
+            self._coming.clear()
+            self.cancel(_COMING)
+        self._asked_at = time.monotonic()
         heap = self._heap
         while heap:
             due, count, key = heap[0]
             timer = self._timers.get(key)
-            if timer is None or timer[1] != count:
-                heapq.heappop(heap)  # cancelled
-            elif due <= now and self.running:
-                heapq.heappop(heap)
-                self._timers.pop(key)[2]()
-                heap = self._heap  # the callback may have had it made anew
-            else:
-                return max(0.0, due - time.monotonic())  # callbacks have taken some time
+            if timer is not None and timer[1] == count:
+                return max(0.0, due - self._asked_at)
+            heapq.heappop(heap)  # cancelled
         return None
+
+    def _run_due(self) -> None:
+        """Call back for what was due when the last wait began."""
+        while self.running and self._heap and self._heap[0][0] <= self._asked_at:
+            _, count, key = heapq.heappop(self._heap)
+            timer = self._timers.get(key)
+            if timer is not None and timer[1] == count:
+                self._timers.pop(key)[2]()
 
     # -- signals -------------------------------------------------------------
 
@@ -154,14 +160,16 @@ class Loop:
         poll = self._epoll.poll
         callbacks = self._callbacks
         while self.running:
-            timeout = self._run_due() if self._heap else None
-            if not self.running:
-                return
-            found = self._poll_briefly(timeout) if self.soon else None
-            for fd, _ in found or poll(timeout):
+            timeout = self._until_due() if self._heap else None
+            found = (self._poll_briefly(timeout) if self.soon else None) or poll(timeout)
+            for fd, _ in found:
                 callback = callbacks.get(fd)
                 if callback is not None:
                     callback()
+            # After all that had come by then: who has stood still, or begins with the timers of
+            # another, must not end a worker that has long said that it is ready.
+            if timeout == 0 and len(found) < _FOUND_AT_ONCE:
+                self._run_due()
 
     def _poll_briefly(self, timeout: float | None) -> list[tuple[int, int]] | None:
         """Return what is ready within soon_ns, None if nothing is."""

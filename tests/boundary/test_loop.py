@@ -223,7 +223,7 @@ def test_nothing_is_waited_for_once_all_timers_are_cancelled(
 
     loop.run()
 
-    assert loop._heap == []
+    assert loop._until_due() is None
 
 
 def test_each_signal_calls_back_from_the_loop_in_order(loop: Loop) -> None:
@@ -272,6 +272,27 @@ class Asked:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._epoll, name)
+
+
+def test_what_has_come_by_a_deadline_is_heard_before_it_is_judged(pipe: tuple[int, int]) -> None:
+    """As by one that has stood still, or goes on with deadlines that passed before it began."""
+    receive, send = pipe
+    loop = Loop()
+    seen: list[str] = []
+
+    def heard() -> None:
+        os.read(receive, 1)
+        seen.append("heard")
+        loop.cancel("deadline")
+        loop.call_after("end", 0.0, lambda: stop(loop))
+
+    loop.watch(receive, heard)
+    loop.call_after("deadline", -1.0, lambda: seen.append("too late"))
+    os.write(send, b"x")
+    loop.run()
+    loop.close()
+
+    assert seen == ["heard"]
 
 
 def test_what_is_expected_soon_is_asked_for_without_sleeping(pipe: tuple[int, int]) -> None:

@@ -44,8 +44,6 @@ class World:
         self.unaccepted: set[bytes] = set()  # of those
         self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
-        self.always = os.eventfd(1)  # ends each turn of the loop
-        self.loop.watch(self.always, self.end)
         self.parted: list[int] = []
         self.stranded = 0
         self.bound: list[Listener] = []
@@ -97,6 +95,7 @@ class World:
     def turn(self) -> None:
         """Let the loop see what is due and ready, without waiting."""
         self.loop.running = True
+        self.loop.call_after("end of the turn", 0.0, self.end)
         self.loop.run()
 
     def end(self) -> None:
@@ -115,7 +114,6 @@ class World:
         for listener in self.listeners:
             listener.close()
         self.loop.close()
-        os.close(self.always)
 
 
 @pytest.fixture

@@ -307,7 +307,8 @@ def spawn(
 
     posix_spawn sets neither directory, umask nor limits, so they are set here around
     it and put back: this process has one thread.  What cannot be put back (a nice value), or is
-    known only afterwards (its pid), or takes another user, is done in a fork: see _fork().
+    known only afterwards (its pid), or takes another user, or a limit below the descriptors that
+    we have, is done in a fork: see _fork().
     """
     if mortal:
         return _spawn_mortal(program, extra, descriptors, tell_pid)
@@ -357,8 +358,7 @@ def _spawn(
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
-    limits = {_LIMITS[name]: value for name, value in program.limits}
-    kept = {which: resource.getrlimit(which) for which in limits}
+    kept = {_LIMITS[name]: resource.getrlimit(_LIMITS[name]) for name, _ in program.limits}
     place = _place()  # for its pidfd: a process that nobody can watch must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
@@ -367,15 +367,17 @@ def _spawn(
             # Out of the way first: a target's number may be another source's.
             aside.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1))
             actions.append((os.POSIX_SPAWN_DUP2, aside[-1], theirs))
+        # posix_spawn takes no number that is above the limit of whom it starts.
+        above = max(aside, default=0)
+        forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
-        for which, value in limits.items():
-            resource.setrlimit(which, (value, kept[which][1]))
         environment = {**dict(program.environment), **extra}
         again = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if hurries(program) else {}
         if forked:
             places = dict(zip(descriptors, aside, strict=True))
             pid = _fork(program, environment, places, tell_pid, lifeline)
         else:
+            _limit(program)
             pid = os.posix_spawn(
                 path,
                 program.argv,
@@ -402,6 +404,13 @@ def _spawn(
         for fd in (place, *aside):
             os.close(fd)
     return pid
+
+
+def _limit(program: Program) -> None:
+    """Set the soft limits of a program.  Raises ValueError for one above the hard one."""
+    for name, value in program.limits:
+        which = _LIMITS[name]
+        resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
 
 
 def give_way() -> None:
@@ -497,5 +506,6 @@ def _become(
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    _limit(program)  # the last of all: until then our own descriptors count, which are many
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.execve(program.path, program.argv, environment)

@@ -94,6 +94,21 @@ def test_a_process_gets_what_is_said_and_nothing_else() -> None:
     assert output_of("ulimit -Sn >&5", limits=(("nofile", 99),)) == "99\n"
 
 
+@pytest.mark.parametrize("tell_pid", ["", "LISTEN_PID"])
+def test_a_process_may_have_fewer_descriptors_than_we_have(tell_pid: str) -> None:
+    receive, send = os.pipe()
+    held = [os.dup(0) for _ in range(100)]
+    try:
+        limited = replace(running("ulimit -Sn >&3"), limits=(("nofile", 64),))
+        process = spawn(limited, {}, {3: send}, tell_pid)
+    finally:
+        for fd in (*held, send):
+            os.close(fd)
+    with open(receive, encoding="utf-8") as file:
+        assert file.read() == "64\n"
+    end_of(process)
+
+
 def test_descriptors_may_change_places() -> None:
     receive, send = os.pipe()
     # Each goes to the number that the other has here.

@@ -237,6 +237,8 @@ class Handed(World):
         return [(leader.address, each.pid) for leader in leaders for each in leader.living]
 
     def _group_of(self, leader: Any) -> list[Any]:
+        if leader.leader is not leader:
+            return []  # one that has the number of a leader that is gone, in a group of another
         return [leader, *leader.children]
 
     def _excuse(self, why: str) -> None:

@@ -384,8 +384,9 @@ class Store:
                 many.changed.discard(name)
         many.changed |= self._left_out & many.keys()  # there may be room by now
         self._few = (self._few | given) - over
-        for name in self._left_out & few.keys():
-            self._give(name, few[name])
+        for name in few:  # in this order: what all depends on comes first
+            if name in self._left_out:
+                self._give(name, few[name])
         for name in tuple(many.changed):
             if self._give(name, many[name]):
                 many.changed.discard(name)

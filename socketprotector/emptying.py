@@ -65,9 +65,9 @@ class Aside:
                 return None
         return None
 
-    def drop(self, listener: int) -> int:
-        """Close those that came by a listener; return how many."""
-        gone = [n for n, (header, _) in self.hands.items() if listener_of(header) == listener]
+    def drop(self, listener: int | None = None) -> int:
+        """Close all, or those that came by a listener; return how many."""
+        gone = [n for n, (h, _) in self.hands.items() if listener in (None, listener_of(h))]
         for number in gone:
             os.close(self.hands.pop(number)[1])
         return len(gone)

@@ -221,10 +221,7 @@ class Forwarder:
             self.lost += 1
             os.close(self._in_hand[1])
             self._in_hand = None
-        for _, fd in self._aside.hands.values():
-            self.lost += 1
-            os.close(fd)
-        self._aside.hands.clear()
+        self.lost += self._aside.drop()
         for channel in self._left_over:
             self.lost += channel.depth()
             channel.close()

@@ -159,7 +159,7 @@ class Listener:
             return False
         try:
             if self.second is not None and self.is_alive(1 - side):
-                twin.steer_if_can(self.of_side(1 - side), 0)  # so that nobody comes here unasked
+                twin.steer_if_can(self.of_side(1 - side))  # so that nobody comes here unasked
             # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
             # as one that listens.
             one.listen(self._backlog)

@@ -62,8 +62,8 @@ class Loop:
         """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing."""
         self._epoll.register(fd, events)
         if not self._coming:
-            # A timer that is due, so that the path of a connection need not ask whether there is
-            # one; it runs already where others have come.
+            # A timer, so that _until_due() is called, which takes them in: the path of a connection
+            # need not ask for both.
             self.call_after(_COMING, 0.0, lambda: None)
         self._coming[fd] = callback
 
@@ -109,7 +109,10 @@ class Loop:
             self._heap.clear()
 
     def _until_due(self) -> float | None:
-        """Return the seconds until the next timer: 0 if it is due, None without one."""
+        """Return the seconds until the next timer: 0 if it is due, None without one.
+
+        What was watched since the last wait is called back for from here on.
+        """
         if self._coming:
             self._callbacks |= self._coming
             self._coming.clear()

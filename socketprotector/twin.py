@@ -84,17 +84,17 @@ def prepare(bound: socket.socket) -> None:
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    steer_if_can(bound, 0)
+    steer_if_can(bound)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
 
-def steer_if_can(one: socket.socket, place: int) -> None:
-    """As steer(), where that can be had: not where it listens and is in no group yet.
+def steer_if_can(one: socket.socket) -> None:
+    """Steer to the first place where that can be had: not where it listens, in no group yet.
 
     Nor where a worker has locked its filters; then the group's other one can.
     """
     try:
-        steer(one, place)
+        steer(one, 0)
     except OSError:
         pass
 
@@ -118,7 +118,7 @@ def make(first: socket.socket) -> socket.socket | None:
         second.bind(first.getsockname())
         # From listen() on the kernel gives it every other client, until the group is steered:
         # that of the first one is from before it listened, see prepare().
-        steer_if_can(first, 0)
+        steer_if_can(first)
         second.listen(backlog(first))
         steer(second, 0)  # which is of the same group; filters of the first one may be locked
     except BaseException:

@@ -183,6 +183,7 @@ def test_a_mortal_one_ends_with_its_group_when_we_end_in_whatever_way(how: str) 
             pytest.skip("NEEDS ROOT to become another user")
         program = replace(program, identity=Identity("nobody", 65534, 65534, (65534,)))
     receive, send = os.pipe()
+    is_told, tell = os.pipe()
     parent = os.fork()
     if parent == 0:
         try:
@@ -190,20 +191,23 @@ def test_a_mortal_one_ends_with_its_group_when_we_end_in_whatever_way(how: str) 
                 become(Identity("games", 5, 60, (60,)), 0, starts_others=True)
             spawn(program, {}, {5: send}, mortal=True)
             os.close(send)
-            if how == "executes another":
-                os.execv("/bin/sleep", ("sleep", "1000"))
-            signal.pause()
+            os.read(is_told, 1)
+            os.execv("/bin/sleep", ("sleep", "1000"))
         finally:
             os._exit(1)
     os.close(send)
+    os.close(is_told)
     try:
         with open(receive, encoding="utf-8") as file:
             assert file.readline() == "started\n"
-            if how != "executes another":
+            if how == "executes another":
+                os.write(tell, b"!")
+            else:
                 os.kill(parent, signal.SIGKILL)
 
             assert file.read() == ""
     finally:
+        os.close(tell)
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
 

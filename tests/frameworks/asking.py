@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from types import TracebackType
 
 from tests.load import GAP_S
@@ -83,7 +82,7 @@ class Load:
 
     def __init__(self, address: Address, threads: int = 4) -> None:
         self._address = address
-        self._stopping = False
+        self._stopping = threading.Event()
         self._news = threading.Condition()
         self.answers: dict[int, int] = {}
         self.failures: list[str] = []
@@ -100,7 +99,7 @@ class Load:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._stopping = True
+        self._stopping.set()
         for each in self._threads:
             each.join()
 
@@ -113,7 +112,7 @@ class Load:
             )
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             try:
                 pid = ask_once(self._address)
             except Exception as error:
@@ -124,4 +123,4 @@ class Load:
                 with self._news:
                     self.answers[pid] = self.answers.get(pid, 0) + 1
                     self._news.notify_all()
-                time.sleep(GAP_S)
+                self._stopping.wait(GAP_S)

@@ -22,14 +22,17 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml
 demo: $(INSTALLED) ## protect the sample client, reload it under load, show that nothing fails (15 s)
 	@$(BIN)/python -m bench.demo
 
-test: $(INSTALLED) ## run all tests (installs compilers, interpreters and servers that they need)
+CHOSEN := --once
+
+test: $(INSTALLED) ## run each test in one combination (installs compilers, interpreters and servers)
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
-	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 tests
+	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 $(CHOSEN) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
-test-all: test ## run them with many more rounds (before a release)
+test-all: CHOSEN :=
+test-all: test ## run them in every combination, with many more rounds (before a release)
 
 test-debian: $(INSTALLED) ## run it with the Pythons of Debian's suites (root; minutes; DEBIAN_ROOTS=FOLDER keeps them)
 	tools/install-packages debootstrap

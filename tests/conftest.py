@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import forked
+from tests import forked, once
 from tests.running import LISTENER, Protector, mark
 
 # A shell starts what it runs in the background with these ignored, and so does nohup; what tests
@@ -113,6 +113,14 @@ def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--once", action="store_true", help="see tests/once.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What takes long begins first, or one process would be busy with it at the end."""
+    if config.getoption("once"):
+        keep = once.chosen(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in keep])
+        items[:] = [item for item in items if item in keep]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -604,17 +604,16 @@ def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:
     web()
     running = beside("events", "--json")
     # It follows as soon as it is asked; that it is cannot be seen but by an event.
-    eventually(
-        lambda: (
-            run("scale", "1").status == 0 and run("reload").status == 0 and bool(running.out.seen)
-        ),
-        "an event",
-    )
-    running.process.send_signal(signal.SIGINT)
+    eventually(lambda: run("reload").status == 0 and bool(running.out.seen), "an event")
+    heard = len(running.out.seen)
+    assert run("reload").status == 0
 
+    def names() -> set[str]:
+        return {json.loads(line)["event"] for line in running.out.seen[heard:]}
+
+    eventually(lambda: {"reloading", "route", "reloaded"} <= names(), "what a reload tells")
+    running.process.send_signal(signal.SIGINT)
     assert running.wait() == 130
-    names = [json.loads(line)["event"] for line in running.out.seen]
-    assert {"reloading", "route", "reloaded"} <= set(names)
 
 
 def test_diff_says_what_a_reload_would_change_and_when_it_would_fail(

@@ -1,0 +1,41 @@
+"""`pytest --once`: of each test that starts programs one combination of its parameters.
+
+Which one: that whose values were met least in its file so far, so that a file's tests take
+handoffs, servers, kinds of listener in turns.  The same are chosen in every run, and by every
+process of one.  Tests within one process cost little and are run whole.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parent
+_RUN_WHOLE = {"core", "boundary", "simulation"}
+
+
+def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Return those to run."""
+    tests: dict[object, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+    met: Counter[object] = Counter()
+    keep: set[pytest.Item] = set()
+    for each in tests.values():
+        if each[0].path.relative_to(_ROOT).parts[0] in _RUN_WHOLE:
+            keep.update(each)
+            continue
+        one = min(each, key=lambda item: sum(met[value] for value in _values(item)))
+        met.update(_values(one))
+        keep.add(one)
+    return keep
+
+
+def _values(item: pytest.Item) -> Iterator[object]:
+    spec = getattr(item, "callspec", None)
+    if spec is not None:
+        for name, value in spec.params.items():
+            yield item.path, name, repr(value)

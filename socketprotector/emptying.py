@@ -50,6 +50,11 @@ class Aside:
         self.hands[self._number()] = header, fd
         self._held()
 
+    def put_first(self, header: bytes, fd: int) -> None:
+        """Take ownership of one that was given before it could be sent: its turn is the next."""
+        self.hands = {self._number(): (header, fd), **self.hands}
+        self._held()
+
     def take(self, listener: int) -> tuple[bytes, int] | None:
         """Give one that came by a listener to the caller, who may send it: it is written down.
 
@@ -57,11 +62,12 @@ class Aside:
         """
         for number, hand in self.hands.items():
             if listener_of(hand[0]) == listener:
+                before = dict(self.hands)
                 del self.hands[number]
                 # Killed from here on we lose it, but never send it twice.
                 if self._held():
                     return hand
-                self.hands[number] = hand
+                self.hands = before
                 return None
         return None
 
@@ -96,12 +102,16 @@ class Emptying:
         self._until = 0.0  # to be closed then, though new ones may still come
 
     @property
+    def _foreign(self) -> bool:
+        return self.listener.settings.foreign
+
+    @property
     def _timer(self) -> tuple[str, int]:
         return "emptying", self.listener.index
 
     def begin(self) -> None:
-        """Let nobody new in."""
-        if not self.listener.refuse_new():
+        """Let nobody new in; one of somebody else is left as it is, with those who wait there."""
+        if not self._foreign and not self.listener.refuse_new():
             self._until = time.monotonic() + LAST_S
         self._loop.call_after(self._timer, 0.0, self._look)
 
@@ -140,6 +150,8 @@ class Emptying:
         hand = self._aside.take(self.listener.index)
         if hand is None and self._aside.has(self.listener.index):
             return False  # it goes first
+        if hand is None and self._foreign:
+            return False
         if hand is None:
             try:
                 # As in forwarder.py: no socket object only to be taken apart.
@@ -155,7 +167,7 @@ class Emptying:
         try:
             self.channel.write.sendmsg([header], rights, SEND_FLAGS)
         except OSError as error:
-            self._aside.put(header, fd)
+            self._aside.put_first(header, fd)
             if error.errno in BROKEN:
                 raise
             return False  # no room after all, or the system is short of something

@@ -166,8 +166,7 @@ class Forwarder:
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # those who accept from it take who has connected
-        if to is None or listener.settings.foreign or listener.shared:
-            # A foreign one's owner goes on listening, and has those who wait.
+        if to is None or listener.shared:
             self.lost += self._aside.drop(listener.index)
             listener.close()
             return
@@ -536,7 +535,9 @@ class Forwarder:
         """Send a connection to where it was taken from, or set it aside.  Takes ownership of fd."""
         try:
             channel.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
-        except OSError:  # it has ended
+        except OSError as error:
+            if channel.write.fileno() >= 0 and error.errno not in BROKEN:
+                self._scarce("sendmsg", error)  # it has not ended, so what is left may stay there
             there = (*self._listeners, *(each.listener for each in self._emptying))
             if listener_of(header) in {each.index for each in there}:
                 self._aside.put(header, fd)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from socketprotector_client import wire
@@ -19,6 +21,20 @@ from socketprotector.settings import ListenerSettings
 from tests.boundary.conftest import Turns
 
 
+class Scarce(socket.socket):
+    """One that cannot send now and then: the system is short of something."""
+
+    def __init__(self, fileno: int) -> None:
+        super().__init__(fileno=fileno)
+        self.failures = 0
+
+    def sendmsg(self, *words: Any) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return super().sendmsg(*words)
+
+
 class World:
     """A forwarder with listeners 0 and 1, and two generations' channels."""
 
@@ -29,6 +45,8 @@ class World:
         self.folder = folder
         self.listeners = [self.listener(0), self.listener(1)]
         self.held = 0
+        self.holds = True  # what is said to have changed can be written down
+        self.troubles: list[tuple[str, int | None]] = []
         self.forwarder = self.another(self.listeners)
         self.old, self.new = self.channel({0, 1}), self.channel({0})
         self.clients: list[socket.socket] = []
@@ -39,14 +57,14 @@ class World:
             listeners,
             broken=lambda: None,
             emptied=lambda: None,
-            trouble=lambda call, error: None,
+            trouble=lambda call, error: self.troubles.append((call, error.errno)),
             held=self._held,
             dead=lambda listener: None,
         )
 
     def _held(self) -> bool:
         self.held += 1
-        return True
+        return self.holds
 
     def listener(self, index: int, *, foreign: bool = False) -> Listener:
         sock = socket.socket(socket.AF_UNIX)
@@ -61,6 +79,7 @@ class World:
 
     def channel(self, knows: set[int], queue: int = 64) -> Channel:
         made = Channel.make(queue)
+        made.write = Scarce(made.write.detach())
         made.knows = frozenset(knows)
         return made
 
@@ -69,6 +88,11 @@ class World:
             client = socket.socket(socket.AF_UNIX)
             client.connect(str(self.folder / f"s{index}"))
             self.clients.append(client)
+
+    def say(self) -> None:
+        """Have each client say its number, in the order in which they came."""
+        for number, client in enumerate(self.clients):
+            client.sendall(bytes([number]))
 
     def turn(self, seconds: float = 0.1) -> None:
         """Let the loop go round for so long: a thousand turns a second."""
@@ -104,6 +128,21 @@ def taken(channel: Channel) -> list[int]:
         found.append(wire.HEADER.unpack(each[0])[2])
         os.close(each[1])
     return found
+
+
+def heard(channel: Channel) -> list[int]:
+    """What those say who wait in a channel, oldest first."""
+    found: list[int] = []
+    while (each := channel.take_back()) is not None:
+        with socket.socket(fileno=each[1]) as connection:
+            found += connection.recv(1)
+    return found
+
+
+def short(channel: Channel, times: int = 1) -> None:
+    """Have the system be short of something when something is sent there."""
+    assert isinstance(channel.write, Scarce)
+    channel.write.failures = times
 
 
 def test_a_route_gets_nothing_by_a_listener_that_it_does_not_know(world: World) -> None:
@@ -268,6 +307,57 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     small.close()
 
 
+def left(world: World, before: Channel, clients: int) -> None:
+    """Have a generation leave so many who came by listener 1, whom only the one before knows."""
+    world.forwarder.route_to(world.old)
+    world.connect(1, clients)
+    world.turn()
+    world.say()
+    world.forwarder.route_to(world.new)
+    world.forwarder.release(world.old)
+    assert len(world.forwarder.aside) == clients
+    world.forwarder.remove(world.listeners[1], before)
+
+
+@pytest.mark.parametrize("trouble", ["send", "write down"])
+def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
+    world: World, trouble: str
+) -> None:
+    """Also where one could not be sent, or that it would be could not be written down."""
+    before = world.channel({0, 1})
+    left(world, before, 3)
+    short(before, int(trouble == "send"))
+    world.holds = trouble == "send"
+
+    world.turn(QUIET_S / 2)
+    assert len(world.forwarder.aside) == 3, "some were sent"
+    world.holds = True
+    world.turn(4 * QUIET_S)
+
+    assert (heard(before), world.forwarder.lost) == ([0, 1, 2], 0)
+    before.close()
+
+
+def test_one_that_cannot_be_put_back_for_want_of_memory_is_sent_later_and_that_is_told(
+    world: World,
+) -> None:
+    world.forwarder.route_to(world.old)
+    for index in (1, 0, 1, 0):
+        world.connect(index)
+        world.turn()
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(world.listeners[1], world.old)
+
+    short(world.old)
+    world.forwarder.drain(world.old)
+    world.turn(4 * QUIET_S)
+
+    # What it was not come to is left to those who have it, as where there is no room.
+    assert taken(world.new) + taken(world.old) == [0, 1, 0, 1]
+    assert world.troubles == [("sendmsg", errno.ENOBUFS)]
+    assert world.forwarder.lost == 0
+
+
 def test_nobody_is_waited_for_where_the_generation_is_gone_or_broken(world: World) -> None:
     world.forwarder.route_to(world.new)
     world.forwarder.remove(world.listeners[1], world.old)
@@ -340,6 +430,34 @@ def test_a_listener_of_somebody_else_is_only_let_go(world: World) -> None:
     assert copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     copy.accept()[0].close()
     copy.close()
+
+
+def test_one_in_hand_by_a_listener_of_somebody_else_is_sent_when_that_was_let_go(
+    world: World,
+) -> None:
+    foreign = world.listener(2, foreign=True)
+    copy = socket.socket(fileno=os.dup(foreign.fileno()))
+    world.forwarder.add(foreign)
+    small = world.channel({0, 2}, queue=6)
+    room = small.capacity()
+    world.forwarder.route_to(small)
+    world.connect(2, room + 1)
+    world.turn()
+    assert world.forwarder.hand is not None
+
+    world.forwarder.route_to(world.new)
+    world.forwarder.remove(foreign, small)
+    world.forwarder.drain(small)
+    world.connect(2)
+    assert taken(small) == [2] * room
+    world.turn(4 * QUIET_S)
+
+    assert taken(small) == [2]
+    assert world.forwarder.lost == 0
+    assert small.write.fileno() < 0
+    copy.accept()[0].close()  # who came after that is its owner's
+    copy.close()
+    small.close()
 
 
 def test_a_quick_stop_closes_what_is_being_emptied(world: World) -> None:

@@ -51,6 +51,8 @@ class Configuration:
         self._coming: Settings | None = None  # read again, and not used yet
         self._changed = False  # the settings are others than at the start
         self._used = 0
+        self._written: tuple[Settings | None, Settings | None] = None, None  # as what kept() gave
+        self._texts = "", ""
         self._reader = Reader(command, loop, "reader")
         self._comparer = Reader(command, loop, "comparer")
 
@@ -100,9 +102,16 @@ class Configuration:
 
     def kept(self) -> tuple[str, str, int]:
         """Return what the state has to hold: the settings, if they are others than at the start,
-        those that are tried, if there are any, and how often such were taken over."""
-        settings = dump(self.settings).decode() if self._changed else ""
-        return settings, dump(self._coming).decode() if self._coming else "", self._used
+        those that are tried, if there are any, and how often such were taken over.
+
+        It is asked at each step, so they are dumped once.
+        """
+        wanted = self.settings if self._changed else None, self._coming
+        if wanted != self._written:  # the same objects, nearly always
+            settings, coming = wanted
+            self._texts = _text(settings), _text(coming)
+            self._written = wanted
+        return *self._texts, self._used
 
     def adopt(self, snapshot: Snapshot) -> None:
         """Go on with what was read: the fleet says whether it is still to be tried."""
@@ -170,6 +179,10 @@ class Configuration:
                 to = self._homes[max(served)].channel if served else None
                 self._log.write("info", "listener-removed", address=listener.settings.address)
                 self._forwarder.remove(listener, to)
+
+
+def _text(settings: Settings | None) -> str:
+    return dump(settings).decode() if settings is not None else ""
 
 
 def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:

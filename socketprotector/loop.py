@@ -64,7 +64,7 @@ class Loop:
         if not self._coming:
             # A timer, so that _until_due() is called, which takes them in: the path of a connection
             # need not ask for both.
-            self.call_after(_COMING, 0.0, lambda: None)
+            self.call_after(_COMING, 0.0, self._take_in)
         self._coming[fd] = callback
 
     def unwatch(self, fd: int) -> None:
@@ -108,14 +108,18 @@ class Loop:
         if not self._timers:
             self._heap.clear()
 
+    def _take_in(self) -> None:
+        """Call back for what was watched since the last wait, all of which was told by now."""
+        self._callbacks |= self._coming
+        self._coming.clear()
+
     def _until_due(self) -> float | None:
         """Return the seconds until the next timer: 0 if it is due, None without one.
 
         What was watched since the last wait is called back for from here on.
         """
         if self._coming:
-            self._callbacks |= self._coming
-            self._coming.clear()
+            self._take_in()
             self.cancel(_COMING)
         self._asked_at = time.monotonic()
         heap = self._heap

@@ -295,6 +295,38 @@ def test_what_has_come_by_a_deadline_is_heard_before_it_is_judged(pipe: tuple[in
     assert seen == ["heard"]
 
 
+def test_what_is_watched_while_the_clock_stands_still_is_called_back_for(
+    pipe: tuple[int, int], turns: Turns
+) -> None:
+    """As with a clock that goes in steps: then it is due when it is made."""
+    receive, send = pipe
+    loop = Loop()
+    count, seen = 0, list[bytes]()
+
+    def heard() -> None:
+        seen.append(os.read(receive, 1))
+        stop(loop)
+
+    def turn() -> None:
+        nonlocal count
+        count += 1
+        if count == 1:
+            loop.call_after("due", 0.0, lambda: None)
+        elif count == 2:
+            loop.watch(receive, heard)
+        elif count == 10:
+            stop(loop)
+
+    ready = os.eventfd(1)
+    loop.watch(ready, turn)
+    os.write(send, b"x")
+    loop.run()
+    loop.close()
+    os.close(ready)
+
+    assert seen == [b"x"]
+
+
 def test_what_is_expected_soon_is_asked_for_without_sleeping(pipe: tuple[int, int]) -> None:
     receive, send = pipe
     loop = Loop(soon_s=1000.0)

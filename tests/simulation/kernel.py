@@ -36,6 +36,7 @@ OUT = select.EPOLLOUT
 CHARGE = 768
 #: What a message to workers is as long as; on its way to the keeper a connection is a copy.
 HEADER = 16
+_SIGNALS = signal.valid_signals()
 _SLOT = 64 * 1024 * 1024
 _FD = struct.Struct("i")
 _CREDENTIALS = struct.Struct("3i")
@@ -395,7 +396,7 @@ class Kernel:
                 signal=lambda *_: None,
                 pthread_sigmask=lambda *_: (),
                 set_wakeup_fd=lambda *_, **__: None,
-                valid_signals=signal.valid_signals,
+                valid_signals=lambda: _SIGNALS,
                 pidfd_send_signal=self._pidfd_send_signal,
             ),
         )

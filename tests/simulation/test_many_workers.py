@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 
 import socketprotector
+from socketprotector import configuration
 from socketprotector.fleet import Policy
 from socketprotector.heritage import Heritage
+from socketprotector.settings import Origin, Settings, dump
 from tests.simulation.world import World
 
 OURS = str(Path(socketprotector.__file__).parent)
@@ -105,6 +107,25 @@ def test_what_follows_from_nothing_is_not_written_down_twice(
 
     assert saved < 3 * 4 * MANY  # spawned, ready, ended, and one more
     assert looked_at < 10 * MANY  # and not all that is still to be spawned for each of them
+
+
+def test_settings_that_were_read_again_are_not_written_down_at_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once as those that are tried, and once as those that hold."""
+    dumped: list[Settings] = []
+
+    def counted(settings: Settings) -> bytes:
+        dumped.append(settings)
+        return dump(settings)
+
+    monkeypatch.setattr(configuration, "dump", counted)
+    life = Quiet(MANY, "guard")
+    life.settings = replace(life.settings, origin=Origin(configured=True))
+    life.live()
+
+    assert life.events["configured"] == 1
+    assert len(dumped) == 2
 
 
 @pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])

@@ -430,7 +430,7 @@ class Forwarder:
             self._in_hand = header, fd
             self._send_failed(error)
         else:
-            os.close(fd)
+            self._let_go(fd)
             if not self._looks:
                 self._look_later()
 
@@ -543,7 +543,12 @@ class Forwarder:
                 self._aside.put(header, fd)
                 return
             self.lost += 1  # nobody is left who knows the listener
+        self._let_go(fd)
+
+    def _let_go(self, fd: int) -> None:
+        """Close one that may have been taken back in the place of the reserve."""
         os.close(fd)
+        self._take_reserve()
 
     def _take_reserve(self) -> bool:
         """Keep a descriptor to spare: what the kernel cannot hand out it drops."""

@@ -895,6 +895,17 @@ def test_who_stands_still_is_sent_again_in_order_later_and_later(world: World) -
     assert world.loop.look() == FIRST_LOOK_S
 
 
+def test_a_descriptor_is_to_spare_again_once_they_were_sent_again(world: World) -> None:
+    """Others may use up all that is free until the next look, and those are to be sent then."""
+    before = len(os.listdir("/proc/self/fd"))
+    channel = waiting(world, 1, 2, 3)
+
+    for _ in range(3):
+        world.loop.look()
+
+    assert len(os.listdir("/proc/self/fd")) == before + channel.depth()
+
+
 @pytest.mark.parametrize("call", ["sends", "takes"])
 @pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
 def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: int) -> None:

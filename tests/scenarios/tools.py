@@ -214,12 +214,13 @@ def kinds_at_rest(daemon: Protector) -> dict[str, int]:
 
 
 def in_backlog(port: int) -> int:
-    """How many connections wait in the kernel's backlog of a listener on 127.0.0.1."""
+    """How many connections wait in the kernel's backlogs of a listener on 127.0.0.1."""
+    waiting = 0
     for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
         words = line.split()
         if words[1].endswith(f":{port:04X}") and words[3] == "0A":
-            return int(words[4].partition(":")[2], 16)
-    return 0
+            waiting += int(words[4].partition(":")[2], 16)
+    return waiting
 
 
 def children_of(pid: int) -> list[int]:

@@ -629,6 +629,8 @@ class Forwarder:
     def _retry(self) -> None:
         self._waiting = False
         self._go_on()
+        if not self._waiting:
+            self._take_reserve()
 
     # -- the end -------------------------------------------------------------
 

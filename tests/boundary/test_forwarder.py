@@ -906,6 +906,18 @@ def test_a_descriptor_is_to_spare_again_once_they_were_sent_again(world: World) 
     assert len(os.listdir("/proc/self/fd")) == before + channel.depth()
 
 
+def test_a_descriptor_is_to_spare_again_once_there_are_some(world: World) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    channel = waiting(world, 1)
+    world.loop.look()
+    channel.takes.fail(errno.EMFILE)
+    world.loop.look()
+
+    world.loop.pass_time()
+
+    assert len(os.listdir("/proc/self/fd")) == before + channel.depth()
+
+
 @pytest.mark.parametrize("call", ["sends", "takes"])
 @pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
 def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: int) -> None:

@@ -1,10 +1,15 @@
-"""System calls that fail in the real command, at its start and while it runs."""
+"""System calls that fail in the real command, at its start and while it runs.
+
+Run each way is what becomes of workers without their protector: those that accept have no channel
+that ends.  What fails at the start, and how the loop waits, is the same for both.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +17,19 @@ from pathlib import Path
 import pytest
 
 from socketprotector.step import backoff_s
-from tests.running import DEADLINE_S, Protector, eventually, wait_gone
+from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.tools import Client, hold, pid_in, spawned, state_of, worker
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    Client,
+    hold,
+    pid_in,
+    spawned,
+    state_of,
+    worker,
+)
 
 Starter = Callable[..., Protector]
 
@@ -142,22 +155,33 @@ select.epoll = Epoll
 """
 
 
+def refused(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == errno.ECONNREFUSED
+
+
 def fail_once(daemon: Protector, flag: Path) -> int:
     """Let the next wait fail, and bring it about; return the log's length before it."""
     flag.touch()
     return daemon.signal(signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("code", ["EBADF", "ENOMEM"])
+@pytest.mark.parametrize(
+    ("code", "handoff"),
+    [("EBADF", "connection"), ("ENOMEM", "connection"), ("EBADF", "listener")],
+    indirect=["handoff"],
+)
 def test_a_wait_that_fails_ends_the_protector_and_its_workers_finish(
-    protector: Starter, tmp_path: Path, code: str
+    protector: Starter, tmp_path: Path, code: str, handoff: str
 ) -> None:
+    """Those that accept go on, with the port, until somebody ends them."""
     flag, pid_file = tmp_path / "flag", tmp_path / "pid"
     fault = injected(tmp_path / "fault", EPOLL_WAIT_FAILS.format(flag=str(flag), code=code))
     words = ("--pid-file", pid_file, "127.0.0.1:0", "--", *worker("many"))
     daemon = protector(*words, **fault).ready()
     (pid,) = spawned(daemon)
-    with Client(("127.0.0.1", daemon.port)) as held:
+    address = ("127.0.0.1", daemon.port)
+    with Client(address) as held:
         assert pid_in(held.ask()) == pid
 
         fail_once(daemon, flag)
@@ -166,9 +190,17 @@ def test_a_wait_that_fails_ends_the_protector_and_its_workers_finish(
         daemon.log.wait_for(f"^OSError: .*{os.strerror(getattr(errno, code))}")
         assert not pid_file.exists()
         assert pid_in(held.ask()) == pid
+        if handoff == "listener":
+            assert pid_in(ask(address)) == pid
+            os.kill(pid, signal.SIGTERM)
+            assert pid_in(held.ask()) == pid
+        else:
+            assert refused(address)
     assert wait_gone([pid]) == []
+    assert refused(address)
 
 
+@EITHER_HANDOFF
 def test_a_wait_that_fails_under_a_guard_costs_no_connection(
     protector: Starter, tmp_path: Path
 ) -> None:

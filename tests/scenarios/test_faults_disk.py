@@ -1,4 +1,7 @@
-"""Disks that are full or write-protected: under the pid file, the log and what workers print."""
+"""Disks that are full or write-protected: under the pid file, the log and what workers print.
+
+It does not matter to any of these how connections come to workers, so each is run one way.
+"""
 
 from __future__ import annotations
 

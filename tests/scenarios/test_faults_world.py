@@ -1,4 +1,7 @@
-"""What the machine does to a running protector: it stands still, its disk or its reader is full."""
+"""What the machine does to a running protector: it stands still, its disk or its reader is full.
+
+Where the log goes is the same for workers that accept, so that is run one way.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import COMMAND, DEADLINE_S, ROOT, Protector, ask, eventually
-from tests.scenarios.tools import Client, hold, in_backlog, spawned, worker
+from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, in_backlog, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 
@@ -32,14 +35,21 @@ def test_the_wall_clock_decides_nothing() -> None:
     assert readers == {"clock.py", "guard.py", "line.py"}
 
 
-def test_clients_wait_while_the_protector_is_stopped(protector: Start) -> None:
+@EITHER_HANDOFF
+def test_clients_wait_while_the_protector_is_stopped(protector: Start, handoff: str) -> None:
+    """Of workers that accept nobody waits."""
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     held = Client(("127.0.0.1", daemon.port))
     assert held.ask().endswith("hello")
     hold(daemon.pid)
 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
-    assert in_backlog(daemon.port) == 50
+    if handoff == "listener":
+        assert {pid_in(client.hear()) for client in clients} == set(spawned(daemon))
+        for number, client in enumerate(clients):
+            client.say(f"line {number}")
+    else:
+        assert in_backlog(daemon.port) == 50
     assert held.ask("still").endswith("still")  # what a worker has is the worker's
     os.kill(daemon.pid, signal.SIGCONT)
 
@@ -50,6 +60,7 @@ def test_clients_wait_while_the_protector_is_stopped(protector: Start) -> None:
     daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_signals_that_come_while_it_is_stopped_are_heard_afterwards(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     (pid,) = spawned(daemon)
@@ -66,19 +77,28 @@ def test_signals_that_come_while_it_is_stopped_are_heard_afterwards(protector: S
     daemon.stop()
 
 
-def test_a_reload_past_stopped_workers_leaves_theirs_to_them(protector: Start) -> None:
+@EITHER_HANDOFF
+def test_a_reload_past_stopped_workers_leaves_theirs_to_them(
+    protector: Start, handoff: str
+) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     (old,) = spawned(daemon)
     taken = Client(("127.0.0.1", daemon.port))
     assert taken.ask().startswith(f"[{old}]")
     hold(old)
     waiting = Client(("127.0.0.1", daemon.port), "waits")
-    eventually(lambda: in_backlog(daemon.port) == 0, "it in the queue")
+    if handoff == "connection":
+        eventually(lambda: in_backlog(daemon.port) == 0, "it in the queue")
 
     daemon.reload()
 
-    assert waiting.hear().endswith("waits")  # taken back, and answered by the new one
-    os.kill(old, signal.SIGCONT)
+    if handoff == "connection":
+        assert pid_in(waiting.hear()) == spawned(daemon, 2)[0]  # taken back for the new one
+        os.kill(old, signal.SIGCONT)
+    else:
+        assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon, 2)[0]
+        os.kill(old, signal.SIGCONT)
+        assert waiting.hear() == f"[{old}] waits"  # his listener is its own
     assert taken.ask("mine").startswith(f"[{old}]")
     taken.close()
     waiting.close()

@@ -1,4 +1,8 @@
-"""When the system, or the protector's share of it, is out of something; and when all is quiet."""
+"""When the system, or the protector's share of it, is out of something; and when all is quiet.
+
+What it holds back while it is out of something are connections that pass through it: where workers
+accept there are none, and what takes descriptors are reloads and replacements.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,9 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Protector, ask, eventually
+from tests.running import LISTENER, Protector, ask, eventually
 from tests.scenarios.tools import (
+    EITHER_HANDOFF,
     Client,
     children_of,
     cpu_s,
@@ -25,7 +30,9 @@ from tests.scenarios.tools import (
     hold,
     in_backlog,
     kinds_at_rest,
+    kinds_of,
     memory_kib,
+    pid_in,
     spawned,
     wake_ups,
     worker,
@@ -70,16 +77,45 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     daemon.stop()
 
 
-def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(protector: Start) -> None:
+def test_emfile_where_workers_accept_costs_a_replacement_its_time_and_nobody_else(
+    protector: Start,
+) -> None:
+    daemon = protector(*LISTENER, "127.0.0.1:0", "--", *worker("many")).ready()
+    (pid,) = spawned(daemon)
+    kinds = kinds_at_rest(daemon)
+    soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (0, hard))
+
+    assert ask(("127.0.0.1", daemon.port)).startswith(f"[{pid}] ")
+    hold(pid)
+    clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: daemon.log.count("cannot start: Too many open files") >= 3, "its tries")
+    watch_for_spinning(daemon.pid, 1, daemon)
+    assert in_backlog(daemon.port) == 50
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (soft, hard))
+
+    for number, client in enumerate(clients):
+        assert client.hear() == f"[{spawned(daemon)[-1]}] line {number}"
+        client.close()
+    assert kinds_at_rest(daemon) == kinds
+    daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(
+    protector: Start, handoff: str
+) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     (pid,) = spawned(daemon)
+    kinds = kinds_at_rest(daemon)
     hold(pid)
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(20)]
-    eventually(lambda: in_backlog(daemon.port) == 0, "all of them in the queue")
+    if handoff == "connection":
+        eventually(lambda: in_backlog(daemon.port) == 0, "all of them in the queue")
     soft, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    kinds_at_rest(daemon)
 
-    for spare in range(8):  # so that each step of opening and spawning fails once
+    for spare in range(20):  # so that each step of opening and spawning fails once
         taken = descriptors(daemon.pid)
         free = [fd for fd in range(len(taken) + spare + 1) if fd not in taken][spare]
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (free, hard))
@@ -90,25 +126,29 @@ def test_emfile_at_a_reload_keeps_what_serves_and_what_is_queued(protector: Star
             break
         assert "Too many open files" in said
         eventually(
-            lambda taken=taken: (
-                children_of(daemon.pid) == [pid]  # type: ignore[misc]
-                and descriptors(daemon.pid).keys() == taken.keys()
-            ),
+            lambda: children_of(daemon.pid) == [pid] and kinds_of(daemon.pid) == kinds,
             "nothing left of the failed one",
         )
+    assert "event=reloaded" in said
     os.kill(pid, signal.SIGCONT)
 
     for number, client in enumerate(clients):
-        assert client.hear().endswith(f" line {number}")
+        answer = client.hear()
+        assert answer.endswith(f" line {number}")
+        # Those in the queue were taken back for the new one; to a listener they had come.
+        assert (pid_in(answer) == pid) == (handoff == "listener")
         client.close()
     daemon.stop()
 
 
-def test_a_low_hard_limit_stops_reloads_and_not_service(marked_environment: dict[str, str]) -> None:
+@EITHER_HANDOFF
+def test_a_low_hard_limit_stops_reloads_and_not_service(
+    marked_environment: dict[str, str], handed_over: tuple[str, ...]
+) -> None:
     """Each generation that drains costs descriptors; when they are used up, the rest goes on."""
     with ExitStack() as stack:
         daemon = Protector(
-            ["127.0.0.1:0", "--", *worker("many")],
+            [*handed_over, "127.0.0.1:0", "--", *worker("many")],
             marked_environment,
             through=WITH_40_DESCRIPTORS,
         ).ready()
@@ -177,6 +217,7 @@ def test_etoomanyrefs_as_another_user_holds_connections_and_does_not_spin(
         daemon.stop()
 
 
+@EITHER_HANDOFF
 def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
     daemon = protector(
         "--settle", "0.2s", "--drain-timeout", "60s", "127.0.0.1:0", "--", *worker("many")
@@ -209,17 +250,24 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_reload_after_reload_leaks_nothing(protector: Start) -> None:
+@EITHER_HANDOFF
+def test_reload_after_reload_leaks_nothing(protector: Start, handoff: str) -> None:
+    """Where workers accept each takes a second, in which the old ones read who has come."""
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
 
     def settle() -> None:
         eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
 
-    for _ in range(rounds(20, 50)):
+    first, more = (
+        (rounds(10, 50), rounds(20, 450))
+        if handoff == "connection"
+        else (rounds(2, 10), rounds(4, 50))
+    )
+    for _ in range(first):
         daemon.reload()
     settle()
     kinds, memory = kinds_at_rest(daemon), memory_kib(daemon.pid)
-    for _ in range(rounds(60, 450)):
+    for _ in range(more):
         daemon.reload()
         ask(("127.0.0.1", daemon.port))
     settle()

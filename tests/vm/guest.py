@@ -232,6 +232,7 @@ class Service:
         eventually(
             lambda: self.pid not in (0, before) and self.show("ActiveState") == "active",
             f"another protector in the place of {before}",
+            1200,  # which takes in thousands of descriptors
         )
 
     def upgrade(self, ask: Callable[[], object] | None = None) -> None:

@@ -26,6 +26,7 @@ class Wait(Enum):
     OPEN = "open"  # fleet: back-off before the next generation is over
     HOLD = "hold"  # fleet: accepting again
     STOP = "stop"  # fleet: graceful stop takes too long
+    TURN = "turn"  # fleet: the loop has turned, so more workers may be started
 
 
 @frozen

@@ -48,7 +48,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
 class State(Enum):
     """Where one worker stands."""
 
-    WAITING = "waiting"  # died; a back-off timer runs until its replacement is spawned
+    WAITING = "waiting"  # nobody is there yet: a back-off timer runs, or its turn has not come
     STARTING = "starting"
     READY = "ready"
     RETIRING = "retiring"  # was asked to leave; nobody replaces it
@@ -203,6 +203,11 @@ class Fleet:
     def policy_of(self, fresh: bool) -> Policy:
         """The policy for opening a generation, fresh or from the last good command."""
         return self.candidate.policy if fresh and self.candidate else self.policy
+
+    def wanted_in(self, generation: Generation) -> int:
+        """How many workers a generation is to have."""
+        candidate = self.candidate if generation.fresh else None
+        return (candidate.workers if candidate else None) or self.workers_wanted
 
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)

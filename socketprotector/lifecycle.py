@@ -142,8 +142,8 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
             step.end_generation(number)
         case Wait.KILL:
             step.kill_generation(number)
-        case Wait.OPEN:
-            pass  # `_go_on` opens what is due
+        case Wait.OPEN | Wait.TURN:
+            pass  # `_go_on` opens, or starts, what is due
         case Wait.HOLD:
             stop.release_hold(step)
         case Wait.STOP:
@@ -154,6 +154,7 @@ def _deadline_passed(step: Step, deadline: Deadline) -> None:
 
 def _go_on(step: Step) -> None:
     """Do what has become possible; wherever nothing has, this changes nothing."""
+    reload.serve_if_ready(step)
     reload.begin_if_wanted(step)
     _release_what_is_gone(step)
     reload.open_if_due(step)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .events import Deadline, News, Open, ReadSettings, Report, RouteTo, Spawn, Wait
-from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, Worker
+from .events import Deadline, News, Open, ReadSettings, Report, RouteTo, Wait
+from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy
 from .step import PROVEN_S, Step, backoff_s
 from .stop import stop_quickly
 
@@ -132,20 +132,13 @@ def _accepts_in_vain(fleet: Fleet, generation: Generation) -> bool:
 def _open(step: Step, which: Next) -> None:
     fleet = step.fleet
     number, fresh = fleet.next_generation, which is Next.FRESH
-    wanted = fleet.workers_wanted
-    if fresh and fleet.candidate:
-        wanted = fleet.candidate.workers or wanted
-    workers = tuple(Worker(fleet.next_worker + slot, slot) for slot in range(wanted))
     step.fleet = replace(
         fleet,
-        generations=(*fleet.generations, Generation(number, fresh=fresh, workers=workers)),
+        generations=(*fleet.generations, Generation(number, fresh=fresh)),
         next_generation=number + 1,
-        next_worker=fleet.next_worker + len(workers),
         to_open=None,
     )
-    step.do(Open(number, fresh))
-    step.do(*(Spawn(number, worker.number, worker.slot) for worker in workers))
-    step.start(Wait.START, number, fleet.policy_of(fresh).start_timeout_s)
+    step.do(Open(number, fresh))  # its workers follow: workers.reconcile()
 
 
 def _recover(step: Step, delay_s: float) -> None:
@@ -158,8 +151,14 @@ def _recover(step: Step, delay_s: float) -> None:
 # -- a generation that succeeds -------------------------------------------------
 
 
-def all_ready(step: Step, number: int) -> None:
-    """Every worker of a starting generation is ready."""
+def serve_if_ready(step: Step) -> None:
+    """Let a starting generation serve that has all of its workers, each of them ready."""
+    starting = step.fleet.of(Phase.STARTING)
+    if starting and len(starting.workers) >= step.fleet.wanted_in(starting) and starting.ready:
+        _all_ready(step, starting.number)
+
+
+def _all_ready(step: Step, number: int) -> None:
     step.cancel(Wait.START, number)
     settle_s = step.fleet.policy_of(step.fleet.is_fresh(number)).settle_s
     if settle_s > 0 and step.fleet.of(Phase.SERVING):

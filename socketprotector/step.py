@@ -66,6 +66,14 @@ class Step:
         self.fleet = replace(self.fleet, timers=self.fleet.timers | {deadline})
         self.do(StartTimer(deadline, seconds))
 
+    def start_or_extend(self, wait: Wait, target: int, seconds: float) -> None:
+        """Have a timer run for so many seconds at least."""
+        deadline = Deadline(wait, target)
+        if deadline in self.fleet.timers:
+            self.do(StartTimer(deadline, seconds, extend=True))
+        else:
+            self.start(wait, target, seconds)
+
     def cancel(self, wait: Wait, target: int = 0) -> None:
         """Forget a timer if it runs."""
         deadline = Deadline(wait, target)

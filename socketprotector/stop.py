@@ -116,5 +116,6 @@ def exit_if_done(step: Step) -> None:
     fleet = step.fleet
     if fleet.stopping and not fleet.generations:
         step.cancel(Wait.STOP)
+        step.cancel(Wait.TURN)
         step.fleet = replace(step.fleet, exiting=True)
         step.do(Exit(fleet.exit_status))

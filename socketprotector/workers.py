@@ -11,11 +11,13 @@ from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
-from .events import Deadline, News, Report, Sign, Signal, StartTimer, Wait, WorkerExited
+from .events import Deadline, News, Report, Sign, Signal, Spawn, StartTimer, Wait, WorkerExited
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from .reload import abandon, all_ready, roll_back
+from .reload import abandon, roll_back
 from .step import PROVEN_S, Step, backoff_s
 
+#: So many are started, or let go, until the loop turns: a few milliseconds' work.
+AT_ONCE = 8
 _REPLACES, _STATE = attrgetter("replaces"), attrgetter("state")
 
 
@@ -27,9 +29,6 @@ def worker_ready(step: Step, number: int, retires: bool) -> None:
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
     _take_over(step, found[1].replaces)
-    generation = step.fleet.generation(found[0].number)
-    if generation and generation.phase is Phase.STARTING and generation.ready:
-        all_ready(step, generation.number)
 
 
 def worker_exited(step: Step, event: WorkerExited) -> None:
@@ -100,8 +99,6 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
     delay_s = backoff_s(deaths)
     if delay_s > 0:
         step.start(Wait.WORKER_RESPAWN, new.number, delay_s)
-    else:
-        step.spawn(number, new)
 
 
 # -- scaling -------------------------------------------------------------------
@@ -124,29 +121,87 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
 
 
 def reconcile(step: Step) -> None:
-    """Bring the serving generation to as many workers as are wanted."""
+    """Bring the generations to as many workers as are wanted, a few with each turn of the loop.
+
+    Each takes its time, and there may be thousands.  What is still missing stands nowhere: what
+    comes meanwhile, a stop or a smaller number, is decided on as if they had never been wanted.
+    """
+    if Deadline(Wait.TURN) in step.fleet.timers:
+        return
+    left = AT_ONCE
+    # First who takes another's place: without him there are fewer than there were.
+    left -= _start_waiting(step, left)
+    left -= _fill(step, left)
+    left -= _resize(step, left)
+    if left < AT_ONCE:
+        step.start(Wait.TURN, 0, 0.0)
+
+
+def _start_waiting(step: Step, most: int) -> int:
+    """Start those for whom a place has been made; return how many."""
+    found = tuple(islice(_waiting(step), most))
+    for number, worker in found:
+        step.spawn(number, worker)
+    return len(found)
+
+
+def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
+    """Give those that wait for nothing, with their generations' numbers."""
+    before, timers = step.before, step.fleet.timers
+    for generation in step.fleet.generations:
+        as_it_was = before.timers is timers and before.generation(generation.number) is generation
+        if not as_it_was and State.WAITING in map(_STATE, generation.workers):
+            for worker in generation.workers:
+                if not worker.alive and Deadline(Wait.WORKER_RESPAWN, worker.number) not in timers:
+                    yield generation.number, worker
+
+
+def _fill(step: Step, most: int) -> int:
+    """Start workers of a generation that has not got all of them yet; return how many."""
+    fleet = step.fleet
+    starting = fleet.of(Phase.STARTING)
+    if starting is None:
+        return 0
+    slots = range(len(starting.workers), fleet.wanted_in(starting))[:most]
+    new = tuple(Worker(number, slot) for number, slot in enumerate(slots, fleet.next_worker))
+    if new:
+        filled = replace(starting, workers=(*starting.workers, *new))
+        next_worker = fleet.next_worker + len(new)
+        step.fleet = replace(fleet.with_generation(filled), next_worker=next_worker)
+        step.do(*(Spawn(filled.number, worker.number, worker.slot) for worker in new))
+        # They have their time from the last one's start on.
+        policy = fleet.policy_of(starting.fresh)
+        step.start_or_extend(Wait.START, filled.number, policy.start_timeout_s)
+    return len(new)
+
+
+def _resize(step: Step, most: int) -> int:
+    """Let the serving generation grow or shrink; return by how many."""
     serving = step.fleet.of(Phase.SERVING)
     if serving is None or step.fleet.stopping or step.fleet.of(Phase.SETTLING):
-        return  # while another settles it is not known yet which one is to grow
+        return 0  # while another settles it is not known yet which one is to grow
     before, wanted = step.before, step.fleet.workers_wanted
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
-    if as_it_was and not before.of(Phase.SETTLING):
-        return
+    if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
+        return 0
     # One that is to take another's place counts once it has it; one that leaves replaces nobody.
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
     staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
         left = [w for w in serving.workers if w.state not in LEAVING and not w.replaces]
-        for worker in sorted(left, key=lambda w: w.slot)[: wanted - 1 : -1]:
+        over = sorted(left, key=lambda w: w.slot)[: wanted - 1 : -1][:most]
+        for worker in over:
             _retire(step, serving.number, worker)
             replacement = _replacement(serving, worker.number)
             if replacement:
                 _retire(step, serving.number, replacement)
-    elif staying < wanted:
-        for slot in islice(_free_slots(serving), wanted - staying):
-            generation = step.fleet.generation(serving.number)
-            if generation:
-                step.spawn(serving.number, step.add(generation, slot))
+        return len(over)
+    missing = max(0, min(wanted - staying, most))
+    for slot in islice(_free_slots(serving), missing):
+        generation = step.fleet.generation(serving.number)
+        if generation:
+            step.spawn(serving.number, step.add(generation, slot))
+    return missing
 
 
 def _free_slots(generation: Generation) -> Iterator[int]:
@@ -208,7 +263,7 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         current = step.fleet.generation(generation.number)
         if current:
             new = replace(step.add(current, next(_free_slots(current))), replaces=number)
-            step.spawn(current.number, new)
+            step.fleet = step.fleet.with_worker(new)
     elif hung:
         step.do(Report(News.REPLACING, generation.number, reason))
         step.end_worker(worker)  # it stays in its generation, whose failure its end may be
@@ -258,7 +313,7 @@ def worker_waited(step: Step, wait: Wait, number: int) -> None:
     generation, worker = found
     match wait:
         case Wait.WORKER_RESPAWN:
-            step.spawn(generation.number, worker)
+            pass  # `reconcile` starts who waits no longer
         case Wait.WORKER_KILL:
             step.do(Signal(number, Sign.KILL))
         case _ if not generation.ending:  # else TERM was sent already

@@ -13,7 +13,19 @@ import pytest
 
 from socketprotector import door, supervisor
 from socketprotector.crew import Crew
-from socketprotector.events import Action, Event, RouteTo, Spawn
+from socketprotector.events import (
+    Action,
+    Deadline,
+    DeadlinePassed,
+    Event,
+    RouteTo,
+    ScaleRequested,
+    Signal,
+    Spawn,
+    StopRequested,
+    Wait,
+    WorkerReady,
+)
 from socketprotector.fleet import Fleet
 from socketprotector.notify import WATCHDOG
 from socketprotector.records import Snapshot, WorkerRecord
@@ -32,7 +44,7 @@ class Away:
         self.spawned = 0
         self.performed: list[Action] = []
         self.looked_at_s = self.fed_at_s = self.now_s
-        self.longest_s = self.unfed_s = 0.0
+        self.longest_s = self.unfed_s = self.turn_s = 0.0
         self.forwarder = SimpleNamespace(look=self.look)
 
     def monotonic(self) -> float:
@@ -53,6 +65,18 @@ class Away:
             self.spawned += 1
             self.now_s += SPAWN_S
 
+    def turn_with(
+        self, protector: Supervisor, act: Callable[[], object], turns: int = 1000
+    ) -> None:
+        """Do something, and let the loop turn for as long as the fleet asks for that."""
+        began_s = self.now_s
+        act()
+        while (turn := Deadline(Wait.TURN)) in protector.fleet.timers and turns:
+            turns -= 1
+            self.turn_s = max(self.turn_s, self.now_s - began_s)
+            began_s = self.now_s
+            protector.post(DeadlinePassed(turn))
+
     def adopt(self, snapshot: Snapshot, descriptors: object) -> list[Event]:
         return []
 
@@ -68,7 +92,7 @@ class Away:
         pass
 
 
-def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
+def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch, workers: int = 600) -> Supervisor:
     monkeypatch.setattr(supervisor, "time", away)
     loop = SimpleNamespace(catch=lambda *_: None, run_if_due=away.run_if_due)
 
@@ -76,7 +100,7 @@ def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch) -> Supervisor:
         return away
 
     return Supervisor(
-        Fleet(workers_wanted=600),
+        Fleet(workers_wanted=workers),
         cast("Any", effects),
         cast("Any", SimpleNamespace(save=lambda *_: True)),
         cast("Any", None),
@@ -95,12 +119,44 @@ def test_while_600_workers_are_started_clients_are_looked_after(
     away = Away()
     protector = protector_of(away, monkeypatch)
 
-    protector.launch()
+    away.turn_with(protector, protector.launch)
     away.look()
 
     assert away.spawned == 600
     assert away.longest_s < LONGEST_S
     assert away.unfed_s < LONGEST_S
+
+
+@pytest.mark.parametrize("wanted", [600, 99_999])
+def test_a_stop_while_workers_are_started_is_acted_on_soon_and_calls_off_the_rest(
+    monkeypatch: pytest.MonkeyPatch, wanted: int
+) -> None:
+    away = Away()
+    protector = protector_of(away, monkeypatch, wanted)
+    protector.launch()
+    spawned = away.spawned
+
+    protector.post(StopRequested())
+
+    assert away.now_s - 1000.0 < LONGEST_S
+    assert 0 < away.spawned == spawned
+    ended = [each.worker for each in away.performed if isinstance(each, Signal)]
+    assert len(ended) == spawned
+
+
+@pytest.mark.parametrize("ask", [ScaleRequested(to=99_999), ScaleRequested(to=600)])
+def test_the_loop_turns_between_a_few_and_a_few_of_those_that_a_number_asks_for(
+    monkeypatch: pytest.MonkeyPatch, ask: Event
+) -> None:
+    away = Away()
+    protector = protector_of(away, monkeypatch, 1)
+    protector.launch()
+    protector.post(WorkerReady(1))
+
+    away.turn_with(protector, lambda: protector.post(ask), turns=20)
+
+    assert away.spawned > 20
+    assert away.turn_s < LONGEST_S
 
 
 def test_while_600_workers_are_adopted_clients_are_looked_after(

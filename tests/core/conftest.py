@@ -6,15 +6,19 @@ import pytest
 
 from socketprotector.events import (
     Action,
+    CancelTimer,
     Deadline,
     DeadlinePassed,
     Event,
     Launched,
+    StartTimer,
     Wait,
     WorkerReady,
 )
 from socketprotector.fleet import Fleet, Phase, Policy
 from socketprotector.lifecycle import decide
+
+TURN = Deadline(Wait.TURN)
 
 
 class Story:
@@ -38,6 +42,15 @@ class Story:
         return self
 
     def when(self, event: Event) -> list[Action]:
+        """Tell an event, and let the loop turn until nothing is left to be started for it."""
+        actions = self.when_at_once(event)
+        while TURN in self.fleet.timers:
+            actions += self.when_at_once(DeadlinePassed(TURN))
+        turned = (StartTimer(TURN, 0.0), CancelTimer(TURN))
+        return [each for each in actions if each not in turned]
+
+    def when_at_once(self, event: Event) -> list[Action]:
+        """Tell an event; return what follows before the loop turns."""
         self.fleet, actions = decide(self.fleet, event)
         return list(actions)
 

@@ -113,7 +113,8 @@ def test_the_workers_of_what_serves_stay_as_many_while_the_next_starts(configure
     assert serving
     assert len(serving.workers) == 2
     assert story.fleet.candidate == Candidate(Policy(), 5)
-    story.and_also(*map(WorkerReady, (2, 3, 4, 5)))
+    assert [w.number for w in story.fleet.generations[1].workers] == [2, 3, 4, 5, 6]
+    story.and_also(*map(WorkerReady, (2, 3, 4, 5, 6)))
     assert story.fleet.workers_wanted == 5
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from socketprotector import workers
 from socketprotector.events import (
     BacklogEmptied,
     ChannelBroken,
@@ -52,6 +53,14 @@ choices = st.integers(0, 60).flatmap(
     lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)
 )
 worlds = st.builds(World, st.sampled_from(POLICIES), st.integers(1, 3), st.booleans())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_at_a_time() -> Iterator[None]:
+    """Have the loop turn after each start of a worker, and all else come in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "AT_ONCE", 1)
+        yield
 
 
 def live_through(world: World, orders: list[int]) -> None:

@@ -93,6 +93,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     (DeadlinePassed(Deadline(Wait.OPEN)), {}),
     (DeadlinePassed(Deadline(Wait.HOLD)), {}),
     (DeadlinePassed(Deadline(Wait.STOP)), {}),
+    (DeadlinePassed(Deadline(Wait.TURN)), {}),
 ]
 
 

@@ -39,9 +39,11 @@ from socketprotector.events import (
 from socketprotector.fleet import Fleet, Phase, Policy, Stop
 from socketprotector.lifecycle import decide, resume
 from tests.core.conftest import Story
-from tests.core.test_orders import POLICIES, ROUNDS
+from tests.core.test_orders import POLICIES, ROUNDS, one_at_a_time
 from tests.core.world import World, check_step
 from tests.rounds import rounds
+
+__all__ = ["one_at_a_time"]  # pytest uses it
 
 KILLED = "the protector was killed while it was being started"
 
@@ -209,6 +211,7 @@ def test_to_resume_twice_is_to_resume_once(
 def test_a_kill_that_may_not_have_been_sent_is_sent_by_the_next_program() -> None:
     world = KilledWorld(Policy(), 2)
     world.take(Launched())
+    world.take(DeadlinePassed(Deadline(Wait.TURN)))
     world.take(StopRequested(quick=True))
 
     world.take_and_die(DeadlinePassed(Deadline(Wait.KILL, 1)), at=0)

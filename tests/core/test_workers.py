@@ -14,6 +14,7 @@ from socketprotector.events import (
     ReplaceRequested,
     Report,
     Retire,
+    RouteTo,
     ScaleRequested,
     Sign,
     Signal,
@@ -213,13 +214,13 @@ def test_scaling_during_a_reload_holds_for_both_generations(story: Story) -> Non
     story.given_serving().and_also(ReloadRequested())
 
     assert scaled(story, +1) == [
-        Spawn(1, worker=3, slot=1),
-        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
-    ]
-    assert story.when(WorkerReady(2))[-2:] == [
-        Spawn(2, worker=4, slot=1),
+        Spawn(2, worker=3, slot=1),
+        StartTimer(Deadline(Wait.START, 2), 60.0, extend=True),
+        Spawn(1, worker=4, slot=1),
         StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
     ]
+    assert story.when(WorkerReady(2)) == []
+    assert RouteTo(2) in story.when(WorkerReady(3))
 
 
 def test_scaling_while_settling_waits_for_its_outcome(story: Story) -> None:

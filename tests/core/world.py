@@ -68,6 +68,7 @@ from socketprotector.fleet import (
 from socketprotector.lifecycle import decide
 
 DIED = "exited with status 1"
+TURN = Deadline(Wait.TURN)
 #: What a configuration may change to.
 OTHER_POLICIES = (
     Policy(settle_s=5.0),
@@ -193,7 +194,7 @@ class World:
                 assert self.held != on, "an order that changes nothing"
                 self.held = on
             case StartTimer(deadline, seconds, extend):
-                assert seconds > 0
+                assert seconds > 0 or deadline == TURN
                 assert deadline in self.timers or not extend, "a request for time started a timer"
                 self.timers |= {deadline}
             case CancelTimer(deadline):
@@ -265,6 +266,8 @@ class World:
                 return self.fleet.stopping is Stop.GRACEFUL
             case Wait.START | Wait.SETTLE | Wait.DRAIN | Wait.KILL:
                 return self.fleet.generation(deadline.target) is not None
+            case Wait.TURN:
+                return True
             case _:
                 return self.fleet.find(deadline.target) is not None
 
@@ -276,9 +279,11 @@ class World:
         drains = self.channels[number] in ("parting", "drained")
         assert drains == (phase is Phase.DRAINING)
         assert generation.parting == (self.channels[number] == "parting")
-        assert self.runs(Wait.START, number) == (phase is Phase.STARTING)
+        begun = bool(generation.workers) or not self.runs(Wait.TURN)
+        assert self.runs(Wait.START, number) == (phase is Phase.STARTING and begun)
         assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
-        assert generation.workers, "nobody is left in it, and it is not released"
+        coming = phase is Phase.STARTING and self.runs(Wait.TURN)
+        assert generation.workers or coming, "nobody is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))
         if phase is Phase.ABANDONED:
@@ -290,15 +295,19 @@ class World:
         for worker in generation.workers:
             assert worker.replaces in {0, *numbers}, "it waits for the place of one that is gone"
         staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
+        if phase is Phase.STARTING:
+            assert len(staying) >= self.fleet.wanted_in(generation) or self.runs(Wait.TURN)
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
-            assert len(staying) == self.fleet.workers_wanted
+            assert len(staying) == self.fleet.workers_wanted or self.runs(Wait.TURN)
 
     def check_worker(self, generation: Generation, worker: Worker) -> None:
         """Every wait for a worker has a deadline, but those the operator chose to be endless."""
         number = worker.number
         assert worker.alive or number not in self.processes
         assert (worker.state is State.ORPHANED) == (number in self.orphaned)
-        assert worker.alive == (not self.runs(Wait.WORKER_RESPAWN, number))
+        waits = self.runs(Wait.WORKER_RESPAWN, number)
+        assert not (worker.alive and waits)
+        assert worker.alive or waits or self.runs(Wait.TURN), "nobody is ever started there"
         last_word = (
             self.runs(Wait.WORKER_KILL, number) or number in self.killed or generation.ending
         )
@@ -439,6 +448,8 @@ class World:
         all_goes_well: from now on commands exist, and workers are ready in time.
         """
         self.opens_fail = self.opens_fail and not all_goes_well
+        while self.runs(Wait.TURN):
+            self.take(DeadlinePassed(TURN))
         for event in self.owed:
             self.take(event)
         if self.reader:

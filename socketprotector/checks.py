@@ -13,11 +13,12 @@ import importlib.util
 import os
 import pwd
 import re
+import resource
 import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
-from . import envfile, executable, handoff
+from . import envfile, executable, handoff, room
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -175,6 +176,14 @@ def _find(name: str, by_number: Callable[[int], T], by_name: Callable[[str], T])
     return by_number(int(name)) if name.isdecimal() else by_name(name)
 
 
+def workers(settings: Settings) -> None:
+    """Refuse more than the protector's descriptors can be of."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    refused = room.refused(settings, settings.processes, hard)
+    if refused is not None:
+        raise UsageError(f"--workers: {refused}")
+
+
 def env_file(path: str | None) -> None:
     """Refuse a file of variables that could not be read now."""
     if path is None:
@@ -311,6 +320,10 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
         most = asked
     if asked > most:
         yield f"backlog {asked} is cut to {most}: raise the sysctl net.core.somaxconn"
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    doubtful = room.doubtful(settings, settings.processes, hard)
+    if doubtful is not None:
+        yield doubtful
     if settings.identity is None:
         return
     files = [settings.pid_file, settings.log_file]

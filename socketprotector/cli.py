@@ -257,6 +257,8 @@ class _Reading:
                 checks.command(settings)
         with self._about("handoff"):
             checks.mode(settings, self._said(), listens)
+        with self._about("workers"):
+            checks.workers(settings)
         if file is not None:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()

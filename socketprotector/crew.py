@@ -730,6 +730,8 @@ _RETIRES = wire.RETIRES_ON_RETURN.split("=")
 
 def what_failed(error: Exception) -> str:
     """Say an error's cause and the file it is about."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"{error.strerror}: raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit)"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.strerror:

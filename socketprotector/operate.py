@@ -165,11 +165,12 @@ class Operator:
     def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
         fleet = self._supervisor.fleet
         self._not_while_stopping(fleet)
-        self._can("scale")
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise Wrong("refused", "there is always one worker at least")
-        self._supervisor.post(ScaleRequested(to=wanted))
+        cannot = self._supervisor.scale(ScaleRequested(to=wanted))
+        if cannot is not None:
+            raise Wrong("refused", cannot)
         return {"workers": wanted}
 
     def _hold(self, seconds: float) -> Mapping[str, Any]:

@@ -7,12 +7,14 @@ decided here but what a signal means.
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
+from . import room
 from .effects import RECORDED, Effects
 from .events import (
     Action,
@@ -281,19 +283,32 @@ class Supervisor:
             case signal.SIGINT:
                 self.post(StopRequested(quick=True))
             case signal.SIGTTIN:
-                self._scale(+1)
+                self._scale_by(+1)
             case signal.SIGTTOU:
-                self._scale(-1)
+                self._scale_by(-1)
             case signal.SIGUSR1:
                 self._reopen_logs()
             case signal.SIGUSR2:
                 self.begin_upgrade()
 
-    def _scale(self, change: int) -> None:
-        cannot = CANNOT.get((self.effects.configuration.settings.handoff, "scale"))
+    def scale(self, asked: ScaleRequested) -> str | None:
+        """Have another number of workers; return why that cannot be, None if it can."""
+        settings, now = self.effects.configuration.settings, self._fleet.workers_wanted
+        wanted = now + asked.change if asked.to is None else asked.to
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        cannot = CANNOT.get((settings.handoff, "scale"))
+        if cannot is None and wanted > now:
+            cannot = room.refused(settings, wanted, hard)
+            doubtful = room.doubtful(settings, wanted, hard)
+            if cannot is None and doubtful is not None:
+                self._log.write("warning", "notice", text=doubtful)
         if cannot is None:
-            self.post(ScaleRequested(change))
-        else:
+            self.post(asked)
+        return cannot
+
+    def _scale_by(self, change: int) -> None:
+        cannot = self.scale(ScaleRequested(change))
+        if cannot is not None:
             self._log.write("warning", News.REFUSED.value, reason=cannot)
 
     def _terminal_is_gone(self) -> bool:

@@ -78,6 +78,7 @@ LAYERS = {
             "lean",
             "line",
             "policy",
+            "room",
             "records",
             "requests",
             "settings",

@@ -148,6 +148,32 @@ def test_check_says_that_it_would_start_and_starts_nothing(start: Start) -> None
     assert not start.log_file.exists()
 
 
+WITH_200_DESCRIPTORS = ("/bin/sh", "-c", 'ulimit -n 200 && exec "$@"', "-")
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "start"])
+def test_more_workers_than_there_are_descriptors_for_are_refused(
+    start: Start, check: list[str]
+) -> None:
+    words = ["-f", "127.0.0.1:0", "--", *MINIMAL]
+
+    ended = start(*check, "--workers", "600", *words, through=WITH_200_DESCRIPTORS)
+
+    assert ended.status == 2
+    assert "600 workers take 3 descriptors each, and the hard limit of 200 has room" in ended.err
+    assert ended.err.count("\n") == 1
+    assert start.left() == []
+
+
+def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
+    words = ["-f", "--workers", "40", "127.0.0.1:0", "--", *MINIMAL]
+
+    ended = start("--check", *words, through=WITH_200_DESCRIPTORS)
+
+    assert ended.status == 0
+    assert "40 workers: a reload starts as many beside them" in ended.err
+
+
 def test_check_says_why_it_would_not_start(start: Start) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import resource
 import re
 import signal
 import socket
@@ -304,6 +305,21 @@ def test_who_waits_at_a_removed_listener_is_served_by_those_who_know_it(
 
 
 # -- reloads that fail -------------------------------------------------------------
+
+
+def test_more_workers_than_there_are_descriptors_for_are_a_failed_reload(
+    configured: Starter, file: File
+) -> None:
+    daemon = configured()
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+    file.says("workers = 600")
+
+    reason = failed_reload(daemon)
+
+    assert "descriptors each, and the hard limit of 200 has room for" in reason
+    assert f"{file.path} line 1: " in reason
+    assert len(spawned(daemon)) == 1
+    daemon.stop()
 
 
 def test_a_file_with_mistakes_is_a_failed_reload_that_changes_nothing(

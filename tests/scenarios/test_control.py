@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import stat
@@ -420,6 +421,31 @@ def test_a_reload_while_held_takes_place(operated: Operating) -> None:
         line.ask("release")
 
         assert pid_in(client.hear()) == spawned(web.daemon, 2)[0]
+
+
+def test_more_workers_than_there_are_descriptors_for_are_refused(operated: Operating) -> None:
+    web = operated()
+    line = web.line(follows=True)
+    resource.prlimit(web.daemon.pid, resource.RLIMIT_NOFILE, (200, 200))
+
+    for asked in ({"to": 3000}, {"by": 3000}):
+        code, said = line.refused("scale", **asked)
+        assert code == "refused"
+        assert "descriptors each, and the hard limit of 200 has room for" in said
+    assert line.status()["workers_wanted"] == 1
+    assert line.ask("scale", to=2) == {"workers": 2}
+
+
+@EITHER_HANDOFF
+def test_a_stop_comes_before_hundreds_that_were_asked_for_are_started(operated: Operating) -> None:
+    web = operated()
+    line = web.line()
+    line.ask("scale", to=800)
+
+    line.ask("stop", quick=True)
+
+    web.daemon.log.wait_for("event=stopped")
+    assert web.daemon.log.text().count("event=spawned") < 400
 
 
 @EITHER_HANDOFF

@@ -1,0 +1,51 @@
+"""How many workers there can be: each keeps some of the protector's descriptors for its life.
+
+Pure.  docs/reliability.md, How many workers, has the same in words.
+"""
+
+from __future__ import annotations
+
+from .handoff import LISTENER
+from .settings import Settings
+
+#: For all else: standard files, listeners, state, channels, guard, relay, and what a start takes.
+_OTHERS = 32
+_RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
+
+
+def of_a_worker(settings: Settings) -> int:
+    """Return how many descriptors one worker keeps: process, notify socket, and what is asked."""
+    ours = settings.log_file is not None or not settings.foreground
+    relayed = settings.log_prefix or (ours and settings.log_relay)
+    acks = settings.ready in ("ack", "any")
+    return 2 + (settings.handoff != LISTENER) + relayed + acks
+
+
+def most(settings: Settings, hard: int) -> int:
+    """Return how many workers a hard limit of descriptors has room for; one is always tried."""
+    return max(1, (hard - _OTHERS) // of_a_worker(settings))
+
+
+def refused(settings: Settings, wanted: int, hard: int) -> str | None:
+    """Say why there cannot be so many workers at once, and what to do; None: there can be.
+
+    hard: the limit that the protector raises its own to; below 0 there is none.
+    """
+    room = most(settings, hard)
+    if hard < 0 or wanted <= room:
+        return None
+    return (
+        f"{wanted} workers take {of_a_worker(settings)} descriptors each, and the hard limit of "
+        f"{hard} has room for {room}; {_RAISE}, or ask for fewer"
+    )
+
+
+def doubtful(settings: Settings, wanted: int, hard: int) -> str | None:
+    """Say that there is no room for those of a reload beside so many workers; None: there is."""
+    if hard < 0 or settings.policy.stop_first or 2 * wanted <= most(settings, hard):
+        return None
+    return (
+        f"{wanted} workers: a reload starts as many beside them, and is likely to fail: the hard "
+        f"limit of {hard} descriptors has no room for both; {_RAISE}, ask for fewer, or have "
+        "--reload-order stop-first"
+    )

@@ -157,7 +157,7 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(
 ) -> None:
     words = ["-f", "127.0.0.1:0", "--", *MINIMAL]
 
-    ended = start(*check, "--workers", "600", *words, through=WITH_200_DESCRIPTORS)
+    ended = start(*check, "--workers", "600", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 2
     assert "600 workers take 3 descriptors each, and the hard limit of 200 has room" in ended.err
@@ -168,7 +168,7 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(
 def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
     words = ["-f", "--workers", "40", "127.0.0.1:0", "--", *MINIMAL]
 
-    ended = start("--check", *words, through=WITH_200_DESCRIPTORS)
+    ended = start("--check", *words, before=WITH_200_DESCRIPTORS)
 
     assert ended.status == 0
     assert "40 workers: a reload starts as many beside them" in ended.err

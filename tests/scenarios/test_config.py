@@ -11,8 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import resource
 import re
+import resource
 import signal
 import socket
 import subprocess

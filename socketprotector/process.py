@@ -23,8 +23,9 @@ _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: How soon to try again what there was no memory for.
 _AGAIN_S = 0.1
 #: Processes whose end somebody here takes in.  Whatever else ends as our child was left to us.
-#: By whom: one that was reaped may be let go of when its number is another's already.
-_known: dict[int, Process] = {}
+#: By whom: one that was reaped, here or while nobody was here, may be let go of when its number is
+#: another's already.
+_known: dict[int, set[Process]] = {}
 #: Of those, so many are reaped in one go.
 _REAPED_AT_ONCE = 256
 #: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
@@ -55,10 +56,7 @@ class Process:
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._reaped = False
         self._discarded = False  # nobody has it any more, and it is waited for
-        if pidfd >= 0:
-            _known.setdefault(pid, self)  # it may have been reaped while nobody was here
-        else:
-            _known[pid] = self
+        _known.setdefault(pid, set()).add(self)
 
     @classmethod
     def forked(cls, act: Callable[[], None]) -> Process:
@@ -245,8 +243,10 @@ class Process:
         self._forget()
 
     def _forget(self) -> None:
-        if _known.get(self.pid) is self:
-            del _known[self.pid]
+        its = _known.get(self.pid, set())
+        its.discard(self)
+        if not its:
+            _known.pop(self.pid, None)
 
 
 def _place() -> int:

@@ -451,6 +451,18 @@ known.pid = later.pid  # as if that number were used again before this one is le
 known.close()
 assert reap_orphans() == (0, True), "reaped as a stranger"
 assert later.reap().how == "exited with status 4"
+gone, last = ended(1), ended(5)
+before = os.pidfd_open(gone)
+os.waitpid(gone, 0)
+# As if that number were used again while nobody was here, who goes on with both of them now.
+first, second = Process(last, before), Process(last, os.pidfd_open(last))
+try:
+    first.reap()
+except ChildProcessError:
+    first.close()
+assert reap_orphans() == (0, True), "reaped as a stranger"
+assert second.reap().how == "exited with status 5"
+assert reap_orphans() == (0, False)
 assert not [pid for pid in strangers if os.path.exists(f"/proc/{{pid}}")]
 """
 

@@ -3,8 +3,9 @@
 The real modules (lifecycle, supervisor, effects, crew, forwarder, channel, listener, loop,
 notify, process, program, state, heritage) run against kernel.py.  For that, names like `os`,
 `socket`, `select` inside those modules are replaced while a simulation runs (`installed` below);
-besides them only the search for a command and for stray processes in /proc.  The log, the
-output, the resident process around the supervisor and the upgrade's probe are stand-ins.
+besides them only what is found in the file system: a command, stray processes, maps of users.
+The log, the output, the resident process around the supervisor and the upgrade's probe are
+stand-ins.
 
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
 happen (clients, workers, signals, time, whoever keeps its descriptors), and in the middle of
@@ -39,6 +40,7 @@ from socketprotector import (
     door,
     heritage,
     listener,
+    peers,
     process,
     program,
     resident,
@@ -324,6 +326,9 @@ class World:
         self.kernel.binds_to_devices = seed % 3 != 0
         self.keeper = pick(("nobody", "guard", "guard", "systemd"))
         self._listening: list[Listening] = []
+        self._listed: set[str] = (
+            set()
+        )  # in the configuration, so that it is not added, even if lost
         # Apart from the others, so that a life without all of these is as it was before them.
         unusual: Any = random.Random(f"unusual {seed}").choice
         if not self.UNUSUAL:
@@ -390,6 +395,8 @@ class World:
     def _bind(self, family: int, name: Any) -> Listening:
         """Bind the first socket of an address, as the launching process does.  Raises OSError."""
         address = self.kernel.addresses.setdefault(name, Address(family, name))
+        if address.told in self._listed:
+            raise failure(errno.EADDRINUSE)
         made = Listening(address)
         made.bind(address)
         made.listen(self.kernel.somaxconn)
@@ -403,6 +410,7 @@ class World:
             return Answer("there is a mistake in it")
         pick = self._random.choice
         places = list(old.listeners)
+        self._listed = {each.address for each in places if not each.removed}
         living = [index for index, each in enumerate(places) if not each.removed]
         if len(living) > 1 and self._chance() < 0.5:
             index = pick(living)
@@ -1389,6 +1397,7 @@ def installed(world: World) -> Iterator[None]:
         put(sides, "unheard", kernel.unheard)
         put(process, "_fork", kernel.fork)
         put(strays, "look", look)
+        put(peers, "_ambiguous", lambda *_: frozenset())
         yield
     finally:
         for module, name, value in reversed(replaced):

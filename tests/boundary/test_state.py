@@ -94,7 +94,7 @@ def steps(draw: st.DrawFn) -> list[Snapshot]:
     return found
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=rounds(15, 400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps())
 def test_a_snapshot_and_what_has_changed_since_is_the_one_that_holds(steps: list[Snapshot]) -> None:
     changes = [CODEC.changes(one, other) for one, other in pairwise(steps)]

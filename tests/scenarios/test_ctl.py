@@ -18,9 +18,9 @@ from socketprotector import cli
 from tests import forked
 from tests.ctl.conftest import COMMAND, run
 from tests.load import Load
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
-    ROUNDS,
     Chance,
     Installation,
     kill_protector,
@@ -372,7 +372,7 @@ def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
 ) -> None:
     chance = Chance()
     daemon = web("--guard")
-    for _ in range(ROUNDS):
+    for _ in range(rounds(4, 100)):
         works = chance.random.random() < 0.5
         release.becomes(*(MANY if works else ("/bin/false",)))
         running = beside("reload", "--json", "--timeout", "60s")

@@ -16,6 +16,7 @@ import pytest
 
 from socketprotector import guard
 from tests.load import Load
+from tests.rounds import rounds
 from tests.running import DEADLINE_S, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.adopting import (
     NOBODY_ELSE,
@@ -84,11 +85,12 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
     at_rest(daemon)
     before = kinds_now(protector_pid(daemon)), kinds_now(daemon.pid)
     workers = spawned(daemon)
+    kills = rounds(5, 100) if handoff == "connection" else rounds(3, 50)
     lost = []
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
         served(load)
-        for _ in range(ROUNDS):
+        for _ in range(kills):
             failed = len(load.snapshot().failures)
             chance.moment(0.05)
             revived(daemon, kill_protector(daemon))
@@ -96,7 +98,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
             lost.append(len(seen.failures) - failed)
     seen = load.snapshot()
 
-    print(f"{ROUNDS} kills, {sum(lost)} connections lost, {seen.connections} served")
+    print(f"{kills} kills, {sum(lost)} connections lost, {seen.connections} served")
     assert max(lost) <= (1 if handoff == "connection" else 0), lost
     assert {failure.kind for failure in seen.failures} <= {"reset", "empty"}
     assert spawned(daemon) == workers

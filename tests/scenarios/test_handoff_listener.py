@@ -471,7 +471,7 @@ def test_reloads_under_load_fail_nobody(served_by: Starter, workers: str) -> Non
     daemon = served_by("--workers", workers, *FAST)
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
-        for _ in range(rounds(5, 40)):
+        for _ in range(rounds(2, 40)):
             daemon.reload()
             served(load)
 
@@ -600,7 +600,7 @@ def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, n
         Load(f"127.0.0.1:{daemon.port}", concurrency=8) as load,
     ):
         assert held.hear().endswith(" first")
-        for _ in range(5):
+        for _ in range(rounds(2, 10)):
             daemon.reload()
             served(load)
         old = pid_in(held.ask())

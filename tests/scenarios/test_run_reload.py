@@ -68,7 +68,7 @@ def test_reloads_under_load_lose_no_connection(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=16).start()
 
-    reloads = rounds(40, 400)
+    reloads = rounds(20, 400)
     for _ in range(reloads):
         daemon.reload()
 

@@ -21,10 +21,11 @@ from socketprotector.fleet import Policy
 from socketprotector.heritage import Heritage
 from socketprotector.settings import Origin, Settings, dump
 from socketprotector.workers import AT_ONCE
+from tests.rounds import rounds
 from tests.simulation.world import World
 
 OURS = str(Path(socketprotector.__file__).parent)
-FEW, MANY = 5, 40
+FEW, MANY = rounds(3, 5), rounds(24, 40)
 #: More than in proportion: what the halves of a longer list and its one look cost more.
 SLACK = 1.3
 

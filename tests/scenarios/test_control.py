@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -439,10 +440,12 @@ def test_more_workers_than_there_are_descriptors_for_are_refused(operated: Opera
 @EITHER_HANDOFF
 def test_a_stop_comes_before_hundreds_that_were_asked_for_are_started(operated: Operating) -> None:
     web = operated()
-    line = web.line()
-    line.ask("scale", to=800)
+    both = ({"command": "scale", "to": 800}, {"command": "stop", "quick": True})
 
-    line.ask("stop", quick=True)
+    # In one piece, so that nothing but the protector decides when it hears the second.
+    web.line().socket.sendall(
+        b"".join(json.dumps({"v": 1, **each}).encode() + b"\n" for each in both)
+    )
 
     web.daemon.log.wait_for("event=stopped")
     assert web.daemon.log.text().count("event=spawned") < 400

@@ -177,7 +177,9 @@ class World:
                 assert self.fleet.policy.workers_accept
                 assert self.channels[number] == "open", "parts twice, or what is not there"
                 assert self.route != number, "parts, and gets who comes"
-                assert self.route or self.fleet.to_open, "parts, and nobody else gets who comes"
+                # It may be gone, and the next one be opened, before this event is answered.
+                coming = self.fleet.to_open or self.fleet.incoming
+                assert self.route or coming, "parts, and nobody else gets who comes"
                 self.channels[number] = "parting"
             case Drain(number):
                 assert self.channels[number] in ("open", "parting"), "drained twice"

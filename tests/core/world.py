@@ -318,7 +318,9 @@ class World:
         if worker.hung and not any(w.replaces == number for w in generation.workers):
             assert last_word, "it hangs, and nobody comes to take its place"
         if worker.state in LEAVING and self.fleet.policy.drain_timeout_s:
-            assert self.runs(Wait.WORKER_RETIRE, number) or last_word
+            # One that left before a reload changed the limit has its generation's.
+            drains = self.runs(Wait.DRAIN, generation.number)
+            assert self.runs(Wait.WORKER_RETIRE, number) or drains or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
         """Whether it accepts where the next one is to accept; it has an end."""

@@ -213,7 +213,8 @@ def test_a_wait_that_fails_under_a_guard_costs_no_connection(
 
         mark = fail_once(daemon, flag)
 
-        daemon.log.wait_for("event=protector-died .*exited with status 1", after=mark)
+        # What wakes it may be something else; then the signal meets one that exits, and kills it.
+        daemon.log.wait_for("event=protector-died", after=mark)
         revived(daemon, mark)
         assert pid_in(held.ask()) == pid
         with Client(("127.0.0.1", daemon.port)) as new:

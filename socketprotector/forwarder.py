@@ -149,10 +149,13 @@ class Forwarder:
         for each in self._emptying_to(channel):
             each.end()
         channel.end()
-        self._left_over.append(channel)
         if channel in self._shut:
             self._shut.remove(channel)
-        self._go_on()
+        if channel.depth():
+            self._left_over.append(channel)
+            self._go_on()
+        else:
+            channel.close()  # there may be no route for long, and many that come to nothing
 
     def add(self, listener: Listener) -> None:
         """Accept from one more listener, for the generations that know it; takes ownership."""

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from socketprotector.events import Deadline
+from socketprotector.fleet import Policy
 from tests.simulation.world import World
 
 SCARCE = (errno.EMFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -31,6 +33,8 @@ BROKEN = "the generation is replaced, what it had goes to the next"
 RELOAD_FAILS = "the reload fails, what serves goes on"
 GOES_ON = "told, and goes on"
 
+#: The descriptor to spare, once the queue of the old generation was taken back.
+TAKING_BACK = "open", 3
 #: call, errnos, which of its calls fail (counted from the reload on), what is to happen
 TABLE: tuple[tuple[str, tuple[int, ...], int, str], ...] = (
     ("accept", (errno.EAGAIN, errno.ECONNABORTED), 0, NEXT),
@@ -83,6 +87,8 @@ class OneFault(World):
     def __init__(self, call: str, code: int, nth: int) -> None:
         self.said: list[str] = []
         super().__init__(seed=1, steps=0, note=self.said.append)
+        if (call, nth) == TAKING_BACK:  # else the old ones finish what they have got
+            self.settings = replace(self.settings, policy=Policy())
         self._fails = call, code
         self._fails_in = nth
         self.failed = False

@@ -611,6 +611,18 @@ def test_what_a_generation_without_workers_left_waits_for_a_route(world: World) 
     assert gone.closed
 
 
+def test_nothing_is_kept_of_a_generation_that_has_left_nothing_however_long_there_is_no_route(
+    world: World,
+) -> None:
+    """As of all that come and end in a crash loop."""
+    gone = world.channel()
+    world.forwarder.route_to(None)
+
+    world.forwarder.release(gone)
+
+    assert gone.closed
+
+
 def test_the_end_counts_what_could_not_be_delivered(world: World) -> None:
     full, gone = world.channel(room=1), world.channel()
     world.forwarder.route_to(gone)

@@ -573,7 +573,7 @@ class Handed(World):
                 continue
             if not worker.ready:
                 worker.ready = self._say_ready(worker)
-            if worker.master and not worker.told and not worker.children:
+            if worker.master and not worker.told and worker.living == [worker]:
                 self._fork_of(worker)
         self._serve_everybody()
         for worker in self.workers:

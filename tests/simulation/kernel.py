@@ -242,7 +242,8 @@ class Kernel:
         self.files: dict[int, File] = {}
         self._free: list[int] = []
         self._next = 3
-        self.limit = 100_000
+        self.room = 100_000  # descriptors that there may ever be: RLIMIT_NOFILE
+        self.limit = self.room  # now
         self.bound: dict[str, Datagrams] = {}
         self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
         self.binds_to_devices = True  # whoever asks for it (Linux 5.7)
@@ -388,7 +389,7 @@ class Kernel:
             fcntl=SimpleNamespace(**constants(fcntl), ioctl=self._ioctl, fcntl=self._fcntl),
             resource=SimpleNamespace(
                 **constants(resource),
-                getrlimit=lambda _: (1024, 4096),
+                getrlimit=lambda _: (min(1024, self.room), min(4096, self.room)),
                 setrlimit=lambda *_: None,
             ),
             signal=SimpleNamespace(

@@ -13,7 +13,8 @@ any system call something may happen too, the call may fail, or the protector be
 The guard may be killed as well: then the protector goes on without one, and its own kill
 after that is the end of all but what workers have been sent.
 In some lives a configuration is read again, and adds, removes and changes things; workers say in
-other ways that they are ready; few clients may wait; numbers of processes are used again.
+other ways that they are ready; few clients may wait; numbers of processes are used again; more
+workers are asked for than are started at once, or than there are descriptors for.
 After the wild part all goes well for a while, everything must come to rest and be delivered,
 and a graceful stop must end it.
 """
@@ -48,9 +49,10 @@ from socketprotector import (
     strays,
     twin,
     words,
+    workers,
 )
 from socketprotector.effects import Effects
-from socketprotector.events import Deadline, Wait
+from socketprotector.events import Deadline, ScaleRequested, Wait
 from socketprotector.fleet import Fleet, Next, Phase, Policy, State, Stop
 from socketprotector.handoff import LISTENER
 from socketprotector.heritage import Heritage
@@ -93,6 +95,8 @@ POLICIES = (
     Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
 )
 BACKLOG = 200
+#: Fewer workers than that are asked for in lives with many.
+MOST = 16
 #: The number of the line in a worker, for --ready fd.
 READY_FD = 30
 #: Places of listeners in one life, those that were removed included.
@@ -337,6 +341,12 @@ class World:
         self.kernel.somaxconn = unusual((socket.SOMAXCONN, socket.SOMAXCONN, 3))
         self.kernel.zombie = self._zombie
         self.settings = self._unusual(self._choose(pick), unusual)
+        self._at_once = unusual((workers.AT_ONCE, workers.AT_ONCE, 1, 3))
+        self._many = self._at_once < workers.AT_ONCE  # there are more than are started at once
+        self.kernel.room = unusual((100_000, 90) if self._many else (100_000,))
+        self.kernel.limit = self.kernel.room
+        if self.ACCEPTS and unusual((False, False, True)):
+            self._pass_in()
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
         self._gap = pick(self.GAPS)
@@ -391,6 +401,13 @@ class World:
             ready_after_s=1.0 if ready == "any" else None,
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
+
+    def _pass_in(self) -> None:
+        """Have the first listener be somebody's who goes on listening."""
+        one, *others = self.settings.listeners
+        self.settings = self.settings.listening((replace(one, foreign=True), *others))
+        self._listening[0].foreign = True
+        self._listening[0].take()
 
     def _bind(self, family: int, name: Any) -> Listening:
         """Bind the first socket of an address, as the launching process does.  Raises OSError."""
@@ -901,6 +918,7 @@ class World:
             (self._int, 1 if self.seed % 8 == 0 else 0),
             (self._unguard, 3 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
             (self._children_ended, 10 * self._few_numbers),
+            (self._scale, 20 * self._many),
         ]
 
     def _connect(self) -> None:
@@ -1087,6 +1105,20 @@ class World:
     def _fewer(self) -> None:
         self._signal(signal.SIGTTOU)
 
+    def _scale(self) -> None:
+        """A client of the control socket wants another number of workers."""
+        protector = self._supervisor
+        if self._starting or protector is None or self.kernel.wake is None:
+            return
+        asked = ScaleRequested(to=self._random.randrange(1, MOST))
+        self._say(f"{asked.to} workers are asked for")
+
+        def scale() -> None:
+            protector.scale(asked)
+
+        self._loop.call_after("scale", 0.0, scale)
+        self._children_ended()  # so that it looks whose time has come
+
     def _upgrade(self) -> None:
         self._signal(signal.SIGUSR2)
 
@@ -1114,7 +1146,7 @@ class World:
             self.kernel.limit = len(self.kernel.files) + self._random.randrange(8)
 
     def _plenty(self) -> None:
-        self.kernel.limit = 100_000
+        self.kernel.limit = self.kernel.room
 
     def _deploy(self) -> None:
         self._deploy_works = self._chance() < 0.6
@@ -1156,7 +1188,7 @@ class World:
         self._calm = True
         self._calm_turns = 0
         self._deploy_works = True
-        self.kernel.limit = 100_000
+        self.kernel.limit = self.kernel.room
         self.kernel.quiet_calls = 1 << 62
 
     def _calm_turn(self, due: int | None) -> list[tuple[int, int]]:
@@ -1306,7 +1338,10 @@ class World:
     def _check_waiting(self) -> None:
         """Nobody waits any more."""
         assert self._supervisor is not None
-        assert not any(each.backlog for each in self._listening), "clients wait for ever"
+        stopping = self._supervisor._fleet.stopping
+        for each in self._listening:
+            if not (each.foreign and (stopping or not each.address.kept)):
+                assert not each.backlog, "clients wait for ever"
         assert self._supervisor.effects.forwarder.hand is None, "one is in hand for ever"
         assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
 
@@ -1397,6 +1432,7 @@ def installed(world: World) -> Iterator[None]:
         put(sides, "unheard", kernel.unheard)
         put(process, "_fork", kernel.fork)
         put(strays, "look", look)
+        put(workers, "AT_ONCE", world._at_once)
         put(peers, "_ambiguous", lambda *_: frozenset())
         yield
     finally:

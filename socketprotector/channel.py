@@ -39,6 +39,10 @@ class Channel:
         self.write = write
         #: The listeners that its workers know, by index; None: all there are.
         self.knows: frozenset[int] | None = None
+        #: Whether any worker has been seen to take from it.
+        self.taken_from = False
+        #: Whether it was said that nobody does.
+        self.said_untaken = False
 
     def knows_of(self, index: int) -> bool:
         """Whether its workers can be given connections of a listener."""
@@ -74,7 +78,9 @@ class Channel:
         write = socket.socket(fileno=descriptors.get("write", descriptors["read"]))
         if "write" not in descriptors:
             write.detach()  # a closed one, made without a descriptor, because none may be free
-        return cls(read, write)
+        adopted = cls(read, write)
+        adopted.taken_from = True  # who knows
+        return adopted
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""

@@ -18,7 +18,7 @@ import signal
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
-from . import envfile, executable, handoff, room
+from . import envfile, executable, handoff, room, servers
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -308,6 +308,13 @@ def watch(paths: Sequence[str], directory: str) -> tuple[str, ...]:
         if not os.path.lexists(there):
             raise UsageError(f"--watch {path}: No such file or directory")
     return tuple(dict.fromkeys(found))
+
+
+def wants(settings: Settings) -> Iterator[str]:
+    """Say which options a well-known server wants that was given others."""
+    name = servers.known(settings.command)
+    if name is not None and settings.handoff == handoff.CONNECTION:
+        yield f"{name} binds its own port; start it as in: {servers.line(name)}"
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:

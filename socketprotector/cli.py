@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, handoff, notify_folder, options
+from . import __version__, activation, checks, door, handoff, notify_folder, options, servers
 from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
@@ -93,6 +93,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.command(
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
     options_metavar="[OPTIONS]",
+    epilog=servers.table(),
 )
 @click.argument("listen", nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]")
 @click.option(
@@ -453,6 +454,7 @@ def _launch(asked: Asked) -> int:
         if settings.policy.workers_accept:
             second = pair(bound, notices.append)
         if asked.check:
+            notices += checks.wants(settings)
             notify_folder.check(settings, notices.append)
         if asked.check or not (settings.foreground and settings.log_file is None):
             for notice in notices:  # else its log says them, in the same place

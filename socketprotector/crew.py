@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 
 from socketprotector_client import wire
 
-from . import clock, door, limits
+from . import clock, door, limits, servers
 from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
 from .groups import Groups
 from .handoff import FIRST_FD, LISTENER, told_to
@@ -28,11 +29,13 @@ from .log import Log
 from .loop import Loop
 from .notify import NotifySocket, discard_all
 from .output import Output
+from .proc import sockets_of
 from .process import End, Process, spawn
 from .readiness import CHECK_LIMIT_S, Readiness, check_program
 from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
+from .unheard import address_of
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
@@ -154,6 +157,15 @@ class Crew:
         self._loop.cancel("limits")
         if settings.worker_limits.any:
             self._loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
+
+    def advice(self, generation: int) -> str:
+        """Say what to do about a generation of which no worker takes a connection, if known."""
+        for worker in self._workers.values():
+            if worker.record.generation == generation:
+                listens = partial(_listens, worker.process.pid)
+                if found := servers.advice(worker.home.program, listens=listens):
+                    return found
+        return ""
 
     # -- orders --------------------------------------------------------------
 
@@ -703,9 +715,13 @@ class Crew:
         reason = f"{worker.home.program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
+        where = "" if last else self._output.where_to_look()
+        advice = servers.advice(worker.home.program, said=last, unseen=bool(where))
+        if advice:
+            reason += f"; {advice}"
         if last:
             return f"{reason}; its last words:\n{last}"
-        return "; ".join(filter(None, (reason, self._output.where_to_look())))
+        return "; ".join(filter(None, (reason, where)))
 
 
 def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words: str) -> Crash:
@@ -723,6 +739,11 @@ def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words:
         cpu_s=end.cpu_s,
         max_rss_kib=end.max_rss_kib,
     )
+
+
+def _listens(pid: int) -> str | None:
+    """Return an address on which a process listens, of those that it did not get from us."""
+    return address_of(sockets_of(pid))
 
 
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")

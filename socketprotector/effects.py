@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
-from . import clock, door
+from . import clock, door, servers
 from .channel import Channel
 from .configuration import Configuration
 from .crew import Crew, what_failed
@@ -43,11 +43,12 @@ from .events import (
     StartTimer,
     Stranded,
     UseSettings,
+    Wait,
     WorkerExited,
 )
 from .fleet import Fleet, Phase, State
 from .forwarder import Forwarder
-from .handoff import LISTENER
+from .handoff import CONNECTION, LISTENER
 from .history import Crash, History
 from .home import Home
 from .launcher import Launcher
@@ -147,6 +148,7 @@ class Effects:
             trouble=self._trouble,
             held=held,
             dead=lambda listener: self.sides.mend(listener, 0),
+            untaken=self._say_untaken,
             accepts=settings.handoff != LISTENER,
         )
         self.sides = Sides(
@@ -528,6 +530,20 @@ class Effects:
             "error", "scarce", call=call, error=error.strerror, hint="accepting again by a timer"
         )
 
+    def _say_untaken(self, seconds: float) -> None:
+        number = self._route or 0
+        home = self.homes[number]
+        since = f"for {seconds:.0f} s" if home.channel.taken_from else "yet"
+        self._log.write(
+            "warning",
+            "nobody-takes",
+            generation=number,
+            waiting=home.channel.depth(),
+            reason=f"no worker has taken a connection {since}",
+            hint=self.crew.advice(number)
+            or (servers.WANTS if home.program.handoff == CONNECTION else None),
+        )
+
     # -- what is remembered for people -----------------------------------------
 
     def _remember(self, report: Report) -> None:
@@ -551,7 +567,8 @@ class Effects:
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def passed() -> None:
             self._note_due(deadline)
-            self._post(DeadlinePassed(deadline))
+            advice = self.crew.advice(deadline.target) if deadline.wait is Wait.START else ""
+            self._post(DeadlinePassed(deadline, advice))
 
         self._loop.call_after(deadline, seconds, passed)
         self._note_due(deadline)

@@ -189,9 +189,10 @@ class SettingsFailed:
 
 @frozen
 class DeadlinePassed:
-    """A timer ran out."""
+    """A timer ran out; advice: what is known of why nothing came before it did, for people."""
 
     deadline: Deadline
+    advice: str = ""
 
 
 Event = (

@@ -45,6 +45,9 @@ LAST_S = 10.0
 #: stopped or died before it took; while nobody takes, each look comes twice as late.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
+#: From when on it is said that nobody takes: none ever did, or somebody has before.
+NEVER_TAKEN_S = 5.0
+UNTAKEN_S = 30.0
 
 #: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
 LOOKS = 16
@@ -68,6 +71,7 @@ class Forwarder:
         trouble: Callable[[str, OSError], None],
         held: Callable[[], bool],
         dead: Callable[[Listener], None],
+        untaken: Callable[[float], None] = lambda seconds: None,
         accepts: bool = True,
     ) -> None:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
@@ -76,6 +80,7 @@ class Forwarder:
         trouble: an error that holds the path up, told once each time it begins.
         held: what is in our hands has changed; returns whether that is written down.
         dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
+        untaken: for so many seconds nobody has taken who waits in the queue; said once of each.
         """
         self._loop = loop
         self._listeners = list(listeners)
@@ -84,6 +89,7 @@ class Forwarder:
         self._trouble = trouble
         self._held = held
         self._dead = dead
+        self._untaken = untaken
         self._accepts = accepts
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
@@ -107,6 +113,7 @@ class Forwarder:
         self._looks = False  # something was sent since the queue was seen to be empty
         self._look_s = FIRST_LOOK_S
         self._first: bytes | None = None  # the header that stood first at the last look
+        self._first_at = 0.0  # since when, on this route
         self._reserve = -1
         self._take_reserve()
         self.forwarded = 0
@@ -116,7 +123,7 @@ class Forwarder:
 
     def route_to(self, channel: Channel | None) -> None:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
-        self._route = channel
+        self._route, self._first = channel, None
         self._unwatch_full()
         self._stop_accepting()
         if channel is not None and channel.depth():  # an earlier program has left somebody there
@@ -237,6 +244,13 @@ class Forwarder:
         """Return the descriptors that workers of a side are handed, by index."""
         shared = [each for each in self._listeners if each.shared]
         return {each.index: each.of_side(side).fileno() for each in shared}
+
+    def untaken_s(self, channel: Channel) -> float | None:
+        """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
+        if channel is not self._route or self._first is None:
+            return None
+        seconds = time.monotonic() - self._first_at
+        return seconds if seconds >= (UNTAKEN_S if channel.taken_from else NEVER_TAKEN_S) else None
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -460,14 +474,22 @@ class Forwarder:
             return
         if first is not None and first == self._first:
             self._look_s = min(2 * self._look_s, LAST_LOOK_S)
+            self._say_untaken(route)
             self._send_again(route)
         else:
-            self._look_s = FIRST_LOOK_S
+            route.taken_from = route.taken_from or self._first is not None or first is None
+            self._look_s, self._first_at = FIRST_LOOK_S, time.monotonic()
         self._first = first
         if first is None:
             self._looks = False
         else:
             self._look_later()
+
+    def _say_untaken(self, route: Channel) -> None:
+        seconds = self.untaken_s(route)
+        if seconds is not None and not route.said_untaken:
+            route.said_untaken = True
+            self._untaken(seconds)
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""

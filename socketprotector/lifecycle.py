@@ -56,11 +56,9 @@ from .step import Step
 
 #: What to do about a generation that stays silent, by what should have said that it is ready.
 READY_HINTS = {
-    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it, or "
-    "is taken as ready by --ready after:1s",
-    "ack": "a worker sends einhorn's ACK, or is taken as ready by --ready after:1s",
-    "fd": "a worker writes a line to the descriptor of --ready fd:N, or is taken as ready by "
-    "--ready after:1s",
+    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it",
+    "ack": "a worker sends einhorn's ACK",
+    "fd": "a worker writes a line to the descriptor of --ready fd:N",
     "check": "the command of --ready check: did not succeed; try it while a worker runs",
     "after": "--ready after: is longer than --start-timeout",
     "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
@@ -122,19 +120,19 @@ def _answer(step: Step, event: Event) -> None:
             reload.settings_read(step, policy, wanted)
         case SettingsFailed(reason):
             reload.settings_failed(step, reason)
-        case DeadlinePassed(deadline):
+        case DeadlinePassed(deadline, advice):
             if deadline in step.fleet.timers:  # else it crossed its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
-                _deadline_passed(step, deadline)
+                _deadline_passed(step, deadline, advice)
 
 
-def _deadline_passed(step: Step, deadline: Deadline) -> None:
+def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     number = deadline.target
     match deadline.wait:
         case Wait.START:
             policy = step.fleet.policy_of(step.fleet.is_fresh(number))
-            hint = READY_HINTS[policy.ready]
-            reason = f"not ready within {policy.start_timeout_s:g} s; {hint}"
+            hints = "; ".join(filter(None, (advice, READY_HINTS[policy.ready])))
+            reason = f"not ready within {policy.start_timeout_s:g} s; {hints}"
             reload.abandon(step, number, reason, retry=False)
         case Wait.SETTLE:
             reload.promote(step, number)

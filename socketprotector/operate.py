@@ -94,7 +94,9 @@ class Operator:
         effects, fleet = self._effects, self._supervisor.fleet
         settings = effects.configuration.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
-        generations = status.of_generations(fleet, effects.homes, effects.crew.records())
+        generations = status.of_generations(
+            fleet, effects.homes, effects.crew.records(), effects.forwarder.untaken_s
+        )
         route = effects.homes.get(fleet.route.number) if fleet.route else None
         return status.overview(
             fleet,

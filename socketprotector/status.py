@@ -8,10 +8,11 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from . import __version__, clock, handoff
+from .channel import Channel
 from .events import Deadline, Wait
 from .fleet import Fleet, Generation, Phase, State, Worker
 from .home import Home
@@ -81,19 +82,25 @@ def of_listener(listener: Listener) -> dict[str, Any]:
 
 
 def of_generations(
-    fleet: Fleet, homes: Mapping[int, Home], records: Iterable[WorkerRecord]
+    fleet: Fleet,
+    homes: Mapping[int, Home],
+    records: Iterable[WorkerRecord],
+    untaken_s: Callable[[Channel], float | None],
 ) -> list[dict[str, Any]]:
     """Say what is known of each generation that is not gone, the oldest first."""
     by_number = {each.number: each for each in records}
     return [
-        _of_generation(each, homes[each.number], by_number)
+        _of_generation(each, homes[each.number], by_number, untaken_s(homes[each.number].channel))
         for each in fleet.generations
         if each.number in homes  # else it could not be opened
     ]
 
 
 def _of_generation(
-    generation: Generation, home: Home, records: Mapping[int, WorkerRecord]
+    generation: Generation,
+    home: Home,
+    records: Mapping[int, WorkerRecord],
+    untaken_s: float | None,
 ) -> dict[str, Any]:
     counts = {
         worker.number: home.counts(worker.slot)
@@ -110,6 +117,7 @@ def _of_generation(
         "draining_since_at": home.drained_at,
         "path": home.program.path,
         "queue": home.channel.depth(),
+        "untaken_s": untaken_s,
         "lost": home.lost if total is not None else None,
         **_of_counts(total),
         "wait_us": _of_waits(total.waits) if total is not None else None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
@@ -62,6 +62,33 @@ def listening(family: int, port: int) -> dict[int, int]:
     _ask(family, port, 1 << _LISTEN, 0, lambda data: _take_listening(data, found))
     # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
+
+
+def address_of(inodes: Collection[int]) -> str | None:
+    """Return an address of one of these sockets that listens for TCP; None: none does.
+
+    None too where nobody can be asked.
+    """
+    found: list[str] = []
+
+    def take(data: bytes) -> bool:
+        for body, _ in _messages(data):
+            if not body:
+                return False
+            told = _TOLD.unpack_from(data, body)
+            if told[-1] in inodes:
+                of_ipv6 = told[0] == socket.AF_INET6
+                host = socket.inet_ntop(told[0], told[6] if of_ipv6 else told[6][:4])
+                port = int.from_bytes(told[4], "big")
+                found.append(f"[{host}]:{port}" if of_ipv6 else f"{host}:{port}")
+        return bool(data)
+
+    for family in (socket.AF_INET, socket.AF_INET6) if inodes else ():
+        try:
+            _ask(family, 0, 1 << _LISTEN, 0, take)
+        except OSError:
+            continue
+    return found[0] if found else None
 
 
 def _ask(

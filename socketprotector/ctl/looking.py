@@ -256,7 +256,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
             }
         )
         return
-    from . import render
+    from . import overview, render
 
     rows = []
     for each in found:
@@ -267,7 +267,8 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         rows.append(
             (
                 control_path.key(each.path),
-                text_in(state, "phase") or each.why,
+                ("takes nobody" if overview.untaken(state) else text_in(state, "phase"))
+                or each.why,
                 number_in(state, "pid") or each.pid or None,
                 route if isinstance(route, int) else None,
                 up,

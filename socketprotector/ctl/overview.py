@@ -38,6 +38,19 @@ def heading(status: Message) -> list[Text]:
         found.append(
             Text(f"held: accepts nothing for another {render.span(held_s)}", style="yellow")
         )
+    for generation, seconds in untaken(status):
+        late = f"generation {generation}: for {render.span(seconds)} no worker has taken who waits"
+        found.append(Text(late, style="yellow"))
+    return found
+
+
+def untaken(status: Message) -> list[tuple[int, float]]:
+    """The generations whose workers take nobody, and for how many seconds."""
+    found = []
+    for each in listed(status, "generations"):
+        seconds = each.get("untaken_s")
+        if isinstance(seconds, int | float):
+            found.append((number_in(each, "number"), float(seconds)))
     return found
 
 

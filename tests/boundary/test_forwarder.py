@@ -24,8 +24,10 @@ from socketprotector.forwarder import (
     LAST_LOOK_S,
     LAST_S,
     LAST_WAIT_S,
+    NEVER_TAKEN_S,
     QUIET_S,
     STEADY,
+    UNTAKEN_S,
     Forwarder,
 )
 from socketprotector.listener import AGAIN, Listener
@@ -104,6 +106,8 @@ class FakeChannel:
     def __init__(self, room: int = 1000) -> None:
         self.write = self
         self.knows: frozenset[int] | None = None
+        self.taken_from = False
+        self.said_untaken = False
         self.number = next(self.numbers)
         self.room = room
         self.queue: deque[tuple[bytes, int]] = deque()
@@ -222,6 +226,7 @@ class World:
         self.channels: list[FakeChannel] = []
         self.hands: list[bytes | None] = []  # what was in hand, each time that changed
         self.dead: list[int] = []  # listeners that somebody has shut down
+        self.untaken: list[float] = []
         self.loses = True
         self.on_broken: Callable[[], None] = lambda: None
         self.forwarder = Forwarder(
@@ -232,6 +237,7 @@ class World:
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
             held=self._held,
             dead=self._dead,
+            untaken=self.untaken.append,
         )
 
     def _held(self) -> bool:
@@ -945,6 +951,75 @@ def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: in
     assert sorted(channel.taken()) == [1, 2, 3]
     assert world.forwarder.lost == 0
     assert world.forwarder.hand is None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Have so many seconds pass."""
+    now = [time.monotonic()]
+    monkeypatch.setattr("socketprotector.forwarder.time.monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def looked(world: World, clock: Callable[[float], None], seconds: float) -> None:
+    """Look at the queue once more, after so long."""
+    clock(seconds)
+    world.loop.look()
+
+
+def test_where_nobody_was_ever_taken_that_is_said_once_after_a_while(
+    world: World, clock: Callable[[float], None]
+) -> None:
+    channel = waiting(world, 1, 2)
+    looked(world, clock, 0.0)
+    looked(world, clock, NEVER_TAKEN_S - 0.1)
+    assert world.untaken == []
+    assert world.forwarder.untaken_s(channel) is None
+
+    looked(world, clock, 0.1)
+
+    assert len(world.untaken) == 1
+    assert world.untaken[0] == pytest.approx(NEVER_TAKEN_S)
+    looked(world, clock, 1000.0)
+    assert len(world.untaken) == 1
+    assert world.forwarder.untaken_s(channel) == pytest.approx(1000 + NEVER_TAKEN_S)
+    assert channel.taken() == [1, 2]
+    looked(world, clock, 1.0)
+    assert world.forwarder.untaken_s(channel) is None
+
+
+@pytest.mark.parametrize("rest", [0, 1])
+def test_where_somebody_was_taken_before_it_takes_longer_to_be_said(
+    world: World, clock: Callable[[float], None], rest: int
+) -> None:
+    channel = waiting(world, *range(1 + rest))
+    looked(world, clock, 0.0)
+    os.close(channel.take_back()[1])
+    looked(world, clock, 0.0)  # sees it
+    world.listeners[0].backlog.append(7)
+    world.turn()
+    looked(world, clock, 0.0)
+
+    looked(world, clock, UNTAKEN_S - 0.1)
+    assert world.untaken == []
+    looked(world, clock, 0.1)
+    assert len(world.untaken) == 1
+
+
+def test_the_next_generation_is_given_time_of_its_own(
+    world: World, clock: Callable[[float], None]
+) -> None:
+    old, new = waiting(world, 1), world.channel()
+    looked(world, clock, 0.0)
+    looked(world, clock, NEVER_TAKEN_S)
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+
+    looked(world, clock, 0.0)
+    looked(world, clock, NEVER_TAKEN_S - 0.1)
+    assert len(world.untaken) == 1
+    looked(world, clock, 0.1)
+    assert len(world.untaken) == 2
 
 
 def test_what_an_earlier_program_left_in_the_queue_is_looked_at(world: World) -> None:

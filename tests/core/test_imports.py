@@ -81,6 +81,7 @@ LAYERS = {
             "room",
             "records",
             "requests",
+            "servers",
             "settings",
         },
         *{"words"},

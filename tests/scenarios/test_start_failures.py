@@ -257,8 +257,9 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
     assert ended.status == 3, ended
     last = ended.lines[-1]
     assert last.startswith("SocketProtector: not ready within 0.3 s; ")
-    for hint in ("READY=1", "socketprotector_client", "--ready after:1s"):
+    for hint in ("READY=1", "socketprotector_client"):
         assert hint in last
+    assert "after:" not in last
     assert start.left() == []
 
 
@@ -266,11 +267,8 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
     ("ready", "hint"),
     [
         ("check:exit 1", "the command of --ready check: did not succeed"),
-        ("ack", "a worker sends einhorn's ACK, or .* --ready after:1s"),
-        (
-            "fd:3",
-            "a worker writes a line to the descriptor of --ready fd:N, or ",
-        ),
+        ("ack", "a worker sends einhorn's ACK"),
+        ("fd:3", "a worker writes a line to the descriptor of --ready fd:N"),
         ("after:30s", "--ready after: is longer than --start-timeout"),
     ],
 )

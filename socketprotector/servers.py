@@ -1,0 +1,85 @@
+"""Which options well-known servers want, told by the name of their command.
+
+Pure.  Nothing is chosen by it: it is what --help and --check show, and what is said where a
+program that binds its own port was started without.  The same as in docs/servers.md and
+docs/coming-from.md, where the reasons stand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from .handoff import CONNECTION, LISTENER
+from .records import Program
+
+_PAGE = "docs/servers.md"
+#: What follows `SocketProtector --handoff listener`, by the name of the command.
+KNOWN: Mapping[str, str] = {
+    "gunicorn": "127.0.0.1:8000 -- gunicorn app:app",
+    "uvicorn": "http=127.0.0.1:8000 -- uvicorn --fd {fd:http} app:app",
+    "hypercorn": "http=127.0.0.1:8000 -- hypercorn --bind fd://{fd:http} --workers 0 app:app",
+    "uwsgi": "--drain-signal HUP 127.0.0.1:8000 -- uwsgi --master --exit-on-reload --need-app "
+    "--protocol http --module app",
+    "nginx": "--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};' http=0.0.0.0:8000 -- "
+    "nginx -g 'daemon off;'",
+    "haproxy": "--drain-signal USR1 web=8000 -- haproxy -db -f haproxy.cfg",
+    "node": "http=127.0.0.1:8000 -- node http.js {fd:http} {fd:ready}",
+    "plackup": "--drain-signal QUIT 0.0.0.0:8000 -- plackup -s Starlet --max-workers=10 app.psgi",
+    "starman": "--ready after:2s --drain-signal QUIT 0.0.0.0:8000 -- starman --workers 10 app.psgi",
+    "chaussette": "web=127.0.0.1:8000 -- chaussette --fd {fd:web} app:application",
+}
+#: A program that speaks with us says so in its command: these are ours.
+_OURS = "socketprotector"
+WANTS = f"a program that binds its own port wants --handoff {LISTENER} ({_PAGE})"
+_PYTHON = re.compile(r"python[0-9.]*$")
+_TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
+
+
+def known(command: Sequence[str]) -> str | None:
+    """Return the name of the well-known server that a command starts, if it is one."""
+    if any(_OURS in word for word in command[1:]):
+        return None
+    words = list(command)
+    while words and (os.path.basename(words[0]) == "env" or "=" in words[0]):
+        words.pop(0)
+    if len(words) > 2 and _PYTHON.match(os.path.basename(words[0])) and words[1] == "-m":
+        words = words[2:]
+    name = os.path.basename(words[0]) if words else ""
+    return name if name in KNOWN else None
+
+
+def line(name: str) -> str:
+    """Return a command line for a known server, ready to be copied."""
+    return f"SocketProtector --handoff {LISTENER} {KNOWN[name]}"
+
+
+def table() -> str:
+    r"""Return all that is known, as click's \b has it: a paragraph that is not wrapped."""
+    return "\n".join(("\b", "Servers that bind their own port, as in:", *map(line, KNOWN)))
+
+
+def advice(
+    program: Program,
+    *,
+    said: str = "",
+    unseen: bool = False,
+    listens: Callable[[], str | None] = lambda: None,
+) -> str:
+    """Say what to do about a program that takes no connection; "" where nothing is known.
+
+    said: its last words.  unseen: they are not ours to see.  listens: returns an address where it
+    listens by itself, if it does.
+    """
+    if program.handoff != CONNECTION:
+        return ""
+    name = known(program.argv)
+    if name is not None:
+        return f"{name} binds its own port; start it as in: {line(name)} ({_PAGE})"
+    if _TAKEN.search(said):
+        return f"it binds an address by itself, which is taken; {WANTS}"
+    if unseen:
+        return f"if it says that its address is in use: {WANTS}"
+    address = listens()
+    return f"it listens on {address} by itself; {WANTS}" if address else ""

@@ -1,0 +1,86 @@
+"""A program that binds its own port, under the handoff that one gets who says nothing."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.ctl.conftest import run
+from tests.running import Protector
+
+Start = Callable[..., Protector]
+
+_LISTENS = "import socket, signal; s = socket.create_server(('127.0.0.1', {})); signal.pause()"
+
+
+def failed(protector: Start, *arguments: str) -> str:
+    """Return the reason of a start that failed."""
+    daemon = protector(*arguments)
+    assert daemon.wait() == 3
+    return daemon.log.text()
+
+
+def test_where_its_port_is_ours_the_start_says_what_it_wants(
+    protector: Start, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+
+    said = failed(protector, f"127.0.0.1:{port}", "--", sys.executable, "-c", _LISTENS.format(port))
+
+    assert "if it says that its address is in use: a program that binds its own port wants" in said
+    assert "--handoff listener (docs/servers.md)" in said
+    assert "after:" not in said
+
+
+def test_where_it_listens_elsewhere_the_start_says_where(
+    protector: Start, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    command = (sys.executable, "-c", _LISTENS.format(port))
+
+    said = failed(protector, "--start-timeout", "3s", "127.0.0.1:0", "--", *command)
+
+    assert f"it listens on 127.0.0.1:{port} by itself; a program that binds its own port" in said
+    assert "after:" not in said
+
+
+def test_where_its_output_is_ours_to_read_its_own_words_say_so(
+    protector: Start, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    port, log = free_port(), tmp_path / "log"
+    command = (sys.executable, "-c", _LISTENS.format(port))
+
+    failed(protector, "--log-file", str(log), f"127.0.0.1:{port}", "--", *command)
+
+    assert "it binds an address by itself, which is taken; a program that" in log.read_text()
+
+
+@pytest.mark.parametrize("as_module", [False, True])
+def test_a_known_server_is_named_with_a_line_to_copy(protector: Start, as_module: bool) -> None:
+    uvicorn = Path(sys.executable).with_name("uvicorn")
+    command = (sys.executable, "-m", "uvicorn") if as_module else (uvicorn,)
+    daemon = protector("--check", "127.0.0.1:0", "--", *command, "app:app")
+
+    assert daemon.wait() == 0
+    said = daemon.log.text()
+    assert "uvicorn binds its own port; start it as in: SocketProtector --handoff lis" in said
+
+
+def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start) -> None:
+    command = ("--name", "web", "--ready", "after:1ms", "127.0.0.1:0", "--", "sleep", "1000")
+    daemon = protector(*command).ready()
+    with socket.create_connection(("127.0.0.1", daemon.port)):
+        line = daemon.log.wait_for("event=nobody-takes")
+
+        assert "generation=1 waiting=1" in line
+        assert 'reason="no worker has taken a connection yet"' in line
+        assert "--handoff listener (docs/servers.md)" in line
+        [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
+        assert generation["untaken_s"] >= 5
+        assert "no worker has taken who waits" in run("--name", "web", "status").out
+        assert "takes nobody" in run("list").out

@@ -14,10 +14,10 @@ from dataclasses import field
 from typing import Any
 from urllib.parse import parse_qsl
 
+from . import sockopts
 from .errors import UsageError
 from .frozen import frozen
 
-_TCP_OPTIONS = ("backlog", "defer_accept", "device", "freebind", "nonblock", "v6only")
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
 #: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
@@ -47,7 +47,13 @@ class Listen:
     def told(self) -> dict[str, Any]:
         """What each of its sockets is remembered with: fields of ListenerSettings."""
         nonblock = self.options.get("nonblock") == "1"
-        return {"text": self.text, "name": self.name, "nonblock": nonblock}
+        priority = int(self.options.get("priority", "-1"), 0)
+        return {
+            "text": self.text,
+            "name": self.name,
+            "nonblock": nonblock,
+            "priority": priority,
+        }
 
     def backlog(self, default: int) -> int:
         return int(self.options.get("backlog", default))
@@ -105,7 +111,7 @@ def parse(text: str, directory: str) -> Listen:
         text,
         port=int(port),
         host=host.strip("[]") if colon else None,
-        options=_options(text, query, _TCP_OPTIONS),
+        options=_options(text, query, tuple(sockopts.OPTIONS)),
         called=called,
     )
 
@@ -117,12 +123,8 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
             raise UsageError(
                 f"{text}: unknown option {name}; allowed: {', '.join(allowed) or 'none'}"
             )
-        if name in ("backlog", "defer_accept") and not (_whole(value) and 0 < int(value) < 2**31):
-            raise UsageError(f"{text}: {name} must be a whole number above 0")
-        if name == "device" and not value:
-            raise UsageError(f"{text}: device needs a name, like eth0")
-        if name in ("v6only", "freebind", "nonblock") and value not in ("0", "1"):
-            raise UsageError(f"{text}: {name} must be 0 or 1")
+        if name in sockopts.OPTIONS:
+            sockopts.check(text, name, value)
         if name == "mode":
             _number(text, "mode", value)
         if name == "user":

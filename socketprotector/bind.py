@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
-from . import holder, twin
+from . import holder, sockopts, twin
 from .address import Listen
 from .bind_unix import bind_unix
 from .errors import Refusal, SystemRefused, UsageError
@@ -23,7 +23,6 @@ from .settings import ListenerSettings
 
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
-_IP_FREEBIND = 15
 
 
 @frozen
@@ -260,21 +259,10 @@ def _bind_one(
 
 def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
     """Return a socket with the options that were asked for, not bound yet.  Raises OSError."""
-    options = listen.options
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            only = int(options.get("v6only", "1"))
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        if options.get("freebind") == "1":
-            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
-        if "device" in options:
-            device = os.fsencode(options["device"])
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
-        if "defer_accept" in options:
-            seconds = int(options["defer_accept"])
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, seconds)
+        sockopts.put(sock, listen.options)
         sock.setblocking(False)
     except BaseException:
         sock.close()
@@ -284,6 +272,8 @@ def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
 
 def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
     what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
+    if isinstance(error, sockopts.Unsettable):
+        return SystemRefused(f"{what}; {error.hint}")
     if error.errno == errno.EADDRINUSE:
         return SystemRefused(f"{what}; {holder.of_port(host, port)}")
     if error.errno == errno.EACCES:
@@ -293,6 +283,4 @@ def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusa
         )
     if error.errno == errno.EADDRNOTAVAIL:
         return SystemRefused(f"{what}; no interface has it: add ?freebind=1 if one will")
-    if error.errno == errno.ENODEV:
-        return SystemRefused(f"{what}; see `ip link` for the devices there are")
     return SystemRefused(f"{what}; check the address and its options")

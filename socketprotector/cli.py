@@ -249,7 +249,7 @@ class _Reading:
         given, file = self._given, self._file
         if file is None:
             self._refuse_what_is_missing()
-        listens = [_as_one(each, given["handoff"]) for each in self._listens()]
+        listens = [_fitting(each, given["handoff"]) for each in self._listens()]
         settings = self._settings(self._command())
         with self._about("env_file"):
             checks.env_file(settings.env_file)
@@ -421,9 +421,19 @@ class _Reading:
         )
 
 
-def _as_one(listen: Listen, mode: str) -> Listen:
-    """Where a worker gets the socket itself, every address of a port is one socket, not two."""
-    if mode != handoff.LISTENER or listen.host or listen.path or listen.passed:
+def _fitting(listen: Listen, mode: str) -> Listen:
+    """Where a worker gets the socket itself, every address of a port is one socket, not two.
+
+    Raises UsageError for what each connection would have to be given by us: there we accept none.
+    """
+    if mode != handoff.LISTENER:
+        return listen
+    if "priority" in listen.options:
+        raise UsageError(
+            f"{listen.text}: priority cannot be had with --handoff listener: connections inherit "
+            "none; let the server set it"
+        )
+    if listen.host or listen.path or listen.passed:
         return listen
     return replace(listen, options={"v6only": "0", **listen.options})
 

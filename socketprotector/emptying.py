@@ -15,7 +15,7 @@ from collections.abc import Callable
 from socketprotector_client import wire
 
 from .channel import BROKEN, SEND_FLAGS, Channel
-from .listener import AGAIN, Listener
+from .listener import AGAIN, Listener, accept_of
 from .loop import Loop
 
 #: Handshakes that are under way finish in so long, or begin again.
@@ -154,8 +154,7 @@ class Emptying:
             return False
         if hand is None:
             try:
-                # As in forwarder.py: no socket object only to be taken apart.
-                fd, _ = self.listener.socket._accept()  # type: ignore[attr-defined]
+                fd, _ = accept_of(self.listener)()
             except OSError as error:
                 # None there; or out of descriptors: tried again at the next look.
                 self._quiet = self._quiet and error.errno in AGAIN

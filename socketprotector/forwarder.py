@@ -22,7 +22,7 @@ from socketprotector_client import wire
 from . import door
 from .channel import BROKEN, SEND_FLAGS, Channel
 from .emptying import Aside, Emptying, listener_of
-from .listener import AGAIN, Listener
+from .listener import AGAIN, Listener, accept_of
 from .loop import WRITE, Loop
 
 #: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
@@ -310,8 +310,7 @@ class Forwarder:
 
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
         """Return the callback for a listener; all that a connection needs is in its closure."""
-        # socket.accept() would build a socket object only for us to take it apart.
-        accept = listener.socket._accept  # type: ignore[attr-defined]
+        accept = accept_of(listener)
         send = route.write.sendmsg
         now, close = time.monotonic_ns, os.close
         # What all of them have in common is packed once; that is half of what Python itself does.

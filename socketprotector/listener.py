@@ -11,12 +11,17 @@ import errno
 import os
 import select
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 
 from . import door, twin
 from .folder import give, locked
 from .settings import ListenerSettings
 from .unheard import listening
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
@@ -37,6 +42,29 @@ AGAIN = frozenset(
         errno.EPERM,
     }
 )
+
+
+def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
+    """Return what accepts one connection, as a descriptor, with the priority it is to have."""
+    # socket.accept() would build a socket object only for us to take it apart.
+    accept: Callable[[], tuple[int, Any]]
+    accept = listener.socket._accept  # type: ignore[attr-defined]
+    priority = listener.settings.priority
+    if priority < 0:
+        return accept
+    family = listener.socket.family
+
+    def accept_and_set() -> tuple[int, Any]:
+        fd, address = accept()
+        one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
+        try:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+        except OSError:
+            pass  # whoever drops privileges may lose the right to those above 6
+        one.detach()
+        return fd, address
+
+    return accept_and_set
 
 
 #: The system is out of something: what cannot be had now can be later.

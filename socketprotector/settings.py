@@ -42,6 +42,7 @@ class ListenerSettings:
     foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
     text: str = ""  # the LISTEN argument that it is of
     nonblock: bool = False  # workers that it is handed to find it so
+    priority: int = -1  # SO_PRIORITY of each connection, which inherits none; -1: the system's
     name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
     removed: bool = False  # by a reload; its place is never another's
 

@@ -30,6 +30,7 @@ _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
 _IP_FREEBIND = 15
+_IPV6_TRANSPARENT = 75
 #: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
 _BACKLOG = struct.Struct("=28xI")
 
@@ -51,6 +52,8 @@ _COPIED = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
     (socket.SOL_SOCKET, socket.SO_PRIORITY),
     (socket.SOL_SOCKET, socket.SO_MARK),
+    (socket.SOL_SOCKET, socket.SO_RCVBUF),
+    (socket.SOL_SOCKET, socket.SO_SNDBUF),
     (socket.IPPROTO_IP, _IP_FREEBIND),
     (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
     (socket.IPPROTO_IP, socket.IP_TOS),
@@ -60,8 +63,15 @@ _COPIED = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
     (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
 )
-_OF_IPV6 = ((socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),)
+_OF_IPV6 = (
+    (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+    (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
+)
+#: The kernel doubles what is set, and tells the double.
+_DOUBLED = (socket.SO_RCVBUF, socket.SO_SNDBUF)
 _TEXTS = (
     (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
@@ -208,7 +218,8 @@ def _copy(first: socket.socket, second: socket.socket) -> None:
     for level, option in options:
         value = first.getsockopt(level, option)
         if value != second.getsockopt(level, option):
-            second.setsockopt(level, option, value)
+            doubled = level == socket.SOL_SOCKET and option in _DOUBLED
+            second.setsockopt(level, option, value // 2 if doubled else value)
     for level, option in _TEXTS:
         text = first.getsockopt(level, option, _NAME_BYTES)
         if text and text != second.getsockopt(level, option, _NAME_BYTES):

@@ -61,7 +61,17 @@ LAYERS = {
         *{"channel", "door", "envfile", "executable", "folder", "guard", "legacy", "listener"},
         *{"groups", "peers", "quota", "twin", "unheard"},
         *{"log", "logfile", "loop", "notify", "notify_folder", "pidfile", "privileges", "proc"},
-        *{"process", "program", "readiness", "relay", "state", "strays", "terminal", "watch"},
+        *{
+            "process",
+            "program",
+            "readiness",
+            "relay",
+            "sockopts",
+            "state",
+            "strays",
+            "terminal",
+            "watch",
+        },
     },
     "values": {
         *{

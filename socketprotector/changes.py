@@ -26,6 +26,7 @@ _CHANGES: Mapping[str, tuple[str, str]] = {
     "queue": ("queue", "text"),
     "umask": ("umask", "octal"),
     "env_file": ("env-file", "text"),
+    "keep_env": ("keep-env", "names"),
     "log_level": ("log-level", "text"),
     "watchdog_s": ("watchdog", "seconds"),
 }
@@ -73,6 +74,7 @@ _ELSEWHERE = frozenset(
 _SHOWN: Mapping[str, Callable[[Any], str]] = {
     "text": lambda value: "none" if value is None else str(value).lower(),
     "not": lambda value: str(not value).lower(),
+    "names": lambda value: "all" if value is None else ",".join(value) or "none",
     "octal": lambda value: f"{value:04o}",
     "seconds": lambda value: f"{value:g} s",
     "order": lambda value: "stop-first" if value else "start-first",
@@ -127,8 +129,8 @@ def forbidden(old: Settings, new: Settings) -> Iterator[str]:
     for field, (key, kind) in _FIXED.items():
         before, after = getattr(old, field), getattr(new, field)
         if isinstance(before, Identity) and isinstance(after, Identity):
-            # Its groups are looked up anew, and are those of the start for life.
-            after = replace(after, groups=before.groups)
+            # What else is known of the user is looked up anew, and is that of the start for life.
+            after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
         yield from _told(key, kind, before, after)
 
 

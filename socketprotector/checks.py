@@ -145,7 +145,7 @@ def identity(user: str | None, group: str | None, *, again: bool = False) -> Ide
             raise UsageError(f"--group {group}: unknown group; see getent group") from None
     if os.geteuid() != 0 and not again:
         raise UsageError("--user and --group need root; leave them out or start as root")
-    return Identity(entry.pw_name, entry.pw_uid, gid, tuple(os.getgrouplist(entry.pw_name, gid)))
+    return _identity(entry, gid)
 
 
 def group(name: str | None) -> int | None:
@@ -168,8 +168,13 @@ def worker_identity(worker_user: str | None, user: str | None) -> Identity | Non
         entry = _find(worker_user, pwd.getpwuid, pwd.getpwnam)
     except KeyError:
         raise UsageError(f"--worker-user {worker_user}: unknown user; see getent passwd") from None
-    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
-    return Identity(entry.pw_name, entry.pw_uid, entry.pw_gid, groups)
+    return _identity(entry, entry.pw_gid)
+
+
+def _identity(entry: pwd.struct_passwd, gid: int) -> Identity:
+    name = entry.pw_name
+    groups = tuple(os.getgrouplist(name, gid))
+    return Identity(name, entry.pw_uid, gid, groups, entry.pw_dir, entry.pw_shell)
 
 
 def _find(name: str, by_number: Callable[[int], T], by_name: Callable[[str], T]) -> T:

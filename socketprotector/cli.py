@@ -205,6 +205,13 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     help="For the workers.  Again for more.",
 )
 @click.option("--env-file", metavar="FILE", help="NAME=VALUE lines, read again at each reload.")
+@click.option("--clear-env", is_flag=True, help="Workers get none of the caller's environment.")
+@click.option(
+    "--keep-env",
+    callback=options.names,
+    metavar="NAME,...",
+    help="Of the caller's environment workers get these alone.",
+)
 @click.option("--log-file", metavar="FILE", help="For the protector and the workers.")
 @click.option("--log-level", default="info", type=click.Choice(list(LEVELS)))
 @click.option("--log-format", default="text", type=click.Choice(FORMATS), help="Of each line.")
@@ -398,6 +405,7 @@ class _Reading:
             batch=scheduler() == os.SCHED_BATCH,
             environment=tuple(self._table("env").items()),
             env_file=self._path("env_file"),
+            keep_env=() if given["clear_env"] and not given["keep_env"] else given["keep_env"],
             pid_file=self._path("pid_file"),
             log_file=self._path("log_file"),
             log_level="debug" if verbose else given["log_level"],

@@ -116,6 +116,17 @@ def pairs(ctx: click.Context, param: click.Parameter, value: Sequence[str]) -> d
     return found
 
 
+def names(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """`A,B` -> ("A", "B"); None where nothing is given."""
+    if value is None:
+        return None
+    found = tuple(filter(None, (each.strip() for each in value.split(","))))
+    for each in found:
+        if "=" in each:
+            raise click.BadParameter(f"{each!r}: a name alone; for a value take --env", ctx, param)
+    return found
+
+
 def share(ctx: click.Context, param: click.Parameter, value: Any) -> tuple[int, int]:
     """`1000` or `1000+-100` -> (1000, 100); nothing -> (0, 0)."""
     if value is None:

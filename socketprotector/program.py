@@ -27,9 +27,7 @@ _RUN = (
 
 def program_of(settings: Settings) -> Program:
     """Resolve the command as it is now.  Raises OSError or ValueError."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(_PRIVATE)
-    }
+    environment = _inherited(settings)
     own = envfile.read(settings.env_file) if settings.env_file is not None else {}
     own = {**own, **dict(settings.environment)}
     ready_fd = handoff.ready_fd(settings)
@@ -66,6 +64,21 @@ def program_of(settings: Settings) -> Program:
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )
+
+
+def _inherited(settings: Settings) -> dict[str, str]:
+    """Return what workers get of our environment, and who they are, as login(1) tells it."""
+    keep = settings.keep_env
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_PRIVATE) and (keep is None or name in keep)
+    }
+    who = settings.worker_identity or settings.identity
+    if who is not None:
+        names = {"HOME": who.home, "SHELL": who.shell, "USER": who.user, "LOGNAME": who.user}
+        found.update((name, value) for name, value in names.items() if value)
+    return found
 
 
 def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str, ...]:

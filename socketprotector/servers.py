@@ -7,7 +7,6 @@ docs/coming-from.md, where the reasons stand.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -42,12 +41,16 @@ def known(command: Sequence[str]) -> str | None:
     if any(_OURS in word for word in command[1:]):
         return None
     words = list(command)
-    while words and (os.path.basename(words[0]) == "env" or "=" in words[0]):
+    while words and (_base(words[0]) == "env" or "=" in words[0]):
         words.pop(0)
-    if len(words) > 2 and _PYTHON.match(os.path.basename(words[0])) and words[1] == "-m":
+    if len(words) > 2 and _PYTHON.match(_base(words[0])) and words[1] == "-m":
         words = words[2:]
-    name = os.path.basename(words[0]) if words else ""
+    name = _base(words[0]) if words else ""
     return name if name in KNOWN else None
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def line(name: str) -> str:

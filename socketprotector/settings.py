@@ -65,6 +65,8 @@ class Identity:
     uid: int
     gid: int
     groups: tuple[int, ...]
+    home: str = ""
+    shell: str = ""
 
 
 @frozen
@@ -108,6 +110,7 @@ class Settings:
     nofile_soft: int = 1024  # what the caller had; the protector raises its own
     limits: tuple[tuple[str, int], ...] = ()  # of workers: nofile, core
     nice: int = 0
+    keep_env: tuple[str, ...] | None = None  # names of ours that workers get; None: all
     batch: bool = False  # the caller's scheduling policy was SCHED_BATCH
     environment: tuple[tuple[str, str], ...] = ()
     env_file: str | None = None

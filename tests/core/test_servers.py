@@ -65,7 +65,7 @@ def test_what_is_known_of_a_program_that_takes_nobody_is_said(
     assert bool(told) == bool(advice)
 
 
-@pytest.mark.parametrize("mode", set(handoff.MODES) - {handoff.CONNECTION})
+@pytest.mark.parametrize("mode", sorted({*handoff.MODES} - {handoff.CONNECTION}))
 def test_nothing_is_said_of_another_handoff(mode: str) -> None:
     program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode)
 

@@ -148,8 +148,8 @@ class Forwarder:
             self._fed.append(channel)  # those who still come by a removed listener are its own
             return
         channel.end()
-        if shut and channel.depth():
-            self._shut.append(channel)
+        if shut and channel.depth() and channel not in self._shut:
+            self._shut.append(channel)  # unless an earlier program had begun with that
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""

@@ -187,6 +187,25 @@ def test_what_the_workers_of_an_ended_channel_alone_know_is_left_to_them(world: 
     assert (taken(world.new), taken(world.old)) == ([0], [1, 0])
 
 
+def test_a_channel_that_was_drained_by_an_earlier_program_as_well_is_emptied_once(
+    world: World,
+) -> None:
+    world.forwarder.route_to(world.old)
+    world.connect(0)
+    world.turn()
+    world.forwarder.route_to(None)
+    world.old.read.shutdown(socket.SHUT_RD)
+    world.forwarder.adopt_drained(world.old)
+    world.forwarder.drain(world.old)
+    assert taken(world.old) == [0]  # by a worker that looks again
+
+    world.forwarder.release(world.old)
+    world.forwarder.route_to(world.new)
+    world.turn()
+
+    assert world.old.closed
+
+
 def test_what_nobody_is_left_for_is_counted_as_lost(world: World) -> None:
     world.forwarder.route_to(world.old)
     for index in (0, 1, 0):

@@ -176,6 +176,9 @@ class Forwarder:
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # those who accept from it take who has connected
+        if self._in_hand is not None and listener_of(self._in_hand[0]) == listener.index:
+            hand, self._in_hand = self._in_hand, None  # it goes before those who wait there
+            self._aside.put(*hand)
         if to is None or listener.shared:
             self.lost += self._aside.drop(listener.index)
             listener.close()

@@ -299,6 +299,23 @@ def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: W
     small.close()
 
 
+def test_one_in_hand_for_want_of_memory_goes_first_where_its_listener_is_removed(
+    world: World,
+) -> None:
+    """As when a generation is rolled back that alone knew it."""
+    world.forwarder.route_to(world.old)
+    short(world.old)
+    world.connect(1, 3)
+    world.say()
+    world.turn(0.002)
+    assert world.forwarder.hand is not None
+
+    world.forwarder.remove(world.listeners[1], world.old)
+    world.turn(4 * QUIET_S)
+
+    assert (heard(world.old), world.forwarder.lost) == ([0, 1, 2], 0)
+
+
 def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     world: World,
 ) -> None:

@@ -145,6 +145,8 @@ class Crew:
         if settings.worker_limits.any:
             loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
         self._blind = False  # no worker's memory can be looked at, and that was said
+        #: Whether a worker has said that it is ready: then the program speaks with us.
+        self.spoken_with = False
         self._groups = Groups(
             loop, log, self.descriptors, lambda number: post(WorkerExited(number, "orphans gone"))
         )
@@ -306,6 +308,7 @@ class Crew:
         more = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
         line = descriptors.get("line")
         self._no_longer_expect(record.number, descriptors)
+        self.spoken_with = self.spoken_with or record.ready_by not in ("", "timer")
         worker = _Worker(
             record,
             home,
@@ -614,6 +617,7 @@ class Crew:
         if worker is None or worker.record.ready_at is not None:
             return
         self._note(worker, ready_at=time.monotonic(), ready_by=by)
+        self.spoken_with = self.spoken_with or by != "timer"
         worker.readiness.is_known()
         if worker.process.has_ended():
             worker.died_saying_so = True  # nobody should rely on a dead one: its exit comes next
@@ -716,8 +720,9 @@ class Crew:
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
         where = "" if last else self._output.where_to_look()
-        advice = servers.advice(worker.home.program, said=last, unseen=bool(where))
-        if advice:
+        program = worker.home.program
+        advice = servers.advice(program, said=last, unseen=bool(where))
+        if advice and not self.spoken_with:
             reason += f"; {advice}"
         if last:
             return f"{reason}; its last words:\n{last}"

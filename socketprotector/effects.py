@@ -567,7 +567,8 @@ class Effects:
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def passed() -> None:
             self._note_due(deadline)
-            advice = self.crew.advice(deadline.target) if deadline.wait is Wait.START else ""
+            unheard = deadline.wait is Wait.START and not self.crew.spoken_with
+            advice = self.crew.advice(deadline.target) if unheard else ""
             self._post(DeadlinePassed(deadline, advice))
 
         self._loop.call_after(deadline, seconds, passed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import sys
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 
 from tests.ctl.conftest import run
 from tests.running import Protector
+from tests.scenarios.starting import MINIMAL
+from tests.scenarios.tools import Release
 
 Start = Callable[..., Protector]
 
@@ -84,3 +87,16 @@ def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start)
         assert generation["untaken_s"] >= 5
         assert "no worker has taken who waits" in run("--name", "web", "status").out
         assert "takes nobody" in run("list").out
+
+
+def test_one_that_has_spoken_with_us_before_is_not_taken_for_one(
+    protector: Start, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*MINIMAL)
+    daemon = protector("127.0.0.1:0", "--", release.path).ready()
+
+    release.becomes("false")
+    mark = daemon.signal(signal.SIGHUP)
+
+    assert "--handoff" not in daemon.log.wait_for("event=reload-failed", after=mark)

@@ -48,6 +48,7 @@ class Connection(File):
         self.in_queues = 0
         self.source: Any = None  # where it was taken from: a listening socket, or a channel's end
         self.place = 0  # in the order of its source
+        self.kept_back = False  # it could not be put back where it was taken from, and comes later
         self.excuse = ""  # why it may be lost
         self.established = False  # its handshake is over
         self.said = False  # the client has sent its words

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from tests.simulation.files import Connection, File, failure
 from tests.simulation.ports import BIND_TO_DEVICE, HUP, IN, SHUT, Address, Listening
@@ -90,7 +90,7 @@ class End(File):
                 if isinstance(each, Connection) and len(message[0]) == HEADER:
                     each.in_queues -= 1
                     self.taken += 1
-                    each.source, each.place = self, self.taken
+                    each.source, each.place, each.kept_back = self, self.taken, False
             return message
         if self.no_receive:
             return None
@@ -767,9 +767,15 @@ class Socket:
             raise failure(errno.EBADF)
         files = tuple(kernel.file(_FD.unpack(each[2])[0]) for each in rights)
         carries = bool(files) and isinstance(files[0], Connection)
-        kernel.enter("sendmsg" if carries and len(data[0]) == HEADER else "line")
         assert isinstance(end, End)
-        end.send(data[0], files)
+        try:
+            kernel.enter("sendmsg" if carries and len(data[0]) == HEADER else "line")
+            end.send(data[0], files)
+        except OSError:
+            if carries and len(data[0]) == HEADER:
+                connection = cast("Connection", files[0])
+                connection.kept_back |= connection.source is end.peer
+            raise
         kernel.changes += 1
         if carries and len(data[0]) == HEADER:
             kernel.sent(files[0], end)  # type: ignore[arg-type]

@@ -776,6 +776,8 @@ class World:
         assert connection.came_by is not None
         came_by = connection.came_by.told
         before = source.sent.get(came_by, 0)
+        if connection.kept_back:
+            return  # who stood behind it was left there, and need not wait for it
         assert before < connection.place, f"{connection} comes after later ones"
         source.sent[came_by] = connection.place
 

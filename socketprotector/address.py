@@ -47,7 +47,7 @@ class Listen:
     def told(self) -> dict[str, Any]:
         """What each of its sockets is remembered with: fields of ListenerSettings."""
         nonblock = self.options.get("nonblock") == "1"
-        priority = int(self.options.get("priority", "-1"), 0)
+        priority = sockopts.number(self.options.get("priority", ""))
         return {
             "text": self.text,
             "name": self.name,
@@ -56,7 +56,7 @@ class Listen:
         }
 
     def backlog(self, default: int) -> int:
-        return int(self.options.get("backlog", default))
+        return sockopts.number(self.options["backlog"]) if "backlog" in self.options else default
 
     def means(self, address: str) -> bool:
         """Whether a socket that is bound to this canonical address is what is wanted."""

@@ -22,6 +22,7 @@ from . import envfile, executable, handoff, room, servers
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
+from .program import inherited
 from .settings import Identity, Settings
 
 T = TypeVar("T")
@@ -203,7 +204,7 @@ def env_file(path: str | None) -> None:
 
 def command(settings: Settings) -> None:
     """Refuse a command that could not be started now."""
-    environment = {**os.environ}
+    environment = inherited(settings)
     try:
         if settings.env_file is not None:
             environment.update(envfile.read(settings.env_file))

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import count
 
 from socketprotector_client import wire
@@ -44,6 +43,8 @@ _SIGNALS = {
     Sign.ABRT: signal.SIGABRT,
     Sign.KILL: signal.SIGKILL,
 }
+#: So many descriptors of workers are looked at for one that listens: each takes microseconds.
+_LOOKED_AT = 1000
 #: What is kept of a STATUS= line.
 _STATUS_CHARACTERS = 500
 #: Messages heard in one go: whoever sends without end must not keep us from the rest.
@@ -162,12 +163,14 @@ class Crew:
 
     def advice(self, generation: int) -> str:
         """Say what to do about a generation of which no worker takes a connection, if known."""
-        for worker in self._workers.values():
-            if worker.record.generation == generation:
-                listens = partial(_listens, worker.process.pid)
-                if found := servers.advice(worker.home.program, listens=listens):
-                    return found
-        return ""
+        its = [each for each in self._workers.values() if each.record.generation == generation]
+        if not its:
+            return ""
+        # They are all of one program; of thousands, or of one with as many files, a part is asked.
+        pids = [each.process.pid for each in its]
+        return servers.advice(
+            its[0].home.program, listens=lambda: address_of(sockets_of(pids, _LOOKED_AT))
+        )
 
     # -- orders --------------------------------------------------------------
 
@@ -744,11 +747,6 @@ def _crash(number: int, worker: _Worker, end: End, lost: int | None, last_words:
         cpu_s=end.cpu_s,
         max_rss_kib=end.max_rss_kib,
     )
-
-
-def _listens(pid: int) -> str | None:
-    """Return an address on which a process listens, of those that it did not get from us."""
-    return address_of(sockets_of(pid))
 
 
 _RETIRES = wire.RETIRES_ON_RETURN.split("=")

@@ -48,7 +48,7 @@ from .events import (
 )
 from .fleet import Fleet, Phase, State
 from .forwarder import Forwarder
-from .handoff import CONNECTION, LISTENER
+from .handoff import LISTENER
 from .history import Crash, History
 from .home import Home
 from .launcher import Launcher
@@ -540,8 +540,11 @@ class Effects:
             generation=number,
             waiting=home.channel.depth(),
             reason=f"no worker has taken a connection {since}",
-            hint=self.crew.advice(number)
-            or (servers.WANTS if home.program.handoff == CONNECTION else None),
+            hint=servers.hint(
+                home.program,
+                taken_from=home.channel.taken_from,
+                advice=lambda: self.crew.advice(number),
+            ),
         )
 
     # -- what is remembered for people -----------------------------------------

@@ -114,6 +114,7 @@ class Forwarder:
         self._look_s = FIRST_LOOK_S
         self._first: bytes | None = None  # the header that stood first at the last look
         self._first_at = 0.0  # since when, on this route
+        self._elsewhere = 0  # of those forwarded, less what else the route was sent
         self._reserve = -1
         self._take_reserve()
         self.forwarded = 0
@@ -124,9 +125,11 @@ class Forwarder:
     def route_to(self, channel: Channel | None) -> None:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
         self._route, self._first = channel, None
+        left = channel.depth() if channel is not None else 0
+        self._elsewhere = self.forwarded - left
         self._unwatch_full()
         self._stop_accepting()
-        if channel is not None and channel.depth():  # an earlier program has left somebody there
+        if left:  # an earlier program has left somebody there
             self._look_later()
         self._go_on()
 
@@ -194,6 +197,8 @@ class Forwarder:
         """A removed listener is closed."""
         self._emptying.remove(emptying)
         self.forwarded += emptying.moved
+        if emptying.channel is not self._route:
+            self._elsewhere += emptying.moved
         self.lost += emptying.lost
         channel = emptying.channel
         if channel in self._fed and not self._emptying_to(channel):
@@ -449,6 +454,7 @@ class Forwarder:
             self._in_hand = header, fd
             self._send_failed(error)
         else:
+            self._elsewhere -= 1
             self._let_go(fd)
             if not self._looks:
                 self._look_later()
@@ -479,7 +485,12 @@ class Forwarder:
             self._say_untaken(route)
             self._send_again(route)
         else:
-            route.taken_from = route.taken_from or self._first is not None or first is None
+            route.taken_from = (
+                route.taken_from
+                or self._first is not None
+                or first is None
+                or self.forwarded - self._elsewhere > route.depth()
+            )
             self._look_s, self._first_at = FIRST_LOOK_S, time.monotonic()
         self._first = first
         if first is None:
@@ -499,6 +510,7 @@ class Forwarder:
             taken = self._take_back(route) if self._open else None
             if taken is None:
                 return
+            self._elsewhere += 1
             header, fd = taken
             if fd < 0:
                 self.lost += 1

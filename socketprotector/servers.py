@@ -86,3 +86,13 @@ def advice(
         return f"if it says that its address is in use: {WANTS}"
     address = listens()
     return f"it listens on {address} by itself; {WANTS}" if address else ""
+
+
+def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
+    """Say what to do where workers take nobody who waits for them; None where nothing is known.
+
+    taken_from: somebody was taken, as far as is known, so its port is not the program's own.
+    """
+    if taken_from:
+        return "its workers are busy, or hang: see their counts, scale, or have a --watchdog"
+    return advice() or (WANTS if program.handoff == CONNECTION else None)

@@ -18,9 +18,10 @@ from .frozen import frozen
 
 _IP_FREEBIND = 15
 _IPV6_TRANSPARENT = 75
-_TIME = re.compile(r"(\d+)(ms|s|m|)")
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
+_TIME = re.compile(r"([0-9]{1,12})(ms|s|m|)")
 _MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "": 1000}
-_KEEPALIVE = re.compile(r"(\d*)(?::(\d*))?(?::(\d*))?")
+_KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
 _KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 #: The system's word for what one may not.
 FORBIDDEN = (errno.EPERM, errno.EACCES)
@@ -37,15 +38,13 @@ class Option:
     put: _Set
 
 
-def _number(value: str, least: int, most: int) -> bool:
-    try:
-        return value.isascii() and least <= int(value, 0) <= most
-    except ValueError:
-        return False
+def number(value: str) -> int:
+    """Return what stands there in decimal, or after 0x in hexadecimal, digits; -1: no number."""
+    return int(value, 16 if value[:2] in ("0x", "0X") else 10) if _NUMBER.fullmatch(value) else -1
 
 
 def _between(least: int, most: int) -> Callable[[str], bool]:
-    return lambda value: _number(value, least, most)
+    return lambda value: least <= number(value) <= most
 
 
 def _ms(value: str) -> int:
@@ -67,9 +66,9 @@ def _put_keepalive(one: socket.socket, value: str) -> None:
 
 
 def _put_tos(one: socket.socket, value: str) -> None:
-    one.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, int(value, 0))
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, number(value))
     if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, int(value, 0))
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, number(value))
 
 
 def _put_transparent(one: socket.socket, value: str) -> None:
@@ -88,7 +87,7 @@ def _text(level: int, option: int) -> _Set:
     return lambda one, value: one.setsockopt(level, option, os.fsencode(value))
 
 
-def _whole(level: int, option: int, scale: Callable[[str], int] = lambda v: int(v, 0)) -> _Set:
+def _whole(level: int, option: int, scale: Callable[[str], int] = number) -> _Set:
     return lambda one, value: one.setsockopt(level, option, scale(value))
 
 
@@ -96,7 +95,7 @@ def _elsewhere(one: socket.socket, value: str) -> None:
     """Is for whoever listens, or accepts."""
 
 
-_SWITCH = ("0 or 1", _between(0, 1))
+_SWITCH = ("0 or 1", lambda value: value in ("0", "1"))
 _ABOVE_0 = ("a whole number above 0", _between(1, 2**31 - 1))
 _SOCKET, _TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
 
@@ -117,7 +116,7 @@ OPTIONS: Mapping[str, Option] = {
     "mark": Option(
         "a number from 0 to 0xffffffff",
         _between(0, 2**32 - 1),
-        _whole(_SOCKET, socket.SO_MARK, lambda v: _signed(int(v, 0))),
+        _whole(_SOCKET, socket.SO_MARK, lambda v: _signed(number(v))),
     ),
     "nodelay": Option(*_SWITCH, _whole(_TCP, socket.TCP_NODELAY)),
     "nonblock": Option(*_SWITCH, _elsewhere),

@@ -1006,6 +1006,39 @@ def test_where_somebody_was_taken_before_it_takes_longer_to_be_said(
     assert len(world.untaken) == 1
 
 
+def test_one_that_has_taken_is_not_said_to_have_taken_nobody_though_nobody_looked_meanwhile(
+    world: World, clock: Callable[[float], None]
+) -> None:
+    """Two came at once, and the one worker is busy with the first for long."""
+    channel = waiting(world, 1, 2)
+    os.close(channel.take_back()[1])
+
+    looked(world, clock, 0.0)
+    looked(world, clock, UNTAKEN_S - 0.1)
+    assert world.untaken == []
+    looked(world, clock, 0.1)
+
+    assert len(world.untaken) == 1
+    assert channel.taken_from
+
+
+def test_those_who_were_given_to_it_by_the_generation_before_are_not_taken_by_it(
+    world: World, clock: Callable[[float], None]
+) -> None:
+    old, new = waiting(world, 1, 2), world.channel()
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+
+    for _ in range(3):
+        looked(world, clock, 0.0)
+
+    assert new.depth() == 2
+    assert not new.taken_from
+    os.close(new.take_back()[1])
+    looked(world, clock, 0.0)
+    assert new.taken_from
+
+
 def test_the_next_generation_is_given_time_of_its_own(
     world: World, clock: Callable[[float], None]
 ) -> None:

@@ -142,6 +142,10 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
         ("congestion=an-algorithm-with-a-long-name", "congestion must be the name"),
         ("defer_accept=0", "defer_accept must be a whole number above 0"),
         ("device=", "device must be a name, like eth0"),
+        ("v6only=0x1", "v6only must be 0 or 1"),
+        ("nonblock=0x1", "nonblock must be 0 or 1"),
+        ("sndbuf=1_0", "sndbuf must be a whole number above 0"),
+        ("keepalive=٣", "keepalive must be"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_words(asked: str, what: str) -> None:
@@ -149,6 +153,11 @@ def test_a_value_that_cannot_be_is_refused_in_words(asked: str, what: str) -> No
         parse(f"1?{asked}", "/")
 
     assert str(refused.value).startswith(f"1?{asked}: {what}")
+
+
+@pytest.mark.parametrize(("asked", "backlog"), [("0x10", 16), ("010", 10)])
+def test_whatever_number_is_allowed_is_understood(asked: str, backlog: int) -> None:
+    assert parse(f"1?backlog={asked}", "/").backlog(7) == backlog
 
 
 def test_what_the_kernel_does_not_have_is_refused_with_where_to_look() -> None:

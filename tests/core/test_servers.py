@@ -77,3 +77,21 @@ def test_a_known_server_gets_a_line_of_its_own() -> None:
 
     assert told.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
     assert told.endswith("(docs/servers.md)")
+
+
+@pytest.mark.parametrize("advice", ["", "it listens on 127.0.0.1:9090 by itself; ..."])
+def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice: str) -> None:
+    """It may listen elsewhere, too: for its metrics."""
+    said = servers.hint(PROGRAM, taken_from=True, advice=lambda: advice)
+
+    assert said is not None
+    assert "busy" in said
+    assert "listen" not in said
+
+
+def test_a_program_that_never_took_anybody_is_told_what_is_known_or_what_it_may_want() -> None:
+    piped = replace(PROGRAM, handoff=handoff.STDIO)
+
+    assert servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"
+    assert servers.hint(PROGRAM, taken_from=False, advice=str) == servers.WANTS
+    assert servers.hint(piped, taken_from=False, advice=str) is None

@@ -64,6 +64,22 @@ def test_without_a_user_it_is_the_callers(protector: Start, folder: Path) -> Non
     assert (found["HOME"], found["USER"]) == ("/somewhere", "somebody")
 
 
+def test_a_command_is_looked_for_where_workers_look_for_it(
+    protector: Start, tmp_path: Path
+) -> None:
+    """A start would look for it there, so --check does."""
+    (tmp_path / "daemon").write_text("#!/bin/sh\n")
+    (tmp_path / "daemon").chmod(0o755)
+    command = ("--check", "127.0.0.1:0", "--", "daemon")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+
+    assert protector(*command, PATH=path).wait() == 0
+    cleared = protector("--clear-env", *command, PATH=path)
+
+    assert cleared.wait() == 2
+    assert "cannot run daemon" in cleared.log.text()
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [

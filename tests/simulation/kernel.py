@@ -24,7 +24,7 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -349,6 +349,7 @@ class Kernel:
                 dup=self._dup,
                 open=self._open,
                 listdir=lambda path: [],  # /proc is closed: those that nobody reaps stay
+                scandir=lambda path: nullcontext(()),
                 read=self._read,
                 pipe2=self._pipe2,
                 pread=lambda fd, size, at: self._memory(fd).read(size, at),

@@ -137,12 +137,14 @@ def test_what_does_not_heed_term_is_killed_with_its_pool(protector: Start) -> No
 
 def test_a_pool_that_retires_takes_no_more_and_finishes(given: Given) -> None:
     worker = given.start(*pool(4, TALKS, shell=True))
+    channel = given.reader.fileno()
     client = given.connect()
     assert client.read()
+    eventually(lambda: channel in waited_for(worker.pid), "it listening for the next one")
 
     worker.retire()
 
-    eventually(lambda: given.reader.fileno() not in waited_for(worker.pid), "its retiring")
+    eventually(lambda: channel not in waited_for(worker.pid), "its retiring")
     assert client.ask("still there") == "still there"
     late = given.connect()
     client.close()

@@ -320,7 +320,7 @@ def wants(settings: Settings) -> Iterator[str]:
     """Say which options a well-known server wants that was given others."""
     name = servers.known(settings.command)
     if name is not None and settings.handoff == handoff.CONNECTION:
-        yield f"{name} binds its own port; start it as in: {servers.line(name)}"
+        yield servers.wants(name)
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:

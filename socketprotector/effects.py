@@ -531,7 +531,9 @@ class Effects:
         )
 
     def _say_untaken(self, seconds: float) -> None:
-        number = self._route or 0
+        number = self._route
+        if number is None:
+            return
         home = self.homes[number]
         since = f"for {seconds:.0f} s" if home.channel.taken_from else "yet"
         self._log.write(

@@ -44,6 +44,10 @@ AGAIN = frozenset(
 )
 
 
+#: The system is out of something: what cannot be had now can be later.
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
 def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
     """Return what accepts one connection, as a descriptor, with the priority it is to have."""
     # socket.accept() would build a socket object only for us to take it apart.
@@ -65,10 +69,6 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
         return fd, address
 
     return accept_and_set
-
-
-#: The system is out of something: what cannot be had now can be later.
-SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Listener:

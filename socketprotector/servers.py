@@ -58,6 +58,11 @@ def line(name: str) -> str:
     return f"SocketProtector --handoff {LISTENER} {KNOWN[name]}"
 
 
+def wants(name: str) -> str:
+    """Say what a known server wants that was started as if it were handed connections."""
+    return f"{name} binds its own port; start it as in: {line(name)}"
+
+
 def table() -> str:
     r"""Return all that is known, as click's \b has it: a paragraph that is not wrapped."""
     return "\n".join(("\b", "Servers that bind their own port, as in:", *map(line, KNOWN)))
@@ -79,7 +84,7 @@ def advice(
         return ""
     name = known(program.argv)
     if name is not None:
-        return f"{name} binds its own port; start it as in: {line(name)} ({_PAGE})"
+        return f"{wants(name)} ({_PAGE})"
     if _TAKEN.search(said):
         return f"it binds an address by itself, which is taken; {WANTS}"
     if unseen:

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 
 from .errors import UsageError
 from .frozen import frozen
+from .twin import IP_FREEBIND, IPV6_TRANSPARENT
 
-_IP_FREEBIND = 15
-_IPV6_TRANSPARENT = 75
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
 _TIME = re.compile(r"([0-9]{1,12})(ms|s|m|)")
 _MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "": 1000}
@@ -73,7 +72,7 @@ def _put_tos(one: socket.socket, value: str) -> None:
 
 def _put_transparent(one: socket.socket, value: str) -> None:
     if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, int(value))
+        one.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, int(value))
     else:
         one.setsockopt(socket.IPPROTO_IP, socket.IP_TRANSPARENT, int(value))
 
@@ -109,7 +108,7 @@ OPTIONS: Mapping[str, Option] = {
     "defer_accept": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_DEFER_ACCEPT)),
     "device": Option("a name, like eth0", bool, _text(_SOCKET, socket.SO_BINDTODEVICE)),
     "fastopen": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_FASTOPEN)),
-    "freebind": Option(*_SWITCH, _whole(socket.IPPROTO_IP, _IP_FREEBIND)),
+    "freebind": Option(*_SWITCH, _whole(socket.IPPROTO_IP, IP_FREEBIND)),
     "keepalive": Option(
         "IDLE:INTERVAL:COUNT in seconds, any of them or nothing", _is_keepalive, _put_keepalive
     ),

@@ -29,8 +29,9 @@ _NO_DEVICE = 0x7FFFFFFF
 _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
-_IP_FREEBIND = 15
-_IPV6_TRANSPARENT = 75
+#: Of linux/in.h and linux/in6.h; the socket module has no names for them.
+IP_FREEBIND = 15
+IPV6_TRANSPARENT = 75
 #: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
 _BACKLOG = struct.Struct("=28xI")
 
@@ -54,7 +55,7 @@ _COPIED = (
     (socket.SOL_SOCKET, socket.SO_MARK),
     (socket.SOL_SOCKET, socket.SO_RCVBUF),
     (socket.SOL_SOCKET, socket.SO_SNDBUF),
-    (socket.IPPROTO_IP, _IP_FREEBIND),
+    (socket.IPPROTO_IP, IP_FREEBIND),
     (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
     (socket.IPPROTO_IP, socket.IP_TOS),
     (socket.IPPROTO_IP, socket.IP_TTL),
@@ -68,10 +69,10 @@ _COPIED = (
 _OF_IPV6 = (
     (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
     (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
-    (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
+    (socket.IPPROTO_IPV6, IPV6_TRANSPARENT),
 )
 #: The kernel doubles what is set, and tells the double.
-_DOUBLED = (socket.SO_RCVBUF, socket.SO_SNDBUF)
+_DOUBLED = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
 _TEXTS = (
     (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
@@ -218,7 +219,7 @@ def _copy(first: socket.socket, second: socket.socket) -> None:
     for level, option in options:
         value = first.getsockopt(level, option)
         if value != second.getsockopt(level, option):
-            doubled = level == socket.SOL_SOCKET and option in _DOUBLED
+            doubled = (level, option) in _DOUBLED
             second.setsockopt(level, option, value // 2 if doubled else value)
     for level, option in _TEXTS:
         text = first.getsockopt(level, option, _NAME_BYTES)

@@ -431,6 +431,7 @@ def test_a_check_under_way_ends_with_its_protector(
     there.unlink()
     daemon.signal(signal.SIGHUP)
     eventually(lambda: len(pids.read_text().split()) == 3, "a check of the new one")
+    spawned(daemon, 2)  # its check may be sooner than the protector's line about it
     there.touch()  # too late for that one, which waits
 
     mark = kill_protector(daemon)

@@ -1,0 +1,14 @@
+# Run a page in namespaces of its own: ports, processes, and folders that a page may write.
+#
+#   inside.sh FOLDER SCRIPT
+set -eu
+ip link set lo up
+mount -t tmpfs none "$1"
+mkdir "$1/upper" "$1/work"
+mount -t overlay overlay -o "lowerdir=/etc,upperdir=$1/upper,workdir=$1/work" /etc
+for each in /run /srv /var/log; do mount -t tmpfs none $each; done
+mkdir /run/lock /srv/web /srv/home
+echo "max-time = 30" >/srv/home/.curlrc
+cd /srv/web
+ln -s "$PAGE_VENV" .venv
+exec bash -c "$2"

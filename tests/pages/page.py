@@ -1,0 +1,128 @@
+"""Reads what a page of the documents shows: commands, files, and what is said.
+
+A block between ``` is, by the words behind these:
+
+    sh              commands, run in the order of the page
+    sh systemd      commands for a systemd that is PID 1: judged by systemctl's own parser
+    sh selinux      the same by semanage's, restorecon's and ausearch's
+    text            what the block before has said: each line, `...` stands for anything
+    another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`
+
+A command whose line ends in `# exit status 3` ends with that, the others with 0.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_FENCE = re.compile(r"^```(.*)$")
+_INDENTED = re.compile(r"^    (?=\S)")
+_NAMED = re.compile(r"^(?:#!.*\n)?# (\S+)\n")
+_STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a page; kind: the words behind ```, "" for what is indented."""
+
+    line: int
+    kind: str
+    text: str
+
+    @property
+    def is_run(self) -> bool:
+        return self.kind == "sh"
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that it is."""
+        named = _NAMED.match(self.text)
+        return named[1] if named and self.kind.split()[0] not in ("sh", "text") else None
+
+    @property
+    def commands(self) -> list[str]:
+        """Its commands, each a line, without remarks."""
+        whole = self.text.replace("\\\n", " ")
+        lines = (re.sub(r"(^|\s+)# .*$", "", line).strip() for line in whole.split("\n"))
+        return [line for line in lines if line]
+
+
+def blocks(path: Path) -> list[Block]:
+    """Return all of a page, in its order."""
+    found: list[Block] = []
+    kind: str | None = None
+    began, taken = 0, list[str]()
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate([*lines, ""], 1):
+        fence = _FENCE.match(line)
+        if kind is None and fence is None and not _INDENTED.match(line):
+            continue
+        if kind is None:
+            kind, began, taken = fence[1] if fence else "", number, []
+            if fence:
+                continue
+        if kind == "":
+            taken.append(_INDENTED.sub("", line))
+            if not lines[number : number + 1] or not _INDENTED.match(lines[number]):
+                found.append(Block(began, "", "\n".join(taken) + "\n"))
+                kind = None
+        elif fence is not None:
+            found.append(Block(began, kind, "".join(f"{each}\n" for each in taken)))
+            kind = None
+        else:
+            taken.append(line)
+    assert kind is None, f"{path}: a block that does not end"
+    return found
+
+
+def script(page: list[Block]) -> str:
+    """Return what a shell is to run for a page; each block says its line before."""
+    words = ["set -euo pipefail"]
+    for block in page:
+        if block.file is not None:
+            words.append(_written(block.file, block.text))
+        elif block.is_run:
+            words.append(f"echo; echo '{_mark(block)}'")
+            words.append(_STATUS.sub(_with_status, block.text))
+    return "\n".join([*words, f"echo; echo '{_END}'"])
+
+
+def said(output: str, page: list[Block]) -> dict[Block, str]:
+    """Return what each block that was run has said; nothing of those that were not come to."""
+    found = {}
+    for block in page:
+        _, begun, rest = output.partition(f"\n{_mark(block)}\n")
+        if block.is_run and begun:
+            found[block] = re.split(r"^\+\+\+ ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+    return found
+
+
+def is_whole(output: str) -> bool:
+    """Whether a page was run to its end."""
+    return f"\n{_END}\n" in output
+
+
+def is_like(shown: str, line: str) -> bool:
+    """Whether a line that was said is the one that is shown."""
+    return re.fullmatch(".*".join(map(re.escape, shown.split("..."))), line.strip()) is not None
+
+
+_END = "+++ the end of the page"
+
+
+def _mark(block: Block) -> str:
+    return f"+++ line {block.line}"
+
+
+def _written(name: str, text: str) -> str:
+    end = "END-OF-THE-FILE"
+    folder = f'mkdir -p "$(dirname {name})"'
+    return f"{folder}\ncat >{name} <<'{end}'\n{text}{end}\n" + (
+        f"chmod 755 {name}" if text.startswith("#!") else ""
+    )
+
+
+def _with_status(found: re.Match[str]) -> str:
+    return f"_is=0; {found[1]} || _is=$?; [ $_is = {found[2]} ] || {{ echo status $_is; exit 1; }}"

@@ -149,6 +149,14 @@ def identity(user: str | None, group: str | None, *, again: bool = False) -> Ide
     return _identity(entry, gid)
 
 
+def says_who(user: str | None, file: str | None) -> None:
+    """Refuse to be root where nobody has said so; file: where it could be said."""
+    if user is None and os.geteuid() == 0:
+        wanted = f'write user = "NAME" in {file}, or' if file else "give --user NAME, or --user"
+        root = 'user = "root"' if file else "root"
+        raise UsageError(f"no user, so all would run as root: {wanted} {root} if that is meant")
+
+
 def group(name: str | None) -> int | None:
     """Look up --control-group; None when it is not given."""
     if name is None:
@@ -340,6 +348,11 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     if settings.identity is None:
         return
     files = [settings.pid_file, settings.log_file]
+    # What systemd has made it removes, with the pid file in it, which is written into and no more.
+    if os.path.dirname(settings.pid_file or "") in os.environ.get("RUNTIME_DIRECTORY", "").split(
+        ":"
+    ):
+        del files[0]
     files += [each.address.removeprefix("unix:") for each in settings.listeners if each.inode]
     folders = dict.fromkeys(os.path.dirname(file) for file in files if file)
     others = [folder for folder in folders if os.stat(folder).st_uid != settings.identity.uid]

@@ -186,6 +186,7 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--control-group", metavar="GROUP", help="Whose members may use it too.")
 @click.option("--user", help="Run as this user once the sockets are bound.")
 @click.option("--group", help="And as this group.")
+@click.option("--require-user", is_flag=True, help="Refuse to be root unless --user says so.")
 @click.option("--worker-user", help="Start workers as this user instead; needs --user.")
 @click.option("--no-new-privs", is_flag=True, help="No set-user-id program gains anything.")
 @click.option("--chdir", metavar="DIR", help="Where workers start; looked up at each reload.")
@@ -286,6 +287,8 @@ class _Reading:
             raise UsageError(
                 f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
             )
+        if self._given["require_user"]:
+            checks.says_who(self._given["user"], file.path if file else None)
 
     # -- where it comes from ---------------------------------------------------
 

@@ -27,6 +27,7 @@ NOT_HERE = {
     "check": "for the command line only",
     "config": "for the command line only",
     "help": "for the command line only",
+    "require-user": "for the command line only",
     "verbose": 'write log-level = "debug"',
     "version": "for the command line only",
     "watch": "for the command line only",

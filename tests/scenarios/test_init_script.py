@@ -21,7 +21,7 @@ from tests.running import DEADLINE_S, ROOT, WORKERS, ask, exchange, wait_gone
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
 #: What the script may ask of a machine; flock is not among it.
-TOOLS = "cat chmod chown grep id ls mkdir rm rmdir sed sh sleep sort tail tr"
+TOOLS = "cat chmod chown cksum grep id ls mkdir rm rmdir sed sh sleep sort tail tr"
 ECHO = f"{sys.executable} {WORKERS / 'echo.py'}"
 
 
@@ -347,15 +347,82 @@ def test_a_reload_of_what_does_not_run_is_7(machine: Machine) -> None:
 # --- restart ------------------------------------------------------------------
 
 
-def test_restart_stops_and_starts(machine: Machine) -> None:
-    machine.configure()
+@pytest.mark.parametrize("action", ["restart", "try-restart"])
+def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and_fails_nobody(
+    machine: Machine, action: str
+) -> None:
+    file = machine.configure(OPTIONS="--workers 2")
+    address = machine.start()
+    pid = machine.pid()
+    # What the protector is not started with is no other setting.
+    file.write_text(f"# web\n{file.read_text()}SOCKETPROTECTOR_STOP_WAIT=70\n")
+    with Load(f"127.0.0.1:{address[1]}", concurrency=8) as load:
+        old = set(load.wait_for(lambda now: now.connections > 100, DEADLINE_S).pids)
+
+        assert machine.run(action) == 0
+
+        assert f"upgraded: pid {pid} runs" in machine.output
+        assert "reloaded: generation 2 serves, after generation 1" in machine.output
+        now = load.wait_for(lambda now: set(now.pids) - old != set(), DEADLINE_S)
+        load.wait_for(lambda later: later.connections > now.connections + 100, DEADLINE_S)
+    assert load.snapshot().failures == ()
+    assert machine.pid() == pid
+    assert worker_of(address) not in old
+
+
+def test_a_restart_whose_upgrade_or_reload_fails_says_so_and_the_old_one_serves_on(
+    machine: Machine,
+) -> None:
+    machine.configure(command=release(machine, f"exec {ECHO}"))
+    address = machine.start()
+    first = worker_of(address)
+
+    release(machine, "exit 7")
+    assert machine.run("restart") == 1
+    assert "exited with status 7" in machine.output
+    assert worker_of(address) == first
+
+    # `ps` shows no other program: the file is what an upgrade executes.
+    whole = machine.program.read_text()
+    machine.program.write_text("#!/bin/sh\nexit 1\n")
+    release(machine, f"exec {ECHO}")
+    assert machine.run("restart") in (0, 1)  # whether it can be told from the one before
+    machine.program.write_text(whole)
+    assert worker_of(address)
+
+
+@pytest.mark.parametrize("changed", ["options", "environment", "no tool", "no control"])
+def test_a_restart_that_has_to_stop_says_why_and_what_that_costs(
+    machine: Machine, changed: str
+) -> None:
+    options = "--no-control" if changed == "no control" else "--workers 1"
+    machine.configure(OPTIONS=options)
     first = worker_of(machine.start())
     pid = machine.pid()
+    if changed == "options":
+        machine.configure(OPTIONS="--workers 2")
+    elif changed == "environment":
+        machine.configure(OPTIONS=options, MY_LANG="C")
+    elif changed == "no tool":
+        machine.program.with_name("socketprotectorctl").unlink()
 
     assert machine.run("restart") == 0
 
+    told = "not started with the settings" if changed in ("options", "environment") else "no socket"
+    assert told in machine.output
+    assert "Who connects meanwhile is refused" in machine.output
     assert wait_gone([pid, first], 0.0) == []
     assert worker_of(machine.address()) != first
+
+
+def test_a_restart_without_settings_leaves_the_one_that_runs(machine: Machine) -> None:
+    file = machine.configure()
+    address = machine.start()
+    file.unlink()
+
+    assert machine.run("restart") == 6
+
+    assert worker_of(address)
 
 
 def test_restart_starts_what_does_not_run_and_try_restart_leaves_it(machine: Machine) -> None:
@@ -365,9 +432,7 @@ def test_restart_starts_what_does_not_run_and_try_restart_leaves_it(machine: Mac
     assert machine.run("status") == 3
 
     assert machine.run("restart") == 0
-    pid = machine.pid()
-    assert machine.run("try-restart") == 0
-    assert machine.pid() != pid
+    assert machine.run("status") == 0
 
 
 # --- what can be wrong --------------------------------------------------------

@@ -115,7 +115,7 @@ def _(say: Say) -> None:
 
 @promise("wrong options are not tried again")
 def _(say: Say) -> None:
-    with Service("wrong", options="--no-such-option") as service:
+    with Service("wrong", options="--no-such-option 1") as service:
         assert run("systemctl", "start", service.unit).returncode != 0
         assert service.show("ActiveState") == "failed"
         assert service.show("ExecMainStatus") == "2"
@@ -578,31 +578,66 @@ def _(say: Say) -> None:
 # -- users, other units --------------------------------------------------------
 
 
-@promise("SOCKETPROTECTOR_USER: the protector and its workers are that user")
+@promise("an edit of the settings and a reload is enough; a mistake in them makes it fail in words")
 def _(say: Say) -> None:
-    with Service("user", settings=["SOCKETPROTECTOR_USER=nobody"]) as service:
+    with Service("edited") as service, load_on(service.start()) as load:
+        [worker] = service.workers()
+        service.settle(workers=0, colour="red")
+        done = run("systemctl", "reload", service.unit)
+        assert done.returncode != 0, "systemctl reload said that it worked"
+        said = service.journal()
+        for mistake in ("colour: unknown key", "workers: 0 is not in the range"):
+            assert f"{service.settings} line" in said, said
+            assert mistake in said, said
+        assert service.workers() == [worker]
+        load.more()
+
+        service.settle(workers=2)
+        service.forget("colour")
+        service.reload()
+        assert len(service.workers()) == 2
+        load.more()
+        none_failed(load, say, "a mistake in the settings, and two workers")
+        assert worker not in service.workers()
+        named = run("journalctl", "-b", "-o", "cat", "-t", "edited").stdout
+        assert "event=configured" in named, named
+
+
+@promise("a start by the unit as root wants to be told so, and is not tried again")
+def _(say: Say) -> None:
+    with Service("nobodys", user="") as service:
+        assert run("systemctl", "start", service.unit).returncode != 0
+        assert service.show("ExecMainStatus") == "2"
+        assert service.show("NRestarts") == "0"
+        assert f'write user = "NAME" in {service.settings}' in service.journal()
+
+
+@promise("user = in the settings: protector and workers are that user, and keep it that way")
+def _(say: Say) -> None:
+    with Service("user", user="nobody") as service:
         service.start()
         with load_on(service) as load:
-            service.reload()
-            service.kill()
-            load.more()
-            for pid in service.processes():
-                assert os.stat(f"/proc/{pid}").st_uid == 65534, pid
-            none_failed(load, say, "a reload and a SIGKILL", allowed=1)
+            # systemd gives the folder to the unit's user whenever it executes something for it.
+            for act in (service.reload, service.reload, service.upgrade, service.kill):
+                act()
+                load.more()
+                for pid in service.processes():
+                    assert os.stat(f"/proc/{pid}").st_uid == 65534, pid
+            none_failed(load, say, "2 reloads, an upgrade and a SIGKILL", allowed=1)
+        systemctl("restart", service.unit)
+        ask_line(service.port)
         stopped_in_order(service)
+        assert not Path(service.control).parent.exists()
+        said = service.journal(200)
+        assert "notice" not in said, said
+        assert "notify-socket-abstract" not in said, said
 
 
 @promise("without root at all: User= and one capability, by the drop-in of docs/systemd.md")
 def _(say: Say) -> None:
-    drop_in = [
-        "User=nobody",
-        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
-        "ExecStartPre=",
-        "ExecStart=",
-        "ExecStart=SocketProtector -f --name %i --pid-file /run/socketprotector/%i/pid "
-        "$SOCKETPROTECTOR_OPTIONS $SOCKETPROTECTOR_LISTEN -- $SOCKETPROTECTOR_COMMAND",
-    ]
-    with Service("rootless", drop_in=drop_in, listen="127.0.0.1:{port} 127.0.0.1:80") as service:
+    drop_in = ["User=nobody", "AmbientCapabilities=CAP_NET_BIND_SERVICE"]
+    listen = "127.0.0.1:{port} 127.0.0.1:80"
+    with Service("rootless", user="", drop_in=drop_in, listen=listen) as service:
         service.start()
         with load_on(service) as load:
             service.reload()
@@ -612,6 +647,45 @@ def _(say: Say) -> None:
             ask_line(80)
             none_failed(load, say, "a reload, an upgrade and a SIGKILL", allowed=1)
         stopped_in_order(service)
+
+
+@promise("DynamicUser= and LoadCredential=, by the drop-in of docs/systemd.md")
+def _(say: Say) -> None:
+    secret, seen = Path("/etc/secret.key"), "/run/socketprotector/dynamic/seen"
+    secret.write_text("it is secret\n", encoding="ascii")
+    secret.chmod(0o600)
+    command = f"/bin/sh -c 'cat $CREDENTIALS_DIRECTORY/key >{seen}; exec choom -n 0 -- {ECHO}'"
+    drop_in = [
+        "DynamicUser=yes",
+        "AmbientCapabilities=CAP_NET_BIND_SERVICE",
+        f"LoadCredential=key:{secret}",
+        "OOMScoreAdjust=-500",
+    ]
+    with Service("dynamic", command, user="", drop_in=drop_in, listen="127.0.0.1:{port} 81") as (
+        service
+    ):
+        service.start()
+        with load_on(service) as load:
+            users = {os.stat(f"/proc/{pid}").st_uid for pid in service.processes()}
+            say(f"users: {users}")
+            assert len(users) == 1
+            assert 61184 <= users.pop() <= 65519
+            assert Path(seen).read_text(encoding="ascii") == "it is secret\n"
+            service.reload()
+            service.upgrade()
+            service.kill()
+            load.more()
+            [worker] = {ask_line(81)}
+            said = [_oom_score_adjust(pid) for pid in (service.pid, worker)]
+            say(f"oom_score_adj of protector and worker: {said}")
+            assert said == [-500, 0]
+            none_failed(load, say, "a reload, an upgrade and a SIGKILL", allowed=1)
+        stopped_in_order(service)
+    secret.unlink()
+
+
+def _oom_score_adjust(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="ascii"))
 
 
 @promise("socketprotector.service, the one for a single daemon, does the same")
@@ -644,7 +718,7 @@ def _(say: Say) -> None:
             return False  # it does not listen yet
         return {"one", "two"} <= up
 
-    with Service("one") as one, Service("two", settings=["SOCKETPROTECTOR_USER=nobody"]) as two:
+    with Service("one") as one, Service("two", user="nobody") as two:
         one.start()
         two.start()
         try:

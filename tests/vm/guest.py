@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -89,34 +90,47 @@ class Service:
         options: str = "",
         *,
         listen: str = "",
-        settings: Sequence[str] = (),
+        user: str = "root",
         drop_in: Sequence[str] = (),
         unit: str = "",
     ) -> None:
-        """`{port}` in listen and command: its port.  drop_in: lines of [Service]."""
+        """`{port}` in listen and command: its port.  drop_in: lines of [Service].
+
+        options: as on the command line; they are written into the file of settings.
+        """
         self.name = name
         self.port = next(_ports)
         self.unit = unit or f"socketprotector@{name}.service"
         self.control = f"/run/socketprotector/{name}/control"
-        self.settings = Path(
-            "/etc/default/socketprotector"
-            if name == "default"
-            else f"/etc/default/socketprotector.d/{name}"
-        )
-        lines = [
-            f'SOCKETPROTECTOR_LISTEN="{(listen or "127.0.0.1:{port}").format(port=self.port)}"',
-            f'SOCKETPROTECTOR_COMMAND="{command.format(port=self.port)}"',
-            f'SOCKETPROTECTOR_OPTIONS="{options}"',
-            *settings,
-        ]
+        self.settings = Path(f"/etc/socketprotector/{name}.toml")
+        self._values: dict[str, Any] = {
+            "listen": (listen or "127.0.0.1:{port}").format(port=self.port).split(),
+            "command": shlex.split(command.format(port=self.port)),
+            **({"user": user} if user else {}),
+            **_keys(options),
+        }
         self.settings.parent.mkdir(parents=True, exist_ok=True)
-        self.settings.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._write()
         self._files = [self.settings]
         self._sockets: list[str] = []
         self._group = Path("/nonexistent")
         if drop_in:
             self.write(f"{self.unit}.d/test.conf", "[Service]", *drop_in)
             systemctl("daemon-reload")
+
+    def settle(self, **values: Any) -> None:
+        """Write the settings, with these keys beside those that there are (`_` for `-`)."""
+        self._values |= {key.replace("_", "-"): value for key, value in values.items()}
+        self._write()
+
+    def forget(self, key: str) -> None:
+        """Write them without a key."""
+        del self._values[key]
+        self._write()
+
+    def _write(self) -> None:
+        lines = (f"{key} = {json.dumps(value)}\n" for key, value in self._values.items())
+        self.settings.write_text("".join(lines), encoding="utf-8")
 
     def write(self, path: str, *lines: str) -> None:
         """Add a unit's file for as long as this lasts; tell systemd of it by daemon-reload."""
@@ -264,6 +278,15 @@ class Service:
         [serving] = [g["number"] for g in self.status()["generations"] if g["phase"] == "serving"]
         number: int = serving
         return number
+
+
+def _keys(options: str) -> dict[str, Any]:
+    """Return what stands in a file for words of a command line, each option with its value."""
+    words = options.split()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return {
+        key.removeprefix("--"): int(value) if value.isdecimal() else value for key, value in pairs
+    }
 
 
 # -- clients -------------------------------------------------------------------

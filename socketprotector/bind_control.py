@@ -22,7 +22,7 @@ def default_path(name: str | None, addresses: Sequence[str], command: str) -> st
     """Return where the control socket goes: by --name, else the first port, else the command."""
     ports = (address.rpartition(":")[2] for address in addresses if address.startswith("tcp:"))
     key = control_path.key_of(name or next(ports, "") or os.path.basename(command))
-    folder = control_path.folders(os.environ)[0]
+    folder = control_path.folders(os.environ, os.geteuid())[0]
     own = os.path.join(folder, key)
     if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
@@ -43,7 +43,7 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
     if settings.control_group is not None:
         options.update(mode="0660", group=str(settings.control_group))
     try:
-        folder = control_path.folders(os.environ)[0]
+        folder = control_path.folders(os.environ, os.geteuid())[0]
         if os.path.dirname(path) == folder:
             # Others may look into it: the sockets there have modes of their own.
             os.makedirs(folder, 0o755, exist_ok=True)

@@ -15,6 +15,7 @@ import pwd
 import re
 import resource
 import signal
+import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 #: It has waitid(P_PIDFD); pidfd_open came with 5.3, pidfd_send_signal with 5.1, memfd_create 3.17.
 OLDEST_KERNEL = (5, 4)
+#: Where syslog(3) writes; a container has none.
+_SYSLOG = "/dev/log"
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 
 
@@ -329,6 +332,31 @@ def wants(settings: Settings) -> Iterator[str]:
     name = servers.known(settings.command)
     if name is not None and settings.handoff == handoff.CONNECTION:
         yield servers.wants(name)
+
+
+def syslog(settings: Settings) -> Iterator[str]:
+    """Say that every line would be lost.  At boot syslog may come later: so no refusal."""
+    if settings.to_syslog and not _syslog_listens():
+        yield (
+            f"nobody listens at {_SYSLOG}: until somebody does, every line of the log and of the "
+            "workers is lost; use --log-file FILE, or -f to write to this terminal"
+        )
+
+
+def _syslog_listens() -> bool:
+    """Connect as syslog(3) does, which is what the relay writes with."""
+    for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as sock:
+            try:
+                sock.connect(_SYSLOG)
+            except BlockingIOError:  # its backlog is full
+                return True
+            except OSError as error:
+                if error.errno != errno.EPROTOTYPE:
+                    return False
+            else:
+                return True
+    return False
 
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:

@@ -471,6 +471,7 @@ def _launch(asked: Asked) -> int:
         if asked.control != "":
             path = asked.control or default_path(asked.name, addresses, settings.executed[0])
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
+        notices += checks.syslog(settings)
         notices += checks.notices(settings, asked.listens, asked.backlog)
         if settings.policy.workers_accept:
             second = pair(bound, notices.append)

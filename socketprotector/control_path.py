@@ -9,17 +9,24 @@ import os
 from collections.abc import Mapping
 
 SYSTEM = "/run/socketprotector"
+#: Where logind has a folder for each user who is logged in: pam_systemd(8).
+_SESSIONS = ("/run/user/", "/var/run/user/")
 SUFFIX = ".control"
 #: In an instance's own folder, as units and the init script make one for each.
 IN_OWN_FOLDER = "control"
 
 
-def folders(environment: Mapping[str, str]) -> list[str]:
-    """Return where control sockets are, the one where new ones are made first."""
+def folders(environment: Mapping[str, str], user: int) -> list[str]:
+    """Return where control sockets are, the one where this user makes new ones first.
+
+    A folder in which logind keeps a session's files is removed at logout, with all that a service
+    of root's would have there; and after `su` it is somebody else's.
+    """
     own = environment.get("XDG_RUNTIME_DIR")
     if own is None or not os.path.isabs(own):
         return [SYSTEM]
-    return [os.path.join(own, "socketprotector"), SYSTEM]
+    found = [os.path.join(own, "socketprotector"), SYSTEM]
+    return found[::-1] if user == 0 and os.path.normpath(own).startswith(_SESSIONS) else found
 
 
 def key_of(name: str) -> str:
@@ -33,10 +40,10 @@ def key(path: str) -> str:
     return os.path.basename(folder) if name == IN_OWN_FOLDER else name.removesuffix(SUFFIX)
 
 
-def sockets(environment: Mapping[str, str]) -> list[str]:
+def sockets(environment: Mapping[str, str], user: int) -> list[str]:
     """Return the paths of all control sockets in the folders, living or dead."""
     found = []
-    for folder in folders(environment):
+    for folder in folders(environment, user):
         try:
             names = sorted(os.listdir(folder))
         except OSError:

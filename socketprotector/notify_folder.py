@@ -58,7 +58,7 @@ def make(settings: Settings, notice: Callable[[str], None]) -> NotifyFolder | No
     for place in _places(settings):
         try:
             _check_room(place)
-            if place in control_path.folders(os.environ):
+            if place in _usual():
                 os.makedirs(place, 0o755, exist_ok=True)
             _check(place, settings)
             _sweep(place, settings)
@@ -76,7 +76,7 @@ def check(settings: Settings, notice: Callable[[str], None]) -> None:
         try:
             _check_room(place)
             there = place
-            while place in control_path.folders(os.environ) and not os.path.lexists(there):
+            while place in _usual() and not os.path.lexists(there):
                 there = os.path.dirname(there)
             _check(there, settings)
             if not os.access(there, os.W_OK | os.X_OK):
@@ -96,11 +96,15 @@ def _none(refused: list[str]) -> str:
     )
 
 
+def _usual() -> list[str]:
+    return control_path.folders(os.environ, os.geteuid())
+
+
 def _places(settings: Settings) -> list[str]:
     """Return where it may be, the best one first: beside the control socket."""
     control = settings.control
     beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []
-    return list(dict.fromkeys([*beside, *control_path.folders(os.environ), _ANYBODYS]))
+    return list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
 
 
 def _owners(settings: Settings) -> set[int]:

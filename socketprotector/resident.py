@@ -118,11 +118,10 @@ class _Resident:
         self.descriptors = descriptors
         self.inherited = inherited
         self.command = command
-        self.to_syslog = not settings.foreground and settings.log_file is None
-        ours = self.to_syslog or settings.log_file is not None
+        ours = settings.to_syslog or settings.log_file is not None
         self.output = Output(
             settings.log_file,
-            to_syslog=self.to_syslog,
+            to_syslog=settings.to_syslog,
             relayed=ours and settings.log_relay,
             prefixed=settings.log_prefix,
         )
@@ -280,16 +279,16 @@ class _Resident:
 
     def _open_log(self) -> Log:
         settings = self.settings
-        log = Log(settings.log_level, prioritized=self.to_syslog, form=settings.log_format)
+        log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
         log.fold(self.loop)
 
         try:
             self.output.begin(self.descriptors, settings.name, self.loop, log)
         except OSError as error:
-            where = "to syslog" if self.to_syslog else "of workers' output"
+            where = "to syslog" if settings.to_syslog else "of workers' output"
             asked = " for --log-prefix" if settings.log_prefix else ""
             why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
-            if self.to_syslog or asked:
+            if settings.to_syslog or asked:
                 raise SystemRefused(why) from error
             # Nobody has asked for one: workers write to the file themselves.
             self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)

@@ -139,6 +139,11 @@ class Settings:
         return min(self.workers, self.pools) if self.handoff == "stdio" else self.workers
 
     @property
+    def to_syslog(self) -> bool:
+        """Whether syslog is the only place for the log and for what workers write."""
+        return not self.foreground and self.log_file is None
+
+    @property
     def executed(self) -> tuple[str, ...]:
         """What has to be there to be executed."""
         return ("/bin/sh",) if self.shell else self.command

@@ -17,7 +17,7 @@ _NAMES_SHOWN = 8
 
 def sockets() -> list[str]:
     """Return the paths of all control sockets, living or dead."""
-    return control_path.sockets(os.environ)
+    return control_path.sockets(os.environ, os.geteuid())
 
 
 def by_name(name: str) -> str:
@@ -28,7 +28,7 @@ def by_name(name: str) -> str:
     if not there:
         known = _names([control_path.key(path) for path in found])
         file = f"{key}{control_path.SUFFIX}"
-        raise NoProtector(f"--name {name}: no {file} in {_where()}; there is {known}")
+        raise NoProtector(f"--name {name}: no {file} in {where()}; there is {known}")
     return next((path for path in there if _listening(path)), there[0])
 
 
@@ -46,7 +46,7 @@ def by_pid_file(file: str) -> str:
     unseen = [each.path for each in found if each.why in ("denied", "silent")]
     hint = f" (no answer from {_names(unseen)})" if unseen else ""
     raise NoProtector(
-        f"--pid-file {file}: no control socket of process {pid} in {_where()}{hint}; "
+        f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
         "name it with --control PATH"
     )
 
@@ -55,7 +55,7 @@ def the_only_one() -> str:
     """Return the socket of the one protector that lives."""
     living = [path for path in sockets() if _listening(path)]
     if not living:
-        raise NoProtector(f"no protector has a control socket in {_where()}; is one running?")
+        raise NoProtector(f"no protector has a control socket in {where()}; is one running?")
     if len(living) > 1:
         names = _names([control_path.key(path) for path in living])
         raise UsageError(f"which one? say --name NAME (before the command): {names}")
@@ -91,8 +91,9 @@ def _pid(file: str) -> int:
     return int(number[1])
 
 
-def _where() -> str:
-    return " or ".join(control_path.folders(os.environ))
+def where() -> str:
+    """Say in which folders is looked."""
+    return " or ".join(control_path.folders(os.environ, os.geteuid()))
 
 
 def _names(names: list[str]) -> str:

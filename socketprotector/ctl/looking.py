@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -282,4 +281,4 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         right = ("PID", "GENERATION", "UP", "FORWARDED")
         render.show(render.columns(headings, rows, right=right))
     else:
-        say(f"no protector has a control socket in {' or '.join(control_path.folders(os.environ))}")
+        say(f"no protector has a control socket in {find.where()}")

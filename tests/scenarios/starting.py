@@ -21,6 +21,12 @@ MINIMAL = worker("minimal")
 TELLS = worker("tells")
 
 
+#: What a detached start without a log file says first where there is no syslog, as in a container.
+NO_SYSLOG = (
+    "SocketProtector: nobody listens at /dev/log: until somebody does, every line of the log and "
+    "of the workers is lost; use --log-file FILE, or -f to write to this terminal\n"
+)
+
 Popen = subprocess.Popen[str]
 
 
@@ -30,7 +36,9 @@ class Ended:
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status = status
         self.out = out
-        self.err = err
+        #: Whether it has warned that there is no syslog: so the machine's state changes no test.
+        self.warned = NO_SYSLOG in err
+        self.err = err.replace(NO_SYSLOG, "", 1)
 
     def __repr__(self) -> str:
         return f"status {self.status}\n--- out\n{self.out}\n--- err\n{self.err}"

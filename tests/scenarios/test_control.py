@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -688,6 +689,32 @@ def test_where_nobody_chose_a_place_it_goes_by_the_name_or_the_port(
     assert mode_of(path.parent) == 0o755
     daemon.stop()
     assert not path.exists()
+
+
+@NOBODY_ELSE
+def test_root_s_outlives_the_login_that_started_it(protector: Starter) -> None:
+    """What is in the folder of a login is removed at its end, and nobody is asked."""
+    name, login = f"sp-test-{os.getpid()}", "/run/user/0"
+    there = Path("/run/socketprotector", f"{name}.control")
+    before = os.path.lexists(f"{login}/socketprotector")
+
+    daemon = protector("--name", name, "127.0.0.1:0", "--", *MANY, XDG_RUNTIME_DIR=login).ready()
+
+    with Line(there) as line:
+        assert line.status()["control"] == str(there)
+    assert os.path.lexists(f"{login}/socketprotector") == before
+    # Found with the variable and without.
+    for runtime in (login, os.environ["XDG_RUNTIME_DIR"], ""):
+        words = [sys.executable, "-m", "socketprotector.ctl", "list", "--json"]
+        said = subprocess.run(
+            words,
+            env={**os.environ, "XDG_RUNTIME_DIR": runtime},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        assert str(there) in [each["control"] for each in json.loads(said.stdout)["instances"]]
+    daemon.stop()
+    assert not there.exists()
 
 
 @NOBODY_ELSE

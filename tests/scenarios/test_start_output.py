@@ -22,7 +22,7 @@ from tests.running import MARK, Lines, ask, eventually, marked, wait_gone
 from tests.scenarios.starting import MINIMAL, Start, shown, start_of
 from tests.scenarios.tools import Client, cpu_s, descriptors, wake_ups, worker
 
-#: Gives a command a /dev of its own, with /dev/log where the test listens.
+#: Gives a command a /dev of its own; with /dev/log where the test listens, unless $3 is empty.
 OWN_DEV = """
 mount -t tmpfs none "$1" && cd "$1" || exit 77
 for node in null zero full random urandom tty; do
@@ -30,9 +30,9 @@ for node in null zero full random urandom tty; do
 done
 ln -s /proc/self/fd fd
 mkdir shm
-ln -s "$2" log
+if [ "$3" ]; then ln -s "$2" log; fi
 mount --rbind . /dev || exit 77
-shift 2
+shift 3
 cd "$OLDPWD" || exit 77
 exec "$@"
 """
@@ -54,8 +54,20 @@ class Syslog:
     @property
     def before(self) -> tuple[str, ...]:
         """Words in front of a command that is to log here."""
-        script = ("sh", "-c", OWN_DEV, "-", str(self.dev), str(self._path))
+        return self._own_dev("there")
+
+    @property
+    def before_it_comes(self) -> tuple[str, ...]:
+        """Words in front of a command that finds no /dev/log, until it comes."""
+        return self._own_dev("")
+
+    def _own_dev(self, there: str) -> tuple[str, ...]:
+        script = ("sh", "-c", OWN_DEV, "-", str(self.dev), str(self._path), there)
         return ("unshare", "-m", *script)
+
+    def come(self, pid: int) -> None:
+        """Be at /dev/log from now on where that process is."""
+        os.symlink(self._path, f"/proc/{pid}/root/dev/log")
 
     def _listen(self) -> None:
         while data := self._socket.recv(65536):
@@ -74,11 +86,16 @@ class Syslog:
     def count(self, pattern: str) -> int:
         return sum(1 for line in list(self.seen) if re.search(pattern, line))
 
-    def close(self) -> None:
+    def end(self) -> None:
+        """Listen no more, and leave the file."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             last.sendto(b"", str(self._path))
         self._thread.join()
         self._socket.close()
+
+    def close(self) -> None:
+        if self._socket.fileno() >= 0:
+            self.end()
 
 
 @pytest.fixture
@@ -284,14 +301,54 @@ def test_a_relay_that_dies_where_no_descriptor_is_left_comes_back_with_one(
     start.stop()
 
 
-def test_without_any_syslog_it_runs_all_the_same(start: Start) -> None:
-    """/dev/log may be missing: then the lines are lost and nothing else is."""
-    ended = start("unix:s", "--", *TALKS)
-
-    assert ended.status == 0, ended
+def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_is_one(
+    start: Start, syslog: Syslog
+) -> None:
+    """As in a container, or at boot: said on the terminal, for nobody can read it in the log."""
+    ended = start("unix:s", "--", *TALKS, before=syslog.before_it_comes)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    assert (ended.status, ended.warned, ended.err) == (0, True, ""), ended
     assert ask(f"{start.folder}/s") == "hello"
+
+    with Client(f"{start.folder}/s") as client:
+        syslog.come(start.pid)
+        client.say("from the worker")
+        syslog.wait_for("from the worker$")
+    start.send(signal.SIGHUP)
+    syslog.wait_for("event=reloaded")
     start.stop()
+    syslog.wait_for("event=stopped")
     assert start.left() == []
+
+
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [((), True), (("--no-log-relay",), True), (("--log-file", "log"), False), (("-f",), False)],
+    ids=["detached", "no relay", "log file", "foreground"],
+)
+def test_a_check_says_that_there_is_no_syslog_where_the_log_would_go_there(
+    start: Start, syslog: Syslog, options: tuple[str, ...], warned: bool
+) -> None:
+    words = ("--check", *options, "unix:s", "--", *MINIMAL)
+
+    without = start(*words, before=syslog.before_it_comes)
+    if without.status == 77:
+        pytest.skip("no mounts of one's own here")
+    beside = start(*words, before=syslog.before)
+
+    assert (without.status, without.warned, without.err) == (0, warned, ""), without
+    assert (beside.status, beside.warned, beside.err) == (0, False, ""), beside
+
+
+def test_a_file_at_dev_log_where_nobody_listens_is_no_syslog(start: Start, syslog: Syslog) -> None:
+    """A syslog that has ended, or a mount of it into a container that outlives it."""
+    syslog.end()
+
+    ended = start("--check", "unix:s", "--", *MINIMAL, before=syslog.before)
+    if ended.status == 77:
+        pytest.skip("no mounts of one's own here")
+    assert (ended.status, ended.warned) == (0, True), ended
 
 
 # -- the log file --------------------------------------------------------------

@@ -225,6 +225,9 @@ class Guard:
             self.forget(name)
             self.store[name] = fd
         elif fd >= 0:
+            if "X_OUTPUT" in said:  # the log file was opened anew; the next protector inherits it
+                os.dup2(fd, 1)
+                os.dup2(fd, 2)
             os.close(fd)
         if "FDSTOREREMOVE" in said:
             self.forget(name)

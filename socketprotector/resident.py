@@ -46,6 +46,7 @@ _FAREWELL_S = 5.0
 #: And the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 _MESSAGE_BYTES = 4096
+_STDERR = 2
 
 
 def main() -> None:
@@ -368,6 +369,10 @@ class _Resident:
             self.output.reopen()
         except OSError as error:
             log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
+        else:
+            # What it says, and all that the next protector does, is for the new file, too.
+            if self.settings.log_file is not None:
+                self.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
         log.write("info", "reopened")
 

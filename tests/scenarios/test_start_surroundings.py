@@ -364,7 +364,7 @@ def test_stdin_may_be_a_socket(start: Start) -> None:
 
 def test_whoever_waits_for_the_commands_output_gets_its_end(start: Start) -> None:
     """`$(SocketProtector ...)` returns: the protector holds none of the caller's descriptors."""
-    words = (*COMMAND, "--pid-file", "pid", "unix:s", "--", *MINIMAL)
+    words = (*COMMAND, "--pid-file", "pid", "--log-file", "log", "unix:s", "--", *MINIMAL)
     ended = subprocess.run(
         ["sh", "-c", 'echo "$("$@" 2>&1)"', "-", *words],
         cwd=start.folder,

@@ -31,6 +31,10 @@ COMMAND = (sys.executable, "-m", "socketprotector")
 #: Options with which workers accept; those that are built on tests/workers/plain.py do either.
 LISTENER = ("--handoff", "listener", "--ready", "notify")
 DEADLINE_S = 30.0
+
+#: --start-timeout where a good start has to fit into it on a busy machine, and one that hangs is
+#: waited for.
+FAIR_START_S = 8
 #: In the environment of whatever a test starts, so that what it leaves behind is found.  Not
 #: SOCKETPROTECTOR_*, which never reaches a worker.
 MARK = "TEST_OF_SOCKETPROTECTOR"

@@ -19,7 +19,7 @@ import pytest
 from bench.seen import Snapshot
 from tests.legacy.conftest import is_root, padded
 from tests.load import Load
-from tests.running import ROOT, Protector, ask, eventually, parent_of, wait_gone
+from tests.running import FAIR_START_S, ROOT, Protector, ask, eventually, parent_of, wait_gone
 from tests.scenarios.test_activation import Giver
 from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned
 
@@ -170,13 +170,15 @@ def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
 ) -> None:
     release = Release(tmp_path / "daemon")
     release.becomes(service.program, str(service.port))
-    daemon = service.start("--start-timeout", "2s", command=(str(release.path),))
+    daemon = service.start("--start-timeout", f"{FAIR_START_S}s", command=(str(release.path),))
     old = pid_in(ask(service.address))
 
     release.becomes(service.program, str(service.port), "never")
     mark = daemon.signal(signal.SIGHUP)
 
-    daemon.log.wait_for("event=reload-failed .*not ready within 2 s; .* sock_srv_PORT", after=mark)
+    daemon.log.wait_for(
+        f"event=reload-failed .*not ready within {FAIR_START_S} s; .* sock_srv_PORT", after=mark
+    )
     never = int(daemon.out.wait_for(rf"started (?!{old}\b)").split()[1])
     assert wait_gone([never]) == []
     assert pid_in(ask(service.address)) == old

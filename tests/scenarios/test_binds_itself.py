@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.ctl.conftest import run
-from tests.running import Protector
+from tests.running import FAIR_START_S, Protector
 from tests.scenarios.starting import MINIMAL
 from tests.scenarios.tools import Release
 
@@ -46,7 +46,7 @@ def test_where_it_listens_elsewhere_the_start_says_where(
     port = free_port()
     command = (sys.executable, "-c", _LISTENS.format(port))
 
-    said = failed(protector, "--start-timeout", "3s", "127.0.0.1:0", "--", *command)
+    said = failed(protector, "--start-timeout", f"{FAIR_START_S}s", "127.0.0.1:0", "--", *command)
 
     assert f"it listens on 127.0.0.1:{port} by itself; a program that binds its own port" in said
     assert "after:" not in said

@@ -24,7 +24,7 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds, some
-from tests.running import DEADLINE_S, Protector, ask, eventually
+from tests.running import DEADLINE_S, FAIR_START_S, Protector, ask, eventually
 from tests.scenarios.adopting import (
     Chance,
     Installation,
@@ -700,10 +700,10 @@ def test_a_stop_while_the_file_is_read_waits_for_nothing(gated: Gated) -> None:
 
 
 def test_a_file_that_takes_too_long_to_read_is_a_failed_reload(gated: Gated) -> None:
-    gated.file.says('start-timeout = "3s"')
+    gated.file.says(f'start-timeout = "{FAIR_START_S}s"')
     daemon = gated.start()
 
-    assert "the configuration was not read within 3 s" in failed_reload(daemon)
+    assert f"the configuration was not read within {FAIR_START_S} s" in failed_reload(daemon)
     gated.through(daemon, "event=reloaded", reading(daemon))
 
 

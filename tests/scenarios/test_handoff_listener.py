@@ -14,7 +14,7 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, FAIR_START_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -370,7 +370,7 @@ def test_a_reload_waits_until_the_new_one_says_so(
 def test_a_check_that_never_succeeds_fails_the_reload(served_by: Starter, tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.touch()
-    daemon = served_by("--ready", f"check:test -e {there}", "--start-timeout", "3s")
+    daemon = served_by("--ready", f"check:test -e {there}", "--start-timeout", f"{FAIR_START_S}s")
     there.unlink()
 
     mark = daemon.signal(signal.SIGHUP)
@@ -384,7 +384,7 @@ def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: P
     there, pids = tmp_path / "there", tmp_path / "pids"
     there.touch()
     check = f"check:echo $$ >> {pids}; test -e {there} || exec sleep 1000"
-    daemon = served_by("--ready", check, "--start-timeout", "3s")
+    daemon = served_by("--ready", check, "--start-timeout", f"{FAIR_START_S}s")
     there.unlink()
 
     mark = daemon.signal(signal.SIGHUP)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import (
@@ -261,13 +262,14 @@ def test_a_release_that_never_serves_gets_nobody(served_by: Starter, tmp_path: P
     """It accepts from the moment at which it stands, but nobody is sent there."""
     release = Release(tmp_path / "server")
     release.becomes(*SERVER)
-    daemon = served_by("--start-timeout", "1s", command=(str(release.path),))
+    daemon = served_by("--start-timeout", f"{FAIR_START_S}s", command=(str(release.path),))
     release.becomes(*SERVER, "--ready", "never")
     mark = daemon.signal(signal.SIGHUP)
     spawned(daemon, 2)
     pids = set()
     while not any("event=reload-failed" in line for line in daemon.log.seen[mark:]):
         pids.add(pid_in(ask(here(daemon))))
+        time.sleep(0.01)  # so that asking does not take a whole processor
 
     assert pids == {spawned(daemon, 1)[0]}
     release.becomes(*SERVER)

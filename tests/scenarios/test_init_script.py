@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
-from tests.running import DEADLINE_S, ROOT, WORKERS, ask, exchange, wait_gone
+from tests.running import DEADLINE_S, FAIR_START_S, ROOT, WORKERS, ask, exchange, wait_gone
 
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
@@ -321,7 +321,7 @@ def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serve
     machine: Machine, broken: str
 ) -> None:
     daemon = release(machine, f"exec {ECHO}")
-    machine.configure(command=daemon, OPTIONS="--start-timeout 3s", RELOAD_WAIT="30")
+    machine.configure(command=daemon, OPTIONS=f"--start-timeout {FAIR_START_S}s", RELOAD_WAIT="30")
     address = machine.start()
     with Load(f"127.0.0.1:{address[1]}", concurrency=4) as load:
         load.wait_for(lambda now: now.connections > 10, DEADLINE_S)

@@ -12,7 +12,7 @@ import pytest
 from bench.seen import Snapshot
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Protector, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, eventually, wait_gone
 from tests.scenarios.adopting import at_rest
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
@@ -82,7 +82,7 @@ def test_reloads_under_load_lose_no_connection(protector: Start) -> None:
     ("fault", "reason"),
     [
         ("exits", "cannot read the configuration"),
-        ("hangs", "not ready within 3 s"),
+        ("hangs", f"not ready within {FAIR_START_S} s"),
         ("is missing", "No such file"),
         ("is not executable", "not executable"),
         ("is no program", "Exec format error"),
@@ -92,7 +92,7 @@ def test_reloads_under_load_lose_no_connection(protector: Start) -> None:
 def test_a_release_that_does_not_start_changes_nothing_for_clients(
     fault: str, reason: str, protector: Start, release: Release
 ) -> None:
-    limit = ("--start-timeout", "3s") if fault == "hangs" else ()
+    limit = ("--start-timeout", f"{FAIR_START_S}s") if fault == "hangs" else ()
     daemon = protector(*limit, "127.0.0.1:0", "--", release.path).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=4).start()
     match fault:

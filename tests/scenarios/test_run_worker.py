@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.running import DEADLINE_S, WORKERS, Protector, ask, eventually
+from tests.running import DEADLINE_S, FAIR_START_S, WORKERS, Protector, ask, eventually
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
@@ -275,10 +275,14 @@ def test_extend_timeout_gives_a_slow_start_more_time(protector: Start, tmp_path:
         f"{say} EXTEND_TIMEOUT_USEC=60000000; echo asked >&2; cat {gate.path};"
         f"{say} READY=1; exec {MANY_SILENT}"
     )
-    daemon = protector("--start-timeout", "3s", "127.0.0.1:0", "--", "/bin/sh", "-c", script)
+    daemon = protector(
+        "--start-timeout", f"{FAIR_START_S}s", "127.0.0.1:0", "--", "/bin/sh", "-c", script
+    )
     daemon.log.wait_for("^asked$")
     # The other way to see that this time has passed: a start that was given just that long.
-    other = protector("--start-timeout", "3s", "127.0.0.1:0", "--", *worker("never_ready"))
+    other = protector(
+        "--start-timeout", f"{FAIR_START_S}s", "127.0.0.1:0", "--", *worker("never_ready")
+    )
     assert other.wait() == 3
 
     gate.open()

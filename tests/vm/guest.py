@@ -244,7 +244,10 @@ class Service:
 
     def revived(self, before: int) -> None:
         eventually(
-            lambda: self.pid not in (0, before) and self.show("ActiveState") == "active",
+            # "reloading" where a reload was under way, and goes on.
+            lambda: (
+                self.pid not in (0, before) and self.show("ActiveState") in ("active", "reloading")
+            ),
             f"another protector in the place of {before}",
             1200,  # which takes in thousands of descriptors
         )

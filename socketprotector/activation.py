@@ -3,6 +3,8 @@
 They are taken by name (`fd:NAME`) or because they are bound to the address that a LISTEN
 argument means.  Whoever opened them goes on listening when we stop.
 
+Those of our own names come from the descriptor store, and are no part of that: see left.py.
+
 Source: sd_listen_fds(3), systemd.socket(5).
 """
 
@@ -10,7 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 
+from . import door
 from .address import Listen
 from .bind import Bound
 from .errors import UsageError
@@ -30,32 +34,54 @@ class Given:
     address: str
 
 
-def given() -> list[Given]:
+@frozen
+class Passed:
+    """What was passed in."""
+
+    given: Sequence[Given] = ()
+    left: Sequence[Given] = ()  # by the protector that was here before us
+    stored: Sequence[str] = ()  # all names that are ours in the descriptor store
+
+
+def passed() -> Passed:
     """Take over the listening stream sockets that were passed to this process.
 
     The variables are removed: they are for this process alone.  What is no such socket is left
-    alone.
+    alone, or closed where it is ours.
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdigit():
-        return []
+        return Passed()
     told = names.split(":") if names else []
-    found = []
+    given: list[Given] = []
+    left: list[Given] = []
+    stored: list[str] = []
     for place in range(int(count)):
-        name = told[place] if place < len(told) else "unknown"
-        try:
-            passed = socket.socket(fileno=_FIRST + place)
-        except OSError:
-            continue  # a file, or nothing
-        if not _listens(passed):
-            passed.detach()
-            continue
-        os.set_inheritable(passed.fileno(), False)
-        found.append(Given(name, passed, _address(passed)))
+        fd, name = _FIRST + place, told[place] if place < len(told) else "unknown"
+        ours = name.startswith(door.OURS)
+        if ours:
+            stored.append(name)
+        found = _listening(fd)
+        if found is not None:
+            (left if ours else given).append(Given(name, found, _address(found)))
+        elif ours:
+            os.close(fd)
+    return Passed(given, left, stored)
+
+
+def _listening(fd: int) -> socket.socket | None:
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError:
+        return None  # a file, or nothing
+    if not _listens(found):
+        found.detach()
+        return None
+    os.set_inheritable(fd, False)
     return found
 
 
-def take(listens: list[Listen], passed: list[Given]) -> dict[int, list[Bound]]:
+def take(listens: Sequence[Listen], passed: Sequence[Given]) -> dict[int, list[Bound]]:
     """Return, for each LISTEN argument that passed sockets stand for, what they are.
 
     Raises UsageError for a name that nothing was passed under.

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from . import holder, sockopts, twin
 from .address import Listen
-from .bind_unix import bind_unix
+from .bind_unix import bind_unix, refit
 from .errors import Refusal, SystemRefused, UsageError
 from .frozen import frozen
 from .settings import ListenerSettings
@@ -31,11 +31,12 @@ class Bound:
 
     socket: socket.socket
     settings: ListenerSettings
+    left: bool = False  # by the protector before us, and kept by somebody else
 
     def discard(self) -> None:
         """Close it, and remove the socket file it made."""
         self.socket.close()
-        if self.settings.inode:
+        if self.settings.inode and not self.left:
             path = self.settings.address.removeprefix("unix:")
             try:
                 found = os.lstat(path)
@@ -51,13 +52,15 @@ def bind_all(
     *,
     notice: Callable[[str], None],
     passed: Mapping[int, list[Bound]] | None = None,
+    left: Mapping[str, Bound] | None = None,
     have: Collection[str] = (),
     dry: bool = False,
 ) -> list[Bound]:
     """Bind every address, in order, and listen; dry: only see whether it could be done.
 
-    passed: what stands for an argument (by its index) already; it is taken as it is.  have:
-    canonical addresses that are bound already, and are left out.  The caller owns what is
+    passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
+    same by canonical address (left.py).  have: canonical addresses that are bound already, and are
+    left out.  The caller owns what is
     returned (nothing when dry: see not_bound).  When one fails, what was bound is closed again.
     Raises Refusal.  `notice` is told what is worth knowing.
     """
@@ -69,13 +72,19 @@ def bind_all(
                 found = passed[index]
             elif f"unix:{listen.path}" in have:
                 found = []
+            elif left and f"unix:{listen.path}" in left:
+                found = [left[f"unix:{listen.path}"]]
             elif listen.path is not None:
                 _refuse_twice(f"unix:{listen.path}", listen, earlier)
                 found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
             else:
-                found = _bind_tcp(listen, listen.backlog(backlog), notice, have, earlier, dry=dry)
+                found = _bind_tcp(
+                    listen, listen.backlog(backlog), notice, have, left or {}, earlier, dry=dry
+                )
             earlier |= {each.settings.address: listen for each in found}
-            bound += (Bound(each.socket, replace(each.settings, **listen.told)) for each in found)
+            bound += (
+                replace(each, settings=replace(each.settings, **listen.told)) for each in found
+            )
     except BaseException:
         for each in bound:
             each.discard()
@@ -179,6 +188,7 @@ def _bind_tcp(
     backlog: int,
     notice: Callable[[str], None],
     have: Collection[str],
+    left: Mapping[str, Bound],
     earlier: Mapping[str, Listen],
     *,
     dry: bool,
@@ -195,7 +205,9 @@ def _bind_tcp(
         port = listen.port
         try:
             for family, host in addresses:
-                each = _bind_one(listen, family, host, port, None if dry else backlog)
+                each = left.get(_canonical(family, host, port)) or _bind_one(
+                    listen, family, host, port, None if dry else backlog
+                )
                 bound.append(each)
                 port = each.socket.getsockname()[1]
         except OSError as error:
@@ -232,6 +244,21 @@ def _overlap(one: str, other: str) -> bool:
     any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
     same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")
     return same_family and port == its_port and any_host in (host, its_host)
+
+
+def renew(used: socket.socket, listen: Listen, address: str, backlog: int) -> Bound:
+    """Have a listening socket of an address be as one that is bound now would be.
+
+    Raises OSError, with what is not to be had, where it cannot be, and Refusal.
+    """
+    used.setblocking(False)
+    if listen.path is not None:
+        twin.renew(used, used)
+        return Bound(used, refit(used, listen, listen.path, backlog), left=True)
+    with _made(listen, socket.AddressFamily(used.family)) as fresh:
+        twin.renew(used, fresh)
+    used.listen(backlog)
+    return Bound(used, ListenerSettings(address), left=True)
 
 
 def _bind_one(

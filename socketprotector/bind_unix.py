@@ -15,6 +15,7 @@ from .address import Listen, gid_of, uid_of
 from .errors import SystemRefused
 from .folder import give, locked
 from .settings import ListenerSettings
+from .unheard import file_of
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
@@ -77,6 +78,43 @@ def _bind_path(
             os.unlink(path)
             raise
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def refit(sock: socket.socket, listen: Listen, path: str, backlog: int) -> ListenerSettings:
+    """Have a listening socket be as bind_unix() would make it.  Raises OSError where it cannot be.
+
+    path: that of the argument, which is where it was bound.
+    """
+    if path.startswith("@"):
+        sock.listen(backlog)
+        return ListenerSettings(f"unix:{path}", backlog=backlog)
+    folder = os.stat(os.path.dirname(path))
+    user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
+    uid = os.geteuid() if user is None else uid_of(listen.text, user)
+    gid = folder.st_gid if folder.st_mode & stat.S_ISGID else os.getegid()
+    gid = gid if group is None else gid_of(listen.text, group)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    rights = 0o777 & ~umask if mode is None else int(mode, 8)
+    with locked(path):
+        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(file)
+            if not is_file_of(sock, found):
+                raise OSError(errno.EEXIST, "another file is in the place of its own")
+            if (found.st_uid, found.st_gid) != (uid, gid):
+                _chown(file, uid, gid)
+            if stat.S_IMODE(found.st_mode) != rights:
+                os.chmod(f"/proc/self/fd/{file}", rights)
+        finally:
+            os.close(file)
+        sock.listen(backlog)
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
+    """Whether a file is the one that a UNIX socket is bound to.  Raises OSError."""
+    return stat.S_ISSOCK(found.st_mode) and file_of(sock) == found.st_ino & 0xFFFFFFFF
 
 
 def _give(path: str, listen: Listen) -> os.stat_result:

@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from . import __version__, activation, checks, door, handoff, notify_folder, options, servers
+from . import (
+    __version__,
+    activation,
+    checks,
+    door,
+    handoff,
+    left,
+    notify_folder,
+    options,
+    servers,
+)
 from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
@@ -456,9 +466,18 @@ def _launch(asked: Asked) -> int:
     checks.pid_file(settings.pid_file)
     checks.log_file(settings.log_file)
     notices: list[str] = []
-    passed = activation.take(asked.listens, activation.given())
+    given = activation.passed()
+    passed = activation.take(asked.listens, given.given)
+    taken = {}
+    if not asked.check:
+        taken = left.take(asked.listens, passed, given.left, asked.backlog, notices.append)
     bound = bind_all(
-        asked.listens, asked.backlog, notice=notices.append, passed=passed, dry=asked.check
+        asked.listens,
+        asked.backlog,
+        notice=notices.append,
+        passed=passed,
+        left=taken,
+        dry=asked.check,
     )
     second: dict[int, Bound] = {}
     try:
@@ -495,6 +514,7 @@ def _launch(asked: Asked) -> int:
         label = [settings.name, *addresses, "--", settings.executed[0]]
         places = {f"{door.LISTENER}{index}": each for index, each in enumerate(bound)}
         places |= {f"{door.TWIN}{index}": each for index, each in second.items()}
+        left.store(given, places)
         return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:
         for each in (*bound, *second.values()):

@@ -41,7 +41,7 @@ NAMES_BYTES = 120 * 1024
 STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
 #: Stands for a number in between that is nobody's.
 NOBODY = "sp.none"
-_OURS = "sp."
+OURS = "sp."
 #: The variable that says which process they are for.
 PID = "LISTEN_PID"
 _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -141,7 +141,7 @@ def enter() -> dict[str, int]:
     for name, fd in zip(_listed(told), range(FIRST, FIRST + int(count)), strict=False):
         if name == NOBODY:
             continue
-        if name.startswith(_OURS) and name not in found:
+        if name.startswith(OURS) and name not in found:
             found[name] = fd
             os.set_inheritable(fd, False)
         else:

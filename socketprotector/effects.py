@@ -108,14 +108,19 @@ class Effects:
         held: Callable[[], bool],
         guarded: bool,
         command: tuple[str, ...] = (),
+        stay: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
         """Take ownership of the listeners.  command: executes this program again.
 
         `post` hands an event to the supervisor; `held` says that the state has changed without one.
+        `stay` says whether somebody keeps descriptors of these names beyond our end, for the next
+        start.
         """
         self._loop = loop
         self._log = log
         self._held = held
+        self._stay = stay
+        self._accepts = settings.handoff != LISTENER
         self._nonblocking: tuple[int, ...] = ()
         self._systemd = systemd
         self._launcher = launcher
@@ -126,6 +131,8 @@ class Effects:
         self._good: Program | None = None  # what served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
+        #: Of the sockets that live on for the next start, once all is closed.
+        self.left: tuple[str, ...] = ()
         self.history = History()
         self.restarts = 0
         self.started_at = clock.date()
@@ -149,7 +156,7 @@ class Effects:
             held=held,
             dead=lambda listener: self.sides.mend(listener, 0),
             untaken=self._say_untaken,
-            accepts=settings.handoff != LISTENER,
+            accepts=self._accepts,
         )
         self.sides = Sides(
             lambda: self.forwarder.listeners,
@@ -214,8 +221,7 @@ class Effects:
             case ForgetSettings():
                 self.configuration.forget()
             case CloseListeners(quick):
-                self.sides.end()
-                self.forwarder.close_listeners(quick=quick)
+                self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
                 self._note_due(deadline)
@@ -328,7 +334,7 @@ class Effects:
         self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
         self.sides.current = snapshot.side
         self.sides.unserved = frozenset(snapshot.unserved)
-        if snapshot.fleet.stopping:  # we may have shut down what is shut down
+        if snapshot.fleet.stopping and not self._they_stay:  # what is shut down, we may have
             self.sides.end()
         broken: list[Event] = []
         for record in snapshot.generations:
@@ -512,6 +518,26 @@ class Effects:
         since = generation.serving_since
         self._post(ChannelBroken(number, time.monotonic() - since if since else 0.0))
 
+    @property
+    def _they_stay(self) -> bool:
+        """Whether the listeners that are ours outlive a stop."""
+        ours = [each for each in self.forwarder.listeners if not each.settings.foreign]
+        return self._stay([name for each in ours for name in each.descriptors()])
+
+    def _close_listeners(self, *, quick: bool) -> None:
+        stay = self._they_stay
+        if stay and not quick and not self._accepts and self._route is not None:
+
+            def over() -> None:
+                self.forwarder.close_listeners(quick=True, stay=True)
+                self._post(BacklogEmptied())
+
+            self.sides.part_last(self._route, over)
+            return
+        if not stay:
+            self.sides.end()  # else they are to be had again by the next start, whoever shuts them
+        self.forwarder.close_listeners(quick=quick, stay=stay)
+
     def _bound_anew(self, listener: Listener) -> None:
         self.configuration.bound_anew(listener)
         self._held()
@@ -631,7 +657,8 @@ class Effects:
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
         self.configuration.stop_reading()
-        self.forwarder.close()
+        self.sides.end()
+        self.left = self.forwarder.close(self.sides.current)
         self._log.write(
             "info",
             "stopped",

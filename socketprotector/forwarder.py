@@ -109,6 +109,8 @@ class Forwarder:
         self._steady = 0  # so many came one by one, each soon after the other
         self._looked = False  # once, since new clients are refused
         self._closing = False
+        self._stay = False  # the listeners outlive us
+        self._over: list[Listener] = []  # nobody more is to be accepted from these
         self._close_at = 0.0  # the latest, where they cannot be refused
         self._looks = False  # something was sent since the queue was seen to be empty
         self._look_s = FIRST_LOOK_S
@@ -206,32 +208,45 @@ class Forwarder:
             channel.end()
         self._held()
 
-    def close_listeners(self, *, quick: bool) -> None:
-        """Let nobody new in; quick: close at once, else first send on who has connected."""
+    def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
+        """Let nobody new in; quick: close at once, else first send on who has connected.
+
+        stay: who comes later is to wait for the next start, so our own listeners live until
+        close(), and after it.
+        """
+        self._closing, self._stay = True, stay
         if quick:
             self._close_listeners()
             return
-        self._closing = True
-        refused = True
+        refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
                 # Its owner has those who wait, and who comes; of these there may be no end.
-                self._accepting.pop(listener.fileno(), None)
-                self._unwatch(listener)
-            else:
+                self._accept_no_more(listener)
+            elif not stay:
                 refused = listener.refuse_new() and refused
         self._close_at = 0.0 if refused else time.monotonic() + LAST_S
         self._close_when_quiet(self.forwarded)
 
+    def _accept_no_more(self, listener: Listener) -> None:
+        self._over.append(listener)
+        if self._accepting.pop(listener.fileno(), None) is not None:
+            self._loop.unwatch(listener.fileno())
+
     @property
     def _awaited(self) -> list[Listener]:
         """The listeners from which somebody may still be accepted."""
-        foreign = [each for each in self._listeners if self._closing and each.settings.foreign]
-        return [each for each in self._listeners if each not in foreign and not each.lost]
+        return [each for each in self._listeners if each not in self._over and not each.lost]
 
-    def close(self) -> None:
-        """Close everything, with what could not be delivered (counted in `lost`)."""
+    def close(self, side: int = 0) -> tuple[str, ...]:
+        """Close everything, with what could not be delivered (counted in `lost`).
+
+        side: to which new clients come, where a listener has two.  Returns the names of the
+        sockets that whoever keeps descriptors is to keep for the next start.
+        """
         self._close_listeners()
+        left = tuple(filter(None, [each.leave(side) for each in self._listeners]))
+        self._listeners.clear()
         self.route_to(None)
         self._loop.cancel(_RETRY)
         if self._in_hand is not None:
@@ -247,6 +262,7 @@ class Forwarder:
         if self._reserve >= 0:
             os.close(self._reserve)
             self._reserve = -1
+        return left
 
     def shared(self, side: int) -> dict[int, int]:
         """Return the descriptors that workers of a side are handed, by index."""
@@ -679,10 +695,15 @@ class Forwarder:
             for ready in tuple(self._accepting.values()):
                 if self._open:  # the one before may have filled the channel, or found it broken
                     ready()
+            if self._stay:  # whoever had connected before stood in front of those who come
+                for each in self._awaited:
+                    if not each.has_waiting():
+                        self._accept_no_more(each)
             waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
             quiet = self.forwarded == before and self._looked and not waiting
             late = bool(self._close_at) and time.monotonic() > self._close_at
-            if self._open and (quiet or late or not self._awaited):
+            over = (quiet or not self._awaited) and not (self._stay and self._emptying)
+            if self._open and (over or late):
                 self._close_listeners()
                 self._emptied()
                 return
@@ -693,10 +714,13 @@ class Forwarder:
     def _close_listeners(self) -> None:
         self._loop.cancel(_QUIET)
         self._stop_accepting()
-        for listener in self._listeners:
+        for listener in tuple(self._listeners):
+            if self._stay and not listener.settings.foreign:
+                self._over.append(listener)
+                continue
             self._unwatch(listener)
             listener.close()
-        self._listeners.clear()
+            self._listeners.remove(listener)
         for each in tuple(self._emptying):
             each.end()
 

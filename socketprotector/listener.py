@@ -355,6 +355,23 @@ class Listener:
         for each in self.sockets:
             each.close()
 
+    def leave(self, side: int) -> str:
+        """Close our copies alone: whoever keeps descriptors has a socket for the next start.
+
+        side: the one to which new clients come, of two.  Returns its name there, "" where there is
+        none: then it is closed.
+        """
+        if self.settings.foreign or not self.is_alive(side):
+            self.close()
+            return ""
+        kept = self.of_side(side)
+        name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
+        for each in self.sockets:
+            if each is not kept:
+                _shut_down(each)  # whoever still has a copy would get clients nobody accepts
+            each.close()
+        return name
+
     def has_waiting(self, side: int | None = None) -> bool:
         """Whether somebody has connected and was not accepted yet; side: only there."""
         # One that was shut down is no client: it hangs up, and a UNIX one is readable, too.

@@ -350,6 +350,15 @@ class Store:
         seen_to = self._kept | self._left_out
         return not self._outbox.open or (not self._outbox.waiting and seen_to.issuperset(wanted))
 
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all of these were given away and taken."""
+        return self._outbox.open and self._kept.issuperset(names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Under which there is something."""
+        return frozenset(self._kept)
+
     @property
     def kept(self) -> int:
         """How many descriptors are there."""

@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from . import __version__, door, executable, handoff, heritage, privileges, process
 from .control import Control
@@ -160,6 +160,7 @@ class _Resident:
             else None
         )
         self.began = False
+        self.left: tuple[str, ...] = ()  # names of listeners that live on for the next start
         self._loop: Loop | None = None
 
     @property
@@ -180,8 +181,11 @@ class _Resident:
         if door.STATE not in self.descriptors:
             self._make_state()
         if snapshot is not None and snapshot.fleet.exiting:
+            # All was done but the last words.
+            if self._stay(name for each in self._ours for name in each.descriptors()):
+                self.left = tuple(filter(None, [each.leave(snapshot.side) for each in self._ours]))
             self._close_listeners()
-            return snapshot.fleet.exit_status  # all was done but the last words
+            return snapshot.fleet.exit_status
         self.began = snapshot is not None
         quota = Quota()
 
@@ -243,6 +247,7 @@ class _Resident:
         self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
         self.watcher.start(self.descriptors)
         status = supervisor.run()
+        self.left = supervisor.effects.left
         self.watcher.close()
         if control is not None:
             control.close()
@@ -255,7 +260,10 @@ class _Resident:
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Leave nothing behind, and tell whoever waits for the end."""
+        """Leave nothing behind but listeners that stay, and tell whoever waits for the end."""
+        if self.line is None:
+            # First: without it what is there is no state to go on with, but left for a start.
+            self.store.forget(door.SETTINGS)
         # The relay ends with its last writer, and whoever keeps that descriptor would be one.
         for name in self.output.descriptors():
             self.store.forget(name)
@@ -265,7 +273,7 @@ class _Resident:
         _remove_pid_file(self.settings.pid_file, self.descriptors.get(door.PID_FILE))
         self.launcher.failed(status)
         if self.line is None:
-            self.store.sync({})
+            self.store.sync(dict.fromkeys(self.left, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
         self.manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
@@ -317,6 +325,7 @@ class _Resident:
                 held=save,
                 guarded=self.line is not None,
                 command=self.command,
+                stay=self._stay,
             )
 
         return Supervisor(
@@ -396,6 +405,21 @@ class _Resident:
         )
         log.observe(control.tell)
         return control
+
+    # -- the end -------------------------------------------------------------------
+
+    @property
+    def _ours(self) -> list[Listener]:
+        return [each for each in self.listeners if not each.settings.foreign]
+
+    def _stay(self, names: Iterable[str]) -> bool:
+        """Whether descriptors of these names outlive a stop.
+
+        systemd keeps them while a restart waits, and drops them where none does.  Others who
+        listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
+        """
+        systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
+        return systemd and self.store.holds(names)
 
     def _close_listeners(self) -> None:
         for listener in (*self.listeners, self.control_listener):

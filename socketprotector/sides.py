@@ -51,9 +51,12 @@ class _Parting:
     """A generation that gets nobody new any more."""
 
     began: float
+    over: Callable[[], None]
     # In looks, for a machine that stood still in between has heard nobody meanwhile.
     looks: int = 0
     quiet_looks: int = 0
+    last: bool = False  # nobody comes after it before the next start
+    common: Sequence[Listener] = ()  # those without a second socket where somebody may still wait
 
 
 class Sides:
@@ -144,12 +147,34 @@ class Sides:
         if generation not in self._accepting or not self._pairs:
             self._parted(generation)
             return
+        self._yield(generation)
+        self._begin(generation, _Parting(time.monotonic(), partial(self._parted, generation)))
+
+    def part_last(self, generation: int, over: Callable[[], None]) -> None:
+        """Say when the last generation has accepted who came to it before.
+
+        Whoever comes later waits for the next start, where there is a second socket; else as soon
+        as the generation is told to finish.
+        """
+        common = [each for each in self._shared if each.second is None]
+        parting = _Parting(time.monotonic(), over, last=True, common=common)
+        if generation in self._accepting and (self._pairs or common):
+            self._begin(generation, parting)
+        else:
+            over()
+
+    def _begin(self, generation: int, parting: _Parting) -> None:
+        self._parting[generation] = parting
+        self._unheard = None
+        self._look(generation)
+
+    def _yield(self, generation: int) -> bool:
+        """Have new clients wait where nobody accepts, if there is such a side."""
         side = self._accepting[generation]
         if side == self.current and 1 - side not in self._accepting.values():
             self.turn_to(1 - side)  # where they wait for a generation that is yet to come
-        self._parting[generation] = _Parting(time.monotonic())
-        self._unheard = None
-        self._look(generation)
+            return True
+        return False
 
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""
@@ -185,8 +210,10 @@ class Sides:
     def _look(self, generation: int) -> None:
         parting, side = self._parting[generation], self._accepting[generation]
         now, self._asking_s = time.monotonic(), 0.0
-        waiting = any(each.has_waiting(side) for each in self._pairs)
-        if not self._steered:  # they still come here
+        parting.common = [each for each in parting.common if each.has_waiting()]
+        waiting = any(each.has_waiting(side) for each in self._pairs) or bool(parting.common)
+        turned = parting.last and self._yield(generation)
+        if not self._steered or turned:  # they still come here, or have
             self._unheard = None
             parting.began, parting.looks = now, 0
         if self._unheard is None:
@@ -208,7 +235,7 @@ class Sides:
                 hint = "its workers do not accept; what they leave is given to others"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
             del self._parting[generation]
-            self._parted(generation)
+            parting.over()
             return
         delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
         self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))

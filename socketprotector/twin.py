@@ -16,6 +16,7 @@ reuseport_detach_sock() in net/core/sock_reuseport.c.
 from __future__ import annotations
 
 import array
+import errno
 import socket
 import struct
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_BINDTOIFINDEX = 62
+#: Which of the two buffers have a size that was asked for, and so are not adapted (since 5.14).
+_SO_BUF_LOCK = 72
 #: No network device ever has this number.
 _NO_DEVICE = 0x7FFFFFFF
 _INSTRUCTION = struct.Struct("HBBI")
@@ -65,6 +68,7 @@ _COPIED = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
     (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT),
 )
 _OF_IPV6 = (
     (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
@@ -182,6 +186,30 @@ def let_in(listening: socket.socket) -> None:
         pass  # there is none
 
 
+def renew(used: socket.socket, fresh: socket.socket) -> None:
+    """Have a listening socket be as one would that is made and not bound yet.
+
+    Raises OSError, with what is not to be had, where it cannot be: then part of it was done.
+    """
+    reset(used)
+    if used.family == socket.AF_UNIX:
+        return
+    if used.family == socket.AF_INET6:
+        only = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        if used.getsockopt(*only) != fresh.getsockopt(*only):
+            raise OSError(errno.EINVAL, "v6only is told once and for all")
+    if _locks(used) is None and any(used.getsockopt(*o) != fresh.getsockopt(*o) for o in _DOUBLED):
+        raise OSError(errno.EOPNOTSUPP, "rcvbuf and sndbuf cannot be undone before Linux 5.14")
+    _copy(fresh, used)
+
+
+def _locks(one: socket.socket) -> int | None:
+    try:
+        return one.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+    except OSError:
+        return None  # an older kernel
+
+
 def steer(first: socket.socket, place: int) -> None:
     """Have those who connect from now on come to the one in a place of the group, from 0 on.
 
@@ -221,7 +249,10 @@ def _copy(first: socket.socket, second: socket.socket) -> None:
         if value != second.getsockopt(level, option):
             doubled = (level, option) in _DOUBLED
             second.setsockopt(level, option, value // 2 if doubled else value)
+    locks = _locks(first)
+    if locks is not None and locks != _locks(second):
+        second.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, locks)
     for level, option in _TEXTS:
         text = first.getsockopt(level, option, _NAME_BYTES)
-        if text and text != second.getsockopt(level, option, _NAME_BYTES):
+        if text != second.getsockopt(level, option, _NAME_BYTES):
             second.setsockopt(level, option, text)

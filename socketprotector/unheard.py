@@ -1,16 +1,19 @@
-"""What the kernel alone knows of a port: who has not been heard, and in which order one listened.
+"""What the kernel alone knows of a socket: who has not been heard, in which order one listened.
+
+And which file is that of a UNIX one.
 
 A client has not been heard whose handshake is under way, who has connected and said nothing, or
 whose words nobody has read.
 
 Only for this process's network namespace.
 
-Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/tcp.h; __inet_hash() in
-net/ipv4/inet_hashtables.c for the order.
+Source: sock_diag(7), netlink(7); linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h;
+__inet_hash() in net/ipv4/inet_hashtables.c for the order.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable, Collection, Iterator
@@ -18,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
 _DONE, _ERROR = 3, 2
+_REQUEST = 0x001
 _REQUEST_AND_DUMP = 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
@@ -30,6 +34,11 @@ _ASKED = struct.Struct("=BBBBI2s2s16s16sI8s")
 #: Family, state, timer, retransmissions; then the socket: ports, addresses, interface, cookie;
 #: timer, bytes that nobody has read, bytes to be sent, user, inode.
 _TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
+#: Family, protocol, padding, states, inode, attributes, cookie.
+_ASKED_UNIX = struct.Struct("=BBHIII8s")
+_TOLD_UNIX_BYTES = 16
+_SHOW_FILE, _FILE = 2, 1
+_INODE = struct.Struct("=I")  # and the device
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_AT = 128  # in a tcp_info; an end of file counts as one
 _COUNT = struct.Struct("=Q")
@@ -89,6 +98,24 @@ def address_of(inodes: Collection[int]) -> str | None:
         except OSError:
             continue
     return found[0] if found else None
+
+
+def file_of(one: socket.socket) -> int:
+    """Return the inode of a UNIX socket's file, as its last 32 bits; 0 without one.
+
+    Also of one that has been removed.  Raises OSError where it cannot be asked.
+    """
+    inode = os.fstat(one.fileno()).st_ino
+    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, _SHOW_FILE, _NO_COOKIE)
+    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, _REQUEST, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
+        ask.send(header + asked, socket.MSG_DONTWAIT)
+        data = ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)
+    for body, end in _messages(data):
+        found = _attribute(data, body + _TOLD_UNIX_BYTES, end, _FILE) if body else None
+        if found is not None:
+            return int(_INODE.unpack_from(data, found[0])[0])
+    return 0
 
 
 def _ask(

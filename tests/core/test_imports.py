@@ -28,6 +28,7 @@ LAYERS = {
         "config",
         "cli",
         "launch",
+        "left",
         "options",
         "places",
         "reread",

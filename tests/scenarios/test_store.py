@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ if limit := os.environ.pop("TEST_NOFILE", ""):  # LimitNOFILE=, which is set bef
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), hard))
 os.execvp(sys.argv[2], sys.argv[2:])
 """
+
+
+def same_socket(one: int, other: int) -> bool:
+    """Whether two descriptors are of the same socket; the ends of a pipe are two files."""
+    found = os.fstat(one)
+    return stat.S_ISSOCK(found.st_mode) and os.path.samestat(found, os.fstat(other))
 
 
 class Service:
@@ -95,7 +102,9 @@ class Service:
         for place, name in enumerate(names):
             os.dup2(self.store[name], 1000 + place, inheritable=True)
             high.append(1000 + place)
-        environment = {**self.environment, "NOTIFY_SOCKET": self.address}
+        # Without it we are somebody who listens, but is not known to keep anything over a stop.
+        nobody_known = {"INVOCATION_ID": ""}
+        environment = {**nobody_known, **self.environment, "NOTIFY_SOCKET": self.address}
         if names:
             environment |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
         python = COMMAND[0]
@@ -135,6 +144,9 @@ class Service:
             assert re.fullmatch(r"[ -9;-~]{1,255}", name), "no name for systemd"
             assert fields.get("FDPOLL") == "0", f"{name} would be dropped when it hangs up"
             [fd] = fds
+            if any(same_socket(fd, each) for each in self.store.values()):
+                os.close(fd)  # it is there, under the name that it has
+                return True
             if name in self.store:
                 os.close(self.store.pop(name))
             self.store[name] = fd
@@ -166,6 +178,26 @@ class Service:
         self.main.process.wait(DEADLINE_S)
         self.hear()
 
+    def stop(self) -> None:
+        """As `systemctl stop`: in order, and then the store is emptied."""
+        self.main.stop()
+        self.drop()
+
+    def drop(self) -> None:
+        """As systemd does where no start waits."""
+        with self.lock:
+            self.hear()
+            for fd in self.store.values():
+                os.close(fd)
+            self.store.clear()
+
+    def restart(self, *words: str | Path) -> Protector:
+        """As `systemctl restart`: a stop in order, after which a start waits."""
+        self.main.stop()
+        self.hear()
+        self.said.clear()
+        return self.start(*words)
+
     def close(self) -> None:
         for each in self.started:
             each.end()
@@ -173,9 +205,7 @@ class Service:
         os.eventfd_write(self.wake, 1)
         self.thread.join(DEADLINE_S)
         os.close(self.wake)
-        for fd in self.store.values():
-            os.close(fd)
-        self.store.clear()
+        self.drop()
         self.socket.close()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import pytest
 
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import eventually
-from tests.scenarios.test_store import MANY, Service
+from tests.running import ask, eventually
+from tests.scenarios.test_store import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
     hold,
+    listening,
+    pid_in,
     spawned,
     worker,
 )
@@ -107,3 +110,268 @@ def test_who_came_before_the_stop_is_served_by_the_old_and_who_comes_later_by_th
         assert client.hear() == f"[{new}] later {number}"
         client.close()
     service.stop()
+
+
+def test_a_stop_leaves_the_listeners_alone_and_a_start_says_nothing_of_them(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    words = words_of("connection", f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}")
+    first = service.start(*words)
+    serves(service)
+    first.stop()
+    wait_stored(service, {"sp.listener.0", "sp.listener.1"})
+    second = service.start(*words)
+    serves(service)
+    wait_stored(service, OWN | {"sp.listener.1"} | of_generation(1, 1))
+    assert second.log.count("event=adopted|event=notice") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_quick_stop_leaves_them_too(
+    service: Service, free_port: Callable[[], int], number: signal.Signals
+) -> None:
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    first = service.start(*words)
+    serves(service)
+    with Client(("127.0.0.1", port)) as held:
+        held.ask()
+        first.signal(number)
+        service.wait_for("STOPPING")
+        later = Client(("127.0.0.1", port), "later")
+        if number is signal.SIGTERM:
+            first.signal(number)  # the second one is a quick one
+        assert first.wait() == 0
+    wait_stored(service, {"sp.listener.0"})
+    second = service.start(*words)
+    with later:
+        assert pid_in(later.hear()) == spawned(second)[0]
+
+
+@EITHER_HANDOFF
+def test_what_is_no_longer_wanted_is_free_and_what_is_has_the_place_of_its_argument(
+    service: Service, handoff: str, free_port: Callable[[], int]
+) -> None:
+    one, two, three = free_port(), free_port(), free_port()
+    service.start(*words_of(handoff, f"127.0.0.1:{one}", f"127.0.0.1:{two}"))
+    serves(service)
+    service.main.stop()
+    with Client(("127.0.0.1", two), "two") as waiting:
+        words = words_of(handoff, f"127.0.0.1:{two}", f"127.0.0.1:{three}")
+        second = service.start(*words)
+        serves(service)
+        [worker_pid] = spawned(second)
+        assert waiting.hear() == f"[{worker_pid}] two"
+    assert refused(one)
+    assert pid_in(ask(("127.0.0.1", three))) == worker_pid
+
+    service.kill()  # the store has them under the names that go with the state
+    third = service.start(*words)
+    third.log.wait_for("event=adopted")
+    for port in (two, three):
+        assert pid_in(ask(("127.0.0.1", port))) == worker_pid
+    service.stop()
+    assert [refused(port) for port in (one, two, three)] == [True] * 3
+
+
+def test_the_way_in_which_connections_are_handed_over_may_change(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    service.start(*words_of("connection", f"127.0.0.1:{port}"))
+    serves(service)
+    for handoff in ("listener", "connection"):
+        service.main.stop()
+        with Client(("127.0.0.1", port), "waits") as waiting:
+            service.start(*words_of(handoff, f"127.0.0.1:{port}"))
+            assert pid_in(waiting.hear()) == spawned(service.main)[0]
+        serves(service)
+        service.main.reload()
+        assert pid_in(ask(("127.0.0.1", port))) == spawned(service.main, 2)[0]
+        assert listening(port) == (2 if handoff == "listener" else 1)
+    service.stop()
+    assert refused(port)
+
+
+@EITHER_HANDOFF
+def test_a_path_keeps_its_file_and_who_connects_meanwhile_waits(
+    service: Service, handoff: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    service.start(*words_of(handoff, f"unix:{path}?mode=600"))
+    serves(service)
+    found = path.stat()
+    service.main.stop()
+    assert path.exists()
+    with Client(str(path), "waits") as waiting:
+        service.start(*words_of(handoff, f"unix:{path}?mode=640"))
+        assert pid_in(waiting.hear()) == spawned(service.main)[0]
+    serves(service)
+    assert path.stat().st_ino == found.st_ino
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    service.stop()
+    with pytest.raises(ConnectionRefusedError):
+        ask(str(path))
+    service.start(*words_of(handoff, f"unix:{path}"))  # nobody listens there: it is replaced
+    serves(service)
+    assert pid_in(ask(str(path))) == spawned(service.main)[0]
+
+
+def test_settings_are_those_of_the_new_start(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    words = (f"127.0.0.1:{port}", "--", *MANY)
+    service.start("--name", "one", "--workers", "1", *words)
+    serves(service)
+    service.restart("--name", "two", "--workers", "2", *words)
+    serves(service)
+    assert "name=two" in service.main.log.wait_for("event=start")
+    assert len(spawned(service.main)) == 2
+
+
+def test_one_that_is_killed_is_gone_on_with_and_not_started_afresh(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    """What a kill leaves and what a stop leaves are told apart by the settings in the store."""
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    first = service.start(*words)
+    serves(service)
+    wait_stored(service, OWN | of_generation(1, 1))
+    service.kill()
+    second = service.start("--workers", "3", *words)
+    second.log.wait_for("event=adopted")
+    assert pid_in(ask(("127.0.0.1", port))) == spawned(first)[0]
+    third = service.restart("--workers", "3", *words)
+    serves(service)
+    assert len(spawned(third)) == 3
+
+
+@pytest.mark.parametrize("words_left", [4, 100])
+def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
+    service: Service, free_port: Callable[[], int], words_left: int
+) -> None:
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    service.start(*words)
+    serves(service)
+    wait_stored(service, OWN | of_generation(1, 1))
+    before = {name: os.dup(fd) for name, fd in service.store.items()}
+    service.main.stop()
+    service.hear()
+    # As if it had come no further: some of what it had removed is there still.
+    said = [each["FDNAME"] for each in service.said if "FDSTOREREMOVE" in each]
+    last = said[said.index("sp.settings") + 1 :]
+    assert {"sp.state", "sp.pidfile"} <= set(last), "it is known at once that nobody is to go on"
+    unsaid = last[-words_left:]
+    for name, fd in before.items():
+        if name in unsaid:
+            service.store[name] = fd
+        else:
+            os.close(fd)
+    with Client(("127.0.0.1", port), "waits") as waiting:
+        second = service.start(*words)
+        assert pid_in(waiting.hear()) == spawned(second)[0]
+    serves(service)
+    wait_stored(service, OWN | of_generation(1, 1))
+    assert second.log.count("event=adopted") == 0
+
+
+def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    first = service.start(*words)
+    serves(service)
+    with Client(("127.0.0.1", port)) as held:
+        held.ask()
+        first.signal(signal.SIGTERM)
+        service.wait_for("STOPPING")
+        later = Client(("127.0.0.1", port), "later")
+        service.kill()
+        second = service.start(*words)
+        second.log.wait_for("event=adopted")
+        held.ask()
+    assert second.wait() == 0
+    wait_stored(service, {"sp.listener.0"})
+    third = service.start(*words)
+    with later:
+        assert pid_in(later.hear()) == spawned(third)[0]
+
+
+def test_a_start_that_fails_leaves_them_to_the_next_try(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    """systemd keeps them as long as it tries again, and drops them when it gives up."""
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    service.start(*words)
+    serves(service)
+    service.main.stop()
+    with Client(("127.0.0.1", port), "waits") as waiting:
+        for status, start in (
+            (2, ("--no-such-option", *words)),
+            (111, ("--start-tries", "1", f"127.0.0.1:{port}", "--", "/bin/false")),
+        ):
+            assert service.start(*start).wait() == status
+            wait_stored(service, {"sp.listener.0"})
+        last = service.start(*words)
+        assert pid_in(waiting.hear()) == spawned(last)[0]
+
+
+def test_a_socket_that_systemd_passes_itself_is_not_left_beside(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    with socket.socket() as passed:
+        passed.bind(("127.0.0.1", 0))
+        passed.listen()
+        service.store["web"] = os.dup(passed.fileno())
+        words = words_of("connection", "fd:web", f"127.0.0.1:{port}")
+        service.start(*words)
+        serves(service)
+        service.main.stop()
+        wait_stored(service, {"web", "sp.listener.1"})
+        with (
+            Client(passed.getsockname(), "web") as one,
+            Client(("127.0.0.1", port), "own") as other,
+        ):
+            service.start(*words)
+            assert pid_in(one.hear()) == pid_in(other.hear()) == spawned(service.main)[0]
+        service.stop()
+        assert passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_who_keeps_nothing_over_a_stop_is_not_relied_on(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    """Others than systemd listen to sd_notify(), too; and a store can be full."""
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    for environment in ({"INVOCATION_ID": ""}, {"FDSTORE": "0"}):
+        before = dict(service.environment)
+        service.environment.update(environment)
+        first = service.start(*words)
+        serves(service)
+        with Client(("127.0.0.1", port)) as held:
+            held.ask()
+            first.signal(signal.SIGTERM)
+            service.wait_for("STOPPING")
+            eventually(lambda: refused(port), "nobody new is let in")
+            held.ask()
+        assert first.wait() == 0
+        wait_stored(service, set())
+        service.environment = before
+
+
+def test_under_a_guard_the_port_is_free_after_a_stop(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    service.start("--guard", *words_of("connection", f"127.0.0.1:{port}"))
+    serves(service)
+    service.main.stop()
+    assert refused(port)
+    wait_stored(service, set())

@@ -290,7 +290,9 @@ def _(say: Say) -> None:
     _restarts("accepts", f"{PYTHON} {TESTS}/workers/accepts.py", LISTENER, say)
 
 
-@promise("a restart with other addresses keeps those that are wanted, and lets go of the others")
+@promise(
+    "a restart with other addresses and another user keeps those that are wanted, and no others"
+)
 def _(say: Say) -> None:
     one, other = 4301, 4302
     path = "/run/socketprotector/moves/socket"
@@ -300,10 +302,12 @@ def _(say: Say) -> None:
         file = Path(path).stat()
         assert ask_line(one)
         told = told.replace(f":{one} ", f":{other} ").replace("mode=600", "mode=660")
+        told += 'SOCKETPROTECTOR_USER="nobody"\n'
         service.settings.write_text(told, encoding="utf-8")
         systemctl("restart", service.unit)
         assert is_refused(one)
         assert ask_line(other) in service.workers()
+        assert Path(f"/proc/{service.pid}").stat().st_uid != 0
         assert Path(path).stat().st_ino == file.st_ino
         assert Path(path).stat().st_mode & 0o777 == 0o660
         load.more()

@@ -298,12 +298,10 @@ def _(say: Say) -> None:
     path = "/run/socketprotector/moves/socket"
     listen = f"127.0.0.1:{one} unix:{path}?mode=600 127.0.0.1:{{port}}"
     with Service("moves", listen=listen) as service, load_on(service.start()) as load:
-        told = service.settings.read_text(encoding="utf-8")
         file = Path(path).stat()
         assert ask_line(one)
-        told = told.replace(f":{one} ", f":{other} ").replace("mode=600", "mode=660")
-        told += 'SOCKETPROTECTOR_USER="nobody"\n'
-        service.settings.write_text(told, encoding="utf-8")
+        listens = listen.replace(f":{one} ", f":{other} ").replace("mode=600", "mode=660")
+        service.settle(listen=listens.format(port=service.port).split(), user="nobody")
         systemctl("restart", service.unit)
         assert is_refused(one)
         assert ask_line(other) in service.workers()
@@ -323,12 +321,11 @@ def _(say: Say) -> None:
 def _(say: Say) -> None:
     with Service("wrongly") as service:
         service.start()
-        told = service.settings.read_text(encoding="utf-8")
-        service.settings.write_text(told + 'SOCKETPROTECTOR_OPTIONS="--no-such-option"\n')
+        service.settle(no_such_key=1)
         assert run("systemctl", "restart", service.unit).returncode != 0
         assert service.show("ActiveState") == "failed"
         assert is_refused(service.port)
-        service.settings.write_text(told, encoding="utf-8")
+        service.forget("no-such-key")
         service.start()
         assert ask_line(service.port) in service.workers()
         stopped_in_order(service)

@@ -522,7 +522,7 @@ class Effects:
     def _they_stay(self) -> bool:
         """Whether the listeners that are ours outlive a stop."""
         ours = [each for each in self.forwarder.listeners if not each.settings.foreign]
-        return self._stay([name for each in ours for name in each.descriptors()])
+        return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
     def _close_listeners(self, *, quick: bool) -> None:
         stay = self._they_stay

@@ -313,7 +313,7 @@ def test_a_start_that_fails_leaves_them_to_the_next_try(
     with Client(("127.0.0.1", port), "waits") as waiting:
         for status, start in (
             (2, ("--no-such-option", *words)),
-            (111, ("--start-tries", "1", f"127.0.0.1:{port}", "--", "/bin/false")),
+            (3, ("--start-tries", "1", f"127.0.0.1:{port}", "--", "/bin/false")),
         ):
             assert service.start(*start).wait() == status
             wait_stored(service, {"sp.listener.0"})

@@ -24,6 +24,7 @@ DOCS = ROOT / "docs"
 RUN: dict[str, tuple[str, ...]] = {
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
     "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
+    "docs/containers.md": ("curl", "nsenter"),
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
@@ -97,7 +98,7 @@ def test_nothing_on_such_a_page_is_only_to_be_looked_at(name: str) -> None:
     assert any(block.is_run for block in blocks(name))
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [*RUN, "README.md", "SECURITY.md", "docs/when-not.md"])
 def test_its_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
         if "://" not in target:

@@ -27,7 +27,7 @@ CHOSEN := --once
 test: $(INSTALLED) ## run each test in one combination (installs compilers, interpreters and servers)
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
-	-tools/install-packages curl haproxy iproute2 logrotate openssl stunnel4
+	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 $(CHOSEN) tests
 

@@ -11,4 +11,5 @@ mkdir /run/lock /srv/web /srv/home
 echo "max-time = 30" >/srv/home/.curlrc
 cd /srv/web
 ln -s "$PAGE_VENV" .venv
+ln -s "$PAGE_ROOT/init.d" init.d
 exec bash -c "$2"

@@ -3,8 +3,8 @@
 A block between ``` is, by the words behind these:
 
     sh              commands, run in the order of the page
-    sh systemd      commands for a systemd that is PID 1: judged by systemctl's own parser
-    sh selinux      the same by semanage's, restorecon's and ausearch's
+    sh systemd      commands that want systemd as PID 1 (sh apparmor, sh selinux: in the kernel):
+                    each is judged by its own program, which may only say that this is missing
     text            what the block before has said: each line, `...` stands for anything
     another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`
 
@@ -23,6 +23,14 @@ _NAMED = re.compile(r"^(?:#!.*\n)?# (\S+)\n")
 _STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
 
 
+#: What is not there, and what programs say of that once they have understood what they are to do.
+_NOT_HERE = {
+    "systemd": "System has not been booted with systemd|Failed to connect to bus",
+    "apparmor": "unable to find a suitable fs in /proc/mounts",
+    "selinux": "SELinux policy is not managed",
+}
+
+
 @dataclass(frozen=True)
 class Block:
     """A piece of a page; kind: the words behind ```, "" for what is indented."""
@@ -34,6 +42,10 @@ class Block:
     @property
     def is_run(self) -> bool:
         return self.kind == "sh"
+
+    @property
+    def is_judged(self) -> bool:
+        return self.kind.removeprefix("sh ") in _NOT_HERE
 
     @property
     def file(self) -> str | None:
@@ -79,13 +91,16 @@ def blocks(path: Path) -> list[Block]:
 
 def script(page: list[Block]) -> str:
     """Return what a shell is to run for a page; each block says its line before."""
-    words = ["set -euo pipefail"]
+    words = ["set -euo pipefail", _JUDGE]
     for block in page:
         if block.file is not None:
             words.append(_written(block.file, block.text))
         elif block.is_run:
             words.append(f"echo; echo '{_mark(block)}'")
             words.append(_STATUS.sub(_with_status, block.text))
+        elif block.is_judged:
+            missing = _NOT_HERE[block.kind.removeprefix("sh ")]
+            words += [f"_judge '{missing}' {each}" for each in block.commands]
     return "\n".join([*words, f"echo; echo '{_END}'"])
 
 
@@ -109,6 +124,10 @@ def is_like(shown: str, line: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, shown.split("..."))), line.strip()) is not None
 
 
+_JUDGE = """_judge() {
+    local said
+    said=$("${@:2}" 2>&1) || grep -qE "$1" <<<"$said" || { echo "${*:2}: $said"; exit 1; }
+}"""
 _END = "+++ the end of the page"
 
 

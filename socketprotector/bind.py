@@ -20,6 +20,7 @@ from .bind_unix import bind_unix, refit
 from .errors import Refusal, SystemRefused, UsageError
 from .frozen import frozen
 from .settings import ListenerSettings
+from .unheard import listening
 
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
@@ -99,29 +100,52 @@ def bind_all(
 def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
     """Make ready what workers are to accept from; return second sockets (twin.py) by their places.
 
-    The caller owns them.  `notice` is told of an address that cannot have one, and should.  One
-    that was given to us has none: whoever else has it could be steering it, too.  Whether they
-    block is said here and never again, for the flag is that of all who have a socket; of one that
-    was given to us its giver has said it.
+    The caller owns them.  `notice` is told of an address that cannot have one, and should.  Whether
+    they block is said here and never again, for the flag is that of all who have a socket; of one
+    that was given to us its giver has said it.
     """
     found = {}
     for place, each in enumerate(bound):
-        if each.settings.foreign:
-            continue
+        foreign = each.settings.foreign
         try:
-            each.socket.setblocking(not each.settings.nonblock)
+            if not foreign:
+                each.socket.setblocking(not each.settings.nonblock)
+            elif why := _kept_from(each.socket, bound):
+                notice(_alone(each, why))
+                twin.steer_if_can(each.socket)  # the group may be one that somebody has left
+                continue
             second = twin.make(each.socket)
         except OSError as error:
-            notice(
-                f"{each.settings.address}: there can be no second socket ({error.strerror}), so "
-                "old and new generation accept from one: a server that closes what it has "
-                "accepted and not read loses that at a reload"
-            )
+            notice(_alone(each, str(error.strerror)))
             continue
         if second is not None:
-            second.setblocking(not each.settings.nonblock)
+            second.setblocking(os.get_blocking(each.socket.fileno()))
             found[place] = Bound(second, each.settings)
     return found
+
+
+def _alone(one: Bound, why: str) -> str:
+    return (
+        f"{one.settings.address}: there can be no second socket ({why}), so "
+        "old and new generation accept from one: a server that closes what it has "
+        "accepted and not read loses that at a reload"
+    )
+
+
+def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
+    """Say why one that was given to us may not share its address; nothing where it may.
+
+    Whoever has opened it says so (`ReusePort=yes` of a unit), and the group is ours alone: places
+    in it would be told wrongly where what an earlier protector has left behind still listens.
+    """
+    if given.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    if not given.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        return "it was passed in without ReusePort=yes"
+    known = {os.fstat(each.socket.fileno()).st_ino for each in bound}
+    if not listening(given.family, given.getsockname()[1]).keys() <= known:
+        return "somebody else listens on that port"
+    return ""
 
 
 def _addresses(

@@ -526,11 +526,17 @@ class Effects:
 
     def _close_listeners(self, *, quick: bool) -> None:
         stay = self._they_stay
-        if stay and not quick and not self._accepts and self._route is not None:
+        if quick:
+            self.sides.give_back()
+        elif (stay or self.sides.share) and not self._accepts and self._route is not None:
 
             def over() -> None:
-                self.forwarder.close_listeners(quick=True, stay=True)
-                self._post(BacklogEmptied())
+                if stay:
+                    self.forwarder.close_listeners(quick=True, stay=True)
+                    self._post(BacklogEmptied())
+                else:
+                    self.sides.end()
+                    self.forwarder.close_listeners(quick=False)
 
             self.sides.part_last(self._route, over)
             return

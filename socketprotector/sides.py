@@ -87,6 +87,7 @@ class Sides:
         self._bound = bound
         self._lost = lost
         self._ended = False
+        self._given_back = False  # new clients come to the sockets of those who have others' too
         #: Generations, each with a listener whose socket on their side they do not have: it was
         #: bound after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
@@ -156,12 +157,30 @@ class Sides:
         Whoever comes later waits for the next start, where there is a second socket; else as soon
         as the generation is told to finish.
         """
-        common = [each for each in self._shared if each.second is None]
+        self.give_back()
+        side = self._accepting.get(generation, 0)
+        common = [each for each in self._shared if not self._has_own(each, side)]
         parting = _Parting(time.monotonic(), over, last=True, common=common)
         if generation in self._accepting and (self._pairs or common):
             self._begin(generation, parting)
         else:
             over()
+
+    @property
+    def share(self) -> bool:
+        """Whether there is a second socket of ours beside one that was passed in."""
+        return any(each.settings.foreign for each in self._pairs)
+
+    def give_back(self) -> None:
+        """Have new clients come to whoever has passed a socket in, and goes on listening there."""
+        self._given_back = True
+        if self.share:
+            self._steer()
+
+    def _has_own(self, listener: Listener, side: int) -> bool:
+        """Whether nobody new comes to the socket of a side while another one is meant."""
+        owners = self._given_back and listener.settings.foreign and side == 0
+        return listener.second is not None and not owners
 
     def _begin(self, generation: int, parting: _Parting) -> None:
         self._parting[generation] = parting
@@ -195,7 +214,7 @@ class Sides:
         """Tell the kernel; until it is told they come to the other side, which goes on."""
         try:
             for each in self._pairs:
-                each.steer(self.current)
+                each.steer(0 if self._given_back and each.settings.foreign else self.current)
         except OSError as error:
             if self._steered:
                 self._log.write("error", "not-steered", error=error.strerror)
@@ -210,8 +229,9 @@ class Sides:
     def _look(self, generation: int) -> None:
         parting, side = self._parting[generation], self._accepting[generation]
         now, self._asking_s = time.monotonic(), 0.0
-        parting.common = [each for each in parting.common if each.has_waiting()]
-        waiting = any(each.has_waiting(side) for each in self._pairs) or bool(parting.common)
+        parting.common = [each for each in parting.common if each.has_waiting(side)]
+        own = [each for each in self._pairs if self._has_own(each, side)]
+        waiting = any(each.has_waiting(side) for each in own) or bool(parting.common)
         turned = parting.last and self._yield(generation)
         if not self._steered or turned:  # they still come here, or have
             self._unheard = None
@@ -219,8 +239,8 @@ class Sides:
         if self._unheard is None:
             # And whoever has come to the other side just now: not if he waits there, for then it
             # is others who let him wait.
-            self._unheard = self._ask(accepted=not waiting)
-        elif self._unheard and (still := self._ask(accepted=not waiting)) is not None:
+            self._unheard = self._ask(own, accepted=not waiting)
+        elif self._unheard and (still := self._ask(own, accepted=not waiting)) is not None:
             self._unheard = {who: still[who] for who in self._unheard if who in still}
         parting.looks += 1
         parting.quiet_looks += 1
@@ -240,8 +260,10 @@ class Sides:
         delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
         self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
 
-    def _ask(self, *, accepted: bool) -> dict[tuple[int, bytes], bool] | None:
-        """Return who has not been heard at any address; nobody where the kernel does not tell.
+    def _ask(
+        self, pairs: Sequence[Listener], *, accepted: bool
+    ) -> dict[tuple[int, bytes], bool] | None:
+        """Return who has not been heard at these addresses; nobody where the kernel does not tell.
 
         accepted: without those who are still to be accepted.
 
@@ -249,7 +271,7 @@ class Sides:
         """
         began = time.monotonic()
         found: dict[tuple[int, bytes], bool] = {}
-        for each in self._pairs:
+        for each in pairs:
             try:
                 known = unheard(each.socket.family, each.port, accepted=accepted)
             except OSError as error:
@@ -330,6 +352,8 @@ class Sides:
         ]
 
     def _is_served(self, listener: Listener, number: int) -> bool:
+        if self._given_back and listener.settings.foreign:
+            return True  # who comes now is their owner's
         there = {
             generation
             for generation, side in self._accepting.items()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from socketprotector import twin
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
@@ -50,8 +51,11 @@ class Giver:
         *,
         both: bool = False,
         bound_by_number: bool = False,
+        reuse: bool = False,
     ) -> int:
+        """reuse: as with `ReusePort=yes`."""
         made = socket.socket(family, socket.SOCK_STREAM)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse)
         if family == socket.AF_INET6:
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
         host = "::" if both else "::1" if family == socket.AF_INET6 else "127.0.0.1"
@@ -315,7 +319,7 @@ def test_systemd_socket_activate_starts_it_with_the_first_client(
 
 
 def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver: Giver) -> None:
-    """Whoever else has it could steer, too, who comes to which of two."""
+    """Unless whoever has opened it lets others have its address."""
     port = giver.tcp("http")
     words = ("--handoff", "listener", "--ready", "notify", "fd:http", "--", *worker("accepts"))
     daemon = giver.start(*words).ready()
@@ -325,4 +329,67 @@ def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver:
 
     assert listening(port) == 1
     assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon, 2)[0]
+    assert "no second socket (it was passed in without ReusePort=yes)" in daemon.log.text()
+    daemon.stop()
+
+
+SHARED = ("--handoff", "listener", "--ready", "notify", "fd:web", "--", *worker("accepts"))
+
+
+@pytest.mark.parametrize("reloads", [0, 1, 2])
+def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back(
+    giver: Giver, reloads: int
+) -> None:
+    """Whichever of the two clients came to before the stop."""
+    port = giver.tcp("web", reuse=True)
+    daemon = giver.start(*SHARED).ready()
+    assert listening(port) == 2
+
+    with Steady(port) as steady:
+        for _ in range(reloads):
+            steady.wait_for(steady.answered + 20)
+            daemon.reload()
+        steady.wait_for(steady.answered + 20)
+        daemon.stop()
+        assert still_listens(giver)
+        assert listening(port) == 1
+        second = giver.start(*SHARED).ready()
+        steady.wait_for(steady.answered + 20)  # those among them who have waited meanwhile
+        assert listening(port) == 2
+    second.stop()
+
+    assert "no second socket" not in daemon.log.text() + second.log.text()
+    assert steady.failures == []
+
+
+def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_left(
+    giver: Giver,
+) -> None:
+    port = giver.tcp("web", reuse=True)
+    with socket.socket() as left:
+        left.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        left.bind(("127.0.0.1", port))
+        left.listen()
+        twin.steer(left, 1)  # as it was when that one was killed
+
+        daemon = giver.start(*SHARED).ready()
+
+        assert listening(port) == 2
+        assert pid_in(ask(("127.0.0.1", port))) == spawned(daemon)[0]
+        assert "no second socket (somebody else listens on that port)" in daemon.log.text()
+        daemon.stop()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: another user's socket; needs root")
+def test_a_second_socket_needs_the_user_who_has_opened_the_first(giver: Giver) -> None:
+    os.seteuid(65534)
+    try:
+        port = giver.tcp("web", reuse=True)
+    finally:
+        os.seteuid(0)
+
+    daemon = giver.start(*SHARED).ready()
+
+    assert listening(port) == 1
+    assert "no second socket (Address already in use)" in daemon.log.text()
     daemon.stop()

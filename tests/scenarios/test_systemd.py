@@ -716,18 +716,22 @@ def test_needrestart_restarts_none_of_the_units() -> None:
 )
 @pytest.mark.parametrize(
     "unit",
-    ["socketprotector.service", "socketprotector@.service", "socketprotector-exporter.service"],
+    [
+        "socketprotector.service",
+        "socketprotector@.service",
+        "socketprotector@.socket",
+        "socketprotector-exporter.service",
+    ],
 )
 def test_systemd_finds_nothing_wrong_with_the_units(unit: str, tmp_path: Path) -> None:
     for name in ("SocketProtector", "socketprotectorctl", "socketprotector-exporter"):
         program = tmp_path / name
         program.write_text("#!/bin/sh\n")
         program.chmod(0o755)
-    text = (UNITS / unit).read_text()
-    # It looks for the program where systemd would.
-    for line in ("ExecStart=", "ExecReload="):
-        text = text.replace(line, f"{line}{tmp_path}/")
-    (tmp_path / unit).write_text(text)
+    for shipped in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
+        # It looks for the program where systemd would.
+        there = re.sub("^(Exec[A-Za-z]+=)", rf"\g<1>{tmp_path}/", shipped.read_text(), flags=re.M)
+        (tmp_path / shipped.name).write_text(there)
 
     done = subprocess.run(
         [

@@ -577,8 +577,19 @@ def _(say: Say) -> None:
 # -- socket activation ---------------------------------------------------------
 
 
-def _activated(name: str, command: str, options: str, say: Say, *drop_in: str) -> None:
-    """Reloads, a killed protector, and a restart, on a port that systemd has opened."""
+def _listening(port: int) -> int:
+    """How many sockets listen on a port of 127.0.0.1."""
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()
+    return sum(line.split()[1:4:2] == [f"0100007F:{port:04X}", "0A"] for line in lines)
+
+
+def _activated(
+    name: str, command: str, options: str, say: Say, *drop_in: str, sockets: int = 1
+) -> None:
+    """Reloads, a killed protector, and a restart, on a port that systemd has opened.
+
+    sockets: as many are there while the protector is.
+    """
     with Service(name, command, options, drop_in=drop_in) as service:
         service.opened_by_systemd()
         assert service.show("ActiveState") == "inactive"
@@ -589,14 +600,22 @@ def _activated(name: str, command: str, options: str, say: Say, *drop_in: str) -
                 for act in (service.reload, service.upgrade, service.kill, service.reload):
                     act()
                     load.more()
+                    assert _listening(service.port) == sockets
                 assert held.ask() == first
             systemctl("restart", service.unit)
             load.more()
+            # Once more, from the other one of two.
+            service.reload()
+            systemctl("restart", service.unit)
+            load.more()
+            assert _listening(service.port) == sockets
             systemctl("stop", service.unit)
             # systemd listens on, and starts it for the next one who comes.
             load.more()
             assert service.show("ActiveState") == "active"
-            none_failed(load, say, "2 reloads, an upgrade, a SIGKILL, a restart, a stop", allowed=1)
+            none_failed(
+                load, say, "3 reloads, an upgrade, a SIGKILL, 2 restarts, a stop", allowed=1
+            )
 
 
 @promise("a port of a .socket unit loses nobody, not even at a restart")
@@ -739,6 +758,10 @@ def _(say: Say) -> None:
             assert len(users) == 1
             assert 61184 <= users.pop() <= 65519
             assert Path(seen).read_text(encoding="ascii") == "it is secret\n"
+            assert (
+                os.readlink("/run/socketprotector/dynamic") == "../private/socketprotector/dynamic"
+            )
+            assert Path("/run/private").stat().st_mode & 0o777 == 0o700
             service.reload()
             service.upgrade()
             service.kill()
@@ -749,6 +772,13 @@ def _(say: Say) -> None:
             assert said == [-500, 0]
             none_failed(load, say, "a reload, an upgrade and a SIGKILL", allowed=1)
         stopped_in_order(service)
+    # For root they are root's.
+    command = f"/bin/sh -c 'cat $CREDENTIALS_DIRECTORY/key; exec {ECHO}'"
+    with Service("key", command, user="nobody", drop_in=drop_in[2:3]) as service:
+        ask_line(service.start().port)
+        said = service.journal()
+        assert "/run/credentials/" in said, said
+        assert "Permission denied" in said, said
     secret.unlink()
 
 
@@ -845,10 +875,10 @@ def _(say: Say) -> None:
         none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
 
 
-@promise("listener handoff, a port of a .socket unit: nobody is lost")
+@promise("listener handoff, a port of a .socket unit: each generation its socket, nobody is lost")
 def _(say: Say) -> None:
     # As docs/systemd.md says: without it, who polls can hang in accept() while we are started anew.
-    _activated("handed", ASYNCIO, LISTENER, say, "NonBlocking=yes")
+    _activated("handed", ASYNCIO, LISTENER, say, "NonBlocking=yes", sockets=2)
 
 
 def _ended(pids: set[int]) -> bool:

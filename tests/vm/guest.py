@@ -140,9 +140,10 @@ class Service:
         self._files.append(file)
 
     def opened_by_systemd(self, *lines: str) -> None:
-        """Let systemd listen on the port: socket activation."""
+        """Let systemd listen on the port: socket activation, by the shipped example."""
         unit = self.unit.replace(".service", ".socket")
-        self.write(unit, "[Socket]", f"ListenStream=127.0.0.1:{self.port}", *lines)
+        address = f"ListenStream=127.0.0.1:{self.port}"
+        self.write(f"{unit}.d/test.conf", "[Socket]", "ListenStream=", address, *lines)
         self._sockets.append(unit)
         systemctl("daemon-reload")
         systemctl("start", unit)
@@ -164,7 +165,8 @@ class Service:
         for file in self._files:
             file.unlink(missing_ok=True)
         if units:
-            shutil.rmtree(UNITS / f"{self.unit}.d", ignore_errors=True)
+            for folder in {file.parent for file in units} - {UNITS}:
+                shutil.rmtree(folder, ignore_errors=True)
             run("systemctl", "daemon-reload")
 
     # -- what systemd knows

@@ -602,20 +602,19 @@ def _activated(
                     load.more()
                     assert _listening(service.port) == sockets
                 assert held.ask() == first
-            systemctl("restart", service.unit)
-            load.more()
-            # Once more, from the other one of two.
+            # Of two sockets the third generation accepts from systemd's own, where more come while
+            # it is told to finish, and it is that server's affair what it does with them.
             service.reload()
             systemctl("restart", service.unit)
             load.more()
             assert _listening(service.port) == sockets
+            service.reload()
+            load.more()
             systemctl("stop", service.unit)
             # systemd listens on, and starts it for the next one who comes.
             load.more()
             assert service.show("ActiveState") == "active"
-            none_failed(
-                load, say, "3 reloads, an upgrade, a SIGKILL, 2 restarts, a stop", allowed=1
-            )
+            none_failed(load, say, "4 reloads, an upgrade, a SIGKILL, a restart, a stop", allowed=1)
 
 
 @promise("a port of a .socket unit loses nobody, not even at a restart")
@@ -776,9 +775,9 @@ def _(say: Say) -> None:
     command = f"/bin/sh -c 'cat $CREDENTIALS_DIRECTORY/key; exec {ECHO}'"
     with Service("key", command, user="nobody", drop_in=drop_in[2:3]) as service:
         ask_line(service.start().port)
-        said = service.journal()
-        assert "/run/credentials/" in said, said
-        assert "Permission denied" in said, said
+        words = service.journal()
+        assert "/run/credentials/" in words, words
+        assert "Permission denied" in words, words
     secret.unlink()
 
 

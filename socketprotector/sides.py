@@ -159,9 +159,9 @@ class Sides:
         """
         self.give_back()
         side = self._accepting.get(generation, 0)
-        common = [each for each in self._shared if not self._has_own(each, side)]
+        common = [each for each in self._shared if each.second is None]
         parting = _Parting(time.monotonic(), over, last=True, common=common)
-        if generation in self._accepting and (self._pairs or common):
+        if generation in self._accepting and (self._own(side) or common):
             self._begin(generation, parting)
         else:
             over()
@@ -177,10 +177,10 @@ class Sides:
         if self.share:
             self._steer()
 
-    def _has_own(self, listener: Listener, side: int) -> bool:
-        """Whether nobody new comes to the socket of a side while another one is meant."""
-        owners = self._given_back and listener.settings.foreign and side == 0
-        return listener.second is not None and not owners
+    def _own(self, side: int) -> list[Listener]:
+        """Those of two sockets to which nobody new comes while the other side is meant."""
+        owners = self._given_back and side == 0
+        return [each for each in self._pairs if not (owners and each.settings.foreign)]
 
     def _begin(self, generation: int, parting: _Parting) -> None:
         self._parting[generation] = parting
@@ -229,8 +229,8 @@ class Sides:
     def _look(self, generation: int) -> None:
         parting, side = self._parting[generation], self._accepting[generation]
         now, self._asking_s = time.monotonic(), 0.0
-        parting.common = [each for each in parting.common if each.has_waiting(side)]
-        own = [each for each in self._pairs if self._has_own(each, side)]
+        parting.common = [each for each in parting.common if each.has_waiting()]
+        own = self._own(side)
         waiting = any(each.has_waiting(side) for each in own) or bool(parting.common)
         turned = parting.last and self._yield(generation)
         if not self._steered or turned:  # they still come here, or have

@@ -675,3 +675,67 @@ def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
 
     assert reloaded.log.events == []
     assert not reloaded.listener.is_alive(0)
+
+
+def test_after_the_last_generation_who_comes_waits_on_the_other_side_for_the_next_start(
+    world: World,
+) -> None:
+    world.sides.enter(1, world.sides.free)
+    world.sides.turn_to(0)
+    world.connect()
+    over: list[bool] = []
+
+    world.sides.part_last(1, lambda: over.append(True))
+    world.connect()
+    assert world.waiting() == [0, 1]
+    world.pass_time(5.0)
+    assert not over, "who came before is still to be accepted"
+    world.accept(0)
+    world.pass_time(2.0)
+
+    assert over == [True]
+    world.sides.leave(1)
+    world.pass_time(5.0)
+    assert world.stranded == 0
+    world.sides.end()
+    [left] = [each.leave(world.sides.current) for each in world.listeners]
+    assert left == "sp.twin.0"
+
+
+def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_side(
+    reloaded: World,
+) -> None:
+    supersede(reloaded)
+    over: list[bool] = []
+    reloaded.unheard = {b"somebody": False}
+    reloaded.sides.part_last(2, lambda: over.append(True))
+    reloaded.connect()
+    assert reloaded.waiting() == [1]
+    reloaded.accept(1)
+
+    reloaded.sides.leave(1)
+    reloaded.unheard = {}
+    reloaded.pass_time(0.5)
+    reloaded.connect()
+    assert reloaded.waiting() == [0]
+    reloaded.pass_time(2.0)
+    assert over == [True]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_dead(
+    world: World, side: int
+) -> None:
+    copies = [each.dup() for each in world.listener.sockets]
+    world.listener.steer(side)
+    world.connect()
+
+    assert world.listener.leave(side) == ("sp.listener.0", "sp.twin.0")[side]
+
+    listens = [each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for each in copies]
+    assert listens == [side == 0, side == 1]
+    copies[side].accept()[0].close()
+    world.clients.append(socket.create_connection(copies[side].getsockname()))
+    for each in copies:
+        each.close()
+    world.listeners.clear()

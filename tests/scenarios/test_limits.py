@@ -164,15 +164,15 @@ def test_an_event_loop_that_is_blocked_hangs(operated: Operating, tmp_path: Path
 def test_one_that_is_well_is_left_alone_idle_and_under_load(
     operated: Operating, command: tuple[str, ...]
 ) -> None:
-    web = operated("--watchdog", "2s", command=command)
+    web = operated("--watchdog", "4s", command=command)
     line = web.line(follows=True)
     [pid] = web.pids(1)
     say_watchdog(pid)
-    nothing_of(line, ["hangs"], 3.0)
+    nothing_of(line, ["hangs"], 5.0)
 
     with Load(f"127.0.0.1:{web.daemon.port}", concurrency=16) as load:
         served(load)
-        nothing_of(web.line(follows=True), ["hangs"], 3.0)
+        nothing_of(web.line(follows=True), ["hangs"], 5.0)
     assert load.snapshot().failures == ()
     assert web.pids(1) == [pid]
 
@@ -181,7 +181,7 @@ def test_one_that_is_well_is_left_alone_idle_and_under_load(
 def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
     operated: Operating, command: tuple[str, ...]
 ) -> None:
-    web = operated("--watchdog", "1s", "--workers", "2", command=command)
+    web = operated("--watchdog", "4s", "--workers", "2", command=command)
     line = web.line(follows=True)
     for pid in web.pids(1):
         say_watchdog(pid)
@@ -195,7 +195,7 @@ def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
     line.ask("drain", pid=pid)
     line.event("worker-ready", generation=2, worker=5)
 
-    nothing_of(line, ["hangs"], 3.0)
+    nothing_of(line, ["hangs"], 5.0)
 
     assert {pid_in(each.ask()) for each in draining} == old
     assert pid_in(retiring.ask()) == pid
@@ -204,24 +204,24 @@ def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
 
 
 def test_a_pool_whose_threads_are_all_busy_does_not_hang(operated: Operating) -> None:
-    web = operated("--watchdog", "1s", command=(*OBEYS, "2"))
+    web = operated("--watchdog", "4s", command=(*OBEYS, "2"))
     line = web.line(follows=True)
     with Client(web.address, "hello") as one, Client(web.address, "hello") as another:
         pids = {pid_in(one.hear()), pid_in(another.hear())}
         say_watchdog(pids.pop())
 
-        nothing_of(line, ["hangs"], 3.0)
+        nothing_of(line, ["hangs"], 5.0)
 
         assert pid_in(one.ask()) == pid_in(another.ask())
 
 
 def test_what_was_said_while_the_protector_stood_still_counts(operated: Operating) -> None:
-    web = operated("--watchdog", "1s", command=(*OBEYS, "4"))
+    web = operated("--watchdog", "4s", command=(*OBEYS, "4"))
     line = web.line(follows=True)
     [pid] = web.pids(1)
     say_watchdog(pid)
     hold(web.daemon.pid)
-    pass_time(2.5)  # the worker speaks, and nobody listens
+    pass_time(5.0)  # the worker speaks, and nobody listens
     say_watchdog(pid)
 
     web.daemon.signal(signal.SIGCONT)

@@ -10,7 +10,7 @@ from tests.scenarios.tools import Client, library_worker, pid_in
 def test_a_worker_whose_children_wait_beside_it_is_not_taken_for_one_that_hangs(
     operated: Operating,
 ) -> None:
-    web = operated("--watchdog", "2s", command=library_worker("prefork", "8"))
+    web = operated("--watchdog", "4s", command=library_worker("prefork", "8"))
     line = web.line(follows=True)
     [pid] = web.pids(1)
     say_watchdog(pid)

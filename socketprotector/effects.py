@@ -120,7 +120,7 @@ class Effects:
         self._log = log
         self._held = held
         self._stay = stay
-        self._accepts = settings.handoff != LISTENER
+        self._accepts = settings.handoff != LISTENER  # else workers do
         self._nonblocking: tuple[int, ...] = ()
         self._systemd = systemd
         self._launcher = launcher
@@ -660,6 +660,16 @@ class Effects:
         usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
         self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=str(usec))
 
+    @property
+    def forwarded(self) -> int | None:
+        """How many connections were accepted and sent to workers; None where workers accept."""
+        return self.forwarder.forwarded if self._accepts else None
+
+    @property
+    def lost(self) -> int | None:
+        """How many of those were lost on the way; None likewise."""
+        return self.forwarder.lost if self._accepts else None
+
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
         self.configuration.stop_reading()
@@ -668,6 +678,6 @@ class Effects:
         self._log.write(
             "info",
             "stopped",
-            connections=self.forwarder.forwarded,
-            lost=self.forwarder.lost or None,
+            connections=self.forwarded,
+            lost=self.lost or None,
         )

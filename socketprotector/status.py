@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 #: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
 _TCP_INFO_BYTES, _QUEUE_AT = 32, 24
 _QUEUE = struct.Struct("2I")
+#: In what state a worker may have connections.
+_WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
 
 
 def phase_of(fleet: Fleet) -> str:
@@ -81,6 +83,15 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     }
 
 
+def queue_limit(home: Home) -> int | None:
+    """Return how many connections fit in a generation's queue; None where its workers accept."""
+    return None if _accepts(home) else home.channel.capacity()
+
+
+def _accepts(home: Home) -> bool:
+    return home.program.handoff == handoff.LISTENER
+
+
 def of_generations(
     fleet: Fleet,
     homes: Mapping[int, Home],
@@ -108,7 +119,12 @@ def _of_generation(
         if worker.state is not State.ORPHANED  # its place in the scoreboard is another's
     }
     known = [each for each in (home.past, *counts.values()) if each is not None]
-    total = sum(known, Counts()) if known else None
+    # Whoever has connections and does not count them makes every sum unknown.
+    silent = any(
+        each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
+        for each in generation.alive
+    )
+    total = sum(known, Counts()) if known and not silent else None
     return {
         "number": generation.number,
         "phase": generation.phase.value,
@@ -116,7 +132,7 @@ def _of_generation(
         "serving_since_at": home.served_at,
         "draining_since_at": home.drained_at,
         "path": home.program.path,
-        "queue": home.channel.depth(),
+        "queue": None if _accepts(home) else home.channel.depth(),
         "untaken_s": untaken_s,
         "lost": home.lost if total is not None else None,
         **_of_counts(total),

@@ -23,7 +23,7 @@ from .client import Message
 from .failure import NoProtector, UsageError
 from .program import Instance, command, say_json
 from .session import Session
-from .verdict import listed, number_in
+from .verdict import listed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -48,8 +48,11 @@ class Rates:
         span_s = _number(status.get("now")) - _number(before.get("now"))
         if span_s <= 0:
             return
-        more = number_in(status, "forwarded") - number_in(before, "forwarded")
-        self.forwarded.append(max(0, more) / span_s)
+        now, then = status.get("forwarded"), before.get("forwarded")
+        if isinstance(now, int) and isinstance(then, int):
+            self.forwarded.append(max(0, now - then) / span_s)
+        else:
+            self.forwarded.clear()  # nobody knows: where workers accept
         counts = [
             max(0, now - then) for now, then in zip(_waits(status), _waits(before), strict=True)
         ]
@@ -164,20 +167,19 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
 
     from . import overview, render
 
-    rate = rates.per_second
     figures = [
-        "-/s" if rate is None else f"{rate:,.0f}/s",
+        _rate(rates.per_second),
         f"wait p50 {render.wait(rates.p50_us)}, p99 {render.wait(rates.p99_us)}",
         f"forwarded {render.count(status.get('forwarded'))}",
         f"lost {render.count(status.get('lost'))}",
     ]
     history = list(rates.forwarded)
     bars = max(1, width - 20)
-    most = max(history[-bars:], default=0.0)
+    most = _rate(max(history[-bars:], default=None))
     return Group(
         *overview.heading(status),
         Text("  ".join(figures), style="bold"),
-        Text(f"{render.sparkline(history, bars):>{bars}}  most {most:,.0f}/s", style="green"),
+        Text(f"{render.sparkline(history, bars):>{bars}}  most {most}", style="green"),
         *overview.listeners(status)[: max(1, height // 8)],
         *overview.last_reload(status),
         Text(),
@@ -185,3 +187,7 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
         Text(),
         overview.workers(status),
     )
+
+
+def _rate(per_second: float | None) -> str:
+    return "-/s" if per_second is None else f"{per_second:,.0f}/s"

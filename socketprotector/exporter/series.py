@@ -24,6 +24,8 @@ from .totals import BUCKETS, RESULTS, Totals
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
+#: Nobody who connects has ever been given to those: what they have not counted is nothing.
+_WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
 #: Upper ends in seconds; the last bucket has none.
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
@@ -182,7 +184,13 @@ def serves(status: Status) -> bool:
     return number(status, "route") is not None and text(status, "phase") != "stopping"
 
 
-def _sum(things: Iterable[Status], name: str) -> float | None:
-    """Add up what is known; None where nothing is."""
-    known = [value for thing in things if (value := number(thing, name)) is not None]
-    return sum(known) if known else None
+def _sum(generations: Iterable[Status], name: str) -> float | None:
+    """Add up what each has; None where one does not say, or where there is none."""
+    total = None
+    for each in generations:
+        value = number(each, name)
+        if value is not None:
+            total = (total or 0.0) + value
+        elif text(each, "phase") not in _WITHOUT_CONNECTIONS:
+            return None
+    return total

@@ -147,6 +147,19 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
     drawn({}, rates, 80, 24)
 
 
+def test_where_nobody_counts_there_is_no_rate() -> None:
+    rates = Rates()
+    for second in (0, 1, 2):
+        rates.take(status(now=100.0 + second, forwarded=None, lost=None))
+    console = Console(file=io.StringIO(), width=100)
+
+    console.print(drawn(status(forwarded=None, lost=None), rates, 100, 24))
+
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"^-/s .* forwarded -  lost -$", shown, re.MULTILINE), shown
+    assert re.search(r"most -/s$", shown, re.MULTILINE), shown
+
+
 def test_quantiles_are_bounds_of_buckets() -> None:
     assert quantile_us([0, 0, 1], 0.5) == 3.0
     assert quantile_us([], 0.5) is None

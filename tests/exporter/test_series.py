@@ -117,6 +117,28 @@ def test_what_is_not_known_is_absent() -> None:
     assert seen.value("last_reload_success_timestamp_seconds") is None
 
 
+def test_where_workers_accept_what_the_protector_would_count_is_absent() -> None:
+    seen = Collected().see(
+        status(generation(8, queue=None), forwarded=None, lost=None, queue_limit=None)
+    )
+
+    assert seen.value("connections_accepted_total") is None
+    assert seen.value("connections_lost_total", by="protector") is None
+    assert seen.value("queue_depth") is None
+    assert seen.value("queue_limit") is None
+    assert seen.value("connections_taken_total") == 120  # the client library counts there, too
+
+
+def test_a_sum_is_absent_while_one_generation_that_has_served_does_not_count() -> None:
+    def active(*generations: Any) -> float | None:
+        return Collected().see(status(*generations)).value("connections_active")
+
+    silent = generation(7, "draining", active=None)
+    assert active(silent, generation(8, active=3)) is None
+    assert active(generation(8, active=3), generation(9, "starting", active=None)) == 3
+    assert active(generation(1, "starting", active=None)) is None
+
+
 def test_the_wait_is_a_histogram_in_seconds() -> None:
     seen = Collected().see(status(generation(8, wait_us=waits(b0=1, b6=10, b31=2))))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shlex
 import signal
 import socket
 import stat
@@ -189,6 +191,44 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
     found = web.until_generation(1, active=0)
     assert (found["accepted"], found["finished"]) == (8, 8)
     assert web.status()["forwarded"] == 8
+
+
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+def test_where_workers_accept_nothing_is_told_of_connections_that_it_never_saw(
+    operated: Operating,
+) -> None:
+    web = operated()
+    for _ in range(3):
+        ask(web.address)
+
+    found = web.status()
+
+    assert (found["forwarded"], found["lost"], found["queue_limit"]) == (None, None, None)
+    [generation] = found["generations"]
+    for name in ("queue", "untaken_s", "accepted", "active", "finished", "errors", "lost"):
+        assert generation[name] is None, name
+    assert generation["wait_us"] is None
+    web.daemon.stop()
+    assert not re.search(r"connections=|lost=", web.daemon.log.wait_for("event=stopped"))
+
+
+def test_what_one_worker_does_not_count_is_unknown_of_its_generation(operated: Operating) -> None:
+    """One that has counted is dead, and what has come in its place does not: no sum of the rest."""
+    script = 'test -e "$0" && exec "$@" || { : > "$0"; exec %s; }' % shlex.join((*OBEYS, "8"))
+    once = Path(os.environ["XDG_RUNTIME_DIR"]) / "once"
+    web = operated(command=("/bin/sh", "-c", script, str(once), *MANY))
+    ask(web.address)
+    web.until_generation(1, accepted=1)
+    os.kill(web.pids(1)[0], signal.SIGKILL)
+    web.daemon.log.wait_for("event=worker-ready generation=1 worker=2")
+    with Client(web.address, "hello") as client:
+        client.hear()
+
+        [generation] = web.status()["generations"]
+
+        for name in ("accepted", "active", "finished", "errors", "lost", "wait_us"):
+            assert generation[name] is None, name
+        assert web.status()["forwarded"] == 2
 
 
 OWN_LOOP = """

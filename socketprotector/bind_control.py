@@ -5,8 +5,9 @@ A protector without one works as well, so what fails here is a notice and no mor
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from . import control_path
 from .address import Listen
@@ -18,15 +19,18 @@ from .settings import Settings
 _BACKLOG = 64
 
 
-def default_path(name: str | None, addresses: Sequence[str], command: str) -> str:
-    """Return where the control socket goes: by --name, else the first port, else the command."""
-    ports = (address.rpartition(":")[2] for address in addresses if address.startswith("tcp:"))
-    key = control_path.key_of(name or next(ports, "") or os.path.basename(command))
-    folder = control_path.folders(os.environ, os.geteuid())[0]
+def default_path(name: str) -> str:
+    """Return where the control socket of a service goes: in its own folder, if it has one."""
+    folder = _folder()
+    key = control_path.key_of(name)
     own = os.path.join(folder, key)
     if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
     return os.path.join(folder, f"{key}{control_path.SUFFIX}")
+
+
+def _folder() -> str:
+    return control_path.folders(os.environ, os.geteuid())[0]
 
 
 def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | None:
@@ -37,20 +41,42 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
     if settings.control is None:
         return None
     path = settings.control.address.removeprefix("unix:")
+    try:
+        if os.path.dirname(path) == _folder():
+            # Others may look into it: the sockets there have modes of their own.
+            os.makedirs(_folder(), 0o755, exist_ok=True)
+        try:
+            return _bind(settings, path)
+        except SystemRefused as error:
+            called = control_path.apart(settings.name, settings.listeners[0].address)
+            other = default_path(called)
+            if not _is_taken(error) or path != default_path(settings.name):
+                raise
+            bound = _bind(settings, other)
+    except OSError as error:
+        notice(f"no control socket: {error.filename}: {error.strerror}; see --control")
+    except SystemRefused as error:
+        notice(f"no control socket: {error}; see --control")
+    else:
+        notice(
+            f"another protector is called {settings.name}: for socketprotectorctl this one is "
+            f"--name {called}; --name gives it a name of its own"
+        )
+        return bound
+    return None
+
+
+def _bind(settings: Settings, path: str) -> Bound:
+    """Bind it there.  Raises OSError, SystemRefused."""
     options = {"mode": "0600"}
     if settings.identity is not None:
         options["user"] = str(settings.identity.uid)
     if settings.control_group is not None:
         options.update(mode="0660", group=str(settings.control_group))
-    try:
-        folder = control_path.folders(os.environ, os.geteuid())[0]
-        if os.path.dirname(path) == folder:
-            # Others may look into it: the sockets there have modes of their own.
-            os.makedirs(folder, 0o755, exist_ok=True)
-        listen = Listen(path, path=path, options=options)
-        return Bound(*bind_unix(listen, path, _BACKLOG, dry=False))
-    except OSError as error:
-        notice(f"no control socket: {error.filename}: {error.strerror}; see --control")
-    except SystemRefused as error:
-        notice(f"no control socket: {error}; see --control")
-    return None
+    listen = Listen(path, path=path, options=options)
+    return Bound(*bind_unix(listen, path, _BACKLOG, dry=False))
+
+
+def _is_taken(error: SystemRefused) -> bool:
+    """Whether somebody lives there."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE

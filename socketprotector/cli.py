@@ -70,7 +70,6 @@ class Asked:
     backlog: int
     check: bool
     config: str | None
-    name: str | None
     control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
 
 
@@ -283,9 +282,7 @@ class _Reading:
             self._refuse_what_is_missing()
         config = file.path if file else None
         control = "" if given["no_control"] else self._path("control")
-        return Asked(
-            settings, listens, given["backlog"], given["check"], config, given["name"], control
-        )
+        return Asked(settings, listens, given["backlog"], given["check"], config, control)
 
     def _refuse_what_is_missing(self) -> None:
         file = self._file
@@ -488,7 +485,7 @@ def _launch(asked: Asked) -> int:
         checks.names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
-            path = asked.control or default_path(asked.name, addresses, settings.executed[0])
+            path = asked.control or default_path(settings.name)
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += checks.syslog(settings)
         notices += checks.notices(settings, asked.listens, asked.backlog)

@@ -34,6 +34,11 @@ def key_of(name: str) -> str:
     return name.replace("/", "_")
 
 
+def apart(name: str, address: str) -> str:
+    """Return what one of several of a name is called, by its first listener's address."""
+    return f"{name}:{os.path.basename(address.rpartition(':')[2])}"
+
+
 def key(path: str) -> str:
     """Return what a control socket's name was made from."""
     folder, name = os.path.split(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 from .. import control_path
 from ..errors import UsageError
@@ -11,6 +13,7 @@ from ..words import escape
 from .client import connect, lives
 from .failure import NoProtector
 from .survey import Found, ask_all
+from .verdict import listed, text_in
 
 _NAMES_SHOWN = 8
 
@@ -21,15 +24,48 @@ def sockets() -> list[str]:
 
 
 def by_name(name: str) -> str:
-    """Return the socket of a name; one that somebody listens at, if the folders differ."""
+    """Return the socket of the protector of a name, or NAME:LISTENER of several that have it."""
     # As the protector does: its name may be that of a path.
     key, found = control_path.key_of(name), sockets()
     there = [path for path in found if control_path.key(path) == key]
-    if not there:
-        known = _names([control_path.key(path) for path in found])
-        file = f"{key}{control_path.SUFFIX}"
-        raise NoProtector(f"--name {name}: no {file} in {where()}; there is {known}")
-    return next((path for path in there if _listening(path)), there[0])
+    others = [path for path in found if control_path.key(path).startswith(f"{key}:")]
+    living = [path for path in there if _listening(path)]
+    if len(living) == 1 and not others:
+        return living[0]
+    asked = [each for each in ask_all(found) if each.alive]
+    called = dict(zip((each.path for each in asked), names(asked), strict=True))
+    meant = [each.path for each in asked if name in (_called(each), called[each.path])]
+    if len(meant) > 1:
+        apart = [called[path] for path in meant]
+        if len(set(apart)) < len(apart):  # at the same listener, too
+            apart = [f"--control {path}" for path in meant]
+        raise UsageError(f"--name {name}: which one? {_names(apart)}")
+    if meant or living or there:
+        return (meant or living or there)[0]
+    known = _names(list(called.values()))
+    raise NoProtector(f"--name {name}: nobody of that name in {where()}; there is {known}")
+
+
+def names(found: Sequence[Found]) -> list[str]:
+    """Return what each is called: its name, with its listener where several have that name.
+
+    Of who does not say it, what its socket is called.
+    """
+    plain = [_called(each) for each in found]
+    several = Counter(plain)
+    return [
+        name if several[name] == 1 else _apart(name, each)
+        for name, each in zip(plain, found, strict=True)
+    ]
+
+
+def _called(found: Found) -> str:
+    return text_in(found.result or {}, "name") or control_path.key(found.path)
+
+
+def _apart(name: str, found: Found) -> str:
+    listeners = listed(found.result or {}, "listeners")
+    return control_path.apart(name, text_in(listeners[0], "address")) if listeners else name
 
 
 def by_pid_file(file: str) -> str:
@@ -57,8 +93,8 @@ def the_only_one() -> str:
     if not living:
         raise NoProtector(f"no protector has a control socket in {where()}; is one running?")
     if len(living) > 1:
-        names = _names([control_path.key(path) for path in living])
-        raise UsageError(f"which one? say --name NAME (before the command): {names}")
+        known = _names(sorted(names(ask_all(living))))
+        raise UsageError(f"which one? say --name NAME (before the command): {known}")
     return living[0]
 
 

@@ -240,17 +240,19 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     if instance != Instance():
         raise click.UsageError("list shows all; it takes no --name, --control or --pid-file")
     found = [each for each in find.everything() if each.alive or not living]
+    names = find.names(found)
     if as_json:
         say_json(
             {
                 "instances": [
                     {
+                        "name": name,
                         "key": control_path.key(each.path),
                         "control": each.path,
                         "why": each.why or None,
                         "status": each.result,
                     }
-                    for each in found
+                    for name, each in zip(names, found, strict=True)
                 ]
             }
         )
@@ -258,14 +260,14 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     from . import overview, render
 
     rows = []
-    for each in found:
+    for name, each in zip(names, found, strict=True):
         state = each.result or {}
         up = render.span(render.ago(state.get("now"), state.get("started_at")))
         listens = " ".join(addresses_of(state))
         route = state.get("route")
         rows.append(
             (
-                control_path.key(each.path),
+                name,
                 ("takes nobody" if overview.untaken(state) else text_in(state, "phase"))
                 or each.why,
                 number_in(state, "pid") or each.pid or None,

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from .. import __version__, control_path, words
+from .. import __version__, words
 from ..errors import UsageError
 from . import find
 from .client import ANSWER_S, Client
@@ -61,7 +61,7 @@ class Instance:
 
 
 def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
-    return [name for path in find.sockets() if (name := control_path.key(path)).startswith(begun)]
+    return [name for name in find.names(find.everything()) if name.startswith(begun)]
 
 
 @click.group(

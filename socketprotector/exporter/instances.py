@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from .. import control_path
 from ..ctl import find
 from ..ctl.failure import NoProtector
 from ..ctl.survey import Found, ask_all
@@ -29,13 +28,10 @@ class Wanted:
     names: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
 
-    def sockets(self) -> list[tuple[str, str]]:
-        """Return the name and the path of each; a path of "" has not been found."""
-        if not self.names and not self.paths:
-            paths = find.sockets()
-            return list(zip(_labels(paths), paths, strict=True))
-        named = [(name, _by_name(name)) for name in self.names]
-        return named + list(zip(_labels(self.paths), self.paths, strict=True))
+    def sockets(self) -> tuple[list[tuple[str, str]], Sequence[str]]:
+        """Return name and path ("": not found) of those asked for by name; the others' paths."""
+        paths = self.paths if self.names or self.paths else find.sockets()
+        return [(name, _by_name(name)) for name in self.names], paths
 
 
 def _by_name(name: str) -> str:
@@ -45,10 +41,13 @@ def _by_name(name: str) -> str:
         return ""
 
 
-def _labels(paths: Sequence[str]) -> list[str]:
-    """What to call instances by their sockets: the whole path where two have one name."""
-    keys = [control_path.key(path) for path in paths]
-    return [key if keys.count(key) == 1 else path for key, path in zip(keys, paths, strict=True)]
+def _labels(found: Sequence[Found]) -> list[str]:
+    """What to call instances: the path of the socket where nothing else tells two apart."""
+    names = find.names(found)
+    return [
+        name if names.count(name) == 1 else each.path
+        for name, each in zip(names, found, strict=True)
+    ]
 
 
 class Instances(Collector):
@@ -56,7 +55,7 @@ class Instances(Collector):
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
-        self._totals: dict[str, Totals] = {}
+        self._totals: dict[str, Totals] = {}  # by the path of the control socket
         self._alone = threading.Lock()
 
     def collect(self) -> list[Metric]:
@@ -65,13 +64,13 @@ class Instances(Collector):
         # One scrape after the other: an answer that is older must not be counted after a newer.
         with self._alone:
             answers = self._ask()
-            known = {name for name, _ in answers}
-            self._totals = {n: totals for n, totals in self._totals.items() if n in known}
+            known = {found.path for _, found in answers if found is not None}
+            self._totals = {path: t for path, t in self._totals.items() if path in known}
             for name, found in answers:
                 if found is None or found.result is None:
                     series.add_silent(name)
                     continue
-                totals = self._totals.setdefault(name, Totals())
+                totals = self._totals.setdefault(found.path, Totals())
                 totals.see(found.result)
                 series.add(name, found.result, totals)
         return [family for family in series.families() if family.samples]
@@ -88,10 +87,14 @@ class Instances(Collector):
         return [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
 
     def _ask(self) -> list[tuple[str, Found | None]]:
-        sockets = self._wanted.sockets()
-        paths = [path for _, path in sockets if path]
-        answers = dict(zip(paths, ask_all(paths, within_s=ANSWER_S), strict=True))
-        return [(name, answers.get(path)) for name, path in sockets]
+        named, paths = self._wanted.sockets()
+        found = ask_all([*(path for _, path in named if path), *paths], within_s=ANSWER_S)
+        by_path = {each.path: each for each in found}
+        others = [by_path[path] for path in paths]
+        return [
+            *((name, by_path.get(path)) for name, path in named),
+            *zip(_labels(others), others, strict=True),
+        ]
 
 
 def _why_not(found: Found | None) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from socketprotector import control_path
+
 Message = dict[str, Any]
 Answer = Callable[["Connection", Message], Message | None]
 
@@ -146,7 +148,7 @@ class Fake:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.status = status()
+        self.status = status(name=control_path.key(str(path)))
         self.answers: dict[str, Answer] = {
             "status": lambda _, __: copy.deepcopy(self.status),
             "events": self._events,

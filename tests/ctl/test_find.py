@@ -61,9 +61,60 @@ def test_by_name_in_either_folder_the_living_one_first(
     assert level(ctl, "--name", "web").status == 1
     missing = level(ctl, "--name", "wbe")
     assert missing.status == 1
-    assert "no wbe.control in " in missing.err
+    assert "--name wbe: nobody of that name in " in missing.err
     slash = level(ctl, "--name", "../x")
-    assert "no .._x.control in " in slash.err
+    assert "--name ../x: nobody of that name in " in slash.err
+
+
+def listening(port: int) -> list[dict[str, object]]:
+    return [{"index": 0, "address": f"tcp:0.0.0.0:{port}", "backlog": 0, "backlog_limit": 9}]
+
+
+def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl) -> None:
+    first, second, other = fakes("web"), fakes("web:81"), fakes("api")
+    first.status.update(name="web", listeners=listening(80))
+    second.status.update(name="web", listeners=listening(81))
+
+    several = level(ctl, "--name", "web")
+    assert several.status == 2
+    assert several.err == "socketprotectorctl: --name web: which one? web:80, web:81\n"
+    for each in (first, second, other):
+        each.asked.clear()
+    assert level(ctl, "--name", "web:80").status == 0
+    assert (len(first.commands()), len(second.commands())) == (2, 1), "one question to know it"
+    assert level(ctl, "--name", "api").status == 0
+    names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
+    assert names == ["api", "web:80", "web:81"]
+
+
+def test_the_name_is_what_the_protector_says_whatever_its_socket_is_called(
+    fakes: Fakes, ctl: Ctl
+) -> None:
+    """As those of older programs, which went by the port."""
+    fakes("8000").status.update(name="gunicorn")
+    fakes("web")
+
+    for name in ("gunicorn", "8000", "gunicorn:4321"):
+        assert json.loads(ctl("--name", name, "status", "--json").out)["name"] == "gunicorn", name
+    listed = json.loads(ctl("list", "--json").out)["instances"]
+    assert [(each["name"], each["key"]) for each in listed] == [
+        ("gunicorn", "8000"),
+        ("web", "web"),
+    ]
+
+
+def test_two_of_one_name_and_port_are_told_apart_by_their_sockets(
+    fakes: Fakes, folder: Path, ctl: Ctl
+) -> None:
+    fakes("web")
+    other = Fake(Path(control_path.SYSTEM) / "web.control")
+    try:
+        said = level(ctl, "--name", "web")
+    finally:
+        other.end()
+
+    assert said.status == 2
+    assert f"which one? --control {folder / 'web.control'}, --control " in said.err
 
 
 def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:

@@ -153,6 +153,19 @@ def test_two_sockets_of_one_name_are_told_apart(
     assert ups == {str(first.path), str(second.path)}
 
 
+def test_an_instance_is_called_by_its_name_and_its_listener_where_two_have_one(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    fakes("8000").status.update(name="shop")  # as an older protector's socket was called
+    for key, port in (("web", 80), ("web:81", 81)):
+        fakes(key).status.update(name="web", listeners=[{"address": f"tcp:0.0.0.0:{port}"}])
+
+    values = scraped(exporter())
+
+    ups = {instance for name, instance in values if name == "socketprotector_up"}
+    assert ups == {"shop", "web:80", "web:81"}
+
+
 def test_what_is_not_there_is_said_in_one_line(exporter: Start) -> None:
     code, kind, body = get(f"{exporter().address}/elsewhere")
 

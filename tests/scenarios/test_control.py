@@ -214,7 +214,8 @@ def test_where_workers_accept_nothing_is_told_of_connections_that_it_never_saw(
 
 def test_what_one_worker_does_not_count_is_unknown_of_its_generation(operated: Operating) -> None:
     """One that has counted is dead, and what has come in its place does not: no sum of the rest."""
-    script = 'test -e "$0" && exec "$@" || { : > "$0"; exec %s; }' % shlex.join((*OBEYS, "8"))
+    counts = shlex.join((*OBEYS, "8"))
+    script = f'test -e "$0" && exec "$@"; : > "$0"; exec {counts}'
     once = Path(os.environ["XDG_RUNTIME_DIR"]) / "once"
     web = operated(command=("/bin/sh", "-c", script, str(once), *MANY))
     ask(web.address)
@@ -714,13 +715,31 @@ def test_it_is_for_its_user_alone_and_gone_at_the_end(operated: Operating, place
     assert follower.hear() == half.hear() == {}
 
 
-@pytest.mark.parametrize(("options", "key"), [(("--name", "web"), "web"), ((), None)])
-def test_where_nobody_chose_a_place_it_goes_by_the_name_or_the_port(
-    protector: Starter, options: tuple[str, ...], key: str | None
+def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: Starter) -> None:
+    name = os.path.basename(MANY[0])
+    first = protector("127.0.0.1:0", "--", *MANY).ready()
+    second = protector("127.0.0.1:0", "--", *MANY).ready()
+
+    said = second.log.wait_for("event=notice")
+    assert f"another protector is called {name}: " in said
+    assert f"--name {name}:{second.port};" in said
+    assert first.log.count("event=notice") == 0
+    for daemon, key in ((first, name), (second, f"{name}:{second.port}")):
+        with Line(default_path(key)) as line:
+            assert (line.status()["pid"], line.status()["name"]) == (daemon.pid, name)
+        daemon.stop()
+        assert not default_path(key).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [(("--name", "web"), "web"), ((), os.path.basename(MANY[0]))]
+)
+def test_where_nobody_chose_a_place_it_goes_by_the_name_or_the_program(
+    protector: Starter, options: tuple[str, ...], key: str
 ) -> None:
     daemon = protector(*options, "127.0.0.1:0", "--", *MANY).ready()
 
-    path = default_path(key or str(daemon.port))
+    path = default_path(key)
 
     with Line(path) as line:
         assert line.status()["pid"] == daemon.pid

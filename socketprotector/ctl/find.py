@@ -34,7 +34,7 @@ def by_name(name: str) -> str:
         return living[0]
     asked = [each for each in ask_all(found) if each.alive]
     called = dict(zip((each.path for each in asked), names(asked), strict=True))
-    meant = [each.path for each in asked if name in (_called(each), called[each.path])]
+    meant = [each.path for each in asked if name in (plain := _called(each), _apart(plain, each))]
     if len(meant) > 1:
         apart = [called[path] for path in meant]
         if len(set(apart)) < len(apart):  # at the same listener, too

@@ -17,7 +17,7 @@ CTL = DAEMON / "ctl"
 EXPORTER = DAEMON / "exporter"
 STDIO = DAEMON / "stdio"
 #: Its modules that other programs use, too.
-CTL_BARE = ("client", "failure", "find", "session", "survey")
+CTL_BARE = ("client", "failure", "find", "session", "survey", "verdict")
 
 #: From top to bottom.  A module imports from its own layer and from those below it.
 LAYERS = {

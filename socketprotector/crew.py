@@ -161,15 +161,21 @@ class Crew:
         if settings.worker_limits.any:
             self._loop.call_after("limits", limits.EVERY_S, self._look_at_limits)
 
-    def advice(self, generation: int) -> str:
-        """Say what to do about a generation of which no worker takes a connection, if known."""
+    def advice(self, generation: int, *, passes_over: bool = False) -> str:
+        """Say what to do about a generation of which no worker takes a connection, if known.
+
+        passes_over: there is one to be taken.
+        """
         its = [each for each in self._workers.values() if each.record.generation == generation]
         if not its:
             return ""
         # They are all of one program; of thousands, or of one with as many files, a part is asked.
         pids = [each.process.pid for each in its]
+        handed = {os.fstat(fd).st_ino for side in (0, 1) for fd in self._listeners(side).values()}
         return servers.advice(
-            its[0].home.program, listens=lambda: address_of(sockets_of(pids, _LOOKED_AT))
+            its[0].home.program,
+            listens=lambda: address_of(sockets_of(pids, _LOOKED_AT) - handed),
+            passes_over=passes_over,
         )
 
     # -- orders --------------------------------------------------------------

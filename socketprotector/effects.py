@@ -166,6 +166,7 @@ class Effects:
             stranded=lambda: post(Stranded()),
             bound=self._bound_anew,
             lost=self._listener_lost,
+            untaken=self._say_untaken,
         )
         self.configuration = Configuration(
             settings,
@@ -501,10 +502,11 @@ class Effects:
         if generation is None:
             self.forwarder.route_to(None)
             return
+        again = generation.serving_since > 0.0
         generation.serving_since = generation.serving_since or time.monotonic()
         generation.served_at = generation.served_at or clock.date()
         self.forwarder.route_to(generation.channel)
-        self.sides.turn_to(generation.side)
+        self.sides.turn_to(generation.side, again=again)
         self._log.write("info", "route", generation=number)
 
     def _route_broken(self) -> None:
@@ -562,22 +564,33 @@ class Effects:
             "error", "scarce", call=call, error=error.strerror, hint="accepting again by a timer"
         )
 
-    def _say_untaken(self, seconds: float) -> None:
+    def untaken_s(self, number: int) -> float | None:
+        """Return for how long nobody was taken who waits for a generation; None: no wonder."""
+        home = self.homes[number]
+        if home.program.handoff == LISTENER:
+            return self.sides.untaken_s if number == self._route else None
+        return self.forwarder.untaken_s(home.channel)
+
+    def _say_untaken(
+        self, seconds: float, waiting: int, ever: bool, listen: str | None = None
+    ) -> None:
+        """ever: somebody was taken before.  listen: where they wait, if not in the queue."""
         number = self._route
         if number is None:
             return
         home = self.homes[number]
-        since = f"for {seconds:.0f} s" if home.channel.taken_from else "yet"
+        since = f"for {seconds:.0f} s" if ever else "yet"
         self._log.write(
             "warning",
             "nobody-takes",
             generation=number,
-            waiting=home.channel.depth(),
+            waiting=waiting,
+            listen=listen,
             reason=f"no worker has taken a connection {since}",
             hint=servers.hint(
                 home.program,
-                taken_from=home.channel.taken_from,
-                advice=lambda: self.crew.advice(number),
+                taken_from=ever,
+                advice=lambda: self.crew.advice(number, passes_over=True),
             ),
         )
 

@@ -71,7 +71,7 @@ class Forwarder:
         trouble: Callable[[str, OSError], None],
         held: Callable[[], bool],
         dead: Callable[[Listener], None],
-        untaken: Callable[[float], None] = lambda seconds: None,
+        untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         accepts: bool = True,
     ) -> None:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
@@ -80,7 +80,8 @@ class Forwarder:
         trouble: an error that holds the path up, told once each time it begins.
         held: what is in our hands has changed; returns whether that is written down.
         dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
-        untaken: for so many seconds nobody has taken who waits in the queue; said once of each.
+        untaken: for so many seconds nobody has taken who waits in the queue, so many, and whether
+        anybody ever has; said once of each.
         """
         self._loop = loop
         self._listeners = list(listeners)
@@ -518,7 +519,7 @@ class Forwarder:
         seconds = self.untaken_s(route)
         if seconds is not None and not route.said_untaken:
             route.said_untaken = True
-            self._untaken(seconds)
+            self._untaken(seconds, route.depth(), route.taken_from)
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""

@@ -95,7 +95,7 @@ class Operator:
         settings = effects.configuration.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(
-            fleet, effects.homes, effects.crew.records(), effects.forwarder.untaken_s
+            fleet, effects.homes, effects.crew.records(), effects.untaken_s
         )
         route = effects.homes.get(fleet.route.number) if fleet.route else None
         return status.overview(

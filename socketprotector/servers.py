@@ -32,6 +32,8 @@ KNOWN: Mapping[str, str] = {
 #: A program that speaks with us says so in its command: these are ours.
 _OURS = "socketprotector"
 WANTS = f"a program that binds its own port wants --handoff {LISTENER} ({_PAGE})"
+#: The same where it is to accept from the socket that it is handed.
+TAKES = f"a server has to take over the socket that it is handed, by number or variable ({_PAGE})"
 _PYTHON = re.compile(r"python[0-9.]*$")
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
@@ -74,15 +76,21 @@ def advice(
     said: str = "",
     unseen: bool = False,
     listens: Callable[[], str | None] = lambda: None,
+    passes_over: bool = False,
 ) -> str:
     """Say what to do about a program that takes no connection; "" where nothing is known.
 
     said: its last words.  unseen: they are not ours to see.  listens: returns an address where it
-    listens by itself, if it does.
+    listens by itself, if it does.  passes_over: clients wait, and it is the one to accept them.
     """
+    name = known(program.argv)
+    if program.handoff == LISTENER and passes_over:
+        as_in = f"{name} does, started as in: {line(name)} ({_PAGE})" if name else ""
+        address = listens()
+        where = f"it listens on {address} by itself" if address else ""
+        return "; ".join(filter(None, (where, TAKES, as_in)))
     if program.handoff != CONNECTION:
         return ""
-    name = known(program.argv)
     if name is not None:
         return f"{wants(name)} ({_PAGE})"
     if _TAKEN.search(said):

@@ -23,7 +23,8 @@ from . import twin
 from .listener import SCARCE, Listener
 from .log import Log
 from .loop import READ, SHUT, Loop
-from .unheard import unheard
+from .unheard import Line, unaccepted, unheard
+from .untaken import Untaken
 
 _LOOK_S = 0.1
 #: All who had come are heard, and so it has been for so long.
@@ -72,12 +73,15 @@ class Sides:
         stranded: Callable[[], None],
         bound: Callable[[Listener], None],
         lost: Callable[[Listener, str], None],
+        untaken: Callable[[float, int, bool, str], None],
     ) -> None:
         """listeners: those that there are; their owner's.
 
         parted: a generation has accepted and read who came to it.
         stranded: clients wait, or will, where nobody accepts.
         bound: a listener has another socket.  lost: one has none any more, and why.
+        untaken: for so many seconds nobody of so many was accepted, whether anybody ever was, and
+        at which addresses.
         """
         self._listeners = listeners
         self._loop = loop
@@ -86,6 +90,10 @@ class Sides:
         self._stranded = stranded
         self._bound = bound
         self._lost = lost
+        self._say_untaken = untaken
+        self._untaken = Untaken(
+            loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
+        )
         self._ended = False
         self._given_back = False  # new clients come to the sockets of those who have others' too
         #: Generations, each with a listener whose socket on their side they do not have: it was
@@ -137,11 +145,21 @@ class Sides:
         except OSError:
             pass  # it is tried again when that generation has its turn
 
-    def turn_to(self, side: int) -> None:
-        """Have new clients come to a side."""
+    def turn_to(self, side: int, *, again: bool = False) -> None:
+        """Have new clients come to a side.  again: its generation had its turn before."""
+        self._turn_to(side)
+        if side in self._accepting.values():
+            self._untaken.begin(before_us=again)
+
+    def _turn_to(self, side: int) -> None:
         self.current = side
         self._steer()
         self._watch()
+
+    @property
+    def untaken_s(self) -> float | None:
+        """For how long nobody was accepted who waits where new clients come; None: no wonder."""
+        return self._untaken.seconds
 
     def part(self, generation: int) -> None:
         """Say when a generation whose turn is over has accepted who came to it."""
@@ -161,6 +179,7 @@ class Sides:
         side = self._accepting.get(generation, 0)
         common = [each for each in self._shared if each.second is None]
         parting = _Parting(time.monotonic(), over, last=True, common=common)
+        self._untaken.end()
         if generation in self._accepting and (self._own(side) or common):
             self._begin(generation, parting)
         else:
@@ -191,13 +210,14 @@ class Sides:
         """Have new clients wait where nobody accepts, if there is such a side."""
         side = self._accepting[generation]
         if side == self.current and 1 - side not in self._accepting.values():
-            self.turn_to(1 - side)  # where they wait for a generation that is yet to come
+            self._turn_to(1 - side)  # where they wait for a generation that is yet to come
             return True
         return False
 
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""
         self._ended = True
+        self._untaken.end()
         for each in self._shared:
             for one in each.sockets:
                 self._loop.unwatch(one.fileno())
@@ -365,26 +385,32 @@ class Sides:
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def _watch(self) -> None:
-        """Be told of what is shut down; and of whoever comes, or still waits, in vain."""
+        """Be told of what is shut down; and of whoever comes, or still waits, in vain.
+
+        And of the next one who comes to be accepted, where it is not known that anybody is.
+        """
         if self._ended:
             return
+        if self.current not in self._accepting.values():
+            self._untaken.end()
         in_vain = self._in_vain()
         if not in_vain:
             self._loop.cancel(_RESCUE)
-        elif self._loop.due(_RESCUE) is not None:
-            in_vain = []
+        looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
+        awaited = self._lines_of(in_vain) if self._untaken.awaits else []
         try:
             for each in self._shared:
                 each.note()
                 for number, one in enumerate(each.sockets):
                     self._loop.unwatch(one.fileno())
-                    events = SHUT | READ if (each, number) in in_vain else SHUT
+                    expected = (each, number) in looked_at or (each, number) in awaited
+                    events = SHUT | READ if expected else SHUT
                     self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
         except OSError:  # of epoll: no memory
             for one in (one for each in self._shared for one in each.sockets):
                 self._loop.unwatch(one.fileno())  # until then none may be told of who comes
             self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
-            if in_vain:
+            if looked_at:
                 self._somebody_waits()
 
     def _look_at(self, listener: Listener, number: int) -> None:
@@ -392,6 +418,32 @@ class Sides:
             self.mend(listener, number)
         elif (listener, number) in self._in_vain():
             self._somebody_waits()
+        elif self._untaken.awaits:  # he may be accepted by now: then nobody waits at the look
+            self._untaken.came(listener.index)
+
+    def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
+        """Return the sockets where new clients come, but for those with nobody who accepts."""
+        found = [(each, self.current % len(each.sockets)) for each in self._shared]
+        return [each for each in found if each not in in_vain]
+
+    def _lines(self) -> dict[int, Line]:
+        """Return who waits for the generation whose turn it is; without what nobody tells."""
+        found: dict[int, Line] = {}
+        for each, number in self._lines_of(self._in_vain()):
+            if not each.has_waiting(number):
+                found[each.index] = ()
+                continue
+            try:
+                line = unaccepted(each.of_side(number))
+            except OSError:
+                continue
+            if line:  # else they came from another network namespace
+                found[each.index] = line
+        return found
+
+    def _untaken_by(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        addresses = [each.settings.address for each in self._listeners() if each.index in at]
+        self._say_untaken(seconds, waiting, ever, " ".join(addresses))
 
     def _somebody_waits(self) -> None:
         """Look again later: one that was told to finish may still accept him."""

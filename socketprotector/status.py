@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from . import __version__, clock, handoff
-from .channel import Channel
 from .events import Deadline, Wait
 from .fleet import Fleet, Generation, Phase, State, Worker
 from .home import Home
@@ -96,12 +95,12 @@ def of_generations(
     fleet: Fleet,
     homes: Mapping[int, Home],
     records: Iterable[WorkerRecord],
-    untaken_s: Callable[[Channel], float | None],
+    untaken_s: Callable[[int], float | None],
 ) -> list[dict[str, Any]]:
     """Say what is known of each generation that is not gone, the oldest first."""
     by_number = {each.number: each for each in records}
     return [
-        _of_generation(each, homes[each.number], by_number, untaken_s(homes[each.number].channel))
+        _of_generation(each, homes[each.number], by_number, untaken_s(each.number))
         for each in fleet.generations
         if each.number in homes  # else it could not be opened
     ]

@@ -1,4 +1,4 @@
-"""What the kernel alone knows of a socket: who has not been heard, in which order one listened.
+"""What the kernel alone knows of a socket: who has not been heard or accepted, who listened first.
 
 And which file is that of a UNIX one.
 
@@ -7,7 +7,7 @@ whose words nobody has read.
 
 Only for this process's network namespace.
 
-Source: sock_diag(7), netlink(7); linux/unix_diag.h, linux/inet_diag.h, linux/tcp.h;
+Source: sock_diag(7), netlink(7); linux/inet_diag.h, linux/unix_diag.h, linux/tcp.h;
 __inet_hash() in net/ipv4/inet_hashtables.c for the order.
 """
 
@@ -21,8 +21,7 @@ from collections.abc import Callable, Collection, Iterator
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
 _DONE, _ERROR = 3, 2
-_REQUEST = 0x001
-_REQUEST_AND_DUMP = 0x301
+_REQUEST, _REQUEST_AND_DUMP = 0x001, 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
 _INFO = 2  # the attribute that holds a tcp_info, and the bit that asks for it is one less
@@ -37,13 +36,18 @@ _TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 #: Family, protocol, padding, states, inode, attributes, cookie.
 _ASKED_UNIX = struct.Struct("=BBHIII8s")
 _TOLD_UNIX_BYTES = 16
-_SHOW_FILE, _FILE = 2, 1
-_INODE = struct.Struct("=I")  # and the device
+#: What is asked for, and the attribute that tells it: the file; who connects to one that listens.
+_FILE, _PENDING = (2, 1), (8, 3)
+_INODE = struct.Struct("=I")  # and of a file the device
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_AT = 128  # in a tcp_info; an end of file counts as one
 _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
 _ANSWER_BYTES = 65_536
+
+#: Who waits to be accepted at a socket: by port and address; of a UNIX socket by inode, in their
+#: order, 0 for one who has gone meanwhile.
+Line = frozenset[bytes] | tuple[int, ...]
 
 
 def unheard(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
@@ -71,6 +75,39 @@ def listening(family: int, port: int) -> dict[int, int]:
     _ask(family, port, 1 << _LISTEN, 0, lambda data: _take_listening(data, found))
     # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
+
+
+def unaccepted(listening: socket.socket) -> Line:
+    """Return who waits to be accepted; of all sockets of the same address.
+
+    Raises OSError where it cannot be asked; a UNIX socket with some 900 who wait is one.
+    """
+    if listening.family == socket.AF_UNIX:
+        return tuple(each for (each,) in _INODE.iter_unpack(_of_unix(listening, *_PENDING)))
+    host, port = listening.getsockname()[:2]
+    address = socket.inet_pton(listening.family, host.partition("%")[0])
+    found: set[bytes] = set()
+
+    def take(data: bytes) -> bool:
+        for body, _ in _messages(data):
+            if not body:
+                return False
+            _, _, _, _, _, theirs, ours, client, *_, inode = _TOLD.unpack_from(data, body)
+            if not inode and (not any(address) or ours[: len(address)] == address):
+                found.add(theirs + client)
+        return bool(data)
+
+    _ask(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT, 0, take)
+    return frozenset(found)
+
+
+def stands(before: Line, now: Line) -> bool:
+    """Whether nobody of a line was accepted since: all of them wait, or have gone by themselves."""
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return len(before) <= len(now) and all(
+            each in (was, 0) for was, each in zip(before, now, strict=False)
+        )
+    return frozenset(before) <= frozenset(now)
 
 
 def address_of(inodes: Collection[int]) -> str | None:
@@ -105,17 +142,25 @@ def file_of(one: socket.socket) -> int:
 
     Also of one that has been removed.  Raises OSError where it cannot be asked.
     """
+    found = _of_unix(one, *_FILE)
+    return int(_INODE.unpack_from(found)[0]) if found else 0
+
+
+def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:
+    """Return an attribute of a UNIX socket, empty where it has none.  Raises OSError."""
     inode = os.fstat(one.fileno()).st_ino
-    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, _SHOW_FILE, _NO_COOKIE)
-    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, _REQUEST, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
-        ask.send(header + asked, socket.MSG_DONTWAIT)
-        data = ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)
-    for body, end in _messages(data):
-        found = _attribute(data, body + _TOLD_UNIX_BYTES, end, _FILE) if body else None
-        if found is not None:
-            return int(_INODE.unpack_from(data, found[0])[0])
-    return 0
+    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, show, _NO_COOKIE)
+    answers: list[bytes] = []
+
+    def take(data: bytes) -> bool:
+        for body, end in _messages(data):
+            place = _attribute(data, body + _TOLD_UNIX_BYTES, end, wanted) if body else None
+            if place is not None:
+                answers.append(data[place[0] : sum(place)])
+        return False  # it is one answer
+
+    _exchange(asked, _REQUEST, take)
+    return b"".join(answers)
 
 
 def _ask(
@@ -127,7 +172,12 @@ def _ask(
         *(family, socket.IPPROTO_TCP, attributes, 0, states),
         *(port.to_bytes(2, "big"), bytes(2), nobody, nobody, 0, _NO_COOKIE),
     )
-    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, _REQUEST_AND_DUMP, 1, 0)
+    _exchange(asked, _REQUEST_AND_DUMP, take)
+
+
+def _exchange(asked: bytes, flags: int, take: Callable[[bytes], bool]) -> None:
+    """Ask, and have each answer taken, while more is to come.  Raises OSError."""
+    header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, flags, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
         # The kernel has answered when it was asked: nobody ever waits.
         ask.send(header + asked, socket.MSG_DONTWAIT)

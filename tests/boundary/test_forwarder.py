@@ -237,7 +237,7 @@ class World:
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
             held=self._held,
             dead=self._dead,
-            untaken=self.untaken.append,
+            untaken=lambda seconds, waiting, ever: self.untaken.append(seconds),
         )
 
     def _held(self) -> bool:

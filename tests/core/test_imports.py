@@ -53,6 +53,7 @@ LAYERS = {
             "sides",
             "status",
             "supervisor",
+            "untaken",
         },
         *{"relaying", "upgrade", "watcher"},
     },

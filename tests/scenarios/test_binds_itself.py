@@ -89,6 +89,42 @@ def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start)
         assert "takes nobody" in run("list").out
 
 
+@pytest.mark.parametrize("kind", ["tcp", "unix"])
+def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
+    protector: Start, tmp_path: Path, kind: str
+) -> None:
+    address = f"unix:{tmp_path}/s" if kind == "unix" else "127.0.0.1:0"
+    elsewhere = "import socket, signal; s = socket.create_server(('127.0.0.1', 0)); signal.pause()"
+    options = ("--name", "web", "--handoff", "listener", "--ready", "after:1ms")
+    daemon = protector(*options, address, "--", sys.executable, "-c", elsewhere).ready()
+    where = address.removeprefix("unix:") if kind == "unix" else ("127.0.0.1", daemon.port)
+    with socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET) as client:
+        client.connect(where)
+        line = daemon.log.wait_for("event=nobody-takes")
+
+        assert f"generation=1 waiting=1 listen={daemon.addresses[0]}" in line
+        assert 'reason="no worker has taken a connection yet"' in line
+        assert "it listens on 127.0.0.1:" in line
+        assert "take over the socket that it is handed" in line
+        [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
+        assert generation["untaken_s"] >= 5
+        assert "no worker has taken who waits" in run("--name", "web", "status").out
+        assert "takes nobody" in run("list").out
+
+
+def test_one_of_two_sockets_that_a_server_leaves_alone_is_told_of(protector: Start) -> None:
+    options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0", "127.0.0.1:0")
+    first = "import socket; s = socket.socket(fileno=3)\nwhile True: s.accept()[0].close()"
+    daemon = protector(*options, "--", sys.executable, "-c", first).ready()
+    ports = [int(each.rpartition(":")[2]) for each in daemon.addresses]
+    with socket.create_connection(("127.0.0.1", ports[0])) as served:
+        assert served.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", ports[1])):
+        line = daemon.log.wait_for("event=nobody-takes")
+
+    assert f"listen={daemon.addresses[1]} " in line
+
+
 def test_one_that_has_spoken_with_us_before_is_not_taken_for_one(
     protector: Start, tmp_path: Path
 ) -> None:

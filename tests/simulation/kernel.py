@@ -521,6 +521,15 @@ class Kernel:
         self.enter("sock_diag")
         return self.addresses["h", port].unheard(accepted)
 
+    def unaccepted(self, which: Socket) -> frozenset[bytes] | tuple[int, ...]:
+        """In the place of unheard.unaccepted()."""
+        self.enter("sock_diag")
+        file = self._listening(which.fileno())
+        if not file.address.by_number:
+            return tuple(each.number for each in file.backlog)
+        waiting = [each for one in file.address.listening for each in one.backlog]
+        return frozenset(b"%d" % each.number for each in waiting)
+
     @contextmanager
     def locked(self, path: str, patience_s: float = 0.0) -> Iterator[None]:
         """In the place of folder.locked()."""

@@ -1432,6 +1432,7 @@ def installed(world: World) -> Iterator[None]:
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
         put(sides, "unheard", kernel.unheard)
+        put(sides, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
         put(strays, "look", look)
         put(workers, "AT_ONCE", world._at_once)

@@ -1,0 +1,200 @@
+"""Whether somebody who waits is accepted: what is asked, and when; the clock is moved by hand."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from socketprotector.forwarder import NEVER_TAKEN_S, UNTAKEN_S
+from socketprotector.loop import Loop
+from socketprotector.unheard import Line, stands, unaccepted
+from socketprotector.untaken import FIRST_LOOK_S, LOOK_S, Untaken
+from tests.boundary.listening import KINDS, listening
+
+A, B, C = (bytes([each]) for each in b"abc")
+
+
+class World:
+    """Who waits at which listener, and the time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        self.loop = Loop()
+        self.lines: dict[int, Line] = {}
+        self.asked = 0
+        self.said: list[tuple[float, int, bool, frozenset[int]]] = []
+        self.untaken = Untaken(
+            self.loop,
+            lines=self.ask,
+            await_one=lambda: None,
+            say=lambda *said: self.said.append(said),
+        )
+
+    def ask(self) -> dict[int, Line]:
+        self.asked += 1
+        return self.lines
+
+    def pass_time(self, seconds: float) -> None:
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(self.now + 0.25, until)
+            self.loop.running = True
+            self.loop.call_after("end of the turn", 0.0, self.end)
+            self.loop.run()
+
+    def end(self) -> None:
+        self.loop.running = False
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    made = World(monkeypatch)
+    made.untaken.begin(before_us=False)
+    yield made
+    made.loop.close()
+
+
+def come(world: World, line: Line, index: int = 0) -> None:
+    world.lines = {**world.lines, index: line}
+    if world.untaken.awaits:
+        world.untaken.came(index)
+
+
+def test_a_generation_that_never_accepted_is_told_of_once(world: World) -> None:
+    come(world, frozenset({A}))
+    world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S - 0.5)
+    assert world.said == []
+    assert world.untaken.seconds is None
+
+    world.pass_time(0.5)
+    [(seconds, *what)] = world.said
+    assert seconds == pytest.approx(NEVER_TAKEN_S)
+    assert what == [1, False, frozenset({0})]
+    come(world, frozenset({A, B}))
+    world.pass_time(1000.0)
+    assert len(world.said) == 1
+    assert world.untaken.seconds == pytest.approx(1000 + NEVER_TAKEN_S)
+
+
+def test_one_that_has_accepted_is_told_of_later_and_otherwise(world: World) -> None:
+    come(world, frozenset({A}))
+    world.lines = {0: ()}
+    world.pass_time(FIRST_LOOK_S)
+    come(world, frozenset({B}))
+    world.pass_time(LOOK_S + UNTAKEN_S - 1.0)
+    assert world.said == []
+
+    world.pass_time(1.0)
+    [(seconds, *what)] = world.said
+    assert seconds == pytest.approx(UNTAKEN_S)
+    assert what == [1, True, frozenset({0})]
+
+
+def test_one_that_is_busy_is_not_told_of(world: World) -> None:
+    come(world, frozenset({A}))
+    for each in range(200):
+        world.lines = {0: frozenset({bytes([each]), bytes([each + 1])})}
+        world.pass_time(1.0)
+    assert world.said == []
+    assert world.untaken.seconds is None
+
+
+def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_nobody(world: World) -> None:
+    world.untaken.begin(before_us=True)
+    come(world, frozenset({A}))
+    world.pass_time(LOOK_S + UNTAKEN_S)
+    assert [ever for _, _, ever, _ in world.said] == [True]
+
+
+def test_another_generation_begins_anew(world: World) -> None:
+    come(world, frozenset({A}))
+    world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
+    world.untaken.begin(before_us=False)
+    assert world.untaken.seconds is None
+
+    come(world, frozenset({A}))
+    world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
+    assert len(world.said) == 2
+
+
+def test_a_listener_that_is_left_alone_beside_one_that_is_served_is_told_of(world: World) -> None:
+    come(world, (), 0)
+    come(world, frozenset({C}), 1)
+    world.pass_time(2 * FIRST_LOOK_S + NEVER_TAKEN_S)
+    [(_, *what)] = world.said
+    assert what == [1, False, frozenset({1})]
+
+
+def test_where_the_kernel_does_not_tell_nothing_is_said(world: World) -> None:
+    for _ in range(10):
+        come(world, frozenset({A}))
+        world.lines = {}
+        world.pass_time(UNTAKEN_S)
+    assert world.said == []
+    assert world.untaken.seconds is None
+
+
+def test_nobody_is_asked_for_while_nobody_comes_and_little_while_all_is_well(world: World) -> None:
+    world.pass_time(600.0)
+    assert world.asked == 0
+
+    for _ in range(600):
+        come(world, ())
+        world.pass_time(1.0)
+    assert world.asked <= 600 / LOOK_S + 2
+
+
+# -- what the kernel tells ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_who_waits_is_known_until_he_is_accepted(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as listener, ExitStack() as clients:
+        assert unaccepted(listener) == frozenset()
+        for each in (*hosts, *hosts):
+            address = (each, listener.getsockname()[1])
+            clients.enter_context(socket.create_connection(address)).send(b"words")
+        all_wait = unaccepted(listener)
+        assert len(all_wait) == 2 * len(hosts)
+
+        clients.enter_context(listener.accept()[0])
+        now = unaccepted(listener)
+
+        assert len(now) == 2 * len(hosts) - 1
+        assert stands(now, all_wait)
+        assert not stands(all_wait, now)
+
+
+def test_who_waits_elsewhere_on_the_same_port_is_another_ones_affair() -> None:
+    with listening(socket.AF_INET, "127.0.0.1") as listener, socket.socket() as other:
+        other.bind(("127.0.0.2", listener.getsockname()[1]))
+        other.listen()
+        with socket.create_connection(other.getsockname()):
+            assert len(unaccepted(other)) == 1
+            assert unaccepted(listener) == frozenset()
+
+
+def test_who_waits_at_a_unix_socket_is_known_and_who_gives_up_is_not_taken_for_accepted(
+    tmp_path: Path,
+) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, ExitStack() as clients:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        assert unaccepted(listener) == ()
+        made = [clients.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(3)]
+        for each in made:
+            each.connect(listener.getsockname())
+        all_wait = unaccepted(listener)
+        assert len(all_wait) == 3
+
+        made[0].close()
+        assert stands(all_wait, unaccepted(listener))
+        clients.enter_context(listener.accept()[0])
+        assert not stands(all_wait, unaccepted(listener))

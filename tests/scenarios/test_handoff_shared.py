@@ -183,7 +183,7 @@ def test_what_a_service_manager_sets_anew_is_put_back_as_living_workers_have_it(
     """systemd clears O_NONBLOCK of a .socket unit's descriptors at each start of the service."""
     with socket.create_server(("127.0.0.1", 0)) as given:
         address = given.getsockname()
-        service.store["http"] = os.dup(given.fileno())
+        service.sockets["http"] = os.dup(given.fileno())
         words = (*MODE, "fd:http", "--", *SERVERS[server])
         daemon = service.start(*words).ready()
         [pid] = spawned(daemon)
@@ -205,7 +205,7 @@ def test_what_a_service_manager_sets_anew_is_put_back_as_living_workers_have_it(
 
 def test_a_flag_that_is_set_late_is_put_back_too(service: Service) -> None:
     with socket.create_server(("127.0.0.1", 0)) as given:
-        service.store["http"] = os.dup(given.fileno())
+        service.sockets["http"] = os.dup(given.fileno())
         words = (*MODE[:2], "--ready", "after:0", "fd:http", "--", "/bin/sleep", "1000")
         service.start(*words).ready()
         eventually(lambda: "sp.state" in service.store, "the state in the store")

@@ -331,12 +331,12 @@ def test_a_socket_that_systemd_passes_itself_is_not_left_beside(
     with socket.socket() as passed:
         passed.bind(("127.0.0.1", 0))
         passed.listen()
-        service.store["web"] = os.dup(passed.fileno())
+        service.sockets["web"] = os.dup(passed.fileno())
         words = words_of("connection", "fd:web", f"127.0.0.1:{port}")
         service.start(*words)
         serves(service)
         service.main.stop()
-        wait_stored(service, {"web", "sp.listener.1"})
+        wait_stored(service, {"sp.listener.1"})
         with (
             Client(passed.getsockname(), "web") as one,
             Client(("127.0.0.1", port), "own") as other,

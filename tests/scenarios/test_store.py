@@ -71,6 +71,7 @@ class Service:
         self.socket.bind(self.address)
         self.socket.setblocking(False)
         self.store: dict[str, int] = {}
+        self.sockets: dict[str, int] = {}  # of a .socket unit, which are not in the store
         self.said: list[dict[str, str]] = []
         self.started: list[Protector] = []
         self.random = random.Random(1)
@@ -92,15 +93,16 @@ class Service:
         return self.started[-1]
 
     def start(self, *words: str | Path, under: tuple[str, ...] = ()) -> Protector:
-        """Start the command, with all that is in the store, in an order of its own.
+        """Start the command with all that it is passed, in an order of its own.
 
         under: what executes it in its own place.
         """
-        names = list(self.store)
+        passed = self.sockets | self.store
+        names = list(passed)
         self.random.shuffle(names)
         high = []
         for place, name in enumerate(names):
-            os.dup2(self.store[name], 1000 + place, inheritable=True)
+            os.dup2(passed[name], 1000 + place, inheritable=True)
             high.append(1000 + place)
         # Without it we are somebody who listens, but is not known to keep anything over a stop.
         nobody_known = {"INVOCATION_ID": ""}
@@ -206,6 +208,8 @@ class Service:
         self.thread.join(DEADLINE_S)
         os.close(self.wake)
         self.drop()
+        for fd in self.sockets.values():
+            os.close(fd)
         self.socket.close()
 
 

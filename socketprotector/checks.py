@@ -138,7 +138,7 @@ def identity(user: str | None, group: str | None, *, again: bool = False) -> Ide
     if user is None and group is None:
         return None
     try:
-        entry = _find(user or str(os.getuid()), pwd.getpwuid, pwd.getpwnam)
+        entry = _find(str(os.getuid()) if user is None else user, pwd.getpwuid, pwd.getpwnam)
     except KeyError:
         raise UsageError(f"--user {user}: unknown user; see getent passwd") from None
     gid = entry.pw_gid

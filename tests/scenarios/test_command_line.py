@@ -83,6 +83,8 @@ def test_the_version_is_said(start: Start) -> None:
         (["--chdir", "/no/such/folder", "0", "--", "true"], "no such directory"),
         (["--log-level", "loud", "0", "--", "true"], "debug"),
         (["--user", "no-such-user", "0", "--", "true"], "unknown user"),
+        (["--user", "", "0", "--", "true"], "unknown user"),
+        (["--require-user", "--user", "", "0", "--", "true"], "unknown user"),
         (["--group", "no-such-group", "0", "--", "true"], "unknown group"),
         (["70000", "--", "true"], "from 0 to 65535"),
         (["0?colour=red", "--", "true"], "unknown option colour"),

@@ -45,25 +45,36 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
         if os.path.dirname(path) == _folder():
             # Others may look into it: the sockets there have modes of their own.
             os.makedirs(_folder(), 0o755, exist_ok=True)
-        try:
-            return _bind(settings, path)
-        except SystemRefused as error:
-            called = control_path.apart(settings.name, settings.listeners[0].address)
-            other = default_path(called)
-            if not _is_taken(error) or path != default_path(settings.name):
-                raise
-            bound = _bind(settings, other)
+        bound, called = _bind_apart(settings, path)
     except OSError as error:
         notice(f"no control socket: {error.filename}: {error.strerror}; see --control")
     except SystemRefused as error:
         notice(f"no control socket: {error}; see --control")
     else:
-        notice(
-            f"another protector is called {settings.name}: for socketprotectorctl this one is "
-            f"--name {called}; --name gives it a name of its own"
-        )
+        if called != settings.name:
+            notice(
+                f"another protector is called {settings.name}: for socketprotectorctl this one is "
+                f"--name {called}; --name gives it a name of its own"
+            )
         return bound
     return None
+
+
+def _bind_apart(settings: Settings, path: str) -> tuple[Bound, str]:
+    """Bind it there, or where nobody else of the name is; return what it is called then.
+
+    Raises OSError, SystemRefused.
+    """
+    others: tuple[str, ...] = ()
+    if path == default_path(settings.name):
+        others = control_path.apart(settings.name, settings.listeners[0].address)
+    for called, other in zip((settings.name, *others), (*others, ""), strict=True):
+        try:
+            return _bind(settings, default_path(called) if others else path), called
+        except SystemRefused as error:
+            if not other or not _is_taken(error):
+                raise
+    raise AssertionError("the last one returns or raises")
 
 
 def _bind(settings: Settings, path: str) -> Bound:

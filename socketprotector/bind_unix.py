@@ -39,7 +39,7 @@ def bind_unix(
             settings = _bind_path(sock, listen, path, backlog, dry=dry)
     except OSError as error:
         sock.close()
-        what = f"cannot listen on {listen.text}: {error.strerror}"
+        what = f"cannot listen on {listen.text}: {error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
             raise SystemRefused(f"{what}; {holder.of_path(path)}") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):

@@ -34,9 +34,13 @@ def key_of(name: str) -> str:
     return name.replace("/", "_")
 
 
-def apart(name: str, address: str) -> str:
-    """Return what one of several of a name is called, by its first listener's address."""
-    return f"{name}:{os.path.basename(address.rpartition(':')[2])}"
+def apart(name: str, address: str) -> tuple[str, str]:
+    """Return what one of several of a name is called, by its first listener's address.
+
+    By its port or file; and where another one has the same in another place, by all of it.
+    """
+    whole = address.partition(":")[2]
+    return f"{name}:{os.path.basename(address.rpartition(':')[2])}", f"{name}:{whole}"
 
 
 def key(path: str) -> str:

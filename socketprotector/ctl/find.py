@@ -34,7 +34,7 @@ def by_name(name: str) -> str:
         return living[0]
     asked = [each for each in ask_all(found) if each.alive]
     called = dict(zip((each.path for each in asked), names(asked), strict=True))
-    meant = [each.path for each in asked if name in (plain := _called(each), _apart(plain, each))]
+    meant = [each.path for each in asked if name in _names_of(each)]
     if len(meant) > 1:
         apart = [called[path] for path in meant]
         if len(set(apart)) < len(apart):  # at the same listener, too
@@ -51,21 +51,27 @@ def names(found: Sequence[Found]) -> list[str]:
 
     Of who does not say it, what its socket is called.
     """
-    plain = [_called(each) for each in found]
-    several = Counter(plain)
-    return [
-        name if several[name] == 1 else _apart(name, each)
-        for name, each in zip(plain, found, strict=True)
-    ]
+    longer = [_names_of(each) for each in found]
+    called = [plain for plain, *_ in longer]
+    for more in (1, 2):
+        several = Counter(called)
+        called = [
+            name if several[name] == 1 else its[min(more, len(its) - 1)]
+            for name, its in zip(called, longer, strict=True)
+        ]
+    return called
 
 
-def _called(found: Found) -> str:
-    return text_in(found.result or {}, "name") or control_path.key(found.path)
-
-
-def _apart(name: str, found: Found) -> str:
-    listeners = listed(found.result or {}, "listeners")
-    return control_path.apart(name, text_in(listeners[0], "address")) if listeners else name
+def _names_of(found: Found) -> tuple[str, ...]:
+    """Return what one may be called, the shortest first."""
+    told = found.result or {}
+    name = text_in(told, "name") or control_path.key(found.path)
+    listeners = listed(told, "listeners")
+    return (
+        (name, *control_path.apart(name, text_in(listeners[0], "address")))
+        if listeners
+        else (name,)
+    )
 
 
 def by_pid_file(file: str) -> str:

@@ -87,6 +87,18 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
     assert names == ["api", "web:80", "web:81"]
 
 
+def test_two_at_files_of_one_name_are_told_apart_by_the_whole_path(fakes: Fakes, ctl: Ctl) -> None:
+    for key, path in (("web", "/run/a/s"), ("web:s", "/run/b/s"), ("old", "/run/c/t")):
+        fakes(key).status.update(name="web", listeners=[{"index": 0, "address": f"unix:{path}"}])
+
+    said = level(ctl, "--name", "web").err
+    assert said.endswith("which one? web:t, web:/run/a/s, web:/run/b/s\n")
+    names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
+    assert sorted(names) == ["web:/run/a/s", "web:/run/b/s", "web:t"]
+    for name in names:
+        assert level(ctl, "--name", name).status == 0
+
+
 def test_the_name_is_what_the_protector_says_whatever_its_socket_is_called(
     fakes: Fakes, ctl: Ctl
 ) -> None:

@@ -12,7 +12,8 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -729,6 +730,38 @@ def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: St
             assert (line.status()["pid"], line.status()["name"]) == (daemon.pid, name)
         daemon.stop()
         assert not default_path(key).exists()
+
+
+def test_a_name_that_is_too_long_for_a_socket_is_said(protector: Starter) -> None:
+    daemon = protector("--name", "n" * 120, "127.0.0.1:0", "--", *MANY).ready()
+
+    assert "no control socket: " in (said := daemon.log.wait_for("event=notice"))
+    assert ": AF_UNIX path too long; " in said
+    daemon.stop()
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose path fits into the name of a socket."""
+    with tempfile.TemporaryDirectory(prefix="sp-") as made:
+        yield Path(made)
+
+
+def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
+    protector: Starter, short: Path
+) -> None:
+    for folder in "abc":
+        (short / folder).mkdir()
+    paths = [short / folder / "s" for folder in "abc"]
+
+    daemons = [protector("--name", "web", f"unix:{path}", "--", *MANY).ready() for path in paths]
+
+    keys = ["web", "web:s", f"web:{paths[2]}".replace("/", "_")]
+    assert f"--name web:{paths[2]};" in daemons[2].log.wait_for("event=notice")
+    for daemon, key in zip(daemons, keys, strict=True):
+        with Line(default_path(key)) as line:
+            assert line.status()["pid"] == daemon.pid
+        daemon.stop()
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ test: $(INSTALLED) ## run each test in one combination (installs compilers, inte
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
+	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
+	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
 	$(BIN)/python -m pytest -n 4 --maxschedchunk 2 $(CHOSEN) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many

@@ -213,15 +213,21 @@ def env_file(path: str | None) -> None:
         raise UsageError(f"--env-file: {error}") from error
 
 
+def _environment(settings: Settings) -> dict[str, str]:
+    """What the command will find there, names of descriptors as they are written."""
+    environment = inherited(settings)
+    if settings.env_file is not None:
+        environment.update(envfile.read(settings.env_file))
+    environment.update(settings.environment)
+    return environment
+
+
 def command(settings: Settings) -> None:
     """Refuse a command that could not be started now."""
-    environment = inherited(settings)
     try:
-        if settings.env_file is not None:
-            environment.update(envfile.read(settings.env_file))
+        environment = _environment(settings)
     except (OSError, ValueError):
         return  # env_file() refuses that, and PATH may be in there
-    environment.update(settings.environment)
     try:
         search = environment.get("PATH", os.defpath)
         executable.resolve(settings.executed, settings.directory, search)
@@ -334,6 +340,20 @@ def wants(settings: Settings) -> Iterator[str]:
         yield servers.wants(name)
 
 
+def _doubts(settings: Settings) -> Iterator[str]:
+    """Say what a well-known server lacks whose start would not fail for the want of it."""
+    if settings.handoff != handoff.LISTENER:
+        return
+    try:
+        environment = _environment(settings)
+    except (OSError, ValueError):
+        return
+    words = (f"{name}={value}" for name, value in environment.items())
+    doubt = servers.doubt(settings.command, words, settles=settings.policy.settle_s > 0)
+    if doubt is not None:
+        yield doubt
+
+
 def syslog(settings: Settings) -> Iterator[str]:
     """Say that every line would be lost.  At boot syslog may come later: so no refusal."""
     if settings.to_syslog and not _syslog_listens():
@@ -361,6 +381,7 @@ def _syslog_listens() -> bool:
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
     """Say what will work less well than the operator may think."""
+    yield from _doubts(settings)
     asked = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:

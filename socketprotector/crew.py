@@ -21,7 +21,7 @@ from socketprotector_client import wire
 from . import clock, door, limits, servers
 from .events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
 from .groups import Groups
-from .handoff import FIRST_FD, LISTENER, told_to
+from .handoff import CONNECTION, FIRST_FD, LISTENER, told_to
 from .history import Crash
 from .home import Home, known
 from .log import Log
@@ -35,6 +35,7 @@ from .records import WorkerRecord
 from .settings import Settings
 from .strays import Strays
 from .unheard import address_of
+from .words import LAST_WORDS
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
@@ -728,13 +729,15 @@ class Crew:
         reason = f"{worker.home.program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
+            if worker.home.program.handoff == CONNECTION:
+                reason += f"; {servers.STDIN}"
         where = "" if last else self._output.where_to_look()
         program = worker.home.program
         advice = servers.advice(program, said=last, unseen=bool(where))
         if advice and not self.spoken_with:
             reason += f"; {advice}"
         if last:
-            return f"{reason}; its last words:\n{last}"
+            return f"{reason}{LAST_WORDS}\n{last}"
         return "; ".join(filter(None, (reason, where)))
 
 

@@ -61,6 +61,7 @@ from .program import program_of
 from .records import Program, Snapshot, WorkerRecord
 from .settings import Settings
 from .sides import Sides
+from .words import headline
 
 _LEVELS = {
     News.RELOAD_FAILED: "error",
@@ -634,7 +635,8 @@ class Effects:
 
     def _report(self, report: Report) -> None:
         """Tell the log, systemd and the launcher."""
-        first_line, _, last_words = report.reason.partition("\n")
+        first_line = headline(report.reason)
+        _, _, last_words = report.reason.partition("\n")
         self._log.write(
             _LEVELS.get(report.news, "info"),
             report.news.value,

@@ -8,7 +8,7 @@ docs/coming-from.md, where the reasons stand.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .handoff import CONNECTION, LISTENER
 from .records import Program
@@ -16,24 +16,40 @@ from .records import Program
 _PAGE = "docs/servers.md"
 #: What follows `SocketProtector --handoff listener`, by the name of the command.
 KNOWN: Mapping[str, str] = {
-    "gunicorn": "127.0.0.1:8000 -- gunicorn app:app",
-    "uvicorn": "http=127.0.0.1:8000 -- uvicorn --fd {fd:http} app:app",
-    "hypercorn": "http=127.0.0.1:8000 -- hypercorn --bind fd://{fd:http} --workers 0 app:app",
+    "gunicorn": "--ready notify 127.0.0.1:8000 -- gunicorn --preload app:app",
+    "uvicorn": "--settle 5s http=127.0.0.1:8000 -- uvicorn --fd {fd:http} app:app",
+    "hypercorn": "--settle 5s http=127.0.0.1:8000 -- hypercorn --bind fd://{fd:http} --workers 0 "
+    "app:app",
     "uwsgi": "--drain-signal HUP 127.0.0.1:8000 -- uwsgi --master --exit-on-reload --need-app "
     "--protocol http --module app",
-    "nginx": "--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};' http=0.0.0.0:8000 -- "
-    "nginx -g 'daemon off;'",
+    "nginx": "--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};' "
+    "'http=0.0.0.0:8000?nonblock=1' -- nginx -g 'daemon off;'",
     "haproxy": "--drain-signal USR1 web=8000 -- haproxy -db -f haproxy.cfg",
     "node": "http=127.0.0.1:8000 -- node http.js {fd:http} {fd:ready}",
     "plackup": "--drain-signal QUIT 0.0.0.0:8000 -- plackup -s Starlet --max-workers=10 app.psgi",
     "starman": "--ready after:2s --drain-signal QUIT 0.0.0.0:8000 -- starman --workers 10 app.psgi",
     "chaussette": "web=127.0.0.1:8000 -- chaussette --fd {fd:web} app:application",
 }
+#: By what some of these are told of a socket, in the command or as NAME=VALUE in the environment.
+_TOLD_BY: Mapping[str, re.Pattern[str]] = {
+    "uvicorn": re.compile("--fd|UVICORN_FD="),
+    "hypercorn": re.compile(".*fd://|-c|--config"),
+    "nginx": re.compile("NGINX="),
+    "chaussette": re.compile("--fd"),
+}
+#: By what gunicorn loads the application before it says READY=1, or may.
+_PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 #: A program that speaks with us says so in its command: these are ours.
 _OURS = "socketprotector"
 WANTS = f"a program that binds its own port wants --handoff {LISTENER} ({_PAGE})"
 #: The same where it is to accept from the socket that it is handed.
-TAKES = f"a server has to take over the socket that it is handed, by number or variable ({_PAGE})"
+TAKES = (
+    f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
+    "that can only bind by itself wants a proxy in front (docs/when-not.md)"
+)
+STDIN = (
+    "does it serve on stdin and stdout, as under inetd? that is --handoff stdio (docs/handoff.md)"
+)
 _PYTHON = re.compile(r"python[0-9.]*$")
 _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b", re.IGNORECASE)
 
@@ -65,6 +81,27 @@ def wants(name: str) -> str:
     return f"{name} binds its own port; start it as in: {line(name)}"
 
 
+def doubt(command: Sequence[str], variables: Iterable[str], *, settles: bool) -> str | None:
+    """Say what a known server lacks that would only seem to serve under --handoff listener.
+
+    variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
+    thought ready is rolled back.
+    """
+    name = known(command)
+    if name is None:
+        return None
+    words = (*command, *variables)
+    told_by = _TOLD_BY.get(name)
+    if told_by is not None and not any(map(told_by.match, words)):
+        return f"nothing tells {name} of the socket that it is handed; start it as in: {line(name)}"
+    if name == "gunicorn" and not settles and not any(map(_PRELOADS.match, words)):
+        return (
+            "gunicorn says that it is ready before it has loaded the application, so a reload "
+            f"takes one that cannot be loaded, too; start it as in: {line(name)}"
+        )
+    return None
+
+
 def table() -> str:
     r"""Return all that is known, as click's \b has it: a paragraph that is not wrapped."""
     return "\n".join(("\b", "Servers that bind their own port, as in:", *map(line, KNOWN)))
@@ -84,7 +121,7 @@ def advice(
     listens by itself, if it does.  passes_over: clients wait, and it is the one to accept them.
     """
     name = known(program.argv)
-    if program.handoff == LISTENER and passes_over:
+    if program.handoff == LISTENER and (passes_over or _TAKEN.search(said)):
         as_in = f"{name} does, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens()
         where = f"it listens on {address} by itself" if address else ""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import signal
 
+#: Ends the first line of a reason that has a worker's last words in the lines after it.
+LAST_WORDS = "; its last words:"
+
 
 def escape(text: str) -> str:
     r"""Return text with every control character as \n, \t, \x1b or \u2028."""
@@ -17,6 +20,11 @@ def escape(text: str) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def headline(reason: str) -> str:
+    """Return a reason without the last words that follow it."""
+    return reason.partition("\n")[0].removesuffix(LAST_WORDS)
 
 
 def field(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from ..words import headline
 from . import render
 from .client import Message
 from .render import Row
@@ -156,7 +157,7 @@ def last_reload(status: Message) -> list[Text]:
 
 def _reload(title: str, each: Message, now: object) -> Text:
     at = each.get("ended_at") if each.get("ended_at") is not None else each.get("began_at")
-    reason = text_in(each, "reason")
+    reason = headline(text_in(each, "reason"))
     return Text.assemble(
         f"{title}: generation {number_in(each, 'generation')} ",
         render.cell(text_in(each, "result")),

@@ -65,11 +65,73 @@ def test_what_is_known_of_a_program_that_takes_nobody_is_said(
     assert bool(told) == bool(advice)
 
 
-@pytest.mark.parametrize("mode", sorted({*handoff.MODES} - {handoff.CONNECTION}))
+@pytest.mark.parametrize("mode", [handoff.STDIO, handoff.LEGACY])
 def test_nothing_is_said_of_another_handoff(mode: str) -> None:
     program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode)
 
     assert servers.advice(program, said="address already in use", listens=lambda: "x:1") == ""
+
+
+@pytest.mark.parametrize("argv", [("uvicorn", "app:app"), ("./daemon", "80")])
+def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
+    argv: tuple[str, ...],
+) -> None:
+    program = replace(PROGRAM, argv=argv, handoff=handoff.LISTENER)
+
+    told = servers.advice(program, said="bind: Address already in use")
+
+    assert "take over the socket that it is handed" in told
+    assert "a proxy in front (docs/when-not.md)" in told
+    assert ("uvicorn --fd {fd:http}" in told) is (argv[0] == "uvicorn")
+    assert servers.advice(program, said="no such module") == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "lacks"),
+    [
+        ("uvicorn app:app", (), "nothing tells uvicorn of the socket"),
+        ("uvicorn --port 80 app:app", (), "nothing tells uvicorn of the socket"),
+        ("python -m uvicorn app:app", (), "nothing tells uvicorn of the socket"),
+        ("uvicorn --fd 3 app:app", (), None),
+        ("uvicorn --fd={fd:http} app:app", (), None),
+        ("uvicorn app:app", ("UVICORN_FD=3",), None),
+        ("hypercorn --bind 127.0.0.1:80 app", (), "nothing tells hypercorn"),
+        ("hypercorn --bind=fd://3 app", (), None),
+        ("hypercorn -c hypercorn.toml app", (), None),
+        ("nginx -c own.conf", ("PATH=/bin",), "nothing tells nginx"),
+        ("nginx -c own.conf", ("NGINX={fd:http};",), None),
+        ("env 'NGINX=3;' nginx", (), None),
+        ("gunicorn app:app", (), "ready before it has loaded the application"),
+        ("gunicorn --preload app:app", (), None),
+        ("gunicorn -c gunicorn.conf.py app:app", (), None),
+        ("gunicorn --chdir /srv app:app", (), "ready before it has loaded the application"),
+        ("haproxy -db -f haproxy.cfg", (), None),
+        ("./daemon", (), None),
+    ],
+)
+def test_a_known_server_that_would_only_seem_to_serve_is_told_what_it_lacks(
+    command: str, variables: tuple[str, ...], lacks: str | None
+) -> None:
+    told = servers.doubt(shlex.split(command), variables, settles=False)
+
+    assert (told is not None) is (lacks is not None)
+    if told is not None and lacks is not None:
+        assert lacks in told
+        assert "start it as in: SocketProtector --handoff listener " in told
+
+
+def test_one_that_is_rolled_back_when_it_cannot_be_loaded_lacks_nothing() -> None:
+    assert servers.doubt(("gunicorn", "app"), (), settles=True) is None
+    assert servers.doubt(("uvicorn", "app"), (), settles=True) is not None
+
+
+@pytest.mark.parametrize("name", servers.KNOWN)
+def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
+    words = shlex.split(servers.line(name))
+    at = words.index("--")
+    settles = "--settle" in words[:at]
+
+    assert servers.doubt(words[at + 1 :], words[:at], settles=settles) is None
 
 
 def test_a_known_server_gets_a_line_of_its_own() -> None:

@@ -27,7 +27,13 @@ def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
         held_s=12.0,
         guarded=True,
         reloads=[
-            {"generation": 10, "result": "failed", "reason": "no", "began_at": 1, "ended_at": 140}
+            {
+                "generation": 10,
+                "result": "failed",
+                "reason": "no; its last words:\nmany\nlines",
+                "began_at": 1,
+                "ended_at": 140,
+            }
         ],
         crashes=2,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector import servers
 from tests.ctl.conftest import run
 from tests.running import FAIR_START_S, Protector
 from tests.scenarios.starting import MINIMAL
@@ -72,6 +74,59 @@ def test_a_known_server_is_named_with_a_line_to_copy(protector: Start, as_module
     assert daemon.wait() == 0
     said = daemon.log.text()
     assert "uvicorn binds its own port; start it as in: SocketProtector --handoff lis" in said
+
+
+def test_a_known_server_that_takes_no_socket_over_is_told_what_it_lacks(
+    protector: Start, tmp_path: Path
+) -> None:
+    uvicorn = Release(tmp_path / "uvicorn")
+    uvicorn.becomes("sleep", "1000")
+    options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0")
+    daemon = protector(*options, "--", uvicorn.path, "app:app").ready()
+
+    told = daemon.log.wait_for("nothing tells uvicorn of the socket that it is handed")
+    assert "-- uvicorn --fd {fd:http} app:app" in told
+
+
+_WSGI = """def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "0")])
+    return []
+"""
+_ASGI = """async def app(scope, receive, send):
+    assert scope["type"] == "http"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body"})
+"""
+#: It takes longer to fail than a server without a word is waited for.
+_BROKEN = "import time; time.sleep(1.5); raise RuntimeError('no such luck')"
+
+
+@pytest.mark.parametrize(("name", "app"), [("gunicorn", _WSGI), ("uvicorn", _ASGI)])
+def test_the_line_to_copy_gives_up_a_release_that_cannot_be_loaded(
+    protector: Start, tmp_path: Path, name: str, app: str
+) -> None:
+    module = tmp_path / "app.py"
+    module.write_text(app)
+    words = shlex.split(servers.line(name).replace(":8000", ":0"))[1:]
+    at = words.index("--") + 1
+    server = Path(sys.executable).with_name(words[at])
+    own = ("--chdir", str(tmp_path), "--env", "PYTHONDONTWRITEBYTECODE=1")
+    daemon = protector(*own, *words[:at], server, *words[at + 1 :]).ready()
+    assert _answers(daemon)
+
+    module.write_text(_BROKEN)
+    mark = daemon.signal(signal.SIGHUP)
+
+    failed = daemon.log.wait_for("event=reload-failed", after=mark)
+    assert "generation=2" in failed
+    assert "its last words:" not in failed  # they are in last_words=
+    assert _answers(daemon)
+
+
+def _answers(daemon: Protector) -> bool:
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=FAIR_START_S) as client:
+        client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        return client.recv(100).startswith(b"HTTP/1.")
 
 
 def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start) -> None:

@@ -308,6 +308,7 @@ def test_a_worker_that_detaches_itself_is_reported_and_ended(
     last = ended.lines[-1]
     assert "exited with status 0 before it was ready" in last
     assert "does it detach itself? tell it to stay in the foreground" in last
+    assert "that is --handoff stdio" in last
     assert start.left() == []
 
 

@@ -54,10 +54,13 @@ def take(
                 bound = renew(each.socket, listen, each.address, listen.backlog(backlog))
                 taken[each.address] = bound
                 continue
+            why = "several have this address, each with a device" if mine else ""
         except OSError as error:
+            why = error.strerror or str(error)
+        if why:
             notice(
                 f"{mine[0].text}: bound anew, which has refused who came meanwhile: the socket "
-                f"from before the restart cannot be what is asked for ({error.strerror})"
+                f"from before the restart cannot be what is asked for ({why})"
             )
         _let_go(each)
     return taken

@@ -252,6 +252,18 @@ def test_what_cannot_be_undone_is_bound_anew_and_said(machine: Machine, port: in
     assert f"127.0.0.1:{port}: bound anew" in machine.notices[0]
 
 
+def test_an_address_for_each_of_several_devices_is_bound_anew_and_said(
+    machine: Machine, port: int
+) -> None:
+    machine.start(f"127.0.0.1:{port}")
+    listens = [parse(f"127.0.0.1:{port}?device={each}", "/") for each in ("lo", "other")]
+
+    assert left.take(listens, (), machine.stop(), 16, machine.notices.append) == {}
+
+    [said] = machine.notices
+    assert said.startswith(f"127.0.0.1:{port}?device=lo: bound anew, ")
+
+
 def test_both_families_in_one_socket_or_in_two_are_told_apart(machine: Machine, port: int) -> None:
     machine.start(f"{port}?v6only=0")
     two = machine.restart(str(port))

@@ -54,7 +54,7 @@ def take(
                 bound = renew(each.socket, listen, each.address, listen.backlog(backlog))
                 taken[each.address] = bound
                 continue
-            why = "several have this address, each with a device" if mine else ""
+            why = "several have this address, each with a device" if len(mine) > 1 else ""
         except OSError as error:
             why = error.strerror or str(error)
         if why:

@@ -101,9 +101,10 @@ def parse(text: str, directory: str) -> Listen:
         options = _options(text, query, _UNIX_OPTIONS)
         return Listen(text, path=path, options=options, called=called)
     host, colon, port = body.rpartition(":")
-    if colon and (not host or (":" in host and not host.startswith("["))):
+    if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
         raise UsageError(
-            f"{text}: write PORT, HOST:PORT, [HOST6]:PORT, unix:PATH or fd:NAME, or NAME= and one"
+            f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
+            "fd:NAME, or NAME= and one of them"
         )
     if not _whole(port) or int(port) > 65535:
         raise UsageError(f"{text}: the port must be a number from 0 to 65535")

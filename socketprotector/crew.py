@@ -726,14 +726,14 @@ class Crew:
     def _why(self, worker: _Worker, how: str, last: str, *, detached: bool) -> str:
         """Say why a worker that never served has ended, as far as can be known."""
         when = "as soon as it was ready" if worker.died_saying_so else "before it was ready"
-        reason = f"{worker.home.program.argv[0]} {how} {when}"
+        program = worker.home.program
+        reason = f"{program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
-            if worker.home.program.handoff == CONNECTION:
+            if program.handoff == CONNECTION:
                 reason += f"; {servers.STDIN}"
         where = "" if last else self._output.where_to_look()
-        program = worker.home.program
-        advice = servers.advice(program, said=last, unseen=bool(where))
+        advice = servers.advice(program, said=last, unseen=bool(where) and not detached)
         if advice and not self.spoken_with:
             reason += f"; {advice}"
         if last:

@@ -122,7 +122,7 @@ def advice(
     """
     name = known(program.argv)
     if program.handoff == LISTENER and (passes_over or _TAKEN.search(said)):
-        as_in = f"{name} does, started as in: {line(name)} ({_PAGE})" if name else ""
+        as_in = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens()
         where = f"it listens on {address} by itself" if address else ""
         return "; ".join(filter(None, (where, TAKES, as_in)))

@@ -48,6 +48,8 @@ _DURATION = Duration()
 _ABOVE_ZERO = Duration(zero=False)
 #: More is a mistake, and would not fit the system calls.
 _MANY = 1_000_000
+#: Of a program's name as that of its service: what a line of syslog has room for (RFC 5424).
+_NAME_CHARS = 48
 _FILE = "socketprotector.config"
 #: What counts as ready where nobody says.
 _READY = {handoff.LISTENER: Ready("any", after_s=1.0)}
@@ -373,7 +375,7 @@ class _Reading:
         umask = running.origin.umask if running else os.umask(0o022)
         if running is None:
             os.umask(umask)
-        called = os.path.basename("sh" if given["shell"] else [*command, ""][0])
+        called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
         name = given["name"] or (running.name if running else called)
         verbose = given["verbose"]
         mode = given["handoff"]

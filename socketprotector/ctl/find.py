@@ -24,7 +24,10 @@ def sockets() -> list[str]:
 
 
 def by_name(name: str) -> str:
-    """Return the socket of the protector of a name, or NAME:LISTENER of several that have it."""
+    """Return the socket of the protector of a name, or NAME:LISTENER of several that have it.
+
+    A listener's port alone is one, too, where nobody is called so.
+    """
     # As the protector does: its name may be that of a path.
     key, found = control_path.key_of(name), sockets()
     there = [path for path in found if control_path.key(path) == key]
@@ -34,7 +37,9 @@ def by_name(name: str) -> str:
         return living[0]
     asked = [each for each in ask_all(found) if each.alive]
     called = dict(zip((each.path for each in asked), names(asked), strict=True))
-    meant = [each.path for each in asked if name in _names_of(each)]
+    meant = [each.path for each in asked if name in _names_of(each)] or [
+        each.path for each in asked if f"{_names_of(each)[0]}:{name}" in _names_of(each)
+    ]
     if len(meant) > 1:
         apart = [called[path] for path in meant]
         if len(set(apart)) < len(apart):  # at the same listener, too

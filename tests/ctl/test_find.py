@@ -83,6 +83,9 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
     assert level(ctl, "--name", "web:80").status == 0
     assert (len(first.commands()), len(second.commands())) == (2, 1), "one question to know it"
     assert level(ctl, "--name", "api").status == 0
+    other.status.update(name="api", listeners=listening(81))
+    assert level(ctl, "--name", "80").status == 0
+    assert "which one? api, web:81" in level(ctl, "--name", "81").err
     names = [line.split()[0] for line in ctl("list").out.splitlines()[1:]]
     assert names == ["api", "web:80", "web:81"]
 

@@ -740,6 +740,21 @@ def test_a_name_that_is_too_long_for_a_socket_is_said(protector: Starter) -> Non
     daemon.stop()
 
 
+def test_a_program_whose_name_is_long_lends_the_first_of_it(
+    protector: Starter, tmp_path: Path
+) -> None:
+    program = tmp_path / ("x" * 120)
+    program.write_text("#!/bin/sh\nexec " + shlex.join(MANY) + "\n")
+    program.chmod(0o755)
+
+    daemon = protector("127.0.0.1:0", "--", str(program)).ready()
+
+    with Line(default_path("x" * 48)) as line:
+        assert line.status()["name"] == "x" * 48
+    assert daemon.log.count("event=notice") == 0
+    daemon.stop()
+
+
 @pytest.fixture
 def short() -> Iterator[Path]:
     """A folder whose path fits into the name of a socket."""

@@ -345,8 +345,8 @@ def test_no_new_privileges_makes_a_set_user_id_program_gain_nothing(command: Com
     for extra in ((), ("--no-new-privs",)):
         command.start.log_file.unlink(missing_ok=True)
         command.up("--user", A, *extra, "unix:s", "--", *wrapped)
+        command.start.stop()  # and the relay has written all that it had
         said.append(re.findall(r"^\d+$", command.start.log, re.MULTILINE))
-        command.start.stop()
 
     assert said == [["0"], [str(pwd.getpwnam(A).pw_uid)]]
 
@@ -363,11 +363,11 @@ def test_nothing_of_the_workers_environment_runs_with_the_right_to_become_anybod
     words = ("--user", A, "--worker-user", B, "--env-file", str(file), "--umask", "022")
 
     command.up(*words, "unix:s", "--", *command.worker("talks"))
+    command.start.stop()  # and the relay has written all that it had
 
     # The loader complains once for each program that it was told to load it into.
     complaints = re.findall(f"object '{gate}' from LD_PRELOAD", command.start.log)
     assert len(complaints) == 1, "the worker's own, which has no privilege"
-    command.start.stop()
 
 
 def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words(

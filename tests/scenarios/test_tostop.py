@@ -12,7 +12,7 @@ import pytest
 
 from tests.running import DEADLINE_S, eventually
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.test_start_surroundings import on_a_terminal, read_until
+from tests.scenarios.test_start_surroundings import on_a_terminal
 from tests.scenarios.tools import Client
 
 #: As a shell does with `command &`: a group of its own, which is not the terminal's.
@@ -40,15 +40,15 @@ def test_what_is_said_comes_to_the_terminal_and_stops_nobody(
 ) -> None:
     words = (*guarded, "--workers", "2", "unix:s", "--", *MINIMAL)
     with on_a_terminal(start, *words, before=LEADER) as (process, terminal):
-        seen = read_until(terminal, "event=ready")
+        seen = terminal.read_until("event=ready")
         os.kill(start.pid, signal.SIGHUP)
-        seen += read_until(terminal, "event=reloaded")
+        seen += terminal.read_until("event=reloaded")
         with Client(f"{start.folder}/s"):
             pass
         os.kill(start.pid, signal.SIGTERM)
-        seen += read_until(terminal, "event=stopped")
+        seen += terminal.read_until("event=stopped")
         assert process.wait(DEADLINE_S) == 0
-        os.close(terminal)
+        terminal.close()
     assert "signal=SIGTTOU" not in seen  # which would be one worker fewer each time
     assert start.left() == []
 
@@ -58,39 +58,39 @@ def test_a_killed_protector_is_told_of_by_the_guard(start: Start) -> None:
         process,
         terminal,
     ):
-        seen = read_until(terminal, "event=ready")
+        seen = terminal.read_until("event=ready")
         pid = int(re.findall(r"event=start pid=(\d+)", seen)[0])
         os.kill(pid, signal.SIGKILL)
-        read_until(terminal, "event=protector-died")
-        read_until(terminal, "event=adopted")
+        terminal.read_until("event=protector-died")
+        terminal.read_until("event=adopted")
         os.kill(start.pid, signal.SIGTERM)
-        read_until(terminal, "event=stopped")
+        terminal.read_until("event=stopped")
         assert process.wait(DEADLINE_S) == 0
-        os.close(terminal)
+        terminal.close()
     assert start.left() == []
 
 
 def test_the_reason_of_a_failed_start_is_told_there(start: Start) -> None:
     words = ("--log-file", "log", "unix:s", "--", "/bin/false")
     with on_a_terminal(start, *words, before=LEADER) as (process, terminal):
-        read_until(terminal, "exited with status 1 before it was ready")
+        terminal.read_until("exited with status 1 before it was ready")
         assert process.wait(DEADLINE_S) == 3
-        os.close(terminal)
+        terminal.close()
 
 
 def test_a_refusal_is_told_there(start: Start) -> None:
     with on_a_terminal(start, "--no-such-option", before=LEADER) as (process, terminal):
-        read_until(terminal, "--no-such-option")
+        terminal.read_until("--no-such-option")
         assert process.wait(DEADLINE_S) == 2
-        os.close(terminal)
+        terminal.close()
 
 
 def test_nobody_spins_there(start: Start) -> None:
     with on_a_terminal(start, "unix:s", "--", *MINIMAL, before=LEADER) as (process, terminal):
-        read_until(terminal, "event=ready")
+        terminal.read_until("event=ready")
         stat = Path(f"/proc/{start.pid}/stat")
         eventually(lambda: stat.read_text().rpartition(") ")[2][0] == "S", "it sleeps")
         os.kill(start.pid, signal.SIGTERM)
-        read_until(terminal, "event=stopped")
+        terminal.read_until("event=stopped")
         assert process.wait(DEADLINE_S) == 0
-        os.close(terminal)
+        terminal.close()

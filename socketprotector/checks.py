@@ -16,10 +16,11 @@ import re
 import resource
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from . import envfile, executable, handoff, room, servers
+from . import envfile, executable, handoff, room, servers, suggest
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -32,6 +33,8 @@ T = TypeVar("T")
 OLDEST_KERNEL = (5, 4)
 #: Where syslog(3) writes; a container has none.
 _SYSLOG = "/dev/log"
+#: Of a file that may use the client library, in bytes: it is imported at the top.
+_LOOKED_AT = 1 << 16
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 
 
@@ -333,25 +336,49 @@ def watch(paths: Sequence[str], directory: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def wants(settings: Settings) -> Iterator[str]:
-    """Say which options a well-known server wants that was given others."""
+def server(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
+    """Say what a well-known server lacks as it is started, and how to start it.
+
+    typed: for the terminal, in the operator's own words; else none of its arguments is told.
+    """
     name = servers.known(settings.command)
-    if name is not None and settings.handoff == handoff.CONNECTION:
-        yield servers.wants(name)
-
-
-def _doubts(settings: Settings) -> Iterator[str]:
-    """Say what a well-known server lacks whose start would not fail for the want of it."""
-    if settings.handoff != handoff.LISTENER:
+    if name is None:
         return
     try:
         environment = _environment(settings)
     except (OSError, ValueError):
         return
-    words = (f"{name}={value}" for name, value in environment.items())
-    doubt = servers.doubt(settings.command, words, settles=settings.policy.settle_s > 0)
-    if doubt is not None:
-        yield doubt
+    found = servers.lacks(
+        settings.command,
+        (f"{variable}={value}" for variable, value in environment.items()),
+        mode=settings.handoff,
+        settles=settings.policy.settle_s > 0,
+        after_s=handoff.ready_after_s(settings),
+    )
+    if found is None or (settings.handoff == handoff.CONNECTION and _speaks(settings, environment)):
+        return
+    how = servers.as_in(name)
+    if typed:
+        own = suggest.line(settings.origin.words, listens, settings.handoff)
+        how = f"start it as: {own}" if own else servers.to_add(name)
+    yield f"{found}; {how}"
+
+
+def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Whether a file that the command names, or that gunicorn reads, uses the client library."""
+    words = [*settings.command[1:], *environment.get("GUNICORN_CMD_ARGS", "").split()]
+    named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
+    for path in (*named, "gunicorn.conf.py"):
+        try:
+            fd = os.open(os.path.join(settings.directory, path), os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            continue
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and servers.OURS in str(os.read(fd, _LOOKED_AT)):
+                return True
+        finally:
+            os.close(fd)
+    return any(servers.OURS in word for word in words)
 
 
 def syslog(settings: Settings) -> Iterator[str]:
@@ -381,7 +408,6 @@ def _syslog_listens() -> bool:
 
 def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iterator[str]:
     """Say what will work less well than the operator may think."""
-    yield from _doubts(settings)
     asked = max(listen.backlog(backlog) for listen in listens)
     try:
         with open(_SOMAXCONN, encoding="ascii") as file:

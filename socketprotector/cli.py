@@ -39,7 +39,7 @@ from .options import Duration, Ready
 from .policy import Policy
 from .quota import scheduler
 from .settings import Limits, ListenerSettings, Origin, Settings
-from .terminal import STDOUT, tell
+from .terminal import STDERR, STDOUT, tell
 
 if TYPE_CHECKING:
     from .config import ConfigFile
@@ -494,11 +494,17 @@ def _launch(asked: Asked) -> int:
         if settings.policy.workers_accept:
             second = pair(bound, notices.append)
         if asked.check:
-            notices += checks.wants(settings)
             notify_folder.check(settings, notices.append)
-        if asked.check or not (settings.foreground and settings.log_file is None):
+        here = asked.check or not (settings.foreground and settings.log_file is None)
+        if here:
             for notice in notices:  # else its log says them, in the same place
                 tell(notice)
+        terminal = os.isatty(STDERR)
+        if here or terminal:
+            for lack in checks.server(settings, asked.listens, typed=True):
+                tell(lack)
+        if here or not terminal:
+            notices += checks.server(settings, asked.listens, typed=False)
         if asked.check:
             valid = f"{asked.config} is valid; " if asked.config else ""
             listens = " ".join(listen.text for listen in asked.listens)

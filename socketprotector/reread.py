@@ -70,6 +70,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) 
             return 0
         if cannot:
             raise UsageError("\n".join(cannot))
+        told += checks.server(new, asked.listens, typed=False)
         told += checks.notices(new, asked.listens, asked.backlog)
         told = list(dict.fromkeys((*running.notices, *told)))
         if new.policy.workers_accept:

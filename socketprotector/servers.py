@@ -10,25 +10,87 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from .frozen import frozen
 from .handoff import CONNECTION, LISTENER
 from .records import Program
 
 _PAGE = "docs/servers.md"
-#: What follows `SocketProtector --handoff listener`, by the name of the command.
-KNOWN: Mapping[str, str] = {
-    "gunicorn": "--ready notify 127.0.0.1:8000 -- gunicorn --preload app:app",
-    "uvicorn": "--settle 5s http=127.0.0.1:8000 -- uvicorn --fd {fd:http} app:app",
-    "hypercorn": "--settle 5s http=127.0.0.1:8000 -- hypercorn --bind fd://{fd:http} --workers 0 "
-    "app:app",
-    "uwsgi": "--drain-signal HUP 127.0.0.1:8000 -- uwsgi --master --exit-on-reload --need-app "
-    "--protocol http --module app",
-    "nginx": "--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};' "
-    "'http=0.0.0.0:8000?nonblock=1' -- nginx -g 'daemon off;'",
-    "haproxy": "--drain-signal USR1 web=8000 -- haproxy -db -f haproxy.cfg",
-    "node": "http=127.0.0.1:8000 -- node http.js {fd:http} {fd:ready}",
-    "plackup": "--drain-signal QUIT 0.0.0.0:8000 -- plackup -s Starlet --max-workers=10 app.psgi",
-    "starman": "--ready after:2s --drain-signal QUIT 0.0.0.0:8000 -- starman --workers 10 app.psgi",
-    "chaussette": "web=127.0.0.1:8000 -- chaussette --fd {fd:web} app:application",
+
+
+@frozen
+class Server:
+    """How a well-known server is started under --handoff listener."""
+
+    options: str  # of ours
+    listen: str
+    adds: str  # what stands behind its name
+    rest: str  # what is the user's own there
+    #: Its options that bind an address, or say what `adds` says, with a value and without.  None:
+    #: whether a command can be turned into another one is not known.
+    drops: tuple[str, ...] | None = None
+    flags: tuple[str, ...] = ()
+
+
+KNOWN: Mapping[str, Server] = {
+    "gunicorn": Server(
+        options="--ready notify",
+        listen="127.0.0.1:8000",
+        adds="--preload",
+        rest="app:app",
+        drops=("-b", "--bind"),
+        flags=("--preload", "--reuse-port", "-D", "--daemon"),
+    ),
+    "uvicorn": Server(
+        options="--settle 5s",
+        listen="http=127.0.0.1:8000",
+        adds="--fd {fd:http}",
+        rest="app:app",
+        drops=("--fd", "--host", "--port", "--uds"),
+    ),
+    "hypercorn": Server(
+        options="--settle 5s",
+        listen="http=127.0.0.1:8000",
+        adds="--bind fd://{fd:http} --workers 0",
+        rest="app:app",
+        drops=("-b", "--bind", "--insecure-bind", "--quic-bind", "-w", "--workers"),
+    ),
+    "uwsgi": Server(
+        options="--drain-signal HUP",
+        listen="127.0.0.1:8000",
+        adds="--master --exit-on-reload --need-app --protocol http",
+        rest="--module app",
+    ),
+    "nginx": Server(
+        options="--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};'",
+        listen="'http=0.0.0.0:8000?nonblock=1'",
+        adds="-g 'daemon off;'",
+        rest="",
+    ),
+    "haproxy": Server(
+        options="--drain-signal USR1", listen="web=8000", adds="-db", rest="-f haproxy.cfg"
+    ),
+    "node": Server(
+        options="", listen="http=127.0.0.1:8000", adds="", rest="http.js {fd:http} {fd:ready}"
+    ),
+    "plackup": Server(
+        options="--drain-signal QUIT",
+        listen="0.0.0.0:8000",
+        adds="-s Starlet",
+        rest="--max-workers=10 app.psgi",
+    ),
+    "starman": Server(
+        options="--ready after:2s --drain-signal QUIT",
+        listen="0.0.0.0:8000",
+        adds="",
+        rest="--workers 10 app.psgi",
+    ),
+    "chaussette": Server(
+        options="",
+        listen="web=127.0.0.1:8000",
+        adds="--fd {fd:web}",
+        rest="app:application",
+        drops=("--fd", "--host", "--port"),
+    ),
 }
 #: By what some of these are told of a socket, in the command or as NAME=VALUE in the environment.
 _TOLD_BY: Mapping[str, re.Pattern[str]] = {
@@ -40,7 +102,9 @@ _TOLD_BY: Mapping[str, re.Pattern[str]] = {
 #: By what gunicorn loads the application before it says READY=1, or may.
 _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 #: A program that speaks with us says so in its command: these are ours.
-_OURS = "socketprotector"
+OURS = "socketprotector"
+#: Load an application by themselves, which may fail.
+_LOADS = ("gunicorn", "uvicorn", "hypercorn")
 WANTS = f"a program that binds its own port wants --handoff {LISTENER} ({_PAGE})"
 #: The same where it is to accept from the socket that it is handed.
 TAKES = (
@@ -56,15 +120,21 @@ _TAKEN = re.compile(r"address already in use|EADDRINUSE|errno 98\b|os error 98\b
 
 def known(command: Sequence[str]) -> str | None:
     """Return the name of the well-known server that a command starts, if it is one."""
-    if any(_OURS in word for word in command[1:]):
+    if any(OURS in word for word in command[1:]):
         return None
-    words = list(command)
-    while words and (_base(words[0]) == "env" or "=" in words[0]):
-        words.pop(0)
-    if len(words) > 2 and _PYTHON.match(_base(words[0])) and words[1] == "-m":
-        words = words[2:]
-    name = _base(words[0]) if words else ""
+    at = place(command)
+    name = _base(command[at]) if at < len(command) else ""
     return name if name in KNOWN else None
+
+
+def place(command: Sequence[str]) -> int:
+    """Return where in a command the program's name stands, behind env(1) and `python -m`."""
+    at = 0
+    while at < len(command) and (_base(command[at]) == "env" or "=" in command[at]):
+        at += 1
+    if at + 2 < len(command) and _PYTHON.match(_base(command[at])) and command[at + 1] == "-m":
+        at += 2
+    return at
 
 
 def _base(path: str) -> str:
@@ -73,31 +143,65 @@ def _base(path: str) -> str:
 
 def line(name: str) -> str:
     """Return a command line for a known server, ready to be copied."""
-    return f"SocketProtector --handoff {LISTENER} {KNOWN[name]}"
+    server = KNOWN[name]
+    words = (server.options, server.listen, "--", name, server.adds, server.rest)
+    return " ".join(filter(None, (f"SocketProtector --handoff {LISTENER}", *words)))
 
 
-def wants(name: str) -> str:
-    """Say what a known server wants that was started as if it were handed connections."""
-    return f"{name} binds its own port; start it as in: {line(name)}"
+def as_in(name: str) -> str:
+    """Say how a known server is started, and nothing that stands in the user's own command."""
+    return f"start it as in: {line(name)}"
 
 
-def doubt(command: Sequence[str], variables: Iterable[str], *, settles: bool) -> str | None:
-    """Say what a known server lacks that would only seem to serve under --handoff listener.
+def to_add(name: str) -> str:
+    """Say what to add to a command that starts a known server."""
+    server = KNOWN[name]
+    listen = server.listen.strip("'")
+    called = f", call its address {listen.partition('=')[0]}=..." if "=" in listen else ""
+    queried = f", with ?{listen.partition('?')[2]} behind it" if "?" in listen else ""
+    ours = f"--handoff {LISTENER} {server.options}".rstrip()
+    behind = f", and {server.adds} behind {name}" if server.adds else ""
+    return f"add {ours}{called}{queried}{behind} ({_PAGE})"
+
+
+def lacks(
+    command: Sequence[str],
+    variables: Iterable[str],
+    *,
+    mode: str,
+    settles: bool,
+    after_s: float | None,
+) -> str | None:
+    """Say why a known server would not serve as it is started, or would only seem to.
 
     variables: the environment, as NAME=VALUE.  settles: a generation that fails soon after it was
-    thought ready is rolled back.
+    thought ready is rolled back.  after_s: when a timer says that it is ready, if one does.
     """
     name = known(command)
     if name is None:
         return None
+    if mode == CONNECTION:
+        return (
+            f"{name} binds its own port, and takes no connection that is handed to it unless it "
+            "uses the client library (docs/frameworks.md)"
+        )
+    if mode != LISTENER:
+        return None
     words = (*command, *variables)
     told_by = _TOLD_BY.get(name)
     if told_by is not None and not any(map(told_by.match, words)):
-        return f"nothing tells {name} of the socket that it is handed; start it as in: {line(name)}"
-    if name == "gunicorn" and not settles and not any(map(_PRELOADS.match, words)):
+        return f"nothing tells {name} of the socket that it is handed"
+    if settles or name not in _LOADS:
+        return None
+    if name == "gunicorn" and not any(map(_PRELOADS.match, words)):
         return (
             "gunicorn says that it is ready before it has loaded the application, so a reload "
-            f"takes one that cannot be loaded, too; start it as in: {line(name)}"
+            "takes one that cannot be loaded, too"
+        )
+    if after_s is not None:
+        return (
+            f"{name} is thought ready after {after_s:g} s, by a timer, so a reload takes an "
+            "application that cannot be loaded, too, if it takes longer to fail"
         )
     return None
 
@@ -122,14 +226,14 @@ def advice(
     """
     name = known(program.argv)
     if program.handoff == LISTENER and (passes_over or _TAKEN.search(said)):
-        as_in = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
+        example = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens()
         where = f"it listens on {address} by itself" if address else ""
-        return "; ".join(filter(None, (where, TAKES, as_in)))
+        return "; ".join(filter(None, (where, TAKES, example)))
     if program.handoff != CONNECTION:
         return ""
     if name is not None:
-        return f"{wants(name)} ({_PAGE})"
+        return f"{name} binds its own port; {as_in(name)} (--check has your own words; {_PAGE})"
     if _TAKEN.search(said):
         return f"it binds an address by itself, which is taken; {WANTS}"
     if unseen:

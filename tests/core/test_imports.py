@@ -33,6 +33,7 @@ LAYERS = {
         "places",
         "reread",
         "resident",
+        "suggest",
         "waiting",
     },
     "shell": {

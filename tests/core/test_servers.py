@@ -86,8 +86,20 @@ def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
     assert servers.advice(program, said="no such module") == ""
 
 
+def lacks(
+    command: str,
+    *variables: str,
+    mode: str = handoff.LISTENER,
+    settles: bool = False,
+    after_s: float | None = None,
+) -> str | None:
+    return servers.lacks(
+        shlex.split(command), variables, mode=mode, settles=settles, after_s=after_s
+    )
+
+
 @pytest.mark.parametrize(
-    ("command", "variables", "lacks"),
+    ("command", "variables", "said"),
     [
         ("uvicorn app:app", (), "nothing tells uvicorn of the socket"),
         ("uvicorn --port 80 app:app", (), "nothing tells uvicorn of the socket"),
@@ -110,35 +122,75 @@ def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
     ],
 )
 def test_a_known_server_that_would_only_seem_to_serve_is_told_what_it_lacks(
-    command: str, variables: tuple[str, ...], lacks: str | None
+    command: str, variables: tuple[str, ...], said: str | None
 ) -> None:
-    told = servers.doubt(shlex.split(command), variables, settles=False)
+    told = lacks(command, *variables)
 
-    assert (told is not None) is (lacks is not None)
-    if told is not None and lacks is not None:
-        assert lacks in told
-        assert "start it as in: SocketProtector --handoff listener " in told
+    assert (told is not None) is (said is not None)
+    assert (said or "") in (told or "")
+
+
+@pytest.mark.parametrize(
+    "command", ["uvicorn --fd 3 app", "gunicorn --preload app", "hypercorn --bind fd://3 app"]
+)
+def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_told_so(
+    command: str,
+) -> None:
+    told = lacks(command, after_s=1.0)
+
+    assert told is not None
+    assert "is thought ready after 1 s, by a timer" in told
+    assert lacks(command, after_s=1.0, settles=True) is None
+    assert lacks("haproxy -f haproxy.cfg", after_s=1.0) is None
+
+
+@pytest.mark.parametrize("name", servers.KNOWN)
+def test_a_known_server_that_is_handed_connections_is_told_at_once(name: str) -> None:
+    told = lacks(f"{name} app", mode=handoff.CONNECTION)
+
+    assert told is not None
+    assert told.startswith(f"{name} binds its own port, and takes no connection")
+    assert lacks(f"{name} app", mode=handoff.STDIO) is None
+    assert lacks(f"{name} -c python:socketprotector_client.x app", mode=handoff.CONNECTION) is None
 
 
 def test_one_that_is_rolled_back_when_it_cannot_be_loaded_lacks_nothing() -> None:
-    assert servers.doubt(("gunicorn", "app"), (), settles=True) is None
-    assert servers.doubt(("uvicorn", "app"), (), settles=True) is not None
+    assert lacks("gunicorn app", settles=True) is None
+    assert lacks("uvicorn app", settles=True) is not None
 
 
 @pytest.mark.parametrize("name", servers.KNOWN)
 def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
     words = shlex.split(servers.line(name))
     at = words.index("--")
-    settles = "--settle" in words[:at]
+    after_s = None if "notify" in words else 1.0
 
-    assert servers.doubt(words[at + 1 :], words[:at], settles=settles) is None
+    assert (
+        servers.lacks(
+            words[at + 1 :],
+            words[:at],
+            mode=handoff.LISTENER,
+            settles="--settle" in words[:at],
+            after_s=after_s,
+        )
+        is None
+    )
+
+
+@pytest.mark.parametrize("name", servers.KNOWN)
+def test_what_to_add_is_what_the_line_to_be_copied_has(name: str) -> None:
+    server, told = servers.KNOWN[name], servers.to_add(name)
+
+    assert "--handoff listener" in told
+    assert server.options in told
+    assert server.adds in told
 
 
 def test_a_known_server_gets_a_line_of_its_own() -> None:
     told = servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
 
     assert told.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
-    assert told.endswith("(docs/servers.md)")
+    assert told.endswith("(--check has your own words; docs/servers.md)")
 
 
 @pytest.mark.parametrize("advice", ["", "it listens on 127.0.0.1:9090 by itself; ..."])

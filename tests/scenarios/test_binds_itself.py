@@ -14,16 +14,16 @@ import pytest
 
 from socketprotector import servers
 from tests.ctl.conftest import run
-from tests.running import FAIR_START_S, Protector
-from tests.scenarios.starting import MINIMAL
+from tests.running import DEADLINE_S, FAIR_START_S, Protector
+from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import Release
 
-Start = Callable[..., Protector]
+Command = Callable[..., Protector]
 
 _LISTENS = "import socket, signal; s = socket.create_server(('127.0.0.1', {})); signal.pause()"
 
 
-def failed(protector: Start, *arguments: str) -> str:
+def failed(protector: Command, *arguments: str) -> str:
     """Return the reason of a start that failed."""
     daemon = protector(*arguments)
     assert daemon.wait() == 3
@@ -31,7 +31,7 @@ def failed(protector: Start, *arguments: str) -> str:
 
 
 def test_where_its_port_is_ours_the_start_says_what_it_wants(
-    protector: Start, free_port: Callable[[], int]
+    protector: Command, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
 
@@ -43,7 +43,7 @@ def test_where_its_port_is_ours_the_start_says_what_it_wants(
 
 
 def test_where_it_listens_elsewhere_the_start_says_where(
-    protector: Start, free_port: Callable[[], int]
+    protector: Command, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
     command = (sys.executable, "-c", _LISTENS.format(port))
@@ -55,7 +55,7 @@ def test_where_it_listens_elsewhere_the_start_says_where(
 
 
 def test_where_its_output_is_ours_to_read_its_own_words_say_so(
-    protector: Start, free_port: Callable[[], int], tmp_path: Path
+    protector: Command, free_port: Callable[[], int], tmp_path: Path
 ) -> None:
     port, log = free_port(), tmp_path / "log"
     command = (sys.executable, "-c", _LISTENS.format(port))
@@ -66,18 +66,67 @@ def test_where_its_output_is_ours_to_read_its_own_words_say_so(
 
 
 @pytest.mark.parametrize("as_module", [False, True])
-def test_a_known_server_is_named_with_a_line_to_copy(protector: Start, as_module: bool) -> None:
+def test_a_known_server_is_named_with_a_line_to_copy(protector: Command, as_module: bool) -> None:
     uvicorn = Path(sys.executable).with_name("uvicorn")
     command = (sys.executable, "-m", "uvicorn") if as_module else (uvicorn,)
     daemon = protector("--check", "127.0.0.1:0", "--", *command, "app:app")
 
     assert daemon.wait() == 0
     said = daemon.log.text()
-    assert "uvicorn binds its own port; start it as in: SocketProtector --handoff lis" in said
+    assert "uvicorn binds its own port, and takes no connection" in said
+    typed = shlex.join(map(str, command))
+    assert "start it as: SocketProtector --handoff listener --settle 5s -f http=127.0.0.1:0" in said
+    assert f" -- {typed} --fd {{fd:http}} app:app" in said
+
+
+def test_a_start_that_is_doomed_says_so_at_once(start: Start, tmp_path: Path) -> None:
+    """The terminal has the operator's own words; the log, which is kept, has none of them."""
+    gunicorn = Release(tmp_path / "gunicorn")
+    gunicorn.becomes("sleep", "1000")
+    words = ("--start-timeout", "1h", "127.0.0.1:0", "--", gunicorn.path, "-b", ":80", "a:secret")
+
+    with start.popen("--log-file", start.log_file, *words) as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "client library" in line)
+        start.wait_for("event=spawned")  # and is waited for
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+
+    own = f"--ready notify --log-file {start.log_file} --start-timeout 1h 127.0.0.1:0 -- "
+    assert f"{own}{gunicorn.path} --preload a:secret\n" in said
+    assert "event=notice" in start.log
+    assert "as in: SocketProtector --handoff listener --ready notify" in start.log
+    assert "secret" not in start.log
+
+
+def test_one_that_uses_the_client_library_is_told_nothing(
+    protector: Command, tmp_path: Path
+) -> None:
+    gunicorn = Path(sys.executable).with_name("gunicorn")
+    (tmp_path / "own.py").write_text("from socketprotector_client.gunicorn import when_ready\n")
+    (tmp_path / "other.py").write_text("workers = 2\n")
+    for named, told in (("own.py", False), ("other.py", True)):
+        words = ("--chdir", str(tmp_path), "--check", "127.0.0.1:0", "--", gunicorn, "-c", named)
+        daemon = protector(*words, "app:app")
+
+        assert daemon.wait() == 0
+        assert ("binds its own port" in daemon.log.text()) is told
+
+
+def test_a_server_without_a_word_of_its_own_is_told_what_takes_a_broken_release_back(
+    protector: Command,
+) -> None:
+    uvicorn = Path(sys.executable).with_name("uvicorn")
+    command = ("--", uvicorn, "--fd", "3", "app:app")
+    for options, told in (((), True), (("--settle", "5s"), False)):
+        daemon = protector("--handoff", "listener", *options, "--check", "127.0.0.1:0", *command)
+
+        assert daemon.wait() == 0
+        assert ("is thought ready after 1 s, by a timer" in daemon.log.text()) is told
 
 
 def test_a_known_server_that_takes_no_socket_over_is_told_what_it_lacks(
-    protector: Start, tmp_path: Path
+    protector: Command, tmp_path: Path
 ) -> None:
     uvicorn = Release(tmp_path / "uvicorn")
     uvicorn.becomes("sleep", "1000")
@@ -103,7 +152,7 @@ _BROKEN = "import time; time.sleep(1.5); raise RuntimeError('no such luck')"
 
 @pytest.mark.parametrize(("name", "app"), [("gunicorn", _WSGI), ("uvicorn", _ASGI)])
 def test_the_line_to_copy_gives_up_a_release_that_cannot_be_loaded(
-    protector: Start, tmp_path: Path, name: str, app: str
+    protector: Command, tmp_path: Path, name: str, app: str
 ) -> None:
     module = tmp_path / "app.py"
     module.write_text(app)
@@ -129,7 +178,7 @@ def _answers(daemon: Protector) -> bool:
         return client.recv(100).startswith(b"HTTP/1.")
 
 
-def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start) -> None:
+def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Command) -> None:
     command = ("--name", "web", "--ready", "after:1ms", "127.0.0.1:0", "--", "sleep", "1000")
     daemon = protector(*command).ready()
     with socket.create_connection(("127.0.0.1", daemon.port)):
@@ -146,7 +195,7 @@ def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Start)
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
 def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
-    protector: Start, tmp_path: Path, kind: str
+    protector: Command, tmp_path: Path, kind: str
 ) -> None:
     address = f"unix:{tmp_path}/s" if kind == "unix" else "127.0.0.1:0"
     elsewhere = "import socket, signal; s = socket.create_server(('127.0.0.1', 0)); signal.pause()"
@@ -167,7 +216,7 @@ def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
         assert "takes nobody" in run("list").out
 
 
-def test_one_of_two_sockets_that_a_server_leaves_alone_is_told_of(protector: Start) -> None:
+def test_one_of_two_sockets_that_a_server_leaves_alone_is_told_of(protector: Command) -> None:
     options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0", "127.0.0.1:0")
     first = "import socket; s = socket.socket(fileno=3)\nwhile True: s.accept()[0].close()"
     daemon = protector(*options, "--", sys.executable, "-c", first).ready()
@@ -181,7 +230,7 @@ def test_one_of_two_sockets_that_a_server_leaves_alone_is_told_of(protector: Sta
 
 
 def test_one_that_has_spoken_with_us_before_is_not_taken_for_one(
-    protector: Start, tmp_path: Path
+    protector: Command, tmp_path: Path
 ) -> None:
     release = Release(tmp_path / "daemon")
     release.becomes(*MINIMAL)

@@ -1,0 +1,82 @@
+"""A known server's line is made of what was typed, or nothing is made up."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from socketprotector import handoff, suggest
+from socketprotector.address import parse
+
+_LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
+_LISTENER = "SocketProtector --handoff listener"
+
+
+def line(typed: str, mode: str = handoff.CONNECTION) -> str | None:
+    words = shlex.split(typed)
+    texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
+    return suggest.line(words, [parse(each, "/") for each in texts], mode)
+
+
+@pytest.mark.parametrize(
+    ("typed", "made"),
+    [
+        (
+            "127.0.0.1:8000 -- gunicorn myproj.wsgi -w 3",
+            "--ready notify 127.0.0.1:8000 -- gunicorn --preload myproj.wsgi -w 3",
+        ),
+        (
+            "--check 8000 -- /srv/bin/gunicorn -b :80 --bind=x --preload -D 'a:app(1)' -bx",
+            "--ready notify 8000 -- /srv/bin/gunicorn --preload 'a:app(1)'",
+        ),
+        (
+            "-f --ready after:1s --handoff=connection --env 'A=b c' 8000 -- uvicorn --port 80 app",
+            "--settle 5s -f --env 'A=b c' http=8000 -- uvicorn --fd {fd:http} app",
+        ),
+        (
+            "--settle 9s web=8000 -- python3 -m uvicorn --fd 3 app",
+            "--settle 9s web=8000 -- python3 -m uvicorn --fd {fd:web} app",
+        ),
+        (
+            "8000 -- env A=1 hypercorn -w 4 app",
+            "--settle 5s --workers 4 http=8000 -- env A=1 hypercorn --bind fd://{fd:http} "
+            "--workers 0 app",
+        ),
+        (
+            "--workers 2 8000 -- hypercorn --workers=4 app",
+            "--settle 5s --workers 2 http=8000 -- hypercorn --bind fd://{fd:http} --workers 0 app",
+        ),
+        ("8000 9000 -- gunicorn app", "--ready notify 8000 9000 -- gunicorn --preload app"),
+    ],
+)
+def test_the_line_has_what_was_typed_and_what_the_server_wants(typed: str, made: str) -> None:
+    assert line(typed) == f"{_LISTENER} {made}"
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "8000 -- ./daemon",
+        "8000 -- nginx -c own.conf",
+        "8000 9000 -- uvicorn app",
+        "--max-requests 100 8000 -- gunicorn app",
+    ],
+)
+def test_where_it_is_not_certain_there_is_none(typed: str) -> None:
+    assert line(typed) is None
+
+
+def test_a_value_that_looks_like_the_address_makes_it_uncertain() -> None:
+    words = shlex.split("--name 8000 8000 -- gunicorn app")
+
+    assert suggest.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
+
+
+def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:
+    typed = "--handoff listener --ready after:3s 8000 -- uvicorn --fd 3 app"
+
+    assert line(typed, handoff.LISTENER) == (
+        f"{_LISTENER} --settle 5s --ready after:3s http=8000 -- uvicorn --fd {{fd:http}} app"
+    )

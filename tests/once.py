@@ -2,7 +2,8 @@
 
 Which one: that whose values were met least in its file so far, so that a file's tests take
 handoffs, servers, kinds of listener in turns.  The same are chosen in every run, and by every
-process of one.  Tests within one process cost little and are run whole.
+process of one.  Tests within one process cost little and are run whole, as are pages, which have
+no common parts; but for those that are marked `costly`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent
-_RUN_WHOLE = {"core", "boundary", "simulation"}
+_RUN_WHOLE = {"core", "boundary", "pages", "simulation"}
 
 
 def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
@@ -26,7 +27,7 @@ def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     keep: set[pytest.Item] = set()
     for each in tests.values():
         if each[0].path.relative_to(_ROOT).parts[0] in _RUN_WHOLE:
-            keep.update(each)
+            keep.update(item for item in each if item.get_closest_marker("costly") is None)
             continue
         one = min(each, key=lambda item: sum(met[value] for value in _values(item)))
         met.update(_values(one))

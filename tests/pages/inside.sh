@@ -12,4 +12,5 @@ echo "max-time = 30" >/srv/home/.curlrc
 cd /srv/web
 ln -s "$PAGE_VENV" .venv
 ln -s "$PAGE_ROOT/init.d" init.d
+cp "$PAGE_ROOT"/tests/pages/reader/* .
 exec bash -c "$2"

@@ -3,10 +3,16 @@
 A block between ``` is, by the words behind these:
 
     sh              commands, run in the order of the page
+    sh terminal     commands that do not end: each has a terminal of its own until the page ends
+    sh tree         commands for the folder of the sources, where make only says what it would do
     sh systemd      commands that want systemd as PID 1 (sh apparmor, sh selinux: in the kernel):
                     each is judged by its own program, which may only say that this is missing
+    control         what is said over the control socket of `web`: `> ` by us, `< ` to us
+    json status     what `web` says of itself when the page ends: the same names are in it
     text            what the block before has said: each line, `...` stands for anything
-    another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`
+    text terminal   the same of the terminal before, when the page ends
+    another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`;
+                    what /bin/sh is to run it has to understand
 
 A command whose line ends in `# exit status 3` ends with that, the others with 0.
 """
@@ -16,10 +22,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 _FENCE = re.compile(r"^```(.*)$")
 _INDENTED = re.compile(r"^    (?=\S)")
-_NAMED = re.compile(r"^(?:#!.*\n)?# (\S+)\n")
+_NAMED = re.compile(r"^(?:#!.*\n)?(?:#|//) (\S+)\n")
 _STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
 
 
@@ -41,7 +48,11 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.kind == "sh"
+        return self.kind in _RUN
+
+    @property
+    def is_text(self) -> bool:
+        return self.kind in ("text", "text terminal")
 
     @property
     def is_judged(self) -> bool:
@@ -51,7 +62,8 @@ class Block:
     def file(self) -> str | None:
         """The name of the file that it is."""
         named = _NAMED.match(self.text)
-        return named[1] if named and self.kind.split()[0] not in ("sh", "text") else None
+        is_one = self.kind and self.kind.split()[0] not in ("sh", "control", "json", "text")
+        return named[1] if named and is_one else None
 
     @property
     def commands(self) -> list[str]:
@@ -72,7 +84,7 @@ def blocks(path: Path) -> list[Block]:
         if kind is None and fence is None and not _INDENTED.match(line):
             continue
         if kind is None:
-            kind, began, taken = fence[1] if fence else "", number, []
+            kind, began, taken = (fence[1] or "plain") if fence else "", number, []
             if fence:
                 continue
         if kind == "":
@@ -91,17 +103,27 @@ def blocks(path: Path) -> list[Block]:
 
 def script(page: list[Block]) -> str:
     """Return what a shell is to run for a page; each block says its line before."""
-    words = ["set -euo pipefail", _JUDGE]
+    words = ["set -euo pipefail", _FUNCTIONS]
+    last = []
     for block in page:
+        begin = f"echo; echo '{_mark(block)}'"
         if block.file is not None:
             words.append(_written(block.file, block.text))
+        elif block.kind == "sh terminal":
+            words += [
+                f"_terminal {quote(each)} {_SCREENS}{block.line} &" for each in block.commands
+            ]
+            last += [begin, f"_screen {_SCREENS}{block.line}"]
+        elif block.kind in ("control", "json status"):
+            talk = f"{begin}\n$PAGE_ROOT/tests/pages/talk.py {block.kind.split()[-1]} <<'{_EOF}'"
+            (words if block.kind == "control" else last).append(f"{talk}\n{block.text}{_EOF}")
         elif block.is_run:
-            words.append(f"echo; echo '{_mark(block)}'")
-            words.append(_STATUS.sub(_with_status, block.text))
+            commands = _STATUS.sub(_with_status, block.text)
+            words += [begin, f"(cd $PAGE_ROOT\n{commands})" if " " in block.kind else commands]
         elif block.is_judged:
             missing = _NOT_HERE[block.kind.removeprefix("sh ")]
             words += [f"_judge '{missing}' {each}" for each in block.commands]
-    return "\n".join([*words, f"echo; echo '{_END}'"])
+    return "\n".join([*words, *last, f"echo; echo '{_END}'"])
 
 
 def said(output: str, page: list[Block]) -> dict[Block, str]:
@@ -124,11 +146,23 @@ def is_like(shown: str, line: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, shown.split("..."))), line.strip()) is not None
 
 
-_JUDGE = """_judge() {
+_FUNCTIONS = """_judge() {
     local said
     said=$("${@:2}" 2>&1) || grep -qE "$1" <<<"$said" || { echo "${*:2}: $said"; exit 1; }
-}"""
+}
+_terminal() {
+    script -qec "$(declare -f); $1" /dev/null </dev/null >"$2" 2>&1 || echo "+ failed: $?" >>"$2"
+}
+_screen() {
+    cat "$1"
+    ! grep -q '^+ failed' "$1"
+}
+make() { command make --dry-run "$@"; }"""
 _END = "+++ the end of the page"
+_EOF = "END-OF-THE-FILE"
+_RUN = {"sh", "sh terminal", "sh tree", "control", "json status"}
+#: Each is what one terminal has shown.
+_SCREENS = "/run/screen-"
 
 
 def _mark(block: Block) -> str:
@@ -136,10 +170,9 @@ def _mark(block: Block) -> str:
 
 
 def _written(name: str, text: str) -> str:
-    end = "END-OF-THE-FILE"
     folder = f'mkdir -p "$(dirname {name})"'
-    return f"{folder}\ncat >{name} <<'{end}'\n{text}{end}\n" + (
-        f"chmod 755 {name}" if text.startswith("#!") else ""
+    return f"{folder}\ncat >{name} <<'{_EOF}'\n{text}{_EOF}\n" + (
+        f"chmod 755 {name}; sh -n {name}" if text.startswith("#!/bin/sh") else ""
     )
 
 

@@ -20,16 +20,44 @@ from tests.running import ROOT
 
 HERE = Path(__file__).parent
 DOCS = ROOT / "docs"
+costly = pytest.mark.costly
 #: Those of which each block is run here, and what that takes beside ourselves.
 RUN: dict[str, tuple[str, ...]] = {
-    "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
-    "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
-    "docs/containers.md": ("curl", "nsenter"),
+    "CONTRIBUTING.md": ("make",),
+    "docs/config.md": (),
     "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
+    "docs/containers.md": ("curl", "nsenter"),
+    "docs/control.md": (),
+    "docs/handoff.md": ("curl", "uvicorn"),
+    "docs/legacy.md": ("curl",),
+    "docs/log.md": ("logrotate",),
+    "docs/metrics.md": ("curl",),
     "docs/moving.md": (
         *("curl", "gunicorn", "plackup", "start_server", "supervisord", "systemctl"),
-        *("systemd-socket-activate", "systemd-analyze"),
+        "systemd-socket-activate",
     ),
+    "docs/operating.md": ("script",),
+    "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
+    "docs/reliability.md": ("make",),
+    "docs/stdio.md": (),
+    "docs/systemd.md": ("systemctl",),
+    "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
+    "docs/watch.md": ("curl", "script"),
+}
+#: Above 5 s of a processor: not in `make test`, but in `make test-all`.
+COSTLY = {"docs/moving.md", "docs/tls.md"}
+#: Those whose commands another test runs.
+ELSEWHERE = {
+    "docs/coming-from.md": "tests/scenarios/test_coming_from.py runs all lines that are ours",
+    "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
+    "docs/servers.md": "tests/servers/test_reloads.py reloads each under load",
+}
+#: What is only to be looked at, by its first line.
+NOT_RUN = {
+    ("docs/log.md", "warning event=crash-loop generation=1 slot=0"): "takes a minute; test_log.py",
+    ("docs/protocol.md", "READY=1"): "one message; tests/client/test_notify.py",
+    ("docs/reliability.md", "seed 30, 30 minutes; 2 cores"): "the report of an hour",
+    ("docs/reliability.md", "simulation, 8 minutes:"): "the rest of it",
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
@@ -51,6 +79,9 @@ def ran(folder: Path, name: str) -> str:
         "PATH": os.pathsep.join(path),
         "HOME": "/srv/home",
         "LANG": "C.UTF-8",
+        "NO_COLOR": "1",
+        "SHELL": "/bin/bash",  # of terminals
+        "TERM": "linux",
         "PAGE_VENV": sys.prefix,
         "PAGE_ROOT": str(ROOT),
     }
@@ -71,7 +102,9 @@ def ran(folder: Path, name: str) -> str:
 
 
 @is_root
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=costly if each in COSTLY else ()) for each in RUN]
+)
 def test_a_page_does_and_says_what_it_shows(tmp_path: Path, name: str) -> None:
     missing = [each for each in RUN[name] if not found(each)]
     if missing:
@@ -81,30 +114,50 @@ def test_a_page_does_and_says_what_it_shows(tmp_path: Path, name: str) -> None:
 
     print(output)
     assert page.is_whole(output), f"{name} ended early:\n{output}"
-    before, said = None, page.said(output, blocks(name))
+    before, screen, said = None, None, page.said(output, blocks(name))
     for block in blocks(name):
-        if block.is_run:
+        if block.kind == "sh terminal":
+            screen = block
+        elif block.is_run:
             before = block
-        if block.kind == "text":
-            assert before is not None, f"{name}:{block.line}: nothing has said it"
-            lines = said[before].split("\n")
+        if block.is_text:
+            teller = screen if block.kind == "text terminal" else before
+            assert teller is not None, f"{name}:{block.line}: nothing has said it"
+            lines = said[teller].split("\n")
             for shown in block.text.strip().split("\n"):
-                assert any(page.is_like(shown, line) for line in lines), (shown, said[before])
+                assert any(page.is_like(shown, line) for line in lines), (shown, said[teller])
 
 
 def found(program: str) -> bool:
     return bool(shutil.which(program) or (Path(sys.executable).parent / program).exists())
 
 
-@pytest.mark.parametrize("name", RUN)
-def test_nothing_on_such_a_page_is_only_to_be_looked_at(name: str) -> None:
+PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", sorted({*PAGES, *RUN} - set(ELSEWHERE)))
+def test_nothing_on_a_page_is_only_to_be_looked_at(name: str) -> None:
+    left = []
     for block in blocks(name):
-        known = block.is_run or block.is_judged or block.file or block.kind == "text"
-        assert known, f"{name}:{block.line}: neither run nor a file nor what was said"
-    assert any(block.is_run for block in blocks(name))
+        known = block.is_run or block.is_judged or block.file or block.is_text
+        if name not in RUN or not known:
+            left.append(block.text)
+    listed = [first for page_of, first in NOT_RUN if page_of == name]
+
+    for text in left:
+        assert text.startswith(tuple(listed)), f"neither run nor a file nor what was said: {text}"
+    for first in listed:
+        assert any(text.startswith(first) for text in left), f"is not there: {first}"
+    assert name not in RUN or any(block.is_run for block in blocks(name))
 
 
-@pytest.mark.parametrize("name", [*RUN, "README.md", "SECURITY.md", "docs/when-not.md"])
+def test_what_is_left_out_is_there() -> None:
+    for name, reason in ELSEWHERE.items():
+        assert (ROOT / name).exists(), name
+        assert (ROOT / reason.split()[0]).exists(), reason
+
+
+@pytest.mark.parametrize("name", sorted({*PAGES, *RUN, "README.md", "SECURITY.md"}))
 def test_its_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
         if "://" not in target:

@@ -17,10 +17,12 @@ import resource
 import signal
 import socket
 import stat
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
-from . import envfile, executable, handoff, room, servers, suggest
+from . import envfile, executable, handoff, reach, room, servers, suggest
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
@@ -233,7 +235,7 @@ def command(settings: Settings) -> None:
         return  # env_file() refuses that, and PATH may be in there
     try:
         search = environment.get("PATH", os.defpath)
-        executable.resolve(settings.executed, settings.directory, search)
+        path, _ = executable.resolve(settings.executed, settings.directory, search)
     except PermissionError as error:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; chmod +x it, or name its interpreter"
@@ -242,8 +244,37 @@ def command(settings: Settings) -> None:
         raise UsageError(
             f"cannot run {error.filename}: {error.strerror}; check the path"
         ) from error
+    _reachable(settings, path)
     if settings.ready_check and not os.access("/bin/sh", os.X_OK):
         raise UsageError(f"--ready check:{settings.ready_check}: there is no /bin/sh to run it")
+
+
+def _reachable(settings: Settings, path: str) -> None:
+    """Refuse a command that root could start, and the user that starts it or is it cannot."""
+    if settings.identity is None:
+        return
+    name = settings.executed[0]
+    typed = {os.path.join(settings.directory, name): os.X_OK} if "/" in name else {}
+    folder = {os.path.join(settings.directory, ""): os.X_OK}
+    here = {sys.executable: os.X_OK}
+    itself = {**folder, **typed, path: os.X_OK, **(here if settings.guarded else {})}
+    its = {
+        **folder,
+        **reach.executed(path),
+        **(here if settings.handoff in (handoff.STDIO, handoff.LEGACY) else {}),
+    }
+    for option, identity, needed in (
+        ("--user", settings.identity, itself),
+        ("--worker-user", settings.worker_identity, its),
+    ):
+        if identity is not None:
+            everything = needed if settings.worker_identity else {**itself, **its}
+            closed = reach.as_user(identity, partial(reach.closed, everything))
+            if closed:
+                raise SystemRefused(
+                    f"{option} {identity.user} {closed}; let that user through (chmod, chown), "
+                    "or install it elsewhere"
+                )
 
 
 def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:

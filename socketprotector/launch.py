@@ -30,7 +30,7 @@ from .logfile import open_log
 from .pidfile import PidFile
 from .settings import Settings, dump
 from .terminal import tell
-from .waiting import wait
+from .waiting import known_by, wait
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:
@@ -160,6 +160,9 @@ def _become_resident(
     if folder is not None:
         settings = replace(settings, notify_folder=folder.path)
         descriptors[door.NOTIFY] = folder.fd
+    if detach and settings.identity is not None:
+        made = _made(settings, {**bound, **control}, pid_file)
+        os.write(verdict, json.dumps({"made": made}).encode() + b"\n")
     try:
         _exec(settings, {**bound, **control}, descriptors, label, pid_file, verdict)
     except OSError as error:
@@ -174,6 +177,20 @@ def _become_resident(
             f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
             "or is a folder on its path closed to --user?"
         ) from error
+
+
+def _made(
+    settings: Settings, bound: Mapping[str, Bound], pid_file: PidFile | None
+) -> dict[str, list[int]]:
+    """Return what was made in folders that may be root's, and how to know it again.
+
+    Whoever has become another user cannot remove it there; who waits for the start can.
+    """
+    sockets = (each.settings for each in bound.values() if not each.left)
+    paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
+    paths += [settings.notify_folder] if settings.notify_folder else []
+    paths += [settings.pid_file] if settings.pid_file is not None and pid_file is not None else []
+    return {path: known_by(path) for path in paths}
 
 
 def _bind_control(

@@ -12,9 +12,11 @@ import os
 import select
 import signal
 import socket
+import stat
 from typing import Any
 
 from .errors import SystemRefused
+from .folder import locked
 from .terminal import tell
 
 _INTERRUPTED = 130
@@ -64,6 +66,8 @@ def wait(line: socket.socket) -> int:
             _stop(resident)  # both crossed: it serves, and nobody wants it
             break
     _wait_for_end(resident)
+    for path, known in verdict.get("made", {}).items():
+        _remove(path, known)
     if called_off:
         tell("interrupted; nothing was started")
         return _INTERRUPTED
@@ -72,6 +76,24 @@ def wait(line: socket.socket) -> int:
         return int(verdict["status"])
     tell("the protector was killed before anything served; look at the log")
     return SystemRefused.status
+
+
+def known_by(path: str) -> list[int]:
+    """Return by what a file is known to be the same one still.  Raises OSError."""
+    found = os.lstat(path)
+    # A number is used again, but not with its time.  A folder's changes with what is in it.
+    changed = 0 if stat.S_ISDIR(found.st_mode) else found.st_ctime_ns
+    return [found.st_dev, found.st_ino, changed]
+
+
+def _remove(path: str, known: list[int]) -> None:
+    """Remove what a start has made, that has failed, unless it has, or it is another's by now."""
+    try:
+        with locked(path):
+            if known_by(path) == known:
+                (os.unlink if known[-1] else os.rmdir)(path)
+    except OSError:
+        pass  # it has; or the folder is not ours
 
 
 def _is_too_late(wake_up: int) -> bool:

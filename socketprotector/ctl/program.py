@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -85,7 +85,8 @@ def program(
 ) -> None:
     """Look at a SocketProtector that runs, and tell it what to do.
 
-    Without an option: the only one that runs.  Each command has --json.
+    Without an option: the only one that runs.  It may stand behind the command, too.
+    Each command has --json.
 
     \b
     Exit status:
@@ -110,12 +111,40 @@ def program(
     ctx.obj = Instance(name, control, pid_file)
 
 
+def _also_behind(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Take an instance option behind the command as the one before it."""
+    if value is None:
+        return
+    instance = ctx.obj or Instance()
+    given = [field.name for field in fields(instance) if getattr(instance, field.name) is not None]
+    if given:
+        options = (f"--{each}".replace("_", "-") for each in (*given, param.name))
+        raise UsageError(f"{' and '.join(options)}: only one of them")
+    ctx.obj = replace(instance, **{str(param.name): value})
+
+
+def _instance_options(function: Function) -> Function:
+    """Give a command the options of the program, which may stand behind it, too."""
+    for option in program.params:
+        if option.name in Instance.__slots__ and isinstance(option, click.Option):
+            function = click.option(
+                *option.opts,
+                type=option.type,
+                metavar=option.metavar,
+                hidden=True,
+                expose_value=False,
+                callback=_also_behind,
+            )(function)
+    return function
+
+
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
     """Make a command of a function: its instance first, `as_json` among its arguments."""
 
     def made(function: Function) -> click.Command:
         with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-        return program.command(name, **settings)(with_json(click.pass_obj(written(function))))
+        answers = _instance_options(with_json(click.pass_obj(written(function))))
+        return program.command(name, **settings)(answers)
 
     def written(function: Function) -> Callable[..., Any]:
         @wraps(function)

@@ -32,6 +32,7 @@ LAYERS = {
         "options",
         "places",
         "reread",
+        "reach",
         "resident",
         "suggest",
         "waiting",

@@ -195,6 +195,16 @@ def test_only_one_way_at_a_time(ctl: Ctl) -> None:
     assert said.err == "socketprotectorctl: --name and --control: only one of them\n"
 
 
+def test_who_is_meant_may_stand_behind_the_command(fakes: Fakes, ctl: Ctl) -> None:
+    web, other = fakes("web"), fakes("other")
+
+    assert ctl("status", "--name", "web", "--json").status == 0
+    assert (len(web.commands()), other.commands()) == (1, [])
+    both = ctl("--name", "web", "status", "--pid-file", "x")
+    assert both.status == 2
+    assert both.err == "socketprotectorctl: --name and --pid-file: only one of them\n"
+
+
 def test_list_shows_the_living_the_dead_the_denied_and_the_silent(
     fakes: Fakes, folder: Path, ctl: Ctl
 ) -> None:

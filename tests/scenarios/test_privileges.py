@@ -381,8 +381,8 @@ def test_a_command_that_only_the_protectors_user_may_execute_is_refused_in_words
 
     ended = command.run("--user", A, "--worker-user", B, *words)
 
-    assert ended.status == 3
-    assert f"cannot start: {private}: Permission denied" in ended.err
+    assert ended.status == 111
+    assert f"--worker-user {B} cannot execute {private}: {private} is closed to that" in ended.err
     assert command.start.left() == []
 
 
@@ -405,7 +405,7 @@ def test_a_python_that_the_protectors_user_cannot_execute_is_named(
     )
 
     assert ended.status == 111
-    assert f"cannot execute {python}: Permission denied" in ended.err
+    assert f"--user {A} cannot execute {python}: its folder {closed} is closed" in ended.err
 
 
 def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> None:

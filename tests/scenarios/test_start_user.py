@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT, WORKERS, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, wait_gone
 from tests.scenarios.starting import Ended, Start, told
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
@@ -148,6 +148,29 @@ def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
     assert sorted(start.left()) == [f"{theirs}/pid", f"{theirs}/s"], "as it was said"
 
 
+@pytest.mark.parametrize("how", ["fails", "is interrupted"])
+def test_a_start_that_fails_leaves_nothing_in_folders_of_roots(
+    start: Start, theirs: Path, how: str
+) -> None:
+    os.chown(theirs, 0, 0)
+    theirs.chmod(0o755)
+    control = theirs / "control"
+    options = ("--log-file", start.log_file, "--user", "nobody", "--control", control, "unix:s")
+    if how == "fails":
+        ended = start("--start-tries", "1", *options, "--", "/bin/false")
+        assert ended.status == 3
+    else:
+        words = ("--pid-file", start.pid_file, *options, "--", "/bin/sleep", "1000")
+        with start.popen(*words) as process:
+            start.wait_for("event=spawned")
+            assert control.is_socket()
+            process.terminate()
+            process.communicate(timeout=DEADLINE_S)
+            assert process.returncode == 130
+
+    assert start.left() == []
+
+
 def test_folders_of_several_files_are_named_in_one_line(
     start: Start, theirs: Path, python: str
 ) -> None:
@@ -218,6 +241,44 @@ def test_a_nice_value_below_zero_is_had_as_another_user(
         assert ended.status == 111
         assert "cannot allow nobody nice -3: " in ended.err
         assert start.left() == []
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("what", ["command", "interpreter", "directory", "script"])
+def test_what_that_user_cannot_execute_is_refused_at_once(
+    start: Start, theirs: Path, what: str, check: bool
+) -> None:
+    closed, script = theirs / "closed.sh", theirs / "script.sh"
+    closed.mkdir(mode=0o700)
+    shutil.copy("/bin/sleep", closed / "sleep")
+    script.write_text(f"#!{closed}/sleep\n")
+    script.chmod(0o700 if what == "script" else 0o755)
+    command = {"command": closed / "sleep", "directory": Path("/bin/sleep")}.get(what, script)
+    where = closed if what == "directory" else theirs
+    words = ("--ready", "after:1ms", "--chdir", str(where), "unix:s", "--", command, "1000")
+
+    ended = start(*(("--check",) if check else ()), "--user", "nobody", *words)
+
+    assert ended.status == 111
+    [line] = ended.lines
+    verb = {"command": f"execute {command}", "directory": f"enter {closed}/"}
+    assert line.startswith("SocketProtector: --user nobody cannot ")
+    assert verb.get(what, "execute ") in line
+    whose = f"{script} is closed to that user (-rwx------ root)"
+    folder = f"its folder {closed} is closed to that user (drwx------ root)"
+    assert (whose if what == "script" else folder) in line
+    assert start.left() == []
+
+
+def test_what_that_user_may_execute_by_its_group_is_not_refused(start: Start, theirs: Path) -> None:
+    ours = theirs / "ours.sh"
+    ours.mkdir(mode=0o750)
+    os.chown(ours, 0, pwd.getpwnam("nobody").pw_gid)
+    shutil.copy("/bin/sleep", ours / "sleep")
+
+    ended = start("--check", "--user", "nobody", "unix:s", "--", ours / "sleep", "1000")
+
+    assert ended.status == 0, ended
 
 
 def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str) -> None:

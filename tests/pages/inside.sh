@@ -8,7 +8,7 @@ mkdir "$1/upper" "$1/work"
 mount -t overlay overlay -o "lowerdir=/etc,upperdir=$1/upper,workdir=$1/work" /etc
 for each in /run /srv /var/log; do mount -t tmpfs none $each; done
 mkdir /run/lock /srv/web /srv/home
-echo "max-time = 30" >/srv/home/.curlrc
+printf "max-time = 30\nfail\n" >/srv/home/.curlrc
 cd /srv/web
 ln -s "$PAGE_VENV" .venv
 ln -s "$PAGE_ROOT/init.d" init.d

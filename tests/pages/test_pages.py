@@ -39,18 +39,20 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/operating.md": ("script",),
     "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
     "docs/reliability.md": ("make",),
+    "docs/servers.md": (
+        *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
+    ),
     "docs/stdio.md": (),
     "docs/systemd.md": ("systemctl",),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),
     "docs/watch.md": ("curl", "script"),
 }
-#: Above 5 s of a processor: not in `make test`, but in `make test-all`.
-COSTLY = {"docs/moving.md", "docs/tls.md"}
+#: Above 3 s of a processor: not in `make test`, but in `make test-all`.
+COSTLY = {"docs/moving.md", "docs/servers.md", "docs/tls.md"}
 #: Those whose commands another test runs.
 ELSEWHERE = {
     "docs/coming-from.md": "tests/scenarios/test_coming_from.py runs all lines that are ours",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
-    "docs/servers.md": "tests/servers/test_reloads.py reloads each under load",
 }
 #: What is only to be looked at, by its first line.
 NOT_RUN = {

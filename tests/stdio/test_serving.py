@@ -216,21 +216,6 @@ def test_a_command_of_the_shell_is_run_by_it(protector: Start) -> None:
     daemon.stop()
 
 
-def test_a_program_that_wants_systemds_variables_gets_them_from_the_shell(
-    protector: Start,
-) -> None:
-    """The line in docs/stdio.md."""
-    command = "export LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=connection; exec env 3<&0"
-    daemon = protector("127.0.0.1:0", "--", *pool(4, command, shell=True)).ready()
-
-    with Caller(("127.0.0.1", daemon.port)) as client:
-        found = told(client.rest())
-
-    assert found["LISTEN_FDS"] == "1"
-    assert found["LISTEN_PID"].isdecimal()
-    daemon.stop()
-
-
 def test_a_client_that_has_gone_before_its_turn_costs_no_program(
     given: Given, tmp_path: Path
 ) -> None:

@@ -313,8 +313,8 @@ def names(settings: Settings) -> None:
         )
 
 
-def pid_file(path: str | None) -> None:
-    """Refuse early what would otherwise show as `port in use`."""
+def pid_file(path: str | None, *, check: bool = False) -> None:
+    """Refuse early what would otherwise show as `port in use`; check: nothing is to be started."""
     if path is None:
         return
     folder = os.path.dirname(path)
@@ -325,9 +325,10 @@ def pid_file(path: str | None) -> None:
             f"cannot use the pid file {path}: {error.strerror}; check {folder} and its rights"
         ) from error
     if holder is not None:
-        raise AlreadyRunning(
-            f"the pid file {path} is held by process {holder}; stop or reload that one"
-        )
+        do = "stop or reload that one"
+        if check:
+            do = "socketprotectorctl diff says what a reload of that one would do"
+        raise AlreadyRunning(f"the pid file {path} is held by process {holder}; {do}")
     if os.path.isdir(path) or not os.access(folder, os.W_OK):
         raise SystemRefused(
             f"cannot write the pid file {path}: {_why_not(folder)}; check {folder} and its rights"

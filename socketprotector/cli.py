@@ -462,7 +462,7 @@ def _launch(asked: Asked) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings = asked.settings
     checks.kernel()
-    checks.pid_file(settings.pid_file)
+    checks.pid_file(settings.pid_file, check=asked.check)
     checks.log_file(settings.log_file)
     notices: list[str] = []
     given = activation.passed()

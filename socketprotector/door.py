@@ -154,10 +154,14 @@ def enter() -> dict[str, int]:
 
 
 def is_ours() -> bool:
-    """Whether descriptors were left for this very process, our settings among them."""
+    """Whether descriptors were left for this very process, our settings among them.
+
+    They are empty where whoever had them has ended in order: then there is nothing to go on with.
+    """
     if os.environ.get(PID) != str(os.getpid()):
         return False
-    return SETTINGS in _listed(os.environ.get("LISTEN_FDNAMES", ""))
+    names = _listed(os.environ.get("LISTEN_FDNAMES", ""))
+    return SETTINGS in names and os.fstat(FIRST + names.index(SETTINGS)).st_size > 0
 
 
 def is_for_reader() -> bool:

@@ -264,6 +264,8 @@ class _Resident:
         if self.line is None:
             # First: without it what is there is no state to go on with, but left for a start.
             self.store.forget(door.SETTINGS)
+            # Whoever keeps a copy may not read in time that it is to go; the file is the same one.
+            os.ftruncate(self.descriptors[door.SETTINGS], 0)
         # The relay ends with its last writer, and whoever keeps that descriptor would be one.
         for name in self.output.descriptors():
             self.store.forget(name)

@@ -193,7 +193,7 @@ def test_check_does_not_disturb_the_one_that_runs(start: Start) -> None:
     ended = start("--check", *words)
 
     assert ended.status == 100
-    assert f"held by process {start.pid}" in ended.err
+    assert f"held by process {start.pid}; socketprotectorctl diff says" in ended.err
     assert ask(f"{start.folder}/s") == "hello"
     start.stop()
 

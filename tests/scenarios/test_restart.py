@@ -57,6 +57,15 @@ def refused(port: int) -> bool:
         return client.connect_ex(("127.0.0.1", port)) != 0
 
 
+def fill(sock: socket.socket, address: str) -> None:
+    """Send there until not one message more has room."""
+    try:
+        while True:
+            sock.sendto(b"X_FULL=1", address)
+    except BlockingIOError:
+        pass
+
+
 def _more_than(count: int, now: Snapshot) -> bool:
     return now.connections > count
 
@@ -279,6 +288,29 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
     serves(service)
     wait_stored(service, OWN | of_generation(1, 1))
     assert second.log.count("event=adopted") == 0
+
+
+def test_one_whose_last_words_nobody_reads_in_time_has_left_its_listeners(
+    service: Service, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    words = words_of("connection", f"127.0.0.1:{port}")
+    first = service.start(*words)
+    serves(service)
+    wait_stored(service, OWN | of_generation(1, 1))
+    with service.lock, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        fill(other, service.address)
+        first.stop()
+    service.hear()
+    assert "sp.settings" in service.store, "what was said at the end was heard"
+    with Client(("127.0.0.1", port), "waits") as waiting:
+        second = service.start(*words)
+        assert pid_in(waiting.hear()) == spawned(second)[0]
+    serves(service)
+    wait_stored(service, OWN | of_generation(1, 1))
+    assert second.log.count("event=adopted") == 0
+    service.stop()
 
 
 def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(

@@ -276,6 +276,22 @@ class Protector:
         fcntl.ioctl(self.reader.fileno(), termios.FIONREAD, size)
         return size[0] // wire.HEADER.size
 
+    def send_again(self) -> None:
+        """Send again what stands in the queue, as a protector does while nobody takes it.
+
+        The kernel wakes one who waits there, and that one may be full by now.
+        """
+        try:
+            data, rights, _, _ = self.reader.recvmsg(4096, 64, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        try:
+            self.sender.sendmsg([data], rights)
+        finally:
+            for _, _, fds in rights:
+                for fd in array.array("i", fds):
+                    os.close(fd)
+
     def end_channel(self) -> None:
         self.sender.shutdown(socket.SHUT_WR)
 

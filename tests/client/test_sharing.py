@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
-from tests.client.protector import Protector, until
+from tests.client.protector import Client, Protector, until
 
 BOTH = pytest.mark.parametrize("way", [("aserve",), ("listener", "1")], ids=["aserve", "listener"])
 
@@ -82,10 +84,20 @@ def test_a_worker_with_its_own_loop_needs_nothing_but_the_channel(protector: Pro
 def test_workers_take_from_one_queue_until_it_is_empty(protector: Protector) -> None:
     workers = [protector.start("serves.py", "--threads", "8") for _ in range(2)]
 
+    def comes(client: Client) -> bool:
+        if not client.has_answer():
+            protector.send_again()
+            return False
+        return True
+
     answered = 0
     for _ in range(20):
         clients = [protector.connect() for _ in range(10)]
-        pids = [client.ask("pid") for client in clients]
+        for client in clients:
+            client.send("pid")
+        for client in clients:
+            until(partial(comes, client), "an answer")
+        pids = [client.read() for client in clients]
         answered += len(pids)
         assert set(pids) <= {str(worker.pid) for worker in workers}
         for client in clients:

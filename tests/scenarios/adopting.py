@@ -18,7 +18,7 @@ import pytest
 from tests.load import Load, Snapshot
 from tests.rounds import rounds
 from tests.running import ROOT, WORKERS, Protector, eventually
-from tests.scenarios.tools import descriptors, state_of
+from tests.scenarios.tools import state_of
 
 ROUNDS = rounds(8, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
@@ -68,15 +68,6 @@ def at_rest(daemon: Protector) -> None:
     """Wait until it has done all that it was told before."""
     mark = daemon.signal(signal.SIGUSR1)
     daemon.log.wait_for("event=reopened", after=mark)
-
-
-def kinds_now(pid: int) -> dict[str, int]:
-    """How many descriptors of each kind a process has."""
-    counted: dict[str, int] = {}
-    for target in descriptors(pid).values():
-        kind = re.sub(r":\[\d+\]$", "", target)
-        counted[kind] = counted.get(kind, 0) + 1
-    return counted
 
 
 def upgrade(daemon: Protector) -> str:

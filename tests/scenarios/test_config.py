@@ -30,7 +30,6 @@ from tests.scenarios.adopting import (
     Installation,
     at_rest,
     kill_protector,
-    kinds_now,
     revived,
     served,
     upgrade,
@@ -43,6 +42,8 @@ from tests.scenarios.tools import (
     Gate,
     hold,
     in_backlog,
+    kinds_of,
+    no_more_open,
     pid_in,
     spawned,
     worker,
@@ -329,7 +330,7 @@ def test_a_file_with_mistakes_is_a_failed_reload_that_changes_nothing(
     address = ("127.0.0.1", daemon.port)
     (pid,) = spawned(daemon, 1)
     at_rest(daemon)
-    before = kinds_now(daemon.pid)
+    before = kinds_of(daemon.pid)
     file.says('workers = 0\ncolour = "red"')
 
     reason = failed_reload(daemon)
@@ -340,7 +341,7 @@ def test_a_file_with_mistakes_is_a_failed_reload_that_changes_nothing(
     daemon.log.wait_for(r"event=not-configured .*line 2: colour: unknown key")
     assert pid_in(ask(address)) == pid
     at_rest(daemon)
-    assert kinds_now(daemon.pid) == before
+    no_more_open(before, daemon.pid)
     file.says("workers = 2")
     daemon.reload()
     assert len(spawned(daemon)) == 3
@@ -391,7 +392,7 @@ def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
 ) -> None:
     daemon = configured()
     at_rest(daemon)
-    before = kinds_now(daemon.pid)
+    before = kinds_of(daemon.pid)
     file.listens += [f"unix:{tmp_path}/s"]
     file.command = worker("dies_before_ready")
     file.says("workers = 3")
@@ -401,7 +402,7 @@ def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
     assert not (tmp_path / "s").exists()
     assert ask(("127.0.0.1", daemon.port)).endswith("hello")
     at_rest(daemon)
-    eventually(lambda: kinds_now(daemon.pid) == before, "all descriptors are closed")
+    no_more_open(before, daemon.pid)
     file.command = TELLS
     file.says("workers = 3")
     daemon.reload()

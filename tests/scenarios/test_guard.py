@@ -25,7 +25,6 @@ from tests.scenarios.adopting import (
     Installation,
     at_rest,
     kill_protector,
-    kinds_now,
     protector_pid,
     revived,
     served,
@@ -40,8 +39,10 @@ from tests.scenarios.tools import (
     Release,
     children_of,
     hold,
+    no_more_open,
     pid_in,
     spawned,
+    together,
     worker,
 )
 
@@ -83,7 +84,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
     chance = Chance()
     daemon = guarded()
     at_rest(daemon)
-    before = kinds_now(protector_pid(daemon)), kinds_now(daemon.pid)
+    before = together(protector_pid(daemon), daemon.pid)
     workers = spawned(daemon)
     kills = rounds(5, 100) if handoff == "connection" else rounds(3, 50)
     lost = []
@@ -104,8 +105,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
     assert spawned(daemon) == workers
     assert set(seen.pids) == set(workers)
     assert (tmp_path / "pid").read_text() == f"{daemon.pid}\n"
-    at_rest(daemon)
-    assert (kinds_now(protector_pid(daemon)), kinds_now(daemon.pid)) == before
+    no_more_open(before, protector_pid(daemon), daemon.pid)
     daemon.stop()
 
 

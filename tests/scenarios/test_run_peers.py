@@ -20,6 +20,7 @@ from tests.scenarios.tools import (
     hold,
     in_backlog,
     kinds_at_rest,
+    no_more_open,
     spawned,
     wake_ups,
     worker,
@@ -70,7 +71,7 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     for number, client in enumerate(clients):
         assert client.hear().endswith(f" line {number}")
         client.close()
-    eventually(lambda: kinds_at_rest(daemon) == before, "as many descriptors as before")
+    no_more_open(before, daemon.pid)
     daemon.stop()
 
 

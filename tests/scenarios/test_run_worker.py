@@ -23,6 +23,7 @@ from tests.scenarios.tools import (
     Gate,
     descriptors,
     kinds_at_rest,
+    no_more_open,
     pid_in,
     spawned,
     worker,
@@ -299,7 +300,7 @@ def test_nonsense_on_the_notify_socket_harms_nobody(protector: Start) -> None:
     for _ in range(3):
         assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
 
-    assert kinds_at_rest(daemon) == kinds
+    no_more_open(kinds, daemon.pid)
     daemon.stop()
 
 

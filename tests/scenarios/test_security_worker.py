@@ -21,6 +21,7 @@ from tests.scenarios.tools import (
     Release,
     kinds_at_rest,
     memory_kib,
+    no_more_open,
     spawned,
     wake_ups,
     worker,
@@ -102,7 +103,7 @@ def test_nothing_of_it_is_kept(protector: Start, tmp_path: Path) -> None:
     daemon.log.wait_for("event=exited generation=2 ")
 
     assert not wait_gone([hostile])
-    assert kinds_at_rest(daemon) == clean
+    no_more_open(clean, daemon.pid)
     calm = wake_ups(daemon.pid)
     assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
     assert wake_ups(daemon.pid) - calm < 100

@@ -20,7 +20,7 @@ import pytest
 from socketprotector.notify import parse
 from tests.load import Load
 from tests.running import COMMAND, DEADLINE_S, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import ROUNDS, Chance, kinds_now, served
+from tests.scenarios.adopting import ROUNDS, Chance, served
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
@@ -28,6 +28,7 @@ from tests.scenarios.tools import (
     Release,
     children_of,
     hold,
+    kinds_of,
     pid_in,
     spawned,
     worker,
@@ -509,12 +510,12 @@ def test_nothing_is_left_open_that_was_stored_and_not_known(service: Service) ->
 
     service.wait_for("READY")
     wait_stored(service, OWN | of_generation(1, 1) | {"web"})  # not its own to remove
-    targets = kinds_now(second.pid)
+    targets = kinds_of(second.pid)
     second.log.wait_for("event=reopened", after=second.signal(signal.SIGUSR1))
     service.kill()
     third = service.start(*words)
     service.wait_for("READY")
     third.log.wait_for("event=reopened", after=third.signal(signal.SIGUSR1))
-    assert kinds_now(third.pid)["socket"] == targets["socket"]
+    assert kinds_of(third.pid)["socket"] == targets["socket"]
     assert children_of(third.pid) == []
     third.stop()

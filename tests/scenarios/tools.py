@@ -213,6 +213,32 @@ def kinds_at_rest(daemon: Protector) -> dict[str, int]:
     return kinds_of(daemon.pid)
 
 
+def no_more_open(before: dict[str, int], *pids: int) -> None:
+    """Wait until these processes have together no more descriptors of any kind than before.
+
+    What is given up goes a turn of the loop after what gave it up; and what was still open
+    at the first look may have gone since.
+    """
+
+    def more() -> list[str]:
+        now = together(*pids)
+        return [f"{n} {kind}" for kind, n in now.items() if n > before.get(kind, 0)]
+
+    try:
+        eventually(lambda: not more(), "the end of what is no longer needed")
+    except AssertionError:
+        assert more() == [], before
+
+
+def together(*pids: int) -> dict[str, int]:
+    """How many descriptors of each kind these processes have."""
+    counted: dict[str, int] = {}
+    for pid in pids:
+        for kind, n in kinds_of(pid).items():
+            counted[kind] = counted.get(kind, 0) + n
+    return counted
+
+
 def in_backlog(port: int) -> int:
     """How many connections wait in the kernel's backlogs of a listener on 127.0.0.1."""
     waiting = 0

@@ -19,9 +19,9 @@ from .listener import Listener
 from .log import Log
 from .loop import Loop
 from .reader import Answer, Reader
-from .records import Snapshot
 from .settings import ListenerSettings, Settings, dump, load
 from .sides import Sides
+from .snapshot import Snapshot
 
 
 class Configuration:

@@ -58,9 +58,10 @@ from .loop import SHUT, Loop
 from .notify import Systemd
 from .output import Output
 from .program import program_of
-from .records import Program, Snapshot, WorkerRecord
+from .records import Program, WorkerRecord
 from .settings import Settings
 from .sides import Sides
+from .snapshot import Snapshot
 from .words import headline
 
 _LEVELS = {

@@ -16,7 +16,7 @@ from .events import Action
 from .fleet import Fleet
 from .log import Log
 from .notify import Store
-from .records import CLASSES, Snapshot
+from .snapshot import CLASSES, Snapshot
 from .state import Codec, StateError, StateFile
 
 CODEC = Codec(CLASSES)

@@ -31,8 +31,8 @@ from .notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room
 from .operate import Operator
 from .output import Output
 from .quota import Quota, processors
-from .records import Snapshot
 from .settings import ListenerSettings, Settings, SettingsError, load
+from .snapshot import Snapshot
 from .state import StateError, StateFile
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade

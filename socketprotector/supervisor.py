@@ -38,7 +38,7 @@ from .log import Log
 from .loop import Loop
 from .notify import WATCHDOG
 from .process import reap_orphans
-from .records import Snapshot
+from .snapshot import Snapshot
 from .upgrade import Upgrade
 
 _SIGNALS = (

@@ -28,7 +28,8 @@ from socketprotector.events import (
 )
 from socketprotector.fleet import Fleet
 from socketprotector.notify import WATCHDOG
-from socketprotector.records import Snapshot, WorkerRecord
+from socketprotector.records import WorkerRecord
+from socketprotector.snapshot import Snapshot
 from socketprotector.supervisor import Supervisor
 
 #: What the protector promises.

@@ -17,7 +17,8 @@ from socketprotector import heritage, state
 from socketprotector.events import Deadline
 from socketprotector.fleet import Fleet, Generation, Worker
 from socketprotector.heritage import CODEC
-from socketprotector.records import CLASSES, Snapshot, WorkerRecord
+from socketprotector.records import WorkerRecord
+from socketprotector.snapshot import CLASSES, Snapshot
 from socketprotector.state import Codec, StateError, StateFile
 from tests.rounds import rounds
 

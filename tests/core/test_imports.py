@@ -94,6 +94,7 @@ LAYERS = {
             "policy",
             "room",
             "records",
+            "snapshot",
             "requests",
             "servers",
             "settings",

@@ -61,8 +61,8 @@ from socketprotector.loop import Loop
 from socketprotector.notify import Outbox, Store, Systemd
 from socketprotector.output import Opened
 from socketprotector.reader import Answer
-from socketprotector.records import Snapshot
 from socketprotector.settings import ListenerSettings, Origin, Settings, load
+from socketprotector.snapshot import Snapshot
 from socketprotector.state import StateFile
 from socketprotector.supervisor import Supervisor
 from tests.simulation.files import Connection, File, failure

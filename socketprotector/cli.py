@@ -31,11 +31,12 @@ from .address import Listen, parse
 from .bind import Bound, bind_all, not_bound, pair
 from .bind_control import default_path
 from .channel import SMALLEST_QUEUE
+from .duration import Duration
 from .errors import Refusal, UsageError
 from .frozen import frozen
 from .launch import launch
 from .line import FORMATS, LEVELS
-from .options import Duration, Ready
+from .options import Ready
 from .policy import Policy
 from .quota import scheduler
 from .settings import Limits, ListenerSettings, Origin, Settings

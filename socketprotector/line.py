@@ -6,8 +6,8 @@ Pure.  Whatever a field holds, a line is one line of printable characters.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
+from time import gmtime, strftime
 
 from . import words
 
@@ -19,7 +19,7 @@ _COLOURS = {"debug": _FAINT, "info": "\x1b[32m", "warning": "\x1b[33m", "error":
 
 def stamp(now: float) -> str:
     """Return a time since the epoch as it stands in the log: UTC, to the millisecond."""
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    seconds = strftime("%Y-%m-%dT%H:%M:%S", gmtime(now))
     return f"{seconds}.{int(now % 1 * 1000):03d}Z"
 
 

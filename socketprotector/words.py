@@ -6,7 +6,7 @@ terminal or a log, so that nobody can forge a line or drive a terminal.
 
 from __future__ import annotations
 
-import signal
+from signal import Signals
 
 #: Ends the first line of a reason that has a worker's last words in the lines after it.
 LAST_WORDS = "; its last words:"
@@ -40,7 +40,7 @@ def ended(exited: bool, status: int, *, dumped: bool = False) -> str:
     if exited:
         return f"exited with status {status}"
     try:
-        name = signal.Signals(status).name
+        name = Signals(status).name
     except ValueError:
         name = f"signal {status}"
     return f"was killed by {name}" + (" (core dumped)" if dumped else "")

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ..options import Duration
+from ..duration import Duration
 from .client import Message
 from .failure import NoProtector, Refused, UsageError
 from .looking import GENERATION, _known_generations

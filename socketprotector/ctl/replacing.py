@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ..options import Duration
+from ..duration import Duration
 from . import verdict
 from .client import Message
 from .failure import Cut, NoProtector, NotTaken, Refused, TimedOut

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..options import Duration
+from ..duration import Duration
 from .client import Message
 from .failure import NoProtector, UsageError
 from .program import Instance, command, say_json

@@ -26,7 +26,7 @@ from . import envfile, executable, handoff, reach, room, servers, suggest
 from .address import Listen
 from .errors import AlreadyRunning, SystemRefused, UsageError
 from .pidfile import PidFile
-from .program import inherited
+from .program import inherited_environment
 from .settings import Identity, Settings
 
 T = TypeVar("T")
@@ -220,7 +220,7 @@ def env_file(path: str | None) -> None:
 
 def _environment(settings: Settings) -> dict[str, str]:
     """What the command will find there, names of descriptors as they are written."""
-    environment = inherited(settings)
+    environment = inherited_environment(settings)
     if settings.env_file is not None:
         environment.update(envfile.read(settings.env_file))
     environment.update(settings.environment)

@@ -27,7 +27,7 @@ _RUN = (
 
 def program_of(settings: Settings) -> Program:
     """Resolve the command as it is now.  Raises OSError or ValueError."""
-    environment = inherited(settings)
+    environment = inherited_environment(settings)
     own = envfile.read(settings.env_file) if settings.env_file is not None else {}
     own = {**own, **dict(settings.environment)}
     ready_fd = handoff.ready_fd(settings)
@@ -66,7 +66,7 @@ def program_of(settings: Settings) -> Program:
     )
 
 
-def inherited(settings: Settings) -> dict[str, str]:
+def inherited_environment(settings: Settings) -> dict[str, str]:
     """Return what workers get of our environment, and who they are, as login(1) tells it."""
     keep = settings.keep_env
     found = {

@@ -75,15 +75,15 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: how to execute this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
-    inherited = _inherited(descriptors)
+    earlier = _earlier(descriptors)
     try:
-        snapshot = inherited if isinstance(inherited, Snapshot) else None
+        snapshot = earlier if isinstance(earlier, Snapshot) else None
         settings, listeners = _held(descriptors, snapshot)
     except SettingsError as error:
         print(error, file=sys.stderr)
         return SystemRefused.status
     _name_process()
-    resident = _Resident(settings, listeners, descriptors, inherited, command)
+    resident = _Resident(settings, listeners, descriptors, earlier, command)
     try:
         status = resident.supervise()
     except Exception as error:
@@ -111,13 +111,13 @@ class _Resident:
         settings: Settings,
         listeners: Sequence[ListenerSettings],
         descriptors: dict[str, int],
-        inherited: Snapshot | StateError | None,
+        earlier: Snapshot | StateError | None,
         command: tuple[str, ...],
     ) -> None:
-        """inherited: where another program stopped, or why nobody can go on from there."""
+        """earlier: where another program stopped, or why nobody can go on from there."""
         self.settings = settings
         self.descriptors = descriptors
-        self.inherited = inherited
+        self.earlier = earlier
         self.command = command
         ours = settings.to_syslog or settings.log_file is not None
         self.output = Output(
@@ -175,7 +175,7 @@ class _Resident:
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
-        snapshot = self.inherited
+        snapshot = self.earlier
         if isinstance(snapshot, StateError):
             raise snapshot
         if door.STATE not in self.descriptors:
@@ -465,7 +465,7 @@ class _Resident:
             log.write("error", "pid-file-not-written", error=error.strerror)
 
 
-def _inherited(descriptors: dict[str, int]) -> Snapshot | StateError | None:
+def _earlier(descriptors: dict[str, int]) -> Snapshot | StateError | None:
     """Return where another program stopped, or why nobody can go on from there.
 
     Read once: a thousand workers take their time.

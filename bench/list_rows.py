@@ -91,7 +91,7 @@ def _list_s(environment: dict[str, str], wanted: int) -> float:
 
 
 def _ask_s(folder: str) -> float:
-    from socketprotector.ctl.survey import ask_all
+    from socketprotector.ctl.query_all import ask_all
 
     paths = [str(path) for path in Path(folder, "socketprotector").glob("*.control")]
     begun_s = time.monotonic()

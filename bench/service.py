@@ -269,7 +269,7 @@ class Service:
                     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if any(each.endswith(b"/relay.py") for each in words):
+                if any(each.endswith(b"/log_relay.py") for each in words):
                     return pid
         return 0
 

@@ -99,7 +99,7 @@ def _longest_gap_ms(address: str, lasts_s: float, log: _Log | None = None, begun
 
 def _load_ms() -> float:
     """Return what starting an interpreter and loading the protector takes, for nobody."""
-    command = [sys.executable, "-P", "-c", "import socketprotector.resident"]
+    command = [sys.executable, "-P", "-c", "import socketprotector.daemon.resident"]
     begun_s = time.monotonic()
     subprocess.run(command, check=True)
     return (time.monotonic() - begun_s) * 1e3

@@ -7,7 +7,7 @@ prints what stands between the `phases` markers in ARCHITECTURE.md; a test compa
 
 from __future__ import annotations
 
-from socketprotector.fleet import PHASES, Phase
+from socketprotector.core.fleet import PHASES, Phase
 
 
 def diagram() -> str:

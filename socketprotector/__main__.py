@@ -9,28 +9,49 @@ from __future__ import annotations
 
 import signal
 import sys
+from types import ModuleType
 
-from . import door
+from .system import inherited
+
+
+class _Later(ModuleType):
+    """A module that is loaded when somebody asks for something in it."""
+
+    def __getattr__(self, name: str) -> object:
+        # The import machinery itself asks for names like __spec__ and must not load it.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(__import__(self.__name__), name)
+
+
+def defer(name: str) -> None:
+    """Load a module of the standard library only if somebody uses it.
+
+    `dataclasses` imports `inspect`, 1 MB, only to make up docstrings for classes that have none;
+    ours have.  What stands in its place loads the real one at the first use, so that nothing can
+    break.
+    """
+    sys.modules.setdefault(name, _Later(name))
 
 
 def main() -> None:
     """Run the one or the other, and exit with its status."""
-    if door.is_for_reader():
-        from . import reread
+    if inherited.is_for_reader():
+        from .launch import reload_child
 
-        sys.exit(reread.main())
-    if door.is_ours():
-        from . import lean
-
-        lean.defer("inspect")
+        sys.exit(reload_child.main())
+    if inherited.is_ours():
+        defer("inspect")
         # Until its handlers stand a signal waits: it would end this program, and its workers go
         # on alone. The others who execute us have blocked them; systemd blocks nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        from . import resident
+        from .daemon import resident
 
         resident.main()
     else:
-        from . import cli
+        from .launch import cli
 
         sys.exit(cli.main(sys.argv[1:]))
 

@@ -39,7 +39,11 @@ _MODULES = ("socketprotector", "socketprotector.ctl")
 #: socketprotectorctl for tests.
 CTL = str(Path(__file__).with_name("ctl") / "alone.py")
 #: Loaded before the first fork.
-_LOADED = ("socketprotector.cli", "socketprotector.config", "socketprotector.ctl.entry")
+_LOADED = (
+    "socketprotector.launch.cli",
+    "socketprotector.launch.config_file",
+    "socketprotector.ctl.entry",
+)
 _MESSAGE_BYTES = 1 << 20
 
 

@@ -82,7 +82,7 @@ def everybodys_python() -> tuple[str, str]:
     """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
     readable = [entry for entry in sys.path if entry and may("nobody", "test", "-r", entry)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
-    imports = "import socketprotector.cli, socketprotector.resident"
+    imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         if shutil.which(candidate) and may("nobody", candidate, "-c", imports, PYTHONPATH=path):
             return candidate, path

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from socketprotector.line import is_own
+from socketprotector.model.log_format import is_own
 
 
 @dataclass

@@ -19,7 +19,7 @@ from collections import deque
 from types import TracebackType
 from typing import Any
 
-from .failure import Cut, Denied, NoProtector, Refused
+from .errors import Cut, Denied, NoProtector, Refused
 
 VERSION = 1
 #: A protector answers within milliseconds; one that starts after a crash takes some hundred, and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 from click.shell_completion import ShellComplete, get_completion_class
 
-from .program import NAME, Instance, command, program, say_json
+from .cli import NAME, Instance, command, program, say_json
 
 _VARIABLE = "_SOCKETPROTECTORCTL_COMPLETE"
 

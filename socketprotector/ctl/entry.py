@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import click
 
-from ..errors import Refusal
-from . import changing, completion, looking, replacing, top
-from .program import NAME, Interrupted, ReadEnough, complain, program
+from ..model.errors import Refusal
+from . import completion, orders, queries, reload, top
+from .cli import NAME, Interrupted, ReadEnough, complain, program
 
 #: Each has added its commands to the program.
-COMMANDS = (changing, completion, looking, replacing, top)
+COMMANDS = (orders, completion, queries, reload, top)
 INTERRUPTED = 130
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..words import escape
+from ..model.text import escape
 
 #: What is not known.
 UNKNOWN = "-"

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from .client import ANSWER_S, Client, Message
-from .failure import Cut, NoProtector
+from .errors import Cut, NoProtector
 
 #: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
 RETURN_S = 10.0

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..duration import Duration
+from ..model.duration import Duration
+from .cli import Instance, command, say_json
 from .client import Message
-from .failure import NoProtector, UsageError
-from .program import Instance, command, say_json
+from .errors import NoProtector, UsageError
+from .reload_progress import listed
 from .session import Session
-from .verdict import listed
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -165,7 +165,7 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    from . import overview, render
+    from . import render, status_view
 
     figures = [
         _rate(rates.per_second),
@@ -177,15 +177,15 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
     bars = max(1, width - 20)
     most = _rate(max(history[-bars:], default=None))
     return Group(
-        *overview.heading(status),
+        *status_view.heading(status),
         Text("  ".join(figures), style="bold"),
         Text(f"{render.sparkline(history, bars):>{bars}}  most {most}", style="green"),
-        *overview.listeners(status)[: max(1, height // 8)],
-        *overview.last_reload(status),
+        *status_view.listeners(status)[: max(1, height // 8)],
+        *status_view.last_reload(status),
         Text(),
-        overview.generations(status),
+        status_view.generations(status),
         Text(),
-        overview.workers(status),
+        status_view.workers(status),
     )
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..errors import Refusal, SystemRefused, UsageError
-from ..words import escape
-from .instances import Instances, Wanted
-from .server import Server
+from ..model.errors import Refusal, SystemRefused, UsageError
+from ..model.text import escape
+from .collector import Instances, Wanted
+from .http import Server
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.loop import Loop
+from socketprotector.system.loop import Loop
 
 
 def _state() -> dict[str, object]:
@@ -52,7 +52,7 @@ class Turns:
 def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
     """The time of all loops."""
     made = Turns()
-    monkeypatch.setattr("socketprotector.loop.time", made)
+    monkeypatch.setattr("socketprotector.system.loop.time", made)
     return made
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from socketprotector.loop import Loop
+from socketprotector.system.loop import Loop
 from tests import forked
 from tests.running import DEADLINE_S
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import bind, bind_unix
-from socketprotector.address import Listen, parse
-from socketprotector.bind import bind_all
-from socketprotector.errors import Refusal, SystemRefused, UsageError
-from socketprotector.folder import locked
+from socketprotector.launch import bind_tcp, bind_unix
+from socketprotector.launch.bind_tcp import bind_all
+from socketprotector.launch.listen_spec import Listen, parse
+from socketprotector.model.errors import Refusal, SystemRefused, UsageError
+from socketprotector.system.dir_lock import locked
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_mistake_is_refused_with_the_argument(text: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def bound(*texts: str, folder: Path) -> list[bind.Bound]:
+def bound(*texts: str, folder: Path) -> list[bind_tcp.Bound]:
     return bind_all([parse(text, str(folder)) for text in texts], 16, notice=lambda text: None)
 
 
@@ -145,17 +145,19 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
 ) -> None:
     """The kernel chooses a free port for 127.0.0.1; on 127.0.0.2 it may be taken."""
     addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
-    monkeypatch.setattr(bind, "_addresses", lambda listen, notice: addresses)
-    real = bind._bind_one
+    monkeypatch.setattr(bind_tcp, "_addresses", lambda listen, notice: addresses)
+    real = bind_tcp._bind_one
     taken: list[int] = []
 
-    def half_taken(listen: Listen, family: int, host: str, port: int, backlog: int) -> bind.Bound:
+    def half_taken(
+        listen: Listen, family: int, host: str, port: int, backlog: int
+    ) -> bind_tcp.Bound:
         if host == "127.0.0.2" and len(taken) < 3:
             taken.append(port)
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         return real(listen, socket.AddressFamily(family), host, port, backlog)
 
-    monkeypatch.setattr(bind, "_bind_one", half_taken)
+    monkeypatch.setattr(bind_tcp, "_bind_one", half_taken)
 
     first, second = bound("0", folder=tmp_path)
 
@@ -232,7 +234,7 @@ def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
 def test_who_keeps_a_folder_locked_does_not_hang_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.folder._LOCK_S", 0.01)
+    monkeypatch.setattr("socketprotector.system.dir_lock._LOCK_S", 0.01)
     held = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
 

@@ -12,8 +12,8 @@ import pytest
 from socketprotector_client import wire
 from socketprotector_client.scoreboard import Scoreboard
 
-from socketprotector.board import PLACES, Board
-from socketprotector.records import Counts
+from socketprotector.model.records import Counts
+from socketprotector.system.scoreboard import PLACES, Board
 
 READS = 20_000
 

@@ -11,9 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector import door, supervisor
-from socketprotector.crew import Crew
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     Deadline,
     DeadlinePassed,
@@ -26,11 +24,14 @@ from socketprotector.events import (
     Wait,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet
-from socketprotector.notify import WATCHDOG
-from socketprotector.records import WorkerRecord
-from socketprotector.snapshot import Snapshot
-from socketprotector.supervisor import Supervisor
+from socketprotector.core.fleet import Fleet
+from socketprotector.core.snapshot import Snapshot
+from socketprotector.daemon import supervisor
+from socketprotector.daemon.supervisor import Supervisor
+from socketprotector.daemon.worker_pool import Crew
+from socketprotector.model.records import WorkerRecord
+from socketprotector.system import inherited
+from socketprotector.system.sd_notify import WATCHDOG
 
 #: What the protector promises.
 LONGEST_S = 0.05
@@ -173,7 +174,7 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
 
 
 def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile() -> None:
-    named = door.Named()
+    named = inherited.Named()
     settings = SimpleNamespace(
         identity=None,
         worker_identity=None,

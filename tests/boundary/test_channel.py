@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.channel import SEND_FLAGS, SMALLEST_QUEUE, Channel
+from socketprotector.system.channel import SEND_FLAGS, SMALLEST_QUEUE, Channel
 
 FD = struct.Struct("i")
 

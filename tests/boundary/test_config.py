@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import checks, cli, config
-from socketprotector.cli import Asked
-from socketprotector.errors import UsageError
+from socketprotector.launch import cli, config_file, preflight
+from socketprotector.launch.cli import Asked
+from socketprotector.model.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 COMMAND = f'command = ["{sys.executable}", "-V"]\n'
@@ -141,7 +141,7 @@ def test_its_relative_paths_are_taken_against_its_folder(
     daemon = tmp_path / "daemon"
     daemon.write_text("#!/bin/sh\n")
     daemon.chmod(0o755)
-    monkeypatch.setattr(checks, "here", lambda: str(elsewhere))
+    monkeypatch.setattr(preflight, "here", lambda: str(elsewhere))
     text = 'listen = "unix:s"\ncommand = ["./daemon"]\nenv-file = "vars"\nlog-file = "log"\n'
 
     settings = read(text, "--pid-file", "pid").settings
@@ -157,7 +157,7 @@ def test_its_relative_paths_are_taken_against_its_folder(
 def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path: Path) -> None:
     (tmp_path / "vars").touch()
     given = [line.partition(" = ")[0] for line in EVERY_KEY.split("\n") if line]
-    known = config.keys(cli._command.params)
+    known = config_file.keys(cli._command.params)
     plain = read(COMMAND + 'listen = "1"\n')
     plain_asked = dataclasses.replace(plain, config=None)
 
@@ -180,7 +180,12 @@ def test_the_documentation_names_every_key() -> None:
     told = set(re.findall(r"^\| `([a-z-]+)`", text, re.MULTILINE))
     table = re.search(r"^\| option \|.*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)
 
-    assert told == {*config.keys(cli._command.params), *config.NOT_HERE, "listen", "command"}
+    assert told == {
+        *config_file.keys(cli._command.params),
+        *config_file.NOT_HERE,
+        "listen",
+        "command",
+    }
     assert table
     assert "`--config FILE`" in table[0]
 

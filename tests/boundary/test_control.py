@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from socketprotector import control
-from socketprotector.control import CLIENTS, UNREAD_BYTES, Client, Control
-from socketprotector.listener import Listener
-from socketprotector.loop import Loop
-from socketprotector.requests import LINE_BYTES, Request, Wrong, answer
-from socketprotector.settings import ListenerSettings
+from socketprotector.daemon.control import server
+from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client, Control
+from socketprotector.model.control_requests import LINE_BYTES, Request, Wrong, answer
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system.listener import Listener
+from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
 from tests.running import DEADLINE_S
 
@@ -305,7 +305,7 @@ def test_who_lets_an_answer_too_many_lie_is_ended(desk: Desk) -> None:
 def test_who_never_reads_is_ended_after_a_while(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "IDLE_S", 0.1)
+    monkeypatch.setattr(server, "IDLE_S", 0.1)
     desk.answers = say_much
     desk.call(STATUS * 20)
 
@@ -390,7 +390,7 @@ def test_so_many_clients_and_no_more_until_one_leaves(desk: Desk) -> None:
 def test_who_asks_nothing_is_ended_and_half_a_line_is_nothing(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "IDLE_S", 0.1)
+    monkeypatch.setattr(server, "IDLE_S", 0.1)
     silent, slow = desk.call(), desk.call()
 
     def trickle() -> None:
@@ -412,7 +412,7 @@ def test_who_asks_or_follows_stays(
     turns: Turns, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.ticked = turns.tick
-    monkeypatch.setattr(control, "IDLE_S", 0.2)
+    monkeypatch.setattr(server, "IDLE_S", 0.2)
     follower, asker = desk.call(b'{"v":1,"command":"events"}\n'), desk.call(STATUS)
     follower.hear()
     for _ in range(3):
@@ -488,7 +488,7 @@ def test_a_member_of_the_group_is_heard_whichever_of_its_groups_that_is(place: P
 def test_out_of_descriptors_it_accepts_by_a_timer_and_does_not_spin(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(server, "_AGAIN_S", 0.05)
     caller = desk.call(STATUS)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)

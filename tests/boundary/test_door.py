@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from socketprotector import door, guard
+from socketprotector.programs import guard
+from socketprotector.system import inherited
 from tests.running import ROOT
 
 SHOW = (
-    "import json, os; from socketprotector import door; found = door.enter();"
+    "import json, os; from socketprotector.system import inherited; found = inherited.enter();"
     "print(json.dumps({'found': {n: os.readlink(f'/proc/self/fd/{f}') for n, f in found.items()},"
     "'inherits': [n for n, f in found.items() if os.get_inheritable(f)],"
     "'open': sorted(os.readlink(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')"
@@ -43,7 +44,8 @@ def shown(
     files: the descriptors, or the code that makes them.  through: a command that executes it.
     """
     code = (
-        "import os, sys; from contextlib import nullcontext; from socketprotector import door\n"
+        "import os, sys; from contextlib import nullcontext\n"
+        "from socketprotector.system import inherited\n"
         f"files = {files!s}; left = {leave}\n"
         "with left if hasattr(left, '__exit__') else nullcontext(left) as variables:\n"
         "    os.execve(sys.argv[2], [*sys.argv[2:], '-c', sys.argv[1]],"
@@ -66,7 +68,7 @@ def memfd(*names: str) -> dict[str, str]:
     return {name: f"/memfd:{name} (deleted)" for name in names}
 
 
-@pytest.mark.parametrize("leave", ["door.leave(files)", "door.left_in_place(files)"])
+@pytest.mark.parametrize("leave", ["inherited.leave(files)", "inherited.left_in_place(files)"])
 def test_what_is_left_is_found_by_name_and_goes_no_further(
     leave: str, files: dict[str, int]
 ) -> None:
@@ -80,27 +82,27 @@ def test_what_is_left_is_found_by_name_and_goes_no_further(
 def test_the_order_of_the_numbers_does_not_matter(files: dict[str, int]) -> None:
     backward = dict(reversed(files.items()))
 
-    assert shown("door.leave(files)", backward)["found"] == memfd("sp.a", "sp.b", "sp.c")
+    assert shown("inherited.leave(files)", backward)["found"] == memfd("sp.a", "sp.b", "sp.c")
 
 
 def test_what_else_was_passed_is_closed_be_it_of_one_name_twice(files: dict[str, int]) -> None:
     given = {"sp.a": files["sp.a"], "web": files["sp.b"], "sp.none": files["sp.c"]}
-    seen = shown("{**door.leave(files), 'LISTEN_FDNAMES': 'sp.a:web:web'}", given)
+    seen = shown("{**inherited.leave(files), 'LISTEN_FDNAMES': 'sp.a:web:web'}", given)
 
     assert seen["found"] == memfd("sp.a")
-    again = shown("{**door.leave(files), 'LISTEN_FDNAMES': 'sp.a:sp.a:web'}", given)
+    again = shown("{**inherited.leave(files), 'LISTEN_FDNAMES': 'sp.a:sp.a:web'}", given)
     assert again["found"] == memfd("sp.a")
 
 
 def test_what_is_for_another_process_is_not_taken(files: dict[str, int]) -> None:
-    assert shown("{**door.leave(files), 'LISTEN_PID': '1'}", files)["found"] == {}
-    assert shown("{**door.leave(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
+    assert shown("{**inherited.leave(files), 'LISTEN_PID': '1'}", files)["found"] == {}
+    assert shown("{**inherited.leave(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
 
 
 def test_left_in_place_and_not_executed_nothing_is_inherited(files: dict[str, int]) -> None:
-    with door.left_in_place(files) as variables:
+    with inherited.left_in_place(files) as variables:
         assert all(os.get_inheritable(fd) for fd in files.values())
-        assert int(variables["LISTEN_FDS"]) == max(files.values()) - door.FIRST + 1
+        assert int(variables["LISTEN_FDS"]) == max(files.values()) - inherited.FIRST + 1
 
     assert not any(os.get_inheritable(fd) for fd in files.values())
 
@@ -121,7 +123,7 @@ needs_many = pytest.mark.skipif(
 
 
 @needs_many
-@pytest.mark.parametrize("leave", ["door.leave(files)", "door.left_in_place(files)"])
+@pytest.mark.parametrize("leave", ["inherited.leave(files)", "inherited.left_in_place(files)"])
 def test_thousands_of_names_go_through(leave: str) -> None:
     seen = shown(leave, MAKE_MANY)
 
@@ -134,7 +136,7 @@ def test_thousands_of_names_go_through(leave: str) -> None:
 @needs_many
 def test_a_gap_among_thousands_is_nobodys() -> None:
     holed = f"(lambda files: (os.close(files.pop('sp.worker.0.line')), files)[1])({MAKE_MANY})"
-    seen = shown("door.left_in_place(files)", holed)
+    seen = shown("inherited.left_in_place(files)", holed)
 
     assert seen["found"] == memfd(*(name for name in MANY if name != "sp.worker.0.line"))
 
@@ -144,11 +146,11 @@ def test_thousands_of_names_go_through_the_guard() -> None:
     """It gets them at the door, and leaves them at the door for the protector."""
     through = (sys.executable, "-I", "-S", guard.__file__)
     # A protector that ends before it has accepted is the end of the guard.
-    seen = shown("door.leave(files)", MAKE_MANY, *through, status=guard.FAILED)
+    seen = shown("inherited.leave(files)", MAKE_MANY, *through, status=guard.FAILED)
 
     found = seen["found"]
     assert isinstance(found, dict)
-    assert found.pop(door.GUARD).startswith("socket:")
+    assert found.pop(inherited.GUARD).startswith("socket:")
     assert found == memfd(*MANY)
     assert seen["inherits"] == []
 
@@ -156,18 +158,24 @@ def test_thousands_of_names_go_through_the_guard() -> None:
 def test_thousands_of_names_left_and_not_executed_leave_nothing(
     files: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "NAMES_BYTES", 10)
+    monkeypatch.setattr(inherited, "NAMES_BYTES", 10)
     before = os.listdir("/proc/self/fd")
 
-    with door.left_in_place(files) as variables:
-        assert variables["LISTEN_FDNAMES"].startswith(door.NAMES)
+    with inherited.left_in_place(files) as variables:
+        assert variables["LISTEN_FDNAMES"].startswith(inherited.NAMES)
         assert len(os.listdir("/proc/self/fd")) == len(before) + 1
 
     assert os.listdir("/proc/self/fd") == before
 
 
 def test_the_guard_and_the_door_agree() -> None:
-    ours = (door.NAMES, door.NAMES_BYTES, door.NOBODY, door.GUARD, door.PID_FILE)
+    ours = (
+        inherited.NAMES,
+        inherited.NAMES_BYTES,
+        inherited.NOBODY,
+        inherited.GUARD,
+        inherited.PID_FILE,
+    )
     theirs = (guard.NAMES, guard.NAMES_BYTES, guard.NOBODY, guard.LINE, guard.PID_FILE)
     assert ours == theirs
 
@@ -175,7 +183,7 @@ def test_the_guard_and_the_door_agree() -> None:
 def test_names_are_grouped_by_what_they_are_about() -> None:
     given = {"sp.channel.1.read": 5, "sp.channel.1.write": 6, "sp.channel.12.read": 7, "sp.x": 8}
 
-    assert door.under(given, door.CHANNEL) == {
+    assert inherited.under(given, inherited.CHANNEL) == {
         "1": {"read": 5, "write": 6},
         "12": {"read": 7},
     }

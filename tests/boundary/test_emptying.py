@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.channel import Channel
-from socketprotector.emptying import QUIET_S
-from socketprotector.forwarder import Forwarder
-from socketprotector.listener import Listener
-from socketprotector.loop import Loop
-from socketprotector.settings import ListenerSettings
+from socketprotector.daemon.forwarder import Forwarder
+from socketprotector.daemon.listener_drain import QUIET_S
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system.channel import Channel
+from socketprotector.system.listener import Listener
+from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
 
 
@@ -421,10 +421,10 @@ def test_one_that_lets_new_ones_in_is_closed_in_the_end(
     world: World, turns: Turns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the system does not let us refuse them, however many they are."""
-    monkeypatch.setattr("socketprotector.emptying.time", turns)
+    monkeypatch.setattr("socketprotector.daemon.listener_drain.time", turns)
     monkeypatch.setattr(world.listeners[1], "refuse_new", lambda: False)
-    monkeypatch.setattr("socketprotector.emptying.LAST_S", QUIET_S)
-    monkeypatch.setattr("socketprotector.emptying.BURST", 1)
+    monkeypatch.setattr("socketprotector.daemon.listener_drain.LAST_S", QUIET_S)
+    monkeypatch.setattr("socketprotector.daemon.listener_drain.BURST", 1)
     world.forwarder.route_to(world.new)
     world.forwarder.remove(world.listeners[1], world.old)
     came = 0
@@ -439,7 +439,7 @@ def test_one_that_lets_new_ones_in_is_closed_in_the_end(
 def test_who_waits_is_served_however_slowly_where_nobody_new_gets_in(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.emptying.LAST_S", 0.0)
+    monkeypatch.setattr("socketprotector.daemon.listener_drain.LAST_S", 0.0)
     small = world.channel({0, 1}, queue=6)
     world.connect(1, 40)
     world.forwarder.route_to(world.new)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import envfile
+from socketprotector.system import env_file
 
 
 def test_lines_are_assignments() -> None:
@@ -16,7 +16,7 @@ def test_lines_are_assignments() -> None:
         "D=\"double\"\nE=\nF=a=b\n_9=x\nA=2\nG='\"'\nH=it's\n"
     )
 
-    assert envfile.parse(text, "file") == {
+    assert env_file.parse(text, "file") == {
         "A": "2",
         "B": "two words",
         "C": "single # quoted",
@@ -32,16 +32,16 @@ def test_lines_are_assignments() -> None:
 @pytest.mark.parametrize("line", ["A", "=1", "9A=1", "A B=1", "A='x", 'A="', "A='x\"", "\u00e4=1"])
 def test_a_mistake_is_told_with_its_line(line: str) -> None:
     with pytest.raises(ValueError, match=r"^file line 2: "):
-        envfile.parse(f"GOOD=1\n{line}\n", "file")
+        env_file.parse(f"GOOD=1\n{line}\n", "file")
 
 
 def test_a_nul_is_a_mistake() -> None:
     with pytest.raises(ValueError, match=r"^file line 1: "):
-        envfile.parse("A=\0\n", "file")
+        env_file.parse("A=\0\n", "file")
 
 
 def test_bytes_that_are_no_text_are_passed_on(tmp_path: Path) -> None:
     path = tmp_path / "env"
     path.write_bytes(b"A=\xff\n")
 
-    assert os.fsencode(envfile.read(str(path))["A"]) == b"\xff"
+    assert os.fsencode(env_file.read(str(path))["A"]) == b"\xff"

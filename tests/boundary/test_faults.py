@@ -19,8 +19,8 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.events import Deadline
-from socketprotector.fleet import Policy
+from socketprotector.core.events import Deadline
+from socketprotector.core.fleet import Policy
 from tests.simulation.world import World
 
 SCARCE = (errno.EMFILE, errno.ENOBUFS, errno.ENOMEM)

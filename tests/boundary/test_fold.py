@@ -7,9 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from socketprotector import fold
-from socketprotector.fold import FIRST_INTERVAL_S, LAST_INTERVAL_S, PROVEN_S, SHOWN, Fields, Fold
-from socketprotector.loop import Loop
+from socketprotector.system import crash_loop
+from socketprotector.system.crash_loop import (
+    FIRST_INTERVAL_S,
+    LAST_INTERVAL_S,
+    PROVEN_S,
+    SHOWN,
+    Fields,
+    Fold,
+)
+from socketprotector.system.loop import Loop
 
 
 class Clock(Loop):
@@ -49,7 +56,7 @@ class Story:
         self.written: list[tuple[str, Fields]] = []
         self.fold = Fold(lambda level, event, fields: self._put(event, fields), self.loop)
         self.number = 0
-        monkeypatch.setattr(fold, "time", SimpleNamespace(monotonic=lambda: self.loop.now))
+        monkeypatch.setattr(crash_loop, "time", SimpleNamespace(monotonic=lambda: self.loop.now))
 
     def _put(self, event: str, fields: Fields) -> None:
         self.written.append((event, fields))

@@ -16,8 +16,7 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.channel import BROKEN, Channel
-from socketprotector.forwarder import (
+from socketprotector.daemon.forwarder import (
     BURST,
     FIRST_LOOK_S,
     FIRST_WAIT_S,
@@ -30,9 +29,10 @@ from socketprotector.forwarder import (
     UNTAKEN_S,
     Forwarder,
 )
-from socketprotector.listener import AGAIN, Listener
-from socketprotector.loop import Loop
-from socketprotector.settings import ListenerSettings
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system.channel import BROKEN, Channel
+from socketprotector.system.listener import AGAIN, Listener
+from socketprotector.system.loop import Loop
 
 FD = struct.Struct("i")
 SCARCE = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS]
@@ -331,7 +331,7 @@ def come_one_by_one(world: World, count: int) -> list[bool]:
 def test_after_some_that_came_one_by_one_the_next_is_expected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 0)  # each of them came alone
+    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 0)  # each of them came alone
     world.loop.soon_ns = 10**15  # and soon
     world.forwarder._last_ns = time.monotonic_ns()
     world.forwarder.route_to(world.channel())
@@ -346,7 +346,7 @@ def test_after_some_that_came_one_by_one_the_next_is_expected(
 def test_where_several_come_at_once_nobody_is_awaited(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
     world.loop.soon_ns = 10**19
     world.forwarder.route_to(world.channel())
 
@@ -366,7 +366,7 @@ def wake_ups_and_accepts(world: World, waiting: int) -> tuple[int, int]:
 
 def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that others keep busy many wait at each wake-up, which itself costs most."""
-    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
     world.forwarder.route_to(world.channel())
 
     wake_ups_and_accepts(world, 3)  # close together
@@ -380,10 +380,10 @@ def test_who_comes_alone_costs_one_wake_up_and_one_accept(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.forwarder.route_to(world.channel())
-    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
     wake_ups_and_accepts(world, 2 * BURST)
 
-    monkeypatch.setattr("socketprotector.forwarder.BUSY_NS", 0)
+    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 0)
 
     wake_ups_and_accepts(world, 1)  # for the last time it is seen whether there is another one
     assert [wake_ups_and_accepts(world, 1) for _ in range(3)] == [(1, 1)] * 3
@@ -957,7 +957,7 @@ def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: in
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Have so many seconds pass."""
     now = [time.monotonic()]
-    monkeypatch.setattr("socketprotector.forwarder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("socketprotector.daemon.forwarder.time.monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

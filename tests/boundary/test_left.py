@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import left, twin
-from socketprotector.activation import Given, Passed
-from socketprotector.address import Listen, parse
-from socketprotector.bind import Bound, bind_all
-from socketprotector.unheard import file_of
+from socketprotector.launch import stored_listeners
+from socketprotector.launch.activation import Given, Passed
+from socketprotector.launch.bind_tcp import Bound, bind_all
+from socketprotector.launch.listen_spec import Listen, parse
+from socketprotector.system import reuseport
+from socketprotector.system.sock_diag import file_of
 
 SOCKET, TCP, IP = socket.SOL_SOCKET, socket.IPPROTO_TCP, socket.IPPROTO_IP
 SO_LOCK_FILTER = 44
@@ -72,7 +73,7 @@ class Machine:
         for each in self.bound:
             change(each.socket)
         listens: list[Listen] = [parse(text, "/") for text in texts]
-        taken = left.take(listens, (), self.stop(), backlog, self.notices.append)
+        taken = stored_listeners.take(listens, (), self.stop(), backlog, self.notices.append)
         self.bound = bind_all(listens, backlog, notice=self.notices.append, left=taken)
         return self.bound
 
@@ -195,14 +196,14 @@ def test_its_options_are_those_of_the_new_start(
 def test_the_backlog_is_the_new_one(machine: Machine, port: int) -> None:
     machine.start(f"127.0.0.1:{port}")
     [after] = machine.restart(f"127.0.0.1:{port}", backlog=77)
-    assert twin.backlog(after.socket) == 77
+    assert reuseport.backlog(after.socket) == 77
     [after] = machine.restart(f"127.0.0.1:{port}?backlog=5", backlog=77)
-    assert twin.backlog(after.socket) == 5
+    assert reuseport.backlog(after.socket) == 5
 
 
 def test_what_workers_have_done_to_it_is_undone(machine: Machine, port: int) -> None:
     def change(one: socket.socket) -> None:
-        twin.refuse_new(one)
+        reuseport.refuse_new(one)
         one.setblocking(True)
         one.setsockopt(SOCKET, socket.SO_RCVTIMEO, bytes([0] * 8 + [1] + [0] * 7))
         one.setsockopt(SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 9, 0, 0, 0]))
@@ -222,9 +223,9 @@ def test_one_that_had_a_second_one_has_another_and_is_the_one_clients_come_to(
     machine: Machine, port: int
 ) -> None:
     [before] = machine.start(f"127.0.0.1:{port}")
-    second = twin.make(before.socket)
+    second = reuseport.make(before.socket)
     assert second is not None
-    twin.steer(before.socket, 1)
+    reuseport.steer(before.socket, 1)
     with connect(("127.0.0.1", port)):  # to the second, which is the one that is left
         before.socket.shutdown(socket.SHUT_RDWR)
         before.socket.close()
@@ -232,17 +233,17 @@ def test_one_that_had_a_second_one_has_another_and_is_the_one_clients_come_to(
         [after] = machine.restart(f"127.0.0.1:{port}")
         assert inode(after.socket) == os.fstat(machine.kept[0]).st_ino
         after.socket.accept()[0].close()
-    another = twin.make(after.socket)
+    another = reuseport.make(after.socket)
     assert another is not None
     with another:
         for place, one in ((0, after.socket), (1, another), (0, after.socket)):
-            twin.steer(after.socket, place)
+            reuseport.steer(after.socket, place)
             assert accepts(one, ("127.0.0.1", port))
 
 
 def test_what_cannot_be_undone_is_bound_anew_and_said(machine: Machine, port: int) -> None:
     def lock(one: socket.socket) -> None:
-        twin._attach(one, 26, twin._NO_NEW_CLIENTS)
+        reuseport._attach(one, 26, reuseport._NO_NEW_CLIENTS)
         one.setsockopt(SOCKET, SO_LOCK_FILTER, 1)
 
     machine.start(f"127.0.0.1:{port}")
@@ -258,7 +259,7 @@ def test_an_address_for_each_of_several_devices_is_bound_anew_and_said(
     machine.start(f"127.0.0.1:{port}")
     listens = [parse(f"127.0.0.1:{port}?device={each}", "/") for each in ("lo", "other")]
 
-    assert left.take(listens, (), machine.stop(), 16, machine.notices.append) == {}
+    assert stored_listeners.take(listens, (), machine.stop(), 16, machine.notices.append) == {}
 
     [said] = machine.notices
     assert said.startswith(f"127.0.0.1:{port}?device=lo: bound anew, ")
@@ -338,7 +339,7 @@ def test_one_that_systemd_passes_itself_stands_before_one_that_was_left(
 ) -> None:
     machine.start(f"127.0.0.1:{port}")
     listens = [parse("fd:web", "/")]
-    assert left.take(listens, {0}, machine.stop(), 16, machine.notices.append) == {}
+    assert stored_listeners.take(listens, {0}, machine.stop(), 16, machine.notices.append) == {}
     with pytest.raises(ConnectionRefusedError):
         connect(("127.0.0.1", port))
 
@@ -362,10 +363,10 @@ def test_the_store_is_told_of_new_names_after_all_that_is_over(
         given = machine.stop()
         stored = [*(each.name for each in given), "sp.state", "sp.worker.1.process"]
         listens = [parse(text, "/") for text in (texts[0], texts[2], texts[1])]
-        taken = left.take(listens, (), given, 16, machine.notices.append)
+        taken = stored_listeners.take(listens, (), given, 16, machine.notices.append)
         machine.bound = bind_all(listens, 16, notice=machine.notices.append, left=taken)
         places = {f"sp.listener.{index}": each for index, each in enumerate(machine.bound)}
-        left.store(Passed(left=given, stored=stored), places)
+        stored_listeners.store(Passed(left=given, stored=stored), places)
         systemd.setblocking(False)
         said = []
         while True:

@@ -7,8 +7,8 @@ import subprocess
 
 import pytest
 
-from socketprotector.limits import exceeded, resident_bytes
-from socketprotector.settings import Limits
+from socketprotector.daemon.worker_limits import exceeded, resident_bytes
+from socketprotector.model.settings import Limits
 
 MIB = 2**20
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import twin
-from socketprotector.address import Listen
-from socketprotector.bind import bind_all
-from socketprotector.listener import Listener
-from socketprotector.settings import ListenerSettings
+from socketprotector.launch.bind_tcp import bind_all
+from socketprotector.launch.listen_spec import Listen
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system import reuseport
+from socketprotector.system.listener import Listener
 
 
 def adopted(made: socket.socket, settings: ListenerSettings) -> Listener:
@@ -113,7 +113,7 @@ def shared(listen: str, *, second: bool = True) -> Listener:
     host, _, port = listen.rpartition(":")
     words = Listen(listen, port=int(port), host=host.strip("[]"))
     [bound] = bind_all([words], 40, notice=print)
-    twins = twin.make(bound.socket) if second else None
+    twins = reuseport.make(bound.socket) if second else None
     fd = twins.detach() if twins is not None else -1
     made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, second=fd)
     made.note()
@@ -154,7 +154,7 @@ def test_one_that_was_shut_down_listens_again_at_its_port_with_its_backlog(
     assert listener.listen_again(0)
 
     assert listener.is_alive()
-    assert twin.backlog(listener.socket) == 40
+    assert reuseport.backlog(listener.socket) == 40
     assert came(listener) == [8]
     listener.close()
 
@@ -238,7 +238,7 @@ def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
     def fails(*_: object) -> dict[int, int]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr("socketprotector.listener.listening", fails)
+    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
     listener = shared("127.0.0.1:0")
     for dead in (0, 1, 1, 0):
         listener.of_side(dead).shutdown(socket.SHUT_RDWR)
@@ -261,7 +261,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_steered_by_a_gues
     earlier.steer(0)
     fds = [os.dup(each.fileno()) for each in earlier.sockets]
     listener = Listener(fds[0], 3, earlier.settings, shared=True, second=fds[1])
-    monkeypatch.setattr("socketprotector.listener.listening", fails)
+    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
 
     with pytest.raises(OSError, match="Too many"):
         listener.steer(0)
@@ -295,7 +295,7 @@ def test_one_of_two_is_bound_anew_to_its_port_where_the_other_is_on_another_one(
     first.bind(("127.0.0.1", 0))
     first.listen(40)
     port = first.getsockname()[1]
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
     listener = Listener(first.detach(), 3, settings, shared=True, second=second.detach())

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from socketprotector.line import is_own
-from socketprotector.log import Log
+from socketprotector.model.log_format import is_own
+from socketprotector.system.log import Log
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def test_a_pipe_that_may_not_be_opened_again_holds_nobody_up_either(
     def refuse(*_: object) -> int:
         raise PermissionError
 
-    monkeypatch.setattr("socketprotector.log.os.open", refuse)
+    monkeypatch.setattr("socketprotector.system.log.os.open", refuse)
     with log_to(send) as log:
         monkeypatch.undo()
         for _ in range(2000):

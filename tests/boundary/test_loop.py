@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from socketprotector.loop import READ, WRITE, Loop
+from socketprotector.system.loop import READ, WRITE, Loop
 from tests.boundary.conftest import Turns
 
 
@@ -348,7 +348,7 @@ def test_without_processor_time_to_spare_it_sleeps_and_asks_again_later(
     receive, send = pipe
     asked: list[bool] = []
     now_ns = 0
-    monkeypatch.setattr("socketprotector.loop.time.monotonic_ns", lambda: now_ns)
+    monkeypatch.setattr("socketprotector.system.loop.time.monotonic_ns", lambda: now_ns)
 
     def spare() -> bool:
         asked.append(len(asked) > 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.notify import NotifySocket, Outbox, Systemd, parse
+from socketprotector.system.sd_notify import NotifySocket, Outbox, Systemd, parse
 
 STRANGERS = frozenset({54_321})  # nobody here
 OURS = frozenset({os.getuid()})

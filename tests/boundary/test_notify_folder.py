@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import control_path, notify_folder
-from socketprotector.notify import NotifySocket
-from socketprotector.notify_folder import PREFIX, NotifyFolder
-from socketprotector.settings import Identity, ListenerSettings, Settings
+from socketprotector.launch import notify_dir
+from socketprotector.launch.notify_dir import PREFIX, NotifyFolder
+from socketprotector.model.settings import Identity, ListenerSettings, Settings
+from socketprotector.system import control_path
+from socketprotector.system.sd_notify import NotifySocket
 from tests.namespaces import STRANGER, needs_root, of_user
 
 OURS = frozenset({os.getuid()})
@@ -50,7 +51,7 @@ def place() -> Path:
 @pytest.fixture(autouse=True)
 def _nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(control_path, "SYSTEM", str(tmp_path / "system" / "none"))
-    monkeypatch.setattr(notify_folder, "_ANYBODYS", str(tmp_path / "anybodys"))
+    monkeypatch.setattr(notify_dir, "_ANYBODYS", str(tmp_path / "anybodys"))
 
 
 def settings(control: Path | None = None, identity: Identity | None = None) -> Settings:
@@ -60,7 +61,7 @@ def settings(control: Path | None = None, identity: Identity | None = None) -> S
 
 def made(found: Settings) -> NotifyFolder:
     notices: list[str] = []
-    folder = notify_folder.make(found, notices.append)
+    folder = notify_dir.make(found, notices.append)
     assert folder is not None, notices
     assert notices == []
     return folder
@@ -219,8 +220,8 @@ def test_where_its_lock_is_taken_meanwhile_another_one_is_made(
 def refused(found: Settings) -> str:
     """What is told where none can be made; by --check in the same words."""
     notices: list[str] = []
-    notify_folder.check(found, notices.append)
-    assert notify_folder.make(found, notices.append) is None
+    notify_dir.check(found, notices.append)
+    assert notify_dir.make(found, notices.append) is None
     assert len(notices) == 2
     assert notices[0] == notices[1]
     return notices[0]
@@ -271,7 +272,7 @@ def test_a_path_that_leaves_no_room_for_names_is_not_used(nowhere: Path) -> None
 
 def test_check_makes_nothing(place: Path) -> None:
     notices: list[str] = []
-    notify_folder.check(settings(), notices.append)
+    notify_dir.check(settings(), notices.append)
 
     assert notices == []
     assert not place.exists()

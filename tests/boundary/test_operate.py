@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.operate import Operator
-from socketprotector.requests import Request, Wrong
+from socketprotector.daemon.control.commands import Operator
+from socketprotector.model.control_requests import Request, Wrong
 
 
 class Log:

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.peers import may_be_signalled, unmistakable_groups, unmistakable_users
+from socketprotector.system.peer_credentials import (
+    may_be_signalled,
+    unmistakable_groups,
+    unmistakable_users,
+)
 from tests.namespaces import (
     MAP,
     STRANGER,
@@ -25,13 +29,14 @@ from tests.namespaces import (
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 #: Says which of these numbers stand for one user each.
 ASKS = (
-    "from socketprotector.peers import unmistakable_users as users, unmistakable_groups as groups\n"
+    "from socketprotector.system.peer_credentials import unmistakable_users as users\n"
+    "from socketprotector.system.peer_credentials import unmistakable_groups as groups\n"
     f"print(sorted(users([0, 1, {OVERFLOW}])), sorted(groups([0, 1, {OVERFLOW}])))\n"
 )
 #: Hears what comes to a notify socket to which root and another may speak.
 HEARS = """
 import sys
-from socketprotector.notify import NotifySocket
+from socketprotector.system.sd_notify import NotifySocket
 one = NotifySocket.make(sys.argv[1], frozenset({0, int(sys.argv[2])}))
 print(one.address, flush=True)
 for line in sys.stdin:
@@ -43,7 +48,7 @@ for line in sys.stdin:
 #: Accepts one client after the other as this user, and says whom it lets in.
 CONTROLS = """
 import os, socket, sys
-from socketprotector.control import Control
+from socketprotector.daemon.control.server import Control
 class Loop:
     def watch(self, *_): pass
 class Listener:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from socketprotector import places
+from socketprotector.launch import toml_lines
 from tests.rounds import rounds
 
 TEXT = '''# a comment with = and [brackets]
@@ -44,7 +44,7 @@ r.s = 07:32:00
 def test_each_key_has_its_line() -> None:
     tomllib.loads(TEXT)
 
-    found = places.find(TEXT)
+    found = toml_lines.find(TEXT)
 
     assert found == {
         ("a",): 2,
@@ -78,12 +78,12 @@ def test_each_key_has_its_line() -> None:
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"])
 def test_lines_are_counted_however_they_end(end: str) -> None:
-    found = places.find(end.join(["", "a = 1", "b = 2", "[c]", "d = 3"]))
+    found = toml_lines.find(end.join(["", "a = 1", "b = 2", "[c]", "d = 3"]))
 
     assert found == {("a",): 2, ("b",): 3, ("c",): 4, ("c", "d"): 5}
 
 
-def leaves(value: Any, path: places.Path = ()) -> Iterator[tuple[places.Path, Any]]:
+def leaves(value: Any, path: toml_lines.Path = ()) -> Iterator[tuple[toml_lines.Path, Any]]:
     if isinstance(value, dict):
         for name, each in value.items():
             yield from leaves(each, (*path, name))
@@ -126,7 +126,7 @@ def test_whatever_tomllib_reads_has_a_line_with_it(
     read = tomllib.loads(source)
     lines = source.split("\n")
 
-    found = places.find(source)
+    found = toml_lines.find(source)
 
     for path, value in leaves(read):
         line = lines[found[path] - 1]

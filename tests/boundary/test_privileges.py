@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import privileges
-from socketprotector.process import spawn
-from socketprotector.records import Program
-from socketprotector.settings import Identity
+from socketprotector.model.records import Program
+from socketprotector.model.settings import Identity
+from socketprotector.system import privileges
+from socketprotector.system.process import spawn
 from tests.boundary.ending import children
 from tests.boundary.test_process import SHELL, end_of, is_open, running
 

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from socketprotector.proc import sockets_of
-from socketprotector.unheard import address_of
+from socketprotector.system.procfs import sockets_of
+from socketprotector.system.sock_diag import address_of
 
 
 def test_an_address_is_known_on_which_one_of_several_processes_listens() -> None:

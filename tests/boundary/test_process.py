@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.executable import resolve
-from socketprotector.loop import Loop
-from socketprotector.privileges import become
-from socketprotector.process import Process, spawn
-from socketprotector.records import Program
-from socketprotector.settings import Identity
+from socketprotector.model.records import Program
+from socketprotector.model.settings import Identity
+from socketprotector.system.executable import resolve
+from socketprotector.system.loop import Loop
+from socketprotector.system.privileges import become
+from socketprotector.system.process import Process, spawn
 from tests.boundary.ending import traced, until
 from tests.running import eventually
 
@@ -378,7 +378,7 @@ def test_what_a_leader_leaves_of_its_group_is_signalled_after_it_was_reaped(
 ANOTHERS = """
 import os, signal, sys
 sys.path[:0] = {path!r}
-from socketprotector.process import Process
+from socketprotector.system.process import Process
 if {old}:
     real = signal.pidfd_send_signal
     def before(fd, number, siginfo=None, flags=0):
@@ -429,7 +429,7 @@ def test_a_group_that_has_another_ones_number_by_now_is_left_alone(
 ORPHANS = """
 import os, sys
 sys.path[:0] = {path!r}
-from socketprotector.process import Process, reap_orphans
+from socketprotector.system.process import Process, reap_orphans
 def ended(status):
     pid = os.fork()
     if pid == 0:

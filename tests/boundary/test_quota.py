@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.quota import Quota
+from socketprotector.system.cpu_quota import Quota
 
 CPU = Path("/sys/fs/cgroup/cpu")
 
@@ -114,7 +114,7 @@ def group() -> Iterator[Path]:
 
 def test_a_real_one_is_seen_and_its_change_as_well(group: Path) -> None:
     says = (
-        "import os; from socketprotector.quota import Quota\n"
+        "import os; from socketprotector.system.cpu_quota import Quota\n"
         f"open('{group}/cgroup.procs', 'w').write(str(os.getpid()))\n"
         "quota = Quota(); print(quota.processors(), flush=True); input(); print(quota.processors())"
     )

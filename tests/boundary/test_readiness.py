@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import readiness
-from socketprotector.loop import Loop
-from socketprotector.process import Process, spawn
-from socketprotector.readiness import Readiness, check_program, program_of
-from socketprotector.records import Program
+from socketprotector.model.records import Program
+from socketprotector.system import readiness
+from socketprotector.system.loop import Loop
+from socketprotector.system.process import Process, spawn
+from socketprotector.system.readiness import Readiness, check_program, program_of
 from tests.boundary.ending import settle
 from tests.running import DEADLINE_S, wait_gone
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import relay
+from socketprotector.programs import log_relay
 from tests.running import DEADLINE_S, Lines
 
 
@@ -60,7 +60,7 @@ def running(
     ours.settimeout(DEADLINE_S)
     words = ["test", kind, str(int(prefixed)), str(theirs.fileno())]
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(relay.__file__), *words],
+        [sys.executable, "-I", "-S", str(log_relay.__file__), *words],
         stdin=stdin,
         stdout=out,
         pass_fds=[theirs.fileno()],
@@ -125,7 +125,7 @@ def test_to_syslog_it_takes_whatever_comes_and_ends_with_its_last_writer(
         rest = data
         while rest:
             rest = rest[os.write(fd, rest) :]
-    assert told.ask(1) == data[-relay.TAIL_BYTES :]
+    assert told.ask(1) == data[-log_relay.TAIL_BYTES :]
     told.line.close()
     os.close(send)
     assert told.process.poll() is None  # somebody may still write
@@ -171,12 +171,12 @@ def test_without_prefixes_lines_are_as_they_were_and_none_is_torn_apart(
 def test_a_line_that_has_no_end_is_not_held_for_ever(start: Start, file: int) -> None:
     told = start("lines", file)
     pipe = told.pipe(1, 1, 11)
-    data = b"x" * (relay.HELD_BYTES + 65536)
+    data = b"x" * (log_relay.HELD_BYTES + 65536)
     rest = data
     while rest:
         rest = rest[os.write(pipe, rest) :]
     told.ask(1)
-    assert len(written(file)) >= relay.HELD_BYTES
+    assert len(written(file)) >= log_relay.HELD_BYTES
     os.close(pipe)
 
     assert told.end() == 0
@@ -218,7 +218,7 @@ def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: in
     for number, fd in pipes.items():
         os.close(fd)
         words = told.ask(number)
-        assert len(words) == relay.TAIL_BYTES
+        assert len(words) == log_relay.TAIL_BYTES
         assert words.endswith(b"worker %d, line 999\n" % number)
         assert b"worker %d" % (number + 1) not in words
     assert told.ask(99) == b""
@@ -261,7 +261,7 @@ def test_one_who_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> Non
     told = start("lines", send)
     os.close(send)
     pipe = told.pipe(1, 1, 11)
-    os.write(pipe, b"x" * relay.TAIL_BYTES + b"\n")
+    os.write(pipe, b"x" * log_relay.TAIL_BYTES + b"\n")
     poll = select.poll()
     poll.register(told.line, select.POLLOUT)
     for _ in range(500):  # more than there is room for answers
@@ -288,7 +288,7 @@ class Meanwhile:
         pass
 
 
-class Noted(relay.Relay):
+class Noted(log_relay.Relay):
     """One in this process, that notes what it would write."""
 
     noted: list[bytes]
@@ -305,7 +305,7 @@ def test_lines_that_follow_one_another_are_passed_on_together(
     receive, send = os.pipe()
     noted = Noted(theirs.detach(), "lines", prefixed=False)
     noted.noted = []
-    noted.add(relay.Stream(receive, 1, b""))
+    noted.add(log_relay.Stream(receive, 1, b""))
 
     def act() -> None:
         if ours.fileno() >= 0:
@@ -327,7 +327,7 @@ def test_lines_that_follow_one_another_are_passed_on_together(
 
 def test_who_writes_very_much_does_not_wait_for_the_relay(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    here = relay.Relay(theirs.detach(), "lines", prefixed=False)
+    here = log_relay.Relay(theirs.detach(), "lines", prefixed=False)
     gathered: list[float] = []
     monkeypatch.setattr(here, "gathering", Meanwhile(lambda: gathered.append(time.monotonic())))
     for now, most in ((100.0, 200), (101.0, 65536), (101.05, 200), (102.0, 200)):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import cli
-from socketprotector.cli import Asked
-from socketprotector.loop import Loop
-from socketprotector.reader import Answer, Reader
-from socketprotector.settings import ListenerSettings, Settings
+from socketprotector.daemon.config_reader import Answer, Reader
+from socketprotector.launch import cli
+from socketprotector.launch.cli import Asked
+from socketprotector.model.settings import ListenerSettings, Settings
+from socketprotector.system.loop import Loop
 from tests.boundary.ending import settle
 
 COMMAND = (sys.executable, "-P", "-m", "socketprotector")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import sides as module
-from socketprotector import twin
-from socketprotector.listener import Listener
-from socketprotector.loop import READ, Loop
-from socketprotector.settings import ListenerSettings
-from socketprotector.sides import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
+from socketprotector.daemon import socket_steering as module
+from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system import reuseport
+from socketprotector.system.listener import Listener
+from socketprotector.system.loop import READ, Loop
 
 ONE_S = struct.pack("ll", 1, 0)
 
@@ -50,7 +50,7 @@ class World:
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
         monkeypatch.setattr(module, "unheard", self.ask)
-        # By its number, as bind.py does.
+        # By its number, as launch/bind_tcp.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             chooser.bind(("127.0.0.1", 0))
@@ -58,7 +58,7 @@ class World:
             first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             first.bind(chooser.getsockname())
         first.listen()
-        second = twin.make(first)
+        second = reuseport.make(first)
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
         fds = first.detach(), second.detach()
@@ -340,7 +340,7 @@ def test_whoever_comes_where_nobody_accepts_is_told_of_soon(reloaded: World) -> 
     reloaded.pass_time(60)
     assert reloaded.stranded == 0
 
-    twin.steer(reloaded.listener.socket, 0)  # as a slow handshake would
+    reuseport.steer(reloaded.listener.socket, 0)  # as a slow handshake would
     reloaded.connect()
     reloaded.pass_time(FIRST_RESCUE_S + 0.3)
 
@@ -406,7 +406,7 @@ def test_until_the_kernel_is_told_the_old_one_goes_on(
         raise OSError(errno.ENOMEM, "no memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr(twin, "steer", fails)
+        broken.setattr(reuseport, "steer", fails)
         supersede(reloaded)
         reloaded.pass_time(2 * LAST_S)
         assert reloaded.parted == []
@@ -525,7 +525,7 @@ def test_what_an_earlier_generation_has_attached_is_gone_before_the_next_one_beg
 ) -> None:
     supersede(reloaded)
     reloaded.sides.leave(1)
-    twin.refuse_new(reloaded.listener.socket)
+    reuseport.refuse_new(reloaded.listener.socket)
 
     reloaded.sides.enter(3, reloaded.sides.free)
     reloaded.sides.turn_to(0)
@@ -539,7 +539,7 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
 ) -> None:
     supersede(reloaded)
     reloaded.sides.leave(1)
-    twin.refuse_new(reloaded.listener.socket)
+    reuseport.refuse_new(reloaded.listener.socket)
     reloaded.listener.socket.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
     reloaded.sides.enter(3, reloaded.sides.free)
@@ -560,7 +560,7 @@ def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_g
     common = world.listeners[1]
     world.sides.enter(1, 0)
     world.sides.turn_to(0)
-    twin.refuse_new(common.socket)  # by 1, which accepts there until 2 is ready
+    reuseport.refuse_new(common.socket)  # by 1, which accepts there until 2 is ready
     common.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_S)
 
     world.sides.enter(2, world.sides.free)

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from socketprotector import sockopts, twin
-from socketprotector.address import parse
-from socketprotector.bind import Bound, bind_all
-from socketprotector.errors import SystemRefused, UsageError
-from socketprotector.listener import Listener, accept_of
+from socketprotector.launch import socket_options
+from socketprotector.launch.bind_tcp import Bound, bind_all
+from socketprotector.launch.listen_spec import parse
+from socketprotector.model.errors import SystemRefused, UsageError
+from socketprotector.system import reuseport
+from socketprotector.system.listener import Listener, accept_of
 
 SOCKET, TCP, IP, IPV6 = (
     socket.SOL_SOCKET,
@@ -109,7 +110,7 @@ def test_the_queue_of_fast_opens_and_the_algorithm_are_the_listeners(bound: Boun
     indirect=True,
 )
 def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) -> None:
-    second = twin.make(bound.socket)
+    second = reuseport.make(bound.socket)
     assert second is not None
     with second:
         for level, option in [(level, option) for _, level, option, _ in SEEN[:-1]]:
@@ -209,4 +210,4 @@ def test_each_option_is_tried_here_or_where_it_was_before() -> None:
     tried = {each[0].partition("=")[0] for each in (*SEEN, *NEEDS_RIGHTS)}
     elsewhere = {"backlog", "defer_accept", "device", "freebind", "nonblock", "v6only"}
 
-    assert tried | elsewhere | {"congestion", "fastopen"} == set(sockopts.OPTIONS)
+    assert tried | elsewhere | {"congestion", "fastopen"} == set(socket_options.OPTIONS)

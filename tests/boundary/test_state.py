@@ -13,13 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from socketprotector import heritage, state
-from socketprotector.events import Deadline
-from socketprotector.fleet import Fleet, Generation, Worker
-from socketprotector.heritage import CODEC
-from socketprotector.records import WorkerRecord
-from socketprotector.snapshot import CLASSES, Snapshot
-from socketprotector.state import Codec, StateError, StateFile
+from socketprotector.core.events import Deadline
+from socketprotector.core.fleet import Fleet, Generation, Worker
+from socketprotector.core.snapshot import CLASSES, Snapshot
+from socketprotector.daemon import checkpoint
+from socketprotector.daemon.checkpoint import CODEC
+from socketprotector.model.records import WorkerRecord
+from socketprotector.system import state_file
+from socketprotector.system.state_file import Codec, StateError, StateFile
 from tests.rounds import rounds
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
@@ -229,7 +230,7 @@ def test_a_change_written_in_part_is_not_read_but_those_before_it(file: StateFil
 
     for at in reversed(changed):
         slot, place = divmod(at, SLOT)
-        os.pwrite(file.fd, before[at : at + 1], slot * state._SLOT_BYTES + place)
+        os.pwrite(file.fd, before[at : at + 1], slot * state_file._SLOT_BYTES + place)
         assert StateFile(file.fd).read() == (b"the value", b"first"), at
 
 
@@ -249,7 +250,7 @@ def test_changes_as_long_as_the_value_make_way_for_a_whole_one(file: StateFile) 
 
 
 def test_an_empty_one_has_no_state(file: StateFile) -> None:
-    assert heritage.read(file.fd) is None
+    assert checkpoint.read(file.fd) is None
     with pytest.raises(StateError, match="no whole state"):
         file.read()
 
@@ -269,20 +270,20 @@ class Spoilt:
 
     def put(self, at: int, byte: int) -> None:
         slot, place = divmod(at, SLOT)
-        os.pwrite(self.file.fd, bytes([byte]), slot * state._SLOT_BYTES + place)
+        os.pwrite(self.file.fd, bytes([byte]), slot * state_file._SLOT_BYTES + place)
 
     def read(self) -> bytes:
         (whole,) = StateFile(self.file.fd).read()
         return whole
 
 
-HEADER = state._HEADER.size + state._CHECKSUM.size
+HEADER = state_file._HEADER.size + state_file._CHECKSUM.size
 SLOT = HEADER + 160
 
 
 def _content(file: StateFile) -> bytes:
     return b"".join(
-        os.pread(file.fd, SLOT, slot * state._SLOT_BYTES).ljust(SLOT, b"\0") for slot in (0, 1)
+        os.pread(file.fd, SLOT, slot * state_file._SLOT_BYTES).ljust(SLOT, b"\0") for slot in (0, 1)
     )
 
 
@@ -330,7 +331,7 @@ def test_after_a_spoilt_state_the_next_one_is_written_in_its_place(file: StateFi
 
 def test_when_both_are_spoilt_it_says_so(file: StateFile) -> None:
     file.write(b"only")
-    os.pwrite(file.fd, b"\0", state._SLOT_BYTES)
+    os.pwrite(file.fd, b"\0", state_file._SLOT_BYTES)
 
     with pytest.raises(StateError, match="no whole state"):
         StateFile(file.fd).read()
@@ -340,7 +341,7 @@ def test_a_state_of_a_newer_program_is_refused_in_words(
     file: StateFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write(b"old")
-    monkeypatch.setattr(state, "FORMAT", state.FORMAT + 1)
+    monkeypatch.setattr(state_file, "FORMAT", state_file.FORMAT + 1)
     file.write(b"new")
     assert file.read() == (b"new",)
     monkeypatch.undo()
@@ -353,9 +354,9 @@ def test_what_does_not_fit_leaves_the_state_before(
     file: StateFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write(b"small")
-    monkeypatch.setattr(state, "_SLOT_BYTES", state._SLOT_BYTES)
+    monkeypatch.setattr(state_file, "_SLOT_BYTES", state_file._SLOT_BYTES)
     with pytest.raises(OSError, match="does not fit"):
-        file.write(bytes(state._SLOT_BYTES))
+        file.write(bytes(state_file._SLOT_BYTES))
 
     assert file.read() == (b"small",)
 
@@ -364,4 +365,4 @@ def test_a_state_that_is_no_snapshot_is_refused(file: StateFile) -> None:
     file.write(CODEC.encode(3))
 
     with pytest.raises(StateError, match="no snapshot"):
-        heritage.read(file.fd)
+        checkpoint.read(file.fd)

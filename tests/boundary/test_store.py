@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from socketprotector.door import Named
-from socketprotector.guard import Guard
-from socketprotector.notify import Outbox, Store, room_of
+from socketprotector.programs.guard import Guard
+from socketprotector.system.inherited import Named
+from socketprotector.system.sd_notify import Outbox, Store, room_of
 
 Again = list[Callable[[], None]]
 

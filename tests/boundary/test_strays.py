@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from socketprotector import strays
-from socketprotector.loop import Loop
-from socketprotector.strays import Strays
+from socketprotector.system import orphans
+from socketprotector.system.loop import Loop
+from socketprotector.system.orphans import Strays
 from tests.boundary.ending import settle, until
 
 #: Nobody's who runs the same tests beside this one: these kill what they find.
@@ -37,7 +37,7 @@ def living(environment: dict[str, str]) -> Iterator[int]:
 
 def found() -> list[int]:
     pids = []
-    for address, pid, pidfd in strays._carrying([ADDRESS, f"{ADDRESS}-another"]):
+    for address, pid, pidfd in orphans._carrying([ADDRESS, f"{ADDRESS}-another"]):
         assert address == ADDRESS
         pids.append(pid)
         os.close(pidfd)
@@ -106,14 +106,14 @@ def log() -> Log:
 def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[Strays, list[int]]]:
     """What ends strays, and of how many addresses each of its looks was."""
     counted: list[int] = []
-    real = strays.look
+    real = orphans.look
 
     def look(loop: Loop, wanted: tuple[str, ...], *more: Any) -> Any:
         counted.append(len(wanted))
         return real(loop, wanted, *more)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(strays, "look", look)
+        patched.setattr(orphans, "look", look)
         yield Strays(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
@@ -167,14 +167,14 @@ def test_a_look_that_hangs_is_given_up_and_holds_up_nobody(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one at a process whose memory is locked."""
-    monkeypatch.setattr(strays, "_LOOK_S", 0.1)
-    monkeypatch.setattr(strays, "_LOOK_AGAIN_S", 0.05)
+    monkeypatch.setattr(orphans, "_LOOK_S", 0.1)
+    monkeypatch.setattr(orphans, "_LOOK_AGAIN_S", 0.05)
     with looks(loop, log) as (found, counted), living({"NOTIFY_SOCKET": ADDRESS}) as ours:
         with monkeypatch.context() as hangs:
-            hangs.setattr(strays, "_carrying", lambda wanted: signal.pause())
+            hangs.setattr(orphans, "_carrying", lambda wanted: signal.pause())
             found.end(ADDRESS)
             until(loop, lambda: "cannot-look" in (event for event, _ in log.said))
-        monkeypatch.setattr(strays, "_LOOK_S", 30.0)
+        monkeypatch.setattr(orphans, "_LOOK_S", 30.0)
         until(loop, lambda: log.said[-1][0] == "left-behind")
         assert log.said[-1] == ("left-behind", {"pid": ours, "signal": "SIGTERM"})
         assert len(counted) >= 2
@@ -184,7 +184,7 @@ def test_a_look_that_hangs_is_given_up_and_holds_up_nobody(
 def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strays, "_LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(orphans, "_LOOK_AGAIN_S", 0.01)
 
     def refused(wanted: object) -> object:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -192,7 +192,7 @@ def test_what_keeps_us_from_looking_is_said_once_and_again_after_a_look(
     with looks(loop, log) as (found, counted):
         for said in (1, 2):
             with monkeypatch.context() as patched:
-                patched.setattr(strays, "_carrying", refused)
+                patched.setattr(orphans, "_carrying", refused)
                 found.end(ADDRESS)
                 more = len(counted) + 5
                 until(loop, lambda more=more: len(counted) >= more)  # type: ignore[misc]
@@ -216,7 +216,7 @@ def test_nothing_of_ours_is_open_in_who_looks(
 ) -> None:
     """A connection in hand, for one, must end for its client when the worker closes it."""
     receive, send = os.pipe()
-    monkeypatch.setattr(strays, "_carrying", lambda wanted: signal.pause())
+    monkeypatch.setattr(orphans, "_carrying", lambda wanted: signal.pause())
     with looks(loop, log) as (found, counted):
         found.end(ADDRESS)
         until(loop, lambda: counted == [1])

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from socketprotector import twin
+from socketprotector.system import reuseport
 from tests.boundary.listening import KINDS, listening
 
 Pair = tuple[socket.socket, socket.socket]
@@ -48,29 +48,29 @@ def test_clients_come_to_the_one_that_is_meant(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as one:
-        second = twin.make(one)
+        second = reuseport.make(one)
         assert second is not None
         with second:
             pair = one, second
             assert came(pair, hosts) == (12, 0)
             for place in (1, 0, 0, 1, 1, 0):
-                twin.steer(one, place)
+                reuseport.steer(one, place)
                 assert came(pair, hosts) == ((0, 12) if place else (12, 0))
 
 
 def test_either_can_be_asked_to_steer(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second:
-        twin.steer(second, 1)
+        reuseport.steer(second, 1)
         assert came((first, second), ("127.0.0.1",)) == (0, 12)
 
 
 def test_who_waits_already_stays_where_he_is(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second, socket.create_connection(first.getsockname()):
-        twin.steer(first, 1)
+        reuseport.steer(first, 1)
         assert came((first, second), ("127.0.0.1",)) == (1, 12)
 
 
@@ -82,10 +82,10 @@ def test_what_accepted_connections_inherit_is_the_same(first: socket.socket) -> 
     ]
     for level, option, value in options:
         first.setsockopt(level, option, value)
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second:
-        twin.steer(first, 1)
+        reuseport.steer(first, 1)
         with socket.create_connection(first.getsockname()):
             connection, _ = second.accept()
             with connection:
@@ -94,7 +94,7 @@ def test_what_accepted_connections_inherit_is_the_same(first: socket.socket) -> 
 
 
 def test_as_many_may_wait(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second:
         limits = [
@@ -105,7 +105,7 @@ def test_as_many_may_wait(first: socket.socket) -> None:
 
 
 def test_who_asks_for_the_port_alone_does_not_get_it(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -114,7 +114,7 @@ def test_who_asks_for_the_port_alone_does_not_get_it(first: socket.socket) -> No
 
 
 def test_a_stranger_of_the_same_user_who_asks_to_share_gets_nobody(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second, socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -122,7 +122,7 @@ def test_a_stranger_of_the_same_user_who_asks_to_share_gets_nobody(first: socket
         other.listen()
         other.setblocking(False)
         assert came((first, second), ("127.0.0.1",)) == (12, 0)
-        twin.steer(first, 1)
+        reuseport.steer(first, 1)
         assert came((first, second), ("127.0.0.1",)) == (0, 12)
         assert accepted(other) == 0
 
@@ -131,9 +131,9 @@ def test_there_is_none_for_a_unix_socket_nor_for_one_that_waits_for_data() -> No
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind("")
         unix.listen()
-        assert twin.make(unix) is None
+        assert reuseport.make(unix) is None
     with listening(socket.AF_INET, "127.0.0.1", TCP_DEFER_ACCEPT=5) as late:
-        assert twin.make(late) is None
+        assert reuseport.make(late) is None
 
 
 def test_where_the_system_has_none_nothing_is_left(
@@ -142,22 +142,22 @@ def test_where_the_system_has_none_nothing_is_left(
     def fails(*_: object) -> None:
         raise OSError(errno.ENOMEM, "no memory")
 
-    monkeypatch.setattr(twin, "steer", fails)
+    monkeypatch.setattr(reuseport, "steer", fails)
     with pytest.raises(OSError, match="no memory"):
-        twin.make(first)
+        reuseport.make(first)
 
     with socket.create_connection(first.getsockname()):
         assert accepted(first) == 1
 
 
 def test_nobody_new_gets_in_by_either(first: socket.socket) -> None:
-    second = twin.make(first)
+    second = reuseport.make(first)
     assert second is not None
     with second:
         for each in (first, second):
-            twin.refuse_new(each)
+            reuseport.refuse_new(each)
         for place in (0, 1):
-            twin.steer(first, place)
+            reuseport.steer(first, place)
             with socket.socket() as late:
                 assert late.connect_ex(first.getsockname()) == errno.ECONNREFUSED
 
@@ -169,8 +169,8 @@ def test_nobody_needs_a_privilege_to_let_nobody_new_in(
     with listening(family, host, both=both) as one:
         port = one.getsockname()[1]
         with socket.create_connection((hosts[0], port)) as early:
-            _without_privileges(lambda: twin.refuse_new(one))
-            twin.refuse_new(one)  # once more: another program may not know that it was done
+            _without_privileges(lambda: reuseport.refuse_new(one))
+            reuseport.refuse_new(one)  # once more: another program may not know that it was done
             for each in hosts:
                 with pytest.raises(ConnectionRefusedError):
                     socket.create_connection((each, port))
@@ -186,7 +186,7 @@ def test_handshakes_that_are_under_way_finish() -> None:
         listening(socket.AF_INET, "127.0.0.1", TCP_DEFER_ACCEPT=30) as one,
         socket.create_connection(one.getsockname()) as client,
     ):
-        twin.refuse_new(one)
+        reuseport.refuse_new(one)
         client.sendall(b"x")
         assert select.select([one], [], [], 30)[0]
         connection, _ = one.accept()
@@ -197,7 +197,7 @@ def test_handshakes_that_are_under_way_finish() -> None:
 def test_one_that_has_a_device_lets_nobody_new_in_either(first: socket.socket) -> None:
     first.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
     if os.geteuid() == 0:
-        twin.refuse_new(first)
+        reuseport.refuse_new(first)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(first.getsockname())
 
@@ -208,12 +208,12 @@ def test_nobody_comes_to_the_second_one_in_the_moment_when_it_begins_to_listen(
     with socket.socket() as one:
         one.setblocking(False)
         one.bind(("127.0.0.1", 0))
-        twin.prepare(one)
+        reuseport.prepare(one)
         one.listen(40)
         assert not one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)
         # That moment, for as long as we like.
-        monkeypatch.setattr(twin, "steer", lambda *_: None)
-        second = twin.make(one)
+        monkeypatch.setattr(reuseport, "steer", lambda *_: None)
+        second = reuseport.make(one)
         assert second is not None
         with second:
             assert came((one, second), ("127.0.0.1",), 40) == (40, 0)
@@ -222,7 +222,7 @@ def test_nobody_comes_to_the_second_one_in_the_moment_when_it_begins_to_listen(
 def test_a_second_one_needs_no_privilege() -> None:
     def make() -> None:
         with listening(socket.AF_INET, "127.0.0.1") as one:  # it is for the same user alone
-            second = twin.make(one)
+            second = reuseport.make(one)
             assert second is not None
             second.close()
 

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from socketprotector import unheard as module
-from socketprotector.unheard import unheard
+from socketprotector.system import sock_diag as module
+from socketprotector.system.sock_diag import unheard
 from tests.boundary.listening import KINDS, listening
 from tests.running import eventually
 

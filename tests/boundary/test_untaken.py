@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.forwarder import NEVER_TAKEN_S, UNTAKEN_S
-from socketprotector.loop import Loop
-from socketprotector.unheard import Line, stands, unaccepted
-from socketprotector.untaken import FIRST_LOOK_S, LOOK_S, Untaken
+from socketprotector.daemon.accept_watch import FIRST_LOOK_S, LOOK_S, Untaken
+from socketprotector.daemon.forwarder import NEVER_TAKEN_S, UNTAKEN_S
+from socketprotector.system.loop import Loop
+from socketprotector.system.sock_diag import Line, stands, unaccepted
 from tests.boundary.listening import KINDS, listening
 
 A, B, C = (bytes([each]) for each in b"abc")

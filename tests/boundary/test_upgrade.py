@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from socketprotector import door, upgrade
-from socketprotector.log import Log
-from socketprotector.loop import Loop
-from socketprotector.upgrade import Upgrade
+from socketprotector.daemon import upgrade
+from socketprotector.daemon.upgrade import Upgrade
+from socketprotector.system import inherited
+from socketprotector.system.log import Log
+from socketprotector.system.loop import Loop
 
 DEADLINE_S = 20.0
 
@@ -40,7 +41,7 @@ def test_the_reason_says_whether_the_new_program_was_too_slow(
 
     log = Log("info")
     log.observe(noted)
-    descriptors = {name: os.memfd_create(name) for name in (door.SETTINGS, door.STATE)}
+    descriptors = {name: os.memfd_create(name) for name in (inherited.SETTINGS, inherited.STATE)}
     try:
         probed = Upgrade(("/bin/sh", "-c", command), loop, log, keeps=False)
         probed.begin(descriptors, lambda: pytest.fail("it has not said yes"))

@@ -16,7 +16,7 @@ CALLS_OFF = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 WAITS = """
 import socket, sys
-from socketprotector.waiting import wait
+from socketprotector.launch.await_verdict import wait
 sys.exit(wait(socket.socket(fileno=int(sys.argv[1]))))
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     CancelTimer,
     Deadline,
@@ -15,8 +15,8 @@ from socketprotector.events import (
     Wait,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet, Phase, Policy
-from socketprotector.lifecycle import decide
+from socketprotector.core.fleet import Fleet, Phase, Policy
+from socketprotector.core.lifecycle import decide
 
 TURN = Deadline(Wait.TURN)
 

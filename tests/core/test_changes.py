@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from socketprotector.changes import changes, forbidden, known
-from socketprotector.policy import Policy
-from socketprotector.settings import Identity, Limits, ListenerSettings, Settings
+from socketprotector.model.policy import Policy
+from socketprotector.model.settings import Identity, Limits, ListenerSettings, Settings
+from socketprotector.model.settings_diff import changes, forbidden, known
 
 WEB, OTHER = ListenerSettings("tcp:0.0.0.0:80"), ListenerSettings("unix:/run/x")
 SETTINGS = Settings(

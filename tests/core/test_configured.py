@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     CancelTimer,
     ChannelBroken,
     Deadline,
@@ -30,8 +30,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Candidate, Fleet, Phase, Policy
-from socketprotector.lifecycle import resume
+from socketprotector.core.fleet import Candidate, Fleet, Phase, Policy
+from socketprotector.core.lifecycle import resume
 from tests.core.conftest import Story
 
 SLOW = Policy(start_timeout_s=90.0, drain_timeout_s=7.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.control_path import SYSTEM, folders
+from socketprotector.system.control_path import SYSTEM, folders
 
 ROOT, ALICE = 0, 1000
 

@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from socketprotector.events import News
-from socketprotector.line import LEVELS
+from socketprotector.core.events import News
+from socketprotector.model.log_format import LEVELS
 
 ROOT = Path(__file__).parents[2]
 
 
 def written() -> Iterator[str]:
     """The events that stand in calls: log.write("info", "ready", ...), and the guard's own."""
-    for path in (ROOT / "socketprotector").glob("*.py"):
+    for path in (ROOT / "socketprotector").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from socketprotector.frozen import frozen
+from socketprotector.model.frozen import frozen
 
 
 @frozen

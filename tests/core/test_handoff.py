@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector import einhorn, handoff
-from socketprotector.handoff import HandoffError
-from socketprotector.settings import ListenerSettings, Settings
+from socketprotector.model import einhorn, handoff
+from socketprotector.model.handoff import HandoffError
+from socketprotector.model.settings import ListenerSettings, Settings
 
 HTTP = ListenerSettings("tcp:[::]:80", text="http=80", name="http")
 ADMIN = ListenerSettings("unix:/run/a", text="admin=unix:/run/a", name="admin")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from socketprotector.history import CRASHES, RELOADS, Crash, History, Reload
+from socketprotector.model.history import CRASHES, RELOADS, Crash, History, Reload
 
 
 def crash(worker: int) -> Crash:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     Deadline,
     DeadlinePassed,
@@ -28,9 +28,9 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
-from socketprotector.lifecycle import resume
-from socketprotector.workers import AT_ONCE
+from socketprotector.core.fleet import Policy
+from socketprotector.core.lifecycle import resume
+from socketprotector.core.workers import AT_ONCE
 from tests.core.conftest import TURN, Story
 
 THOUSANDS = 99_999

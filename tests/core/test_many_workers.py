@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Event,
     Launched,
     ReloadRequested,
@@ -22,8 +22,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet
-from socketprotector.lifecycle import decide
+from socketprotector.core.fleet import Fleet
+from socketprotector.core.lifecycle import decide
 
 FEW, MANY = 10, 80
 #: More than in proportion: what the halves of a longer list and its one look cost more.

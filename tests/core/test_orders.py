@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from socketprotector import workers
-from socketprotector.events import (
+from socketprotector.core import workers
+from socketprotector.core.events import (
     BacklogEmptied,
     ChannelBroken,
     DeadlinePassed,
@@ -26,7 +26,7 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Phase, Policy
+from socketprotector.core.fleet import Phase, Policy
 from tests.core.world import DIED, World
 from tests.rounds import rounds
 

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     BacklogEmptied,
     ChannelBroken,
     Deadline,
@@ -35,7 +35,7 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import PHASES, Phase, Policy
+from socketprotector.core.fleet import PHASES, Phase, Policy
 from tests.core.conftest import Story
 
 ROOT = Path(__file__).parents[2]

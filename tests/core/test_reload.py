@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     CancelTimer,
     ChannelBroken,
@@ -29,8 +29,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
-from socketprotector.lifecycle import READY_HINTS
+from socketprotector.core.fleet import Policy
+from socketprotector.core.lifecycle import READY_HINTS
 from tests.core.conftest import Story
 
 DIED = "./daemon exited with status 1"

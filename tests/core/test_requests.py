@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from socketprotector.requests import (
+from socketprotector.model.control_requests import (
     COMMANDS,
     LINE_BYTES,
     Request,

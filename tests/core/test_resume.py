@@ -10,7 +10,7 @@ from __future__ import annotations
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     BacklogEmptied,
     CloseListeners,
@@ -36,8 +36,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Fleet, Phase, Policy, Stop
-from socketprotector.lifecycle import decide, resume
+from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
+from socketprotector.core.lifecycle import decide, resume
 from tests.core.conftest import Story
 from tests.core.test_orders import POLICIES, ROUNDS, one_at_a_time
 from tests.core.world import World, check_step

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from socketprotector import room
-from socketprotector.policy import Policy
-from socketprotector.settings import Settings
+from socketprotector.model import fd_budget
+from socketprotector.model.policy import Policy
+from socketprotector.model.settings import Settings
 
 NO_LIMIT = -1
 
@@ -32,14 +32,14 @@ def settings(**given: Any) -> Settings:
     ids=repr,
 )
 def test_a_worker_takes_what_it_is_asked_for_by(given: dict[str, Any], each: int) -> None:
-    assert room.of_a_worker(settings(**given)) == each
+    assert fd_budget.of_a_worker(settings(**given)) == each
 
 
 def test_as_many_as_there_is_room_for_are_not_refused_and_one_more_is() -> None:
-    most = room.most(settings(), 1024)
+    most = fd_budget.most(settings(), 1024)
 
-    assert room.refused(settings(), most, 1024) is None
-    said = room.refused(settings(), most + 1, 1024)
+    assert fd_budget.refused(settings(), most, 1024) is None
+    said = fd_budget.refused(settings(), most + 1, 1024)
     assert said is not None
     assert f"{most + 1} workers take 3 descriptors each" in said
     assert f"the hard limit of 1024 has room for {most};" in said
@@ -47,19 +47,19 @@ def test_as_many_as_there_is_room_for_are_not_refused_and_one_more_is() -> None:
 
 
 def test_one_worker_is_never_refused() -> None:
-    assert room.refused(settings(), 1, 10) is None
+    assert fd_budget.refused(settings(), 1, 10) is None
 
 
 def test_where_there_is_no_limit_nothing_is_refused() -> None:
-    assert room.refused(settings(), 1_000_000, NO_LIMIT) is None
-    assert room.doubtful(settings(), 1_000_000, NO_LIMIT) is None
+    assert fd_budget.refused(settings(), 1_000_000, NO_LIMIT) is None
+    assert fd_budget.doubtful(settings(), 1_000_000, NO_LIMIT) is None
 
 
 def test_it_is_said_where_those_of_a_reload_have_no_room_beside_them() -> None:
-    half = room.most(settings(), 1024) // 2
+    half = fd_budget.most(settings(), 1024) // 2
 
-    assert room.doubtful(settings(), half, 1024) is None
-    said = room.doubtful(settings(), half + 1, 1024)
+    assert fd_budget.doubtful(settings(), half, 1024) is None
+    said = fd_budget.doubtful(settings(), half + 1, 1024)
     assert said is not None
     assert "stop-first" in said
 
@@ -67,4 +67,4 @@ def test_it_is_said_where_those_of_a_reload_have_no_room_beside_them() -> None:
 def test_a_reload_that_stops_first_needs_no_room_beside_them() -> None:
     stops_first = settings(policy=Policy(stop_first=True))
 
-    assert room.doubtful(stops_first, room.most(stops_first, 1024), 1024) is None
+    assert fd_budget.doubtful(stops_first, fd_budget.most(stops_first, 1024), 1024) is None

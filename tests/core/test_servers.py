@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector import handoff, servers
-from socketprotector.records import Program
+from socketprotector.model import handoff, known_servers
+from socketprotector.model.records import Program
 
 PROGRAM = Program("x", ("./daemon", "80"), "/", (), 0, (), 0)
 
@@ -31,15 +31,15 @@ PROGRAM = Program("x", ("./daemon", "80"), "/", (), 0, (), 0)
     ],
 )
 def test_a_server_is_known_by_the_name_of_its_command(command: str, name: str | None) -> None:
-    assert servers.known(shlex.split(command)) == name
+    assert known_servers.known(shlex.split(command)) == name
 
 
-@pytest.mark.parametrize("name", servers.KNOWN)
+@pytest.mark.parametrize("name", known_servers.KNOWN)
 def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name: str) -> None:
-    words = shlex.split(servers.line(name))
+    words = shlex.split(known_servers.line(name))
     listens, command = words[: words.index("--")], words[words.index("--") + 1 :]
 
-    assert servers.known(command) == name
+    assert known_servers.known(command) == name
     asked = {each for each in handoff.placeholders(words) if each != "{fd:ready}"}
     given = {word.partition("=")[0] for word in listens if not word.startswith(("-", "NGINX"))}
     assert {each[4:-1] for each in asked} <= given
@@ -59,7 +59,7 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
 def test_what_is_known_of_a_program_that_takes_nobody_is_said(
     said: str, listens: str | None, advice: str
 ) -> None:
-    told = servers.advice(PROGRAM, said=said, listens=lambda: listens)
+    told = known_servers.advice(PROGRAM, said=said, listens=lambda: listens)
 
     assert advice in told
     assert bool(told) == bool(advice)
@@ -69,7 +69,7 @@ def test_what_is_known_of_a_program_that_takes_nobody_is_said(
 def test_nothing_is_said_of_another_handoff(mode: str) -> None:
     program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode)
 
-    assert servers.advice(program, said="address already in use", listens=lambda: "x:1") == ""
+    assert known_servers.advice(program, said="address already in use", listens=lambda: "x:1") == ""
 
 
 @pytest.mark.parametrize("argv", [("uvicorn", "app:app"), ("./daemon", "80")])
@@ -78,12 +78,12 @@ def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
 ) -> None:
     program = replace(PROGRAM, argv=argv, handoff=handoff.LISTENER)
 
-    told = servers.advice(program, said="bind: Address already in use")
+    told = known_servers.advice(program, said="bind: Address already in use")
 
     assert "take over the socket that it is handed" in told
     assert "a proxy in front (docs/when-not.md)" in told
     assert ("uvicorn --fd {fd:http}" in told) is (argv[0] == "uvicorn")
-    assert servers.advice(program, said="no such module") == ""
+    assert known_servers.advice(program, said="no such module") == ""
 
 
 def lacks(
@@ -93,7 +93,7 @@ def lacks(
     settles: bool = False,
     after_s: float | None = None,
 ) -> str | None:
-    return servers.lacks(
+    return known_servers.lacks(
         shlex.split(command), variables, mode=mode, settles=settles, after_s=after_s
     )
 
@@ -144,7 +144,7 @@ def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_to
     assert lacks("haproxy -f haproxy.cfg", after_s=1.0) is None
 
 
-@pytest.mark.parametrize("name", servers.KNOWN)
+@pytest.mark.parametrize("name", known_servers.KNOWN)
 def test_a_known_server_that_is_handed_connections_is_told_at_once(name: str) -> None:
     told = lacks(f"{name} app", mode=handoff.CONNECTION)
 
@@ -159,14 +159,14 @@ def test_one_that_is_rolled_back_when_it_cannot_be_loaded_lacks_nothing() -> Non
     assert lacks("uvicorn app", settles=True) is not None
 
 
-@pytest.mark.parametrize("name", servers.KNOWN)
+@pytest.mark.parametrize("name", known_servers.KNOWN)
 def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
-    words = shlex.split(servers.line(name))
+    words = shlex.split(known_servers.line(name))
     at = words.index("--")
     after_s = None if "notify" in words else 1.0
 
     assert (
-        servers.lacks(
+        known_servers.lacks(
             words[at + 1 :],
             words[:at],
             mode=handoff.LISTENER,
@@ -177,9 +177,9 @@ def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", servers.KNOWN)
+@pytest.mark.parametrize("name", known_servers.KNOWN)
 def test_what_to_add_is_what_the_line_to_be_copied_has(name: str) -> None:
-    server, told = servers.KNOWN[name], servers.to_add(name)
+    server, told = known_servers.KNOWN[name], known_servers.to_add(name)
 
     assert "--handoff listener" in told
     assert server.options in told
@@ -187,7 +187,7 @@ def test_what_to_add_is_what_the_line_to_be_copied_has(name: str) -> None:
 
 
 def test_a_known_server_gets_a_line_of_its_own() -> None:
-    told = servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
+    told = known_servers.advice(replace(PROGRAM, argv=("gunicorn", "app")))
 
     assert told.startswith("gunicorn binds its own port; start it as in: SocketProtector ")
     assert told.endswith("(--check has your own words; docs/servers.md)")
@@ -196,7 +196,7 @@ def test_a_known_server_gets_a_line_of_its_own() -> None:
 @pytest.mark.parametrize("advice", ["", "it listens on 127.0.0.1:9090 by itself; ..."])
 def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice: str) -> None:
     """It may listen elsewhere, too: for its metrics."""
-    said = servers.hint(PROGRAM, taken_from=True, advice=lambda: advice)
+    said = known_servers.hint(PROGRAM, taken_from=True, advice=lambda: advice)
 
     assert said is not None
     assert "busy" in said
@@ -206,6 +206,6 @@ def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice
 def test_a_program_that_never_took_anybody_is_told_what_is_known_or_what_it_may_want() -> None:
     piped = replace(PROGRAM, handoff=handoff.STDIO)
 
-    assert servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"
-    assert servers.hint(PROGRAM, taken_from=False, advice=str) == servers.WANTS
-    assert servers.hint(piped, taken_from=False, advice=str) is None
+    assert known_servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"
+    assert known_servers.hint(PROGRAM, taken_from=False, advice=str) == known_servers.WANTS
+    assert known_servers.hint(piped, taken_from=False, advice=str) is None

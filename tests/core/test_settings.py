@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from socketprotector.fleet import Policy
-from socketprotector.settings import (
+from socketprotector.core.fleet import Policy
+from socketprotector.model.settings import (
     FORMAT,
     Identity,
     ListenerSettings,

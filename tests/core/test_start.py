@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     CancelTimer,
     ChannelBroken,
     CloseListeners,
@@ -25,8 +25,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
-from socketprotector.lifecycle import READY_HINTS
+from socketprotector.core.fleet import Policy
+from socketprotector.core.lifecycle import READY_HINTS
 from tests.core.conftest import Story
 
 DIED = "./daemon exited with status 1"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     ChannelBroken,
     Launched,
     ReloadRequested,
@@ -17,8 +17,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
-from socketprotector.status import _percentile, phase_of
+from socketprotector.core.fleet import Policy
+from socketprotector.daemon.control.status import _percentile, phase_of
 from tests.core.conftest import Story
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
@@ -26,7 +26,7 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
+from socketprotector.core.fleet import Policy
 from tests.core.conftest import Story
 
 DIED = "./daemon exited with status 1"

@@ -7,8 +7,9 @@ import shlex
 
 import pytest
 
-from socketprotector import handoff, suggest
-from socketprotector.address import parse
+from socketprotector.launch import suggestion
+from socketprotector.launch.listen_spec import parse
+from socketprotector.model import handoff
 
 _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
 _LISTENER = "SocketProtector --handoff listener"
@@ -17,7 +18,7 @@ _LISTENER = "SocketProtector --handoff listener"
 def line(typed: str, mode: str = handoff.CONNECTION) -> str | None:
     words = shlex.split(typed)
     texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
-    return suggest.line(words, [parse(each, "/") for each in texts], mode)
+    return suggestion.line(words, [parse(each, "/") for each in texts], mode)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_where_it_is_not_certain_there_is_none(typed: str) -> None:
 def test_a_value_that_looks_like_the_address_makes_it_uncertain() -> None:
     words = shlex.split("--name 8000 8000 -- gunicorn app")
 
-    assert suggest.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
+    assert suggestion.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
 
 
 def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:

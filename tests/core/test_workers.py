@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     CancelTimer,
     Deadline,
@@ -26,8 +26,8 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import Policy
-from socketprotector.step import backoff_s
+from socketprotector.core.fleet import Policy
+from socketprotector.core.step import backoff_s
 from tests.core.conftest import Story
 
 CRASHED = "killed by SIGSEGV"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
-from socketprotector.events import (
+from socketprotector.core.events import (
     Action,
     BacklogEmptied,
     CancelTimer,
@@ -54,7 +54,7 @@ from socketprotector.events import (
     WorkerExited,
     WorkerReady,
 )
-from socketprotector.fleet import (
+from socketprotector.core.fleet import (
     LEAVING,
     Fleet,
     Generation,
@@ -65,7 +65,7 @@ from socketprotector.fleet import (
     Stop,
     Worker,
 )
-from socketprotector.lifecycle import decide
+from socketprotector.core.lifecycle import decide
 
 DIED = "exited with status 1"
 TURN = Deadline(Wait.TURN)

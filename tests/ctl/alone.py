@@ -5,8 +5,8 @@ What other tests start meanwhile, with sockets in the system's folder, is none o
 
 import sys
 
-from socketprotector import control_path
 from socketprotector.ctl import entry
+from socketprotector.system import control_path
 
 control_path.SYSTEM = "/nonexistent"
 sys.exit(entry.main(sys.argv[1:]))

@@ -32,7 +32,7 @@ class Said:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where control sockets are looked for."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.setattr("socketprotector.control_path.SYSTEM", str(tmp_path / "system"))
+    monkeypatch.setattr("socketprotector.system.control_path.SYSTEM", str(tmp_path / "system"))
     monkeypatch.delenv("NO_COLOR", raising=False)
     made = tmp_path / "run" / "socketprotector"
     made.mkdir(parents=True)

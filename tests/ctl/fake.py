@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from socketprotector import control_path
+from socketprotector.system import control_path
 
 Message = dict[str, Any]
 Answer = Callable[["Connection", Message], Message | None]

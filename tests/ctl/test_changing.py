@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from socketprotector.ctl import changing
+from socketprotector.ctl import orders
 from tests.ctl.conftest import COMMAND, Said
 from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 from tests.running import DEADLINE_S, Lines, eventually
@@ -100,7 +100,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
 
 
 def test_a_hold_asks_again_long_before_it_runs_out() -> None:
-    assert changing._HOLD_EVERY_S * 3 < changing._HOLD_EACH_S
+    assert orders._HOLD_EVERY_S * 3 < orders._HOLD_EACH_S
 
 
 def test_drain_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from socketprotector.ctl import client as module
 from socketprotector.ctl.client import Client
-from socketprotector.ctl.failure import Cut, Denied, NoProtector, Refused
+from socketprotector.ctl.errors import Cut, Denied, NoProtector, Refused
+from socketprotector.ctl.query_all import ask_all
 from socketprotector.ctl.session import Session
-from socketprotector.ctl.survey import ask_all
 from tests.ctl.fake import Connection, Fake, Message, Refusing
 
 Says = Callable[[bytes], str]

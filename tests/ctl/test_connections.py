@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.ctl import ledger
-from socketprotector.ctl.ledger import AT_LEAST, AT_MOST, EXACT
+from socketprotector.ctl import connections
+from socketprotector.ctl.connections import AT_LEAST, AT_MOST, EXACT
 from tests.ctl.conftest import Said
 from tests.ctl.fake import Fake, Message, generation, status, worker
 from tests.running import eventually
@@ -61,8 +61,10 @@ def test_peer_worker_age_and_bytes_of_a_connection(
     address = listens.format(accepted.getsockname()[1])
     times = {str(accepted.fileno()): 40.0}
 
-    def look() -> list[ledger.Connection]:
-        found, unseen = ledger.look([of(os.getpid(), accepted_at_by_fd=times)], [address], 100.0)
+    def look() -> list[connections.Connection]:
+        found, unseen = connections.look(
+            [of(os.getpid(), accepted_at_by_fd=times)], [address], 100.0
+        )
         assert unseen == []
         return [each for each in found if each.waiting_bytes is not None]
 
@@ -88,7 +90,7 @@ def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     stack.enter_context(listener.accept()[0])
 
-    found, _ = ledger.look([of(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
+    found, _ = connections.look([of(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
 
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
 
@@ -99,7 +101,7 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
     client.sendall(b"123")
 
     for draining, bound in (({8}, AT_LEAST), (set[int](), AT_MOST)):
-        found, _ = ledger.look([of(os.getpid())], [f"unix:{path}"], 100.0, draining)
+        found, _ = connections.look([of(os.getpid())], [f"unix:{path}"], 100.0, draining)
 
         assert [(each.local, each.peer, each.age_s, each.bound) for each in found] == [
             (f"unix:{path}", "unix", 10.0, bound)
@@ -110,7 +112,7 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
 def test_what_is_no_connection_to_a_listener_is_nobodys_business(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 
-    assert ledger.look([of(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
+    assert connections.look([of(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
 
 
 def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
@@ -132,7 +134,7 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
     assert process.stdout
     process.stdout.readline()
 
-    found, _ = ledger.look(
+    found, _ = connections.look(
         [of(process.pid, accepted_at_by_fd={"-1": 5.0})], [f"tcp:127.0.0.1:{port}"], now=100.0
     )
     process.communicate()
@@ -145,7 +147,7 @@ def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
 
-    assert ledger.look([of(process.pid), of(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
+    assert connections.look([of(process.pid), of(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
 
 
 def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(os, "readlink", no)
 
-    _, unseen = ledger.look([of(1)], ["tcp:0.0.0.0:1"], now=1.0)
+    _, unseen = connections.look([of(1)], ["tcp:0.0.0.0:1"], now=1.0)
 
     assert [(each.pid, each.why) for each in unseen] == [
         (1, "not allowed: ask as root or its user")
@@ -213,8 +215,8 @@ def test_the_connections_of_orphans_are_found_by_their_session(stack: ExitStack)
         host, port = accepted.getsockname()
         listens = [f"tcp:{host}:{port}"]
 
-        alive, _ = ledger.look([of(leader.pid)], listens, 100.0)
-        left, _ = ledger.look([of(leader.pid, orphaned=True)], listens, 100.0)
+        alive, _ = connections.look([of(leader.pid)], listens, 100.0)
+        left, _ = connections.look([of(leader.pid, orphaned=True)], listens, 100.0)
 
     assert alive == []
     assert [(each.worker, each.pid, each.bound) for each in left] == [(14, leader.pid, AT_MOST)]

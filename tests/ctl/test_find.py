@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import control_path
 from socketprotector.ctl.client import Client
+from socketprotector.system import control_path
 from tests.ctl.conftest import Said
 from tests.ctl.fake import Fake, Refusing
 

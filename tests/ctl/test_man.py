@@ -10,9 +10,9 @@ from pathlib import Path
 import click
 import pytest
 
-from socketprotector import cli
 from socketprotector.ctl import entry  # noqa: F401 -- adds the commands
-from socketprotector.ctl.program import program
+from socketprotector.ctl.cli import program
+from socketprotector.launch import cli
 from tests.running import ROOT
 
 PAGES = {

@@ -18,7 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from socketprotector.exporter.instances import Instances, Wanted
+from socketprotector.exporter.collector import Instances, Wanted
 from tests.ctl.fake import Fake, status
 from tests.exporter.conftest import COMMAND, Exporter
 from tests.running import DEADLINE_S
@@ -125,7 +125,7 @@ def test_ready_means_that_every_instance_serves(
 
 
 def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socketprotector.ctl.find.sockets", list)
+    monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
     assert Instances(Wanted()).unready() == ["no protector has a control socket"]
 

@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from socketprotector.exporter.series import Series
-from socketprotector.exporter.totals import BUCKETS, Totals
+from socketprotector.exporter.counters import BUCKETS, Totals
+from socketprotector.exporter.metrics import Series
 from tests.ctl.fake import generation, status, worker
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"

@@ -109,7 +109,7 @@ def patched(**constants: float) -> tuple[str, ...]:
     return (
         sys.executable,
         "-c",
-        f"from socketprotector import legacy; {sets}; legacy.main()",
+        f"from socketprotector.programs import legacy; {sets}; legacy.main()",
         "--",
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector import twin
+from socketprotector.system import reuseport
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
@@ -370,7 +370,7 @@ def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_le
         left.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         left.bind(("127.0.0.1", port))
         left.listen()
-        twin.steer(left, 1)  # as it was when that one was killed
+        reuseport.steer(left, 1)  # as it was when that one was killed
 
         daemon = giver.start(*SHARED).ready()
 

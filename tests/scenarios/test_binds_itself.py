@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import servers
+from socketprotector.model import known_servers
 from tests.ctl.conftest import run
 from tests.running import DEADLINE_S, FAIR_START_S, Protector
 from tests.scenarios.starting import MINIMAL, Start
@@ -156,7 +156,7 @@ def test_the_line_to_copy_gives_up_a_release_that_cannot_be_loaded(
 ) -> None:
     module = tmp_path / "app.py"
     module.write_text(app)
-    words = shlex.split(servers.line(name).replace(":8000", ":0"))[1:]
+    words = shlex.split(known_servers.line(name).replace(":8000", ":0"))[1:]
     at = words.index("--") + 1
     server = Path(sys.executable).with_name(words[at])
     own = ("--chdir", str(tmp_path), "--env", "PYTHONDONTWRITEBYTECODE=1")

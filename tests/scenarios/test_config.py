@@ -562,9 +562,9 @@ class Gated:
         daemon = self.installation.start(*words).ready()
         self.installation.change(
             "one",
-            "reread",
-            r"    descriptors = door.enter\(\)",
-            f"    open({str(self.gate.path)!r}).read()\n    descriptors = door.enter()",
+            "launch/reload_child",
+            r"    descriptors = inherited.enter\(\)",
+            f"    open({str(self.gate.path)!r}).read()\n    descriptors = inherited.enter()",
         )
         return daemon
 
@@ -730,10 +730,10 @@ def test_a_wish_while_the_file_is_read_is_one_more_reload(gated: Gated) -> None:
 
 
 def test_no_module_of_the_launching_side_comes_into_the_resident_process() -> None:
-    code = "import sys, socketprotector.resident; print(*sys.modules)"
+    code = "import sys, socketprotector.daemon.resident; print(*sys.modules)"
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=DEADLINE_S
     )
 
     loaded = {*said.stdout.split()}
-    assert not loaded & {"tomllib", "click", "difflib", "socketprotector.config"}
+    assert not loaded & {"tomllib", "click", "difflib", "socketprotector.launch.config_file"}

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from socketprotector import __version__
-from socketprotector.requests import COMMANDS
+from socketprotector.model.control_requests import COMMANDS
 from tests.load import Load
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from socketprotector import cli
+from socketprotector.launch import cli
 from tests import forked
 from tests.ctl.conftest import COMMAND, run
 from tests.load import Load

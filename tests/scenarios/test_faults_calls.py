@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.step import backoff_s
+from socketprotector.core.step import backoff_s
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
@@ -72,7 +72,7 @@ RELAY_FAILS = """
 import os
 real = os.posix_spawn
 def posix_spawn(path, argv, *more, **named):
-    if any(each.endswith("relay.py") for each in argv):
+    if any(each.endswith("log_relay.py") for each in argv):
         raise fault("EAGAIN")
     return real(path, argv, *more, **named)
 os.posix_spawn = posix_spawn

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.requests import COMMANDS, LINE_BYTES
+from socketprotector.model.control_requests import COMMANDS, LINE_BYTES
 from tests.load import Load
 from tests.rounds import rounds
 from tests.running import DEADLINE_S

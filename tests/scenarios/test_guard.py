@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import guard
+from socketprotector.programs import guard
 from tests.load import Load
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Protector, ask, eventually, parent_of, wait_gone
@@ -193,7 +193,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
 def test_upgraded_after_it_lost_its_guard_it_still_waits_for_nobody_to_tell_how_workers_ended(
     installation: Installation,
 ) -> None:
-    installation.change("one", "crew", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
+    installation.change("one", "daemon/worker_pool", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
     daemon = installation.start("--guard", "127.0.0.1:0", "--", *MANY).ready()
     pid = revived(daemon, kill_protector(daemon))
     at_rest(daemon)
@@ -586,7 +586,9 @@ def test_how_workers_ended_is_told_once_a_protector_that_stood_still_reads_on() 
 def broken(installation: Installation) -> Installation:
     """The release `two` dies as soon as it is to go on."""
     installation.add("two")
-    installation.change("two", "resident", r"os\.chdir\(.*", 'raise RuntimeError("injected")')
+    installation.change(
+        "two", "daemon/resident", r"os\.chdir\(.*", 'raise RuntimeError("injected")'
+    )
     return installation
 
 
@@ -664,7 +666,9 @@ def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
     installation: Installation, tmp_path: Path
 ) -> None:
     installation.add("two")
-    installation.change("two", "supervisor", r"self\._reopen_logs\(\)", "raise KeyError(number)")
+    installation.change(
+        "two", "daemon/supervisor", r"self\._reopen_logs\(\)", "raise KeyError(number)"
+    )
     installation.switch("two")
     log_file = tmp_path / "log"
     daemon = installation.start("--guard", "--log-file", log_file, "127.0.0.1:0", "--", *MANY)

@@ -414,7 +414,7 @@ def test_a_check_that_hangs_is_asked_again_and_told_without_its_arguments(
     sooner = injected(
         tmp_path / "sooner",
         "if resident():\n"
-        "    from socketprotector import readiness\n"
+        "    from socketprotector.system import readiness\n"
         "    readiness.CHECK_LIMIT_S = 0.5\n",
     )
     daemon = protector(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector import heritage
+from socketprotector.daemon import checkpoint
 from tests.load import Load
 from tests.running import Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
@@ -212,7 +212,7 @@ def test_a_flag_that_is_set_late_is_put_back_too(service: Service) -> None:
         state = service.store["sp.state"]
 
         def noted() -> bool:
-            found = heritage.read(state)
+            found = checkpoint.read(state)
             return found is not None and found.nonblocking == (0,)
 
         assert not noted()

@@ -28,7 +28,7 @@ TALKS = worker("talks")
 
 def relay_of(environment: str) -> int:
     for pid in marked(environment):
-        if "relay.py" in shown(pid):
+        if "log_relay.py" in shown(pid):
             return pid
     return 0
 

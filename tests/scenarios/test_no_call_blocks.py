@@ -379,7 +379,7 @@ class Life:
             pass  # it was a worker's that has just been killed
 
     def hold_relay(self) -> None:
-        relays = [pid for pid in marked(self.mark) if "relay.py" in shown(pid)]
+        relays = [pid for pid in marked(self.mark) if "log_relay.py" in shown(pid)]
         for pid in relays:
             os.kill(pid, signal.SIGSTOP)
         self.connect()

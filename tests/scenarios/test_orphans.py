@@ -172,6 +172,7 @@ def test_orphans_are_killed_kill_timeout_after_drain_timeout(
     orphans = kill_master(daemon)
 
     assert wait_gone(orphans) == []
+    daemon.log.wait_for("event=signalled worker=1 group=.* signal=KILL")
     said = [line.partition("event=")[2] for line in daemon.log.seen if "worker=1 group=" in line]
     signs = [line.rpartition("=")[2] for line in said if line.startswith("signalled")]
     assert signs == ["TERM", "TERM", "KILL"]  # to drain; the time is up; at once

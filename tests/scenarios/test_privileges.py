@@ -67,7 +67,7 @@ class Command:
         found = [
             pid
             for pid, said in words.items()
-            if "socketprotector" in said and "relay.py" not in said
+            if "socketprotector" in said and "log_relay.py" not in said
         ]
         return found[0] if found else self.start.pid
 
@@ -215,7 +215,7 @@ def test_the_relay_has_no_capability(command: Command) -> None:
     """It reads what workers say; one that took it over would have gained nothing."""
     words = ("--umask", "022", "unix:s", "--", *command.worker("talks"))
     command.up("--user", A, "--worker-user", B, *words, relay=True)
-    relays = [pid for pid in children_of(command.start.pid) if "relay.py" in words_of(pid)]
+    relays = [pid for pid in children_of(command.start.pid) if "log_relay.py" in words_of(pid)]
 
     assert len(relays) == 1
     is_user(relays[0], A)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.address import parse
-from socketprotector.bind_unix import _give
-from socketprotector.envfile import read
+from socketprotector.launch.bind_unix import _give
+from socketprotector.launch.listen_spec import parse
+from socketprotector.system.env_file import read
 from tests.running import ask
 from tests.scenarios.starting import MINIMAL, Start
 

@@ -97,7 +97,9 @@ def test_neither_the_probe_nor_the_relay_is_told_by_its_command_line(
     words = ("--env", f"FROM_OPTION={SECRETS['option']}", "unix:s", "--", *worker("tells"))
     assert start(*words).status == 0
 
-    relays = [text for pid in marked(start.environment[MARK]) if "relay.py" in (text := shown(pid))]
+    relays = [
+        text for pid in marked(start.environment[MARK]) if "log_relay.py" in (text := shown(pid))
+    ]
 
     assert len(relays) == 1
     assert SECRETS["option"] not in relays[0]

@@ -56,7 +56,7 @@ def test_a_signal_to_the_one_that_waits_stops_everything(
 def test_a_signal_while_a_refusal_is_said_is_no_traceback(start: Start) -> None:
     says = (
         "import os, signal, sys\n"
-        "from socketprotector import cli\n"
+        "from socketprotector.launch import cli\n"
         "cli.tell = lambda text: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(cli.main(['--no-such-option']))\n"
     )

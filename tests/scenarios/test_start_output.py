@@ -110,7 +110,7 @@ def syslog(start: Start) -> Iterator[Syslog]:
 
 def relays_of(start: Start) -> list[int]:
     """The pids of all relays."""
-    return [pid for pid in marked(start.environment[MARK]) if "relay.py" in shown(pid)]
+    return [pid for pid in marked(start.environment[MARK]) if "log_relay.py" in shown(pid)]
 
 
 def relay_of(start: Start) -> int:

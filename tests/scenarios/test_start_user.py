@@ -299,7 +299,7 @@ def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
     """Run the command as nobody, from a Python and modules that nobody can read."""
     readable = [entry for entry in sys.path if entry and may_run(entry)]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])}
-    imports = "import socketprotector.cli, socketprotector.resident"
+    imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
     probe = subprocess.run(
         [python, "-c", imports], user="nobody", cwd="/", env=environment, capture_output=True
     )

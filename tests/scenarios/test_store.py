@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.notify import parse
+from socketprotector.system.sd_notify import parse
 from tests.load import Load
 from tests.running import COMMAND, DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, served

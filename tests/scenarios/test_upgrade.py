@@ -131,29 +131,32 @@ def no_package(installation: Installation) -> str:
 
 
 def syntax_error(installation: Installation) -> str:
-    installation.change("two", "forwarder", r"class Forwarder:", "class Forwarder")
+    installation.change("two", "daemon/forwarder", r"class Forwarder:", "class Forwarder")
     return "SyntaxError: expected ':'"
 
 
 def exception_at_import(installation: Installation) -> str:
     installation.change(
-        "two", "crew", "#: What is kept of", "raise OSError(28, 'disk')\n#: What is kept of"
+        "two",
+        "daemon/worker_pool",
+        "#: What is kept of",
+        "raise OSError(28, 'disk')\n#: What is kept of",
     )
     return "disk"
 
 
 def older_state(installation: Installation) -> str:
-    installation.change("two", "state", r"FORMAT = 2", "FORMAT = 1")
+    installation.change("two", "system/state_file", r"FORMAT = 2", "FORMAT = 1")
     return r"written by a newer program \(format 2, this one reads up to 1\)"
 
 
 def other_settings(installation: Installation) -> str:
-    installation.change("two", "settings", r"    workers: int = 1\n", "")
+    installation.change("two", "model/settings", r"    workers: int = 1\n", "")
     return r"a newer program's \(this one does not know workers\)"
 
 
 def older_settings_format(installation: Installation) -> str:
-    installation.change("two", "settings", r"FORMAT = 2", "FORMAT = 1")
+    installation.change("two", "model/settings", r"FORMAT = 2", "FORMAT = 1")
     return r"the settings are a newer program's \(format 2, this one knows up to 1\)"
 
 

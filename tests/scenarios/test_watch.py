@@ -89,7 +89,7 @@ def after(daemon: Protector, change: Callable[[], object]) -> str:
 
 
 def watcher_of(environment: str) -> list[int]:
-    return [pid for pid in marked(environment) if "watch.py" in shown(pid)]
+    return [pid for pid in marked(environment) if "file_watch.py" in shown(pid)]
 
 
 def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:

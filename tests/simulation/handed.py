@@ -20,12 +20,12 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
-from socketprotector import door
-from socketprotector.fleet import Phase, State
-from socketprotector.handoff import FIRST_FD, LISTENER
-from socketprotector.reader import Answer
-from socketprotector.settings import ListenerSettings, Settings
-from socketprotector.sides import LAST_S
+from socketprotector.core.fleet import Phase, State
+from socketprotector.daemon.config_reader import Answer
+from socketprotector.daemon.socket_steering import LAST_S
+from socketprotector.model.handoff import FIRST_FD, LISTENER
+from socketprotector.model.settings import ListenerSettings, Settings
+from socketprotector.system import inherited
 from tests.simulation.files import Connection, File
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, Voice, World
@@ -211,7 +211,7 @@ class Handed(World):
         firsts = ((n, one) for n, one in enumerate(self._listening) if one in self._seconds)
         return {
             **super()._to_give(),
-            **{f"{door.TWIN}{n}": self._seconds[one] for n, one in firsts},
+            **{f"{inherited.TWIN}{n}": self._seconds[one] for n, one in firsts},
         }
 
     # -- what the kernel asks --------------------------------------------------------

@@ -32,7 +32,7 @@ from tests.simulation.files import Connection, File, failure
 from tests.simulation.ports import BIND_TO_DEVICE, HUP, IN, SHUT, Address, Listening
 
 OUT = select.EPOLLOUT
-#: Charged to the sender for a message with one descriptor; see channel.py.
+#: Charged to the sender for a message with one descriptor; see system/channel.py.
 CHARGE = 768
 #: What a message to workers is as long as; on its way to the keeper a connection is a copy.
 HEADER = 16

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 import socketprotector
-from socketprotector import configuration
-from socketprotector.fleet import Policy
-from socketprotector.heritage import Heritage
-from socketprotector.settings import Origin, Settings, dump
-from socketprotector.workers import AT_ONCE
+from socketprotector.core.fleet import Policy
+from socketprotector.core.workers import AT_ONCE
+from socketprotector.daemon import live_settings
+from socketprotector.daemon.checkpoint import Heritage
+from socketprotector.model.settings import Origin, Settings, dump
 from tests.rounds import rounds
 from tests.simulation.world import World
 
@@ -123,7 +123,7 @@ def test_settings_that_were_read_again_are_not_written_down_at_each_step(
         dumped.append(settings)
         return dump(settings)
 
-    monkeypatch.setattr(configuration, "dump", counted)
+    monkeypatch.setattr(live_settings, "dump", counted)
     life = Quiet(MANY, "guard")
     life.settings = replace(life.settings, origin=Origin(configured=True))
     life.live()

@@ -36,35 +36,32 @@ from typing import Any, cast
 
 from socketprotector_client import wire
 
-from socketprotector import (
-    configuration,
-    door,
-    heritage,
+from socketprotector.core import workers
+from socketprotector.core.events import Deadline, ScaleRequested, Wait
+from socketprotector.core.fleet import Fleet, Next, Phase, Policy, State, Stop
+from socketprotector.core.snapshot import Snapshot
+from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
+from socketprotector.daemon.checkpoint import Heritage
+from socketprotector.daemon.config_reader import Answer
+from socketprotector.daemon.effects import Effects
+from socketprotector.daemon.output import Opened
+from socketprotector.daemon.start_report import Launcher
+from socketprotector.daemon.supervisor import Supervisor
+from socketprotector.model import text
+from socketprotector.model.handoff import LISTENER
+from socketprotector.model.settings import ListenerSettings, Origin, Settings, load
+from socketprotector.system import (
+    inherited,
     listener,
-    peers,
+    orphans,
+    peer_credentials,
     process,
     program,
-    resident,
-    sides,
-    strays,
-    twin,
-    words,
-    workers,
+    reuseport,
 )
-from socketprotector.effects import Effects
-from socketprotector.events import Deadline, ScaleRequested, Wait
-from socketprotector.fleet import Fleet, Next, Phase, Policy, State, Stop
-from socketprotector.handoff import LISTENER
-from socketprotector.heritage import Heritage
-from socketprotector.launcher import Launcher
-from socketprotector.loop import Loop
-from socketprotector.notify import Outbox, Store, Systemd
-from socketprotector.output import Opened
-from socketprotector.reader import Answer
-from socketprotector.settings import ListenerSettings, Origin, Settings, load
-from socketprotector.snapshot import Snapshot
-from socketprotector.state import StateFile
-from socketprotector.supervisor import Supervisor
+from socketprotector.system.loop import Loop
+from socketprotector.system.sd_notify import Outbox, Store, Systemd
+from socketprotector.system.state_file import StateFile
 from tests.simulation.files import Connection, File, failure
 from tests.simulation.kernel import (
     FAULTS,
@@ -224,7 +221,7 @@ class Output:
     def __init__(self, loop: Loop, chance: Callable[[], float]) -> None:
         self._loop = loop
         self._chance = chance
-        self.named = door.Named()
+        self.named = inherited.Named()
 
     def mark(self) -> int:
         return 0
@@ -479,7 +476,7 @@ class World:
 
     def _to_give(self) -> dict[str, File]:
         """What the launching process passes on, by name."""
-        return {f"{door.LISTENER}{index}": each for index, each in enumerate(self._listening)}
+        return {f"{inherited.LISTENER}{index}": each for index, each in enumerate(self._listening)}
 
     # -- the lives of the protector ----------------------------------------------
 
@@ -488,7 +485,7 @@ class World:
         kernel = self.kernel
         given = {name: kernel.install(each) for name, each in self._to_give().items()}
         self._state = Memory()
-        given[door.STATE] = kernel.install(self._state)
+        given[inherited.STATE] = kernel.install(self._state)
         if self.keeper != "nobody":  # it has passed on what it keeps
             self.store = {name: kernel.files[fd] for name, fd in given.items()}
             for file in self.store.values():
@@ -529,7 +526,7 @@ class World:
         self._check_the_end()
 
     def _run(self, given: dict[str, int], kept: set[str]) -> None:
-        """One program of the protector, put together as resident.py does it."""
+        """One program of the protector, put together as daemon/resident.py does it."""
         kernel = self.kernel
         kernel.dead = False
         self._checked = None
@@ -539,14 +536,14 @@ class World:
         self._loop = Loop()
         self._only_what_was_found(self._loop)
         line: Any = None
-        if self.keeper != "nobody" and door.GUARD not in given:
+        if self.keeper != "nobody" and inherited.GUARD not in given:
             ours, self._line = pair()
             self._line.take()
-            given[door.GUARD] = kernel.install(ours)
-        if door.GUARD in given:
-            line = Socket(kernel, given[door.GUARD])
+            given[inherited.GUARD] = kernel.install(ours)
+        if inherited.GUARD in given:
+            line = Socket(kernel, given[inherited.GUARD])
         self._outbox = Outbox(self._later, line)
-        snapshot = heritage.read(given[door.STATE])
+        snapshot = checkpoint.read(given[inherited.STATE])
         process._known.clear()
         settings = self._settings_of(snapshot)
         shared = settings.handoff == LISTENER
@@ -556,18 +553,18 @@ class World:
             self._why_lost = "killed at the very end"
             for each in listeners:
                 each.close()
-            for fd in sorted(set(kernel.files) - {given[door.STATE]}):
+            for fd in sorted(set(kernel.files) - {given[inherited.STATE]}):
                 kernel.files.pop(fd).drop()
-            self._fixed = {given[door.STATE]}
+            self._fixed = {given[inherited.STATE]}
             return
-        file = StateFile(given[door.STATE])
-        self._fixed = {given[each] for each in (door.STATE, door.GUARD) if each in given}
-        store = self._store = Store(self._outbox, kept - {door.GUARD})
+        file = StateFile(given[inherited.STATE])
+        self._fixed = {given[each] for each in (inherited.STATE, inherited.GUARD) if each in given}
+        store = self._store = Store(self._outbox, kept - {inherited.GUARD})
 
         def others() -> dict[str, int]:
-            found = {door.STATE: given[door.STATE]}
+            found = {inherited.STATE: given[inherited.STATE]}
             if line is not None and line.fileno() >= 0:
-                found[door.GUARD] = line.fileno()
+                found[inherited.GUARD] = line.fileno()
             return found
 
         self._supervisor = protector = Supervisor(
@@ -608,7 +605,7 @@ class World:
                     protector.effects.unguarded()
                     return
                 pid, _, status = data.decode().partition(" ")
-                protector.effects.crew.told(int(pid), *words.status_of(int(status)))
+                protector.effects.crew.told(int(pid), *text.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:
@@ -1426,17 +1423,17 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program, "resolve", resolve)
-        put(configuration, "Reader", lambda _, loop, key: Reads(world, loop, key))
-        put(twin, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
+        put(live_settings, "Reader", lambda _, loop, key: Reads(world, loop, key))
+        put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
-        put(sides, "unheard", kernel.unheard)
-        put(sides, "unaccepted", kernel.unaccepted)
+        put(socket_steering, "unheard", kernel.unheard)
+        put(socket_steering, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
-        put(strays, "look", look)
+        put(orphans, "look", look)
         put(workers, "AT_ONCE", world._at_once)
-        put(peers, "_ambiguous", lambda *_: frozenset())
+        put(peer_credentials, "_ambiguous", lambda *_: frozenset())
         yield
     finally:
         for module, name, value in reversed(replaced):

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from socketprotector.stdio.environment import Environments, path_of, tcp, unix
+from socketprotector.programs.stdio.environment import Environments, path_of, tcp, unix
 
 
 def test_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client() -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.checks import OLDEST_KERNEL
-from socketprotector.errors import SystemRefused
+from socketprotector.launch.preflight import OLDEST_KERNEL
+from socketprotector.model.errors import SystemRefused
 from tests.rounds import rounds
 from tests.systems import elsewhere
 from tests.systems.life import ELSEWHERE, Surroundings, lived

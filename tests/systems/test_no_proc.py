@@ -129,9 +129,10 @@ def test_the_guard_that_gives_up_removes_its_pid_file(
     """As one whose protector ends before it has ever accepted: here it cannot be loaded."""
     pid_file = tmp_path / "pid"
     script = (
-        "import os, sys; from socketprotector import guard, pidfile, launch, door;"
+        "import os, sys; from socketprotector.launch import pidfile;"
+        "from socketprotector.programs import guard; from socketprotector.system import inherited;"
         "held = pidfile.PidFile(sys.argv[1]); held.acquire();"
-        "os.environ.update(door.leave({door.PID_FILE: held.fd}));"
+        "os.environ.update(inherited.leave({inherited.PID_FILE: held.fd}));"
         "told = guard.PID_FILE_OPTION + sys.argv[1];"
         "words = ['-I', '-S', guard.__file__, told, sys.executable, '-c', 'raise SystemExit(7)'];"
         "os.execv(sys.executable, [sys.executable, *words])"
@@ -174,7 +175,9 @@ def test_a_unix_listener_and_a_log_file_get_their_owner(
 
 def test_another_namespaces_proc_is_not_believed() -> None:
     """Its numbers are of other processes: who is killed by them would be somebody else."""
-    script = "import os; from socketprotector import proc; print(os.getpid(), proc.is_ours())"
+    script = (
+        "import os; from socketprotector.system import procfs;print(os.getpid(), procfs.is_ours())"
+    )
     words = ("unshare", "--pid", "--fork", *(sys.executable, "-c", script))
 
     done = subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True)

@@ -7,19 +7,19 @@ It opens GATE (a FIFO) first, which waits for somebody at the other end.
 
 import sys
 
-from socketprotector import envfile
 from socketprotector.__main__ import main
+from socketprotector.system import env_file
 
 gate = sys.argv.pop(1)
-_read = envfile.read
+_read = env_file.read
 
 
 def read(path: str) -> dict[str, str]:
-    envfile.read = _read  # once
+    env_file.read = _read  # once
     with open(gate, "rb") as file:
         file.read()
     return _read(path)
 
 
-envfile.read = read
+env_file.read = read
 main()

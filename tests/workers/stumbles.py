@@ -59,8 +59,8 @@ elif way == "aserve":
 elif way == "listener":
     asyncio.run(listen())
 else:
-    from socketprotector.stdio import __main__ as stdio
-    from socketprotector.stdio.pool import Pool
+    from socketprotector.programs.stdio import __main__ as stdio
+    from socketprotector.programs.stdio.pool import Pool
 
     pool_take = Pool._take
 

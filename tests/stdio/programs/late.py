@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from socketprotector.stdio.__main__ import main
+from socketprotector.programs.stdio.__main__ import main
 
 file = Path(sys.argv[1])
 Events = list[tuple[int, int]]

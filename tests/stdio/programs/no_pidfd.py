@@ -3,7 +3,7 @@
 import errno
 import os
 
-from socketprotector.stdio.__main__ import main
+from socketprotector.programs.stdio.__main__ import main
 
 
 def none(pid: int, flags: int = 0) -> int:

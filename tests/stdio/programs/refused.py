@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from socketprotector.stdio import pool
-from socketprotector.stdio.__main__ import main
+from socketprotector.programs.stdio import pool
+from socketprotector.programs.stdio.__main__ import main
 
 file, number = Path(sys.argv[1]), int(sys.argv[2])
 started = os.posix_spawn

@@ -1,0 +1,402 @@
+"""The words of the lifecycle: events are facts that happened, actions are orders.
+
+Pure data.  An event names generations and workers by number only; what a number
+stands for (a process, a channel) is the business of effects.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from ..model.frozen import frozen
+from ..model.policy import Policy
+
+
+class Wait(Enum):
+    """What a deadline is about; the target is a generation's or a worker's number."""
+
+    START = "start"  # generation: all workers ready
+    SETTLE = "settle"  # generation: has lived long enough
+    DRAIN = "drain"  # generation: last worker gone
+    KILL = "kill"  # generation: was told to end
+    WORKER_START = "worker-start"  # worker: a replacement's READY
+    WORKER_RESPAWN = "worker-respawn"  # worker: back-off is over
+    WORKER_RETIRE = "worker-retire"  # worker: was asked to leave
+    WORKER_KILL = "worker-kill"  # worker: was told to end
+    OPEN = "open"  # fleet: back-off before the next generation is over
+    HOLD = "hold"  # fleet: accepting again
+    STOP = "stop"  # fleet: graceful stop takes too long
+    TURN = "turn"  # fleet: the loop has turned, so more workers may be started
+
+
+@frozen
+class Deadline:
+    """The name of a timer; starting it again replaces it."""
+
+    wait: Wait
+    target: int = 0
+
+
+# -- events ------------------------------------------------------------------
+
+
+@frozen
+class Launched:
+    """The program stands and may start its first generation."""
+
+
+@frozen
+class ReloadRequested:
+    """Somebody wants the command as it is now."""
+
+
+@frozen
+class StopRequested:
+    """Somebody wants an end; quick: without waiting for what is being served."""
+
+    quick: bool = False
+
+
+@frozen
+class ScaleRequested:
+    """Somebody wants so many workers more (or fewer); with `to`, so many in all."""
+
+    change: int = 0
+    to: int | None = None
+
+
+@frozen
+class HoldRequested:
+    """Somebody wants nothing accepted, and nothing refused, for so long."""
+
+    seconds: float
+
+
+@frozen
+class HoldReleased:
+    """Somebody wants no hold any more."""
+
+
+@frozen
+class RenewRequested:
+    """Somebody wants the serving generation replaced by one of the same program."""
+
+
+@frozen
+class KillRequested:
+    """Somebody wants no end waited for of a generation that is on its way out."""
+
+    generation: int
+
+
+@frozen
+class ReplaceRequested:
+    """A worker is to make room for another one: it is too old or large, or was asked for.
+
+    hung: it has stopped saying WATCHDOG=1, so it can be asked for nothing.
+    """
+
+    worker: int
+    reason: str
+    hung: bool = False
+
+
+@frozen
+class WorkerReady:
+    """A worker said READY, or its timer said so for it."""
+
+    worker: int
+    retires: bool = False
+
+
+@frozen
+class WorkerExited:
+    """A worker's process ended, or could not be spawned.
+
+    `served_s`: seconds since its READY, 0 without one.  `waiting`: connections in its
+    generation's queue then.  `detached`: ended with status 0 before READY.  `orphans`: what it
+    had started lives on; when that has ended it is said again, without.
+    """
+
+    worker: int
+    reason: str
+    served_s: float = 0.0
+    waiting: int = 0
+    detached: bool = False
+    orphans: bool = False
+
+
+@frozen
+class OpenFailed:
+    """A generation could not be opened: the command or what it needs is not there."""
+
+    generation: int
+    reason: str
+
+
+@frozen
+class Parted:
+    """A generation whose workers accept has taken all who had come to it."""
+
+    generation: int
+
+
+@frozen
+class Stranded:
+    """Clients wait where no generation accepts any more."""
+
+
+@frozen
+class ListenersLost:
+    """Somebody has shut down the last listener, and none can be had in its place."""
+
+
+@frozen
+class ChannelBroken:
+    """A worker shut down the channel that all of its generation share."""
+
+    generation: int
+    served_s: float = 0.0
+
+
+@frozen
+class TimeExtended:
+    """A worker asked for more time for what it is doing (EXTEND_TIMEOUT_USEC)."""
+
+    worker: int
+    seconds: float
+
+
+@frozen
+class BacklogEmptied:
+    """What had connected before the stop is sent; the listeners are closed."""
+
+
+@frozen
+class SettingsRead:
+    """The configuration was read again and can be had.  workers: None for as many as before."""
+
+    policy: Policy
+    workers: int | None = None
+
+
+@frozen
+class SettingsFailed:
+    """The configuration was read again and cannot be had; reason is for people."""
+
+    reason: str
+
+
+@frozen
+class DeadlinePassed:
+    """A timer ran out; advice: what is known of why nothing came before it did, for people."""
+
+    deadline: Deadline
+    advice: str = ""
+
+
+Event = (
+    Launched
+    | ReloadRequested
+    | StopRequested
+    | ScaleRequested
+    | HoldRequested
+    | HoldReleased
+    | RenewRequested
+    | KillRequested
+    | ReplaceRequested
+    | WorkerReady
+    | WorkerExited
+    | OpenFailed
+    | Parted
+    | Stranded
+    | ListenersLost
+    | ChannelBroken
+    | TimeExtended
+    | BacklogEmptied
+    | SettingsRead
+    | SettingsFailed
+    | DeadlinePassed
+)
+
+# -- actions -----------------------------------------------------------------
+
+
+class Sign(Enum):
+    """The signals the lifecycle sends to workers."""
+
+    TERM = "TERM"
+    ABRT = "ABRT"  # to one that hangs: it may leave a core dump
+    KILL = "KILL"
+
+
+@frozen
+class Open:
+    """Make a generation's channel; fresh: resolve the command anew, else take the last good.
+
+    Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
+    """
+
+    generation: int
+    fresh: bool
+
+
+@frozen
+class Spawn:
+    """Start a worker's process in an open generation."""
+
+    generation: int
+    worker: int
+    slot: int
+
+
+@frozen
+class Signal:
+    """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
+
+    worker: int
+    sign: Sign
+
+
+@frozen
+class Retire:
+    """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
+
+    worker: int
+
+
+@frozen
+class RouteTo:
+    """Give new connections to this generation; None: hold them."""
+
+    generation: int | None
+
+
+@frozen
+class Part:
+    """Wait until this generation, which gets nobody new, has accepted who came: `Parted`."""
+
+    generation: int
+
+
+@frozen
+class Drain:
+    """Take back what nobody of this generation has taken, for the route; then end its channel.
+
+    Without a route nothing is taken back: its workers finish it.
+    """
+
+    generation: int
+
+
+@frozen
+class Release:
+    """Close what a generation that is gone has left; what still waits goes to the route.
+
+    Without a route it is held until there is one.
+    """
+
+    generation: int
+
+
+@frozen
+class Hold:
+    """Accept nothing from now on, or go on accepting."""
+
+    on: bool
+
+
+@frozen
+class CloseListeners:
+    """Take no new clients; quick: close at once, else first send on what has connected."""
+
+    quick: bool
+
+
+@frozen
+class ReadSettings:
+    """Have the configuration read again, for what is opened fresh from then on."""
+
+
+@frozen
+class UseSettings:
+    """What was read holds from now on for everything; listeners that it lacks are emptied."""
+
+
+@frozen
+class ForgetSettings:
+    """Nobody wants what was read, or is being read; listeners that it added are given up."""
+
+
+@frozen
+class StartTimer:
+    """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
+
+    deadline: Deadline
+    seconds: float
+    extend: bool = False
+
+
+@frozen
+class CancelTimer:
+    """Forget a timer."""
+
+    deadline: Deadline
+
+
+class News(Enum):
+    """What is told to whoever waits: operator, launcher, systemd."""
+
+    READY = "ready"  # the first generation serves
+    RELOADING = "reloading"
+    RELOADED = "reloaded"
+    RECOVERED = "recovered"  # the last good command serves again, after something failed
+    RELOAD_FAILED = "reload-failed"
+    START_FAILED = "start-failed"
+    RETRYING = "retrying"
+    STOPPING = "stopping"
+    MANY_DRAINING = "many-draining"
+    REFUSED = "refused"
+    EXITED = "exited"
+    REPLACING = "replacing"
+    SCALED = "scaled"
+    HELD = "held"
+    RELEASED = "released"
+    BROKEN = "channel-broken"
+
+
+@frozen
+class Report:
+    """Tell what happened; reason is for people."""
+
+    news: News
+    generation: int = 0
+    reason: str = ""
+
+
+@frozen
+class Exit:
+    """The last action: nothing is left to supervise."""
+
+    status: int
+
+
+Action = (
+    Open
+    | Spawn
+    | Signal
+    | Retire
+    | RouteTo
+    | Part
+    | Drain
+    | Release
+    | Hold
+    | CloseListeners
+    | ReadSettings
+    | UseSettings
+    | ForgetSettings
+    | StartTimer
+    | CancelTimer
+    | Report
+    | Exit
+)

@@ -1,0 +1,264 @@
+"""What is supervised, as values: workers, generations, the fleet, its policy.
+
+Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
+keeps one Fleet and replaces it by what `lifecycle.decide` answers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import field, replace
+from enum import Enum
+from operator import attrgetter
+
+from ..model.frozen import frozen
+from ..model.policy import Policy as Policy
+from .events import Deadline
+
+
+class Phase(Enum):
+    """Where a generation stands.  A generation that is gone is no longer in the fleet."""
+
+    STARTING = "starting"
+    SETTLING = "settling"  # has the route, but the one before it can still be switched back to
+    SERVING = "serving"
+    DRAINING = "draining"
+    ABANDONED = "abandoned"
+
+
+#: Each way a generation can go, and why.  `Fleet.moved` walks only these, and the
+#: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
+PHASES: dict[Phase, dict[Phase | None, str]] = {
+    Phase.STARTING: {
+        Phase.SERVING: "every worker is ready",
+        Phase.SETTLING: "the same, with --settle",
+        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, or stop",
+    },
+    Phase.SETTLING: {
+        Phase.SERVING: "lived as long as --settle, or stop",
+        Phase.DRAINING: "rolled back, or quick stop",
+    },
+    Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
+    Phase.DRAINING: {None: "last worker gone"},
+    Phase.ABANDONED: {None: "last worker gone"},
+}
+
+
+class State(Enum):
+    """Where one worker stands."""
+
+    WAITING = "waiting"  # nobody is there yet: a back-off timer runs, or its turn has not come
+    STARTING = "starting"
+    READY = "ready"
+    RETIRING = "retiring"  # was asked to leave; nobody replaces it
+    ORPHANED = "orphaned"  # its process has ended, and what that had started has not
+
+
+#: Those that others take the place of.
+LEAVING = (State.RETIRING, State.ORPHANED)
+
+
+@frozen
+class Worker:
+    """One place in a generation and the process in it; `number` is never reused."""
+
+    number: int
+    slot: int
+    state: State = State.STARTING
+    retires: bool = False  # leaves when its RETURN line ends
+    quick_deaths: int = 0  # in a row, in this place
+    replaces: int = 0  # the number of the worker that leaves when this one is ready
+    hung: bool = False  # it is to leave, and cannot be asked to
+
+    @property
+    def alive(self) -> bool:
+        return self.state is not State.WAITING
+
+
+_NUMBER = attrgetter("number")
+
+
+@frozen
+class Generation:
+    """All workers started from one version of the command.
+
+    What concerns one of a thousand workers must not look at all of them.  They stand in the order
+    of their numbers, so that one is found by halves; the copy of a tuple is no work to speak of.
+    """
+
+    number: int
+    phase: Phase = Phase.STARTING
+    fresh: bool = True  # started from the command as it is now, not from the last good one
+    ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
+    parting: bool = False  # drains, and is told so when it has accepted who came to it
+    workers: tuple[Worker, ...] = ()
+
+    @property
+    def alive(self) -> tuple[Worker, ...]:
+        return tuple(worker for worker in self.workers if worker.alive)
+
+    @property
+    def ready(self) -> bool:
+        # From the end: who was started last is mostly the last one to be ready.
+        return all(worker.state is State.READY for worker in reversed(self.workers))
+
+    def place(self, number: int) -> int | None:
+        """Where a worker stands among the others."""
+        at = bisect_left(self.workers, number, key=_NUMBER)
+        found = at < len(self.workers) and self.workers[at].number == number
+        return at if found else None
+
+    def worker(self, number: int) -> Worker | None:
+        at = self.place(number)
+        return self.workers[at] if at is not None else None
+
+    def put(self, changed: Worker) -> Generation:
+        """Put a changed worker in the place of the one with its number."""
+        at = self.place(changed.number)
+        if at is None:
+            return self
+        return replace(self, workers=(*self.workers[:at], changed, *self.workers[at + 1 :]))
+
+    def without(self, number: int) -> Generation:
+        """Leave a worker out."""
+        at = self.place(number)
+        if at is None:
+            return self
+        return replace(self, workers=self.workers[:at] + self.workers[at + 1 :])
+
+    @property
+    def takers(self) -> tuple[Worker, ...]:
+        """Those who take, or will take, what waits in the queue."""
+        return tuple(w for w in self.alive if w.state not in LEAVING)
+
+
+class Stop(Enum):
+    """How the whole fleet is to end."""
+
+    GRACEFUL = "graceful"
+    QUICK = "quick"
+
+
+class Next(Enum):
+    """Which command the next generation is opened with, once nothing stands in its way."""
+
+    FRESH = "fresh"
+    LAST_GOOD = "last good"
+
+
+@frozen
+class Candidate:
+    """What the configuration said when it was read again; it has not served yet."""
+
+    policy: Policy
+    workers: int | None = None  # None: as many as are wanted anyway
+
+
+@frozen
+class Fleet:
+    """Everything the lifecycle knows.  Wishes (what is wanted) stand apart from what is."""
+
+    policy: Policy = field(default_factory=Policy)
+    workers_wanted: int = 1
+    generations: tuple[Generation, ...] = ()
+    next_generation: int = 1
+    next_worker: int = 1
+
+    reload_wanted: bool = False
+    stopping: Stop | None = None
+    to_open: Next | None = None  # waits for an older generation's end or a back-off's
+
+    configured: bool = False  # a reload begins with reading the configuration again
+    reading: bool = False  # that is being done
+    candidate: Candidate | None = None  # what was read, until it serves or has failed
+    settings_used: int = 0  # how many candidates have come to serve
+
+    served: bool = False  # something has been ready once
+    failed_starts: int = 0  # generations in a row that failed while nothing else served
+    listeners_open: bool = True
+    held: bool = False  # nothing is accepted, because somebody wants that
+    exit_status: int = 0
+    exiting: bool = False
+
+    timers: frozenset[Deadline] = frozenset()  # those that run
+
+    def of(self, phase: Phase) -> Generation | None:
+        """The newest generation in a phase, or None."""
+        return next((g for g in reversed(self.generations) if g.phase is phase), None)
+
+    def all_of(self, phase: Phase) -> tuple[Generation, ...]:
+        return tuple(g for g in self.generations if g.phase is phase)
+
+    @property
+    def incoming(self) -> Generation | None:
+        """The generation that a reload (or start) in progress is about."""
+        return self.of(Phase.STARTING) or self.of(Phase.SETTLING)
+
+    @property
+    def route(self) -> Generation | None:
+        """The generation that gets new connections."""
+        return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
+
+    def policy_of(self, fresh: bool) -> Policy:
+        """The policy for opening a generation, fresh or from the last good command."""
+        return self.candidate.policy if fresh and self.candidate else self.policy
+
+    def wanted_in(self, generation: Generation) -> int:
+        """How many workers a generation is to have."""
+        candidate = self.candidate if generation.fresh else None
+        return (candidate.workers if candidate else None) or self.workers_wanted
+
+    def generation(self, number: int) -> Generation | None:
+        return next((g for g in self.generations if g.number == number), None)
+
+    def is_fresh(self, number: int) -> bool:
+        """Whether a generation was started from the command as it is now."""
+        generation = self.generation(number)
+        return generation is not None and generation.fresh
+
+    def find(self, worker: int) -> tuple[Generation, Worker] | None:
+        """The generation and entry of a worker by its number."""
+        for generation in self.generations:
+            if (entry := generation.worker(worker)) is not None:
+                return generation, entry
+        return None
+
+    def alive(self) -> Iterator[Worker]:
+        for generation in self.generations:
+            yield from generation.alive
+
+    @property
+    def queue_is_last(self) -> bool:
+        """What waits with a draining generation has nobody else to go to, now or later.
+
+        Where workers accept nothing does: it would be in the backlog, which is closed by then.
+        """
+        stops = self.stopping is Stop.GRACEFUL and self.route is None
+        return stops and not self.policy.workers_accept
+
+    def with_generation(self, changed: Generation) -> Fleet:
+        """Put a changed generation in the place of the one with its number."""
+        return replace(
+            self,
+            generations=tuple(
+                changed if g.number == changed.number else g for g in self.generations
+            ),
+        )
+
+    def with_worker(self, changed: Worker) -> Fleet:
+        """Put a changed worker in the place of the one in its generation and slot."""
+        found = self.find(changed.number)
+        if found is None:
+            return self
+        return self.with_generation(found[0].put(changed))
+
+    def moved(self, number: int, phase: Phase) -> Fleet:
+        """Move a generation to another phase along PHASES.
+
+        Raises ValueError for a way PHASES does not have: a fault of ours.
+        """
+        generation = self.generation(number)
+        if generation is None or phase not in PHASES[generation.phase]:
+            raise ValueError(f"generation {number} cannot become {phase.value}")
+        return self.with_generation(replace(generation, phase=phase))

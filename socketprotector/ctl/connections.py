@@ -1,0 +1,227 @@
+"""Which connections a worker has: read from /proc, where the protector knows nothing of them.
+
+Only sockets whose local address is one of the listeners'; a worker's own connections (to a
+database, say) are nobody's business.  A worker's children are looked through, too: a server
+may fork one for each connection.
+
+Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .client import Message, lives
+from .reload_progress import listed, number_in, text_in
+from .unix_diag import waiting as unix_waiting
+
+#: A state that proc(5) calls TCP_LISTEN.
+_LISTENING = "0A"
+#: UNIX sockets that were accepted or have connected: SS_CONNECTED of linux/net.h.
+_CONNECTED = "03"
+EXACT, AT_LEAST, AT_MOST = "exact", "at least", "at most"
+_HIDDEN = "not in /proc (hidepid, or it is not mounted here): ask as root, where it is"
+_V4_MAPPED = b"\0" * 10 + b"\xff\xff"
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One connection of a worker.  None: not known."""
+
+    generation: int
+    worker: int
+    pid: int
+    local: str
+    peer: str
+    age_s: float
+    bound: str  # what the age is: EXACT, AT_LEAST or AT_MOST
+    waiting_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """A worker that could not be looked at, and why."""
+
+    generation: int
+    worker: int
+    pid: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Socket:
+    local: str
+    peer: str
+    waiting_bytes: int | None
+
+
+def look(
+    workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
+) -> tuple[list[Connection], list[Unseen]]:
+    """Look the workers' connections up, as `connections` of docs/control.md names them.
+
+    listeners: their canonical addresses; now: the time since the epoch.  draining: generations
+    that take nothing any more, so that what they have is as old as that at least.  What others
+    have is as old as their worker at most.
+    """
+    addresses = tuple(listeners)
+    found: list[Connection] = []
+    unseen: list[Unseen] = []
+    tables: dict[str, dict[int, _Socket]] = {}
+    for worker in workers:
+        generation, number = number_in(worker, "generation"), number_in(worker, "worker")
+        pid = number_in(worker, "pid")
+        if pid <= 0:
+            continue  # not started yet
+        pids = _session(pid) if worker.get("orphaned") is True else [pid]
+        if not pids:
+            continue  # all of them have ended meanwhile
+        try:
+            space = os.readlink(f"/proc/{pids[0]}/ns/net")
+            if space not in tables:
+                tables[space] = dict(_sockets(pids[0], addresses))
+            inodes = _inodes(pids)
+        except PermissionError:
+            unseen.append(Unseen(generation, number, pid, "not allowed: ask as root or its user"))
+            continue
+        except (FileNotFoundError, ProcessLookupError):
+            if lives(pid):  # else it has ended meanwhile
+                unseen.append(Unseen(generation, number, pid, _HIDDEN))
+            continue
+        accepted_at = worker.get("accepted_at_by_fd")
+        since_at = worker.get("since_at")
+        for inode, fd in inodes.items():
+            if (seen := tables[space].get(inode)) is None:
+                continue
+            at = accepted_at.get(str(fd)) if isinstance(accepted_at, dict) and fd >= 0 else None
+            bound = AT_LEAST if generation in draining else AT_MOST
+            if isinstance(at, int | float):
+                bound = EXACT
+            begun = at if bound == EXACT else since_at
+            age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
+            found.append(
+                Connection(
+                    generation, number, pid, seen.local, seen.peer, age_s, bound, seen.waiting_bytes
+                )
+            )
+    return found, unseen
+
+
+def addresses_of(status: Message) -> list[str]:
+    """Return the listeners' addresses that a status names."""
+    return [text_in(each, "address") for each in listed(status, "listeners")]
+
+
+def _session(leader: int) -> list[int]:
+    """Return the living processes of a session, whose leader has ended."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                state, _, _, session = file.read().rpartition(b")")[2].split()[:4]
+        except OSError:
+            continue  # it has ended, or is hidden from us
+        if int(session) == leader and state not in (b"Z", b"X"):
+            found.append(int(name))
+    return found
+
+
+def _inodes(pids: Sequence[int]) -> dict[int, int]:
+    """Return the sockets of processes and of their descendants.
+
+    With their numbers in the first one, which is the worker.
+    """
+    found: dict[int, int] = {}
+    todo, first = list(reversed(pids)), True
+    while todo:
+        each = todo.pop()
+        try:
+            for name in os.listdir(f"/proc/{each}/fd"):
+                try:
+                    target = os.readlink(f"/proc/{each}/fd/{name}")
+                except FileNotFoundError:
+                    continue
+                if target.startswith("socket:["):
+                    # A descendant's numbers say nothing about the worker's.
+                    found.setdefault(int(target[8:-1]), int(name) if first else -1)
+            with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
+                todo += [int(word) for word in children.read().split()]
+        except OSError:
+            if first:
+                raise
+        first = False
+    return found
+
+
+def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:
+    """All connections to the listeners in the network namespace of a process, by inode."""
+    tcp = [each for each in addresses if each.startswith("tcp:")]
+    unix = {each[5:] for each in addresses if each.startswith("unix:")}
+    if tcp:
+        yield from _tcp(f"/proc/{pid}/net/tcp", tcp, 4)
+        yield from _tcp(f"/proc/{pid}/net/tcp6", tcp, 16)
+    if unix:
+        yield from _unix(f"/proc/{pid}/net/unix", unix)
+
+
+def _tcp(path: str, addresses: list[str], length: int) -> Iterator[tuple[int, _Socket]]:
+    wanted = {_host_and_port(each) for each in addresses}
+    ports = {port for _, port in wanted}
+    for words in _lines(path):
+        local, remote, state, queues, inode = words[1], words[2], words[3], words[4], words[9]
+        if state == _LISTENING or int(local.rpartition(":")[2], 16) not in ports:
+            continue
+        host, port = _decode(local, length)
+        if not wanted & {(host, port), ("0.0.0.0", port), ("::", port)}:
+            continue
+        yield (
+            int(inode),
+            _Socket(
+                _joined(host, port),
+                _joined(*_decode(remote, length)),
+                int(queues.partition(":")[2], 16),
+            ),
+        )
+
+
+def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
+    waiting = unix_waiting()
+    for words in _lines(path):
+        state, inode = words[5], words[6]
+        name = " ".join(words[7:])  # a path may have blanks in it
+        if state == _CONNECTED and name in addresses:
+            yield int(inode), _Socket(f"unix:{name}", "unix", waiting.get(int(inode)))
+
+
+def _lines(path: str) -> Iterator[list[str]]:
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as table:
+            next(table, None)  # the headings
+            for line in table:
+                yield line.split()
+    except FileNotFoundError:  # a kernel without IPv6
+        return
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    return host.strip("[]"), int(port) if port.isdigit() else -1
+
+
+def _decode(text: str, length: int) -> tuple[str, int]:
+    """Read `0100007F:10E1`: groups of four bytes, each in the machine's own order."""
+    host, _, port = text.partition(":")
+    groups = (int(host[at : at + 8], 16) for at in range(0, 2 * length, 8))
+    raw = b"".join(struct.pack("=I", group) for group in groups)
+    if length == 16 and raw.startswith(_V4_MAPPED):
+        raw = raw[12:]
+    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
+    return socket.inet_ntop(family, raw), int(port, 16)
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

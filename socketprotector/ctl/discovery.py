@@ -1,0 +1,149 @@
+"""Which control socket is meant: by path, by name, by pid file, or the only one there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from ..model.errors import UsageError
+from ..model.text import escape
+from ..system import control_path
+from .client import connect, lives
+from .errors import NoProtector
+from .query_all import Found, ask_all
+from .reload_progress import listed, text_in
+
+_NAMES_SHOWN = 8
+
+
+def sockets() -> list[str]:
+    """Return the paths of all control sockets, living or dead."""
+    return control_path.sockets(os.environ, os.geteuid())
+
+
+def by_name(name: str) -> str:
+    """Return the socket of the protector of a name, or NAME:LISTENER of several that have it.
+
+    A listener's port alone is one, too, where nobody is called so.
+    """
+    # As the protector does: its name may be that of a path.
+    key, found = control_path.key_of(name), sockets()
+    there = [path for path in found if control_path.key(path) == key]
+    others = [path for path in found if control_path.key(path).startswith(f"{key}:")]
+    living = [path for path in there if _listening(path)]
+    if len(living) == 1 and not others:
+        return living[0]
+    asked = [each for each in ask_all(found) if each.alive]
+    called = dict(zip((each.path for each in asked), names(asked), strict=True))
+    meant = [each.path for each in asked if name in _names_of(each)] or [
+        each.path for each in asked if f"{_names_of(each)[0]}:{name}" in _names_of(each)
+    ]
+    if len(meant) > 1:
+        apart = [called[path] for path in meant]
+        if len(set(apart)) < len(apart):  # at the same listener, too
+            apart = [f"--control {path}" for path in meant]
+        raise UsageError(f"--name {name}: which one? {_names(apart)}")
+    if meant or living or there:
+        return (meant or living or there)[0]
+    known = _names(list(called.values()))
+    raise NoProtector(f"--name {name}: nobody of that name in {where()}; there is {known}")
+
+
+def names(found: Sequence[Found]) -> list[str]:
+    """Return what each is called: its name, with its listener where several have that name.
+
+    Of who does not say it, what its socket is called.
+    """
+    longer = [_names_of(each) for each in found]
+    called = [plain for plain, *_ in longer]
+    for more in (1, 2):
+        several = Counter(called)
+        called = [
+            name if several[name] == 1 else its[min(more, len(its) - 1)]
+            for name, its in zip(called, longer, strict=True)
+        ]
+    return called
+
+
+def _names_of(found: Found) -> tuple[str, ...]:
+    """Return what one may be called, the shortest first."""
+    told = found.result or {}
+    name = text_in(told, "name") or control_path.key(found.path)
+    listeners = listed(told, "listeners")
+    return (
+        (name, *control_path.apart(name, text_in(listeners[0], "address")))
+        if listeners
+        else (name,)
+    )
+
+
+def by_pid_file(file: str) -> str:
+    """Return the socket of the protector whose pid stands in a file."""
+    pid = _pid(file)
+    if not lives(pid):
+        raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
+    found = ask_all(sockets())
+    for each in found:
+        told = each.result or {}
+        # Under --guard the pid file holds the guard's: main_pid.
+        if each.alive and pid in (each.pid, told.get("pid"), told.get("main_pid")):
+            return each.path
+    unseen = [each.path for each in found if each.why in ("denied", "silent")]
+    hint = f" (no answer from {_names(unseen)})" if unseen else ""
+    raise NoProtector(
+        f"--pid-file {file}: no control socket of process {pid} in {where()}{hint}; "
+        "name it with --control PATH"
+    )
+
+
+def the_only_one() -> str:
+    """Return the socket of the one protector that lives."""
+    living = [path for path in sockets() if _listening(path)]
+    if not living:
+        raise NoProtector(f"no protector has a control socket in {where()}; is one running?")
+    if len(living) > 1:
+        known = _names(sorted(names(ask_all(living))))
+        raise UsageError(f"which one? say --name NAME (before the command): {known}")
+    return living[0]
+
+
+def everything() -> list[Found]:
+    """Ask all that are in both folders for their status."""
+    return ask_all(sockets())
+
+
+def _listening(path: str) -> bool:
+    try:
+        connect(path, 0).close()
+    except NoProtector as error:
+        return isinstance(error.__cause__, BlockingIOError)
+    except Exception:
+        return True  # somebody is there, and does not let us in: the request will say so
+    return True
+
+
+def _pid(file: str) -> int:
+    try:
+        with open(file, "rb") as opened:
+            content = opened.read(64)
+    except FileNotFoundError:
+        raise NoProtector(f"--pid-file {file}: there is none; does the protector run?") from None
+    except OSError as error:
+        raise UsageError(f"--pid-file {file}: {error.strerror}") from None
+    number = re.match(rb"\s*(\d{1,9})\s*$", content)
+    if number is None:
+        raise UsageError(f"--pid-file {file}: there stands no pid")
+    return int(number[1])
+
+
+def where() -> str:
+    """Say in which folders is looked."""
+    return " or ".join(control_path.folders(os.environ, os.geteuid()))
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(escape(name) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return (shown + (f" and {more} more" if more > 0 else "")) or "none"

@@ -1,0 +1,48 @@
+"""What can go wrong, each with the exit status that tells it to scripts."""
+
+from __future__ import annotations
+
+from ..model.errors import Refusal, UsageError
+
+__all__ = ["Cut", "Denied", "NoProtector", "NotTaken", "Refused", "TimedOut", "UsageError"]
+
+
+class NoProtector(Refusal):
+    """Nobody is at the control socket, or nobody came back to it."""
+
+    status = 1
+
+
+class Cut(NoProtector):
+    """The connection ended: an upgrade, a crash, a stop.  Whoever waits connects again."""
+
+
+class NotTaken(Refusal):
+    """The new version was tried and given up; what served before serves on."""
+
+    status = 3
+
+
+class TimedOut(Refusal):
+    """What was asked for may still come; it was not waited for any longer."""
+
+    status = 4
+
+
+class Refused(Refusal):
+    """The protector answered, and it was no."""
+
+    status = 100
+
+    def __init__(self, code: str, error: str) -> None:
+        super().__init__(error)
+        self.code = code
+        if code == "invalid":  # a number out of range, say: a mistake of the command line
+            self.status = UsageError.status
+
+
+class Denied(Refused):
+    """The protector, or the socket's mode, does not let this user ask."""
+
+    def __init__(self, error: str) -> None:
+        super().__init__("denied", error)

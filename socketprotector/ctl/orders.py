@@ -1,0 +1,198 @@
+"""scale, hold, release, drain, kill, log-level, reopen: orders that are done when answered."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ..model.duration import Duration
+from .cli import Instance, command, say, say_json, tell
+from .client import Message
+from .errors import NoProtector, Refused, UsageError
+from .queries import GENERATION, _known_generations
+from .reload_progress import listed, number_in
+from .session import Session
+
+#: A hold without --for is asked for again so often, and each time for so long: a command that
+#: is killed, or whose terminal is gone, holds nobody up for longer.
+_HOLD_EVERY_S = 1.0
+_HOLD_EACH_S = 5.0
+_LEVELS = ("debug", "info", "warning", "error")
+#: So that `scale -1` is a number and no option.
+_NEGATIVE = {"ignore_unknown_options": True}
+
+
+def _answer(as_json: bool, result: Message, words: str) -> None:
+    if as_json:
+        say_json(result)
+    else:
+        say(words)
+
+
+@command(context_settings=_NEGATIVE, short_help="So many workers; more; fewer.")
+@click.argument("workers", metavar="N|+N|-N")
+def scale(instance: Instance, workers: str, as_json: bool) -> None:
+    """So many workers, so many more, or so many fewer."""
+    if not re.fullmatch(r"[+-]?\d{1,9}", workers, re.ASCII):
+        raise click.BadParameter(f"{workers!r}: write N, +N or -N", param_hint="N")
+    how = "by" if workers[0] in "+-" else "to"
+    with instance.client() as client:
+        result = client.request("scale", **{how: int(workers)})
+    wanted = number_in(result, "workers")
+    _answer(as_json, result, f"{wanted} worker{'' if wanted == 1 else 's'} wanted")
+
+
+# -- hold --------------------------------------------------------------------------------
+
+
+@command(short_help="Accept nothing, refuse nothing.")
+@click.option(
+    "--for",
+    "seconds",
+    type=Duration(zero=False),
+    default=None,
+    help="Return at once; the hold ends by itself then.",
+)
+def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
+    """Accept nothing, refuse nothing: who connects waits in the kernel's backlog.
+
+    Without --for it lasts as long as this command runs: Ctrl-C or TERM releases, and so does its
+    being killed, after 5 s.
+    """
+    if seconds is not None:
+        with instance.client() as client:
+            result = client.request("hold", seconds=seconds)
+        _answer(as_json, result, f"held for {seconds:g} s; release ends it earlier")
+        return
+    with instance.session() as session, _asked_to_end() as ended:
+        result = session.ask("hold", seconds=_HOLD_EACH_S)
+        _answer(as_json, result, "held as long as this runs; Ctrl-C releases")
+        try:
+            while not ended(_HOLD_EVERY_S):
+                session.ask("hold", seconds=_HOLD_EACH_S)
+        finally:
+            _release(session)
+        if not as_json:
+            say("released")
+
+
+def _release(session: Session) -> None:
+    try:
+        session.ask("release")
+    except (NoProtector, Refused):
+        tell(f"could not release; it ends by itself within {_HOLD_EACH_S:g} s")
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[Any]:
+    """Yield what waits some seconds and says whether INT, TERM or HUP came.
+
+    They are blocked meanwhile, so none can come between a hold and its release unseen.
+    """
+    numbers = {
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # nohup
+    }
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    came: list[bool] = []
+
+    def ended(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while not came and (left_s := until - time.monotonic()) > 0:
+            if signal.sigtimedwait(numbers, left_s) is not None:
+                came.append(True)
+        return bool(came)
+
+    try:
+        yield ended
+    finally:
+        while signal.sigtimedwait(numbers, 0) is not None:
+            pass  # a second Ctrl-C asks for what is done already
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@command(short_help="End a hold.")
+def release(instance: Instance, as_json: bool) -> None:
+    """End a hold: accept again, those first who have waited longest."""
+    with instance.client() as client:
+        _answer(as_json, client.request("release"), "released")
+
+
+# -- generations and workers ------------------------------------------------------------
+
+
+@command(short_help="Replace the serving generation, or a worker.")
+@click.argument("which", metavar="GEN|PID", shell_complete=_known_generations)
+def drain(instance: Instance, which: str, as_json: bool) -> None:
+    """Replace the serving generation, or one worker, by another of the same program.
+
+    Where a number is both a generation and a pid: generation:N or pid:N.
+    """
+    with instance.client() as client:
+        wanted = _generation_or_pid(which, client.request("status"))
+        result = client.request("drain", **wanted)
+    if "generation" in wanted:
+        number = wanted["generation"]
+        words = f"generation {number} is replaced by one of the same program, and then drains"
+    else:
+        words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
+    _answer(as_json, result, words)
+
+
+def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
+    found = re.fullmatch(r"(?:(generation|pid):)?(\d{1,9})", which, re.ASCII)
+    if found is None:
+        raise click.BadParameter(f"{which!r}: write a generation or a pid", param_hint="GEN|PID")
+    number = int(found[2])
+    if found[1]:
+        return {found[1]: number}
+    generations = listed(status, "generations")
+    numbers = {number_in(each, "number") for each in generations}
+    pids = {number_in(worker, "pid") for each in generations for worker in listed(each, "workers")}
+    if number in numbers and number in pids:
+        raise UsageError(
+            f"{number} is a generation and a pid; write generation:{number} or pid:{number}"
+        )
+    if number in pids:
+        return {"pid": number}
+    if number in numbers:
+        return {"generation": number}
+    known = ", ".join(map(str, sorted(numbers)))
+    raise Refused("unknown", f"{number} is no generation and no worker's pid; generations: {known}")
+
+
+@command(short_help="KILL what is left of an old generation.")
+@click.argument("generation", type=GENERATION, shell_complete=_known_generations)
+def kill(instance: Instance, generation: int, as_json: bool) -> None:
+    """KILL what is left of a generation that drains or was abandoned; its connections end."""
+    with instance.client() as client:
+        result = client.request("kill", generation=generation)
+    killed = number_in(result, "workers")
+    several = f"{killed} worker{'' if killed == 1 else 's'}"
+    _answer(as_json, result, f"killed {several} of generation {generation}")
+
+
+# -- the log --------------------------------------------------------------------------------
+
+
+@command("log-level")
+@click.argument("level", type=click.Choice(_LEVELS))
+def log_level(instance: Instance, level: str, as_json: bool) -> None:
+    """What the protector logs, until its next start."""
+    with instance.client() as client:
+        result = client.request("log-level", level=level)
+    _answer(as_json, result, f"log level {level}")
+
+
+@command()
+def reopen(instance: Instance, as_json: bool) -> None:
+    """Open the log file anew, after a rotation."""
+    with instance.client() as client:
+        _answer(as_json, client.request("reopen"), "reopened")

@@ -1,0 +1,286 @@
+"""status, connections, crashes, diff, events, list: commands that change nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..model.text import field
+from ..system import control_path
+from . import discovery
+from .cli import Instance, command, complain, say, say_json, tell
+from .client import Message
+from .connections import AT_LEAST, AT_MOST, EXACT, Connection, Unseen, addresses_of, look
+from .errors import Cut, NoProtector, NotTaken, Refused
+from .reload_progress import LEAVING, listed, number_in, text_in
+from .session import Session
+
+_AGAIN_EVERY_S = 1.0
+#: A process of its own reads the file and resolves the names in it.
+_DIFF_S = 60.0
+#: How long one look for the next event takes; nobody notices its end.
+_LISTEN_S = 3600.0
+_BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
+
+
+def _known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+    """For completion: the generations of the instance that the line names so far."""
+    given = ctx.find_root().params
+    instance = Instance(given.get("name"), given.get("control"), given.get("pid_file"))
+    try:
+        with instance.client() as client:
+            generations = listed(client.request("status"), "generations")
+    except Exception:  # a mistake is said when the command is run, not while it is typed
+        return []
+    numbers = [str(number_in(each, "number")) for each in generations]
+    return [number for number in numbers if number.startswith(begun)]
+
+
+#: An argument GEN.
+GENERATION = click.IntRange(1)
+
+
+@command(short_help="What runs, and how the last reload ended.")
+def status(instance: Instance, as_json: bool) -> None:
+    """What runs: generations, workers, queues, waits, the last reload."""
+    with instance.client() as client:
+        found = client.request("status")
+    if as_json:
+        say_json(found)
+        return
+    from . import render, status_view
+
+    render.show(*status_view.heading(found), status_view.sums(found), *status_view.listeners(found))
+    render.show(*status_view.last_reload(found))
+    render.show(render.line(), status_view.generations(found))
+    if any(listed(each, "workers") for each in listed(found, "generations")):
+        render.show(render.line(), status_view.workers(found))
+
+
+@command(short_help="Who is connected, how long, to which worker.")
+@click.argument("generation", type=GENERATION, required=False, shell_complete=_known_generations)
+def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
+    """Who is connected, for how long, and to which worker: what keeps a generation alive.
+
+    Looked up in /proc: as root, or as the workers' user. An age with >= or <= is at
+    least or at most that.
+    """
+    with instance.client() as client:
+        state = client.request("status")
+        arguments = {} if generation is None else {"generation": generation}
+        workers = listed(client.request("connections", **arguments), "workers")
+    now = state.get("now")
+    now = now if isinstance(now, int | float) else time.time()
+    draining = {
+        number_in(each, "number")
+        for each in listed(state, "generations")
+        if each.get("phase") in LEAVING
+    }
+    found, unseen = look(workers, addresses_of(state), now, draining)
+    found.sort(key=lambda each: (each.generation, -each.age_s))
+    if as_json:
+        say_json({"connections": [asdict(c) for c in found], "unseen": [asdict(u) for u in unseen]})
+        return
+    _show_connections(state, found, unseen)
+
+
+def _show_connections(state: Message, found: list[Connection], unseen: list[Unseen]) -> None:
+    from . import render
+
+    rows = [
+        (
+            each.generation,
+            each.worker,
+            each.pid,
+            each.peer,
+            each.local,
+            _BOUNDS[each.bound] + render.span(each.age_s),
+            render.size(each.waiting_bytes),
+        )
+        for each in found
+    ]
+    if rows:
+        headings = ("GENERATION", "WORKER", "PID", "PEER", "LOCAL", "AGE", "WAITING")
+        right = ("GENERATION", "WORKER", "PID", "AGE", "WAITING")
+        render.show(render.columns(headings, rows, right=right), render.line())
+    phases = {number_in(g, "number"): text_in(g, "phase") for g in listed(state, "generations")}
+    for number, count in sorted(Counter(each.generation for each in found).items()):
+        oldest = max(each.age_s for each in found if each.generation == number)
+        phase = phases.get(number, "")
+        plural = "" if count == 1 else "s"
+        say(
+            f"generation {number} {phase}: {count} connection{plural}, oldest {render.span(oldest)}"
+        )
+    if not found:
+        say("no connections" + (" where it may look" if unseen else ""))
+    for who in unseen:
+        complain(f"worker {who.worker} of generation {who.generation}, pid {who.pid}: {who.why}")
+
+
+@command(short_help="How the last workers that failed ended.")
+def crashes(instance: Instance, as_json: bool) -> None:
+    """The last workers that failed: how, when, what was lost, their last words."""
+    with instance.client() as client:
+        result = client.request("crashes")
+    found = listed(result, "crashes")
+    if as_json:
+        say_json(result)
+        return
+    from . import render
+
+    for each in found:
+        lost, cpu_s, kib = each.get("lost"), each.get("cpu_s"), each.get("max_rss_kib")
+        say(
+            f"{render.moment(each.get('at'))} worker {each.get('worker')} of generation "
+            f"{each.get('generation')}, pid {each.get('pid')}, {each.get('how')} while "
+            f"{each.get('when')}; connections lost: {render.count(lost)}, "
+            f"CPU {render.span(cpu_s)}, "
+            f"memory {render.size(kib * 1024 if isinstance(kib, int) else None)}"
+        )
+        for text in text_in(each, "last_words").strip("\n").split("\n"):
+            if text:
+                say(f"  | {text}")
+    if not found:
+        say("no crashes")
+
+
+@command()
+def diff(instance: Instance, as_json: bool) -> None:
+    """What a reload would change."""
+    with instance.client(_DIFF_S) as client:
+        try:
+            result = client.request("diff")
+        except Refused as error:
+            if error.code == "refused":
+                raise NotTaken(f"a reload would fail: {error}") from None
+            raise
+    if as_json:
+        say_json(result)
+        return
+    changes = result.get("changes")
+    for each in changes if isinstance(changes, list) else []:
+        say(str(each))
+    if not changes:
+        say("nothing that is configured has changed; a reload starts the command anew")
+
+
+# -- events -----------------------------------------------------------------------------
+
+
+@command(short_help="All that happens from now on.")
+@click.option("--follow", is_flag=True, help="Go on when the protector ends; wait for the next.")
+def events(instance: Instance, follow: bool, as_json: bool) -> None:
+    """Everything that happens from now on, until Ctrl-C; across upgrades and crashes."""
+    path = instance.path()
+    with _opened(path, follow) as session:
+        while True:
+            try:
+                event = session.event(_LISTEN_S)
+            except Cut:
+                tell("the connection was cut; connecting again")
+                _again(session, follow)
+                continue
+            if event is not None:
+                _show_event(event, as_json)
+
+
+def _opened(path: str, follow: bool) -> Session:
+    while True:
+        try:
+            return Session(path, events=True)
+        except NoProtector:
+            if not follow or not Path(path).parent.is_dir():
+                raise
+            time.sleep(_AGAIN_EVERY_S)
+
+
+def _again(session: Session, follow: bool) -> None:
+    while True:
+        try:
+            session.again()
+            return
+        except NoProtector:
+            if not follow:
+                raise
+
+
+def _show_event(event: Message, as_json: bool) -> None:
+    if as_json:
+        say_json(event)
+        return
+    from . import render
+
+    shown = ("v", "event", "at", "level", "last_words")
+    fields = [
+        f"{field(name)}={field(value)}"
+        for name, value in event.items()
+        if name not in shown and value is not None
+    ]
+    level, name = text_in(event, "level"), text_in(event, "event")
+    words = [render.moment(event.get("at")), f"{level:7}", f"event={field(name)}", *fields]
+    styled = render.line(" ".join(words))
+    styled.stylize(str(render.cell(level).style))
+    render.show(styled)
+    for text in text_in(event, "last_words").strip("\n").split("\n"):
+        if text:
+            say(f"  | {text}")
+
+
+# -- list -------------------------------------------------------------------------------
+
+
+@command("list", short_help="All protectors on this machine.")
+@click.option("--living", is_flag=True, help="Leave out sockets that nobody listens at.")
+def list_all(instance: Instance, living: bool, as_json: bool) -> None:
+    """All protectors whose control sockets are in the usual folders."""
+    if instance != Instance():
+        raise click.UsageError("list shows all; it takes no --name, --control or --pid-file")
+    found = [each for each in discovery.everything() if each.alive or not living]
+    names = discovery.names(found)
+    if as_json:
+        say_json(
+            {
+                "instances": [
+                    {
+                        "name": name,
+                        "key": control_path.key(each.path),
+                        "control": each.path,
+                        "why": each.why or None,
+                        "status": each.result,
+                    }
+                    for name, each in zip(names, found, strict=True)
+                ]
+            }
+        )
+        return
+    from . import render, status_view
+
+    rows = []
+    for name, each in zip(names, found, strict=True):
+        state = each.result or {}
+        up = render.span(render.ago(state.get("now"), state.get("started_at")))
+        listens = " ".join(addresses_of(state))
+        route = state.get("route")
+        rows.append(
+            (
+                name,
+                ("takes nobody" if status_view.untaken(state) else text_in(state, "phase"))
+                or each.why,
+                number_in(state, "pid") or each.pid or None,
+                route if isinstance(route, int) else None,
+                up,
+                render.count(state.get("forwarded")),
+                listens,
+                each.path,
+            )
+        )
+    if rows:
+        headings = ("NAME", "PHASE", "PID", "GENERATION", "UP", "FORWARDED", "LISTENS", "CONTROL")
+        right = ("PID", "GENERATION", "UP", "FORWARDED")
+        render.show(render.columns(headings, rows, right=right))
+    else:
+        say(f"no protector has a control socket in {discovery.where()}")

@@ -1,0 +1,120 @@
+"""Whether workers that accept by themselves accept at all, under --handoff listener.
+
+No connection passes through us there, and none may wake us for nothing.  So of the generation whose
+turn it is the first client is waited for.  A while later the kernel is asked who waits to be
+accepted, and then again: a queue is first come, first served, so where all of them still wait
+nobody was accepted meanwhile.  Where nobody waits the next client is waited for.  So nothing
+happens while nobody comes, and while all is well we wake up twice in LOOK_S at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from ..system.loop import Loop
+from ..system.sock_diag import Line, stands
+from .forwarder import NEVER_TAKEN_S, UNTAKEN_S
+
+#: How soon to look, and to look again: where nobody was ever accepted, and where somebody was.
+FIRST_LOOK_S = NEVER_TAKEN_S / 4
+LOOK_S = UNTAKEN_S / 2
+#: To ask the kernel takes at most this share of our time, however many connections there are.
+_ASKING_SHARE = 0.1
+_LOOK = "untaken"
+
+
+class Untaken:
+    """Watches over the generation that new clients come to."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        lines: Callable[[], Mapping[int, Line]],
+        await_one: Callable[[], None],
+        say: Callable[[float, int, bool, frozenset[int]], None],
+    ) -> None:
+        """lines: returns who waits, by the listener's index; without those where it is not known.
+
+        await_one: `awaits` has changed: whether the next client is to be told of, by came().
+        say: for so many seconds nobody of so many was accepted, whether anybody ever was, and at
+        which listeners.  Said once of each generation.
+        """
+        self._loop = loop
+        self._lines = lines
+        self._await_one = await_one
+        self._say = say
+        self.awaits = False
+        self._said = False
+        self._accepted: set[int] = set()  # listeners by which somebody was
+        self._before_us = False  # it had its turn already: somebody may have been, by any
+        #: Who waits, and since when they all do; nobody: that somebody came is all that is known.
+        self._waiting: dict[int, tuple[Line, float]] = {}
+
+    def begin(self, *, before_us: bool) -> None:
+        """Another generation has its turn, or has it again."""
+        self._said, self._before_us = False, before_us
+        self._accepted.clear()
+        self._await()
+
+    def end(self) -> None:
+        """Nobody has his turn any more."""
+        self._loop.cancel(_LOOK)
+        self._waiting.clear()
+        self.awaits = False
+
+    def came(self, index: int) -> None:
+        """Somebody has come by a listener, and waits to be accepted."""
+        self._waiting[index] = frozenset(), time.monotonic()
+        self.awaits = False
+        self._await_one()
+        self._look_later(0.0)
+
+    @property
+    def seconds(self) -> float | None:
+        """For how long nobody was accepted though somebody waits; None: that is no wonder."""
+        return max(self._passed_over().values(), default=None)
+
+    def _await(self) -> None:
+        self.end()
+        self.awaits = True
+        self._await_one()
+
+    def _look_later(self, asking_s: float) -> None:
+        seldom = self._before_us or self._waiting.keys() <= self._accepted
+        delay_s = LOOK_S if seldom else FIRST_LOOK_S
+        self._loop.call_after(_LOOK, max(delay_s, asking_s / _ASKING_SHARE), self._look)
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        found = self._lines()
+        for index, (before, since) in list(self._waiting.items()):
+            line = found.get(index)
+            if line is None or not line or not stands(before, line):
+                self._accepted.add(index)  # or nobody tells: then it is looked at as seldom
+                del self._waiting[index]
+            else:
+                self._waiting[index] = line, since if before else began
+        for index, line in found.items():
+            if line:
+                self._waiting.setdefault(index, (line, began))
+        if not self._waiting:
+            self._await()
+            return
+        passed_over = self._passed_over()
+        if passed_over and not self._said:
+            self._said = True
+            count = sum(len(self._waiting[index][0]) for index in passed_over)
+            ever = self._before_us or passed_over.keys() <= self._accepted
+            self._say(max(passed_over.values()), count, ever, frozenset(passed_over))
+        self._look_later(time.monotonic() - began)
+
+    def _passed_over(self) -> dict[int, float]:
+        """Return the listeners at which nobody was accepted for too long, and for how long."""
+        now = time.monotonic()
+        found = {index: now - since for index, (line, since) in self._waiting.items() if line}
+        return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}
+
+    def _limit(self, index: int) -> float:
+        return UNTAKEN_S if self._before_us or index in self._accepted else NEVER_TAKEN_S

@@ -1,0 +1,231 @@
+"""Has the configuration read again by a process of its own, and hears what it answers.
+
+That process is launch/reload_child.py, which says what the answer looks like.  It is given the
+settings that hold, reads everything as the launching process did, and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from ..model import text
+from ..model.records import Program
+from ..model.settings import Settings, SettingsError, dump, load
+from ..system import inherited
+from ..system.loop import Loop
+from ..system.process import Process, spawn
+from ..system.sd_notify import discard
+
+_LAST_BYTES = 4096
+_RECORD_BYTES = 64
+#: More than anybody writes into a file that is read by people.
+_MOST_BYTES = 16 * 1024 * 1024
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was read, or why it cannot be had.  Whoever gets it owns the descriptors."""
+
+    failure: str = ""  # for people, line by line; empty: all is well
+    settings: Settings | None = None
+    listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
+    seconds: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
+    changes: tuple[str, ...] = ()
+
+
+class Reader:
+    """One reading at a time."""
+
+    def __init__(self, command: tuple[str, ...], loop: Loop, key: Hashable) -> None:
+        """`command` executes the protector's program.  key: of its timer."""
+        self._command = command
+        self._loop = loop
+        self._key = key
+        self._process: Process | None = None
+        self._line: socket.socket | None = None
+        self._said = -1
+        self._heard: dict[str, int] = {}
+        self._failure = ""
+        self._done: Callable[[Answer], None] = _nobody
+
+    @property
+    def busy(self) -> bool:
+        return self._process is not None
+
+    def read(
+        self,
+        settings: Settings,
+        limit_s: float,
+        done: Callable[[Answer], None],
+        *,
+        dry: bool = False,
+    ) -> None:
+        """Read, bind what is new, and call back; dry: only say what would change.
+
+        It ends by itself or is killed after limit_s.  Calls back at once where it cannot begin.
+        """
+        assert not self.busy
+        self._failure = ""
+        self._done = done
+        try:
+            self._start(settings, dry=dry)
+        except OSError as error:
+            self._release()
+            where = f"{error.filename}: " if error.filename else ""
+            done(Answer(f"cannot read the configuration: {where}{error.strerror}"))
+            return
+        self._loop.call_after(self._key, limit_s, lambda: self._too_late(limit_s))
+
+    def call_off(self) -> None:
+        """End it, if one is under way; nobody hears of it."""
+        if self._process is not None:
+            self._done = _nobody
+            self._let_go()
+            self._release()
+
+    def _start(self, settings: Settings, *, dry: bool) -> None:
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        held = -1
+        try:
+            self._said = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
+            held = os.memfd_create(inherited.SETTINGS, os.MFD_CLOEXEC)
+            with open(held, "wb", closefd=False) as file:
+                file.write(dump(settings))
+            name = inherited.READER_DRY if dry else inherited.READER
+            given = {inherited.SETTINGS: held, name: theirs.fileno()}
+            program = Program(
+                path=self._command[0],
+                argv=self._command,
+                directory="/",
+                environment=tuple(os.environ.items()),
+                umask=settings.origin.umask,  # as at the start: UNIX sockets get their mode by it
+                limits=(),
+                nice=0,
+            )
+            places = {
+                1: self._said,
+                2: self._said,
+                **dict(enumerate(given.values(), inherited.FIRST)),
+            }
+            self._process = spawn(program, inherited.names(given), places, tell_pid=inherited.PID)
+        finally:
+            theirs.close()
+            if held >= 0:
+                os.close(held)
+        try:
+            self._loop.watch(self._line.fileno(), self._hear)
+            self._loop.watch(self._process.pidfd, self._ended)
+        except OSError:
+            self._loop.unwatch(self._line.fileno())
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        """End its process, whenever that may be."""
+        assert self._process is not None
+        self._loop.unwatch(self._process.pidfd)
+        self._process.discard(self._loop)
+        self._process = None
+
+    def _hear(self) -> None:
+        """Take in what it has answered so far."""
+        assert self._line is not None
+        while True:
+            try:
+                data, control, flags, _ = self._line.recvmsg(
+                    _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
+                )
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._failure = f"cannot hear the answer: {error.strerror}"
+                data, control, flags = b"", [], 0
+            fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
+            if flags & socket.MSG_CTRUNC:
+                self._failure = "no descriptor is free for the answer"
+            if not data:
+                self._loop.unwatch(self._line.fileno())
+                return
+            for fd in fds:
+                self._heard[data.decode("ascii", "replace")] = fd
+
+    def _too_late(self, limit_s: float) -> None:
+        self._failure = f"the configuration was not read within {limit_s:g} s"
+        if self._process is not None:
+            self._process.kill_group()
+
+    def _ended(self) -> None:
+        process = self._process
+        assert process is not None
+        if self._line is not None:
+            self._hear()
+        end = process.reap()
+        if end is None:
+            return  # a wake-up for a number that was another's before
+        done, self._done = self._done, _nobody
+        try:
+            answer = self._answer(f"who read it {end.how}")
+        except OSError as error:
+            answer = Answer(f"cannot take the answer: {error.strerror}")
+        self._release()
+        done(answer)
+
+    def _answer(self, how: str) -> Answer:
+        if self._failure:
+            return Answer(self._failure)
+        if "refused" in self._heard:
+            return Answer(_text(self._heard["refused"]) or "refused")
+        if "changes" in self._heard:
+            return Answer(changes=tuple(_text(self._heard["changes"]).splitlines()))
+        if "settings" not in self._heard:
+            lines = _text(self._said, _LAST_BYTES).strip().splitlines()
+            last = text.escape(lines[-1]) if lines else "it said nothing"
+            return Answer(f"the configuration was not read; {how}: {last}")
+        try:
+            settings = load(_text(self._heard["settings"]).encode())
+        except SettingsError as error:
+            return Answer(str(error))
+        return Answer(
+            settings=settings,
+            listeners=self._take_heard("listener "),
+            seconds=self._take_heard("twin "),
+        )
+
+    def _take_heard(self, kind: str) -> dict[int, int]:
+        """Hand over the descriptors of a kind, by place."""
+        names = [name for name in self._heard if name.startswith(kind)]
+        return {int(name.removeprefix(kind)): self._heard.pop(name) for name in names}
+
+    def _release(self) -> None:
+        """Close all that is left of it."""
+        self._loop.cancel(self._key)
+        for fd in self._heard.values():
+            discard(fd)
+        self._heard.clear()
+        if self._line is not None:
+            self._loop.unwatch(self._line.fileno())
+            self._line.close()
+            self._line = None
+        if self._process is not None:
+            self._loop.unwatch(self._process.pidfd)
+            self._process.close()
+            self._process = None
+        if self._said >= 0:
+            os.close(self._said)
+            self._said = -1
+
+
+def _text(fd: int, last_bytes: int = _MOST_BYTES) -> str:
+    size = os.fstat(fd).st_size
+    return os.pread(fd, last_bytes, max(0, size - last_bytes)).decode("utf-8", "replace")
+
+
+def _nobody(answer: Answer) -> None:
+    """Nobody waits for it any more: let go of what came."""
+    for fd in (*answer.listeners.values(), *answer.seconds.values()):
+        os.close(fd)

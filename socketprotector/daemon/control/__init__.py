@@ -1,0 +1,1 @@
+"""The control socket: its clients, its commands, its answers (docs/control.md)."""

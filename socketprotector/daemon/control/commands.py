@@ -1,0 +1,244 @@
+"""What the control socket's commands do: look, or put an event on the supervisor's queue.
+
+The verdict of what takes time comes as an event to whoever follows (docs/control.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from ... import __version__
+from ...core.events import (
+    HoldReleased,
+    HoldRequested,
+    KillRequested,
+    ReloadRequested,
+    RenewRequested,
+    ReplaceRequested,
+    ScaleRequested,
+    StopRequested,
+)
+from ...core.fleet import Fleet, Phase, State
+from ...model import control_requests
+from ...model.control_requests import Request, Wrong
+from ...model.handoff import CANNOT
+from ...system import clock
+from ...system.log import Log
+from ...system.loop import Loop
+from ..config_reader import Answer
+from ..supervisor import Supervisor
+from . import status
+from .server import Client
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: What changes nothing, and so cannot leave anything half done.
+_LOOKS = ("status", "connections", "crashes")
+_ENDING = (Phase.DRAINING, Phase.ABANDONED)
+
+
+class Operator:
+    """Answers requests for a supervisor."""
+
+    def __init__(
+        self, supervisor: Supervisor, loop: Loop, log: Log, reopen: Callable[[], None]
+    ) -> None:
+        """reopen: opens the log file anew."""
+        self._supervisor = supervisor
+        self._effects = supervisor.effects
+        self._loop = loop
+        self._log = log
+        self._reopen = reopen
+        self._commands: Mapping[str, Callable[..., Mapping[str, Any]]] = {
+            "status": self._status,
+            "reload": self._reload,
+            "upgrade": self._begin_upgrade,
+            "stop": self._stop,
+            "scale": self._scale,
+            "hold": self._hold,
+            "release": self._release,
+            "drain": self._drain,
+            "kill": self._kill,
+            "log-level": self._log_level,
+            "reopen": self._reopen_logs,
+            "connections": self._connections,
+            "crashes": self._crashes,
+        }
+
+    def handle(self, client: Client, request: Request) -> None:
+        """Carry out a request, and answer it.  Raises Wrong."""
+        if request.command == "events":
+            client.follows = True
+            client.say(control_requests.answer(request.id, {}))
+            return
+        if request.command == "diff":
+            self._diff(client, request)
+            return
+        try:
+            result = self._commands[request.command](**request.arguments)
+        except Wrong as wrong:
+            wrong.id = request.id
+            raise
+        except Exception as error:
+            if request.command not in _LOOKS:
+                raise  # something may be half done: whoever keeps the state goes on from that
+            self._log.write("error", "command-failed", command=request.command, error=repr(error))
+            raise Wrong(
+                "failed", "a fault of the protector; its log says more", request.id
+            ) from error
+        client.say(control_requests.answer(request.id, result))
+
+    # -- looking -----------------------------------------------------------------
+
+    def _status(self) -> Mapping[str, Any]:
+        effects, fleet = self._effects, self._supervisor.fleet
+        settings = effects.configuration.settings
+        due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
+        generations = status.of_generations(
+            fleet, effects.homes, effects.crew.records(), effects.untaken_s
+        )
+        route = effects.homes.get(fleet.route.number) if fleet.route else None
+        return status.overview(
+            fleet,
+            due,
+            name=settings.name,
+            pid=os.getpid(),
+            main_pid=os.getppid() if effects.guarded else os.getpid(),
+            started_at=effects.started_at,
+            restarts=effects.restarts,
+            guarded=effects.guarded,
+            control=settings.control.address.removeprefix("unix:") if settings.control else None,
+            handoff=settings.handoff,
+            ready=status.of_ready(settings),
+            command=[os.path.basename(settings.executed[0])],
+            log_level=self._log.level,
+            forwarded=effects.forwarded,
+            lost=effects.lost,
+            queue_limit=status.queue_limit(route) if route is not None else None,
+            listeners=[status.of_listener(each) for each in effects.forwarder.listeners],
+            generations=generations,
+            reloads=status.plain(effects.history.reloads),
+            crashes=effects.history.crashed,
+        )
+
+    def _connections(self, generation: int | None = None) -> Mapping[str, Any]:
+        homes = self._effects.homes
+        if generation is not None and generation not in homes:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        return {"workers": status.of_connections(homes, self._effects.crew.records(), generation)}
+
+    def _crashes(self) -> Mapping[str, Any]:
+        return {"crashes": status.plain(self._effects.history.crashes)}
+
+    def _diff(self, client: Client, request: Request) -> None:
+        """Answer when a process of its own has compared, which may take seconds."""
+        if not self._effects.configuration.settings.origin.configured:
+            raise Wrong("unknown", "there is no configuration file; see --config", request.id)
+
+        def done(answer: Answer) -> None:
+            if answer.failure:
+                client.say(control_requests.refusal(Wrong("refused", answer.failure, request.id)))
+            else:
+                client.say(control_requests.answer(request.id, {"changes": list(answer.changes)}))
+
+        if not self._effects.configuration.compare(done):
+            raise Wrong("busy", "a diff is under way; try again after it", request.id)
+
+    # -- doing -------------------------------------------------------------------
+
+    def _reload(self) -> Mapping[str, Any]:
+        fleet = self._supervisor.fleet
+        self._not_while_stopping(fleet)
+        self._supervisor.post(ReloadRequested())
+        return {"generation": fleet.next_generation}
+
+    def _begin_upgrade(self) -> Mapping[str, Any]:
+        self._not_while_stopping(self._supervisor.fleet)
+        # Later, so that the answer is sent before this program is another one.
+        self._loop.call_after("upgrade-asked", 0.0, self._supervisor.begin_upgrade)
+        return {"from": __version__, "starts": self._effects.restarts + 1}
+
+    def _stop(self, quick: bool = False) -> Mapping[str, Any]:
+        self._loop.call_after(
+            "stop-asked", 0.0, lambda: self._supervisor.post(StopRequested(quick))
+        )
+        return {}
+
+    def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
+        fleet = self._supervisor.fleet
+        self._not_while_stopping(fleet)
+        wanted = fleet.workers_wanted + by if to is None else to
+        if wanted < 1:
+            raise Wrong("refused", "there is always one worker at least")
+        cannot = self._supervisor.scale(ScaleRequested(to=wanted))
+        if cannot is not None:
+            raise Wrong("refused", cannot)
+        return {"workers": wanted}
+
+    def _hold(self, seconds: float) -> Mapping[str, Any]:
+        self._not_while_stopping(self._supervisor.fleet)
+        self._can("hold")
+        self._supervisor.post(HoldRequested(seconds))
+        return {"until_at": clock.date() + seconds}
+
+    def _release(self) -> Mapping[str, Any]:
+        self._supervisor.post(HoldReleased())
+        return {}
+
+    def _drain(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
+        fleet = self._supervisor.fleet
+        self._not_while_stopping(fleet)
+        if pid is not None:
+            return self._drain_worker(fleet, pid)
+        found = fleet.generation(generation or 0)
+        if found is None:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        if found.phase in _ENDING:
+            raise Wrong("refused", f"generation {generation} drains already; kill ends it")
+        if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
+            raise Wrong("refused", "a reload is under way; try again after it")
+        self._supervisor.post(RenewRequested())
+        return {"generation": generation}
+
+    def _drain_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
+        number = next((r.number for r in self._effects.crew.records() if r.pid == pid), None)
+        found = fleet.find(number) if number is not None else None
+        if found is None:
+            raise Wrong("unknown", f"process {pid} is no worker")
+        generation, worker = found
+        if generation.phase is not Phase.SERVING or worker.state is not State.READY:
+            raise Wrong("refused", f"process {pid} does not serve: it is on its way in or out")
+        self._supervisor.post(ReplaceRequested(worker.number, "an operator wants that"))
+        return {"worker": worker.number}
+
+    def _kill(self, generation: int) -> Mapping[str, Any]:
+        found = self._supervisor.fleet.generation(generation)
+        if found is None:
+            raise Wrong("unknown", f"there is no generation {generation}")
+        if found.phase not in _ENDING:
+            raise Wrong(
+                "refused", f"generation {generation} is {found.phase.value}; drain it first"
+            )
+        self._supervisor.post(KillRequested(generation))
+        return {"workers": len(found.alive)}
+
+    def _log_level(self, level: str) -> Mapping[str, Any]:
+        self._log.set_level(level)
+        self._supervisor.save()
+        return {"level": level}
+
+    def _reopen_logs(self) -> Mapping[str, Any]:
+        self._reopen()
+        return {}
+
+    def _can(self, what: str) -> None:
+        cannot = CANNOT.get((self._effects.configuration.settings.handoff, what))
+        if cannot is not None:
+            raise Wrong("refused", cannot)
+
+    def _not_while_stopping(self, fleet: Fleet) -> None:
+        if fleet.stopping:
+            raise Wrong("refused", "it is stopping")

@@ -1,0 +1,318 @@
+"""The control socket: clients, lines, limits.  What is asked and answered is not known here.
+
+Everything is done a little at a time, so that no client delays a connection: one request of one
+client for each turn of the loop, never a call that blocks, and an end for whoever sends too
+much, reads too little or stays for nothing.
+
+Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from ...model import control_requests
+from ...model.control_requests import Request, Wrong
+from ...model.einhorn import ack
+from ...system import clock
+from ...system.listener import AGAIN, Listener
+from ...system.loop import WRITE, Loop
+from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
+
+CLIENTS = 256
+IDLE_S = 30.0
+UNREAD_BYTES = 1024 * 1024
+#: From one request of a client to its next: who asks without end takes a few percent of a core.
+REST_S = 0.001
+_READ_BYTES = 65_536
+_SO_PEERGROUPS = 59
+_CREDENTIALS = struct.Struct("i2I")
+_GROUPS_BYTES = 1024  # 256 groups; Python's getsockopt() takes no more
+#: How soon to accept again where the system is out of descriptors or memory.
+_AGAIN_S = 0.5
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+
+class Client:
+    """One connection.  Whoever answers it does so by say()."""
+
+    def __init__(self, sock: socket.socket, control: Control) -> None:
+        self._socket = sock
+        self._control = control
+        self._received = bytearray()
+        self._unsent = bytearray()
+        self._ending = False  # after what is unsent
+        self._left_out = 0
+        self.follows = False  # it wants to hear events
+
+    @property
+    def gone(self) -> bool:
+        return self._socket.fileno() < 0
+
+    def say(self, line: bytes) -> None:
+        """Send a line, now or when the client has read on."""
+        if self.gone or self._ending:
+            return
+        self._unsent += line
+        if len(self._unsent) > UNREAD_BYTES:
+            self.close()
+        else:
+            self.send()
+
+    def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
+        """Send an event, unless too much is unread already; the next one says how many were not."""
+        if self.gone or self._ending:
+            return
+        data = line({"dropped": self._left_out} if self._left_out else {})
+        if len(self._unsent) + len(data) > UNREAD_BYTES:
+            self._left_out += 1
+            return
+        self._left_out = 0
+        self.say(data)
+
+    def end(self, line: bytes) -> None:
+        """Send a last line, and close."""
+        self.say(line)
+        self._ending = True
+        if not self._unsent:
+            self.close()
+
+    def close(self) -> None:
+        if not self.gone:
+            self._control.forget(self)
+            self._socket.close()
+
+    # -- for Control -----------------------------------------------------------
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def read(self) -> None:
+        """Take in what came."""
+        try:
+            data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            return
+        self._received += data
+        self.work()
+
+    def work(self) -> None:
+        """Answer one request, if a whole one is there; the rest has its turn later."""
+        end = self._received.find(b"\n")
+        if end < 0:
+            if len(self._received) > control_requests.LINE_BYTES:
+                self.end(control_requests.refusal(_too_long()))
+            return
+        line = bytes(self._received[:end])
+        del self._received[: end + 1]
+        if len(line) > control_requests.LINE_BYTES:
+            self.end(control_requests.refusal(_too_long()))
+            return
+        self._control.take(self, line)
+
+    @property
+    def has_more(self) -> bool:
+        return b"\n" in self._received and not self._ending
+
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._unsent)
+
+    def send(self) -> None:
+        """Send what the client has room for."""
+        try:
+            sent = self._socket.send(self._unsent, _FLAGS)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        del self._unsent[:sent]
+        if self._ending and not self._unsent:
+            self.close()
+        else:
+            self._control.go_on(self)
+
+
+def _too_long() -> Wrong:
+    return Wrong("invalid", f"a line has up to {control_requests.LINE_BYTES} bytes")
+
+
+class Control:
+    """Listens on the control socket."""
+
+    def __init__(
+        self,
+        listener: Listener,
+        loop: Loop,
+        handle: Callable[[Client, Request], None],
+        acked: Callable[[int], None],
+        *,
+        uids: frozenset[int],
+        group: int | None,
+    ) -> None:
+        """Take ownership of the listener.
+
+        handle: answers a request, by client.say() now or later; may raise Wrong.
+        acked: is told of a pid that is ready in einhorn's words, which expect no answer.
+        uids: who is heard, besides members of the group.
+        """
+        self._listener = listener
+        self._loop = loop
+        self._handle = handle
+        self._acked = acked
+        self._uids = uids
+        self._group = group
+        self._clients: dict[int, Client] = {}
+        self._watched: dict[int, bool] = {}  # by descriptor: for writing
+        self._listen()
+
+    def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
+        """Tell all who follow of an event."""
+        at = clock.date()
+        for client in [each for each in self._clients.values() if each.follows]:
+            client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
+
+    def close(self) -> None:
+        """End all connections and the socket."""
+        for client in list(self._clients.values()):
+            client.close()
+        self._loop.cancel(("control", "again"))
+        self._loop.unwatch(self._listener.fileno())
+        self._listener.close()
+
+    # -- for clients -------------------------------------------------------------
+
+    def take(self, client: Client, line: bytes) -> None:
+        """Answer a request."""
+        pid = ack(line)
+        if pid is not None:
+            client.close()
+            self._acked(pid)
+            return
+        self._await_request(client)
+        self._rest(client)
+        try:
+            self._handle(client, control_requests.parse(line))
+        except Wrong as wrong:
+            client.say(control_requests.refusal(wrong))
+
+    def go_on(self, client: Client) -> None:
+        """Wait for what comes next from or to this client."""
+        if client.gone:
+            return
+        fd = client.fileno()
+        if client.is_behind:
+            self._watch(client, for_writing=True)
+        elif self._loop.due(("control-more", fd)) is not None:
+            self._unwatch(fd)
+        elif client.has_more:
+            self._rest(client)
+        else:
+            self._watch(client, for_writing=False)
+
+    def forget(self, client: Client) -> None:
+        fd = client.fileno()
+        self._unwatch(fd)
+        self._loop.cancel(("control-more", fd))
+        self._loop.cancel(("control-idle", fd))
+        self._clients.pop(fd, None)
+
+    # -- inside ------------------------------------------------------------------
+
+    def _rest(self, client: Client) -> None:
+        """Let everybody else come first."""
+        fd = client.fileno()
+        self._unwatch(fd)
+        self._loop.call_after(("control-more", fd), REST_S, partial(self._more, client))
+
+    def _more(self, client: Client) -> None:
+        if client.has_more and not client.is_behind:
+            client.work()
+        else:
+            self.go_on(client)
+
+    def _watch(self, client: Client, *, for_writing: bool) -> None:
+        fd = client.fileno()
+        if self._watched.get(fd) is for_writing:
+            return
+        self._unwatch(fd)
+        try:
+            if for_writing:
+                self._loop.watch(fd, client.send, WRITE)
+            else:
+                self._loop.watch(fd, client.read)
+        except OSError:
+            client.close()
+        else:
+            self._watched[fd] = for_writing
+
+    def _unwatch(self, fd: int) -> None:
+        if fd in self._watched:
+            del self._watched[fd]
+            self._loop.unwatch(fd)
+
+    def _await_request(self, client: Client) -> None:
+        """Give a client so long for its next request, unless it follows events."""
+
+        def idle() -> None:
+            if not client.follows:
+                client.close()
+
+        self._loop.call_after(("control-idle", client.fileno()), IDLE_S, idle)
+
+    def _listen(self) -> None:
+        try:
+            self._loop.watch(self._listener.fileno(), self._accept)
+        except OSError:
+            self._listen_later()
+
+    def _listen_later(self) -> None:
+        self._loop.call_after(("control", "again"), _AGAIN_S, self._listen)
+
+    def _accept(self) -> None:
+        """Let one client in; the next has its turn in the next turn of the loop."""
+        try:
+            sock, _ = self._listener.socket.accept()
+        except OSError as error:
+            if error.errno not in AGAIN:  # out of descriptors or memory: it stays readable
+                self._loop.unwatch(self._listener.fileno())
+                self._listen_later()
+            return
+        client = Client(sock, self)
+        if not self._is_allowed(sock):
+            client.end(control_requests.refusal(Wrong("denied", "not for this user")))
+            client.close()
+        elif len(self._clients) >= CLIENTS:
+            client.end(
+                control_requests.refusal(Wrong("busy", f"{CLIENTS} clients are connected already"))
+            )
+            client.close()
+        else:
+            self._clients[client.fileno()] = client
+            self._await_request(client)
+            self.go_on(client)
+
+    def _is_allowed(self, sock: socket.socket) -> bool:
+        try:
+            found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            _, uid, gid = _CREDENTIALS.unpack(found)
+            if uid in unmistakable_users(self._uids):
+                return True
+            if uid in self._uids and may_be_signalled(sock):
+                return True
+            wanted = unmistakable_groups(() if self._group is None else (self._group,))
+            if not wanted or gid in wanted:
+                return bool(wanted)
+            groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+        except OSError:
+            return False  # more groups than there is room for
+        return not wanted.isdisjoint(each for (each,) in struct.iter_unpack("I", groups))

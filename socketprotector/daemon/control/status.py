@@ -1,0 +1,245 @@
+"""What a protector says of itself: the values behind `status`, `connections` and `crashes`.
+
+Reads, and changes nothing.  Names and units are those of docs/control.md.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+
+from ... import __version__
+from ...core.events import Deadline, Wait
+from ...core.fleet import Fleet, Generation, Phase, State, Worker
+from ...model import handoff
+from ...model.records import Counts, WorkerRecord
+from ...model.settings import Settings
+from ...system import clock
+from ...system.listener import Listener
+from ..generation import Home
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
+_TCP_INFO_BYTES, _QUEUE_AT = 32, 24
+_QUEUE = struct.Struct("2I")
+#: In what state a worker may have connections.
+_WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
+
+
+def phase_of(fleet: Fleet) -> str:
+    """Say in a word what the whole is doing."""
+    if fleet.stopping:
+        return "stopping"
+    if not fleet.served:
+        return "starting"
+    if fleet.of(Phase.SETTLING):
+        return "settling"
+    if fleet.of(Phase.STARTING) or fleet.to_open or fleet.reload_wanted or fleet.reading:
+        return "reloading" if fleet.route else "waiting"
+    return "serving" if fleet.route else "waiting"
+
+
+def of_ready(settings: Settings) -> str:
+    """Say what makes a worker ready."""
+    after = f"after {settings.ready_after_s or 0:g} s (only a timer)"
+    match settings.ready:
+        case "after":
+            return after
+        case "any":
+            said = "notify, ack or a line"
+            return said if handoff.ready_after_s(settings) is None else f"{said}, else {after}"
+        case "fd":
+            return f"fd {settings.ready_fd}"
+        case kind:
+            return kind
+
+
+def of_listener(listener: Listener) -> dict[str, Any]:
+    """Say what is known of a listener; its backlog only where the kernel tells (TCP)."""
+    waiting = limit = None
+    if listener.socket.family != socket.AF_UNIX:
+        try:
+            both = [
+                _QUEUE.unpack_from(
+                    each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES), _QUEUE_AT
+                )
+                for each in listener.sockets
+            ]
+            # The limit is each one's: new clients come to one of them at a time.
+            waiting, limit = sum(each[0] for each in both), both[0][1]
+        except (OSError, struct.error):
+            pass
+    return {
+        "index": listener.index,
+        "address": listener.settings.address,
+        "name": listener.settings.name,
+        "backlog": waiting,
+        "backlog_limit": limit,
+    }
+
+
+def queue_limit(home: Home) -> int | None:
+    """Return how many connections fit in a generation's queue; None where its workers accept."""
+    return None if _accepts(home) else home.channel.capacity()
+
+
+def _accepts(home: Home) -> bool:
+    return home.program.handoff == handoff.LISTENER
+
+
+def of_generations(
+    fleet: Fleet,
+    homes: Mapping[int, Home],
+    records: Iterable[WorkerRecord],
+    untaken_s: Callable[[int], float | None],
+) -> list[dict[str, Any]]:
+    """Say what is known of each generation that is not gone, the oldest first."""
+    by_number = {each.number: each for each in records}
+    return [
+        _of_generation(each, homes[each.number], by_number, untaken_s(each.number))
+        for each in fleet.generations
+        if each.number in homes  # else it could not be opened
+    ]
+
+
+def _of_generation(
+    generation: Generation,
+    home: Home,
+    records: Mapping[int, WorkerRecord],
+    untaken_s: float | None,
+) -> dict[str, Any]:
+    counts = {
+        worker.number: home.counts(worker.slot)
+        for worker in generation.alive
+        if worker.state is not State.ORPHANED  # its place in the scoreboard is another's
+    }
+    known = [each for each in (home.past, *counts.values()) if each is not None]
+    # Whoever has connections and does not count them makes every sum unknown.
+    silent = any(
+        each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
+        for each in generation.alive
+    )
+    total = sum(known, Counts()) if known and not silent else None
+    return {
+        "number": generation.number,
+        "phase": generation.phase.value,
+        "opened_at": home.opened_at,
+        "serving_since_at": home.served_at,
+        "draining_since_at": home.drained_at,
+        "path": home.program.path,
+        "queue": None if _accepts(home) else home.channel.depth(),
+        "untaken_s": untaken_s,
+        "lost": home.lost if total is not None else None,
+        **_of_counts(total),
+        "wait_us": _of_waits(total.waits) if total is not None else None,
+        "workers": [
+            _of_worker(each, records.get(each.number), counts.get(each.number))
+            for each in generation.workers
+        ],
+    }
+
+
+def _of_worker(
+    worker: Worker, record: WorkerRecord | None, counts: Counts | None
+) -> dict[str, Any]:
+    ready_at = record.ready_at if record is not None else None
+    return {
+        "number": worker.number,
+        "slot": worker.slot,
+        "pid": record.pid if record is not None else None,
+        "state": worker.state.value,
+        "started_at": record.started_at if record is not None else None,
+        "ready_at": None if ready_at is None else clock.date() - (time.monotonic() - ready_at),
+        "ready_by": record.ready_by if record is not None else "",
+        "status": record.status if record is not None else "",
+        "quick_deaths": worker.quick_deaths,
+        **_of_counts(counts),
+    }
+
+
+def _of_counts(counts: Counts | None) -> dict[str, int | None]:
+    if counts is None:
+        return dict.fromkeys(("accepted", "active", "finished", "errors"))
+    return {
+        "accepted": counts.accepted,
+        "active": counts.active,
+        "finished": counts.accepted - counts.active,
+        "errors": counts.errors,
+    }
+
+
+def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
+    return {
+        "count": sum(waits),
+        "p50": _percentile(waits, 0.50),
+        "p99": _percentile(waits, 0.99),
+        "buckets": list(waits),
+    }
+
+
+def _percentile(waits: Sequence[int], share: float) -> int | None:
+    """Return the longest wait of the bucket in which so large a share of all has been reached."""
+    left = sum(waits) * share
+    if not left:
+        return None
+    for bucket, count in enumerate(waits):
+        left -= count
+        if left <= 0:
+            return int(2**bucket - 1)
+    return None
+
+
+def of_connections(
+    homes: Mapping[int, Home], records: Iterable[WorkerRecord], only: int | None
+) -> list[dict[str, Any]]:
+    """Say where the connections of each worker are to be looked for, and how old they are."""
+    offset = clock.date() - time.monotonic()
+    found = []
+    for record in records:
+        home = homes.get(record.generation)
+        if home is None or only not in (None, record.generation):
+            continue
+        times = None
+        counted = home.board is not None and home.counts(record.slot) is not None
+        if home.board is not None and counted and not record.orphaned:
+            times = {
+                str(fd): ns / 1e9 + offset for fd, ns in home.board.accepted_at(record.slot).items()
+            }
+        found.append(
+            {
+                "generation": record.generation,
+                "worker": record.number,
+                "pid": record.pid,
+                "accepted_at_by_fd": times,
+                "orphaned": record.orphaned,
+                # At the latest: whoever drains takes nothing any more.
+                "since_at": home.drained_at or record.started_at,
+            }
+        )
+    return found
+
+
+def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> dict[str, Any]:
+    """Put together what concerns the whole, with what the caller knows."""
+    hold = due.get(Deadline(Wait.HOLD))
+    return {
+        "version": __version__,
+        "now": clock.date(),
+        "phase": phase_of(fleet),
+        "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
+        "workers_wanted": fleet.workers_wanted,
+        "route": fleet.route.number if fleet.route else None,
+        "reload_wanted": fleet.reload_wanted,
+        **known,
+    }
+
+
+def plain(values: Iterable[object]) -> list[dict[str, Any]]:
+    """Return frozen values as what JSON knows."""
+    return [asdict(each) for each in values]  # type: ignore[call-overload]

@@ -1,0 +1,188 @@
+"""--watch: reload when files change.
+
+A process (programs/file_watch.py) looks at the files and says so over a line.  It outlives an
+upgrade and, where somebody keeps descriptors, the protector's own death.  It ends with the line.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from ..model.records import Program
+from ..model.settings import Settings
+from ..system import inherited
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.process import Process, spawn
+
+#: The program, by its file: to import it here would load watchfiles.
+_SCRIPT = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "file_watch.py"
+)
+_LINE_FD = 3
+_MESSAGE_BYTES = 4096
+_FIRST_DELAY_S = 1.0
+_LAST_DELAY_S = 60.0
+#: Who has lived so long was no failure from the beginning.
+_PROVEN_S = 60.0
+_FILES = "unix:/"
+
+
+class Watcher:
+    """Keeps one watcher process running."""
+
+    def __init__(
+        self, settings: Settings, loop: Loop, log: Log, wanted: Callable[[], None]
+    ) -> None:
+        """wanted: called when something has changed."""
+        self._settings = settings
+        self._loop = loop
+        self._log = log
+        self._wanted = wanted
+        #: Called when there are other descriptors to be kept than before.
+        self.kept: Callable[[], object] = lambda: None
+        self._process: Process | None = None
+        self._line: socket.socket | None = None
+        self._delay_s = _FIRST_DELAY_S
+        self._since = 0.0  # when it was started
+        self._warned = False  # that one after the other ends
+
+    def start(self, descriptors: Mapping[str, int]) -> None:
+        """Watch, with the watcher of an earlier program if it left one; takes ownership."""
+        for pid, mine in inherited.under(descriptors, inherited.WATCH).items():
+            if self._settings.watch and self._process is None and len(mine) == 2:
+                self._process = Process(int(pid), mine["process"])
+                self._line = socket.socket(fileno=mine["line"])
+            else:  # it was given away in part, or there is nothing to watch any more
+                for fd in mine.values():
+                    os.close(fd)
+        if self._process is not None:
+            self._attend()
+        elif self._settings.watch:
+            self._spawn()
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what the next program needs to go on with it, by name."""
+        if self._process is None or self._line is None:
+            return {}
+        mine = f"{inherited.WATCH}{self._process.pid}"
+        return {f"{mine}.process": self._process.pidfd, f"{mine}.line": self._line.fileno()}
+
+    def close(self) -> None:
+        """Watch no more."""
+        self._loop.cancel("watch")
+        self._forget()
+
+    def _spawn(self) -> None:
+        settings = self._settings
+        files = [settings.log_file, settings.pid_file]
+        sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
+        files += [s.address[len(_FILES) - 1 :] for s in sockets if s.address.startswith(_FILES)]
+        ours = [file for file in files if file]
+        program = Program(
+            path=sys.executable,
+            argv=(sys.executable, "-P", _SCRIPT, str(_LINE_FD), *settings.watch, "--", *ours),
+            directory="/",
+            environment=tuple(os.environ.items()),
+            umask=0o077,
+            limits=(),
+            nice=0,
+        )
+        try:
+            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self._again(error.strerror or str(error))
+            return
+        with theirs:
+            try:
+                self._process = spawn(program, {}, {_LINE_FD: theirs.fileno()})
+            except OSError as error:
+                line.close()
+                self._again(error.strerror or str(error))
+                return
+        self._line = line
+        self._attend()
+        self.kept()
+
+    def _attend(self) -> None:
+        assert self._line is not None
+        assert self._process is not None
+        self._since = time.monotonic()
+        self._loop.watch(self._line.fileno(), self._hear)
+        self._loop.watch(self._process.pidfd, self._ended)
+
+    def _hear(self) -> None:
+        """Take in one message; its end comes by the pidfd."""
+        assert self._line is not None
+        try:
+            data = self._line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        text = data.decode("utf-8", "replace")
+        match text[:1]:
+            case "=":
+                self._log.write("info", "watching", paths=" ".join(self._settings.watch))
+            case "+":
+                count, _, path = text[1:].partition(" ")
+                self._log.write("info", "changed", path=path, files=count)
+                self._wanted()
+            case "!":
+                self._warn(text[1:])
+            case _:
+                self._loop.unwatch(self._line.fileno())
+
+    def _ended(self) -> None:
+        assert self._process is not None
+        how = "ended"
+        try:
+            result = self._process.reap()
+            if result is None:
+                return  # it cannot be waited for yet: somebody traces it
+            how = result.how
+        except ChildProcessError:
+            pass  # an earlier program's child: reaped by whoever adopted it
+        while self._has_news():
+            self._hear()
+        self._forget()
+        self.kept()
+        self._again(how)
+
+    def _has_news(self) -> bool:
+        """Whether its last words wait to be read."""
+        try:
+            return self._line is not None and bool(
+                self._line.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+            )
+        except OSError:
+            return False
+
+    def _forget(self) -> None:
+        """Close what is ours: then it ends."""
+        if self._line is not None:
+            self._loop.unwatch(self._line.fileno())
+            self._line.close()
+            self._line = None
+        if self._process is not None:
+            self._loop.unwatch(self._process.pidfd)
+            self._process.close()
+            self._process = None
+
+    def _again(self, why: str) -> None:
+        """Start another one, later each time in a row."""
+        if time.monotonic() - self._since >= _PROVEN_S:
+            self._delay_s, self._warned = _FIRST_DELAY_S, False
+        self._warn(why)
+        self._loop.call_after("watch", self._delay_s, self._spawn)
+        self._delay_s = min(self._delay_s * 2, _LAST_DELAY_S)
+
+    def _warn(self, why: str) -> None:
+        """Say it once in a row, with the first reason that is known."""
+        if not self._warned:
+            self._warned = True
+            self._log.write("warning", "watch-ended", reason=why, hint="it is started again")

@@ -1,0 +1,743 @@
+"""The path of a connection: accept, send to the route, close our copy.
+
+Connections never pass through `decide`.  The lifecycle sets the route and orders
+drains; what comes back is two facts: the channel broke, the backlog is empty.
+
+Nothing is accepted that could not be delivered.  One connection at most is in our hands:
+the one whose send failed.  It goes first, to whoever serves then.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from socketprotector_client import wire
+
+from ..system import inherited
+from ..system.channel import BROKEN, SEND_FLAGS, Channel
+from ..system.listener import AGAIN, Listener, accept_of
+from ..system.loop import WRITE, Loop
+from .listener_drain import Aside, Emptying, listener_of
+
+#: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
+#: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
+#: nothing costs 4 us (measured), and so does another turn of the loop.
+BUSY_NS = 25_000
+BURST = 32
+#: So many in a row came one by one, and each soon after the other: then the next one is expected
+#: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
+#: the core is better left to the workers.
+STEADY = 8
+#: Waits when the system is out of descriptors or memory.
+FIRST_WAIT_S = 0.01
+LAST_WAIT_S = 0.5
+#: A graceful stop lets handshakes under way finish: as long as nobody comes for this long.
+QUIET_S = 0.2
+#: Where the system does not let us refuse new ones they may come for ever: no longer than this.
+LAST_S = 10.0
+#: Whoever stands first in the queue for so long may wait for a worker that was woken, and was
+#: stopped or died before it took; while nobody takes, each look comes twice as late.
+FIRST_LOOK_S = 0.05
+LAST_LOOK_S = 1.6
+#: From when on it is said that nobody takes: none ever did, or somebody has before.
+NEVER_TAKEN_S = 5.0
+UNTAKEN_S = 30.0
+
+#: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
+LOOKS = 16
+
+_RETRY = "forwarder-retry"
+_QUIET = "forwarder-quiet"
+_LOOK = "forwarder-look"
+_PACK_DESCRIPTOR = struct.Struct("i").pack
+
+
+class Forwarder:
+    """Accepts while there is a route, and keeps each connection from being lost."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        listeners: Sequence[Listener],
+        *,
+        broken: Callable[[], None],
+        emptied: Callable[[], None],
+        trouble: Callable[[str, OSError], None],
+        held: Callable[[], bool],
+        dead: Callable[[Listener], None],
+        untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
+        accepts: bool = True,
+    ) -> None:
+        """Take ownership of the listeners.  accepts: else the workers do, and we never.
+
+        broken: the route's channel was shut down.  emptied: a graceful close is over.
+        trouble: an error that holds the path up, told once each time it begins.
+        held: what is in our hands has changed; returns whether that is written down.
+        dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
+        untaken: for so many seconds nobody has taken who waits in the queue, so many, and whether
+        anybody ever has; said once of each.
+        """
+        self._loop = loop
+        self._listeners = list(listeners)
+        self._broken = broken
+        self._emptied = emptied
+        self._trouble = trouble
+        self._held = held
+        self._dead = dead
+        self._untaken = untaken
+        self._accepts = accepts
+        self.hands = 0  # connections that have ever been in hand
+        self._route: Channel | None = None
+        self._in_hand: tuple[bytes, int] | None = None
+        self._aside = Aside(self._number, held)  # the route knows not their listeners
+        self._emptying: list[Emptying] = []  # listeners that were removed
+        self._fed: list[Channel] = []  # by those; to be ended afterwards
+        self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
+        self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
+        self._full: Channel | None = None  # its write end is watched for room
+        self._holding = False  # somebody wants nothing accepted
+        self._waiting = False  # for descriptors or memory
+        self._wait_s = 0.0
+        self._scarce_at = 0.0
+        self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
+        self._last_ns = 0
+        self._steady = 0  # so many came one by one, each soon after the other
+        self._looked = False  # once, since new clients are refused
+        self._closing = False
+        self._stay = False  # the listeners outlive us
+        self._over: list[Listener] = []  # nobody more is to be accepted from these
+        self._close_at = 0.0  # the latest, where they cannot be refused
+        self._looks = False  # something was sent since the queue was seen to be empty
+        self._look_s = FIRST_LOOK_S
+        self._first: bytes | None = None  # the header that stood first at the last look
+        self._first_at = 0.0  # since when, on this route
+        self._elsewhere = 0  # of those forwarded, less what else the route was sent
+        self._reserve = -1
+        self._take_reserve()
+        self.forwarded = 0
+        self.lost = 0
+
+    # -- orders --------------------------------------------------------------
+
+    def route_to(self, channel: Channel | None) -> None:
+        """Give what comes from now on to this channel; None: hold it in the backlog."""
+        self._route, self._first = channel, None
+        left = channel.depth() if channel is not None else 0
+        self._elsewhere = self.forwarded - left
+        self._unwatch_full()
+        self._stop_accepting()
+        if left:  # an earlier program has left somebody there
+            self._look_later()
+        self._go_on()
+
+    def hold(self, on: bool) -> None:
+        """Accept nothing, and refuse nothing: who connects waits in the backlog."""
+        self._holding = on
+        self._stop_accepting()
+        self._go_on()
+
+    def drain(self, channel: Channel) -> None:
+        """Take back what nobody has taken, as far as the route has room; then end the channel.
+
+        Without a route its workers finish it, except where one of them has shut it down:
+        they may not look again, so it is taken back for the next route.
+        """
+        shut = channel.is_shut()
+        self._reclaim(channel)
+        if not shut and any(each.channel is channel for each in self._emptying):
+            self._fed.append(channel)  # those who still come by a removed listener are its own
+            return
+        channel.end()
+        if shut and channel.depth() and channel not in self._shut:
+            self._shut.append(channel)  # unless an earlier program had begun with that
+
+    def release(self, channel: Channel) -> None:
+        """Close a channel that has no workers, once what is left in it went to a route."""
+        for each in self._emptying_to(channel):
+            each.end()
+        channel.end()
+        if channel in self._shut:
+            self._shut.remove(channel)
+        if channel.depth():
+            self._left_over.append(channel)
+            self._go_on()
+        else:
+            channel.close()  # there may be no route for long, and many that come to nothing
+
+    def add(self, listener: Listener) -> None:
+        """Accept from one more listener, for the generations that know it; takes ownership."""
+        self._listeners.append(listener)
+        self._go_on()
+
+    def remove(self, listener: Listener, to: Channel | None) -> None:
+        """Let nobody new in.  Who has connected goes to this channel; without one, nowhere."""
+        self._listeners.remove(listener)
+        self._accepting.pop(listener.fileno(), None)
+        self._unwatch(listener)
+        if listener.shared:
+            listener.refuse_new()  # those who accept from it take who has connected
+        if self._in_hand is not None and listener_of(self._in_hand[0]) == listener.index:
+            hand, self._in_hand = self._in_hand, None  # it goes before those who wait there
+            self._aside.put(*hand)
+        if to is None or listener.shared:
+            self.lost += self._aside.drop(listener.index)
+            listener.close()
+            return
+        emptying = Emptying(listener, to, self._loop, self._aside, self._is_empty)
+        self._emptying.append(emptying)
+        emptying.begin()
+
+    def _emptying_to(self, channel: Channel) -> list[Emptying]:
+        return [each for each in self._emptying if each.channel is channel]
+
+    def _is_empty(self, emptying: Emptying) -> None:
+        """A removed listener is closed."""
+        self._emptying.remove(emptying)
+        self.forwarded += emptying.moved
+        if emptying.channel is not self._route:
+            self._elsewhere += emptying.moved
+        self.lost += emptying.lost
+        channel = emptying.channel
+        if channel in self._fed and not self._emptying_to(channel):
+            self._fed.remove(channel)
+            channel.end()
+        self._held()
+
+    def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
+        """Let nobody new in; quick: close at once, else first send on who has connected.
+
+        stay: who comes later is to wait for the next start, so our own listeners live until
+        close(), and after it.
+        """
+        self._closing, self._stay = True, stay
+        if quick:
+            self._close_listeners()
+            return
+        refused = not stay
+        for listener in self._listeners:
+            if listener.settings.foreign:
+                # Its owner has those who wait, and who comes; of these there may be no end.
+                self._accept_no_more(listener)
+            elif not stay:
+                refused = listener.refuse_new() and refused
+        self._close_at = 0.0 if refused else time.monotonic() + LAST_S
+        self._close_when_quiet(self.forwarded)
+
+    def _accept_no_more(self, listener: Listener) -> None:
+        self._over.append(listener)
+        if self._accepting.pop(listener.fileno(), None) is not None:
+            self._loop.unwatch(listener.fileno())
+
+    @property
+    def _awaited(self) -> list[Listener]:
+        """The listeners from which somebody may still be accepted."""
+        return [each for each in self._listeners if each not in self._over and not each.lost]
+
+    def close(self, side: int = 0) -> tuple[str, ...]:
+        """Close everything, with what could not be delivered (counted in `lost`).
+
+        side: to which new clients come, where a listener has two.  Returns the names of the
+        sockets that whoever keeps descriptors is to keep for the next start.
+        """
+        self._close_listeners()
+        left = tuple(filter(None, [each.leave(side) for each in self._listeners]))
+        self._listeners.clear()
+        self.route_to(None)
+        self._loop.cancel(_RETRY)
+        if self._in_hand is not None:
+            self.lost += 1
+            os.close(self._in_hand[1])
+            self._in_hand = None
+        self.lost += self._aside.drop()
+        for channel in self._left_over:
+            self.lost += channel.depth()
+            channel.close()
+        self._left_over.clear()
+        self._shut.clear()
+        if self._reserve >= 0:
+            os.close(self._reserve)
+            self._reserve = -1
+        return left
+
+    def shared(self, side: int) -> dict[int, int]:
+        """Return the descriptors that workers of a side are handed, by index."""
+        shared = [each for each in self._listeners if each.shared]
+        return {each.index: each.of_side(side).fileno() for each in shared}
+
+    def untaken_s(self, channel: Channel) -> float | None:
+        """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
+        if channel is not self._route or self._first is None:
+            return None
+        seconds = time.monotonic() - self._first_at
+        return seconds if seconds >= (UNTAKEN_S if channel.taken_from else NEVER_TAKEN_S) else None
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(self._listeners)
+
+    # -- to the next program and from the one before -----------------------------
+
+    @property
+    def hand(self) -> bytes | None:
+        """The header of the connection in hand, if there is one."""
+        return self._in_hand[0] if self._in_hand is not None else None
+
+    @property
+    def aside(self) -> tuple[tuple[int, bytes], ...]:
+        """Number and header of each that is neither in hand nor to be sent to the route."""
+        return tuple((number, header) for number, (header, _) in self._aside.hands.items())
+
+    def _number(self) -> int:
+        """Number one that is set aside; that in hand, if there is one, keeps the last number."""
+        self.hands += 2
+        return self.hands - 1
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the descriptors that are ours to pass on, by name."""
+        listeners = (*self._listeners, *(each.listener for each in self._emptying))
+        found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
+        if self._in_hand is not None:
+            found[f"{inherited.HAND}{self.hands}"] = self._in_hand[1]
+        found.update((f"{inherited.HAND}{n}", fd) for n, (_, fd) in self._aside.hands.items())
+        return found
+
+    def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
+        """Take the connection that an earlier program had in hand.  Takes ownership of fd."""
+        self._in_hand = header, fd
+        self.hands = number
+
+    def adopt_aside(self, header: bytes, fd: int, number: int) -> None:
+        """Take one that an earlier program had set aside.  Takes ownership of fd."""
+        self._aside.hands[number] = header, fd
+
+    def adopt_drained(self, channel: Channel) -> None:
+        """Go on with a channel that an earlier program has ended: empty it for the next route."""
+        if channel.depth():
+            self._shut.append(channel)
+
+    # -- the path ------------------------------------------------------------
+
+    @property
+    def _open(self) -> bool:
+        """Whether a connection could be delivered now."""
+        return (
+            self._route is not None
+            and self._in_hand is None
+            and self._full is None
+            and not self._waiting
+        )
+
+    def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
+        """Return the callback for a listener; all that a connection needs is in its closure."""
+        accept = accept_of(listener)
+        send = route.write.sendmsg
+        now, close = time.monotonic_ns, os.close
+        # What all of them have in common is packed once; that is half of what Python itself does.
+        begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
+        number, rights = -1, [_rights(-1)]  # of the descriptor before, which is nearly always ours
+        most = 1  # to be taken in one go
+
+        def ready() -> None:
+            nonlocal number, rights, most
+            before = at = self._last_ns
+            for count in range(most):
+                try:
+                    fd, _ = accept()
+                except OSError as error:
+                    self._took(count, at)
+                    self._steady = 0
+                    if count < 2:
+                        most = 1
+                    self._accept_failed(listener, error)
+                    return
+                at = now()
+                header = begin + at.to_bytes(8, "little")
+                if fd != number:
+                    number, rights = fd, [_rights(fd)]
+                try:
+                    send([header], rights, SEND_FLAGS)
+                except OSError as error:
+                    self._took(count, at)
+                    self._in_hand = header, fd
+                    self._send_failed(error)
+                    return
+                close(fd)
+            self._took(most, at)
+            if most > 1:
+                self._steady = 0
+            elif at - before > BUSY_NS:
+                self._one_by_one(at - before)
+            else:
+                most = BURST
+
+        return ready
+
+    def _took(self, count: int, last_ns: int) -> None:
+        """So many were sent, the last one accepted then."""
+        if count:
+            self.forwarded += count
+            self._last_ns = last_ns
+            if not self._looks:
+                self._look_later()
+
+    def _one_by_one(self, since_ns: int) -> None:
+        """One came alone, so long after the one before: expect the next one, or do not."""
+        self._steady = self._steady + 1 if since_ns < self._loop.soon_ns else 0
+        self._loop.soon = self._steady >= STEADY
+
+    def look(self) -> None:
+        """Take in who has come meanwhile, while something long keeps the loop from it."""
+        if self._full is not None and self._full.has_room():
+            self._room()
+        for _ in range(LOOKS):
+            before = self.forwarded
+            for ready in tuple(self._accepting.values()):
+                if self._open:  # the one before may have filled the channel, or found it broken
+                    ready()
+            if self.forwarded == before:
+                return
+
+    def _go_on(self) -> None:
+        """Deliver what is in hand, then what was left over, then accept; or stay held."""
+        if self._route is not None and self._full is None and not self._waiting:
+            self._deliver_hands(self._route)
+            while self._shut and self._open:
+                self._reclaim(self._shut[0])
+                if self._open:
+                    self._shut.pop(0)
+            while self._left_over and self._open:
+                channel = self._left_over[0]
+                self._reclaim(channel, last=True)
+                if self._open:
+                    self._left_over.popleft().close()
+        if self._accepts and self._open and self._route is not None and not self._holding:
+            self._accept_for(self._route)
+
+    def _deliver_hands(self, route: Channel) -> None:
+        """Send what is in hand, and what was set aside for a route like this one."""
+        self._sort_hands(route)
+        while self._in_hand is not None and self._full is None and not self._waiting:
+            header, fd = self._in_hand
+            self._in_hand = None
+            # Before it is sent: killed in between we lose it, but never send it twice.
+            if not self._held():
+                self._in_hand = header, fd
+                self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                return
+            self._deliver(route, header, fd)
+            if self._route is None:
+                return
+            self._sort_hands(route)
+
+    def _sort_hands(self, route: Channel) -> None:
+        """Have in hand what the route knows of, if there is anything."""
+        if self._in_hand is not None and not route.knows_of(listener_of(self._in_hand[0])):
+            hand, self._in_hand = self._in_hand, None
+            self._aside.put(*hand)
+        if self._in_hand is None and self._aside.hands:
+            aside = self._aside.hands
+            known = [n for n, (header, _) in aside.items() if route.knows_of(listener_of(header))]
+            if known:
+                self._in_hand = aside.pop(known[0])
+                self.hands += 1
+                self._held()
+
+    def _accept_for(self, route: Channel) -> None:
+        try:
+            for listener in self._awaited:
+                if listener.fileno() not in self._accepting and route.knows_of(listener.index):
+                    ready = self._accept_to(route, listener)
+                    self._loop.watch(listener.fileno(), ready)
+                    self._accepting[listener.fileno()] = ready
+        except OSError as error:  # max_user_watches, or no memory
+            self._scarce("epoll_ctl", error)
+
+    def _stop_accepting(self) -> None:
+        for fd in self._accepting:
+            self._loop.unwatch(fd)
+        self._accepting.clear()
+
+    def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
+        """Send one connection, or keep it in hand.  Takes ownership of fd."""
+        try:
+            route.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
+        except OSError as error:
+            self._in_hand = header, fd
+            self._send_failed(error)
+        else:
+            self._elsewhere -= 1
+            self._let_go(fd)
+            if not self._looks:
+                self._look_later()
+
+    def _look_later(self) -> None:
+        self._looks = self._route is not None
+        if self._looks:
+            self._loop.call_after(_LOOK, self._look_s, self._look)
+
+    def _look(self) -> None:
+        """See to it that nobody waits in the queue while workers sleep.
+
+        Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that
+        is killed or stopped before it takes leaves the others asleep.  Sent once more, a
+        connection wakes another one, whatever the first has come to.
+        """
+        route = self._route
+        if route is None:
+            self._looks = False
+            return
+        try:
+            first = route.peek()
+        except OSError:  # no memory for that now: whoever waits there can wait for the next look
+            self._look_later()
+            return
+        if first is not None and first == self._first:
+            self._look_s = min(2 * self._look_s, LAST_LOOK_S)
+            self._say_untaken(route)
+            self._send_again(route)
+        else:
+            route.taken_from = (
+                route.taken_from
+                or self._first is not None
+                or first is None
+                or self.forwarded - self._elsewhere > route.depth()
+            )
+            self._look_s, self._first_at = FIRST_LOOK_S, time.monotonic()
+        self._first = first
+        if first is None:
+            self._looks = False
+        else:
+            self._look_later()
+
+    def _say_untaken(self, route: Channel) -> None:
+        seconds = self.untaken_s(route)
+        if seconds is not None and not route.said_untaken:
+            route.said_untaken = True
+            self._untaken(seconds, route.depth(), route.taken_from)
+
+    def _send_again(self, route: Channel) -> None:
+        """Send all that the queue holds once more, in the same order."""
+        for _ in range(route.depth()):
+            taken = self._take_back(route) if self._open else None
+            if taken is None:
+                return
+            self._elsewhere += 1
+            header, fd = taken
+            if fd < 0:
+                self.lost += 1
+            else:
+                self._deliver(route, header, fd)
+
+    def _reclaim(self, channel: Channel, *, last: bool = False) -> None:
+        """Move what waits in a channel to the route, oldest first, while there is room.
+
+        What came by a listener that the route does not know stays where it is: behind the
+        others, or with all that is behind it where the channel has ended.  last: its workers
+        are gone, and it is set aside for another generation that knows it.
+        """
+        route = self._route
+        strange = route is not None and _lacks(route, channel)
+        left = channel.depth() if strange else -1
+        while self._open and self._route not in (None, channel):
+            if not left or (strange and not last and self._is_stuck(channel)):
+                return
+            taken = self._take_back(channel)
+            if taken is None:
+                if self._open and channel.depth():
+                    # Then it is not empty, whatever the call has said.
+                    self._scarce("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
+                return
+            left -= 1
+            header, fd = taken
+            if fd < 0:
+                self.lost += 1
+            elif strange and route is not None and not route.knows_of(listener_of(header)):
+                self._put_back(channel, header, fd)
+            elif self._route is not None:
+                self._deliver(self._route, header, fd)
+
+    def _take_back(self, channel: Channel) -> tuple[bytes, int] | None:
+        """Take one that nobody has taken; None where there is none, or no descriptor for it."""
+        if not self._take_reserve():
+            return None
+        os.close(self._reserve)
+        self._reserve = -1
+        try:
+            taken = channel.take_back()
+        except OSError as error:
+            self._scarce("recvmsg", error)
+            return None
+        if taken is None:
+            self._take_reserve()
+        return taken
+
+    def _is_stuck(self, channel: Channel) -> bool:
+        """Whether the next one could neither be given to the route nor put back."""
+        try:
+            header = channel.peek() if channel.write.fileno() < 0 else None
+        except OSError as error:
+            self._scarce("recvmsg", error)
+            return True
+        known = self._route is None or header is None or self._route.knows_of(listener_of(header))
+        return not known
+
+    def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
+        """Send a connection to where it was taken from, or set it aside.  Takes ownership of fd."""
+        try:
+            channel.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
+        except OSError as error:
+            if channel.write.fileno() >= 0 and error.errno not in BROKEN:
+                self._scarce("sendmsg", error)  # it has not ended, so what is left may stay there
+            there = (*self._listeners, *(each.listener for each in self._emptying))
+            if listener_of(header) in {each.index for each in there}:
+                self._aside.put(header, fd)
+                return
+            self.lost += 1  # nobody is left who knows the listener
+        self._let_go(fd)
+
+    def _let_go(self, fd: int) -> None:
+        """Close one that may have been taken back in the place of the reserve."""
+        os.close(fd)
+        self._take_reserve()
+
+    def _take_reserve(self) -> bool:
+        """Keep a descriptor to spare: what the kernel cannot hand out it drops."""
+        if self._reserve < 0:
+            try:
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self._scarce("open", error)
+        return self._reserve >= 0
+
+    # -- what holds it up ----------------------------------------------------
+
+    def _accept_failed(self, listener: Listener, error: OSError) -> None:
+        if error.errno in AGAIN:
+            if listener.always_readable:  # shut down for a stop, and empty for the moment
+                self._loop.unwatch(listener.fileno())
+            elif listener.hangs_up:
+                self._is_shut(listener)
+        elif error.errno == errno.EINVAL and not listener.is_alive():
+            self._is_shut(listener)
+        else:
+            # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has
+            # thought of it: no reason to let go of the listeners.  The socket stays readable,
+            # so only a timer helps.
+            self._scarce("accept", error)
+
+    def _is_shut(self, listener: Listener) -> None:
+        """Somebody has shut a listener down, who is not us."""
+        self._loop.unwatch(listener.fileno())
+        self._accepting.pop(listener.fileno(), None)
+        if not self._closing:
+            self._dead(listener)
+            self._go_on()
+
+    def _send_failed(self, error: OSError) -> None:
+        """Decide what the connection in hand waits for."""
+        self.hands += 1
+        self._stop_accepting()
+        if error.errno == errno.EAGAIN and self._route is not None:
+            self._await_room(self._route)
+        elif error.errno in BROKEN:
+            self._route = None
+            self._broken()
+        else:
+            self._scarce("sendmsg", error)
+        self._held()
+
+    def _await_room(self, channel: Channel) -> None:
+        try:
+            self._loop.watch(channel.write.fileno(), self._room, WRITE)
+        except OSError as error:
+            self._scarce("epoll_ctl", error)
+        else:
+            self._full = channel
+
+    def _room(self) -> None:
+        self._unwatch_full()
+        self._go_on()
+
+    def _unwatch_full(self) -> None:
+        if self._full is not None:
+            self._loop.unwatch(self._full.write.fileno())
+            self._full = None
+
+    def _scarce(self, call: str, error: OSError) -> None:
+        """Wait for descriptors or memory to come back, longer each time in a row."""
+        now = time.monotonic()
+        if now - self._scarce_at > 2 * LAST_WAIT_S:
+            self._wait_s = FIRST_WAIT_S
+            self._trouble(call, error)
+        else:
+            self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
+        self._scarce_at = now
+        self._waiting = True
+        self._stop_accepting()
+        self._loop.call_after(_RETRY, self._wait_s, self._retry)
+
+    def _retry(self) -> None:
+        self._waiting = False
+        self._go_on()
+        if not self._waiting:
+            self._take_reserve()
+
+    # -- the end -------------------------------------------------------------
+
+    def _close_when_quiet(self, before: int) -> None:
+        """Close the listeners once nobody has come since the last look, or waits for workers."""
+        if self._open and not self._left_over:
+            for ready in tuple(self._accepting.values()):
+                if self._open:  # the one before may have filled the channel, or found it broken
+                    ready()
+            if self._stay:  # whoever had connected before stood in front of those who come
+                for each in self._awaited:
+                    if not each.has_waiting():
+                        self._accept_no_more(each)
+            waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
+            quiet = self.forwarded == before and self._looked and not waiting
+            late = bool(self._close_at) and time.monotonic() > self._close_at
+            over = (quiet or not self._awaited) and not (self._stay and self._emptying)
+            if self._open and (over or late):
+                self._close_listeners()
+                self._emptied()
+                return
+            self._looked = True
+        count = self.forwarded
+        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(count))
+
+    def _close_listeners(self) -> None:
+        self._loop.cancel(_QUIET)
+        self._stop_accepting()
+        for listener in tuple(self._listeners):
+            if self._stay and not listener.settings.foreign:
+                self._over.append(listener)
+                continue
+            self._unwatch(listener)
+            listener.close()
+            self._listeners.remove(listener)
+        for each in tuple(self._emptying):
+            each.end()
+
+    def _unwatch(self, listener: Listener) -> None:
+        """Let nobody look at it any more, whoever that is: it is about to be closed."""
+        for each in listener.sockets:
+            self._loop.unwatch(each.fileno())
+
+
+def _rights(fd: int) -> tuple[int, int, bytes]:
+    """What carries a descriptor."""
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd)
+
+
+def _lacks(route: Channel, channel: Channel) -> bool:
+    """Whether a channel may hold something that a route must not be given."""
+    if route.knows is None:
+        return False
+    return channel.knows is None or not channel.knows <= route.knows

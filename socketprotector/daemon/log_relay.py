@@ -1,0 +1,412 @@
+"""The protector's side of the relay process: what it reads, who is asked for last words, another
+if it dies or stands still.
+
+The protector keeps the read end of every pipe, too, so that the relay's death breaks nobody's
+output; the next relay reads on.  A worker's pipe is kept until its last writer has gone, which
+may be a process that the worker has left behind.
+
+A relay that was stopped would block each worker that writes, once its pipe is full.  Nothing
+announces that, and nobody may be woken for nothing: so the first byte that somebody writes starts a
+timer, and while there is something in a pipe each time that it runs out, the relay's state is
+looked at.  When all pipes are empty the next byte is waited for.
+
+Source: proc(5) for a process's state, pipe(7), epoll(7) for one in another.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import termios
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+
+from ..model.frozen import frozen
+from ..model.records import Program
+from ..programs import log_relay
+from ..system import inherited
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.process import Process, spawn
+
+_STDERR = 2
+_LINE_FD = 3
+_DESCRIPTOR = struct.Struct("i")
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+#: More than any answer has.
+_ANSWER_BYTES = log_relay.TAIL_BYTES + 64
+#: How long the relay may take to tell last words; another one may have to be started first.
+_WORDS_S = 2.0
+#: How soon to look whether what was written is read.
+_READS_S = 0.5
+#: Before another relay is started; longer each time in a row.
+_RESTART_S = 0.1
+_LONGEST_S = 10.0
+#: One that has lived so long was no failure from the beginning.
+_PROVEN_S = 60.0
+#: How soon to tell it again what its line had no room for, and to look at a pipe that the last
+#: writer has left and that is not read to its end.
+_AGAIN_S = 0.1
+#: How long the end waits for the relay, which ends at once unless somebody still writes.
+_END_S = 3.0
+#: What it is told: a worker's pipe, a question for its last words, where lines go.
+_PIPE, _WORDS, _PLACE = "+", "?", "="
+
+
+@frozen
+class WorkerPipe:
+    """Our copy of the read end of a worker's output."""
+
+    read: int
+    generation: int
+    pid: int
+
+    def name(self, number: int) -> str:
+        """How another program finds it; number: the worker's."""
+        return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
+
+
+class Relaying:
+    """One relay process, and all that it reads from."""
+
+    def __init__(
+        self, name: str, kind: str, loop: Loop, log: Log, named: inherited.Named, *, prefixed: bool
+    ) -> None:
+        """name: in syslog.  kind: where lines go, as programs/log_relay.py has it.  named: the
+        workers' descriptors.
+        """
+        self._named = named
+        self._name = name
+        self._kind = kind
+        self._loop = loop
+        self._log = log
+        self._prefixed = prefixed
+        #: Called when other descriptors are to be kept than before.
+        self.changed: Callable[[], object] = lambda: None
+        self._shared = -1  # the read end of what all write to, on its way to syslog
+        self._process: Process | None = None
+        self._line: socket.socket | None = None
+        self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
+        self._delay_s = _RESTART_S
+        self._unsaid: deque[tuple[str, int]] = deque()  # kind and the worker's number
+        self._asked: dict[int, Callable[[bytes], None]] = {}  # who waits for last words
+        #: Readable as soon as there is something in a pipe.
+        self._written = select.epoll()
+        self._stood = False  # it was stopped when we last looked
+
+    # -- begin and go on -----------------------------------------------------
+
+    def start(self, shared: int) -> None:
+        """Start the relay.  shared: what it reads on stdin, or -1.  Raises OSError."""
+        self._shared = shared
+        self._begin_to_watch()
+        self._spawn()
+
+    def adopt(self, descriptors: Mapping[str, int]) -> None:
+        """Go on with the relay that an earlier program started; takes ownership."""
+        mine = {name.removeprefix(inherited.RELAY): fd for name, fd in descriptors.items()}
+        self._shared = mine.get("read", -1)
+        older = "tail" in mine
+        if older:  # it answers no questions
+            os.close(mine["tail"])
+        lines = inherited.under(mine, "line.")
+        for number, fds in inherited.under(descriptors, inherited.OUTPUT).items():
+            for name, fd in fds.items():
+                generation, _, pid = name.partition(".")
+                os.set_blocking(fd, False)  # an older program's is not
+                self._keep(int(number), WorkerPipe(fd, int(generation), int(pid)))
+        found = [
+            (Process(int(pid), fds[""]), lines.pop(pid, {}).get("", -1))
+            for pid, fds in inherited.under(mine, "process.").items()
+        ]
+        for fds in lines.values():
+            os.close(fds[""])
+        self._begin_to_watch()
+        self._choose(found, older=older)
+
+    def _choose(self, found: list[tuple[Process, int]], *, older: bool) -> None:
+        """Go on with one of the relays.
+
+        Two, if the program before was killed between giving one away and the other.
+        """
+        if not found:
+            self._spawn()
+            return
+        # One that cannot be told of new workers is of no use.
+        usable = [
+            (process, line)
+            for process, line in found
+            if not process.has_ended() and line >= 0 and not older
+        ]
+        self._process, line = (usable or found)[-1]
+        for process, other in found:
+            if process is not self._process or not usable:
+                process.signal(signal.SIGKILL)
+            if process is not self._process:
+                process.close()
+                if other >= 0:
+                    os.close(other)
+        if line >= 0:
+            self._listen(socket.socket(fileno=line))
+        self._attend(self._process)
+        self._say_all()
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what the next program needs to go on with it, but for the workers' pipes."""
+        found = {}
+        if self._shared >= 0:
+            found[f"{inherited.RELAY}read"] = self._shared
+        if self._process is not None:
+            found[f"{inherited.RELAY}process.{self._process.pid}"] = self._process.pidfd
+            if self._line is not None:
+                found[f"{inherited.RELAY}line.{self._process.pid}"] = self._line.fileno()
+        return found
+
+    def _spawn(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = -1
+        try:
+            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            # It must not hold the write end, or it would never see its last writer go.
+            out = null if self._kind == "syslog" else _STDERR
+            shared = self._shared if self._shared >= 0 else null
+            given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
+            program = Program(
+                path=sys.executable,
+                argv=(sys.executable, "-I", "-S", log_relay.__file__, *given),
+                directory="/",
+                environment=tuple(os.environ.items()),
+                umask=0o077,
+                limits=(),
+                nice=0,
+                batch=True,  # it is to wake up for many lines, not for each
+            )
+            descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
+            self._process = spawn(program, {}, descriptors)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            if null >= 0:
+                os.close(null)
+            theirs.close()
+        self._attend(self._process)
+        self._listen(ours)
+        self._say_all()
+
+    def _attend(self, process: Process) -> None:
+        since = time.monotonic()
+
+        def gone() -> None:
+            try:
+                if process.reap() is None:
+                    return  # it cannot be waited for yet: somebody traces it
+            except ChildProcessError:
+                pass  # an earlier program's child: reaped by whoever adopted it
+            self._loop.unwatch(process.pidfd)
+            process.close()
+            self._process, self._stood = None, False
+            self._hang_up()
+            self._log.write("error", "relay-ended", pid=process.pid)
+            self.changed()
+            if time.monotonic() - since >= _PROVEN_S:
+                self._delay_s = _RESTART_S
+            later()
+
+        def later() -> None:
+            self._loop.call_after("relay", self._delay_s, again)
+            self._delay_s = min(self._delay_s * 2, _LONGEST_S)
+
+        def again() -> None:
+            try:
+                self._spawn()
+            except OSError:  # out of descriptors: what is written waits in the pipes
+                later()
+            else:
+                self.changed()  # else the next program starts another one, beside this one
+
+        self._loop.watch(process.pidfd, gone)
+
+    def _listen(self, line: socket.socket) -> None:
+        self._line = line
+        try:
+            self._loop.watch(line.fileno(), self._hear)
+        except OSError:  # out of memory: then nobody's last words are told
+            pass
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._loop.unwatch(self._line.fileno())
+            self._line.close()
+            self._line = None
+
+    # -- whether it reads -----------------------------------------------------
+
+    def _begin_to_watch(self) -> None:
+        if self._shared >= 0:
+            self._written.register(self._shared, select.EPOLLIN)
+        self._wait_for_output()
+
+    def _wait_for_output(self) -> None:
+        """Look again when somebody has written something."""
+        try:
+            self._loop.watch(self._written.fileno(), self._was_written)
+        except OSError:  # the system is short of something
+            self._loop.call_after("relay-reads", _READS_S, self._look)
+
+    def _was_written(self) -> None:
+        self._loop.unwatch(self._written.fileno())
+        self._loop.call_after("relay-reads", _READS_S, self._look)
+
+    def _look(self) -> None:
+        """Continue a relay that was stopped while something is to be read, then replace it."""
+        if not self._written.poll(0, 1):
+            self._stood = False
+            self._wait_for_output()
+            return
+        self._loop.call_after("relay-reads", _READS_S, self._look)
+        if self._process is None:
+            return
+        stands = self._process.is_stopped()
+        if stands and not self._stood:
+            self._log.write("warning", "relay-stopped", pid=self._process.pid)
+        # What it has read and not passed on is lost only if it cannot go on (a debugger's).  Where
+        # nobody can see how it is (no /proc), it is continued: to one that runs that is nothing.
+        if stands is not False:
+            self._process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
+        self._stood = bool(stands)
+
+    # -- workers -------------------------------------------------------------
+
+    def read_from(self, number: int, pipe: WorkerPipe) -> None:
+        """Carry what a worker writes; takes ownership of the read end."""
+        self._keep(number, pipe)
+        self._unsaid.append((_PIPE, number))
+        self._say()
+
+    def _keep(self, number: int, pipe: WorkerPipe) -> None:
+        self._workers[number] = pipe
+        self._named[pipe.name(number)] = pipe.read
+        try:
+            # For nothing but the end of the last writer, which is told of unasked.
+            self._loop.watch(pipe.read, lambda: self._left(number), 0)
+            self._written.register(pipe.read, select.EPOLLIN)
+        except OSError:  # the system is short of something: then we look
+            self._look_later(number)
+
+    def _left(self, number: int) -> None:
+        """Let go of a pipe that the last writer has left, once it is read to its end."""
+        pipe = self._workers[number]
+        if not _is_left(pipe.read):
+            self._look_later(number)
+            return
+        self._loop.unwatch(pipe.read)
+        if _waiting(pipe.read):
+            self._look_later(number)
+            return
+        del self._workers[number], self._named[pipe.name(number)]
+        try:
+            self._written.unregister(pipe.read)
+        except FileNotFoundError:
+            pass  # there was no memory for it
+        os.close(pipe.read)
+        self.changed()
+
+    def _look_later(self, number: int) -> None:
+        self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))
+
+    def reopened(self) -> None:
+        """Tell it that stderr leads elsewhere now, where lines go there."""
+        if self._kind != "syslog":
+            self._unsaid.append((_PLACE, 0))
+            self._say()
+
+    def _say_all(self) -> None:
+        """Tell a relay everything: it may know nothing yet, or not the last of it."""
+        self._unsaid.clear()
+        self._unsaid.extend((_PIPE, number) for number in self._workers)
+        if self._kind != "syslog":
+            self._unsaid.append((_PLACE, 0))
+        self._unsaid.extend((_WORDS, number) for number in self._asked)
+        self._say()
+
+    def _say(self) -> None:
+        """Tell it what it has not been told yet, without ever waiting for it."""
+        while self._unsaid and self._line is not None:
+            kind, number = self._unsaid[0]
+            pipe = self._workers.get(number)
+            fd, text = _STDERR if kind == _PLACE else -1, f"{kind}{number}"
+            if kind == _PIPE and pipe is not None:
+                fd, text = pipe.read, f"{text} {pipe.generation} {pipe.pid}"
+            if fd >= 0 or kind == _WORDS:  # else it has closed that pipe meanwhile
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
+                try:
+                    self._line.sendmsg([text.encode()], rights if fd >= 0 else [], _FLAGS)
+                except (BrokenPipeError, ConnectionResetError):
+                    return  # it has died: the next one is told of all
+                except OSError:  # it is behind, as its own reader may be
+                    self._loop.call_after("relay-line", _AGAIN_S, self._say)
+                    return
+            self._unsaid.popleft()
+
+    # -- last words ----------------------------------------------------------
+
+    def ask(self, number: int, done: Callable[[bytes], None]) -> None:
+        """Ask for the last of what a worker has written; called back once, with b"" if too late."""
+        self._asked[number] = done
+        self._loop.call_after((_WORDS, number), _WORDS_S, lambda: self._told(number, b""))
+        self._unsaid.append((_WORDS, number))
+        self._say()
+
+    def _hear(self) -> None:
+        """Take in an answer."""
+        if self._line is None:
+            return
+        try:
+            data = self._line.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.unwatch(self._line.fileno())  # it dies, which its pidfd tells
+            return
+        number, _, said = data.partition(b"\n")
+        self._told(int(number), said)
+
+    def _told(self, number: int, said: bytes) -> None:
+        self._loop.cancel((_WORDS, number))
+        done = self._asked.pop(number, None)
+        if done is not None:
+            done(said)
+
+    # -- the end -------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Let it pass on the last; it stays if somebody still writes."""
+        self._hang_up()
+        if self._process is not None:
+            self._process.signal(signal.SIGCONT)
+            poll = select.poll()
+            poll.register(self._process.pidfd, select.POLLIN)
+            poll.poll(_END_S * 1000)
+
+
+def _waiting(fd: int) -> bool:
+    """Whether there is something in a pipe."""
+    waiting = bytearray(4)
+    fcntl.ioctl(fd, termios.FIONREAD, waiting)
+    return any(waiting)
+
+
+def _is_left(fd: int) -> bool:
+    """Whether nobody can write to a pipe any more."""
+    poll = select.poll()
+    poll.register(fd, 0)
+    return bool(poll.poll(0))

@@ -1,0 +1,194 @@
+"""Where the workers' output goes, and a failed worker's last words from there.
+
+Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
+where lines get a prefix, each worker has a pipe of its own, which a relay process reads
+(log_relay.py): so a rotation takes the lines of running workers along, and what a worker has said
+is known to be its own.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from ..model import text
+from ..model.log_format import is_own
+from ..system import inherited
+from ..system.log import Log, is_journal
+from ..system.log_file import open_log
+from ..system.loop import Loop
+from .log_relay import Relaying, WorkerPipe
+
+_STDOUT, _STDERR = 1, 2
+LAST_LINES = 20
+_LAST_BYTES = 4096
+_WRITE = f"{inherited.RELAY}write"
+#: For /dev/stdout, opened anew by a worker that is another user.  Who has not got the pipe cannot
+#: reach it.
+_REOPENED = 0o622
+
+
+@dataclass(slots=True)
+class Opened:
+    """What a worker is started with to write to."""
+
+    places: dict[int, int] = field(default_factory=dict)  # number there -> descriptor here
+    pid: int = 0  # to be set once it is started
+
+
+class Output:
+    """The place that stdout and stderr of the protector and its workers lead to."""
+
+    def __init__(
+        self, log_file: str | None, *, to_syslog: bool, relayed: bool, prefixed: bool
+    ) -> None:
+        """to_syslog: there is no other place.  relayed: each worker has a pipe of its own.
+
+        prefixed: workers' lines say who wrote them, which takes such pipes.
+        """
+        self._log_file = log_file
+        self._to_syslog = to_syslog
+        self._relayed = relayed or prefixed
+        self._prefixed = prefixed
+        #: All descriptors of workers that another program would need.
+        self.named = inherited.Named()
+        self._relay: Relaying | None = None
+        #: Called when other descriptors are to be kept for the next program than before.
+        self.changed: Callable[[], object] = lambda: None
+
+    @property
+    def needs_relay(self) -> bool:
+        """Whether lines go through a relay process, at least the protector's own."""
+        return self._to_syslog or self._relayed
+
+    def begin(self, descriptors: Mapping[str, int], name: str, loop: Loop, log: Log) -> None:
+        """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
+
+        Takes ownership of those of the descriptors that are the relay's.
+        """
+        mine = {
+            n: fd
+            for n, fd in descriptors.items()
+            if n.startswith((inherited.RELAY, inherited.OUTPUT))
+        }
+        if not self.needs_relay:
+            return
+        kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
+        self._relay = Relaying(name, kind, loop, log, self.named, prefixed=self._prefixed)
+        self._relay.changed = lambda: self.changed()
+        write = mine.pop(_WRITE, -1)
+        if mine:
+            if write >= 0:  # else stderr has come along as it is
+                self._lead_to(write)
+            self._relay.adopt(mine)
+            return
+        read = -1
+        if self._to_syslog:
+            read, write = os.pipe2(os.O_CLOEXEC)
+            self._lead_to(write)
+        self._relay.start(read)
+
+    def _lead_to(self, fd: int) -> None:
+        """Let stdout and stderr lead there; takes ownership."""
+        for standard in (_STDOUT, _STDERR):
+            os.dup2(fd, standard, inheritable=True)
+        os.close(fd)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what the next program needs to go on with the relay, by name."""
+        if self._relay is None:
+            return {}
+        shared = {_WRITE: _STDERR} if self._to_syslog else {}
+        return {**self._relay.descriptors(), **shared}
+
+    @contextmanager
+    def opened(self, number: int, generation: int) -> Iterator[Opened]:
+        """Give what a worker is to write to, for the time in which it is started.
+
+        Nothing is left of it if that raises.  Raises OSError.
+        """
+        if self._relay is None or not self._relayed:
+            yield Opened()
+            return
+        read, write = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(read, False)  # of this end only: the worker's is another description
+        os.fchmod(write, _REOPENED)
+        given = Opened({_STDOUT: write, _STDERR: write})
+        try:
+            yield given
+        except BaseException:
+            os.close(read)
+            raise
+        finally:
+            os.close(write)
+        self._relay.read_from(number, WorkerPipe(read, generation, given.pid))
+
+    def reopen(self) -> None:
+        """Open the log file anew under its name, after a rotation.  Raises OSError."""
+        if self._log_file is not None:
+            self._lead_to(open_log(self._log_file))
+            if self._relay is not None:
+                self._relay.reopened()
+
+    def finish(self) -> None:
+        """Write no more, and let the relay pass on the last; it stays if somebody else writes."""
+        if self._relay is not None:
+            if self._to_syslog:
+                self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+            self._relay.finish()
+
+    def mark(self) -> int:
+        """Return where the output stands now: what one worker alone says comes after it.
+
+        -1 where that cannot be read back from here, or is asked for in another way.
+        """
+        if self._relayed:
+            return -1
+        found = os.fstat(_STDERR)
+        return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+    def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
+        """Call back with a worker's last lines, escaped; "" where nobody can tell them.
+
+        At once, or when the relay has answered.  mark: from where on nobody else has written;
+        -1 if that is not so.
+        """
+        if self._relay is not None and self._relayed:
+            self._relay.ask(number, lambda data: done(_lines(data)))
+        elif mark >= 0:
+            place = self._log_file or f"/proc/self/fd/{_STDERR}"
+            done(_lines(_end_of(place, mark)))
+        else:
+            done("")
+
+    def where_to_look(self) -> str:
+        """Say where a worker's words are when they are not known here."""
+        if self._log_file is not None:
+            return f"see {self._log_file}"
+        if self._to_syslog:
+            return "see syslog"
+        return "see the journal" if is_journal() else "see above for what it said"
+
+
+def _lines(data: bytes) -> str:
+    lines = data[-_LAST_BYTES:].decode("utf-8", "replace").splitlines()
+    lines = [line for line in lines if not is_own(line)]
+    return "\n".join(text.escape(line) for line in lines[-LAST_LINES:])
+
+
+def _end_of(path: str, mark: int) -> bytes:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return b""  # a folder closed to the user that was dropped to
+    try:
+        found = os.fstat(fd)
+        if not os.path.samestat(found, os.fstat(_STDERR)):
+            return b""  # another file has that name by now, perhaps one that is nobody's business
+        size = found.st_size
+        return os.pread(fd, _LAST_BYTES, max(mark, size - _LAST_BYTES))
+    finally:
+        os.close(fd)

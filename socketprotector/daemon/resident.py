@@ -1,0 +1,561 @@
+"""The resident process: what stays when the command line has been parsed.
+
+It is executed with its descriptors at the door (system/inherited.py): by the launching process, by
+itself (an upgrade in place), by the guard, or by systemd after a crash.  With a state among
+them it goes on where another program stopped.  Heavy imports do not belong here: tests
+hold the list, bench/ the megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from .. import __version__
+from ..core.events import Event, ReloadRequested, StopRequested
+from ..core.fleet import Fleet
+from ..core.snapshot import Snapshot
+from ..model import handoff
+from ..model.errors import Refusal, SystemRefused
+from ..model.settings import ListenerSettings, Settings, SettingsError, load
+from ..model.text import status_of
+from ..system import executable, inherited, privileges, process
+from ..system.cpu_quota import Quota, processors
+from ..system.listener import Listener
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room_of
+from ..system.state_file import StateError, StateFile
+from . import checkpoint
+from .checkpoint import Heritage
+from .control.commands import Operator
+from .control.server import Control
+from .effects import Effects
+from .file_watch import Watcher
+from .output import Output
+from .start_report import Launcher
+from .supervisor import Supervisor, terminal_of
+from .upgrade import Upgrade
+from .worker_pool import what_failed
+
+#: How soon to try again where a manager's socket was full.
+_AGAIN_S = 0.1
+#: How long the guard may take to hear that we end for good.
+_FAREWELL_S = 5.0
+#: And the service manager, which may have stopped reading.
+_MANAGER_S = 1.0
+_MESSAGE_BYTES = 4096
+_STDERR = 2
+
+
+def main() -> None:
+    """Run until nothing is left to supervise, and exit with the status of that."""
+    command = executable.command_of(tuple(sys.argv[1:]))
+    descriptors = inherited.enter()
+    if inherited.PROBE in descriptors:
+        sys.exit(_probe(descriptors))
+    sys.exit(run(descriptors, command))
+
+
+def _probe(descriptors: dict[str, int]) -> int:
+    """Say whether this program could take over from the one that asks."""
+    try:
+        _held(descriptors, checkpoint.read(descriptors[inherited.STATE]))
+    except (StateError, SettingsError) as error:
+        print(error, file=sys.stderr)
+        return SystemRefused.status
+    os.write(descriptors[inherited.PROBE], f"ok {__version__}\n".encode())
+    return 0
+
+
+def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
+    """Supervise with the descriptors from the door, which it owns.  Returns the exit status.
+
+    command: how to execute this program again.
+    """
+    os.chdir("/")  # only now: until here modules may have come from the caller's directory
+    earlier = _earlier(descriptors)
+    try:
+        snapshot = earlier if isinstance(earlier, Snapshot) else None
+        settings, listeners = _held(descriptors, snapshot)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return SystemRefused.status
+    _name_process()
+    resident = _Resident(settings, listeners, descriptors, earlier, command)
+    try:
+        status = resident.supervise()
+    except Exception as error:
+        # What is said of it must not be kept from a terminal for ever (`stty tostop`).
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+        if resident.can_come_back:
+            raise  # whoever keeps the descriptors starts another one, which goes on
+        # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
+        reason = str(error)
+        if isinstance(error, OSError) and not resident.began:
+            reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
+        elif not isinstance(error, Refusal):
+            sys.excepthook(type(error), error, error.__traceback__)
+        status = SystemRefused.status
+        resident.fail(reason)
+    resident.finish(status)
+    return status
+
+
+class _Resident:
+    """The parts of the process, and how they are put together."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listeners: Sequence[ListenerSettings],
+        descriptors: dict[str, int],
+        earlier: Snapshot | StateError | None,
+        command: tuple[str, ...],
+    ) -> None:
+        """earlier: where another program stopped, or why nobody can go on from there."""
+        self.settings = settings
+        self.descriptors = descriptors
+        self.earlier = earlier
+        self.command = command
+        ours = settings.to_syslog or settings.log_file is not None
+        self.output = Output(
+            settings.log_file,
+            to_syslog=settings.to_syslog,
+            relayed=ours and settings.log_relay,
+            prefixed=settings.log_prefix,
+        )
+        # Under a guard it is the guard whose end means the end.
+        guarded = inherited.GUARD in descriptors
+        self.pid = os.getppid() if guarded else os.getpid()
+        self.launcher = Launcher(
+            descriptors.get(inherited.LAUNCHER), descriptors.get(inherited.TERMINAL), self.pid
+        )
+        self.listeners = _listeners(descriptors, listeners, settings.handoff == handoff.LISTENER)
+        self.line = socket.socket(fileno=descriptors[inherited.GUARD]) if guarded else None
+        self.guard = Outbox(self._later, self.line)
+        self.manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
+        self.systemd = Systemd(os.environ, self.pid, self.manager, self.guard)
+        # At the first start they come from the launching process; only a guard has them too.
+        known = guarded or inherited.STATE in descriptors
+        kept = {name for name in descriptors if name != inherited.GUARD} if known else set()
+        room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
+        os.environ["FDSTORE"] = str(room)
+        self.store = (
+            Store(self.guard, kept)
+            if guarded
+            else Store(
+                self.manager,
+                kept,
+                most=room,
+                names_bytes=inherited.STORE_NAMES_BYTES,
+            )
+        )
+        control = descriptors.get(inherited.CONTROL)
+        self.control_listener = (
+            Listener(control, -1, settings.control)
+            if control is not None and settings.control is not None
+            else None
+        )
+        self.began = False
+        self.left: tuple[str, ...] = ()  # names of listeners that live on for the next start
+        self._loop: Loop | None = None
+
+    @property
+    def loop(self) -> Loop:
+        assert self._loop is not None
+        return self._loop
+
+    @property
+    def can_come_back(self) -> bool:
+        """Whether another program could go on where this one stops."""
+        return self.began and self.store.keeps
+
+    def supervise(self) -> int:
+        """Go on with what there is, or begin; return the exit status when nothing is left."""
+        snapshot = self.earlier
+        if isinstance(snapshot, StateError):
+            raise snapshot
+        if inherited.STATE not in self.descriptors:
+            self._make_state()
+        if snapshot is not None and snapshot.fleet.exiting:
+            # All was done but the last words.
+            if self._stay(name for each in self._ours for name in each.descriptors()):
+                self.left = tuple(filter(None, [each.leave(snapshot.side) for each in self._ours]))
+            self._close_listeners()
+            return snapshot.fleet.exit_status
+        self.began = snapshot is not None
+        quota = Quota()
+
+        def spare() -> bool:
+            """With one core nobody could connect while we ask whether somebody has."""
+            return processors() > 1 and quota.processors() > 1
+
+        # Not before: from here on it is known who goes on if it fails.
+        self._loop = Loop(self.settings.busy_poll_s, spare)
+        settings, loop = self.settings, self.loop
+        # Only the soft limit, and workers get the caller's back: each draining generation and
+        # each worker costs descriptors here.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        process.give_way()
+        if settings.identity is not None:
+            starts_others = settings.worker_identity is not None
+            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
+            if starts_others:
+                privileges.reclaim()  # an upgrade in place has brought them along
+        for listener in self.listeners:
+            if snapshot is None or not listener.shared:  # else a worker has said how it listens
+                listener.claim()
+        log = self._open_log()
+        log.write(
+            "info",
+            "adopted" if snapshot else "start",
+            pid=os.getpid(),
+            name=settings.name,
+            version=__version__,
+            listen=" ".join(each.address for each in settings.listeners),
+        )
+        if snapshot is None:
+            for notice in settings.notices:
+                log.write("warning", "notice", text=notice)
+        else:
+            self._write_pid(log)
+        self.watcher = Watcher(settings, loop, log, lambda: supervisor.post(ReloadRequested()))
+        supervisor = self._supervisor(log)
+        control = self._control(supervisor, log)
+        if self.line is not None:
+            loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
+        else:
+            # There was none, or it has ended under an earlier program.
+            supervisor.effects.unguarded()
+        self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
+        if self.systemd.watchdog_s:
+            self._feed_watchdog()
+        # They were blocked from the start, so that none of them could come too early.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self.began = True
+        if snapshot is None:
+            supervisor.launch()
+        else:
+            supervisor.adopt(snapshot, self.descriptors)
+        # Signals are taken from here on; and by which of them workers finish, should none of us
+        # be there to say so.
+        accept = self.settings.handoff == handoff.LISTENER
+        self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
+        self.watcher.start(self.descriptors)
+        status = supervisor.run()
+        self.left = supervisor.effects.left
+        self.watcher.close()
+        if control is not None:
+            control.close()
+        log.close()
+        return status
+
+    def fail(self, reason: str) -> None:
+        """Nothing could be started, or can go on: let go of what is ours."""
+        self.launcher.failure = self.launcher.failure or reason
+        self._close_listeners()
+
+    def finish(self, status: int) -> None:
+        """Leave nothing behind but listeners that stay, and tell whoever waits for the end."""
+        if self.line is None:
+            # First: without it what is there is no state to go on with, but left for a start.
+            self.store.forget(inherited.SETTINGS)
+            # Whoever keeps a copy may not read in time that it is to go; the file is the same one.
+            os.ftruncate(self.descriptors[inherited.SETTINGS], 0)
+        # The relay ends with its last writer, and whoever keeps that descriptor would be one.
+        for name in self.output.descriptors():
+            self.store.forget(name)
+        self.output.finish()
+        if self.settings.notify_folder:
+            remove_folder(self.settings.notify_folder)
+        _remove_pid_file(self.settings.pid_file, self.descriptors.get(inherited.PID_FILE))
+        self.launcher.failed(status)
+        if self.line is None:
+            self.store.sync(dict.fromkeys(self.left, -1))
+        self.systemd.send(EXIT_STATUS=str(status))
+        self.guard.finish(_FAREWELL_S)
+        self.manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
+
+    # -- putting together ----------------------------------------------------
+
+    def _make_state(self) -> None:
+        try:
+            self.descriptors[inherited.STATE] = StateFile.make().fd
+        except OSError as error:
+            raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
+
+    def _open_log(self) -> Log:
+        settings = self.settings
+        log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
+        log.fold(self.loop)
+
+        try:
+            self.output.begin(self.descriptors, settings.name, self.loop, log)
+        except OSError as error:
+            where = "to syslog" if settings.to_syslog else "of workers' output"
+            asked = " for --log-prefix" if settings.log_prefix else ""
+            why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
+            if settings.to_syslog or asked:
+                raise SystemRefused(why) from error
+            # Nobody has asked for one: workers write to the file themselves.
+            self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)
+            log.reopen()
+            log.write("warning", "notice", text=why)
+            return log
+        log.reopen()
+        return log
+
+    def _supervisor(self, log: Log) -> Supervisor:
+        file = StateFile(self.descriptors[inherited.STATE])
+
+        def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Effects:
+            self.output.changed = save
+            self.watcher.kept = save
+            return Effects(
+                self.settings,
+                self.listeners,
+                loop=self.loop,
+                log=log,
+                output=self.output,
+                systemd=self.systemd,
+                launcher=self.launcher,
+                post=post,
+                held=save,
+                guarded=self.line is not None,
+                command=self.command,
+                stay=self._stay,
+            )
+
+        return Supervisor(
+            Fleet(
+                policy=self.settings.policy,
+                workers_wanted=self.settings.processes,
+                configured=self.settings.origin.configured,
+            ),
+            effects,
+            Heritage(file, self.store, log, self._others),
+            Upgrade(
+                self.command,
+                self.loop,
+                log,
+                keeps=self.settings.worker_identity is not None,
+            ),
+            loop=self.loop,
+            log=log,
+            reopen_logs=lambda: self._reopen_logs(log),
+            took=lambda number: self.guard.send(f"X_TOOK={number:d}"),
+            terminal=terminal_of(self.settings.foreground),
+            outlives_terminal=self.settings.outlives_terminal,
+        )
+
+    def _others(self) -> dict[str, int]:
+        """The descriptors of the process itself, by name."""
+        found = {
+            name: self.descriptors[name]
+            for name in (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
+            if name in self.descriptors
+        }
+        if self.line is not None and self.line.fileno() >= 0:
+            found[inherited.GUARD] = self.line.fileno()
+        if self.control_listener is not None:
+            found[inherited.CONTROL] = self.control_listener.fileno()
+        theirs = (self.launcher, self.output, self.watcher)
+        return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
+
+    def _later(self, again: object) -> None:
+        if self._loop is not None:  # else it is the end already, and finish() waits for room
+            self._loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]
+
+    def _feed_watchdog(self) -> None:
+        """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
+        self.systemd.send(WATCHDOG="1")
+        self.loop.call_after(WATCHDOG, self.systemd.watchdog_s, self._feed_watchdog)
+
+    def _reopen_logs(self, log: Log) -> None:
+        try:
+            self.output.reopen()
+        except OSError as error:
+            log.write("error", "reopen-failed", file=error.filename, error=error.strerror)
+        else:
+            # What it says, and all that the next protector does, is for the new file, too.
+            if self.settings.log_file is not None:
+                self.guard.send("X_OUTPUT=1", _STDERR)
+        log.reopen()
+        log.write("info", "reopened")
+
+    # -- the control socket ----------------------------------------------------
+
+    def _control(self, supervisor: Supervisor, log: Log) -> Control | None:
+        """Answer operators from here on."""
+        settings = self.settings
+        if self.control_listener is None:
+            return None
+        operator = Operator(supervisor, self.loop, log, lambda: self._reopen_logs(log))
+        uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
+        self.control_listener.claim()
+        control = Control(
+            self.control_listener,
+            self.loop,
+            operator.handle,
+            supervisor.effects.crew.acked,
+            uids=frozenset(uids),
+            group=settings.control_group,
+        )
+        log.observe(control.tell)
+        return control
+
+    # -- the end -------------------------------------------------------------------
+
+    @property
+    def _ours(self) -> list[Listener]:
+        return [each for each in self.listeners if not each.settings.foreign]
+
+    def _stay(self, names: Iterable[str]) -> bool:
+        """Whether descriptors of these names outlive a stop.
+
+        systemd keeps them while a restart waits, and drops them where none does.  Others who
+        listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
+        """
+        systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
+        return systemd and self.store.holds(names)
+
+    def _close_listeners(self) -> None:
+        for listener in (*self.listeners, self.control_listener):
+            if listener is not None and listener.fileno() >= 0:
+                listener.close()
+
+    # -- the guard -----------------------------------------------------------
+
+    def _hear_guard(self, supervisor: Supervisor, log: Log) -> None:
+        """Take in how processes ended that the guard has reaped; or the guard's own end."""
+        assert self.line is not None
+        try:
+            data = self.line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.loop.unwatch(self.line.fileno())
+            self.guard.close()
+            self.pid = self.systemd.pid = os.getpid()
+            log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
+            self._write_pid(log)
+            supervisor.effects.unguarded()
+            return
+        pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
+        if pid.isdigit() and status.isdigit():
+            supervisor.effects.crew.told(int(pid), *status_of(int(status)))
+
+    def _write_pid(self, log: Log) -> None:
+        """Write the pid of whoever is to be signalled into the pid file, which we hold."""
+        lock = self.descriptors.get(inherited.PID_FILE)
+        if lock is None:
+            return
+        try:
+            text = b"%d\n" % self.pid
+            # In this order a reader always finds a whole pid in the first line.
+            os.pwrite(lock, text, 0)
+            os.ftruncate(lock, len(text))
+        except OSError as error:
+            log.write("error", "pid-file-not-written", error=error.strerror)
+
+
+def _earlier(descriptors: dict[str, int]) -> Snapshot | StateError | None:
+    """Return where another program stopped, or why nobody can go on from there.
+
+    Read once: a thousand workers take their time.
+    """
+    try:
+        return (
+            checkpoint.read(descriptors[inherited.STATE])
+            if inherited.STATE in descriptors
+            else None
+        )
+    except StateError as error:
+        return error
+
+
+def _held(
+    descriptors: dict[str, int], snapshot: Snapshot | None
+) -> tuple[Settings, Sequence[ListenerSettings]]:
+    """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
+    fd = descriptors[inherited.SETTINGS]
+    settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    if snapshot is not None and snapshot.settings:
+        settings = load(snapshot.settings.encode())
+    if snapshot is not None and snapshot.coming:
+        return settings, load(snapshot.coming.encode()).listeners
+    return settings, settings.listeners
+
+
+def _listeners(
+    descriptors: dict[str, int], settings: Sequence[ListenerSettings], shared: bool
+) -> list[Listener]:
+    """Adopt the listeners that there are; what belongs to none of them is closed.
+
+    It is of a reload that never came to be, or half closed.
+    """
+    found = {
+        kind: inherited.under(descriptors, kind) for kind in (inherited.LISTENER, inherited.TWIN)
+    }
+    newest = {
+        kind: {key: max(map(_count, each)) for key, each in found[kind].items()} for kind in found
+    }
+    made = []
+    for index, each in enumerate(settings):
+        key = str(index)
+        if key in found[inherited.LISTENER]:  # else it was closed already
+            again = newest[inherited.LISTENER][key], newest[inherited.TWIN].get(key, 0)
+            first = found[inherited.LISTENER][key].pop(_name(again[0]))
+            second = found[inherited.TWIN].get(key, {}).pop(_name(again[1]), -1)
+            made.append(Listener(first, index, each, shared=shared, second=second, again=again))
+    for kind in found.values():
+        for left in kind.values():
+            for fd in left.values():
+                os.close(fd)
+    ours = [each for each in made if not shared and not each.settings.foreign]
+    for listener in [each for each in ours if not each.listens]:
+        made.remove(listener)  # an earlier program was about to close it
+        listener.close()
+    return made
+
+
+def _count(name: str) -> int:
+    return int(name or 0)
+
+
+def _name(count: int) -> str:
+    return str(count) if count else ""
+
+
+def _name_process() -> None:
+    """Show as SocketProtector where processes are listed by name (ps, pgrep, pkill)."""
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("SocketProtector")
+    except OSError:
+        pass  # no /proc: the name is a courtesy
+
+
+def _remove_pid_file(path: str | None, lock: int | None) -> None:
+    """Remove the pid file if it is still the one whose lock we hold."""
+    if path is None or lock is None:
+        return
+    try:
+        found, ours = os.lstat(path), os.fstat(lock)
+        if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
+            os.unlink(path)
+    except OSError:
+        pass  # removed already, or in a folder that is not this user's: said at start
+
+
+if __name__ == "__main__":
+    main()

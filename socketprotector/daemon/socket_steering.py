@@ -1,0 +1,466 @@
+"""Where the workers of a generation accept, under --handoff listener.
+
+Each address has two sockets (system/reuseport.py), and of two generations that follow each other
+each has its own: new clients come to the one whose turn it is, from the moment at which it is
+ready.  So the one before can accept in peace who had come to it, and read what they have to say,
+before it is told to finish: it gets nobody new whom it would take in and then close.
+
+A listener without a second socket is common to both, as everywhere else.
+
+Whoever has a socket can shut it down, for all who have it.  It listens again then, or another one
+is bound in its place, for which there must be another generation.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ..system import reuseport
+from ..system.listener import SCARCE, Listener
+from ..system.log import Log
+from ..system.loop import READ, SHUT, Loop
+from ..system.sock_diag import Line, unaccepted, unheard
+from .accept_watch import Untaken
+
+_LOOK_S = 0.1
+#: All who had come are heard, and so it has been for so long.
+QUIET_S = 1.0
+#: Who has connected and says nothing is awaited for so long.
+SILENT_S = 3.0
+#: One that has not accepted and read all by then is told to finish nevertheless.
+LAST_S = 10.0
+#: To ask the kernel takes at most this share of our time, however many connections there are.
+_ASKING_SHARE = 0.1
+_STEER_AGAIN_S = 0.5
+#: Clients that nobody accepts are given a generation of their own so often at most.
+FIRST_RESCUE_S = 1.0
+LAST_RESCUE_S = 600.0
+
+_RESCUE = "sides-rescue"
+_MEND = "sides-mend"
+_MEND_AGAIN_S = 0.1
+#: Another socket cannot be had now, and can be later.
+_LATER = SCARCE | {errno.EBUSY}
+
+
+@dataclass(slots=True)
+class _Parting:
+    """A generation that gets nobody new any more."""
+
+    began: float
+    over: Callable[[], None]
+    # In looks, for a machine that stood still in between has heard nobody meanwhile.
+    looks: int = 0
+    quiet_looks: int = 0
+    last: bool = False  # nobody comes after it before the next start
+    common: Sequence[Listener] = ()  # those without a second socket where somebody may still wait
+
+
+class Sides:
+    """Knows who accepts where: the generations' numbers, and 0 or 1 for their sockets."""
+
+    def __init__(
+        self,
+        listeners: Callable[[], Sequence[Listener]],
+        *,
+        loop: Loop,
+        log: Log,
+        parted: Callable[[int], None],
+        stranded: Callable[[], None],
+        bound: Callable[[Listener], None],
+        lost: Callable[[Listener, str], None],
+        untaken: Callable[[float, int, bool, str], None],
+    ) -> None:
+        """listeners: those that there are; their owner's.
+
+        parted: a generation has accepted and read who came to it.
+        stranded: clients wait, or will, where nobody accepts.
+        bound: a listener has another socket.  lost: one has none any more, and why.
+        untaken: for so many seconds nobody of so many was accepted, whether anybody ever was, and
+        at which addresses.
+        """
+        self._listeners = listeners
+        self._loop = loop
+        self._log = log
+        self._parted = parted
+        self._stranded = stranded
+        self._bound = bound
+        self._lost = lost
+        self._say_untaken = untaken
+        self._untaken = Untaken(
+            loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
+        )
+        self._ended = False
+        self._given_back = False  # new clients come to the sockets of those who have others' too
+        #: Generations, each with a listener whose socket on their side they do not have: it was
+        #: bound after they had been started.
+        self.unserved: frozenset[tuple[int, int]] = frozenset()
+        self.current = 0  # to which new clients come
+        self._accepting: dict[int, int] = {}  # generation -> side
+        self._parting: dict[int, _Parting] = {}
+        self._steered = True  # the kernel knows the current one
+        # Who had come before, and whether he is silent; None: the kernel is still to be asked.
+        self._unheard: dict[tuple[int, bytes], bool] | None = None
+        self._asking_s = 0.0
+        self._rescue_s = FIRST_RESCUE_S
+        self._rescued_at = 0.0
+
+    @property
+    def free(self) -> int:
+        """The side that the next generation gets."""
+        return 1 - self.current if self.current in self._accepting.values() else self.current
+
+    def adopt(self, generation: int, side: int) -> None:
+        """The workers of a generation have accepted there under an earlier program."""
+        self._accepting[generation] = side
+        for each in self._shared:  # that one may have been killed while it listened again
+            if each.is_alive(side) and not each.is_sound(side):
+                self.mend(each, side)
+        self._watch()
+
+    def enter(self, generation: int, side: int) -> None:
+        """The workers of a generation, which are yet to be started, accept there."""
+        for each in self._shared:
+            self._make_ready(each, side)
+        self._accepting[generation] = side
+        self._watch()
+
+    def leave(self, generation: int) -> None:
+        """They do not any more: they were told to finish, or are gone."""
+        self._accepting.pop(generation, None)
+        self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
+        if self._parting.pop(generation, None) is not None:
+            self._loop.cancel(("part", generation))
+        self._watch()
+
+    def expect(self, listener: Listener) -> None:
+        """Have those who connect to a new listener come to the generation that is to know it."""
+        try:
+            if listener.second is not None:
+                listener.steer(self.free)
+        except OSError:
+            pass  # it is tried again when that generation has its turn
+
+    def turn_to(self, side: int, *, again: bool = False) -> None:
+        """Have new clients come to a side.  again: its generation had its turn before."""
+        self._turn_to(side)
+        if side in self._accepting.values():
+            self._untaken.begin(before_us=again)
+
+    def _turn_to(self, side: int) -> None:
+        self.current = side
+        self._steer()
+        self._watch()
+
+    @property
+    def untaken_s(self) -> float | None:
+        """For how long nobody was accepted who waits where new clients come; None: no wonder."""
+        return self._untaken.seconds
+
+    def part(self, generation: int) -> None:
+        """Say when a generation whose turn is over has accepted who came to it."""
+        if generation not in self._accepting or not self._pairs:
+            self._parted(generation)
+            return
+        self._yield(generation)
+        self._begin(generation, _Parting(time.monotonic(), partial(self._parted, generation)))
+
+    def part_last(self, generation: int, over: Callable[[], None]) -> None:
+        """Say when the last generation has accepted who came to it before.
+
+        Whoever comes later waits for the next start, where there is a second socket; else as soon
+        as the generation is told to finish.
+        """
+        self.give_back()
+        side = self._accepting.get(generation, 0)
+        common = [each for each in self._shared if each.second is None]
+        parting = _Parting(time.monotonic(), over, last=True, common=common)
+        self._untaken.end()
+        if generation in self._accepting and (self._own(side) or common):
+            self._begin(generation, parting)
+        else:
+            over()
+
+    @property
+    def share(self) -> bool:
+        """Whether there is a second socket of ours beside one that was passed in."""
+        return any(each.settings.foreign for each in self._pairs)
+
+    def give_back(self) -> None:
+        """Have new clients come to whoever has passed a socket in, and goes on listening there."""
+        self._given_back = True
+        if self.share:
+            self._steer()
+
+    def _own(self, side: int) -> list[Listener]:
+        """Those of two sockets to which nobody new comes while the other side is meant."""
+        owners = self._given_back and side == 0
+        return [each for each in self._pairs if not (owners and each.settings.foreign)]
+
+    def _begin(self, generation: int, parting: _Parting) -> None:
+        self._parting[generation] = parting
+        self._unheard = None
+        self._look(generation)
+
+    def _yield(self, generation: int) -> bool:
+        """Have new clients wait where nobody accepts, if there is such a side."""
+        side = self._accepting[generation]
+        if side == self.current and 1 - side not in self._accepting.values():
+            self._turn_to(1 - side)  # where they wait for a generation that is yet to come
+            return True
+        return False
+
+    def end(self) -> None:
+        """The listeners are about to be closed: what is shut down now may stay so."""
+        self._ended = True
+        self._untaken.end()
+        for each in self._shared:
+            for one in each.sockets:
+                self._loop.unwatch(one.fileno())
+        self._loop.cancel(_RESCUE)
+        self._loop.cancel(_MEND)
+
+    # -- whose turn it is --------------------------------------------------------
+
+    @property
+    def _pairs(self) -> list[Listener]:
+        return [each for each in self._listeners() if each.second is not None]
+
+    def _steer(self) -> None:
+        """Tell the kernel; until it is told they come to the other side, which goes on."""
+        try:
+            for each in self._pairs:
+                each.steer(0 if self._given_back and each.settings.foreign else self.current)
+        except OSError as error:
+            if self._steered:
+                self._log.write("error", "not-steered", error=error.strerror)
+            self._steered = False
+            self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
+        else:
+            self._steered = True
+            self._loop.cancel("steer")
+
+    # -- the one before ------------------------------------------------------------
+
+    def _look(self, generation: int) -> None:
+        parting, side = self._parting[generation], self._accepting[generation]
+        now, self._asking_s = time.monotonic(), 0.0
+        parting.common = [each for each in parting.common if each.has_waiting()]
+        own = self._own(side)
+        waiting = any(each.has_waiting(side) for each in own) or bool(parting.common)
+        turned = parting.last and self._yield(generation)
+        if not self._steered or turned:  # they still come here, or have
+            self._unheard = None
+            parting.began, parting.looks = now, 0
+        if self._unheard is None:
+            # And whoever has come to the other side just now: not if he waits there, for then it
+            # is others who let him wait.
+            self._unheard = self._ask(own, accepted=not waiting)
+        elif self._unheard and (still := self._ask(own, accepted=not waiting)) is not None:
+            self._unheard = {who: still[who] for who in self._unheard if who in still}
+        parting.looks += 1
+        parting.quiet_looks += 1
+        known = self._steered and self._unheard is not None
+        if waiting or not known or not all((self._unheard or {}).values()):
+            parting.quiet_looks = 0
+        quiet = parting.quiet_looks * _LOOK_S > QUIET_S
+        awaited = self._unheard and parting.looks * _LOOK_S < SILENT_S
+        late = now - parting.began >= LAST_S
+        if late or (quiet and not awaited):
+            if waiting:
+                hint = "its workers do not accept; what they leave is given to others"
+                self._log.write("warning", "not-taken", generation=generation, hint=hint)
+            del self._parting[generation]
+            parting.over()
+            return
+        delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
+        self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
+
+    def _ask(
+        self, pairs: Sequence[Listener], *, accepted: bool
+    ) -> dict[tuple[int, bytes], bool] | None:
+        """Return who has not been heard at these addresses; nobody where the kernel does not tell.
+
+        accepted: without those who are still to be accepted.
+
+        None where it could not be asked just now.
+        """
+        began = time.monotonic()
+        found: dict[tuple[int, bytes], bool] = {}
+        for each in pairs:
+            try:
+                known = unheard(each.socket.family, each.port, accepted=accepted)
+            except OSError as error:
+                if error.errno in SCARCE:
+                    return None
+                continue  # sock_diag is not there: QUIET_S is far longer than most take
+            found.update(((each.index, client), silent) for client, silent in known.items())
+        self._asking_s = time.monotonic() - began
+        return found
+
+    # -- a socket that was shut down ---------------------------------------------------
+
+    @property
+    def _shared(self) -> list[Listener]:
+        return [each for each in self._listeners() if each.shared and not each.lost]
+
+    def mend(self, listener: Listener, side: int) -> None:
+        """Have a socket that somebody has shut down listen again, or another one in its place."""
+        if self._ended or listener.lost:
+            return
+        self._loop.unwatch(listener.of_side(side).fileno())
+        if listener.listen_again(side):
+            # Before it is said: until then who connects waits at the other socket, in vain.
+            self._steer()
+            self._log.write("warning", "listens-again", listen=listener.settings.address)
+        else:
+            self._replace(listener, side)
+        # Somebody who does it again and again does not keep us busy.
+        self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
+
+    def _make_ready(self, listener: Listener, side: int) -> None:
+        """Have no generation begin with what an earlier one has done to a socket."""
+        if not listener.is_alive(side) or not listener.is_sound(side):
+            self.mend(listener, side)
+        if listener.second is None:
+            listener.let_in()
+        elif side not in self._accepting.values():
+            try:
+                reuseport.reset(listener.of_side(side))
+            except OSError:  # locked, and so it stays
+                self._loop.unwatch(listener.of_side(side).fileno())
+                self._replace(listener, side)
+
+    def _replace(self, listener: Listener, side: int) -> None:
+        address = listener.settings.address
+        common = listener.second is None
+        try:
+            listener.bind_anew(side)
+        except OSError as error:
+            if error.errno in _LATER:
+                return
+            if common:
+                listener.lost = True
+                self._lost(listener, error.strerror or str(error))
+                return
+            listener.go_on_without(side)
+        self._steer()
+        self._log.write("warning", "bound-anew", listen=address)
+        without = {
+            (generation, listener.index)
+            for generation, its in self._accepting.items()
+            if common or its == side
+        }
+        self.unserved |= without
+        self._bound(listener)
+        if without:
+            self._stranded()
+
+    # -- where nobody accepts --------------------------------------------------------
+
+    def _in_vain(self) -> list[tuple[Listener, int]]:
+        """Return the sockets at which clients would wait for nobody."""
+        return [
+            (each, number)
+            for each in self._shared
+            for number in range(len(each.sockets))
+            if not self._is_served(each, number)
+        ]
+
+    def _is_served(self, listener: Listener, number: int) -> bool:
+        if self._given_back and listener.settings.foreign:
+            return True  # who comes now is their owner's
+        there = {
+            generation
+            for generation, side in self._accepting.items()
+            if side % len(listener.sockets) == number
+        }
+        if not there:
+            # As long as nobody accepts at all, or where the next one will, they wait for that.
+            return not self._accepting or number == self.current
+        return any((generation, listener.index) not in self.unserved for generation in there)
+
+    def _watch(self) -> None:
+        """Be told of what is shut down; and of whoever comes, or still waits, in vain.
+
+        And of the next one who comes to be accepted, where it is not known that anybody is.
+        """
+        if self._ended:
+            return
+        if self.current not in self._accepting.values():
+            self._untaken.end()
+        in_vain = self._in_vain()
+        if not in_vain:
+            self._loop.cancel(_RESCUE)
+        looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
+        awaited = self._lines_of(in_vain) if self._untaken.awaits else []
+        try:
+            for each in self._shared:
+                each.note()
+                for number, one in enumerate(each.sockets):
+                    self._loop.unwatch(one.fileno())
+                    expected = (each, number) in looked_at or (each, number) in awaited
+                    events = SHUT | READ if expected else SHUT
+                    self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
+        except OSError:  # of epoll: no memory
+            for one in (one for each in self._shared for one in each.sockets):
+                self._loop.unwatch(one.fileno())  # until then none may be told of who comes
+            self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
+            if looked_at:
+                self._somebody_waits()
+
+    def _look_at(self, listener: Listener, number: int) -> None:
+        if not listener.is_alive(number):
+            self.mend(listener, number)
+        elif (listener, number) in self._in_vain():
+            self._somebody_waits()
+        elif self._untaken.awaits:  # he may be accepted by now: then nobody waits at the look
+            self._untaken.came(listener.index)
+
+    def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
+        """Return the sockets where new clients come, but for those with nobody who accepts."""
+        found = [(each, self.current % len(each.sockets)) for each in self._shared]
+        return [each for each in found if each not in in_vain]
+
+    def _lines(self) -> dict[int, Line]:
+        """Return who waits for the generation whose turn it is; without what nobody tells."""
+        found: dict[int, Line] = {}
+        for each, number in self._lines_of(self._in_vain()):
+            if not each.has_waiting(number):
+                found[each.index] = ()
+                continue
+            try:
+                line = unaccepted(each.of_side(number))
+            except OSError:
+                continue
+            if line:  # else they came from another network namespace
+                found[each.index] = line
+        return found
+
+    def _untaken_by(self, seconds: float, waiting: int, ever: bool, at: frozenset[int]) -> None:
+        addresses = [each.settings.address for each in self._listeners() if each.index in at]
+        self._say_untaken(seconds, waiting, ever, " ".join(addresses))
+
+    def _somebody_waits(self) -> None:
+        """Look again later: one that was told to finish may still accept him."""
+        for each, number in self._in_vain():
+            self._loop.unwatch(each.of_side(number).fileno())
+        now = time.monotonic()
+        if now - self._rescued_at > LAST_RESCUE_S:
+            self._rescue_s = FIRST_RESCUE_S
+        delay_s = max(self._rescue_s, self._rescued_at + self._rescue_s - now)
+        self._loop.call_after(_RESCUE, delay_s, self._rescue)
+
+    def _rescue(self) -> None:
+        waiting = [each for each, number in self._in_vain() if each.has_waiting(number)]
+        if waiting:
+            addresses = " ".join(each.settings.address for each in waiting)
+            self._log.write("warning", "stranded", listen=addresses)
+            self._rescued_at = time.monotonic()
+            self._rescue_s = min(2 * self._rescue_s, LAST_RESCUE_S)
+            self._stranded()
+        self._watch()  # it may be that nobody could be opened now

@@ -1,0 +1,333 @@
+"""The loop's centre: facts come in as events, `decide` answers, effects act.
+
+Signals, pidfds, timers and notify sockets only put an event on the queue.  Nothing is
+decided here but what a signal means.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import select
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+
+from ..core.events import (
+    Action,
+    Event,
+    Hold,
+    Launched,
+    News,
+    Open,
+    ReadSettings,
+    ReloadRequested,
+    RouteTo,
+    ScaleRequested,
+    Spawn,
+    StopRequested,
+)
+from ..core.fleet import Fleet
+from ..core.lifecycle import decide, resume
+from ..core.snapshot import Snapshot
+from ..model import fd_budget
+from ..model.handoff import CANNOT
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.process import reap_orphans
+from ..system.sd_notify import WATCHDOG
+from .checkpoint import Heritage
+from .effects import RECORDED, Effects
+from .upgrade import Upgrade
+
+_SIGNALS = (
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGQUIT,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+
+#: How soon to look again whether who keeps descriptors has taken in what it was told, and
+#: how long an upgrade waits for that: far longer than it takes one that reads at all.
+_AGAIN_S = 0.05
+_BEHIND_S = 10.0
+#: After so much work of ours we look who has come; to start a worker takes a millisecond.
+_BREATH_S = 0.005
+#: How soon to look again behind a child that somebody else here reaps; later each time in a row.
+_FIRST_REAP_S = 0.01
+_LAST_REAP_S = 1.0
+_NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind"
+
+
+class Supervisor:
+    """Holds the fleet and the queue of events; nobody else changes either."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        effects: Callable[[Callable[[Event], None], Callable[[], bool]], Effects],
+        heritage: Heritage,
+        upgrade: Upgrade,
+        *,
+        loop: Loop,
+        log: Log,
+        reopen_logs: Callable[[], None],
+        took: Callable[[int], object],
+        terminal: int | None,
+        outlives_terminal: bool,
+    ) -> None:
+        """`effects` is given the queue's entrance and `save`, and returns what acts.
+
+        took: told of each signal that has come, before it is acted on.
+        terminal: a descriptor of the terminal that a foreground protector lives on;
+        outlives_terminal: it was started so as to go on without (nohup).
+        """
+        self._fleet = fleet
+        self._queue: deque[Event] = deque()
+        self._undone: deque[Action] = deque()  # decided, and maybe not carried out
+        # Those of them that the state tells of: it is written for each of a thousand spawns.
+        self._told: deque[Action] = deque()
+        self._working = False
+        self._loop = loop
+        self._log = log
+        self._reopen_logs = reopen_logs
+        self._took = took
+        self._terminal = terminal
+        self._outlives_terminal = outlives_terminal
+        self._heritage = heritage
+        self._upgrade = upgrade
+        self._handing_over = False
+        self._give_up_at: float | None = None  # on the upgrade that waits
+        self._breath_at = 0.0  # when to look again who has come
+        self.effects = effects(self.post, self.save)
+        # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
+        # ended.  Their own ends come by pidfds.
+        loop.catch(_SIGNALS, self._signalled)
+
+    @property
+    def fleet(self) -> Fleet:
+        return self._fleet
+
+    def launch(self) -> None:
+        """Begin with the first generation."""
+        self.post(Launched())
+
+    def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> None:
+        """Go on where another program stopped; takes ownership of its descriptors."""
+        self._fleet = snapshot.fleet
+        self._working = True  # what comes back meanwhile waits until all of it stands again
+        now = time.monotonic()
+        left_s = {each: due - now for each, due in snapshot.due}
+        self._order(resume(self._fleet, left_s, snapshot.undone))
+        self._queue.extend(self.effects.adopt(snapshot, descriptors))
+        self._act(Hold, RouteTo)  # so that nobody who connects has to wait for what follows
+        for events in self.effects.adopt_workers(snapshot, descriptors):
+            self._queue.extend(events)
+            self._breathe()
+        self._act()
+        self.effects.welcome(self._fleet)
+        self._work()
+
+    def run(self) -> int:
+        """Supervise until nothing is left.  Returns the exit status."""
+        self._reap_orphans()  # an earlier program may have been told, and not come to it
+        self._loop.run()
+        self.effects.close()
+        return self.effects.exit_status or 0
+
+    def post(self, event: Event) -> None:
+        """Put an event on the queue, and work the queue off unless that is going on."""
+        self._queue.append(event)
+        if not self._working:
+            self._work()
+
+    def _work(self) -> None:
+        """Work the queue off."""
+        self._working = True
+        acted = True  # whoever calls may have
+        try:
+            while self._queue:
+                event = self._queue.popleft()
+                self._fleet, actions = decide(self._fleet, event)
+                self._log.write("debug", "decided", about=event, actions=list(actions))
+                self._order(actions)
+                self.save()
+                acted = bool(self._undone)
+                self._act()
+                self._breathe()
+        finally:
+            self._working = False
+        if acted:
+            self.save()
+
+    def _order(self, actions: Iterable[Action]) -> None:
+        """Have these carried out after the others."""
+        for each in actions:
+            self._undone.append(each)
+            if isinstance(each, RECORDED):
+                self._told.append(each)
+
+    def _act(self, *kinds: type[Action]) -> None:
+        """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
+
+        kinds: go no further than these.
+        """
+        while self._undone and (not kinds or isinstance(self._undone[0], kinds)):
+            action = self._undone[0]
+            self.effects.perform(action)
+            self._undone.popleft()
+            if self._told and self._told[0] is action:
+                self._told.popleft()
+            if isinstance(action, Open | Spawn):
+                self.save()  # it cannot be repeated: what was made must be known
+            self._breathe()
+
+    def _breathe(self) -> None:
+        """Go back to the connections in the middle of what concerns many workers.
+
+        And to the watchdog; all else waits, so that one event is worked off after the other.
+        """
+        if time.monotonic() >= self._breath_at:
+            self.effects.forwarder.look()
+            self._loop.run_if_due(WATCHDOG)
+            self._breath_at = time.monotonic() + _BREATH_S
+
+    def save(self) -> bool:
+        """Write down how things are; say whether that is done."""
+        return self._heritage.save(self.effects, self._fleet, self._told)
+
+    def begin_upgrade(self) -> None:
+        """Ask the new program whether it can take over; it is executed when it says so."""
+        if self._handing_over:
+            return
+        if self._give_up_at is not None:
+            self._log.write("info", "upgrade-under-way")
+        elif self._heritage.write(self.effects, self._fleet):
+            self._upgrade.begin(self._heritage.descriptors(self.effects), self._hand_over)
+        else:
+            self._upgrade.failed(_NOT_KEPT)
+
+    def _hand_over(self) -> None:
+        """Become the new program, which goes on after the last signal that has come to us."""
+        if not self._heritage.told:
+            self._hand_over_later()
+            return
+        self._give_up_at = None
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._handing_over = True
+        # Those whose handler has run are known to this program alone.
+        self._loop.take_signals()
+        if self.effects.exiting:
+            pass  # nothing is left to go on with
+        elif self._heritage.write(self.effects, self._fleet):
+            self.effects.configuration.stop_reading()
+            self.effects.crew.stop_checking()
+            self._upgrade.execute(self._heritage.descriptors(self.effects))
+            self.effects.crew.go_on_checking()
+            if self._fleet.reading:
+                self.effects.perform(ReadSettings())
+        else:
+            self._upgrade.failed(_NOT_KEPT)
+        self._handing_over = False
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _hand_over_later(self) -> None:
+        """Let who keeps the descriptors read on first, but not for ever."""
+        now = time.monotonic()
+        if self._give_up_at is None:
+            self._give_up_at = now + _BEHIND_S
+            self._log.write(
+                "warning", "upgrade-waits", hint="who keeps the descriptors has to read on first"
+            )
+        elif now >= self._give_up_at:
+            self._give_up_at = None
+            self._upgrade.failed(
+                f"who keeps the descriptors has not read on for {_BEHIND_S:g} s: "
+                "the service manager or the guard hangs"
+            )
+            return
+        self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
+
+    def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
+        """Reap what was left to us: nothing, but for PID 1 of a container and sub-reapers."""
+        reaped, more = reap_orphans()
+        if reaped:
+            self.effects.crew.others_ended()
+        if more:
+            later_s = min(2 * again_s, _LAST_REAP_S)
+            delay_s = 0.0 if reaped else again_s
+            self._loop.call_after("reap", delay_s, lambda: self._reap_orphans(later_s))
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            # When those have been called back who wait for a child of their own.
+            self._loop.call_after("reap", 0.0, self._reap_orphans)
+            return
+        # Before, so that one that is our end is not that of the next program as well.
+        self._took(number)
+        self._log.write("info", "signal", signal=signal.Signals(number).name)
+        match number:
+            case signal.SIGHUP if self._terminal_is_gone():
+                if not self._outlives_terminal:
+                    self.post(StopRequested())
+            case signal.SIGHUP:
+                self.post(ReloadRequested())
+            case signal.SIGTERM | signal.SIGQUIT:
+                self.post(StopRequested())
+            case signal.SIGINT:
+                self.post(StopRequested(quick=True))
+            case signal.SIGTTIN:
+                self._scale_by(+1)
+            case signal.SIGTTOU:
+                self._scale_by(-1)
+            case signal.SIGUSR1:
+                self._reopen_logs()
+            case signal.SIGUSR2:
+                self.begin_upgrade()
+
+    def scale(self, asked: ScaleRequested) -> str | None:
+        """Have another number of workers; return why that cannot be, None if it can."""
+        settings, now = self.effects.configuration.settings, self._fleet.workers_wanted
+        wanted = now + asked.change if asked.to is None else asked.to
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        cannot = CANNOT.get((settings.handoff, "scale"))
+        if cannot is None and wanted > now:
+            cannot = fd_budget.refused(settings, wanted, hard)
+            doubtful = fd_budget.doubtful(settings, wanted, hard)
+            if cannot is None and doubtful is not None:
+                self._log.write("warning", "notice", text=doubtful)
+        if cannot is None:
+            self.post(asked)
+        return cannot
+
+    def _scale_by(self, change: int) -> None:
+        cannot = self.scale(ScaleRequested(change))
+        if cannot is not None:
+            self._log.write("warning", News.REFUSED.value, reason=cannot)
+
+    def _terminal_is_gone(self) -> bool:
+        if self._terminal is None:
+            return False
+        poll = select.poll()
+        poll.register(self._terminal, 0)
+        return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+def terminal_of(foreground: bool) -> int | None:
+    """Return a descriptor of the terminal that we live on, if there is one.
+
+    The controlling one, whose end sends HUP, whatever stdin, stdout and stderr are (nohup
+    turns all three away from it).
+    """
+    if not foreground:
+        return None
+    try:
+        return os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return next((os.dup(fd) for fd in (0, 1, 2) if os.isatty(fd)), None)

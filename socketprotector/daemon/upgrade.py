@@ -1,0 +1,149 @@
+"""USR2: the protector's own program is replaced in place, if the new one says that it can.
+
+A probe, which is a process of the new program, loads the state first and answers.  Only then
+does this process execute the new program: same pid, same children, nothing closed.
+A broken install is found out by the probe, and changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+from .. import __version__
+from ..model import text
+from ..model.records import Program
+from ..system import inherited, privileges
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.process import Process, spawn
+
+#: How long the probe may take: it loads a program, on a busy machine.
+PROBE_S = 30.0
+_LAST_BYTES = 4096
+#: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
+_NEEDED = 6
+_ANSWER = b"ok "
+_TIMER = "probe"
+
+
+class Upgrade:
+    """One upgrade at a time: probe, then exec."""
+
+    def __init__(self, command: tuple[str, ...], loop: Loop, log: Log, *, keeps: bool) -> None:
+        """`command` executes the protector, by a path that a new release changes.
+
+        keeps: the new program is to have the capabilities that we kept (system/privileges.py).
+        """
+        self._keeps = keeps
+        self._command = command
+        self._loop = loop
+        self._log = log
+        self._probe: Process | None = None
+
+    def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
+        """Probe the new program with the settings and the state; call back if it says yes."""
+        if self._probe is not None:
+            self._log.write("info", "upgrade-under-way")
+            return
+        opened: list[int] = []
+        try:
+            receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            opened += (receive, send)
+            said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+            opened.append(said)
+            self._probe = self._spawn(descriptors, send, said)
+        except OSError as error:  # out of descriptors, too: then the old program goes on
+            self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
+            for fd in opened:
+                os.close(fd)
+            return
+        os.close(send)
+        probe = self._probe
+
+        def ended() -> None:
+            result = probe.reap()
+            if result is None:
+                return  # it cannot be waited for yet: somebody traces it
+            self._loop.unwatch(probe.pidfd)
+            late = self._loop.due(_TIMER) is None
+            self._loop.cancel(_TIMER)
+            answer, last = _read(receive), os.pread(said, _LAST_BYTES, _start_of_end(said))
+            probe.close()
+            os.close(receive)
+            os.close(said)
+            self._probe = None
+            if answer.startswith(_ANSWER):
+                version = answer[len(_ANSWER) :].decode("ascii", "replace").strip()
+                self._log.write("info", "upgrading", version=version)
+                ready()
+                return
+            lines = last.decode("utf-8", "replace").strip().splitlines()
+            why = text.escape(lines[-1]) if lines else "it said nothing"
+            how = f"did not answer in {PROBE_S:g} s" if late else result.how
+            self.failed(f"the new program {how}: {why}")
+
+        self._loop.watch(probe.pidfd, ended)
+        self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)
+
+    def _spawn(self, descriptors: Mapping[str, int], answer: int, said: int) -> Process:
+        given = {
+            inherited.SETTINGS: descriptors[inherited.SETTINGS],
+            inherited.STATE: descriptors[inherited.STATE],
+            inherited.PROBE: answer,
+        }
+        program = Program(
+            path=self._command[0],
+            argv=self._command,
+            directory="/",
+            environment=tuple(os.environ.items()),
+            umask=0o077,
+            limits=(),
+            nice=0,
+        )
+        places = {1: said, 2: said, **dict(enumerate(given.values(), inherited.FIRST))}
+        return spawn(program, inherited.names(given), places, tell_pid=inherited.PID)
+
+    def failed(self, reason: str) -> None:
+        """Say that the old program goes on, and why."""
+        self._log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
+
+    def execute(self, descriptors: Mapping[str, int]) -> None:
+        """Become the new program, to be called with signals blocked.
+
+        Returns only if that fails, with everything as it was.
+        """
+        self._log.tell_all()
+        kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}
+        try:
+            _need_descriptors()
+            with (
+                privileges.lent() if self._keeps else nullcontext(),
+                inherited.left_in_place(kept) as variables,
+            ):
+                os.execve(self._command[0], self._command, {**os.environ, **variables})
+        except OSError as error:
+            self.failed(f"{self._command[0]}: {error.strerror}")
+
+
+def _need_descriptors() -> None:
+    """Raise OSError if a program could not even be loaded: after the exec it would be too late."""
+    opened: list[int] = []
+    try:
+        for _ in range(_NEEDED):
+            opened.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, _LAST_BYTES)
+    except BlockingIOError:
+        return b""
+
+
+def _start_of_end(fd: int) -> int:
+    return max(0, os.fstat(fd).st_size - _LAST_BYTES)

@@ -1,0 +1,113 @@
+"""Answers over HTTP or HTTPS: /metrics, /healthz, /readyz.
+
+Whoever connects and says nothing holds nobody up: each connection has a thread, a limit of
+time, and is one of a limited number.  Source: ssl, http.server.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from .. import __version__
+from .collector import Instances
+
+#: For a handshake, for a request, and for each answer.
+CONNECTION_S = 10.0
+CONNECTIONS = 64
+_PAGES = "/metrics, /healthz, /readyz"
+
+
+class Server(ThreadingHTTPServer):
+    """Listens; a thread for each connection."""
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(
+        self, address: tuple[str, int], instances: Instances, tls: ssl.SSLContext | None
+    ) -> None:
+        """Bind and listen.  Raises OSError."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.instances = instances
+        self.registry = CollectorRegistry()
+        self.registry.register(instances)
+        self._tls = tls
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(address, Handler)
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take it unless too many are there."""
+        return self._free.acquire(blocking=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give it a thread of its own."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no more threads
+            self._free.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection; the handshake, too, is this thread's."""
+        try:
+            request.settimeout(CONNECTION_S)
+            if self._tls is not None:
+                try:
+                    request = self._tls.wrap_socket(request, server_side=True)
+                except OSError:  # no TLS, or not in time
+                    request.close()
+                    return
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    server: Server
+    server_version = f"socketprotector-exporter/{__version__}"
+    sys_version = ""
+    error_message_format = "%(message)s\n"
+    error_content_type = "text/plain; charset=utf-8"
+
+    def do_GET(self) -> None:
+        match self.path.partition("?")[0]:
+            case "/metrics":
+                encode, kind = choose_encoder(self.headers.get("Accept") or "")
+                self._answer(HTTPStatus.OK, encode(self.server.registry), kind)
+            case "/healthz":
+                self._say(HTTPStatus.OK, "ok")
+            case "/readyz":
+                unready = self.server.instances.unready()
+                status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
+                self._say(status, "\n".join(unready) or "ok")
+            case _:
+                self._say(HTTPStatus.NOT_FOUND, f"not here; there is {_PAGES}")
+
+    do_HEAD = do_GET
+
+    def _say(self, status: HTTPStatus, text: str) -> None:
+        self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8")
+
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: one line a scrape says nothing to anybody."""

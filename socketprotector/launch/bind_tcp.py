@@ -1,0 +1,338 @@
+"""Bind what the operator asked for, all or nothing.
+
+Runs in the launching process only, so that whatever is wrong is said on the operator's
+terminal before anything has changed.
+
+Source: bind(2), tcp(7), ipv6(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from ..model.errors import Refusal, SystemRefused, UsageError
+from ..model.frozen import frozen
+from ..model.settings import ListenerSettings
+from ..system import reuseport
+from ..system.sock_diag import listening
+from . import port_owner, socket_options
+from .bind_unix import bind_unix, refit
+from .listen_spec import Listen
+
+#: One number for two sockets: another program may take it between the two binds.
+_SAME_PORT_TRIES = 16
+
+
+@frozen
+class Bound:
+    """A listening socket and what is known of it."""
+
+    socket: socket.socket
+    settings: ListenerSettings
+    left: bool = False  # by the protector before us, and kept by somebody else
+
+    def discard(self) -> None:
+        """Close it, and remove the socket file it made."""
+        self.socket.close()
+        if self.settings.inode and not self.left:
+            path = self.settings.address.removeprefix("unix:")
+            try:
+                found = os.lstat(path)
+                if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+                    os.unlink(path)
+            except OSError:
+                pass  # removed already
+
+
+def bind_all(
+    listens: Sequence[Listen],
+    backlog: int,
+    *,
+    notice: Callable[[str], None],
+    passed: Mapping[int, list[Bound]] | None = None,
+    left: Mapping[str, Bound] | None = None,
+    have: Collection[str] = (),
+    dry: bool = False,
+) -> list[Bound]:
+    """Bind every address, in order, and listen; dry: only see whether it could be done.
+
+    passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
+    same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
+    already, and are left out.  The caller owns what is returned (nothing when dry: see not_bound).
+    When one fails, what was bound is closed again.
+    Raises Refusal.  `notice` is told what is worth knowing.
+    """
+    bound: list[Bound] = []
+    earlier: dict[str, Listen] = {}
+    try:
+        for index, listen in enumerate(listens):
+            if passed and index in passed:
+                found = passed[index]
+            elif f"unix:{listen.path}" in have:
+                found = []
+            elif left and f"unix:{listen.path}" in left:
+                found = [left[f"unix:{listen.path}"]]
+            elif listen.path is not None:
+                _refuse_twice(f"unix:{listen.path}", listen, earlier)
+                found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
+            else:
+                found = _bind_tcp(
+                    listen, listen.backlog(backlog), notice, have, left or {}, earlier, dry=dry
+                )
+            earlier |= {each.settings.address: listen for each in found}
+            bound += (
+                replace(each, settings=replace(each.settings, **listen.told)) for each in found
+            )
+    except BaseException:
+        for each in bound:
+            each.discard()
+        raise
+    if dry:
+        for each in bound:
+            each.socket.close()
+        return []
+    return bound
+
+
+def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
+    """Make ready what workers are to accept from; return second sockets by their places.
+
+    The caller owns them.  `notice` is told of an address that cannot have one, and should.  Whether
+    they block is said here and never again, for the flag is that of all who have a socket; of one
+    that was given to us its giver has said it.
+    """
+    found = {}
+    for place, each in enumerate(bound):
+        foreign = each.settings.foreign
+        try:
+            if not foreign:
+                each.socket.setblocking(not each.settings.nonblock)
+            elif why := _kept_from(each.socket, bound):
+                notice(_alone(each, why))
+                reuseport.steer_if_can(each.socket)  # the group may be one that somebody has left
+                continue
+            second = reuseport.make(each.socket)
+        except OSError as error:
+            notice(_alone(each, str(error.strerror)))
+            continue
+        if second is not None:
+            second.setblocking(os.get_blocking(each.socket.fileno()))
+            found[place] = Bound(second, each.settings)
+    return found
+
+
+def _alone(one: Bound, why: str) -> str:
+    return (
+        f"{one.settings.address}: there can be no second socket ({why}), so "
+        "old and new generation accept from one: a server that closes what it has "
+        "accepted and not read loses that at a reload"
+    )
+
+
+def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
+    """Say why one that was given to us may not share its address; nothing where it may.
+
+    Whoever has opened it says so (`ReusePort=yes` of a unit), and the group is ours alone: places
+    in it would be told wrongly where what an earlier protector has left behind still listens.
+    """
+    if given.family not in (socket.AF_INET, socket.AF_INET6):
+        return ""
+    if not given.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        return "it was passed in without ReusePort=yes"
+    known = {os.fstat(each.socket.fileno()).st_ino for each in bound}
+    if not listening(given.family, given.getsockname()[1]).keys() <= known:
+        return "somebody else listens on that port"
+    return ""
+
+
+def _addresses(
+    listen: Listen, notice: Callable[[str], None]
+) -> list[tuple[socket.AddressFamily, str]]:
+    """Return the (family, numeric host) pairs that a LISTEN argument means."""
+    if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
+        return [(socket.AF_INET6, "::")]  # takes IPv4 too
+    if listen.host is None:
+        found = [(socket.AF_INET, "0.0.0.0")]
+        if _has_ipv6():
+            found.append((socket.AF_INET6, "::"))
+        else:
+            notice(f"{listen.text}: no IPv6 here; listening on 0.0.0.0 only")
+        return found
+    try:
+        answers = socket.getaddrinfo(
+            listen.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
+        raise SystemRefused(
+            f"cannot resolve {listen.host} in {listen.text}: {reason}; check the name, "
+            "or write the address as a number"
+        ) from error
+    found = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+    usable = [each for each in found if each[0] != socket.AF_INET6 or _has_ipv6()]
+    if usable and usable != found:
+        notice(f"{listen.text}: no IPv6 here; listening on {usable[0][1]} only")
+    return usable or found
+
+
+def _has_ipv6() -> bool:
+    """Whether an IPv6 socket can be bound: the kernel may lack it, or have it turned off."""
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError as error:
+        return error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+    return True
+
+
+def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
+    """Return the canonical addresses that an argument means, as far as they are known before."""
+    if listen.path is not None:
+        return [f"unix:{listen.path}"]
+    return [_canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
+
+
+def not_bound(
+    listen: Listen, notice: Callable[[str], None], have: Collection[str] = ()
+) -> list[ListenerSettings]:
+    """Return what binding an argument would add to the addresses in `have`; port 0 stays 0."""
+    found = addresses_of(listen, notice)
+    return [ListenerSettings(each, **listen.told) for each in found if each not in have]
+
+
+def _canonical(family: socket.AddressFamily, host: str, port: int) -> str:
+    return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
+
+
+def _bind_tcp(
+    listen: Listen,
+    backlog: int,
+    notice: Callable[[str], None],
+    have: Collection[str],
+    left: Mapping[str, Bound],
+    earlier: Mapping[str, Listen],
+    *,
+    dry: bool,
+) -> list[Bound]:
+    addresses = [
+        (family, host)
+        for family, host in _addresses(listen, notice)
+        if _canonical(family, host, listen.port) not in have
+    ]
+    for family, host in addresses if listen.port else ():
+        _refuse_twice(_canonical(family, host, listen.port), listen, earlier)
+    for tries_left in reversed(range(_SAME_PORT_TRIES)):
+        bound: list[Bound] = []
+        port = listen.port
+        try:
+            for family, host in addresses:
+                each = left.get(_canonical(family, host, port)) or _bind_one(
+                    listen, family, host, port, None if dry else backlog
+                )
+                bound.append(each)
+                port = each.socket.getsockname()[1]
+        except OSError as error:
+            for each in bound:
+                each.socket.close()
+            taken = error.errno == errno.EADDRINUSE and listen.port == 0 and bound
+            if not (taken and tries_left):
+                raise _cannot_bind(listen, host, port, error) from error
+        else:
+            return bound
+    raise AssertionError("the last try returns or raises")
+
+
+def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
+    """Raise UsageError where an argument before has the same address, or all of its port.
+
+    The kernel would name ourselves as the one who has it; and sees it only where we listen.
+    """
+    for other, its in earlier.items():
+        if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:
+            raise UsageError(
+                f"cannot listen on {listen.text} beside {its.text}: both are {address}; "
+                "leave one of them out"
+                if address == other
+                else f"cannot listen on {listen.text} beside {its.text}: {address} and {other} "
+                "overlap; leave one of them out"
+            )
+
+
+def _overlap(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
+    any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
+    same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")
+    return same_family and port == its_port and any_host in (host, its_host)
+
+
+def renew(used: socket.socket, listen: Listen, address: str, backlog: int) -> Bound:
+    """Have a listening socket of an address be as one that is bound now would be.
+
+    Raises OSError, with what is not to be had, where it cannot be, and Refusal.
+    """
+    used.setblocking(False)
+    if listen.path is not None:
+        reuseport.renew(used, used)
+        return Bound(used, refit(used, listen, listen.path, backlog), left=True)
+    with _made(listen, socket.AddressFamily(used.family)) as fresh:
+        reuseport.renew(used, fresh)
+    used.listen(backlog)
+    return Bound(used, ListenerSettings(address), left=True)
+
+
+def _bind_one(
+    listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
+) -> Bound:
+    sock = _made(listen, family)
+    try:
+        if port:
+            sock.bind((host, port))
+        else:
+            # By its number: one that was bound as port 0 comes back on another when somebody shuts
+            # it down and it listens again.  As long as neither listens both may have it.
+            with _made(listen, family) as chooser:
+                chooser.bind((host, 0))
+                port = chooser.getsockname()[1]
+                sock.bind((host, port))
+        if backlog is not None:
+            reuseport.prepare(sock)
+            sock.listen(backlog)
+    except BaseException:
+        sock.close()
+        raise
+    return Bound(sock, ListenerSettings(_canonical(family, host, port)))
+
+
+def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
+    """Return a socket with the options that were asked for, not bound yet.  Raises OSError."""
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        socket_options.put(sock, listen.options)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
+    what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
+    if isinstance(error, socket_options.Unsettable):
+        return SystemRefused(f"{what}; {error.hint}")
+    if error.errno == errno.EADDRINUSE:
+        return SystemRefused(f"{what}; {port_owner.of_port(host, port)}")
+    if error.errno == errno.EACCES:
+        return SystemRefused(
+            f"{what}; a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
+            "--user, or choose another port"
+        )
+    if error.errno == errno.EADDRNOTAVAIL:
+        return SystemRefused(f"{what}; no interface has it: add ?freebind=1 if one will")
+    return SystemRefused(f"{what}; check the address and its options")

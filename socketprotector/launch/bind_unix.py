@@ -1,0 +1,162 @@
+"""Bind a UNIX socket: a live one is not stolen, a stale one is replaced.
+
+Source: unix(7), bind(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+
+from ..model.errors import SystemRefused
+from ..model.settings import ListenerSettings
+from ..system.dir_lock import give, locked
+from ..system.sock_diag import file_of
+from . import port_owner
+from .listen_spec import Listen, gid_of, uid_of
+
+#: Of linux/fcntl.h.
+_AT_EMPTY_PATH = 0x1000
+
+
+def bind_unix(
+    listen: Listen, path: str, backlog: int, *, dry: bool
+) -> tuple[socket.socket, ListenerSettings]:
+    """Bind a path or @name and listen; dry: only see whether it could be done.
+
+    The caller owns the socket, and the file that the settings tell of.  Raises SystemRefused.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if path.startswith("@"):
+            sock.bind("\0" + path[1:])
+            if not dry:
+                sock.listen(backlog)
+            settings = ListenerSettings(f"unix:{path}", backlog=backlog)
+        else:
+            settings = _bind_path(sock, listen, path, backlog, dry=dry)
+    except OSError as error:
+        sock.close()
+        what = f"cannot listen on {listen.text}: {error.strerror or error}"
+        if error.errno == errno.EADDRINUSE:
+            raise SystemRefused(f"{what}; {port_owner.of_path(path)}") from error
+        if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
+            raise SystemRefused(f"{what}; to give a socket away needs root") from error
+        raise SystemRefused(f"{what}; check the folder, its rights and the options") from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock, settings
+
+
+def _bind_path(
+    sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
+) -> ListenerSettings:
+    """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
+    with locked(path):
+        stale = _is_stale(path)
+        if dry:
+            if not os.access(os.path.dirname(path), os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return ListenerSettings(f"unix:{path}")
+        if stale:
+            os.unlink(path)
+        mode = listen.options.get("mode")
+        # The mode must hold from the first moment, so the umask makes it, not chmod.
+        before = os.umask(0o777 & ~int(mode, 8)) if mode is not None else None
+        try:
+            sock.bind(path)
+        finally:
+            if before is not None:
+                os.umask(before)
+        try:
+            found = _give(path, listen)
+            sock.listen(backlog)  # still under the lock: it would look stale to the next
+        except OSError:
+            os.unlink(path)
+            raise
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def refit(sock: socket.socket, listen: Listen, path: str, backlog: int) -> ListenerSettings:
+    """Have a listening socket be as bind_unix() would make it.  Raises OSError where it cannot be.
+
+    path: that of the argument, which is where it was bound.
+    """
+    if path.startswith("@"):
+        sock.listen(backlog)
+        return ListenerSettings(f"unix:{path}", backlog=backlog)
+    folder = os.stat(os.path.dirname(path))
+    user, group, mode = (listen.options.get(each) for each in ("user", "group", "mode"))
+    uid = os.geteuid() if user is None else uid_of(listen.text, user)
+    gid = folder.st_gid if folder.st_mode & stat.S_ISGID else os.getegid()
+    gid = gid if group is None else gid_of(listen.text, group)
+    umask = os.umask(0o022)
+    os.umask(umask)
+    rights = 0o777 & ~umask if mode is None else int(mode, 8)
+    with locked(path):
+        file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            found = os.fstat(file)
+            if not is_file_of(sock, found):
+                raise OSError(errno.EEXIST, "another file is in the place of its own")
+            if (found.st_uid, found.st_gid) != (uid, gid):
+                _chown(file, uid, gid)
+            if stat.S_IMODE(found.st_mode) != rights:
+                os.chmod(f"/proc/self/fd/{file}", rights)
+        finally:
+            os.close(file)
+        sock.listen(backlog)
+    return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def is_file_of(sock: socket.socket, found: os.stat_result) -> bool:
+    """Whether a file is the one that a UNIX socket is bound to.  Raises OSError."""
+    return stat.S_ISSOCK(found.st_mode) and file_of(sock) == found.st_ino & 0xFFFFFFFF
+
+
+def _give(path: str, listen: Listen) -> os.stat_result:
+    """Give a socket file to the user and group that were asked for; return what it is."""
+    user, group = listen.options.get("user"), listen.options.get("group")
+    uid = -1 if user is None else uid_of(listen.text, user)
+    gid = -1 if group is None else gid_of(listen.text, group)
+    return give(path, uid, gid, _chown)
+
+
+def _chown(fd: int, uid: int, gid: int) -> None:
+    """Change what an O_PATH descriptor stands for; os.chown() takes none, and /proc may be missing.
+
+    Source: fchownat(2), AT_EMPTY_PATH.
+    """
+    import ctypes  # few sockets are given away, and each start would load it
+
+    if ctypes.CDLL(None, use_errno=True).fchownat(fd, b"", uid, gid, _AT_EMPTY_PATH):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _is_stale(path: str) -> bool:
+    """Whether a socket file is there that nobody listens on.
+
+    Raises OSError(EADDRINUSE) when somebody does, and OSError(EEXIST) for what is no socket.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(mode):
+        raise OSError(errno.EEXIST, "a file that is no socket is there")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except BlockingIOError:
+            pass  # its backlog is full: somebody lives there
+        except OSError as error:
+            if error.errno != errno.EPROTOTYPE:
+                raise
+            # a datagram socket, and somebody has it open
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

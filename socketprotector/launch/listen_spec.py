@@ -1,0 +1,165 @@
+"""Listen addresses as the operator writes them, read and checked; bind_tcp.py binds them.
+
+Source: ip(7), unix(7).
+"""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import re
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ..model.errors import UsageError
+from ..model.frozen import frozen
+from . import socket_options
+
+_UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
+_PATH_MAX_BYTES = 107
+#: NAME= before an address; 255 bytes are what sd_listen_fds(3) allows.
+_NAMED = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]{0,254})=(.*)", re.DOTALL)
+
+
+@frozen
+class Listen:
+    """One LISTEN argument, checked but not resolved."""
+
+    text: str
+    port: int = 0
+    host: str | None = None  # None: every address of this machine
+    path: str | None = None  # UNIX; @name for an abstract one
+    passed: str | None = None  # the name of a socket that the service manager passes to us
+    options: dict[str, str] = field(default_factory=dict)
+    called: str = ""  # NAME=
+
+    @property
+    def name(self) -> str:
+        """What a worker may call it."""
+        if self.called or self.passed is not None:
+            return self.called or self.passed or ""
+        return os.path.basename(self.path) if self.path is not None else str(self.port)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What each of its sockets is remembered with: fields of ListenerSettings."""
+        nonblock = self.options.get("nonblock") == "1"
+        priority = socket_options.number(self.options.get("priority", ""))
+        return {
+            "text": self.text,
+            "name": self.name,
+            "nonblock": nonblock,
+            "priority": priority,
+        }
+
+    def backlog(self, default: int) -> int:
+        return (
+            socket_options.number(self.options["backlog"]) if "backlog" in self.options else default
+        )
+
+    def means(self, address: str) -> bool:
+        """Whether a socket that is bound to this canonical address is what is wanted."""
+        if self.path is not None:
+            return address == f"unix:{self.path}"
+        if self.passed is not None or not self.port:
+            return False
+        hosts = [self.host] if self.host is not None else ["0.0.0.0", "::"]
+        return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)
+
+
+def parse(text: str, directory: str) -> Listen:
+    """Read one LISTEN argument; a relative UNIX path is taken against directory.
+
+    Raises UsageError with the argument and what is allowed.
+    """
+    named = _NAMED.fullmatch(text)
+    called, rest = named.groups() if named else ("", text)
+    body, _, query = rest.partition("?")
+    lower = body.lower()
+    if (
+        lower.startswith("udp:")
+        or lower.endswith("/udp")
+        or (lower[:1] == "u" and _whole(lower[1:]))
+    ):
+        raise UsageError(
+            f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
+        )
+    if body.startswith("fd:"):
+        if not body.removeprefix("fd:"):
+            raise UsageError(f"{text}: fd: needs the name of a socket that was passed to us")
+        options = _options(text, query, ())
+        return Listen(text, passed=body.removeprefix("fd:"), options=options, called=called)
+    if body.startswith("unix:"):
+        path = body.removeprefix("unix:")
+        if not path or path == "@":
+            raise UsageError(f"{text}: unix: needs a path, or @name")
+        if not path.startswith("@"):
+            path = os.path.join(directory, path)
+        if len(os.fsencode(path)) > _PATH_MAX_BYTES:
+            raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
+        options = _options(text, query, _UNIX_OPTIONS)
+        return Listen(text, path=path, options=options, called=called)
+    host, colon, port = body.rpartition(":")
+    if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
+        raise UsageError(
+            f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
+            "fd:NAME, or NAME= and one of them"
+        )
+    if not _whole(port) or int(port) > 65535:
+        raise UsageError(f"{text}: the port must be a number from 0 to 65535")
+    return Listen(
+        text,
+        port=int(port),
+        host=host.strip("[]") if colon else None,
+        options=_options(text, query, tuple(socket_options.OPTIONS)),
+        called=called,
+    )
+
+
+def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
+    found = dict(parse_qsl(query, keep_blank_values=True))
+    for name, value in found.items():
+        if name not in allowed:
+            raise UsageError(
+                f"{text}: unknown option {name}; allowed: {', '.join(allowed) or 'none'}"
+            )
+        if name in socket_options.OPTIONS:
+            socket_options.check(text, name, value)
+        if name == "mode":
+            _number(text, "mode", value)
+        if name == "user":
+            uid_of(text, value)
+        if name == "group":
+            gid_of(text, value)
+    return found
+
+
+def _whole(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _number(text: str, name: str, value: str) -> int:
+    try:
+        mode = int(value, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError(f"{text}: {name} must be octal, like 0660")
+    return mode
+
+
+def uid_of(text: str, user: str) -> int:
+    try:
+        return int(user) if _whole(user) else pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise UsageError(f"{text}: unknown user {user}") from None
+
+
+def gid_of(text: str, group: str) -> int:
+    try:
+        return int(group) if _whole(group) else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UsageError(f"{text}: unknown group {group}") from None

@@ -1,0 +1,196 @@
+"""The folder that workers' notify sockets are in, so that nobody else can get at them.
+
+Whoever reads /proc/net/unix could send to an abstract name, and fill its queue; and in a user
+namespace that shares the host's network, strangers cannot be told apart there.  Names in this
+folder can neither be listed (mode 0711) nor guessed, and are not told in /proc/net/unix
+(system/sd_notify.py): who can connect is a worker, whatever its user, or has learned it from one.
+
+It is locked as long as anybody holds the descriptor: the protector, its guard, or systemd for
+the next one.  An unlocked one was left by a killed protector, and the next start removes it.
+
+Source: unix(7), flock(2); tmpfiles.d(5), which passes over what is locked.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+from ..model.frozen import frozen
+from ..model.settings import Settings
+from ..system import control_path
+from ..system.sd_notify import remove_folder
+
+PREFIX = ".notify-"
+#: Where a program that is started in other ways may have a folder of its own.
+_ANYBODYS = "/tmp"
+_KEY_BYTES = 4
+#: Of a UNIX socket's path, without the NUL: unix(7).
+_LONGEST = 107
+#: In the folder: `/`, the secret, `-` and a worker's number.
+_NAME_BYTES = 1 + 24 + 1 + 10
+_TRIES = 20
+
+
+@frozen
+class NotifyFolder:
+    """A folder that was made, and the descriptor that keeps it locked."""
+
+    path: str
+    fd: int
+
+    def discard(self) -> None:
+        """Close and remove it."""
+        os.close(self.fd)
+        remove_folder(self.path)
+
+
+def make(settings: Settings, notice: Callable[[str], None]) -> NotifyFolder | None:
+    """Make one, locked, for the protector's user; the caller owns it.
+
+    Removes what killed ones of that user have left there.  Returns None where none can be made;
+    then `notice` is told why.
+    """
+    refused = []
+    for place in _places(settings):
+        try:
+            _check_room(place)
+            if place in _usual():
+                os.makedirs(place, 0o755, exist_ok=True)
+            _check(place, settings)
+            _sweep(place, settings)
+            return _made(place, settings)
+        except OSError as error:
+            refused.append(f"{place}: {error.strerror}")
+    notice(_none(refused))
+    return None
+
+
+def check(settings: Settings, notice: Callable[[str], None]) -> None:
+    """Tell what make() would, and make nothing."""
+    refused = []
+    for place in _places(settings):
+        try:
+            _check_room(place)
+            there = place
+            while place in _usual() and not os.path.lexists(there):
+                there = os.path.dirname(there)
+            _check(there, settings)
+            if not os.access(there, os.W_OK | os.X_OK):
+                protected = os.statvfs(there).f_flag & os.ST_RDONLY
+                _refuse(errno.EROFS if protected else errno.EACCES)
+        except OSError as error:
+            refused.append(f"{place}: {error.strerror}")
+        else:
+            return
+    notice(_none(refused))
+
+
+def _none(refused: list[str]) -> str:
+    return (
+        f"no private folder for the workers' notify sockets ({'; '.join(refused)}): they are "
+        "abstract, so any local user can fill their queues"
+    )
+
+
+def _usual() -> list[str]:
+    return control_path.folders(os.environ, os.geteuid())
+
+
+def _places(settings: Settings) -> list[str]:
+    """Return where it may be, the best one first: beside the control socket."""
+    control = settings.control
+    beside = [os.path.dirname(control.address.removeprefix("unix:"))] if control else []
+    return list(dict.fromkeys([*beside, *_usual(), _ANYBODYS]))
+
+
+def _owners(settings: Settings) -> set[int]:
+    return {os.geteuid(), *([settings.identity.uid] if settings.identity else [])}
+
+
+def _refuse(number: int, why: str = "") -> None:
+    raise OSError(number, why or os.strerror(number))
+
+
+def _check_room(place: str) -> None:
+    name = os.path.join(place, PREFIX) + "0" * 2 * _KEY_BYTES
+    if len(os.fsencode(name)) + _NAME_BYTES > _LONGEST:
+        _refuse(errno.ENAMETOOLONG)
+
+
+def _check(folder: str, settings: Settings) -> None:
+    """Raise OSError where workers or strangers have the wrong rights."""
+    found = os.stat(folder)
+    if not stat.S_ISDIR(found.st_mode):
+        _refuse(errno.ENOTDIR)
+    if not found.st_mode & stat.S_ISVTX and (
+        found.st_mode & stat.S_IWOTH or found.st_uid not in _owners(settings) | {0}
+    ):
+        _refuse(errno.EPERM, "others could remove it")
+    if os.geteuid() == 0:
+        # Workers may become whom they like before they say that they are ready.
+        for each in _upwards(os.path.realpath(folder)):
+            if not os.stat(each).st_mode & stat.S_IXOTH:
+                _refuse(errno.EACCES, f"{each} is closed to other users")
+
+
+def _upwards(path: str) -> Iterator[str]:
+    while True:
+        yield path
+        if path == os.path.dirname(path):
+            return
+        path = os.path.dirname(path)
+
+
+def _sweep(place: str, settings: Settings) -> None:
+    """Remove what is not locked: nobody lives there any more."""
+    for name in os.listdir(place):
+        if name.startswith(PREFIX):
+            try:
+                _remove_stale(os.path.join(place, name), _owners(settings))
+            except OSError:
+                pass  # somebody does, or it is another's
+
+
+def _remove_stale(path: str, owners: set[int]) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.fstat(fd).st_uid in owners:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for each in os.listdir(fd):
+                os.unlink(each, dir_fd=fd)
+            os.rmdir(path)
+    finally:
+        os.close(fd)
+
+
+def _made(place: str, settings: Settings) -> NotifyFolder:
+    for _ in range(_TRIES):
+        path = os.path.join(place, PREFIX + os.urandom(_KEY_BYTES).hex())
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            continue
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever sweeps may have taken it for a dead one's, until it was locked.
+            if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                os.fchmod(fd, 0o711)
+                if settings.identity is not None:
+                    os.fchown(fd, settings.identity.uid, settings.identity.gid)
+                return NotifyFolder(path, fd)
+        except (FileNotFoundError, BlockingIOError):
+            pass  # it did
+        except OSError:
+            if fd >= 0:
+                os.close(fd)
+            remove_folder(path)
+            raise
+        if fd >= 0:
+            os.close(fd)
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), place)

@@ -1,0 +1,93 @@
+"""The pid file: lockfile's PID lock file, whole or not there.
+
+Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
+stale needs no guess about a pid that may be another program's by now: nobody holds it.
+
+Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
+seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from lockfile import AlreadyLocked, LockFailed, NotMyLock
+from lockfile.pidlockfile import PIDLockFile
+
+from ..system.dir_lock import locked
+
+
+class PidFile(PIDLockFile):  # type: ignore[misc]
+    """A PID lock file for DaemonContext(pidfile=...)."""
+
+    def __init__(self, path: str) -> None:
+        """`path` is absolute; nothing is opened yet."""
+        super().__init__(path)
+        #: Holds the lock once acquired; the resident process inherits it.
+        self.fd = -1
+
+    def acquire(self, timeout: float | None = None) -> None:
+        """Write our pid.
+
+        timeout is lockfile's and ignored: a living daemon's lock does not go away by waiting.
+        Raises AlreadyLocked when a living protector holds the file, LockFailed when it
+        cannot be made.
+        """
+        try:
+            with locked(self.path):
+                holder = self._holder()
+                if holder is None:
+                    self.fd = self._put()
+        except OSError as error:
+            raise LockFailed(error.strerror) from error
+        if holder is not None:
+            raise AlreadyLocked(f"held by process {holder}")
+
+    def _put(self) -> int:
+        """Give the name to a locked file with our pid; return its descriptor."""
+        temporary = f"{self.path}.{os.getpid()}"
+        if os.path.lexists(temporary):
+            os.unlink(temporary)  # of a process with our pid that was killed right here
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.fchmod(fd, 0o644)
+            os.write(fd, b"%d\n" % os.getpid())
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            os.rename(temporary, self.path)
+        except BaseException:
+            os.unlink(temporary)
+            os.close(fd)
+            raise
+        return fd
+
+    def holder(self) -> int | None:
+        """Return the pid of the living protector that holds the file, or None."""
+        with locked(self.path):
+            return self._holder()
+
+    def _holder(self) -> int | None:
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _pid(os.pread(fd, 32, 0))
+        finally:
+            os.close(fd)
+        return None
+
+    def release(self) -> None:
+        """Remove the file.  Raises NotMyLock when we do not hold it."""
+        if self.fd < 0:
+            raise NotMyLock(f"{self.path} is not locked by us")
+        os.unlink(self.path)
+        os.close(self.fd)
+        self.fd = -1
+
+
+def _pid(content: bytes) -> int:
+    first = content.split(b"\n")[0].strip()
+    return int(first) if first.isdigit() else 0

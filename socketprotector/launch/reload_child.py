@@ -1,0 +1,184 @@
+"""A configuration read again for a protector that runs; ends as soon as it has answered.
+
+A process of its own, because what reads files and command lines is not to stay in the
+resident one.  At the door: the settings that hold, and a line to answer on.  The answer is
+records, each with a descriptor:
+
+    listener N    a socket that was added, bound and listening, and its place
+    twin N        the second one of that address, if there is one
+    settings      a memfd with the new settings: the last one of a reload
+    changes       a memfd with what a reload would change, line by line: where only that is asked
+    refused       a memfd with what is wrong, line by line
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from ..model.errors import Refusal, UsageError
+from ..model.settings import ListenerSettings, Settings, dump, load
+from ..model.settings_diff import RESTART, changes, forbidden
+from ..system import inherited
+from . import preflight
+from .bind_tcp import Bound, addresses_of, bind_all, not_bound, pair
+from .cli import Asked, ask
+from .listen_spec import Listen
+
+_DESCRIPTOR = struct.Struct("i")
+#: The index is 16 bits wide where workers are told it (docs/protocol.md).
+_MOST_LISTENERS = 1 << 16
+
+
+def main() -> int:
+    """Read, answer and end.  Returns the exit status."""
+    descriptors = inherited.enter()
+    fd = descriptors[inherited.SETTINGS]
+    running = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    dry = inherited.READER_DRY in descriptors
+    line = socket.socket(fileno=descriptors[inherited.READER_DRY if dry else inherited.READER])
+    try:
+        ask(
+            running.origin.words,
+            lambda asked: _answer(line, running, asked, dry=dry),
+            running,
+        )
+    except Refusal as error:
+        _send(line, "refused", _memfd(str(error).encode("utf-8", "backslashreplace")))
+    return 0
+
+
+def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) -> int:
+    told: list[str] = []
+    new = _with_what_stays(asked.settings, running)
+    stays = [*forbidden(running, new), *_control(running, asked)]
+    refused = [f"{each}; {RESTART}" for each in stays]
+    cannot = [f"cannot change at a reload: {each}" for each in refused]
+    try:
+        listeners, bound = _listeners(running.listeners, asked, told.append, dry=dry)
+    except Refusal as error:
+        raise UsageError("\n".join([*cannot, str(error)])) from error
+    second: dict[int, Bound] = {}
+    try:
+        new = new.listening(listeners)
+        preflight.names(new)
+        if dry:
+            _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
+            return 0
+        if cannot:
+            raise UsageError("\n".join(cannot))
+        told += preflight.server(new, asked.listens, typed=False)
+        told += preflight.notices(new, asked.listens, asked.backlog)
+        told = list(dict.fromkeys((*running.notices, *told)))
+        if new.policy.workers_accept:
+            second = pair(bound, told.append)
+        for index, each in enumerate(bound, len(running.listeners)):
+            _send(line, f"listener {index}", each.socket.fileno())
+        for place, each in second.items():
+            _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
+        _send(line, "settings", _memfd(dump(new.noticed(told))))
+    except BaseException:
+        for each in (*bound, *second.values()):
+            each.discard()
+        raise
+    return 0
+
+
+def _control(running: Settings, asked: Asked) -> Iterator[str]:
+    """Tell whether the control socket would have to move."""
+    if running.control is not None and asked.control is not None:
+        was = running.control.address.removeprefix("unix:")
+        if asked.control != was:
+            yield f"control: {was} -> {asked.control or 'none'}"
+
+
+def _with_what_stays(new: Settings, running: Settings) -> Settings:
+    """What comes from the caller and his surroundings, not from his wishes."""
+    return replace(
+        new,
+        nofile_soft=running.nofile_soft,
+        batch=running.batch,
+        pools=running.pools,
+        outlives_terminal=running.outlives_terminal,
+        secret=running.secret,
+        notify_folder=running.notify_folder,
+        control=running.control,
+        origin=running.origin,
+    )
+
+
+def _listeners(
+    there: Sequence[ListenerSettings], asked: Asked, notice: Callable[[str], None], *, dry: bool
+) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
+    """Keep, add and mark as removed; return all places and what was bound.
+
+    Raises Refusal with each listener that cannot be had; then nothing stays bound.
+    """
+    kept: dict[int, ListenerSettings] = {}
+    bound: list[Bound] = []
+    added: list[ListenerSettings] = []
+    refused: list[Refusal] = []
+    for listen in asked.listens:
+        try:
+            mine = _there(there, listen, notice)
+            kept.update(mine)
+            have = {each.address for each in mine.values()}
+            if any(each.text == listen.text for each in there if not each.removed):
+                continue  # a name is not resolved anew, port 0 no other one
+            if listen.passed is not None:
+                raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
+            bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
+            if dry:
+                added += not_bound(listen, notice, have)
+        except Refusal as error:
+            refused.append(error)
+    if len(there) + len(bound) > _MOST_LISTENERS:
+        refused.append(UsageError(f"more than {_MOST_LISTENERS} listeners in one life; {RESTART}"))
+    if refused:
+        for each in bound:
+            each.discard()
+        raise type(refused[0])("\n".join(map(str, refused)))
+    places = [
+        kept[index] if index in kept else replace(each, removed=True)
+        for index, each in enumerate(there)
+    ]
+    return (*places, *(each.settings for each in bound), *added), bound
+
+
+def _there(
+    there: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
+) -> dict[int, ListenerSettings]:
+    """Return the listeners that an argument means and that are bound already, by their places."""
+    living = {index: each for index, each in enumerate(there) if not each.removed}
+    same = {index: each for index, each in living.items() if each.text == listen.text}
+    if same or listen.passed is not None:
+        return same
+    wanted = addresses_of(listen, notice)
+    found = {
+        index: replace(each, **listen.told)
+        for index, each in living.items()
+        if each.address in wanted
+    }
+    if found and listen.options:
+        notice(f"{listen.text}: bound already; what stands behind the ? holds from a restart on")
+    return found
+
+
+def _memfd(content: bytes) -> int:
+    fd = os.memfd_create("answer", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    return fd
+
+
+def _send(line: socket.socket, what: str, fd: int) -> None:
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
+    line.sendmsg([what.encode()], rights, socket.MSG_NOSIGNAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""What may stand behind the question mark of a TCP listener: read, checked, set before it is bound.
+
+Accepted connections inherit all of it but the priority, which is theirs one by one.
+
+Source: socket(7), ip(7), ipv6(7), tcp(7); sk_clone_lock() in net/core/sock.c.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping
+
+from ..model.errors import UsageError
+from ..model.frozen import frozen
+from ..system.reuseport import IP_FREEBIND, IPV6_TRANSPARENT
+
+_NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
+_TIME = re.compile(r"([0-9]{1,12})(ms|s|m|)")
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "": 1000}
+_KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
+_KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+#: The system's word for what one may not.
+FORBIDDEN = (errno.EPERM, errno.EACCES)
+
+_Set = Callable[[socket.socket, str], None]
+
+
+@frozen
+class Option:
+    """One of them: what it may be, in words and as a test, and how it is set."""
+
+    allowed: str
+    is_allowed: Callable[[str], bool]
+    put: _Set
+
+
+def number(value: str) -> int:
+    """Return what stands there in decimal, or after 0x in hexadecimal, digits; -1: no number."""
+    return int(value, 16 if value[:2] in ("0x", "0X") else 10) if _NUMBER.fullmatch(value) else -1
+
+
+def _between(least: int, most: int) -> Callable[[str], bool]:
+    return lambda value: least <= number(value) <= most
+
+
+def _ms(value: str) -> int:
+    found = _TIME.fullmatch(value)
+    return int(found[1]) * _MILLISECONDS[found[2]] if found else 0
+
+
+def _is_keepalive(value: str) -> bool:
+    found = _KEEPALIVE.fullmatch(value)
+    return found is not None and all(0 < int(each) <= 32_767 for each in found.groups() if each)
+
+
+def _put_keepalive(one: socket.socket, value: str) -> None:
+    found = _KEEPALIVE.fullmatch(value)
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in zip(_KEEP, found.groups() if found else (), strict=False):
+        if seconds:
+            one.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
+
+
+def _put_tos(one: socket.socket, value: str) -> None:
+    one.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, number(value))
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, number(value))
+
+
+def _put_transparent(one: socket.socket, value: str) -> None:
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, int(value))
+    else:
+        one.setsockopt(socket.IPPROTO_IP, socket.IP_TRANSPARENT, int(value))
+
+
+def _put_v6only(one: socket.socket, value: str) -> None:
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(value))
+
+
+def _text(level: int, option: int) -> _Set:
+    return lambda one, value: one.setsockopt(level, option, os.fsencode(value))
+
+
+def _whole(level: int, option: int, scale: Callable[[str], int] = number) -> _Set:
+    return lambda one, value: one.setsockopt(level, option, scale(value))
+
+
+def _elsewhere(one: socket.socket, value: str) -> None:
+    """Is for whoever listens, or accepts."""
+
+
+_SWITCH = ("0 or 1", lambda value: value in ("0", "1"))
+_ABOVE_0 = ("a whole number above 0", _between(1, 2**31 - 1))
+_SOCKET, _TCP = socket.SOL_SOCKET, socket.IPPROTO_TCP
+
+OPTIONS: Mapping[str, Option] = {
+    "backlog": Option(*_ABOVE_0, _elsewhere),
+    "congestion": Option(
+        "the name of an algorithm, like cubic",
+        lambda value: 0 < len(value) < 16,
+        _text(_TCP, socket.TCP_CONGESTION),
+    ),
+    "defer_accept": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_DEFER_ACCEPT)),
+    "device": Option("a name, like eth0", bool, _text(_SOCKET, socket.SO_BINDTODEVICE)),
+    "fastopen": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_FASTOPEN)),
+    "freebind": Option(*_SWITCH, _whole(socket.IPPROTO_IP, IP_FREEBIND)),
+    "keepalive": Option(
+        "IDLE:INTERVAL:COUNT in seconds, any of them or nothing", _is_keepalive, _put_keepalive
+    ),
+    "mark": Option(
+        "a number from 0 to 0xffffffff",
+        _between(0, 2**32 - 1),
+        _whole(_SOCKET, socket.SO_MARK, lambda v: _signed(number(v))),
+    ),
+    "nodelay": Option(*_SWITCH, _whole(_TCP, socket.TCP_NODELAY)),
+    "nonblock": Option(*_SWITCH, _elsewhere),
+    "priority": Option("a number from 0 to 15", _between(0, 15), _elsewhere),
+    "rcvbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_RCVBUF)),
+    "sndbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_SNDBUF)),
+    "tos": Option("a number from 0 to 255, like 0x10", _between(0, 255), _put_tos),
+    "transparent": Option(*_SWITCH, _put_transparent),
+    "user_timeout": Option(
+        "a time, like 500ms, 30s or 2m",
+        lambda value: 0 < _ms(value) < 2**31,
+        _whole(_TCP, socket.TCP_USER_TIMEOUT, _ms),
+    ),
+    "v6only": Option(*_SWITCH, _put_v6only),
+}
+#: What needs a capability, said where it is refused.
+_NEEDS = {
+    "mark": "CAP_NET_ADMIN",
+    "transparent": "CAP_NET_ADMIN",
+    "device": "CAP_NET_RAW on a kernel before 5.7",
+}
+
+
+def _signed(number: int) -> int:
+    """setsockopt() of Python takes a C int."""
+    return number - 2**32 if number >= 2**31 else number
+
+
+def check(text: str, name: str, value: str) -> None:
+    """Raise UsageError for a value that an option cannot have."""
+    if not OPTIONS[name].is_allowed(value):
+        raise UsageError(f"{text}: {name} must be {OPTIONS[name].allowed}")
+
+
+class Unsettable(OSError):
+    """The system refuses an option; `hint` says what to do."""
+
+    def __init__(self, name: str, value: str, error: OSError) -> None:
+        super().__init__(error.errno, f"{name}={value}: {error.strerror}")
+        self.hint = "see the manual page tcp(7), and ip(7), for what this kernel has"
+        if error.errno in FORBIDDEN and name in _NEEDS:
+            self.hint = f"it needs {_NEEDS[name]}: start as root with --user, or leave it out"
+        elif name == "congestion" and error.errno == errno.ENOENT:
+            self.hint = "see the sysctl net.ipv4.tcp_available_congestion_control"
+        elif name == "congestion" and error.errno in FORBIDDEN:
+            self.hint = "see the sysctl net.ipv4.tcp_allowed_congestion_control"
+        elif name == "device":
+            self.hint = "see `ip link` for the devices there are"
+
+
+def put(one: socket.socket, options: Mapping[str, str]) -> None:
+    """Set what was asked for on a socket that is not bound yet.  Raises Unsettable."""
+    for name, value in {"v6only": "1", **options}.items():
+        try:
+            OPTIONS[name].put(one, value)
+        except OSError as error:
+            raise Unsettable(name, value, error) from error

@@ -1,0 +1,252 @@
+"""From a parsed command line to a resident process: detach, pid file, exec.
+
+Runs in the launching process.  In the foreground that process becomes the resident one;
+otherwise it waits (await_verdict.py), and leaves with the verdict of the first start.  Signals
+are blocked from here until somebody can answer them: the waiting process, or the resident one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+from daemon import DaemonContext
+from lockfile import AlreadyLocked, LockFailed
+
+from ..model.errors import AlreadyRunning, Refusal, SystemRefused
+from ..model.settings import Settings, dump
+from ..programs import guard
+from ..system import inherited, privileges
+from ..system.executable import command_of
+from ..system.log_file import open_log
+from ..system.terminal import tell
+from . import notify_dir
+from .await_verdict import known_by, wait
+from .bind_control import bind_control
+from .bind_tcp import Bound
+from .pidfile import PidFile
+
+
+def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:
+    """Start the resident process with the bound sockets; takes ownership of them.
+
+    bound: by the names that they have at the door.  label: words that `ps` shows behind the
+    program.  here: the caller's directory, from where this package may have been imported.
+    Returns the exit status of the command once
+    the first generation serves or has failed; in the foreground it does not return.
+    Raises Refusal.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        log = _open_log(settings)
+        if settings.foreground:
+            _in_the_foreground(settings, bound, label, here, log)
+        # Ignored, as by our caller, it would have the kernel reap the child before we do.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            ours, theirs = socket.socketpair()
+            child = os.fork()
+        except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
+            raise SystemRefused(f"cannot detach: {error.strerror}") from error
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    if child == 0:
+        ours.close()
+        # The resident process is the heir of whom systemd watches.
+        if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
+            del os.environ["WATCHDOG_PID"]
+        try:
+            _become_resident(settings, bound, label, here, log, theirs.fileno())
+        except BaseException as error:
+            status = error.status if isinstance(error, Refusal) else SystemRefused.status
+            for each in bound.values():
+                each.discard()
+            theirs.sendall(json.dumps({"failed": str(error), "status": status}).encode() + b"\n")
+        finally:
+            os._exit(1)
+    theirs.close()
+    # From here on they are the child's, files included.
+    for each in bound.values():
+        each.socket.close()
+    os.waitpid(child, 0)  # the first of the two forks ends at once
+    return wait(ours)
+
+
+def _open_log(settings: Settings) -> int | None:
+    path = settings.log_file
+    if path is None:
+        return None
+    try:
+        return open_log(path, settings.identity)
+    except OSError as error:
+        raise SystemRefused(
+            f"cannot write the log file {path}: {error.strerror}; check the folder and its rights"
+        ) from error
+
+
+def _in_the_foreground(
+    settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str, log: int | None
+) -> None:
+    terminal = os.dup(2)
+    try:
+        _become_resident(settings, bound, label, here, log, terminal)
+    except BaseException:
+        os.dup2(terminal, 2)  # the reason is for the terminal, not for the log
+        raise
+
+
+def _become_resident(
+    settings: Settings,
+    bound: Mapping[str, Bound],
+    label: Sequence[str],
+    here: str,
+    log: int | None,
+    verdict: int,
+) -> None:
+    """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising.
+
+    verdict: who waits for how it goes, the launcher's line or the foreground's terminal.
+    """
+    pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
+    detach = not settings.foreground
+    # None is /dev/null to it; in the foreground all three stay what they are.
+    # ruff: noqa: SIM115 -- they stay open for the life of the daemon
+    standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
+    if log is not None:
+        standard[1:] = [open(log, "ab", 0)] * 2
+    context = DaemonContext(
+        pidfile=pid_file,
+        detach_process=detach,
+        files_preserve=[verdict, *(each.socket.fileno() for each in bound.values())],
+        working_directory=here,
+        umask=settings.umask,
+        prevent_core=False,
+        signal_map={},
+        stdin=standard[0],
+        stdout=standard[1],
+        stderr=standard[2],
+    )
+    try:
+        context.open()
+    except AlreadyLocked as error:
+        raise AlreadyRunning(
+            f"the pid file {settings.pid_file} is {error}; stop or reload that one"
+        ) from error
+    except LockFailed as error:
+        raise SystemRefused(
+            f"cannot write the pid file {settings.pid_file}: {error}; check the folder and its "
+            "rights"
+        ) from error
+    except OSError as error:
+        raise SystemRefused(f"cannot detach: {error}") from error
+    # Of several that start at once only the one with the pid file may have them.
+    notices: list[str] = []
+    settings, control = _bind_control(settings, notices.append)
+    folder = notify_dir.make(settings, notices.append)
+    for notice in notices:
+        if not settings.foreground:
+            os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
+        elif settings.log_file is not None:  # else the log says it, in the same place
+            tell(notice, verdict)
+    settings = settings.noticed([*settings.notices, *notices])
+    descriptors = {}
+    if folder is not None:
+        settings = replace(settings, notify_folder=folder.path)
+        descriptors[inherited.NOTIFY] = folder.fd
+    if detach and settings.identity is not None:
+        made = _made(settings, {**bound, **control}, pid_file)
+        os.write(verdict, json.dumps({"made": made}).encode() + b"\n")
+    try:
+        _exec(settings, {**bound, **control}, descriptors, label, pid_file, verdict)
+    except OSError as error:
+        for each in control.values():
+            each.discard()
+        if folder is not None:
+            folder.discard()
+        context.close()  # removes the pid file, and will not do so again at our end
+        if error.filename is None:
+            raise SystemRefused(f"cannot pass the descriptors on: {error.strerror}") from error
+        raise SystemRefused(
+            f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
+            "or is a folder on its path closed to --user?"
+        ) from error
+
+
+def _made(
+    settings: Settings, bound: Mapping[str, Bound], pid_file: PidFile | None
+) -> dict[str, list[int]]:
+    """Return what was made in folders that may be root's, and how to know it again.
+
+    Whoever has become another user cannot remove it there; who waits for the start can.
+    """
+    sockets = (each.settings for each in bound.values() if not each.left)
+    paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
+    paths += [settings.notify_folder] if settings.notify_folder else []
+    paths += [settings.pid_file] if settings.pid_file is not None and pid_file is not None else []
+    return {path: known_by(path) for path in paths}
+
+
+def _bind_control(
+    settings: Settings, notice: Callable[[str], None]
+) -> tuple[Settings, dict[str, Bound]]:
+    """Bind the control socket where the settings want it; where that fails it is a notice."""
+    if settings.control is None:
+        return settings, {}
+    control = bind_control(settings, notice)
+    if control is None:
+        return replace(settings, control=None), {}
+    return replace(settings, control=control.settings), {inherited.CONTROL: control}
+
+
+def _exec(
+    settings: Settings,
+    bound: Mapping[str, Bound],
+    more: Mapping[str, int],
+    label: Sequence[str],
+    pid_file: PidFile | None,
+    verdict: int,
+) -> None:
+    descriptors = {inherited.SETTINGS: os.memfd_create(inherited.SETTINGS, os.MFD_CLOEXEC), **more}
+    os.write(descriptors[inherited.SETTINGS], dump(settings))
+    descriptors.update((name, each.socket.fileno()) for name, each in bound.items())
+    descriptors[inherited.TERMINAL if settings.foreground else inherited.LAUNCHER] = verdict
+    if pid_file is not None:
+        descriptors[inherited.PID_FILE] = pid_file.fd
+    # Where a standard descriptor was closed before, /dev/null came there as close-on-exec.
+    for fd in (0, 1, 2):
+        os.set_inheritable(fd, True)
+    # Run by -m from a folder with the package in it, that folder is needed again.
+    safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
+    command = list(command_of(tuple(label), safe))
+    if settings.no_new_privileges:
+        privileges.no_new_privileges()
+    starts_others = settings.worker_identity is not None
+    if settings.guarded:
+        privileges.adopt_orphans()
+        # It holds all that the protector holds.
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        if settings.identity is not None:
+            # The guard needs no more than the protector, and can give no more to the next one.
+            privileges.become(settings.identity, settings.nice, starts_others=starts_others)
+        told = ["--json"] if settings.log_format == "json" else []
+        if settings.pid_file is not None:
+            told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
+        command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
+    # Whoever is told if this fails is found under the same number then.
+    spare = fcntl.fcntl(verdict, fcntl.F_DUPFD_CLOEXEC, inherited.FIRST + len(descriptors))
+    environment = {**os.environ, **inherited.leave(descriptors)}
+    try:
+        with privileges.lent() if settings.guarded and starts_others else nullcontext():
+            os.execve(command[0], command, environment)
+    finally:
+        os.dup2(spare, verdict, inheritable=False)

@@ -1,0 +1,101 @@
+"""Listeners that a stop in order has left with systemd: `systemctl restart` refuses nobody.
+
+systemd keeps what is in its descriptor store while a restart waits, and who connects meanwhile
+waits in the kernel.  Of the protector before us nothing else is there: its workers have finished,
+and what it was told is of no interest.  So this is no adoption, but a start that finds some of its
+addresses bound already.  (A protector that was killed has its settings there as well, and whoever
+finds these does not come here: door.is_ours().)
+
+Runs in the launching process.
+
+Source: sd_notify(3), FDSTORE=1 and FDSTOREREMOVE=1; service_add_fd_store() in systemd, which does
+not take the same socket again under another name.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from ..system.dir_lock import locked
+from ..system.sd_notify import Outbox, Store
+from .activation import Given, Passed
+from .bind_tcp import Bound, addresses_of, renew
+from .bind_unix import is_file_of
+from .listen_spec import Listen
+
+#: How long systemd may take to hear of it.
+_MANAGER_S = 5.0
+
+
+def take(
+    listens: Sequence[Listen],
+    passed: Collection[int],
+    left: Sequence[Given],
+    backlog: int,
+    notice: Callable[[str], None],
+) -> dict[str, Bound]:
+    """Return, by address, what is wanted still, as a new one would be; let go of the rest.
+
+    passed: indexes of those arguments that other sockets stand for.  Raises Refusal.
+    """
+    wanted: dict[str, list[Listen]] = {}
+    for index, listen in enumerate(listens):
+        if left and index not in passed:
+            for address in addresses_of(listen, lambda text: None):
+                wanted.setdefault(address, []).append(listen)
+    taken: dict[str, Bound] = {}
+    for each in left:
+        mine = wanted.get(each.address, [])
+        try:
+            if len(mine) == 1 and each.address not in taken:
+                [listen] = mine
+                bound = renew(each.socket, listen, each.address, listen.backlog(backlog))
+                taken[each.address] = bound
+                continue
+            why = "several have this address, each with a device" if len(mine) > 1 else ""
+        except OSError as error:
+            why = error.strerror or str(error)
+        if why:
+            notice(
+                f"{mine[0].text}: bound anew, which has refused who came meanwhile: the socket "
+                f"from before the restart cannot be what is asked for ({why})"
+            )
+        _let_go(each)
+    return taken
+
+
+def _let_go(left: Given) -> None:
+    """Have nobody come by it any more, whoever has a copy; and remove the file that is its own."""
+    path = left.address.removeprefix("unix:")
+    try:
+        if path.startswith("/"):
+            with locked(path):
+                if is_file_of(left.socket, os.lstat(path)):
+                    os.unlink(path)
+    except OSError:
+        pass  # it is gone, or may not be removed; whoever binds there finds nobody listening
+    try:
+        left.socket.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    left.socket.close()
+
+
+def store(passed: Passed, places: Mapping[str, Bound]) -> None:
+    """Have systemd keep what was taken under its new name, and nothing else of ours.
+
+    places: by the names that they have from now on.
+    """
+    if not passed.stored:
+        return
+    names = {each.socket.fileno(): each.name for each in passed.left}
+    kept = {name: each.socket.fileno() for name, each in places.items() if each.left}
+    same = {name for name, fd in kept.items() if names[fd] == name}
+    outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))
+    there = Store(outbox, passed.stored)
+    for name in there.names - same:  # all of them before: the next name may be that of another
+        there.forget(name)
+    there.sync(kept)
+    outbox.finish(_MANAGER_S)

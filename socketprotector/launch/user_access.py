@@ -1,0 +1,105 @@
+"""What another user can execute: asked of the kernel by a process of that user.
+
+Mode bits alone do not say it: groups, access lists, mounts and security modules have their say.
+Runs in the launching process, which is root still.
+
+Source: access(2), which asks for the real user; path_resolution(7); execve(2) for scripts.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from collections.abc import Callable, Iterator, Mapping
+
+from ..model.settings import Identity
+
+#: The first line of a script that the kernel reads (BINPRM_BUF_SIZE).
+_FIRST_LINE = 256
+
+
+def as_user(identity: Identity, look: Callable[[], str]) -> str:
+    """Return what `look` returns to that user; "" where nobody here can become that user."""
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups(identity.groups)
+            os.setresgid(identity.gid, identity.gid, identity.gid)
+            os.setresuid(identity.uid, identity.uid, identity.uid)
+            os.write(theirs, look().encode("utf-8", "surrogateescape"))
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as file:
+        said = file.read()
+    try:
+        os.waitpid(child, 0)
+    except ChildProcessError:
+        pass  # the caller ignores SIGCHLD, so the kernel has reaped it
+    return said.decode("utf-8", "surrogateescape")
+
+
+def executed(path: str) -> dict[str, int]:
+    """Return what is needed of which files to execute one, as access(2) has it.
+
+    Of a script that is to read it, and its interpreter.
+    """
+    needed: dict[str, int] = {}
+    while path and path not in needed:
+        interpreter = _interpreter(path)
+        needed[path] = os.X_OK | os.R_OK if interpreter else os.X_OK
+        path = interpreter
+    return needed
+
+
+def closed(needed: Mapping[str, int]) -> str:
+    """Say what keeps the caller from having what is needed of these; "" if nothing does.
+
+    A folder, which has a / at its end, is to be entered.  What is not there at all is not looked
+    at: it is another mistake.
+    """
+    for path, mode in needed.items():
+        for part in dict.fromkeys((*_downwards(path), *_downwards(os.path.realpath(path)))):
+            if not os.access(part, mode if part == path else os.X_OK) and _is_there(part):
+                what = "enter" if path.endswith("/") else "execute"
+                return f"cannot {what} {path}: {_whose(part)}"
+    return ""
+
+
+def _interpreter(script: str) -> str:
+    """Return what the first line of a script names; "" of what is none, or cannot be read."""
+    try:
+        with open(script, "rb") as file:
+            line = file.readline(_FIRST_LINE)
+    except OSError:
+        return ""
+    words = line.removeprefix(b"#!").split()
+    return os.fsdecode(words[0]) if line.startswith(b"#!") and words else ""
+
+
+def _downwards(path: str) -> Iterator[str]:
+    """Yield each folder on a path, from the root on, and what it leads to."""
+    if path != os.path.dirname(path):
+        yield from _downwards(os.path.dirname(path))
+    yield path
+
+
+def _is_there(path: str) -> bool:
+    try:
+        os.stat(path)
+    except OSError:
+        return False
+    return True
+
+
+def _whose(path: str) -> str:
+    """Say whose it is and who may what, as ls(1) does."""
+    found = os.stat(path)
+    try:
+        owner = pwd.getpwuid(found.st_uid).pw_name
+    except KeyError:
+        owner = str(found.st_uid)
+    what = "its folder " if stat.S_ISDIR(found.st_mode) else ""
+    return f"{what}{path} is closed to that user ({stat.filemode(found.st_mode)} {owner})"

@@ -1,0 +1,75 @@
+"""How one line of the log looks: key=value text or a JSON object, and what tells it from others'.
+
+Pure.  Whatever a field holds, a line is one line of printable characters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from time import gmtime, strftime
+
+from . import text
+
+LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+FORMATS = ("text", "json")
+_PLAIN, _FAINT = "\x1b[0m", "\x1b[2m"
+_COLOURS = {"debug": _FAINT, "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[1;31m"}
+
+
+def stamp(now: float) -> str:
+    """Return a time since the epoch as it stands in the log: UTC, to the millisecond."""
+    seconds = strftime("%Y-%m-%dT%H:%M:%S", gmtime(now))
+    return f"{seconds}.{int(now % 1 * 1000):03d}Z"
+
+
+def as_text(level: str, event: str, fields: Mapping[str, object], now: float | None = None) -> str:
+    """`TIME LEVEL event=EVENT NAME=VALUE...`, or without the first two for a reader that adds them.
+
+    Such a reader gets a priority instead (sd-daemon(3)).
+    """
+    pairs = _pairs(event, fields)
+    if now is None:
+        return f"<{LEVELS[level]}>{pairs}\n"
+    return f"{stamp(now)} {level} {pairs}\n"
+
+
+def as_coloured(level: str, event: str, fields: Mapping[str, object], now: float) -> str:
+    """The same for a terminal."""
+    shown = f"{_COLOURS[level]}{level}{_PLAIN}"
+    return f"{_FAINT}{stamp(now)}{_PLAIN} {shown} {_pairs(event, fields)}\n"
+
+
+def as_json(
+    level: str, event: str, fields: Mapping[str, object], now: float, *, prioritized: bool = False
+) -> str:
+    """One object: time, level, event and the fields; behind a priority where one is wanted."""
+    content = {"time": stamp(now), "level": level, "event": event, **plain(fields)}
+    return f"{f'<{LEVELS[level]}>' if prioritized else ''}{json.dumps(content)}\n"
+
+
+def plain(fields: Mapping[str, object]) -> dict[str, object]:
+    """Return fields as values that anybody can read: what is no number or truth is its text."""
+    return {
+        name: value if isinstance(value, str | int | float) else str(value)
+        for name, value in fields.items()
+    }
+
+
+def is_own(line: str) -> bool:
+    """Whether a line is one that `Log` writes: where workers write too, it tells them apart."""
+    prioritized = line[:1] == "<" and line[2:3] == ">"
+    rest = line[3:] if prioritized else line
+    if rest.startswith('{"time": "'):
+        return '", "level": "' in rest and '", "event": "' in rest
+    if prioritized:
+        return rest.startswith("event=")
+    _, _, rest = line.partition("Z ")
+    level, _, rest = rest.partition(" ")
+    return level in LEVELS and rest.startswith("event=")
+
+
+def _pairs(event: str, fields: Mapping[str, object]) -> str:
+    pairs = [f"event={text.field(event)}"]
+    pairs += [f"{name}={text.field(value)}" for name, value in fields.items()]
+    return " ".join(pairs)

@@ -1,0 +1,32 @@
+"""What the operator chose about generations and their ends, as one frozen value.
+
+Pure.  Apart from core/fleet.py, which speaks of events, because an event tells a new policy.
+"""
+
+from __future__ import annotations
+
+from .frozen import frozen
+
+#: stop-first has nobody serving while the old generation drains: never without an end.
+STOP_FIRST_DRAIN_S = 30.0
+
+
+@frozen
+class Policy:
+    """What the operator chose.  Times in seconds; 0 means no limit where one is named."""
+
+    start_tries: int = 3
+    start_timeout_s: float = 60.0
+    settle_s: float = 0.0
+    drain_timeout_s: float = 0.0
+    max_draining: int = 0
+    stop_timeout_s: float = 30.0
+    kill_timeout_s: float = 5.0
+    stop_first: bool = False
+    workers_accept: bool = False  # --handoff listener: nobody else knows what they have taken
+    ready: str = "notify"  # what says that a worker is ready (settings.py), for who waits in vain
+
+    @property
+    def drain_limit_s(self) -> float:
+        """How long a generation may drain when another takes, or will take, its place."""
+        return self.drain_timeout_s or (STOP_FIRST_DRAIN_S if self.stop_first else 0.0)

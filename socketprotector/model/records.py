@@ -1,0 +1,96 @@
+"""What is kept of programs, generations and workers, as values that can outlive the program.
+
+Pure data.  Descriptors are not in here: they have names under which the next program finds them
+again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold until a reboot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from socketprotector_client import wire
+
+from .frozen import frozen
+from .settings import Identity
+
+
+@frozen
+class Program:
+    """What to execute, wholly resolved: the same again for a respawn."""
+
+    path: str
+    argv: tuple[str, ...]
+    directory: str
+    environment: tuple[tuple[str, str], ...]
+    umask: int
+    limits: tuple[tuple[str, int], ...]
+    nice: int
+    identity: Identity | None = None  # the user to run as, if not ours
+    batch: bool = False  # the scheduling policy that the caller had (SCHED_BATCH)
+    listeners: str = ""  # as the environment tells them; those are all that it ever knows of
+    handoff: str = "connection"
+    ready: str = "notify"
+    ready_after_s: float | None = None
+    ready_fd: int = -1
+    ready_check: str = ""
+    drain_signal: int = 15
+    watchdog_s: float = 0.0
+
+
+@frozen
+class Counts:
+    """What workers have counted of their connections."""
+
+    accepted: int = 0
+    active: int = 0
+    errors: int = 0
+    waits: tuple[int, ...] = (0,) * wire.BOARD_WAIT_WORDS  # see docs/protocol.md
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.accepted + other.accepted,
+            self.active + other.active,
+            self.errors + other.errors,
+            tuple(one + another for one, another in zip(self.waits, other.waits, strict=True)),
+        )
+
+    def closed(self) -> Counts:
+        """The same with nothing open any more."""
+        return replace(self, active=0)
+
+
+@frozen
+class GenerationRecord:
+    """An open generation, or one that is released and not yet empty."""
+
+    number: int
+    program: Program
+    serving_since: float = 0.0
+    ended: bool = False  # its write end is shut down
+    released: bool = False
+    opened_at: float = 0.0  # these three in seconds since the epoch, for people
+    served_at: float | None = None
+    drained_at: float | None = None
+    past: Counts | None = None  # of workers that have ended
+    lost: int = 0  # connections that were open in those
+    side: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
+
+
+@frozen
+class WorkerRecord:
+    """A worker's process and what it has said."""
+
+    number: int
+    generation: int
+    pid: int
+    mark: int  # where the output stood when it began
+    ready_at: float | None = None
+    slot: int = 0
+    started_at: float = 0.0  # seconds since the epoch, for people
+    told_to_go: bool = False
+    watched: bool = False  # it has said WATCHDOG=1
+    status: str = ""
+    aborted: bool = False  # it hung, so its end is none that anybody wanted
+    ready_by: str = ""  # what said that it is ready
+    orphaned: bool = False  # its process has ended; what that has left is looked after
+    killed: bool = False  # its process group was sent KILL

@@ -1,0 +1,442 @@
+"""`--guard`: a tiny parent that keeps the protector's descriptors and starts it again.
+
+It plays systemd's file descriptor store for everyone without systemd: the same messages
+(sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  It is the pid file's
+process, passes signals on, and adopts and reaps what the protector leaves when it is killed.
+
+Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
+
+    python guard.py [--json] [--pid-file=FILE] COMMAND...
+
+with descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket as socket
+import os
+import select
+import stat
+import sys
+import time
+
+#: Where the protector finds its line to us; system/inherited.py has the other names.
+LINE = "sp.guard"
+NAME = "SocketProtector"
+#: The way to syslog, where that is where lines go.
+RELAY = "sp.relay.write"
+PID_FILE = "sp.pidfile"
+#: Where that is: /proc, which could tell, is not mounted everywhere.
+PID_FILE_OPTION = "--pid-file="
+#: As in system/inherited.py: what is too long for the environment is in a memfd at this number.
+NAMES = "sp.names."
+NAMES_BYTES = 120 * 1024
+NOBODY = "sp.none"  # a number in between
+#: Waits between two starts of a protector that dies before it accepts.
+FIRST_WAIT_S = 0.1
+LAST_WAIT_S = 10.0
+#: Its exit status when the protector cannot be started at all (errors.SystemRefused).
+FAILED = 111
+#: How workers ended is told to the next protector too when the one before may not have heard.
+LAST_STATUSES = 255
+TOLD_AGAIN_S = 10.0
+_FIRST_FD = 3
+_PASSED_ON = (
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+_STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+#: A worker's process, in the store.
+_WORKER, _PROCESS = "sp.worker.", ".process"
+_MESSAGE_BYTES = 4096
+#: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
+_LINE_BYTES = 4096
+_NO_SIGNALS: tuple[int, ...] = ()
+
+
+class Guard:
+    """Keeps descriptors by name, and one protector running."""
+
+    def __init__(
+        self, command: list[str], store: dict[str, int], *, json: bool = False, pid_file: str = ""
+    ) -> None:
+        """Take ownership of the descriptors in the store.
+
+        json: the form of log lines.  pid_file: where the one is whose lock is in the store.
+        """
+        self.command = command
+        self.json = json
+        self.pid_file = pid_file
+        self.store = store
+        self.line: socket.socket | None = None
+        self.pid = 0  # of the protector, 0 while none runs
+        self.accepted = False  # this protector has said READY
+        self.first = True  # this protector is
+        self.verdict: int | None = None  # the exit status it said it will have
+        self.finish = 0  # the signal that has workers finish who accept themselves
+        self.wait_s = 0.0
+        self.due: float | None = None  # when to start the next one
+        self.pending: list[int] = []  # signals for the next one
+        self.passed_on: list[int] = []  # to this one, which has not said that it took them
+        self.stopping = False  # a stop was taken
+        self.began = False  # it has said anything: it has gone on, and takes signals
+        self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
+        self.untold: list[bytes] = []  # how workers ended: it was behind
+        self.dropped = 0  # lines that nobody could be told
+
+    # -- the protector ---------------------------------------------------------
+
+    def start(self) -> None:
+        """Start a protector with all that is in the store."""
+        self.due = None
+        self.accepted = self.began = False
+        try:
+            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            self.again(str(error.strerror))
+            return
+        for end in (line, theirs):
+            os.set_inheritable(end.fileno(), False)
+        # Blocked until its handlers stand: a signal in between waits, it does not kill.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                try:
+                    self._become({**self.store, LINE: theirs.fileno()})
+                except OSError as error:
+                    self.log("guard-cannot-execute", file=self.command[0], error=str(error))
+                finally:
+                    os._exit(FAILED)
+        except OSError as error:  # no more processes
+            line.close()
+            self.again(str(error.strerror))
+            return
+        finally:
+            theirs.close()
+            signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
+        self.line = line
+        self.passed_on, self.pending = self.pending, []
+        for number in self.passed_on:
+            os.kill(self.pid, number)
+        # Those that the one before may have been told in vain.
+        recent = time.monotonic() - TOLD_AGAIN_S
+        self.statuses = [told for told in self.statuses if told[0] > recent]
+        again = [told for _, told in self.statuses]
+        self.untold = [told for told in self.untold if told not in again] + again
+        self.tell_on()
+
+    def again(self, why: str) -> None:
+        """Start the next one, later each time in a row."""
+        self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
+        self.log("guard-cannot-start", error=why, again_in_s=self.wait_s)
+        self.due = time.monotonic() + self.wait_s
+
+    def _become(self, descriptors: dict[str, int]) -> None:
+        # Where they are: to move them takes as many again, and there may not be as many.
+        by_number = {fd: name for name, fd in descriptors.items()}
+        for fd in by_number:
+            os.set_inheritable(fd, True)
+        places = range(_FIRST_FD, max(by_number) + 1)
+        names = ":".join(by_number.get(fd, NOBODY) for fd in places)
+        if len(names) > NAMES_BYTES:
+            memfd = os.memfd_create(NAMES, 0)
+            os.write(memfd, names.encode())
+            names = f"{NAMES}{memfd}"
+        os.environ["LISTEN_PID"] = str(os.getpid())
+        os.environ["LISTEN_FDS"] = str(len(places))
+        os.environ["LISTEN_FDNAMES"] = names
+        os.execv(self.command[0], self.command)
+
+    def ended(self, status: int) -> None:
+        """The protector is gone: for good if it said so, else start it again."""
+        self.hear()
+        self.pid = 0
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+        if self.verdict is not None:
+            sys.exit(self.verdict)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        # Of the first only: after it something may be served, by workers that live on.
+        if code >= 0 and self.first and not self.accepted:
+            self.give_up(f"{how} before it ever accepted", code or FAILED)
+        stops = any(number in _STOPS for number in self.passed_on)
+        if stops and code >= 0 and not self.began:
+            # Workers finish what they have when the last end of their channel is closed; those
+            # that accept are told.
+            self.give_up(f"{how} when it was to stop", code or FAILED)
+        self.pending += self.passed_on
+        self.first = False
+        if self.accepted:
+            self.wait_s = 0.0
+        else:
+            self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
+        self.log("protector-died", protector=how, again_in_s=self.wait_s)
+        self.due = time.monotonic() + self.wait_s
+
+    # -- what it says ----------------------------------------------------------
+
+    def hear(self) -> None:
+        """Take in all messages that wait on the line."""
+        while self.line is not None:
+            try:
+                data, control, flags, _ = self.line.recvmsg(
+                    _MESSAGE_BYTES,
+                    socket.CMSG_LEN(4),
+                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
+                )
+            except BlockingIOError:
+                return  # nothing more for now
+            except ConnectionResetError:
+                continue  # it is gone and had not read all; what it said is still here
+            except OSError as error:
+                self.log("guard-cannot-hear", error=str(error.strerror))
+                return  # out of memory for the moment
+            if not data:
+                self.line.close()
+                self.line = None
+                return
+            fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
+            self.take(dict(pairs(data)), fds[0] if fds else -1)
+            if flags & socket.MSG_CTRUNC:
+                self.log("guard-cannot-keep", error="out of descriptors")
+
+    def take(self, said: dict[str, str], fd: int) -> None:
+        """Do what one message asks for.  Takes ownership of its descriptor."""
+        self.began = True
+        self.stopping = self.stopping or "STOPPING" in said
+        took = int(said.get("X_TOOK", "0"))
+        self.passed_on = [
+            number
+            for number in self.passed_on
+            if (not self.stopping if number in _STOPS else number != took)
+        ]
+        name = said.get("FDNAME", "")
+        if "FDSTORE" in said and fd >= 0 and name:
+            self.forget(name)
+            self.store[name] = fd
+        elif fd >= 0:
+            if "X_OUTPUT" in said:  # the log file was opened anew; the next protector inherits it
+                os.dup2(fd, 1)
+                os.dup2(fd, 2)
+            os.close(fd)
+        if "FDSTOREREMOVE" in said:
+            self.forget(name)
+        if said.get("READY") == "1":
+            self.accepted = True
+            self.wait_s = 0.0
+        if "X_FINISH" in said:
+            self.finish = int(said["X_FINISH"])
+        if "EXIT_STATUS" in said:
+            self.verdict = int(said["EXIT_STATUS"])
+
+    def forget(self, name: str) -> None:
+        if name in self.store:
+            os.close(self.store.pop(name))
+
+    def give_up(self, why: str, status: int) -> None:
+        """Leave nothing behind that says we are here, have workers finish, and exit."""
+        self.log("guard-gives-up", protector=why)
+        for name, fd in self.store.items():
+            if self.finish and name.startswith(_WORKER) and name.endswith(_PROCESS):
+                try:
+                    signal.pidfd_send_signal(fd, self.finish)
+                except OSError:
+                    pass  # it has ended, or has become another user's
+        try:
+            lock = os.fstat(self.store.get(PID_FILE, -1))
+            if os.path.samestat(os.lstat(self.pid_file), lock):
+                os.unlink(self.pid_file)
+        except OSError:
+            pass  # there is none, or another's in its place
+        sys.exit(status)
+
+    def log(self, event: str, **fields: str | float) -> None:
+        """Write a line as the protector writes its own, to where that goes: maybe to its relay.
+
+        One that would block is dropped, and the next one says how many were.
+        """
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+        if self.dropped:
+            fields["dropped_lines"] = self.dropped
+        stamp = f"{stamp}.{int(now % 1 * 1000):03d}Z"
+        if self.json:
+            told = {"time": stamp, "level": "warning", "event": event, **fields}
+            line = "{" + ", ".join(f"{quoted(n)}: {shown(told[n])}" for n in told) + "}\n"
+        else:
+            pairs = " ".join(f"{name}={shown(value)}" for name, value in fields.items())
+            line = f"{stamp} warning event={event} {pairs}\n"
+        try:
+            write(self.store.get(RELAY, 2), line.encode("utf-8", "backslashreplace"))
+        except OSError:
+            self.dropped += 1
+        else:
+            self.dropped = 0
+
+    # -- signals and children --------------------------------------------------
+
+    def signalled(self, number: int) -> None:
+        if number == signal.SIGCHLD:
+            self.reap()
+        elif self.pid:
+            os.kill(self.pid, number)
+            # It may be dead, or die before it gets to that: then the next one is told.
+            if number not in self.passed_on and not (number in _STOPS and self.stopping):
+                self.passed_on.append(number)
+        else:
+            self.pending.append(number)
+            self.due = time.monotonic()
+
+    def reap(self) -> None:
+        """Reap every child that has ended; the protector is told of those it left to us."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.pid:
+                self.ended(status)
+            else:
+                told = b"X_EXITED=%d %d" % (pid, status)
+                self.statuses = [*self.statuses[-LAST_STATUSES:], (time.monotonic(), told)]
+                self.tell(told)
+
+    def tell(self, told: bytes) -> None:
+        """Tell the protector, behind all that it was not told yet."""
+        self.untold.append(told)
+        self.tell_on()
+
+    def tell_on(self) -> None:
+        """Tell it as much as there is room for: it may stand still, or be behind."""
+        while self.untold and self.line is not None:
+            try:
+                self.line.send(self.untold[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            except OSError:
+                return  # no room; or it is gone, and the next one is told
+            self.untold.pop(0)
+
+    def run(self) -> None:
+        """Serve until the protector has ended for good; leaves by SystemExit."""
+        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        for number in (*_PASSED_ON, signal.SIGCHLD):
+            signal.signal(number, noted)
+        self.start()
+        while True:
+            poll = select.poll()
+            poll.register(receive, select.POLLIN)
+            if self.line is not None:
+                events = select.POLLIN | (select.POLLOUT if self.untold else 0)
+                poll.register(self.line.fileno(), events)
+            wait_ms = None
+            if self.due is not None:
+                wait_ms = max(0.0, self.due - time.monotonic()) * 1000
+            ready = [fd for fd, _ in poll.poll(wait_ms)]
+            self.hear()
+            self.tell_on()
+            if receive in ready:
+                for number in dict.fromkeys(os.read(receive, 512)):
+                    self.signalled(number)
+            if self.due is not None and time.monotonic() >= self.due:
+                self.start()
+
+
+def write(fd: int, line: bytes) -> None:
+    """Write a line without ever waiting for a reader.  Raises OSError if it would have to.
+
+    O_NONBLOCK would reach every worker's output; and one of another user's (--user) cannot
+    be opened anew, as system/log.py does.
+    """
+    line = line[: _LINE_BYTES - 1].rstrip(b"\n") + b"\n"
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(mode):
+        # Not poll and write: another writer may take the room in between.
+        receive, send = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.write(send, line)
+            os.splice(receive, fd, len(line), flags=os.SPLICE_F_NONBLOCK)
+        finally:
+            os.close(receive)
+            os.close(send)
+    elif stat.S_ISSOCK(mode):
+        theirs = socket.socket(fileno=os.dup(fd))
+        try:
+            theirs.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        finally:
+            theirs.close()
+    else:
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError
+        # On a terminal under `stty tostop` it would be tried for ever: see system/terminal.py.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
+        try:
+            os.write(fd, line)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def quoted(text: str) -> str:
+    """Return a text as a JSON string, in which the log's own form is not different."""
+    text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        '"' + "".join(c if c.isprintable() else f"\\u{min(ord(c), 0xFFFD):04x}" for c in text) + '"'
+    )
+
+
+def shown(value: str | float) -> str:
+    return quoted(value) if isinstance(value, str) else f"{value:g}"
+
+
+def pairs(data: bytes) -> list[tuple[str, str]]:
+    """Return the NAME=VALUE lines of a message."""
+    lines = data.decode("utf-8", "replace").split("\n")
+    return [
+        (name, value) for name, found, value in (line.partition("=") for line in lines) if found
+    ]
+
+
+def noted(number: int, frame: object) -> None:
+    """The signal's number is in the wake-up pipe already."""
+
+
+def main() -> None:
+    command = sys.argv[1:]
+    json = command[:1] == ["--json"]
+    if json:
+        command = command[1:]
+    pid_file = ""
+    if command and command[0].startswith(PID_FILE_OPTION):
+        pid_file = command.pop(0).removeprefix(PID_FILE_OPTION)
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    names = os.environ.pop("LISTEN_FDNAMES", "")
+    if names.startswith(NAMES):
+        with open(int(names.removeprefix(NAMES)), encoding="ascii") as file:
+            file.seek(0)
+            names = file.read()
+    store = dict(zip(names.split(":"), range(_FIRST_FD, _FIRST_FD + count), strict=True))
+    for fd in store.values():
+        os.set_inheritable(fd, False)
+    try:
+        with open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write(NAME)
+    except OSError:
+        pass  # no /proc: the name is a courtesy
+    Guard(command, store, json=json, pid_file=pid_file).run()
+
+
+if __name__ == "__main__":
+    main()

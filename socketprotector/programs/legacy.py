@@ -1,0 +1,546 @@
+"""`--handoff legacy`: serves a daemon that was built for the C++ SocketProtector.
+
+Such a daemon connects to the abstract stream socket `sock_srv_PORT` and reads connections from
+it: one byte `x` each, with a descriptor; end of file means drain.  This program is a worker on
+one side (docs/protocol.md) and that stream's writer on the other.  Run with a worker's
+environment, COMMAND becomes its child:
+
+    python -m socketprotector.legacy -- COMMAND [ARG...]
+
+Rule: what waits, waits in the channel.  A stream holds two connections at most that the child
+has not read, because those are lost with the child; and this process at most one.
+
+Its exit is its child's: the same status, the same signal.  Source: docs/legacy.md, unix(7).
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import _socket as socket
+import errno
+import os
+import select
+import sys
+import time
+
+from socketprotector_client import wire
+
+PROGRAM = "socketprotector.legacy"
+#: Both ends of the original give the address's full length, so the name ends in NULs.
+SUN_PATH_BYTES = 108
+#: Where workers that wait for a name learn that it is free; nobody ever accepts there.
+_QUEUE_NAME = "\0socketprotector.legacy.%d"
+#: The smallest send buffer: writable again as soon as the child has left one message unread.
+_SNDBUF_BYTES = 1
+_WAITING = 128
+#: How often a name is tried of which nobody tells us that it is free, or of which somebody may not.
+_RETRY_S = 0.1
+_LOOK_S = 1.0
+#: A name that is not free by then is worth a line.
+_TELL_S = 5.0
+#: A child that reads no more should end soon; one that does not has its place taken.
+LEAVE_S = 5.0
+FAILED = 111
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+_PASSED_ON = (*_STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
+_SO_PEERPIDFD = 77  # Linux 6.5
+_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
+#: ETOOMANYREFS: too many descriptors of this user are under way in sockets.
+_SCARCE = (errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM)
+_CLOSED = select.POLLHUP | select.POLLERR | select.POLLNVAL
+_NO_SIGNALS: tuple[int, ...] = ()
+#: Of the environment these are the worker's, not the child's.
+_OURS = (b"SOCKETPROTECTOR_", b"NOTIFY_SOCKET=", b"WATCHDOG_")
+
+
+class Refusal(Exception):
+    """One line for the operator, and an exit status."""
+
+    def __init__(self, text: str, status: int = 2) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Stream:
+    """One port's way to the child: a listener with the port's name, then what connected."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.name = f"\0sock_srv_{port}".encode().ljust(SUN_PATH_BYTES, b"\0")
+        self.queue: socket.socket | None = None
+        self.listener: socket.socket | None = None
+        self.connection: socket.socket | None = None
+        self.room = False  # for one more
+
+    def claim(self) -> bool:
+        """Take the name; say whether it was free.  The turn (queue) first, which is kept."""
+        if self.queue is None:
+            self.queue = listen((_QUEUE_NAME % self.port).encode())
+        if self.queue is not None:
+            self.listener = listen(self.name)
+        return self.listener is not None
+
+    def knock(self) -> socket.socket | None:
+        """Return a connection that ends when whoever has the turn lets it go."""
+        return None if self.queue is not None else connect((_QUEUE_NAME % self.port).encode())
+
+    def holder(self) -> str:
+        """Say who has the name that we want."""
+        # With the turn it is nobody of ours, and asking costs a worker no line in the log.
+        line = self.knock() if self.queue is None else connect(self.name)
+        if line is None:
+            return "another process"
+        pid = peer_of(line)
+        line.close()
+        return described(pid)
+
+    def take(self, connection: socket.socket) -> None:
+        """Take ownership of the child's connection, and free the name for the next worker."""
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF_BYTES)
+        self.connection = connection
+        for each in (self.listener, self.queue):  # in this order: who has the turn finds it free
+            if each is not None:
+                each.close()
+        self.listener = self.queue = None
+
+    def send(self, fd: int) -> bool:
+        """Send a descriptor, which stays ours; say whether there was room for it.
+
+        Raises OSError when nobody reads any more.
+        """
+        assert self.connection is not None
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
+        self.room = False  # nobody knows: poll tells
+        try:
+            self.connection.sendmsg([b"x"], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        return True
+
+
+class Adapter:
+    """A worker with a child that speaks the original's protocol."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        """Look at what we were given.  Raises Refusal."""
+        if wire.ENV_CHANNEL not in environment:
+            raise Refusal("must be started by SocketProtector (--handoff legacy): no channel")
+        self.command = command
+        self.channel = given(environment, wire.ENV_CHANNEL)
+        self.line: socket.socket | None = None  # RETURN
+        if wire.ENV_RETURN in environment:
+            self.line = given(environment, wire.ENV_RETURN)
+        if wire.ENV_SCOREBOARD in environment:  # what the child serves is not ours to count
+            os.close(int(environment[wire.ENV_SCOREBOARD].partition(":")[0]))
+        ports = ports_of(environment.get(wire.ENV_LISTENERS, ""))
+        self.by_port = {port: Stream(port) for port in sorted({*ports} - {0})}
+        self.by_index = [self.by_port.get(port) for port in ports]
+        self.streams = list(self.by_port.values())
+        self.address = environment.get(wire.ENV_NOTIFY, "")
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        usec = environment.get("WATCHDOG_USEC", "")
+        self.watchdog_s = int(usec) / 2_000_000 if usec.isdigit() else 0.0
+        self.due: float | None = None  # of the next WATCHDOG=1
+        self.hand: tuple[Stream, int] | None = None  # taken from the channel, not yet sent
+        self.leaving = False  # no more from the channel
+        self.pid = self.pidfd = 0  # of the child
+        self.strangers = 0
+        self.wake, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        for number in _PASSED_ON:
+            signal.signal(number, noted)
+        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+
+    def run(self) -> int:
+        """Serve until the child has ended; return how, as os.waitstatus_to_exitcode() does."""
+        try:
+            for stream in self.streams:  # sorted: no two workers wait for each other
+                if not self.claim(stream):
+                    return 0
+            self.spawn()
+            if self.connected():
+                self.say(b"READY=1\n" + wire.RETIRES_ON_RETURN.encode(), wait=True)
+                self.due = time.monotonic() if self.watchdog_s else None
+                self.serve()
+            return self.status()
+        except Exception:
+            if self.pid:
+                os.kill(self.pid, signal.SIGTERM)  # nobody would come to serve it
+            raise
+
+    # -- the start -------------------------------------------------------------
+
+    def claim(self, stream: Stream) -> bool:
+        """Take the name of a stream, once it is free; say whether it is still wanted."""
+        tell_at = time.monotonic() + _TELL_S
+        while not stream.claim():
+            line = stream.knock()
+            if line is None:
+                self.look({}, _RETRY_S)
+            else:
+                if line.fileno() in self.look({line.fileno(): 0}, _LOOK_S):
+                    self.look({}, _RETRY_S / 10)  # it may be one who closes what it accepts
+                line.close()
+            if self.leaving:
+                return False
+            if time.monotonic() > tell_at:
+                tell_at = float("inf")
+                say(f"waiting for the name sock_srv_{stream.port}, held by {stream.holder()}")
+        return True
+
+    def spawn(self) -> None:
+        """Start the child, with what this worker was given less what is the worker's own."""
+        try:
+            self.pid = os.posix_spawnp(
+                self.command[0],
+                self.command,
+                environment_of_child(),
+                setsigmask=(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+            )
+        except OSError as error:
+            text = f"cannot start {self.command[0]}: {error.strerror}"
+            raise Refusal(text, FAILED) from error
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def connected(self) -> bool:
+        """Wait until the child has connected to each name; say whether it has."""
+        while waiting := [(each, each.listener) for each in self.streams if each.listener]:
+            found = self.look({listener.fileno(): select.POLLIN for _, listener in waiting})
+            for stream, listener in waiting:
+                if listener.fileno() in found:
+                    self.admit(stream, listener)
+            missing = [f"sock_srv_{each.port}" for each in self.streams if each.listener]
+            if missing and self.pidfd in found:
+                if not self.leaving:
+                    say(f"{self.command[0]} ended before it connected to {', '.join(missing)}")
+                return False
+            if missing and self.leaving:
+                for _, listener in waiting:
+                    listener.close()
+                os.kill(self.pid, signal.SIGTERM)  # there is no end of file that it could see
+                return False
+        return True
+
+    def admit(self, stream: Stream, listener: socket.socket) -> None:
+        """Accept the child, or close the connection of somebody else."""
+        try:
+            fd, _ = listener._accept()  # type: ignore[attr-defined]
+        except (BlockingIOError, ConnectionError):
+            return
+        connection = socket.socket(fileno=fd)
+        if self.is_ours(connection):
+            stream.take(connection)
+            return
+        if self.strangers == 0:
+            who = described(peer_of(connection))
+            say(f"sock_srv_{stream.port}: refused {who}: no child of this worker")
+        self.strangers += 1
+        connection.close()
+
+    def is_ours(self, connection: socket.socket) -> bool:
+        """Whether the child has connected, or one of those it has started.
+
+        The pidfd holds the number for as long as we look at who that is.
+        """
+        pid = peer_of(connection)
+        if pid == self.pid:  # not reaped, so it is still its number
+            return True
+        try:
+            option = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+            pidfd = int.from_bytes(option, sys.byteorder)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                return False  # it has ended
+            pidfd = -1
+        try:
+            # Nobody can enter a session: who is in ours was started from here.
+            ours = os.getsid(pid) == os.getpid()
+            while not ours and pid > 1:
+                pid = parent_of(pid)
+                ours = pid == self.pid
+            return ours and not (pidfd >= 0 and is_readable(pidfd))
+        except (OSError, ValueError):
+            return False
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
+
+    # -- serving ---------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Hand connections on until there are no more, or the child wants none."""
+        while self.hand is not None or not self.leaving:
+            wanted = {}
+            for stream in self.streams:
+                assert stream.connection is not None
+                wanted[stream.connection.fileno()] = 0 if stream.room else select.POLLOUT
+            if self.hand is None and all(each.room for each in self.streams):
+                wanted[self.channel.fileno()] = select.POLLIN
+            found = self.look(wanted)
+            for stream in self.streams:
+                assert stream.connection is not None
+                events = found.get(stream.connection.fileno(), 0)
+                if events & _CLOSED:
+                    return self.closed()
+                stream.room = stream.room or bool(events)
+            try:
+                self.move()
+            except OSError as error:
+                if error.errno in _GONE:
+                    return self.closed()
+                if error.errno not in _SCARCE:
+                    raise
+                self.look({}, _RETRY_S)  # poll would say at once that there is room
+        for stream in self.streams:
+            assert stream.connection is not None
+            stream.connection.shutdown(socket.SHUT_WR)
+
+    def move(self) -> None:
+        """Send what is in hand, else take the next one if there is room wherever it may go."""
+        if self.hand is None and not self.leaving and all(each.room for each in self.streams):
+            self.hand = self.take()
+        if self.hand is not None:
+            stream, fd = self.hand
+            if stream.room and stream.send(fd):
+                os.close(fd)
+                self.hand = None
+
+    def take(self) -> tuple[Stream, int] | None:
+        """Take a connection from the channel, if there is one."""
+        try:
+            header, control, flags, _ = self.channel.recvmsg(
+                wire.HEADER.size,
+                socket.CMSG_LEN(4),
+                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
+            )
+        except BlockingIOError:
+            return None  # another worker was quicker
+        if not header:
+            self.leaving = True
+            return None
+        fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
+        if not fds:
+            if flags & socket.MSG_CTRUNC:
+                say("out of descriptors: a connection is lost")
+            return None
+        version, kind, index, _, _ = wire.HEADER.unpack(header.ljust(wire.HEADER.size, b"\0"))
+        stream = self.by_index[index] if index < len(self.by_index) else None
+        if version == wire.VERSION and kind == wire.KIND_CONNECTION and stream is not None:
+            return stream, fds[0]
+        os.close(fds[0])
+        return None
+
+    def closed(self) -> None:
+        """The child reads no more: let it end, and have its place taken if it does not."""
+        for stream in self.streams:
+            if stream.connection is not None:
+                stream.connection.close()
+        self.leaving = True
+        until = time.monotonic() + LEAVE_S
+        while (left := until - time.monotonic()) > 0:
+            if self.pidfd in self.look({}, left):
+                return
+        say(f"{self.command[0]} reads no more connections but has not ended: it is left alone")
+        sys.exit(1)
+
+    def status(self) -> int:
+        """Wait for the child's end; return how."""
+        while self.pidfd not in self.look({}):
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    # -- waiting ---------------------------------------------------------------
+
+    def look(self, wanted: dict[int, int], timeout_s: float | None = None) -> dict[int, int]:
+        """Wait for one of these, a signal, the child's end or ours; return what has come."""
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        if self.due is not None:
+            if time.monotonic() >= self.due:
+                self.say(b"WATCHDOG=1")
+                self.due = time.monotonic() + self.watchdog_s
+            until = self.due if until is None else min(until, self.due)
+        poll = select.poll()
+        for fd, events in wanted.items():
+            poll.register(fd, events)
+        poll.register(self.wake, select.POLLIN)
+        if self.line is not None:
+            poll.register(self.line.fileno(), select.POLLIN)
+        if self.pid:
+            poll.register(self.pidfd, select.POLLIN)
+        wait_ms = None if until is None else max(0.0, until - time.monotonic()) * 1000
+        found = dict(poll.poll(wait_ms))
+        if self.wake in found:
+            for number in dict.fromkeys(os.read(self.wake, 512)):
+                self.signalled(number)
+        if self.line is not None and self.line.fileno() in found:
+            self.hear(self.line)
+        return found
+
+    def signalled(self, number: int) -> None:
+        """Pass a signal on: whoever sends one means the daemon."""
+        if number in _STOPS:
+            self.leaving = True
+        if self.pid:
+            os.kill(self.pid, number)  # not reaped yet, so it is its number
+
+    def hear(self, line: socket.socket) -> None:
+        try:
+            if line.recv(64, socket.MSG_DONTWAIT):
+                return  # nothing is said there yet
+        except BlockingIOError:
+            return
+        except OSError:
+            pass
+        line.close()
+        self.line = None
+        self.leaving = True
+
+    def say(self, text: bytes, *, wait: bool = False) -> None:
+        """Tell the protector.  One that is gone is nothing to fail for; wait: for room."""
+        address = self.address.encode("utf-8", "surrogateescape")
+        if address:
+            address = b"\0" + address[1:] if address[:1] == b"@" else address
+            try:
+                self.notify.sendto(text, 0 if wait else socket.MSG_DONTWAIT, address)
+            except OSError:
+                pass
+
+
+def ports_of(listeners: str) -> list[int]:
+    """Return the port of each listener, 0 for one that was removed.  Raises Refusal."""
+    ports = []
+    for each in listeners.split():
+        kind, _, rest = each.partition(":")
+        port = rest.rpartition(":")[2]
+        if each == wire.REMOVED_LISTENER:
+            ports.append(0)
+        elif kind == "tcp" and port.isdigit():
+            ports.append(int(port))
+        else:
+            raise Refusal(
+                f"{each} has no port, which the daemon's side of --handoff legacy is named by: "
+                "leave it out, or use --handoff connection"
+            )
+    if not any(ports):
+        raise Refusal("no listener with a port is left")
+    return ports
+
+
+def given(environment: dict[str, str], name: str) -> socket.socket:
+    """Return the socket that a variable names; no child is to inherit it.  Raises Refusal."""
+    try:
+        fd = int(environment[name])
+        os.set_inheritable(fd, False)
+        return socket.socket(fileno=fd)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{name}={environment[name]} is no socket of ours") from error
+
+
+def environment_of_child() -> dict[bytes, bytes]:
+    """Return the environment as we were given it: Python itself may have added LC_CTYPE."""
+    try:
+        with open("/proc/self/environ", "rb") as file:
+            pairs = file.read().split(b"\0")
+    except OSError:  # no /proc: then with that, which does no harm
+        pairs = [name + b"=" + value for name, value in os.environb.items()]
+    pairs = [each for each in pairs if not each.startswith(_OURS)]
+    return {name: value for name, found, value in (each.partition(b"=") for each in pairs) if found}
+
+
+def listen(name: bytes) -> socket.socket | None:
+    """Return a listener with an abstract name, or None if it is another's."""
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.set_inheritable(one.fileno(), False)
+    try:
+        one.bind(name)
+    except OSError as error:
+        one.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    one.listen(_WAITING)
+    one.setblocking(False)
+    return one
+
+
+def connect(name: bytes) -> socket.socket | None:
+    """Return a connection to an abstract name, or None if there is nobody, or no room."""
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    os.set_inheritable(line.fileno(), False)
+    line.setblocking(False)
+    try:
+        line.connect(name)
+    except OSError:
+        line.close()
+        return None
+    return line
+
+
+def peer_of(connection: socket.socket) -> int:
+    """Return the pid of whoever called connect() or, on the other side, listen()."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(found[:4], sys.byteorder)
+
+
+def parent_of(pid: int) -> int:
+    """Return the parent of a process.  Raises OSError if there is none, or no /proc."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[1])
+
+
+def described(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return f"process {pid} ({file.read().decode('utf-8', 'backslashreplace').strip()})"
+    except OSError:
+        return f"process {pid}"
+
+
+def is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def noted(number: int, frame: object) -> None:
+    """The signal's number is in the wake-up pipe already."""
+
+
+def say(text: str) -> None:
+    """Tell whoever reads the log; one line, whole."""
+    try:
+        os.write(2, f"{PROGRAM}: {text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass
+
+
+def end_like(code: int) -> None:
+    """End as the child did: by its signal, or with its status."""
+    if code < 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the child's core is the one to look at
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
+
+
+def main() -> None:
+    if sys.argv[1:2] != ["--"] or len(sys.argv) < 3:
+        say(f"usage: python -m {PROGRAM} -- COMMAND [ARG...]")
+        sys.exit(2)
+    try:
+        code = Adapter(sys.argv[2:], dict(os.environ)).run()
+    except Refusal as error:
+        say(str(error))
+        sys.exit(error.status)
+    except OSError as error:
+        say(f"a system call failed: {error.strerror}")
+        sys.exit(FAILED)
+    end_like(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Starts programs: what is the same for each is worked out once.
+
+Source: posix_spawn(3), binfmt_misc of the kernel's documentation.
+"""
+
+from __future__ import annotations
+
+import _signal as signal
+import os
+
+from ...system.executable import resolve
+
+#: Python ignores these two, and an ignored signal stays so through exec.
+_DEFAULT = (signal.SIGPIPE, signal.SIGXFSZ)
+_SHELL = "/bin/sh"
+_FORMATS = "/proc/sys/fs/binfmt_misc"
+
+
+class Starter:
+    """One command."""
+
+    def __init__(self, path: str, argv: tuple[str, ...]) -> None:
+        self._path = path.encode("utf-8", "surrogateescape")
+        self._argv = tuple(each.encode("utf-8", "surrogateescape") for each in argv)
+        self.path = path
+
+    def start(self, fd: int, environment: dict[bytes, bytes]) -> int:
+        """Start the program with a connection as stdin and stdout; return its pid.
+
+        It is in our process group, so what ends that ends it, too.  All other descriptors
+        than 0, 1 and 2 are close-on-exec here.  fd stays the caller's.  Raises OSError with the
+        reason of posix_spawn, which returns when the program has been executed or has not.
+        """
+        return os.posix_spawn(
+            self._path,
+            self._argv,
+            environment,
+            file_actions=((os.POSIX_SPAWN_DUP2, fd, 0), (os.POSIX_SPAWN_DUP2, fd, 1)),
+            setsigmask=(),
+            setsigdef=_DEFAULT,
+        )
+
+
+def starter_of(command: list[str], shell: bool, path: str) -> Starter:
+    """Find what is to be started; raises OSError where that cannot be executed.
+
+    path: the file, where the protector has found it before; else it is looked for.
+    """
+    if shell:
+        return Starter(_SHELL, ("sh", "-c", command[0]))
+    argv = tuple(command)
+    if not path:
+        path, argv = resolve(command, os.getcwd(), os.environ.get("PATH", os.defpath))
+    elif os.path.isdir(path) or not os.access(path, os.X_OK):
+        os.stat(path)
+        raise PermissionError(13, "not executable", path)
+    _look_at(path)
+    return Starter(path, argv)
+
+
+def _look_at(path: str) -> None:
+    """Raise OSError for a file that exec would refuse: better now than at each connection."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:
+        return  # executable without being readable: a binary
+    if head[:2] == b"#!":
+        line = head[2:].partition(b"\n")[0].split(maxsplit=1)
+        if line and not os.access(line[0], os.X_OK):
+            raise FileNotFoundError(2, "the interpreter in its first line is missing", path)
+    elif head[:4] != b"\x7fELF" and not _other_formats():
+        raise OSError(8, "neither a program nor a script that begins with #!", path)
+
+
+def _other_formats() -> bool:
+    """Whether the kernel was told how to execute what it does not know itself, or may have been."""
+    try:
+        return bool(set(os.listdir(_FORMATS)) - {"register", "status"})
+    except OSError:
+        return not os.path.exists("/proc/self")

@@ -1,0 +1,414 @@
+"""The listening sockets in the resident process: accept from them, and end them well.
+
+They are bound before this process begins (launch/listen_spec.py) and arrive as descriptors.
+
+Source: tcp(7), unix(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..model.settings import ListenerSettings
+from . import inherited, reuseport
+from .dir_lock import give, locked
+from .sock_diag import listening
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
+#: passes on errors of the connection itself).
+AGAIN = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EINTR,
+        errno.ECONNABORTED,
+        errno.ENETDOWN,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.EHOSTUNREACH,
+        errno.EOPNOTSUPP,
+        errno.ENETUNREACH,
+        errno.ETIMEDOUT,
+        errno.EPERM,
+    }
+)
+
+
+#: The system is out of something: what cannot be had now can be later.
+SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
+    """Return what accepts one connection, as a descriptor, with the priority it is to have."""
+    # socket.accept() would build a socket object only for us to take it apart.
+    accept: Callable[[], tuple[int, Any]]
+    accept = listener.socket._accept  # type: ignore[attr-defined]
+    priority = listener.settings.priority
+    if priority < 0:
+        return accept
+    family = listener.socket.family
+
+    def accept_and_set() -> tuple[int, Any]:
+        fd, address = accept()
+        one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
+        try:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
+        except OSError:
+            pass  # whoever drops privileges may lose the right to those above 6
+        one.detach()
+        return fd, address
+
+    return accept_and_set
+
+
+class Listener:
+    """One listening socket.  Owns its descriptor, and the socket file if it made one."""
+
+    def __init__(
+        self,
+        fd: int,
+        index: int,
+        settings: ListenerSettings,
+        *,
+        shared: bool = False,
+        second: int = -1,
+        again: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Adopt a bound, listening descriptor.  `index` is for life.
+
+        shared: workers have it too, and accept from it: then it is theirs to the end.  second:
+        another one for the same address (reuseport.py), so that two generations have one each.
+        again: how often each of the two was bound anew, which is part of its name.
+        """
+        self.socket = socket.socket(fileno=fd)
+        self.second = socket.socket(fileno=second) if second >= 0 else None
+        self.shared = shared
+        if not shared:
+            # Whoever passes it in may have changed that.  On one that workers share nothing may be
+            # set: flags and options are those of the living ones, which may rely on them.
+            self.socket.setblocking(False)
+        self.index = index
+        self.settings = settings
+        self._again = list(again)
+        self._backlog = settings.backlog or socket.SOMAXCONN
+        self._last = 1  # which one was the last to listen, as far as we know
+        #: Nobody can come by it any more: it was shut down, and cannot be had anew.
+        self.lost = False
+        #: It tells of clients whether there are any or not, so nobody should wait for it.
+        self.always_readable = False
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    @property
+    def port(self) -> int:
+        """That of its address: a socket that was shut down may have another one."""
+        return _bound_to(self.settings.address)[1]
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        return (self.socket, self.second) if self.second is not None else (self.socket,)
+
+    def of_side(self, side: int) -> socket.socket:
+        """The socket of the generations on a side, 0 or 1; both have the same if it is alone."""
+        return self.sockets[side % len(self.sockets)]
+
+    @property
+    def blocks(self) -> bool:
+        """Whether accept() waits, for all who have it: who accepts there can change that."""
+        return os.get_blocking(self.fileno())
+
+    @property
+    def listens(self) -> bool:
+        """Whether it was not shut down yet."""
+        return bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
+        kinds = zip((inherited.LISTENER, inherited.TWIN), self.sockets, self._again, strict=False)
+        return {
+            f"{kind}{self.index}{f'.{again}' if again else ''}": each.fileno()
+            for kind, each, again in kinds
+        }
+
+    # -- one that somebody has shut down ---------------------------------------------
+
+    def is_alive(self, side: int = 0) -> bool:
+        """Whether clients can come to a socket, where it was bound."""
+        one = self.of_side(side)
+        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return False
+        if one.family == socket.AF_UNIX:
+            return not _events(one) & (select.POLLRDHUP | select.POLLHUP)
+        return bool(one.getsockname()[1] == self.port)
+
+    @property
+    def hangs_up(self) -> bool:
+        """Whether it is a UNIX one that was shut down: readable for ever, and nobody is there."""
+        return self.socket.family == socket.AF_UNIX and not self.is_alive()
+
+    def is_sound(self, side: int) -> bool:
+        """Whether who is accepted can be spoken with: not where it was shut down twice before."""
+        one = self.of_side(side)
+        if one.family == socket.AF_UNIX:
+            return True
+        try:
+            found = listening(one.family, self.port)
+        except OSError:
+            return True  # as far as can be told
+        return not found.get(os.fstat(one.fileno()).st_ino, 0)
+
+    def note(self) -> None:
+        """Remember how many may wait: a worker that listens says it, and so should we then."""
+        if self.socket.family != socket.AF_UNIX and self.is_alive():
+            try:
+                self._backlog = reuseport.backlog(self.socket)
+            except OSError:
+                pass  # the one before will do
+
+    def listen_again(self, side: int) -> bool:
+        """Have a socket listen again that somebody has shut down; False where it does not.
+
+        That of a UNIX address says that it does, and refuses whoever connects; one that was bound
+        as port 0 comes back on another port.
+        """
+        one = self.of_side(side)
+        if one.family == socket.AF_UNIX:
+            return False
+        try:
+            if self.second is not None and self.is_alive(1 - side):
+                reuseport.steer_if_can(self.of_side(1 - side))  # so that nobody comes here unasked
+            # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
+            # as one that listens.
+            one.listen(self._backlog)
+            one.shutdown(socket.SHUT_RDWR)
+            one.listen(self._backlog)
+        except OSError:
+            return False
+        self._last = side % 2
+        if not self.is_alive(side):
+            _shut_down(one)
+            return False
+        return True
+
+    def bind_anew(self, side: int) -> None:
+        """Have another socket in the place of one that is of no use any more.  Raises OSError.
+
+        Workers that have that one do not have this one.
+        """
+        if self.settings.foreign:
+            raise OSError(errno.EPERM, "it was passed in, and is not ours")
+        number = side % len(self.sockets)
+        one, other = self.of_side(side), self.of_side(1 - side)
+        if one.family == socket.AF_UNIX:
+            made = self._bind_path()
+        else:
+            _shut_down(one)  # else it would go on in the group as long as anybody has a copy
+            if other is one or other.getsockname()[1] != self.port:
+                # Alone, or the other one has come back on another port.
+                made = reuseport.again(one, _bound_to(self.settings.address), self._backlog)
+            else:
+                second = reuseport.make(other)
+                if second is None:
+                    raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
+                made = second
+                self._last = side % 2
+        made.setblocking(os.get_blocking(one.fileno()))
+        _shut_down(one)
+        one.close()
+        if number:
+            self.second = made
+        else:
+            self.socket = made
+        self._again[number] += 1
+
+    def go_on_without(self, side: int) -> None:
+        """Have the other socket alone, for both sides."""
+        assert self.second is not None
+        one, other = self.of_side(side), self.of_side(1 - side)
+        _shut_down(one)
+        one.close()
+        if other is self.second:
+            self.socket = other
+            self._again[0] += 1
+        self.second = None
+
+    def steer(self, side: int) -> None:
+        """Have new clients come to the socket of a side.  Raises OSError."""
+        place, failed = self._place(side), OSError(errno.ENOTCONN, "it does not listen")
+        for each in self.sockets:  # one without it takes all who come, where it stands first
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        for number in (0, 1):  # a worker may have locked the filters of its own
+            if self.is_alive(number):
+                try:
+                    reuseport.steer(self.of_side(number), place)
+                except OSError as error:
+                    failed = error
+                else:
+                    return
+        raise failed
+
+    def _place(self, side: int) -> int:
+        """Return where a socket stands in the group.  Raises OSError where that is not told now."""
+        inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
+        try:
+            found = listening(self.socket.family, self.port)
+            ours = [each for each in found if each in inodes]
+        except OSError as error:
+            if error.errno in SCARCE:
+                raise  # an earlier program may have known better than we do
+            ours = inodes if self._last else inodes[::-1]  # sock_diag is not there
+        wanted = inodes[side % 2]
+        return ours.index(wanted) if wanted in ours else 0
+
+    def _bind_path(self) -> socket.socket:
+        """Bind a socket file in the place of ours.  Raises OSError."""
+        path = self.settings.address.removeprefix("unix:")
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            if not self.settings.inode:
+                made.bind("\0" + path[1:])  # which fails as long as anybody has the old one
+                made.listen(self._backlog)
+                return made
+            with locked(path, 0.0):
+                old = os.lstat(path)
+                if (old.st_dev, old.st_ino) != (self.settings.device, self.settings.inode):
+                    raise OSError(errno.EEXIST, "somebody has put another file in its place")
+                os.unlink(path)
+                before = os.umask(0o777 & ~old.st_mode)
+                try:
+                    made.bind(path)
+                finally:
+                    os.umask(before)
+                uid = -1 if old.st_uid == os.geteuid() else old.st_uid
+                gid = -1 if old.st_gid == os.lstat(path).st_gid else old.st_gid
+                found = give(path, uid, gid, _chown)
+                made.listen(self._backlog)
+        except BaseException:
+            made.close()
+            raise
+        self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
+        return made
+
+    def let_in(self) -> None:
+        """Have no generation begin on a socket, common to it and others, where nobody gets in.
+
+        Time-outs and the like are those of the living; what is passed in is its owner's; and a
+        filter that is locked cannot be taken away.
+        """
+        if self.settings.foreign or self.socket.family == socket.AF_UNIX:
+            return
+        try:
+            reuseport.let_in(self.socket)
+        except OSError:
+            pass
+
+    # -- the end -------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Listen once more: clients of a UNIX socket see the pid and user of who did it last."""
+        if self.settings.backlog:
+            self.socket.listen(self.settings.backlog)
+
+    def refuse_new(self) -> bool:
+        """Let nobody new connect; who has connected can still be accepted.
+
+        Returns whether that could be had: else new ones come until it is closed, and after that,
+        where somebody has given it to us who goes on listening.
+        """
+        if self.settings.foreign:
+            return False
+        if self.socket.family == socket.AF_UNIX:
+            self._remove_file()
+            if not self.shared:
+                self.socket.shutdown(socket.SHUT_RD)
+                self.always_readable = True
+            return True  # or they would have to know it by another name
+        try:
+            for each in self.sockets:
+                reuseport.refuse_new(each)
+        except OSError:
+            return False  # optmem_max, or a filter that is locked
+        return True
+
+    def close(self) -> None:
+        """Stop listening.  shutdown(), because a copy of the descriptor may live elsewhere.
+
+        One that workers share ends with the last of them.
+        """
+        self._remove_file()
+        if not self.settings.foreign and not self.shared:
+            try:
+                self.socket.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # was shut down already
+        for each in self.sockets:
+            each.close()
+
+    def leave(self, side: int) -> str:
+        """Close our copies alone: whoever keeps descriptors has a socket for the next start.
+
+        side: the one to which new clients come, of two.  Returns its name there, "" where there is
+        none: then it is closed.
+        """
+        if self.settings.foreign or not self.is_alive(side):
+            self.close()
+            return ""
+        kept = self.of_side(side)
+        name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
+        for each in self.sockets:
+            if each is not kept:
+                _shut_down(each)  # whoever still has a copy would get clients nobody accepts
+            each.close()
+        return name
+
+    def has_waiting(self, side: int | None = None) -> bool:
+        """Whether somebody has connected and was not accepted yet; side: only there."""
+        # One that was shut down is no client: it hangs up, and a UNIX one is readable, too.
+        asked = self.sockets if side is None else (self.of_side(side),)
+        return any(_events(each) == select.POLLIN for each in asked)
+
+    def _remove_file(self) -> None:
+        """Remove the socket file unless somebody has put another in its place."""
+        if not self.settings.inode:
+            return
+        path = self.settings.address.removeprefix("unix:")
+        try:
+            found = os.lstat(path)
+            if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+                os.unlink(path)
+        except OSError:
+            pass  # removed already, or the folder is no longer ours: said at start
+
+
+def _events(one: socket.socket) -> int:
+    poll = select.poll()
+    poll.register(one, select.POLLIN | select.POLLRDHUP)
+    found = poll.poll(0)
+    return found[0][1] if found else 0
+
+
+def _bound_to(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _chown(fd: int, uid: int, gid: int) -> None:
+    os.chown(f"/proc/self/fd/{fd}", uid, gid)  # ctypes, which needs no /proc, costs memory
+
+
+def _shut_down(one: socket.socket) -> None:
+    try:
+        one.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # it is already

@@ -1,0 +1,185 @@
+"""The protector's own log: one line (model/log_format.py) for each event and action, on stderr.
+
+Where stderr leads (terminal, file, journal, the relay to syslog) was settled before. A
+reader that is slow or gone never holds the protector up: a line that would block is
+dropped, and the next one that gets through says how many were.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import stat
+from collections.abc import Callable, Mapping
+
+from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
+from . import clock
+from .crash_loop import Fold
+from .loop import Loop
+from .terminal import put
+
+#: What an observer is called with: level, event and fields.
+Observer = Callable[[str, str, Mapping[str, object]], None]
+
+_STDERR = 2
+_OBSERVED = LEVELS["info"]
+
+
+class Log:
+    """Writes lines to stderr without ever blocking or raising."""
+
+    def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
+        """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3)).
+
+        form: one of line.FORMATS.
+        """
+        self.level = level
+        self._threshold = LEVELS[level]
+        self._observers: tuple[Observer, ...] = ()
+        self._fold: Fold | None = None
+        self._prioritized = prioritized or is_journal()
+        self._json = form == "json"
+        self._coloured = False
+        self._dropped = 0
+        self._end = b""  # of a line that was cut off
+        self._fd = -1
+        self._may_block = False
+        self._is_terminal = False
+        self._socket: socket.socket | None = None
+        self.reopen()
+
+    def set_level(self, level: str) -> None:
+        """Write from now on what is at this level or above it.  Raises KeyError."""
+        self._threshold = LEVELS[level]
+        self.level = level
+        self.tell_all()
+
+    def observe(self, callback: Observer) -> None:
+        """Call this, too, with each line at level info or above, whatever our own level is.
+
+        It is given plain values, those that are None left out.  It must neither block nor raise.
+        """
+        self._observers = (*self._observers, callback)
+
+    def fold(self, loop: Loop) -> None:
+        """Write what a crash loop repeats as one line with a count, unless all is to be told."""
+        self._fold = Fold(self._write, loop)
+
+    def tell_all(self) -> None:
+        """Write what was kept back; to be called before this program is replaced."""
+        if self._fold is not None:
+            self._fold.tell_all()
+
+    def reopen(self) -> None:
+        """Follow stderr to where it leads now.
+
+        A description of our own, because O_NONBLOCK on the inherited one would reach
+        every worker's output.  A socket cannot be opened again, but takes MSG_DONTWAIT.
+        """
+        self._close()
+        self._coloured = _wants_colour()
+        self._is_terminal = os.isatty(_STDERR)
+        mode = os.fstat(_STDERR).st_mode
+        if stat.S_ISSOCK(mode):
+            self._socket = socket.socket(fileno=os.dup(_STDERR))
+            return
+        self._fd = os.dup(_STDERR)
+        self._may_block = False
+        if stat.S_ISREG(mode):
+            return  # never blocks, and everybody must write at one and the same offset
+        flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        try:
+            fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
+        except OSError:
+            self._may_block = True  # another user's pipe or terminal, or no /proc
+            return
+        os.close(self._fd)
+        self._fd = fd
+
+    def write(self, level: str, event: str, **fields: object) -> None:
+        """Write one line.  A field that is None is left out."""
+        given = {name: value for name, value in fields.items() if value is not None}
+        if self._observers and LEVELS[level] <= _OBSERVED:
+            for tell in self._observers:
+                tell(level, event, plain(given))
+        if self._fold is None or self.level == "debug" or LEVELS[level] > _OBSERVED:
+            kept_back = False
+        else:
+            kept_back = self._fold.take(level, event, given)
+        if not kept_back:
+            self._write(level, event, given)
+
+    def _write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
+        if LEVELS[level] > self._threshold:
+            return
+        if self._dropped:
+            fields = {**fields, "dropped_lines": self._dropped}
+        line = self._line(level, event, fields)
+        try:
+            data = self._end + line.encode("utf-8", "backslashreplace")
+            if self._socket is not None:
+                sent = self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            else:
+                sent = self._put(data)
+        except OSError:
+            self._dropped += 1
+            return
+        # The last that went onto a disk, before it was full, may be a part of a line.
+        cut = sent < len(data)
+        self._end = b"\n" if cut else b""
+        self._dropped = self._dropped + 1 if cut else 0
+
+    def _put(self, data: bytes) -> int:
+        if not self._may_block:
+            return put(self._fd, data) if self._is_terminal else os.write(self._fd, data)
+        if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
+            poll = select.poll()
+            poll.register(self._fd, select.POLLOUT)
+            if not poll.poll(0):
+                raise BlockingIOError
+            return put(self._fd, data)  # a terminal
+        # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is
+        # unknown to musl, and to pipes before Linux 6.4.
+        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            written = os.write(send, data)
+            return os.splice(receive, self._fd, written, flags=os.SPLICE_F_NONBLOCK)
+        finally:
+            os.close(receive)
+            os.close(send)
+
+    def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
+        now = clock.date()
+        if self._json:
+            return as_json(level, event, fields, now, prioritized=self._prioritized)
+        if self._prioritized:
+            return as_text(level, event, fields)
+        if self._coloured:
+            return as_coloured(level, event, fields, now)
+        return as_text(level, event, fields, now)
+
+    def close(self) -> None:
+        """Write no more, after what was kept back."""
+        self.tell_all()
+        self._close()
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _wants_colour() -> bool:
+    """Whether stderr is a terminal of somebody who likes colour (no-color.org)."""
+    dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return not dull and os.isatty(_STDERR)
+
+
+def is_journal() -> bool:
+    """Whether stderr is the journal's socket (systemd.exec(5), JOURNAL_STREAM)."""
+    found = os.fstat(_STDERR)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"

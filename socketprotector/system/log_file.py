@@ -1,0 +1,128 @@
+"""The log file, opened so that nobody who may write its folder can lead root astray.
+
+Root opens it, often in a folder of the daemon's own user: a symbolic link or a second name
+there must not make root write into a file that this user could not write.  Links of
+root's own, in folders that only root may write, are followed.
+
+Source: open(2), symlink(7), fifo(7).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import deque
+
+from ..model.settings import Identity
+from .peer_credentials import unmistakable_users
+
+#: Without waiting: a FIFO that nobody reads would hold the opener up.
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+_FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_LINKED = "a symbolic link that others than root may change"
+_MODE = 0o640
+_LINKS = 40
+
+
+def open_log(path: str, identity: Identity | None = None) -> int:
+    """Open or make a log file, to append to; the caller owns the descriptor.
+
+    identity: whose a new one is to be.  Raises OSError.
+    """
+    try:
+        if os.geteuid() != 0 or _is_roots(path):
+            fd, made = _open(path)
+        else:
+            fd, made = _open_strictly(path, identity)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            error.strerror = "nobody reads that FIFO"
+        raise
+    try:
+        if made and identity is not None:
+            os.fchown(fd, identity.uid, identity.gid)  # it will reopen it
+        os.set_blocking(fd, True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open(path: str, folder: int | None = None, flags: int = 0) -> tuple[int, bool]:
+    try:
+        new = os.O_CREAT | os.O_EXCL
+        return os.open(path, _FLAGS | new | flags, _MODE, dir_fd=folder), True
+    except FileExistsError:
+        return os.open(path, _FLAGS | flags, dir_fd=folder), False
+
+
+def _open_strictly(path: str, identity: Identity | None) -> tuple[int, bool]:
+    """Open it in exactly this folder, as this very file: no symbolic link, no second name."""
+    parent, name = os.path.split(os.path.normpath(path))
+    folder = _open_folder(parent)
+    try:
+        try:
+            fd, made = _open(name, folder, os.O_NOFOLLOW)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                error.strerror = _LINKED
+            raise
+        found, around = os.fstat(fd), os.fstat(folder)
+    finally:
+        os.close(folder)
+    theirs = unmistakable_users((0, around.st_uid, *((identity.uid,) if identity else ())))
+    if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+        why = "it has another name (a hard link)"
+    elif around.st_mode & stat.S_IWOTH and found.st_uid not in theirs:
+        why = "somebody else has put a file there"
+    else:
+        return fd, made
+    os.close(fd)
+    raise OSError(errno.EPERM, why, path)
+
+
+def _open_folder(path: str) -> int:
+    """Open a folder, as the caller's, by a path in which there is no symbolic link."""
+    folder = os.open("/", _FOLDER)
+    for name in path.split("/"):
+        try:
+            inner = os.open(name or ".", _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+        except NotADirectoryError as error:
+            if stat.S_ISLNK(os.lstat(name, dir_fd=folder).st_mode):
+                raise OSError(errno.ELOOP, _LINKED, path) from error
+            raise
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
+
+
+def _is_roots(path: str) -> bool:
+    """Whether nobody but root may change where a path leads."""
+    here, shared, links = "/", False, 0
+    names = deque(path.split("/"))
+    while names:
+        name = names.popleft()
+        if name in ("", "."):
+            continue
+        there = os.path.normpath(os.path.join(here, name))
+        try:
+            found = os.lstat(there)
+        except FileNotFoundError:
+            return not names and not shared  # it will be made
+        if found.st_uid != 0:
+            return False
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            if links > _LINKS:
+                return False
+            target = os.readlink(there)
+            names.extendleft(reversed(target.split("/")))
+            here = "/" if target.startswith("/") else here
+            continue
+        shared = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        if stat.S_ISDIR(found.st_mode) and shared and not found.st_mode & stat.S_ISVTX:
+            return False
+        here = there
+    return True

@@ -1,0 +1,346 @@
+"""Processes that a worker which never served has left behind: found and ended.
+
+A program that detaches itself, or that fails with children of its own, would go on living
+with its port and its files while the start is reported as failed.  What it has started
+carries its notify address, which is random and its own, in the environment.  Who has stayed in
+the worker's process group is ended with that (process_groups.py); this is about whoever has left
+it.
+
+A child of ours looks for them, for all addresses in one go: /proc may have thousands of
+processes, and one whose memory is locked (a page that a dead disk does not give) holds up whoever
+reads its environment.  It answers with a pidfd for each that it has found.
+
+Source: proc(5), pidfd_send_signal(2), close_range(2).
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+
+from ..model.settings import Identity
+from . import privileges, procfs
+from .log import Log
+from .loop import Loop
+from .process import Process
+
+#: How often to look for what was started while one looked, or to kill what is there again.
+_LOOKS = 10
+#: How soon to look again whether those that were killed, or that the end waits for, are gone.
+_DEATH_S = 0.2
+#: How soon to look again where there was nothing to look with.
+_LOOK_AGAIN_S = 1.0
+#: A look that takes longer hangs, and is killed.
+_LOOK_S = 30.0
+_ANCILLARY = socket.CMSG_LEN(4)
+_FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+#: An address and a pid; or why nothing could be seen.
+_MESSAGE_BYTES = 256
+_CANNOT = b"!"
+_TIMER, _TIMER_END, _LIMIT = "strays", "strays-end", "strays-look"
+
+#: What was found: notify address -> (pid, pidfd) of each that has it.
+Found = Mapping[str, Sequence[tuple[int, int]]]
+
+
+class Strays:
+    """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        kill_timeout_s: float,
+        identity: Identity | None,
+        looked_after: Callable[[int], bool],
+    ) -> None:
+        """identity: the user whom the workers run as, if not ours.
+
+        looked_after: whether somebody else ends a process group (process_groups.py).
+        """
+        self._looked_after = looked_after
+        self._identity = identity
+        self._loop = loop
+        self._log = log
+        self._kill_timeout_s = kill_timeout_s
+        #: Notify address -> when KILL is due; None until somebody has looked.
+        self._left: dict[str, float | None] = {}
+        self._kills: dict[str, int] = {}  # how often there was something to kill
+        self._look: _Look | None = None
+        self._ended: Callable[[], None] | None = None  # waits for their end
+        self._blind = False  # and has said so
+        self._trouble = ""  # why the last look has failed
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The addresses that have to be looked for: now, or when their time is over."""
+        return tuple(self._left)
+
+    def end(self, address: str) -> None:
+        """End whatever has this notify address in its environment."""
+        self._left.setdefault(address, None)
+        self._look_after(0.0)
+
+    def when_ended(self, done: Callable[[], None]) -> None:
+        """Call back, maybe at once, when nothing is left of them, or nobody can see what is."""
+        self._ended = done
+        self._loop.call_after(_TIMER_END, self._kill_timeout_s + _LOOK_S, self._give_up)
+        self._go_on()
+
+    def _give_up(self) -> None:
+        self.stop_looking()
+        self._loop.cancel(_TIMER)
+        self._left.clear()
+        self._go_on()
+
+    def stop_looking(self) -> None:
+        """End the look that is under way: the program that replaces this one begins another."""
+        if self._look is not None:
+            self._look.call_off()
+            self._look = None
+
+    def go_on_looking(self) -> None:
+        """There was no other program."""
+        self._go_on()
+
+    def _look_after(self, seconds: float) -> None:
+        if self._look is None:
+            self._loop.call_after(_TIMER, seconds, self._begin)
+
+    def _begin(self) -> None:
+        """Look for all of them, those included that came since the timer was set."""
+        if not procfs.is_ours():
+            if not self._blind:
+                hint = "what a failed worker has detached from itself is not found"
+                self._log.write("warning", "cannot-look", error=procfs.MISSING, hint=hint)
+            self._blind = True
+            self._looked(tuple(self._left), {}, "")
+            return
+        try:
+            self._look = look(self._loop, tuple(self._left), self._identity, self._looked)
+        except OSError as error:
+            self._cannot_look(error.strerror or str(error))
+
+    def _cannot_look(self, why: str) -> None:
+        """Out of descriptors or memory: whoever is left behind will still be there."""
+        if why != self._trouble:  # once, not each second
+            self._log.write("error", "cannot-look", error=why)
+        self._trouble = why
+        self._look_after(_LOOK_AGAIN_S)
+
+    def _looked(self, wanted: Collection[str], found: Found, why: str) -> None:
+        """Signal what was found, and close its pidfds.  why: not all could be seen."""
+        self._look = None
+        now = time.monotonic()
+        for address, each in found.items():
+            due = self._left.get(address)
+            if due is None:
+                self._left[address] = now + self._kill_timeout_s
+                self._signal(each, signal.SIGTERM)
+            elif due <= now:
+                self._kills[address] = self._kills.get(address, 0) + 1
+                self._signal(each, signal.SIGKILL)
+            for _, pidfd in each:
+                os.close(pidfd)
+        if why:
+            self._cannot_look(why)
+            return
+        self._trouble = ""
+        for address in wanted:
+            if address not in found or self._kills.get(address, 0) >= _LOOKS:
+                self._left.pop(address, None)
+                self._kills.pop(address, None)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Look again when that is due; there may be nothing left to look for."""
+        if self._left:
+            now = time.monotonic()
+            due = min(
+                0.0 if each is None else max(each - now, _DEATH_S) for each in self._left.values()
+            )
+            self._look_after(min(due, _DEATH_S) if self._ended is not None else due)
+        elif self._ended is not None:
+            self._loop.cancel(_TIMER_END)
+            done, self._ended = self._ended, None
+            done()
+
+    def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
+        for pid, pidfd in found:
+            try:
+                if self._looked_after(os.getpgid(pid)):
+                    continue  # a second TERM may mean something else to it than the first
+                signal.pidfd_send_signal(pidfd, number)
+                self._log.write("warning", "left-behind", pid=pid, signal=number.name)
+            except (ProcessLookupError, PermissionError):
+                pass  # ended, or become another user's, who must end it
+
+
+class _Look:
+    """One look over /proc, by a child of ours."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        wanted: tuple[str, ...],
+        identity: Identity | None,
+        done: Callable[[Collection[str], Found, str], None],
+    ) -> None:
+        """See look()."""
+        self._loop = loop
+        self._wanted = wanted
+        self._done = done
+        self._found: dict[str, list[tuple[int, int]]] = {}
+        self._why = "it has ended too early"
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
+        except BaseException:
+            self._line.close()
+            raise
+        try:
+            loop.watch(self._line.fileno(), self._hear)
+        except BaseException:
+            self._line.close()
+            self._process.discard(loop)
+            raise
+        loop.call_after(_LIMIT, _LOOK_S, self._hangs)
+
+    def _hear(self) -> None:
+        """Take in what it has found so far; the last message says that this was all."""
+        while True:
+            try:
+                data, control, flags, _ = self._line.recvmsg(_MESSAGE_BYTES, _ANCILLARY, _FLAGS)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._end(error.strerror or str(error))
+                return
+            fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
+            if not data or data[:1] == _CANNOT:
+                self._end(data[1:].decode() if data else self._why)
+                return
+            address, _, pid = data.decode().rpartition(" ")
+            for fd in fds:
+                self._found.setdefault(address, []).append((int(pid), fd))
+            if flags & socket.MSG_CTRUNC:
+                self._end("no descriptor is free")
+                return
+
+    def _hangs(self) -> None:
+        self._end(f"a look at /proc has not ended within {_LOOK_S:g} s")
+
+    def _end(self, why: str) -> None:
+        self._release()
+        self._done(self._wanted, self._found, why)
+
+    def _release(self) -> None:
+        self._loop.cancel(_LIMIT)
+        self._loop.unwatch(self._line.fileno())
+        self._line.close()
+        self._process.discard(self._loop)
+
+    def call_off(self) -> None:
+        """End it; nobody hears of it."""
+        self._release()
+        for each in self._found.values():
+            for _, pidfd in each:
+                os.close(pidfd)
+
+
+def look(
+    loop: Loop,
+    wanted: tuple[str, ...],
+    identity: Identity | None,
+    done: Callable[[Collection[str], Found, str], None],
+) -> _Look:
+    """Have somebody look for all processes with one of these addresses, and call back once.
+
+    identity: as whom, if not as ourselves, to whom another user's environments are closed.
+    done: is given the addresses, what was found, whose pidfds it owns, and why not all could be
+    seen.  Raises OSError.
+    """
+    return _Look(loop, wanted, identity, done)
+
+
+def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
+    """In the child: look, and tell each that is found with its pidfd, then that this was all."""
+    # Nobody's connection or channel may be held open while this takes its time.
+    last = os.sysconf("SC_OPEN_MAX")
+    os.closerange(0, line.fileno())
+    os.closerange(line.fileno() + 1, last)
+    why = ""
+    try:
+        # Whoever looks for the protector by its name does not mean us.  Where privileges were
+        # dropped the file is root's: then it keeps the protector's name.
+        with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
+            file.write("sp-strays")
+        if identity is not None:
+            privileges.hand_over(identity)
+        for address, pid, pidfd in _carrying(wanted):
+            socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])
+    except OSError as error:
+        why = error.strerror or str(error)
+    line.send(_CANNOT + why.encode()[: _MESSAGE_BYTES - 1])
+
+
+def _carrying(wanted: Collection[str]) -> list[tuple[str, int, int]]:
+    """Return (address, pid, pidfd) of each that has one of these; the caller closes the pidfds."""
+    variables = {f"NOTIFY_SOCKET={each}".encode(): each for each in wanted}
+    known: set[int] = set()
+    found: list[tuple[str, int, int]] = []
+    for _ in range(_LOOKS):
+        more, ended = _look_once(variables)
+        fresh = {pid for _, pid, _ in more} - {pid for _, pid, _ in found}
+        for _, _, pidfd in found:
+            os.close(pidfd)
+        found = more
+        if not fresh and ended <= known:
+            break
+        # One that has just ended may have left a child which this look came too early for.
+        known |= ended
+    return found
+
+
+def _look_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]], set[int]]:
+    """Return those that have one of these in their environment, and the pids of those just ended.
+
+    One that is about to end has no environment any more, as a thread of the kernel has none.
+    """
+    found: list[tuple[str, int, int]] = []
+    ended = set()
+    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            # First the pidfd: what is read then is of this process or of none.
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            ended.add(pid)
+            continue
+        try:
+            with open(f"/proc/{pid}/environ", "rb") as file:
+                environment = file.read()
+        except (ProcessLookupError, FileNotFoundError):
+            environment = b""
+        except PermissionError:
+            environment = b"another user's"
+        address = next((wanted[each] for each in environment.split(b"\0") if each in wanted), None)
+        if _has_ended(pidfd) or not environment:
+            ended.add(pid)
+        elif address is not None:
+            found.append((address, pid, pidfd))
+            continue
+        os.close(pidfd)
+    return found, ended
+
+
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

@@ -1,0 +1,165 @@
+"""Who we are allowed to be: drop to a user for good, and start workers as another one.
+
+With --worker-user the protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL and nothing else.
+No program that it executes has them, but its own next one: `lent()`.
+
+Source: capabilities(7), prctl(2), capset(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+from ..model.errors import SystemRefused
+from ..model.settings import Identity
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from ctypes import CDLL
+
+_CAP_KILL, _CAP_SETGID, _CAP_SETUID = 5, 6, 7
+KEPT = (_CAP_KILL, _CAP_SETGID, _CAP_SETUID)
+_PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT, _AMBIENT_RAISE, _AMBIENT_CLEAR_ALL = 47, 2, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+
+def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
+    """Drop to another user for good, supplementary groups and capabilities too.
+
+    nice: what workers are to have; a value below 0 is allowed to that user before.
+    starts_others: keep what starting and killing processes of yet another user takes.
+    Raises SystemRefused.
+    """
+    if os.getresuid() == (identity.uid,) * 3 != (0, 0, 0):
+        return  # an earlier program has
+    if nice < 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_NICE, (20 - nice, 20 - nice))
+        except (OSError, ValueError) as error:
+            raise SystemRefused(
+                f"cannot allow {identity.user} nice {nice}: {error}; root without "
+                "CAP_SYS_RESOURCE cannot"
+            ) from error
+    try:
+        if starts_others:
+            _prctl(_PR_SET_KEEPCAPS, 1)
+            for capability in _bounding_set():
+                if capability not in KEPT:
+                    _prctl(_PR_CAPBSET_DROP, capability)
+        _change_user(identity)
+        if starts_others:
+            _set_capabilities(KEPT)
+    except OSError as error:
+        raise SystemRefused(
+            f"cannot become {identity.user}: {error.strerror}; root without CAP_SETUID and "
+            "CAP_SETGID cannot"
+        ) from error
+
+
+def no_new_privileges() -> None:
+    """Let nothing that this process executes gain privileges (set-user-id programs).
+
+    For its children too, and never undone.  Raises OSError.
+    """
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def adopt_orphans() -> None:
+    """Make this process, and what it executes, the parent of what a dead child leaves.
+
+    Raises OSError.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def hand_over(identity: Identity) -> None:
+    """Become a user that a worker runs as, with no capability; for a forked child.
+
+    Raises OSError.
+    """
+    _libc()  # loaded by us: that user need not be able to read it
+    _change_user(identity)
+    _set_capabilities(())
+
+
+def _bounding_set() -> Iterator[int]:
+    """Return what is in it still: an earlier program may have dropped from it.
+
+    The kernel knows no capability behind the first that it takes for a mistake; it says the
+    last in /proc, too, which may not be there.
+    """
+    for capability in count():
+        try:
+            if _prctl(_PR_CAPBSET_READ, capability):
+                yield capability
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return
+
+
+def _change_user(identity: Identity) -> None:
+    os.setgroups(identity.groups)
+    os.setresgid(identity.gid, identity.gid, identity.gid)
+    os.setresuid(identity.uid, identity.uid, identity.uid)
+
+
+@contextmanager
+def lent() -> Iterator[None]:
+    """While this lasts, what is executed has the capabilities that we keep."""
+    try:
+        _set_capabilities(KEPT, inheritable=KEPT)
+        for capability in KEPT:
+            _prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, capability)
+        yield
+    finally:
+        reclaim()
+
+
+def reclaim() -> None:
+    """Let nothing that we execute from here on have our capabilities."""
+    _prctl(_PR_CAP_AMBIENT, _AMBIENT_CLEAR_ALL)
+    _set_capabilities(KEPT)
+
+
+def _libc() -> CDLL:
+    # Half a megabyte, and only where privileges are in play.
+    import ctypes
+
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, *arguments: int) -> int:
+    import ctypes
+
+    words = (ctypes.c_ulong(each) for each in (*arguments, 0, 0, 0, 0)[:4])
+    result = int(_libc().prctl(option, *words))
+    if result < 0:
+        _raise(ctypes.get_errno())
+    return result
+
+
+def _set_capabilities(kept: tuple[int, ...], inheritable: tuple[int, ...] = ()) -> None:
+    """Have these capabilities permitted and effective, and no others."""
+    import ctypes
+
+    mask, inherited = (sum(1 << each for each in those) for those in (kept, inheritable))
+    header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
+    data = struct.pack("6I", mask, mask, inherited, 0, 0, 0)
+    if _libc().capset(header, data):
+        _raise(ctypes.get_errno())
+
+
+def _raise(number: int) -> None:
+    raise OSError(number, os.strerror(number))

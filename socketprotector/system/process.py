@@ -1,0 +1,512 @@
+"""Worker processes: spawn, signal, reap.  Never a bare pid: each has its pidfd.
+
+Source: posix_spawn(3), pidfd_open(2), pidfd_send_signal(2), waitid(2), setrlimit(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import select
+import signal
+from collections.abc import Callable, Mapping
+
+from ..model import text
+from ..model.frozen import frozen
+from ..model.records import Program
+from . import privileges
+from .cpu_quota import scheduler
+from .loop import Loop
+
+_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+#: How soon to try again what there was no memory for.
+_AGAIN_S = 0.1
+#: Processes whose end somebody here takes in.  Whatever else ends as our child was left to us.
+#: By whom: one that was reaped, here or while nobody was here, may be let go of when its number is
+#: another's already.
+_known: dict[int, set[Process]] = {}
+#: Of those, so many are reaped in one go.
+_REAPED_AT_ONCE = 256
+#: PIDFD_SIGNAL_PROCESS_GROUP of pidfd_send_signal(2), from Linux 6.9 on.
+_PROCESS_GROUP = 1 << 2
+
+
+@frozen
+class End:
+    """How a process ended."""
+
+    clean: bool  # exited with status 0
+    how: str
+    cpu_s: float | None = None  # of itself and of its own children that it has waited for
+    max_rss_kib: int | None = None
+
+
+class Process:
+    """A child of ours.  Owns the pidfd, which is readable once the process has ended."""
+
+    def __init__(self, pid: int, pidfd: int = -1, lifeline: int = -1) -> None:
+        """Open it, or take ownership of a pidfd that an earlier program had opened.
+
+        lifeline: what its group ends with, see spawn(); it is owned from here on.  Raises OSError
+        when the system is out of descriptors.
+        """
+        self.pid = pid
+        self._lifeline = lifeline
+        self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
+        self._reaped = False
+        self._discarded = False  # nobody has it any more, and it is waited for
+        _known.setdefault(pid, set()).add(self)
+
+    @classmethod
+    def forked(cls, act: Callable[[], None]) -> Process:
+        """Start a child that does this in our own memory, and ends.  Raises OSError.
+
+        It leads a group of its own, and takes no signal but KILL.
+        """
+        place = _place()  # for its pidfd
+        # Else a signal in the child would be reported to our own loop.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    os.setpgid(0, 0)
+                    act()
+                finally:
+                    os._exit(0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(place)
+        try:
+            return cls(pid)
+        except OSError:
+            _kill(pid)
+            raise
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the process; nothing happens if it has ended.
+
+        Raises PermissionError if it has become another user's.
+        """
+        if not self._reaped:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def kill_group(self) -> None:
+        """Send KILL to the process and all of its group.
+
+        Raises PermissionError if all of it has become another user's.
+        """
+        if not self.signal_group(signal.SIGKILL):
+            self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
+
+    def signal_group(self, number: int) -> bool:
+        """Send a signal to all of the group that it leads, or led; say whether anybody is there.
+
+        Raises PermissionError if all of it has become another user's.
+        """
+        try:
+            # By the pidfd, which no other group is ever reached by.
+            signal.pidfd_send_signal(self.pidfd, number, None, _PROCESS_GROUP)
+        except ProcessLookupError:
+            return False
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        else:
+            return True
+        # Before Linux 6.9: by the number, which is no other's as long as anybody is in the group.
+        if self._is_anothers_number():
+            return False
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def has_group(self) -> bool:
+        """Say whether anybody is in the group that it leads, or led; itself until it is reaped."""
+        try:
+            return self.signal_group(0)
+        except PermissionError:
+            return True
+
+    def _is_anothers_number(self) -> bool:
+        """Whether it was reaped and another process has its number: then its group was empty."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            return False  # it has become another user's
+        else:
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            pass
+        return True
+
+    def has_ended(self) -> bool:
+        """Say whether it has ended, reaped or not."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def is_stopped(self) -> bool | None:
+        """Say whether it stands still (SIGSTOP, a debugger); None where that cannot be seen."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as file:
+                stat = file.read()
+        except OSError:
+            return None
+        return stat.rpartition(b") ")[2][:1] in (b"T", b"t") and not self.has_ended()
+
+    def reap(self) -> End | None:
+        """Return how it ended, or None while it runs.
+
+        Raises ChildProcessError when it is no child of ours (any more) and has ended: then its
+        status is with whoever has reaped it.
+        """
+        try:
+            found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            if not self.has_ended():
+                return None
+            self._is_reaped()
+            raise
+        if found is None:
+            return None
+        # By its number, because waitid() does not tell what it used; until this returns the
+        # number is nobody else's.
+        _, status, used = os.wait4(self.pid, os.WNOHANG)
+        self._is_reaped()
+        clean, how = text.status_of(status)
+        return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
+
+    @property
+    def reaped(self) -> bool:
+        """Whether its end was taken in: its number may be another's by now."""
+        return self._reaped
+
+    def discard(self, loop: Loop) -> None:
+        """Kill it with its group and let go of it, pidfd and all.
+
+        Its end is taken in when it comes: one that waits for a disk cannot be waited for.
+        """
+        if not self._reaped:
+            try:
+                self.kill_group()
+            except PermissionError:
+                pass  # it has become another user's, and ends when that one likes
+        self._discarded = True
+        if self._reaped:
+            self._close()
+            return
+        if self.has_ended():
+            self._take_end(loop)
+            return
+        try:
+            loop.watch(self.pidfd, lambda: self._take_end(loop))
+        except OSError:  # the system is short of memory
+            loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
+
+    def _take_end(self, loop: Loop) -> None:
+        """Reap it, if nobody else is to see its end first (a debugger), and close the pidfd."""
+        loop.unwatch(self.pidfd)
+        try:
+            if self.reap() is None:
+                loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
+                return
+        except ChildProcessError:
+            pass  # it was no child of ours
+        self._close()
+
+    def close(self) -> None:
+        """Close the pidfd, if it is ours still.  A child that lives on is reaped as a stranger."""
+        if not self._discarded:
+            self._close()
+            self._forget()
+
+    def _close(self) -> None:
+        os.close(self.pidfd)
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+
+    def _is_reaped(self) -> None:
+        self._reaped = True
+        self._forget()
+
+    def _forget(self) -> None:
+        its = _known.get(self.pid, set())
+        its.discard(self)
+        if not its:
+            _known.pop(self.pid, None)
+
+
+def _place() -> int:
+    """Open a descriptor that is in the place of another.  Raises OSError where none is free."""
+    return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _kill(pid: int) -> None:
+    """Kill a child that was not reaped yet, and its group; whoever reaps what is nobody's does so.
+
+    Not waited for: it may wait for a disk.
+    """
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, os.WNOHANG)
+
+
+def reap_orphans() -> tuple[int, bool]:
+    """Reap children that have ended and that nobody here knows.
+
+    They are left to us by others where we are the first process of a container (PID 1), or were
+    made a sub-reaper.  Returns how many there were, and whether to come again soon: there
+    are more, or one that somebody here is about to reap stands before them.
+    """
+    # Which child has ended a signal does not tell: several signals are one.  This names one,
+    # the same again until it is reaped.
+    for reaped in range(_REAPED_AT_ONCE):
+        try:
+            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return reaped, False
+        if found is None:
+            return reaped, False
+        if found.si_pid in _known:
+            return reaped, True
+        os.waitpid(found.si_pid, 0)
+    return _REAPED_AT_ONCE, True
+
+
+def spawn(
+    program: Program,
+    extra: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str = "",
+    *,
+    mortal: bool = False,
+) -> Process:
+    """Start a program as the leader of a session of its own.
+
+    extra: environment on top of the program's.  tell_pid: the variable that its pid goes to.
+    mortal: it is killed with its group when we end, in whatever way, or execute another program.
+    descriptors: number in the child -> ours, which stays ours; nothing else than these and
+    0, 1, 2 is inherited, with /dev/null as 0.  Raises OSError with the reason of posix_spawn,
+    or of its directory, and ValueError for a limit above the hard one or a NUL in the
+    environment; then no process is left.
+
+    posix_spawn sets neither directory, umask nor limits, so they are set here around
+    it and put back: this process has one thread.  What cannot be put back (a nice value), or is
+    known only afterwards (its pid), or takes another user, or a limit below the descriptors that
+    we have, is done in a fork: see _fork().
+    """
+    if mortal:
+        return _spawn_mortal(program, extra, descriptors, tell_pid)
+    pid = _spawn(program, extra, descriptors, tell_pid)
+    try:
+        return Process(pid)
+    except OSError:
+        _kill(pid)  # nobody would ever learn of its end
+        raise
+
+
+def _spawn_mortal(
+    program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int], tell_pid: str
+) -> Process:
+    """Start it with the read end of a pipe whose write end nobody has but us.
+
+    Where the last writer of a pipe ends, the kernel sends a signal to whom the read end's owner
+    names: here KILL to the group.  PR_SET_PDEATHSIG would reach its leader alone.
+    Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
+    """
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    try:
+        place = max((2, *descriptors)) + 1
+        pid = _spawn(program, extra, {**descriptors, place: receive}, tell_pid, place)
+        try:
+            return Process(pid, lifeline=send)
+        except OSError:
+            _kill(pid)
+            raise
+    except BaseException:
+        os.close(send)
+        raise
+    finally:
+        os.close(receive)
+
+
+def _spawn(
+    program: Program,
+    extra: Mapping[str, str],
+    descriptors: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int = -1,
+) -> int:
+    """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
+    path = program.path
+    forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
+    actions: list[tuple[int, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
+    ]
+    kept = {_LIMITS[name]: resource.getrlimit(_LIMITS[name]) for name, _ in program.limits}
+    place = _place()  # for its pidfd: a process that nobody can watch must not be started
+    aside: list[int] = []
+    umask = os.umask(program.umask)
+    try:
+        for theirs, ours in descriptors.items():
+            # Out of the way first: a target's number may be another source's.
+            aside.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1))
+            actions.append((os.POSIX_SPAWN_DUP2, aside[-1], theirs))
+        # posix_spawn takes no number that is above the limit of whom it starts.
+        above = max(aside, default=0)
+        forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
+        os.chdir(program.directory)
+        environment = {**dict(program.environment), **extra}
+        again = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if hurries(program) else {}
+        if forked:
+            places = dict(zip(descriptors, aside, strict=True))
+            pid = _fork(program, environment, places, tell_pid, lifeline)
+        else:
+            _limit(program)
+            pid = os.posix_spawn(
+                path,
+                program.argv,
+                environment,
+                file_actions=actions,
+                setsid=True,
+                setsigmask=(),
+                setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+                **again,  # type: ignore[arg-type]
+            )
+    except FileNotFoundError as error:
+        if error.filename == path and os.path.exists(path):
+            error.strerror = "the interpreter in its first line is missing"
+        raise
+    except BlockingIOError as error:
+        # EAGAIN, "resource temporarily unavailable", does not tell which one.
+        error.strerror = "no more processes (the user's RLIMIT_NPROC, or the service's TasksMax)"
+        raise
+    finally:
+        for which, pair in kept.items():
+            resource.setrlimit(which, pair)
+        os.umask(umask)
+        os.chdir("/")
+        for fd in (place, *aside):
+            os.close(fd)
+    return pid
+
+
+def _limit(program: Program) -> None:
+    """Set the soft limits of a program.  Raises ValueError for one above the hard one."""
+    for name, value in program.limits:
+        which = _LIMITS[name]
+        resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+
+
+def give_way() -> None:
+    """Be in no hurry: let whom we wake run on, and wake several in one go.
+
+    Under load a protector that preempts the worker which it has just woken costs both
+    (bench/README.md).  Whoever was started with another policy, or ahead of others, keeps it.
+    """
+    if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
+        try:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+        except OSError:
+            pass  # forbidden here (a system call filter): slower, not wrong
+
+
+def hurries(program: Program) -> bool:
+    """Whether a program needs the policy back that we gave up in give_way()."""
+    return not program.batch and scheduler() == os.SCHED_BATCH
+
+
+def _fork(
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
+) -> int:
+    """Start a program, maybe as another user or with its pid in a variable; return its pid.
+
+    It is also what can have itself killed when we end: see _spawn_mortal().
+    Not through a program that changes the user: the loader in it would follow the worker's
+    environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
+    shell that sets the variable, or nice(1): a small container has neither.
+    places: number in the child -> ours, which is above all of these.
+    """
+    above = max((2, *places)) + 1
+    receive, send = os.pipe2(os.O_CLOEXEC)
+    # Else a signal in the child would be reported to our own loop.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                send = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
+                _become(program, environment, places, tell_pid, lifeline)
+            except OSError as error:
+                os.write(send, b"%d" % (error.errno or errno.EIO))
+            except BaseException as error:  # as a NUL in the environment
+                os.write(send, str(error).encode())
+            finally:
+                os._exit(127)
+    except BaseException:
+        os.close(receive)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.close(send)
+    with open(receive, "rb") as answer:
+        failure = answer.read()  # end of file: it was executed
+    if failure:
+        os.waitpid(pid, 0)
+        if not failure.isdigit():
+            raise ValueError(failure.decode())
+        raise OSError(int(failure), os.strerror(int(failure)), program.path)
+    return pid
+
+
+def _become(
+    program: Program,
+    environment: Mapping[str, str],
+    places: Mapping[int, int],
+    tell_pid: str,
+    lifeline: int,
+) -> None:
+    """In the forked child: become the worker.  Returns only by raising."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    for theirs, ours in places.items():
+        os.dup2(ours, theirs)
+    if program.nice:
+        os.nice(program.nice)
+    if hurries(program):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    if tell_pid:
+        environment = {**environment, tell_pid: str(os.getpid())}
+    if program.identity is not None:
+        privileges.hand_over(program.identity)
+    if lifeline >= 0:  # as who it is from now on: that user may kill it
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
+    _limit(program)  # the last of all: until then our own descriptors count, which are many
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.execve(program.path, program.argv, environment)

@@ -1,0 +1,97 @@
+"""What a generation is started from: command, environment, limits, resolved as things are now."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from socketprotector_client import wire
+
+from .. import __file__ as package
+from ..model import handoff
+from ..model.records import Program
+from ..model.settings import Settings
+from . import env_file
+from .executable import resolve
+
+#: What belongs to the protector alone and must not reach a worker.
+_PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
+
+
+#: Modes in which a program of ours stands between the channel and the command, and what runs it:
+#: this very package, wherever it was loaded from, and as little else as can be.
+_ADAPTERS = {handoff.STDIO: "stdio.__main__", handoff.LEGACY: "legacy"}
+_RUN = (
+    "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); "
+    "from socketprotector.programs.{} import main; main()"
+)
+
+
+def program_of(settings: Settings) -> Program:
+    """Resolve the command as it is now.  Raises OSError or ValueError."""
+    environment = inherited_environment(settings)
+    own = env_file.read(settings.env_file) if settings.env_file is not None else {}
+    own = {**own, **dict(settings.environment)}
+    ready_fd = handoff.ready_fd(settings)
+    if settings.handoff == handoff.LISTENER:
+        values = handoff.filled(tuple(own.values()), settings.listeners, ready_fd)
+        own = {**handoff.told(settings.listeners), **dict(zip(own, values, strict=True))}
+    environment.update(own)
+    directory = os.path.realpath(settings.directory, strict=True)
+    search = environment.get("PATH", os.defpath)
+    path, argv = resolve(settings.executed, directory, search)
+    environment["PWD"] = directory
+    if settings.handoff == handoff.LISTENER:
+        argv = handoff.filled(argv, settings.listeners, ready_fd)
+    elif settings.handoff in _ADAPTERS:
+        path, argv = sys.executable, _adapted(settings, path, argv)
+    return Program(
+        path=path,
+        argv=argv,
+        directory=directory,
+        environment=tuple(environment.items()),
+        umask=settings.umask,
+        limits=tuple({"nofile": settings.nofile_soft, **dict(settings.limits)}.items()),
+        nice=settings.nice,
+        identity=settings.worker_identity,
+        batch=settings.batch,
+        listeners=wire.pack_listeners(
+            [wire.REMOVED_LISTENER if e.removed else e.address for e in settings.listeners]
+        ),
+        handoff=settings.handoff,
+        ready=settings.ready,
+        ready_after_s=handoff.ready_after_s(settings),
+        ready_fd=ready_fd,
+        ready_check=settings.ready_check,
+        drain_signal=settings.drain_signal,
+        watchdog_s=settings.watchdog_s,
+    )
+
+
+def inherited_environment(settings: Settings) -> dict[str, str]:
+    """Return what workers get of our environment, and who they are, as login(1) tells it."""
+    keep = settings.keep_env
+    found = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_PRIVATE) and (keep is None or name in keep)
+    }
+    who = settings.worker_identity or settings.identity
+    if who is not None:
+        names = {"HOME": who.home, "SHELL": who.shell, "USER": who.user, "LOGNAME": who.user}
+        found.update((name, value) for name, value in names.items() if value)
+    return found
+
+
+def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what starts the adapter that starts a command."""
+    files = (package, wire.__file__)
+    packages = dict.fromkeys(os.path.dirname(os.path.dirname(each)) for each in files)
+    run = _RUN.format(_ADAPTERS[settings.handoff])
+    adapter: tuple[str, ...] = (sys.executable, "-I", "-S", "-c", run, ":".join(packages))
+    if settings.handoff == handoff.STDIO:
+        adapter += ("--at-once", str(settings.workers), "--of", str(settings.processes))
+        adapter += ("--shell",) if settings.shell else ("--file", path)
+    elif settings.handoff == handoff.LEGACY:
+        argv = (path, *argv[1:])
+    return (*adapter, "--", *(settings.command if settings.shell else argv))

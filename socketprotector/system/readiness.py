@@ -1,0 +1,257 @@
+"""How a worker is found to be ready in other ways than by READY=1, which the worker pool hears.
+
+ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
+number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails
+or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer; without it where
+the server was given the number of fd.
+
+A line that was offered stays open until it was used or the worker ends: one that is known to be
+ready by something else may write there later, and would be killed by SIGPIPE.
+
+Source: einhorn.py; s6's notification-fd.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field, replace
+
+from ..model.einhorn import ack
+from ..model.frozen import frozen
+from ..model.records import Program
+from .loop import Loop
+from .process import Process
+
+#: Both kinds of line are short; who sends more without an end has his say cut.
+_LINE_BYTES = 4096
+#: How soon after a check that failed the next one begins.
+CHECK_EVERY_S = 0.25
+#: A check that takes longer hangs: it asks somebody who does not answer, and the next one may fare
+#: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).
+CHECK_LIMIT_S = 10.0
+#: Names of descriptors; `line` is RETURN's (daemon/worker_pool.py).
+_ACK, _NEWLINE = "ack", "newline"
+#: Kinds that a line brings.
+_BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
+_CHECK, _AFTER = "check", "after"
+#: The program in a check, behind what is set for it alone; None where the shell has to read that.
+_PROGRAM = re.compile(
+    r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
+    r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
+)
+
+
+@frozen
+class Offer:
+    """What a worker is given to say it on: number there -> ours, and what the environment says."""
+
+    places: dict[int, int] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Readiness:
+    """One worker's, beside its notify socket.  Owns our ends of its lines."""
+
+    def __init__(self, program: Program, lines: Mapping[str, int]) -> None:
+        """Take ownership of the lines: those that descriptors() has named."""
+        self._program = program
+        self._lines = dict(lines)
+        for fd in self._lines.values():
+            os.set_blocking(fd, False)  # our end alone is this: the worker's is another description
+        self._loop: Loop | None = None  # until it is watched
+        self._key: object = None
+        self._ready: Callable[[str], None] = _nothing
+        self._hangs: Callable[[str], None] | None = None  # until it was called
+        self._checked: Callable[[], Process] | None = None
+        self._changed: Callable[[], None] | None = None
+        self._heard: dict[str, bytes] = {}
+        self._check: Process | None = None
+
+    @classmethod
+    @contextmanager
+    def offered(cls, program: Program, free: Iterator[int]) -> Iterator[tuple[Readiness, Offer]]:
+        """Make the lines; the worker's ends are there while its process is started.
+
+        free: numbers that it has no other descriptor at.  Nothing is left if that raises.
+        Raises OSError.
+        """
+        offer = Offer()
+        lines: dict[str, int] = {}
+        try:
+            if program.ready in _BY_ACK:
+                ours, theirs = socket.socketpair()
+                lines[_ACK] = ours.detach()
+                place = next(free)
+                offer.places[place] = theirs.detach()
+                offer.environment["EINHORN_SOCK_FD"] = str(place)
+            if program.ready_fd >= 0 and program.ready in _BY_LINE:
+                lines[_NEWLINE], write = os.pipe2(os.O_CLOEXEC)
+                offer.places[program.ready_fd] = write
+            yield cls(program, lines), offer
+        except BaseException:
+            for fd in lines.values():
+                os.close(fd)
+            raise
+        finally:
+            for fd in offer.places.values():
+                os.close(fd)
+
+    @property
+    def by_word(self) -> bool:
+        """Whether READY=1 counts."""
+        return self._program.ready in _BY_WORD
+
+    @property
+    def by_ack(self) -> bool:
+        """Whether einhorn's ACK counts."""
+        return self._program.ready in _BY_ACK
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name."""
+        return dict(self._lines)
+
+    def watch(
+        self,
+        loop: Loop,
+        key: object,
+        ready: Callable[[str], None],
+        checked: Callable[[], Process],
+        hangs: Callable[[str], None],
+        changed: Callable[[], None],
+        *,
+        known: bool = False,
+    ) -> None:
+        """Call back each time something says so, with what that is.  Raises OSError.
+
+        known: it is ready, and its lines are only to be read.  key: of our timers.  checked: starts
+        the check's process.  hangs: told once, with the check's program, that it has run for
+        CHECK_LIMIT_S.  changed: descriptors() has.
+        """
+        self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
+        self._hangs, self._changed = hangs, changed
+        for name, fd in self._lines.items():
+            loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
+        if known:
+            self.is_known()
+            return
+        if self._program.ready_after_s is not None:
+            loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
+        self.check()
+
+    def _hear(self, name: str, fd: int) -> None:
+        try:
+            data = os.read(fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
+        except BlockingIOError:
+            return  # a wake-up for a number that was another's before
+        except OSError:
+            data = b""  # reset: it has closed its end
+        heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
+        *whole, self._heard[name] = heard.split(b"\n")
+        said = bool(whole) if name == _NEWLINE else any(ack(each) is not None for each in whole)
+        if said or not data:
+            self._forget(name)
+        if said:
+            self._ready("line" if name == _NEWLINE else name)
+
+    def _forget(self, name: str) -> None:
+        fd = self._lines.pop(name, -1)
+        if fd >= 0:
+            if self._loop is not None:
+                self._loop.unwatch(fd)
+            os.close(fd)
+            if self._changed is not None:
+                self._changed()
+
+    # -- the check ---------------------------------------------------------------
+
+    def check(self) -> None:
+        """Begin to run the command, again and again, where there is one and it matters."""
+        if self._program.ready == _CHECK and self._loop is not None:
+            self._start_check(self._loop)
+
+    def _start_check(self, loop: Loop) -> None:
+        if self._checked is None:
+            return
+        try:
+            self._check = self._checked()
+            loop.watch(self._check.pidfd, lambda: self._check_ended(loop))
+        except (OSError, ValueError):
+            self.stop_check()
+            self._check_again(loop)
+        else:
+            loop.call_after((_CHECK, self._key), CHECK_LIMIT_S, self._check_hangs)
+
+    def _check_again(self, loop: Loop) -> None:
+        loop.call_after((_CHECK, self._key), CHECK_EVERY_S, lambda: self._start_check(loop))
+
+    def _check_hangs(self) -> None:
+        """Kill it; its end, which is not waited for here, has the next one begin."""
+        if self._check is None or self._check.has_ended():
+            return
+        if self._hangs is not None:
+            self._hangs(program_of(self._program.ready_check))
+            self._hangs = None
+        try:
+            self._check.kill_group()
+        except PermissionError:
+            pass  # it has become another user's, and is waited for
+
+    def _check_ended(self, loop: Loop) -> None:
+        result = self._check.reap() if self._check is not None else None
+        if result is None or self._check is None:
+            return
+        try:
+            self._check.kill_group()  # what it has left in the background: there are many checks
+        except PermissionError:
+            pass  # that has become another user's
+        self.stop_check()
+        if result.clean:
+            self._ready(_CHECK)
+        else:
+            self._check_again(loop)
+
+    def stop_check(self) -> None:
+        """End the check that is under way: nobody would know of it any more."""
+        if self._loop is None:
+            return
+        self._loop.cancel((_CHECK, self._key))
+        if self._check is not None:
+            self._loop.unwatch(self._check.pidfd)
+            self._check.discard(self._loop)
+            self._check = None
+
+    def is_known(self) -> None:
+        """The worker is ready; what it still says of that is read, and means nothing."""
+        self.stop_check()
+        if self._loop is not None:
+            self._loop.cancel((_AFTER, self._key))
+        self._ready, self._checked, self._hangs = _nothing, None, None
+
+    def close(self) -> None:
+        """Nothing more is to be heard."""
+        self.is_known()
+        for name in tuple(self._lines):
+            self._forget(name)
+        self._loop = None
+        # It leads back to who owns this, and such circles are found late.
+        self._changed = None
+
+
+def _nothing(by: str) -> None:
+    """It is known already."""
+
+
+def program_of(command: str) -> str:
+    """Return which program a shell's command runs first: in the rest there may be secrets."""
+    found = _PROGRAM.match(command)
+    return found[1] if found else "sh"
+
+
+def check_program(program: Program) -> Program:
+    """Return what runs --ready check's command: as the worker runs, by the shell."""
+    argv = ("sh", "-c", program.ready_check)
+    return replace(program, path="/bin/sh", argv=argv)

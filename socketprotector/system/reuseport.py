@@ -1,0 +1,258 @@
+"""A second socket for a listener's address, and which of the two new clients come to.
+
+Two generations that follow each other accept from one each (daemon/socket_steering.py).  Both
+belong to a group of SO_REUSEPORT in which a filter of one instruction says the place of the one
+that is meant: the kernel asks it for each client that begins to connect.
+
+The first one is bound without SO_REUSEPORT, so that a port that somebody else has is refused as
+ever, and nobody who asks for the port later without it gets in.
+
+A socket that was shut down has left the group; when it listens again it stands last.
+
+Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() and
+reuseport_detach_sock() in net/core/sock_reuseport.c.
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import socket
+import struct
+from collections.abc import Sequence
+
+_SO_ATTACH_FILTER = 26
+_SO_DETACH_FILTER = 27
+_SO_ATTACH_REUSEPORT_CBPF = 51
+_SO_BINDTOIFINDEX = 62
+#: Which of the two buffers have a size that was asked for, and so are not adapted (since 5.14).
+_SO_BUF_LOCK = 72
+#: No network device ever has this number.
+_NO_DEVICE = 0x7FFFFFFF
+_INSTRUCTION = struct.Struct("HBBI")
+_PROGRAM = struct.Struct("HP")
+_RETURN = 0x06
+#: Of linux/in.h and linux/in6.h; the socket module has no names for them.
+IP_FREEBIND = 15
+IPV6_TRANSPARENT = 75
+#: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
+_BACKLOG = struct.Struct("=28xI")
+
+#: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
+#: nobody new comes while handshakes that are under way finish.
+_NO_NEW_CLIENTS = (
+    (0x30, 0, 0, 13),  # load the byte with the flags
+    (0x54, 0, 0, 0x12),  # keep SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (_RETURN, 0, 0, 0),  # drop
+    (_RETURN, 0, 0, 0xFFFFFFFF),  # pass
+)
+
+#: What accepted connections inherit, or what the address is bound with.
+_COPIED = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR),
+    # Also of one that is dead: it holds the port as long as a worker has it.
+    (socket.SOL_SOCKET, socket.SO_REUSEPORT),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+    (socket.SOL_SOCKET, socket.SO_PRIORITY),
+    (socket.SOL_SOCKET, socket.SO_MARK),
+    (socket.SOL_SOCKET, socket.SO_RCVBUF),
+    (socket.SOL_SOCKET, socket.SO_SNDBUF),
+    (socket.IPPROTO_IP, IP_FREEBIND),
+    (socket.IPPROTO_IP, socket.IP_TRANSPARENT),
+    (socket.IPPROTO_IP, socket.IP_TOS),
+    (socket.IPPROTO_IP, socket.IP_TTL),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+    (socket.IPPROTO_TCP, socket.TCP_FASTOPEN),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+    (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT),
+)
+_OF_IPV6 = (
+    (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
+    (socket.IPPROTO_IPV6, socket.IPV6_TCLASS),
+    (socket.IPPROTO_IPV6, IPV6_TRANSPARENT),
+)
+#: The kernel doubles what is set, and tells the double.
+_DOUBLED = ((socket.SOL_SOCKET, socket.SO_RCVBUF), (socket.SOL_SOCKET, socket.SO_SNDBUF))
+_TEXTS = (
+    (socket.SOL_SOCKET, socket.SO_BINDTODEVICE),
+    (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
+)
+_NAME_BYTES = 16
+#: What the kernel begins with: no time-outs, no linger, and one byte is enough to tell of.
+_HARMLESS = (
+    (socket.SO_RCVTIMEO, bytes(16)),
+    (socket.SO_SNDTIMEO, bytes(16)),
+    (socket.SO_LINGER, bytes(8)),
+    (socket.SO_RCVLOWAT, 1),
+)
+
+
+def prepare(bound: socket.socket) -> None:
+    """Steer the group of one that does not listen yet, so that one that joins it gets nobody.
+
+    It shares its address with nobody until make().
+    """
+    if bound.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    steer_if_can(bound)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+
+def steer_if_can(one: socket.socket) -> None:
+    """Steer to the first place where that can be had: not where it listens, in no group yet.
+
+    Nor where a worker has locked its filters; then the group's other one can.
+    """
+    try:
+        steer(one, 0)
+    except OSError:
+        pass
+
+
+def make(first: socket.socket) -> socket.socket | None:
+    """Return the second socket for a listening one, to which nobody comes yet; the caller owns it.
+
+    None for one that is not TCP, or that waits for data before it tells of a client
+    (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
+    Raises OSError where the system has none.
+    """
+    if first.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    if first.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
+        return None
+    second = socket.socket(first.family, socket.SOCK_STREAM)
+    try:
+        second.setblocking(False)
+        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        _copy(first, second)
+        second.bind(first.getsockname())
+        # From listen() on the kernel gives it every other client, until the group is steered:
+        # that of the first one is from before it listened, see prepare().
+        steer_if_can(first)
+        second.listen(backlog(first))
+        steer(second, 0)  # which is of the same group; filters of the first one may be locked
+    except BaseException:
+        second.close()
+        raise
+    return second
+
+
+def backlog(listening: socket.socket) -> int:
+    """Return how many may wait to be accepted: who listened last has said it.  Raises OSError."""
+    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
+    found: int = _BACKLOG.unpack(info)[0]
+    return found
+
+
+def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
+    """Return another one for an address, in the place of one that is dead.  Raises OSError."""
+    made = socket.socket(one.family, socket.SOCK_STREAM)
+    try:
+        _copy(one, made)
+        made.bind(address)
+        made.listen(backlog)
+    except BaseException:
+        made.close()
+        raise
+    return made
+
+
+def reset(listening: socket.socket) -> None:
+    """Take away what a server may have left that would harm who accepts after it.
+
+    What let_in() does; and time-outs and linger, which accepted connections inherit.
+    Raises OSError.
+    """
+    for option, value in _HARMLESS:
+        listening.setsockopt(socket.SOL_SOCKET, option, value)
+    let_in(listening)
+
+
+def let_in(listening: socket.socket) -> None:
+    """Take away what keeps clients out: a filter, a device that does not exist.
+
+    Raises OSError where the filter is locked, or we may not change the device.
+    """
+    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+    except FileNotFoundError:
+        pass  # there is none
+
+
+def renew(used: socket.socket, fresh: socket.socket) -> None:
+    """Have a listening socket be as one would that is made and not bound yet.
+
+    Raises OSError, with what is not to be had, where it cannot be: then part of it was done.
+    """
+    reset(used)
+    if used.family == socket.AF_UNIX:
+        return
+    if used.family == socket.AF_INET6:
+        only = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+        if used.getsockopt(*only) != fresh.getsockopt(*only):
+            raise OSError(errno.EINVAL, "v6only is told once and for all")
+    if _locks(used) is None and any(used.getsockopt(*o) != fresh.getsockopt(*o) for o in _DOUBLED):
+        raise OSError(errno.EOPNOTSUPP, "rcvbuf and sndbuf cannot be undone before Linux 5.14")
+    _copy(fresh, used)
+
+
+def _locks(one: socket.socket) -> int | None:
+    try:
+        return one.getsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK)
+    except OSError:
+        return None  # an older kernel
+
+
+def steer(first: socket.socket, place: int) -> None:
+    """Have those who connect from now on come to the one in a place of the group, from 0 on.
+
+    Places are in the order of listen(2), until one leaves: then the last one takes its place.
+    Handshakes that are under way finish where they began.  Raises OSError.
+    """
+    _attach(first, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, place),))
+
+
+def refuse_new(listening: socket.socket) -> None:
+    """Let nobody new connect; who has connected can still be accepted.  Raises OSError.
+
+    One that is bound to a device is found by those clients only who come by it.  Handshakes that
+    are under way finish, for their device is the one of the socket when they began.  A filter
+    would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
+    """
+    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+        return
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_DEVICE)
+    except OSError:
+        # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
+        _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
+
+
+def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:
+    code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))
+    address, _ = code.buffer_info()
+    to.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), address))
+
+
+def _copy(first: socket.socket, second: socket.socket) -> None:
+    """Give the second one what the first one has.  Raises OSError where we may not."""
+    options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
+    for level, option in options:
+        value = first.getsockopt(level, option)
+        if value != second.getsockopt(level, option):
+            doubled = (level, option) in _DOUBLED
+            second.setsockopt(level, option, value // 2 if doubled else value)
+    locks = _locks(first)
+    if locks is not None and locks != _locks(second):
+        second.setsockopt(socket.SOL_SOCKET, _SO_BUF_LOCK, locks)
+    for level, option in _TEXTS:
+        text = first.getsockopt(level, option, _NAME_BYTES)
+        if text != second.getsockopt(level, option, _NAME_BYTES):
+            second.setsockopt(level, option, text)

@@ -1,0 +1,453 @@
+"""The sd_notify protocol, both ways: from workers to us, and from us to systemd.
+
+Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import stat
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+
+from .inherited import Named
+from .peer_credentials import unmistakable_users
+
+#: The name in its folder under which each socket is bound.
+_TOLD = "new"
+#: Longer datagrams are cut; systemd itself takes a page.
+_MAX_BYTES = 4096
+#: The manager is behind, or the system short; all else means that it is gone.
+_LATER = frozenset(
+    {errno.EAGAIN, errno.EINTR, errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM, errno.EMFILE}
+)
+#: Without FDPOLL=0 systemd drops what hangs up, as a channel that drains does.
+_STORE = "FDSTORE=1\nFDNAME={}\nFDPOLL=0"
+#: The timer that has the watchdog fed.
+WATCHDOG = "watchdog"
+#: The standard ones, sockets of .socket units, and what the next program opens before it raises
+#: its limit.
+_NOT_STORED = 64
+_NO_LINGER = struct.pack("ii", 0, 0)
+_TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+_DESCRIPTOR = struct.Struct("i")
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_CREDENTIALS = struct.Struct("3i")
+_SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
+_ANCILLARY = _SENDER_BYTES + socket.CMSG_SPACE(4 * 253)
+
+
+class NotifySocket:
+    """Where one worker speaks to us.  Its address says who speaks."""
+
+    def __init__(self, bound: socket.socket, address: str, allowed_uids: frozenset[int]) -> None:
+        """Take ownership of a socket that make() bound to the address."""
+        self.socket = bound
+        self.address = address
+        self._is_abstract = address.startswith("@")
+        # Anybody can send to an abstract name: there a number must stand for one user.  To the
+        # path only those can whom its name was told.
+        self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
+
+    @classmethod
+    def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:
+        """Bind a path in our own folder, or an abstract address (`@name`).  Raises OSError.
+
+        Nobody can guess either.
+        """
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            if address.startswith("@"):
+                bound.bind("\0" + address[1:])
+            else:
+                _bind_path(bound, address)
+        except OSError:
+            bound.close()
+            raise
+        return cls(bound, address, allowed_uids)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def hear(self, pid: int) -> Mapping[str, str] | None:
+        """Return what the next message assigns, or None when there is none.  Raises OSError.
+
+        It stays until take(): a program that is killed before it has written down what it
+        heard leaves it to the next one.
+
+        A message counts when it comes from the worker (pid) or from one of the allowed
+        users: its sender may be gone by now, or the worker may have changed its user.
+        A stranger's assigns nothing.
+        """
+        try:
+            # No room for descriptors: none is made.
+            data, ancillary, _, _ = self.socket.recvmsg(
+                _MAX_BYTES, _SENDER_BYTES, socket.MSG_DONTWAIT | socket.MSG_PEEK
+            )
+        except (BlockingIOError, InterruptedError):
+            return None
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                sender, uid, _ = _CREDENTIALS.unpack(content[: _CREDENTIALS.size])
+                if sender == pid or uid in self._allowed:
+                    return parse(data)
+        return {}
+
+    def take(self) -> None:
+        """Remove the message that was heard, and close all descriptors that came with it.
+
+        For the one of a BARRIER that is the sign that all is handled.  Raises OSError.
+        """
+        _, ancillary, _, _ = self.socket.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
+        _discard_rights(ancillary)
+
+    def close(self) -> None:
+        """Close it, and remove its file."""
+        self.socket.close()
+        if not self._is_abstract:
+            _remove(self.address)
+
+
+def _bind_path(bound: socket.socket, path: str) -> None:
+    """Bind a path that /proc/net/unix does not tell: there stands what was bound first.
+
+    Who may send is for the folder to say.
+    """
+    told = os.path.join(os.path.dirname(path), _TOLD)
+    _remove(told)
+    bound.bind(told)
+    try:
+        os.chmod(told, 0o666)
+        os.rename(told, path)
+    except OSError:
+        _remove(told)
+        raise
+
+
+def _remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass  # removed already
+
+
+def remove_folder(path: str) -> None:
+    """Remove the folder of notify sockets if it is empty and we may; else the next start does."""
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def discard(fd: int) -> None:
+    """Close a descriptor that a stranger has made, without waiting for anything.
+
+    A TCP socket with SO_LINGER would make close() wait for as long as its sender likes.
+    """
+    if stat.S_ISSOCK(os.fstat(fd).st_mode):
+        with socket.socket(fileno=os.dup(fd)) as theirs:
+            try:
+                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+            except OSError:
+                pass  # a kind of socket that does not know it
+    os.close(fd)
+
+
+def discard_all(line: socket.socket) -> None:
+    """Close a line with all that was sent on it and nobody wants to read."""
+    try:
+        line.shutdown(socket.SHUT_RD)  # from here on nothing more can be sent
+        while True:
+            data, ancillary, _, _ = line.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
+            _discard_rights(ancillary)
+            if not data and not ancillary:
+                break
+    except OSError:
+        pass  # nothing more, or out of descriptors
+    line.close()
+
+
+def _discard_rights(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            whole = len(content) - len(content) % 4
+            for (fd,) in struct.iter_unpack("i", content[:whole]):
+                discard(fd)
+
+
+def _is_number(text: str) -> bool:
+    # isdigit() alone is true of digits that int() does not take.
+    return text.isascii() and text.isdigit()
+
+
+def parse(data: bytes) -> dict[str, str]:
+    """Return the NAME=VALUE lines of a datagram; what is no such line is passed over."""
+    fields = {}
+    for line in data.decode("utf-8", "replace").split("\n"):
+        name, separator, value = line.partition("=")
+        if separator and name:
+            fields[name] = value
+    return fields
+
+
+class Outbox:
+    """Messages to a service manager, in order.  Never blocks, never raises.
+
+    What cannot be sent yet waits: a manager that misses READY=1 waits for it and then ends
+    us, and one that misses a descriptor cannot give it back.
+    """
+
+    def __init__(
+        self,
+        later: Callable[[Callable[[], None]], None],
+        line: socket.socket | None = None,
+        address: str = "",
+    ) -> None:
+        """Send over a connected line, which it owns, or to an address; with neither, nowhere.
+
+        `later` calls what it is given after a moment.
+        """
+        self._later = later
+        name = "\0" + address[1:] if address.startswith("@") else address
+        # Each time anew: a manager that was restarted has another socket under the same name.
+        self._to = (name,) if address else ()
+        if line is None and address:
+            # For life: where descriptors have run out, the watchdog wants to be fed all the same.
+            line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._line = line
+        #: Text -> copy of a descriptor, -1 for none.
+        self._unsent: dict[bytes, int] = {}
+
+    @property
+    def open(self) -> bool:
+        return self._line is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something could not be sent yet."""
+        return bool(self._unsent)
+
+    def send(self, text: str, fd: int = -1) -> bool:
+        """Send a message, with a copy of a descriptor if one is given; False if that fails."""
+        if self._line is None:
+            return True
+        try:
+            copy = os.dup(fd) if fd >= 0 else -1
+        except OSError:
+            return False
+        # A file's name in a status need not be UTF-8.
+        data = text.encode("utf-8", "backslashreplace")
+        # Once is enough: the watchdog's would fill the memory, and the last word stays last.
+        self._drop(data)
+        self._unsent[data] = copy
+        self._flush()
+        return True
+
+    def withdraw(self, text: str) -> bool:
+        """Forget a message that still waits, with its descriptor; False if there is none."""
+        return self._drop(text.encode("utf-8", "backslashreplace"))
+
+    def _drop(self, data: bytes) -> bool:
+        fd = self._unsent.pop(data, None)
+        if fd is not None and fd >= 0:
+            os.close(fd)
+        return fd is not None
+
+    def _flush(self) -> None:
+        while self._line is not None and self._unsent:
+            data, fd = next(iter(self._unsent.items()))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
+            try:
+                self._line.sendmsg([data], rights if fd >= 0 else [], _FLAGS, *self._to)
+            except OSError as error:
+                if error.errno in _LATER:
+                    self._later(self._flush)
+                    return
+                # Else it is gone, or takes nothing from us.
+            self._drop(data)
+
+    def finish(self, seconds: float) -> None:
+        """Send what is left, waiting for room so long; then no more."""
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        if self._line is not None:
+            poll.register(self._line, select.POLLOUT)
+        while self._unsent and (left := deadline - time.monotonic()) > 0:
+            poll.poll(left * 1000)
+            self._flush()
+        self.close()
+
+    def close(self) -> None:
+        """Send no more."""
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        for fd in self._unsent.values():
+            if fd >= 0:
+                os.close(fd)
+        self._unsent.clear()
+
+
+def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
+    """Return how many descriptors a service manager has room for, and can pass on.
+
+    soft_limit: of descriptors, as it has set it for us.  systemd sets it for the next program, too,
+    before it puts what is stored there in place, and one number beyond it makes that start fail.
+
+    Source: systemd.exec(5), $FDSTORE (since systemd 254); exec_child() in its sources.
+    """
+    told = environment.get("FDSTORE", "")
+    most = max(0, soft_limit - _NOT_STORED)
+    return min(int(told), most) if _is_number(told) else most
+
+
+class Store:
+    """Whoever keeps our descriptors for the next program: systemd, or the guard.
+
+    Source: sd_notify(3), FDSTORE=1 and FDSTOREREMOVE=1.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        kept: Iterable[str] = (),
+        *,
+        most: int = sys.maxsize,
+        names_bytes: int = sys.maxsize,
+    ) -> None:
+        """`kept`: the names under which descriptors came from there.
+
+        most: descriptors that it has room for; names_bytes: the same for their names, each with a
+        separator.
+        """
+        self._outbox = outbox
+        self._kept = set(kept)
+        self._most, self._names_bytes = most, names_bytes
+        self._bytes = sum(len(name) + 1 for name in self._kept)
+        self._left_out: set[str] = set()  # because it was full
+        self._few: set[str] | None = None  # those of them that each sync() is given
+        #: Whether all that was wanted last has been given away.
+        self.complete = False
+
+    @property
+    def told(self) -> bool:
+        """Whether all has been sent."""
+        return not self._outbox.waiting
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is anybody to keep anything."""
+        return self._outbox.open
+
+    def has(self, wanted: Iterable[str]) -> bool:
+        """Whether all of these were given away, and nothing is still to be said."""
+        seen_to = self._kept | self._left_out
+        return not self._outbox.open or (not self._outbox.waiting and seen_to.issuperset(wanted))
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all of these were given away and taken."""
+        return self._outbox.open and self._kept.issuperset(names)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Under which there is something."""
+        return frozenset(self._kept)
+
+    @property
+    def kept(self) -> int:
+        """How many descriptors are there."""
+        return len(self._kept)
+
+    @property
+    def full(self) -> bool:
+        """Whether some had to be left out: after a kill their workers are missing."""
+        return bool(self._left_out)
+
+    def sync(self, few: Mapping[str, int], many: Named | None = None) -> None:
+        """Have these descriptors kept, by name, and no others.  They stay the caller's.
+
+        A name stands for one descriptor for ever, so only names are compared; of the many only
+        those that have changed.
+        """
+        if not self._outbox.open:
+            return
+        if self._few is None or many is None:  # what came from there, and may be over
+            many = Named() if many is None else many
+            many.changed |= self._kept - few.keys()
+            self._few = set()
+        # First what is new: it may be in the place of what is over, and we be killed in between.
+        given = {name for name in few if self._give(name, few[name])}
+        over = self._few - few.keys() if len(given) == len(few) else set()
+        for name in over:
+            self.forget(name)
+        # One by one: to take away a view's names from a set looks at all of them.
+        for name in tuple(many.changed):
+            if name not in many:
+                self.forget(name)
+                many.changed.discard(name)
+        many.changed |= self._left_out & many.keys()  # there may be room by now
+        self._few = (self._few | given) - over
+        for name in few:  # in this order: what all depends on comes first
+            if name in self._left_out:
+                self._give(name, few[name])
+        for name in tuple(many.changed):
+            if self._give(name, many[name]):
+                many.changed.discard(name)
+        self.complete = not many.changed and len(given) == len(few)
+
+    def _give(self, name: str, fd: int) -> bool:
+        """Have one kept; False where it must be tried again the next time."""
+        if name in self._kept:
+            return True
+        room = self._bytes + len(name) < self._names_bytes and len(self._kept) < self._most
+        if not room:
+            self._left_out.add(name)
+            return True  # nothing is gained by trying
+        if not self._outbox.send(_STORE.format(name), fd):
+            return False
+        self._left_out.discard(name)
+        self._kept.add(name)
+        self._bytes += len(name) + 1
+        return True
+
+    def forget(self, name: str) -> None:
+        """Have one no longer kept."""
+        # What was not sent yet must not be: its copy would hold a connection open that a
+        # worker has closed.
+        if name in self._kept and not self._outbox.withdraw(_STORE.format(name)):
+            self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
+        self._left_out.discard(name)
+        if name in self._kept:
+            self._kept.discard(name)
+            self._bytes -= len(name) + 1
+
+
+class Systemd:
+    """The service manager that started us, if one did; and the guard, which listens along."""
+
+    def __init__(self, environment: Mapping[str, str], pid: int, *outboxes: Outbox) -> None:
+        """pid: the main process of the service.  The first outbox leads to NOTIFY_SOCKET."""
+        self.pid = pid
+        self._outboxes = outboxes
+        usec = environment.get("WATCHDOG_USEC", "")
+        ours = environment.get("WATCHDOG_PID", str(pid)) == str(pid)
+        wanted = ours and outboxes[0].open and _is_number(usec)
+        #: Seconds between two WATCHDOG=1, half of what the manager allows; 0 without one.
+        self.watchdog_s = int(usec) / 2_000_000 if wanted else 0.0
+
+    def send(self, **fields: str) -> None:
+        """Send assignments as one datagram, after those that could not be sent yet."""
+        text = "\n".join(f"{name}={value}" for name, value in fields.items())
+        for outbox in self._outboxes:
+            outbox.send(text)
+
+    def reloading(self) -> None:
+        """RELOADING=1 needs the time beside it, else `systemctl reload` waits for ever."""
+        usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.send(RELOADING="1", MONOTONIC_USEC=str(usec), STATUS="reloading")

@@ -1,0 +1,258 @@
+"""Who may import whom: the folders are the layers; and what never reaches the resident process."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DAEMON = ROOT / "socketprotector"
+CLIENT = ROOT / "client_lib" / "socketprotector_client"
+
+#: Each costs the resident process memory for life (design: idle in 16 MB).
+HEAVY = {
+    *{"asyncio", "attr", "click", "concurrent", "ctypes", "daemon", "email", "http", "lockfile"},
+    *{"logging", "multiprocessing", "pathlib", "prometheus_client", "psutil", "rich", "shutil"},
+    *{"ssl", "subprocess", "tempfile", "threading", "typing", "urllib", "uuid", "watchfiles"},
+    *{"zipfile"},
+}
+
+
+#: What neither decides nor is a plain value.  `time` and `signal` are there by name for what is a
+#: function of its arguments.
+IMPURE = {
+    *{"asyncio", "fcntl", "logging", "os", "random", "resource", "select", "signal", "socket"},
+    *{"subprocess", "sys", "time"},
+}
+PURE_NAMES = {"signal": {"Signals"}, "time": {"gmtime", "strftime"}}
+
+
+def dotted(path: Path) -> str:
+    """`daemon.control.server`; `daemon.control` for that folder's `__init__`."""
+    parts = path.relative_to(DAEMON).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): path for path in sorted(DAEMON.rglob("*.py"))}
+#: A folder, those in it included.
+ROOMS = sorted({path.parent.name for path in DAEMON.glob("*/__init__.py")} - {"stdio"})
+
+
+def room_of(module: str) -> str:
+    """The folder below socketprotector/ that a module is in; "" for those in none."""
+    first = module.partition(".")[0]
+    return first if first in ROOMS else ""
+
+
+def may_import(room: str) -> set[str]:
+    """The folders that this one says it may import from."""
+    told = re.search(r"May import: ([^.]+)\.", (DAEMON / room / "__init__.py").read_text())
+    assert told, f"socketprotector/{room}/__init__.py does not say `May import: FOLDER, FOLDER.`"
+    return set(re.findall(r"\w+", told[1])) - {"nothing"}
+
+
+def names_of(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each import: the absolute module, and the names taken from it."""
+    package = path.parent.relative_to(ROOT).parts if ROOT in path.parents else ()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((name.name, ()) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            words = (*base, *([node.module] if node.module else []))
+            yield ".".join(words), tuple(name.name for name in node.names)
+
+
+def siblings(module: str) -> set[str]:
+    """The modules of the daemon's that one of them imports, however it spells it."""
+    found = set()
+    for base, names in names_of(MODULES[module]):
+        if base != DAEMON.name and not base.startswith(f"{DAEMON.name}."):
+            continue
+        inside = base[len(DAEMON.name) + 1 :]
+        for name in names or ("",):
+            whole = f"{inside}.{name}".strip(".")
+            found.add(whole if whole in MODULES else inside)
+    return found - {module}
+
+
+def strangers(path: Path) -> set[str]:
+    """The top-level packages from elsewhere that a module imports."""
+    packages = {base.partition(".")[0] for base, _ in names_of(path)}
+    return packages - {DAEMON.name, CLIENT.parent.name, ""}
+
+
+def modules_of(package: Path) -> list[str]:
+    return sorted(path.stem for path in package.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name)])
+def test_a_module_imports_from_the_folders_that_its_own_names(module: str) -> None:
+    room = room_of(module)
+    taken = {room_of(other) for other in siblings(module)}
+
+    assert taken <= {"", room, *may_import(room)}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_folder_names_no_more_than_it_needs(room: str) -> None:
+    taken = {room_of(o) for m in MODULES if room_of(m) == room for o in siblings(m)}
+
+    assert may_import(room) == taken - {"", room}
+
+
+def test_no_folders_import_each_other_in_a_circle() -> None:
+    waiting = {room: may_import(room) for room in ROOMS}
+    while free := [room for room, needs in waiting.items() if not needs & waiting.keys()]:
+        for room in free:
+            del waiting[room]
+
+    assert not waiting, f"in a circle, or above one: {sorted(waiting)}"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    waiting = {module: siblings(module) for module in MODULES}
+    while free := [module for module, needs in waiting.items() if not needs & waiting.keys()]:
+        for module in free:
+            del waiting[module]
+
+    assert not waiting, f"in a circle, or above one: {sorted(waiting)}"
+
+
+def test_beside_the_folders_there_is_only_what_is_executed_by_name() -> None:
+    """`python -m socketprotector.stdio`, and what older programs that still run execute."""
+    beside = {module for module in MODULES if not room_of(module)}
+
+    assert beside == {"", "__main__", "legacy", "relay", "stdio", "stdio.__main__", "watch"}
+
+
+@pytest.mark.parametrize("room", [name for name in MODULES if MODULES[name].stem == "__init__"])
+def test_a_folder_says_what_lives_there_in_five_lines(room: str) -> None:
+    told = ast.get_docstring(ast.parse(MODULES[room].read_text())) or ""
+
+    assert 1 <= len(told.splitlines()) <= 5
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("core", "model")])
+def test_what_decides_knows_no_clock_process_socket_or_logger(module: str) -> None:
+    found = {
+        base.partition(".")[0]
+        for base, names in names_of(MODULES[module])
+        if not names or not set(names) <= PURE_NAMES.get(base, set())
+    }
+
+    assert not found & IMPURE
+
+
+def test_decide_is_called_from_one_line_only() -> None:
+    calls = [
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "decide"
+    ]
+
+    assert len(calls) == 1, calls
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("programs.")])
+def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> None:
+    path = MODULES[module]
+
+    assert strangers(path) <= {*sys.stdlib_module_names, "socketprotector_client", "watchfiles"}
+
+
+#: Of socketprotectorctl what asks a control socket; the exporter uses it, too.
+ASKING = ("client", "discovery", "errors", "query_all", "reload_progress", "session")
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_asks_a_control_socket_needs_only_the_standard_library(name: str) -> None:
+    own = {each for each in siblings(f"ctl.{name}") if room_of(each) == "ctl"} - {"ctl"}
+
+    assert strangers(MODULES[f"ctl.{name}"]) <= set(sys.stdlib_module_names)
+    assert own <= {f"ctl.{each}" for each in ASKING}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "exporter"])
+def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str) -> None:
+    taken = {each for each in siblings(module) if room_of(each) == "ctl"}
+
+    assert taken <= {f"ctl.{each}" for each in ASKING}
+
+
+#: Modules of the client library for one framework each, which nobody else imports; and the
+#: command, which imports the servers only when there is something to serve.
+GLUE = {
+    "anyio": {"anyio"},
+    "gevent": {"gevent"},
+    "gunicorn": {"gunicorn"},
+    "trio": {"trio"},
+    "waitress": {"waitress"},
+    "run": {"uvicorn"},
+}
+
+
+@pytest.mark.parametrize("module", modules_of(CLIENT))
+def test_the_client_library_needs_nothing_but_the_standard_library(module: str) -> None:
+    allowed = {"socketprotector_client"} | GLUE.get(module, set())
+
+    assert strangers(CLIENT / f"{module}.py") <= set(sys.stdlib_module_names) | allowed
+
+
+@pytest.mark.parametrize("module", modules_of(CLIENT))
+def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None:
+    taken = {
+        base.split(".")[2]
+        for base, names in names_of(CLIENT / f"{module}.py")
+        for base in ([base] if base.count(".") > 1 else [f"{base}.{name}" for name in names])
+        if base.startswith("client_lib.socketprotector_client.")
+    }
+
+    assert module == "run" or not taken & GLUE.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nobody_takes_from_the_client_library_more_than_the_wire_format(module: str) -> None:
+    if room_of(module) == "programs":
+        return  # some are workers
+    taken = {
+        name
+        for base, names in names_of(MODULES[module])
+        if base.partition(".")[0] == "socketprotector_client"
+        for name in (names if base == "socketprotector_client" else [base.split(".")[1]])
+    }
+
+    assert taken <= {"wire"}
+
+
+def test_nothing_heavy_reaches_the_resident_process() -> None:
+    code = "import sys, socketprotector.daemon.resident; print(*sys.modules)"
+    # Isolated, and without site: what a .pth file imports is not the daemon's doing.
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(CLIENT.parent)]!r}; "
+    command = [sys.executable, "-I", "-S", "-c", path + code]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "socketprotector.daemon.supervisor" in loaded
+    heavy = {name.partition(".")[0] for name in loaded} & HEAVY
+    assert not heavy
+
+
+def test_the_pool_stays_small() -> None:
+    code = (
+        "import sys, socketprotector.programs.stdio.pool, socketprotector.programs.stdio.__main__; "
+    )
+    path = f"import sys; sys.path[:0] = {[str(ROOT), str(CLIENT.parent)]!r}; "
+    command = [sys.executable, "-I", "-S", "-c", path + code + "print(*sys.modules)"]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert "socketprotector.programs.stdio.pool" in loaded
+    # 1 MB each; the modules of C below the last two are enough.
+    own = HEAVY | {"collections", "dataclasses", "enum", "re", "signal", "socket"}
+    assert not {name.partition(".")[0] for name in loaded} & own

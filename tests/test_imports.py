@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,7 @@ def room_of(module: str) -> str:
     return first if first in ROOMS else ""
 
 
+@cache
 def may_import(room: str) -> set[str]:
     """The folders that this one says it may import from."""
     told = re.search(r"May import: ([^.]+)\.", (DAEMON / room / "__init__.py").read_text())
@@ -57,18 +58,22 @@ def may_import(room: str) -> set[str]:
     return set(re.findall(r"\w+", told[1])) - {"nothing"}
 
 
-def names_of(path: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+@cache
+def names_of(path: Path) -> list[tuple[str, tuple[str, ...]]]:
     """Each import: the absolute module, and the names taken from it."""
+    found: list[tuple[str, tuple[str, ...]]] = []
     package = path.parent.relative_to(ROOT).parts if ROOT in path.parents else ()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
-            yield from ((name.name, ()) for name in node.names)
+            found += [(name.name, ()) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             words = (*base, *([node.module] if node.module else []))
-            yield ".".join(words), tuple(name.name for name in node.names)
+            found.append((".".join(words), tuple(name.name for name in node.names)))
+    return found
 
 
+@cache
 def siblings(module: str) -> set[str]:
     """The modules of the daemon's that one of them imports, however it spells it."""
     found = set()

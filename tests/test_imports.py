@@ -223,10 +223,9 @@ def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None
     assert module == "run" or not taken & GLUE.keys()
 
 
+#: stdio's pool and the adapter of legacy are workers, but need no more of it either.
 @pytest.mark.parametrize("module", MODULES)
 def test_nobody_takes_from_the_client_library_more_than_the_wire_format(module: str) -> None:
-    if room_of(module) == "programs":
-        return  # some are workers
     taken = {
         name
         for base, names in names_of(MODULES[module])

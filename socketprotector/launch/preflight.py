@@ -258,25 +258,24 @@ def _reachable(settings: Settings, path: str) -> None:
     name = settings.executed[0]
     typed = {os.path.join(settings.directory, name): os.X_OK} if "/" in name else {}
     folder = {os.path.join(settings.directory, ""): os.X_OK}
-    here = {sys.executable: os.X_OK}
-    itself = {**folder, **typed, path: os.X_OK, **(here if settings.guarded else {})}
-    its = {
-        **folder,
-        **user_access.executed(path),
-        **(here if settings.handoff in (handoff.STDIO, handoff.LEGACY) else {}),
-    }
-    for option, identity, needed in (
-        ("--user", settings.identity, itself),
-        ("--worker-user", settings.worker_identity, its),
-    ):
-        if identity is not None:
-            everything = needed if settings.worker_identity else {**itself, **its}
-            closed = user_access.as_user(identity, partial(user_access.closed, everything))
-            if closed:
-                raise SystemRefused(
-                    f"{option} {identity.user} {closed}; let that user through (chmod, chown), "
-                    "or install it elsewhere"
-                )
+    python = {sys.executable: os.X_OK}
+    adapted = settings.handoff in (handoff.STDIO, handoff.LEGACY)
+    protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
+    worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
+    if settings.worker_identity is None:
+        asked = [("--user", settings.identity, {**protector, **worker})]
+    else:
+        asked = [
+            ("--user", settings.identity, protector),
+            ("--worker-user", settings.worker_identity, worker),
+        ]
+    for option, identity, needed in asked:
+        closed = user_access.as_user(identity, partial(user_access.closed, needed))
+        if closed:
+            raise SystemRefused(
+                f"{option} {identity.user} {closed}; let that user through (chmod, chown), "
+                "or install it elsewhere"
+            )
 
 
 def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:

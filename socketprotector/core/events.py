@@ -135,7 +135,7 @@ class OpenFailed:
 
 
 @frozen
-class Parted:
+class Quiesced:
     """A generation whose workers accept has taken all who had come to it."""
 
     generation: int
@@ -208,7 +208,7 @@ Event = (
     | WorkerReady
     | WorkerExited
     | OpenFailed
-    | Parted
+    | Quiesced
     | Stranded
     | ListenersLost
     | ChannelBroken
@@ -222,7 +222,7 @@ Event = (
 # -- actions -----------------------------------------------------------------
 
 
-class Sign(Enum):
+class WorkerSignal(Enum):
     """The signals the lifecycle sends to workers."""
 
     TERM = "TERM"
@@ -255,7 +255,7 @@ class Signal:
     """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
 
     worker: int
-    sign: Sign
+    sign: WorkerSignal
 
 
 @frozen
@@ -273,8 +273,8 @@ class RouteTo:
 
 
 @frozen
-class Part:
-    """Wait until this generation, which gets nobody new, has accepted who came: `Parted`."""
+class Quiesce:
+    """Wait until a generation that gets nobody new has accepted who came: `Quiesced`."""
 
     generation: int
 
@@ -387,7 +387,7 @@ Action = (
     | Signal
     | Retire
     | RouteTo
-    | Part
+    | Quiesce
     | Drain
     | Release
     | Hold

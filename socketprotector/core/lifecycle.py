@@ -30,8 +30,8 @@ from .events import (
     Launched,
     ListenersLost,
     OpenFailed,
-    Part,
-    Parted,
+    Quiesce,
+    Quiesced,
     ReadSettings,
     Release,
     ReloadRequested,
@@ -104,8 +104,8 @@ def _answer(step: Step, event: Event) -> None:
             workers.worker_exited(step, event)
         case OpenFailed(number, reason):
             reload.open_failed(step, number, reason)
-        case Parted(number):
-            step.parted(number)
+        case Quiesced(number):
+            step.quiesced(number)
         case Stranded():
             reload.stranded(step)
         case ChannelBroken(number, served_s):
@@ -184,7 +184,7 @@ def resume(
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [RouteTo(route.number if route else None)]
     draining = fleet.all_of(Phase.DRAINING)
-    actions += [Part(g.number) if g.parting else Drain(g.number) for g in draining]
+    actions += [Quiesce(g.number) if g.parting else Drain(g.number) for g in draining]
     actions += undone
     if fleet.reading:
         actions.append(ReadSettings())

@@ -6,13 +6,14 @@ must still be read (system/state_file.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
 
 from ..model.frozen import frozen
 from ..model.history import Crash, History, Reload
 from ..model.records import Counts, GenerationRecord, Program, WorkerRecord
 from ..model.settings import Identity
-from .events import Deadline, Retire, Sign, Signal, Wait
+from .events import Deadline, Retire, Signal, Wait, WorkerSignal
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
 
 
@@ -48,7 +49,9 @@ class Snapshot:
 #: All classes that a Snapshot is made of.
 CLASSES = (
     *(Deadline, Wait, Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
-    *(Retire, Sign, Signal),
+    *(Retire, WorkerSignal, Signal),
     *(Identity, Program, Counts, GenerationRecord, WorkerRecord, Snapshot),
     *(Crash, History, Reload),
 )
+#: What earlier programs called them.
+FORMERLY: Mapping[str, type] = {"Sign": WorkerSignal}

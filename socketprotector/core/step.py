@@ -17,15 +17,15 @@ from .events import (
     Drain,
     ForgetSettings,
     News,
-    Part,
+    Quiesce,
     Report,
     Retire,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
     UseSettings,
     Wait,
+    WorkerSignal,
 )
 from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
@@ -101,7 +101,7 @@ class Step:
 
     def end_worker(self, worker: Worker) -> None:
         """Send TERM to one worker, ABRT where it hangs; KILL follows."""
-        self.do(Signal(worker.number, Sign.ABRT if worker.hung else Sign.TERM))
+        self.do(Signal(worker.number, WorkerSignal.ABRT if worker.hung else WorkerSignal.TERM))
         self.start(Wait.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
@@ -126,7 +126,7 @@ class Step:
         if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
             # It may not have accepted yet who came before, nor read what they have to say.
             self.fleet = self.fleet.with_generation(replace(generation, parting=True))
-            self.do(Part(number))
+            self.do(Quiesce(number))
         else:
             self._tell(number, timeout_s)
         generation = self.fleet.generation(number)
@@ -139,7 +139,7 @@ class Step:
         if self.fleet.stopping is None:
             self.limit_draining()
 
-    def parted(self, number: int) -> None:
+    def quiesced(self, number: int) -> None:
         """Tell a generation to finish that has accepted all who came to it."""
         generation = self.fleet.generation(number)
         if generation and generation.parting:
@@ -167,14 +167,14 @@ class Step:
         if generation is None or generation.ending or not generation.workers:
             return
         self.fleet = self.fleet.with_generation(replace(generation, ending=True))
-        self.do(*(Signal(worker.number, Sign.TERM) for worker in generation.workers))
+        self.do(*(Signal(worker.number, WorkerSignal.TERM) for worker in generation.workers))
         self.start(Wait.KILL, number, self.fleet.policy.kill_timeout_s)
 
     def kill_generation(self, number: int) -> None:
         """Send KILL to what is left of a generation."""
         generation = self.fleet.generation(number)
         if generation:
-            self.do(*(Signal(worker.number, Sign.KILL) for worker in generation.alive))
+            self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in generation.alive))
 
     def forget_waiting(self, number: int) -> None:
         """Drop the places whose next process has not been spawned yet."""

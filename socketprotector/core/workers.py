@@ -11,7 +11,17 @@ from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
-from .events import Deadline, News, Report, Sign, Signal, Spawn, StartTimer, Wait, WorkerExited
+from .events import (
+    Deadline,
+    News,
+    Report,
+    Signal,
+    Spawn,
+    StartTimer,
+    Wait,
+    WorkerExited,
+    WorkerSignal,
+)
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import abandon, roll_back
 from .step import PROVEN_S, Step, backoff_s
@@ -72,7 +82,7 @@ def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end
     if generation.phase is Phase.STARTING:
         return  # it is given up for that, with all that is left of it
     if generation.ending:
-        step.do(Signal(left.number, Sign.TERM))
+        step.do(Signal(left.number, WorkerSignal.TERM))
     elif told_to_end or worker.state is State.STARTING:
         step.end_worker(left)
     else:
@@ -227,7 +237,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     if worker.retires:
         step.retire(worker)
     else:
-        step.do(Signal(worker.number, Sign.TERM))
+        step.do(Signal(worker.number, WorkerSignal.TERM))
         step.limit_retiring(worker)
 
 
@@ -315,6 +325,6 @@ def worker_waited(step: Step, wait: Wait, number: int) -> None:
         case Wait.WORKER_RESPAWN:
             pass  # `reconcile` starts who waits no longer
         case Wait.WORKER_KILL:
-            step.do(Signal(number, Sign.KILL))
+            step.do(Signal(number, WorkerSignal.KILL))
         case _ if not generation.ending:  # else TERM was sent already
             step.end_worker(worker)

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from .. import __version__
 from ..core.events import Action
 from ..core.fleet import Fleet
-from ..core.snapshot import CLASSES, Snapshot
+from ..core.snapshot import CLASSES, FORMERLY, Snapshot
 from ..system import inherited
 from ..system.log import Log
 from ..system.sd_notify import Store
 from ..system.state_file import Codec, StateError, StateFile
 from .effects import Effects
 
-CODEC = Codec(CLASSES)
+CODEC = Codec(CLASSES, FORMERLY)
 _FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
 
 
@@ -63,7 +63,7 @@ class Heritage:
             return True
         wanted = {**self._others(), **effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # each program gets a line of its own
-        self._store.sync(wanted, effects.crew.descriptors)
+        self._store.sync(wanted, effects.pool.descriptors)
         if self._store.full and not self._full:
             self._log.write("warning", "store-full", descriptors=self._store.kept, hint=_FULL)
         self._full = self._store.full

@@ -27,8 +27,8 @@ from ..core.events import (
     News,
     Open,
     OpenFailed,
-    Part,
-    Parted,
+    Quiesce,
+    Quiesced,
     ReadSettings,
     Release,
     Report,
@@ -61,9 +61,9 @@ from .forwarder import Forwarder
 from .generation import Home
 from .live_settings import Configuration
 from .output import Output
-from .socket_steering import Sides
+from .socket_steering import SocketSteering
 from .start_report import Launcher
-from .worker_pool import Crew, what_failed
+from .worker_pool import WorkerPool, what_failed
 
 _LEVELS = {
     News.RELOAD_FAILED: "error",
@@ -140,7 +140,7 @@ class Effects:
         self.restarts = 0
         self.started_at = clock.date()
         self.guarded = guarded
-        self.crew = Crew(
+        self.pool = WorkerPool(
             settings,
             loop=loop,
             log=log,
@@ -157,15 +157,15 @@ class Effects:
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
             held=held,
-            dead=lambda listener: self.sides.mend(listener, 0),
+            dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
             accepts=self._accepts,
         )
-        self.sides = Sides(
+        self.steering = SocketSteering(
             lambda: self.forwarder.listeners,
             loop=loop,
             log=log,
-            parted=lambda number: post(Parted(number)),
+            quiesced=lambda number: post(Quiesced(number)),
             stranded=lambda: post(Stranded()),
             bound=self._bound_anew,
             lost=self._listener_lost,
@@ -173,9 +173,9 @@ class Effects:
         )
         self.configuration = Configuration(
             settings,
-            crew=self.crew,
+            pool=self.pool,
             forwarder=self.forwarder,
-            sides=self.sides,
+            steering=self.steering,
             homes=self.homes,
             command=command,
             loop=loop,
@@ -190,24 +190,24 @@ class Effects:
                 self._open(number, fresh)
             case Spawn(number, worker, slot) if number in self.homes:
                 generation = self.homes[number]
-                self.crew.spawn(worker, slot, number, generation)
+                self.pool.spawn(worker, slot, number, generation)
             case Signal(worker, sign):
-                self.crew.signal(worker, sign)
+                self.pool.signal(worker, sign)
             case Retire(worker):
-                self.crew.retire(worker)
+                self.pool.retire(worker)
             case RouteTo(number):
                 self._route_to(number)
-            case Part(number):
+            case Quiesce(number):
                 if number in self.homes:
                     self.homes[number].drained_at = clock.date()
-                self.sides.part(number)
+                self.steering.quiesce(number)
             case Drain(number) if number in self.homes:
                 home = self.homes[number]
                 self._loop.unwatch(home.channel.read.fileno())
                 home.drained_at = home.drained_at or clock.date()
                 self.forwarder.drain(home.channel)
-                self.crew.drain(number)
-                self.sides.leave(number)
+                self.pool.drain(number)
+                self.steering.leave(number)
             case Release(number) if number in self.homes:
                 self._log.write("info", "drained", generation=number)
                 generation = self.homes.pop(number)
@@ -215,7 +215,7 @@ class Effects:
                 self._loop.unwatch(generation.channel.read.fileno())
                 generation.forget_board()
                 self.forwarder.release(generation.channel)
-                self.sides.leave(number)
+                self.steering.leave(number)
             case Hold(on):
                 self.forwarder.hold(on)
             case ReadSettings():
@@ -238,7 +238,7 @@ class Effects:
                 self._report(action)
             case Exit(status):
                 self.exit_status = status
-                self.crew.when_ended(self._stop_running)
+                self.pool.when_ended(self._stop_running)
             case _:  # of a generation that could not be opened, and that was told
                 pass
 
@@ -260,14 +260,14 @@ class Effects:
         return Snapshot(
             fleet=fleet,
             generations=generations,
-            workers=self.crew.records(),
+            workers=self.pool.records(),
             good=self._good,
             due=(*self._due.values(), *coming),
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
             hand=self.forwarder.hand,
             hand_number=self.forwarder.hands,
-            aside=self.forwarder.aside,
-            strays=self.crew.strays,
+            aside=self.forwarder.parked,
+            strays=self.pool.orphans,
             forwarded=self.forwarder.forwarded,
             lost=self.forwarder.lost,
             version=version,
@@ -278,9 +278,9 @@ class Effects:
             settings=settings,
             coming=to_try,
             settings_used=used,
-            side=self.sides.current,
+            side=self.steering.current,
             nonblocking=self._note_flags(),
-            unserved=tuple(self.sides.unserved),
+            unserved=tuple(self.steering.unserved),
         )
 
     def _note_flags(self) -> tuple[int, ...]:
@@ -309,7 +309,7 @@ class Effects:
 
     def descriptors(self) -> dict[str, int]:
         """Return all descriptors that the next program needs, by name."""
-        return {**self.own_descriptors(), **self.crew.descriptors}
+        return {**self.own_descriptors(), **self.pool.descriptors}
 
     def own_descriptors(self) -> dict[str, int]:
         """Return those that are not one worker's: as few as there are generations."""
@@ -336,10 +336,10 @@ class Effects:
         """
         channels = inherited.under(descriptors, inherited.CHANNEL)
         self._put_back_flags(snapshot.nonblocking)  # first: who lives may be about to accept
-        self.sides.current = snapshot.side
-        self.sides.unserved = frozenset(snapshot.unserved)
+        self.steering.current = snapshot.side
+        self.steering.unserved = frozenset(snapshot.unserved)
         if snapshot.fleet.stopping and not self._they_stay:  # what is shut down, we may have
-            self.sides.end()
+            self.steering.end()
         broken: list[Event] = []
         for record in snapshot.generations:
             if "read" not in channels.get(str(record.number), {}):
@@ -352,17 +352,17 @@ class Effects:
             if record.ended:
                 continue
             if record.program.handoff == LISTENER:
-                self.sides.adopt(record.number, record.side)
+                self.steering.adopt(record.number, record.side)
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:
                 self._watch(record.number, each.channel)
         for worker, mine, _ in self._workers_of(snapshot, descriptors):
-            self.crew.expect(worker, mine)
+            self.pool.expect(worker, mine)
         serving = snapshot.fleet.of(Phase.SERVING)
         proven = self.homes.get(serving.number) if serving is not None else None
         self._good = proven.program if proven is not None else snapshot.good
-        self.crew.adopt_strays(snapshot.strays)
+        self.pool.adopt_orphans(snapshot.strays)
         self.forwarder.forwarded = snapshot.forwarded
         self.forwarder.lost = snapshot.lost
         self.history = snapshot.history
@@ -378,7 +378,9 @@ class Effects:
             self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
         for number, header in snapshot.aside:
             if f"{inherited.HAND}{number}" in descriptors:  # else it could not be stored in time
-                self.forwarder.adopt_aside(header, descriptors[f"{inherited.HAND}{number}"], number)
+                self.forwarder.adopt_parked(
+                    header, descriptors[f"{inherited.HAND}{number}"], number
+                )
         self._close_unknown(descriptors)
         self.configuration.adopt(snapshot)
         for each in self._released.values():
@@ -419,10 +421,10 @@ class Effects:
             shared = home.program.handoff == LISTENER
             whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
             if whole and not record.orphaned:
-                self.crew.adopt(record, mine, home)
+                self.pool.adopt(record, mine, home)
             else:
                 # The rest was given up when it had ended, and that may not have been written down.
-                left = self.crew.adopt_orphans(record, mine, home)
+                left = self.pool.adopt_group(record, mine, home)
                 found = snapshot.fleet.find(record.number)
                 if left != (found is not None and found[1].state is State.ORPHANED):
                     ended.append(WorkerExited(record.number, _ENDED, orphans=left))
@@ -431,7 +433,7 @@ class Effects:
 
     def _not_made(self, fleet: Fleet, ended: Collection[int]) -> list[Event]:
         """Say what is in the fleet and could not be found; of those that ended it is said."""
-        known = {record.number for record in self.crew.records()}.union(ended)
+        known = {record.number for record in self.pool.records()}.union(ended)
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
             OpenFailed(each.number, _KILLED)
@@ -442,14 +444,14 @@ class Effects:
         ]
         for worker in fleet.alive():
             if worker.number not in known:
-                self.crew.lost(worker.number)
+                self.pool.lost(worker.number)
                 lost.append(WorkerExited(worker.number, _KILLED))
         return lost
 
     def unguarded(self) -> None:
         """Nobody is left who would tell that."""
         self.guarded = False
-        self.crew.unguarded()
+        self.pool.unguarded()
 
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""
@@ -470,7 +472,7 @@ class Effects:
             configuration = self.configuration
             settings = configuration.to_try if fresh else configuration.settings
             program = self._good if self._good and not fresh else program_of(settings)
-            home = Home.make(program, settings.queue, self.sides.free)
+            home = Home.make(program, settings.queue, self.steering.free)
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
@@ -486,7 +488,7 @@ class Effects:
         self._forget_closed()  # here too: where nobody keeps descriptors nothing else asks
         self.homes[number] = home
         if program.handoff == LISTENER:
-            self.sides.enter(number, home.side)
+            self.steering.enter(number, home.side)
             self._watch_flags()
         capacity = home.channel.capacity()
         if capacity < settings.queue:
@@ -512,7 +514,7 @@ class Effects:
         generation.serving_since = generation.serving_since or time.monotonic()
         generation.served_at = generation.served_at or clock.date()
         self.forwarder.route_to(generation.channel)
-        self.sides.turn_to(generation.side, again=again)
+        self.steering.turn_to(generation.side, again=again)
         self._log.write("info", "route", generation=number)
 
     def _route_broken(self) -> None:
@@ -535,21 +537,21 @@ class Effects:
     def _close_listeners(self, *, quick: bool) -> None:
         stay = self._they_stay
         if quick:
-            self.sides.give_back()
-        elif (stay or self.sides.share) and not self._accepts and self._route is not None:
+            self.steering.give_back()
+        elif (stay or self.steering.share) and not self._accepts and self._route is not None:
 
             def over() -> None:
                 if stay:
                     self.forwarder.close_listeners(quick=True, stay=True)
                     self._post(BacklogEmptied())
                 else:
-                    self.sides.end()
+                    self.steering.end()
                     self.forwarder.close_listeners(quick=False)
 
-            self.sides.part_last(self._route, over)
+            self.steering.quiesce_last(self._route, over)
             return
         if not stay:
-            self.sides.end()  # else they are to be had again by the next start, whoever shuts them
+            self.steering.end()  # else the next start has them, whoever shuts them
         self.forwarder.close_listeners(quick=quick, stay=stay)
 
     def _bound_anew(self, listener: Listener) -> None:
@@ -574,7 +576,7 @@ class Effects:
         """Return for how long nobody was taken who waits for a generation; None: no wonder."""
         home = self.homes[number]
         if home.program.handoff == LISTENER:
-            return self.sides.untaken_s if number == self._route else None
+            return self.steering.untaken_s if number == self._route else None
         return self.forwarder.untaken_s(home.channel)
 
     def _say_untaken(
@@ -596,7 +598,7 @@ class Effects:
             hint=known_servers.hint(
                 home.program,
                 taken_from=ever,
-                advice=lambda: self.crew.advice(number, passes_over=True),
+                advice=lambda: self.pool.advice(number, passes_over=True),
             ),
         )
 
@@ -623,8 +625,8 @@ class Effects:
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def passed() -> None:
             self._note_due(deadline)
-            unheard = deadline.wait is Wait.START and not self.crew.spoken_with
-            advice = self.crew.advice(deadline.target) if unheard else ""
+            unheard = deadline.wait is Wait.START and not self.pool.spoken_with
+            advice = self.pool.advice(deadline.target) if unheard else ""
             self._post(DeadlinePassed(deadline, advice))
 
         self._loop.call_after(deadline, seconds, passed)
@@ -693,8 +695,8 @@ class Effects:
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
         self.configuration.stop_reading()
-        self.sides.end()
-        self.left = self.forwarder.close(self.sides.current)
+        self.steering.end()
+        self.left = self.forwarder.close(self.steering.current)
         self._log.write(
             "info",
             "stopped",

@@ -23,7 +23,7 @@ from ..system import inherited
 from ..system.channel import BROKEN, SEND_FLAGS, Channel
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE, Loop
-from .listener_drain import Aside, Emptying, listener_of
+from .listener_drain import ListenerDrain, Parked, listener_of
 
 #: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
 #: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
@@ -95,8 +95,8 @@ class Forwarder:
         self.hands = 0  # connections that have ever been in hand
         self._route: Channel | None = None
         self._in_hand: tuple[bytes, int] | None = None
-        self._aside = Aside(self._number, held)  # the route knows not their listeners
-        self._emptying: list[Emptying] = []  # listeners that were removed
+        self._parked = Parked(self._number, held)  # the route knows not their listeners
+        self._drains: list[ListenerDrain] = []  # listeners that were removed
         self._fed: list[Channel] = []  # by those; to be ended afterwards
         self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
         self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
@@ -150,7 +150,7 @@ class Forwarder:
         """
         shut = channel.is_shut()
         self._reclaim(channel)
-        if not shut and any(each.channel is channel for each in self._emptying):
+        if not shut and any(each.channel is channel for each in self._drains):
             self._fed.append(channel)  # those who still come by a removed listener are its own
             return
         channel.end()
@@ -159,7 +159,7 @@ class Forwarder:
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""
-        for each in self._emptying_to(channel):
+        for each in self._drains_to(channel):
             each.end()
         channel.end()
         if channel in self._shut:
@@ -184,27 +184,27 @@ class Forwarder:
             listener.refuse_new()  # those who accept from it take who has connected
         if self._in_hand is not None and listener_of(self._in_hand[0]) == listener.index:
             hand, self._in_hand = self._in_hand, None  # it goes before those who wait there
-            self._aside.put(*hand)
+            self._parked.put(*hand)
         if to is None or listener.shared:
-            self.lost += self._aside.drop(listener.index)
+            self.lost += self._parked.drop(listener.index)
             listener.close()
             return
-        emptying = Emptying(listener, to, self._loop, self._aside, self._is_empty)
-        self._emptying.append(emptying)
-        emptying.begin()
+        drain = ListenerDrain(listener, to, self._loop, self._parked, self._is_empty)
+        self._drains.append(drain)
+        drain.begin()
 
-    def _emptying_to(self, channel: Channel) -> list[Emptying]:
-        return [each for each in self._emptying if each.channel is channel]
+    def _drains_to(self, channel: Channel) -> list[ListenerDrain]:
+        return [each for each in self._drains if each.channel is channel]
 
-    def _is_empty(self, emptying: Emptying) -> None:
+    def _is_empty(self, drain: ListenerDrain) -> None:
         """A removed listener is closed."""
-        self._emptying.remove(emptying)
-        self.forwarded += emptying.moved
-        if emptying.channel is not self._route:
-            self._elsewhere += emptying.moved
-        self.lost += emptying.lost
-        channel = emptying.channel
-        if channel in self._fed and not self._emptying_to(channel):
+        self._drains.remove(drain)
+        self.forwarded += drain.moved
+        if drain.channel is not self._route:
+            self._elsewhere += drain.moved
+        self.lost += drain.lost
+        channel = drain.channel
+        if channel in self._fed and not self._drains_to(channel):
             self._fed.remove(channel)
             channel.end()
         self._held()
@@ -239,14 +239,14 @@ class Forwarder:
         """The listeners from which somebody may still be accepted."""
         return [each for each in self._listeners if each not in self._over and not each.lost]
 
-    def close(self, side: int = 0) -> tuple[str, ...]:
+    def close(self, socket_number: int = 0) -> tuple[str, ...]:
         """Close everything, with what could not be delivered (counted in `lost`).
 
-        side: to which new clients come, where a listener has two.  Returns the names of the
+        socket_number: of two, the one to which new clients come.  Returns the names of the
         sockets that whoever keeps descriptors is to keep for the next start.
         """
         self._close_listeners()
-        left = tuple(filter(None, [each.leave(side) for each in self._listeners]))
+        left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
         self._loop.cancel(_RETRY)
@@ -254,7 +254,7 @@ class Forwarder:
             self.lost += 1
             os.close(self._in_hand[1])
             self._in_hand = None
-        self.lost += self._aside.drop()
+        self.lost += self._parked.drop()
         for channel in self._left_over:
             self.lost += channel.depth()
             channel.close()
@@ -265,10 +265,10 @@ class Forwarder:
             self._reserve = -1
         return left
 
-    def shared(self, side: int) -> dict[int, int]:
-        """Return the descriptors that workers of a side are handed, by index."""
+    def shared(self, socket_number: int) -> dict[int, int]:
+        """Return the descriptors that workers of socket 0 or 1 are handed, by index."""
         shared = [each for each in self._listeners if each.shared]
-        return {each.index: each.of_side(side).fileno() for each in shared}
+        return {each.index: each.socket_for(socket_number).fileno() for each in shared}
 
     def untaken_s(self, channel: Channel) -> float | None:
         """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
@@ -289,22 +289,22 @@ class Forwarder:
         return self._in_hand[0] if self._in_hand is not None else None
 
     @property
-    def aside(self) -> tuple[tuple[int, bytes], ...]:
+    def parked(self) -> tuple[tuple[int, bytes], ...]:
         """Number and header of each that is neither in hand nor to be sent to the route."""
-        return tuple((number, header) for number, (header, _) in self._aside.hands.items())
+        return tuple((number, header) for number, (header, _) in self._parked.hands.items())
 
     def _number(self) -> int:
-        """Number one that is set aside; that in hand, if there is one, keeps the last number."""
+        """Number one that is parked; that in hand, if there is one, keeps the last number."""
         self.hands += 2
         return self.hands - 1
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
-        listeners = (*self._listeners, *(each.listener for each in self._emptying))
+        listeners = (*self._listeners, *(each.listener for each in self._drains))
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
         if self._in_hand is not None:
             found[f"{inherited.HAND}{self.hands}"] = self._in_hand[1]
-        found.update((f"{inherited.HAND}{n}", fd) for n, (_, fd) in self._aside.hands.items())
+        found.update((f"{inherited.HAND}{n}", fd) for n, (_, fd) in self._parked.hands.items())
         return found
 
     def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
@@ -312,9 +312,9 @@ class Forwarder:
         self._in_hand = header, fd
         self.hands = number
 
-    def adopt_aside(self, header: bytes, fd: int, number: int) -> None:
-        """Take one that an earlier program had set aside.  Takes ownership of fd."""
-        self._aside.hands[number] = header, fd
+    def adopt_parked(self, header: bytes, fd: int, number: int) -> None:
+        """Take one that an earlier program had parked.  Takes ownership of fd."""
+        self._parked.hands[number] = header, fd
 
     def adopt_drained(self, channel: Channel) -> None:
         """Go on with a channel that an earlier program has ended: empty it for the next route."""
@@ -420,7 +420,7 @@ class Forwarder:
             self._accept_for(self._route)
 
     def _deliver_hands(self, route: Channel) -> None:
-        """Send what is in hand, and what was set aside for a route like this one."""
+        """Send what is in hand, and what was parked for a route like this one."""
         self._sort_hands(route)
         while self._in_hand is not None and self._full is None and not self._waiting:
             header, fd = self._in_hand
@@ -439,12 +439,12 @@ class Forwarder:
         """Have in hand what the route knows of, if there is anything."""
         if self._in_hand is not None and not route.knows_of(listener_of(self._in_hand[0])):
             hand, self._in_hand = self._in_hand, None
-            self._aside.put(*hand)
-        if self._in_hand is None and self._aside.hands:
-            aside = self._aside.hands
-            known = [n for n, (header, _) in aside.items() if route.knows_of(listener_of(header))]
+            self._parked.put(*hand)
+        if self._in_hand is None and self._parked.hands:
+            parked = self._parked.hands
+            known = [n for n, (header, _) in parked.items() if route.knows_of(listener_of(header))]
             if known:
-                self._in_hand = aside.pop(known[0])
+                self._in_hand = parked.pop(known[0])
                 self.hands += 1
                 self._held()
 
@@ -539,7 +539,7 @@ class Forwarder:
 
         What came by a listener that the route does not know stays where it is: behind the
         others, or with all that is behind it where the channel has ended.  last: its workers
-        are gone, and it is set aside for another generation that knows it.
+        are gone, and it is parked for another generation that knows it.
         """
         route = self._route
         strange = route is not None and _lacks(route, channel)
@@ -588,15 +588,15 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
-        """Send a connection to where it was taken from, or set it aside.  Takes ownership of fd."""
+        """Send a connection to where it was taken from, or park it.  Takes ownership of fd."""
         try:
             channel.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
                 self._scarce("sendmsg", error)  # it has not ended, so what is left may stay there
-            there = (*self._listeners, *(each.listener for each in self._emptying))
+            there = (*self._listeners, *(each.listener for each in self._drains))
             if listener_of(header) in {each.index for each in there}:
-                self._aside.put(header, fd)
+                self._parked.put(header, fd)
                 return
             self.lost += 1  # nobody is left who knows the listener
         self._let_go(fd)
@@ -703,7 +703,7 @@ class Forwarder:
             waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
             quiet = self.forwarded == before and self._looked and not waiting
             late = bool(self._close_at) and time.monotonic() > self._close_at
-            over = (quiet or not self._awaited) and not (self._stay and self._emptying)
+            over = (quiet or not self._awaited) and not (self._stay and self._drains)
             if self._open and (over or late):
                 self._close_listeners()
                 self._emptied()
@@ -722,7 +722,7 @@ class Forwarder:
             self._unwatch(listener)
             listener.close()
             self._listeners.remove(listener)
-        for each in tuple(self._emptying):
+        for each in tuple(self._drains):
             each.end()
 
     def _unwatch(self, listener: Listener) -> None:

@@ -28,7 +28,7 @@ BURST = 64
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 
 
-class Aside:
+class Parked:
     """Connections that were accepted, could not be sent, and are not for the route.
 
     Owns their descriptors.
@@ -79,7 +79,7 @@ class Aside:
         return len(gone)
 
 
-class Emptying:
+class ListenerDrain:
     """Owns the listener until it is closed; the channel is its generation's."""
 
     def __init__(
@@ -87,8 +87,8 @@ class Emptying:
         listener: Listener,
         channel: Channel,
         loop: Loop,
-        aside: Aside,
-        over: Callable[[Emptying], None],
+        parked: Parked,
+        over: Callable[[ListenerDrain], None],
     ) -> None:
         """`over` is called back once the listener is closed."""
         self.listener = listener
@@ -96,7 +96,7 @@ class Emptying:
         self.moved = 0
         self.lost = 0
         self._loop = loop
-        self._aside = aside
+        self._parked = parked
         self._over = over
         self._quiet = False  # nobody came since the last look
         self._until = 0.0  # to be closed then, though new ones may still come
@@ -107,7 +107,7 @@ class Emptying:
 
     @property
     def _timer(self) -> tuple[str, int]:
-        return "emptying", self.listener.index
+        return "listener-drain", self.listener.index
 
     def begin(self) -> None:
         """Let nobody new in; one of somebody else is left as it is, with those who wait there."""
@@ -118,7 +118,7 @@ class Emptying:
     def end(self) -> None:
         """Close the listener, whoever may still wait there."""
         self._loop.cancel(self._timer)
-        self.lost += self._aside.drop(self.listener.index)
+        self.lost += self._parked.drop(self.listener.index)
         self.listener.close()
         self._over(self)
 
@@ -131,10 +131,10 @@ class Emptying:
             self.end()
             return
         self.moved += moved
-        aside = self._aside.has(self.listener.index)
-        nobody = not moved and not aside and not self._is_full()
+        parked = self._parked.has(self.listener.index)
+        nobody = not moved and not parked and not self._is_full()
         late = bool(self._until) and time.monotonic() > self._until
-        if (nobody and self._quiet) or (late and not aside):
+        if (nobody and self._quiet) or (late and not parked):
             self.end()
             return
         self._quiet = nobody
@@ -147,8 +147,8 @@ class Emptying:
         """Accept one and send it; False where there is none, or no room.  Raises OSError."""
         if self._is_full():
             return False
-        hand = self._aside.take(self.listener.index)
-        if hand is None and self._aside.has(self.listener.index):
+        hand = self._parked.take(self.listener.index)
+        if hand is None and self._parked.has(self.listener.index):
             return False  # it goes first
         if hand is None and self._foreign:
             return False
@@ -166,7 +166,7 @@ class Emptying:
         try:
             self.channel.write.sendmsg([header], rights, SEND_FLAGS)
         except OSError as error:
-            self._aside.put_first(header, fd)
+            self._parked.put_first(header, fd)
             if error.errno in BROKEN:
                 raise
             return False  # no room after all, or the system is short of something

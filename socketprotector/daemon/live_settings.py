@@ -20,20 +20,20 @@ from ..system.loop import Loop
 from .config_reader import Answer, Reader
 from .forwarder import Forwarder
 from .generation import Home
-from .socket_steering import Sides
-from .worker_pool import Crew
+from .socket_steering import SocketSteering
+from .worker_pool import WorkerPool
 
 
 class Configuration:
-    """Holds the settings, and tells crew and forwarder when they are others."""
+    """Holds the settings, and tells worker pool and forwarder when they are others."""
 
     def __init__(
         self,
         settings: Settings,
         *,
-        crew: Crew,
+        pool: WorkerPool,
         forwarder: Forwarder,
-        sides: Sides,
+        steering: SocketSteering,
         homes: Mapping[int, Home],
         command: tuple[str, ...],
         loop: Loop,
@@ -42,9 +42,9 @@ class Configuration:
     ) -> None:
         """command: executes this program again.  homes: of the generations; their owner's."""
         self.settings = settings
-        self._crew = crew
+        self._pool = pool
         self._forwarder = forwarder
-        self._sides = sides
+        self._steering = steering
         self._homes = homes
         self._log = log
         self._post = post
@@ -154,7 +154,7 @@ class Configuration:
             shared, second = new.handoff == LISTENER, answer.seconds.get(index, -1)
             listener = Listener(fd, index, new.listeners[index], shared=shared, second=second)
             self._forwarder.add(listener)
-            self._sides.expect(listener)
+            self._steering.expect(listener)
         self._post(
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )
@@ -162,7 +162,7 @@ class Configuration:
     def _hold_to(self, settings: Settings) -> None:
         self.settings = settings
         self._changed = True
-        self._crew.settings_are(settings)
+        self._pool.settings_are(settings)
         self._remove_listeners()
 
     def _remove_listeners(self) -> None:

@@ -23,7 +23,7 @@ from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.log import Log
 from ..system.loop import READ, SHUT, Loop
-from ..system.sock_diag import Line, unaccepted, unheard
+from ..system.sock_diag import Line, unaccepted, unread
 from .accept_watch import Untaken
 
 _LOOK_S = 0.1
@@ -40,15 +40,15 @@ _STEER_AGAIN_S = 0.5
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
-_RESCUE = "sides-rescue"
-_MEND = "sides-mend"
+_RESCUE = "steering-rescue"
+_MEND = "steering-mend"
 _MEND_AGAIN_S = 0.1
 #: Another socket cannot be had now, and can be later.
 _LATER = SCARCE | {errno.EBUSY}
 
 
 @dataclass(slots=True)
-class _Parting:
+class _Quiescing:
     """A generation that gets nobody new any more."""
 
     began: float
@@ -60,7 +60,7 @@ class _Parting:
     common: Sequence[Listener] = ()  # those without a second socket where somebody may still wait
 
 
-class Sides:
+class SocketSteering:
     """Knows who accepts where: the generations' numbers, and 0 or 1 for their sockets."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Sides:
         *,
         loop: Loop,
         log: Log,
-        parted: Callable[[int], None],
+        quiesced: Callable[[int], None],
         stranded: Callable[[], None],
         bound: Callable[[Listener], None],
         lost: Callable[[Listener, str], None],
@@ -77,7 +77,7 @@ class Sides:
     ) -> None:
         """listeners: those that there are; their owner's.
 
-        parted: a generation has accepted and read who came to it.
+        quiesced: a generation has accepted and read who came to it.
         stranded: clients wait, or will, where nobody accepts.
         bound: a listener has another socket.  lost: one has none any more, and why.
         untaken: for so many seconds nobody of so many was accepted, whether anybody ever was, and
@@ -86,7 +86,7 @@ class Sides:
         self._listeners = listeners
         self._loop = loop
         self._log = log
-        self._parted = parted
+        self._quiesced = quiesced
         self._stranded = stranded
         self._bound = bound
         self._lost = lost
@@ -96,45 +96,45 @@ class Sides:
         )
         self._ended = False
         self._given_back = False  # new clients come to the sockets of those who have others' too
-        #: Generations, each with a listener whose socket on their side they do not have: it was
+        #: Generations, each with a listener whose socket they do not have: it was
         #: bound after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
-        self._accepting: dict[int, int] = {}  # generation -> side
-        self._parting: dict[int, _Parting] = {}
+        self._accepting: dict[int, int] = {}  # generation -> socket number
+        self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
         # Who had come before, and whether he is silent; None: the kernel is still to be asked.
-        self._unheard: dict[tuple[int, bytes], bool] | None = None
+        self._unread: dict[tuple[int, bytes], bool] | None = None
         self._asking_s = 0.0
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
     @property
     def free(self) -> int:
-        """The side that the next generation gets."""
+        """The socket number, 0 or 1, that the next generation gets."""
         return 1 - self.current if self.current in self._accepting.values() else self.current
 
-    def adopt(self, generation: int, side: int) -> None:
+    def adopt(self, generation: int, socket_number: int) -> None:
         """The workers of a generation have accepted there under an earlier program."""
-        self._accepting[generation] = side
+        self._accepting[generation] = socket_number
         for each in self._shared:  # that one may have been killed while it listened again
-            if each.is_alive(side) and not each.is_sound(side):
-                self.mend(each, side)
+            if each.is_alive(socket_number) and not each.is_sound(socket_number):
+                self.mend(each, socket_number)
         self._watch()
 
-    def enter(self, generation: int, side: int) -> None:
+    def enter(self, generation: int, socket_number: int) -> None:
         """The workers of a generation, which are yet to be started, accept there."""
         for each in self._shared:
-            self._make_ready(each, side)
-        self._accepting[generation] = side
+            self._make_ready(each, socket_number)
+        self._accepting[generation] = socket_number
         self._watch()
 
     def leave(self, generation: int) -> None:
         """They do not any more: they were told to finish, or are gone."""
         self._accepting.pop(generation, None)
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
-        if self._parting.pop(generation, None) is not None:
-            self._loop.cancel(("part", generation))
+        if self._quiescing.pop(generation, None) is not None:
+            self._loop.cancel(("quiesce", generation))
         self._watch()
 
     def expect(self, listener: Listener) -> None:
@@ -145,14 +145,14 @@ class Sides:
         except OSError:
             pass  # it is tried again when that generation has its turn
 
-    def turn_to(self, side: int, *, again: bool = False) -> None:
-        """Have new clients come to a side.  again: its generation had its turn before."""
-        self._turn_to(side)
-        if side in self._accepting.values():
+    def turn_to(self, socket_number: int, *, again: bool = False) -> None:
+        """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
+        self._turn_to(socket_number)
+        if socket_number in self._accepting.values():
             self._untaken.begin(before_us=again)
 
-    def _turn_to(self, side: int) -> None:
-        self.current = side
+    def _turn_to(self, socket_number: int) -> None:
+        self.current = socket_number
         self._steer()
         self._watch()
 
@@ -161,27 +161,27 @@ class Sides:
         """For how long nobody was accepted who waits where new clients come; None: no wonder."""
         return self._untaken.seconds
 
-    def part(self, generation: int) -> None:
+    def quiesce(self, generation: int) -> None:
         """Say when a generation whose turn is over has accepted who came to it."""
         if generation not in self._accepting or not self._pairs:
-            self._parted(generation)
+            self._quiesced(generation)
             return
         self._yield(generation)
-        self._begin(generation, _Parting(time.monotonic(), partial(self._parted, generation)))
+        self._begin(generation, _Quiescing(time.monotonic(), partial(self._quiesced, generation)))
 
-    def part_last(self, generation: int, over: Callable[[], None]) -> None:
+    def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
         """Say when the last generation has accepted who came to it before.
 
         Whoever comes later waits for the next start, where there is a second socket; else as soon
         as the generation is told to finish.
         """
         self.give_back()
-        side = self._accepting.get(generation, 0)
+        socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if each.second is None]
-        parting = _Parting(time.monotonic(), over, last=True, common=common)
+        quiescing = _Quiescing(time.monotonic(), over, last=True, common=common)
         self._untaken.end()
-        if generation in self._accepting and (self._own(side) or common):
-            self._begin(generation, parting)
+        if generation in self._accepting and (self._own(socket_number) or common):
+            self._begin(generation, quiescing)
         else:
             over()
 
@@ -196,21 +196,21 @@ class Sides:
         if self.share:
             self._steer()
 
-    def _own(self, side: int) -> list[Listener]:
-        """Those of two sockets to which nobody new comes while the other side is meant."""
-        owners = self._given_back and side == 0
+    def _own(self, socket_number: int) -> list[Listener]:
+        """The pairs whose socket of this number gets nobody new while the other one does."""
+        owners = self._given_back and socket_number == 0
         return [each for each in self._pairs if not (owners and each.settings.foreign)]
 
-    def _begin(self, generation: int, parting: _Parting) -> None:
-        self._parting[generation] = parting
-        self._unheard = None
+    def _begin(self, generation: int, quiescing: _Quiescing) -> None:
+        self._quiescing[generation] = quiescing
+        self._unread = None
         self._look(generation)
 
     def _yield(self, generation: int) -> bool:
-        """Have new clients wait where nobody accepts, if there is such a side."""
-        side = self._accepting[generation]
-        if side == self.current and 1 - side not in self._accepting.values():
-            self._turn_to(1 - side)  # where they wait for a generation that is yet to come
+        """Have new clients wait where nobody accepts, if there is such a socket."""
+        socket_number = self._accepting[generation]
+        if socket_number == self.current and 1 - socket_number not in self._accepting.values():
+            self._turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
             return True
         return False
 
@@ -231,7 +231,7 @@ class Sides:
         return [each for each in self._listeners() if each.second is not None]
 
     def _steer(self) -> None:
-        """Tell the kernel; until it is told they come to the other side, which goes on."""
+        """Tell the kernel; until it is told they come to the other socket, whose workers go on."""
         try:
             for each in self._pairs:
                 each.steer(0 if self._given_back and each.settings.foreign else self.current)
@@ -247,38 +247,38 @@ class Sides:
     # -- the one before ------------------------------------------------------------
 
     def _look(self, generation: int) -> None:
-        parting, side = self._parting[generation], self._accepting[generation]
+        quiescing, socket_number = self._quiescing[generation], self._accepting[generation]
         now, self._asking_s = time.monotonic(), 0.0
-        parting.common = [each for each in parting.common if each.has_waiting()]
-        own = self._own(side)
-        waiting = any(each.has_waiting(side) for each in own) or bool(parting.common)
-        turned = parting.last and self._yield(generation)
+        quiescing.common = [each for each in quiescing.common if each.has_waiting()]
+        own = self._own(socket_number)
+        waiting = any(each.has_waiting(socket_number) for each in own) or bool(quiescing.common)
+        turned = quiescing.last and self._yield(generation)
         if not self._steered or turned:  # they still come here, or have
-            self._unheard = None
-            parting.began, parting.looks = now, 0
-        if self._unheard is None:
-            # And whoever has come to the other side just now: not if he waits there, for then it
+            self._unread = None
+            quiescing.began, quiescing.looks = now, 0
+        if self._unread is None:
+            # And whoever has come to the other socket just now: not if he waits there, for then it
             # is others who let him wait.
-            self._unheard = self._ask(own, accepted=not waiting)
-        elif self._unheard and (still := self._ask(own, accepted=not waiting)) is not None:
-            self._unheard = {who: still[who] for who in self._unheard if who in still}
-        parting.looks += 1
-        parting.quiet_looks += 1
-        known = self._steered and self._unheard is not None
-        if waiting or not known or not all((self._unheard or {}).values()):
-            parting.quiet_looks = 0
-        quiet = parting.quiet_looks * _LOOK_S > QUIET_S
-        awaited = self._unheard and parting.looks * _LOOK_S < SILENT_S
-        late = now - parting.began >= LAST_S
+            self._unread = self._ask(own, accepted=not waiting)
+        elif self._unread and (still := self._ask(own, accepted=not waiting)) is not None:
+            self._unread = {who: still[who] for who in self._unread if who in still}
+        quiescing.looks += 1
+        quiescing.quiet_looks += 1
+        known = self._steered and self._unread is not None
+        if waiting or not known or not all((self._unread or {}).values()):
+            quiescing.quiet_looks = 0
+        quiet = quiescing.quiet_looks * _LOOK_S > QUIET_S
+        awaited = self._unread and quiescing.looks * _LOOK_S < SILENT_S
+        late = now - quiescing.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
                 hint = "its workers do not accept; what they leave is given to others"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
-            del self._parting[generation]
-            parting.over()
+            del self._quiescing[generation]
+            quiescing.over()
             return
         delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
-        self._loop.call_after(("part", generation), delay_s, lambda: self._look(generation))
+        self._loop.call_after(("quiesce", generation), delay_s, lambda: self._look(generation))
 
     def _ask(
         self, pairs: Sequence[Listener], *, accepted: bool
@@ -293,7 +293,7 @@ class Sides:
         found: dict[tuple[int, bytes], bool] = {}
         for each in pairs:
             try:
-                known = unheard(each.socket.family, each.port, accepted=accepted)
+                known = unread(each.socket.family, each.port, accepted=accepted)
             except OSError as error:
                 if error.errno in SCARCE:
                     return None
@@ -308,38 +308,38 @@ class Sides:
     def _shared(self) -> list[Listener]:
         return [each for each in self._listeners() if each.shared and not each.lost]
 
-    def mend(self, listener: Listener, side: int) -> None:
+    def mend(self, listener: Listener, socket_number: int) -> None:
         """Have a socket that somebody has shut down listen again, or another one in its place."""
         if self._ended or listener.lost:
             return
-        self._loop.unwatch(listener.of_side(side).fileno())
-        if listener.listen_again(side):
+        self._loop.unwatch(listener.socket_for(socket_number).fileno())
+        if listener.listen_again(socket_number):
             # Before it is said: until then who connects waits at the other socket, in vain.
             self._steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
-            self._replace(listener, side)
+            self._replace(listener, socket_number)
         # Somebody who does it again and again does not keep us busy.
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
-    def _make_ready(self, listener: Listener, side: int) -> None:
+    def _make_ready(self, listener: Listener, socket_number: int) -> None:
         """Have no generation begin with what an earlier one has done to a socket."""
-        if not listener.is_alive(side) or not listener.is_sound(side):
-            self.mend(listener, side)
+        if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
+            self.mend(listener, socket_number)
         if listener.second is None:
             listener.let_in()
-        elif side not in self._accepting.values():
+        elif socket_number not in self._accepting.values():
             try:
-                reuseport.reset(listener.of_side(side))
+                reuseport.reset(listener.socket_for(socket_number))
             except OSError:  # locked, and so it stays
-                self._loop.unwatch(listener.of_side(side).fileno())
-                self._replace(listener, side)
+                self._loop.unwatch(listener.socket_for(socket_number).fileno())
+                self._replace(listener, socket_number)
 
-    def _replace(self, listener: Listener, side: int) -> None:
+    def _replace(self, listener: Listener, socket_number: int) -> None:
         address = listener.settings.address
         common = listener.second is None
         try:
-            listener.bind_anew(side)
+            listener.bind_anew(socket_number)
         except OSError as error:
             if error.errno in _LATER:
                 return
@@ -347,13 +347,13 @@ class Sides:
                 listener.lost = True
                 self._lost(listener, error.strerror or str(error))
                 return
-            listener.go_on_without(side)
+            listener.go_on_without(socket_number)
         self._steer()
         self._log.write("warning", "bound-anew", listen=address)
         without = {
             (generation, listener.index)
             for generation, its in self._accepting.items()
-            if common or its == side
+            if common or its == socket_number
         }
         self.unserved |= without
         self._bound(listener)
@@ -376,8 +376,8 @@ class Sides:
             return True  # who comes now is their owner's
         there = {
             generation
-            for generation, side in self._accepting.items()
-            if side % len(listener.sockets) == number
+            for generation, socket_number in self._accepting.items()
+            if socket_number % len(listener.sockets) == number
         }
         if not there:
             # As long as nobody accepts at all, or where the next one will, they wait for that.
@@ -434,7 +434,7 @@ class Sides:
                 found[each.index] = ()
                 continue
             try:
-                line = unaccepted(each.of_side(number))
+                line = unaccepted(each.socket_for(number))
             except OSError:
                 continue
             if line:  # else they came from another network namespace
@@ -448,7 +448,7 @@ class Sides:
     def _somebody_waits(self) -> None:
         """Look again later: one that was told to finish may still accept him."""
         for each, number in self._in_vain():
-            self._loop.unwatch(each.of_side(number).fileno())
+            self._loop.unwatch(each.socket_for(number).fileno())
         now = time.monotonic()
         if now - self._rescued_at > LAST_RESCUE_S:
             self._rescue_s = FIRST_RESCUE_S

@@ -227,9 +227,9 @@ class Supervisor:
             pass  # nothing is left to go on with
         elif self._heritage.write(self.effects, self._fleet):
             self.effects.configuration.stop_reading()
-            self.effects.crew.stop_checking()
+            self.effects.pool.stop_checking()
             self._upgrade.execute(self._heritage.descriptors(self.effects))
-            self.effects.crew.go_on_checking()
+            self.effects.pool.go_on_checking()
             if self._fleet.reading:
                 self.effects.perform(ReadSettings())
         else:
@@ -258,7 +258,7 @@ class Supervisor:
         """Reap what was left to us: nothing, but for PID 1 of a container and sub-reapers."""
         reaped, more = reap_orphans()
         if reaped:
-            self.effects.crew.others_ended()
+            self.effects.pool.others_ended()
         if more:
             later_s = min(2 * again_s, _LAST_REAP_S)
             delay_s = 0.0 if reaped else again_s

@@ -18,7 +18,14 @@ from itertools import count
 
 from socketprotector_client import wire
 
-from ..core.events import Event, ReplaceRequested, Sign, TimeExtended, WorkerExited, WorkerReady
+from ..core.events import (
+    Event,
+    ReplaceRequested,
+    TimeExtended,
+    WorkerExited,
+    WorkerReady,
+    WorkerSignal,
+)
 from ..model import known_servers
 from ..model.handoff import CONNECTION, FIRST_FD, LISTENER, told_to
 from ..model.history import Crash
@@ -28,7 +35,7 @@ from ..model.text import LAST_WORDS
 from ..system import clock, inherited
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.orphans import Strays
+from ..system.orphans import Orphans
 from ..system.process import End, Process, spawn
 from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
@@ -42,9 +49,9 @@ from .output import Output
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
 _SIGNALS = {
-    Sign.TERM: signal.SIGTERM,
-    Sign.ABRT: signal.SIGABRT,
-    Sign.KILL: signal.SIGKILL,
+    WorkerSignal.TERM: signal.SIGTERM,
+    WorkerSignal.ABRT: signal.SIGABRT,
+    WorkerSignal.KILL: signal.SIGKILL,
 }
 #: So many descriptors of workers are looked at for one that listens: each takes microseconds.
 _LOOKED_AT = 1000
@@ -107,7 +114,7 @@ class _Worker:
             discard_all(self.line)
 
 
-class Crew:
+class WorkerPool:
     """All workers that live."""
 
     def __init__(
@@ -126,7 +133,7 @@ class Crew:
 
         late: told a crashed worker's last words, where they come after that.
 
-        listeners: the descriptors, by index, of those that workers of a side accept from.
+        listeners: the descriptors, by index, of those that workers of socket 0 or 1 accept from.
         """
         self._settings = settings
         self._loop = loop
@@ -155,7 +162,7 @@ class Crew:
             loop, log, self.descriptors, lambda number: post(WorkerExited(number, "orphans gone"))
         )
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
-        self._strays = Strays(loop, log, kill_timeout_s, identity, self._groups.has)
+        self._orphans = Orphans(loop, log, kill_timeout_s, identity, self._groups.has)
 
     def settings_are(self, settings: Settings) -> None:
         """A reload has changed them."""
@@ -174,7 +181,11 @@ class Crew:
             return ""
         # They are all of one program; of thousands, or of one with as many files, a part is asked.
         pids = [each.process.pid for each in its]
-        handed = {os.fstat(fd).st_ino for side in (0, 1) for fd in self._listeners(side).values()}
+        handed = {
+            os.fstat(fd).st_ino
+            for socket_number in (0, 1)
+            for fd in self._listeners(socket_number).values()
+        }
         return known_servers.advice(
             its[0].home.program,
             listens=lambda: address_of(sockets_of(pids, _LOOKED_AT) - handed),
@@ -208,13 +219,13 @@ class Crew:
             pid=worker.process.pid,
         )
 
-    def signal(self, number: int, sign: Sign) -> None:
+    def signal(self, number: int, sign: WorkerSignal) -> None:
         """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
         worker = self._workers.get(number)
         if worker is None:
             self._groups.signal(number, _SIGNALS[sign])
             return
-        if sign is Sign.KILL:
+        if sign is WorkerSignal.KILL:
             sent = self._send(number, worker, sign.value, worker.process.kill_group)
             if sent:
                 self._note(worker, killed=True)
@@ -222,7 +233,7 @@ class Crew:
             sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
         if not sent:
             return
-        aborted = worker.record.aborted or sign is Sign.ABRT
+        aborted = worker.record.aborted or sign is WorkerSignal.ABRT
         told_to_go = worker.record.told_to_go or not aborted
         self._note(worker, aborted=aborted, told_to_go=told_to_go)
 
@@ -274,17 +285,17 @@ class Crew:
         """End what only this program knows of; the next one begins it anew."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
-        self._strays.stop_looking()
+        self._orphans.stop_looking()
 
     def go_on_checking(self) -> None:
         """There was no next one."""
         for worker in self._workers.values():
             worker.readiness.check()
-        self._strays.go_on_looking()
+        self._orphans.go_on_looking()
 
     def when_ended(self, done: Callable[[], None]) -> None:
         """Call back when nothing is left of the workers that never served."""
-        self._strays.when_ended(done)
+        self._orphans.when_ended(done)
 
     # -- to the next program and from the one before -----------------------------
 
@@ -331,9 +342,7 @@ class Crew:
         )
         self._watch(record.number, worker)
 
-    def adopt_orphans(
-        self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home
-    ) -> bool:
+    def adopt_group(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> bool:
         """Go on with what a worker has left that has ended; takes ownership of its descriptors.
 
         Returns whether anything is.
@@ -347,9 +356,9 @@ class Crew:
             process.reap()
         except ChildProcessError:
             pass  # it was another's child
-        return self._keep_orphans(record, process, home)
+        return self._keep_group(record, process, home)
 
-    def _keep_orphans(self, record: WorkerRecord, process: Process, home: Home) -> bool:
+    def _keep_group(self, record: WorkerRecord, process: Process, home: Home) -> bool:
         """Look after what is left of a worker's process group; say whether anything is."""
         left = process.has_group()
         if left:
@@ -363,21 +372,21 @@ class Crew:
     def lost(self, number: int) -> None:
         """A worker was being started when the earlier program was killed: end what there is."""
         for address in self._addresses(number):
-            self._strays.end(address)
+            self._orphans.end(address)
 
     def unguarded(self) -> None:
         """Nobody is left who would tell how a process ended that is no child of ours."""
         self._guarded = False
 
     @property
-    def strays(self) -> tuple[str, ...]:
+    def orphans(self) -> tuple[str, ...]:
         """The notify addresses of workers that have left something behind."""
-        return self._strays.left
+        return self._orphans.left
 
-    def adopt_strays(self, addresses: Iterable[str]) -> None:
+    def adopt_orphans(self, addresses: Iterable[str]) -> None:
         """Go on ending what workers of an earlier program have left behind."""
         for each in addresses:
-            self._strays.end(each)
+            self._orphans.end(each)
 
     def others_ended(self) -> None:
         """Somebody has reaped a process that was no worker; it may have been one's child."""
@@ -675,7 +684,7 @@ class Crew:
         for name in worker.named:
             del self.descriptors[name]
         self._loop.unwatch(worker.process.pidfd)
-        orphans = self._keep_orphans(known, worker.process, worker.home)
+        orphans = self._keep_group(known, worker.process, worker.home)
         self._loop.unwatch(worker.notify.fileno())
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
@@ -689,7 +698,7 @@ class Crew:
             lost=lost or None,
         )
         if known.ready_at is None:
-            self._strays.end(worker.notify.address)
+            self._orphans.end(worker.notify.address)
         detached = result.clean and known.ready_at is None
         reason, served_s = how, 0.0
         last = worker.last_words or ""

@@ -231,7 +231,7 @@ def _exec(
         privileges.no_new_privileges()
     starts_others = settings.worker_identity is not None
     if settings.guarded:
-        privileges.adopt_orphans()
+        privileges.adopt_group()
         # It holds all that the protector holds.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

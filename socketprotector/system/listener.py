@@ -119,9 +119,9 @@ class Listener:
     def sockets(self) -> tuple[socket.socket, ...]:
         return (self.socket, self.second) if self.second is not None else (self.socket,)
 
-    def of_side(self, side: int) -> socket.socket:
-        """The socket of the generations on a side, 0 or 1; both have the same if it is alone."""
-        return self.sockets[side % len(self.sockets)]
+    def socket_for(self, socket_number: int) -> socket.socket:
+        """Socket 0 or 1 of the pair; both are the same one where it has no sibling."""
+        return self.sockets[socket_number % len(self.sockets)]
 
     @property
     def blocks(self) -> bool:
@@ -143,9 +143,9 @@ class Listener:
 
     # -- one that somebody has shut down ---------------------------------------------
 
-    def is_alive(self, side: int = 0) -> bool:
+    def is_alive(self, socket_number: int = 0) -> bool:
         """Whether clients can come to a socket, where it was bound."""
-        one = self.of_side(side)
+        one = self.socket_for(socket_number)
         if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return False
         if one.family == socket.AF_UNIX:
@@ -157,9 +157,9 @@ class Listener:
         """Whether it is a UNIX one that was shut down: readable for ever, and nobody is there."""
         return self.socket.family == socket.AF_UNIX and not self.is_alive()
 
-    def is_sound(self, side: int) -> bool:
+    def is_sound(self, socket_number: int) -> bool:
         """Whether who is accepted can be spoken with: not where it was shut down twice before."""
-        one = self.of_side(side)
+        one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             return True
         try:
@@ -176,18 +176,20 @@ class Listener:
             except OSError:
                 pass  # the one before will do
 
-    def listen_again(self, side: int) -> bool:
+    def listen_again(self, socket_number: int) -> bool:
         """Have a socket listen again that somebody has shut down; False where it does not.
 
         That of a UNIX address says that it does, and refuses whoever connects; one that was bound
         as port 0 comes back on another port.
         """
-        one = self.of_side(side)
+        one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             return False
         try:
-            if self.second is not None and self.is_alive(1 - side):
-                reuseport.steer_if_can(self.of_side(1 - side))  # so that nobody comes here unasked
+            if self.second is not None and self.is_alive(1 - socket_number):
+                reuseport.steer_if_can(
+                    self.socket_for(1 - socket_number)
+                )  # so that nobody comes here unasked
             # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
             # as one that listens.
             one.listen(self._backlog)
@@ -195,21 +197,21 @@ class Listener:
             one.listen(self._backlog)
         except OSError:
             return False
-        self._last = side % 2
-        if not self.is_alive(side):
+        self._last = socket_number % 2
+        if not self.is_alive(socket_number):
             _shut_down(one)
             return False
         return True
 
-    def bind_anew(self, side: int) -> None:
+    def bind_anew(self, socket_number: int) -> None:
         """Have another socket in the place of one that is of no use any more.  Raises OSError.
 
         Workers that have that one do not have this one.
         """
         if self.settings.foreign:
             raise OSError(errno.EPERM, "it was passed in, and is not ours")
-        number = side % len(self.sockets)
-        one, other = self.of_side(side), self.of_side(1 - side)
+        number = socket_number % len(self.sockets)
+        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         if one.family == socket.AF_UNIX:
             made = self._bind_path()
         else:
@@ -222,7 +224,7 @@ class Listener:
                 if second is None:
                     raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
                 made = second
-                self._last = side % 2
+                self._last = socket_number % 2
         made.setblocking(os.get_blocking(one.fileno()))
         _shut_down(one)
         one.close()
@@ -232,10 +234,10 @@ class Listener:
             self.socket = made
         self._again[number] += 1
 
-    def go_on_without(self, side: int) -> None:
-        """Have the other socket alone, for both sides."""
+    def go_on_without(self, socket_number: int) -> None:
+        """Have the other socket alone, under both numbers."""
         assert self.second is not None
-        one, other = self.of_side(side), self.of_side(1 - side)
+        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
         _shut_down(one)
         one.close()
         if other is self.second:
@@ -243,22 +245,22 @@ class Listener:
             self._again[0] += 1
         self.second = None
 
-    def steer(self, side: int) -> None:
-        """Have new clients come to the socket of a side.  Raises OSError."""
-        place, failed = self._place(side), OSError(errno.ENOTCONN, "it does not listen")
+    def steer(self, socket_number: int) -> None:
+        """Have new clients come to socket 0 or 1.  Raises OSError."""
+        place, failed = self._place(socket_number), OSError(errno.ENOTCONN, "it does not listen")
         for each in self.sockets:  # one without it takes all who come, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for number in (0, 1):  # a worker may have locked the filters of its own
             if self.is_alive(number):
                 try:
-                    reuseport.steer(self.of_side(number), place)
+                    reuseport.steer(self.socket_for(number), place)
                 except OSError as error:
                     failed = error
                 else:
                     return
         raise failed
 
-    def _place(self, side: int) -> int:
+    def _place(self, socket_number: int) -> int:
         """Return where a socket stands in the group.  Raises OSError where that is not told now."""
         inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
         try:
@@ -268,7 +270,7 @@ class Listener:
             if error.errno in SCARCE:
                 raise  # an earlier program may have known better than we do
             ours = inodes if self._last else inodes[::-1]  # sock_diag is not there
-        wanted = inodes[side % 2]
+        wanted = inodes[socket_number % 2]
         return ours.index(wanted) if wanted in ours else 0
 
     def _bind_path(self) -> socket.socket:
@@ -355,16 +357,16 @@ class Listener:
         for each in self.sockets:
             each.close()
 
-    def leave(self, side: int) -> str:
+    def leave(self, socket_number: int) -> str:
         """Close our copies alone: whoever keeps descriptors has a socket for the next start.
 
-        side: the one to which new clients come, of two.  Returns its name there, "" where there is
-        none: then it is closed.
+        socket_number: of two, the one to which new clients come.  Returns its name there, ""
+        where there is none: then it is closed.
         """
-        if self.settings.foreign or not self.is_alive(side):
+        if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
             return ""
-        kept = self.of_side(side)
+        kept = self.socket_for(socket_number)
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
         for each in self.sockets:
             if each is not kept:
@@ -372,10 +374,10 @@ class Listener:
             each.close()
         return name
 
-    def has_waiting(self, side: int | None = None) -> bool:
-        """Whether somebody has connected and was not accepted yet; side: only there."""
+    def has_waiting(self, socket_number: int | None = None) -> bool:
+        """Whether somebody has connected and was not accepted yet; socket_number: only there."""
         # One that was shut down is no client: it hangs up, and a UNIX one is readable, too.
-        asked = self.sockets if side is None else (self.of_side(side),)
+        asked = self.sockets if socket_number is None else (self.socket_for(socket_number),)
         return any(_events(each) == select.POLLIN for each in asked)
 
     def _remove_file(self) -> None:

@@ -43,13 +43,13 @@ _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 #: An address and a pid; or why nothing could be seen.
 _MESSAGE_BYTES = 256
 _CANNOT = b"!"
-_TIMER, _TIMER_END, _LIMIT = "strays", "strays-end", "strays-look"
+_TIMER, _TIMER_END, _LIMIT = "orphans", "orphans-end", "orphans-look"
 
 #: What was found: notify address -> (pid, pidfd) of each that has it.
 Found = Mapping[str, Sequence[tuple[int, int]]]
 
 
-class Strays:
+class Orphans:
     """Ends what failed workers leave: by TERM, and by KILL what takes too long."""
 
     def __init__(
@@ -281,7 +281,7 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
         # Whoever looks for the protector by its name does not mean us.  Where privileges were
         # dropped the file is root's: then it keeps the protector's name.
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
-            file.write("sp-strays")
+            file.write("sp-orphans")
         if identity is not None:
             privileges.hand_over(identity)
         for address, pid, pidfd in _carrying(wanted):

@@ -75,7 +75,7 @@ def no_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def adopt_orphans() -> None:
+def adopt_group() -> None:
     """Make this process, and what it executes, the parent of what a dead child leaves.
 
     Raises OSError.

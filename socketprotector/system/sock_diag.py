@@ -50,7 +50,7 @@ _ANSWER_BYTES = 65_536
 Line = frozenset[bytes] | tuple[int, ...]
 
 
-def unheard(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
+def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
     """Return the clients of a port that nobody has heard, by their own port and address.
 
     Each with whether it has connected and says nothing, so that it may go on like that.

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from types import MappingProxyType
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,14 +62,20 @@ class StateError(Exception):
 class Codec:
     """Turns values of known classes into JSON and back."""
 
-    def __init__(self, classes: Iterable[type]) -> None:
-        """classes: the frozen dataclasses and enums that may occur, each of another name."""
-        self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
+    def __init__(
+        self, classes: Iterable[type], formerly: Mapping[str, type] = MappingProxyType({})
+    ) -> None:
+        """classes: the frozen dataclasses and enums that may occur, each of another name.
+
+        formerly: those of them that had another name, by that: it is read, never written.
+        """
+        self._classes = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
             each: tuple(field.name for field in fields(each))
             for each in self._classes.values()
             if is_dataclass(each)
         }
+        self._read = {**formerly, **self._classes}
 
     def encode(self, value: object) -> bytes:
         """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
@@ -177,8 +184,8 @@ class Codec:
         if "s" in value:
             return frozenset(self._in(each) for each in value["s"])
         if "e" in value:
-            return self._classes[value["e"]](value["v"])
-        known = self._classes[value["c"]]
+            return self._read[value["e"]](value["v"])
+        known = self._read[value["c"]]
         names = self._fields[known]
         plain = _PLAIN
         return known(

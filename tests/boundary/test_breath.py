@@ -28,7 +28,7 @@ from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import supervisor
 from socketprotector.daemon.supervisor import Supervisor
-from socketprotector.daemon.worker_pool import Crew
+from socketprotector.daemon.worker_pool import WorkerPool
 from socketprotector.model.records import WorkerRecord
 from socketprotector.system import inherited
 from socketprotector.system.sd_notify import WATCHDOG
@@ -182,7 +182,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile(
         worker_limits=SimpleNamespace(any=False),
         policy=SimpleNamespace(kill_timeout_s=1.0),
     )
-    crew = Crew(
+    pool = WorkerPool(
         cast("Any", settings),
         loop=cast("Any", None),
         log=cast("Any", None),
@@ -194,7 +194,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile(
     )
     record = WorkerRecord(number=7, generation=1, pid=1, mark=-1)
 
-    crew.expect(record, {"process": 10, "notify": 11})
+    pool.expect(record, {"process": 10, "notify": 11})
 
-    assert crew.records() == (record,)
+    assert pool.records() == (record,)
     assert named == {"sp.worker.7.process": 10, "sp.worker.7.notify": 11}

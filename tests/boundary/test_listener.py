@@ -194,10 +194,10 @@ def test_one_that_was_shut_down_twice_accepts_connections_that_are_not() -> None
 def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(listen: str) -> None:
     listener = shared(listen)
     for dead in (0, 0, 1, 1, 0, 1, 0):
-        for side in (0, 1):
-            listener.steer(side)
-            assert came(listener) == ([0, 8] if side else [8, 0])
-        listener.of_side(dead).shutdown(socket.SHUT_RDWR)
+        for socket_number in (0, 1):
+            listener.steer(socket_number)
+            assert came(listener) == ([0, 8] if socket_number else [8, 0])
+        listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
         assert listener.listen_again(dead)
         listener.steer(1 - dead)
     # A worker does both, and nobody tells of it.
@@ -209,14 +209,14 @@ def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(list
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("socket_number", [0, 1])
 def test_one_that_has_left_the_group_by_an_option_comes_back_at_a_switch(
-    listen: str, side: int
+    listen: str, socket_number: int
 ) -> None:
     listener = shared(listen)
-    listener.of_side(side).setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    listener.socket_for(socket_number).setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
 
-    for wanted in (1 - side, side):
+    for wanted in (1 - socket_number, socket_number):
         listener.steer(wanted)
         assert came(listener) == ([0, 8] if wanted else [8, 0])
     listener.close()
@@ -241,11 +241,11 @@ def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
     monkeypatch.setattr("socketprotector.system.listener.listening", fails)
     listener = shared("127.0.0.1:0")
     for dead in (0, 1, 1, 0):
-        listener.of_side(dead).shutdown(socket.SHUT_RDWR)
+        listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
         assert listener.listen_again(dead)
-        for side in (0, 1):
-            listener.steer(side)
-            assert came(listener) == ([0, 8] if side else [8, 0])
+        for socket_number in (0, 1):
+            listener.steer(socket_number)
+            assert came(listener) == ([0, 8] if socket_number else [8, 0])
     listener.close()
 
 
@@ -313,13 +313,13 @@ def test_one_of_two_is_bound_anew_to_its_port_where_the_other_is_on_another_one(
     listener.close()
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_one_of_two_is_bound_anew_beside_the_other(side: int) -> None:
+@pytest.mark.parametrize("socket_number", [0, 1])
+def test_one_of_two_is_bound_anew_beside_the_other(socket_number: int) -> None:
     listener = shared("127.0.0.1:0")
-    listener.steer(1 - side)
+    listener.steer(1 - socket_number)
     before = set(listener.descriptors())
 
-    listener.bind_anew(side)
+    listener.bind_anew(socket_number)
 
     assert len(before - set(listener.descriptors())) == 1
     for wanted in (0, 1):
@@ -328,12 +328,12 @@ def test_one_of_two_is_bound_anew_beside_the_other(side: int) -> None:
     listener.close()
 
 
-@pytest.mark.parametrize("side", [0, 1])
-def test_where_one_of_two_cannot_be_had_anew_the_other_is_for_both(side: int) -> None:
+@pytest.mark.parametrize("socket_number", [0, 1])
+def test_where_one_of_two_cannot_be_had_anew_the_other_is_for_both(socket_number: int) -> None:
     listener = shared("127.0.0.1:0")
-    other = listener.of_side(1 - side).fileno()
+    other = listener.socket_for(1 - socket_number).fileno()
 
-    listener.go_on_without(side)
+    listener.go_on_without(socket_number)
 
     assert [each.fileno() for each in listener.sockets] == [other]
     assert [name.startswith("sp.listener.0") for name in listener.descriptors()] == [True]

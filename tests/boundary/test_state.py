@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from socketprotector.core.events import Deadline
+from socketprotector.core.events import Deadline, Signal, WorkerSignal
 from socketprotector.core.fleet import Fleet, Generation, Worker
 from socketprotector.core.snapshot import CLASSES, Snapshot
 from socketprotector.daemon import checkpoint
@@ -131,6 +131,20 @@ def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None
     written = b'{"c":"Thing","f":{"size":3}}'
 
     assert Codec([Thing, Colour]).decode(written) == Thing(3, Colour.RED, ())
+
+
+def test_a_class_that_was_renamed_is_read_by_its_old_name_and_written_by_its_own() -> None:
+    codec = Codec([Thing, Colour], {"Object": Thing, "Paint": Colour})
+    written = b'{"c":"Object","f":{"size":3,"colour":{"e":"Paint","v":"red"}}}'
+
+    assert codec.decode(written) == Thing(3)
+    assert codec.encode(Thing(3)) == Codec([Thing, Colour]).encode(Thing(3))
+
+
+def test_an_order_is_read_that_a_program_wrote_when_it_called_the_signal_a_sign() -> None:
+    written = b'{"c":"Signal","f":{"worker":3,"sign":{"e":"Sign","v":"KILL"}}}'
+
+    assert CODEC.decode(written) == Signal(3, WorkerSignal.KILL)
 
 
 def test_a_field_that_this_program_does_not_know_is_dropped() -> None:

@@ -18,7 +18,7 @@ from socketprotector.core.events import (
     DeadlinePassed,
     Event,
     Launched,
-    Parted,
+    Quiesced,
     ReloadRequested,
     ReplaceRequested,
     ScaleRequested,
@@ -132,7 +132,7 @@ def next_events(world: World) -> Iterator[Event]:
         yield ReplaceRequested(number, "silent", hung=True)
     for generation in {*[*world.channels][:1], *[*world.channels][-1:]}:
         yield ChannelBroken(generation)
-        yield Parted(generation)
+        yield Quiesced(generation)
     yield from map(DeadlinePassed, world.timers)
 
 

@@ -21,7 +21,7 @@ from socketprotector.core.events import (
     Launched,
     ListenersLost,
     OpenFailed,
-    Parted,
+    Quiesced,
     ReloadRequested,
     RenewRequested,
     ReplaceRequested,
@@ -74,7 +74,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     ),
     # That nothing could be opened can be known only after a stop has given the start up.
     (OpenFailed(2, "command not found"), {STARTING: None, ABANDONED: None}),
-    (Parted(2), {}),
+    (Quiesced(2), {}),
     (Stranded(), {}),
     (ListenersLost(), {STARTING: ABANDONED, SETTLING: SERVING}),
     (ChannelBroken(2), {STARTING: ABANDONED, SETTLING: DRAINING, SERVING: DRAINING}),

@@ -15,19 +15,19 @@ from socketprotector.core.events import (
     News,
     Open,
     OpenFailed,
-    Part,
-    Parted,
+    Quiesce,
+    Quiesced,
     Release,
     ReloadRequested,
     Report,
     RouteTo,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.lifecycle import READY_HINTS
@@ -88,12 +88,12 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when_over(Wait.START, 2) == [
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
         Report(News.RELOAD_FAILED, 2, f"not ready within 60 s; {READY_HINTS['notify']}"),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
-    assert story.when_over(Wait.KILL, 2) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 2) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == [Release(2)]
     assert story.serving == {1}
 
@@ -116,7 +116,7 @@ def test_one_worker_that_dies_between_its_ready_and_the_switch_fails_the_reload(
 
     assert story.when(WorkerExited(3, CRASHED)) == [
         CancelTimer(Deadline(Wait.START, 2)),
-        Signal(4, Sign.TERM),
+        Signal(4, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
         Report(News.RELOAD_FAILED, 2, CRASHED),
     ]
@@ -136,7 +136,7 @@ def test_a_new_generation_that_breaks_its_channel_before_ready_fails_the_reload(
     assert story.when(ChannelBroken(2)) == [
         Report(News.BROKEN, 2, "a worker shut down the channel"),
         CancelTimer(Deadline(Wait.START, 2)),
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
         Report(News.RELOAD_FAILED, 2, "a worker shut down the channel"),
     ]
@@ -336,10 +336,10 @@ def test_stop_first_lets_an_old_generation_hear_whom_it_has_accepted(story: Stor
     assert story.when(ReloadRequested()) == [
         Report(News.RELOADING),
         RouteTo(None),
-        Part(1),
+        Quiesce(1),
         StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
     ]
-    assert story.when(Parted(1)) == [
+    assert story.when(Quiesced(1)) == [
         Drain(1),
         StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
     ]
@@ -349,10 +349,10 @@ def test_stop_first_ends_an_old_generation_that_does_not_go(story: Story) -> Non
     story.given_serving(STOP_FIRST).and_also(ReloadRequested())
 
     assert story.when_over(Wait.DRAIN, 1) == [
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
     assert story.when(WorkerExited(1, "killed by SIGKILL")) == [
         Release(1),
         *opened(2, worker=2),
@@ -523,10 +523,10 @@ def test_a_drain_timeout_sends_term_and_then_kill(story: Story) -> None:
 
     assert StartTimer(Deadline(Wait.DRAIN, 1), 9.0) in story.when(WorkerReady(2))
     assert story.when_over(Wait.DRAIN, 1) == [
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
 
 
 def test_without_a_drain_timeout_an_old_generation_may_take_for_ever(story: Story) -> None:
@@ -546,7 +546,7 @@ def test_the_oldest_draining_generation_is_ended_when_there_would_be_too_many(
         CancelTimer(Deadline(Wait.START, 3)),
         RouteTo(3),
         Drain(2),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         Report(News.RELOADED, 3),
     ]

@@ -21,20 +21,20 @@ from socketprotector.core.events import (
     Hold,
     Launched,
     OpenFailed,
-    Part,
+    Quiesce,
     ReadSettings,
     ReloadRequested,
     Retire,
     RouteTo,
     SettingsFailed,
     SettingsRead,
-    Sign,
     Signal,
     StartTimer,
     StopRequested,
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
 from socketprotector.core.lifecycle import decide, resume
@@ -118,12 +118,12 @@ class KilledWorld(World):
                 self.route = number
             case Hold(on):
                 self.held = on
-            case Part(number):
-                assert self.channels[number] in ("open", "parting")
-                self.channels[number] = "parting"
-            case Drain(number) if self.channels[number] in ("open", "parting"):
+            case Quiesce(number):
+                assert self.channels[number] in ("open", "quiescing")
+                self.channels[number] = "quiescing"
+            case Drain(number) if self.channels[number] in ("open", "quiescing"):
                 self.channels[number] = "drained"
-            case Signal(worker, Sign.KILL) if worker in self.processes:
+            case Signal(worker, WorkerSignal.KILL) if worker in self.processes:
                 self.killed |= {worker}
             case CloseListeners(quick):
                 self.listeners = "closed" if quick else "closing"
@@ -266,7 +266,7 @@ def test_only_a_signal_that_may_not_have_been_sent_is_sent_again(story: Story) -
     actions = story.when(StopRequested(quick=True))
     assert story.fleet.stopping is Stop.QUICK
     told = [each for each in actions if isinstance(each, Signal)]
-    assert told == [Signal(1, Sign.TERM)]
+    assert told == [Signal(1, WorkerSignal.TERM)]
 
     before, after = resume(story.fleet, {}, told), resume(story.fleet, {})
 

@@ -16,7 +16,6 @@ from socketprotector.core.events import (
     ReloadRequested,
     Report,
     RouteTo,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
@@ -24,6 +23,7 @@ from socketprotector.core.events import (
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.lifecycle import READY_HINTS
@@ -79,11 +79,11 @@ def test_the_next_try_waits_until_the_one_before_is_gone(story: Story) -> None:
 
     assert story.when(WorkerExited(1, DIED)) == [
         CancelTimer(Deadline(Wait.START, 1)),
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         Report(News.RETRYING, 1, DIED),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 1) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == [
         Release(1),
         Open(2, fresh=True),
@@ -97,7 +97,7 @@ def test_a_first_start_that_takes_too_long_is_not_tried_again(story: Story) -> N
     story.given(Policy()).and_also(Launched())
 
     assert story.when_over(Wait.START, 1) == [
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         Report(News.START_FAILED, 1, f"not ready within 60 s; {READY_HINTS['notify']}"),
         CloseListeners(quick=True),
@@ -139,7 +139,7 @@ def test_a_program_that_shuts_the_channel_down_is_not_tried_again(story: Story) 
     assert story.when(ChannelBroken(1)) == [
         Report(News.BROKEN, 1, "a worker shut down the channel"),
         CancelTimer(Deadline(Wait.START, 1)),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         Report(News.START_FAILED, 1, "a worker shut down the channel"),
         CloseListeners(quick=True),
@@ -152,7 +152,7 @@ def test_a_stop_while_the_first_start_waits_ends_everything_with_status_0(story:
     assert story.when(StopRequested()) == [
         Report(News.STOPPING),
         CancelTimer(Deadline(Wait.START, 1)),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         CloseListeners(quick=True),
         StartTimer(Deadline(Wait.STOP), 30.0),

@@ -17,7 +17,6 @@ from socketprotector.core.events import (
     Report,
     RouteTo,
     ScaleRequested,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
@@ -25,6 +24,7 @@ from socketprotector.core.events import (
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from tests.core.conftest import Story
@@ -73,10 +73,10 @@ def test_a_graceful_stop_that_takes_too_long_becomes_a_quick_one(story: Story) -
     story.given_serving().and_also(StopRequested(), BacklogEmptied())
 
     assert story.when_over(Wait.STOP) == [
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
     assert story.when(WorkerExited(1, "killed by SIGKILL")) == [Release(1), Exit(0)]
 
 
@@ -214,12 +214,12 @@ def test_a_quick_stop_sends_term_at_once_and_then_kill(story: Story) -> None:
         RouteTo(None),
         CloseListeners(quick=True),
         Drain(1),
-        Signal(1, Sign.TERM),
-        Signal(2, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
     ]
     assert story.when(WorkerExited(1, "killed by SIGTERM", waiting=3)) == []
-    assert story.when_over(Wait.KILL, 1) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.KILL, 1) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == [Release(1), Exit(0)]
 
 
@@ -231,7 +231,7 @@ def test_a_second_term_is_a_quick_stop(story: Story) -> None:
         CancelTimer(Deadline(Wait.STOP)),
         CloseListeners(quick=True),
         Drain(1),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
     ]
     assert story.when(BacklogEmptied()) == [], "too late"
@@ -262,7 +262,7 @@ def test_a_stop_during_a_reload_calls_the_new_generation_off(story: Story) -> No
     assert story.when(StopRequested()) == [
         Report(News.STOPPING),
         CancelTimer(Deadline(Wait.START, 2)),
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
         CloseListeners(quick=False),
         StartTimer(Deadline(Wait.STOP), 30.0),
@@ -303,11 +303,11 @@ def test_a_quick_stop_while_settling_ends_both_generations(story: Story) -> None
         RouteTo(None),
         CloseListeners(quick=True),
         Drain(1),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 1), 5.0),
         CancelTimer(Deadline(Wait.SETTLE, 2)),
         Drain(2),
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.KILL, 2), 5.0),
     ]
 

@@ -16,7 +16,6 @@ from socketprotector.core.events import (
     Retire,
     RouteTo,
     ScaleRequested,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
@@ -25,6 +24,7 @@ from socketprotector.core.events import (
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.step import backoff_s
@@ -107,10 +107,10 @@ def test_a_replacement_that_never_becomes_ready_is_ended_and_counted(story: Stor
     story.given_serving().and_also(WorkerExited(1, CRASHED), WorkerExited(2, CRASHED))
 
     assert story.when_over(Wait.WORKER_START, 3) == [
-        Signal(3, Sign.TERM),
+        Signal(3, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 3) == [Signal(3, Sign.KILL)]
+    assert story.when_over(Wait.WORKER_KILL, 3) == [Signal(3, WorkerSignal.KILL)]
     assert story.when(WorkerExited(3, "killed by SIGKILL")) == [
         Report(News.EXITED, 1, "killed by SIGKILL"),
         StartTimer(Deadline(Wait.WORKER_RESPAWN, 4), 0.1),
@@ -122,7 +122,7 @@ def test_ready_after_term_does_not_save_a_replacement_from_kill(story: Story) ->
     story.when_over(Wait.WORKER_START, 2)
 
     assert story.when(WorkerReady(2)) == []
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
 # -- more and fewer ----------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_of_too_many_the_one_in_the_highest_slot_leaves_by_its_return_line(story
 def test_a_worker_that_cannot_retire_is_sent_term(story: Story) -> None:
     story.given_serving(workers=2)
 
-    assert scaled(story, -1) == [Signal(2, Sign.TERM)]
+    assert scaled(story, -1) == [Signal(2, WorkerSignal.TERM)]
 
 
 def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: Story) -> None:
@@ -169,10 +169,10 @@ def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: S
         StartTimer(Deadline(Wait.WORKER_RETIRE, 2), 9.0),
     ]
     assert story.when_over(Wait.WORKER_RETIRE, 2) == [
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == []
 
 
@@ -181,11 +181,11 @@ def test_a_retiring_worker_that_never_became_ready_is_killed_in_the_end(story: S
 
     assert scaled(story, -1) == [
         CancelTimer(Deadline(Wait.WORKER_START, 2)),
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
     ]
     assert story.when(WorkerReady(2)) == []
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, Sign.KILL)]
+    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
 def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Story) -> None:
@@ -304,7 +304,7 @@ def test_a_worker_is_replaced_before_it_leaves(story: Story) -> None:
     ]
     assert story.when(WorkerReady(2, retires=True)) == [
         CancelTimer(Deadline(Wait.WORKER_START, 2)),
-        Signal(1, Sign.TERM),
+        Signal(1, WorkerSignal.TERM),
     ]
     assert story.when(WorkerExited(1, "exited with status 0", served_s=60.0)) == []
 
@@ -315,10 +315,10 @@ def test_one_that_hangs_is_replaced_before_it_is_aborted_and_killed(story: Story
 
     assert story.when(WorkerReady(2)) == [
         CancelTimer(Deadline(Wait.WORKER_START, 2)),
-        Signal(1, Sign.ABRT),
+        Signal(1, WorkerSignal.ABRT),
         StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 1) == [Signal(1, Sign.KILL)]
+    assert story.when_over(Wait.WORKER_KILL, 1) == [Signal(1, WorkerSignal.KILL)]
 
 
 def test_to_ask_again_starts_no_second_replacement(story: Story) -> None:
@@ -341,7 +341,7 @@ def test_a_replacement_that_dies_is_tried_again_while_the_old_one_serves(story: 
     replaced(story)
 
     assert Spawn(1, worker=3, slot=1) in story.when(WorkerExited(2, CRASHED))
-    assert Signal(1, Sign.TERM) in story.when(WorkerReady(3))
+    assert Signal(1, WorkerSignal.TERM) in story.when(WorkerReady(3))
 
 
 def test_to_scale_down_takes_the_replacement_along(story: Story) -> None:
@@ -349,9 +349,9 @@ def test_to_scale_down_takes_the_replacement_along(story: Story) -> None:
     story.and_also(ReplaceRequested(2, OLD))
 
     assert scaled(story, -1) == [
-        Signal(2, Sign.TERM),
+        Signal(2, WorkerSignal.TERM),
         CancelTimer(Deadline(Wait.WORKER_START, 3)),
-        Signal(3, Sign.TERM),
+        Signal(3, WorkerSignal.TERM),
         StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
     ]
 
@@ -362,7 +362,7 @@ def test_one_that_hangs_while_it_drains_is_ended_at_once(story: Story) -> None:
 
     assert replaced(story, hung=True) == [
         Report(News.REPLACING, 1, OLD),
-        Signal(1, Sign.ABRT),
+        Signal(1, WorkerSignal.ABRT),
         StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
     ]
 
@@ -372,7 +372,7 @@ def test_one_that_hangs_while_it_retires_is_ended_at_once(story: Story) -> None:
     story.and_also(ScaleRequested(-1))
 
     assert story.when(ReplaceRequested(2, OLD, hung=True)) == [
-        Signal(2, Sign.ABRT),
+        Signal(2, WorkerSignal.ABRT),
         StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
     ]
 
@@ -383,7 +383,7 @@ def test_one_that_hangs_does_not_outlive_a_replacement_that_comes_to_nothing(sto
     replaced(story, hung=True)
     story.and_also(ReloadRequested(), WorkerReady(3))
 
-    assert Signal(1, Sign.ABRT) in story.when(WorkerExited(2, "exited with status 0"))
+    assert Signal(1, WorkerSignal.ABRT) in story.when(WorkerExited(2, "exited with status 0"))
 
 
 def test_one_on_its_way_in_or_out_is_not_replaced(story: Story) -> None:

@@ -29,8 +29,8 @@ from socketprotector.core.events import (
     News,
     Open,
     OpenFailed,
-    Part,
-    Parted,
+    Quiesce,
+    Quiesced,
     ReadSettings,
     Release,
     ReloadRequested,
@@ -42,7 +42,6 @@ from socketprotector.core.events import (
     ScaleRequested,
     SettingsFailed,
     SettingsRead,
-    Sign,
     Signal,
     Spawn,
     StartTimer,
@@ -53,6 +52,7 @@ from socketprotector.core.events import (
     Wait,
     WorkerExited,
     WorkerReady,
+    WorkerSignal,
 )
 from socketprotector.core.fleet import (
     LEAVING,
@@ -139,7 +139,7 @@ class World:
         match action:
             case Open(number):
                 assert number > self.highest_generation, "a generation's number is never used twice"
-                assert "parting" not in self.channels.values(), (
+                assert "quiescing" not in self.channels.values(), (
                     "three would accept from two sockets"
                 )
                 self.highest_generation = number
@@ -162,7 +162,7 @@ class World:
                     self.processes[worker] = action
             case Signal(worker, sign):
                 assert worker in self.processes or "failed" in self.channels.values()
-                if sign is Sign.KILL:
+                if sign is WorkerSignal.KILL:
                     self.killed |= {worker}
             case Retire(worker):
                 assert worker in self.processes
@@ -173,16 +173,16 @@ class World:
                 assert self.route != number, "an order that changes nothing"
                 assert self.channels[number or 0] == "open", "routed to what cannot take it"
                 self.route = number
-            case Part(number):
+            case Quiesce(number):
                 assert self.fleet.policy.workers_accept
                 assert self.channels[number] == "open", "parts twice, or what is not there"
                 assert self.route != number, "parts, and gets who comes"
                 # It may be gone, and the next one be opened, before this event is answered.
                 coming = self.fleet.to_open or self.fleet.incoming
                 assert self.route or coming, "parts, and nobody else gets who comes"
-                self.channels[number] = "parting"
+                self.channels[number] = "quiescing"
             case Drain(number):
-                assert self.channels[number] in ("open", "parting"), "drained twice"
+                assert self.channels[number] in ("open", "quiescing"), "drained twice"
                 assert self.route != number, "drained while it gets new connections"
                 self.channels[number] = "drained"
             case Release(number):
@@ -278,9 +278,9 @@ class World:
 
     def check_generation(self, generation: Generation) -> None:
         number, phase = generation.number, generation.phase
-        drains = self.channels[number] in ("parting", "drained")
+        drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
-        assert generation.parting == (self.channels[number] == "parting")
+        assert generation.parting == (self.channels[number] == "quiescing")
         begun = bool(generation.workers) or not self.runs(Wait.TURN)
         assert self.runs(Wait.START, number) == (phase is Phase.STARTING and begun)
         assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
@@ -391,7 +391,7 @@ class World:
         yield Launched()
         yield from self.owed
         yield from (TimeExtended(number, 7.0) for number in self.processes)
-        yield from (Parted(n) for n, state in self.channels.items() if state == "parting")
+        yield from (Quiesced(n) for n, state in self.channels.items() if state == "quiescing")
         if self.listeners == "closing":
             yield BacklogEmptied()
         if self.reader:
@@ -417,7 +417,7 @@ class World:
         for number in range(self.highest_generation + 2):
             if number not in self.channels:
                 yield KillRequested(number)
-                yield Parted(number)
+                yield Quiesced(number)
                 yield from (ChannelBroken(number), OpenFailed(number, "command not found"))
             for wait in Wait:
                 if not self.runs(wait, number):
@@ -458,8 +458,8 @@ class World:
             self.take(event)
         if self.reader:
             self.take(SettingsRead(self.fleet.policy, 2))
-        for number in [n for n, state in self.channels.items() if state == "parting"]:
-            self.take(Parted(number))
+        for number in [n for n, state in self.channels.items() if state == "quiescing"]:
+            self.take(Quiesced(number))
         if all_goes_well:
             for number in [*self.processes]:
                 self.take(WorkerReady(number))

@@ -6,7 +6,7 @@ said nothing yet, and workers accept, read and finish as they like.  A worker is
 master that accepts nothing with children that do; when that dies its children live on.
 
 What must hold: who has connected is accepted and finished by somebody who was not killed; new
-clients come to the side that has the route; at rest nothing of an old generation accepts.
+clients come to the socket that has the route; at rest nothing of an old generation accepts.
 """
 
 from __future__ import annotations
@@ -285,7 +285,7 @@ class Handed(World):
             return
         if to.full:
             return  # and comes again later
-        self._check_side(address, to)
+        self._check_socket(address, to)
         self.connections += 1
         connection = Connection(self.connections, self._connection_lost, address)
         connection.take()
@@ -493,19 +493,25 @@ class Handed(World):
         act = self._supervisor.effects
         for its in act.forwarder.listeners:
             address = self._at(its.settings.address)
-            if not address.disturbed or its.lost or not act.sides._steered:
+            if not address.disturbed or its.lost or not act.steering._steered:
                 continue
             files = [self.kernel.file(each.fileno()) for each in its.sockets]
             ours = [each for each in files if isinstance(each, Listening) and each.whole]
-            if len(ours) == len(its.sockets) and self._is_steered(address, ours, act.sides.current):
+            if len(ours) == len(its.sockets) and self._is_steered(
+                address, ours, act.steering.current
+            ):
                 address.disturbed = False
 
-    def _is_steered(self, address: Address, ours: list[Listening], side: int) -> bool:
+    def _is_steered(self, address: Address, ours: list[Listening], socket_number: int) -> bool:
         if not address.by_number:
             return address.file is ours[0]
         if len(ours) == 1:
             return address.listening == ours
-        wanted = address.group.index(ours[side]) if ours[side] in address.group else None
+        wanted = (
+            address.group.index(ours[socket_number])
+            if ours[socket_number] in address.group
+            else None
+        )
         return all(each.reuseport for each in ours) and address.steered == wanted
 
     def _check(self) -> None:
@@ -626,7 +632,7 @@ class Handed(World):
         if protector is None or self._reason():
             return
         generation = protector._fleet.generation(leader.generation)
-        records = [each for each in protector.effects.crew.records() if each.pid == leader.pid]
+        records = [each for each in protector.effects.pool.records() if each.pid == leader.pid]
         found = protector._fleet.find(records[0].number) if records else None
         if found is None or found[1].state is not State.READY:
             return  # it leaves for a reason of its own
@@ -645,19 +651,19 @@ class Handed(World):
                 if mine and each.said and each.said_at < self.turns and not each.excuse:
                     assert each.heard, f"{each} is not heard, and {leader.pid} told to finish"
 
-    def _check_side(self, address: Address, to: Listening) -> None:
-        """New clients come to the side that has the route, from when the kernel was told."""
+    def _check_socket(self, address: Address, to: Listening) -> None:
+        """New clients come to the socket that has the route, from when the kernel was told."""
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
-        if act._route is None or not act.sides._steered:
+        if act._route is None or not act.steering._steered:
             return
-        assert act.sides.current == act.homes[act._route].side
+        assert act.steering.current == act.homes[act._route].side
         listeners = {each.settings.address: each for each in act.forwarder.listeners}
         its = listeners.get(address.told)
         if its is None or not address.served:
             return
-        wanted = self.kernel.file(its.of_side(act.sides.current).fileno())
+        wanted = self.kernel.file(its.socket_for(act.steering.current).fileno())
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
 

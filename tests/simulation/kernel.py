@@ -512,17 +512,17 @@ class Kernel:
     # -- what the protector's modules do by several calls ------------------------
 
     def listening(self, family: int, port: int) -> dict[int, int]:
-        """In the place of unheard.listening()."""
+        """In the place of sock_diag.listening()."""
         self.enter("sock_diag")
         return self.addresses["h", port].order()
 
-    def unheard(self, family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
-        """In the place of unheard.unheard()."""
+    def unread(self, family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
+        """In the place of sock_diag.unread()."""
         self.enter("sock_diag")
-        return self.addresses["h", port].unheard(accepted)
+        return self.addresses["h", port].unread(accepted)
 
     def unaccepted(self, which: Socket) -> frozenset[bytes] | tuple[int, ...]:
-        """In the place of unheard.unaccepted()."""
+        """In the place of sock_diag.unaccepted()."""
         self.enter("sock_diag")
         file = self._listening(which.fileno())
         if not file.address.by_number:

@@ -86,7 +86,7 @@ class Address:
         """What sock_diag tells of those that listen: inode -> how they were shut down."""
         return {each.inode: each.mask for each in self.listening}
 
-    def unheard(self, accepted: bool) -> dict[bytes, bool]:
+    def unread(self, accepted: bool) -> dict[bytes, bool]:
         """What sock_diag tells of clients whom nobody has heard -> whether they are silent."""
         left_out = [each for one in self.listening for each in one.backlog] if accepted else []
         return {

@@ -1,9 +1,9 @@
 """A protector's life in a simulated world, from one seed.
 
-The real modules (lifecycle, supervisor, effects, crew, forwarder, channel, listener, loop,
+The real modules (lifecycle, supervisor, effects, worker pool, forwarder, channel, listener, loop,
 notify, process, program, state, heritage) run against kernel.py.  For that, names like `os`,
 `socket`, `select` inside those modules are replaced while a simulation runs (`installed` below);
-besides them only what is found in the file system: a command, stray processes, maps of users.
+besides them only what is found in the file system: a command, orphaned processes, maps of users.
 The log, the output, the resident process around the supervisor and the upgrade's probe are
 stand-ins.
 
@@ -605,7 +605,7 @@ class World:
                     protector.effects.unguarded()
                     return
                 pid, _, status = data.decode().partition(" ")
-                protector.effects.crew.told(int(pid), *text.status_of(int(status)))
+                protector.effects.pool.told(int(pid), *text.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:
@@ -970,8 +970,8 @@ class World:
         often, pauses, pause = self.TIME
         seconds = self._random.choice(pauses) if chance < often else pause
         if "look" in self._loop._timers:
-            seconds = min(seconds, 1.0)  # who looks for strays does not hang
-        if "strays-end" in self._loop._timers:
+            seconds = min(seconds, 1.0)  # who looks for orphans does not hang
+        if "orphans-end" in self._loop._timers:
             seconds = min(seconds, 1.0)  # nor do we stand still for half a minute at the very end
         self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
 
@@ -1018,14 +1018,14 @@ class World:
         """Whether the protector knows it, and has not lost its line by a kill."""
         if self._supervisor is None or self._starting or self._unkept:
             return False
-        records = self._supervisor.effects.crew.records()
+        records = self._supervisor.effects.pool.records()
         return worker.pid in {each.pid for each in records if not each.orphaned}
 
     def _ack(self, pid: int) -> bool:
         """Say it by the control socket; return whether anybody was there."""
         if self._starting or self._supervisor is None or self.kernel.wake is None:
             return False
-        acked = self._supervisor.effects.crew.acked
+        acked = self._supervisor.effects.pool.acked
         self._loop.call_after(("acked", pid), 0.0, lambda: acked(pid))
         self._children_ended()  # so that it looks whose time has come
         return True
@@ -1251,7 +1251,7 @@ class World:
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         # Of each listener that is removed there may be one.
-        hands = (act.forwarder.hand is not None) + len(act.forwarder.aside)
+        hands = (act.forwarder.hand is not None) + len(act.forwarder.parked)
         assert len(held) == hands, f"{held} in hand"
         for each in held:
             assert each.excuse or each.in_queues == 0, f"{each} is in hand and in a queue"
@@ -1310,7 +1310,7 @@ class World:
         assert running == fleet.timers, f"timers: {running} {fleet.timers}"
         route = fleet.route
         assert act._route == (route.number if route else None), "another route"
-        looked_after = {each.number for each in act.crew.records()}  # with what outlives a leader
+        looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         assert {each.number for each in fleet.alive()} == looked_after
         assert {each.number for each in fleet.generations} == set(act.homes)
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
@@ -1428,7 +1428,7 @@ def installed(world: World) -> Iterator[None]:
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
-        put(socket_steering, "unheard", kernel.unheard)
+        put(socket_steering, "unread", kernel.unread)
         put(socket_steering, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
         put(orphans, "look", look)

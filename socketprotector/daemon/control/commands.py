@@ -98,7 +98,7 @@ class Operator:
         settings = effects.configuration.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(
-            fleet, effects.homes, effects.crew.records(), effects.untaken_s
+            fleet, effects.homes, effects.pool.records(), effects.untaken_s
         )
         route = effects.homes.get(fleet.route.number) if fleet.route else None
         return status.overview(
@@ -128,7 +128,7 @@ class Operator:
         homes = self._effects.homes
         if generation is not None and generation not in homes:
             raise Wrong("unknown", f"there is no generation {generation}")
-        return {"workers": status.of_connections(homes, self._effects.crew.records(), generation)}
+        return {"workers": status.of_connections(homes, self._effects.pool.records(), generation)}
 
     def _crashes(self) -> Mapping[str, Any]:
         return {"crashes": status.plain(self._effects.history.crashes)}
@@ -204,7 +204,7 @@ class Operator:
         return {"generation": generation}
 
     def _drain_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
-        number = next((r.number for r in self._effects.crew.records() if r.pid == pid), None)
+        number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)
         found = fleet.find(number) if number is not None else None
         if found is None:
             raise Wrong("unknown", f"process {pid} is no worker")

@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon import socket_steering as module
-from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LAST_S, QUIET_S, SILENT_S, Sides
+from socketprotector.daemon.socket_steering import (
+    FIRST_RESCUE_S,
+    LAST_S,
+    QUIET_S,
+    SILENT_S,
+    SocketSteering,
+)
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport
 from socketprotector.system.listener import Listener
@@ -40,16 +46,16 @@ class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         monkeypatch.setattr("time.monotonic", lambda: self.now)
-        self.unheard: dict[bytes, bool] = {}  # and whether he is silent
+        self.unread: dict[bytes, bool] = {}  # and whether he is silent
         self.unaccepted: set[bytes] = set()  # of those
         self.asked, self.asking_s = 0, 0.0
         self.loop, self.log = Loop(), Told()
-        self.parted: list[int] = []
+        self.quiesced: list[int] = []
         self.stranded = 0
         self.bound: list[Listener] = []
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
-        monkeypatch.setattr(module, "unheard", self.ask)
+        monkeypatch.setattr(module, "unread", self.ask)
         # By its number, as launch/bind_tcp.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,11 +71,11 @@ class World:
         self.listener = Listener(fds[0], 0, settings, shared=True, second=fds[1])
         self.listeners = [self.listener]
         self.clients: list[socket.socket] = []
-        self.sides = Sides(
+        self.steering = SocketSteering(
             lambda: self.listeners,
             loop=self.loop,
             log=self.log,  # type: ignore[arg-type]
-            parted=self.parted.append,
+            quiesced=self.quiesced.append,
             stranded=self.strand,
             bound=self.bound.append,
             lost=lambda listener, why: self.lost.append(listener),
@@ -80,7 +86,7 @@ class World:
         self.asked += 1
         self.now += self.asking_s
         left_out = self.unaccepted if accepted else set()
-        return {who: silent for who, silent in self.unheard.items() if who not in left_out}
+        return {who: silent for who, silent in self.unread.items() if who not in left_out}
 
     def strand(self) -> None:
         self.stranded += 1
@@ -88,11 +94,13 @@ class World:
     def connect(self) -> None:
         self.clients.append(socket.create_connection(self.listener.socket.getsockname()))
 
-    def accept(self, side: int) -> None:
-        self.listener.of_side(side).accept()[0].close()
+    def accept(self, socket_number: int) -> None:
+        self.listener.socket_for(socket_number).accept()[0].close()
 
     def waiting(self) -> list[int]:
-        return [side for side in (0, 1) if self.listener.has_waiting(side)]
+        return [
+            socket_number for socket_number in (0, 1) if self.listener.has_waiting(socket_number)
+        ]
 
     def turn(self) -> None:
         """Let the loop see what is due and ready, without waiting."""
@@ -128,15 +136,15 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
 @pytest.fixture
 def reloaded(world: World) -> World:
     """Generation 1 has just been superseded by 2."""
-    world.sides.enter(1, world.sides.free)
-    world.sides.turn_to(0)
-    world.sides.enter(2, world.sides.free)
+    world.steering.enter(1, world.steering.free)
+    world.steering.turn_to(0)
+    world.steering.enter(2, world.steering.free)
     return world
 
 
 def supersede(world: World) -> None:
-    world.sides.turn_to(1)
-    world.sides.part(1)
+    world.steering.turn_to(1)
+    world.steering.quiesce(1)
 
 
 def test_the_next_generation_gets_the_other_side_and_nobody_before_its_turn(
@@ -154,30 +162,30 @@ def test_the_next_generation_gets_the_other_side_and_nobody_before_its_turn(
 
 def test_where_nobody_accepts_the_next_one_serves_who_waits(world: World) -> None:
     world.connect()
-    assert world.sides.free == 0
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
-    world.sides.leave(1)  # as under stop-first
+    assert world.steering.free == 0
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.leave(1)  # as under stop-first
     world.connect()
 
-    assert world.sides.free == 0
+    assert world.steering.free == 0
     assert world.waiting() == [0]
 
 
 def test_where_nobody_is_to_accept_for_a_while_one_parts_from_who_comes_then(world: World) -> None:
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
     world.connect()
-    world.sides.part(1)  # under stop-first
+    world.steering.quiesce(1)  # under stop-first
     world.connect()
     assert world.waiting() == [0, 1]
 
     world.accept(0)
     world.pass_time(QUIET_S + 0.2)
-    assert world.parted == [1]
-    world.sides.leave(1)
+    assert world.quiesced == [1]
+    world.steering.leave(1)
 
-    assert world.sides.free == 1
+    assert world.steering.free == 1
 
 
 def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
@@ -186,31 +194,31 @@ def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
     def fails(family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    reloaded.unheard = {b"slow": False}
-    monkeypatch.setattr(module, "unheard", fails)
+    reloaded.unread = {b"slow": False}
+    monkeypatch.setattr(module, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(2 * QUIET_S)
-    assert reloaded.parted == []
-    monkeypatch.setattr(module, "unheard", reloaded.ask)
+    assert reloaded.quiesced == []
+    monkeypatch.setattr(module, "unread", reloaded.ask)
     reloaded.pass_time(2 * QUIET_S)
-    monkeypatch.setattr(module, "unheard", fails)
+    monkeypatch.setattr(module, "unread", fails)
     reloaded.pass_time(2 * QUIET_S)
-    assert reloaded.parted == []
-    monkeypatch.setattr(module, "unheard", reloaded.ask)
-    reloaded.unheard = {}
+    assert reloaded.quiesced == []
+    monkeypatch.setattr(module, "unread", reloaded.ask)
+    reloaded.unread = {}
     reloaded.pass_time(2 * QUIET_S)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_one_parts_when_nobody_has_come_for_a_while(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.pass_time(QUIET_S - 0.15)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
     reloaded.pass_time(0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
     assert reloaded.log.events == []
 
 
@@ -218,106 +226,106 @@ def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> 
     reloaded.connect()
     supersede(reloaded)
     reloaded.pass_time(3 * QUIET_S)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
     reloaded.accept(0)
     reloaded.pass_time(QUIET_S - 0.15)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
     reloaded.pass_time(0.4)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_who_waits_for_others_to_accept_him_holds_nobody_up(reloaded: World) -> None:
     """As where the next one's workers crash again and again, and another reload is to help."""
     reloaded.connect()  # to the one that parts
-    reloaded.unheard = {b"his": False, b"theirs": False}
+    reloaded.unread = {b"his": False, b"theirs": False}
     reloaded.unaccepted = {b"his", b"theirs"}
     supersede(reloaded)
     reloaded.pass_time(2 * QUIET_S)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
     reloaded.accept(0)
-    del reloaded.unheard[b"his"]
+    del reloaded.unread[b"his"]
     reloaded.pass_time(QUIET_S + 0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_one_who_came_before_and_is_not_heard_is_waited_for_and_no_later_one(
     reloaded: World,
 ) -> None:
-    reloaded.unheard = {b"slow": False}
+    reloaded.unread = {b"slow": False}
     supersede(reloaded)
-    reloaded.unheard[b"new"] = False  # at the other side
+    reloaded.unread[b"new"] = False  # at the other socket
     reloaded.pass_time(2 * SILENT_S)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
-    del reloaded.unheard[b"slow"]
+    del reloaded.unread[b"slow"]
     reloaded.pass_time(QUIET_S - 0.15)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
     reloaded.pass_time(0.4)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_one_who_says_nothing_is_waited_for_a_little_longer(reloaded: World) -> None:
-    reloaded.unheard = {b"silent": True}
+    reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S - 0.2)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
     reloaded.pass_time(0.4)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_one_who_speaks_at_last_is_heard_out(reloaded: World) -> None:
-    reloaded.unheard = {b"silent": True}
+    reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S - 0.2)
-    reloaded.unheard[b"silent"] = False  # and nobody reads it
+    reloaded.unread[b"silent"] = False  # and nobody reads it
     reloaded.pass_time(SILENT_S)
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
 
-    reloaded.unheard.clear()
+    reloaded.unread.clear()
     reloaded.pass_time(QUIET_S + 0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_a_machine_that_stands_still_shortens_nobodys_time(reloaded: World) -> None:
-    reloaded.unheard = {b"silent": True}
+    reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S / 2)
     reloaded.now += 2 * SILENT_S
     reloaded.turn()
 
-    assert reloaded.parted == []
-    reloaded.unheard.clear()
+    assert reloaded.quiesced == []
+    reloaded.unread.clear()
     reloaded.pass_time(QUIET_S + 0.3)
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_where_there_are_many_to_ask_for_it_is_done_less_often(reloaded: World) -> None:
-    reloaded.unheard = {b"slow": False}
+    reloaded.unread = {b"slow": False}
     reloaded.asking_s = 0.2
     supersede(reloaded)
     reloaded.asked = 0
 
     reloaded.pass_time(8)
 
-    assert reloaded.parted == []
+    assert reloaded.quiesced == []
     assert 3 <= reloaded.asked <= 4  # a tenth of the time at most
 
 
 def test_a_flood_of_handshakes_is_not_waited_for_for_ever(reloaded: World) -> None:
-    reloaded.unheard = {b"never": False}
+    reloaded.unread = {b"never": False}
     supersede(reloaded)
 
     reloaded.pass_time(LAST_S + 0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
     assert reloaded.log.events == []  # nobody is left waiting
 
 
@@ -327,16 +335,16 @@ def test_one_that_does_not_accept_has_its_time_and_is_told_of(reloaded: World) -
 
     reloaded.pass_time(LAST_S + 0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
     assert reloaded.log.events == ["not-taken"]
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reloaded.pass_time(FIRST_RESCUE_S + 0.3)
     assert reloaded.stranded == 1
 
 
 def test_whoever_comes_where_nobody_accepts_is_told_of_soon(reloaded: World) -> None:
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reloaded.pass_time(60)
     assert reloaded.stranded == 0
 
@@ -351,7 +359,7 @@ def test_whoever_comes_where_nobody_accepts_is_told_of_soon(reloaded: World) -> 
 def test_one_that_is_accepted_after_all_is_no_reason(reloaded: World) -> None:
     reloaded.connect()
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reloaded.turn()
     reloaded.accept(0)
 
@@ -362,11 +370,11 @@ def test_one_that_is_accepted_after_all_is_no_reason(reloaded: World) -> None:
 
 def test_nothing_wakes_us_while_nobody_comes(reloaded: World) -> None:
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reloaded.pass_time(5)
 
-    assert reloaded.loop.due(("part", 1)) is None
-    assert reloaded.loop.due("sides-rescue") is None
+    assert reloaded.loop.due(("quiesce", 1)) is None
+    assert reloaded.loop.due("steering-rescue") is None
     assert reloaded.loop.due("steer") is None
 
 
@@ -374,7 +382,7 @@ def test_in_vain_it_is_told_less_and_less_often(reloaded: World) -> None:
     """As where the generation that is started for them fails, again and again."""
     reloaded.connect()
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
 
     told = []
     for _ in range(60):
@@ -389,11 +397,11 @@ def test_in_vain_it_is_told_less_and_less_often(reloaded: World) -> None:
 def test_the_generation_that_comes_for_them_ends_that(reloaded: World) -> None:
     reloaded.connect()
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reloaded.pass_time(FIRST_RESCUE_S + 0.3)
-    assert reloaded.sides.free == 0
+    assert reloaded.steering.free == 0
 
-    reloaded.sides.enter(3, 0)
+    reloaded.steering.enter(3, 0)
     reloaded.pass_time(30)
 
     assert reloaded.stranded == 1
@@ -409,14 +417,14 @@ def test_until_the_kernel_is_told_the_old_one_goes_on(
         broken.setattr(reuseport, "steer", fails)
         supersede(reloaded)
         reloaded.pass_time(2 * LAST_S)
-        assert reloaded.parted == []
+        assert reloaded.quiesced == []
         assert reloaded.log.events == ["not-steered"]
         reloaded.connect()
         assert reloaded.waiting() == [0]
         reloaded.accept(0)
 
     reloaded.pass_time(QUIET_S + 1)
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
     reloaded.connect()
     assert reloaded.waiting() == [1]
 
@@ -427,11 +435,11 @@ def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
     def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr(module, "unheard", fails)
+    monkeypatch.setattr(module, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(QUIET_S + 0.3)
 
-    assert reloaded.parted == [1]
+    assert reloaded.quiesced == [1]
 
 
 def test_without_a_second_socket_one_parts_at_once(world: World) -> None:
@@ -440,35 +448,35 @@ def test_without_a_second_socket_one_parts_at_once(world: World) -> None:
         world.listeners,
         [Listener(plain.detach(), 1, ListenerSettings("tcp:127.0.0.1:81"), shared=True)],
     )
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
-    world.sides.enter(2, world.sides.free)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.enter(2, world.steering.free)
     supersede(world)
 
-    assert world.parted == [1]
+    assert world.quiesced == [1]
     world.listeners[0].close()
     world.listeners = kept
 
 
 def test_who_connects_to_a_new_listener_comes_to_the_generation_to_come(world: World) -> None:
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
 
-    world.sides.expect(world.listener)
+    world.steering.expect(world.listener)
     world.connect()
 
-    assert world.waiting() == [1] == [world.sides.free]
+    assert world.waiting() == [1] == [world.steering.free]
 
 
 # -- a socket that somebody has shut down ------------------------------------------------
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("socket_number", [0, 1])
 def test_one_that_is_shut_down_listens_again_and_clients_come_where_they_should(
-    reloaded: World, side: int
+    reloaded: World, socket_number: int
 ) -> None:
-    reloaded.sides.turn_to(1)
-    reloaded.listener.of_side(side).shutdown(socket.SHUT_RDWR)
+    reloaded.steering.turn_to(1)
+    reloaded.listener.socket_for(socket_number).shutdown(socket.SHUT_RDWR)
 
     reloaded.turn()
 
@@ -478,17 +486,17 @@ def test_one_that_is_shut_down_listens_again_and_clients_come_where_they_should(
     assert (reloaded.bound, reloaded.lost, reloaded.stranded) == ([], [], 0)
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("socket_number", [0, 1])
 def test_when_it_is_said_that_it_listens_again_clients_come_where_they_should_already(
-    reloaded: World, side: int
+    reloaded: World, socket_number: int
 ) -> None:
-    reloaded.sides.turn_to(side)
-    reloaded.listener.of_side(side).shutdown(socket.SHUT_RDWR)
+    reloaded.steering.turn_to(socket_number)
+    reloaded.listener.socket_for(socket_number).shutdown(socket.SHUT_RDWR)
     reloaded.log.then = reloaded.connect
 
     reloaded.turn()
 
-    assert reloaded.waiting() == [side]
+    assert reloaded.waiting() == [socket_number]
 
 
 def test_again_and_again_it_is_mended_ten_times_a_second_at_most(reloaded: World) -> None:
@@ -512,7 +520,7 @@ def test_of_clients_that_come_to_who_accepts_the_first_alone_wakes_us(reloaded: 
         watch(fd, woken, events)
 
     reloaded.loop.watch = counted  # type: ignore[method-assign]
-    reloaded.sides.turn_to(0)
+    reloaded.steering.turn_to(0)
     for _ in range(10):
         reloaded.connect()
         reloaded.turn()
@@ -524,11 +532,11 @@ def test_what_an_earlier_generation_has_attached_is_gone_before_the_next_one_beg
     reloaded: World,
 ) -> None:
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reuseport.refuse_new(reloaded.listener.socket)
 
-    reloaded.sides.enter(3, reloaded.sides.free)
-    reloaded.sides.turn_to(0)
+    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.turn_to(0)
     reloaded.connect()
 
     assert reloaded.waiting() == [0]
@@ -538,12 +546,12 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
     reloaded: World,
 ) -> None:
     supersede(reloaded)
-    reloaded.sides.leave(1)
+    reloaded.steering.leave(1)
     reuseport.refuse_new(reloaded.listener.socket)
     reloaded.listener.socket.setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
 
-    reloaded.sides.enter(3, reloaded.sides.free)
-    reloaded.sides.turn_to(0)
+    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.turn_to(0)
     reloaded.connect()
 
     assert reloaded.waiting() == [0]
@@ -558,12 +566,12 @@ def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_g
     address = f"tcp:127.0.0.1:{plain.getsockname()[1]}"
     world.listeners.append(Listener(plain.detach(), 1, ListenerSettings(address), shared=True))
     common = world.listeners[1]
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
     reuseport.refuse_new(common.socket)  # by 1, which accepts there until 2 is ready
     common.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, ONE_S)
 
-    world.sides.enter(2, world.sides.free)
+    world.steering.enter(2, world.steering.free)
     world.clients.append(socket.create_connection(common.socket.getsockname(), timeout=5))
 
     assert common.has_waiting()
@@ -572,9 +580,9 @@ def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_g
 
 @pytest.mark.parametrize("locked", [0, 1])
 def test_one_listens_again_beside_one_whose_filter_is_locked(reloaded: World, locked: int) -> None:
-    reloaded.listener.of_side(locked).setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
-    reloaded.sides.turn_to(1 - locked)
-    reloaded.listener.of_side(1 - locked).shutdown(socket.SHUT_RDWR)
+    reloaded.listener.socket_for(locked).setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    reloaded.steering.turn_to(1 - locked)
+    reloaded.listener.socket_for(1 - locked).shutdown(socket.SHUT_RDWR)
 
     reloaded.turn()
     reloaded.connect()
@@ -584,13 +592,13 @@ def test_one_listens_again_beside_one_whose_filter_is_locked(reloaded: World, lo
 
 
 def test_one_is_bound_anew_beside_one_whose_filter_is_locked(reloaded: World) -> None:
-    for side in (0, 1):
-        reloaded.listener.of_side(side).setsockopt(socket.SOL_SOCKET, 44, 1)
-    reloaded.sides.turn_to(1)
-    reloaded.sides.leave(1)  # of side 0, which is bound anew
+    for socket_number in (0, 1):
+        reloaded.listener.socket_for(socket_number).setsockopt(socket.SOL_SOCKET, 44, 1)
+    reloaded.steering.turn_to(1)
+    reloaded.steering.leave(1)  # of socket 0, which is bound anew
 
-    reloaded.sides.enter(3, reloaded.sides.free)
-    reloaded.sides.turn_to(0)
+    reloaded.steering.enter(3, reloaded.steering.free)
+    reloaded.steering.turn_to(0)
     reloaded.connect()
 
     assert reloaded.bound == [reloaded.listener]
@@ -605,7 +613,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     if begins == "started":  # beside another one, on the same socket
         second.close()
         world.listener.second = None
-        world.sides.adopt(1, 0)
+        world.steering.adopt(1, 0)
     for _ in range(2):
         with suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
@@ -613,9 +621,9 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     assert not world.listener.is_sound(0)
 
     if begins == "started":
-        world.sides.enter(2, 1)
+        world.steering.enter(2, 1)
     else:
-        world.sides.adopt(1, 0)
+        world.steering.adopt(1, 0)
 
     assert world.listener.is_sound(0)
 
@@ -630,27 +638,27 @@ def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
     found = path.stat()
     settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, 5)
     world.listeners.append(Listener(unix.detach(), 1, settings, shared=True))
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
     world.listeners[1].socket.shutdown(socket.SHUT_RD)
     world.turn()
-    assert (world.stranded, world.sides.unserved) == (1, frozenset({(1, 1)}))
+    assert (world.stranded, world.steering.unserved) == (1, frozenset({(1, 1)}))
 
     with socket.socket(socket.AF_UNIX) as client:  # and it could not be opened
         client.connect(str(path))
         world.pass_time(FIRST_RESCUE_S + 0.3)
         assert world.stranded == 2
-        world.sides.enter(2, world.sides.free)
+        world.steering.enter(2, world.steering.free)
         world.pass_time(60)
         assert world.stranded == 2
-        world.sides.leave(2)  # it has failed
+        world.steering.leave(2)  # it has failed
         world.pass_time(2 * FIRST_RESCUE_S + 0.3)
         assert world.stranded == 3
-        world.sides.enter(3, world.sides.free)
-        world.sides.leave(1)
+        world.steering.enter(3, world.steering.free)
+        world.steering.leave(1)
         world.pass_time(60)
 
-    assert (world.stranded, world.sides.unserved) == (3, frozenset())
+    assert (world.stranded, world.steering.unserved) == (3, frozenset())
 
 
 def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) -> None:
@@ -660,8 +668,8 @@ def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) ->
     settings = ListenerSettings(f"unix:@{made.getsockname()[1:].decode()}", backlog=5)
     copy = socket.socket(fileno=os.dup(made.fileno()))
     world.listeners.append(Listener(made.detach(), 1, settings, shared=True))
-    world.sides.enter(1, 0)
-    world.sides.turn_to(0)
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
     copy.shutdown(socket.SHUT_RDWR)
     world.pass_time(3)
 
@@ -671,7 +679,7 @@ def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) ->
 
 
 def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
-    reloaded.sides.end()
+    reloaded.steering.end()
     reloaded.listener.socket.shutdown(socket.SHUT_RDWR)
     reloaded.pass_time(3)
 
@@ -682,12 +690,12 @@ def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
 def test_after_the_last_generation_who_comes_waits_on_the_other_side_for_the_next_start(
     world: World,
 ) -> None:
-    world.sides.enter(1, world.sides.free)
-    world.sides.turn_to(0)
+    world.steering.enter(1, world.steering.free)
+    world.steering.turn_to(0)
     world.connect()
     over: list[bool] = []
 
-    world.sides.part_last(1, lambda: over.append(True))
+    world.steering.quiesce_last(1, lambda: over.append(True))
     world.connect()
     assert world.waiting() == [0, 1]
     world.pass_time(5.0)
@@ -696,11 +704,11 @@ def test_after_the_last_generation_who_comes_waits_on_the_other_side_for_the_nex
     world.pass_time(2.0)
 
     assert over == [True]
-    world.sides.leave(1)
+    world.steering.leave(1)
     world.pass_time(5.0)
     assert world.stranded == 0
-    world.sides.end()
-    [left] = [each.leave(world.sides.current) for each in world.listeners]
+    world.steering.end()
+    [left] = [each.leave(world.steering.current) for each in world.listeners]
     assert left == "sp.twin.0"
 
 
@@ -709,14 +717,14 @@ def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_si
 ) -> None:
     supersede(reloaded)
     over: list[bool] = []
-    reloaded.unheard = {b"somebody": False}
-    reloaded.sides.part_last(2, lambda: over.append(True))
+    reloaded.unread = {b"somebody": False}
+    reloaded.steering.quiesce_last(2, lambda: over.append(True))
     reloaded.connect()
     assert reloaded.waiting() == [1]
     reloaded.accept(1)
 
-    reloaded.sides.leave(1)
-    reloaded.unheard = {}
+    reloaded.steering.leave(1)
+    reloaded.unread = {}
     reloaded.pass_time(0.5)
     reloaded.connect()
     assert reloaded.waiting() == [0]
@@ -724,20 +732,20 @@ def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_si
     assert over == [True]
 
 
-@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("socket_number", [0, 1])
 def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_dead(
-    world: World, side: int
+    world: World, socket_number: int
 ) -> None:
     copies = [each.dup() for each in world.listener.sockets]
-    world.listener.steer(side)
+    world.listener.steer(socket_number)
     world.connect()
 
-    assert world.listener.leave(side) == ("sp.listener.0", "sp.twin.0")[side]
+    assert world.listener.leave(socket_number) == ("sp.listener.0", "sp.twin.0")[socket_number]
 
     listens = [each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for each in copies]
-    assert listens == [side == 0, side == 1]
-    copies[side].accept()[0].close()
-    world.clients.append(socket.create_connection(copies[side].getsockname()))
+    assert listens == [socket_number == 0, socket_number == 1]
+    copies[socket_number].accept()[0].close()
+    world.clients.append(socket.create_connection(copies[socket_number].getsockname()))
     for each in copies:
         each.close()
     world.listeners.clear()

@@ -325,19 +325,19 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     world.turn()
     world.forwarder.route_to(world.new)
 
-    ((number, header),) = world.forwarder.aside
+    ((number, header),) = world.forwarder.parked
     found = world.forwarder.descriptors()
     hand, first = (os.dup(found[name]) for name in (f"sp.hand.{number}", "sp.listener.1"))
     listener = Listener(first, 1, world.listeners[1].settings)
     taken(small)
     held = world.held
     after = world.another([listener])
-    after.adopt_aside(header, hand, number)
+    after.adopt_parked(header, hand, number)
     after.remove(listener, small)
     world.turn(4 * QUIET_S)
 
     assert taken(small) == [1]
-    assert (after.aside, after.lost) == ((), 0)
+    assert (after.parked, after.lost) == ((), 0)
     assert world.held > held, "sent before that was written down: once more after a kill"
     after.close()
     small.close()
@@ -351,7 +351,7 @@ def left(world: World, before: Channel, clients: int) -> None:
     world.say()
     world.forwarder.route_to(world.new)
     world.forwarder.release(world.old)
-    assert len(world.forwarder.aside) == clients
+    assert len(world.forwarder.parked) == clients
     world.forwarder.remove(world.listeners[1], before)
 
 
@@ -366,7 +366,7 @@ def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
     world.holds = trouble == "send"
 
     world.turn(QUIET_S / 2)
-    assert len(world.forwarder.aside) == 3, "some were sent"
+    assert len(world.forwarder.parked) == 3, "some were sent"
     world.holds = True
     world.turn(4 * QUIET_S)
 

@@ -14,11 +14,11 @@ import pytest
 
 from socketprotector.system import orphans
 from socketprotector.system.loop import Loop
-from socketprotector.system.orphans import Strays
+from socketprotector.system.orphans import Orphans
 from tests.boundary.ending import settle, until
 
 #: Nobody's who runs the same tests beside this one: these kill what they find.
-ADDRESS = f"@a-test-of-strays-{os.getpid()}"
+ADDRESS = f"@a-test-of-orphans-{os.getpid()}"
 
 
 @contextmanager
@@ -103,8 +103,10 @@ def log() -> Log:
 
 
 @contextmanager
-def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[Strays, list[int]]]:
-    """What ends strays, and of how many addresses each of its looks was."""
+def looks(
+    loop: Loop, log: Log, kill_timeout_s: float = 30.0
+) -> Iterator[tuple[Orphans, list[int]]]:
+    """What ends orphans, and of how many addresses each of its looks was."""
     counted: list[int] = []
     real = orphans.look
 
@@ -114,7 +116,7 @@ def looks(loop: Loop, log: Log, kill_timeout_s: float = 30.0) -> Iterator[tuple[
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(orphans, "look", look)
-        yield Strays(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
+        yield Orphans(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
 
@@ -139,7 +141,7 @@ def test_what_twenty_failed_workers_have_left_is_found_in_one_look(loop: Loop, l
         assert done(loop, found)
 
 
-def done(loop: Loop, found: Strays) -> bool:
+def done(loop: Loop, found: Orphans) -> bool:
     """Wait until nothing is left of them."""
     said: list[bool] = []
     found.when_ended(lambda: said.append(True))

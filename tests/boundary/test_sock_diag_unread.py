@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from socketprotector.system import sock_diag as module
-from socketprotector.system.sock_diag import unheard
+from socketprotector.system.sock_diag import unread
 from tests.boundary.listening import KINDS, listening
 from tests.running import eventually
 
@@ -29,7 +29,7 @@ def port_of(one: socket.socket) -> int:
 
 def known(listener: socket.socket) -> dict[int, bool]:
     """The ports of those whom nobody has heard, and whether they are silent."""
-    found = unheard(listener.family, port_of(listener))
+    found = unread(listener.family, port_of(listener))
     return {int.from_bytes(who[:2], "big"): silent for who, silent in found.items()}
 
 
@@ -92,13 +92,13 @@ def test_those_who_are_still_to_be_accepted_may_be_left_out(first: socket.socket
     ):
         one.sendall(b"words")
         eventually(lambda: known(first)[port_of(one)] is False, "his words")
-        assert unheard(family, port, accepted=True) == {}
+        assert unread(family, port, accepted=True) == {}
 
         with first.accept()[0]:
-            assert [*unheard(family, port, accepted=True).values()] == [False]
+            assert [*unread(family, port, accepted=True).values()] == [False]
             with first.accept()[0]:
-                found = unheard(family, port, accepted=True)
-                assert found == unheard(family, port)
+                found = unread(family, port, accepted=True)
+                assert found == unread(family, port)
                 assert {*known(first)} == {port_of(one), port_of(another)}
 
 
@@ -150,4 +150,4 @@ def test_a_kernel_that_tells_less_is_no_error(
 
 def test_a_refusal_of_the_kernel_is_an_error() -> None:
     with pytest.raises(OSError, match="does not tell"):
-        unheard(200, 80)
+        unread(200, 80)

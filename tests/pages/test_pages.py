@@ -29,6 +29,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),
     "docs/handoff.md": ("curl", "uvicorn"),
+    "docs/internals/soak.md": ("make",),
     "docs/legacy.md": ("curl",),
     "docs/log.md": ("logrotate",),
     "docs/metrics.md": ("curl",),
@@ -38,7 +39,6 @@ RUN: dict[str, tuple[str, ...]] = {
     ),
     "docs/operating.md": ("script",),
     "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
-    "docs/reliability.md": ("make",),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),
@@ -58,8 +58,8 @@ ELSEWHERE = {
 NOT_RUN = {
     ("docs/log.md", "warning event=crash-loop generation=1 slot=0"): "takes a minute; test_log.py",
     ("docs/protocol.md", "READY=1"): "one message; tests/client/test_notify.py",
-    ("docs/reliability.md", "seed 30, 30 minutes; 2 cores"): "the report of an hour",
-    ("docs/reliability.md", "simulation, 8 minutes:"): "the rest of it",
+    ("docs/internals/soak.md", "seed 30, 30 minutes; 2 cores"): "the report of an hour",
+    ("docs/internals/soak.md", "simulation, 8 minutes:"): "the rest of it",
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
@@ -134,7 +134,7 @@ def found(program: str) -> bool:
     return bool(shutil.which(program) or (Path(sys.executable).parent / program).exists())
 
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.glob("*.md"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
 
 
 @pytest.mark.parametrize("name", sorted({*PAGES, *RUN} - set(ELSEWHERE)))
@@ -164,3 +164,10 @@ def test_its_links_lead_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
         if "://" not in target:
             assert ((ROOT / name).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", sorted({*PAGES, *RUN}))
+def test_each_test_that_it_names_exists(name: str) -> None:
+    paths = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
+    for named in re.findall(r"`((?:tests/[\w/]+|test_\w+)\.py)`", (ROOT / name).read_text()):
+        assert any(path == named or path.endswith(f"/{named}") for path in paths), named

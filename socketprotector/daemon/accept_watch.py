@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
-from .forwarder import NEVER_TAKEN_S, UNTAKEN_S
+from .queue_watch import NEVER_TAKEN_S, UNTAKEN_S
 
 #: How soon to look, and to look again: where nobody was ever accepted, and where somebody was.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4

@@ -156,7 +156,7 @@ class Effects:
             broken=self._route_broken,
             emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
-            held=held,
+            persist=held,
             dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
             accepts=self._accepts,
@@ -257,6 +257,7 @@ class Effects:
             *(each.record(n, released=True) for n, each in self._released.items()),
         )
         settings, to_try, used = self.configuration.kept()
+        undelivered = self.forwarder.undelivered
         return Snapshot(
             fleet=fleet,
             generations=generations,
@@ -264,9 +265,9 @@ class Effects:
             good=self._good,
             due=(*self._due.values(), *coming),
             undone=tuple(each for each in actions if isinstance(each, Signal | Retire)),
-            hand=self.forwarder.hand,
-            hand_number=self.forwarder.hands,
-            aside=self.forwarder.parked,
+            hand=undelivered.pending_header,
+            hand_number=undelivered.number,
+            aside=undelivered.parked,
             strays=self.pool.orphans,
             forwarded=self.forwarder.forwarded,
             lost=self.forwarder.lost,
@@ -370,17 +371,9 @@ class Effects:
         self.restarts = snapshot.restarts + 1
         if snapshot.log_level:
             self._log.set_level(snapshot.log_level)
-        hand = descriptors.get(f"{inherited.HAND}{snapshot.hand_number}", -1)
-        if hand < 0 or snapshot.hand is None:
-            # Never again a number that may still be in the store for another one.
-            self.forwarder.hands = snapshot.hand_number + 1
-        else:
-            self.forwarder.adopt_hand(snapshot.hand, hand, snapshot.hand_number)
-        for number, header in snapshot.aside:
-            if f"{inherited.HAND}{number}" in descriptors:  # else it could not be stored in time
-                self.forwarder.adopt_parked(
-                    header, descriptors[f"{inherited.HAND}{number}"], number
-                )
+        self.forwarder.undelivered.adopt(
+            snapshot.hand, snapshot.hand_number, snapshot.aside, descriptors
+        )
         self._close_unknown(descriptors)
         self.configuration.adopt(snapshot)
         for each in self._released.values():

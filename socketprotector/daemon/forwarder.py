@@ -3,27 +3,27 @@
 Connections never pass through `decide`.  The lifecycle sets the route and orders
 drains; what comes back is two facts: the channel broke, the backlog is empty.
 
-Nothing is accepted that could not be delivered.  One connection at most is in our hands:
-the one whose send failed.  It goes first, to whoever serves then.
+Nothing is accepted that could not be delivered.  What was accepted and could not be sent after all
+is in undelivered.py, and goes first.  What was sent and not taken is in its channel: when the
+generation behind that drains or is gone, it is taken back and given to the route (leftovers).
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
-import struct
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from socketprotector_client import wire
 
-from ..system import inherited
-from ..system.channel import BROKEN, SEND_FLAGS, Channel
+from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE, Loop
-from .listener_drain import ListenerDrain, Parked, listener_of
+from .listener_drain import ListenerDrain, ListenerDrains
+from .queue_watch import QueueWatch
+from .undelivered import Undelivered, listener_of
 
 #: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
 #: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
@@ -41,21 +41,20 @@ LAST_WAIT_S = 0.5
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
 LAST_S = 10.0
-#: Whoever stands first in the queue for so long may wait for a worker that was woken, and was
-#: stopped or died before it took; while nobody takes, each look comes twice as late.
-FIRST_LOOK_S = 0.05
-LAST_LOOK_S = 1.6
-#: From when on it is said that nobody takes: none ever did, or somebody has before.
-NEVER_TAKEN_S = 5.0
-UNTAKEN_S = 30.0
-
 #: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
 LOOKS = 16
 
 _RETRY = "forwarder-retry"
 _QUIET = "forwarder-quiet"
-_LOOK = "forwarder-look"
-_PACK_DESCRIPTOR = struct.Struct("i").pack
+
+
+@dataclass(slots=True)
+class _Closing:
+    """A graceful close: whoever has connected is served, then nobody more is accepted."""
+
+    stay: bool  # the listeners outlive us, with whoever comes later
+    latest: float = 0.0  # 0: new clients are refused, so it comes to an end by itself
+    looked: bool = False  # once, since new clients are refused
 
 
 class Forwarder:
@@ -69,7 +68,7 @@ class Forwarder:
         broken: Callable[[], None],
         emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
-        held: Callable[[], bool],
+        persist: Callable[[], bool],
         dead: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         accepts: bool = True,
@@ -78,7 +77,7 @@ class Forwarder:
 
         broken: the route's channel was shut down.  emptied: a graceful close is over.
         trouble: an error that holds the path up, told once each time it begins.
-        held: what is in our hands has changed; returns whether that is written down.
+        persist: what is undelivered has changed; returns whether that is written down.
         dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
         untaken: for so many seconds nobody has taken who waits in the queue, so many, and whether
         anybody ever has; said once of each.
@@ -88,52 +87,43 @@ class Forwarder:
         self._broken = broken
         self._emptied = emptied
         self._trouble = trouble
-        self._held = held
         self._dead = dead
-        self._untaken = untaken
         self._accepts = accepts
-        self.hands = 0  # connections that have ever been in hand
+        self.forwarded = 0
+        self.lost = 0
+        self.undelivered = Undelivered(persist)
+        self._queue = QueueWatch(
+            loop,
+            forwarded=lambda: self.forwarded,
+            send_again=self._send_again,
+            untaken=untaken,
+        )
+        self._drains = ListenerDrains(loop, self.undelivered, self._drained)
+        #: Channels with connections to be taken back as soon as a route has room, oldest first;
+        #: and whether their generation is gone: then they are closed afterwards.
+        self._leftovers: dict[Channel, bool] = {}
         self._route: Channel | None = None
-        self._in_hand: tuple[bytes, int] | None = None
-        self._parked = Parked(self._number, held)  # the route knows not their listeners
-        self._drains: list[ListenerDrain] = []  # listeners that were removed
-        self._fed: list[Channel] = []  # by those; to be ended afterwards
-        self._left_over: deque[Channel] = deque()  # released: to be emptied, then closed
-        self._shut: list[Channel] = []  # by a worker: to be emptied as soon as there is a route
         self._full: Channel | None = None  # its write end is watched for room
         self._holding = False  # somebody wants nothing accepted
         self._waiting = False  # for descriptors or memory
         self._wait_s = 0.0
         self._scarce_at = 0.0
         self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
+        self._over: list[Listener] = []  # nobody more is to be accepted from these
+        self._closing: _Closing | None = None
         self._last_ns = 0
         self._steady = 0  # so many came one by one, each soon after the other
-        self._looked = False  # once, since new clients are refused
-        self._closing = False
-        self._stay = False  # the listeners outlive us
-        self._over: list[Listener] = []  # nobody more is to be accepted from these
-        self._close_at = 0.0  # the latest, where they cannot be refused
-        self._looks = False  # something was sent since the queue was seen to be empty
-        self._look_s = FIRST_LOOK_S
-        self._first: bytes | None = None  # the header that stood first at the last look
-        self._first_at = 0.0  # since when, on this route
-        self._elsewhere = 0  # of those forwarded, less what else the route was sent
         self._reserve = -1
         self._take_reserve()
-        self.forwarded = 0
-        self.lost = 0
 
     # -- orders --------------------------------------------------------------
 
     def route_to(self, channel: Channel | None) -> None:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
-        self._route, self._first = channel, None
-        left = channel.depth() if channel is not None else 0
-        self._elsewhere = self.forwarded - left
+        self._route = channel
+        self._queue.follow(channel)
         self._unwatch_full()
         self._stop_accepting()
-        if left:  # an earlier program has left somebody there
-            self._look_later()
         self._go_on()
 
     def hold(self, on: bool) -> None:
@@ -150,22 +140,19 @@ class Forwarder:
         """
         shut = channel.is_shut()
         self._reclaim(channel)
-        if not shut and any(each.channel is channel for each in self._drains):
-            self._fed.append(channel)  # those who still come by a removed listener are its own
-            return
+        if not shut and self._drains.end_after(channel):
+            return  # those who still come by a removed listener are its own
         channel.end()
-        if shut and channel.depth() and channel not in self._shut:
-            self._shut.append(channel)  # unless an earlier program had begun with that
+        if shut and channel.depth():
+            self._leftovers.setdefault(channel, False)  # an earlier program may have begun
 
     def release(self, channel: Channel) -> None:
         """Close a channel that has no workers, once what is left in it went to a route."""
-        for each in self._drains_to(channel):
-            each.end()
+        self._drains.end(channel)
         channel.end()
-        if channel in self._shut:
-            self._shut.remove(channel)
+        self._leftovers.pop(channel, None)
         if channel.depth():
-            self._left_over.append(channel)
+            self._leftovers[channel] = True
             self._go_on()
         else:
             channel.close()  # there may be no route for long, and many that come to nothing
@@ -182,32 +169,19 @@ class Forwarder:
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # those who accept from it take who has connected
-        if self._in_hand is not None and listener_of(self._in_hand[0]) == listener.index:
-            hand, self._in_hand = self._in_hand, None  # it goes before those who wait there
-            self._parked.put(*hand)
+        self.undelivered.park_pending_of(listener.index)  # it goes before those who wait there
         if to is None or listener.shared:
-            self.lost += self._parked.drop(listener.index)
+            self.lost += self.undelivered.drop(listener.index)
             listener.close()
-            return
-        drain = ListenerDrain(listener, to, self._loop, self._parked, self._is_empty)
-        self._drains.append(drain)
-        drain.begin()
+        else:
+            self._drains.begin(listener, to)
 
-    def _drains_to(self, channel: Channel) -> list[ListenerDrain]:
-        return [each for each in self._drains if each.channel is channel]
-
-    def _is_empty(self, drain: ListenerDrain) -> None:
-        """A removed listener is closed."""
-        self._drains.remove(drain)
+    def _drained(self, drain: ListenerDrain) -> None:
+        """Count what came by a removed listener, which is closed."""
         self.forwarded += drain.moved
-        if drain.channel is not self._route:
-            self._elsewhere += drain.moved
         self.lost += drain.lost
-        channel = drain.channel
-        if channel in self._fed and not self._drains_to(channel):
-            self._fed.remove(channel)
-            channel.end()
-        self._held()
+        if drain.channel is not self._route:
+            self._queue.extra -= drain.moved
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Let nobody new in; quick: close at once, else first send on who has connected.
@@ -215,7 +189,7 @@ class Forwarder:
         stay: who comes later is to wait for the next start, so our own listeners live until
         close(), and after it.
         """
-        self._closing, self._stay = True, stay
+        self._closing = _Closing(stay)
         if quick:
             self._close_listeners()
             return
@@ -226,8 +200,9 @@ class Forwarder:
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
-        self._close_at = 0.0 if refused else time.monotonic() + LAST_S
-        self._close_when_quiet(self.forwarded)
+        if not refused:
+            self._closing.latest = time.monotonic() + LAST_S
+        self._close_when_quiet(self._closing, self.forwarded)
 
     def _accept_no_more(self, listener: Listener) -> None:
         self._over.append(listener)
@@ -250,16 +225,12 @@ class Forwarder:
         self._listeners.clear()
         self.route_to(None)
         self._loop.cancel(_RETRY)
-        if self._in_hand is not None:
-            self.lost += 1
-            os.close(self._in_hand[1])
-            self._in_hand = None
-        self.lost += self._parked.drop()
-        for channel in self._left_over:
-            self.lost += channel.depth()
-            channel.close()
-        self._left_over.clear()
-        self._shut.clear()
+        self.lost += self.undelivered.close()
+        for channel, gone in self._leftovers.items():
+            if gone:
+                self.lost += channel.depth()
+                channel.close()
+        self._leftovers.clear()
         if self._reserve >= 0:
             os.close(self._reserve)
             self._reserve = -1
@@ -272,10 +243,7 @@ class Forwarder:
 
     def untaken_s(self, channel: Channel) -> float | None:
         """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
-        if channel is not self._route or self._first is None:
-            return None
-        seconds = time.monotonic() - self._first_at
-        return seconds if seconds >= (UNTAKEN_S if channel.taken_from else NEVER_TAKEN_S) else None
+        return self._queue.untaken_s(channel)
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
@@ -283,43 +251,16 @@ class Forwarder:
 
     # -- to the next program and from the one before -----------------------------
 
-    @property
-    def hand(self) -> bytes | None:
-        """The header of the connection in hand, if there is one."""
-        return self._in_hand[0] if self._in_hand is not None else None
-
-    @property
-    def parked(self) -> tuple[tuple[int, bytes], ...]:
-        """Number and header of each that is neither in hand nor to be sent to the route."""
-        return tuple((number, header) for number, (header, _) in self._parked.hands.items())
-
-    def _number(self) -> int:
-        """Number one that is parked; that in hand, if there is one, keeps the last number."""
-        self.hands += 2
-        return self.hands - 1
-
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
-        listeners = (*self._listeners, *(each.listener for each in self._drains))
+        listeners = (*self._listeners, *self._drains.listeners)
         found = {name: fd for each in listeners for name, fd in each.descriptors().items()}
-        if self._in_hand is not None:
-            found[f"{inherited.HAND}{self.hands}"] = self._in_hand[1]
-        found.update((f"{inherited.HAND}{n}", fd) for n, (_, fd) in self._parked.hands.items())
-        return found
-
-    def adopt_hand(self, header: bytes, fd: int, number: int) -> None:
-        """Take the connection that an earlier program had in hand.  Takes ownership of fd."""
-        self._in_hand = header, fd
-        self.hands = number
-
-    def adopt_parked(self, header: bytes, fd: int, number: int) -> None:
-        """Take one that an earlier program had parked.  Takes ownership of fd."""
-        self._parked.hands[number] = header, fd
+        return found | self.undelivered.descriptors()
 
     def adopt_drained(self, channel: Channel) -> None:
         """Go on with a channel that an earlier program has ended: empty it for the next route."""
         if channel.depth():
-            self._shut.append(channel)
+            self._leftovers[channel] = False
 
     # -- the path ------------------------------------------------------------
 
@@ -328,7 +269,7 @@ class Forwarder:
         """Whether a connection could be delivered now."""
         return (
             self._route is not None
-            and self._in_hand is None
+            and self.undelivered.pending is None
             and self._full is None
             and not self._waiting
         )
@@ -340,7 +281,10 @@ class Forwarder:
         now, close = time.monotonic_ns, os.close
         # What all of them have in common is packed once; that is half of what Python itself does.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        number, rights = -1, [_rights(-1)]  # of the descriptor before, which is nearly always ours
+        number, rights = (
+            -1,
+            [rights_of(-1)],
+        )  # of the descriptor before, which is nearly always ours
         most = 1  # to be taken in one go
 
         def ready() -> None:
@@ -359,13 +303,12 @@ class Forwarder:
                 at = now()
                 header = begin + at.to_bytes(8, "little")
                 if fd != number:
-                    number, rights = fd, [_rights(fd)]
+                    number, rights = fd, [rights_of(fd)]
                 try:
                     send([header], rights, SEND_FLAGS)
                 except OSError as error:
                     self._took(count, at)
-                    self._in_hand = header, fd
-                    self._send_failed(error)
+                    self._send_failed(header, fd, error)
                     return
                 close(fd)
             self._took(most, at)
@@ -383,8 +326,8 @@ class Forwarder:
         if count:
             self.forwarded += count
             self._last_ns = last_ns
-            if not self._looks:
-                self._look_later()
+            if not self._queue.runs:
+                self._queue.start()
 
     def _one_by_one(self, since_ns: int) -> None:
         """One came alone, so long after the one before: expect the next one, or do not."""
@@ -404,49 +347,31 @@ class Forwarder:
                 return
 
     def _go_on(self) -> None:
-        """Deliver what is in hand, then what was left over, then accept; or stay held."""
+        """Deliver what is pending, then the leftovers, then accept; or stay held."""
         if self._route is not None and self._full is None and not self._waiting:
-            self._deliver_hands(self._route)
-            while self._shut and self._open:
-                self._reclaim(self._shut[0])
+            self._deliver_pending(self._route)
+            while self._leftovers and self._open:
+                channel, gone = next(iter(self._leftovers.items()))
+                self._reclaim(channel, last=gone)
                 if self._open:
-                    self._shut.pop(0)
-            while self._left_over and self._open:
-                channel = self._left_over[0]
-                self._reclaim(channel, last=True)
-                if self._open:
-                    self._left_over.popleft().close()
+                    self._leftovers.pop(channel, None)
+                    if gone:
+                        channel.close()
         if self._accepts and self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
-    def _deliver_hands(self, route: Channel) -> None:
-        """Send what is in hand, and what was parked for a route like this one."""
-        self._sort_hands(route)
-        while self._in_hand is not None and self._full is None and not self._waiting:
-            header, fd = self._in_hand
-            self._in_hand = None
-            # Before it is sent: killed in between we lose it, but never send it twice.
-            if not self._held():
-                self._in_hand = header, fd
+    def _deliver_pending(self, route: Channel) -> None:
+        """Send what is pending, and what is parked for a route like this one."""
+        self.undelivered.choose(route)
+        while self.undelivered.pending is not None and self._full is None and not self._waiting:
+            taken = self.undelivered.take()
+            if taken is None:
                 self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
                 return
-            self._deliver(route, header, fd)
+            self._deliver(route, *taken)
             if self._route is None:
                 return
-            self._sort_hands(route)
-
-    def _sort_hands(self, route: Channel) -> None:
-        """Have in hand what the route knows of, if there is anything."""
-        if self._in_hand is not None and not route.knows_of(listener_of(self._in_hand[0])):
-            hand, self._in_hand = self._in_hand, None
-            self._parked.put(*hand)
-        if self._in_hand is None and self._parked.hands:
-            parked = self._parked.hands
-            known = [n for n, (header, _) in parked.items() if route.knows_of(listener_of(header))]
-            if known:
-                self._in_hand = parked.pop(known[0])
-                self.hands += 1
-                self._held()
+            self.undelivered.choose(route)
 
     def _accept_for(self, route: Channel) -> None:
         try:
@@ -464,62 +389,16 @@ class Forwarder:
         self._accepting.clear()
 
     def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
-        """Send one connection, or keep it in hand.  Takes ownership of fd."""
+        """Send one connection, or have it pending.  Takes ownership of fd."""
         try:
-            route.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
+            route.send(header, fd)
         except OSError as error:
-            self._in_hand = header, fd
-            self._send_failed(error)
+            self._send_failed(header, fd, error)
         else:
-            self._elsewhere -= 1
+            self._queue.extra += 1
             self._let_go(fd)
-            if not self._looks:
-                self._look_later()
-
-    def _look_later(self) -> None:
-        self._looks = self._route is not None
-        if self._looks:
-            self._loop.call_after(_LOOK, self._look_s, self._look)
-
-    def _look(self) -> None:
-        """See to it that nobody waits in the queue while workers sleep.
-
-        Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that
-        is killed or stopped before it takes leaves the others asleep.  Sent once more, a
-        connection wakes another one, whatever the first has come to.
-        """
-        route = self._route
-        if route is None:
-            self._looks = False
-            return
-        try:
-            first = route.peek()
-        except OSError:  # no memory for that now: whoever waits there can wait for the next look
-            self._look_later()
-            return
-        if first is not None and first == self._first:
-            self._look_s = min(2 * self._look_s, LAST_LOOK_S)
-            self._say_untaken(route)
-            self._send_again(route)
-        else:
-            route.taken_from = (
-                route.taken_from
-                or self._first is not None
-                or first is None
-                or self.forwarded - self._elsewhere > route.depth()
-            )
-            self._look_s, self._first_at = FIRST_LOOK_S, time.monotonic()
-        self._first = first
-        if first is None:
-            self._looks = False
-        else:
-            self._look_later()
-
-    def _say_untaken(self, route: Channel) -> None:
-        seconds = self.untaken_s(route)
-        if seconds is not None and not route.said_untaken:
-            route.said_untaken = True
-            self._untaken(seconds, route.depth(), route.taken_from)
+            if not self._queue.runs:
+                self._queue.start()
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""
@@ -527,7 +406,7 @@ class Forwarder:
             taken = self._take_back(route) if self._open else None
             if taken is None:
                 return
-            self._elsewhere += 1
+            self._queue.extra -= 1
             header, fd = taken
             if fd < 0:
                 self.lost += 1
@@ -590,13 +469,13 @@ class Forwarder:
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
         """Send a connection to where it was taken from, or park it.  Takes ownership of fd."""
         try:
-            channel.write.sendmsg([header], [_rights(fd)], SEND_FLAGS)
+            channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
                 self._scarce("sendmsg", error)  # it has not ended, so what is left may stay there
-            there = (*self._listeners, *(each.listener for each in self._drains))
+            there = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in there}:
-                self._parked.put(header, fd)
+                self.undelivered.park(header, fd)
                 return
             self.lost += 1  # nobody is left who knows the listener
         self._let_go(fd)
@@ -635,13 +514,13 @@ class Forwarder:
         """Somebody has shut a listener down, who is not us."""
         self._loop.unwatch(listener.fileno())
         self._accepting.pop(listener.fileno(), None)
-        if not self._closing:
+        if self._closing is None:
             self._dead(listener)
             self._go_on()
 
-    def _send_failed(self, error: OSError) -> None:
-        """Decide what the connection in hand waits for."""
-        self.hands += 1
+    def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
+        """Have a connection pending, and decide what it waits for.  Takes ownership of fd."""
+        self.undelivered.keep(header, fd)
         self._stop_accepting()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)
@@ -650,7 +529,6 @@ class Forwarder:
             self._broken()
         else:
             self._scarce("sendmsg", error)
-        self._held()
 
     def _await_room(self, channel: Channel) -> None:
         try:
@@ -690,50 +568,44 @@ class Forwarder:
 
     # -- the end -------------------------------------------------------------
 
-    def _close_when_quiet(self, before: int) -> None:
+    def _close_when_quiet(self, closing: _Closing, before: int) -> None:
         """Close the listeners once nobody has come since the last look, or waits for workers."""
-        if self._open and not self._left_over:
+        if self._open and not any(self._leftovers.values()):
             for ready in tuple(self._accepting.values()):
                 if self._open:  # the one before may have filled the channel, or found it broken
                     ready()
-            if self._stay:  # whoever had connected before stood in front of those who come
+            if closing.stay:  # whoever had connected before stood in front of those who come
                 for each in self._awaited:
                     if not each.has_waiting():
                         self._accept_no_more(each)
             waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
-            quiet = self.forwarded == before and self._looked and not waiting
-            late = bool(self._close_at) and time.monotonic() > self._close_at
-            over = (quiet or not self._awaited) and not (self._stay and self._drains)
+            quiet = self.forwarded == before and closing.looked and not waiting
+            late = bool(closing.latest) and time.monotonic() > closing.latest
+            over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
             if self._open and (over or late):
                 self._close_listeners()
                 self._emptied()
                 return
-            self._looked = True
+            closing.looked = True
         count = self.forwarded
-        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(count))
+        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(closing, count))
 
     def _close_listeners(self) -> None:
         self._loop.cancel(_QUIET)
         self._stop_accepting()
         for listener in tuple(self._listeners):
-            if self._stay and not listener.settings.foreign:
+            if self._closing and self._closing.stay and not listener.settings.foreign:
                 self._over.append(listener)
                 continue
             self._unwatch(listener)
             listener.close()
             self._listeners.remove(listener)
-        for each in tuple(self._drains):
-            each.end()
+        self._drains.end()
 
     def _unwatch(self, listener: Listener) -> None:
         """Let nobody look at it any more, whoever that is: it is about to be closed."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
-
-
-def _rights(fd: int) -> tuple[int, int, bytes]:
-    """What carries a descriptor."""
-    return socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd)
 
 
 def _lacks(route: Channel, channel: Channel) -> bool:

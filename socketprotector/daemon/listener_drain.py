@@ -7,16 +7,15 @@ every other connection: it looks from time to time, and is over when nobody came
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import time
 from collections.abc import Callable
 
 from socketprotector_client import wire
 
-from ..system.channel import BROKEN, SEND_FLAGS, Channel
+from ..system.channel import BROKEN, Channel
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import Loop
+from .undelivered import Undelivered
 
 #: Handshakes that are under way finish in so long, or begin again.
 QUIET_S = 0.2
@@ -25,58 +24,6 @@ QUIET_S = 0.2
 LAST_S = 10.0
 #: Connections in one go; then others come in between.
 BURST = 64
-_PACK_DESCRIPTOR = struct.Struct("i").pack
-
-
-class Parked:
-    """Connections that were accepted, could not be sent, and are not for the route.
-
-    Owns their descriptors.
-    """
-
-    def __init__(self, number: Callable[[], int], held: Callable[[], bool]) -> None:
-        """number: one that no other ever had.  held: writes down what there is; False: cannot."""
-        self._number = number
-        self._held = held
-        #: By their number: header and descriptor.
-        self.hands: dict[int, tuple[bytes, int]] = {}
-
-    def has(self, listener: int) -> bool:
-        """Whether one is there that came by a listener."""
-        return any(listener_of(header) == listener for header, _ in self.hands.values())
-
-    def put(self, header: bytes, fd: int) -> None:
-        """Take ownership of one."""
-        self.hands[self._number()] = header, fd
-        self._held()
-
-    def put_first(self, header: bytes, fd: int) -> None:
-        """Take ownership of one that was given before it could be sent: its turn is the next."""
-        self.hands = {self._number(): (header, fd), **self.hands}
-        self._held()
-
-    def take(self, listener: int) -> tuple[bytes, int] | None:
-        """Give one that came by a listener to the caller, who may send it: it is written down.
-
-        None where there is none, or where it cannot be.
-        """
-        for number, hand in self.hands.items():
-            if listener_of(hand[0]) == listener:
-                before = dict(self.hands)
-                del self.hands[number]
-                # Killed from here on we lose it, but never send it twice.
-                if self._held():
-                    return hand
-                self.hands = before
-                return None
-        return None
-
-    def drop(self, listener: int | None = None) -> int:
-        """Close all, or those that came by a listener; return how many."""
-        gone = [n for n, (h, _) in self.hands.items() if listener in (None, listener_of(h))]
-        for number in gone:
-            os.close(self.hands.pop(number)[1])
-        return len(gone)
 
 
 class ListenerDrain:
@@ -87,7 +34,7 @@ class ListenerDrain:
         listener: Listener,
         channel: Channel,
         loop: Loop,
-        parked: Parked,
+        undelivered: Undelivered,
         over: Callable[[ListenerDrain], None],
     ) -> None:
         """`over` is called back once the listener is closed."""
@@ -96,7 +43,7 @@ class ListenerDrain:
         self.moved = 0
         self.lost = 0
         self._loop = loop
-        self._parked = parked
+        self._undelivered = undelivered
         self._over = over
         self._quiet = False  # nobody came since the last look
         self._until = 0.0  # to be closed then, though new ones may still come
@@ -118,7 +65,7 @@ class ListenerDrain:
     def end(self) -> None:
         """Close the listener, whoever may still wait there."""
         self._loop.cancel(self._timer)
-        self.lost += self._parked.drop(self.listener.index)
+        self.lost += self._undelivered.drop(self.listener.index)
         self.listener.close()
         self._over(self)
 
@@ -131,7 +78,7 @@ class ListenerDrain:
             self.end()
             return
         self.moved += moved
-        parked = self._parked.has(self.listener.index)
+        parked = self._undelivered.has_parked(self.listener.index)
         nobody = not moved and not parked and not self._is_full()
         late = bool(self._until) and time.monotonic() > self._until
         if (nobody and self._quiet) or (late and not parked):
@@ -147,8 +94,8 @@ class ListenerDrain:
         """Accept one and send it; False where there is none, or no room.  Raises OSError."""
         if self._is_full():
             return False
-        hand = self._parked.take(self.listener.index)
-        if hand is None and self._parked.has(self.listener.index):
+        hand = self._undelivered.take_parked(self.listener.index)
+        if hand is None and self._undelivered.has_parked(self.listener.index):
             return False  # it goes first
         if hand is None and self._foreign:
             return False
@@ -162,11 +109,10 @@ class ListenerDrain:
             index, now = self.listener.index, time.monotonic_ns()
             hand = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
         header, fd = hand
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd))]
         try:
-            self.channel.write.sendmsg([header], rights, SEND_FLAGS)
+            self.channel.send(header, fd)
         except OSError as error:
-            self._parked.put_first(header, fd)
+            self._undelivered.park_first(header, fd)
             if error.errno in BROKEN:
                 raise
             return False  # no room after all, or the system is short of something
@@ -174,7 +120,48 @@ class ListenerDrain:
         return True
 
 
-def listener_of(header: bytes) -> int:
-    """The index of the listener that a connection came by."""
-    index: int = wire.HEADER.unpack_from(header)[2]
-    return index
+class ListenerDrains:
+    """All listeners that were removed and are not closed yet."""
+
+    def __init__(
+        self, loop: Loop, undelivered: Undelivered, over: Callable[[ListenerDrain], None]
+    ) -> None:
+        """`over` is called back each time that one is closed."""
+        self._loop = loop
+        self._undelivered = undelivered
+        self._over = over
+        self._drains: list[ListenerDrain] = []
+        self._to_end: list[Channel] = []  # when nothing drains to them any more
+
+    @property
+    def listeners(self) -> tuple[Listener, ...]:
+        return tuple(each.listener for each in self._drains)
+
+    def begin(self, listener: Listener, to: Channel) -> None:
+        """Send whoever has connected to the channel, then close the listener; takes ownership."""
+        drain = ListenerDrain(listener, to, self._loop, self._undelivered, self._closed)
+        self._drains.append(drain)
+        drain.begin()
+
+    def end_after(self, channel: Channel) -> bool:
+        """End a channel when nothing drains to it any more; False: nothing does."""
+        if not self._to(channel):
+            return False
+        self._to_end.append(channel)
+        return True
+
+    def end(self, channel: Channel | None = None) -> None:
+        """Close all those that drain to a channel, or all there are."""
+        for each in self._to(channel) if channel is not None else tuple(self._drains):
+            each.end()
+
+    def _to(self, channel: Channel) -> list[ListenerDrain]:
+        return [each for each in self._drains if each.channel is channel]
+
+    def _closed(self, drain: ListenerDrain) -> None:
+        self._drains.remove(drain)
+        self._over(drain)
+        if drain.channel in self._to_end and not self._to(drain.channel):
+            self._to_end.remove(drain.channel)
+            drain.channel.end()
+        self._undelivered.persist()

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import select
 import socket
+import struct
 import sys
 import termios
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
+_PACK_DESCRIPTOR = struct.Struct("i").pack
 
 
 class Channel:
@@ -118,6 +120,10 @@ class Channel:
         poll.register(self.write, select.POLLOUT)
         return bool(poll.poll(0))
 
+    def send(self, header: bytes, fd: int) -> None:
+        """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full."""
+        self.write.sendmsg([header], [rights_of(fd)], SEND_FLAGS)
+
     def peek(self) -> bytes | None:
         """Return the header of the oldest untaken message, which stays; None when nothing waits."""
         try:
@@ -165,3 +171,8 @@ class Channel:
         """Close all that is left of the channel."""
         self.end()
         self.read.close()
+
+
+def rights_of(fd: int) -> tuple[int, int, bytes]:
+    """Return what carries a descriptor in a message."""
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, _PACK_DESCRIPTOR(fd)

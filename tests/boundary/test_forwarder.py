@@ -18,19 +18,21 @@ import pytest
 
 from socketprotector.daemon.forwarder import (
     BURST,
-    FIRST_LOOK_S,
     FIRST_WAIT_S,
-    LAST_LOOK_S,
     LAST_S,
     LAST_WAIT_S,
-    NEVER_TAKEN_S,
     QUIET_S,
     STEADY,
-    UNTAKEN_S,
     Forwarder,
 )
+from socketprotector.daemon.queue_watch import (
+    FIRST_LOOK_S,
+    LAST_LOOK_S,
+    NEVER_TAKEN_S,
+    UNTAKEN_S,
+)
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system.channel import BROKEN, Channel
+from socketprotector.system.channel import BROKEN, Channel, rights_of
 from socketprotector.system.listener import AGAIN, Listener
 from socketprotector.system.loop import Loop
 
@@ -130,6 +132,9 @@ class FakeChannel:
         (fd,) = FD.unpack(rights[0][2])
         self.queue.append((buffers[0], os.dup(fd)))
 
+    def send(self, header: bytes, fd: int) -> None:
+        self.sendmsg([header], [rights_of(fd)], 0)
+
     def depth(self) -> int:
         return len(self.queue)
 
@@ -224,7 +229,7 @@ class World:
         self.emptied = 0
         self.troubles: list[tuple[str, int | None]] = []
         self.channels: list[FakeChannel] = []
-        self.hands: list[bytes | None] = []  # what was in hand, each time that changed
+        self.pending: list[bytes | None] = []  # each time that it was written down
         self.dead: list[int] = []  # listeners that somebody has shut down
         self.untaken: list[float] = []
         self.loses = True
@@ -235,13 +240,13 @@ class World:
             broken=self._broken,
             emptied=self._emptied,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
-            held=self._held,
+            persist=self._persist,
             dead=self._dead,
             untaken=lambda seconds, waiting, ever: self.untaken.append(seconds),
         )
 
-    def _held(self) -> bool:
-        self.hands.append(self.forwarder.hand)
+    def _persist(self) -> bool:
+        self.pending.append(self.forwarder.undelivered.pending_header)
         return True
 
     def _broken(self) -> None:
@@ -950,14 +955,14 @@ def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: in
         world.loop.wake(channel)
     assert sorted(channel.taken()) == [1, 2, 3]
     assert world.forwarder.lost == 0
-    assert world.forwarder.hand is None
+    assert world.forwarder.undelivered.pending is None
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Have so many seconds pass."""
     now = [time.monotonic()]
-    monkeypatch.setattr("socketprotector.daemon.forwarder.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("socketprotector.daemon.queue_watch.time.monotonic", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

@@ -44,7 +44,7 @@ class World:
         self.loop.watch(self._ticks, turns.tick)
         self.folder = folder
         self.listeners = [self.listener(0), self.listener(1)]
-        self.held = 0
+        self.persisted = 0
         self.holds = True  # what is said to have changed can be written down
         self.troubles: list[tuple[str, int | None]] = []
         self.forwarder = self.another(self.listeners)
@@ -58,12 +58,12 @@ class World:
             broken=lambda: None,
             emptied=lambda: None,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
-            held=self._held,
+            persist=self._persist,
             dead=lambda listener: None,
         )
 
-    def _held(self) -> bool:
-        self.held += 1
+    def _persist(self) -> bool:
+        self.persisted += 1
         return self.holds
 
     def listener(self, index: int, *, foreign: bool = False) -> Listener:
@@ -256,7 +256,7 @@ def test_who_waits_at_a_removed_listener_goes_to_the_channel_that_is_ended_after
     assert taken(world.old) == [1, 1, 1]
     assert world.old.write.fileno() < 0
     assert "sp.listener.1" not in world.forwarder.descriptors()
-    assert world.held
+    assert world.persisted
     assert world.forwarder.forwarded == 3
 
 
@@ -283,7 +283,7 @@ def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: W
     world.forwarder.route_to(small)
     world.connect(1, room + 1)
     world.turn()
-    assert world.forwarder.hand is not None
+    assert world.forwarder.undelivered.pending is not None
 
     world.forwarder.route_to(world.new)
     world.connect(0)
@@ -308,7 +308,7 @@ def test_one_in_hand_for_want_of_memory_goes_first_where_its_listener_is_removed
     world.connect(1, 3)
     world.say()
     world.turn(0.002)
-    assert world.forwarder.hand is not None
+    assert world.forwarder.undelivered.pending is not None
 
     world.forwarder.remove(world.listeners[1], world.old)
     world.turn(4 * QUIET_S)
@@ -325,20 +325,20 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     world.turn()
     world.forwarder.route_to(world.new)
 
-    ((number, header),) = world.forwarder.parked
+    ((number, header),) = world.forwarder.undelivered.parked
     found = world.forwarder.descriptors()
     hand, first = (os.dup(found[name]) for name in (f"sp.hand.{number}", "sp.listener.1"))
     listener = Listener(first, 1, world.listeners[1].settings)
     taken(small)
-    held = world.held
+    persisted = world.persisted
     after = world.another([listener])
-    after.adopt_parked(header, hand, number)
+    after.undelivered.adopt(None, number, [(number, header)], {f"sp.hand.{number}": hand})
     after.remove(listener, small)
     world.turn(4 * QUIET_S)
 
     assert taken(small) == [1]
-    assert (after.parked, after.lost) == ((), 0)
-    assert world.held > held, "sent before that was written down: once more after a kill"
+    assert (after.undelivered.parked, after.lost) == ((), 0)
+    assert world.persisted > persisted, "sent before that was written down: once more after a kill"
     after.close()
     small.close()
 
@@ -351,7 +351,7 @@ def left(world: World, before: Channel, clients: int) -> None:
     world.say()
     world.forwarder.route_to(world.new)
     world.forwarder.release(world.old)
-    assert len(world.forwarder.parked) == clients
+    assert len(world.forwarder.undelivered.parked) == clients
     world.forwarder.remove(world.listeners[1], before)
 
 
@@ -366,7 +366,7 @@ def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
     world.holds = trouble == "send"
 
     world.turn(QUIET_S / 2)
-    assert len(world.forwarder.parked) == 3, "some were sent"
+    assert len(world.forwarder.undelivered.parked) == 3, "some were sent"
     world.holds = True
     world.turn(4 * QUIET_S)
 
@@ -479,7 +479,7 @@ def test_one_in_hand_by_a_listener_of_somebody_else_is_sent_when_that_was_let_go
     world.forwarder.route_to(small)
     world.connect(2, room + 1)
     world.turn()
-    assert world.forwarder.hand is not None
+    assert world.forwarder.undelivered.pending is not None
 
     world.forwarder.route_to(world.new)
     world.forwarder.remove(foreign, small)

@@ -1,0 +1,110 @@
+"""Whether anybody takes from the queue of the generation that has the route.
+
+Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that is killed
+or stopped between its wake-up and its take leaves the others asleep, with a client waiting.  So
+while something is queued, its head is looked at.  Where it is the same at two looks, all that is
+queued is sent once more, in the same order: that wakes another worker, whatever has become of the
+first.  While nothing is queued no timer runs, and the path of a connection looks at one flag.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..system.channel import Channel
+from ..system.loop import Loop
+
+#: The head of the queue is looked at after so long; while it stays the same, each look comes twice
+#: as late.
+FIRST_LOOK_S = 0.05
+LAST_LOOK_S = 1.6
+#: From when on it is said that nobody takes: none ever did, or somebody has before.
+NEVER_TAKEN_S = 5.0
+UNTAKEN_S = 30.0
+
+_LOOK = "forwarder-look"
+
+
+class QueueWatch:
+    """Looks at the queue from the first send until it is empty."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        forwarded: Callable[[], int],
+        send_again: Callable[[Channel], None],
+        untaken: Callable[[float, int, bool], None],
+    ) -> None:
+        """forwarded: how many connections were ever sent.  send_again: all that is queued.
+
+        untaken: see Forwarder.
+        """
+        self._loop = loop
+        self._forwarded = forwarded
+        self._send_again = send_again
+        self._untaken = untaken
+        #: Whether a look is due; else whoever sends something starts it.
+        self.runs = False
+        #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
+        self.extra = 0
+        self._route: Channel | None = None
+        self._head: bytes | None = None  # at the last look
+        self._head_since = 0.0
+        self._look_s = FIRST_LOOK_S
+
+    def follow(self, route: Channel | None) -> None:
+        """Have another route, or none."""
+        self._route, self._head = route, None
+        queued = route.depth() if route is not None else 0
+        self.extra = queued - self._forwarded()
+        if queued:  # by an earlier program, or when it was the route before
+            self.start()
+
+    def start(self) -> None:
+        """Look at the queue a while from now: something was sent."""
+        self.runs = self._route is not None
+        if self.runs:
+            self._loop.call_after(_LOOK, self._look_s, self._look)
+
+    def untaken_s(self, channel: Channel) -> float | None:
+        """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
+        if channel is not self._route or self._head is None:
+            return None
+        seconds = time.monotonic() - self._head_since
+        return seconds if seconds >= (UNTAKEN_S if channel.taken_from else NEVER_TAKEN_S) else None
+
+    def _look(self) -> None:
+        route = self._route
+        if route is None:
+            self.runs = False
+            return
+        try:
+            head = route.peek()
+        except OSError:  # no memory for that now: whoever waits there can wait for the next look
+            self.start()
+            return
+        if head is not None and head == self._head:
+            self._look_s = min(2 * self._look_s, LAST_LOOK_S)
+            self._say_untaken(route)
+            self._send_again(route)
+        else:
+            route.taken_from = (
+                route.taken_from
+                or self._head is not None
+                or head is None
+                or self._forwarded() + self.extra > route.depth()
+            )
+            self._look_s, self._head_since = FIRST_LOOK_S, time.monotonic()
+        self._head = head
+        if head is None:
+            self.runs = False
+        else:
+            self.start()
+
+    def _say_untaken(self, route: Channel) -> None:
+        seconds = self.untaken_s(route)
+        if seconds is not None and not route.said_untaken:
+            route.said_untaken = True
+            self._untaken(seconds, route.depth(), route.taken_from)

@@ -238,7 +238,7 @@ class Effects:
                 self._report(action)
             case Exit(status):
                 self.exit_status = status
-                self.pool.when_ended(self._stop_running)
+                self.pool.orphans.when_ended(self._stop_running)
             case _:  # of a generation that could not be opened, and that was told
                 pass
 
@@ -268,7 +268,7 @@ class Effects:
             hand=undelivered.pending_header,
             hand_number=undelivered.number,
             aside=undelivered.parked,
-            strays=self.pool.orphans,
+            strays=self.pool.orphans.left,
             forwarded=self.forwarder.forwarded,
             lost=self.forwarder.lost,
             version=version,
@@ -363,7 +363,8 @@ class Effects:
         serving = snapshot.fleet.of(Phase.SERVING)
         proven = self.homes.get(serving.number) if serving is not None else None
         self._good = proven.program if proven is not None else snapshot.good
-        self.pool.adopt_orphans(snapshot.strays)
+        for address in snapshot.strays:
+            self.pool.orphans.end(address)
         self.forwarder.forwarded = snapshot.forwarded
         self.forwarder.lost = snapshot.lost
         self.history = snapshot.history
@@ -444,7 +445,7 @@ class Effects:
     def unguarded(self) -> None:
         """Nobody is left who would tell that."""
         self.guarded = False
-        self.pool.unguarded()
+        self.pool.guarded = False
 
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""

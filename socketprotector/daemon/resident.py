@@ -452,7 +452,7 @@ class _Resident:
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():
-            supervisor.effects.pool.told(int(pid), *status_of(int(status)))
+            supervisor.effects.pool.learn_status(int(pid), *status_of(int(status)))
 
     def _write_pid(self, log: Log) -> None:
         """Write the pid of whoever is to be signalled into the pid file, which we hold."""

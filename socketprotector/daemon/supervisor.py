@@ -258,7 +258,7 @@ class Supervisor:
         """Reap what was left to us: nothing, but for PID 1 of a container and sub-reapers."""
         reaped, more = reap_orphans()
         if reaped:
-            self.effects.pool.others_ended()
+            self.effects.pool.groups.look()  # it may have been a worker's child
         if more:
             later_s = min(2 * again_s, _LAST_REAP_S)
             delay_s = 0.0 if reaped else again_s

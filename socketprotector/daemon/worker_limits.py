@@ -7,13 +7,81 @@ from __future__ import annotations
 
 import binascii
 import os
+import time
+from collections.abc import Callable, Mapping
 
-from ..model.settings import Limits
+from ..core.events import Event, ReplaceRequested
+from ..model.settings import Limits, Settings
 from ..system import procfs
+from ..system.log import Log
+from ..system.loop import Loop
+from .worker_spawn import Worker
 
 #: How often to look.
 EVERY_S = 1.0
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+_TIMER = "limits"
+
+
+class LimitWatch:
+    """Has each worker replaced that has reached a limit."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        loop: Loop,
+        log: Log,
+        workers: Mapping[int, Worker],
+        post: Callable[[Event], None],
+    ) -> None:
+        """workers: those that live, by number, at any time."""
+        self._loop = loop
+        self._log = log
+        self._workers = workers
+        self._post = post
+        self._blind = False  # no worker's memory can be looked at, and that was said
+        self.use(settings)
+
+    def use(self, settings: Settings) -> None:
+        """Have these limits hold from now on."""
+        self._limits, self._secret = settings.worker_limits, settings.secret
+        self._loop.cancel(_TIMER)
+        if self._limits.any:
+            self._loop.call_after(_TIMER, EVERY_S, self._look)
+
+    def _look(self) -> None:
+        if self._limits.memory_bytes and not self._blind:
+            self._blind = self._cannot_look()
+        for number, worker in tuple(self._workers.items()):
+            ready_at = worker.record.ready_at
+            if ready_at is None or worker.record.told_to_go:
+                continue
+            counts = worker.home.counts(worker.record.slot)
+            reason = exceeded(
+                self._limits,
+                f"{self._secret}-{number}",
+                age_s=time.monotonic() - ready_at,
+                pid=worker.process.pid,
+                accepted=counts.accepted if counts is not None else None,
+            )
+            if reason is not None:
+                self._post(ReplaceRequested(number, reason))
+        self._loop.call_after(_TIMER, EVERY_S, self._look)
+
+    def _cannot_look(self) -> bool:
+        """Say it where the memory of a worker is hidden from us, as by hidepid of proc(5)."""
+        for number, worker in self._workers.items():
+            process = worker.process
+            if resident_bytes(process.pid) is None and not process.has_ended():
+                self._log.write(
+                    "warning",
+                    "cannot-look",
+                    worker=number,
+                    error=f"/proc/{process.pid} is not there or closed to us",
+                    hint="--max-memory replaces nobody whose memory is not known",
+                )
+                return True
+        return False
 
 
 def exceeded(

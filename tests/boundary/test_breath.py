@@ -176,6 +176,7 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
 def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile() -> None:
     named = inherited.Named()
     settings = SimpleNamespace(
+        secret="",
         identity=None,
         worker_identity=None,
         guarded=True,
@@ -184,7 +185,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile(
     )
     pool = WorkerPool(
         cast("Any", settings),
-        loop=cast("Any", None),
+        loop=cast("Any", SimpleNamespace(cancel=lambda _: None)),
         log=cast("Any", None),
         output=cast("Any", SimpleNamespace(named=named)),
         post=lambda _: None,

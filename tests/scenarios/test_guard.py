@@ -193,7 +193,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
 def test_upgraded_after_it_lost_its_guard_it_still_waits_for_nobody_to_tell_how_workers_ended(
     installation: Installation,
 ) -> None:
-    installation.change("one", "daemon/worker_pool", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
+    installation.change("one", "daemon/post_mortem", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
     daemon = installation.start("--guard", "127.0.0.1:0", "--", *MANY).ready()
     pid = revived(daemon, kill_protector(daemon))
     at_rest(daemon)

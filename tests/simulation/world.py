@@ -605,7 +605,7 @@ class World:
                     protector.effects.unguarded()
                     return
                 pid, _, status = data.decode().partition(" ")
-                protector.effects.pool.told(int(pid), *text.status_of(int(status)))
+                protector.effects.pool.learn_status(int(pid), *text.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:

@@ -1,0 +1,228 @@
+"""What is found out when a worker has ended: how, why, and what it has left behind.
+
+The order is fixed.  First its last words, where it has not served: they are the reason of a failed
+start, and may have to come from the relay process.  Until then it is not reaped, so that a program
+that replaces this one meanwhile finds it ended, and asks again.  Then its status: from wait, or
+from whoever is its parent, if an earlier program was (waitid(2) says ECHILD to us, and the guard
+tells).  At last what it leaves: its process group, which has its pid for a name, is looked after
+from before the pid can be another's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..core.events import WorkerExited
+from ..model import known_servers
+from ..model.handoff import CONNECTION, LISTENER
+from ..model.history import Crash
+from ..model.records import WorkerRecord
+from ..model.text import LAST_WORDS
+from ..system import clock
+from ..system.log import Log
+from ..system.loop import Loop
+from ..system.orphans import Orphans
+from ..system.process import End, Process
+from ..system.process_groups import Groups
+from .generation import Home
+from .output import Output
+from .worker_spawn import Worker
+
+#: How soon to ask again for the end of a worker that has ended, and that somebody traces.
+_REAP_AGAIN_S = 0.1
+#: How long the guard may take to tell how a worker ended.
+_STATUS_S = 1.0
+
+
+@dataclass(slots=True)
+class _Ending:
+    """A worker that has ended, and what is not known of it yet."""
+
+    last_words: str | None = None  # None: they are awaited
+    status_due: bool = False  # whoever has reaped it is to say how it ended
+
+
+class PostMortem:
+    """Looks into the end of each worker."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        log: Log,
+        output: Output,
+        *,
+        groups: Groups,
+        orphans: Orphans,
+        ended: Callable[[int], None],
+        crashed: Callable[[Crash], None],
+        late: Callable[[int, str], None],
+    ) -> None:
+        """ended: a worker has, as far as could be seen; more is known of it now.
+
+        crashed, late: see WorkerPool.
+        """
+        self._loop = loop
+        self._log = log
+        self._output = output
+        self._groups = groups
+        self._orphans = orphans
+        self._ended = ended
+        self._crashed = crashed
+        self._late = late
+        self._endings: dict[int, _Ending] = {}
+        self._statuses: dict[int, End] = {}  # by pid, from who has reaped it
+
+    def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
+        """Reap a worker that has ended; None: not yet, and then `ended` is called.
+
+        guarded: somebody tells how one ended that is no child of ours.
+        """
+        number = worker.record.number
+        ending = self._endings.get(number)
+        if ending is None:
+            if not worker.process.has_ended():
+                return None
+            ending = self._endings[number] = _Ending()
+            if not worker.has_served:
+                self._loop.unwatch(worker.process.pidfd)
+                self._ask(worker.record, lambda said: self._said(number, said))
+                return None  # that may be called back at once, and all be over
+        if not worker.has_served and ending.last_words is None:
+            return None
+        try:
+            end = worker.process.reap()
+        except ChildProcessError:
+            return self._end_from_elsewhere(worker, ending, guarded=guarded)
+        if end is None:  # somebody else sees it first: a debugger, or strace, that stands still
+            self._loop.unwatch(worker.process.pidfd)
+            self._loop.call_after(("reap", number), _REAP_AGAIN_S, lambda: self._ended(number))
+        return end
+
+    def _ask(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
+        self._output.last_words(record.number, record.mark, done)
+
+    def _said(self, number: int, last_words: str) -> None:
+        self._endings[number].last_words = last_words
+        self._ended(number)
+
+    def _end_from_elsewhere(self, worker: Worker, ending: _Ending, *, guarded: bool) -> End | None:
+        """Return how one ended that another process has reaped; None: that is not told yet."""
+        number = worker.record.number
+        end = self._statuses.pop(worker.process.pid, None)
+        if end is not None or ending.status_due or not guarded:
+            self._loop.cancel(("status", number))
+            return end or End(False, "ended, nobody knows how")
+        ending.status_due = True
+        self._loop.unwatch(worker.process.pidfd)
+        self._loop.call_after(("status", number), _STATUS_S, lambda: self._ended(number))
+        return None
+
+    def learn_status(self, number: int, pid: int, end: End) -> None:
+        """Learn how a worker ended from who has reaped it, because it was no child of ours."""
+        self._statuses[pid] = end
+        ending = self._endings.get(number)
+        if ending is not None and ending.status_due:
+            self._ended(number)
+
+    def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
+        """Say what is known of an end, and look after what is left.  Closes the worker.
+
+        spoken_with: a worker of this program has said that it is ready.
+        """
+        known, number = worker.record, worker.record.number
+        ending = self._endings.pop(number)
+        lost = worker.home.bury(known.slot)
+        orphans = self.keep_group(known, worker.process, worker.home)
+        worker.close()
+        self._log.write(
+            "info",
+            "exited",
+            generation=known.generation,
+            worker=number,
+            how=end.how,
+            lost=lost or None,
+        )
+        last_words, silent = ending.last_words or "", not known.ready_by and not worker.has_served
+        if silent:  # it has failed to start, or detached itself
+            self._orphans.end(worker.notify.address)
+        detached = end.clean and silent
+        if not known.told_to_go and not (end.clean and worker.home.ended):
+            self._crashed(_crash(worker, end, lost, last_words))
+            if worker.has_served:  # so its slot is filled without waiting for them
+                self._ask(known, lambda said: self._late(number, said))
+        reason, served_s = end.how, 0.0
+        if known.ready_at is not None:
+            served_s = time.monotonic() - known.ready_at
+        else:
+            reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
+        waiting = worker.home.channel.depth()
+        return WorkerExited(number, reason, served_s, waiting, detached, orphans)
+
+    def _why(
+        self, worker: Worker, how: str, last_words: str, detached: bool, *, spoken_with: bool
+    ) -> str:
+        """Say why a worker that never served has ended, as far as can be known."""
+        when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
+        program = worker.home.program
+        reason = f"{program.argv[0]} {how} {when}"
+        if detached:
+            reason += "; does it detach itself? tell it to stay in the foreground"
+            if program.handoff == CONNECTION:
+                reason += f"; {known_servers.STDIN}"
+        where = "" if last_words else self._output.where_to_look()
+        unseen = bool(where) and not detached
+        advice = known_servers.advice(program, said=last_words, unseen=unseen)
+        if advice and not spoken_with:
+            reason += f"; {advice}"
+        if last_words:
+            return f"{reason}{LAST_WORDS}\n{last_words}"
+        return "; ".join(filter(None, (reason, where)))
+
+    # -- what is left ------------------------------------------------------------
+
+    def keep_group(self, record: WorkerRecord, process: Process, home: Home) -> bool:
+        """Look after what is left of a worker's process group; say whether anything is."""
+        left = process.has_group()
+        if left:
+            program = home.program
+            drain_signal = program.drain_signal if program.handoff == LISTENER else 0
+            self._groups.keep(record, process, drain_signal)
+        else:
+            process.close()
+        return left
+
+    def adopt_group(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> bool:
+        """Go on with what a worker has left that has ended; takes ownership of its descriptors.
+
+        Returns whether anything is.
+        """
+        for name, fd in descriptors.items():
+            if name != "process":
+                os.close(fd)  # it was to be given up
+        process = Process(record.pid, descriptors["process"])
+        try:
+            process.reap()
+        except ChildProcessError:
+            pass  # it was another's child
+        return self.keep_group(record, process, home)
+
+
+def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:
+    known = worker.record
+    ready = known.ready_by or worker.has_served
+    return Crash(
+        at=clock.date(),
+        generation=known.generation,
+        worker=known.number,
+        slot=known.slot,
+        pid=known.pid,
+        how=end.how,
+        when="draining" if worker.home.ended else "serving" if ready else "starting",
+        lost=lost,
+        last_words=last_words,
+        cpu_s=end.cpu_s,
+        max_rss_kib=end.max_rss_kib,
+    )

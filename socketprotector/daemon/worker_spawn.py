@@ -1,0 +1,222 @@
+"""How a worker comes to be: its descriptors, its environment, its process.
+
+A worker knows nothing but the numbers of its descriptors and what its environment says of them
+(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  Two kinds are told
+apart here: one that accepts is given the listening sockets, every other one its generation's
+channel, a RETURN line of its own and its slot of the scoreboard.
+
+What is shared is the open file description, not the number: the channel's read end and the
+listening sockets are the same ones in all workers and here.  So no flag of them is set for one
+worker.  The far ends of a worker's own lines are closed here as soon as it has them; while a copy
+was left, we would never read their end of file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+
+from socketprotector_client import wire
+
+from ..model.handoff import FIRST_FD, LISTENER, told_to
+from ..model.records import WorkerRecord
+from ..model.settings import Settings
+from ..system import clock, inherited
+from ..system.log import Log
+from ..system.process import Process, spawn
+from ..system.readiness import Readiness
+from ..system.sd_notify import NotifySocket, discard_all
+from .generation import Home, known
+from .output import Output
+
+
+@dataclass(slots=True)
+class Worker:
+    """One process, and what it speaks with us by."""
+
+    #: What another program would have to know.  Replaced whole, so that who writes it down sees
+    #: at a glance which ones are others than before.
+    record: WorkerRecord
+    home: Home  # its generation's, not ours to close
+    process: Process
+    notify: NotifySocket
+    line: socket.socket | None  # our end of its RETURN line, where it has one
+    readiness: Readiness
+    named: dict[str, int] = field(default_factory=dict)  # those of descriptors() that are kept
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it takes connections from the listeners: then a signal has it finish."""
+        return self.home.program.handoff == LISTENER
+
+    @property
+    def has_served(self) -> bool:
+        """Whether it was ready and lived: one that ends as it says so has not served."""
+        return self.record.ready_at is not None
+
+    def descriptors(self) -> dict[str, int]:
+        """Return what an adopter needs, by name."""
+        found = {
+            "process": self.process.pidfd,
+            "notify": self.notify.fileno(),
+            **self.readiness.descriptors(),
+        }
+        if self.line is not None:
+            found["line"] = self.line.fileno()
+        return {f"{inherited.WORKER}{self.record.number}.{name}": fd for name, fd in found.items()}
+
+    def close(self) -> None:
+        """Close what it speaks with; its process may have left a group."""
+        self.notify.close()
+        self.readiness.close()
+        if self.line is not None:
+            discard_all(self.line)
+
+
+class WorkerSpawner:
+    """Starts workers, and takes over those of an earlier program."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        output: Output,
+        listeners: Callable[[int], Mapping[int, int]],
+    ) -> None:
+        """listeners: returns the sockets to accept from, socket 0 or 1 of each, by index."""
+        self.settings = settings
+        self.listeners = listeners
+        self._log = log
+        self._output = output
+        users = (settings.identity, settings.worker_identity)
+        self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
+
+    def start(self, number: int, slot: int, generation: int, home: Home) -> Worker:
+        """Start a process with all it needs.  Raises OSError or ValueError, and leaves nothing."""
+        program = home.program
+        with ExitStack() as theirs, ExitStack() as ours:
+            notify = self._notify_socket(number)
+            ours.callback(notify.close)
+            output_start = self._output.mark()
+            environment = {wire.ENV_NOTIFY: notify.address}
+            if program.watchdog_s:
+                environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
+            # --ready fd:N has that number for itself.
+            free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
+            line = None
+            if program.handoff == LISTENER:
+                descriptors = self._listeners_for(home, free)
+                environment |= self._variables_of_listeners(generation, slot)
+                tell_pid = "LISTEN_PID"
+            else:
+                line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours.callback(line.close)
+                theirs.callback(end.close)
+                descriptors, told = self._channel_for(home, slot, generation, end, free)
+                environment |= told
+                tell_pid = ""
+            with (
+                Readiness.offered(program, free) as (readiness, offer),
+                self._output.opened(number, generation) as output,
+            ):
+                descriptors |= offer.places | output.places
+                process = spawn(program, environment | offer.environment, descriptors, tell_pid)
+                output.pid = process.pid
+            ours.pop_all()
+        record = WorkerRecord(
+            number, generation, process.pid, output_start, slot=slot, started_at=clock.date()
+        )
+        return Worker(record, home, process, notify, line, readiness)
+
+    def _listeners_for(self, home: Home, free: Iterator[int]) -> dict[int, int]:
+        """Return the listening sockets of one that accepts, number there -> ours."""
+        wanted = sorted(known(home.program) or ())
+        listeners = self.listeners(home.side)
+        if not listeners.keys() >= set(wanted):
+            why = "a listener was lost when the protector was killed; restart to have it"
+            raise OSError(errno.ENOTCONN, why)
+        return {next(free): listeners[index] for index in wanted}
+
+    def _variables_of_listeners(self, generation: int, slot: int) -> dict[str, str]:
+        told = told_to(generation=generation, slot=slot, master_pid=os.getpid())
+        if self.settings.control is not None:
+            told["EINHORN_SOCK_PATH"] = self.settings.control.address.removeprefix("unix:")
+        return told
+
+    def _channel_for(
+        self, home: Home, slot: int, generation: int, end: socket.socket, free: Iterator[int]
+    ) -> tuple[dict[int, int], dict[str, str]]:
+        """Return the channel, RETURN's far end and the scoreboard, number there -> ours; and what
+        the environment says of them.
+        """
+        given = {
+            wire.ENV_CHANNEL: home.channel.read.fileno(),
+            wire.ENV_RETURN: end.fileno(),
+        }
+        board, offset = home.place(slot) or (-1, 0)
+        if board >= 0:
+            given[wire.ENV_SCOREBOARD] = board
+        descriptors = dict(zip(free, given.values(), strict=False))
+        told = {name: str(fd) for name, fd in zip(given, descriptors, strict=True)}
+        if board >= 0:
+            told[wire.ENV_SCOREBOARD] += f":{offset}"
+        told |= {
+            wire.ENV_LISTENERS: home.program.listeners,
+            wire.ENV_GENERATION: str(generation),
+            wire.ENV_WORKER: str(slot),
+            wire.ENV_WORKERS: str(max(self.settings.processes, slot + 1)),
+        }
+        return descriptors, told
+
+    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> Worker:
+        """Take over one that an earlier program started, with its descriptors.
+
+        Raises KeyError when one of these is missing.
+        """
+        notify = socket.socket(fileno=descriptors["notify"])
+        own = {n: fd for n, fd in descriptors.items() if n not in ("notify", "process", "line")}
+        line = descriptors.get("line")
+        return Worker(
+            record,
+            home,
+            Process(record.pid, descriptors["process"]),
+            NotifySocket(notify, self._address_of(record.number, notify), self._uids),
+            socket.socket(fileno=line) if line is not None else None,
+            Readiness(home.program, own),
+        )
+
+    # -- notify sockets --------------------------------------------------------
+
+    def addresses(self, number: int) -> tuple[str, ...]:
+        """Return where a worker's notify socket may be, the better address first."""
+        name = f"{self.settings.secret}-{number}"
+        abstract = f"@socketprotector-{name}"
+        folder = self.settings.notify_folder
+        return (f"{folder}/{name}", abstract) if folder else (abstract,)
+
+    def _address_of(self, number: int, notify: socket.socket) -> str:
+        """Return where this one is, which an earlier program has made."""
+        first, *other = self.addresses(number)
+        # The name of an abstract one is told as bytes.
+        return other[0] if other and isinstance(notify.getsockname(), bytes) else first
+
+    def _notify_socket(self, number: int) -> NotifySocket:
+        """Make a worker's, abstract where the folder has none.  Raises OSError."""
+        *better, abstract = self.addresses(number)
+        for path in better:
+            try:
+                return NotifySocket.make(path, self._uids)
+            except OSError as error:
+                self._log.write(
+                    "warning",
+                    "notify-socket-abstract",
+                    worker=number,
+                    folder=self.settings.notify_folder,
+                    error=error.strerror,
+                )
+        return NotifySocket.make(abstract, self._uids)

@@ -260,3 +260,16 @@ def test_the_pool_stays_small() -> None:
     # 1 MB each; the modules of C below the last two are enough.
     own = HEAVY | {"collections", "dataclasses", "enum", "re", "signal", "socket"}
     assert not {name.partition(".")[0] for name in loaded} & own
+
+
+def test_no_test_module_is_imported() -> None:
+    """What two of them need has a module of its own, where the next one looks for it."""
+    found = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+        for name in [node.module or ""]
+        if name.startswith("tests.") and name.rpartition(".")[2].startswith("test_")
+    ]
+    assert not found

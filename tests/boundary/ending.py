@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+from socketprotector.model.records import Program
 from socketprotector.system.loop import Loop
+from socketprotector.system.process import Process
 from tests import forked
 from tests.running import DEADLINE_S
+
+SHELL = Program(
+    path="/bin/sh",
+    argv=("sh", "-c", "exit 3"),
+    directory="/",
+    environment=(("A", "1"),),
+    umask=0o022,
+    limits=(),
+    nice=0,
+)
 
 _PTRACE_SEIZE = 0x4206
 
@@ -72,3 +86,21 @@ def children() -> set[str]:
 def settle(loop: Loop) -> None:
     """Run the loop until it has taken in the end of each child."""
     until(loop, lambda: not children())
+
+
+def running(script: str) -> Program:
+    return replace(SHELL, argv=("sh", "-c", script))
+
+
+def end_of(process: Process) -> tuple[bool, str]:
+    poll = select.poll()
+    poll.register(process.pidfd, select.POLLIN)
+    assert poll.poll(30_000)
+    result = process.reap()
+    assert result is not None
+    process.close()
+    return result.clean, result.how
+
+
+def is_open(fd: int) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")

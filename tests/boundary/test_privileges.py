@@ -16,8 +16,7 @@ from socketprotector.model.records import Program
 from socketprotector.model.settings import Identity
 from socketprotector.system import privileges
 from socketprotector.system.process import spawn
-from tests.boundary.ending import children
-from tests.boundary.test_process import SHELL, end_of, is_open, running
+from tests.boundary.ending import SHELL, children, end_of, is_open, running
 
 pytestmark = [
     pytest.mark.usefixtures("in_root_directory"),

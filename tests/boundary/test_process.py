@@ -15,45 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.model.records import Program
 from socketprotector.model.settings import Identity
 from socketprotector.system.executable import resolve
 from socketprotector.system.loop import Loop
 from socketprotector.system.privileges import become
 from socketprotector.system.process import Process, spawn
-from tests.boundary.ending import traced, until
+from tests.boundary.ending import SHELL, end_of, is_open, running, traced, until
 from tests.running import eventually
 
-SHELL = Program(
-    path="/bin/sh",
-    argv=("sh", "-c", "exit 3"),
-    directory="/",
-    environment=(("A", "1"),),
-    umask=0o022,
-    limits=(),
-    nice=0,
-)
-
-
 pytestmark = pytest.mark.usefixtures("in_root_directory")
-
-
-def running(script: str) -> Program:
-    return replace(SHELL, argv=("sh", "-c", script))
-
-
-def end_of(process: Process) -> tuple[bool, str]:
-    poll = select.poll()
-    poll.register(process.pidfd, select.POLLIN)
-    assert poll.poll(30_000)
-    result = process.reap()
-    assert result is not None
-    process.close()
-    return result.clean, result.how
-
-
-def is_open(fd: int) -> bool:
-    return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
 def output_of(script: str, **given: object) -> str:

@@ -24,7 +24,7 @@ from tests.client.protector import Protector as Channel
 from tests.client.protector import ports_of
 from tests.load import Load
 from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
-from tests.scenarios.test_start_listeners import needs_ipv6
+from tests.scenarios.starting import needs_ipv6
 from tests.scenarios.tools import Client, pid_in, spawned
 
 Start = Callable[..., Protector]

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
-from socketprotector.core import workers
 from socketprotector.core.events import (
     BacklogEmptied,
     ChannelBroken,
@@ -27,24 +26,8 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Phase, Policy
-from tests.core.world import DIED, World
+from tests.core.world import DIED, POLICIES, ROUNDS, World
 from tests.rounds import rounds
-
-POLICIES = [
-    Policy(),
-    Policy(settle_s=5.0),
-    Policy(stop_first=True),
-    Policy(stop_first=True, settle_s=5.0, drain_timeout_s=9.0),
-    Policy(drain_timeout_s=9.0, start_tries=1),
-    Policy(max_draining=1),
-    Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
-    Policy(workers_accept=True),
-    Policy(workers_accept=True, settle_s=5.0, drain_timeout_s=9.0, max_draining=1),
-    Policy(workers_accept=True, stop_first=True),
-]
-#: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
-#: a drain follows a start, each a round, and a few of these one after another.
-ROUNDS = 12
 
 #: All orders of so many events after the first READY are tried.
 DEPTH = rounds(4, 6)
@@ -53,14 +36,6 @@ choices = st.integers(0, 60).flatmap(
     lambda size: st.lists(st.integers(0, 2**20), min_size=size, max_size=size)
 )
 worlds = st.builds(World, st.sampled_from(POLICIES), st.integers(1, 3), st.booleans())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_at_a_time() -> Iterator[None]:
-    """Have the loop turn after each start of a worker, and all else come in between."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workers, "AT_ONCE", 1)
-        yield
 
 
 def live_through(world: World, orders: list[int]) -> None:

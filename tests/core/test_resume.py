@@ -39,8 +39,7 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
 from socketprotector.core.lifecycle import decide, resume
 from tests.core.conftest import Story
-from tests.core.test_orders import POLICIES, ROUNDS, one_at_a_time
-from tests.core.world import World, check_step
+from tests.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_time
 from tests.rounds import rounds
 
 __all__ = ["one_at_a_time"]  # pytest uses it

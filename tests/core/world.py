@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 
+import pytest
+
+from socketprotector.core import workers
 from socketprotector.core.events import (
     Action,
     BacklogEmptied,
@@ -66,6 +69,22 @@ from socketprotector.core.fleet import (
     Worker,
 )
 from socketprotector.core.lifecycle import decide
+
+POLICIES = [
+    Policy(),
+    Policy(settle_s=5.0),
+    Policy(stop_first=True),
+    Policy(stop_first=True, settle_s=5.0, drain_timeout_s=9.0),
+    Policy(drain_timeout_s=9.0, start_tries=1),
+    Policy(max_draining=1),
+    Policy(max_draining=2, settle_s=5.0, drain_timeout_s=9.0),
+    Policy(workers_accept=True),
+    Policy(workers_accept=True, settle_s=5.0, drain_timeout_s=9.0, max_draining=1),
+    Policy(workers_accept=True, stop_first=True),
+]
+#: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
+#: a drain follows a start, each a round, and a few of these one after another.
+ROUNDS = 12
 
 DIED = "exited with status 1"
 TURN = Deadline(Wait.TURN)
@@ -506,3 +525,11 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     assert before.served <= after.served
     if Open(after.next_generation - 1, False) in actions:
         assert before.served, "there is no last good command yet"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_at_a_time() -> Iterator[None]:
+    """Have the loop turn after each start of a worker, and all else come in between."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers, "AT_ONCE", 1)
+        yield

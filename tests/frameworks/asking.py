@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import socket
 import threading
+from pathlib import Path
 from types import TracebackType
 
+from tests.client.protector import ports_of
 from tests.load import GAP_S
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, ROOT, eventually
+
+PROGRAMS = Path(__file__).parent / "programs"
+GUNICORN = (
+    *("-m", "gunicorn", "-c", "python:socketprotector_client.gunicorn", "-b", "ADDRESS"),
+    *("--no-control-socket", "--worker-tmp-dir", "/dev/shm", "--log-level", "warning"),
+    "tests.frameworks.programs.pages:wsgi",
+)
+PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'client_lib'}", "PYTHONWARNINGS": "default"}
 
 Address = tuple[str, int]
 
@@ -124,3 +134,15 @@ class Load:
                     self.answers[pid] = self.answers.get(pid, 0) + 1
                     self._news.notify_all()
                 self._stopping.wait(GAP_S)
+
+
+def port_of(pid: int) -> int:
+    """Wait until it listens, and return on which port."""
+    found: list[int] = []
+
+    def listens() -> bool:
+        found.extend(ports_of(pid))
+        return bool(found)
+
+    eventually(listens, "it listens")
+    return found[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks.test_frameworks import PATH, port_of
+from tests.frameworks.asking import PATH, port_of
 from tests.running import DEADLINE_S, ROOT, Protector
 
 TEXT = (ROOT / "docs" / "frameworks.md").read_text()

@@ -13,13 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.protector import ports_of
-from tests.frameworks.asking import Client, Load, ask_once
+from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS, Client, Load, ask_once, port_of
 from tests.rounds import rounds
-from tests.running import ROOT, Protector, eventually
+from tests.running import Protector
 
 RELOADS = rounds(1, 5)
-PROGRAMS = Path(__file__).parent / "programs"
 
 
 @dataclass(frozen=True)
@@ -43,12 +41,6 @@ def program(name: str, needs: str, *, closes_idle: bool = True) -> Framework:
     arguments = (str(PROGRAMS / f"{name}.py"), "ADDRESS")
     return Framework(name, needs, arguments, closes_idle)
 
-
-GUNICORN = (
-    *("-m", "gunicorn", "-c", "python:socketprotector_client.gunicorn", "-b", "ADDRESS"),
-    *("--no-control-socket", "--worker-tmp-dir", "/dev/shm", "--log-level", "warning"),
-    "tests.frameworks.programs.pages:wsgi",
-)
 
 FRAMEWORKS = [
     program("asyncio_streams", "asyncio", closes_idle=False),
@@ -86,8 +78,6 @@ each_framework = pytest.mark.parametrize(
     ],
 )
 
-PATH = {"PYTHONPATH": f"{ROOT}:{ROOT / 'client_lib'}", "PYTHONWARNINGS": "default"}
-
 
 @pytest.fixture
 def serve(protector: Callable[..., Protector]) -> Callable[[Framework], Protector]:
@@ -97,18 +87,6 @@ def serve(protector: Callable[..., Protector]) -> Callable[[Framework], Protecto
         return protector("127.0.0.1:0", "--", *command, **PATH).ready()
 
     return start
-
-
-def port_of(pid: int) -> int:
-    """Wait until it listens, and return on which port."""
-    found: list[int] = []
-
-    def listens() -> bool:
-        found.extend(ports_of(pid))
-        return bool(found)
-
-    eventually(listens, "it listens")
-    return found[0]
 
 
 @each_framework

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.protector import Protector as Stand
-from tests.frameworks.test_frameworks import GUNICORN, PATH, PROGRAMS
+from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS
 from tests.running import ROOT, Protector
 
 UVLOOP = """

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks.asking import Client, Load, ask_once
-from tests.frameworks.test_frameworks import PATH, port_of
+from tests.frameworks.asking import PATH, Client, Load, ask_once, port_of
 from tests.rounds import rounds
 from tests.running import Protector
 

@@ -20,7 +20,7 @@ from bench.seen import Snapshot
 from tests.legacy.conftest import is_root, padded
 from tests.load import Load
 from tests.running import FAIR_START_S, ROOT, Protector, ask, eventually, parent_of, wait_gone
-from tests.scenarios.test_activation import Giver
+from tests.scenarios.managers import Giver
 from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned
 
 Start = Callable[..., Protector]

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import pwd
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.running import Protector
+from tests.namespaces import everybodys_python
+from tests.running import (
+    Protector,
+)
 from tests.scenarios.adopting import Installation
+from tests.scenarios.managers import Service
 from tests.scenarios.operating import MANY, Operated, Operating
+from tests.scenarios.output import Syslog
 from tests.scenarios.starting import Start
+from tests.scenarios.users import A, Command
 
 
 @pytest.fixture
@@ -62,3 +71,43 @@ def operated(protector: Callable[..., Protector], place: Path) -> Iterator[Opera
     yield start
     for each in started:
         each.end()
+
+
+@pytest.fixture
+def service(
+    tmp_path: Path, marked_environment: dict[str, str], handed_over: tuple[str, ...]
+) -> Iterator[Service]:
+    made = Service(tmp_path, marked_environment, handed_over)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def syslog(start: Start) -> Iterator[Syslog]:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("only root with unshare(1) can have a /dev/log of its own")
+    listener = Syslog(start.folder)
+    yield listener
+    start.end()
+    listener.close()
+
+
+@pytest.fixture(scope="module")
+def python() -> tuple[str, str]:
+    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
+    return everybodys_python()
+
+
+@pytest.fixture
+def command(start: Start, python: tuple[str, str]) -> Iterator[Command]:
+    """Its folder is A's, and everybody may look into it."""
+    with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        os.chown(folder, pwd.getpwnam(A).pw_uid, -1)
+        start.folder = folder
+        start.pid_file = folder / "pid"
+        start.log_file = folder / "log"
+        yield Command(start, python)
+        start.end()
+        print(start.log)

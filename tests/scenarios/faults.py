@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
+
+from tests.running import ask, eventually
 
 #: In front of each fault: whether this process is the resident one, and an error by its name.
 _FIRST = """
@@ -70,3 +73,17 @@ class Disk:
 
     def close(self) -> None:
         self._holder.communicate()
+
+
+def listens(address: str) -> bool:
+    try:
+        return bool(ask(address))
+    except (FileNotFoundError, ConnectionRefusedError):
+        return False
+
+
+def reload_unseen(process: subprocess.Popen[bytes], address: str) -> None:
+    """Reload, and wait until another worker answers: the log tells nothing here."""
+    before = ask(address).partition(" ")[0]
+    process.send_signal(signal.SIGHUP)
+    eventually(lambda: ask(address).partition(" ")[0] != before, "an answer by a new worker")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,27 @@ class Operated:
 
 #: Starts a protector that is spoken with: operated(*options, command=...).
 Operating = Callable[..., Operated]
+
+
+def say_watchdog(pid: int) -> None:
+    """Say WATCHDOG=1 for a worker: from here on it must do so itself."""
+    with open(f"/proc/{pid}/environ", "rb") as file:
+        [address] = [
+            each.partition(b"=")[2]
+            for each in file.read().split(b"\0")
+            if each.startswith(b"NOTIFY_SOCKET=")
+        ]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.sendto(b"WATCHDOG=1", address.replace(b"@", b"\0", 1))
+
+
+def nothing_of(line: Line, names: Sequence[str], seconds: float) -> None:
+    """See that none of these events comes for so long."""
+    pass_time(seconds)
+    line.status()
+    assert not [each for each in line.kept if each["event"] in names]
+
+
+def pass_time(seconds: float) -> None:
+    """Let a time go by in which something would happen that must not."""
+    select.select([], [], [], seconds)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
+import select
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import forked
 from tests.running import COMMAND, DEADLINE_S, MARK, eventually, marked, wait_gone
@@ -197,3 +202,57 @@ def told(address: tuple[str, int] | str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(lines.readline())
     found["listener"] = found["header"][2] + 256 * found["header"][3]
     return found
+
+
+class Terminal:
+    """Our end of a terminal.  What is read beyond a line waited for is kept for the next one."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._rest = ""
+
+    def read_until(self, pattern: str) -> str:
+        """Read to the end of a match; returns all of it."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        while not (found := re.search(pattern, self._rest)):
+            assert poll.poll(DEADLINE_S * 1000), self._rest
+            self._rest += os.read(self._fd, 65536).decode()
+        seen, self._rest = self._rest[: found.end()], self._rest[found.end() :]
+        return seen
+
+    def write(self, data: bytes) -> None:
+        os.write(self._fd, data)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+@contextmanager
+def on_a_terminal(
+    start: Start, *words: str, before: tuple[str, ...] = ()
+) -> Iterator[tuple[Popen, Terminal]]:
+    """A foreground protector that leads the session of a terminal, and the other end of that."""
+    ours, theirs = pty.openpty()
+    with start_of(
+        start,
+        *("-f", *words),
+        before=("setsid", "--ctty", *before),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=False,
+    ) as process:
+        os.close(theirs)
+        yield process, Terminal(ours)
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
+needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")

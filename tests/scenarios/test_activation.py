@@ -2,105 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from socketprotector.system import reuseport
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
+from tests.scenarios.managers import Giver
 from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
 
 MANY = worker("many")
-#: Moves the descriptors named in its arguments to 3, 4, ... and executes the rest.
-PASS_ON = """
-import os, sys
-fds = [int(word) for word in sys.argv[1].split(",") if word]
-for place, fd in enumerate(fds):
-    os.dup2(fd, 100 + place)
-for place, fd in enumerate(fds):
-    os.dup2(100 + place, 3 + place)
-    os.close(100 + place)
-os.environ["LISTEN_PID"] = str(os.getpid())
-os.environ["LISTEN_FDS"] = str(len(fds))
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-class Giver:
-    """Opens sockets as a .socket unit does, and starts a protector with them."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self.environment = environment
-        self.given: list[tuple[str, socket.socket]] = []
-        self.started: list[Protector] = []
-
-    def tcp(
-        self,
-        name: str,
-        family: int = socket.AF_INET,
-        *,
-        both: bool = False,
-        bound_by_number: bool = False,
-        reuse: bool = False,
-    ) -> int:
-        """reuse: as with `ReusePort=yes`."""
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse)
-        if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
-        host = "::" if both else "::1" if family == socket.AF_INET6 else "127.0.0.1"
-        with socket.socket(family) as chooser:
-            port = 0
-            if bound_by_number:  # as units have it, and it is kept when the socket is shut down
-                for each in (chooser, made):
-                    each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                chooser.bind((host, 0))
-                port = chooser.getsockname()[1]
-            made.bind((host, port))
-        made.listen()
-        self.given.append((name, made))
-        return int(made.getsockname()[1])
-
-    def unix(self, name: str, path: Path) -> str:
-        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        made.bind(str(path))
-        made.listen()
-        self.given.append((name, made))
-        return str(path)
-
-    def start(self, *words: str, **more: Any) -> Protector:
-        """more: for Popen."""
-        # Above 100, so that moving one does not run over another.
-        fds = [fd_above(each.fileno()) for _, each in self.given]
-        names = ":".join(name for name, _ in self.given)
-        daemon = Protector(
-            words,
-            {**self.environment, "LISTEN_FDNAMES": names},
-            through=(sys.executable, "-c", PASS_ON, ",".join(str(fd) for fd in fds)),
-            pass_fds=fds,
-            **more,
-        )
-        for fd in fds:
-            os.close(fd)
-        self.started.append(daemon)
-        return daemon
-
-    def close(self) -> None:
-        for each in self.started:
-            each.end()
-            print(each.log.text())
-        for _, made in self.given:
-            made.close()
 
 
 class Steady:
@@ -136,10 +54,6 @@ class Steady:
         self._over.set()
         for each in self._threads:
             each.join()
-
-
-def fd_above(fd: int) -> int:
-    return fcntl.fcntl(fd, fcntl.F_DUPFD, 200)
 
 
 @pytest.fixture

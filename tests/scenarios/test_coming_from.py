@@ -21,7 +21,7 @@ import pytest
 
 from tests.c.building import PLAIN, compiled, shared_folder
 from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually
-from tests.scenarios.test_activation import Giver
+from tests.scenarios.managers import Giver
 from tests.scenarios.tools import pid_in
 
 TEXT = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")

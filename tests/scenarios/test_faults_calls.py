@@ -21,15 +21,7 @@ from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Client,
-    hold,
-    pid_in,
-    spawned,
-    state_of,
-    worker,
-)
+from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, pid_in, spawned, state_of, worker
 
 Starter = Callable[..., Protector]
 

@@ -17,9 +17,8 @@ import pytest
 
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import protector_pid
-from tests.scenarios.faults import Disk, injected
+from tests.scenarios.faults import Disk, injected, listens, reload_unseen
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.test_faults_world import listens, reload_unseen
 from tests.scenarios.tools import Client, worker
 
 

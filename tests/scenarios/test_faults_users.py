@@ -15,8 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.running import Protector, ask
-from tests.scenarios.test_run_scarce import watch_for_spinning, worker_for_nobody
-from tests.scenarios.tools import Client, pid_in, spawned, worker
+from tests.scenarios.tools import (
+    Client,
+    pid_in,
+    spawned,
+    watch_for_spinning,
+    worker,
+    worker_for_nobody,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user")
 needs_setpriv = pytest.mark.skipif(

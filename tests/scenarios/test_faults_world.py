@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import COMMAND, DEADLINE_S, ROOT, Protector, ask, eventually
+from tests.scenarios.faults import listens, reload_unseen
 from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, in_backlog, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
@@ -136,20 +137,6 @@ def mute(marked_environment: dict[str, str]) -> Iterator[Callable[..., Mute]]:
             return made
 
         yield start
-
-
-def listens(address: str) -> bool:
-    try:
-        return bool(ask(address))
-    except (FileNotFoundError, ConnectionRefusedError):
-        return False
-
-
-def reload_unseen(process: subprocess.Popen[bytes], address: str) -> None:
-    """Reload, and wait until another worker answers: the log tells nothing here."""
-    before = ask(address).partition(" ")[0]
-    process.send_signal(signal.SIGHUP)
-    eventually(lambda: ask(address).partition(" ")[0] != before, "an answer by a new worker")
 
 
 def answers_through_reloads(daemon: Mute, address: str) -> None:

@@ -17,8 +17,7 @@ import pytest
 
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.test_activation import Giver
-from tests.scenarios.test_store import Service
+from tests.scenarios.managers import Giver, Service
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, wake_ups, worker
 
 Starter = Callable[..., Protector]

@@ -22,7 +22,7 @@ from socketprotector.daemon import checkpoint
 from tests.load import Load
 from tests.running import Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
-from tests.scenarios.test_store import Service
+from tests.scenarios.managers import Service
 from tests.scenarios.tools import Client, library_worker, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]

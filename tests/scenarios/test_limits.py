@@ -6,11 +6,8 @@ Whoever connects meanwhile is served, and nobody is refused.
 from __future__ import annotations
 
 import os
-import select
 import signal
-import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,15 @@ from tests.load import Load
 from tests.rounds import rounds
 from tests.running import WORKERS
 from tests.scenarios.adopting import served, upgrade
-from tests.scenarios.operating import OBEYS, Line, Operated, Operating
+from tests.scenarios.operating import (
+    OBEYS,
+    Line,
+    Operated,
+    Operating,
+    nothing_of,
+    pass_time,
+    say_watchdog,
+)
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
@@ -35,36 +40,12 @@ from tests.scenarios.tools import (
 ASYNCIO = (sys.executable, str(WORKERS / "asyncio_server.py"))
 
 
-def say_watchdog(pid: int) -> None:
-    """Say WATCHDOG=1 for a worker: from here on it must do so itself."""
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        [address] = [
-            each.partition(b"=")[2]
-            for each in file.read().split(b"\0")
-            if each.startswith(b"NOTIFY_SOCKET=")
-        ]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(b"WATCHDOG=1", address.replace(b"@", b"\0", 1))
-
-
 def in_order(web: Operated, *events: str) -> None:
     """See that the log tells of these, in this order."""
     web.daemon.log.wait_for(events[-1])
     lines = iter(list(web.daemon.log.seen))
     for event in events:
         assert any(event in line for line in lines), f"no {event} in its place"
-
-
-def nothing_of(line: Line, names: Sequence[str], seconds: float) -> None:
-    """See that none of these events comes for so long."""
-    pass_time(seconds)
-    line.status()
-    assert not [each for each in line.kept if each["event"] in names]
-
-
-def pass_time(seconds: float) -> None:
-    """Let a time go by in which something would happen that must not."""
-    select.select([], [], [], seconds)
 
 
 def is_cut_off(client: Client) -> bool:

@@ -14,12 +14,10 @@ import pytest
 
 from tests.running import MARK, Protector, eventually, marked, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
+from tests.scenarios.output import Syslog
 from tests.scenarios.starting import Start, shown, start_of
-from tests.scenarios.test_privileges import A, B, Command, command, python
-from tests.scenarios.test_start_output import Syslog, syslog
 from tests.scenarios.tools import Client, Release, descriptors, hold, kinds_at_rest, spawned, worker
-
-__all__ = ["command", "python", "syslog"]  # fixtures
+from tests.scenarios.users import A, B, Command
 
 Starter = Callable[..., Protector]
 #: Prints what it is told to, one line for each line.

@@ -14,8 +14,8 @@ import pytest
 
 from tests.boundary.ending import traced
 from tests.running import eventually, wait_gone
+from tests.scenarios.output import relay_of, relays_of
 from tests.scenarios.starting import Start
-from tests.scenarios.test_start_output import relay_of, relays_of
 from tests.scenarios.tools import Client, Release, descriptors, hold, state_of, wake_ups, worker
 
 #: Prints what it is told to, one line for each line.

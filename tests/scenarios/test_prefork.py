@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tests.scenarios.operating import Operating
-from tests.scenarios.test_limits import nothing_of, say_watchdog
+from tests.scenarios.operating import Operating, nothing_of, say_watchdog
 from tests.scenarios.tools import Client, library_worker, pid_in
 
 

@@ -8,82 +8,23 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.namespaces import everybodys_python, may
-from tests.running import COMMAND, WORKERS, ask, eventually, wait_gone
-from tests.scenarios.starting import Start, told
+from tests.namespaces import may
+from tests.running import COMMAND, ask, eventually, wait_gone
+from tests.scenarios.starting import told
 from tests.scenarios.tools import Release, children_of
+from tests.scenarios.users import A, B, Command, words_of
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
 )
 
 KEPT = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID
-A, B = "games", "nobody"
 ALL = int(Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split("\n")[0], 16)
-
-
-@pytest.fixture(scope="module")
-def python() -> tuple[str, str]:
-    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
-    return everybodys_python()
-
-
-class Command:
-    """The real command, detached, from a Python that every user can execute."""
-
-    def __init__(self, start: Start, python: tuple[str, str]) -> None:
-        self.start = start
-        self.python, self.path = python
-
-    def worker(self, name: str, *words: str) -> tuple[str, ...]:
-        return (self.python, "-S", "-E", str(WORKERS / f"{name}.py"), *words)
-
-    def up(self, *words: str | Path, **more: Any) -> None:
-        ended = self.run(*words, **more)
-        assert ended.status == 0, f"{ended}\n{self.start.log}"
-
-    def run(self, *words: str | Path, **more: Any) -> Any:
-        environment = {"PYTHONPATH": self.path, **more.pop("environment", {})}
-        log = ("--log-file", self.start.log_file) if "relay" not in more else ()
-        more.pop("relay", None)
-        command = (self.python, *COMMAND[1:])
-        return self.start(*log, *words, command=command, environment=environment, **more)
-
-    @property
-    def guard(self) -> int:
-        return self.start.pid
-
-    @property
-    def protector(self) -> int:
-        """The one child of the guard that is neither a worker nor an orphaned relay."""
-        words = {pid: words_of(pid) for pid in children_of(self.start.pid)}
-        found = [
-            pid
-            for pid, said in words.items()
-            if "socketprotector" in said and "log_relay.py" not in said
-        ]
-        return found[0] if found else self.start.pid
-
-    @property
-    def address(self) -> str:
-        return f"{self.start.folder}/s"
-
-    def worker_pid(self) -> int:
-        return int(re.findall(r"event=spawned .*\bpid=(\d+)", self.start.log)[-1])
-
-
-def words_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""  # a worker of before, ended meanwhile
 
 
 class Rights:
@@ -131,21 +72,6 @@ def keeps_three(pid: int, *, lends: bool = False) -> None:
     rights.starts_others()
     wanted = KEPT if lends else 0
     assert (rights.inheritable, rights.ambient) == (wanted, wanted)
-
-
-@pytest.fixture
-def command(start: Start, python: tuple[str, str]) -> Iterator[Command]:
-    """Its folder is A's, and everybody may look into it."""
-    with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        os.chown(folder, pwd.getpwnam(A).pw_uid, -1)
-        start.folder = folder
-        start.pid_file = folder / "pid"
-        start.log_file = folder / "log"
-        yield Command(start, python)
-        start.end()
-        print(start.log)
 
 
 USERS = pytest.mark.parametrize(

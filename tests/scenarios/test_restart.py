@@ -18,16 +18,8 @@ import pytest
 from tests.load import Load, Snapshot
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, ask, eventually
-from tests.scenarios.test_store import MANY, OWN, Service, of_generation, wait_stored
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Client,
-    hold,
-    listening,
-    pid_in,
-    spawned,
-    worker,
-)
+from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
+from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, listening, pid_in, spawned, worker
 
 ROUNDS = rounds(8, 100)
 LISTENER = ("--handoff", "listener", "--ready", "notify")

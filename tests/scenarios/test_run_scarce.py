@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +23,6 @@ from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
     children_of,
-    cpu_s,
     descriptors,
     hold,
     in_backlog,
@@ -36,25 +33,15 @@ from tests.scenarios.tools import (
     pid_in,
     spawned,
     wake_ups,
+    watch_for_spinning,
     worker,
+    worker_for_nobody,
 )
 
 Start = Callable[..., Protector]
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="NEEDS ROOT: becomes another user")
 
-NOBODY = 65534
 WITH_40_DESCRIPTORS = ("/bin/sh", "-c", 'ulimit -n 40 && exec "$@"', "-")
-
-#: Trying again 50 times at most in the first second costs some milliseconds; a spin costs all.
-SPIN_SHARE = 0.5
-
-
-def watch_for_spinning(pid: int, tries: int, daemon: Protector) -> None:
-    """Wait until the protector has woken up a few times, and see what that has cost."""
-    cpu, began, woken = cpu_s(pid), time.monotonic(), wake_ups(pid)
-    eventually(lambda: wake_ups(pid) >= woken + tries, "its next tries")
-    passed = time.monotonic() - began
-    assert cpu_s(pid) - cpu < max(0.1, SPIN_SHARE * passed), daemon.log.text()
 
 
 def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: Start) -> None:
@@ -172,21 +159,6 @@ def test_a_low_hard_limit_stops_reloads_and_not_service(
         eventually(lambda: len(children_of(daemon.pid)) == 1, "the end of all that drained")
         daemon.reload()
         daemon.stop()
-
-
-def worker_for_nobody() -> tuple[str, ...]:
-    """The command of the worker in_order.py with a Python that nobody may execute."""
-    _, *rest = worker("in_order")
-    for python in (sys.executable, "/usr/bin/python3"):
-        check = [python, "-S", "-E", "-c", "import sys; open(sys.argv[1])", rest[-1]]
-        try:
-            subprocess.run(
-                check, user=NOBODY, group=NOBODY, cwd="/", check=True, stderr=subprocess.DEVNULL
-            )
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        return (python, *rest)
-    pytest.skip("NEEDS a Python and a checkout that the user nobody may read")
 
 
 @needs_root

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.running import DEADLINE_S, MARK, eventually, marked
+from tests.scenarios.managers import Manager
 from tests.scenarios.starting import Start, shown
-from tests.scenarios.test_systemd import Manager
 from tests.scenarios.tools import Release, worker
 
 SECRETS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import Protector, ask, eventually, wait_gone
-from tests.scenarios.test_systemd import Manager
+from tests.scenarios.managers import Manager
 from tests.scenarios.tools import (
     Client,
     Release,

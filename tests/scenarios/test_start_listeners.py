@@ -15,20 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.running import COMMAND, MARK, ask, eventually, marked, wait_gone
-from tests.scenarios.starting import MINIMAL, TELLS, Start, tcp, told
+from tests.scenarios.starting import MINIMAL, TELLS, Start, has_ipv6, needs_ipv6, tcp, told
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do that here")
-
-
-def has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
-
-needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="no IPv6 on this machine")
 
 
 def option(start: Start, level: int, name: int, index: int = 0) -> int:

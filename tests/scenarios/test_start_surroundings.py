@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pty
-import re
 import resource
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +18,7 @@ import socketprotector_client
 
 import socketprotector
 from tests.running import COMMAND, DEADLINE_S, ask
-from tests.scenarios.starting import MINIMAL, TELLS, Popen, Start, start_of, told
+from tests.scenarios.starting import MINIMAL, TELLS, Start, on_a_terminal, start_of, told
 from tests.scenarios.tools import Client, worker
 
 # -- descriptors ---------------------------------------------------------------
@@ -255,49 +251,6 @@ def test_it_needs_no_install_but_a_python_path(start: Start, path: str) -> None:
 
 
 # -- terminals -----------------------------------------------------------------
-
-
-class Terminal:
-    """Our end of a terminal.  What is read beyond a line waited for is kept for the next one."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._rest = ""
-
-    def read_until(self, pattern: str) -> str:
-        """Read to the end of a match; returns all of it."""
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        while not (found := re.search(pattern, self._rest)):
-            assert poll.poll(DEADLINE_S * 1000), self._rest
-            self._rest += os.read(self._fd, 65536).decode()
-        seen, self._rest = self._rest[: found.end()], self._rest[found.end() :]
-        return seen
-
-    def write(self, data: bytes) -> None:
-        os.write(self._fd, data)
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-@contextmanager
-def on_a_terminal(
-    start: Start, *words: str, before: tuple[str, ...] = ()
-) -> Iterator[tuple[Popen, Terminal]]:
-    """A foreground protector that leads the session of a terminal, and the other end of that."""
-    ours, theirs = pty.openpty()
-    with start_of(
-        start,
-        *("-f", *words),
-        before=("setsid", "--ctty", *before),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=False,
-    ) as process:
-        os.close(theirs)
-        yield process, Terminal(ours)
 
 
 def test_output_of_the_foreground_is_on_the_terminal(start: Start) -> None:

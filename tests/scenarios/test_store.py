@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
-import re
-import select
 import shutil
 import signal
-import socket
-import stat
-import struct
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from socketprotector.system.sd_notify import parse
 from tests.load import Load
-from tests.running import COMMAND, DEADLINE_S, Protector, ask, eventually, wait_gone
+from tests.running import ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, served
+from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,
@@ -31,214 +23,7 @@ from tests.scenarios.tools import (
     kinds_of,
     pid_in,
     spawned,
-    worker,
 )
-
-MANY = worker("many")
-#: Moves the descriptors 1000, 1001, ... to 3, 4, ..., tells whose they are, and executes.
-PASS_ON = """
-import os, resource, sys
-count = int(sys.argv[1])
-for place in range(count):
-    os.dup2(1000 + place, 3 + place)
-    os.close(1000 + place)
-os.environ["LISTEN_PID"] = str(os.getpid())
-if limit := os.environ.pop("TEST_NOFILE", ""):  # LimitNOFILE=, which is set before
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), hard))
-os.execvp(sys.argv[2], sys.argv[2:])
-"""
-
-
-def same_socket(one: int, other: int) -> bool:
-    """Whether two descriptors are of the same socket; the ends of a pipe are two files."""
-    found = os.fstat(one)
-    return stat.S_ISSOCK(found.st_mode) and os.path.samestat(found, os.fstat(other))
-
-
-class Service:
-    """One unit: its notify socket, its descriptor store, and its main process."""
-
-    def __init__(
-        self, folder: Path, environment: dict[str, str], options: tuple[str, ...] = ()
-    ) -> None:
-        """options: in front of those that the command is given."""
-        self.options = options
-        self.address = str(folder / "notify")
-        self.pid_file = folder / "pid"
-        self.environment = environment
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.socket.bind(self.address)
-        self.socket.setblocking(False)
-        self.store: dict[str, int] = {}
-        self.sockets: dict[str, int] = {}  # of a .socket unit, which are not in the store
-        self.said: list[dict[str, str]] = []
-        self.started: list[Protector] = []
-        self.random = random.Random(1)
-        # It listens all the time, as the real one does: a datagram socket queues but a few.
-        self.lock = threading.RLock()
-        self.wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self.thread = threading.Thread(target=self.listen, daemon=True)
-        self.thread.start()
-
-    def listen(self) -> None:
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
-        poll.register(self.wake, select.POLLIN)
-        while self.wake not in [fd for fd, _ in poll.poll()]:
-            self.hear()
-
-    @property
-    def main(self) -> Protector:
-        return self.started[-1]
-
-    def start(self, *words: str | Path, under: tuple[str, ...] = ()) -> Protector:
-        """Start the command with all that it is passed, in an order of its own.
-
-        under: what executes it in its own place.
-        """
-        passed = self.sockets | self.store
-        names = list(passed)
-        self.random.shuffle(names)
-        high = []
-        for place, name in enumerate(names):
-            os.dup2(passed[name], 1000 + place, inheritable=True)
-            high.append(1000 + place)
-        # Without it we are somebody who listens, but is not known to keep anything over a stop.
-        nobody_known = {"INVOCATION_ID": ""}
-        environment = {**nobody_known, **self.environment, "NOTIFY_SOCKET": self.address}
-        if names:
-            environment |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
-        python = COMMAND[0]
-        self.started.append(
-            Protector(
-                ["--pid-file", str(self.pid_file), *self.options, *(str(word) for word in words)],
-                environment,
-                through=(*under, python, "-c", PASS_ON, str(len(names))),
-                pass_fds=high,
-            )
-        )
-        for fd in high:
-            os.close(fd)
-        return self.main
-
-    def hear(self) -> None:
-        """Take in what was said."""
-        with self.lock:
-            while self.hear_one():
-                pass
-
-    def hear_one(self) -> bool:
-        try:
-            data, ancillary, _, _ = self.socket.recvmsg(4096, 1024, socket.MSG_CMSG_CLOEXEC)
-        except BlockingIOError:
-            return False
-        fds = [
-            fd
-            for _, kind, content in ancillary
-            if kind == socket.SCM_RIGHTS
-            for (fd,) in struct.iter_unpack("i", content)
-        ]
-        fields = parse(data)
-        self.said.append(fields)
-        name = fields.get("FDNAME", "stored")
-        if fields.get("FDSTORE") == "1":
-            assert re.fullmatch(r"[ -9;-~]{1,255}", name), "no name for systemd"
-            assert fields.get("FDPOLL") == "0", f"{name} would be dropped when it hangs up"
-            [fd] = fds
-            if any(same_socket(fd, each) for each in self.store.values()):
-                os.close(fd)  # it is there, under the name that it has
-                return True
-            if name in self.store:
-                os.close(self.store.pop(name))
-            self.store[name] = fd
-        elif fields.get("FDSTOREREMOVE") == "1":
-            assert not fds
-            if name in self.store:
-                os.close(self.store.pop(name))
-        else:
-            assert not fds
-        return True
-
-    def wait_for(self, name: str, value: str = "1") -> dict[str, str]:
-        """Hear until NAME=VALUE was said after the last such wait; return that message."""
-        found: list[dict[str, str]] = []
-
-        def heard() -> bool:
-            while self.said and not found:
-                fields = self.said.pop(0)
-                if fields.get(name) == value:
-                    found.append(fields)
-            return bool(found)
-
-        eventually(heard, f"{name}={value}")
-        return found[0]
-
-    def kill(self) -> None:
-        """SIGKILL the main process; what it had said before counts."""
-        self.main.process.kill()
-        self.main.process.wait(DEADLINE_S)
-        self.hear()
-
-    def stop(self) -> None:
-        """As `systemctl stop`: in order, and then the store is emptied."""
-        self.main.stop()
-        self.drop()
-
-    def drop(self) -> None:
-        """As systemd does where no start waits."""
-        with self.lock:
-            self.hear()
-            for fd in self.store.values():
-                os.close(fd)
-            self.store.clear()
-
-    def restart(self, *words: str | Path) -> Protector:
-        """As `systemctl restart`: a stop in order, after which a start waits."""
-        self.main.stop()
-        self.hear()
-        self.said.clear()
-        return self.start(*words)
-
-    def close(self) -> None:
-        for each in self.started:
-            each.end()
-            print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
-        os.eventfd_write(self.wake, 1)
-        self.thread.join(DEADLINE_S)
-        os.close(self.wake)
-        self.drop()
-        for fd in self.sockets.values():
-            os.close(fd)
-        self.socket.close()
-
-
-@pytest.fixture
-def service(
-    tmp_path: Path, marked_environment: dict[str, str], handed_over: tuple[str, ...]
-) -> Iterator[Service]:
-    made = Service(tmp_path, marked_environment, handed_over)
-    yield made
-    made.close()
-
-
-def wait_stored(service: Service, wanted: set[str]) -> None:
-    try:
-        eventually(lambda: set(service.store) == wanted, "the same in the store")
-    finally:
-        print("in the store and not wanted:", sorted(set(service.store) - wanted))
-        print("wanted and not in the store:", sorted(wanted - set(service.store)))
-
-
-OWN = {"sp.settings", "sp.state", "sp.pidfile", "sp.control", "sp.notify", "sp.listener.0"}
-
-
-def of_generation(number: int, *workers: int) -> set[str]:
-    found = {f"sp.channel.{number}.{what}" for what in ("read", "write", "board")}
-    for each in workers:
-        found |= {f"sp.worker.{each}.{what}" for what in ("process", "notify", "line")}
-    return found
 
 
 def test_what_is_stored_is_what_lives_and_at_the_end_nothing_is(service: Service) -> None:

@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.system.sd_notify import Outbox, Systemd, parse
+from socketprotector.system.sd_notify import Outbox, Systemd
 from tests.running import (
     COMMAND,
     DEADLINE_S,
@@ -35,68 +34,11 @@ from tests.running import (
     wait_gone,
 )
 from tests.scenarios.adopting import Installation, at_rest
+from tests.scenarios.managers import Manager
 from tests.scenarios.tools import Gate
 
 UNITS = ROOT / "init.d"
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
-
-
-class Manager:
-    """Hears what a service says, as the service manager does, and remembers who said it."""
-
-    def __init__(self, address: str) -> None:
-        self.address = address
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self.socket.bind("\0" + address[1:] if address.startswith("@") else address)
-        self.socket.settimeout(DEADLINE_S)
-        self.sender = 0
-
-    def hear(self) -> dict[str, str]:
-        """The next message that is not about the descriptor store (test_store.py)."""
-        while True:
-            data, ancillary, _, _ = self.socket.recvmsg(4096, socket.CMSG_SPACE(12))
-            [credentials] = [c for _, kind, c in ancillary if kind == socket.SCM_CREDENTIALS]
-            self.sender = struct.unpack("3i", credentials)[0]
-            fields = parse(data)
-            print(f"{time.monotonic():.3f} from {self.sender}: {fields}")
-            if "FDNAME" not in fields:
-                return fields
-
-    def wait_for(self, name: str) -> dict[str, str]:
-        """The next message with NAME=1, past any others."""
-        while (fields := self.hear()).get(name) != "1":
-            pass
-        return fields
-
-    def rest(self) -> list[dict[str, str]]:
-        """What has been said and not been heard yet."""
-        heard = []
-        self.socket.setblocking(False)
-        try:
-            while True:
-                heard.append(self.hear())
-        except BlockingIOError:
-            return heard
-        finally:
-            self.socket.settimeout(DEADLINE_S)
-
-    def fill(self) -> int:
-        """Have others say so much that nothing more goes in; return how many messages."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
-            other.setblocking(False)
-            said = 0
-            try:
-                while True:
-                    other.sendto(b"STATUS=noise", self.socket.getsockname())
-                    said += 1
-            except BlockingIOError:
-                return said
-
-    def close(self) -> None:
-        self.socket.close()
-        if not self.address.startswith("@"):
-            Path(self.address).unlink(missing_ok=True)
 
 
 @pytest.fixture(params=["path", "abstract"])

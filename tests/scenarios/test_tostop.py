@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import DEADLINE_S, eventually
-from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.test_start_surroundings import on_a_terminal
+from tests.scenarios.starting import MINIMAL, Start, on_a_terminal
 from tests.scenarios.tools import Client
 
 #: As a shell does with `command &`: a group of its own, which is not the terminal's.

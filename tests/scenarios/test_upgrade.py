@@ -24,7 +24,7 @@ from tests.scenarios.adopting import (
     served,
     upgrade,
 )
-from tests.scenarios.test_systemd import Manager
+from tests.scenarios.managers import Manager
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Client,

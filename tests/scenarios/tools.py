@@ -6,12 +6,18 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.running import DEADLINE_S, WORKERS, Protector, eventually
+
+NOBODY = 65534
+#: Trying again 50 times at most in the first second costs some milliseconds; a spin costs all.
+SPIN_SHARE = 0.5
 
 Address = tuple[str, int] | str
 #: The promise holds for workers that are handed connections and for those that accept.
@@ -253,3 +259,26 @@ def children_of(pid: int) -> list[int]:
     """The living and unreaped children of a process."""
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii")
     return [int(word) for word in text.split()]
+
+
+def watch_for_spinning(pid: int, tries: int, daemon: Protector) -> None:
+    """Wait until the protector has woken up a few times, and see what that has cost."""
+    cpu, began, woken = cpu_s(pid), time.monotonic(), wake_ups(pid)
+    eventually(lambda: wake_ups(pid) >= woken + tries, "its next tries")
+    passed = time.monotonic() - began
+    assert cpu_s(pid) - cpu < max(0.1, SPIN_SHARE * passed), daemon.log.text()
+
+
+def worker_for_nobody() -> tuple[str, ...]:
+    """The command of the worker in_order.py with a Python that nobody may execute."""
+    _, *rest = worker("in_order")
+    for python in (sys.executable, "/usr/bin/python3"):
+        check = [python, "-S", "-E", "-c", "import sys; open(sys.argv[1])", rest[-1]]
+        try:
+            subprocess.run(
+                check, user=NOBODY, group=NOBODY, cwd="/", check=True, stderr=subprocess.DEVNULL
+            )
+        except (OSError, subprocess.CalledProcessError):
+            continue
+        return (python, *rest)
+    pytest.skip("NEEDS a Python and a checkout that the user nobody may read")

@@ -11,8 +11,7 @@ from pathlib import Path
 from bench.processes import free_port
 from tests.running import Protector, mark
 from tests.servers.catalogue import SERVERS
-from tests.servers.test_reloads import newest
-from tests.servers.traffic import Traffic
+from tests.servers.traffic import Traffic, newest
 
 
 def main() -> None:

@@ -16,8 +16,7 @@ from tests.rounds import rounds
 from tests.running import Protector
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.servers.catalogue import SERVERS
-from tests.servers.test_reloads import PAUSE_S, WAIT_S, newest
-from tests.servers.traffic import Connection, Traffic
+from tests.servers.traffic import PAUSE_S, WAIT_S, Connection, Traffic, newest
 
 Start = Callable[..., Protector]
 

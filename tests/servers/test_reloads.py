@@ -6,7 +6,6 @@ early fails nobody: who comes then waits in its backlog.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,17 +15,12 @@ from bench.processes import descendants
 from tests.rounds import rounds
 from tests.running import Protector, eventually
 from tests.servers.catalogue import SERVERS, Server
-from tests.servers.traffic import Connection, Traffic, is_accepted
+from tests.servers.traffic import PAUSE_S, WAIT_S, Connection, Traffic, is_accepted, newest
 
 Start = Callable[..., Protector]
 Serve = Callable[[Server], Protector]
 
 RELOADS = rounds(1, 20)
-#: How long an application takes for an answer, so that requests are under way when the signal
-#: comes.
-WAIT_S = "0.005"
-#: Of each client between its requests: enough of them for one to come at the wrong moment.
-PAUSE_S = 0.02
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +36,6 @@ def serve(protector: Start, tmp_path: Path, free_port: Callable[[], int]) -> Ser
         return protector(*server.arguments(tmp_path, free_port), WAIT_S=WAIT_S).ready()
 
     return start
-
-
-def newest(protector: Protector) -> int:
-    """The worker that was started last."""
-    found = re.findall(r"event=spawned .*\bpid=(\d+)", protector.log.text())
-    return int(found[-1])
 
 
 class Outcome:

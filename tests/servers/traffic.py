@@ -14,6 +14,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tests.running import Protector
+
+#: How long an application takes for an answer, so that requests are under way when the signal
+#: comes.
+WAIT_S = "0.005"
+#: Of each client between its requests: enough of them for one to come at the wrong moment.
+PAUSE_S = 0.02
+
 #: A fact of the machine, not of a server: an answer takes milliseconds.
 PATIENCE_S = 20.0
 _REPLY = re.compile(
@@ -200,3 +208,9 @@ class Traffic:
                 self.seen.answers[pid] += 1
                 self.seen.ends += ended
             self._lock.notify_all()
+
+
+def newest(protector: Protector) -> int:
+    """The worker that was started last."""
+    found = re.findall(r"event=spawned .*\bpid=(\d+)", protector.log.text())
+    return int(found[-1])

@@ -285,7 +285,7 @@ def reap_orphans() -> tuple[int, bool]:
             return reaped, False
         if found.si_pid in _known:
             return reaped, True
-        os.waitpid(found.si_pid, 0)
+        os.waitpid(found.si_pid, os.WNOHANG)  # it has ended: but no call here may wait at all
     return _REAPED_AT_ONCE, True
 
 

@@ -410,7 +410,7 @@ def test_a_restart_that_has_to_stop_says_why_and_what_that_costs(
 
     told = "not started with the settings" if changed in ("options", "environment") else "no socket"
     assert told in machine.output
-    assert "Who connects meanwhile is refused" in machine.output
+    assert "New clients are refused meanwhile" in machine.output
     assert wait_gone([pid, first], 0.0) == []
     assert worker_of(machine.address()) != first
 

@@ -172,7 +172,6 @@ class Fleet:
     configured: bool = False  # a reload begins with reading the configuration again
     reading: bool = False  # that is being done
     candidate: Candidate | None = None  # what was read, until it serves or has failed
-    settings_used: int = 0  # how many candidates have come to serve
 
     served: bool = False  # something has been ready once
     failed_starts: int = 0  # generations in a row that failed while nothing else served

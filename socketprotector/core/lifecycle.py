@@ -47,6 +47,7 @@ from .events import (
     StopRequested,
     Stranded,
     TimeExtended,
+    UseSettings,
     Wait,
     WorkerExited,
     WorkerReady,
@@ -171,14 +172,16 @@ def _release_what_is_gone(step: Step) -> None:
 
 
 def resume(
-    fleet: Fleet, left_s: Mapping[Deadline, float], undone: Iterable[Signal | Retire] = ()
+    fleet: Fleet,
+    left_s: Mapping[Deadline, float],
+    undone: Iterable[Signal | Retire | UseSettings] = (),
 ) -> tuple[Action, ...]:
     """Say what brings the world to what a fleet says, when another program stopped midway.
 
     Every action can be done again without harm.  `left_s`: seconds left of each timer; one
-    that is not known runs out at once.  `undone`: what the other program was about to tell
-    workers; to tell them all again that are to end would be a second TERM, which many
-    programs take for "at once".
+    that is not known runs out at once.  `undone`: what the other program was about to do and
+    the fleet does not tell; to tell all workers again that are to end would be a second TERM,
+    which many programs take for "at once".
     """
     route = fleet.route
     actions: list[Action] = [Hold(True)] if fleet.held else []

@@ -1,57 +1,120 @@
 """All that the next program needs to go on where this one stopped, as one value.
 
-Pure data.  Its classes are what the state is written in, by name: one that is renamed or gone
-must still be read (system/state_file.py).
+Pure data.  Its classes are what the state is written in, by name: one that is renamed must still be
+read (RENAMED), and so must what is arranged otherwise than before (_from_format_2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
 from dataclasses import field
 
+from ..model import settings
+from ..model.codec import Codec
 from ..model.frozen import frozen
 from ..model.history import Crash, History, Reload
-from ..model.records import Counts, GenerationRecord, Program, WorkerRecord
-from ..model.settings import Identity
-from .events import Deadline, Retire, Signal, Wait, WorkerSignal
-from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker
+from ..model.records import (
+    Counts,
+    ForwarderRecord,
+    GenerationRecord,
+    Program,
+    RunRecord,
+    SettingsRecord,
+    SteeringRecord,
+    WorkerRecord,
+)
+from .events import Deadline, Retire, Signal, UseSettings, Wait, WorkerSignal
+from .fleet import Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 @frozen
 class Snapshot:
-    """All that a program needs to go on where another one stopped."""
+    """Made of the records that their owners keep; each gets its own back."""
 
     fleet: Fleet
+    unfinished: tuple[Signal | Retire | UseSettings, ...] = ()  # ordered; maybe not carried out
+    timers: tuple[tuple[Deadline, float], ...] = ()  # and when each runs out
     generations: tuple[GenerationRecord, ...] = ()
+    last_good: Program | None = None  # what served last, to be opened again
     workers: tuple[WorkerRecord, ...] = ()
-    good: Program | None = None
-    due: tuple[tuple[Deadline, float], ...] = ()
-    undone: tuple[Signal | Retire, ...] = ()  # ordered, and maybe not carried out
-    hand: bytes | None = None  # the header of the connection in hand
-    hand_number: int = 0  # and which one that is
-    aside: tuple[tuple[int, bytes], ...] = ()  # the same of those that are not for the route
-    strays: tuple[str, ...] = ()  # what failed workers left, told to end: by notify address
-    forwarded: int = 0
-    lost: int = 0
-    version: str = ""  # of the program that wrote this
-    history: History = field(default_factory=History)
-    started_at: float = 0.0  # of the first program, in seconds since the epoch
-    restarts: int = 0  # programs before the one that wrote this, killed ones and upgraded
+    orphans: tuple[str, ...] = ()  # what failed workers left, told to end: by notify address
+    forwarder: ForwarderRecord = field(default_factory=ForwarderRecord)
+    steering: SteeringRecord = field(default_factory=SteeringRecord)
+    nonblocking: tuple[int, ...] = ()  # listeners: see daemon/listener_flags.py
+    settings: SettingsRecord = field(default_factory=SettingsRecord)
+    run: RunRecord = field(default_factory=RunRecord)
     log_level: str = ""  # asked for meanwhile
-    settings: str = ""  # as settings.dump() writes them, where a reload has changed them
-    coming: str = ""  # the same of those that were read again and are not used yet
-    settings_used: int = 0  # as the fleet had it when `settings` were made to hold
-    side: int = 0  # to which new clients come
-    unserved: tuple[tuple[int, int], ...] = ()  # generations without a socket
-    nonblocking: tuple[int, ...] = ()  # of the listeners whose flags others may change: see effects
+    version: str = ""  # of the program that wrote this
 
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
-    *(Deadline, Wait, Candidate, Fleet, Generation, Next, Phase, Policy, State, Stop, Worker),
-    *(Retire, WorkerSignal, Signal),
-    *(Identity, Program, Counts, GenerationRecord, WorkerRecord, Snapshot),
-    *(Crash, History, Reload),
+    *(Deadline, Wait, Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker),
+    *(Retire, WorkerSignal, Signal, UseSettings),
+    *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
+    *(SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
+    *settings.CLASSES,
 )
-#: What earlier programs called them.
-FORMERLY: Mapping[str, type] = {"Sign": WorkerSignal}
+#: Classes and fields (`Class`, `Class.field`) that an older program calls otherwise.
+RENAMED: dict[str, str] = {
+    "Sign": "WorkerSignal",
+    "GenerationRecord.side": "socket_number",
+    "WorkerRecord.mark": "output_start",
+    "Snapshot.undone": "unfinished",
+    "Snapshot.due": "timers",
+    "Snapshot.good": "last_good",
+    "Snapshot.strays": "orphans",
+    **settings.RENAMED,
+}
+#: What a snapshot of format 2 has side by side: the record that it is in now, and its name there.
+_GROUPED = {
+    "forwarded": ("forwarder", "forwarded"),
+    "lost": ("forwarder", "lost"),
+    "hand": ("forwarder", "pending"),
+    "hand_number": ("forwarder", "number"),
+    "aside": ("forwarder", "parked"),
+    "side": ("steering", "socket_number"),
+    "unserved": ("steering", "unserved"),
+    "settings": ("settings", "current"),
+    "coming": ("settings", "candidate"),
+    "started_at": ("run", "started_at"),
+    "restarts": ("run", "restarts"),
+    "history": ("run", "history"),
+}
+_RECORDS = {
+    "forwarder": "ForwarderRecord",
+    "steering": "SteeringRecord",
+    "settings": "SettingsRecord",
+    "run": "RunRecord",
+}
+
+
+def _from_format_2(written: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a snapshot that an older program may have written, grouped as now."""
+    if not written.keys().isdisjoint(_RECORDS.keys() - _GROUPED.keys()):
+        return written  # it has records
+    found = {name: value for name, value in written.items() if name not in _GROUPED}
+    for record, kind in _RECORDS.items():
+        found[record] = {"c": kind, "f": {}}
+    for name in written.keys() & _GROUPED.keys():
+        record, called = _GROUPED[name]
+        value = written[name]
+        if record == "settings":  # text in the text
+            value = settings.from_format_2(json.loads(value)) if value else None
+        found[record]["f"][called] = value
+    # It counted how often the fleet had come to others, and how often they were made to hold.
+    if written["fleet"]["f"].get("settings_used", 0) > written.get("settings_used", 0):
+        found["undone"] = [*written.get("undone", ()), {"c": "UseSettings", "f": {}}]
+    return found
+
+
+CODEC = Codec(
+    CLASSES,
+    renamed=RENAMED,
+    rearranged={"Snapshot": _from_format_2},
+    strict=settings.CLASSES,
+)

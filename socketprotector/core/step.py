@@ -200,7 +200,6 @@ class Step:
                 policy=candidate.policy,
                 workers_wanted=candidate.workers or fleet.workers_wanted,
                 candidate=None,
-                settings_used=fleet.settings_used + 1,
             )
             self.do(UseSettings())
 

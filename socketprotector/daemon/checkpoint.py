@@ -8,23 +8,20 @@ away and written: each worker's step costs what one worker costs, however many t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
-from .. import __version__
-from ..core.events import Action
-from ..core.fleet import Fleet
-from ..core.snapshot import CLASSES, FORMERLY, Snapshot
+from ..core.snapshot import CODEC, Snapshot
+from ..model.codec import DecodeError
 from ..system import inherited
 from ..system.log import Log
 from ..system.sd_notify import Store
-from ..system.state_file import Codec, StateError, StateFile
+from ..system.state_file import StateError, StateFile
 from .effects import Effects
 
-CODEC = Codec(CLASSES, FORMERLY)
 _FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
 
 
-class Heritage:
+class Checkpoint:
     """Writes down, after each step, where another program could go on."""
 
     def __init__(
@@ -39,54 +36,61 @@ class Heritage:
         self._store = store
         self._log = log
         self._others = others
+        self._effects: Effects | None = None
+        self._snapshot: Callable[[], Snapshot]
         self._written: Snapshot | None = None  # what the state says, as far as we know
         self._failing = False
         self._behind = False
         self._full = False
 
+    def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
+        """There is something to be kept from now on: descriptors, and what belongs to them."""
+        self._effects, self._snapshot = effects, snapshot
+
     @property
-    def told(self) -> bool:
-        """Whether who keeps descriptors has been told of all; the next program relies on that."""
-        return self._store.told
+    def is_sent(self) -> bool:
+        """Whether who keeps descriptors has been sent all; the next program relies on that."""
+        return self._store.is_sent
 
-    def descriptors(self, effects: Effects) -> dict[str, int]:
+    def descriptors(self) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
-        return {**self._others(), **effects.descriptors()}
+        assert self._effects is not None
+        return {**self._others(), **self._effects.descriptors()}
 
-    def save(self, effects: Effects, fleet: Fleet, actions: Iterable[Action] = ()) -> bool:
+    def save(self) -> bool:
         """Make it so that a kill from here on loses nothing that can be kept.
 
         Returns whether the state says how things are.  Does nothing where nobody keeps
         descriptors: then a kill takes all of them anyway.
         """
-        if not self._store.keeps:
+        if self._effects is None or not self._store.keeps:
             return True
-        wanted = {**self._others(), **effects.own_descriptors()}
+        wanted = {**self._others(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # each program gets a line of its own
-        self._store.sync(wanted, effects.pool.descriptors)
+        self._store.sync(wanted, self._effects.pool.descriptors)
         if self._store.full and not self._full:
             self._log.write("warning", "store-full", descriptors=self._store.kept, hint=_FULL)
         self._full = self._store.full
-        if not self._write(effects, fleet, actions):
+        if not self._write():
             return False
-        if self._store.told and self._store.complete:
+        if self._store.is_sent and self._store.complete:
             self._behind = False
         elif not self._behind:
             self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
             self._behind = True
         return True
 
-    def write(self, effects: Effects, fleet: Fleet) -> bool:
+    def write(self) -> bool:
         """Write the state; say whether another program could go on from it now.
 
         It could not without a descriptor that whoever keeps them was not told of yet: the
         next program takes for kept whatever it is given.
         """
-        wanted = self.descriptors(effects).keys() - {inherited.GUARD}
-        return self._write(effects, fleet, ()) and self._store.has(wanted)
+        wanted = self.descriptors().keys() - {inherited.GUARD}
+        return self._write() and self._store.has(wanted)
 
-    def _write(self, effects: Effects, fleet: Fleet, actions: Iterable[Action]) -> bool:
-        snapshot, before = effects.snapshot(fleet, actions, __version__), self._written
+    def _write(self) -> bool:
+        snapshot, before = self._snapshot(), self._written
         self._written = None  # until it is
         try:
             if before is None or not self._file.takes_changes:
@@ -112,7 +116,10 @@ def read(fd: int) -> Snapshot | None:
     if file.empty:
         return None
     whole, *changes = file.read()
-    snapshot = CODEC.decode(whole, changes)
+    try:
+        snapshot = CODEC.decode(whole, changes)
+    except DecodeError as error:
+        raise StateError(f"the state cannot be read: {error}") from error
     if not isinstance(snapshot, Snapshot):
         raise StateError("the state is no snapshot of a protector")
     return snapshot

@@ -36,24 +36,33 @@ class Watcher:
     """Keeps one watcher process running."""
 
     def __init__(
-        self, settings: Settings, loop: Loop, log: Log, wanted: Callable[[], None]
+        self,
+        settings: Settings,
+        loop: Loop,
+        log: Log,
+        wanted: Callable[[], None],
+        persist: Callable[[], object],
     ) -> None:
-        """wanted: called when something has changed."""
+        """wanted: called when something has changed; persist: when there are other descriptors to
+        be kept than before.
+        """
         self._settings = settings
         self._loop = loop
         self._log = log
         self._wanted = wanted
-        #: Called when there are other descriptors to be kept than before.
-        self.kept: Callable[[], object] = lambda: None
+        self._persist = persist
         self._process: Process | None = None
         self._line: socket.socket | None = None
         self._delay_s = _FIRST_DELAY_S
         self._since = 0.0  # when it was started
         self._warned = False  # that one after the other ends
 
-    def start(self, descriptors: Mapping[str, int]) -> None:
-        """Watch, with the watcher of an earlier program if it left one; takes ownership."""
-        for pid, mine in inherited.under(descriptors, inherited.WATCH).items():
+    def start(self, left: Mapping[str, Mapping[str, int]]) -> None:
+        """Watch, with the watcher of an earlier program if it left one; takes ownership.
+
+        left: its descriptors, by its pid.
+        """
+        for pid, mine in left.items():
             if self._settings.watch and self._process is None and len(mine) == 2:
                 self._process = Process(int(pid), mine["process"])
                 self._line = socket.socket(fileno=mine["line"])
@@ -106,7 +115,7 @@ class Watcher:
                 return
         self._line = line
         self._attend()
-        self.kept()
+        self._persist()
 
     def _attend(self) -> None:
         assert self._line is not None
@@ -150,7 +159,7 @@ class Watcher:
         while self._has_news():
             self._hear()
         self._forget()
-        self.kept()
+        self._persist()
         self._again(how)
 
     def _has_news(self) -> bool:

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 
 from socketprotector_client import wire
 
+from ..model.records import ForwarderRecord
 from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
+from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE, Loop
 from .listener_drain import ListenerDrain, ListenerDrains
@@ -250,6 +252,18 @@ class Forwarder:
         return tuple(self._listeners)
 
     # -- to the next program and from the one before -----------------------------
+
+    def record(self) -> ForwarderRecord:
+        """Return what another program would have to know."""
+        kept = self.undelivered
+        return ForwarderRecord(
+            self.forwarded, self.lost, kept.pending_header, kept.number, kept.parked
+        )
+
+    def adopt(self, record: ForwarderRecord, left: Inherited) -> None:
+        """Go on with what an earlier program had; takes its connections."""
+        self.forwarded, self.lost = record.forwarded, record.lost
+        self.undelivered.adopt(record.pending, record.number, record.parked, left)
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""

@@ -1,39 +1,32 @@
 """What a generation's number stands for: its program, its channel, its scoreboard.
 
-What its dead workers have counted is kept here, too; all of it is in the state, but for the
-descriptors, which have names (system/inherited.py).
+What is to be known of it by the next program is one record, which is replaced whole; the
+descriptors have names (system/inherited.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from socketprotector_client import wire
 
 from ..model.records import Counts, GenerationRecord, Program
-from ..system import clock
+from ..system import clock, inherited
 from ..system.channel import Channel
 from ..system.scoreboard import Board
 
 
 @dataclass(slots=True)
-class Home:
+class OpenGeneration:
     """Owns the channel and the scoreboard."""
 
-    program: Program
+    record: GenerationRecord
     channel: Channel
     board: Board | None = None  # none could be made: then nobody counts
-    serving_since: float = 0.0  # CLOCK_MONOTONIC; the others are for people
-    opened_at: float = field(default_factory=clock.date)
-    served_at: float | None = None
-    drained_at: float | None = None
-    past: Counts | None = None  # of workers that have ended
-    lost: int = 0  # connections that were open in those
-    side: int = 0  # where its workers accept, if they do: see socket_steering.py
 
     @classmethod
-    def make(cls, program: Program, queue: int, side: int) -> Home:
+    def make(cls, number: int, program: Program, queue: int, socket_number: int) -> OpenGeneration:
         """Make channel and scoreboard.  Raises OSError when the channel cannot be made."""
         channel = Channel.make(queue)
         channel.knows = known(program)
@@ -41,50 +34,37 @@ class Home:
             board = Board.make()
         except OSError:
             board = None  # nobody needs it so much as to fail without
-        return cls(program, channel, board, side=side)
+        record = GenerationRecord(
+            number, program, opened_at=clock.date(), socket_number=socket_number
+        )
+        return cls(record, channel, board)
 
     @classmethod
-    def adopt(cls, record: GenerationRecord, descriptors: Mapping[str, int]) -> Home:
+    def adopt(cls, record: GenerationRecord, descriptors: Mapping[str, int]) -> OpenGeneration:
         """Go on with one that an earlier program opened; takes ownership.
 
         Raises KeyError without the channel's read end.
         """
         channel = Channel.adopt(descriptors)
         channel.knows = known(record.program)
-        return cls(
-            record.program,
-            channel,
-            Board(descriptors["board"]) if "board" in descriptors else None,
-            record.serving_since,
-            record.opened_at,
-            record.served_at,
-            record.drained_at,
-            record.past,
-            record.lost,
-            record.side,
-        )
+        board = Board(descriptors["board"]) if "board" in descriptors else None
+        return cls(record, channel, board)
 
-    def record(self, number: int, *, released: bool) -> GenerationRecord:
-        return GenerationRecord(
-            number,
-            self.program,
-            self.serving_since,
-            self.ended,
-            released,
-            self.opened_at,
-            self.served_at,
-            self.drained_at,
-            self.past,
-            self.lost,
-            self.side,
-        )
+    @property
+    def program(self) -> Program:
+        return self.record.program
+
+    def note(self, **changes: object) -> None:
+        """Have other fields in the record."""
+        self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""
         found = self.channel.descriptors()
         if self.board is not None:
             found["board"] = self.board.fd
-        return found
+        before = f"{inherited.CHANNEL}{self.record.number}."
+        return {f"{before}{name}": fd for name, fd in found.items()}
 
     @property
     def ended(self) -> bool:
@@ -92,7 +72,7 @@ class Home:
         return self.channel.write.fileno() < 0
 
     def counts(self, slot: int) -> Counts | None:
-        """Return what the worker in a place has counted; None where it does not."""
+        """Return what the worker in a slot has counted; None where it does not."""
         try:
             return self.board.read(slot) if self.board is not None else None
         except OSError:
@@ -101,7 +81,7 @@ class Home:
     def bury(self, slot: int) -> int | None:
         """Take over what a dead worker has counted; return how many connections died with it.
 
-        None where it did not count.  Makes the place ready for the next one.
+        None where it did not count.  Makes the slot ready for the next one.
         """
         found = self.counts(slot)
         try:
@@ -111,8 +91,8 @@ class Home:
             self.forget_board()  # better nothing known than counted twice
         if found is None:
             return None
-        self.lost += found.active
-        self.past = (self.past or Counts()) + found.closed()
+        past = (self.record.past or Counts()) + found.closed()
+        self.note(lost=self.record.lost + found.active, past=past)
         return found.active
 
     def place(self, slot: int) -> tuple[int, int] | None:
@@ -126,6 +106,39 @@ class Home:
         if self.board is not None:
             self.board.close()
             self.board = None
+
+
+class Generations(dict[int, OpenGeneration]):
+    """Those that are open, by number; and those that are released, until their queue is empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released: dict[int, OpenGeneration] = {}
+
+    def release(self, number: int) -> OpenGeneration:
+        """Have one no longer open; what its queue still holds is its channel's."""
+        each = self.pop(number)
+        each.note(released=True)
+        each.forget_board()
+        self.released[number] = each
+        return each
+
+    def known(self) -> tuple[OpenGeneration, ...]:
+        """Return all of them, without those whose channel was closed in the meantime."""
+        self.released = {n: each for n, each in self.released.items() if not each.channel.closed}
+        return (*self.values(), *self.released.values())
+
+    def records(self) -> tuple[GenerationRecord, ...]:
+        """Return what another program would have to know."""
+        found = self.known()
+        for each in found:
+            if each.ended and not each.record.ended:  # the channel is ended by whoever drains it
+                each.note(ended=True)
+        return tuple(each.record for each in found)
+
+    def descriptors(self) -> dict[str, int]:
+        """Return all of their descriptors, by name."""
+        return {name: fd for each in self.known() for name, fd in each.descriptors().items()}
 
 
 def known(program: Program) -> frozenset[int] | None:

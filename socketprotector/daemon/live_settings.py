@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from ..core.events import Event, SettingsFailed, SettingsRead
+from ..core.events import Event, SettingsFailed, SettingsRead, UseSettings
 from ..core.snapshot import Snapshot
 from ..model.handoff import LISTENER
-from ..model.settings import ListenerSettings, Settings, dump, load
+from ..model.records import SettingsRecord
+from ..model.settings import ListenerSettings, Settings
 from ..model.settings_diff import changes
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import Loop
 from .config_reader import Answer, Reader
 from .forwarder import Forwarder
-from .generation import Home
+from .generation import OpenGeneration
 from .socket_steering import SocketSteering
 from .worker_pool import WorkerPool
 
@@ -34,32 +35,34 @@ class Configuration:
         pool: WorkerPool,
         forwarder: Forwarder,
         steering: SocketSteering,
-        homes: Mapping[int, Home],
+        generations: Mapping[int, OpenGeneration],
         command: tuple[str, ...],
         loop: Loop,
         log: Log,
         post: Callable[[Event], None],
     ) -> None:
-        """command: executes this program again.  homes: of the generations; their owner's."""
-        self.settings = settings
+        """command: executes this program again.  generations: their owner's."""
+        #: What another program would have to know.  Replaced whole, as each that is written down.
+        self.record = SettingsRecord(settings)
         self._pool = pool
         self._forwarder = forwarder
         self._steering = steering
-        self._homes = homes
+        self._generations = generations
         self._log = log
         self._post = post
-        self._coming: Settings | None = None  # read again, and not used yet
-        self._changed = False  # the settings are others than at the start
-        self._used = 0
-        self._written: tuple[Settings | None, Settings | None] = None, None  # as what kept() gave
-        self._texts = "", ""
         self._reader = Reader(command, loop, "reader")
         self._comparer = Reader(command, loop, "comparer")
 
     @property
+    def settings(self) -> Settings:
+        """Those that hold."""
+        assert self.record.current is not None
+        return self.record.current
+
+    @property
     def to_try(self) -> Settings:
         """What a generation is to be opened with that is made from things as they are now."""
-        return self._coming or self.settings
+        return self.record.candidate or self.settings
 
     def read(self) -> None:
         """Have them read again; what comes of it is an event."""
@@ -75,20 +78,19 @@ class Configuration:
 
     def use(self) -> None:
         """Hold to what was read."""
-        if self._coming is not None:
-            if self._coming.log_level != self.settings.log_level:
-                self._log.set_level(self._coming.log_level)
-            self._hold_to(self._coming)
-            self._coming = None
-            self._used += 1
+        candidate = self.record.candidate
+        if candidate is not None:
+            if candidate.log_level != self.settings.log_level:
+                self._log.set_level(candidate.log_level)
+            self._hold_to(candidate)
 
     def forget(self) -> None:
         """Give up what was read.  The places of its listeners are never others'."""
         self._reader.call_off()
-        if self._coming is not None:
+        if self.record.candidate is not None:
             there = self.settings.listeners
-            added = self._coming.listeners[len(there) :]
-            self._coming = None
+            added = self.record.candidate.listeners[len(there) :]
+            self.record = SettingsRecord(self.settings)
             if added:
                 gone = (replace(each, removed=True) for each in added)
                 self._hold_to(self.settings.listening((*there, *gone)))
@@ -100,37 +102,23 @@ class Configuration:
 
     # -- to the next program and from the one before -----------------------------
 
-    def kept(self) -> tuple[str, str, int]:
-        """Return what the state has to hold: the settings, if they are others than at the start,
-        those that are tried, if there are any, and how often such were taken over.
-
-        It is asked at each step, so they are dumped once.
-        """
-        wanted = self.settings if self._changed else None, self._coming
-        if wanted != self._written:  # the same objects, nearly always
-            settings, coming = wanted
-            self._texts = _text(settings), _text(coming)
-            self._written = wanted
-        return *self._texts, self._used
-
     def adopt(self, snapshot: Snapshot) -> None:
-        """Go on with what was read: the fleet says whether it is still to be tried."""
-        self._used = snapshot.settings_used
-        self._changed = bool(snapshot.settings)
-        self._coming = load(snapshot.coming.encode()) if snapshot.coming else None
-        if self._coming is not None and snapshot.fleet.candidate is None:
-            if snapshot.fleet.settings_used > snapshot.settings_used:
-                self.use()
-            else:
-                self.forget()
+        """Go on with what was read: the fleet says whether it is still to be tried.
+
+        If it is to be used, that is ordered again.
+        """
+        self.record = SettingsRecord(self.settings, snapshot.settings.candidate)
+        if snapshot.fleet.candidate is None and UseSettings() not in snapshot.unfinished:
+            self.forget()
         self._remove_listeners()
 
     def bound_anew(self, listener: Listener) -> None:
         """A listener has another socket file, which is to be removed at the end."""
-        index, its = listener.index, listener.settings
-        self.settings = _with_file(self.settings, index, its)
-        self._coming = _with_file(self._coming, index, its) if self._coming else None
-        self._changed = True
+        index, its, candidate = listener.index, listener.settings, self.record.candidate
+        self.record = SettingsRecord(
+            _with_file(self.settings, index, its),
+            _with_file(candidate, index, its) if candidate is not None else None,
+        )
 
     # -- inside ------------------------------------------------------------------
 
@@ -149,7 +137,7 @@ class Configuration:
         self._log.write("info", "configured", changes=told or "none")
         for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
             new = _with_file(new, index, its)
-        self._coming = new
+        self.record = SettingsRecord(old, new)
         for index, fd in answer.listeners.items():
             shared, second = new.handoff == LISTENER, answer.seconds.get(index, -1)
             listener = Listener(fd, index, new.listeners[index], shared=shared, second=second)
@@ -160,8 +148,7 @@ class Configuration:
         )
 
     def _hold_to(self, settings: Settings) -> None:
-        self.settings = settings
-        self._changed = True
+        self.record = SettingsRecord(settings)
         self._pool.settings_are(settings)
         self._remove_listeners()
 
@@ -172,17 +159,13 @@ class Configuration:
             if listener.index < len(places) and places[listener.index].removed:
                 served = [
                     number
-                    for number, home in self._homes.items()
-                    if home.serving_since and not home.ended
-                    if home.channel.knows_of(listener.index)
+                    for number, each in self._generations.items()
+                    if each.record.serving_since and not each.ended
+                    if each.channel.knows_of(listener.index)
                 ]
-                to = self._homes[max(served)].channel if served else None
+                to = self._generations[max(served)].channel if served else None
                 self._log.write("info", "listener-removed", address=listener.settings.address)
                 self._forwarder.remove(listener, to)
-
-
-def _text(settings: Settings | None) -> str:
-    return dump(settings).decode() if settings is not None else ""
 
 
 def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Settings:

@@ -108,25 +108,29 @@ class Relaying:
         self._begin_to_watch()
         self._spawn()
 
-    def adopt(self, descriptors: Mapping[str, int]) -> None:
-        """Go on with the relay that an earlier program started; takes ownership."""
-        mine = {name.removeprefix(inherited.RELAY): fd for name, fd in descriptors.items()}
-        self._shared = mine.get("read", -1)
-        older = "tail" in mine
+    def adopt(
+        self, relay: Mapping[str, dict[str, int]], outputs: Mapping[str, Mapping[str, int]]
+    ) -> None:
+        """Go on with the relay that an earlier program started; takes ownership.
+
+        relay: what was left of RELAY, outputs: of OUTPUT.
+        """
+        self._shared = relay.get("read", {}).get("", -1)
+        older = "tail" in relay
         if older:  # it answers no questions
-            os.close(mine["tail"])
-        lines = inherited.under(mine, "line.")
-        for number, fds in inherited.under(descriptors, inherited.OUTPUT).items():
+            os.close(relay["tail"][""])
+        lines = relay.get("line", {})
+        for number, fds in outputs.items():
             for name, fd in fds.items():
                 generation, _, pid = name.partition(".")
                 os.set_blocking(fd, False)  # an older program's is not
                 self._keep(int(number), WorkerPipe(fd, int(generation), int(pid)))
         found = [
-            (Process(int(pid), fds[""]), lines.pop(pid, {}).get("", -1))
-            for pid, fds in inherited.under(mine, "process.").items()
+            (Process(int(pid), fd), lines.pop(pid, -1))
+            for pid, fd in relay.get("process", {}).items()
         ]
-        for fds in lines.values():
-            os.close(fds[""])
+        for fd in lines.values():
+            os.close(fd)
         self._begin_to_watch()
         self._choose(found, older=older)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..model import text
 from ..model.log_format import is_own
 from ..system import inherited
+from ..system.inherited import Inherited
 from ..system.log import Log, is_journal
 from ..system.log_file import open_log
 from ..system.loop import Loop
@@ -64,26 +65,22 @@ class Output:
         """Whether lines go through a relay process, at least the protector's own."""
         return self._to_syslog or self._relayed
 
-    def begin(self, descriptors: Mapping[str, int], name: str, loop: Loop, log: Log) -> None:
+    def begin(self, left: Inherited, name: str, loop: Loop, log: Log) -> None:
         """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
 
         Takes ownership of those of the descriptors that are the relay's.
         """
-        mine = {
-            n: fd
-            for n, fd in descriptors.items()
-            if n.startswith((inherited.RELAY, inherited.OUTPUT))
-        }
         if not self.needs_relay:
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
         self._relay = Relaying(name, kind, loop, log, self.named, prefixed=self._prefixed)
         self._relay.changed = lambda: self.changed()
-        write = mine.pop(_WRITE, -1)
-        if mine:
-            if write >= 0:  # else stderr has come along as it is
-                self._lead_to(write)
-            self._relay.adopt(mine)
+        given = left.take_one(_WRITE)
+        if given is not None:  # else stderr has come along as it is
+            self._lead_to(given)
+        relay, outputs = left.take_all(inherited.RELAY), left.take_all(inherited.OUTPUT)
+        if relay or outputs:
+            self._relay.adopt(relay, outputs)
             return
         read = -1
         if self._to_syslog:

@@ -27,7 +27,7 @@ from ..system.loop import Loop
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
-from .generation import Home
+from .generation import OpenGeneration
 from .output import Output
 from .worker_spawn import Worker
 
@@ -102,7 +102,7 @@ class PostMortem:
         return end
 
     def _ask(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
-        self._output.last_words(record.number, record.mark, done)
+        self._output.last_words(record.number, record.output_start, done)
 
     def _said(self, number: int, last_words: str) -> None:
         self._endings[number].last_words = last_words
@@ -134,8 +134,8 @@ class PostMortem:
         """
         known, number = worker.record, worker.record.number
         ending = self._endings.pop(number)
-        lost = worker.home.bury(known.slot)
-        orphans = self.keep_group(known, worker.process, worker.home)
+        lost = worker.generation.bury(known.slot)
+        orphans = self.keep_group(known, worker.process, worker.generation)
         worker.close()
         self._log.write(
             "info",
@@ -149,7 +149,7 @@ class PostMortem:
         if silent:  # it has failed to start, or detached itself
             self._orphans.end(worker.notify.address)
         detached = end.clean and silent
-        if not known.told_to_go and not (end.clean and worker.home.ended):
+        if not known.told_to_go and not (end.clean and worker.generation.ended):
             self._crashed(_crash(worker, end, lost, last_words))
             if worker.has_served:  # so its slot is filled without waiting for them
                 self._ask(known, lambda said: self._late(number, said))
@@ -158,7 +158,7 @@ class PostMortem:
             served_s = time.monotonic() - known.ready_at
         else:
             reason = self._why(worker, end.how, last_words, detached, spoken_with=spoken_with)
-        waiting = worker.home.channel.depth()
+        waiting = worker.generation.channel.depth()
         return WorkerExited(number, reason, served_s, waiting, detached, orphans)
 
     def _why(
@@ -166,7 +166,7 @@ class PostMortem:
     ) -> str:
         """Say why a worker that never served has ended, as far as can be known."""
         when = "as soon as it was ready" if worker.record.ready_by else "before it was ready"
-        program = worker.home.program
+        program = worker.generation.program
         reason = f"{program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
@@ -183,18 +183,22 @@ class PostMortem:
 
     # -- what is left ------------------------------------------------------------
 
-    def keep_group(self, record: WorkerRecord, process: Process, home: Home) -> bool:
+    def keep_group(
+        self, record: WorkerRecord, process: Process, generation: OpenGeneration
+    ) -> bool:
         """Look after what is left of a worker's process group; say whether anything is."""
         left = process.has_group()
         if left:
-            program = home.program
+            program = generation.program
             drain_signal = program.drain_signal if program.handoff == LISTENER else 0
             self._groups.keep(record, process, drain_signal)
         else:
             process.close()
         return left
 
-    def adopt_group(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> bool:
+    def adopt_group(
+        self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
+    ) -> bool:
         """Go on with what a worker has left that has ended; takes ownership of its descriptors.
 
         Returns whether anything is.
@@ -207,7 +211,7 @@ class PostMortem:
             process.reap()
         except ChildProcessError:
             pass  # it was another's child
-        return self.keep_group(record, process, home)
+        return self.keep_group(record, process, generation)
 
 
 def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash:
@@ -220,7 +224,7 @@ def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash
         slot=known.slot,
         pid=known.pid,
         how=end.how,
-        when="draining" if worker.home.ended else "serving" if ready else "starting",
+        when="draining" if worker.generation.ended else "serving" if ready else "starting",
         lost=lost,
         last_words=last_words,
         cpu_s=end.cpu_s,

@@ -13,10 +13,10 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from .. import __version__
-from ..core.events import Event, ReloadRequested, StopRequested
+from ..core.events import ReloadRequested, StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model import handoff
@@ -25,18 +25,21 @@ from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..model.text import status_of
 from ..system import executable, inherited, privileges, process
 from ..system.cpu_quota import Quota, processors
+from ..system.inherited import Inherited
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room_of
 from ..system.state_file import StateError, StateFile
 from . import checkpoint
-from .checkpoint import Heritage
+from .checkpoint import Checkpoint
 from .control.commands import Operator
 from .control.server import Control
 from .effects import Effects
+from .event_queue import EventQueue
 from .file_watch import Watcher
 from .output import Output
+from .recovery import Recovery
 from .start_report import Launcher
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
@@ -49,6 +52,7 @@ _FAREWELL_S = 5.0
 #: And the service manager, which may have stopped reading.
 _MANAGER_S = 1.0
 _MESSAGE_BYTES = 4096
+_OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
 
@@ -118,8 +122,14 @@ class _Resident:
         command: tuple[str, ...],
     ) -> None:
         """earlier: where another program stopped, or why nobody can go on from there."""
+        # At the first start they come from the launching process; only a guard has them too.
+        guarded = inherited.GUARD in descriptors
+        known = guarded or inherited.STATE in descriptors
+        kept = descriptors.keys() - {inherited.GUARD} if known else set()
         self.settings = settings
-        self.descriptors = descriptors
+        self.left_over = left = Inherited(descriptors)
+        #: Those of the process itself, which are no part's.
+        self.own = {n: fd for n in _OWN if (fd := left.take_one(n)) is not None}
         self.earlier = earlier
         self.command = command
         ours = settings.to_syslog or settings.log_file is not None
@@ -130,19 +140,16 @@ class _Resident:
             prefixed=settings.log_prefix,
         )
         # Under a guard it is the guard whose end means the end.
-        guarded = inherited.GUARD in descriptors
         self.pid = os.getppid() if guarded else os.getpid()
         self.launcher = Launcher(
-            descriptors.get(inherited.LAUNCHER), descriptors.get(inherited.TERMINAL), self.pid
+            left.take_one(inherited.LAUNCHER), left.take_one(inherited.TERMINAL), self.pid
         )
-        self.listeners = _listeners(descriptors, listeners, settings.handoff == handoff.LISTENER)
-        self.line = socket.socket(fileno=descriptors[inherited.GUARD]) if guarded else None
+        self.listeners = _listeners(left, listeners, settings.handoff == handoff.LISTENER)
+        line = left.take_one(inherited.GUARD)
+        self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(self._later, self.line)
         self.manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
         self.systemd = Systemd(os.environ, self.pid, self.manager, self.guard)
-        # At the first start they come from the launching process; only a guard has them too.
-        known = guarded or inherited.STATE in descriptors
-        kept = {name for name in descriptors if name != inherited.GUARD} if known else set()
         room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
         os.environ["FDSTORE"] = str(room)
@@ -156,14 +163,14 @@ class _Resident:
                 names_bytes=inherited.STORE_NAMES_BYTES,
             )
         )
-        control = descriptors.get(inherited.CONTROL)
+        control = left.take_one(inherited.CONTROL)
         self.control_listener = (
             Listener(control, -1, settings.control)
             if control is not None and settings.control is not None
             else None
         )
         self.began = False
-        self.left: tuple[str, ...] = ()  # names of listeners that live on for the next start
+        self.staying: tuple[str, ...] = ()  # names of listeners that live on for the next start
         self._loop: Loop | None = None
 
     @property
@@ -178,27 +185,72 @@ class _Resident:
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
-        snapshot = self.earlier
-        if isinstance(snapshot, StateError):
-            raise snapshot
-        if inherited.STATE not in self.descriptors:
-            self._make_state()
+        snapshot = self._where_to_begin()
         if snapshot is not None and snapshot.fleet.exiting:
-            # All was done but the last words.
-            if self._stay(name for each in self._ours for name in each.descriptors()):
-                self.left = tuple(filter(None, [each.leave(snapshot.side) for each in self._ours]))
-            self._close_listeners()
-            return snapshot.fleet.exit_status
+            return self._end_again(snapshot)
         self.began = snapshot is not None
-        quota = Quota()
+        self._become_resident()
+        for listener in self.listeners:
+            if snapshot is None or not listener.shared:  # else a worker has said how it listens
+                listener.claim()
+        log = self._begin_log(snapshot)
+        supervisor = self._put_together(log)
+        control = self._control(supervisor, log)
+        self._attend(supervisor, log)
+        # They were blocked from the start, so that none of them could come too early.
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        self.began = True
+        watchers = self.left_over.take_all(inherited.WATCH)
+        if snapshot is None:
+            self.left_over.close()
+            supervisor.launch()
+        else:
+            supervisor.adopt(Recovery(supervisor.effects, snapshot, self.left_over))
+        # Signals are taken from here on; and by which of them workers finish, should none of us
+        # be there to say so.
+        accept = self.settings.handoff == handoff.LISTENER
+        self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
+        self.watcher.start(watchers)
+        status = supervisor.run()
+        self.staying = supervisor.effects.left
+        self.watcher.close()
+        if control is not None:
+            control.close()
+        log.close()
+        return status
+
+    def _where_to_begin(self) -> Snapshot | None:
+        """Return where another program stopped; else have a state file of our own.
+
+        Raises StateError where nobody can go on from there.
+        """
+        if isinstance(self.earlier, StateError):
+            raise self.earlier
+        if inherited.STATE not in self.own:
+            try:
+                self.own[inherited.STATE] = StateFile.make().fd
+            except OSError as error:
+                raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
+        return self.earlier
+
+    def _end_again(self, snapshot: Snapshot) -> int:
+        """All was done but the last words."""
+        if self._stay(name for each in self._ours for name in each.descriptors()):
+            number = snapshot.steering.socket_number
+            self.staying = tuple(filter(None, [each.leave(number) for each in self._ours]))
+        self._close_listeners()
+        return snapshot.fleet.exit_status
+
+    def _become_resident(self) -> None:
+        """Have a loop, and the limits, priority and user of the whole life."""
+        settings, quota = self.settings, Quota()
 
         def spare() -> bool:
             """With one core nobody could connect while we ask whether somebody has."""
             return processors() > 1 and quota.processors() > 1
 
         # Not before: from here on it is known who goes on if it fails.
-        self._loop = Loop(self.settings.busy_poll_s, spare)
-        settings, loop = self.settings, self.loop
+        self._loop = Loop(settings.busy_poll_s, spare)
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -209,10 +261,10 @@ class _Resident:
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
                 privileges.reclaim()  # an upgrade in place has brought them along
-        for listener in self.listeners:
-            if snapshot is None or not listener.shared:  # else a worker has said how it listens
-                listener.claim()
-        log = self._open_log()
+
+    def _begin_log(self, snapshot: Snapshot | None) -> Log:
+        """Open the log, and say in it who begins."""
+        settings, log = self.settings, self._open_log()
         log.write(
             "info",
             "adopted" if snapshot else "start",
@@ -226,36 +278,18 @@ class _Resident:
                 log.write("warning", "notice", text=notice)
         else:
             self._write_pid(log)
-        self.watcher = Watcher(settings, loop, log, lambda: supervisor.post(ReloadRequested()))
-        supervisor = self._supervisor(log)
-        control = self._control(supervisor, log)
+        return log
+
+    def _attend(self, supervisor: Supervisor, log: Log) -> None:
+        """Hear the guard and the launcher, and feed the watchdog."""
         if self.line is not None:
-            loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
+            self.loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
         else:
             # There was none, or it has ended under an earlier program.
-            supervisor.effects.unguarded()
-        self.launcher.watch(loop, lambda: supervisor.post(StopRequested(quick=True)))
+            supervisor.effects.pool.guarded = False
+        self.launcher.watch(self.loop, lambda: supervisor.post(StopRequested(quick=True)))
         if self.systemd.watchdog_s:
             self._feed_watchdog()
-        # They were blocked from the start, so that none of them could come too early.
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        self.began = True
-        if snapshot is None:
-            supervisor.launch()
-        else:
-            supervisor.adopt(snapshot, self.descriptors)
-        # Signals are taken from here on; and by which of them workers finish, should none of us
-        # be there to say so.
-        accept = self.settings.handoff == handoff.LISTENER
-        self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
-        self.watcher.start(self.descriptors)
-        status = supervisor.run()
-        self.left = supervisor.effects.left
-        self.watcher.close()
-        if control is not None:
-            control.close()
-        log.close()
-        return status
 
     def fail(self, reason: str) -> None:
         """Nothing could be started, or can go on: let go of what is ours."""
@@ -268,36 +302,29 @@ class _Resident:
             # First: without it what is there is no state to go on with, but left for a start.
             self.store.forget(inherited.SETTINGS)
             # Whoever keeps a copy may not read in time that it is to go; the file is the same one.
-            os.ftruncate(self.descriptors[inherited.SETTINGS], 0)
+            os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay ends with its last writer, and whoever keeps that descriptor would be one.
         for name in self.output.descriptors():
             self.store.forget(name)
         self.output.finish()
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
-        _remove_pid_file(self.settings.pid_file, self.descriptors.get(inherited.PID_FILE))
+        _remove_pid_file(self.settings.pid_file, self.own.get(inherited.PID_FILE))
         self.launcher.failed(status)
         if self.line is None:
-            self.store.sync(dict.fromkeys(self.left, -1))
+            self.store.sync(dict.fromkeys(self.staying, -1))
         self.systemd.send(EXIT_STATUS=str(status))
         self.guard.finish(_FAREWELL_S)
         self.manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
 
     # -- putting together ----------------------------------------------------
 
-    def _make_state(self) -> None:
-        try:
-            self.descriptors[inherited.STATE] = StateFile.make().fd
-        except OSError as error:
-            raise SystemRefused(f"cannot keep the state in memory: {error.strerror}") from error
-
     def _open_log(self) -> Log:
         settings = self.settings
         log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
         log.fold(self.loop)
-
         try:
-            self.output.begin(self.descriptors, settings.name, self.loop, log)
+            self.output.begin(self.left_over, settings.name, self.loop, log)
         except OSError as error:
             where = "to syslog" if settings.to_syslog else "of workers' output"
             asked = " for --log-prefix" if settings.log_prefix else ""
@@ -312,56 +339,51 @@ class _Resident:
         log.reopen()
         return log
 
-    def _supervisor(self, log: Log) -> Supervisor:
-        file = StateFile(self.descriptors[inherited.STATE])
-
-        def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Effects:
-            self.output.changed = save
-            self.watcher.kept = save
-            return Effects(
-                self.settings,
-                self.listeners,
-                loop=self.loop,
-                log=log,
-                output=self.output,
-                systemd=self.systemd,
-                launcher=self.launcher,
-                post=post,
-                held=save,
-                guarded=self.line is not None,
-                command=self.command,
-                stay=self._stay,
-            )
-
+    def _put_together(self, log: Log) -> Supervisor:
+        """Make the parts: first where events go, and what writes the state, which all are given."""
+        settings, queue = self.settings, EventQueue()
+        checkpoint = Checkpoint(
+            StateFile(self.own[inherited.STATE]), self.store, log, self._descriptors
+        )
+        self.output.changed = checkpoint.save
+        self.watcher = Watcher(
+            settings, self.loop, log, lambda: queue.post(ReloadRequested()), checkpoint.save
+        )
+        effects = Effects(
+            settings,
+            self.listeners,
+            loop=self.loop,
+            log=log,
+            output=self.output,
+            systemd=self.systemd,
+            launcher=self.launcher,
+            post=queue.post,
+            persist=checkpoint.save,
+            command=self.command,
+            stay=self._stay,
+        )
+        keeps = settings.worker_identity is not None
         return Supervisor(
             Fleet(
-                policy=self.settings.policy,
-                workers_wanted=self.settings.processes,
-                configured=self.settings.origin.configured,
+                policy=settings.policy,
+                workers_wanted=settings.processes,
+                configured=settings.origin.configured,
             ),
+            queue,
             effects,
-            Heritage(file, self.store, log, self._others),
-            Upgrade(
-                self.command,
-                self.loop,
-                log,
-                keeps=self.settings.worker_identity is not None,
-            ),
+            checkpoint,
+            Upgrade(self.command, self.loop, log, keeps=keeps),
             loop=self.loop,
             log=log,
             reopen_logs=lambda: self._reopen_logs(log),
             took=lambda number: self.guard.send(f"X_TOOK={number:d}"),
-            terminal=terminal_of(self.settings.foreground),
-            outlives_terminal=self.settings.outlives_terminal,
+            terminal=terminal_of(settings.foreground),
+            outlives_terminal=settings.outlives_terminal,
         )
 
-    def _others(self) -> dict[str, int]:
+    def _descriptors(self) -> dict[str, int]:
         """The descriptors of the process itself, by name."""
-        found = {
-            name: self.descriptors[name]
-            for name in (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
-            if name in self.descriptors
-        }
+        found = dict(self.own)
         if self.line is not None and self.line.fileno() >= 0:
             found[inherited.GUARD] = self.line.fileno()
         if self.control_listener is not None:
@@ -448,7 +470,7 @@ class _Resident:
             self.pid = self.systemd.pid = os.getpid()
             log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
             self._write_pid(log)
-            supervisor.effects.unguarded()
+            supervisor.effects.pool.guarded = False
             return
         pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
         if pid.isdigit() and status.isdigit():
@@ -456,7 +478,7 @@ class _Resident:
 
     def _write_pid(self, log: Log) -> None:
         """Write the pid of whoever is to be signalled into the pid file, which we hold."""
-        lock = self.descriptors.get(inherited.PID_FILE)
+        lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return
         try:
@@ -487,40 +509,30 @@ def _held(
     descriptors: dict[str, int], snapshot: Snapshot | None
 ) -> tuple[Settings, Sequence[ListenerSettings]]:
     """Return the settings that hold, and all listeners that there may be.  Raises SettingsError."""
-    fd = descriptors[inherited.SETTINGS]
-    settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
-    if snapshot is not None and snapshot.settings:
-        settings = load(snapshot.settings.encode())
-    if snapshot is not None and snapshot.coming:
-        return settings, load(snapshot.coming.encode()).listeners
-    return settings, settings.listeners
+    settings = snapshot.settings.current if snapshot is not None else None
+    if settings is None:
+        fd = descriptors[inherited.SETTINGS]
+        settings = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    candidate = snapshot.settings.candidate if snapshot is not None else None
+    return settings, (candidate or settings).listeners
 
 
 def _listeners(
-    descriptors: dict[str, int], settings: Sequence[ListenerSettings], shared: bool
+    left: Inherited, settings: Sequence[ListenerSettings], shared: bool
 ) -> list[Listener]:
-    """Adopt the listeners that there are; what belongs to none of them is closed.
+    """Adopt the listeners that there are; those in no place are of a reload that never came to be.
 
-    It is of a reload that never came to be, or half closed.
+    Each may have several sockets, of which the newest is in use: a number stands behind the name.
     """
-    found = {
-        kind: inherited.under(descriptors, kind) for kind in (inherited.LISTENER, inherited.TWIN)
-    }
-    newest = {
-        kind: {key: max(map(_count, each)) for key, each in found[kind].items()} for kind in found
-    }
     made = []
     for index, each in enumerate(settings):
-        key = str(index)
-        if key in found[inherited.LISTENER]:  # else it was closed already
-            again = newest[inherited.LISTENER][key], newest[inherited.TWIN].get(key, 0)
-            first = found[inherited.LISTENER][key].pop(_name(again[0]))
-            second = found[inherited.TWIN].get(key, {}).pop(_name(again[1]), -1)
-            made.append(Listener(first, index, each, shared=shared, second=second, again=again))
-    for kind in found.values():
-        for left in kind.values():
-            for fd in left.values():
-                os.close(fd)
+        first, again = _newest(left.take(inherited.LISTENER, index))
+        second, second_again = _newest(left.take(inherited.TWIN, index))
+        if first >= 0:  # else it was closed already
+            both = again, second_again
+            made.append(Listener(first, index, each, shared=shared, second=second, again=both))
+        elif second >= 0:
+            os.close(second)
     ours = [each for each in made if not shared and not each.settings.foreign]
     for listener in [each for each in ours if not each.listens]:
         made.remove(listener)  # an earlier program was about to close it
@@ -528,12 +540,14 @@ def _listeners(
     return made
 
 
-def _count(name: str) -> int:
-    return int(name or 0)
-
-
-def _name(count: int) -> str:
-    return str(count) if count else ""
+def _newest(found: dict[str, int]) -> tuple[int, int]:
+    """Return the newest of some sockets and its number, and close the others; -1 for none."""
+    numbered = {int(name or 0): fd for name, fd in found.items()}
+    newest = max(numbered, default=0)
+    fd = numbered.pop(newest, -1)
+    for other in numbered.values():
+        os.close(other)
+    return fd, newest
 
 
 def _name_process() -> None:

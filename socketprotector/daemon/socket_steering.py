@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ..model.records import SteeringRecord
 from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.log import Log
@@ -155,6 +156,15 @@ class SocketSteering:
         self.current = socket_number
         self._steer()
         self._watch()
+
+    def record(self) -> SteeringRecord:
+        """Return what another program would have to know."""
+        return SteeringRecord(self.current, tuple(self.unserved))
+
+    def adopt_record(self, record: SteeringRecord) -> None:
+        """Go on with what an earlier program had told the kernel."""
+        self.current = record.socket_number
+        self.unserved = frozenset(record.unserved)
 
     @property
     def untaken_s(self) -> float | None:

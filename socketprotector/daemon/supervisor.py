@@ -12,11 +12,10 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from ..core.events import (
     Action,
-    Event,
     Hold,
     Launched,
     News,
@@ -30,15 +29,16 @@ from ..core.events import (
 )
 from ..core.fleet import Fleet
 from ..core.lifecycle import decide, resume
-from ..core.snapshot import Snapshot
 from ..model import fd_budget
 from ..model.handoff import CANNOT
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import reap_orphans
 from ..system.sd_notify import WATCHDOG
-from .checkpoint import Heritage
+from .checkpoint import Checkpoint
 from .effects import RECORDED, Effects
+from .event_queue import EventQueue
+from .recovery import Recovery
 from .upgrade import Upgrade
 
 _SIGNALS = (
@@ -66,13 +66,14 @@ _NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind
 
 
 class Supervisor:
-    """Holds the fleet and the queue of events; nobody else changes either."""
+    """Holds the fleet, which nobody else changes."""
 
     def __init__(
         self,
         fleet: Fleet,
-        effects: Callable[[Callable[[Event], None], Callable[[], bool]], Effects],
-        heritage: Heritage,
+        queue: EventQueue,
+        effects: Effects,
+        checkpoint: Checkpoint,
         upgrade: Upgrade,
         *,
         loop: Loop,
@@ -82,17 +83,15 @@ class Supervisor:
         terminal: int | None,
         outlives_terminal: bool,
     ) -> None:
-        """`effects` is given the queue's entrance and `save`, and returns what acts.
-
-        took: told of each signal that has come, before it is acted on.
+        """took: told of each signal that has come, before it is acted on.
         terminal: a descriptor of the terminal that a foreground protector lives on;
         outlives_terminal: it was started so as to go on without (nohup).
         """
         self._fleet = fleet
-        self._queue: deque[Event] = deque()
-        self._undone: deque[Action] = deque()  # decided, and maybe not carried out
+        self._queue = queue
+        self._unfinished: deque[Action] = deque()  # decided, and maybe not carried out
         # Those of them that the state tells of: it is written for each of a thousand spawns.
-        self._told: deque[Action] = deque()
+        self._recorded: deque[Action] = deque()
         self._working = False
         self._loop = loop
         self._log = log
@@ -100,12 +99,16 @@ class Supervisor:
         self._took = took
         self._terminal = terminal
         self._outlives_terminal = outlives_terminal
-        self._heritage = heritage
+        self._checkpoint = checkpoint
         self._upgrade = upgrade
         self._handing_over = False
         self._give_up_at: float | None = None  # on the upgrade that waits
         self._breath_at = 0.0  # when to look again who has come
-        self.effects = effects(self.post, self.save)
+        self.effects = effects
+        self.post = queue.post
+        self.save = checkpoint.save
+        checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._recorded))
+        queue.work_off = self._work_unless_working
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
         loop.catch(_SIGNALS, self._signalled)
@@ -118,17 +121,18 @@ class Supervisor:
         """Begin with the first generation."""
         self.post(Launched())
 
-    def adopt(self, snapshot: Snapshot, descriptors: Mapping[str, int]) -> None:
-        """Go on where another program stopped; takes ownership of its descriptors."""
+    def adopt(self, recovery: Recovery) -> None:
+        """Go on where another program stopped."""
+        snapshot = recovery.snapshot
         self._fleet = snapshot.fleet
         self._working = True  # what comes back meanwhile waits until all of it stands again
         now = time.monotonic()
-        left_s = {each: due - now for each, due in snapshot.due}
-        self._order(resume(self._fleet, left_s, snapshot.undone))
-        self._queue.extend(self.effects.adopt(snapshot, descriptors))
+        left_s = {each: due - now for each, due in snapshot.timers}
+        self._order(resume(self._fleet, left_s, snapshot.unfinished))
+        self._queue.add(recovery.adopt())
         self._act(Hold, RouteTo)  # so that nobody who connects has to wait for what follows
-        for events in self.effects.adopt_workers(snapshot, descriptors):
-            self._queue.extend(events)
+        for events in recovery.adopt_workers():
+            self._queue.add(events)
             self._breathe()
         self._act()
         self.effects.welcome(self._fleet)
@@ -141,9 +145,7 @@ class Supervisor:
         self.effects.close()
         return self.effects.exit_status or 0
 
-    def post(self, event: Event) -> None:
-        """Put an event on the queue, and work the queue off unless that is going on."""
-        self._queue.append(event)
+    def _work_unless_working(self) -> None:
         if not self._working:
             self._work()
 
@@ -152,13 +154,12 @@ class Supervisor:
         self._working = True
         acted = True  # whoever calls may have
         try:
-            while self._queue:
-                event = self._queue.popleft()
+            for event in self._queue:
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
                 self._order(actions)
                 self.save()
-                acted = bool(self._undone)
+                acted = bool(self._unfinished)
                 self._act()
                 self._breathe()
         finally:
@@ -169,21 +170,21 @@ class Supervisor:
     def _order(self, actions: Iterable[Action]) -> None:
         """Have these carried out after the others."""
         for each in actions:
-            self._undone.append(each)
+            self._unfinished.append(each)
             if isinstance(each, RECORDED):
-                self._told.append(each)
+                self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
 
         kinds: go no further than these.
         """
-        while self._undone and (not kinds or isinstance(self._undone[0], kinds)):
-            action = self._undone[0]
+        while self._unfinished and (not kinds or isinstance(self._unfinished[0], kinds)):
+            action = self._unfinished[0]
             self.effects.perform(action)
-            self._undone.popleft()
-            if self._told and self._told[0] is action:
-                self._told.popleft()
+            self._unfinished.popleft()
+            if self._recorded and self._recorded[0] is action:
+                self._recorded.popleft()
             if isinstance(action, Open | Spawn):
                 self.save()  # it cannot be repeated: what was made must be known
             self._breathe()
@@ -198,24 +199,20 @@ class Supervisor:
             self._loop.run_if_due(WATCHDOG)
             self._breath_at = time.monotonic() + _BREATH_S
 
-    def save(self) -> bool:
-        """Write down how things are; say whether that is done."""
-        return self._heritage.save(self.effects, self._fleet, self._told)
-
     def begin_upgrade(self) -> None:
         """Ask the new program whether it can take over; it is executed when it says so."""
         if self._handing_over:
             return
         if self._give_up_at is not None:
             self._log.write("info", "upgrade-under-way")
-        elif self._heritage.write(self.effects, self._fleet):
-            self._upgrade.begin(self._heritage.descriptors(self.effects), self._hand_over)
+        elif self._checkpoint.write():
+            self._upgrade.begin(self._checkpoint.descriptors(), self._hand_over)
         else:
             self._upgrade.failed(_NOT_KEPT)
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
-        if not self._heritage.told:
+        if not self._checkpoint.is_sent:
             self._hand_over_later()
             return
         self._give_up_at = None
@@ -225,10 +222,10 @@ class Supervisor:
         self._loop.take_signals()
         if self.effects.exiting:
             pass  # nothing is left to go on with
-        elif self._heritage.write(self.effects, self._fleet):
+        elif self._checkpoint.write():
             self.effects.configuration.stop_reading()
             self.effects.pool.stop_checking()
-            self._upgrade.execute(self._heritage.descriptors(self.effects))
+            self._upgrade.execute(self._checkpoint.descriptors())
             self.effects.pool.go_on_checking()
             if self._fleet.reading:
                 self.effects.perform(ReadSettings())

@@ -16,12 +16,13 @@ program by name.  Two things are easily got wrong here:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 from socketprotector_client import wire
 
 from ..system import inherited
 from ..system.channel import Channel
+from ..system.inherited import Inherited
 
 
 class Undelivered:
@@ -152,21 +153,22 @@ class Undelivered:
         pending: bytes | None,
         number: int,
         parked: Iterable[tuple[int, bytes]],
-        descriptors: Mapping[str, int],
+        left: Inherited,
     ) -> None:
-        """Go on with what an earlier program had; takes ownership of their descriptors.
+        """Go on with what an earlier program had; takes their descriptors.
 
         One without a descriptor could not be stored in time: its number is not used again.
         """
         self.number = number
-        fd = descriptors.get(f"{inherited.HAND}{number}", -1)
-        if pending is None or fd < 0:
+        fd = left.take_one(f"{inherited.HAND}{number}") if pending is not None else None
+        if pending is None or fd is None:
             self.number += 1
         else:
             self.pending = pending, fd
         for each, header in parked:
-            if f"{inherited.HAND}{each}" in descriptors:
-                self._parked[each] = header, descriptors[f"{inherited.HAND}{each}"]
+            fd = left.take_one(f"{inherited.HAND}{each}")
+            if fd is not None:
+                self._parked[each] = header, fd
 
 
 def listener_of(header: bytes) -> int:

@@ -56,7 +56,7 @@ class LimitWatch:
             ready_at = worker.record.ready_at
             if ready_at is None or worker.record.told_to_go:
                 continue
-            counts = worker.home.counts(worker.record.slot)
+            counts = worker.generation.counts(worker.record.slot)
             reason = exceeded(
                 self._limits,
                 f"{self._secret}-{number}",

@@ -41,7 +41,7 @@ from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
 from ..system.readiness import CHECK_LIMIT_S, check_program
 from ..system.sock_diag import address_of
-from .generation import Home
+from .generation import OpenGeneration
 from .output import Output
 from .post_mortem import PostMortem
 from .worker_limits import LimitWatch
@@ -99,7 +99,8 @@ class WorkerPool:
         self._expected: dict[int, WorkerRecord] = {}  # an earlier program's, soon to be adopted
         #: All descriptors of workers that another program would need, those of their output too.
         self.descriptors = output.named
-        self.guarded = settings.guarded  # somebody tells how workers ended that we adopted
+        #: Whether somebody is left who tells how a process ended that is no child of ours.
+        self.guarded = settings.guarded
         #: Whether a worker has said that it is ready: then the program speaks with us.
         self.spoken_with = False
         self.groups = Groups(
@@ -141,17 +142,17 @@ class WorkerPool:
             for fd in self._spawner.listeners(socket_number).values()
         }
         return known_servers.advice(
-            its[0].home.program,
+            its[0].generation.program,
             listens=lambda: address_of(sockets_of(pids, _LOOKED_AT) - handed),
             passes_over=passes_over,
         )
 
     # -- orders --------------------------------------------------------------
 
-    def spawn(self, number: int, slot: int, generation: int, home: Home) -> None:
+    def spawn(self, number: int, slot: int, generation: OpenGeneration) -> None:
         """Start a worker.  What fails is its exit."""
         try:
-            worker = self._spawner.start(number, slot, generation, home)
+            worker = self._spawner.start(number, slot, generation)
         except (OSError, ValueError) as error:
             self._post(WorkerExited(number, f"cannot start: {what_failed(error)}"))
             return
@@ -168,7 +169,7 @@ class WorkerPool:
         self._log.write(
             "info",
             "spawned",
-            generation=generation,
+            generation=generation.record.number,
             worker=number,
             slot=slot,
             pid=worker.process.pid,
@@ -213,7 +214,7 @@ class WorkerPool:
                 self._tell_to_finish(number, worker)
 
     def _tell_to_finish(self, number: int, worker: Worker) -> None:
-        sign = signal.Signals(worker.home.program.drain_signal)
+        sign = signal.Signals(worker.generation.program.drain_signal)
         self._send(number, worker, sign.name.removeprefix("SIG"), worker.process.signal, sign)
         self._note(worker, told_to_go=True)
 
@@ -273,23 +274,27 @@ class WorkerPool:
             for name in descriptors:
                 del self.descriptors[f"{inherited.WORKER}{number}.{name}"]
 
-    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> None:
+    def adopt(
+        self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
+    ) -> None:
         """Go on with a worker that an earlier program started; takes ownership.
 
         Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
         """
-        worker = self._spawner.adopt(record, descriptors, home)
+        worker = self._spawner.adopt(record, descriptors, generation)
         self._no_longer_expect(record.number, descriptors)
         self.spoken_with = self.spoken_with or record.ready_by not in ("", "timer")
         self._watch(record.number, worker)
 
-    def adopt_group(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> bool:
+    def adopt_group(
+        self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
+    ) -> bool:
         """Go on with what a worker has left that has ended; takes ownership of its descriptors.
 
         Returns whether anything is.
         """
         self._no_longer_expect(record.number, descriptors)
-        return self._post_mortem.adopt_group(record, descriptors, home)
+        return self._post_mortem.adopt_group(record, descriptors, generation)
 
     def lost(self, number: int) -> None:
         """A worker was being started when the earlier program was killed: end what there is."""
@@ -314,16 +319,16 @@ class WorkerPool:
     def _share_output(self, worker: Worker) -> None:
         """Two write to the log file now: what stands there from here on is no one's last words."""
         for each in reversed(self._workers.values()):
-            if each.record.mark < 0:
+            if each.record.output_start < 0:
                 break  # so have all before it
-            self._note(each, mark=-1)
+            self._note(each, output_start=-1)
         if self._workers:
-            worker.record = replace(worker.record, mark=-1)
+            worker.record = replace(worker.record, output_start=-1)
 
     def _watch(self, number: int, worker: Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        program = check_program(worker.home.program)
+        program = check_program(worker.generation.program)
         worker.readiness.watch(
             self._loop,
             number,
@@ -356,7 +361,7 @@ class WorkerPool:
 
         One that has spoken before it was ready has all the time that a start has.
         """
-        limit_s = worker.home.program.watchdog_s
+        limit_s = worker.generation.program.watchdog_s
         if limit_s and worker.record.watched and worker.has_served:
 
             def silent() -> None:

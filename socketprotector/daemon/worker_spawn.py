@@ -31,7 +31,7 @@ from ..system.log import Log
 from ..system.process import Process, spawn
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket, discard_all
-from .generation import Home, known
+from .generation import OpenGeneration, known
 from .output import Output
 
 
@@ -42,7 +42,7 @@ class Worker:
     #: What another program would have to know.  Replaced whole, so that who writes it down sees
     #: at a glance which ones are others than before.
     record: WorkerRecord
-    home: Home  # its generation's, not ours to close
+    generation: OpenGeneration  # not ours to close
     process: Process
     notify: NotifySocket
     line: socket.socket | None  # our end of its RETURN line, where it has one
@@ -52,7 +52,7 @@ class Worker:
     @property
     def accepts(self) -> bool:
         """Whether it takes connections from the listeners: then a signal has it finish."""
-        return self.home.program.handoff == LISTENER
+        return self.generation.program.handoff == LISTENER
 
     @property
     def has_served(self) -> bool:
@@ -96,9 +96,9 @@ class WorkerSpawner:
         users = (settings.identity, settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
 
-    def start(self, number: int, slot: int, generation: int, home: Home) -> Worker:
+    def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
         """Start a process with all it needs.  Raises OSError or ValueError, and leaves nothing."""
-        program = home.program
+        program = generation.program
         with ExitStack() as theirs, ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)
@@ -110,33 +110,38 @@ class WorkerSpawner:
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
             line = None
             if program.handoff == LISTENER:
-                descriptors = self._listeners_for(home, free)
-                environment |= self._variables_of_listeners(generation, slot)
+                descriptors = self._listeners_for(generation, free)
+                environment |= self._variables_of_listeners(generation.record.number, slot)
                 tell_pid = "LISTEN_PID"
             else:
                 line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 ours.callback(line.close)
                 theirs.callback(end.close)
-                descriptors, told = self._channel_for(home, slot, generation, end, free)
+                descriptors, told = self._channel_for(generation, slot, end, free)
                 environment |= told
                 tell_pid = ""
             with (
                 Readiness.offered(program, free) as (readiness, offer),
-                self._output.opened(number, generation) as output,
+                self._output.opened(number, generation.record.number) as output,
             ):
                 descriptors |= offer.places | output.places
                 process = spawn(program, environment | offer.environment, descriptors, tell_pid)
                 output.pid = process.pid
             ours.pop_all()
         record = WorkerRecord(
-            number, generation, process.pid, output_start, slot=slot, started_at=clock.date()
+            number,
+            generation.record.number,
+            process.pid,
+            output_start,
+            slot=slot,
+            started_at=clock.date(),
         )
-        return Worker(record, home, process, notify, line, readiness)
+        return Worker(record, generation, process, notify, line, readiness)
 
-    def _listeners_for(self, home: Home, free: Iterator[int]) -> dict[int, int]:
+    def _listeners_for(self, generation: OpenGeneration, free: Iterator[int]) -> dict[int, int]:
         """Return the listening sockets of one that accepts, number there -> ours."""
-        wanted = sorted(known(home.program) or ())
-        listeners = self.listeners(home.side)
+        wanted = sorted(known(generation.program) or ())
+        listeners = self.listeners(generation.record.socket_number)
         if not listeners.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart to have it"
             raise OSError(errno.ENOTCONN, why)
@@ -149,16 +154,20 @@ class WorkerSpawner:
         return told
 
     def _channel_for(
-        self, home: Home, slot: int, generation: int, end: socket.socket, free: Iterator[int]
+        self,
+        generation: OpenGeneration,
+        slot: int,
+        end: socket.socket,
+        free: Iterator[int],
     ) -> tuple[dict[int, int], dict[str, str]]:
         """Return the channel, RETURN's far end and the scoreboard, number there -> ours; and what
         the environment says of them.
         """
         given = {
-            wire.ENV_CHANNEL: home.channel.read.fileno(),
+            wire.ENV_CHANNEL: generation.channel.read.fileno(),
             wire.ENV_RETURN: end.fileno(),
         }
-        board, offset = home.place(slot) or (-1, 0)
+        board, offset = generation.place(slot) or (-1, 0)
         if board >= 0:
             given[wire.ENV_SCOREBOARD] = board
         descriptors = dict(zip(free, given.values(), strict=False))
@@ -166,14 +175,16 @@ class WorkerSpawner:
         if board >= 0:
             told[wire.ENV_SCOREBOARD] += f":{offset}"
         told |= {
-            wire.ENV_LISTENERS: home.program.listeners,
-            wire.ENV_GENERATION: str(generation),
+            wire.ENV_LISTENERS: generation.program.listeners,
+            wire.ENV_GENERATION: str(generation.record.number),
             wire.ENV_WORKER: str(slot),
             wire.ENV_WORKERS: str(max(self.settings.processes, slot + 1)),
         }
         return descriptors, told
 
-    def adopt(self, record: WorkerRecord, descriptors: Mapping[str, int], home: Home) -> Worker:
+    def adopt(
+        self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
+    ) -> Worker:
         """Take over one that an earlier program started, with its descriptors.
 
         Raises KeyError when one of these is missing.
@@ -183,11 +194,11 @@ class WorkerSpawner:
         line = descriptors.get("line")
         return Worker(
             record,
-            home,
+            generation,
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address_of(record.number, notify), self._uids),
             socket.socket(fileno=line) if line is not None else None,
-            Readiness(home.program, own),
+            Readiness(generation.program, own),
         )
 
     # -- notify sockets --------------------------------------------------------

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from ..model.errors import Refusal, UsageError
-from ..model.settings import ListenerSettings, Settings, dump, load
+from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..model.settings_diff import RESTART, changes, forbidden
 from ..system import inherited
 from . import preflight
@@ -38,13 +38,14 @@ def main() -> int:
     """Read, answer and end.  Returns the exit status."""
     descriptors = inherited.enter()
     fd = descriptors[inherited.SETTINGS]
-    running = load(os.pread(fd, os.fstat(fd).st_size, 0))
+    given = os.pread(fd, os.fstat(fd).st_size, 0)
+    running = load(given)
     dry = inherited.READER_DRY in descriptors
     line = socket.socket(fileno=descriptors[inherited.READER_DRY if dry else inherited.READER])
     try:
         ask(
             running.origin.words,
-            lambda asked: _answer(line, running, asked, dry=dry),
+            lambda asked: _answer(line, running, asked, form=format_of(given), dry=dry),
             running,
         )
     except Refusal as error:
@@ -52,7 +53,8 @@ def main() -> int:
     return 0
 
 
-def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) -> int:
+def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> int:
+    """form: of the settings that the protector can read, which may be an older program."""
     told: list[str] = []
     new = _with_what_stays(asked.settings, running)
     stays = [*forbidden(running, new), *_control(running, asked)]
@@ -80,7 +82,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, dry: bool) 
             _send(line, f"listener {index}", each.socket.fileno())
         for place, each in second.items():
             _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
-        _send(line, "settings", _memfd(dump(new.noticed(told))))
+        _send(line, "settings", _memfd(dump(new.noticed(told), form)))
     except BaseException:
         for each in (*bound, *second.values()):
             each.discard()

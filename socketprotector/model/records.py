@@ -6,12 +6,13 @@ again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import field, replace
 
 from socketprotector_client import wire
 
 from .frozen import frozen
-from .settings import Identity
+from .history import History
+from .settings import Identity, Settings
 
 
 @frozen
@@ -73,7 +74,7 @@ class GenerationRecord:
     drained_at: float | None = None
     past: Counts | None = None  # of workers that have ended
     lost: int = 0  # connections that were open in those
-    side: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
+    socket_number: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
 
 
 @frozen
@@ -83,7 +84,7 @@ class WorkerRecord:
     number: int
     generation: int
     pid: int
-    mark: int  # where the output stood when it began
+    output_start: int  # where the output stood when it began; -1: others have written since
     ready_at: float | None = None
     slot: int = 0
     started_at: float = 0.0  # seconds since the epoch, for people
@@ -94,3 +95,39 @@ class WorkerRecord:
     ready_by: str = ""  # what said that it is ready
     orphaned: bool = False  # its process has ended; what that has left is looked after
     killed: bool = False  # its process group was sent KILL
+
+
+@frozen
+class ForwarderRecord:
+    """What was forwarded, and the connections that were accepted and are in no channel."""
+
+    forwarded: int = 0
+    lost: int = 0
+    pending: bytes | None = None  # the header of the one whose send failed
+    number: int = 0  # the highest that was ever used; that of the pending one, if there is one
+    parked: tuple[tuple[int, bytes], ...] = ()  # numbers and headers of those not for the route
+
+
+@frozen
+class SteeringRecord:
+    """Which socket of each address gets new clients, and who lacks one."""
+
+    socket_number: int = 0
+    unserved: tuple[tuple[int, int], ...] = ()  # a generation, and a listener without its socket
+
+
+@frozen
+class SettingsRecord:
+    """The settings that hold, and those that are tried."""
+
+    current: Settings | None = None  # None: as at the start (sp.settings), in states of format 2
+    candidate: Settings | None = None  # read again, and not used yet
+
+
+@frozen
+class RunRecord:
+    """What outlives the programs that follow each other, for people."""
+
+    started_at: float = 0.0  # of the first program, in seconds since the epoch
+    restarts: int = 0  # programs before this one, killed ones and upgraded
+    history: History = field(default_factory=History)

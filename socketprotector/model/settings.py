@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, field, fields, replace
+from dataclasses import asdict, field, replace
 
+from .codec import FORMAT, Codec, DecodeError, NewerError, written_by_newer
 from .frozen import frozen
 from .policy import Policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any, TypeVar
-
-    Kind = TypeVar("Kind")
-
-#: Grows when an older program could not make sense of what is written.  1 had no number.
-FORMAT = 2
+    from typing import Any
 
 
 class SettingsError(ValueError):
@@ -157,9 +152,32 @@ class Settings:
         return replace(self, notices=tuple(notices))
 
 
-def dump(settings: Settings) -> bytes:
-    """Return settings as bytes that `load` reads back."""
-    return json.dumps({"format": FORMAT, **asdict(settings)}).encode()
+#: All classes that settings are made of.  A field that one of them does not have is refused, or an
+#: option would be dropped without a word.
+CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
+#: What was called otherwise by an older program: see codec.py.
+RENAMED: dict[str, str] = {}
+_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES)
+#: The classes of what format 2 has as objects without a name.
+_PARTS = {
+    "listeners": "ListenerSettings",
+    "control": "ListenerSettings",
+    "policy": "Policy",
+    "identity": "Identity",
+    "worker_identity": "Identity",
+    "worker_limits": "Limits",
+    "origin": "Origin",
+}
+
+
+def dump(settings: Settings, form: int = FORMAT) -> bytes:
+    """Return settings as bytes that `load` reads back.
+
+    form: of the program that is to read them, where that is an older one which has asked.
+    """
+    if form < FORMAT:
+        return json.dumps({"format": form, **asdict(settings)}).encode()
+    return b'{"format":%d,"settings":%b}' % (FORMAT, _CODEC.encode(settings))
 
 
 def load(data: bytes) -> Settings:
@@ -168,52 +186,44 @@ def load(data: bytes) -> Settings:
     Raises SettingsError for a newer program's, and for anything else.
     """
     try:
-        values = json.loads(data)
-        form = values.pop("format", 1)
+        form, tree = _opened(data)
         if form > FORMAT:
-            raise SettingsError(
-                f"the settings are a newer program's (format {form}, this one knows up to "
-                f"{FORMAT}): start that one, or stop and start afresh"
-            )
-        return _read(
-            Settings,
-            values,
-            command=tuple,
-            listeners=lambda found: tuple(_read(ListenerSettings, each) for each in found),
-            policy=lambda found: _read(Policy, found),
-            identity=_identity,
-            worker_identity=_identity,
-            limits=_pairs,
-            environment=_pairs,
-            notices=tuple,
-            watch=tuple,
-            control=lambda found: _read(ListenerSettings, found) if found else None,
-            worker_limits=lambda found: _read(Limits, found),
-            origin=lambda found: _read(Origin, found, words=tuple),
-        )
-    except SettingsError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SettingsError(f"the settings cannot be read: {error!r}") from error
-
-
-def _read(kind: type[Kind], values: dict[str, Any], **parts: Callable[[Any], Any]) -> Kind:
-    unknown = values.keys() - {each.name for each in fields(kind)}  # type: ignore[arg-type]
-    if unknown:
+            raise NewerError(written_by_newer(form))
+        found = _CODEC.value_of(tree if form == FORMAT else from_format_2(tree))
+        if isinstance(found, Settings):
+            return found
+        why = f"they are {type(found).__name__}"
+    except NewerError as error:
         raise SettingsError(
-            f"the settings are a newer program's (this one does not know "
-            f"{', '.join(sorted(unknown))}): start that one, or stop and start afresh"
-        )
-    return kind(**{name: parts.get(name, _same)(value) for name, value in values.items()})
+            f"the settings are a newer program's ({error}): start that one, or stop and start "
+            "afresh"
+        ) from error
+    except DecodeError as error:
+        why = str(error)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        why = repr(error)
+    raise SettingsError(f"the settings cannot be read: {why}")
 
 
-def _same(value: Any) -> Any:
-    return value
+def format_of(data: bytes) -> int:
+    """Return the format that settings were written in, which `load` has read."""
+    return _opened(data)[0]
 
 
-def _pairs(values: list[list[Any]]) -> tuple[tuple[Any, Any], ...]:
-    return tuple((name, value) for name, value in values)
+def _opened(data: bytes) -> tuple[int, Any]:
+    values = json.loads(data)
+    form = values.get("format", 1)
+    return form, values["settings"] if form == FORMAT else values
 
 
-def _identity(values: dict[str, Any] | None) -> Identity | None:
-    return _read(Identity, values, groups=tuple) if values else None
+def from_format_2(values: dict[str, Any]) -> dict[str, Any]:
+    """Return what was read of settings as the codec has it: with the names of the classes."""
+
+    def named(part: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(part, each) for each in value]
+        return {"c": part, "f": value} if value is not None else None
+
+    parts = {name: named(_PARTS[name], values[name]) for name in values.keys() & _PARTS.keys()}
+    told = {name: value for name, value in values.items() if name != "format"}
+    return {"c": "Settings", "f": told | parts}

@@ -68,6 +68,53 @@ class Named(dict[str, int]):
         self.changed.add(name)
 
 
+class Inherited:
+    """Descriptors that another program has left, by name: each is taken once, by its owner."""
+
+    def __init__(self, descriptors: Mapping[str, int]) -> None:
+        """Take ownership of them."""
+        # By prefix and key (`sp.worker.`, `12`), so that to take a thousand takes a thousand steps.
+        self._left: dict[tuple[str, str], dict[str, int]] = {}
+        for name, fd in descriptors.items():
+            kind, key, rest = _parts(name)
+            self._left.setdefault((kind, key), {})[rest] = fd
+
+    def has(self, kind: str, key: int | str = "", rest: str = "") -> bool:
+        """Whether there is `{kind}{key}.{rest}`."""
+        return rest in self._left.get((kind, str(key)), {})
+
+    def take(self, kind: str, key: int | str) -> dict[str, int]:
+        """Give what is called `{kind}{key}.REST` to the caller, by REST; "" where there is none."""
+        return self._left.pop((kind, str(key)), {})
+
+    def take_one(self, name: str) -> int | None:
+        """Give one to the caller, if it is there."""
+        kind, key, rest = _parts(name)
+        group = self._left.get((kind, key), {})
+        found = group.pop(rest, None)
+        if found is not None and not group:
+            del self._left[kind, key]
+        return found
+
+    def take_all(self, kind: str) -> dict[str, dict[str, int]]:
+        """Give all of a kind to the caller: `{kind}7.read` is {"7": {"read": fd}}."""
+        keys = [key for each, key in self._left if each == kind]
+        return {key: self._left.pop((kind, key)) for key in keys}
+
+    def close(self) -> None:
+        """Close what nobody has taken: it was on its way out when the other program ended."""
+        while self._left:
+            for fd in self._left.popitem()[1].values():
+                os.close(fd)
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """Split `sp.worker.12.process`; what has no key, as `sp.settings`, is one part."""
+    kind, dot, more = name.removeprefix(OURS).partition(".")
+    key, _, rest = more.partition(".")
+    return (f"{OURS}{kind}.", key, rest) if dot else (name, "", "")
+
+
 def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
     """Put descriptors in their places for an exec, and return the variables that name them.
 
@@ -117,16 +164,6 @@ def left_in_place(descriptors: Mapping[str, int]) -> Iterator[dict[str, str]]:
             os.set_inheritable(fd, False)
         if (memfd := _memfd(variables["LISTEN_FDNAMES"])) is not None:
             os.close(memfd)
-
-
-def under(descriptors: Mapping[str, int], prefix: str) -> dict[str, dict[str, int]]:
-    """Group the descriptors whose names begin with a prefix: `P7.read` is {"7": {"read": fd}}."""
-    found: dict[str, dict[str, int]] = {}
-    for name, fd in descriptors.items():
-        if name.startswith(prefix):
-            key, _, rest = name[len(prefix) :].partition(".")
-            found.setdefault(key, {})[rest] = fd
-    return found
 
 
 def enter() -> dict[str, int]:

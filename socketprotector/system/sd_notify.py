@@ -336,7 +336,7 @@ class Store:
         self.complete = False
 
     @property
-    def told(self) -> bool:
+    def is_sent(self) -> bool:
         """Whether all has been sent."""
         return not self._outbox.waiting
 

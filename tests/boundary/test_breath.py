@@ -27,6 +27,7 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import supervisor
+from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.daemon.worker_pool import WorkerPool
 from socketprotector.model.records import WorkerRecord
@@ -79,32 +80,38 @@ class Away:
             began_s = self.now_s
             protector.post(DeadlinePassed(turn))
 
-    def adopt(self, snapshot: Snapshot, descriptors: object) -> list[Event]:
-        return []
-
-    def adopt_workers(self, snapshot: Snapshot, descriptors: object) -> Iterator[tuple[Event, ...]]:
-        """Go on with 600: they are found by one who is on the way already."""
-        assert self.performed == [RouteTo(None)]
-        self.look()
-        for _ in range(600):
-            self.now_s += SPAWN_S
-            yield ()
-
     def welcome(self, fleet: Fleet) -> None:
         pass
+
+
+class Found:
+    """A recovery with 600 workers."""
+
+    def __init__(self, away: Away) -> None:
+        self.away = away
+        self.snapshot = Snapshot(Fleet(workers_wanted=600))
+
+    def adopt(self) -> list[Event]:
+        return []
+
+    def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
+        """They are found by one who is on the way already."""
+        assert self.away.performed == [RouteTo(None)]
+        self.away.look()
+        for _ in range(600):
+            self.away.now_s += SPAWN_S
+            yield ()
 
 
 def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch, workers: int = 600) -> Supervisor:
     monkeypatch.setattr(supervisor, "time", away)
     loop = SimpleNamespace(catch=lambda *_: None, run_if_due=away.run_if_due)
 
-    def effects(post: Callable[[Event], None], save: Callable[[], bool]) -> Any:
-        return away
-
     return Supervisor(
         Fleet(workers_wanted=workers),
-        cast("Any", effects),
-        cast("Any", SimpleNamespace(save=lambda *_: True)),
+        EventQueue(),
+        cast("Any", away),
+        cast("Any", SimpleNamespace(save=lambda: True, begin=lambda *_: None)),
         cast("Any", None),
         loop=cast("Any", loop),
         log=cast("Any", SimpleNamespace(write=lambda *_, **__: None)),
@@ -166,7 +173,7 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
 ) -> None:
     away = Away()
 
-    protector_of(away, monkeypatch).adopt(Snapshot(Fleet(workers_wanted=600)), {})
+    protector_of(away, monkeypatch).adopt(cast("Any", Found(away)))
     away.look()
 
     assert away.longest_s < LONGEST_S
@@ -193,7 +200,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile(
         late=lambda *_: None,
         listeners=lambda _: {},
     )
-    record = WorkerRecord(number=7, generation=1, pid=1, mark=-1)
+    record = WorkerRecord(number=7, generation=1, pid=1, output_start=-1)
 
     pool.expect(record, {"process": 10, "notify": 11})
 

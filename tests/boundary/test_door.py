@@ -13,6 +13,7 @@ import pytest
 
 from socketprotector.programs import guard
 from socketprotector.system import inherited
+from socketprotector.system.inherited import Inherited
 from tests.running import ROOT
 
 SHOW = (
@@ -183,7 +184,36 @@ def test_the_guard_and_the_door_agree() -> None:
 def test_names_are_grouped_by_what_they_are_about() -> None:
     given = {"sp.channel.1.read": 5, "sp.channel.1.write": 6, "sp.channel.12.read": 7, "sp.x": 8}
 
-    assert inherited.under(given, inherited.CHANNEL) == {
+    assert Inherited(given).take_all(inherited.CHANNEL) == {
         "1": {"read": 5, "write": 6},
         "12": {"read": 7},
     }
+
+
+def test_each_is_given_to_one_owner_and_the_rest_is_closed() -> None:
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(5)]
+    names = ("sp.state", "sp.worker.1.process", "sp.worker.1.line", "sp.hand.7", "sp.relay.read")
+    left = Inherited(dict(zip(names, fds, strict=True)))
+
+    assert left.has(inherited.WORKER, 1, "line")
+    assert left.take(inherited.WORKER, 1) == {"process": fds[1], "line": fds[2]}
+    assert left.take(inherited.WORKER, 1) == {}
+    assert left.take_all(inherited.WORKER) == {}
+    assert left.take_one("sp.hand.7") == fds[3]
+    assert left.take_one("sp.hand.7") is None
+    assert left.take_all(inherited.HAND) == {}
+    left.close()
+
+    assert _is_open(fds[1])
+    assert not _is_open(fds[0])
+    assert not _is_open(fds[4])
+    for fd in fds[1:4]:
+        os.close(fd)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -16,6 +16,7 @@ from socketprotector.daemon.forwarder import Forwarder
 from socketprotector.daemon.listener_drain import QUIET_S
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import Channel
+from socketprotector.system.inherited import Inherited
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
@@ -332,7 +333,8 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     taken(small)
     persisted = world.persisted
     after = world.another([listener])
-    after.undelivered.adopt(None, number, [(number, header)], {f"sp.hand.{number}": hand})
+    left = Inherited({f"sp.hand.{number}": hand})
+    after.undelivered.adopt(None, number, [(number, header)], left)
     after.remove(listener, small)
     world.turn(4 * QUIET_S)
 

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from socketprotector.core.events import Deadline, Signal, WorkerSignal
+from socketprotector.core.events import Deadline
 from socketprotector.core.fleet import Fleet, Generation, Worker
-from socketprotector.core.snapshot import CLASSES, Snapshot
+from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
-from socketprotector.daemon.checkpoint import CODEC
-from socketprotector.model.records import WorkerRecord
+from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
+from socketprotector.model.records import ForwarderRecord, WorkerRecord
 from socketprotector.system import state_file
-from socketprotector.system.state_file import Codec, StateError, StateFile
+from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
@@ -81,7 +81,8 @@ def one_more_step(draw: st.DrawFn, snapshot: Snapshot) -> Snapshot:
         case 5:
             timers = draw(st.frozensets(st.from_type(Deadline), max_size=3))
             fleet = replace(snapshot.fleet, timers=snapshot.fleet.timers ^ timers)
-            return replace(snapshot, fleet=fleet, hand=draw(st.none() | st.binary(max_size=3)))
+            record = ForwarderRecord(pending=draw(st.none() | st.binary(max_size=3)))
+            return replace(snapshot, fleet=fleet, forwarder=record)
         case _:
             return draw(snapshots)
     fleet = replace(snapshot.fleet, generations=tuple(generations))
@@ -133,20 +134,6 @@ def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None
     assert Codec([Thing, Colour]).decode(written) == Thing(3, Colour.RED, ())
 
 
-def test_a_class_that_was_renamed_is_read_by_its_old_name_and_written_by_its_own() -> None:
-    codec = Codec([Thing, Colour], {"Object": Thing, "Paint": Colour})
-    written = b'{"c":"Object","f":{"size":3,"colour":{"e":"Paint","v":"red"}}}'
-
-    assert codec.decode(written) == Thing(3)
-    assert codec.encode(Thing(3)) == Codec([Thing, Colour]).encode(Thing(3))
-
-
-def test_an_order_is_read_that_a_program_wrote_when_it_called_the_signal_a_sign() -> None:
-    written = b'{"c":"Signal","f":{"worker":3,"sign":{"e":"Sign","v":"KILL"}}}'
-
-    assert CODEC.decode(written) == Signal(3, WorkerSignal.KILL)
-
-
 def test_a_field_that_this_program_does_not_know_is_dropped() -> None:
     written = json.loads(Codec([Thing, Colour]).encode(Thing(3, parts=(1, 2))))
     written["f"]["weight"] = {"c": "Unheard", "f": {"of": {"e": "Neither", "v": 1}}}
@@ -154,6 +141,20 @@ def test_a_field_that_this_program_does_not_know_is_dropped() -> None:
     again = Codec([Thing, Colour]).decode(json.dumps(written).encode())
 
     assert again == Thing(3, Colour.RED, (1, 2))
+
+
+def test_what_was_renamed_is_read_by_its_old_name_and_written_by_its_own() -> None:
+    renamed = {"Object": "Thing", "Hue": "Colour", "Thing.length": "size"}
+    codec = Codec([Thing, Colour], renamed=renamed)
+    written = b'{"c":"Object","f":{"length":3,"colour":{"e":"Hue","v":"red"},"parts":[1]}}'
+
+    assert codec.decode(written) == Thing(3, Colour.RED, (1,))
+    assert codec.encode(Thing(3)) == Codec([Thing, Colour]).encode(Thing(3))
+
+
+def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
+    with pytest.raises(NewerError, match="does not know weight"):
+        Codec([Thing], strict=[Thing]).decode(b'{"c":"Thing","f":{"size":3,"weight":1}}')
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ def test_a_field_that_this_program_does_not_know_is_dropped() -> None:
         b'{"c":"Thing","f":[1]}',
     ],
 )
-def test_what_is_no_state_is_refused_in_words(written: bytes) -> None:
-    with pytest.raises(StateError, match="the state cannot be read"):
+def test_what_is_no_value_is_refused(written: bytes) -> None:
+    with pytest.raises(DecodeError):
         Codec([Thing, Colour]).decode(written)
 
 
@@ -190,10 +191,10 @@ def test_what_is_no_state_is_refused_in_words(written: bytes) -> None:
         ),
     )
 )
-def test_nothing_but_a_state_error_comes_of_any_json(anything: object) -> None:
+def test_nothing_but_a_decode_error_comes_of_any_json(anything: object) -> None:
     try:
         CODEC.decode(json.dumps(anything).encode())
-    except StateError:
+    except DecodeError:
         pass
 
 
@@ -355,12 +356,12 @@ def test_a_state_of_a_newer_program_is_refused_in_words(
     file: StateFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write(b"old")
-    monkeypatch.setattr(state_file, "FORMAT", state_file.FORMAT + 1)
+    monkeypatch.setattr("socketprotector.system.state_file.FORMAT", FORMAT + 1)
     file.write(b"new")
     assert file.read() == (b"new",)
     monkeypatch.undo()
 
-    with pytest.raises(StateError, match=r"newer program \(format 3, this one reads up to 2\)"):
+    with pytest.raises(StateError, match=r"newer program \(format 4, this one reads up to 3\)"):
         StateFile(file.fd).read()
 
 
@@ -379,4 +380,11 @@ def test_a_state_that_is_no_snapshot_is_refused(file: StateFile) -> None:
     file.write(CODEC.encode(3))
 
     with pytest.raises(StateError, match="no snapshot"):
+        checkpoint.read(file.fd)
+
+
+def test_a_state_that_cannot_be_read_is_refused_in_words(file: StateFile) -> None:
+    file.write(b'{"c":"Teapot","f":{}}')
+
+    with pytest.raises(StateError, match="the state cannot be read: KeyError"):
         checkpoint.read(file.fd)

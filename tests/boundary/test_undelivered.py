@@ -10,6 +10,7 @@ from socketprotector_client import wire
 
 from socketprotector.daemon.undelivered import Undelivered
 from socketprotector.system.channel import Channel
+from socketprotector.system.inherited import Inherited
 
 
 class World:
@@ -92,7 +93,7 @@ def test_no_connection_has_the_number_of_an_earlier_one(world: World) -> None:
     earlier = {name for each in world.names for name in each}
 
     after = Undelivered(lambda: True)
-    after.adopt(None, world.kept.number, (), {})
+    after.adopt(None, world.kept.number, (), Inherited({}))
     after.keep(*came_by(0))
 
     assert not after.descriptors().keys() & earlier
@@ -107,7 +108,8 @@ def test_the_next_program_has_the_same_ones_in_the_same_order(world: World) -> N
     world.kept.keep(*came_by(0))
     after = Undelivered(lambda: True)
 
-    after.adopt(*world.states[-1], {n: os.dup(fd) for n, fd in world.kept.descriptors().items()})
+    left = Inherited({n: os.dup(fd) for n, fd in world.kept.descriptors().items()})
+    after.adopt(*world.states[-1], left)
 
     assert (after.pending_header, after.number, after.parked) == world.states[-1]
     assert after.descriptors().keys() == world.kept.descriptors().keys()
@@ -119,7 +121,7 @@ def test_one_whose_descriptor_was_not_stored_in_time_is_forgotten(world: World) 
     world.kept.keep(*came_by(0))
     after = Undelivered(lambda: True)
 
-    after.adopt(*world.states[-1], {})
+    after.adopt(*world.states[-1], Inherited({}))
 
     assert (after.pending_header, after.parked, after.descriptors()) == (None, (), {})
     assert after.number > world.kept.number

@@ -69,7 +69,6 @@ def test_a_reload_reads_the_file_and_then_opens_what_it_says(configured: Story) 
         Report(News.RELOADED, 2),
     ]
     assert (story.fleet.policy, story.fleet.workers_wanted) == (SLOW, 2)
-    assert story.fleet.settings_used == 1
 
 
 def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Story) -> None:
@@ -90,7 +89,6 @@ def test_what_was_read_is_forgotten_when_it_never_serves(configured: Story) -> N
 
     assert ForgetSettings() in actions
     assert (story.fleet.policy, story.fleet.workers_wanted) == (Policy(), 1)
-    assert story.fleet.settings_used == 0
 
 
 def test_a_rollback_gives_up_what_was_added_before_the_queue_ends(configured: Story) -> None:

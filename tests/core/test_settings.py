@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -10,13 +12,14 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from socketprotector.core.fleet import Policy
+from socketprotector.model.codec import FORMAT
 from socketprotector.model.settings import (
-    FORMAT,
     Identity,
     ListenerSettings,
     Settings,
     SettingsError,
     dump,
+    format_of,
     load,
 )
 from tests.rounds import rounds
@@ -58,9 +61,32 @@ def test_settings_come_back_as_they_were(settings: Settings) -> None:
     assert load(dump(settings)) == settings
 
 
+def test_a_number_with_a_name_is_written_as_a_number() -> None:
+    assert load(dump(replace(PLAIN, drain_signal=signal.SIGQUIT))).drain_signal == 3
+
+
+@examples(max_examples=rounds(50, 1000), deadline=None, suppress_health_check=list(HealthCheck))
+@given(whole)
+def test_an_older_program_is_answered_in_its_own_format(settings: Settings) -> None:
+    answer = dump(settings, 2)
+
+    assert format_of(answer) == 2
+    assert load(answer) == settings
+
+
 def changed(**values: object) -> bytes:
     """Plain settings as bytes, with some of what is in them replaced."""
-    return json.dumps({**json.loads(dump(PLAIN)), **values}).encode()
+    written = json.loads(dump(PLAIN))
+    return json.dumps({**written, "settings": {"c": "Settings", "f": _fields(**values)}}).encode()
+
+
+def _fields(**values: object) -> dict[str, object]:
+    fields: dict[str, object] = json.loads(dump(PLAIN))["settings"]["f"]
+    return {**fields, **values}
+
+
+def in_format_2(**values: object) -> bytes:
+    return json.dumps({**json.loads(dump(PLAIN, 2)), **values}).encode()
 
 
 def test_what_an_older_program_did_not_know_takes_its_default() -> None:
@@ -77,8 +103,8 @@ def test_what_an_older_program_did_not_know_takes_its_default() -> None:
     ("data", "why"),
     [
         (
-            changed(format=FORMAT + 1, anything=1),
-            f"the settings are a newer program's (format {FORMAT + 1}, this one knows up to "
+            b'{"format": %d, "anything": 1}' % (FORMAT + 1),
+            f"the settings are a newer program's (format {FORMAT + 1}, this one reads up to "
             f"{FORMAT}): start that one, or stop and start afresh",
         ),
         (
@@ -86,10 +112,14 @@ def test_what_an_older_program_did_not_know_takes_its_default() -> None:
             "the settings are a newer program's (this one does not know beside, teapot): "
             "start that one, or stop and start afresh",
         ),
-        (changed(policy={"teapot_s": 1.0}), "does not know teapot_s"),
-        (changed(listeners=[{"address": "tcp:h:1", "teapot": 1}]), "does not know teapot"),
-        (changed(format="x"), "the settings cannot be read: TypeError"),
-        (changed(listeners=7), "the settings cannot be read: TypeError"),
+        (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
+        (changed(policy={"c": "Teapot", "f": {}}), "the settings cannot be read: KeyError"),
+        (in_format_2(teapot=1), "does not know teapot"),
+        (in_format_2(policy={"teapot_s": 1.0}), "does not know teapot_s"),
+        (in_format_2(listeners=[{"address": "tcp:h:1", "teapot": 1}]), "does not know teapot"),
+        (in_format_2(listeners=7), "the settings cannot be read: AttributeError"),
+        (b'{"format": "x"}', "the settings cannot be read: TypeError"),
+        (b'{"format": 3, "settings": 7}', "the settings cannot be read: they are int"),
         (b"{}", "the settings cannot be read: TypeError"),
         (b"[]", "the settings cannot be read: "),
         (b"", "the settings cannot be read: JSONDecodeError"),

@@ -636,12 +636,13 @@ class Handed(World):
         found = protector._fleet.find(records[0].number) if records else None
         if found is None or found[1].state is not State.READY:
             return  # it leaves for a reason of its own
-        home = protector.effects.homes.get(leader.generation)
+        opened = protector.effects.generations.get(leader.generation)
         if generation is None or generation.phase is not Phase.DRAINING or generation.ending:
             return
-        if home is None or home.drained_at is None:
+        drained_at = opened.record.drained_at if opened is not None else None
+        if drained_at is None:
             return
-        if self.kernel.clock_ns / 1e9 - home.drained_at >= LAST_S:
+        if self.kernel.clock_ns / 1e9 - drained_at >= LAST_S:
             return
         for listener in protector.effects.forwarder.listeners:
             its = self._at(listener.settings.address)
@@ -658,7 +659,7 @@ class Handed(World):
         act = self._supervisor.effects
         if act._route is None or not act.steering._steered:
             return
-        assert act.steering.current == act.homes[act._route].side
+        assert act.steering.current == act.generations[act._route].record.socket_number
         listeners = {each.settings.address: each for each in act.forwarder.listeners}
         its = listeners.get(address.told)
         if its is None or not address.served:

@@ -18,9 +18,10 @@ import pytest
 import socketprotector
 from socketprotector.core.fleet import Policy
 from socketprotector.core.workers import AT_ONCE
-from socketprotector.daemon import live_settings
-from socketprotector.daemon.checkpoint import Heritage
-from socketprotector.model.settings import Origin, Settings, dump
+from socketprotector.daemon.checkpoint import Checkpoint
+from socketprotector.daemon.effects import Effects
+from socketprotector.model.settings import Origin
+from socketprotector.system.state_file import StateFile
 from tests.rounds import rounds
 from tests.simulation.world import World
 
@@ -96,15 +97,20 @@ def test_what_follows_from_nothing_is_not_written_down_twice(
 ) -> None:
     """A start, a reload, a crash, a stop: three in each worker's place begin and end."""
     saved = looked_at = 0
-    save = Heritage.save
+    save, snapshot = Checkpoint.save, Effects.snapshot
 
-    def counted(heritage: Heritage, effects: Any, fleet: Any, actions: Any = ()) -> bool:
-        nonlocal saved, looked_at
+    def saving(checkpoint: Checkpoint) -> bool:
+        nonlocal saved
         saved += 1
-        looked_at += len(actions)
-        return save(heritage, effects, fleet, actions)
+        return save(checkpoint)
 
-    monkeypatch.setattr(Heritage, "save", counted)
+    def looking(effects: Effects, fleet: Any, actions: Any) -> Any:
+        nonlocal looked_at
+        looked_at += len(actions)
+        return snapshot(effects, fleet, actions)
+
+    monkeypatch.setattr(Checkpoint, "save", saving)
+    monkeypatch.setattr(Effects, "snapshot", looking)
     Quiet(MANY, "guard").live()
 
     # Spawned, ready, ended, and one more; and as the loop turns between a few and a few.
@@ -116,20 +122,22 @@ def test_what_follows_from_nothing_is_not_written_down_twice(
 def test_settings_that_were_read_again_are_not_written_down_at_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once as those that are tried, and once as those that hold."""
-    dumped: list[Settings] = []
+    """Once as those that are tried; of what holds then only that is written in which it differs."""
+    written: list[bytes] = []
+    write = StateFile.write_change
 
-    def counted(settings: Settings) -> bytes:
-        dumped.append(settings)
-        return dump(settings)
+    def noted(file: StateFile, payload: bytes) -> None:
+        written.append(payload)
+        write(file, payload)
 
-    monkeypatch.setattr(live_settings, "dump", counted)
+    monkeypatch.setattr(StateFile, "write_change", noted)
     life = Quiet(MANY, "guard")
     life.settings = replace(life.settings, origin=Origin(configured=True))
     life.live()
 
     assert life.events["configured"] == 1
-    assert len(dumped) == 2
+    assert len(written) > 2
+    assert sum(each.count(b'"c":"Settings"') for each in written) == 1
 
 
 @pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])

@@ -1,10 +1,10 @@
 """A protector's life in a simulated world, from one seed.
 
 The real modules (lifecycle, supervisor, effects, worker pool, forwarder, channel, listener, loop,
-notify, process, program, state, heritage) run against kernel.py.  For that, names like `os`,
-`socket`, `select` inside those modules are replaced while a simulation runs (`installed` below);
-besides them only what is found in the file system: a command, orphaned processes, maps of users.
-The log, the output, the resident process around the supervisor and the upgrade's probe are
+notify, process, program, state, recovery, checkpoint) run against kernel.py.  For that, names like
+`os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
+below); besides them only what is found in the file system: a command, orphaned processes, maps of
+users.  The log, the output, the resident process around the supervisor and the upgrade's probe are
 stand-ins.
 
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
@@ -41,15 +41,17 @@ from socketprotector.core.events import Deadline, ScaleRequested, Wait
 from socketprotector.core.fleet import Fleet, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
-from socketprotector.daemon.checkpoint import Heritage
+from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import Answer
 from socketprotector.daemon.effects import Effects
+from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.output import Opened
+from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.start_report import Launcher
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.handoff import LISTENER
-from socketprotector.model.settings import ListenerSettings, Origin, Settings, load
+from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     inherited,
     listener,
@@ -59,6 +61,7 @@ from socketprotector.system import (
     program,
     reuseport,
 )
+from socketprotector.system.inherited import Inherited
 from socketprotector.system.loop import Loop
 from socketprotector.system.sd_notify import Outbox, Store, Systemd
 from socketprotector.system.state_file import StateFile
@@ -547,8 +550,10 @@ class World:
         process._known.clear()
         settings = self._settings_of(snapshot)
         shared = settings.handoff == LISTENER
-        coming = load(snapshot.coming.encode()) if snapshot and snapshot.coming else settings
-        listeners = resident._listeners(given, coming.listeners, shared)
+        coming = (snapshot.settings.candidate if snapshot else None) or settings
+        own = {inherited.STATE, inherited.GUARD}
+        left = Inherited({name: fd for name, fd in given.items() if name not in own})
+        listeners = resident._listeners(left, coming.listeners, shared)
         if snapshot is not None and snapshot.fleet.exiting:
             self._why_lost = "killed at the very end"
             for each in listeners:
@@ -567,25 +572,27 @@ class World:
                 found[inherited.GUARD] = line.fileno()
             return found
 
+        queue, point = EventQueue(), Checkpoint(file, store, log, others)
+        effects = Effects(
+            settings,
+            listeners,
+            loop=self._loop,
+            log=log,
+            output=cast("Any", Output(self._loop, self._chance)),
+            systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
+            launcher=Launcher(None, None, 1),
+            post=queue.post,
+            persist=point.save,
+        )
         self._supervisor = protector = Supervisor(
             Fleet(
                 policy=settings.policy,
                 workers_wanted=settings.workers,
                 configured=settings.origin.configured,
             ),
-            lambda post, held: Effects(
-                settings,
-                listeners,
-                loop=self._loop,
-                log=log,
-                output=cast("Any", Output(self._loop, self._chance)),
-                systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
-                launcher=Launcher(None, None, 1),
-                post=post,
-                held=held,
-                guarded=True,
-            ),
-            Heritage(file, store, log, others),
+            queue,
+            effects,
+            point,
             cast("Any", Upgrade(kernel)),
             loop=self._loop,
             log=log,
@@ -602,26 +609,25 @@ class World:
                     self._fixed.discard(line.fileno())
                     self._loop.unwatch(line.fileno())
                     self._outbox.close()
-                    protector.effects.unguarded()
+                    effects.pool.guarded = False
                     return
                 pid, _, status = data.decode().partition(" ")
                 protector.effects.pool.learn_status(int(pid), *text.status_of(int(status)))
 
             self._loop.watch(line.fileno(), hear)
         else:
-            protector.effects.unguarded()
+            effects.pool.guarded = False
         if snapshot is None:
+            left.close()
             protector.launch()
         else:
-            protector.adopt(snapshot, given)
+            protector.adopt(Recovery(effects, snapshot, left))
         self._starting = False
         protector.run()
 
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
         """The settings that hold, as the resident process finds them."""
-        if snapshot is not None and snapshot.settings:
-            return load(snapshot.settings.encode())
-        return self.settings
+        return (snapshot.settings.current if snapshot is not None else None) or self.settings
 
     def _only_what_was_found(self, loop: Loop) -> None:
         """See to it that no callback is told of what another had at its number."""
@@ -674,7 +680,7 @@ class World:
             self._excuse(self._why_lost)
         else:
             self._why_lost = BY_KILL
-        if self._supervisor is not None and self._supervisor._heritage._failing:
+        if self._supervisor is not None and self._supervisor._checkpoint._failing:
             self._excuse("killed while the state could not be written")
         self._held = held
         self._lost_by_kill = 0
@@ -1266,7 +1272,7 @@ class World:
 
     def _look_at_places(self, act: Effects) -> None:
         """See which addresses are served, as soon as no other configuration is tried."""
-        if act.configuration._coming is not None or self._reason():
+        if act.configuration.record.candidate is not None or self._reason():
             return
         settings = act.configuration.settings.listeners
         there = {each.settings.address for each in act.forwarder.listeners}
@@ -1313,7 +1319,7 @@ class World:
         assert act._route == (route.number if route else None), "another route"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         assert {each.number for each in fleet.alive()} == looked_after
-        assert {each.number for each in fleet.generations} == set(act.homes)
+        assert {each.number for each in fleet.generations} == set(act.generations)
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
             waits = Deadline(Wait.OPEN) in fleet.timers
             policy = fleet.policy_of(fleet.to_open is Next.FRESH)

@@ -98,18 +98,18 @@ class Operator:
         settings = effects.configuration.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(
-            fleet, effects.homes, effects.pool.records(), effects.untaken_s
+            fleet, effects.generations, effects.pool.records(), effects.untaken_s
         )
-        route = effects.homes.get(fleet.route.number) if fleet.route else None
+        route = effects.generations.get(fleet.route.number) if fleet.route else None
         return status.overview(
             fleet,
             due,
             name=settings.name,
             pid=os.getpid(),
-            main_pid=os.getppid() if effects.guarded else os.getpid(),
-            started_at=effects.started_at,
-            restarts=effects.restarts,
-            guarded=effects.guarded,
+            main_pid=os.getppid() if effects.pool.guarded else os.getpid(),
+            started_at=effects.run.started_at,
+            restarts=effects.run.restarts,
+            guarded=effects.pool.guarded,
             control=settings.control.address.removeprefix("unix:") if settings.control else None,
             handoff=settings.handoff,
             ready=status.of_ready(settings),
@@ -120,18 +120,20 @@ class Operator:
             queue_limit=status.queue_limit(route) if route is not None else None,
             listeners=[status.of_listener(each) for each in effects.forwarder.listeners],
             generations=generations,
-            reloads=status.plain(effects.history.reloads),
-            crashes=effects.history.crashed,
+            reloads=status.plain(effects.run.history.reloads),
+            crashes=effects.run.history.crashed,
         )
 
     def _connections(self, generation: int | None = None) -> Mapping[str, Any]:
-        homes = self._effects.homes
-        if generation is not None and generation not in homes:
+        generations = self._effects.generations
+        if generation is not None and generation not in generations:
             raise Wrong("unknown", f"there is no generation {generation}")
-        return {"workers": status.of_connections(homes, self._effects.pool.records(), generation)}
+        return {
+            "workers": status.of_connections(generations, self._effects.pool.records(), generation)
+        }
 
     def _crashes(self) -> Mapping[str, Any]:
-        return {"crashes": status.plain(self._effects.history.crashes)}
+        return {"crashes": status.plain(self._effects.run.history.crashes)}
 
     def _diff(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
@@ -159,7 +161,7 @@ class Operator:
         self._not_while_stopping(self._supervisor.fleet)
         # Later, so that the answer is sent before this program is another one.
         self._loop.call_after("upgrade-asked", 0.0, self._supervisor.begin_upgrade)
-        return {"from": __version__, "starts": self._effects.restarts + 1}
+        return {"from": __version__, "starts": self._effects.run.restarts + 1}
 
     def _stop(self, quick: bool = False) -> Mapping[str, Any]:
         self._loop.call_after(

@@ -19,7 +19,7 @@ from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
 from ...system import clock
 from ...system.listener import Listener
-from ..generation import Home
+from ..generation import OpenGeneration
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,42 +84,42 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     }
 
 
-def queue_limit(home: Home) -> int | None:
+def queue_limit(opened: OpenGeneration) -> int | None:
     """Return how many connections fit in a generation's queue; None where its workers accept."""
-    return None if _accepts(home) else home.channel.capacity()
+    return None if _accepts(opened) else opened.channel.capacity()
 
 
-def _accepts(home: Home) -> bool:
-    return home.program.handoff == handoff.LISTENER
+def _accepts(opened: OpenGeneration) -> bool:
+    return opened.program.handoff == handoff.LISTENER
 
 
 def of_generations(
     fleet: Fleet,
-    homes: Mapping[int, Home],
+    generations: Mapping[int, OpenGeneration],
     records: Iterable[WorkerRecord],
     untaken_s: Callable[[int], float | None],
 ) -> list[dict[str, Any]]:
     """Say what is known of each generation that is not gone, the oldest first."""
     by_number = {each.number: each for each in records}
     return [
-        _of_generation(each, homes[each.number], by_number, untaken_s(each.number))
+        _of_generation(each, generations[each.number], by_number, untaken_s(each.number))
         for each in fleet.generations
-        if each.number in homes  # else it could not be opened
+        if each.number in generations  # else it could not be opened
     ]
 
 
 def _of_generation(
     generation: Generation,
-    home: Home,
+    opened: OpenGeneration,
     records: Mapping[int, WorkerRecord],
     untaken_s: float | None,
 ) -> dict[str, Any]:
     counts = {
-        worker.number: home.counts(worker.slot)
+        worker.number: opened.counts(worker.slot)
         for worker in generation.alive
         if worker.state is not State.ORPHANED  # its place in the scoreboard is another's
     }
-    known = [each for each in (home.past, *counts.values()) if each is not None]
+    known = [each for each in (opened.record.past, *counts.values()) if each is not None]
     # Whoever has connections and does not count them makes every sum unknown.
     silent = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
@@ -129,13 +129,13 @@ def _of_generation(
     return {
         "number": generation.number,
         "phase": generation.phase.value,
-        "opened_at": home.opened_at,
-        "serving_since_at": home.served_at,
-        "draining_since_at": home.drained_at,
-        "path": home.program.path,
-        "queue": None if _accepts(home) else home.channel.depth(),
+        "opened_at": opened.record.opened_at,
+        "serving_since_at": opened.record.served_at,
+        "draining_since_at": opened.record.drained_at,
+        "path": opened.program.path,
+        "queue": None if _accepts(opened) else opened.channel.depth(),
         "untaken_s": untaken_s,
-        "lost": home.lost if total is not None else None,
+        "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
         "wait_us": _of_waits(total.waits) if total is not None else None,
         "workers": [
@@ -196,20 +196,21 @@ def _percentile(waits: Sequence[int], share: float) -> int | None:
 
 
 def of_connections(
-    homes: Mapping[int, Home], records: Iterable[WorkerRecord], only: int | None
+    generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
     """Say where the connections of each worker are to be looked for, and how old they are."""
     offset = clock.date() - time.monotonic()
     found = []
     for record in records:
-        home = homes.get(record.generation)
-        if home is None or only not in (None, record.generation):
+        opened = generations.get(record.generation)
+        if opened is None or only not in (None, record.generation):
             continue
         times = None
-        counted = home.board is not None and home.counts(record.slot) is not None
-        if home.board is not None and counted and not record.orphaned:
+        counted = opened.board is not None and opened.counts(record.slot) is not None
+        if opened.board is not None and counted and not record.orphaned:
             times = {
-                str(fd): ns / 1e9 + offset for fd, ns in home.board.accepted_at(record.slot).items()
+                str(fd): ns / 1e9 + offset
+                for fd, ns in opened.board.accepted_at(record.slot).items()
             }
         found.append(
             {
@@ -219,7 +220,7 @@ def of_connections(
                 "accepted_at_by_fd": times,
                 "orphaned": record.orphaned,
                 # At the latest: whoever drains takes nothing any more.
-                "since_at": home.drained_at or record.started_at,
+                "since_at": opened.record.drained_at or record.started_at,
             }
         )
     return found

@@ -1,0 +1,35 @@
+"""The way of every fact to the supervisor.
+
+It is made first, so that whoever has something to tell can be given its entrance, `post`, before
+the supervisor is there that needs all of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+
+from ..core.events import Event
+
+
+class EventQueue:
+    """Events in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque()
+        #: Called when there are some.
+        self.work_off: Callable[[], None] = lambda: None
+
+    def post(self, event: Event) -> None:
+        """Add an event, and have the queue worked off."""
+        self._events.append(event)
+        self.work_off()
+
+    def add(self, events: Iterable[Event]) -> None:
+        """Add events that can wait until the queue is worked off."""
+        self._events.extend(events)
+
+    def __iter__(self) -> Iterator[Event]:
+        """Take one after the other, until there are none."""
+        while self._events:
+            yield self._events.popleft()

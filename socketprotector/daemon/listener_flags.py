@@ -1,0 +1,58 @@
+"""O_NONBLOCK of listening sockets that were passed in, which workers may set as they like.
+
+The flag is the open file description's, so it is also that of whoever has passed the socket in.
+systemd sets it anew at each start of the service (NonBlocking= of the unit), under workers that
+have set it otherwise and still run.  So it is written down, and put back by the next program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from ..system.listener import Listener
+from ..system.loop import Loop
+
+#: A server that has just been started sets up its sockets: looked at after so long, then after
+#: twice that, and so on, until it is this.
+_FIRST_S = 1.0
+_LAST_S = 64.0
+_TIMER = "listener-flags"
+
+
+class ListenerFlags:
+    """Which of those that were passed in do not block."""
+
+    def __init__(
+        self,
+        listeners: Callable[[], Collection[Listener]],
+        loop: Loop,
+        persist: Callable[[], bool],
+    ) -> None:
+        """listeners: all that there are.  persist: writes the state."""
+        self._listeners = listeners
+        self._loop = loop
+        self._persist = persist
+        self._nonblocking: tuple[int, ...] = ()
+
+    @property
+    def _passed_in(self) -> list[Listener]:
+        return [each for each in self._listeners() if each.shared and each.settings.foreign]
+
+    def record(self) -> tuple[int, ...]:
+        """Return which do not block now, by index."""
+        self._nonblocking = tuple(each.index for each in self._passed_in if not each.blocks)
+        return self._nonblocking
+
+    def watch(self, after_s: float = _FIRST_S) -> None:
+        """See for a while whether workers set them: nothing tells of it."""
+        if self._passed_in:
+            if self._nonblocking != self.record():
+                self._persist()
+            if after_s <= _LAST_S:
+                again = 2 * after_s
+                self._loop.call_after(_TIMER, after_s, lambda: self.watch(again))
+
+    def adopt(self, nonblocking: Collection[int]) -> None:
+        """Put them back to what an earlier program has written down."""
+        for each in self._passed_in:
+            each.socket.setblocking(each.index not in nonblocking)

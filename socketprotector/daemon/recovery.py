@@ -1,0 +1,134 @@
+"""Going on where another program stopped: each owner gets its record and its descriptors back.
+
+First what connections need, so that whoever connects waits for as little as possible; then the
+workers, one at a time, of which there may be a thousand.  Descriptors are given away before the
+state is written, and taken back after it: so the state may know of what was not kept in time, which
+is told as an event, and something may have been kept that it does not know, which is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
+from ..core.fleet import Phase, State
+from ..core.snapshot import Snapshot
+from ..model.handoff import LISTENER
+from ..model.records import WorkerRecord
+from ..system import inherited
+from ..system.inherited import Inherited
+from .effects import Effects
+from .generation import OpenGeneration
+
+#: Why something is missing that the fleet knows.
+_KILLED = "the protector was killed while it was being started"
+_ENDED = "ended while the protector was killed"
+#: What is stored of each worker that can be gone on with.
+_WITHOUT_CHANNEL = {"process", "notify"}
+_WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
+
+
+class Recovery:
+    """One time, at the start of a program."""
+
+    def __init__(self, effects: Effects, snapshot: Snapshot, left: Inherited) -> None:
+        """left: what the other program has left; each owner takes its own, the rest is closed."""
+        self.snapshot = snapshot
+        self._effects = effects
+        self._left = left
+        self._workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = []
+
+    def adopt(self) -> list[Event]:
+        """Go on with all but the workers; then there can be a route.
+
+        Returns what the other program had not come to: events of what is in the fleet but was not
+        made yet.
+        """
+        effects, snapshot = self._effects, self.snapshot
+        effects.flags.adopt(snapshot.nonblocking)  # first: who lives may be about to accept
+        effects.steering.adopt_record(snapshot.steering)
+        if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
+            effects.steering.end()
+        broken = self._adopt_generations()
+        for record in snapshot.workers:
+            generation = effects.generations.get(record.generation)
+            if generation is not None and self._left.has(
+                inherited.WORKER, record.number, "process"
+            ):
+                mine = self._left.take(inherited.WORKER, record.number)
+                effects.pool.expect(record, mine)
+                self._workers.append((record, mine, generation))
+        serving = snapshot.fleet.of(Phase.SERVING)
+        proven = effects.generations.get(serving.number) if serving is not None else None
+        effects.last_good = proven.program if proven is not None else snapshot.last_good
+        for address in snapshot.orphans:
+            effects.pool.orphans.end(address)
+        effects.adopt_run(snapshot.run, snapshot.log_level)
+        effects.forwarder.adopt(snapshot.forwarder, self._left)
+        self._left.close()
+        effects.configuration.adopt(snapshot)
+        for released in effects.generations.released.values():
+            released.forget_board()
+            effects.forwarder.release(released.channel)
+        for number, each in effects.generations.items():
+            known = snapshot.fleet.generation(number)
+            if known is not None and known.phase is Phase.DRAINING:
+                effects.forwarder.adopt_drained(each.channel)
+        return broken
+
+    def _adopt_generations(self) -> list[Event]:
+        effects, broken = self._effects, list[Event]()
+        for record in self.snapshot.generations:
+            if not self._left.has(inherited.CHANNEL, record.number, "read"):
+                continue  # not stored yet, so nothing was ever sent to it
+            mine = self._left.take(inherited.CHANNEL, record.number)
+            each = OpenGeneration.adopt(record, mine)
+            if record.released or self.snapshot.fleet.generation(record.number) is None:
+                effects.generations.released[record.number] = each
+                continue
+            effects.generations[record.number] = each
+            if record.ended:
+                continue
+            if record.program.handoff == LISTENER:
+                effects.steering.adopt(record.number, record.socket_number)
+            if each.ended:  # its write end could not be stored in time
+                broken.append(ChannelBroken(record.number))
+            else:
+                effects.watch_channel(each)
+        return broken
+
+    def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
+        """Go on with the workers, one a step; gives what was not come to, as adopt() does."""
+        ended: list[WorkerExited] = []
+        pool, fleet = self._effects.pool, self.snapshot.fleet
+        for record, mine, generation in self._workers:
+            shared = generation.program.handoff == LISTENER
+            whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
+            if whole and not record.orphaned:
+                pool.adopt(record, mine, generation)
+            else:
+                # The rest was given up when it had ended, and that may not have been written down.
+                left = pool.adopt_group(record, mine, generation)
+                found = fleet.find(record.number)
+                if left != (found is not None and found[1].state is State.ORPHANED):
+                    ended.append(WorkerExited(record.number, _ENDED, orphans=left))
+            yield ()
+        yield (*ended, *self._not_made({each.worker for each in ended}))
+
+    def _not_made(self, ended: Collection[int]) -> list[Event]:
+        """Say what is in the fleet and could not be found; of those that ended it is said."""
+        pool, fleet = self._effects.pool, self.snapshot.fleet
+        known = {record.number for record in pool.records()}.union(ended)
+        # One that had the route, and whose channel could not be stored, must not keep it.
+        lost: list[Event] = [
+            OpenFailed(each.number, _KILLED)
+            if each.phase in (Phase.STARTING, Phase.ABANDONED)
+            else ChannelBroken(each.number)
+            for each in fleet.generations
+            if each.number not in self._effects.generations
+        ]
+        for worker in fleet.alive():
+            if worker.number not in known:
+                pool.lost(worker.number)
+                lost.append(WorkerExited(worker.number, _KILLED))
+        return lost

@@ -1,0 +1,260 @@
+"""Values as JSON: how the state and the settings are written, and how what changes in them is.
+
+Classes and fields are told by name, so that a newer program reads what an older one wrote: a field
+that it does not find takes its default, and one that was renamed since is found by its old name.
+The other way round is refused in words.
+
+Pure.  One serializer for all values that outlive a program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+#: Grows when an older program could not make sense of what is written: 2 has changes, in 3 fields
+#: have other names and settings are written as the state is.
+FORMAT = 3
+
+
+def _float(value: float) -> str:
+    return float.__repr__(value) if math.isfinite(value) else json.dumps(value)
+
+
+#: What json.dumps() would say, without its preparations.
+_PLAIN: Mapping[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: int.__repr__,
+    float: _float,
+    bool: lambda value: "true" if value else "false",
+    type(None): lambda _: "null",
+}
+
+
+class DecodeError(ValueError):
+    """It is no value of these classes; the message says why."""
+
+
+class NewerError(DecodeError):
+    """A newer program has written it; the message says what shows that."""
+
+
+def written_by_newer(form: int) -> str:
+    """Say what shows that a newer program has written something."""
+    return f"format {form}, this one reads up to {FORMAT}"
+
+
+class Codec:
+    """Turns values of known classes into JSON and back."""
+
+    def __init__(
+        self,
+        classes: Iterable[type],
+        *,
+        renamed: Mapping[str, str] | None = None,
+        rearranged: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
+        strict: Collection[type] = (),
+    ) -> None:
+        """classes: the frozen dataclasses and enums that may occur, each of another name.
+
+        renamed: `Class` or `Class.field` as an older program calls it, and today's name.
+        rearranged: for the name of a class, what makes today's fields of those that were read.
+        strict: a field that one of these does not have is refused, not dropped.
+        """
+        self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
+        self._fields: dict[type, tuple[str, ...]] = {
+            each: tuple(field.name for field in fields(each))
+            for each in self._classes.values()
+            if is_dataclass(each)
+        }
+        # By today's name of the class, and the field's old one.
+        self._renamed: dict[str, dict[str, str]] = {}
+        self._older = dict(self._classes)
+        for old, new in (renamed or {}).items():
+            kind, _, name = old.partition(".")
+            if name:
+                self._renamed.setdefault(kind, {})[name] = new
+            else:
+                self._older[old] = self._classes[new]
+        self._rearranged = rearranged or {}
+        self._strict = strict
+
+    def encode(self, value: object) -> bytes:
+        """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
+
+        Raises TypeError for anything else.
+        """
+        return self._text(value).encode()
+
+    def changes(self, old: object, new: object) -> bytes:
+        """Return what makes the one value the other, for decode(); empty if nothing does.
+
+        Parts that are the same objects cost next to nothing.
+        """
+        found: list[str] = []
+        self._compare("", old, new, found)
+        return f"[{','.join(found)}]".encode() if found else b""
+
+    def decode(self, data: bytes, changes: Iterable[bytes] = ()) -> Any:
+        """Return the value that was encoded, with all changes.  Raises DecodeError for none."""
+        try:
+            tree = {"f": {"": json.loads(data)}}
+            for each in changes:
+                for change in json.loads(each):
+                    _apply(tree, change)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DecodeError(repr(error)) from error
+        return self.value_of(tree["f"][""])
+
+    def value_of(self, tree: Any) -> Any:
+        """Return the value of what json.loads() has made of one.  Raises DecodeError for none."""
+        try:
+            return self._in(tree)
+        except DecodeError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise DecodeError(repr(error)) from error
+
+    def _compare(self, path: str, old: object, new: object, found: list[str]) -> None:
+        """Note each difference: a path with a value, with a slice or with what a set lost and got.
+
+        path: the names and places that lead there, each after a comma.
+        """
+        if old is new:
+            return
+        if type(old) is type(new):
+            names = self._fields.get(type(new))
+            if names is not None:
+                for name in names:
+                    self._compare(f'{path},"{name}"', getattr(old, name), getattr(new, name), found)
+                return
+            if isinstance(old, tuple) and isinstance(new, tuple):
+                self._compare_tuples(path, old, new, found)
+                return
+            if old == new:
+                return
+            if isinstance(old, frozenset) and isinstance(new, frozenset):
+                less, more = self._text(tuple(old - new)), self._text(tuple(new - old))
+                found.append(f'{{"p":[""{path}],"less":{less},"more":{more}}}')
+                return
+        found.append(f'{{"p":[""{path}],"v":{self._text(new)}}}')
+
+    def _compare_tuples(
+        self, path: str, old: tuple[object, ...], new: tuple[object, ...], found: list[str]
+    ) -> None:
+        first = _alike(old, new)
+        if len(old) == len(new) and old[first + 1 :] == new[first + 1 :]:
+            if first < len(new):  # one of a thousand, as nearly always
+                self._compare(f"{path},{first}", old[first], new[first], found)
+            return
+        last = _alike(old[first:][::-1], new[first:][::-1])
+        before, after = old[first : len(old) - last], new[first : len(new) - last]
+        if len(before) == len(after) and after and after[0] in before:
+            # The oldest make room for others: else each would be written in another's place.
+            gone = before.index(after[0])
+            found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
+            self._compare_tuples(path, old[:first] + old[first + gone :], new, found)
+        elif len(before) == len(after):
+            for at, (one, other) in enumerate(zip(before, after, strict=True), first):
+                self._compare(f"{path},{at}", one, other, found)
+        else:
+            found.append(
+                f'{{"p":[""{path}],"at":{first},"n":{len(before)},"v":{self._text(after)}}}'
+            )
+
+    def _text(self, value: object) -> str:
+        plain = _PLAIN.get(type(value))
+        if plain is not None:
+            return plain(value)
+        if isinstance(value, tuple):
+            return f"[{','.join(map(self._text, value))}]"
+        names = self._fields.get(type(value))
+        if names is not None:
+            parts = []
+            for name in names:
+                part = getattr(value, name)
+                plain = _PLAIN.get(type(part)) or self._text
+                parts.append(f'"{name}":{plain(part)}')
+            content = ",".join(parts)
+            return f'{{"c":"{type(value).__name__}","f":{{{content}}}}}'
+        if isinstance(value, bytes):
+            return f'{{"b":"{value.hex()}"}}'
+        if isinstance(value, frozenset):
+            return f'{{"s":{self._text(tuple(sorted(value, key=repr)))}}}'
+        if isinstance(value, Enum) and type(value).__name__ in self._classes:
+            return f'{{"e":"{type(value).__name__}","v":{self._text(value.value)}}}'
+        if isinstance(value, int):  # a signal's number is one with a name
+            return int.__repr__(value)
+        raise TypeError(f"{type(value).__name__} is no part of the state")
+
+    def _in(self, value: Any) -> object:
+        if isinstance(value, list):
+            return tuple(self._in(each) for each in value)
+        if not isinstance(value, dict):
+            return value
+        if "b" in value:
+            return bytes.fromhex(value["b"])
+        if "s" in value:
+            return frozenset(self._in(each) for each in value["s"])
+        if "e" in value:
+            return self._older[value["e"]](value["v"])
+        known = self._older[value["c"]]
+        names, plain = self._fields[known], _PLAIN
+        found = self._today(known, value["f"])
+        if known in self._strict and (unknown := found.keys() - set(names)):
+            raise NewerError(f"this one does not know {', '.join(sorted(unknown))}")
+        return known(
+            **{
+                name: v if type(v) in plain else self._in(v)
+                for name, v in found.items()
+                if name in names
+            }
+        )
+
+    def _today(self, known: type, written: dict[str, Any]) -> dict[str, Any]:
+        """Return what was written for a class under the names that its fields have now."""
+        name = known.__name__
+        if name in self._rearranged:
+            written = self._rearranged[name](written)
+        renamed = self._renamed.get(name)
+        if renamed is None:
+            return written
+        return {renamed.get(field, field): value for field, value in written.items()}
+
+
+def _alike(one: tuple[object, ...], other: tuple[object, ...]) -> int:
+    """Return with how many equal items both begin.
+
+    By halves, because a comparison of slices does not leave the interpreter's own code.
+    """
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _apply(tree: Any, change: Any) -> None:
+    """Put one change into what json.loads() has made of a value."""
+    *path, last = change["p"]
+    holder = tree["f"]
+    for step in path:
+        inside = holder[step]
+        holder = inside if isinstance(inside, list) else inside["f"]
+    if "at" in change:
+        holder[last][change["at"] : change["at"] + change["n"]] = change["v"]
+    elif "less" in change:
+        left = [each for each in holder[last]["s"] if each not in change["less"]]
+        holder[last]["s"] = left + change["more"]
+    else:
+        holder[last] = change["v"]

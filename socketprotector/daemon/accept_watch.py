@@ -1,10 +1,10 @@
 """Whether workers that accept by themselves accept at all, under --handoff listener.
 
-No connection passes through us there, and none may wake us for nothing.  So of the generation whose
-turn it is the first client is waited for.  A while later the kernel is asked who waits to be
-accepted, and then again: a queue is first come, first served, so where all of them still wait
-nobody was accepted meanwhile.  Where nobody waits the next client is waited for.  So nothing
-happens while nobody comes, and while all is well we wake up twice in LOOK_S at most.
+No connection passes through us there, and none may wake us for nothing.  So only the first client
+of a generation wakes us.  A while later the kernel is asked for the backlog (sock_diag), and then
+again: accept() takes the oldest, so if all of the first answer are still in the second, none was
+accepted in between.  Where the backlog is empty the next client is waited for.  So nothing happens
+while no client comes, and while all is well we wake up twice in LOOK_S at most.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
 from .queue_watch import NEVER_TAKEN_S, UNTAKEN_S
 
-#: How soon to look, and to look again: where nobody was ever accepted, and where somebody was.
+#: How soon to look, and to look again: while none was ever accepted, and when one was.
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: To ask the kernel takes at most this share of our time, however many connections there are.
@@ -35,11 +35,11 @@ class Untaken:
         await_one: Callable[[], None],
         say: Callable[[float, int, bool, frozenset[int]], None],
     ) -> None:
-        """lines: returns who waits, by the listener's index; without those where it is not known.
+        """lines: returns the clients in each backlog, by the listener's index, as far as is known.
 
-        await_one: `awaits` has changed: whether the next client is to be told of, by came().
-        say: for so many seconds nobody of so many was accepted, whether anybody ever was, and at
-        which listeners.  Said once of each generation.
+        await_one: `awaits` has changed: whether came() is to be called for the next client.
+        say: for so many seconds none of so many clients was accepted, whether any ever was, and at
+        which listeners.  Called once for each generation.
         """
         self._loop = loop
         self._lines = lines
@@ -47,9 +47,9 @@ class Untaken:
         self._say = say
         self.awaits = False
         self._said = False
-        self._accepted: set[int] = set()  # listeners by which somebody was
-        self._before_us = False  # it had its turn already: somebody may have been, by any
-        #: Who waits, and since when they all do; nobody: that somebody came is all that is known.
+        self._accepted: set[int] = set()  # listeners by which a client was
+        self._before_us = False  # it had its turn already: a client may have been, by any
+        #: The backlog, and since when all of it waits; empty: a client came, and no more is known.
         self._waiting: dict[int, tuple[Line, float]] = {}
 
     def begin(self, *, before_us: bool) -> None:
@@ -59,13 +59,13 @@ class Untaken:
         self._await()
 
     def end(self) -> None:
-        """Nobody has his turn any more."""
+        """No generation has its turn any more."""
         self._loop.cancel(_LOOK)
         self._waiting.clear()
         self.awaits = False
 
     def came(self, index: int) -> None:
-        """Somebody has come by a listener, and waits to be accepted."""
+        """A client has come by a listener, and waits to be accepted."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
         self._await_one()
@@ -73,7 +73,7 @@ class Untaken:
 
     @property
     def seconds(self) -> float | None:
-        """For how long nobody was accepted though somebody waits; None: that is no wonder."""
+        """For how long no waiting client was accepted; None: not long enough to report."""
         return max(self._passed_over().values(), default=None)
 
     def _await(self) -> None:
@@ -92,7 +92,7 @@ class Untaken:
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
-                self._accepted.add(index)  # or nobody tells: then it is looked at as seldom
+                self._accepted.add(index)  # or it is not known: looked at as seldom
                 del self._waiting[index]
             else:
                 self._waiting[index] = line, since if before else began
@@ -111,7 +111,7 @@ class Untaken:
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:
-        """Return the listeners at which nobody was accepted for too long, and for how long."""
+        """Return the listeners at which no client was accepted for too long, and for how long."""
         now = time.monotonic()
         found = {index: now - since for index, (line, since) in self._waiting.items() if line}
         return {index: seconds for index, seconds in found.items() if seconds >= self._limit(index)}

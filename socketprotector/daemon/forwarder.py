@@ -39,11 +39,11 @@ STEADY = 8
 #: Waits when the system is out of descriptors or memory.
 FIRST_WAIT_S = 0.01
 LAST_WAIT_S = 0.5
-#: A graceful stop lets handshakes under way finish: as long as nobody comes for this long.
+#: A graceful stop lets handshakes under way finish: until no client has come for this long.
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
 LAST_S = 10.0
-#: So many rounds at most when the loop is kept from it: then whoever keeps it goes on.
+#: Rounds of accepting at most in one look() while something else keeps the loop busy.
 LOOKS = 16
 
 _RETRY = "forwarder-retry"
@@ -52,9 +52,9 @@ _QUIET = "forwarder-quiet"
 
 @dataclass(slots=True)
 class _Closing:
-    """A graceful close: whoever has connected is served, then nobody more is accepted."""
+    """A graceful close: clients that have connected are served, then no more are accepted."""
 
-    stay: bool  # the listeners outlive us, with whoever comes later
+    stay: bool  # the listeners outlive us, with the clients that come later
     latest: float = 0.0  # 0: new clients are refused, so it comes to an end by itself
     looked: bool = False  # once, since new clients are refused
 
@@ -78,11 +78,11 @@ class Forwarder:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
 
         broken: the route's channel was shut down.  emptied: a graceful close is over.
-        trouble: an error that holds the path up, told once each time it begins.
+        trouble: an error that blocks the path, reported once each time it begins.
         persist: what is undelivered has changed; returns whether that is written down.
-        dead: somebody has shut a listener down; it is to listen again, or be marked as lost.
-        untaken: for so many seconds nobody has taken who waits in the queue, so many, and whether
-        anybody ever has; said once of each.
+        dead: a listener was shut down by a worker; it is to listen again, or be marked as lost.
+        untaken: no worker has taken from the queue for so many seconds; how many connections wait,
+        and whether any was ever taken.  Called once for each route.
         """
         self._loop = loop
         self._listeners = list(listeners)
@@ -106,12 +106,12 @@ class Forwarder:
         self._leftovers: dict[Channel, bool] = {}
         self._route: Channel | None = None
         self._full: Channel | None = None  # its write end is watched for room
-        self._holding = False  # somebody wants nothing accepted
+        self._holding = False  # nothing is to be accepted, by request
         self._waiting = False  # for descriptors or memory
         self._wait_s = 0.0
         self._scarce_at = 0.0
         self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
-        self._over: list[Listener] = []  # nobody more is to be accepted from these
+        self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         self._last_ns = 0
         self._steady = 0  # so many came one by one, each soon after the other
@@ -129,13 +129,13 @@ class Forwarder:
         self._go_on()
 
     def hold(self, on: bool) -> None:
-        """Accept nothing, and refuse nothing: who connects waits in the backlog."""
+        """Accept nothing, and refuse nothing: new clients wait in the backlog."""
         self._holding = on
         self._stop_accepting()
         self._go_on()
 
     def drain(self, channel: Channel) -> None:
-        """Take back what nobody has taken, as far as the route has room; then end the channel.
+        """Take back untaken connections, as far as the route has room; then end the channel.
 
         Without a route its workers finish it, except where one of them has shut it down:
         they may not look again, so it is taken back for the next route.
@@ -143,7 +143,7 @@ class Forwarder:
         shut = channel.is_shut()
         self._reclaim(channel)
         if not shut and self._drains.end_after(channel):
-            return  # those who still come by a removed listener are its own
+            return  # what still comes by a removed listener goes there
         channel.end()
         if shut and channel.depth():
             self._leftovers.setdefault(channel, False)  # an earlier program may have begun
@@ -165,13 +165,13 @@ class Forwarder:
         self._go_on()
 
     def remove(self, listener: Listener, to: Channel | None) -> None:
-        """Let nobody new in.  Who has connected goes to this channel; without one, nowhere."""
+        """Refuse new clients.  The backlog goes to this channel; without one it is dropped."""
         self._listeners.remove(listener)
         self._accepting.pop(listener.fileno(), None)
         self._unwatch(listener)
         if listener.shared:
-            listener.refuse_new()  # those who accept from it take who has connected
-        self.undelivered.park_pending_of(listener.index)  # it goes before those who wait there
+            listener.refuse_new()  # its workers accept the backlog
+        self.undelivered.park_pending_of(listener.index)  # it goes before its backlog
         if to is None or listener.shared:
             self.lost += self.undelivered.drop(listener.index)
             listener.close()
@@ -186,9 +186,9 @@ class Forwarder:
             self._queue.extra -= drain.moved
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
-        """Let nobody new in; quick: close at once, else first send on who has connected.
+        """Refuse new clients; quick: close at once, else after the backlog was sent on.
 
-        stay: who comes later is to wait for the next start, so our own listeners live until
+        stay: later clients are to wait for the next start, so our own listeners live until
         close(), and after it.
         """
         self._closing = _Closing(stay)
@@ -198,7 +198,7 @@ class Forwarder:
         refused = not stay
         for listener in self._listeners:
             if listener.settings.foreign:
-                # Its owner has those who wait, and who comes; of these there may be no end.
+                # Its owner goes on listening, so its backlog may never be empty.
                 self._accept_no_more(listener)
             elif not stay:
                 refused = listener.refuse_new() and refused
@@ -213,14 +213,14 @@ class Forwarder:
 
     @property
     def _awaited(self) -> list[Listener]:
-        """The listeners from which somebody may still be accepted."""
+        """The listeners that are still accepted from."""
         return [each for each in self._listeners if each not in self._over and not each.lost]
 
     def close(self, socket_number: int = 0) -> tuple[str, ...]:
         """Close everything, with what could not be delivered (counted in `lost`).
 
         socket_number: of two, the one to which new clients come.  Returns the names of the
-        sockets that whoever keeps descriptors is to keep for the next start.
+        sockets that the descriptor store is to keep for the next start.
         """
         self._close_listeners()
         left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
@@ -244,7 +244,7 @@ class Forwarder:
         return {each.index: each.socket_for(socket_number).fileno() for each in shared}
 
     def untaken_s(self, channel: Channel) -> float | None:
-        """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
+        """See QueueWatch."""
         return self._queue.untaken_s(channel)
 
     @property
@@ -349,7 +349,7 @@ class Forwarder:
         self._loop.soon = self._steady >= STEADY
 
     def look(self) -> None:
-        """Take in who has come meanwhile, while something long keeps the loop from it."""
+        """Accept clients while something long keeps the loop from it."""
         if self._full is not None and self._full.has_room():
             self._room()
         for _ in range(LOOKS):
@@ -456,7 +456,10 @@ class Forwarder:
                 self._deliver(self._route, header, fd)
 
     def _take_back(self, channel: Channel) -> tuple[bytes, int] | None:
-        """Take one that nobody has taken; None where there is none, or no descriptor for it."""
+        """Take one back; None where there is none, or no free descriptor.
+
+        The reserve makes room: with none free the kernel would drop the connection silently.
+        """
         if not self._take_reserve():
             return None
         os.close(self._reserve)
@@ -491,16 +494,16 @@ class Forwarder:
             if listener_of(header) in {each.index for each in there}:
                 self.undelivered.park(header, fd)
                 return
-            self.lost += 1  # nobody is left who knows the listener
+            self.lost += 1  # no generation is left that knows the listener
         self._let_go(fd)
 
     def _let_go(self, fd: int) -> None:
-        """Close one that may have been taken back in the place of the reserve."""
+        """Close a connection that was sent, and have the reserve again: one may have used it."""
         os.close(fd)
         self._take_reserve()
 
     def _take_reserve(self) -> bool:
-        """Keep a descriptor to spare: what the kernel cannot hand out it drops."""
+        """Keep a spare descriptor; see _take_back."""
         if self._reserve < 0:
             try:
                 self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -519,13 +522,13 @@ class Forwarder:
         elif error.errno == errno.EINVAL and not listener.is_alive():
             self._is_shut(listener)
         else:
-            # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or nobody has
-            # thought of it: no reason to let go of the listeners.  The socket stays readable,
-            # so only a timer helps.
+            # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or no
+            # manual page names the error: no reason to give the listeners up.  The socket stays
+            # readable, so only a timer helps.
             self._scarce("accept", error)
 
     def _is_shut(self, listener: Listener) -> None:
-        """Somebody has shut a listener down, who is not us."""
+        """Have a listener mended that a worker has shut down."""
         self._loop.unwatch(listener.fileno())
         self._accepting.pop(listener.fileno(), None)
         if self._closing is None:
@@ -583,12 +586,12 @@ class Forwarder:
     # -- the end -------------------------------------------------------------
 
     def _close_when_quiet(self, closing: _Closing, before: int) -> None:
-        """Close the listeners once nobody has come since the last look, or waits for workers."""
+        """Close the listeners once no client has come since the last look, or waits for workers."""
         if self._open and not any(self._leftovers.values()):
             for ready in tuple(self._accepting.values()):
                 if self._open:  # the one before may have filled the channel, or found it broken
                     ready()
-            if closing.stay:  # whoever had connected before stood in front of those who come
+            if closing.stay:  # the backlog is a queue: earlier clients have come out of it first
                 for each in self._awaited:
                     if not each.has_waiting():
                         self._accept_no_more(each)
@@ -617,7 +620,7 @@ class Forwarder:
         self._drains.end()
 
     def _unwatch(self, listener: Listener) -> None:
-        """Let nobody look at it any more, whoever that is: it is about to be closed."""
+        """Stop watching its sockets, here and in socket_steering: they are about to be closed."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
 

@@ -1,7 +1,7 @@
-"""A listener that a reload has removed: nobody new gets in, and who has connected is served.
+"""A listener that a reload has removed: new clients are refused, those that have connected served.
 
-They go to the generation that knows the listener, not to the route.  This is off the path of
-every other connection: it looks from time to time, and is over when nobody came in between.
+These go to the generation that knows the listener, not to the route.  This is off the path of
+every other connection: a timer looks at the backlog, until none came between two looks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ListenerDrain:
         self._loop = loop
         self._undelivered = undelivered
         self._over = over
-        self._quiet = False  # nobody came since the last look
+        self._quiet = False  # no client came since the last look
         self._until = 0.0  # to be closed then, though new ones may still come
 
     @property
@@ -57,13 +57,13 @@ class ListenerDrain:
         return "listener-drain", self.listener.index
 
     def begin(self) -> None:
-        """Let nobody new in; one of somebody else is left as it is, with those who wait there."""
+        """Refuse new clients; a socket that was passed in is left as it is, with its backlog."""
         if not self._foreign and not self.listener.refuse_new():
             self._until = time.monotonic() + LAST_S
         self._loop.call_after(self._timer, 0.0, self._look)
 
     def end(self) -> None:
-        """Close the listener, whoever may still wait there."""
+        """Close the listener, with what its backlog still holds."""
         self._loop.cancel(self._timer)
         self.lost += self._undelivered.drop(self.listener.index)
         self.listener.close()
@@ -74,17 +74,17 @@ class ListenerDrain:
         try:
             while moved < BURST and self._move():
                 moved += 1
-        except OSError:  # the channel is broken: whoever knew the listener takes nothing any more
+        except OSError:  # the channel is broken: its generation takes nothing any more
             self.end()
             return
         self.moved += moved
         parked = self._undelivered.has_parked(self.listener.index)
-        nobody = not moved and not parked and not self._is_full()
+        empty = not moved and not parked and not self._is_full()
         late = bool(self._until) and time.monotonic() > self._until
-        if (nobody and self._quiet) or (late and not parked):
+        if (empty and self._quiet) or (late and not parked):
             self.end()
             return
-        self._quiet = nobody
+        self._quiet = empty
         self._loop.call_after(self._timer, 0.0 if moved == BURST else QUIET_S, self._look)
 
     def _is_full(self) -> bool:
@@ -138,7 +138,7 @@ class ListenerDrains:
         return tuple(each.listener for each in self._drains)
 
     def begin(self, listener: Listener, to: Channel) -> None:
-        """Send whoever has connected to the channel, then close the listener; takes ownership."""
+        """Send the backlog to the channel, then close the listener; takes ownership."""
         drain = ListenerDrain(listener, to, self._loop, self._undelivered, self._closed)
         self._drains.append(drain)
         drain.begin()

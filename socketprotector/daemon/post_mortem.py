@@ -3,9 +3,8 @@
 The order is fixed.  First its last words, where it has not served: they are the reason of a failed
 start, and may have to come from the relay process.  Until then it is not reaped, so that a program
 that replaces this one meanwhile finds it ended, and asks again.  Then its status: from wait, or
-from whoever is its parent, if an earlier program was (waitid(2) says ECHILD to us, and the guard
-tells).  At last what it leaves: its process group, which has its pid for a name, is looked after
-from before the pid can be another's.
+from the guard, where an earlier program was its parent (waitid(2) fails with ECHILD here).  At last
+what it leaves: while its process group lives, the kernel gives its pid to no other process.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .generation import OpenGeneration
 from .output import Output
 from .worker_spawn import Worker
 
-#: How soon to ask again for the end of a worker that has ended, and that somebody traces.
+#: How soon to ask again for the end of a worker that has ended, and that a tracer holds.
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to tell how a worker ended.
 _STATUS_S = 1.0
@@ -42,7 +41,7 @@ class _Ending:
     """A worker that has ended, and what is not known of it yet."""
 
     last_words: str | None = None  # None: they are awaited
-    status_due: bool = False  # whoever has reaped it is to say how it ended
+    status_due: bool = False  # the guard is to say how it ended
 
 
 class PostMortem:
@@ -73,12 +72,12 @@ class PostMortem:
         self._crashed = crashed
         self._late = late
         self._endings: dict[int, _Ending] = {}
-        self._statuses: dict[int, End] = {}  # by pid, from who has reaped it
+        self._statuses: dict[int, End] = {}  # by pid, from the guard
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap a worker that has ended; None: not yet, and then `ended` is called.
 
-        guarded: somebody tells how one ended that is no child of ours.
+        guarded: there is a guard, which tells how one ended that is no child of ours.
         """
         number = worker.record.number
         ending = self._endings.get(number)
@@ -96,7 +95,7 @@ class PostMortem:
             end = worker.process.reap()
         except ChildProcessError:
             return self._end_from_elsewhere(worker, ending, guarded=guarded)
-        if end is None:  # somebody else sees it first: a debugger, or strace, that stands still
+        if end is None:  # its tracer sees it first, and stands still: a debugger, or strace
             self._loop.unwatch(worker.process.pidfd)
             self._loop.call_after(("reap", number), _REAP_AGAIN_S, lambda: self._ended(number))
         return end
@@ -114,14 +113,14 @@ class PostMortem:
         end = self._statuses.pop(worker.process.pid, None)
         if end is not None or ending.status_due or not guarded:
             self._loop.cancel(("status", number))
-            return end or End(False, "ended, nobody knows how")
+            return end or End(False, "ended with an unknown status")
         ending.status_due = True
         self._loop.unwatch(worker.process.pidfd)
         self._loop.call_after(("status", number), _STATUS_S, lambda: self._ended(number))
         return None
 
     def learn_status(self, number: int, pid: int, end: End) -> None:
-        """Learn how a worker ended from who has reaped it, because it was no child of ours."""
+        """Learn how a worker ended from the guard: it is no child of ours."""
         self._statuses[pid] = end
         ending = self._endings.get(number)
         if ending is not None and ending.status_due:

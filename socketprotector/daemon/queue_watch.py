@@ -19,7 +19,7 @@ from ..system.loop import Loop
 #: as late.
 FIRST_LOOK_S = 0.05
 LAST_LOOK_S = 1.6
-#: From when on it is said that nobody takes: none ever did, or somebody has before.
+#: After how long it is reported that no worker takes: if none ever did, and if one has before.
 NEVER_TAKEN_S = 5.0
 UNTAKEN_S = 30.0
 
@@ -45,7 +45,7 @@ class QueueWatch:
         self._forwarded = forwarded
         self._send_again = send_again
         self._untaken = untaken
-        #: Whether a look is due; else whoever sends something starts it.
+        #: Whether a look is due; else the next send has to start it.
         self.runs = False
         #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
         self.extra = 0
@@ -69,7 +69,7 @@ class QueueWatch:
             self._loop.call_after(_LOOK, self._look_s, self._look)
 
     def untaken_s(self, channel: Channel) -> float | None:
-        """Return for how long nobody has taken who waits in a channel; None: that is no wonder."""
+        """Return for how long nothing was taken from a channel; None: not long enough to report."""
         if channel is not self._route or self._head is None:
             return None
         seconds = time.monotonic() - self._head_since
@@ -82,7 +82,7 @@ class QueueWatch:
             return
         try:
             head = route.peek()
-        except OSError:  # no memory for that now: whoever waits there can wait for the next look
+        except OSError:  # out of memory: try again at the next look
             self.start()
             return
         if head is not None and head == self._head:

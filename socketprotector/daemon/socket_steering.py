@@ -1,14 +1,17 @@
-"""Where the workers of a generation accept, under --handoff listener.
+"""Which socket the workers of a generation accept from, under --handoff listener.
 
-Each address has two sockets (system/reuseport.py), and of two generations that follow each other
-each has its own: new clients come to the one whose turn it is, from the moment at which it is
-ready.  So the one before can accept in peace who had come to it, and read what they have to say,
-before it is told to finish: it gets nobody new whom it would take in and then close.
+Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  Of two
+generations that follow each other each has its own.  A program in the kernel steers new clients to
+the one that has its turn, from the moment at which it is ready.  So the generation before it gets
+no new clients: it quiesces, which means that it accepts the clients in its own backlog and reads
+their first bytes, before it is told to finish.  A server that is told earlier closes connections
+that it has just accepted.
 
-A listener without a second socket is common to both, as everywhere else.
+A listener without a second socket is common to both generations.
 
-Whoever has a socket can shut it down, for all who have it.  It listens again then, or another one
-is bound in its place, for which there must be another generation.
+A listening socket is an open file description that all workers share: any of them can shut it down
+for all.  It listens again then; or another one is bound in its place, which workers that run
+already do not have: for that there must be another generation.
 """
 
 from __future__ import annotations
@@ -28,16 +31,16 @@ from ..system.sock_diag import Line, unaccepted, unread
 from .accept_watch import Untaken
 
 _LOOK_S = 0.1
-#: All who had come are heard, and so it has been for so long.
+#: For how long all clients that had come must have been read from.
 QUIET_S = 1.0
-#: Who has connected and says nothing is awaited for so long.
+#: How long to wait for clients that have connected and send nothing.
 SILENT_S = 3.0
-#: One that has not accepted and read all by then is told to finish nevertheless.
+#: After that long a generation is told to finish even if it has not read from all of them.
 LAST_S = 10.0
-#: To ask the kernel takes at most this share of our time, however many connections there are.
+#: Queries of sock_diag take at most this share of our time: they grow with the connections.
 _ASKING_SHARE = 0.1
 _STEER_AGAIN_S = 0.5
-#: Clients that nobody accepts are given a generation of their own so often at most.
+#: How often, at most, a generation is started for clients that no worker accepts.
 FIRST_RESCUE_S = 1.0
 LAST_RESCUE_S = 600.0
 
@@ -50,19 +53,19 @@ _LATER = SCARCE | {errno.EBUSY}
 
 @dataclass(slots=True)
 class _Quiescing:
-    """A generation that gets nobody new any more."""
+    """A generation that gets no new clients any more."""
 
     began: float
     over: Callable[[], None]
-    # In looks, for a machine that stood still in between has heard nobody meanwhile.
+    # Counted in looks, not seconds: while the machine was suspended no worker could read.
     looks: int = 0
     quiet_looks: int = 0
-    last: bool = False  # nobody comes after it before the next start
-    common: Sequence[Listener] = ()  # those without a second socket where somebody may still wait
+    last: bool = False  # no other generation follows before the next start
+    common: Sequence[Listener] = ()  # without a second socket, and maybe with a backlog
 
 
 class SocketSteering:
-    """Knows who accepts where: the generations' numbers, and 0 or 1 for their sockets."""
+    """Knows which generation accepts from which socket, and steers new clients."""
 
     def __init__(
         self,
@@ -78,10 +81,10 @@ class SocketSteering:
     ) -> None:
         """listeners: those that there are; their owner's.
 
-        quiesced: a generation has accepted and read who came to it.
-        stranded: clients wait, or will, where nobody accepts.
+        quiesced: a generation has accepted and read from all clients that came to it.
+        stranded: clients wait, or will, at a socket from which no worker accepts.
         bound: a listener has another socket.  lost: one has none any more, and why.
-        untaken: for so many seconds nobody of so many was accepted, whether anybody ever was, and
+        untaken: for so many seconds none of so many clients was accepted, whether any ever was, and
         at which addresses.
         """
         self._listeners = listeners
@@ -96,7 +99,7 @@ class SocketSteering:
             loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
         )
         self._ended = False
-        self._given_back = False  # new clients come to the sockets of those who have others' too
+        self._given_back = False  # sockets that were passed in get the new clients
         #: Generations, each with a listener whose socket they do not have: it was
         #: bound after they had been started.
         self.unserved: frozenset[tuple[int, int]] = frozenset()
@@ -104,7 +107,7 @@ class SocketSteering:
         self._accepting: dict[int, int] = {}  # generation -> socket number
         self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
-        # Who had come before, and whether he is silent; None: the kernel is still to be asked.
+        # Clients that had come before, and whether each is silent; None: yet to be asked for.
         self._unread: dict[tuple[int, bytes], bool] | None = None
         self._asking_s = 0.0
         self._rescue_s = FIRST_RESCUE_S
@@ -131,7 +134,7 @@ class SocketSteering:
         self._watch()
 
     def leave(self, generation: int) -> None:
-        """They do not any more: they were told to finish, or are gone."""
+        """Its workers accept no more: they were told to finish, or are gone."""
         self._accepting.pop(generation, None)
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._quiescing.pop(generation, None) is not None:
@@ -139,7 +142,7 @@ class SocketSteering:
         self._watch()
 
     def expect(self, listener: Listener) -> None:
-        """Have those who connect to a new listener come to the generation that is to know it."""
+        """Steer the clients of a new listener to the generation that is to know it."""
         try:
             if listener.second is not None:
                 listener.steer(self.free)
@@ -168,11 +171,11 @@ class SocketSteering:
 
     @property
     def untaken_s(self) -> float | None:
-        """For how long nobody was accepted who waits where new clients come; None: no wonder."""
+        """For how long no waiting client was accepted; None: not long enough to report."""
         return self._untaken.seconds
 
     def quiesce(self, generation: int) -> None:
-        """Say when a generation whose turn is over has accepted who came to it."""
+        """Call back when a generation whose turn is over has accepted all that came to it."""
         if generation not in self._accepting or not self._pairs:
             self._quiesced(generation)
             return
@@ -180,9 +183,9 @@ class SocketSteering:
         self._begin(generation, _Quiescing(time.monotonic(), partial(self._quiesced, generation)))
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
-        """Say when the last generation has accepted who came to it before.
+        """Call back when the last generation has accepted all that came to it before.
 
-        Whoever comes later waits for the next start, where there is a second socket; else as soon
+        Later clients wait for the next start: at once where there is a second socket, else as soon
         as the generation is told to finish.
         """
         self.give_back()
@@ -201,13 +204,13 @@ class SocketSteering:
         return any(each.settings.foreign for each in self._pairs)
 
     def give_back(self) -> None:
-        """Have new clients come to whoever has passed a socket in, and goes on listening there."""
+        """Steer new clients to the sockets that were passed in: their owner goes on listening."""
         self._given_back = True
         if self.share:
             self._steer()
 
     def _own(self, socket_number: int) -> list[Listener]:
-        """The pairs whose socket of this number gets nobody new while the other one does."""
+        """The pairs whose socket of this number gets no new clients while the other one does."""
         owners = self._given_back and socket_number == 0
         return [each for each in self._pairs if not (owners and each.settings.foreign)]
 
@@ -217,7 +220,7 @@ class SocketSteering:
         self._look(generation)
 
     def _yield(self, generation: int) -> bool:
-        """Have new clients wait where nobody accepts, if there is such a socket."""
+        """Have new clients wait at a socket from which no worker accepts, if there is one."""
         socket_number = self._accepting[generation]
         if socket_number == self.current and 1 - socket_number not in self._accepting.values():
             self._turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
@@ -267,11 +270,11 @@ class SocketSteering:
             self._unread = None
             quiescing.began, quiescing.looks = now, 0
         if self._unread is None:
-            # And whoever has come to the other socket just now: not if he waits there, for then it
-            # is others who let him wait.
+            # sock_diag knows the port, not the socket: it counts clients of the other one, too.
+            # Of these only accepted ones matter: a backlog there is the other generation's.
             self._unread = self._ask(own, accepted=not waiting)
         elif self._unread and (still := self._ask(own, accepted=not waiting)) is not None:
-            self._unread = {who: still[who] for who in self._unread if who in still}
+            self._unread = {client: still[client] for client in self._unread if client in still}
         quiescing.looks += 1
         quiescing.quiet_looks += 1
         known = self._steered and self._unread is not None
@@ -282,7 +285,7 @@ class SocketSteering:
         late = now - quiescing.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
-                hint = "its workers do not accept; what they leave is given to others"
+                hint = "its workers do not accept; the next generation gets what waits"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
             del self._quiescing[generation]
             quiescing.over()
@@ -293,9 +296,10 @@ class SocketSteering:
     def _ask(
         self, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
-        """Return who has not been heard at these addresses; nobody where the kernel does not tell.
+        """Return the clients at these addresses that were not read from, and whether each is
+        silent; none where the kernel does not tell.
 
-        accepted: without those who are still to be accepted.
+        accepted: without those in a backlog.
 
         None where it could not be asked just now.
         """
@@ -319,17 +323,17 @@ class SocketSteering:
         return [each for each in self._listeners() if each.shared and not each.lost]
 
     def mend(self, listener: Listener, socket_number: int) -> None:
-        """Have a socket that somebody has shut down listen again, or another one in its place."""
+        """Have a socket that was shut down listen again, or another one in its place."""
         if self._ended or listener.lost:
             return
         self._loop.unwatch(listener.socket_for(socket_number).fileno())
         if listener.listen_again(socket_number):
-            # Before it is said: until then who connects waits at the other socket, in vain.
+            # Before it is logged: until then new clients wait at the other socket, in vain.
             self._steer()
             self._log.write("warning", "listens-again", listen=listener.settings.address)
         else:
             self._replace(listener, socket_number)
-        # Somebody who does it again and again does not keep us busy.
+        # By a timer: a worker that does it again and again must not keep us busy.
         self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
 
     def _make_ready(self, listener: Listener, socket_number: int) -> None:
@@ -370,10 +374,10 @@ class SocketSteering:
         if without:
             self._stranded()
 
-    # -- where nobody accepts --------------------------------------------------------
+    # -- sockets without workers ------------------------------------------------------
 
     def _in_vain(self) -> list[tuple[Listener, int]]:
-        """Return the sockets at which clients would wait for nobody."""
+        """Return the sockets from which no worker accepts."""
         return [
             (each, number)
             for each in self._shared
@@ -383,21 +387,21 @@ class SocketSteering:
 
     def _is_served(self, listener: Listener, number: int) -> bool:
         if self._given_back and listener.settings.foreign:
-            return True  # who comes now is their owner's
+            return True  # its owner accepts
         there = {
             generation
             for generation, socket_number in self._accepting.items()
             if socket_number % len(listener.sockets) == number
         }
         if not there:
-            # As long as nobody accepts at all, or where the next one will, they wait for that.
+            # While no generation accepts at all, or where the next one will, clients wait for that.
             return not self._accepting or number == self.current
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def _watch(self) -> None:
-        """Be told of what is shut down; and of whoever comes, or still waits, in vain.
+        """Watch for sockets that are shut down, and for clients that wait in vain.
 
-        And of the next one who comes to be accepted, where it is not known that anybody is.
+        And for the next client at all, where it is not known that the workers accept.
         """
         if self._ended:
             return
@@ -418,26 +422,26 @@ class SocketSteering:
                     self._loop.watch(one.fileno(), partial(self._look_at, each, number), events)
         except OSError:  # of epoll: no memory
             for one in (one for each in self._shared for one in each.sockets):
-                self._loop.unwatch(one.fileno())  # until then none may be told of who comes
+                self._loop.unwatch(one.fileno())  # until then none may wake us
             self._loop.call_after(_MEND, _MEND_AGAIN_S, self._watch)
             if looked_at:
-                self._somebody_waits()
+                self._rescue_later()
 
     def _look_at(self, listener: Listener, number: int) -> None:
         if not listener.is_alive(number):
             self.mend(listener, number)
         elif (listener, number) in self._in_vain():
-            self._somebody_waits()
-        elif self._untaken.awaits:  # he may be accepted by now: then nobody waits at the look
+            self._rescue_later()
+        elif self._untaken.awaits:  # a worker may have accepted by now: then none waits at the look
             self._untaken.came(listener.index)
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
-        """Return the sockets where new clients come, but for those with nobody who accepts."""
+        """Return the sockets that new clients are steered to and workers accept from."""
         found = [(each, self.current % len(each.sockets)) for each in self._shared]
         return [each for each in found if each not in in_vain]
 
     def _lines(self) -> dict[int, Line]:
-        """Return who waits for the generation whose turn it is; without what nobody tells."""
+        """Return the clients that wait for the generation whose turn it is, as far as is known."""
         found: dict[int, Line] = {}
         for each, number in self._lines_of(self._in_vain()):
             if not each.has_waiting(number):
@@ -455,8 +459,8 @@ class SocketSteering:
         addresses = [each.settings.address for each in self._listeners() if each.index in at]
         self._say_untaken(seconds, waiting, ever, " ".join(addresses))
 
-    def _somebody_waits(self) -> None:
-        """Look again later: one that was told to finish may still accept him."""
+    def _rescue_later(self) -> None:
+        """Look again later: a worker that was told to finish may still accept them."""
         for each, number in self._in_vain():
             self._loop.unwatch(each.socket_for(number).fileno())
         now = time.monotonic()
@@ -473,4 +477,4 @@ class SocketSteering:
             self._rescued_at = time.monotonic()
             self._rescue_s = min(2 * self._rescue_s, LAST_RESCUE_S)
             self._stranded()
-        self._watch()  # it may be that nobody could be opened now
+        self._watch()  # it may be that no generation could be opened now

@@ -1,4 +1,4 @@
-"""Connections that were accepted and are in no channel: nobody but us has them.
+"""Connections that were accepted and are in no channel: we alone have them.
 
 Nothing is accepted that could not be delivered, so there are few.  At most one is pending, the one
 whose send failed: it goes before all others, to whichever generation has the route by then.  Parked
@@ -46,7 +46,7 @@ class Undelivered:
         self.persist()
 
     def take(self) -> tuple[bytes, int] | None:
-        """Give the pending one to the caller, who sends it.
+        """Give the pending one to the caller, to be sent.
 
         None where that could not be written down: then it is still pending.
         """
@@ -89,7 +89,7 @@ class Undelivered:
             self._park_pending()
 
     def take_parked(self, listener: int) -> tuple[bytes, int] | None:
-        """Give the first that came by a listener to the caller, who sends it.
+        """Give the first that came by a listener to the caller, to be sent.
 
         None where there is none, or where that could not be written down.
         """

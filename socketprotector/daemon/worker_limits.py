@@ -78,7 +78,7 @@ class LimitWatch:
                     "cannot-look",
                     worker=number,
                     error=f"/proc/{process.pid} is not there or closed to us",
-                    hint="--max-memory replaces nobody whose memory is not known",
+                    hint="--max-memory has no effect on workers whose memory cannot be read",
                 )
                 return True
         return False
@@ -90,7 +90,7 @@ def exceeded(
     """Return which limit a worker has reached, in words; None: none of them.
 
     key: whatever is this worker's own, so that those which began together do not end together.
-    accepted: connections it has taken, None where nobody counts.
+    accepted: connections it has taken, None where they are not counted.
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {limits.age_s:g} s"
@@ -99,9 +99,9 @@ def exceeded(
         spread = binascii.crc32(key.encode()) % (2 * limits.requests_spread + 1)
         most = limits.requests - limits.requests_spread + spread
         if accepted >= most:
-            return f"{accepted} connections, {most} were its share"
+            return f"accepted {accepted} connections, its limit is {most}"
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:
-        return f"{used >> 20} MiB resident, {limits.memory_bytes >> 20} are allowed"
+        return f"{used >> 20} MiB resident, its limit is {limits.memory_bytes >> 20} MiB"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The workers that live: who there is, what they say, and the signals that they are sent.
+"""The workers that live: what they say, and the signals that they are sent.
 
 Effects says what is to be done with a worker; what comes back is an event.  How one is started is
 in worker_spawn.py, what is found out at its end in post_mortem.py.  A worker is known by its
@@ -58,11 +58,11 @@ _SIGNALS = {
 _LOOKED_AT = 1000
 #: What is kept of a STATUS= line.
 _STATUS_CHARACTERS = 500
-#: Messages heard in one go: whoever sends without end must not keep us from the rest.
+#: Messages handled in one go: a worker that sends without end must not keep us from the rest.
 #: More than the kernel queues (net.unix.max_dgram_qlen, 10 to 512), so nothing said before
 #: a worker's end is missed.
 _HEARD_AT_ONCE = 1024
-#: How long to wait before listening again to one who could not be heard.
+#: How long to wait before reading again from a socket that could not be read.
 _HEAR_AGAIN_S = 0.1
 #: Microseconds a worker may ask for, in digits: some 30 years.
 _USEC_DIGITS = 15
@@ -84,9 +84,9 @@ class WorkerPool:
         late: Callable[[int, str], None],
         listeners: Callable[[int], Mapping[int, int]],
     ) -> None:
-        """`post` hands an event to the supervisor; `crashed` is told what nobody wanted.
+        """`post` hands an event to the supervisor; `crashed` gets each unexpected exit.
 
-        late: told a crashed worker's last words, where they come after that.
+        late: gets a crashed worker's last words, where they come after that.
 
         listeners: see WorkerSpawner.
         """
@@ -99,7 +99,7 @@ class WorkerPool:
         self._expected: dict[int, WorkerRecord] = {}  # an earlier program's, soon to be adopted
         #: All descriptors of workers that another program would need, those of their output too.
         self.descriptors = output.named
-        #: Whether somebody is left who tells how a process ended that is no child of ours.
+        #: Whether a guard tells how a process ended that is no child of ours.
         self.guarded = settings.guarded
         #: Whether a worker has said that it is ready: then the program speaks with us.
         self.spoken_with = False
@@ -207,7 +207,7 @@ class WorkerPool:
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
-        """Have those finish who accept themselves; the others read the end of their channel."""
+        """Have workers that accept finish; the others read the end of their channel."""
         for number, worker in self._workers.items():
             known = worker.record
             if known.generation == generation and worker.accepts and not known.told_to_go:
@@ -263,7 +263,7 @@ class WorkerPool:
         return (*self._records.values(), *self.groups.records(), *self._expected.values())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Have a worker known, to whoever goes on if we are killed, until it is adopted."""
+        """Have a worker in the state until it is adopted: we may be killed before."""
         self._expected[record.number] = record
         for name, fd in descriptors.items():
             self.descriptors[f"{inherited.WORKER}{record.number}.{name}"] = fd
@@ -302,7 +302,7 @@ class WorkerPool:
             self.orphans.end(address)
 
     def learn_status(self, pid: int, clean: bool, how: str) -> None:
-        """Learn how a process ended from who has reaped it, because it was no child of ours."""
+        """Learn how a process ended from its parent (the guard): it is no child of ours."""
         self.groups.look()
         number = self._by_pid.get(pid)
         if number is not None:
@@ -365,7 +365,7 @@ class WorkerPool:
         if limit_s and worker.record.watched and worker.has_served:
 
             def silent() -> None:
-                self._heard(number)  # it may be we who could not listen for so long
+                self._heard(number)  # it may have said so while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
                     return
                 reason = f"no WATCHDOG=1 for {limit_s:g} s"
@@ -427,7 +427,7 @@ class WorkerPool:
         self.spoken_with = self.spoken_with or by != "timer"
         worker.readiness.is_known()
         if worker.process.has_ended():
-            self._note(worker, ready_by=by)  # nobody should rely on a dead one: its exit is next
+            self._note(worker, ready_by=by)  # it must not serve: its exit is handled next
             return
         self._note(worker, ready_at=time.monotonic(), ready_by=by)
         other = by if by != "notify" else None

@@ -39,8 +39,8 @@ from .output import Output
 class Worker:
     """One process, and what it speaks with us by."""
 
-    #: What another program would have to know.  Replaced whole, so that who writes it down sees
-    #: at a glance which ones are others than before.
+    #: What another program would have to know.  Replaced whole, so that the checkpoint
+    #: sees by identity what has changed.
     record: WorkerRecord
     generation: OpenGeneration  # not ours to close
     process: Process
@@ -213,7 +213,7 @@ class WorkerSpawner:
     def _address_of(self, number: int, notify: socket.socket) -> str:
         """Return where this one is, which an earlier program has made."""
         first, *other = self.addresses(number)
-        # The name of an abstract one is told as bytes.
+        # getsockname() returns an abstract one as bytes.
         return other[0] if other and isinstance(notify.getsockname(), bytes) else first
 
     def _notify_socket(self, number: int) -> NotifySocket:

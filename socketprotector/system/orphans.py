@@ -2,13 +2,13 @@
 
 A program that detaches itself, or that fails with children of its own, would go on living
 with its port and its files while the start is reported as failed.  What it has started
-carries its notify address, which is random and its own, in the environment.  Who has stayed in
-the worker's process group is ended with that (process_groups.py); this is about whoever has left
-it.
+carries its notify address, which is random and its own, in the environment.  Processes that have
+stayed in the worker's process group end with that (process_groups.py); this is about those that
+have left it.
 
 A child of ours looks for them, for all addresses in one go: /proc may have thousands of
-processes, and one whose memory is locked (a page that a dead disk does not give) holds up whoever
-reads its environment.  It answers with a pidfd for each that it has found.
+processes, and one whose memory is locked (a page on a dead disk) blocks the reader of its
+environment.  It answers with a pidfd for each that it has found.
 
 Source: proc(5), pidfd_send_signal(2), close_range(2).
 """
@@ -62,14 +62,14 @@ class Orphans:
     ) -> None:
         """identity: the user whom the workers run as, if not ours.
 
-        looked_after: whether somebody else ends a process group (process_groups.py).
+        looked_after: whether process_groups.py ends a process group.
         """
         self._looked_after = looked_after
         self._identity = identity
         self._loop = loop
         self._log = log
         self._kill_timeout_s = kill_timeout_s
-        #: Notify address -> when KILL is due; None until somebody has looked.
+        #: Notify address -> when KILL is due; None before the first look.
         self._left: dict[str, float | None] = {}
         self._kills: dict[str, int] = {}  # how often there was something to kill
         self._look: _Look | None = None
@@ -88,7 +88,7 @@ class Orphans:
         self._look_after(0.0)
 
     def when_ended(self, done: Callable[[], None]) -> None:
-        """Call back, maybe at once, when nothing is left of them, or nobody can see what is."""
+        """Call back, maybe at once, when nothing is left of them, or too much time has passed."""
         self._ended = done
         self._loop.call_after(_TIMER_END, self._kill_timeout_s + _LOOK_S, self._give_up)
         self._go_on()
@@ -128,7 +128,7 @@ class Orphans:
             self._cannot_look(error.strerror or str(error))
 
     def _cannot_look(self, why: str) -> None:
-        """Out of descriptors or memory: whoever is left behind will still be there."""
+        """Try again later: out of descriptors or memory."""
         if why != self._trouble:  # once, not each second
             self._log.write("error", "cannot-look", error=why)
         self._trouble = why
@@ -179,7 +179,7 @@ class Orphans:
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
             except (ProcessLookupError, PermissionError):
-                pass  # ended, or become another user's, who must end it
+                pass  # ended, or become another user's
 
 
 class _Look:
@@ -197,7 +197,7 @@ class _Look:
         self._wanted = wanted
         self._done = done
         self._found: dict[str, list[tuple[int, int]]] = {}
-        self._why = "it has ended too early"
+        self._why = "the look at /proc ended early"
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
@@ -231,11 +231,11 @@ class _Look:
             for fd in fds:
                 self._found.setdefault(address, []).append((int(pid), fd))
             if flags & socket.MSG_CTRUNC:
-                self._end("no descriptor is free")
+                self._end("out of file descriptors")
                 return
 
     def _hangs(self) -> None:
-        self._end(f"a look at /proc has not ended within {_LOOK_S:g} s")
+        self._end(f"the look at /proc took longer than {_LOOK_S:g} s")
 
     def _end(self, why: str) -> None:
         self._release()
@@ -248,7 +248,7 @@ class _Look:
         self._process.discard(self._loop)
 
     def call_off(self) -> None:
-        """End it; nobody hears of it."""
+        """End it without a result."""
         self._release()
         for each in self._found.values():
             for _, pidfd in each:
@@ -261,7 +261,7 @@ def look(
     identity: Identity | None,
     done: Callable[[Collection[str], Found, str], None],
 ) -> _Look:
-    """Have somebody look for all processes with one of these addresses, and call back once.
+    """Look for all processes with one of these addresses in a child, and call back once.
 
     identity: as whom, if not as ourselves, to whom another user's environments are closed.
     done: is given the addresses, what was found, whose pidfds it owns, and why not all could be
@@ -272,13 +272,13 @@ def look(
 
 def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """In the child: look, and tell each that is found with its pidfd, then that this was all."""
-    # Nobody's connection or channel may be held open while this takes its time.
+    # No connection or channel may be held open while this takes its time.
     last = os.sysconf("SC_OPEN_MAX")
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, last)
     why = ""
     try:
-        # Whoever looks for the protector by its name does not mean us.  Where privileges were
+        # So that pkill by the protector's name does not find this process.  Where privileges were
         # dropped the file is root's: then it keeps the protector's name.
         with suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write("sp-orphans")

@@ -1,12 +1,12 @@
-"""Process groups that outlive their leader: told to finish, and looked at until they are gone.
+"""Process groups that outlive their leader: signalled to finish, and watched until they are gone.
 
 A worker is the leader of a session and of a process group of its own.  What it has started is
 in that group, and goes on when the worker has ended: the children of a pre-fork master, which
 would serve an old version for ever; the programs of a stdio pool, which finish their connections.
 
 The kernel tells of no group's end.  So it is asked for, soon at first and seldom later, and
-at once when somebody says that a process has ended which may have been of one.  A group of
-processes that have ended and that nobody reaps, as in a container whose first process does not,
+at once when a process was reaped that may have been in one.  A group of
+processes that have ended and are not reaped, as in a container whose first process does not,
 is still a group to the kernel: that is looked up in /proc, some processes at a time.
 
 Source: pidfd_send_signal(2), proc(5) for `stat`.
@@ -32,9 +32,9 @@ _FIRST_LOOK_S = 0.005
 #: The next ones come after this share of the time that it has been so, but not later than that.
 _LOOK_SHARE = 0.125
 _LAST_LOOK_S = 2.0
-#: One that lives so long is told of in the log.
+#: One that lives so long is logged.
 _LINGERS_S = 0.5
-#: What was killed is gone by then, or nobody reaps it, or it hangs in the kernel.
+#: What was killed is gone by then, or it is not reaped, or hangs in the kernel.
 _KILLED_S = 10.0
 #: A look in /proc comes after so long, then after this share of the time that it has been so, and
 #: takes a twentieth of our time at most.
@@ -53,8 +53,8 @@ class _Group:
     record: WorkerRecord
     process: Process  # the leader, which has ended
     drain_signal: int  # what has it finish; 0: it finishes by itself
-    since: float  # it was last told something, or the leader had ended
-    told_of: bool = False
+    since: float  # it was last signalled, or the leader had ended
+    logged: bool = False
     found_dead: bool = False  # by the last look in /proc
 
 
@@ -143,13 +143,13 @@ class Groups:
         age_s = time.monotonic() - group.since
         left = group.process.has_group()
         if left and group.record.killed and age_s >= _KILLED_S:
-            hint = "nobody reaps what was killed, or it hangs in the kernel"
+            hint = "killed processes are not reaped by their parent, or hang in the kernel"
             self._tell("error", "orphans-stay", group, hint)
             left = False
         if left:
             self._count_later()
-            if not group.told_of and age_s >= _LINGERS_S:
-                group.told_of = True
+            if not group.logged and age_s >= _LINGERS_S:
+                group.logged = True
                 self._tell("warning", "orphans", group, f"see: ps -s {group.process.pid}")
             self._look_later(number)
         else:
@@ -158,13 +158,13 @@ class Groups:
     def _gone(self, number: int) -> None:
         group = self._groups.pop(number)
         self._loop.cancel(("group", number))
-        if group.told_of:
+        if group.logged:
             self._tell("info", "orphans-gone", group)
         del self._descriptors[_name(number)]
         group.process.close()
         self._ended(number)
 
-    # -- those that nobody reaps ---------------------------------------------------
+    # -- groups of zombies ---------------------------------------------------------
 
     def _count_later(self) -> None:
         if self._census is not None or self._loop.due("census") is not None:
@@ -219,7 +219,7 @@ def _name(number: int) -> str:
 
 
 def _group_of(pid: str) -> tuple[int, bool]:
-    """Return the process group of a process and whether it lives; (0, False): nobody knows."""
+    """Return the process group of a process and whether it lives; (0, False): not known."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             stat = file.read()

@@ -33,7 +33,7 @@ def test_connections() -> None:
     limits = Limits(requests=1000)
 
     assert of(limits, accepted=999) == ""
-    assert of(limits, accepted=1000) == "1000 connections, 1000 were its share"
+    assert of(limits, accepted=1000) == "accepted 1000 connections, its limit is 1000"
     assert of(limits, accepted=None) == ""  # nobody counts
 
 
@@ -61,7 +61,7 @@ def test_memory() -> None:
     assert used > MIB
 
     assert of(Limits(memory_bytes=used * 2)) == ""
-    assert of(Limits(memory_bytes=MIB)).endswith(" MiB resident, 1 are allowed")
+    assert of(Limits(memory_bytes=MIB)).endswith(" MiB resident, its limit is 1 MiB")
 
 
 def test_of_a_process_that_is_gone_nothing_is_known() -> None:

@@ -184,7 +184,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
 
     os.kill(spawned(daemon)[0], signal.SIGKILL)
 
-    assert 'how="ended, nobody knows how"' in daemon.log.wait_for("event=exited generation=1")
+    assert 'how="ended with an unknown status"' in daemon.log.wait_for("event=exited generation=1")
     assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[1]
     os.kill(pid, signal.SIGTERM)
     assert wait_gone([pid]) == []
@@ -205,7 +205,7 @@ def test_upgraded_after_it_lost_its_guard_it_still_waits_for_nobody_to_tell_how_
 
     os.kill(spawned(daemon)[0], signal.SIGKILL)
 
-    assert 'how="ended, nobody knows how"' in daemon.log.wait_for("event=exited generation=1")
+    assert 'how="ended with an unknown status"' in daemon.log.wait_for("event=exited generation=1")
     assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon)[1]
     os.kill(pid, signal.SIGTERM)
     assert wait_gone([pid]) == []

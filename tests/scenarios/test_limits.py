@@ -251,7 +251,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        (("--max-requests", "100+-30"), r"\d+ connections, ([7-9]|1[0-3])\d were its share"),
+        (("--max-requests", "100+-30"), r"accepted \d+ connections, its limit is ([7-9]|1[0-3])\d"),
         (("--max-age", "1s"), "older than 1 s"),
     ],
     ids=["requests", "age"],
@@ -292,7 +292,7 @@ def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
             assert pid_in(another.hear()) == spawned(web.daemon)[1]
         assert pid_in(client.ask()) == old
     assert line.event("exited", worker=1)["how"] == "exited with status 0"
-    web.daemon.log.wait_for("MiB resident, 64 are allowed")
+    web.daemon.log.wait_for("MiB resident, its limit is 64 MiB")
 
 
 @EITHER_HANDOFF

@@ -148,7 +148,7 @@ class Stranded:
 
 @frozen
 class ListenersLost:
-    """Somebody has shut down the last listener, and none can be had in its place."""
+    """The last listener was shut down, and none can be bound instead."""
 
 
 @frozen

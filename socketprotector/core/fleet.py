@@ -61,13 +61,13 @@ LEAVING = (State.RETIRING, State.ORPHANED)
 
 @frozen
 class Worker:
-    """One place in a generation and the process in it; `number` is never reused."""
+    """One slot of a generation and the process in it; `number` is never reused."""
 
     number: int
     slot: int
     state: State = State.STARTING
     retires: bool = False  # leaves when its RETURN line ends
-    quick_deaths: int = 0  # in a row, in this place
+    quick_deaths: int = 0  # in a row, in this slot
     replaces: int = 0  # the number of the worker that leaves when this one is ready
     hung: bool = False  # it is to leave, and cannot be asked to
 
@@ -103,26 +103,26 @@ class Generation:
         # From the end: who was started last is mostly the last one to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
 
-    def place(self, number: int) -> int | None:
-        """Where a worker stands among the others."""
+    def index_of(self, number: int) -> int | None:
+        """Return where a worker stands in `workers`; None: it is not there."""
         at = bisect_left(self.workers, number, key=_NUMBER)
         found = at < len(self.workers) and self.workers[at].number == number
         return at if found else None
 
     def worker(self, number: int) -> Worker | None:
-        at = self.place(number)
+        at = self.index_of(number)
         return self.workers[at] if at is not None else None
 
     def put(self, changed: Worker) -> Generation:
-        """Put a changed worker in the place of the one with its number."""
-        at = self.place(changed.number)
+        """Replace the worker with the same number."""
+        at = self.index_of(changed.number)
         if at is None:
             return self
         return replace(self, workers=(*self.workers[:at], changed, *self.workers[at + 1 :]))
 
     def without(self, number: int) -> Generation:
         """Leave a worker out."""
-        at = self.place(number)
+        at = self.index_of(number)
         if at is None:
             return self
         return replace(self, workers=self.workers[:at] + self.workers[at + 1 :])
@@ -237,7 +237,7 @@ class Fleet:
         return stops and not self.policy.workers_accept
 
     def with_generation(self, changed: Generation) -> Fleet:
-        """Put a changed generation in the place of the one with its number."""
+        """Replace the generation with the same number."""
         return replace(
             self,
             generations=tuple(
@@ -246,7 +246,7 @@ class Fleet:
         )
 
     def with_worker(self, changed: Worker) -> Fleet:
-        """Put a changed worker in the place of the one in its generation and slot."""
+        """Replace the worker in the same generation and slot."""
         found = self.find(changed.number)
         if found is None:
             return self

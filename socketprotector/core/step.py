@@ -120,7 +120,7 @@ class Step:
         """Let a generation finish what it has."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
         generation = self.fleet.generation(number)
-        # Another one accepts; or is to come, for whom there is a place where nobody does.
+        # Another one accepts; or is to come, and has a socket from which no worker accepts.
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.workers_accept and others
         if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
@@ -131,7 +131,7 @@ class Step:
             self._tell(number, timeout_s)
         generation = self.fleet.generation(number)
         if generation and self.fleet.queue_is_last and not generation.takers:
-            # Its places all wait for a back-off: one must see whether something is queued.
+            # Its slots all wait for a back-off: one must see whether something is queued.
             waiting = [worker for worker in generation.workers if not worker.alive]
             if waiting:
                 self.spawn(number, waiting[0])
@@ -177,7 +177,7 @@ class Step:
             self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in generation.alive))
 
     def forget_waiting(self, number: int) -> None:
-        """Drop the places whose next process has not been spawned yet."""
+        """Drop the slots whose next process has not been spawned yet."""
         generation = self.fleet.generation(number)
         if generation is None:
             return

@@ -54,7 +54,7 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     else:
         step.fleet = step.fleet.with_generation(generation.without(worker.number))
     if worker.state is State.ORPHANED:
-        return  # its place was filled, or given up, long ago
+        return  # its slot was filled, or given up, long ago
     replacement = _replacement(generation, worker.number)
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
@@ -99,7 +99,7 @@ def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
 
 
 def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
-    """Fill a dead worker's place, at once or after a back-off."""
+    """Fill a dead worker's slot, at once or after a back-off."""
     generation = step.fleet.generation(number)
     if generation is None:
         return
@@ -139,7 +139,7 @@ def reconcile(step: Step) -> None:
     if Deadline(Wait.TURN) in step.fleet.timers:
         return
     left = AT_ONCE
-    # First who takes another's place: without him there are fewer than there were.
+    # First the replacements: without them there are fewer than there were.
     left -= _start_waiting(step, left)
     left -= _fill(step, left)
     left -= _resize(step, left)
@@ -148,7 +148,7 @@ def reconcile(step: Step) -> None:
 
 
 def _start_waiting(step: Step, most: int) -> int:
-    """Start those for whom a place has been made; return how many."""
+    """Start those for which a slot has been made; return how many."""
     found = tuple(islice(_waiting(step), most))
     for number, worker in found:
         step.spawn(number, worker)
@@ -194,7 +194,7 @@ def _resize(step: Step, most: int) -> int:
     as_it_was = before.of(Phase.SERVING) is serving and before.workers_wanted == wanted
     if as_it_was and before.timers is step.fleet.timers and not before.of(Phase.SETTLING):
         return 0
-    # One that is to take another's place counts once it has it; one that leaves replaces nobody.
+    # A replacement counts once it has its slot; one that leaves replaces none.
     staying = tuple(map(_REPLACES, serving.workers)).count(0)
     staying -= sum(map(tuple(map(_STATE, serving.workers)).count, LEAVING))
     if staying > wanted:
@@ -280,14 +280,14 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
 
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
-    """The worker that is to take another one's place."""
+    """The worker that is to replace another one."""
     if number not in map(_REPLACES, generation.workers):
         return None
     return next(worker for worker in generation.workers if worker.replaces == number)
 
 
 def _take_over(step: Step, number: int) -> None:
-    """Let a worker go whose place is taken, or which hangs."""
+    """Let a worker go that was replaced, or which hangs."""
     found = step.fleet.find(number)
     if number and found and found[1].state is State.READY:
         generation, worker = found

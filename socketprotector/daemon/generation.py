@@ -97,9 +97,9 @@ class OpenGeneration:
 
     def place(self, slot: int) -> tuple[int, int] | None:
         """Return the scoreboard's descriptor and a worker's offset in it, if it has a place."""
-        if self.board is None or self.board.place(slot) < 0:
+        if self.board is None or self.board.offset(slot) < 0:
             return None
-        return self.board.fd, self.board.place(slot)
+        return self.board.fd, self.board.offset(slot)
 
     def forget_board(self) -> None:
         """Close the scoreboard: nobody is left who counts."""

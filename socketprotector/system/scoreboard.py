@@ -1,6 +1,6 @@
 """A generation's scoreboard: what its workers count, in memory that they share with us.
 
-One record for each place, written by the worker in it and read by us whenever somebody
+One record for each slot, written by the worker in it and read by us whenever somebody
 asks.  The memory cannot be resized, so nobody's read faults because another has cut it off.
 What stands there is the worker's word and no more: every value is taken with a limit.
 
@@ -17,8 +17,8 @@ from socketprotector_client import wire
 
 from ..model.records import Counts
 
-#: More places than this are not counted; the memory of an unused one is never touched.
-PLACES = 1024
+#: More slots than this are not counted; the memory of an unused one is never touched.
+SLOTS = 1024
 _COUNTERS = struct.Struct(f"{wire.BOARD_ACCEPTED_AT}Q")
 _TIMES = struct.Struct(f"{wire.BOARD_DESCRIPTORS}Q")
 _NOTHING = bytes(wire.BOARD_BYTES)
@@ -39,7 +39,7 @@ class Board:
         """Make an empty one.  Raises OSError."""
         fd = os.memfd_create("sp.board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(fd, PLACES * wire.BOARD_BYTES)
+            os.ftruncate(fd, SLOTS * wire.BOARD_BYTES)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         except OSError:
@@ -47,13 +47,13 @@ class Board:
             raise
         return cls(fd)
 
-    def place(self, slot: int) -> int:
+    def offset(self, slot: int) -> int:
         """Return the offset of a worker's record, -1 where there is none for it."""
-        return slot * wire.BOARD_BYTES if slot < PLACES else -1
+        return slot * wire.BOARD_BYTES if slot < SLOTS else -1
 
     def read(self, slot: int) -> Counts | None:
-        """Return what the worker in this place has counted; None where nobody does."""
-        if slot >= PLACES:
+        """Return what the worker in this slot has counted; None where it does not count."""
+        if slot >= SLOTS:
             return None
         words = _COUNTERS.unpack(os.pread(self.fd, _COUNTERS.size, slot * wire.BOARD_BYTES))
         if words[wire.BOARD_STATE] != wire.BOARD_COUNTED:
@@ -68,15 +68,15 @@ class Board:
 
     def accepted_at(self, slot: int) -> dict[int, int]:
         """Return CLOCK_MONOTONIC ns at accept by descriptor number, stale ones among them."""
-        if slot >= PLACES:
+        if slot >= SLOTS:
             return {}
         at = slot * wire.BOARD_BYTES + 8 * wire.BOARD_ACCEPTED_AT
         times = _TIMES.unpack(os.pread(self.fd, _TIMES.size, at))
         return {fd: ns for fd, ns in enumerate(times) if ns}
 
     def clear(self, slot: int) -> None:
-        """Make the place ready for its next worker."""
-        if slot < PLACES:
+        """Make the slot ready for its next worker."""
+        if slot < SLOTS:
             os.pwrite(self.fd, _NOTHING, slot * wire.BOARD_BYTES)
 
     def close(self) -> None:

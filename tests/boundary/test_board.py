@@ -13,7 +13,7 @@ from socketprotector_client import wire
 from socketprotector_client.scoreboard import Scoreboard
 
 from socketprotector.model.records import Counts
-from socketprotector.system.scoreboard import PLACES, Board
+from socketprotector.system.scoreboard import SLOTS, Board
 
 READS = 20_000
 
@@ -28,14 +28,14 @@ def board() -> Iterator[Board]:
 @pytest.fixture
 def record(board: Board) -> Iterator[memoryview]:
     """The words of place 2, as a worker writes them."""
-    with mmap.mmap(board.fd, wire.BOARD_BYTES, offset=board.place(2)) as shared:
+    with mmap.mmap(board.fd, wire.BOARD_BYTES, offset=board.offset(2)) as shared:
         words = memoryview(shared).cast("Q")
         yield words
         words.release()
 
 
 def test_what_a_worker_counts_is_read(board: Board) -> None:
-    worker = Scoreboard(os.dup(board.fd), board.place(2))
+    worker = Scoreboard(os.dup(board.fd), board.offset(2))
     worker.took(7, 99)
     worker.failed()
 
@@ -51,19 +51,19 @@ def test_what_a_worker_counts_is_read(board: Board) -> None:
 
 
 def test_places_beyond_the_last_are_not_counted(board: Board) -> None:
-    assert board.place(PLACES - 1) == (PLACES - 1) * wire.BOARD_BYTES
-    assert board.place(PLACES) == -1
-    assert board.read(PLACES) is None
-    assert board.accepted_at(PLACES) == {}
-    board.clear(PLACES)
+    assert board.offset(SLOTS - 1) == (SLOTS - 1) * wire.BOARD_BYTES
+    assert board.offset(SLOTS) == -1
+    assert board.read(SLOTS) is None
+    assert board.accepted_at(SLOTS) == {}
+    board.clear(SLOTS)
 
 
 def test_nobody_can_resize_it_nor_take_that_back(board: Board) -> None:
-    for size in (0, wire.BOARD_BYTES, 2 * PLACES * wire.BOARD_BYTES):
+    for size in (0, wire.BOARD_BYTES, 2 * SLOTS * wire.BOARD_BYTES):
         with pytest.raises(PermissionError):
             os.ftruncate(board.fd, size)
     with pytest.raises(PermissionError):
-        os.pwrite(board.fd, b"x", PLACES * wire.BOARD_BYTES)
+        os.pwrite(board.fd, b"x", SLOTS * wire.BOARD_BYTES)
 
 
 def test_an_unused_place_costs_no_memory(board: Board) -> None:

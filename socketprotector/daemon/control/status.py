@@ -117,7 +117,7 @@ def _of_generation(
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
-        if worker.state is not State.ORPHANED  # its place in the scoreboard is another's
+        if worker.state is not State.ORPHANED  # its slot in the scoreboard is another's
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
     # Whoever has connections and does not count them makes every sum unknown.

@@ -295,10 +295,8 @@ class Forwarder:
         now, close = time.monotonic_ns, os.close
         # What all of them have in common is packed once; that is half of what Python itself does.
         begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        number, rights = (
-            -1,
-            [rights_of(-1)],
-        )  # of the descriptor before, which is nearly always ours
+        # Those of the connection before: the number that was closed last is given out next.
+        number, rights = -1, [rights_of(-1)]
         most = 1  # to be taken in one go
 
         def ready() -> None:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-core test-debian test-musl test-vm lint format bench soak clean
+.PHONY: help install demo test test-all test-core test-debian test-musl test-vm lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED) ## write the tables of options in docs/reference.md and the manual page anew
+	$(BIN)/python tools/reference.py
 
 bench: $(INSTALLED) ## measure and print the table of figures (some minutes; installs a C compiler)
 	tools/install-packages gcc libc6-dev

@@ -185,7 +185,7 @@ def everything(scale: Scale) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path, config = f"{folder}/control", Path(folder, "all.toml")
         config.write_text(
-            'workers = 4\nsettle = "100ms"\nwatchdog = "10s"\nmax-requests = "1000000+-1000"\n'
+            'workers = 4\nsettle = "100ms"\nwatchdog = "10s"\nretire-after = "1000000+-1000"\n'
             'max-memory = "1G"\nmax-age = "1h"\n'
         )
         options = ("--guard", "--config", str(config), "--control", path)

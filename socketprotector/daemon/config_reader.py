@@ -181,8 +181,8 @@ class Reader:
         if "refused" in self._heard:
             return Answer(_text(self._heard["refused"]) or "refused")
         if "changes" in self._heard:
-            return Answer(changes=tuple(_text(self._heard["changes"]).splitlines()))
-        if "settings" not in self._heard:
+            return Answer(changes=self._lines("changes"))
+        if not {"differences", "settings"} <= self._heard.keys():
             lines = _text(self._said, _LAST_BYTES).strip().splitlines()
             last = text.escape(lines[-1]) if lines else "it said nothing"
             return Answer(f"the configuration was not read; {how}: {last}")
@@ -192,9 +192,13 @@ class Reader:
             return Answer(str(error))
         return Answer(
             settings=settings,
+            changes=self._lines("differences"),
             listeners=self._take_heard("listener "),
             seconds=self._take_heard("twin "),
         )
+
+    def _lines(self, name: str) -> tuple[str, ...]:
+        return tuple(_text(self._heard[name]).splitlines())
 
     def _take_heard(self, kind: str) -> dict[int, int]:
         """Hand over the descriptors of a kind, by place."""

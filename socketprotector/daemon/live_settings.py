@@ -14,7 +14,6 @@ from ..core.snapshot import Snapshot
 from ..model.handoff import LISTENER
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
-from ..model.settings_diff import changes
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import Loop
@@ -133,8 +132,7 @@ class Configuration:
             return
         for text in new.notices[len(old.notices) :]:
             self._log.write("warning", "notice", text=text)
-        told = "; ".join(changes(old, new))
-        self._log.write("info", "configured", changes=told or "none")
+        self._log.write("info", "configured", changes="; ".join(answer.changes) or "none")
         for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)

@@ -1,4 +1,4 @@
-"""When a worker has done enough and is to make room for another: --max-requests, -memory, -age.
+"""When a worker is to be replaced: --retire-after, --max-memory, --max-age.
 
 The numbers are looked at once a second, and only where one of these is asked for.
 """
@@ -94,10 +94,10 @@ def exceeded(
     """
     if limits.age_s and age_s >= limits.age_s:
         return f"older than {limits.age_s:g} s"
-    if limits.requests and accepted is not None:
+    if limits.connections and accepted is not None:
         # Not hash(): it differs from one program to the next.
-        spread = binascii.crc32(key.encode()) % (2 * limits.requests_spread + 1)
-        most = limits.requests - limits.requests_spread + spread
+        spread = binascii.crc32(key.encode()) % (2 * limits.spread + 1)
+        most = limits.connections - limits.spread + spread
         if accepted >= most:
             return f"accepted {accepted} connections, its limit is {most}"
     if limits.memory_bytes and (used := resident_bytes(pid) or 0) >= limits.memory_bytes:

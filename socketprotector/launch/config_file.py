@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
@@ -22,17 +22,13 @@ import click
 from ..model.errors import UsageError
 from ..system import env_file
 from . import toml_lines
+from .option_values import FLAG, TIME
+from .options import OPTIONS, Option, renamed
 
-#: Options that have no key, and what to do instead.
-NOT_HERE = {
-    "check": "for the command line only",
-    "config": "for the command line only",
-    "help": "for the command line only",
-    "require-user": "for the command line only",
-    "verbose": 'write log-level = "debug"',
-    "version": "for the command line only",
-    "watch": "for the command line only",
-}
+_KEYS = {each.name: each for each in OPTIONS if not each.no_key}
+_FORMER = {each.former: each.name for each in OPTIONS if each.former}
+_NOT_HERE = {each.name: each.no_key for each in OPTIONS if each.no_key}
+
 #: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
 _NUL = "a NUL cannot be in it"
@@ -48,7 +44,10 @@ class ConfigFile:
     """A file that was read, and what is wrong with it so far."""
 
     def __init__(self, path: str) -> None:
-        """Read a file.  Raises Mistaken where it is no TOML at all, UsageError if it cannot be."""
+        """Read a file, and look at every key.
+
+        Raises Mistaken where it is no TOML at all, UsageError if it cannot be read.
+        """
         self.path = path
         #: Relative paths in it are meant from here, as the name says it: a symlink is followed
         #: at each reload.
@@ -59,8 +58,12 @@ class ConfigFile:
         self.values: dict[str, Any] = {}
         #: Of options that are given again and again: name -> value, converted.
         self.tables: dict[str, dict[str, str]] = {}
+        #: What the operator is to know, beside mistakes.
+        self.notices: list[str] = []
         self._mistakes: list[tuple[int, str]] = []
-        self._read, self._places = self._parse()
+        read, self._places = self._parse()
+        for key, value in read.items():
+            self._take(key, value)
 
     def _parse(self) -> tuple[dict[str, Any], dict[toml_lines.Path, int]]:
         try:
@@ -114,23 +117,27 @@ class ConfigFile:
 
     # -- values ----------------------------------------------------------------
 
-    def convert(self, ctx: click.Context) -> None:
-        """Look at every key; what is right goes to `values`, `tables` and `command`."""
-        known = keys(ctx.command.params)
-        for key, value in self._read.items():
-            if key == LISTEN:
-                self._listen(value)
-            elif key == COMMAND:
-                if self._are_strings(key, value, 'a list of words, like ["./daemon", "4321"]'):
-                    self.command = tuple(value)
-            elif key in known:
-                self._option(ctx, key, known[key], value)
-            elif key in NOT_HERE:
-                self.mistake((key,), f"has no place in a file; {NOT_HERE[key]}")
-            else:
-                near = get_close_matches(key, [*known, LISTEN, COMMAND], 1)
-                what = f"did you mean {near[0]}?" if near else "docs/config.md lists them"
-                self.mistake((key,), f"unknown key; {what}")
+    def _take(self, key: str, value: Any) -> None:
+        """What is right goes to `values`, `tables`, `listens` and `command`."""
+        name = _FORMER.get(key, key)
+        if name != key:
+            if (name,) in self._places:
+                self.mistake((key,), f"it is called {name} now, and that is here, too")
+                return
+            self.notices.append(self._line(self._places.get((key,), 1), renamed(key, name)))
+        if name == LISTEN:
+            self._listen(value)
+        elif name == COMMAND:
+            if self._are_strings(key, value, 'a list of words, like ["./daemon", "4321"]'):
+                self.command = tuple(value)
+        elif name in _KEYS:
+            self._option(key, _KEYS[name], value)
+        elif key in _NOT_HERE:
+            self.mistake((key,), f"has no place in a file; {_NOT_HERE[key]}")
+        else:
+            near = get_close_matches(key, [*_KEYS, LISTEN, COMMAND], 1)
+            what = f"did you mean {near[0]}?" if near else "docs/reference.md lists them"
+            self.mistake((key,), f"unknown key; {what}")
 
     def _listen(self, value: Any) -> None:
         words = [value] if isinstance(value, str) else value
@@ -154,9 +161,9 @@ class ConfigFile:
                 wrong += 1
         return not wrong
 
-    def _option(self, ctx: click.Context, key: str, option: click.Option, value: Any) -> None:
-        if option.multiple:
-            self._table(ctx, key, option, value)
+    def _option(self, key: str, option: Option, value: Any) -> None:
+        if option.repeated:
+            self._table(key, option, value)
             return
         wanted = _wrong_kind(option, value)
         if isinstance(value, str) and "\0" in value:
@@ -166,12 +173,12 @@ class ConfigFile:
             self.mistake((key,), f"{_shown(value)}: must be {wanted}")
             return
         given = value if isinstance(value, bool) else str(value)
-        if self._converts(ctx, option, given, (key,)):
-            self.values[str(option.name)] = given
+        if self._converts(option, given, (key,)):
+            self.values[option.parameter] = given
 
-    def _table(self, ctx: click.Context, key: str, option: click.Option, value: Any) -> None:
+    def _table(self, key: str, option: Option, value: Any) -> None:
         """NAME=VALUE as a table."""
-        found = self.tables.setdefault(str(option.name), {})
+        found = self.tables.setdefault(option.parameter, {})
         if not isinstance(value, dict):
             self.mistake((key,), f"must be a table, like [{key}] and NAME = VALUE below it")
             return
@@ -182,46 +189,30 @@ class ConfigFile:
                 self.mistake((key, name), _NUL)
             elif not name or "=" in name:
                 self.mistake((key, name), "not a name; it is empty, or has = in it")
-            elif self._converts(ctx, option, [f"{name}={content}"], (key, name)):
+            elif self._converts(option, f"{name}={content}", (key, name)):
                 found[name] = str(content)
 
-    def _converts(
-        self, ctx: click.Context, option: click.Option, value: Any, where: toml_lines.Path
-    ) -> bool:
+    def _converts(self, option: Option, value: Any, where: toml_lines.Path) -> bool:
         try:
-            option.process_value(ctx, value)
+            option.kind.convert(value, None, None)
         except click.ClickException as error:
             self.mistake(where, error.message.rstrip(".").replace("\n", " "))
-        except UsageError as error:
-            self.mistake(where, str(error))
         else:
             return True
         return False
 
 
-def keys(params: Sequence[click.Parameter]) -> dict[str, click.Option]:
-    """Return the options that have a key, by that."""
-    found = {}
-    for each in params:
-        if isinstance(each, click.Option):
-            key = next(name for name in each.opts if name.startswith("--")).removeprefix("--")
-            if key not in NOT_HERE:
-                found[key] = each
-    return found
-
-
-def _wrong_kind(option: click.Option, value: Any) -> str:
+def _wrong_kind(option: Option, value: Any) -> str:
     """Say which kind of value an option takes, if this is another."""
-    if option.is_flag:
+    if option.kind is FLAG:
         return "" if isinstance(value, bool) else "true or false"
-    if isinstance(option.type, click.types.IntParamType):
-        fits = isinstance(value, int) and not isinstance(value, bool)
-        return "" if fits else "a whole number"
-    if isinstance(option.type, click.types.StringParamType | click.Choice):
-        # No number: an umask of 022 would be another one.
-        return "" if isinstance(value, str) else "a string, in quotes"
-    fits = isinstance(value, str | int | float) and not isinstance(value, bool)
-    return "" if fits else "a string or a number"
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(option.kind, click.types.IntParamType):
+        return "" if number and isinstance(value, int) else "a whole number"
+    if isinstance(option.kind, type(TIME)):
+        return "" if number or isinstance(value, str) else "a string or a number"
+    # No number: an umask of 022 would be another one.
+    return "" if isinstance(value, str) else "a string, in quotes"
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,8 @@ records, each with a descriptor:
 
     listener N    a socket that was added, bound and listening, and its place
     twin N        the second one of that address, if there is one
+    differences   a memfd with what the new settings change, line by line (not `changes`: an older
+                  resident process would take the reading for one that was only to say that)
     settings      a memfd with the new settings: the last one of a reload
     changes       a memfd with what a reload would change, line by line: where only that is asked
     refused       a memfd with what is wrong, line by line
@@ -22,12 +24,13 @@ from dataclasses import replace
 
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
-from ..model.settings_diff import RESTART, changes, forbidden
 from ..system import inherited
 from . import preflight
 from .bind_tcp import Bound, addresses_of, bind_all, not_bound, pair
-from .cli import Asked, ask
+from .cli import ask
 from .listen_spec import Listen
+from .resolve import Asked
+from .settings_diff import RESTART, changes, forbidden
 
 _DESCRIPTOR = struct.Struct("i")
 #: The index is 16 bits wide where workers are told it (docs/protocol.md).
@@ -55,7 +58,7 @@ def main() -> int:
 
 def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> int:
     """form: of the settings that the protector can read, which may be an older program."""
-    told: list[str] = []
+    told = [*asked.notices]
     new = _with_what_stays(asked.settings, running)
     stays = [*forbidden(running, new), *_control(running, asked)]
     refused = [f"{each}; {RESTART}" for each in stays]
@@ -82,6 +85,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
             _send(line, f"listener {index}", each.socket.fileno())
         for place, each in second.items():
             _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
+        _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
         _send(line, "settings", _memfd(dump(new.noticed(told), form)))
     except BaseException:
         for each in (*bound, *second.values()):

@@ -12,24 +12,32 @@ _UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
     """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
 
-    name = "duration"
+    name = "TIME"
 
     def __init__(self, *, zero: bool = True) -> None:
         self._zero = zero
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        if isinstance(value, float):
-            return value
-        text = str(value).strip()
+    def read(self, text: str) -> float:
+        """Return seconds.  Raises ValueError with what may be written instead."""
+        text = text.strip()
         unit = next((u for u in _UNITS if text.endswith(u)), "")
         try:
             seconds = float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
         except ValueError:
             seconds = -1.0
         if not 0 <= seconds < 1e9:
-            self.fail(f"{text!r} is no duration; write 500ms, 10s, 2m or seconds", param, ctx)
+            raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 2m or seconds")
         if seconds == 0 and not self._zero:
-            self.fail("it must be above 0", param, ctx)
+            raise ValueError("it must be above 0")
         return seconds
+
+    def show(self, seconds: float) -> str:
+        return f"{seconds:g} s"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            return value if isinstance(value, float) else self.read(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)

@@ -32,7 +32,7 @@ _COUNTS = "only workers of --handoff connection count their connections"
 _ONLY_LISTENER = "it needs --handoff listener"
 #: Options that need another mode, with what they need it for.
 REFUSED: Mapping[tuple[str, str], str] = {
-    **{(mode, "max-requests"): _COUNTS for mode in (LISTENER, STDIO, LEGACY)},
+    **{(mode, "retire-after"): _COUNTS for mode in (LISTENER, STDIO, LEGACY)},
     **{(mode, "drain-signal"): _ONLY_LISTENER for mode in (CONNECTION, STDIO, LEGACY)},
     **{(mode, "shell"): "it needs --handoff stdio" for mode in (CONNECTION, LISTENER, LEGACY)},
     **{

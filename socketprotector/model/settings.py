@@ -68,14 +68,14 @@ class Identity:
 class Limits:
     """When a worker makes room for another one; 0: never."""
 
-    requests: int = 0
-    requests_spread: int = 0  # some have so many more or fewer
+    connections: int = 0
+    spread: int = 0  # some take so many more or fewer
     memory_bytes: int = 0
     age_s: float = 0.0
 
     @property
     def any(self) -> bool:
-        return bool(self.requests or self.memory_bytes or self.age_s)
+        return bool(self.connections or self.memory_bytes or self.age_s)
 
 
 @frozen
@@ -156,7 +156,7 @@ class Settings:
 #: option would be dropped without a word.
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
 #: What was called otherwise by an older program: see codec.py.
-RENAMED: dict[str, str] = {}
+RENAMED = {"Limits.requests": "connections", "Limits.requests_spread": "spread"}
 _CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES)
 #: The classes of what format 2 has as objects without a name.
 _PARTS = {
@@ -176,7 +176,11 @@ def dump(settings: Settings, form: int = FORMAT) -> bytes:
     form: of the program that is to read them, where that is an older one which has asked.
     """
     if form < FORMAT:
-        return json.dumps({"format": form, **asdict(settings)}).encode()
+        values = asdict(settings)
+        former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
+        limits = values["worker_limits"]
+        values["worker_limits"] = {former.get(name, name): limits[name] for name in limits}
+        return json.dumps({"format": form, **values}).encode()
     return b'{"format":%d,"settings":%b}' % (FORMAT, _CODEC.encode(settings))
 
 

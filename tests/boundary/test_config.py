@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from socketprotector.launch import cli, config_file, preflight
-from socketprotector.launch.cli import Asked
+from socketprotector.launch import cli, preflight
+from socketprotector.launch.options import OPTIONS
+from socketprotector.launch.resolve import Asked
 from socketprotector.model.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ backlog = 100
 queue = 512
 busy-poll = "1ms"
 watchdog = "10s"
-max-requests = "1000+-50"
+retire-after = "1000+-50"
 max-memory = "500M"
 max-age = "1h"
 control = "c"
@@ -157,7 +157,7 @@ def test_its_relative_paths_are_taken_against_its_folder(
 def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path: Path) -> None:
     (tmp_path / "vars").touch()
     given = [line.partition(" = ")[0] for line in EVERY_KEY.split("\n") if line]
-    known = config_file.keys(cli._command.params)
+    known = [each.name for each in OPTIONS if not each.no_key]
     plain = read(COMMAND + 'listen = "1"\n')
     plain_asked = dataclasses.replace(plain, config=None)
 
@@ -175,19 +175,30 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         assert dataclasses.replace(one, settings=same, config=None) != plain_asked, key
 
 
-def test_the_documentation_names_every_key() -> None:
-    text = (ROOT / "docs" / "config.md").read_text()
-    told = set(re.findall(r"^\| `([a-z-]+)`", text, re.MULTILINE))
-    table = re.search(r"^\| option \|.*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_a_former_name_works_and_is_told_once(read: Reader) -> None:
+    listen = 'listen = "1"\n'
+    asked = read(f'{COMMAND}{listen}max-requests = "1000+-50"\n')
+    limits = asked.settings.worker_limits
+    assert (limits.connections, limits.spread) == (1000, 50)
+    assert asked.notices == (
+        f"{read.path} line 3: max-requests is called retire-after now; "
+        "the old name works until 1.0",
+    )
 
-    assert told == {
-        *config_file.keys(cli._command.params),
-        *config_file.NOT_HERE,
-        "listen",
-        "command",
-    }
-    assert table
-    assert "`--config FILE`" in table[0]
+    words = ("--max-requests=7", "--max-requests", "8")
+    asked = read(f"{COMMAND}{listen}", *words, "1", "--", sys.executable, "--max-requests")
+    assert asked.settings.worker_limits.connections == 8
+    assert asked.settings.command[1:] == ("--max-requests",)
+    assert asked.notices == (
+        "--max-requests is called --retire-after now; the old name works until 1.0",
+    )
+    assert read(COMMAND + listen).notices == ()
+
+
+def test_a_key_under_both_its_names_is_a_mistake(read: Reader) -> None:
+    said = read.mistakes(f'{COMMAND}listen = "1"\nretire-after = "9"\nmax-requests = "9"\n')
+
+    assert said == ["line 4: max-requests: it is called retire-after now, and that is here, too"]
 
 
 # -- mistakes -------------------------------------------------------------------
@@ -247,7 +258,7 @@ memory = 2
         "line 18: start-tries: true: must be a whole number",
         "line 19: queue: 2.5: must be a whole number",
         "line 20: drain-timeout: 'nan' is no duration; write 500ms, 10s, 2m or seconds",
-        "line 21: colour: unknown key; docs/config.md lists them",
+        "line 21: colour: unknown key; docs/reference.md lists them",
         f"line 22: env-file: {read.path.parent}/nofile: No such file or directory",
         "line 24: env.A=B: not a name; it is empty, or has = in it",
         "line 25: env.C: a list: must be a string or a whole number",

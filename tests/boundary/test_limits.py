@@ -30,7 +30,7 @@ def test_age() -> None:
 
 
 def test_connections() -> None:
-    limits = Limits(requests=1000)
+    limits = Limits(connections=1000)
 
     assert of(limits, accepted=999) == ""
     assert of(limits, accepted=1000) == "accepted 1000 connections, its limit is 1000"
@@ -40,9 +40,7 @@ def test_connections() -> None:
 def share(key: str) -> int:
     """What a worker with this key may take with 1000+-100."""
     return next(
-        n
-        for n in range(890, 1110)
-        if of(Limits(requests=1000, requests_spread=100), key, accepted=n)
+        n for n in range(890, 1110) if of(Limits(connections=1000, spread=100), key, accepted=n)
     )
 
 
@@ -72,6 +70,8 @@ def test_of_a_process_that_is_gone_nothing_is_known() -> None:
     assert exceeded(Limits(memory_bytes=1), "k", age_s=0, pid=process.pid, accepted=0) is None
 
 
-@pytest.mark.parametrize("limits", [Limits(requests=1), Limits(memory_bytes=1), Limits(age_s=0.1)])
+@pytest.mark.parametrize(
+    "limits", [Limits(connections=1), Limits(memory_bytes=1), Limits(age_s=0.1)]
+)
 def test_any_of_them_is_a_limit(limits: Limits) -> None:
     assert limits.any

@@ -13,7 +13,7 @@ import pytest
 
 from socketprotector.daemon.config_reader import Answer, Reader
 from socketprotector.launch import cli
-from socketprotector.launch.cli import Asked
+from socketprotector.launch.resolve import Asked
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system.loop import Loop
 from tests.boundary.ending import settle
@@ -127,7 +127,7 @@ def test_mistakes_come_back_line_by_line(loop: Loop, web: Web, dry: bool) -> Non
     assert answer.settings is None
     assert answer.failure.split("\n") == [
         f"{web.path} line 2: workers: 0 is not in the range 1<=x<=1000000",
-        f"{web.path} line 3: colour: unknown key; docs/config.md lists them",
+        f"{web.path} line 3: colour: unknown key; docs/reference.md lists them",
     ]
 
 

@@ -15,6 +15,7 @@ from socketprotector.core.fleet import Policy
 from socketprotector.model.codec import FORMAT
 from socketprotector.model.settings import (
     Identity,
+    Limits,
     ListenerSettings,
     Settings,
     SettingsError,
@@ -97,6 +98,15 @@ def test_what_an_older_program_did_not_know_takes_its_default() -> None:
     assert read == Settings(
         name="web", command=("./web",), directory="/srv", policy=Policy(settle_s=3.0)
     )
+
+
+def test_the_limits_of_an_older_program_have_their_former_names() -> None:
+    older = {"requests": 1000, "requests_spread": 50, "memory_bytes": 9, "age_s": 2.0}
+
+    read = load(in_format_2(worker_limits=older))
+
+    assert read.worker_limits == Limits(1000, 50, 9, 2.0)
+    assert json.loads(dump(read, 2))["worker_limits"] == older
 
 
 @pytest.mark.parametrize(

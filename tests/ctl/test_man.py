@@ -13,6 +13,7 @@ import pytest
 from socketprotector.ctl import entry  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
 from socketprotector.launch import cli
+from socketprotector.launch.options import OPTIONS
 from tests.running import ROOT
 
 PAGES = {
@@ -53,6 +54,7 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
     known = options_of(command) | {"--help", "--version"}
     for each in getattr(command, "commands", {}).values():
         known |= options_of(each)
+    known |= {f"--{each.former}" for each in OPTIONS if each.former}
     # Those of the other program are spoken of, too.
     known |= options_of(cli._command) | {"--control", "--control-group", "--no-control"}
 

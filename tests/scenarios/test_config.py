@@ -466,7 +466,7 @@ def test_a_start_with_mistakes_tells_all_of_them(start: Start, tmp_path: Path) -
     assert ended.lines == [
         f"SocketProtector: {tmp_path}/bad.toml line 1: workers: 0 is not in the range "
         "1<=x<=1000000",
-        f"{tmp_path}/bad.toml line 2: colour: unknown key; docs/config.md lists them",
+        f"{tmp_path}/bad.toml line 2: colour: unknown key; docs/reference.md lists them",
     ]
 
 

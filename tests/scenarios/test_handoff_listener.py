@@ -163,8 +163,8 @@ def test_names_in_the_command_and_the_environment_become_numbers(
         ),
         (("--ready", "fd:3", "127.0.0.1:0", "--", "x"), "--ready fd:3: a listener has this number"),
         (
-            ("--max-requests", "9", "127.0.0.1:0", "--", "x"),
-            "--max-requests with --handoff listener",
+            ("--retire-after", "9", "127.0.0.1:0", "--", "x"),
+            "--retire-after with --handoff listener",
         ),
         (
             ("--drain-signal", "KILL", "127.0.0.1:0", "--", "x"),
@@ -239,7 +239,7 @@ def test_check_takes_a_name_that_stands_for_one_listener(start: Start) -> None:
         ),
         (("--drain-signal", "QUIT"), "it needs --handoff listener"),
         (("--shell",), "it needs --handoff stdio"),
-        (("--handoff", "stdio", "--max-requests", "5"), "only workers of --handoff connection"),
+        (("--handoff", "stdio", "--retire-after", "5"), "only workers of --handoff connection"),
         (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
         (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
     ],

@@ -251,10 +251,10 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("limit", "reason"),
     [
-        (("--max-requests", "100+-30"), r"accepted \d+ connections, its limit is ([7-9]|1[0-3])\d"),
+        (("--retire-after", "100+-30"), r"accepted \d+ connections, its limit is ([7-9]|1[0-3])\d"),
         (("--max-age", "1s"), "older than 1 s"),
     ],
-    ids=["requests", "age"],
+    ids=["connections", "age"],
 )
 def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
     operated: Operating, limit: tuple[str, ...], reason: str

@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 
 import pytest
 
+from socketprotector.launch.options import OPTIONS
+from socketprotector.launch.settings_diff import changes, forbidden
 from socketprotector.model.policy import Policy
 from socketprotector.model.settings import Identity, Limits, ListenerSettings, Settings
-from socketprotector.model.settings_diff import changes, forbidden, known
 
 WEB, OTHER = ListenerSettings("tcp:0.0.0.0:80"), ListenerSettings("unix:/run/x")
 SETTINGS = Settings(
@@ -21,12 +22,24 @@ SETTINGS = Settings(
 )
 
 
-def test_every_setting_is_told_of_or_known_to_be_nobodys_wish() -> None:
-    # Of --handoff and --ready.
-    by_another_name: dict[type, set[str]] = {Policy: {"workers_accept", "ready"}}
-    for kind, told in known().items():
-        there = {each.name for each in fields(kind)} - by_another_name.get(kind, set())
-        assert told == there, kind
+#: Fields that no option decides alone: compared in another way, or nobody's wish.
+NO_OPTIONS = {
+    *{"command", "listeners", "limits", "nice", "environment", "watch"},
+    *{"ready", "ready_after_s", "ready_fd", "ready_check"},
+    *{"policy.workers_accept", "policy.ready"},
+    *{"worker_limits.connections", "worker_limits.spread"},
+    *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},
+    *{"control", "notices", "origin"},
+}
+
+
+def test_every_setting_is_an_options_or_known_to_be_none() -> None:
+    parts = {"policy": Policy, "worker_limits": Limits}
+    there = {each.name for each in fields(Settings)} - parts.keys()
+    there |= {f"{name}.{each.name}" for name, kind in parts.items() for each in fields(kind)}
+    told = [each.field for each in OPTIONS if each.field]
+
+    assert sorted([*told, *NO_OPTIONS]) == sorted(there)
 
 
 def test_nothing_is_told_of_what_is_the_same() -> None:
@@ -45,9 +58,14 @@ def test_nothing_is_told_of_what_is_the_same() -> None:
         (replace(SETTINGS, command=("/srv/web", "s3cret")), ["command: other arguments"]),
         (
             replace(SETTINGS, policy=Policy(settle_s=0.5, stop_first=True)),
-            ["settle: 0 s -> 0.5 s", "reload-order: start-first -> stop-first"],
+            ["reload-order: start-first -> stop-first", "settle: 0 s -> 0.5 s"],
         ),
-        (replace(SETTINGS, worker_limits=Limits(age_s=60.0)), ["max-age: 0 s -> 60 s"]),
+        (
+            replace(SETTINGS, worker_limits=Limits(connections=9, spread=2, age_s=60.0)),
+            ["max-age: 0 s -> 60 s", "retire-after: never -> 9+-2"],
+        ),
+        (replace(SETTINGS, drain_signal=3), ["drain-signal: TERM -> QUIT"]),
+        (replace(SETTINGS, keep_env=("A", "B")), ["keep-env: all -> A,B"]),
         (
             replace(SETTINGS, limits=(("core", 0),), nice=5),
             ["limit.nofile: 100 -> none", "limit.nice: 0 -> 5", "limit.core: none -> 0"],
@@ -77,8 +95,9 @@ def test_what_cannot_change_is_told_apart() -> None:
     old = replace(SETTINGS, identity=Identity("web", 33, 33, (33,)))
 
     assert list(forbidden(old, replace(old, identity=Identity("web", 33, 33, (33, 4))))) == []
-    assert list(forbidden(old, replace(SETTINGS, guarded=True))) == [
-        "user: web (group 33) -> none",
+    assert list(forbidden(old, replace(SETTINGS, guarded=True, log_relay=False))) == [
         "guard: false -> true",
+        "user: web (group 33) -> none",
+        "no-log-relay: false -> true",
     ]
     assert list(changes(old, replace(SETTINGS, guarded=True))) == []

@@ -1,0 +1,178 @@
+"""The kinds of values that options have: how each is read from its text, and shown to people.
+
+Whatever is wrong is said in one line with what may be written instead.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from ..model.duration import Duration
+from ..model.errors import UsageError
+from ..model.frozen import frozen
+
+_SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
+#: More is a mistake.
+_MOST = 10**15
+_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+
+
+class Value(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
+    """A kind of value that has a function which reads it, or raises ValueError with the reason."""
+
+    def __init__(
+        self, name: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
+    ) -> None:
+        self.name = name
+        self._read = read
+        self.show = show
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+@frozen
+class Ready:
+    """What says that a worker is ready; see Settings."""
+
+    kind: str
+    after_s: float | None = None
+    fd: int = -1
+    check: str = ""
+
+
+def _ready(text: str) -> Ready:
+    kind, _, rest = text.partition(":")
+    if text in ("notify", "ack"):
+        return Ready(kind)
+    if kind == "after" and rest:
+        return Ready(kind, after_s=TIME.read(rest))
+    if kind == "fd" and rest.isascii() and rest.isdigit() and 3 <= int(rest) < 1024:
+        return Ready(kind, fd=int(rest))
+    if kind == "check" and rest.strip():
+        return Ready(kind, check=rest)
+    raise ValueError(f"{text!r}: write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s")
+
+
+def _signal(text: str) -> int:
+    """`TERM`, `SIGTERM` or `term` -> 15."""
+    try:
+        number = signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"]
+    except KeyError:
+        raise ValueError(f"{text!r}: no signal; write TERM, QUIT, ...") from None
+    if number in (signal.SIGKILL, signal.SIGSTOP):
+        raise ValueError(f"{text!r}: a worker could not finish anything")
+    return number
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, content = text.partition("=")
+    if not separator or not name:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    return name, content
+
+
+def _names(text: str) -> tuple[str, ...]:
+    found = tuple(filter(None, (each.strip() for each in text.split(","))))
+    for each in found:
+        if "=" in each:
+            raise ValueError(f"{each!r}: a name alone; for a value take --env")
+    return found
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`1000` or `1000+-100` -> (1000, 100)."""
+    number, _, spread = text.partition("+-")
+    if number.isdecimal() and (spread or "0").isdecimal():
+        found = int(number), int(spread or "0")
+        if found[1] < found[0] <= _MOST:
+            return found
+    raise ValueError(f"{text!r}: write 1000 or 1000+-100")
+
+
+def _size(text: str) -> int:
+    """`500M`, `2G`, `65536K` or bytes."""
+    word = text.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = _SIZES.get(word[-1:], 1)
+    digits = word[:-1] if word[-1:] in _SIZES else word
+    if digits.isdecimal() and 0 < int(digits) * unit < 2**63:
+        return int(digits) * unit
+    raise ValueError(f"{text!r} is no size; write 500M, 2G or bytes")
+
+
+def _octal(text: str) -> int:
+    """An umask, as the shell writes it."""
+    try:
+        number = int(text, 8)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 0o777:
+        raise ValueError(f"{text!r} is not octal, like 022")
+    return number
+
+
+FLAG = click.BOOL
+TEXT = click.STRING
+TIME = Duration()
+TIME_ABOVE_0 = Duration(zero=False)
+READY = Value("notify|ack|fd:N|check:CMD|after:TIME", _ready)
+SIGNAL = Value("SIGNAL", _signal, lambda number: signal.Signals(number).name.removeprefix("SIG"))
+PAIR = Value("NAME=VALUE", _pair)
+NAMES = Value("NAME,...", _names, lambda names: ",".join(names) or "none")
+SHARE = Value("N[+-J]", _share)
+SIZE = Value("SIZE", _size)
+OCTAL = Value("OCTAL", _octal, "{:04o}".format)
+
+
+def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
+    """Return the resource limits and the nice value asked for, which can be had.
+
+    Raises UsageError for what is unknown, no number, or more than is allowed.
+    """
+    found = {name: _limit(name, value) for name, value in written.items()}
+    nice = found.pop("nice", 0)
+    for name, value in found.items():
+        _, hard = resource.getrlimit(_LIMITS[name])
+        unlimited = resource.RLIM_INFINITY
+        if hard != unlimited and (value == unlimited or value > hard):
+            raise UsageError(
+                f"--limit {name}={written[name]}: the hard limit is {hard}; raise that"
+            )
+    floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
+    if nice < min(floor, 0) and os.geteuid() != 0:
+        raise UsageError(f"--limit nice={nice}: below 0 needs root, or RLIMIT_NICE raised")
+    return found, nice
+
+
+def nofile_of_workers(environment: Mapping[str, str]) -> int:
+    """Return the soft limit of descriptors that workers get where nobody asks for another one.
+
+    It is ours, or what a unit says whose protector needs a higher one before it can raise it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    told = environment.get("SOCKETPROTECTOR_NOFILE", "")
+    return min(int(told), hard) if told.isascii() and told.isdigit() else soft
+
+
+def _limit(name: str, value: str) -> int:
+    if name not in (*_LIMITS, "nice"):
+        raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
+    if value == "unlimited" and name == "core":
+        return resource.RLIM_INFINITY
+    try:
+        number = int(value)
+    except ValueError:
+        raise UsageError(f"--limit {name}={value}: not a whole number") from None
+    low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
+    if not low <= number <= high:
+        raise UsageError(f"--limit {name}={value}: must be from {low} to {high}")
+    return number

@@ -1,0 +1,260 @@
+"""What was asked for, on the command line and in the file, as settings: checked, paths resolved.
+
+An option whose value is that of its field goes there by the table (options.py); here are the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from ..model import handoff
+from ..model.errors import UsageError
+from ..model.frozen import frozen
+from ..model.policy import Policy
+from ..model.settings import Limits, Origin, Settings
+from ..system.cpu_quota import scheduler
+from . import option_values, preflight
+from .listen_spec import Listen, parse
+from .option_values import Ready
+from .options import OPTIONS, outdated
+
+if TYPE_CHECKING:
+    from .config_file import ConfigFile
+
+#: Of a program's name as that of its service: what a line of syslog has room for (RFC 5424).
+_NAME_CHARS = 48
+#: What counts as ready where nobody says.
+_READY = {handoff.LISTENER: Ready("any", after_s=1.0)}
+
+
+@frozen
+class Asked:
+    """What the command line and the file ask for, checked; nothing is bound yet."""
+
+    settings: Settings
+    listens: list[Listen]
+    backlog: int
+    check: bool
+    config: str | None
+    control: str | None  # where its socket is to be; None: where it usually is; "": nowhere
+    notices: tuple[str, ...]  # what the operator is to know
+
+
+@frozen
+class Purpose:
+    """Why the command line is read, and what to do with it."""
+
+    words: tuple[str, ...]
+    command: list[str]
+    running: Settings | None  # of a protector that reads it again
+    act: Callable[[Asked], int]
+
+    @property
+    def directory(self) -> str:
+        """What relative paths on the command line are meant against."""
+        return self.running.origin.directory if self.running else preflight.here()
+
+
+class Reading:
+    """One look at all that was given: what comes from a file is told with its place there."""
+
+    def __init__(
+        self, ctx: click.Context, purpose: Purpose, file: ConfigFile | None, given: dict[str, Any]
+    ) -> None:
+        self._ctx = ctx
+        self._purpose = purpose
+        self._file = file
+        self._given = given
+        self._directory = purpose.directory
+
+    def asked(self) -> Asked:
+        """Return it.  Raises Refusal."""
+        given, file = self._given, self._file
+        if file is None:
+            self._refuse_what_is_missing()
+        listens = [_fitting(each, given["handoff"]) for each in self._listens()]
+        settings = self._settings(self._command())
+        with self._about("env_file"):
+            preflight.env_file_readable(settings.env_file)
+        if settings.command:
+            with self._about_file(not self._purpose.command, "command"):
+                preflight.command(settings)
+        with self._about("handoff"):
+            preflight.mode(settings, self._said(), listens)
+        with self._about("workers"):
+            preflight.workers(settings)
+        if file is not None:
+            file.refuse_if_mistaken()
+            self._refuse_what_is_missing()
+        config = file.path if file else None
+        control = "" if given["no_control"] else self._path("control")
+        notices = (*outdated(self._purpose.words), *(file.notices if file else ()))
+        return Asked(settings, listens, given["backlog"], given["check"], config, control, notices)
+
+    def _refuse_what_is_missing(self) -> None:
+        file = self._file
+        if not (self._given["listen"] or (file and file.listens)):
+            hint = f", or listen in {file.path}" if file else ""
+            raise UsageError(f"no LISTEN; write e.g. SocketProtector 4321 -- ./daemon 4321{hint}")
+        if not (self._purpose.command or (file and file.command)):
+            hint = f", or command in {file.path}" if file else ""
+            raise UsageError(
+                f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
+            )
+        if self._given["require_user"]:
+            preflight.says_who(self._given["user"], file.path if file else None)
+
+    # -- where it comes from ---------------------------------------------------
+
+    def _from_file(self, name: str) -> bool:
+        source = self._ctx.get_parameter_source(name)
+        return self._file is not None and source is ParameterSource.DEFAULT_MAP
+
+    def _said(self) -> list[str]:
+        """The options that were given, as they are written."""
+        return [
+            name.replace("_", "-")
+            for name in self._given
+            if self._ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        ]
+
+    def _about(self, name: str) -> AbstractContextManager[None]:
+        return self._about_file(self._from_file(name), name.replace("_", "-"))
+
+    def _about_file(self, there: bool, *where: str | int) -> AbstractContextManager[None]:
+        return self._file.about(*where) if self._file is not None and there else nullcontext()
+
+    def _path(self, name: str) -> str | None:
+        """A path, taken against the caller's directory or the file's."""
+        value: str | None = self._given[name]
+        folder = self._file.folder if self._file and self._from_file(name) else self._directory
+        return os.path.join(folder, value) if value else None
+
+    # -- the parts -------------------------------------------------------------
+
+    def _listens(self) -> list[Listen]:
+        if self._given["listen"] or self._file is None:
+            return [parse(text, self._directory) for text in self._given["listen"]]
+        found = []
+        for index, text in enumerate(self._file.listens):
+            with self._file.about("listen", index):
+                found.append(parse(text, self._file.folder))
+        return found
+
+    def _command(self) -> tuple[str, ...]:
+        """Take a relative command against the caller's directory, or the file's."""
+        words, folder = tuple(self._purpose.command), self._directory
+        if not words and self._file is not None:
+            words, folder = self._file.command, self._file.folder
+        name = words[0] if words else ""
+        return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
+
+    def _table(self, name: str) -> dict[str, str]:
+        """What is given by name; the command line wins."""
+        in_file = self._file.tables.get(name, {}) if self._file else {}
+        return {**in_file, **dict(self._given[name])}
+
+    def _limits(self) -> tuple[dict[str, int], int]:
+        found: dict[str, int] = {}
+        nice = 0
+        for name, value in self._table("limit").items():
+            with self._about_file(name not in dict(self._given["limit"]), "limit", name):
+                more, least = option_values.limits({name: value})
+                found.update(more)
+                nice = least or nice
+        return found, nice
+
+    def _settings(self, command: tuple[str, ...]) -> Settings:
+        """Check the options and resolve their paths."""
+        given, purpose, running = self._given, self._purpose, self._purpose.running
+        limits, nice = self._limits()
+        directory = self._path("chdir") or self._directory
+        with self._about("chdir"):
+            if not os.path.isdir(directory):
+                raise UsageError(f"--chdir {given['chdir']}: no such directory")
+        identity = worker_identity = None
+        with self._about("user" if self._from_file("user") else "group"):
+            identity = preflight.identity(given["user"], given["group"], again=running is not None)
+        with self._about("worker_user"):
+            worker_identity = preflight.worker_identity(given["worker_user"], given["user"])
+        umask = running.origin.umask if running else os.umask(0o022)
+        if running is None:
+            os.umask(umask)
+        called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
+        mode = given["handoff"]
+        ready = given["ready"] or _READY.get(mode, Ready("notify"))
+        connections, spread = given["retire_after"] or (0, 0)
+        values = {each.field: given[each.parameter] for each in OPTIONS if each.field}
+        values |= {
+            "name": given["name"] or (running.name if running else called),
+            "command": command,
+            "directory": directory,
+            "policy.stop_first": given["reload_order"] == "stop-first",
+            "policy.workers_accept": mode == handoff.LISTENER,
+            "policy.ready": (
+                mode if (mode, ready.kind) == (handoff.LEGACY, "notify") else ready.kind
+            ),
+            "pools": os.cpu_count() or 1,
+            "drain_signal": given["drain_signal"] or signal.SIGTERM,
+            "workers": given["workers"] or (handoff.PLACES if mode == handoff.STDIO else 1),
+            "ready": ready.kind,
+            "ready_after_s": ready.after_s,
+            "ready_fd": ready.fd,
+            "ready_check": ready.check,
+            "identity": identity,
+            "worker_identity": worker_identity,
+            "umask": umask if given["umask"] is None else given["umask"],
+            "nofile_soft": option_values.nofile_of_workers(os.environ),
+            "limits": tuple(limits.items()),
+            "nice": nice,
+            "batch": scheduler() == os.SCHED_BATCH,
+            "environment": tuple(self._table("env").items()),
+            "keep_env": () if given["clear_env"] and not given["keep_env"] else given["keep_env"],
+            **{name: self._path(name) for name in ("env_file", "pid_file", "log_file")},
+            "log_level": "debug" if given["verbose"] else given["log_level"],
+            "log_relay": not given["no_log_relay"],
+            "watch": preflight.watch(given["watch"], self._directory),
+            "outlives_terminal": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+            "worker_limits.connections": connections,
+            "worker_limits.spread": spread,
+            "worker_limits.memory_bytes": given["max_memory"] or 0,
+            "control_group": preflight.group(given["control_group"]),
+            "secret": os.urandom(12).hex(),
+            "origin": Origin(purpose.words, self._directory, umask, self._file is not None),
+        }
+        return _settings(values)
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    """Make them of the fields by name, `policy.settle_s` being one of a part."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "policy": {}, "worker_limits": {}}
+    for name, value in values.items():
+        part, _, field = name.rpartition(".")
+        parts[part][field] = value
+    policy, limits = Policy(**parts["policy"]), Limits(**parts["worker_limits"])
+    return Settings(**parts[""], policy=policy, worker_limits=limits)
+
+
+def _fitting(listen: Listen, mode: str) -> Listen:
+    """Where a worker gets the socket itself, every address of a port is one socket, not two.
+
+    Raises UsageError for what each connection would have to be given by us: there we accept none.
+    """
+    if mode != handoff.LISTENER:
+        return listen
+    if "priority" in listen.options:
+        raise UsageError(
+            f"{listen.text}: priority cannot be had with --handoff listener: connections inherit "
+            "none; let the server set it"
+        )
+    if listen.host or listen.path or listen.passed:
+        return listen
+    return replace(listen, options={"v6only": "0", **listen.options})

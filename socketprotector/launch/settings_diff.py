@@ -1,0 +1,90 @@
+"""What differs between two settings, one line for each key; and what may not, at a reload.
+
+For people: of environment and command only names are told; the rest may be secret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
+
+from ..model.settings import Identity, ListenerSettings, Settings
+from .options import OPTIONS, STAYS, Option
+
+RESTART = "needs a restart"
+
+
+def changes(old: Settings, new: Settings) -> Iterator[str]:
+    """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
+    for option in OPTIONS:
+        if option.field and option.at_reload != STAYS:
+            yield from _compared(option, *map(attrgetter(option.field), (old, new)))
+    yield from _differs("ready", _ready(old), _ready(new))
+    if old.ready_check != new.ready_check:
+        yield "ready: another check"  # there may be something secret in it
+    yield from _differs("retire-after", _share(old), _share(new))
+    yield from _command((*old.executed[:1], *old.command), (*new.executed[:1], *new.command))
+    was, will = ({**dict(each.limits), "nice": each.nice} for each in (old, new))
+    for name in dict.fromkeys((*was, *will)):
+        yield from _differs(f"limit.{name}", was.get(name, "none"), will.get(name, "none"))
+    before, after = dict(old.environment), dict(new.environment)
+    for name in dict.fromkeys((*before, *after)):
+        if before.get(name) != after.get(name):
+            mark = "-" if name not in after else "+" if name not in before else "changed"
+            yield f"env: {mark} {name}"
+    yield from _listeners(old.listeners, new.listeners)
+
+
+def _ready(settings: Settings) -> str:
+    match settings.ready:
+        case "after":
+            return f"after:{settings.ready_after_s or 0:g}s"
+        case "fd":
+            return f"fd:{settings.ready_fd}"
+        case kind:
+            return kind
+
+
+def _share(settings: Settings) -> str:
+    limits = settings.worker_limits
+    spread = f"+-{limits.spread}" if limits.spread else ""
+    return f"{limits.connections or 'never'}{spread}"
+
+
+def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
+    """Tell the program alone: an argument may be secret."""
+    if old[:1] != new[:1]:
+        yield f"command: {old[0]} -> {new[0]}"
+    elif old != new:
+        yield "command: other arguments"
+
+
+def forbidden(old: Settings, new: Settings) -> Iterator[str]:
+    """Tell what would have to change and cannot while the process lives."""
+    for option in OPTIONS:
+        if option.field and option.at_reload == STAYS:
+            before, after = map(attrgetter(option.field), (old, new))
+            if isinstance(before, Identity) and isinstance(after, Identity):
+                # What else is known of the user is that of the start for life.
+                after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
+            yield from _compared(option, before, after)
+
+
+def _compared(option: Option, before: object, after: object) -> Iterator[str]:
+    if before != after:
+        yield from _differs(option.name, option.shown(before), option.shown(after))
+
+
+def _differs(key: str, before: object, after: object) -> Iterator[str]:
+    if before != after:
+        yield f"{key}: {before} -> {after}"
+
+
+def _listeners(old: Sequence[ListenerSettings], new: Sequence[ListenerSettings]) -> Iterator[str]:
+    for index, each in enumerate(new):
+        was = index < len(old) and not old[index].removed
+        if was and each.removed:
+            yield f"listen: - {each.address}"
+        elif not was and not each.removed:
+            yield f"listen: + {each.address}"

@@ -30,8 +30,8 @@ LONG = re.compile(
 
 
 def meaning(option: Option) -> str:
-    text = " ".join(option.help.split("\n"))
-    refusing = REFUSING.get(option.name, [])
+    text = " ".join(option.text.split("\n"))
+    refusing = REFUSING.get(option.key, [])
     if refusing and len(refusing) == len(MODES) - 1:
         (mode,) = set(MODES) - set(refusing)
         with_mode = f"With --handoff {mode}"
@@ -44,14 +44,15 @@ def meaning(option: Option) -> str:
 
 
 def default(option: Option) -> str:
-    return option.unset or ("" if option.default is None else f"`{option.default}`")
+    given = isinstance(option.default, str) or type(option.default) is int
+    return option.unset or (f"`{option.default}`" if given else "")
 
 
 def key(option: Option) -> str:
     """What its value is in a file."""
     if option.no_key:
         return "no key" if option.no_key.startswith("for") else f"no key; {option.no_key}"
-    if option.repeated:
+    if option.multiple:
         return "table"
     if option.kind is FLAG:
         return "true or false"
@@ -61,16 +62,17 @@ def key(option: Option) -> str:
         return "whole number"
     if option.kind is TEXT or isinstance(option.kind, (Value, click.Choice)):
         return "string"
-    raise AssertionError(option.name)
+    raise AssertionError(option.key)
 
 
 def names(option: Option) -> list[str]:
-    short = [f"-{each}" for each in ("h?" if option.name == "help" else option.short)]
-    return [*short, f"--{option.name}"]
+    return sorted(option.opts, key=len)
 
 
 def written(option: Option) -> str:
-    return "" if option.kind is None else option.written
+    if isinstance(option.kind, click.Choice):
+        return "|".join(map(str, option.kind.choices))
+    return "" if option.kind is FLAG else str(option.metavar)
 
 
 def markdown() -> str:

@@ -58,13 +58,13 @@ def bind_all(
     have: Collection[str] = (),
     dry: bool = False,
 ) -> list[Bound]:
-    """Bind every address, in order, and listen; dry: only see whether it could be done.
+    """Bind every address, in order, and listen; dry: only see whether it could be done, and return
+    what would be bound, with closed sockets.
 
     passed: what stands for an argument (by its index) already; it is taken as it is.  left: the
     same by canonical address (stored_listeners.py).  have: canonical addresses that are bound
-    already, and are left out.  The caller owns what is returned (nothing when dry: see not_bound).
-    When one fails, what was bound is closed again.
-    Raises Refusal.  `notice` is told what is worth knowing.
+    already, and are left out.  The caller owns what is returned.  When one fails, what was bound
+    is closed again.  Raises Refusal.  `notice` is told what is worth knowing.
     """
     bound: list[Bound] = []
     earlier: dict[str, Listen] = {}
@@ -94,7 +94,6 @@ def bind_all(
     if dry:
         for each in bound:
             each.socket.close()
-        return []
     return bound
 
 
@@ -127,9 +126,9 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
 
 def _alone(one: Bound, why: str) -> str:
     return (
-        f"{one.settings.address}: there can be no second socket ({why}), so "
-        "old and new generation accept from one: a server that closes what it has "
-        "accepted and not read loses that at a reload"
+        f"{one.settings.address}: there can be no second socket ({why}), so old and new "
+        "generation accept from the same one: at a reload a server that closes connections which "
+        "it has accepted and not read loses those"
     )
 
 
@@ -145,7 +144,7 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
         return "it was passed in without ReusePort=yes"
     known = {os.fstat(each.socket.fileno()).st_ino for each in bound}
     if not listening(given.family, given.getsockname()[1]).keys() <= known:
-        return "somebody else listens on that port"
+        return "another program listens on that port"
     return ""
 
 
@@ -196,14 +195,6 @@ def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
     return [_canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
 
 
-def not_bound(
-    listen: Listen, notice: Callable[[str], None], have: Collection[str] = ()
-) -> list[ListenerSettings]:
-    """Return what binding an argument would add to the addresses in `have`; port 0 stays 0."""
-    found = addresses_of(listen, notice)
-    return [ListenerSettings(each, **listen.told) for each in found if each not in have]
-
-
 def _canonical(family: socket.AddressFamily, host: str, port: int) -> str:
     return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
 
@@ -234,7 +225,8 @@ def _bind_tcp(
                     listen, family, host, port, None if dry else backlog
                 )
                 bound.append(each)
-                port = each.socket.getsockname()[1]
+                if not dry:  # else port 0 stays 0
+                    port = each.socket.getsockname()[1]
         except OSError as error:
             for each in bound:
                 each.socket.close()
@@ -291,7 +283,7 @@ def _bind_one(
 ) -> Bound:
     sock = _made(listen, family)
     try:
-        if port:
+        if port or backlog is None:
             sock.bind((host, port))
         else:
             # By its number: one that was bound as port 0 comes back on another when somebody shuts

@@ -16,6 +16,7 @@ from ..system.dir_lock import give, locked
 from ..system.sock_diag import file_of
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
+from .writable import refuse_unwritable
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
@@ -44,7 +45,7 @@ def bind_unix(
             raise SystemRefused(f"{what}; {port_owner.of_path(path)}") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
             raise SystemRefused(f"{what}; to give a socket away needs root") from error
-        raise SystemRefused(f"{what}; check the folder, its rights and the options") from error
+        raise SystemRefused(f"{what}; check the folder, its permissions and the options") from error
     except BaseException:
         sock.close()
         raise
@@ -58,8 +59,7 @@ def _bind_path(
     with locked(path):
         stale = _is_stale(path)
         if dry:
-            if not os.access(os.path.dirname(path), os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            refuse_unwritable(os.path.dirname(path))
             return ListenerSettings(f"unix:{path}")
         if stale:
             os.unlink(path)

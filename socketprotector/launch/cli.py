@@ -8,29 +8,31 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from .. import __version__
 from ..model import known_servers
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings
 from ..system import inherited
 from ..system.terminal import STDERR, STDOUT, tell
-from . import activation, notify_dir, options, preflight, stored_listeners
+from . import (
+    activation,
+    kernel_calls,
+    notify_dir,
+    options,
+    preflight,
+    server_hints,
+    stored_listeners,
+)
 from .bind_control import default_path
-from .bind_tcp import Bound, bind_all, not_bound, pair
-from .listen_spec import Listen
+from .bind_tcp import Bound, bind_all, pair
 from .resolve import Asked, Purpose, Reading
 from .start import launch
 
-if TYPE_CHECKING:
-    from .config_file import ConfigFile
-
-_FILE = "socketprotector.launch.config_file"
 #: What asks a resident process for something: kept until there is one.
 _FOR_LATER = (
     signal.SIGHUP,
@@ -45,9 +47,8 @@ class _Command(click.Command):
     """Shows its options in their groups."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        found = {name: each for each in self.get_params(ctx) for name in each.opts}
         for title, group in options.GROUPS.items():
-            rows = (found[f"--{each.name}"].get_help_record(ctx) for each in group)
+            rows = (each.get_help_record(ctx) for each in group)
             with formatter.section(title):
                 formatter.write_dl([row for row in rows if row is not None])
 
@@ -57,34 +58,26 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None:
         from .config_file import ConfigFile  # with tomllib: only for those who have one
 
-        file = ConfigFile(os.path.join(ctx.obj.directory, value))
+        ctx.meta[options.FILE] = file = ConfigFile(os.path.join(ctx.obj.directory, value))
         ctx.default_map = file.values
-        ctx.meta[_FILE] = file
 
 
-def _parameters() -> list[click.Parameter]:
-    """Return what the command line is made of; click adds --version and --help."""
-    reads: dict[str, Any] = {"is_eager": True, "expose_value": False, "callback": _read_config}
-    return [
-        click.Argument(["listen"], nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]"),
-        *(
-            each.as_click(**(reads if each.name == "config" else {}))
-            for each in options.OPTIONS
-            if each.kind is not None
-        ),
-    ]
+options.CONFIG.callback = _read_config
 
 
-@click.version_option(__version__, prog_name="SocketProtector")
 @click.command(
     cls=_Command,
-    params=_parameters(),
-    context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
+    params=[
+        click.Argument(["listen"], nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]"),
+        *options.OPTIONS,
+    ],
+    add_help_option=False,
+    context_settings={"show_default": True},
     options_metavar="[OPTIONS]",
     epilog=known_servers.table(),
 )
 @click.pass_context
-def _command(ctx: click.Context, /, **given: Any) -> int:
+def _command(ctx: click.Context, /, **given: Any) -> Asked:
     """Own the listening sockets of a daemon, so that it can be restarted or upgraded, or crash,
     without clients noticing.
 
@@ -96,15 +89,13 @@ def _command(ctx: click.Context, /, **given: Any) -> int:
 
     TIME is 500ms, 10s, 2m, 1h or plain seconds.
     """
-    purpose: Purpose = ctx.obj
-    file: ConfigFile | None = ctx.meta.get(_FILE)
-    return purpose.act(Reading(ctx, purpose, file, given).asked())
+    return Reading(ctx, given).asked()
 
 
 def _launch(asked: Asked) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings = asked.settings
-    preflight.kernel()
+    kernel_calls.check()
     preflight.pid_file(settings.pid_file, check=asked.check)
     preflight.log_file(settings.log_file)
     notices = [*asked.notices]
@@ -125,10 +116,7 @@ def _launch(asked: Asked) -> int:
     )
     second: dict[int, Bound] = {}
     try:
-        listeners = [each.settings for each in bound]
-        if asked.check:
-            listeners = _would_be(asked.listens, passed)
-        settings = settings.listening(tuple(listeners))
+        settings = settings.listening(tuple(each.settings for each in bound))
         preflight.names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
@@ -136,20 +124,20 @@ def _launch(asked: Asked) -> int:
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += preflight.syslog(settings)
         notices += preflight.notices(settings, asked.listens, asked.backlog)
-        if settings.policy.workers_accept:
+        if settings.policy.workers_accept and not asked.check:
             second = pair(bound, notices.append)
         if asked.check:
-            notify_dir.check(settings, notices.append)
+            notify_dir.make(settings, notices.append, dry=True)
         here = asked.check or not (settings.foreground and settings.log_file is None)
         if here:
             for notice in notices:  # else its log says them, in the same place
                 tell(notice)
         terminal = os.isatty(STDERR)
         if here or terminal:
-            for lack in preflight.server(settings, asked.listens, typed=True):
+            for lack in server_hints.of(settings, asked.listens, typed=True):
                 tell(lack)
         if here or not terminal:
-            notices += preflight.server(settings, asked.listens, typed=False)
+            notices += server_hints.of(settings, asked.listens, typed=False)
         if asked.check:
             valid = f"{asked.config} is valid; " if asked.config else ""
             listens = " ".join(listen.text for listen in asked.listens)
@@ -172,37 +160,22 @@ def _launch(asked: Asked) -> int:
         raise
 
 
-def _would_be(
-    listens: Sequence[Listen], passed: Mapping[int, Sequence[Bound]]
-) -> list[ListenerSettings]:
-    """Return what a start would bind: bind_all() has seen that it can, and told its notices."""
-    found: list[ListenerSettings] = []
-    for index, listen in enumerate(listens):
-        if index in passed:
-            found += (replace(each.settings, **listen.told) for each in passed[index])
-        else:
-            found += not_bound(listen, lambda text: None)
-    return found
+def ask(arguments: Sequence[str], running: Settings | None = None) -> Asked | None:
+    """Read a command line, and the file it names; return what is asked for.
 
-
-def ask(
-    arguments: Sequence[str], act: Callable[[Asked], int], running: Settings | None = None
-) -> int:
-    """Read a command line, and the file it names; return what `act` makes of it.
-
-    running: of the protector that was started with it and reads it again.  Raises Refusal,
-    and click's Exit where help is asked for.
+    running: of the protector that was started with it and reads it again.  Returns None where only
+    help was asked for, and is given.  Raises Refusal.
     """
     words, command = options.split(arguments)
-    purpose = Purpose(tuple(arguments), command, running, act)
+    purpose = Purpose(tuple(arguments), command, running)
     try:
-        status = _command.main(
+        found = _command.main(
             words, prog_name="SocketProtector", standalone_mode=False, obj=purpose
         )
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
         raise UsageError(f"{message}; see --help") from error
-    return int(status or 0)
+    return found if isinstance(found, Asked) else None  # else it is a status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -212,9 +185,8 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
     try:
         try:
-            return ask(arguments, _launch)
-        except click.exceptions.Exit as error:
-            return error.exit_code
+            asked = ask(arguments)
+            return _launch(asked) if asked is not None else 0
         except Refusal as error:
             tell(str(error))
             return error.status

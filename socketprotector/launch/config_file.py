@@ -25,9 +25,9 @@ from . import toml_lines
 from .option_values import FLAG, TIME
 from .options import OPTIONS, Option, renamed
 
-_KEYS = {each.name: each for each in OPTIONS if not each.no_key}
-_FORMER = {each.former: each.name for each in OPTIONS if each.former}
-_NOT_HERE = {each.name: each.no_key for each in OPTIONS if each.no_key}
+_KEYS = {each.key: each for each in OPTIONS if not each.no_key}
+_FORMER = {each.former: each.key for each in OPTIONS if each.former}
+_NOT_HERE = {each.key: each.no_key for each in OPTIONS if each.no_key}
 
 #: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
@@ -162,7 +162,7 @@ class ConfigFile:
         return not wrong
 
     def _option(self, key: str, option: Option, value: Any) -> None:
-        if option.repeated:
+        if option.multiple:
             self._table(key, option, value)
             return
         wanted = _wrong_kind(option, value)
@@ -174,11 +174,11 @@ class ConfigFile:
             return
         given = value if isinstance(value, bool) else str(value)
         if self._converts(option, given, (key,)):
-            self.values[option.parameter] = given
+            self.values[str(option.name)] = given
 
     def _table(self, key: str, option: Option, value: Any) -> None:
         """NAME=VALUE as a table."""
-        found = self.tables.setdefault(option.parameter, {})
+        found = self.tables.setdefault(str(option.name), {})
         if not isinstance(value, dict):
             self.mistake((key,), f"must be a table, like [{key}] and NAME = VALUE below it")
             return

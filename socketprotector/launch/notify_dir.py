@@ -23,6 +23,7 @@ from ..model.frozen import frozen
 from ..model.settings import Settings
 from ..system import control_path
 from ..system.sd_notify import remove_folder
+from .writable import refuse_unwritable
 
 PREFIX = ".notify-"
 #: Where a program that is started in other ways may have a folder of its own.
@@ -48,8 +49,10 @@ class NotifyFolder:
         remove_folder(self.path)
 
 
-def make(settings: Settings, notice: Callable[[str], None]) -> NotifyFolder | None:
-    """Make one, locked, for the protector's user; the caller owns it.
+def make(
+    settings: Settings, notice: Callable[[str], None], *, dry: bool = False
+) -> NotifyFolder | None:
+    """Make one, locked, for the protector's user; the caller owns it.  dry: only tell.
 
     Removes what killed ones of that user have left there.  Returns None where none can be made;
     then `notice` is told why.
@@ -58,6 +61,9 @@ def make(settings: Settings, notice: Callable[[str], None]) -> NotifyFolder | No
     for place in _places(settings):
         try:
             _check_room(place)
+            if dry:
+                _check_writable(place, settings)
+                return None
             if place in _usual():
                 os.makedirs(place, 0o755, exist_ok=True)
             _check(place, settings)
@@ -65,35 +71,19 @@ def make(settings: Settings, notice: Callable[[str], None]) -> NotifyFolder | No
             return _made(place, settings)
         except OSError as error:
             refused.append(f"{place}: {error.strerror}")
-    notice(_none(refused))
-    return None
-
-
-def check(settings: Settings, notice: Callable[[str], None]) -> None:
-    """Tell what make() would, and make nothing."""
-    refused = []
-    for place in _places(settings):
-        try:
-            _check_room(place)
-            there = place
-            while place in _usual() and not os.path.lexists(there):
-                there = os.path.dirname(there)
-            _check(there, settings)
-            if not os.access(there, os.W_OK | os.X_OK):
-                protected = os.statvfs(there).f_flag & os.ST_RDONLY
-                _refuse(errno.EROFS if protected else errno.EACCES)
-        except OSError as error:
-            refused.append(f"{place}: {error.strerror}")
-        else:
-            return
-    notice(_none(refused))
-
-
-def _none(refused: list[str]) -> str:
-    return (
+    notice(
         f"no private folder for the workers' notify sockets ({'; '.join(refused)}): they are "
         "abstract, so any local user can fill their queues"
     )
+    return None
+
+
+def _check_writable(place: str, settings: Settings) -> None:
+    """Raise OSError where none could be made; what is usual may be made first."""
+    while place in _usual() and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    _check(place, settings)
+    refuse_unwritable(place, os.W_OK | os.X_OK)
 
 
 def _usual() -> list[str]:

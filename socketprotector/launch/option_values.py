@@ -68,9 +68,9 @@ def _signal(text: str) -> int:
     try:
         number = signal.Signals[f"SIG{text.upper().removeprefix('SIG')}"]
     except KeyError:
-        raise ValueError(f"{text!r}: no signal; write TERM, QUIT, ...") from None
+        raise ValueError(f"{text!r} is not a signal; write TERM, QUIT, ...") from None
     if number in (signal.SIGKILL, signal.SIGSTOP):
-        raise ValueError(f"{text!r}: a worker could not finish anything")
+        raise ValueError(f"{text!r} cannot be caught, so a worker could not finish")
     return number
 
 
@@ -94,7 +94,7 @@ def _share(text: str) -> tuple[int, int]:
     number, _, spread = text.partition("+-")
     if number.isdecimal() and (spread or "0").isdecimal():
         found = int(number), int(spread or "0")
-        if found[1] < found[0] <= _MOST:
+        if found[1] < found[0] <= _MOST or found == (0, 0):
             return found
     raise ValueError(f"{text!r}: write 1000 or 1000+-100")
 
@@ -104,9 +104,9 @@ def _size(text: str) -> int:
     word = text.strip().upper().removesuffix("IB").removesuffix("B")
     unit = _SIZES.get(word[-1:], 1)
     digits = word[:-1] if word[-1:] in _SIZES else word
-    if digits.isdecimal() and 0 < int(digits) * unit < 2**63:
+    if digits.isdecimal() and int(digits) * unit < 2**63:
         return int(digits) * unit
-    raise ValueError(f"{text!r} is no size; write 500M, 2G or bytes")
+    raise ValueError(f"{text!r} is not a size; write 500M, 2G or bytes")
 
 
 def _octal(text: str) -> int:

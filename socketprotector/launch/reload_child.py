@@ -25,8 +25,8 @@ from dataclasses import replace
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
-from . import preflight
-from .bind_tcp import Bound, addresses_of, bind_all, not_bound, pair
+from . import preflight, server_hints
+from .bind_tcp import Bound, addresses_of, bind_all, pair
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import Asked
@@ -46,17 +46,15 @@ def main() -> int:
     dry = inherited.READER_DRY in descriptors
     line = socket.socket(fileno=descriptors[inherited.READER_DRY if dry else inherited.READER])
     try:
-        ask(
-            running.origin.words,
-            lambda asked: _answer(line, running, asked, form=format_of(given), dry=dry),
-            running,
-        )
+        asked = ask(running.origin.words, running)
+        if asked is not None:
+            _answer(line, running, asked, form=format_of(given), dry=dry)
     except Refusal as error:
         _send(line, "refused", _memfd(str(error).encode("utf-8", "backslashreplace")))
     return 0
 
 
-def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> int:
+def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> None:
     """form: of the settings that the protector can read, which may be an older program."""
     told = [*asked.notices]
     new = _with_what_stays(asked.settings, running)
@@ -73,10 +71,10 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
         preflight.names(new)
         if dry:
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
-            return 0
+            return
         if cannot:
             raise UsageError("\n".join(cannot))
-        told += preflight.server(new, asked.listens, typed=False)
+        told += server_hints.of(new, asked.listens, typed=False)
         told += preflight.notices(new, asked.listens, asked.backlog)
         told = list(dict.fromkeys((*running.notices, *told)))
         if new.policy.workers_accept:
@@ -91,7 +89,6 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
         for each in (*bound, *second.values()):
             each.discard()
         raise
-    return 0
 
 
 def _control(running: Settings, asked: Asked) -> Iterator[str]:
@@ -126,7 +123,6 @@ def _listeners(
     """
     kept: dict[int, ListenerSettings] = {}
     bound: list[Bound] = []
-    added: list[ListenerSettings] = []
     refused: list[Refusal] = []
     for listen in asked.listens:
         try:
@@ -138,8 +134,6 @@ def _listeners(
             if listen.passed is not None:
                 raise UsageError(f"{listen.text}: sockets are passed at a start only; {RESTART}")
             bound += bind_all([listen], asked.backlog, notice=notice, have=have, dry=dry)
-            if dry:
-                added += not_bound(listen, notice, have)
         except Refusal as error:
             refused.append(error)
     if len(there) + len(bound) > _MOST_LISTENERS:
@@ -152,7 +146,7 @@ def _listeners(
         kept[index] if index in kept else replace(each, removed=True)
         for index, each in enumerate(there)
     ]
-    return (*places, *(each.settings for each in bound), *added), bound
+    return (*places, *(each.settings for each in bound)), bound
 
 
 def _there(
@@ -170,7 +164,7 @@ def _there(
         if each.address in wanted
     }
     if found and listen.options:
-        notice(f"{listen.text}: bound already; what stands behind the ? holds from a restart on")
+        notice(f"{listen.text}: bound already; its options after the ? take effect at a restart")
     return found
 
 

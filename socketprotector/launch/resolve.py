@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,10 @@ from ..model.frozen import frozen
 from ..model.policy import Policy
 from ..model.settings import Limits, Origin, Settings
 from ..system.cpu_quota import scheduler
-from . import option_values, preflight
+from . import option_values, preflight, users
 from .listen_spec import Listen, parse
 from .option_values import Ready
-from .options import OPTIONS, outdated
+from .options import FILE, OPTIONS, outdated
 
 if TYPE_CHECKING:
     from .config_file import ConfigFile
@@ -50,12 +50,11 @@ class Asked:
 
 @frozen
 class Purpose:
-    """Why the command line is read, and what to do with it."""
+    """Whose command line is read."""
 
     words: tuple[str, ...]
     command: list[str]
     running: Settings | None  # of a protector that reads it again
-    act: Callable[[Asked], int]
 
     @property
     def directory(self) -> str:
@@ -66,14 +65,12 @@ class Purpose:
 class Reading:
     """One look at all that was given: what comes from a file is told with its place there."""
 
-    def __init__(
-        self, ctx: click.Context, purpose: Purpose, file: ConfigFile | None, given: dict[str, Any]
-    ) -> None:
+    def __init__(self, ctx: click.Context, given: dict[str, Any]) -> None:
         self._ctx = ctx
-        self._purpose = purpose
-        self._file = file
+        self._purpose: Purpose = ctx.obj
+        self._file: ConfigFile | None = ctx.meta.get(FILE)
         self._given = given
-        self._directory = purpose.directory
+        self._directory = self._purpose.directory
 
     def asked(self) -> Asked:
         """Return it.  Raises Refusal."""
@@ -110,7 +107,7 @@ class Reading:
                 f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
             )
         if self._given["require_user"]:
-            preflight.says_who(self._given["user"], file.path if file else None)
+            users.refuse_root_unless_named(self._given["user"], file.path if file else None)
 
     # -- where it comes from ---------------------------------------------------
 
@@ -182,17 +179,18 @@ class Reading:
                 raise UsageError(f"--chdir {given['chdir']}: no such directory")
         identity = worker_identity = None
         with self._about("user" if self._from_file("user") else "group"):
-            identity = preflight.identity(given["user"], given["group"], again=running is not None)
+            identity = users.identity(given["user"], given["group"], again=running is not None)
         with self._about("worker_user"):
-            worker_identity = preflight.worker_identity(given["worker_user"], given["user"])
+            worker_identity = users.worker_identity(given["worker_user"], given["user"])
         umask = running.origin.umask if running else os.umask(0o022)
         if running is None:
             os.umask(umask)
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
         mode = given["handoff"]
         ready = given["ready"] or _READY.get(mode, Ready("notify"))
-        connections, spread = given["retire_after"] or (0, 0)
-        values = {each.field: given[each.parameter] for each in OPTIONS if each.field}
+        group = given["control_group"]
+        connections, spread = given["retire_after"]
+        values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}
         values |= {
             "name": given["name"] or (running.name if running else called),
             "command": command,
@@ -203,7 +201,6 @@ class Reading:
                 mode if (mode, ready.kind) == (handoff.LEGACY, "notify") else ready.kind
             ),
             "pools": os.cpu_count() or 1,
-            "drain_signal": given["drain_signal"] or signal.SIGTERM,
             "workers": given["workers"] or (handoff.PLACES if mode == handoff.STDIO else 1),
             "ready": ready.kind,
             "ready_after_s": ready.after_s,
@@ -225,8 +222,7 @@ class Reading:
             "outlives_terminal": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
             "worker_limits.connections": connections,
             "worker_limits.spread": spread,
-            "worker_limits.memory_bytes": given["max_memory"] or 0,
-            "control_group": preflight.group(given["control_group"]),
+            "control_group": group if group is None else users.gid_of("--control-group", group),
             "secret": os.urandom(12).hex(),
             "origin": Origin(purpose.words, self._directory, umask, self._file is not None),
         }

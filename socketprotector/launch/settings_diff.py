@@ -73,7 +73,7 @@ def forbidden(old: Settings, new: Settings) -> Iterator[str]:
 
 def _compared(option: Option, before: object, after: object) -> Iterator[str]:
     if before != after:
-        yield from _differs(option.name, option.shown(before), option.shown(after))
+        yield from _differs(option.key, option.shown(before), option.shown(after))
 
 
 def _differs(key: str, before: object, after: object) -> Iterator[str]:

@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ from .pidfile import PidFile
 def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:
     """Start the resident process with the bound sockets; takes ownership of them.
 
-    bound: by the names that they have at the door.  label: words that `ps` shows behind the
+    bound: by the names that they are inherited under.  label: words that `ps` shows behind the
     program.  here: the caller's directory, from where this package may have been imported.
     Returns the exit status of the command once
     the first generation serves or has failed; in the foreground it does not return.
@@ -89,7 +89,8 @@ def _open_log(settings: Settings) -> int | None:
         return open_log(path, settings.identity)
     except OSError as error:
         raise SystemRefused(
-            f"cannot write the log file {path}: {error.strerror}; check the folder and its rights"
+            f"cannot write the log file {path}: {error.strerror}; check the folder and its "
+            "permissions"
         ) from error
 
 
@@ -144,13 +145,15 @@ def _become_resident(
     except LockFailed as error:
         raise SystemRefused(
             f"cannot write the pid file {settings.pid_file}: {error}; check the folder and its "
-            "rights"
+            "permissions"
         ) from error
     except OSError as error:
         raise SystemRefused(f"cannot detach: {error}") from error
     # Of several that start at once only the one with the pid file may have them.
     notices: list[str] = []
-    settings, control = _bind_control(settings, notices.append)
+    control = bind_control(settings, notices.append)
+    settings = replace(settings, control=control.settings if control else None)
+    bound = {**bound, **({inherited.CONTROL: control} if control else {})}
     folder = notify_dir.make(settings, notices.append)
     for notice in notices:
         if not settings.foreground:
@@ -163,13 +166,13 @@ def _become_resident(
         settings = replace(settings, notify_folder=folder.path)
         descriptors[inherited.NOTIFY] = folder.fd
     if detach and settings.identity is not None:
-        made = _made(settings, {**bound, **control}, pid_file)
+        made = _made(settings, bound, pid_file)
         os.write(verdict, json.dumps({"made": made}).encode() + b"\n")
     try:
-        _exec(settings, {**bound, **control}, descriptors, label, pid_file, verdict)
+        _exec(settings, bound, descriptors, label, pid_file, verdict)
     except OSError as error:
-        for each in control.values():
-            each.discard()
+        if control is not None:
+            control.discard()
         if folder is not None:
             folder.discard()
         context.close()  # removes the pid file, and will not do so again at our end
@@ -193,18 +196,6 @@ def _made(
     paths += [settings.notify_folder] if settings.notify_folder else []
     paths += [settings.pid_file] if settings.pid_file is not None and pid_file is not None else []
     return {path: known_by(path) for path in paths}
-
-
-def _bind_control(
-    settings: Settings, notice: Callable[[str], None]
-) -> tuple[Settings, dict[str, Bound]]:
-    """Bind the control socket where the settings want it; where that fails it is a notice."""
-    if settings.control is None:
-        return settings, {}
-    control = bind_control(settings, notice)
-    if control is None:
-        return replace(settings, control=None), {}
-    return replace(settings, control=control.settings), {inherited.CONTROL: control}
 
 
 def _exec(

@@ -59,8 +59,8 @@ def take(
             why = error.strerror or str(error)
         if why:
             notice(
-                f"{mine[0].text}: bound anew, which has refused who came meanwhile: the socket "
-                f"from before the restart cannot be what is asked for ({why})"
+                f"{mine[0].text}: bound anew, so clients that came meanwhile were refused: "
+                f"the socket from before does not fit what is asked for ({why})"
             )
         _let_go(each)
     return taken

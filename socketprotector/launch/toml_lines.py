@@ -94,20 +94,16 @@ class _Scanner:
 
     def _value(self, path: Path) -> None:
         self._skip(_BLANK)
-        if self._take("["):
+        if (listed := self._take("[")) or self._take("{"):
             number = 0
             self._skip(_SPACE)
-            while not self._take("]"):
-                self._note((*path, number), self._at)
-                self._value((*path, number))
+            while not self._take("]" if listed else "}"):
+                if listed:
+                    self._note((*path, number), self._at)
+                    self._value((*path, number))
+                else:
+                    self._pair(path)
                 number += 1
-                self._skip(_SPACE)
-                self._take(",")
-                self._skip(_SPACE)
-        elif self._take("{"):
-            self._skip(_SPACE)
-            while not self._take("}"):
-                self._pair(path)
                 self._skip(_SPACE)
                 self._take(",")
                 self._skip(_SPACE)

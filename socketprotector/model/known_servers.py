@@ -148,11 +148,6 @@ def line(name: str) -> str:
     return " ".join(filter(None, (f"SocketProtector --handoff {LISTENER}", *words)))
 
 
-def as_in(name: str) -> str:
-    """Say how a known server is started, and nothing that stands in the user's own command."""
-    return f"start it as in: {line(name)}"
-
-
 def to_add(name: str) -> str:
     """Say what to add to a command that starts a known server."""
     server = KNOWN[name]
@@ -233,7 +228,8 @@ def advice(
     if program.handoff != CONNECTION:
         return ""
     if name is not None:
-        return f"{name} binds its own port; {as_in(name)} (--check has your own words; {_PAGE})"
+        start = f"start it as in: {line(name)} (--check has your own words; {_PAGE})"
+        return f"{name} binds its own port; {start}"
     if _TAKEN.search(said):
         return f"it binds an address by itself, which is taken; {WANTS}"
     if unseen:

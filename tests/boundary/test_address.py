@@ -170,7 +170,10 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
 def test_dry_leaves_nothing(tmp_path: Path) -> None:
     listens = [parse("unix:s", str(tmp_path)), parse("127.0.0.1:0", "/")]
 
-    assert bind_all(listens, 16, notice=lambda text: None, dry=True) == []
+    would = bind_all(listens, 16, notice=lambda text: None, dry=True)
+
+    assert [each.settings.address for each in would] == [f"unix:{tmp_path}/s", "tcp:127.0.0.1:0"]
+    assert [each.socket.fileno() for each in would] == [-1, -1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,14 +71,9 @@ class Reader:
 
     def __call__(self, text: str, *words: str) -> Asked:
         self.path.write_text(text)
-        asked: list[Asked] = []
-
-        def act(found: Asked) -> int:
-            asked.append(found)
-            return 0
-
-        cli.ask(["--config", str(self.path), *words], act)
-        return asked[0]
+        asked = cli.ask(["--config", str(self.path), *words])
+        assert asked is not None
+        return asked
 
     def mistakes(self, text: str, *words: str) -> list[str]:
         """What it says, without the file's name."""
@@ -157,7 +152,7 @@ def test_its_relative_paths_are_taken_against_its_folder(
 def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path: Path) -> None:
     (tmp_path / "vars").touch()
     given = [line.partition(" = ")[0] for line in EVERY_KEY.split("\n") if line]
-    known = [each.name for each in OPTIONS if not each.no_key]
+    known = [each.key for each in OPTIONS if not each.no_key]
     plain = read(COMMAND + 'listen = "1"\n')
     plain_asked = dataclasses.replace(plain, config=None)
 
@@ -288,7 +283,7 @@ memory = 2
         ("help = true\n", "line 1: help: has no place in a file; for the command line only"),
         ("config = 'x'\n", "line 1: config: has no place in a file; for the command line only"),
         ("group = 'no-such'\n", "line 1: group: no-such: unknown group; see getent group"),
-        ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user: who the "),
+        ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user, which "),
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
@@ -304,7 +299,7 @@ def test_what_is_no_text_is_told_with_its_line(read: Reader) -> None:
     read.path.write_bytes(b"a = 1\nb = '\xff'\n")
 
     with pytest.raises(UsageError, match=r"web\.toml line 2: not UTF-8"):
-        cli.ask(["--config", str(read.path)], lambda _: 0)
+        cli.ask(["--config", str(read.path)])
 
 
 @pytest.mark.parametrize(
@@ -320,7 +315,7 @@ def test_what_is_no_text_is_told_with_its_line(read: Reader) -> None:
 )
 def test_what_is_missing_is_told(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        cli.ask(words, lambda _: 0)
+        cli.ask(words)
 
 
 def test_a_mistake_on_the_command_line_is_not_the_files(read: Reader) -> None:

@@ -220,7 +220,7 @@ def test_where_its_lock_is_taken_meanwhile_another_one_is_made(
 def refused(found: Settings) -> str:
     """What is told where none can be made; by --check in the same words."""
     notices: list[str] = []
-    notify_dir.check(found, notices.append)
+    notify_dir.make(found, notices.append, dry=True)
     assert notify_dir.make(found, notices.append) is None
     assert len(notices) == 2
     assert notices[0] == notices[1]
@@ -272,7 +272,7 @@ def test_a_path_that_leaves_no_room_for_names_is_not_used(nowhere: Path) -> None
 
 def test_check_makes_nothing(place: Path) -> None:
     notices: list[str] = []
-    notify_dir.check(settings(), notices.append)
+    notify_dir.make(settings(), notices.append, dry=True)
 
     assert notices == []
     assert not place.exists()

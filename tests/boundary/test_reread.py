@@ -13,7 +13,6 @@ import pytest
 
 from socketprotector.daemon.config_reader import Answer, Reader
 from socketprotector.launch import cli
-from socketprotector.launch.resolve import Asked
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system.loop import Loop
 from tests.boundary.ending import settle
@@ -36,15 +35,10 @@ class Web:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.says('listen = "127.0.0.1:0"\nworkers = 2\n')
-        asked: list[Asked] = []
-
-        def act(found: Asked) -> int:
-            asked.append(found)
-            return 0
-
-        cli.ask(["--config", str(path)], act)
+        asked = cli.ask(["--config", str(path)])
+        assert asked is not None
         there = (ListenerSettings("tcp:127.0.0.1:4321", text="127.0.0.1:0"),)
-        self.settings = asked[0].settings.listening(there)
+        self.settings = asked.settings.listening(there)
 
     def says(self, text: str) -> None:
         self.path.write_text(f'command = ["{sys.executable}", "-V"]\n{text}')
@@ -159,7 +153,7 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     (listener,) = answer.settings.listeners
     assert (listener.text, listener.removed) == ("127.0.0.1:4321?backlog=7", False)
     assert answer.settings.notices == (
-        "127.0.0.1:4321?backlog=7: bound already; what stands behind the ? holds from a restart on",
+        "127.0.0.1:4321?backlog=7: bound already; its options after the ? take effect at a restart",
     )
 
 

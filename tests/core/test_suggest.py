@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from socketprotector.launch import suggestion
+from socketprotector.launch import server_hints
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model import handoff
 
@@ -18,7 +18,7 @@ _LISTENER = "SocketProtector --handoff listener"
 def line(typed: str, mode: str = handoff.CONNECTION) -> str | None:
     words = shlex.split(typed)
     texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
-    return suggestion.line(words, [parse(each, "/") for each in texts], mode)
+    return server_hints.line(words, [parse(each, "/") for each in texts], mode)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_where_it_is_not_certain_there_is_none(typed: str) -> None:
 def test_a_value_that_looks_like_the_address_makes_it_uncertain() -> None:
     words = shlex.split("--name 8000 8000 -- gunicorn app")
 
-    assert suggestion.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
+    assert server_hints.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
 
 
 def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:

@@ -39,7 +39,7 @@ def options_of(command: click.Command) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_and_command_has_its_place(page: str) -> None:
-    words = set(re.findall(r"[\w-]+", text_of(page)))
+    words = set(re.findall(r"[\w?-]+", text_of(page)))
     command = PAGES[page]
     wanted = options_of(command)
     for name, each in getattr(command, "commands", {}).items():

@@ -28,8 +28,8 @@ TELLS = worker("tells")
 
 #: What a detached start without a log file says first where there is no syslog, as in a container.
 NO_SYSLOG = (
-    "SocketProtector: nobody listens at /dev/log: until somebody does, every line of the log and "
-    "of the workers is lost; use --log-file FILE, or -f to write to this terminal\n"
+    "SocketProtector: no syslog daemon listens at /dev/log: until one does, every line of the log "
+    "and of the workers is lost; use --log-file FILE, or -f to write to this terminal\n"
 )
 
 Popen = subprocess.Popen[str]

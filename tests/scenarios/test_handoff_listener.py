@@ -168,7 +168,7 @@ def test_names_in_the_command_and_the_environment_become_numbers(
         ),
         (
             ("--drain-signal", "KILL", "127.0.0.1:0", "--", "x"),
-            "a worker could not finish anything",
+            "cannot be caught, so a worker could not finish",
         ),
         (("--drain-signal", "NONE", "127.0.0.1:0", "--", "x"), "'NONE': no signal"),
     ],

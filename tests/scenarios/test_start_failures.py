@@ -129,7 +129,7 @@ def test_a_file_in_a_folder_that_is_not_there_is_refused(
 ) -> None:
     ended = start(*mode, option, "no/such/file", f"unix:{start.folder}/s", "--", *MINIMAL)
 
-    refused(ended, 111, f"{option[2:].replace('-', ' ')} .*/no/such/file", "and its rights")
+    refused(ended, 111, f"{option[2:].replace('-', ' ')} .*/no/such/file", "and its permissions")
     assert start.left() == []
 
 
@@ -139,7 +139,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(start: Start, option: str) -
 
     ended = start(option, "folder.sh", f"unix:{start.folder}/s", "--", *MINIMAL)
 
-    refused(ended, 111, "cannot write the .*/folder.sh", "and its rights")
+    refused(ended, 111, "cannot write the .*/folder.sh", "and its permissions")
     assert start.left() == []
 
 
@@ -154,7 +154,7 @@ def test_a_file_that_may_not_be_written_is_refused(start: Start, option: str) ->
 
     ended = start(option, "closed.sh/file", "127.0.0.1:0", "--", *MINIMAL, before=rights)
 
-    refused(ended, 111, "closed.sh/file: Permission denied", "and its rights")
+    refused(ended, 111, "closed.sh/file: Permission denied", "and its permissions")
     assert start.left() == []
 
 

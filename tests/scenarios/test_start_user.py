@@ -136,10 +136,10 @@ def test_the_order_is_bind_then_pid_file_then_drop_then_workers(
     ended = start.up("--user", "nobody", "unix:s", "--", *command)
 
     assert ended.lines == [
-        f"SocketProtector: {theirs} should be nobody's: files there cannot be removed at the end "
-        "or opened anew"
+        f"SocketProtector: {theirs} should belong to user nobody: files there cannot be removed at "
+        "the end or reopened"
     ]
-    assert f"event=notice text=\"{theirs} should be nobody's" in start.log
+    assert f'event=notice text="{theirs} should belong to user nobody' in start.log
     assert start.pid_file.stat().st_uid == 0
     assert (theirs / "s").stat().st_uid == 0
     pid = start.pid
@@ -183,7 +183,7 @@ def test_folders_of_several_files_are_named_in_one_line(
     ended = start.up("--user", "nobody", f"unix:{other}/s", "--", *command)
 
     assert len(ended.lines) == 1
-    assert f"{theirs} and {other} should be nobody's" in ended.err
+    assert f"{theirs} and {other} should belong to user nobody" in ended.err
     start.stop()
 
 

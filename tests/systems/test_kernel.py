@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch.preflight import OLDEST_KERNEL
+from socketprotector.launch.kernel_calls import OLDEST_KERNEL
 from socketprotector.model.errors import SystemRefused
 from tests.rounds import rounds
 from tests.systems import elsewhere

@@ -1,17 +1,20 @@
-"""The command line of a well-known server, made anew from what the operator has typed.
+"""What a well-known server lacks as it is started, and its command line made anew.
 
-Pure, for the launching process.  It is meant for the terminal that was typed at and for nothing
-that is kept: an argument may be a secret (docs/security.md).
+That line is for the terminal that was typed at and for nothing that is kept: an argument may be a
+secret (docs/security.md).
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Collection, Sequence
+import stat
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ..model import handoff, known_servers
-from . import options
+from ..model.settings import Settings
+from . import options, preflight
 from .listen_spec import Listen
 
 #: What a shell takes as it stands.  It leaves {fd:NAME} alone.
@@ -19,6 +22,55 @@ _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _NAMED = re.compile(r"\{fd:(\w+)\}")
 #: What --handoff listener refuses: whoever wants one of these has to choose by himself.
 _REFUSED = {f"--{option}" for mode, option in handoff.REFUSED if mode == handoff.LISTENER}
+#: Of a file that may use the client library, in bytes: it is imported at the top.
+_LOOKED_AT = 1 << 16
+
+
+def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
+    """Say what a well-known server lacks as it is started, and how to start it.
+
+    typed: for the terminal, in the operator's own words; else none of its arguments is told.
+    """
+    name = known_servers.known(settings.command)
+    if name is None:
+        return
+    try:
+        environment = preflight.environment_of(settings)
+    except (OSError, ValueError):
+        return
+    found = known_servers.lacks(
+        settings.command,
+        (f"{variable}={value}" for variable, value in environment.items()),
+        mode=settings.handoff,
+        settles=settings.policy.settle_s > 0,
+        after_s=handoff.ready_after_s(settings),
+    )
+    if found is None or (settings.handoff == handoff.CONNECTION and _speaks(settings, environment)):
+        return
+    how = f"start it as in: {known_servers.line(name)}"
+    if typed:
+        own = line(settings.origin.words, listens, settings.handoff)
+        how = f"start it as: {own}" if own else known_servers.to_add(name)
+    yield f"{found}; {how}"
+
+
+def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
+    """Whether a file that the command names, or that gunicorn reads, uses the client library."""
+    words = [*settings.command[1:], *environment.get("GUNICORN_CMD_ARGS", "").split()]
+    named = [word.rpartition("=")[2].removeprefix("-c").removeprefix("file:") for word in words]
+    for path in (*named, "gunicorn.conf.py"):
+        try:
+            fd = os.open(os.path.join(settings.directory, path), os.O_RDONLY | os.O_NONBLOCK)
+        except (OSError, ValueError):
+            continue
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and known_servers.OURS in str(
+                os.read(fd, _LOOKED_AT)
+            ):
+                return True
+        finally:
+            os.close(fd)
+    return any(known_servers.OURS in word for word in words)
 
 
 def line(words: Sequence[str], listens: Sequence[Listen], mode: str) -> str | None:

@@ -1,0 +1,97 @@
+"""Whether the kernel has the system calls that everything here stands on, and allows them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import signal
+from collections.abc import Callable
+
+from ..model.errors import SystemRefused
+
+#: It has waitid(P_PIDFD); pidfd_open came with 5.3, pidfd_send_signal with 5.1, memfd_create 3.17.
+OLDEST_KERNEL = (5, 4)
+
+
+def check() -> None:
+    """Refuse a kernel, or a filter of system calls, without what everything here stands on."""
+    missing: list[str] = []
+    forbidden: list[str] = []
+    for call, look in (
+        ("memfd_create", _sealed_memory),
+        ("posix_spawn", _spawn),
+        ("pidfd_open", _pidfd),
+        ("pidfd_send_signal", lambda: _with_pidfd(lambda fd: signal.pidfd_send_signal(fd, 0))),
+        ("waitid(P_PIDFD)", lambda: _with_pidfd(_wait)),
+    ):
+        try:
+            look()
+        except AttributeError:  # this Python was built for an older system
+            missing.append(call)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EINVAL):
+                missing.append(call)
+            elif error.errno in (errno.EPERM, errno.EACCES):
+                forbidden.append(call)
+            # Else it is there, and short of something: whoever needs it will say so.
+    release = os.uname().release
+    said = []
+    if missing:
+        oldest = ".".join(map(str, OLDEST_KERNEL))
+        said.append(
+            f"{', '.join(missing)}: not there; Linux {oldest} or later is needed, this is {release}"
+            f"{' with a filter of system calls' if _is_new(release) else ''}"
+        )
+    if forbidden:
+        said.append(
+            f"{', '.join(forbidden)}: forbidden by a filter of system calls; allow it (a "
+            "container's seccomp profile, SystemCallFilter= of a unit)"
+        )
+    if said:
+        raise SystemRefused("; ".join(said))
+
+
+def _is_new(release: str) -> bool:
+    numbers = [int(each) for each in re.findall(r"\d+", release)[:2]]
+    return numbers >= list(OLDEST_KERNEL)
+
+
+def _sealed_memory() -> None:
+    fd = os.memfd_create("sp.check", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    finally:
+        os.close(fd)
+
+
+def _spawn() -> None:
+    """glibc starts programs by clone3, and by clone where that is unknown, not where forbidden."""
+    try:
+        os.posix_spawn("", ("none",), {})
+    except FileNotFoundError:
+        pass  # the process was there, and found no program
+
+
+def _pidfd() -> None:
+    os.close(os.pidfd_open(os.getpid()))
+
+
+def _with_pidfd(use: Callable[[int], object]) -> None:
+    """Use one of this process; where there is none to be had, that alone is to be said."""
+    try:
+        fd = os.pidfd_open(os.getpid())
+    except (OSError, AttributeError):
+        return
+    try:
+        use(fd)
+    finally:
+        os.close(fd)
+
+
+def _wait(fd: int) -> None:
+    try:
+        os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        pass  # nobody is a child of its own: understood

@@ -1,0 +1,63 @@
+"""Users and groups that options name, looked up.  Everything here raises UsageError."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+
+from ..model.errors import UsageError
+from ..model.settings import Identity
+
+
+def identity(user: str | None, group: str | None, *, again: bool = False) -> Identity | None:
+    """Look up --user and --group; None when neither is given.
+
+    again: for a protector that runs, maybe as that user already.
+    """
+    if user is None and group is None:
+        return None
+    entry = _user("--user", str(os.getuid()) if user is None else user)
+    gid = entry.pw_gid if group is None else gid_of("--group", group)
+    if os.geteuid() != 0 and not again:
+        raise UsageError("--user and --group need root; leave them out or start as root")
+    return _identity(entry, gid)
+
+
+def worker_identity(worker_user: str | None, user: str | None) -> Identity | None:
+    """Look up --worker-user; None when it is not given."""
+    if worker_user is None:
+        return None
+    if user is None:
+        raise UsageError("--worker-user needs --user, which the protector itself runs as")
+    entry = _user("--worker-user", worker_user)
+    return _identity(entry, entry.pw_gid)
+
+
+def refuse_root_unless_named(user: str | None, file: str | None) -> None:
+    """Refuse to be root where --user does not say so; file: where it could be said."""
+    if user is None and os.geteuid() == 0:
+        wanted = f'write user = "NAME" in {file}, or' if file else "give --user NAME, or --user"
+        root = 'user = "root"' if file else "root"
+        raise UsageError(f"no user, so all would run as root: {wanted} {root} if that is meant")
+
+
+def gid_of(option: str, name: str) -> int:
+    """Return the number of a group."""
+    try:
+        return (grp.getgrgid(int(name)) if name.isdecimal() else grp.getgrnam(name)).gr_gid
+    except KeyError:
+        raise UsageError(f"{option} {name}: unknown group; see getent group") from None
+
+
+def _user(option: str, name: str) -> pwd.struct_passwd:
+    try:
+        return pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except KeyError:
+        raise UsageError(f"{option} {name}: unknown user; see getent passwd") from None
+
+
+def _identity(entry: pwd.struct_passwd, gid: int) -> Identity:
+    name = entry.pw_name
+    groups = tuple(os.getgrouplist(name, gid))
+    return Identity(name, entry.pw_uid, gid, groups, entry.pw_dir, entry.pw_shell)

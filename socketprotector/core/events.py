@@ -255,7 +255,7 @@ class Signal:
     """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
 
     worker: int
-    sign: WorkerSignal
+    signal: WorkerSignal
 
 
 @frozen

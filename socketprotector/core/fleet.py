@@ -91,7 +91,7 @@ class Generation:
     phase: Phase = Phase.STARTING
     fresh: bool = True  # started from the command as it is now, not from the last good one
     ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
-    parting: bool = False  # drains, and is told so when it has accepted who came to it
+    quiescing: bool = False  # drains, and is told to finish once it has accepted its clients
     workers: tuple[Worker, ...] = ()
 
     @property

@@ -187,7 +187,7 @@ def resume(
     actions: list[Action] = [Hold(True)] if fleet.held else []
     actions += [RouteTo(route.number if route else None)]
     draining = fleet.all_of(Phase.DRAINING)
-    actions += [Quiesce(g.number) if g.parting else Drain(g.number) for g in draining]
+    actions += [Quiesce(g.number) if g.quiescing else Drain(g.number) for g in draining]
     actions += undone
     if fleet.reading:
         actions.append(ReadSettings())

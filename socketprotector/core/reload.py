@@ -120,7 +120,7 @@ def open_if_due(step: Step) -> None:
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     alone = policy.stop_first or not fleet.served
     # Where workers accept there is room for two: one that parts, or was given up, still does.
-    in_its_place = [g for g in fleet.generations if g.parting or _accepts_in_vain(fleet, g)]
+    in_its_place = [g for g in fleet.generations if g.quiescing or _accepts_in_vain(fleet, g)]
     if not (alone and fleet.generations) and not in_its_place:
         _open(step, fleet.to_open)
 

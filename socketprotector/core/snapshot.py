@@ -62,6 +62,8 @@ CLASSES = (
 #: Classes and fields (`Class`, `Class.field`) that an older program calls otherwise.
 RENAMED: dict[str, str] = {
     "Sign": "WorkerSignal",
+    "Signal.sign": "signal",
+    "Generation.parting": "quiescing",
     "GenerationRecord.side": "socket_number",
     "WorkerRecord.mark": "output_start",
     "Snapshot.undone": "unfinished",

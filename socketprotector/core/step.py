@@ -125,7 +125,7 @@ class Step:
         others_accept = self.fleet.policy.workers_accept and others
         if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
             # It may not have accepted yet who came before, nor read what they have to say.
-            self.fleet = self.fleet.with_generation(replace(generation, parting=True))
+            self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
             self._tell(number, timeout_s)
@@ -142,8 +142,8 @@ class Step:
     def quiesced(self, number: int) -> None:
         """Tell a generation to finish that has accepted all who came to it."""
         generation = self.fleet.generation(number)
-        if generation and generation.parting:
-            self.fleet = self.fleet.with_generation(replace(generation, parting=False))
+        if generation and generation.quiescing:
+            self.fleet = self.fleet.with_generation(replace(generation, quiescing=False))
             self._tell(number, 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s)
 
     def _tell(self, number: int, timeout_s: float) -> None:

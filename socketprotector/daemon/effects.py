@@ -174,8 +174,8 @@ class Effects:
                 self._open(number, fresh)
             case Spawn(number, worker, slot) if number in self.generations:
                 self.pool.spawn(worker, slot, self.generations[number])
-            case Signal(worker, sign):
-                self.pool.signal(worker, sign)
+            case Signal(worker, kind):
+                self.pool.signal(worker, kind)
             case Retire(worker):
                 self.pool.retire(worker)
             case RouteTo(number):

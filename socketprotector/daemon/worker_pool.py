@@ -175,23 +175,21 @@ class WorkerPool:
             pid=worker.process.pid,
         )
 
-    def signal(self, number: int, sign: WorkerSignal) -> None:
+    def signal(self, number: int, kind: WorkerSignal) -> None:
         """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
         worker = self._workers.get(number)
         if worker is None:
-            self.groups.signal(number, _SIGNALS[sign])
+            self.groups.signal(number, _SIGNALS[kind])
             return
-        if sign is WorkerSignal.KILL:
-            sent = self._send(number, worker, sign.value, worker.process.kill_group)
-            if sent:
-                self._note(worker, killed=True)
-        else:
-            sent = self._send(number, worker, sign.value, worker.process.signal, _SIGNALS[sign])
-        if not sent:
+        if not self._send(worker, _SIGNALS[kind]):
             return
-        aborted = worker.record.aborted or sign is WorkerSignal.ABRT
-        told_to_go = worker.record.told_to_go or not aborted
-        self._note(worker, aborted=aborted, told_to_go=told_to_go)
+        aborted = worker.record.aborted or kind is WorkerSignal.ABRT
+        self._note(
+            worker,
+            killed=worker.record.killed or kind is WorkerSignal.KILL,
+            aborted=aborted,
+            told_to_go=worker.record.told_to_go or not aborted,
+        )
 
     def retire(self, number: int) -> None:
         """Have a worker finish: by the end of its RETURN line, or by a signal."""
@@ -200,7 +198,7 @@ class WorkerPool:
             self.groups.retire(number)
             return
         if worker.accepts:
-            self._tell_to_finish(number, worker)
+            self._tell_to_finish(worker)
         elif worker.line is not None:
             worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
         self._note(worker, told_to_go=True)
@@ -208,33 +206,34 @@ class WorkerPool:
 
     def drain(self, generation: int) -> None:
         """Have workers that accept finish; the others read the end of their channel."""
-        for number, worker in self._workers.items():
+        for worker in self._workers.values():
             known = worker.record
             if known.generation == generation and worker.accepts and not known.told_to_go:
-                self._tell_to_finish(number, worker)
+                self._tell_to_finish(worker)
 
-    def _tell_to_finish(self, number: int, worker: Worker) -> None:
-        sign = signal.Signals(worker.generation.program.drain_signal)
-        self._send(number, worker, sign.name.removeprefix("SIG"), worker.process.signal, sign)
+    def _tell_to_finish(self, worker: Worker) -> None:
+        self._send(worker, worker.generation.program.drain_signal)
         self._note(worker, told_to_go=True)
 
-    def _send(
-        self, number: int, worker: Worker, name: str, act: Callable[..., None], *arguments: int
-    ) -> bool:
-        """Send a signal by the act given, and log that; return whether we may."""
+    def _send(self, worker: Worker, number: int) -> bool:
+        """Send a signal, KILL to the whole process group, and log that; return whether we may."""
+        name = signal.Signals(number).name.removeprefix("SIG")
         try:
-            act(*arguments)
+            if number == signal.SIGKILL:
+                worker.process.kill_group()
+            else:
+                worker.process.signal(number)
         except PermissionError as error:  # it has become another user's
             self._log.write(
                 "error",
                 "cannot-signal",
-                worker=number,
+                worker=worker.record.number,
                 pid=worker.process.pid,
                 signal=name,
                 error=error.strerror,
             )
             return False
-        self._log.write("info", "signalled", worker=number, signal=name)
+        self._log.write("info", "signalled", worker=worker.record.number, signal=name)
         return True
 
     def stop_checking(self) -> None:

@@ -179,9 +179,9 @@ class World:
                 assert slot not in others, "two living workers in one slot"
                 if self.channels[number] != "failed":
                     self.processes[worker] = action
-            case Signal(worker, sign):
+            case Signal(worker, kind):
                 assert worker in self.processes or "failed" in self.channels.values()
-                if sign is WorkerSignal.KILL:
+                if kind is WorkerSignal.KILL:
                     self.killed |= {worker}
             case Retire(worker):
                 assert worker in self.processes
@@ -299,7 +299,7 @@ class World:
         number, phase = generation.number, generation.phase
         drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
-        assert generation.parting == (self.channels[number] == "quiescing")
+        assert generation.quiescing == (self.channels[number] == "quiescing")
         begun = bool(generation.workers) or not self.runs(Wait.TURN)
         assert self.runs(Wait.START, number) == (phase is Phase.STARTING and begun)
         assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
@@ -344,7 +344,7 @@ class World:
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
         """Whether it accepts where the next one is to accept; it has an end."""
         abandoned = self.fleet.policy.workers_accept and generation.phase is Phase.ABANDONED
-        return generation.parting or abandoned
+        return generation.quiescing or abandoned
 
     def check_somebody_serves_or_will(self) -> None:
         fleet = self.fleet

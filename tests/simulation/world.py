@@ -1323,7 +1323,7 @@ class World:
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
             waits = Deadline(Wait.OPEN) in fleet.timers
             policy = fleet.policy_of(fleet.to_open is Next.FRESH)
-            before = [g for g in fleet.generations if g.parting or g.phase is Phase.ABANDONED]
+            before = [g for g in fleet.generations if g.quiescing or g.phase is Phase.ABANDONED]
             to_come = fleet.to_open and (policy.stop_first or before)
             assert waits or to_come, "nobody will ever serve"
 

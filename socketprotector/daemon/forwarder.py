@@ -25,6 +25,7 @@ from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE, Loop
 from .listener_drain import ListenerDrain, ListenerDrains
 from .queue_watch import QueueWatch
+from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
 #: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
@@ -36,9 +37,6 @@ BURST = 32
 #: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
 #: the core is better left to the workers.
 STEADY = 8
-#: Waits when the system is out of descriptors or memory.
-FIRST_WAIT_S = 0.01
-LAST_WAIT_S = 0.5
 #: A graceful stop lets handshakes under way finish: until no client has come for this long.
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
@@ -46,7 +44,6 @@ LAST_S = 10.0
 #: Rounds of accepting at most in one look() while something else keeps the loop busy.
 LOOKS = 16
 
-_RETRY = "forwarder-retry"
 _QUIET = "forwarder-quiet"
 
 
@@ -88,7 +85,6 @@ class Forwarder:
         self._listeners = list(listeners)
         self._broken = broken
         self._emptied = emptied
-        self._trouble = trouble
         self._dead = dead
         self._accepts = accepts
         self.forwarded = 0
@@ -107,16 +103,14 @@ class Forwarder:
         self._route: Channel | None = None
         self._full: Channel | None = None  # its write end is watched for room
         self._holding = False  # nothing is to be accepted, by request
-        self._waiting = False  # for descriptors or memory
-        self._wait_s = 0.0
-        self._scarce_at = 0.0
         self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
         self._last_ns = 0
         self._steady = 0  # so many came one by one, each soon after the other
-        self._reserve = -1
-        self._take_reserve()
+        self._shortage = Shortage(
+            loop, trouble=trouble, stop=self._stop_accepting, retry=self._go_on
+        )
 
     # -- orders --------------------------------------------------------------
 
@@ -226,16 +220,13 @@ class Forwarder:
         left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
-        self._loop.cancel(_RETRY)
         self.lost += self.undelivered.close()
         for channel, gone in self._leftovers.items():
             if gone:
                 self.lost += channel.depth()
                 channel.close()
         self._leftovers.clear()
-        if self._reserve >= 0:
-            os.close(self._reserve)
-            self._reserve = -1
+        self._shortage.close()
         return left
 
     def shared(self, socket_number: int) -> dict[int, int]:
@@ -285,7 +276,7 @@ class Forwarder:
             self._route is not None
             and self.undelivered.pending is None
             and self._full is None
-            and not self._waiting
+            and not self._shortage.lasts
         )
 
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
@@ -360,7 +351,7 @@ class Forwarder:
 
     def _go_on(self) -> None:
         """Deliver what is pending, then the leftovers, then accept; or stay held."""
-        if self._route is not None and self._full is None and not self._waiting:
+        if self._route is not None and self._full is None and not self._shortage.lasts:
             self._deliver_pending(self._route)
             while self._leftovers and self._open:
                 channel, gone = next(iter(self._leftovers.items()))
@@ -375,10 +366,10 @@ class Forwarder:
     def _deliver_pending(self, route: Channel) -> None:
         """Send what is pending, and what is parked for a route like this one."""
         self.undelivered.choose(route)
-        while self.undelivered.pending is not None and self._full is None and not self._waiting:
+        while self.undelivered.pending and not self._full and not self._shortage.lasts:
             taken = self.undelivered.take()
             if taken is None:
-                self._scarce("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
+                self._shortage.begin("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
                 return
             self._deliver(route, *taken)
             if self._route is None:
@@ -393,7 +384,7 @@ class Forwarder:
                     self._loop.watch(listener.fileno(), ready)
                     self._accepting[listener.fileno()] = ready
         except OSError as error:  # max_user_watches, or no memory
-            self._scarce("epoll_ctl", error)
+            self._shortage.begin("epoll_ctl", error)
 
     def _stop_accepting(self) -> None:
         for fd in self._accepting:
@@ -442,7 +433,7 @@ class Forwarder:
             if taken is None:
                 if self._open and channel.depth():
                     # Then it is not empty, whatever the call has said.
-                    self._scarce("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
+                    self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
             left -= 1
             header, fd = taken
@@ -458,17 +449,16 @@ class Forwarder:
 
         The reserve makes room: with none free the kernel would drop the connection silently.
         """
-        if not self._take_reserve():
+        if not self._shortage.take_reserve():
             return None
-        os.close(self._reserve)
-        self._reserve = -1
+        self._shortage.spend_reserve()
         try:
             taken = channel.take_back()
         except OSError as error:
-            self._scarce("recvmsg", error)
+            self._shortage.begin("recvmsg", error)
             return None
         if taken is None:
-            self._take_reserve()
+            self._shortage.take_reserve()
         return taken
 
     def _is_stuck(self, channel: Channel) -> bool:
@@ -476,7 +466,7 @@ class Forwarder:
         try:
             header = channel.peek() if channel.write.fileno() < 0 else None
         except OSError as error:
-            self._scarce("recvmsg", error)
+            self._shortage.begin("recvmsg", error)
             return True
         known = self._route is None or header is None or self._route.knows_of(listener_of(header))
         return not known
@@ -487,7 +477,9 @@ class Forwarder:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                self._scarce("sendmsg", error)  # it has not ended, so what is left may stay there
+                self._shortage.begin(
+                    "sendmsg", error
+                )  # it has not ended, so what is left may stay there
             there = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in there}:
                 self.undelivered.park(header, fd)
@@ -498,16 +490,7 @@ class Forwarder:
     def _let_go(self, fd: int) -> None:
         """Close a connection that was sent, and have the reserve again: one may have used it."""
         os.close(fd)
-        self._take_reserve()
-
-    def _take_reserve(self) -> bool:
-        """Keep a spare descriptor; see _take_back."""
-        if self._reserve < 0:
-            try:
-                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                self._scarce("open", error)
-        return self._reserve >= 0
+        self._shortage.take_reserve()
 
     # -- what holds it up ----------------------------------------------------
 
@@ -523,7 +506,7 @@ class Forwarder:
             # The system is out of something (EMFILE, ENFILE, ENOBUFS, ENOMEM), or no
             # manual page names the error: no reason to give the listeners up.  The socket stays
             # readable, so only a timer helps.
-            self._scarce("accept", error)
+            self._shortage.begin("accept", error)
 
     def _is_shut(self, listener: Listener) -> None:
         """Have a listener mended that a worker has shut down."""
@@ -543,13 +526,13 @@ class Forwarder:
             self._route = None
             self._broken()
         else:
-            self._scarce("sendmsg", error)
+            self._shortage.begin("sendmsg", error)
 
     def _await_room(self, channel: Channel) -> None:
         try:
             self._loop.watch(channel.write.fileno(), self._room, WRITE)
         except OSError as error:
-            self._scarce("epoll_ctl", error)
+            self._shortage.begin("epoll_ctl", error)
         else:
             self._full = channel
 
@@ -561,25 +544,6 @@ class Forwarder:
         if self._full is not None:
             self._loop.unwatch(self._full.write.fileno())
             self._full = None
-
-    def _scarce(self, call: str, error: OSError) -> None:
-        """Wait for descriptors or memory to come back, longer each time in a row."""
-        now = time.monotonic()
-        if now - self._scarce_at > 2 * LAST_WAIT_S:
-            self._wait_s = FIRST_WAIT_S
-            self._trouble(call, error)
-        else:
-            self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
-        self._scarce_at = now
-        self._waiting = True
-        self._stop_accepting()
-        self._loop.call_after(_RETRY, self._wait_s, self._retry)
-
-    def _retry(self) -> None:
-        self._waiting = False
-        self._go_on()
-        if not self._waiting:
-            self._take_reserve()
 
     # -- the end -------------------------------------------------------------
 

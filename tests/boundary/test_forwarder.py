@@ -18,9 +18,7 @@ import pytest
 
 from socketprotector.daemon.forwarder import (
     BURST,
-    FIRST_WAIT_S,
     LAST_S,
-    LAST_WAIT_S,
     QUIET_S,
     STEADY,
     Forwarder,
@@ -31,6 +29,7 @@ from socketprotector.daemon.queue_watch import (
     NEVER_TAKEN_S,
     UNTAKEN_S,
 )
+from socketprotector.daemon.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import BROKEN, Channel, rights_of
 from socketprotector.system.listener import AGAIN, Listener

@@ -1286,7 +1286,7 @@ class World:
         assert protector is not None
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
-        known.add(protector.effects.forwarder._reserve)
+        known.add(protector.effects.forwarder._shortage.reserve)
         known |= {fd for fd, file in self.kernel.files.items() if self._is_discarded(fd, file)}
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
         ours = {each.pid for each in running if not (each.orphan or each.gone)}

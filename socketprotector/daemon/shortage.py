@@ -1,0 +1,88 @@
+"""The system is out of descriptors or memory: try again later, and keep one descriptor in reserve.
+
+An error of that kind (EMFILE, ENFILE, ENOBUFS, ENOMEM) is nobody's fault and passes.  A listener
+stays readable meanwhile, so only a timer keeps the loop from spinning.
+
+The reserve is for taking a connection out of a channel: the kernel gives it a number in this
+process as it is received, and drops the connection where none is free (unix(7), MSG_CTRUNC).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from ..system.loop import Loop
+
+#: Waits, each twice as long as the one before while it lasts.
+FIRST_WAIT_S = 0.01
+LAST_WAIT_S = 0.5
+_RETRY = "forwarder-retry"
+
+
+class Shortage:
+    """Owns the reserve, and the timer after which there is another try."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        trouble: Callable[[str, OSError], None],
+        stop: Callable[[], None],
+        retry: Callable[[], None],
+    ) -> None:
+        """stop: accept nothing.  retry: go on, as far as can be.
+
+        trouble: which call has failed, reported once each time that it begins.
+        """
+        self._loop = loop
+        self._stop = stop
+        self._trouble = trouble
+        self._retry = retry
+        #: Whether the timer runs.
+        self.lasts = False
+        #: A descriptor of no other use, -1 while it is spent.
+        self.reserve = -1
+        self._wait_s = 0.0
+        self._since = 0.0
+        self.take_reserve()
+
+    def begin(self, call: str, error: OSError) -> None:
+        """Wait for descriptors or memory, longer each time in a row."""
+        now = time.monotonic()
+        if now - self._since > 2 * LAST_WAIT_S:
+            self._wait_s = FIRST_WAIT_S
+            self._trouble(call, error)
+        else:
+            self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
+        self._since = now
+        self.lasts = True
+        self._stop()
+        self._loop.call_after(_RETRY, self._wait_s, self._try_again)
+
+    def _try_again(self) -> None:
+        self.lasts = False
+        self._retry()
+        if not self.lasts:
+            self.take_reserve()
+
+    def take_reserve(self) -> bool:
+        """Have the reserve; say whether it is there."""
+        if self.reserve < 0:
+            try:
+                self.reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                self.begin("open", error)
+        return self.reserve >= 0
+
+    def spend_reserve(self) -> None:
+        """Have its number free for another descriptor."""
+        if self.reserve >= 0:
+            os.close(self.reserve)
+            self.reserve = -1
+
+    def close(self) -> None:
+        """Wait for nothing more."""
+        self._loop.cancel(_RETRY)
+        self.spend_reserve()

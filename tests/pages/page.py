@@ -3,7 +3,8 @@
 A block between ``` is, by the words behind these:
 
     sh              commands, run in the order of the page
-    sh terminal     commands that do not end: each has a terminal of its own until the page ends
+    sh terminal     commands that do not end: each has a terminal of its own until the page ends;
+                    the page goes on when a protector there has said that it is ready
     sh tree         commands for the folder of the sources, where make only says what it would do
     sh systemd      commands that want systemd as PID 1 (sh apparmor, sh selinux: in the kernel):
                     each is judged by its own program, which may only say that this is missing
@@ -110,9 +111,10 @@ def script(page: list[Block]) -> str:
         if block.file is not None:
             words.append(_written(block.file, block.text))
         elif block.kind == "sh terminal":
-            words += [
-                f"_terminal {quote(each)} {_SCREENS}{block.line} &" for each in block.commands
-            ]
+            for each in block.commands:
+                words.append(f"_terminal {quote(each)} {_SCREENS}{block.line} &")
+                if each.startswith("SocketProtector"):
+                    words.append(f"_until_ready {_SCREENS}{block.line}")
             last += [begin, f"_screen {_SCREENS}{block.line}"]
         elif block.kind in ("control", "json status"):
             talk = f"{begin}\n$PAGE_ROOT/tests/pages/talk.py {block.kind.split()[-1]} <<'{_EOF}'"
@@ -152,6 +154,11 @@ _FUNCTIONS = """_judge() {
 }
 _terminal() {
     script -qec "$(declare -f); $1" /dev/null </dev/null >"$2" 2>&1 || echo "+ failed: $?" >>"$2"
+}
+_until_ready() {
+    for _ in $(seq 600); do ! grep -qs event=ready "$1" || return 0; sleep 0.05; done
+    cat "$1"
+    exit 1
 }
 _screen() {
     cat "$1"

@@ -60,6 +60,7 @@ NOT_RUN = {
     ("README.md", "clients --->"): "a drawing",
     ("docs/log.md", "warning event=crash-loop generation=1 slot=0"): "takes a minute; test_log.py",
     ("docs/protocol.md", "READY=1"): "one message; tests/client/test_notify.py",
+    ("docs/reference.md", "SocketProtector [OPTIONS] LISTEN..."): "the synopsis",
     ("docs/internals/soak.md", "seed 30, 30 minutes; 2 cores"): "the report of an hour",
     ("docs/internals/soak.md", "simulation, 8 minutes:"): "the rest of it",
 }

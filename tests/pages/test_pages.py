@@ -164,9 +164,18 @@ def test_what_is_left_out_is_there() -> None:
 
 @pytest.mark.parametrize("name", sorted({*PAGES, *RUN, "SECURITY.md"}))
 def test_its_links_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8")):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        path = (ROOT / name).parent / target if target else ROOT / name
         if "://" not in target:
-            assert ((ROOT / name).parent / target).exists(), target
+            assert path.exists(), target
+            assert not heading or heading in headings(path), f"{target}#{heading}"
+
+
+def headings(path: Path) -> set[str]:
+    """What links may have behind `#`, as GitHub makes it."""
+    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in found}
 
 
 @pytest.mark.parametrize("name", sorted({*PAGES, *RUN}))

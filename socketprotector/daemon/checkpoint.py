@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ..core.snapshot import CODEC, Snapshot
-from ..model.codec import DecodeError
+from ..model.codec import DecodeError, refusal
 from ..system import inherited
 from ..system.log import Log
 from ..system.sd_notify import Store
@@ -119,7 +119,7 @@ def read(fd: int) -> Snapshot | None:
     try:
         snapshot = CODEC.decode(whole, changes)
     except DecodeError as error:
-        raise StateError(f"the state cannot be read: {error}") from error
+        raise StateError(refusal("the state", error)) from error
     if not isinstance(snapshot, Snapshot):
         raise StateError("the state is no snapshot of a protector")
     return snapshot

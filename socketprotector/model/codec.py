@@ -46,9 +46,17 @@ class NewerError(DecodeError):
     """A newer program has written it; the message says what shows that."""
 
 
-def written_by_newer(form: int) -> str:
-    """Say what shows that a newer program has written something."""
-    return f"format {form}, this one reads up to {FORMAT}"
+def newer_format(form: int) -> NewerError:
+    """Return the error for a format that is not known here."""
+    return NewerError(f"format {form}, this one reads up to {FORMAT}")
+
+
+def refusal(what: str, error: DecodeError) -> str:
+    """Say why something cannot be used.  what: `the state`."""
+    why = str(error)
+    if isinstance(error, NewerError):
+        why = f"written by a newer program ({why}); start that one, or stop and start afresh"
+    return f"{what} cannot be read: {why}"
 
 
 class Codec:

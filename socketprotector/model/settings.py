@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
 
-from .codec import FORMAT, Codec, DecodeError, NewerError, written_by_newer
+from .codec import FORMAT, Codec, DecodeError, newer_format, refusal
 from .frozen import frozen
 from .policy import Policy
 
@@ -191,22 +191,12 @@ def load(data: bytes) -> Settings:
     """
     try:
         form, tree = _opened(data)
-        if form > FORMAT:
-            raise NewerError(written_by_newer(form))
         found = _CODEC.value_of(tree if form == FORMAT else from_format_2(tree))
         if isinstance(found, Settings):
             return found
-        why = f"they are {type(found).__name__}"
-    except NewerError as error:
-        raise SettingsError(
-            f"the settings are a newer program's ({error}): start that one, or stop and start "
-            "afresh"
-        ) from error
+        raise DecodeError(f"they are {type(found).__name__}")
     except DecodeError as error:
-        why = str(error)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        why = repr(error)
-    raise SettingsError(f"the settings cannot be read: {why}")
+        raise SettingsError(refusal("the settings", error)) from error
 
 
 def format_of(data: bytes) -> int:
@@ -215,9 +205,16 @@ def format_of(data: bytes) -> int:
 
 
 def _opened(data: bytes) -> tuple[int, Any]:
-    values = json.loads(data)
-    form = values.get("format", 1)
-    return form, values["settings"] if form == FORMAT else values
+    try:
+        values = json.loads(data)
+        form = values.get("format", 1)
+        if form > FORMAT:
+            raise newer_format(form)
+        return form, values["settings"] if form == FORMAT else values
+    except DecodeError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DecodeError(repr(error)) from error
 
 
 def from_format_2(values: dict[str, Any]) -> dict[str, Any]:

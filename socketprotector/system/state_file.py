@@ -15,7 +15,7 @@ import binascii
 import os
 import struct
 
-from ..model.codec import FORMAT, written_by_newer
+from ..model.codec import FORMAT, newer_format, refusal
 
 #: magic, format, sequence, length, checksum of all before and of the payload; a change has the
 #: sequence of the whole value that it follows.
@@ -92,10 +92,7 @@ class StateFile:
             raise StateError("there is no whole state in the memfd")
         sequence, form, payload = newest
         if form > FORMAT:
-            raise StateError(
-                f"the state was written by a newer program ({written_by_newer(form)}): "
-                "start that one, or stop and start afresh"
-            )
+            raise StateError(refusal("the state", newer_format(form)))
         found, at = [payload], _RECORD_BYTES + len(payload)
         while (change := self._record(sequence % 2, at)) and change[:2] == (_CHANGE, sequence):
             found.append(change[3])

@@ -114,13 +114,13 @@ def test_the_limits_of_an_older_program_have_their_former_names() -> None:
     [
         (
             b'{"format": %d, "anything": 1}' % (FORMAT + 1),
-            f"the settings are a newer program's (format {FORMAT + 1}, this one reads up to "
-            f"{FORMAT}): start that one, or stop and start afresh",
+            f"the settings cannot be read: written by a newer program (format {FORMAT + 1}, this "
+            f"one reads up to {FORMAT}); start that one, or stop and start afresh",
         ),
         (
             changed(teapot=1, beside={}),
-            "the settings are a newer program's (this one does not know beside, teapot): "
-            "start that one, or stop and start afresh",
+            "the settings cannot be read: written by a newer program (this one does not know "
+            "beside, teapot); start that one, or stop and start afresh",
         ),
         (changed(policy={"c": "Policy", "f": {"teapot_s": 1.0}}), "does not know teapot_s"),
         (changed(policy={"c": "Teapot", "f": {}}), "the settings cannot be read: KeyError"),

@@ -146,18 +146,13 @@ def exception_at_import(installation: Installation) -> str:
 
 
 def older_state(installation: Installation) -> str:
-    installation.change("two", "system/state_file", r"FORMAT = 2", "FORMAT = 1")
-    return r"written by a newer program \(format 2, this one reads up to 1\)"
+    installation.change("two", "model/codec", r"FORMAT = 3", "FORMAT = 2")
+    return r"written by a newer program \(format 3, this one reads up to 2\)"
 
 
 def other_settings(installation: Installation) -> str:
     installation.change("two", "model/settings", r"    workers: int = 1\n", "")
-    return r"a newer program's \(this one does not know workers\)"
-
-
-def older_settings_format(installation: Installation) -> str:
-    installation.change("two", "model/settings", r"FORMAT = 2", "FORMAT = 1")
-    return r"the settings are a newer program's \(format 2, this one knows up to 1\)"
+    return r"written by a newer program \(this one does not know workers\)"
 
 
 def another_program(installation: Installation) -> str:
@@ -189,7 +184,6 @@ def nothing(installation: Installation) -> str:
         exception_at_import,
         older_state,
         other_settings,
-        older_settings_format,
         another_program,
         silent,
         crash,

@@ -59,7 +59,7 @@ from ..system.sd_notify import Systemd
 from .forwarder import Forwarder
 from .generation import Generations, OpenGeneration
 from .listener_flags import ListenerFlags
-from .live_settings import Configuration
+from .live_settings import LiveSettings
 from .output import Output
 from .socket_steering import SocketSteering
 from .start_report import Launcher
@@ -155,7 +155,7 @@ class Effects:
             untaken=self._say_untaken,
         )
         self.flags = ListenerFlags(self._listeners, loop, persist)
-        self.configuration = Configuration(
+        self.live_settings = LiveSettings(
             settings,
             pool=self.pool,
             forwarder=self.forwarder,
@@ -201,11 +201,11 @@ class Effects:
             case Hold(on):
                 self.forwarder.hold(on)
             case ReadSettings():
-                self.configuration.read()
+                self.live_settings.read()
             case UseSettings():
-                self.configuration.use()
+                self.live_settings.use()
             case ForgetSettings():
-                self.configuration.forget()
+                self.live_settings.forget()
             case CloseListeners(quick):
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
@@ -244,7 +244,7 @@ class Effects:
             forwarder=self.forwarder.record(),
             steering=self.steering.record(),
             nonblocking=self.flags.record(),
-            settings=self.configuration.record,
+            settings=self.live_settings.record,
             run=self.run,
             log_level=self._log.level,
             version=__version__,
@@ -286,8 +286,8 @@ class Effects:
 
     def _open(self, number: int, fresh: bool) -> None:
         try:
-            configuration = self.configuration
-            settings = configuration.to_try if fresh else configuration.settings
+            live = self.live_settings
+            settings = live.to_try if fresh else live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
         except (OSError, ValueError) as error:
@@ -382,7 +382,7 @@ class Effects:
         self.steering.mend(listener, 0)
 
     def _bound_anew(self, listener: Listener) -> None:
-        self.configuration.bound_anew(listener)
+        self.live_settings.bound_anew(listener)
         self._persist()
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
@@ -508,7 +508,7 @@ class Effects:
 
     def _say_stopping(self, reason: str = "") -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
-        policy = self.configuration.settings.policy
+        policy = self.live_settings.settings.policy
         status = f"stopping: {reason}" if reason else "stopping"
         usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
         self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=str(usec))
@@ -525,7 +525,7 @@ class Effects:
 
     def close(self) -> None:
         """Close what is left when nothing is supervised any more."""
-        self.configuration.stop_reading()
+        self.live_settings.stop_reading()
         self.steering.end()
         self.left = self.forwarder.close(self.steering.current)
         self._log.write(

@@ -24,7 +24,7 @@ from .socket_steering import SocketSteering
 from .worker_pool import WorkerPool
 
 
-class Configuration:
+class LiveSettings:
     """Holds the settings, and tells worker pool and forwarder when they are others."""
 
     def __init__(

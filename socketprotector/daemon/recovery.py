@@ -66,7 +66,7 @@ class Recovery:
         effects.adopt_run(snapshot.run, snapshot.log_level)
         effects.forwarder.adopt(snapshot.forwarder, self._left)
         self._left.close()
-        effects.configuration.adopt(snapshot)
+        effects.live_settings.adopt(snapshot)
         for released in effects.generations.released.values():
             released.forget_board()
             effects.forwarder.release(released.channel)

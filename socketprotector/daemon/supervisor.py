@@ -223,7 +223,7 @@ class Supervisor:
         if self.effects.exiting:
             pass  # nothing is left to go on with
         elif self._checkpoint.write():
-            self.effects.configuration.stop_reading()
+            self.effects.live_settings.stop_reading()
             self.effects.pool.stop_checking()
             self._upgrade.execute(self._checkpoint.descriptors())
             self.effects.pool.go_on_checking()
@@ -290,7 +290,7 @@ class Supervisor:
 
     def scale(self, asked: ScaleRequested) -> str | None:
         """Have another number of workers; return why that cannot be, None if it can."""
-        settings, now = self.effects.configuration.settings, self._fleet.workers_wanted
+        settings, now = self.effects.live_settings.settings, self._fleet.workers_wanted
         wanted = now + asked.change if asked.to is None else asked.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         cannot = CANNOT.get((settings.handoff, "scale"))

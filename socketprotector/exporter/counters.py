@@ -12,7 +12,7 @@ from .samples import Status, number, objects, text
 
 #: Of a generation, where its workers count (docs/control.md).
 COUNTED = ("accepted", "finished", "errors", "lost")
-RESULTS = ("reloaded", "recovered", "failed")
+RESULTS = ("reloaded", "failed")
 BUCKETS = 32
 
 

@@ -19,7 +19,7 @@ class Reload:
     """One that was tried; the generation is the one that it started."""
 
     generation: int
-    result: str = "running"  # then reloaded, recovered or failed
+    result: str = "running"  # then reloaded or failed
     reason: str = ""
     began_at: float = 0.0
     ended_at: float | None = None

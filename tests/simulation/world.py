@@ -1272,9 +1272,9 @@ class World:
 
     def _look_at_places(self, act: Effects) -> None:
         """See which addresses are served, as soon as no other configuration is tried."""
-        if act.configuration.record.candidate is not None or self._reason():
+        if act.live_settings.record.candidate is not None or self._reason():
             return
-        settings = act.configuration.settings.listeners
+        settings = act.live_settings.settings.listeners
         there = {each.settings.address for each in act.forwarder.listeners}
         for each in self._listening:
             each.address.served = each.address.kept = each.address.told in there

@@ -95,7 +95,7 @@ class Operator:
 
     def _status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self._supervisor.fleet
-        settings = effects.configuration.settings
+        settings = effects.live_settings.settings
         due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
         generations = status.of_generations(
             fleet, effects.generations, effects.pool.records(), effects.untaken_s
@@ -137,7 +137,7 @@ class Operator:
 
     def _diff(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
-        if not self._effects.configuration.settings.origin.configured:
+        if not self._effects.live_settings.settings.origin.configured:
             raise Wrong("unknown", "there is no configuration file; see --config", request.id)
 
         def done(answer: Answer) -> None:
@@ -146,7 +146,7 @@ class Operator:
             else:
                 client.say(control_requests.answer(request.id, {"changes": list(answer.changes)}))
 
-        if not self._effects.configuration.compare(done):
+        if not self._effects.live_settings.compare(done):
             raise Wrong("busy", "a diff is under way; try again after it", request.id)
 
     # -- doing -------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Operator:
         return {}
 
     def _can(self, what: str) -> None:
-        cannot = CANNOT.get((self._effects.configuration.settings.handoff, what))
+        cannot = CANNOT.get((self._effects.live_settings.settings.handoff, what))
         if cannot is not None:
             raise Wrong("refused", cannot)
 

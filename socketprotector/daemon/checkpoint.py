@@ -1,6 +1,6 @@
 """What the next program needs, kept ready for it at any time.
 
-Descriptors go to whoever keeps them (systemd's store, or the guard); how they belong
+Descriptors go to the fd store (systemd's, or the guard); how they belong
 together is written to the state memfd.  Descriptors first, then the state, then the act: so
 whatever the state tells of can be found, whenever we are killed.  Only what has changed is given
 away and written: each worker's step costs what one worker costs, however many there are.
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @property
     def is_sent(self) -> bool:
-        """Whether who keeps descriptors has been sent all; the next program relies on that."""
+        """Whether the fd store has been sent all; the next program relies on that."""
         return self._store.is_sent
 
     def descriptors(self) -> dict[str, int]:
@@ -60,8 +60,8 @@ class Checkpoint:
     def save(self) -> bool:
         """Make it so that a kill from here on loses nothing that can be kept.
 
-        Returns whether the state says how things are.  Does nothing where nobody keeps
-        descriptors: then a kill takes all of them anyway.
+        Returns whether the state says how things are.  Does nothing without an fd
+        store: then a kill takes all descriptors anyway.
         """
         if self._effects is None or not self._store.keeps:
             return True
@@ -76,15 +76,19 @@ class Checkpoint:
         if self._store.is_sent and self._store.complete:
             self._behind = False
         elif not self._behind:
-            self._log.write("warning", "keeper-behind", hint="no upgrade until it has read on")
+            self._log.write(
+                "warning",
+                "keeper-behind",
+                hint="no upgrade until the guard or systemd has caught up",
+            )
             self._behind = True
         return True
 
     def write(self) -> bool:
         """Write the state; say whether another program could go on from it now.
 
-        It could not without a descriptor that whoever keeps them was not told of yet: the
-        next program takes for kept whatever it is given.
+        It could not without a descriptor that the fd store was not sent yet: the next program
+        takes what it inherits for stored.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
         return self._write() and self._store.has(wanted)

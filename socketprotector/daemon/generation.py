@@ -23,7 +23,7 @@ class OpenGeneration:
 
     record: GenerationRecord
     channel: Channel
-    board: Board | None = None  # none could be made: then nobody counts
+    board: Board | None = None  # None: it could not be made, and nothing is counted
 
     @classmethod
     def make(cls, number: int, program: Program, queue: int, socket_number: int) -> OpenGeneration:
@@ -33,7 +33,7 @@ class OpenGeneration:
         try:
             board = Board.make()
         except OSError:
-            board = None  # nobody needs it so much as to fail without
+            board = None  # not worth failing for
         record = GenerationRecord(
             number, program, opened_at=clock.date(), socket_number=socket_number
         )
@@ -102,7 +102,7 @@ class OpenGeneration:
         return self.board.fd, self.board.offset(slot)
 
     def forget_board(self) -> None:
-        """Close the scoreboard: nobody is left who counts."""
+        """Close the scoreboard: no worker is left that counts."""
         if self.board is not None:
             self.board.close()
             self.board = None
@@ -132,7 +132,7 @@ class Generations(dict[int, OpenGeneration]):
         """Return what another program would have to know."""
         found = self.known()
         for each in found:
-            if each.ended and not each.record.ended:  # the channel is ended by whoever drains it
+            if each.ended and not each.record.ended:  # the forwarder ends the channel
                 each.note(ended=True)
         return tuple(each.record for each in found)
 

@@ -1,9 +1,9 @@
 """The resident process: what stays when the command line has been parsed.
 
-It is executed with its descriptors at the door (system/inherited.py): by the launching process, by
-itself (an upgrade in place), by the guard, or by systemd after a crash.  With a state among
-them it goes on where another program stopped.  Heavy imports do not belong here: tests
-hold the list, bench/ the megabytes.
+It is executed with its descriptors inherited by name (system/inherited.py): by the launching
+process, by itself (an upgrade in place), by the guard, or by systemd after a crash.  With a state
+among them it resumes where another program stopped.  Heavy imports do not belong here: tests hold
+the list, bench/ the megabytes.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _probe(descriptors: dict[str, int]) -> int:
 
 
 def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
-    """Supervise with the descriptors from the door, which it owns.  Returns the exit status.
+    """Supervise with the inherited descriptors, which it owns.  Returns the exit status.
 
     command: how to execute this program again.
     """
@@ -97,8 +97,8 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
         # What is said of it must not be kept from a terminal for ever (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
         if resident.can_come_back:
-            raise  # whoever keeps the descriptors starts another one, which goes on
-        # Nothing can go on; but nobody may be left waiting, nor anything be left lying about.
+            raise  # the guard or systemd starts another one, which resumes
+        # It cannot be resumed: no process may be left waiting, and no file be left behind.
         reason = str(error)
         if isinstance(error, OSError) and not resident.began:
             reason = f"cannot start: {what_failed(error)}"  # the system's fault, so no traceback
@@ -121,7 +121,7 @@ class _Resident:
         earlier: Snapshot | StateError | None,
         command: tuple[str, ...],
     ) -> None:
-        """earlier: where another program stopped, or why nobody can go on from there."""
+        """earlier: where another program stopped, or why that cannot be resumed."""
         # At the first start they come from the launching process; only a guard has them too.
         guarded = inherited.GUARD in descriptors
         known = guarded or inherited.STATE in descriptors
@@ -222,7 +222,7 @@ class _Resident:
     def _where_to_begin(self) -> Snapshot | None:
         """Return where another program stopped; else have a state file of our own.
 
-        Raises StateError where nobody can go on from there.
+        Raises StateError where that cannot be resumed.
         """
         if isinstance(self.earlier, StateError):
             raise self.earlier
@@ -246,7 +246,7 @@ class _Resident:
         settings, quota = self.settings, Quota()
 
         def spare() -> bool:
-            """With one core nobody could connect while we ask whether somebody has."""
+            """With one core no client could connect while we poll for one."""
             return processors() > 1 and quota.processors() > 1
 
         # Not before: from here on it is known who goes on if it fails.
@@ -297,13 +297,13 @@ class _Resident:
         self._close_listeners()
 
     def finish(self, status: int) -> None:
-        """Leave nothing behind but listeners that stay, and tell whoever waits for the end."""
+        """Leave only listeners that stay, and tell the launcher, the guard and systemd."""
         if self.line is None:
             # First: without it what is there is no state to go on with, but left for a start.
             self.store.forget(inherited.SETTINGS)
             # Whoever keeps a copy may not read in time that it is to go; the file is the same one.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
-        # The relay ends with its last writer, and whoever keeps that descriptor would be one.
+        # The relay ends with its last writer, and a copy in the fd store would be one.
         for name in self.output.descriptors():
             self.store.forget(name)
         self.output.finish()
@@ -477,7 +477,7 @@ class _Resident:
             supervisor.effects.pool.learn_status(int(pid), *status_of(int(status)))
 
     def _write_pid(self, log: Log) -> None:
-        """Write the pid of whoever is to be signalled into the pid file, which we hold."""
+        """Write the pid that is to be signalled into the pid file, which we hold."""
         lock = self.own.get(inherited.PID_FILE)
         if lock is None:
             return
@@ -491,7 +491,7 @@ class _Resident:
 
 
 def _earlier(descriptors: dict[str, int]) -> Snapshot | StateError | None:
-    """Return where another program stopped, or why nobody can go on from there.
+    """Return where another program stopped, or why that cannot be resumed.
 
     Read once: a thousand workers take their time.
     """

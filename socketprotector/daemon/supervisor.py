@@ -53,7 +53,7 @@ _SIGNALS = (
     signal.SIGCHLD,
 )
 
-#: How soon to look again whether who keeps descriptors has taken in what it was told, and
+#: How soon to look again whether the guard or systemd has read what it was sent, and
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
@@ -62,11 +62,11 @@ _BREATH_S = 0.005
 #: How soon to look again behind a child that somebody else here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-_NOT_KEPT = "the state cannot be written, or who keeps the descriptors is behind"
+_NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"
 
 
 class Supervisor:
-    """Holds the fleet, which nobody else changes."""
+    """Owns the fleet: no other module changes it."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Supervisor:
         left_s = {each: due - now for each, due in snapshot.timers}
         self._order(resume(self._fleet, left_s, snapshot.unfinished))
         self._queue.add(recovery.adopt())
-        self._act(Hold, RouteTo)  # so that nobody who connects has to wait for what follows
+        self._act(Hold, RouteTo)  # so that no client has to wait for what follows
         for events in recovery.adopt_workers():
             self._queue.add(events)
             self._breathe()
@@ -152,7 +152,7 @@ class Supervisor:
     def _work(self) -> None:
         """Work the queue off."""
         self._working = True
-        acted = True  # whoever calls may have
+        acted = True  # the caller may have
         try:
             for event in self._queue:
                 self._fleet, actions = decide(self._fleet, event)
@@ -235,18 +235,17 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _hand_over_later(self) -> None:
-        """Let who keeps the descriptors read on first, but not for ever."""
+        """Wait for the guard or systemd to catch up, but not for ever."""
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + _BEHIND_S
             self._log.write(
-                "warning", "upgrade-waits", hint="who keeps the descriptors has to read on first"
+                "warning", "upgrade-waits", hint="waiting for the guard or systemd to catch up"
             )
         elif now >= self._give_up_at:
             self._give_up_at = None
             self._upgrade.failed(
-                f"who keeps the descriptors has not read on for {_BEHIND_S:g} s: "
-                "the service manager or the guard hangs"
+                f"the guard or systemd has not read on for {_BEHIND_S:g} s: it hangs"
             )
             return
         self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)

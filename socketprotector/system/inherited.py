@@ -39,7 +39,7 @@ NAMES = "sp.names."  # and the number of the memfd that has the names
 #: systemd's store (docs/reliability.md) is bound to that.
 NAMES_BYTES = 120 * 1024
 STORE_NAMES_BYTES = 128 * 1024 - len("LISTEN_FDNAMES=") - 1
-#: Stands for a number in between that is nobody's.
+#: Stands for a number in between that is not passed on.
 NOBODY = "sp.none"
 OURS = "sp."
 #: The variable that says which process they are for.
@@ -50,13 +50,13 @@ _VARIABLES = ("LISTEN_FDS", PID, "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 class Named(dict[str, int]):
     """Descriptors by name, of which it is known which names have come or gone of late.
 
-    So that whoever keeps them need not look at all of them again.  Change it by `[name] = fd` and
+    So that the fd store need not compare all of them again.  Change it by `[name] = fd` and
     `del` alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        #: Taken out by whoever has seen to it.
+        #: Taken out by the fd store once it is done.
         self.changed: set[str] = set()
 
     def __setitem__(self, name: str, fd: int) -> None:
@@ -102,7 +102,7 @@ class Inherited:
         return {key: self._left.pop((kind, key)) for key in keys}
 
     def close(self) -> None:
-        """Close what nobody has taken: it was on its way out when the other program ended."""
+        """Close what was not taken: it was on its way out when the other program ended."""
         while self._left:
             for fd in self._left.popitem()[1].values():
                 os.close(fd)
@@ -193,7 +193,7 @@ def enter() -> dict[str, int]:
 def is_ours() -> bool:
     """Whether descriptors were left for this very process, our settings among them.
 
-    They are empty where whoever had them has ended in order: then there is nothing to go on with.
+    They are empty after a graceful stop: then there is nothing to resume.
     """
     if os.environ.get(PID) != str(os.getpid()):
         return False

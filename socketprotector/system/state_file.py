@@ -3,8 +3,8 @@
 The memfd holds two slots.  A slot begins with a whole value; what has changed in it since then
 follows, one record a change, because to write all of a thousand workers for each of them would
 take the time of a million.  Once the changes are longer than the value, a whole one goes to the
-other slot.  Each record has a checksum, so whoever dies in the middle of one leaves what was
-before it.
+other slot.  Each record has a checksum, so a program that dies in the middle of one leaves
+what was before it.
 
 What a value looks like in there: model/codec.py.
 """

@@ -1,7 +1,7 @@
 """Sockets that the service manager has opened for us (socket activation).
 
 They are taken by name (`fd:NAME`) or because they are bound to the address that a LISTEN
-argument means.  Whoever opened them goes on listening when we stop.
+argument means.  The service manager goes on listening on them when we stop.
 
 Those of our own names come from the descriptor store, and are no part of that: see
 stored_listeners.py.
@@ -53,12 +53,12 @@ def passed() -> Passed:
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdigit():
         return Passed()
-    told = names.split(":") if names else []
+    called = names.split(":") if names else []
     given: list[Given] = []
     left: list[Given] = []
     stored: list[str] = []
     for place in range(int(count)):
-        fd, name = _FIRST + place, told[place] if place < len(told) else "unknown"
+        fd, name = _FIRST + place, called[place] if place < len(called) else "unknown"
         ours = name.startswith(inherited.OURS)
         if ours:
             stored.append(name)

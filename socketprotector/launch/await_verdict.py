@@ -2,7 +2,7 @@
 
 What it hears are JSON lines from the resident process (daemon/start_report.py), whose end of the
 line stays open until it has ended or has said that it serves.  Ctrl-C and TERM call the start off;
-whoever kills this process calls it off too, by the end of file.
+a kill of this process calls it off too, by the end of file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def wait(line: socket.socket) -> int:
             called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            _stop(resident)  # both crossed: it serves, and nobody wants it
+            _stop(resident)  # both crossed: it serves, but was called off
             break
     _wait_for_end(resident)
     for path, known in verdict.get("made", {}).items():

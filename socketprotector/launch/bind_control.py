@@ -1,4 +1,4 @@
-"""Bind the control socket: where nobody said, where tools look for it (docs/control.md).
+"""Bind the control socket: unless --control says where, where tools look for it (docs/control.md).
 
 A protector without one works as well, so what fails here is a notice and no more.
 """
@@ -61,7 +61,7 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
 
 
 def _bind_apart(settings: Settings, path: str) -> tuple[Bound, str]:
-    """Bind it there, or where nobody else of the name is; return what it is called then.
+    """Bind it there, or under another name if one of that name runs; return the name.
 
     Raises OSError, SystemRefused.
     """
@@ -89,5 +89,5 @@ def _bind(settings: Settings, path: str) -> Bound:
 
 
 def _is_taken(error: SystemRefused) -> bool:
-    """Whether somebody lives there."""
+    """Whether another protector listens there."""
     return isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE

@@ -33,7 +33,7 @@ class Bound:
 
     socket: socket.socket
     settings: ListenerSettings
-    left: bool = False  # by the protector before us, and kept by somebody else
+    left: bool = False  # by the protector before us, and kept by the service manager
 
     def discard(self) -> None:
         """Close it, and remove the socket file it made."""
@@ -98,11 +98,11 @@ def bind_all(
 
 
 def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
-    """Make ready what workers are to accept from; return second sockets by their places.
+    """Prepare what workers are to accept from; return the second sockets by index.
 
-    The caller owns them.  `notice` is told of an address that cannot have one, and should.  Whether
-    they block is said here and never again, for the flag is that of all who have a socket; of one
-    that was given to us its giver has said it.
+    The caller owns them.  `notice` gets a line for each address that should have one and cannot.
+    O_NONBLOCK is set here and never again: the flag belongs to the open file description, which
+    the workers share.  On a socket that was passed in it is left as it is.
     """
     found = {}
     for place, each in enumerate(bound):
@@ -112,7 +112,7 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
                 each.socket.setblocking(not each.settings.nonblock)
             elif why := _kept_from(each.socket, bound):
                 notice(_alone(each, why))
-                reuseport.steer_if_can(each.socket)  # the group may be one that somebody has left
+                reuseport.steer_if_can(each.socket)  # an earlier protector may have left the group
                 continue
             second = reuseport.make(each.socket)
         except OSError as error:
@@ -135,8 +135,8 @@ def _alone(one: Bound, why: str) -> str:
 def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
     """Say why one that was given to us may not share its address; nothing where it may.
 
-    Whoever has opened it says so (`ReusePort=yes` of a unit), and the group is ours alone: places
-    in it would be told wrongly where what an earlier protector has left behind still listens.
+    The unit says so (`ReusePort=yes`), and the group is ours alone: positions in it would be wrong
+    where what an earlier protector has left behind still listens.
     """
     if given.family not in (socket.AF_INET, socket.AF_INET6):
         return ""
@@ -286,7 +286,7 @@ def _bind_one(
         if port or backlog is None:
             sock.bind((host, port))
         else:
-            # By its number: one that was bound as port 0 comes back on another when somebody shuts
+            # By its number: one that was bound as port 0 comes back on another if a worker shuts
             # it down and it listens again.  As long as neither listens both may have it.
             with _made(listen, family) as chooser:
                 chooser.bind((host, 0))

@@ -55,7 +55,7 @@ def bind_unix(
 def _bind_path(
     sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
 ) -> ListenerSettings:
-    """Bind a socket file; one that nobody listens on is replaced, a living one is not."""
+    """Bind a socket file; a stale one is replaced, one that is in use is not."""
     with locked(path):
         stale = _is_stale(path)
         if dry:
@@ -101,7 +101,7 @@ def refit(sock: socket.socket, listen: Listen, path: str, backlog: int) -> Liste
         try:
             found = os.fstat(file)
             if not is_file_of(sock, found):
-                raise OSError(errno.EEXIST, "another file is in the place of its own")
+                raise OSError(errno.EEXIST, "another file has replaced its own")
             if (found.st_uid, found.st_gid) != (uid, gid):
                 _chown(file, uid, gid)
             if stat.S_IMODE(found.st_mode) != rights:
@@ -138,9 +138,9 @@ def _chown(fd: int, uid: int, gid: int) -> None:
 
 
 def _is_stale(path: str) -> bool:
-    """Whether a socket file is there that nobody listens on.
+    """Whether a socket file is there on which no process listens.
 
-    Raises OSError(EADDRINUSE) when somebody does, and OSError(EEXIST) for what is no socket.
+    Raises OSError(EADDRINUSE) when one does, and OSError(EEXIST) for what is no socket.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -154,9 +154,9 @@ def _is_stale(path: str) -> bool:
         except ConnectionRefusedError:
             return True
         except BlockingIOError:
-            pass  # its backlog is full: somebody lives there
+            pass  # its backlog is full: a process listens
         except OSError as error:
             if error.errno != errno.EPROTOTYPE:
                 raise
-            # a datagram socket, and somebody has it open
+            # a datagram socket, and a process has it open
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

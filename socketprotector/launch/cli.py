@@ -54,7 +54,7 @@ class _Command(click.Command):
 
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Have the file's values in the place of the defaults."""
+    """Take the file's values as defaults."""
     if value is not None:
         from .config_file import ConfigFile  # with tomllib: only for those who have one
 
@@ -130,7 +130,7 @@ def _launch(asked: Asked) -> int:
             notify_dir.make(settings, notices.append, dry=True)
         here = asked.check or not (settings.foreground and settings.log_file is None)
         if here:
-            for notice in notices:  # else its log says them, in the same place
+            for notice in notices:  # else its log has them, on the same terminal
                 tell(notice)
         terminal = os.isatty(STDERR)
         if here or terminal:
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _stand_on_three_descriptors() -> None:
-    """Put /dev/null where stdin, stdout or stderr is closed: no socket may come to that place."""
+    """Put /dev/null where stdin, stdout or stderr is closed: no socket may get such a number."""
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(fd)

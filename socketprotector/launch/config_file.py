@@ -1,4 +1,4 @@
-"""The configuration file: TOML in, values of options out, and every mistake with its place.
+"""The configuration file: TOML in, values of options out, and every mistake with its line.
 
 A key is an option's name without the dashes before it (`start-timeout = "10s"`), besides
 `listen` and `command`.  Each value goes through the option's own converter, so whatever the

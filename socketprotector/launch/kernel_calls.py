@@ -35,7 +35,7 @@ def check() -> None:
                 missing.append(call)
             elif error.errno in (errno.EPERM, errno.EACCES):
                 forbidden.append(call)
-            # Else it is there, and short of something: whoever needs it will say so.
+            # Else it is there, and short of a resource: the start will say so.
     release = os.uname().release
     said = []
     if missing:
@@ -94,4 +94,4 @@ def _wait(fd: int) -> None:
     try:
         os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
-        pass  # nobody is a child of its own: understood
+        pass  # no process is a child of its own: the call is understood

@@ -1,11 +1,12 @@
-"""The folder that workers' notify sockets are in, so that nobody else can get at them.
+"""The directory of the workers' notify sockets, which keeps other users out.
 
-Whoever reads /proc/net/unix could send to an abstract name, and fill its queue; and in a user
-namespace that shares the host's network, strangers cannot be told apart there.  Names in this
-folder can neither be listed (mode 0711) nor guessed, and are not told in /proc/net/unix
-(system/sd_notify.py): who can connect is a worker, whatever its user, or has learned it from one.
+Anybody who reads /proc/net/unix could send to an abstract name, and fill its queue; and in a user
+namespace that shares the host's network, other users cannot be told apart there.  Names in this
+folder can neither be listed (mode 0711) nor guessed, and are not in /proc/net/unix
+(system/sd_notify.py): a process that can connect is a worker, whatever its user, or has the
+name from one.
 
-It is locked as long as anybody holds the descriptor: the protector, its guard, or systemd for
+It is locked as long as a process holds the descriptor: the protector, its guard, or systemd for
 the next one.  An unlocked one was left by a killed protector, and the next start removes it.
 
 Source: unix(7), flock(2); tmpfiles.d(5), which passes over what is locked.
@@ -55,7 +56,7 @@ def make(
     """Make one, locked, for the protector's user; the caller owns it.  dry: only tell.
 
     Removes what killed ones of that user have left there.  Returns None where none can be made;
-    then `notice` is told why.
+    then `notice` gets the reason.
     """
     refused = []
     for place in _places(settings):
@@ -136,13 +137,13 @@ def _upwards(path: str) -> Iterator[str]:
 
 
 def _sweep(place: str, settings: Settings) -> None:
-    """Remove what is not locked: nobody lives there any more."""
+    """Remove what is not locked: its protector is gone."""
     for name in os.listdir(place):
         if name.startswith(PREFIX):
             try:
                 _remove_stale(os.path.join(place, name), _owners(settings))
             except OSError:
-                pass  # somebody does, or it is another's
+                pass  # it is locked, or another user's
 
 
 def _remove_stale(path: str, owners: set[int]) -> None:
@@ -168,7 +169,7 @@ def _made(place: str, settings: Settings) -> NotifyFolder:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever sweeps may have taken it for a dead one's, until it was locked.
+            # Until it was locked, another start may have removed it as stale.
             if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
                 os.fchmod(fd, 0o711)
                 if settings.identity is not None:

@@ -154,7 +154,7 @@ def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
 
 
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
-    """Return the soft limit of descriptors that workers get where nobody asks for another one.
+    """Return the soft limit of descriptors that workers get without --limit nofile.
 
     It is ours, or what a unit says whose protector needs a higher one before it can raise it.
     """

@@ -153,7 +153,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "workers", unset="1; 4 with --handoff stdio"),
         Option("ready", READY, "How a worker shows that it is ready.\n"
                "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
-               "descriptor N. check:CMD: this command succeeds. after:TIME: it has lived so long.",
+               "descriptor N. check:CMD: this command succeeds. after:TIME: it has lived for TIME.",
                unset="notify; with --handoff listener what comes first of notify, ack, fd and 1 s"),
         Option("start-timeout", TIME_ABOVE_0, "Time allowed to become ready.",
                "policy.start_timeout_s", default="60s"),

@@ -1,7 +1,8 @@
 """The pid file: lockfile's PID lock file, whole or not there.
 
 Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
-stale needs no guess about a pid that may be another program's by now: nobody holds it.
+stale needs no guess about a pid that may be another program's by now: it is if the lock is
+free.
 
 Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
 seen.

@@ -1,10 +1,10 @@
 """A configuration read again for a protector that runs; ends as soon as it has answered.
 
 A process of its own, because what reads files and command lines is not to stay in the
-resident one.  At the door: the settings that hold, and a line to answer on.  The answer is
+resident one.  It inherits the settings in force, and a socket to answer on.  The answer is
 records, each with a descriptor:
 
-    listener N    a socket that was added, bound and listening, and its place
+    listener N    a socket that was added, bound and listening, and its index
     twin N        the second one of that address, if there is one
     differences   a memfd with what the new settings change, line by line (not `changes`: an older
                   resident process would take the reading for one that was only to say that)
@@ -33,7 +33,7 @@ from .resolve import Asked
 from .settings_diff import RESTART, changes, forbidden
 
 _DESCRIPTOR = struct.Struct("i")
-#: The index is 16 bits wide where workers are told it (docs/protocol.md).
+#: The index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
 
 
@@ -56,13 +56,13 @@ def main() -> int:
 
 def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> None:
     """form: of the settings that the protector can read, which may be an older program."""
-    told = [*asked.notices]
+    notices = [*asked.notices]
     new = _with_what_stays(asked.settings, running)
     stays = [*forbidden(running, new), *_control(running, asked)]
     refused = [f"{each}; {RESTART}" for each in stays]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
     try:
-        listeners, bound = _listeners(running.listeners, asked, told.append, dry=dry)
+        listeners, bound = _listeners(running.listeners, asked, notices.append, dry=dry)
     except Refusal as error:
         raise UsageError("\n".join([*cannot, str(error)])) from error
     second: dict[int, Bound] = {}
@@ -74,17 +74,17 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
             return
         if cannot:
             raise UsageError("\n".join(cannot))
-        told += server_hints.of(new, asked.listens, typed=False)
-        told += preflight.notices(new, asked.listens, asked.backlog)
-        told = list(dict.fromkeys((*running.notices, *told)))
+        notices += server_hints.of(new, asked.listens, typed=False)
+        notices += preflight.notices(new, asked.listens, asked.backlog)
+        notices = list(dict.fromkeys((*running.notices, *notices)))
         if new.policy.workers_accept:
-            second = pair(bound, told.append)
+            second = pair(bound, notices.append)
         for index, each in enumerate(bound, len(running.listeners)):
             _send(line, f"listener {index}", each.socket.fileno())
         for place, each in second.items():
             _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
-        _send(line, "settings", _memfd(dump(new.noticed(told), form)))
+        _send(line, "settings", _memfd(dump(new.noticed(notices), form)))
     except BaseException:
         for each in (*bound, *second.values()):
             each.discard()
@@ -100,7 +100,7 @@ def _control(running: Settings, asked: Asked) -> Iterator[str]:
 
 
 def _with_what_stays(new: Settings, running: Settings) -> Settings:
-    """What comes from the caller and his surroundings, not from his wishes."""
+    """Keep what comes from the caller's surroundings, not from options."""
     return replace(
         new,
         nofile_soft=running.nofile_soft,
@@ -117,7 +117,7 @@ def _with_what_stays(new: Settings, running: Settings) -> Settings:
 def _listeners(
     there: Sequence[ListenerSettings], asked: Asked, notice: Callable[[str], None], *, dry: bool
 ) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
-    """Keep, add and mark as removed; return all places and what was bound.
+    """Keep, add and mark as removed; return all listeners and what was bound.
 
     Raises Refusal with each listener that cannot be had; then nothing stays bound.
     """
@@ -152,7 +152,7 @@ def _listeners(
 def _there(
     there: Sequence[ListenerSettings], listen: Listen, notice: Callable[[str], None]
 ) -> dict[int, ListenerSettings]:
-    """Return the listeners that an argument means and that are bound already, by their places."""
+    """Return the listeners that an argument means and that are bound already, by index."""
     living = {index: each for index, each in enumerate(there) if not each.removed}
     same = {index: each for index, each in living.items() if each.text == listen.text}
     if same or listen.passed is not None:

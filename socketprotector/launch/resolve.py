@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Of a program's name as that of its service: what a line of syslog has room for (RFC 5424).
 _NAME_CHARS = 48
-#: What counts as ready where nobody says.
+#: What counts as ready without --ready.
 _READY = {handoff.LISTENER: Ready("any", after_s=1.0)}
 
 
@@ -63,7 +63,7 @@ class Purpose:
 
 
 class Reading:
-    """One look at all that was given: what comes from a file is told with its place there."""
+    """One look at all that was given: a mistake in the file is told with its line."""
 
     def __init__(self, ctx: click.Context, given: dict[str, Any]) -> None:
         self._ctx = ctx

@@ -20,7 +20,7 @@ from .listen_spec import Listen
 #: What a shell takes as it stands.  It leaves {fd:NAME} alone.
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _NAMED = re.compile(r"\{fd:(\w+)\}")
-#: What --handoff listener refuses: whoever wants one of these has to choose by himself.
+#: What --handoff listener refuses: the operator has to choose there.
 _REFUSED = {f"--{option}" for mode, option in handoff.REFUSED if mode == handoff.LISTENER}
 #: Of a file that may use the client library, in bytes: it is imported at the top.
 _LOOKED_AT = 1 << 16
@@ -29,7 +29,7 @@ _LOOKED_AT = 1 << 16
 def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterator[str]:
     """Say what a well-known server lacks as it is started, and how to start it.
 
-    typed: for the terminal, in the operator's own words; else none of its arguments is told.
+    typed: for the terminal, in the operator's own words; else without any of its arguments.
     """
     name = known_servers.known(settings.command)
     if name is None:

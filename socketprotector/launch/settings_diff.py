@@ -1,6 +1,6 @@
 """What differs between two settings, one line for each key; and what may not, at a reload.
 
-For people: of environment and command only names are told; the rest may be secret.
+Of environment and command only names are shown; the rest may be secret.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def _whole(level: int, option: int, scale: Callable[[str], int] = number) -> _Se
 
 
 def _elsewhere(one: socket.socket, value: str) -> None:
-    """Is for whoever listens, or accepts."""
+    """It takes effect at listen(2) or accept(2)."""
 
 
 _SWITCH = ("0 or 1", lambda value: value in ("0", "1"))

@@ -2,7 +2,7 @@
 
 Runs in the launching process.  In the foreground that process becomes the resident one;
 otherwise it waits (await_verdict.py), and leaves with the verdict of the first start.  Signals
-are blocked from here until somebody can answer them: the waiting process, or the resident one.
+are blocked from here until the waiting process, or the resident one, can handle them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str],
         raise
     if child == 0:
         ours.close()
-        # The resident process is the heir of whom systemd watches.
+        # The resident process takes over from the one that systemd watches.
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
@@ -115,7 +115,7 @@ def _become_resident(
 ) -> None:
     """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising.
 
-    verdict: who waits for how it goes, the launcher's line or the foreground's terminal.
+    verdict: where the outcome goes, the launcher's line or the foreground's terminal.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
     detach = not settings.foreground
@@ -158,7 +158,7 @@ def _become_resident(
     for notice in notices:
         if not settings.foreground:
             os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
-        elif settings.log_file is not None:  # else the log says it, in the same place
+        elif settings.log_file is not None:  # else the log has it, on the same terminal
             tell(notice, verdict)
     settings = settings.noticed([*settings.notices, *notices])
     descriptors = {}
@@ -189,7 +189,7 @@ def _made(
 ) -> dict[str, list[int]]:
     """Return what was made in folders that may be root's, and how to know it again.
 
-    Whoever has become another user cannot remove it there; who waits for the start can.
+    The resident process may have become another user and cannot; the waiting process can.
     """
     sockets = (each.settings for each in bound.values() if not each.left)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
@@ -233,7 +233,7 @@ def _exec(
         if settings.pid_file is not None:
             told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
-    # Whoever is told if this fails is found under the same number then.
+    # The receiver of a failure keeps its number.
     spare = fcntl.fcntl(verdict, fcntl.F_DUPFD_CLOEXEC, inherited.FIRST + len(descriptors))
     environment = {**os.environ, **inherited.leave(descriptors)}
     try:

@@ -1,10 +1,10 @@
-"""Listeners that a stop in order has left with systemd: `systemctl restart` refuses nobody.
+"""Listeners that a graceful stop has left with systemd: `systemctl restart` refuses no client.
 
-systemd keeps what is in its descriptor store while a restart waits, and who connects meanwhile
-waits in the kernel.  Of the protector before us nothing else is there: its workers have finished,
-and what it was told is of no interest.  So this is no adoption, but a start that finds some of its
-addresses bound already.  (A protector that was killed has its settings there as well, and whoever
-finds these does not come here: door.is_ours().)
+systemd keeps what is in its descriptor store while a restart waits, and clients that connect
+meanwhile wait in the kernel.  Of the protector before us nothing else is there: its workers have
+finished, and its settings do not matter.  So this is no adoption, but a start that finds some of
+its addresses bound already.  (One that was killed has its settings there as well, and a start that
+finds these does not come here: inherited.is_ours().)
 
 Runs in the launching process.
 
@@ -36,7 +36,7 @@ def take(
     backlog: int,
     notice: Callable[[str], None],
 ) -> dict[str, Bound]:
-    """Return, by address, what is wanted still, as a new one would be; let go of the rest.
+    """Return, by address, what is wanted still, as a new one would be; close the rest.
 
     passed: indexes of those arguments that other sockets stand for.  Raises Refusal.
     """
@@ -67,7 +67,7 @@ def take(
 
 
 def _let_go(left: Given) -> None:
-    """Have nobody come by it any more, whoever has a copy; and remove the file that is its own."""
+    """Shut it down, for every process that has a copy; and remove the file that is its own."""
     path = left.address.removeprefix("unix:")
     try:
         if path.startswith("/"):
@@ -75,7 +75,7 @@ def _let_go(left: Given) -> None:
                 if is_file_of(left.socket, os.lstat(path)):
                     os.unlink(path)
     except OSError:
-        pass  # it is gone, or may not be removed; whoever binds there finds nobody listening
+        pass  # it is gone, or may not be removed; the next bind finds it stale
     try:
         left.socket.shutdown(socket.SHUT_RDWR)
     except OSError:
@@ -86,7 +86,7 @@ def _let_go(left: Given) -> None:
 def store(passed: Passed, places: Mapping[str, Bound]) -> None:
     """Have systemd keep what was taken under its new name, and nothing else of ours.
 
-    places: by the names that they have from now on.
+    places: by their names from now on.
     """
     if not passed.stored:
         return

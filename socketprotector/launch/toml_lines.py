@@ -30,7 +30,7 @@ _PLAIN = re.compile(r"[^,\]}#\r\n]+")
 def find(text: str) -> dict[Path, int]:
     """Return the line, counted from 1, of each table, key and value of a list.
 
-    Of a table that is told of in several places, the first one.
+    Of a table that is defined in several places, the first one.
     """
     return _Scanner(text).statements()
 

@@ -20,7 +20,7 @@ _FIRST_LINE = 256
 
 
 def as_user(identity: Identity, look: Callable[[], str]) -> str:
-    """Return what `look` returns to that user; "" where nobody here can become that user."""
+    """Return what `look` returns to that user; "" where we cannot become that user."""
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:

@@ -1,4 +1,4 @@
-"""Which options well-known servers want, told by the name of their command.
+"""Which options well-known servers need, known by the name of their command.
 
 Pure.  Nothing is chosen by it: it is what --help and --check show, and what is said where a
 program that binds its own port was started without.  The same as in docs/servers.md and
@@ -92,7 +92,7 @@ KNOWN: Mapping[str, Server] = {
         drops=("--fd", "--host", "--port"),
     ),
 }
-#: By what some of these are told of a socket, in the command or as NAME=VALUE in the environment.
+#: How some of these get to know a socket, in the command or as NAME=VALUE in the environment.
 _TOLD_BY: Mapping[str, re.Pattern[str]] = {
     "uvicorn": re.compile("--fd|UVICORN_FD="),
     "hypercorn": re.compile(".*fd://|-c|--config"),
@@ -239,9 +239,9 @@ def advice(
 
 
 def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> str | None:
-    """Say what to do where workers take nobody who waits for them; None where nothing is known.
+    """Say what to do where clients wait and workers take none; None where nothing is known.
 
-    taken_from: somebody was taken, as far as is known, so its port is not the program's own.
+    taken_from: a connection was taken, as far as is known, so its port is not the program's own.
     """
     if taken_from:
         return "its workers are busy, or hang: see their counts, scale, or have a --watchdog"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .frozen import frozen
 
-#: stop-first has nobody serving while the old generation drains: never without an end.
+#: With stop-first no generation serves while the old one drains: never without an end.
 STOP_FIRST_DRAIN_S = 30.0
 
 
@@ -23,7 +23,7 @@ class Policy:
     stop_timeout_s: float = 30.0
     kill_timeout_s: float = 5.0
     stop_first: bool = False
-    workers_accept: bool = False  # --handoff listener: nobody else knows what they have taken
+    workers_accept: bool = False  # --handoff listener: only they know what they have taken
     ready: str = "notify"  # what says that a worker is ready (settings.py), for who waits in vain
 
     @property

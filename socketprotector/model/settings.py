@@ -33,13 +33,13 @@ class ListenerSettings:
     address: str  # tcp:HOST:PORT, tcp:[HOST6]:PORT, unix:/path, unix:@name
     device: int = 0  # st_dev and st_ino of the socket file, 0 without one
     inode: int = 0
-    backlog: int = 0  # of a UNIX socket: whoever listens says it
-    foreign: bool = False  # given to us by somebody who goes on listening (socket activation)
+    backlog: int = 0  # of a UNIX socket, which has to listen again
+    foreign: bool = False  # passed in by a service manager, which goes on listening
     text: str = ""  # the LISTEN argument that it is of
     nonblock: bool = False  # workers that it is handed to find it so
     priority: int = -1  # SO_PRIORITY of each connection, which inherits none; -1: the system's
     name: str = ""  # what it is called: NAME=LISTEN, else the port or the file's name
-    removed: bool = False  # by a reload; its place is never another's
+    removed: bool = False  # by a reload; its index is never used again
 
 
 @frozen
@@ -69,7 +69,7 @@ class Limits:
     """When a worker makes room for another one; 0: never."""
 
     connections: int = 0
-    spread: int = 0  # some take so many more or fewer
+    spread: int = 0  # the number of each varies by up to this
     memory_bytes: int = 0
     age_s: float = 0.0
 
@@ -123,9 +123,9 @@ class Settings:
     worker_limits: Limits = field(default_factory=Limits)
     control: ListenerSettings | None = None  # the control socket
     control_group: int | None = None  # who else may speak there
-    secret: str = ""  # part of each worker's notify address, so that nobody can guess it
+    secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
     notify_folder: str = ""  # where these addresses are; "": they are abstract
-    notices: tuple[str, ...] = ()  # what the operator was told at the start: for the log too
+    notices: tuple[str, ...] = ()  # lines for the operator at the start: for the log too
     origin: Origin = field(default_factory=Origin)
 
     @property
@@ -148,7 +148,7 @@ class Settings:
         return replace(self, listeners=listeners)
 
     def noticed(self, notices: Sequence[str]) -> Settings:
-        """The same with what the operator was told."""
+        """The same with lines for the operator."""
         return replace(self, notices=tuple(notices))
 
 

@@ -297,7 +297,8 @@ class Forwarder:
                 try:
                     fd, _ = accept()
                 except OSError as error:
-                    self._took(count, at)
+                    if count:
+                        self._took(count, at)
                     self._steady = 0
                     if count < 2:
                         most = 1
@@ -310,7 +311,8 @@ class Forwarder:
                 try:
                     send([header], rights, SEND_FLAGS)
                 except OSError as error:
-                    self._took(count, at)
+                    if count:
+                        self._took(count, at)
                     self._send_failed(header, fd, error)
                     return
                 close(fd)
@@ -326,11 +328,10 @@ class Forwarder:
 
     def _took(self, count: int, last_ns: int) -> None:
         """So many were sent, the last one accepted then."""
-        if count:
-            self.forwarded += count
-            self._last_ns = last_ns
-            if not self._queue.runs:
-                self._queue.start()
+        self.forwarded += count
+        self._last_ns = last_ns
+        if not self._queue.runs:
+            self._queue.start()
 
     def _one_by_one(self, since_ns: int) -> None:
         """One came alone, so long after the one before: expect the next one, or do not."""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.model import handoff
+
 ROOT = Path(__file__).parents[1]
 DAEMON = ROOT / "socketprotector"
 CLIENT = ROOT / "client_lib" / "socketprotector_client"
@@ -164,6 +166,37 @@ def test_decide_is_called_from_one_line_only() -> None:
     ]
 
     assert len(calls) == 1, calls
+
+
+def names_a_mode(node: ast.AST) -> bool:
+    """Whether an expression is a handoff mode, its name, or what settings call it."""
+    match node:
+        case ast.Constant(str(word)):
+            return word in handoff.MODES
+        case ast.Name(word) | ast.Attribute(ast.Name("handoff"), word):
+            return word.lower() in handoff.MODES and word.isupper()
+        case ast.Attribute(of, "name"):
+            return isinstance(of, ast.Name | ast.Attribute) and ast.unparse(of).endswith("mode")
+        case ast.Attribute(_, "handoff" | "mode"):
+            return True
+        case ast.Tuple(parts) | ast.List(parts) | ast.Set(parts):
+            return any(map(names_a_mode, parts))
+    return False
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "model.handoff"])
+def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: str) -> None:
+    found: list[ast.AST] = []
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        match node:
+            case ast.Compare(left, _, others):
+                found += filter(names_a_mode, (left, *others))
+            case ast.MatchValue(value):
+                found += filter(names_a_mode, [value])
+            case ast.Subscript(of, index) if not ast.unparse(of).endswith("MODES"):
+                found += filter(names_a_mode, [index])
+
+    assert not found, [f"{module}:{getattr(each, 'lineno', 0)}" for each in found]
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("programs.")])

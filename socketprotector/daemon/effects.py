@@ -45,7 +45,6 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model import known_servers
-from ..model.handoff import LISTENER
 from ..model.history import Crash, History
 from ..model.records import Program, RunRecord
 from ..model.settings import Settings
@@ -111,7 +110,7 @@ class Effects:
         self._log = log
         self._persist = persist
         self._stay = stay
-        self._accepts = settings.handoff != LISTENER  # else workers do
+        self._accepts = not settings.mode.workers_accept  # else workers do
         self._systemd = systemd
         self._launcher = launcher
         self._post = post
@@ -304,7 +303,7 @@ class Effects:
             self._remember(self.run.history.reload_began(number, clock.date()))
         self.generations.known()  # here too: where nobody keeps descriptors nothing else asks
         self.generations[number] = made
-        if program.handoff == LISTENER:
+        if program.mode.workers_accept:
             self.steering.enter(number, made.record.socket_number)
             self.flags.watch()
         capacity = made.channel.capacity()
@@ -402,7 +401,7 @@ class Effects:
     def untaken_s(self, number: int) -> float | None:
         """Return for how long nobody was taken who waits for a generation; None: no wonder."""
         generation = self.generations[number]
-        if generation.program.handoff == LISTENER:
+        if generation.program.mode.workers_accept:
             return self.steering.untaken_s if number == self._route else None
         return self.forwarder.untaken_s(generation.channel)
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from ..core.events import Event, SettingsFailed, SettingsRead, UseSettings
 from ..core.snapshot import Snapshot
-from ..model.handoff import LISTENER
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
@@ -137,7 +136,7 @@ class LiveSettings:
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)
         for index, fd in answer.listeners.items():
-            shared, second = new.handoff == LISTENER, answer.seconds.get(index, -1)
+            shared, second = new.mode.workers_accept, answer.seconds.get(index, -1)
             listener = Listener(fd, index, new.listeners[index], shared=shared, second=second)
             self._forwarder.add(listener)
             self._steering.expect(listener)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from ..core.events import WorkerExited
 from ..model import known_servers
-from ..model.handoff import CONNECTION, LISTENER
 from ..model.history import Crash
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS
@@ -171,7 +170,7 @@ class PostMortem:
         reason = f"{program.argv[0]} {how} {when}"
         if detached:
             reason += "; does it detach itself? tell it to stay in the foreground"
-            if program.handoff == CONNECTION:
+            if program.mode.needs_library:
                 reason += f"; {known_servers.STDIN}"
         where = "" if last_words else self._output.where_to_look()
         unseen = bool(where) and not detached
@@ -191,7 +190,7 @@ class PostMortem:
         left = process.has_group()
         if left:
             program = generation.program
-            drain_signal = program.drain_signal if program.handoff == LISTENER else 0
+            drain_signal = program.drain_signal if program.mode.workers_accept else 0
             self._groups.keep(record, process, drain_signal)
         else:
             process.close()

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
 from ..core.fleet import Phase, State
 from ..core.snapshot import Snapshot
-from ..model.handoff import LISTENER
 from ..model.records import WorkerRecord
 from ..system import inherited
 from ..system.inherited import Inherited
@@ -89,7 +88,7 @@ class Recovery:
             effects.generations[record.number] = each
             if record.ended:
                 continue
-            if record.program.handoff == LISTENER:
+            if record.program.mode.workers_accept:
                 effects.steering.adopt(record.number, record.socket_number)
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
@@ -102,7 +101,7 @@ class Recovery:
         ended: list[WorkerExited] = []
         pool, fleet = self._effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
-            shared = generation.program.handoff == LISTENER
+            shared = generation.program.mode.workers_accept
             whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
             if whole and not record.orphaned:
                 pool.adopt(record, mine, generation)

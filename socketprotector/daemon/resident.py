@@ -19,7 +19,6 @@ from .. import __version__
 from ..core.events import ReloadRequested, StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
-from ..model import handoff
 from ..model.errors import Refusal, SystemRefused
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..model.text import status_of
@@ -144,7 +143,7 @@ class _Resident:
         self.launcher = Launcher(
             left.take_one(inherited.LAUNCHER), left.take_one(inherited.TERMINAL), self.pid
         )
-        self.listeners = _listeners(left, listeners, settings.handoff == handoff.LISTENER)
+        self.listeners = _listeners(left, listeners, settings.mode.workers_accept)
         line = left.take_one(inherited.GUARD)
         self.line = socket.socket(fileno=line) if line is not None else None
         self.guard = Outbox(self._later, self.line)
@@ -208,8 +207,8 @@ class _Resident:
             supervisor.adopt(Recovery(supervisor.effects, snapshot, self.left_over))
         # Signals are taken from here on; and by which of them workers finish, should none of us
         # be there to say so.
-        accept = self.settings.handoff == handoff.LISTENER
-        self.guard.send(f"X_BEGAN=1\nX_FINISH={self.settings.drain_signal if accept else 0}")
+        finish = self.settings.drain_signal if self.settings.mode.workers_accept else 0
+        self.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
         self.watcher.start(watchers)
         status = supervisor.run()
         self.staying = supervisor.effects.left

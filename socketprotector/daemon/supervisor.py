@@ -30,7 +30,6 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.lifecycle import decide, resume
 from ..model import fd_budget
-from ..model.handoff import CANNOT
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import reap_orphans
@@ -292,7 +291,7 @@ class Supervisor:
         settings, now = self.effects.live_settings.settings, self._fleet.workers_wanted
         wanted = now + asked.change if asked.to is None else asked.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        cannot = CANNOT.get((settings.handoff, "scale"))
+        cannot = settings.mode.cannot.get("scale")
         if cannot is None and wanted > now:
             cannot = fd_budget.refused(settings, wanted, hard)
             doubtful = fd_budget.doubtful(settings, wanted, hard)

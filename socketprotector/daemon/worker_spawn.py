@@ -23,7 +23,7 @@ from itertools import count
 
 from socketprotector_client import wire
 
-from ..model.handoff import FIRST_FD, LISTENER, told_to
+from ..model.listen_fds import FIRST_FD, worker_variables
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import clock, inherited
@@ -52,7 +52,7 @@ class Worker:
     @property
     def accepts(self) -> bool:
         """Whether it takes connections from the listeners: then a signal has it finish."""
-        return self.generation.program.handoff == LISTENER
+        return self.generation.program.mode.workers_accept
 
     @property
     def has_served(self) -> bool:
@@ -109,7 +109,7 @@ class WorkerSpawner:
             # --ready fd:N has that number for itself.
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
             line = None
-            if program.handoff == LISTENER:
+            if program.mode.workers_accept:
                 descriptors = self._listeners_for(generation, free)
                 environment |= self._variables_of_listeners(generation.record.number, slot)
                 tell_pid = "LISTEN_PID"
@@ -148,7 +148,7 @@ class WorkerSpawner:
         return {next(free): listeners[index] for index in wanted}
 
     def _variables_of_listeners(self, generation: int, slot: int) -> dict[str, str]:
-        told = told_to(generation=generation, slot=slot, master_pid=os.getpid())
+        told = worker_variables(generation, slot=slot, master_pid=os.getpid())
         if self.settings.control is not None:
             told["EINHORN_SOCK_PATH"] = self.settings.control.address.removeprefix("unix:")
         return told

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-from ..model import fd_budget, handoff
+from ..model import fd_budget, handoff, listen_fds
 from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
@@ -105,7 +105,7 @@ def _reachable(settings: Settings, path: str) -> None:
     typed = {os.path.join(settings.directory, name): os.X_OK} if "/" in name else {}
     folder = {os.path.join(settings.directory, ""): os.X_OK}
     python = {sys.executable: os.X_OK}
-    adapted = settings.handoff in (handoff.STDIO, handoff.LEGACY)
+    adapted = bool(settings.mode.adapter)
     protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
     if settings.worker_identity is None:
@@ -129,10 +129,13 @@ def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) 
 
     given: the options that were given, without their dashes.
     """
-    refused = handoff.refused(settings, given)
+    refused = settings.mode.refused(given)
     if refused is not None:
         raise UsageError(refused)
-    if settings.handoff == handoff.LEGACY:
+    placeholders = listen_fds.placeholders(settings.command)
+    if placeholders and not settings.mode.workers_accept:
+        raise UsageError(f"{placeholders[0]} in the command: {handoff.NEEDS_LISTENER}")
+    if settings.mode.knows_ports_alone:
         without = next((each.text for each in listens if each.path is not None), None)
         if without is not None:
             raise UsageError(f"{without}: --handoff legacy knows workers by their port; give one")
@@ -144,15 +147,15 @@ def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) 
 
 def names(settings: Settings) -> None:
     """Refuse names for descriptors that stand for nothing, and a number that is taken."""
-    if settings.handoff != handoff.LISTENER:
+    if not settings.mode.workers_accept:
         return
     values = [value for _, value in settings.environment]
     try:
-        ready = handoff.ready_fd(settings)
-        handoff.filled((*settings.command, *values), settings.listeners, ready)
-    except handoff.HandoffError as error:
+        ready = listen_fds.ready_fd(settings)
+        listen_fds.fill((*settings.command, *values), settings.listeners, ready)
+    except listen_fds.PlaceholderError as error:
         raise UsageError(str(error)) from error
-    taken = handoff.descriptors(settings.listeners).values()
+    taken = listen_fds.descriptors(settings.listeners).values()
     if settings.ready_fd in taken:
         raise UsageError(
             f"--ready fd:{settings.ready_fd}: a listener has this number in the worker; "

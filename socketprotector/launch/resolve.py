@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..model import handoff
 from ..model.errors import UsageError
 from ..model.frozen import frozen
+from ..model.handoff import MODES, HandoffMode
 from ..model.policy import Policy
 from ..model.settings import Limits, Origin, Settings
 from ..system.cpu_quota import scheduler
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 #: Of a program's name as that of its service: what a line of syslog has room for (RFC 5424).
 _NAME_CHARS = 48
-#: What counts as ready without --ready.
-_READY = {handoff.LISTENER: Ready("any", after_s=1.0)}
 
 
 @frozen
@@ -77,7 +75,7 @@ class Reading:
         given, file = self._given, self._file
         if file is None:
             self._refuse_what_is_missing()
-        listens = [_fitting(each, given["handoff"]) for each in self._listens()]
+        listens = [_fitting(each, MODES[given["handoff"]]) for each in self._listens()]
         settings = self._settings(self._command())
         with self._about("env_file"):
             preflight.env_file_readable(settings.env_file)
@@ -186,8 +184,8 @@ class Reading:
         if running is None:
             os.umask(umask)
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
-        mode = given["handoff"]
-        ready = given["ready"] or _READY.get(mode, Ready("notify"))
+        mode = MODES[given["handoff"]]
+        ready = given["ready"] or Ready(mode.ready, mode.ready_after_s)
         group = given["control_group"]
         connections, spread = given["retire_after"]
         values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}
@@ -196,12 +194,10 @@ class Reading:
             "command": command,
             "directory": directory,
             "policy.stop_first": given["reload_order"] == "stop-first",
-            "policy.workers_accept": mode == handoff.LISTENER,
-            "policy.ready": (
-                mode if (mode, ready.kind) == (handoff.LEGACY, "notify") else ready.kind
-            ),
+            "policy.workers_accept": mode.workers_accept,
+            "policy.ready": mode.ready_hint or ready.kind,
             "pools": os.cpu_count() or 1,
-            "workers": given["workers"] or (handoff.PLACES if mode == handoff.STDIO else 1),
+            "workers": given["workers"] or mode.workers,
             "ready": ready.kind,
             "ready_after_s": ready.after_s,
             "ready_fd": ready.fd,
@@ -239,17 +235,17 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     return Settings(**parts[""], policy=policy, worker_limits=limits)
 
 
-def _fitting(listen: Listen, mode: str) -> Listen:
+def _fitting(listen: Listen, mode: HandoffMode) -> Listen:
     """Where a worker gets the socket itself, every address of a port is one socket, not two.
 
     Raises UsageError for what each connection would have to be given by us: there we accept none.
     """
-    if mode != handoff.LISTENER:
+    if not mode.workers_accept:
         return listen
     if "priority" in listen.options:
         raise UsageError(
-            f"{listen.text}: priority cannot be had with --handoff listener: connections inherit "
-            "none; let the server set it"
+            f"{listen.text}: priority cannot be had with --handoff {mode.name}: connections "
+            "inherit none; let the server set it"
         )
     if listen.host or listen.path or listen.passed:
         return listen

@@ -12,7 +12,9 @@ import shlex
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from ..model import handoff, known_servers
+from ..model import known_servers
+from ..model.handoff import LISTENER, HandoffMode
+from ..model.listen_fds import ready_after_s
 from ..model.settings import Settings
 from . import options, preflight
 from .listen_spec import Listen
@@ -21,7 +23,7 @@ from .listen_spec import Listen
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _NAMED = re.compile(r"\{fd:(\w+)\}")
 #: What --handoff listener refuses: the operator has to choose there.
-_REFUSED = {f"--{option}" for mode, option in handoff.REFUSED if mode == handoff.LISTENER}
+_REFUSED = {f"--{option}" for option in LISTENER.refuses}
 #: Of a file that may use the client library, in bytes: it is imported at the top.
 _LOOKED_AT = 1 << 16
 
@@ -41,15 +43,15 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
     found = known_servers.lacks(
         settings.command,
         (f"{variable}={value}" for variable, value in environment.items()),
-        mode=settings.handoff,
+        mode=settings.mode,
         settles=settings.policy.settle_s > 0,
-        after_s=handoff.ready_after_s(settings),
+        after_s=ready_after_s(settings),
     )
-    if found is None or (settings.handoff == handoff.CONNECTION and _speaks(settings, environment)):
+    if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
         return
     how = f"start it as in: {known_servers.line(name)}"
     if typed:
-        own = line(settings.origin.words, listens, settings.handoff)
+        own = line(settings.origin.words, listens, settings.mode)
         how = f"start it as: {own}" if own else known_servers.to_add(name)
     yield f"{found}; {how}"
 
@@ -73,7 +75,7 @@ def _speaks(settings: Settings, environment: Mapping[str, str]) -> bool:
     return any(known_servers.OURS in word for word in words)
 
 
-def line(words: Sequence[str], listens: Sequence[Listen], mode: str) -> str | None:
+def line(words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode) -> str | None:
     """Return the line with all that the server wants; None where that is not certain.
 
     words: what was typed.  listens: its addresses.  mode: how connections come to the server now.
@@ -100,14 +102,14 @@ def line(words: Sequence[str], listens: Sequence[Listen], mode: str) -> str | No
     ours, said = _without(ours, {"--handoff", "--ready", "--settle"}, {"--check"})
     if "--settle" in said:
         wanted = [*_without(wanted, {"--settle"})[0], "--settle", said["--settle"]]
-    if mode == handoff.LISTENER and "--ready" in said and "--ready" not in wanted:
+    if mode.workers_accept and "--ready" in said and "--ready" not in wanted:
         wanted += ["--ready", said["--ready"]]
     at = known_servers.place(command) + 1
     rest, dropped = _without(command[at:], server.drops, server.flags)
     workers = dropped.get("--workers") or dropped.get("-w") or ""
     if workers.isdecimal() and "--workers" not in " ".join(ours):
         wanted += ["--workers", workers]
-    whole = ["SocketProtector", "--handoff", handoff.LISTENER, *wanted, *ours, "--"]
+    whole = ["SocketProtector", "--handoff", LISTENER.name, *wanted, *ours, "--"]
     return " ".join(map(_quoted, [*whole, *command[:at], *adds.split(), *rest]))
 
 

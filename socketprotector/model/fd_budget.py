@@ -5,7 +5,6 @@ Pure.  docs/reliability.md, How many workers, has the same in words.
 
 from __future__ import annotations
 
-from .handoff import LISTENER
 from .settings import Settings
 
 #: For all else: standard files, listeners, state, channels, guard, relay, and what a start takes.
@@ -18,7 +17,7 @@ def of_a_worker(settings: Settings) -> int:
     ours = settings.log_file is not None or not settings.foreground
     relayed = settings.log_prefix or (ours and settings.log_relay)
     acks = settings.ready in ("ack", "any")
-    return 2 + (settings.handoff != LISTENER) + relayed + acks
+    return 2 + (not settings.mode.workers_accept) + relayed + acks
 
 
 def most(settings: Settings, hard: int) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .frozen import frozen
-from .handoff import CONNECTION, LISTENER
+from .handoff import LISTENER, HandoffMode
 from .records import Program
 
 _PAGE = "docs/servers.md"
@@ -105,7 +105,7 @@ _PRELOADS = re.compile("--preload|-c|--config|GUNICORN_CMD_ARGS=")
 OURS = "socketprotector"
 #: Load an application by themselves, which may fail.
 _LOADS = ("gunicorn", "uvicorn", "hypercorn")
-WANTS = f"a program that binds its own port wants --handoff {LISTENER} ({_PAGE})"
+WANTS = f"a program that binds its own port wants --handoff {LISTENER.name} ({_PAGE})"
 #: The same where it is to accept from the socket that it is handed.
 TAKES = (
     f"a server has to take over the socket that it is handed, by number or variable ({_PAGE}); one "
@@ -145,7 +145,7 @@ def line(name: str) -> str:
     """Return a command line for a known server, ready to be copied."""
     server = KNOWN[name]
     words = (server.options, server.listen, "--", name, server.adds, server.rest)
-    return " ".join(filter(None, (f"SocketProtector --handoff {LISTENER}", *words)))
+    return " ".join(filter(None, (f"SocketProtector --handoff {LISTENER.name}", *words)))
 
 
 def to_add(name: str) -> str:
@@ -154,7 +154,7 @@ def to_add(name: str) -> str:
     listen = server.listen.strip("'")
     called = f", call its address {listen.partition('=')[0]}=..." if "=" in listen else ""
     queried = f", with ?{listen.partition('?')[2]} behind it" if "?" in listen else ""
-    ours = f"--handoff {LISTENER} {server.options}".rstrip()
+    ours = f"--handoff {LISTENER.name} {server.options}".rstrip()
     behind = f", and {server.adds} behind {name}" if server.adds else ""
     return f"add {ours}{called}{queried}{behind} ({_PAGE})"
 
@@ -163,7 +163,7 @@ def lacks(
     command: Sequence[str],
     variables: Iterable[str],
     *,
-    mode: str,
+    mode: HandoffMode,
     settles: bool,
     after_s: float | None,
 ) -> str | None:
@@ -175,12 +175,12 @@ def lacks(
     name = known(command)
     if name is None:
         return None
-    if mode == CONNECTION:
+    if mode.needs_library:
         return (
             f"{name} binds its own port, and takes no connection that is handed to it unless it "
             "uses the client library (docs/frameworks.md)"
         )
-    if mode != LISTENER:
+    if not mode.workers_accept:
         return None
     words = (*command, *variables)
     told_by = _TOLD_BY.get(name)
@@ -220,12 +220,12 @@ def advice(
     listens by itself, if it does.  passes_over: clients wait, and it is the one to accept them.
     """
     name = known(program.argv)
-    if program.handoff == LISTENER and (passes_over or _TAKEN.search(said)):
+    if program.mode.workers_accept and (passes_over or _TAKEN.search(said)):
         example = f"{name} takes it over, started as in: {line(name)} ({_PAGE})" if name else ""
         address = listens()
         where = f"it listens on {address} by itself" if address else ""
         return "; ".join(filter(None, (where, TAKES, example)))
-    if program.handoff != CONNECTION:
+    if not program.mode.needs_library:
         return ""
     if name is not None:
         start = f"start it as in: {line(name)} (--check has your own words; {_PAGE})"
@@ -245,4 +245,4 @@ def hint(program: Program, *, taken_from: bool, advice: Callable[[], str]) -> st
     """
     if taken_from:
         return "its workers are busy, or hang: see their counts, scale, or have a --watchdog"
-    return advice() or (WANTS if program.handoff == CONNECTION else None)
+    return advice() or (WANTS if program.mode.needs_library else None)

@@ -11,6 +11,7 @@ from dataclasses import field, replace
 from socketprotector_client import wire
 
 from .frozen import frozen
+from .handoff import MODES, HandoffMode
 from .history import History
 from .settings import Identity, Settings
 
@@ -36,6 +37,11 @@ class Program:
     ready_check: str = ""
     drain_signal: int = 15
     watchdog_s: float = 0.0
+
+    @property
+    def mode(self) -> HandoffMode:
+        """How connections reach its workers."""
+        return MODES[self.handoff]
 
 
 @frozen

@@ -15,6 +15,7 @@ from dataclasses import asdict, field, replace
 
 from .codec import FORMAT, Codec, DecodeError, newer_format, refusal
 from .frozen import frozen
+from .handoff import MODES, HandoffMode
 from .policy import Policy
 
 TYPE_CHECKING = False
@@ -129,9 +130,14 @@ class Settings:
     origin: Origin = field(default_factory=Origin)
 
     @property
+    def mode(self) -> HandoffMode:
+        """How connections reach the workers."""
+        return MODES[self.handoff]
+
+    @property
     def processes(self) -> int:
         """How many workers a generation has: under stdio a few start all programs."""
-        return min(self.workers, self.pools) if self.handoff == "stdio" else self.workers
+        return min(self.workers, self.pools) if self.mode.pooled else self.workers
 
     @property
     def to_syslog(self) -> bool:
@@ -193,6 +199,8 @@ def load(data: bytes) -> Settings:
         form, tree = _opened(data)
         found = _CODEC.value_of(tree if form == FORMAT else from_format_2(tree))
         if isinstance(found, Settings):
+            if found.handoff not in MODES:
+                raise NewerError(f"no --handoff {found.handoff} is known")
             return found
         raise DecodeError(f"they are {type(found).__name__}")
     except DecodeError as error:

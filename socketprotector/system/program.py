@@ -8,7 +8,7 @@ import sys
 from socketprotector_client import wire
 
 from .. import __file__ as package
-from ..model import handoff
+from ..model import listen_fds
 from ..model.records import Program
 from ..model.settings import Settings
 from . import env_file
@@ -17,10 +17,7 @@ from .executable import resolve
 #: What belongs to the protector alone and must not reach a worker.
 _PRIVATE = ("NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "SOCKETPROTECTOR_", "FDSTORE")
 
-
-#: Modes in which a program of ours stands between the channel and the command, and what runs it:
-#: this very package, wherever it was loaded from, and as little else as can be.
-_ADAPTERS = {handoff.STDIO: "stdio.__main__", handoff.LEGACY: "legacy"}
+#: Runs an adapter from this very package, wherever it was loaded from, and little else.
 _RUN = (
     "import sys; sys.path[:0] = sys.argv.pop(1).split(':'); "
     "from socketprotector.programs.{} import main; main()"
@@ -32,18 +29,19 @@ def program_of(settings: Settings) -> Program:
     environment = inherited_environment(settings)
     own = env_file.read(settings.env_file) if settings.env_file is not None else {}
     own = {**own, **dict(settings.environment)}
-    ready_fd = handoff.ready_fd(settings)
-    if settings.handoff == handoff.LISTENER:
-        values = handoff.filled(tuple(own.values()), settings.listeners, ready_fd)
-        own = {**handoff.told(settings.listeners), **dict(zip(own, values, strict=True))}
+    mode, ready_fd = settings.mode, listen_fds.ready_fd(settings)
+    if mode.workers_accept:
+        values = listen_fds.fill(tuple(own.values()), settings.listeners, ready_fd)
+        environment.update(listen_fds.listener_variables(settings.listeners))
+        own = dict(zip(own, values, strict=True))
     environment.update(own)
     directory = os.path.realpath(settings.directory, strict=True)
     search = environment.get("PATH", os.defpath)
     path, argv = resolve(settings.executed, directory, search)
     environment["PWD"] = directory
-    if settings.handoff == handoff.LISTENER:
-        argv = handoff.filled(argv, settings.listeners, ready_fd)
-    elif settings.handoff in _ADAPTERS:
+    if mode.workers_accept:
+        argv = listen_fds.fill(argv, settings.listeners, ready_fd)
+    elif mode.adapter:
         path, argv = sys.executable, _adapted(settings, path, argv)
     return Program(
         path=path,
@@ -60,7 +58,7 @@ def program_of(settings: Settings) -> Program:
         ),
         handoff=settings.handoff,
         ready=settings.ready,
-        ready_after_s=handoff.ready_after_s(settings),
+        ready_after_s=listen_fds.ready_after_s(settings),
         ready_fd=ready_fd,
         ready_check=settings.ready_check,
         drain_signal=settings.drain_signal,
@@ -87,11 +85,11 @@ def _adapted(settings: Settings, path: str, argv: tuple[str, ...]) -> tuple[str,
     """Return what starts the adapter that starts a command."""
     files = (package, wire.__file__)
     packages = dict.fromkeys(os.path.dirname(os.path.dirname(each)) for each in files)
-    run = _RUN.format(_ADAPTERS[settings.handoff])
+    run = _RUN.format(settings.mode.adapter)
     adapter: tuple[str, ...] = (sys.executable, "-I", "-S", "-c", run, ":".join(packages))
-    if settings.handoff == handoff.STDIO:
+    if settings.mode.pooled:
         adapter += ("--at-once", str(settings.workers), "--of", str(settings.processes))
         adapter += ("--shell",) if settings.shell else ("--file", path)
-    elif settings.handoff == handoff.LEGACY:
+    else:
         argv = (path, *argv[1:])
     return (*adapter, "--", *(settings.command if settings.shell else argv))

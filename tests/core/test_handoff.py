@@ -1,120 +1,48 @@
-"""What the modes of handing over can do, and what a server is told of its listeners."""
+"""What follows from a handoff mode."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
 
 import pytest
 
-from socketprotector.model import einhorn, handoff
-from socketprotector.model.handoff import HandoffError
-from socketprotector.model.settings import ListenerSettings, Settings
-
-HTTP = ListenerSettings("tcp:[::]:80", text="http=80", name="http")
-ADMIN = ListenerSettings("unix:/run/a", text="admin=unix:/run/a", name="admin")
-GONE = ListenerSettings("tcp:127.0.0.1:8", text="8", name="8", removed=True)
-NUMBERED = ListenerSettings("tcp:127.0.0.1:81", text="127.0.0.1:81?backlog=5", name="81")
-SETTINGS = Settings(
-    "x", ("server",), "/", handoff=handoff.LISTENER, listeners=(HTTP, GONE, ADMIN, NUMBERED)
-)
+from socketprotector.model.handoff import CONNECTION, LEGACY, LISTENER, MODES, STDIO, HandoffMode
+from socketprotector.model.settings import Settings, SettingsError, dump, load
 
 
-def test_listeners_have_the_numbers_from_3_on_and_removed_ones_none() -> None:
-    assert handoff.descriptors(SETTINGS.listeners) == {0: 3, 2: 4, 3: 5}
+def test_a_mode_is_found_by_the_name_that_settings_have() -> None:
+    assert list(MODES) == ["connection", "listener", "stdio", "legacy"]
+    assert Settings("x", ("server",), "/").mode is CONNECTION
+    assert load(dump(Settings("x", ("server",), "/", handoff="stdio"))).mode is STDIO
 
 
-def test_each_protocol_is_told_its_own_way() -> None:
-    assert handoff.told(SETTINGS.listeners) == {
-        "LISTEN_FDS": "3",
-        "LISTEN_FDNAMES": "http:admin:81",
-        "SERVER_STARTER_PORT": "80=3;/run/a=4;127.0.0.1:81=5",
-        "EINHORN_FD_COUNT": "3",
-        "EINHORN_FDS": "3 4 5",
-        "EINHORN_FD_0": "3",
-        "EINHORN_FD_1": "4",
-        "EINHORN_FD_2": "5",
-    }
-    assert handoff.told(())["LISTEN_FDS"] == "0"
-    assert handoff.told([replace(HTTP, name="a:b")])["LISTEN_FDNAMES"] == "a_b"
+def test_settings_with_a_mode_of_a_newer_program_are_refused() -> None:
+    newer = json.loads(dump(Settings("x", ("server",), "/"))) | {"handoff": "datagram"}
+    with pytest.raises(SettingsError, match="datagram"):
+        load(json.dumps(newer).encode())
+
+
+def test_a_command_needs_the_library_where_it_takes_from_the_queue_itself() -> None:
+    assert [each for each in MODES.values() if each.needs_library] == [CONNECTION]
 
 
 @pytest.mark.parametrize(
-    ("word", "becomes"),
+    ("mode", "option"),
     [
-        ("{fd:http}", "3"),
-        ("fd://{fd:ADMIN}/", "fd://4/"),
-        ("$(circus.sockets.Http)", "3"),
-        ("((circus.sockets.admin))", "4"),
-        ("{fd:81},{fd:http}", "5,3"),
-        ("{fd:ready}", "9"),
-        ("{fd}", "{fd}"),
-        ("$(other)", "$(other)"),
+        (CONNECTION, "drain-signal"),
+        (CONNECTION, "shell"),
+        (LISTENER, "max-requests"),
+        (STDIO, "drain-signal"),
+        (LEGACY, "ready"),
     ],
 )
-def test_a_name_becomes_a_number(word: str, becomes: str) -> None:
-    assert handoff.filled([word], SETTINGS.listeners, 9) == (becomes,)
+def test_an_option_that_a_mode_has_no_use_for_is_refused(mode: HandoffMode, option: str) -> None:
+    refused = mode.refused(["workers", option])
+    assert refused is not None
+    assert refused.startswith(f"--{option} with --handoff {mode.name}: ")
 
 
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("{fd:web}", "there is: http, admin, 81; write NAME=LISTEN, as in web=4321"),
-        ("{fd:8}", "{fd:8}: no listener has this name"),
-        ("{fd:}", "as in http=4321"),
-        ("{fd:ready}", "{fd:ready}: no listener has this name"),
-        ("$(circus.sockets.x)", "$(circus.sockets.x): no listener"),
-    ],
-)
-def test_a_name_that_nothing_has_is_refused(word: str, said: str) -> None:
-    with pytest.raises(HandoffError) as refused:
-        handoff.filled([word], SETTINGS.listeners)
-    assert said in str(refused.value)
-
-
-def test_a_name_of_two_listeners_is_refused_with_both() -> None:
-    two = [HTTP, replace(NUMBERED, name="http")]
-    with pytest.raises(HandoffError, match=r"2 listeners \(tcp:\[::\]:80, tcp:127.0.0.1:81\)"):
-        handoff.filled(["{fd:http}"], two)
-
-
-def test_a_line_that_says_ready_has_a_number_where_it_is_asked_for() -> None:
-    asked = replace(SETTINGS, command=("server", "--notify={fd:ready}"))
-
-    assert handoff.ready_fd(SETTINGS) == -1
-    assert handoff.ready_fd(asked) == 6
-    by_environment = replace(SETTINGS, environment=(("READY_FD", "{fd:ready}"),))
-    assert handoff.ready_fd(by_environment) == 6
-    assert handoff.ready_fd(replace(asked, ready="fd", ready_fd=12)) == 12
-    assert handoff.ready_fd(replace(asked, handoff="connection")) == -1
-
-
-def test_every_mode_has_its_answers() -> None:
-    for mode, _ in (*handoff.CANNOT, *handoff.REFUSED):
-        assert mode in handoff.MODES
-    plain = Settings("x", ("server",), "/")
-    assert handoff.refused(plain, ["workers", "queue"]) is None
-    assert handoff.refused(plain, ["drain-signal"])
-    assert handoff.refused(SETTINGS, ["drain-signal", "ready"]) is None
-
-
-@pytest.mark.parametrize(
-    ("line", "pid"),
-    [
-        (b'{"command":"worker:ack", "pid":12}', 12),
-        (b'{"pid":12,"command":"worker:ack"}', 12),
-        (b'{"command":"worker:ack"}', 0),
-        (b'{"command":"worker:ack", "pid":"12"}', 0),
-        (b"---%0Acommand: worker:ack%0Apid: 123%0A", 123),
-        (b"---%0A:command: worker:ack%0A:pid: 7%0A", 7),
-        (b'---%0A"command": "worker:ack"', 0),
-        (b'{"command":"worker:ping", "pid":12}', None),
-        (b'{"command":"worker:ackx"}', None),
-        (b"[" * 100_000, None),
-        (b"command: worker:ack please", None),
-        (b'["worker:ack"]', None),
-        (b"\xff\xfe", None),
-        (b"", None),
-    ],
-)
-def test_einhorn_s_ack_is_known_in_both_of_its_forms(line: bytes, pid: int | None) -> None:
-    assert einhorn.ack(line) == pid
+def test_other_options_are_not() -> None:
+    assert CONNECTION.refused(["workers", "queue"]) is None
+    assert LISTENER.refused(["drain-signal", "ready"]) is None
+    assert STDIO.refused(["shell"]) is None

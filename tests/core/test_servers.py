@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.model import handoff, known_servers
+from socketprotector.model import handoff, known_servers, listen_fds
+from socketprotector.model.handoff import HandoffMode
 from socketprotector.model.records import Program
 
 PROGRAM = Program("x", ("./daemon", "80"), "/", (), 0, (), 0)
@@ -40,7 +41,7 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
     listens, command = words[: words.index("--")], words[words.index("--") + 1 :]
 
     assert known_servers.known(command) == name
-    asked = {each for each in handoff.placeholders(words) if each != "{fd:ready}"}
+    asked = {each for each in listen_fds.placeholders(words) if each != "{fd:ready}"}
     given = {word.partition("=")[0] for word in listens if not word.startswith(("-", "NGINX"))}
     assert {each[4:-1] for each in asked} <= given
 
@@ -66,8 +67,8 @@ def test_what_is_known_of_a_program_that_takes_nobody_is_said(
 
 
 @pytest.mark.parametrize("mode", [handoff.STDIO, handoff.LEGACY])
-def test_nothing_is_said_of_another_handoff(mode: str) -> None:
-    program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode)
+def test_nothing_is_said_of_another_handoff(mode: HandoffMode) -> None:
+    program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode.name)
 
     assert known_servers.advice(program, said="address already in use", listens=lambda: "x:1") == ""
 
@@ -76,7 +77,7 @@ def test_nothing_is_said_of_another_handoff(mode: str) -> None:
 def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
     argv: tuple[str, ...],
 ) -> None:
-    program = replace(PROGRAM, argv=argv, handoff=handoff.LISTENER)
+    program = replace(PROGRAM, argv=argv, handoff="listener")
 
     told = known_servers.advice(program, said="bind: Address already in use")
 
@@ -89,7 +90,7 @@ def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
 def lacks(
     command: str,
     *variables: str,
-    mode: str = handoff.LISTENER,
+    mode: HandoffMode = handoff.LISTENER,
     settles: bool = False,
     after_s: float | None = None,
 ) -> str | None:
@@ -204,7 +205,7 @@ def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice
 
 
 def test_a_program_that_never_took_anybody_is_told_what_is_known_or_what_it_may_want() -> None:
-    piped = replace(PROGRAM, handoff=handoff.STDIO)
+    piped = replace(PROGRAM, handoff="stdio")
 
     assert known_servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"
     assert known_servers.hint(PROGRAM, taken_from=False, advice=str) == known_servers.WANTS

@@ -15,7 +15,7 @@ _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
 _LISTENER = "SocketProtector --handoff listener"
 
 
-def line(typed: str, mode: str = handoff.CONNECTION) -> str | None:
+def line(typed: str, mode: handoff.HandoffMode = handoff.CONNECTION) -> str | None:
     words = shlex.split(typed)
     texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
     return server_hints.line(words, [parse(each, "/") for each in texts], mode)

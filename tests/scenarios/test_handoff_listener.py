@@ -596,7 +596,7 @@ def test_a_hold_is_refused_in_words(operated: Operating) -> None:
         code, said = line.refused("hold", seconds=5)
 
     assert code == "refused"
-    assert said == "under --handoff listener the workers accept, and nobody can hold them"
+    assert said == "hold is unavailable with --handoff listener: workers accept directly"
 
 
 # -- daemons that use the client library ------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any, cast
 from socketprotector.core.fleet import Phase, State
 from socketprotector.daemon.config_reader import Answer
 from socketprotector.daemon.socket_steering import LAST_S
-from socketprotector.model.handoff import FIRST_FD, LISTENER
+from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
 from tests.simulation.files import Connection, File
@@ -157,7 +157,7 @@ class Handed(World):
             directory="/srv",
             listeners=listeners,
             policy=replace(pick(POLICIES), workers_accept=True),
-            handoff=LISTENER,
+            handoff="listener",
             drain_signal=int(pick((signal.SIGTERM, signal.SIGQUIT))),
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),

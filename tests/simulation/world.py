@@ -50,7 +50,6 @@ from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.start_report import Launcher
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
-from socketprotector.model.handoff import LISTENER
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     inherited,
@@ -549,7 +548,7 @@ class World:
         snapshot = checkpoint.read(given[inherited.STATE])
         process._known.clear()
         settings = self._settings_of(snapshot)
-        shared = settings.handoff == LISTENER
+        shared = settings.mode.workers_accept
         coming = (snapshot.settings.candidate if snapshot else None) or settings
         own = {inherited.STATE, inherited.GUARD}
         left = Inherited({name: fd for name, fd in given.items() if name not in own})

@@ -22,7 +22,6 @@ from ...core.events import (
 from ...core.fleet import Fleet, Phase, State
 from ...model import control_requests
 from ...model.control_requests import Request, Wrong
-from ...model.handoff import CANNOT
 from ...system import clock
 from ...system.log import Log
 from ...system.loop import Loop
@@ -237,7 +236,7 @@ class Operator:
         return {}
 
     def _can(self, what: str) -> None:
-        cannot = CANNOT.get((self._effects.live_settings.settings.handoff, what))
+        cannot = self._effects.live_settings.settings.mode.cannot.get(what)
         if cannot is not None:
             raise Wrong("refused", cannot)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from ... import __version__
 from ...core.events import Deadline, Wait
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
-from ...model import handoff
+from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
 from ...system import clock
@@ -53,7 +53,7 @@ def of_ready(settings: Settings) -> str:
             return after
         case "any":
             said = "notify, ack or a line"
-            return said if handoff.ready_after_s(settings) is None else f"{said}, else {after}"
+            return said if ready_after_s(settings) is None else f"{said}, else {after}"
         case "fd":
             return f"fd {settings.ready_fd}"
         case kind:
@@ -90,7 +90,7 @@ def queue_limit(opened: OpenGeneration) -> int | None:
 
 
 def _accepts(opened: OpenGeneration) -> bool:
-    return opened.program.handoff == handoff.LISTENER
+    return opened.program.mode.workers_accept
 
 
 def of_generations(

@@ -1,0 +1,134 @@
+"""The listening sockets that a server gets under --handoff listener, and how it is told of them.
+
+Pure.  Each server looks for them in its own way: a descriptor's number in its command, which a
+placeholder stands for, or a variable.
+
+Source: sd_listen_fds(3); Server::Starter's SERVER_STARTER_PORT; einhorn's EINHORN_FD_n; circus'
+$(circus.sockets.NAME); nginx' NGINX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from .settings import ListenerSettings, Settings
+
+#: The first descriptor that a server is handed, as sd_listen_fds(3) has it.
+FIRST_FD = 3
+
+_PLACEHOLDER = re.compile(
+    r"\{fd:(?P<fd>[^{}]*)\}|\$\(circus\.sockets\.(?P<circus>[^()]*)\)"
+    r"|\(\(circus\.sockets\.(?P<old>[^()]*)\)\)",
+    re.IGNORECASE,
+)
+#: Stands for the descriptor on which a line says ready; see system/readiness.py.
+READY_NAME = "ready"
+
+
+class PlaceholderError(ValueError):
+    """A placeholder stands for nothing, or for several; the message says which."""
+
+
+def descriptors(listeners: Sequence[ListenerSettings]) -> dict[int, int]:
+    """Return the number that each listener has in a worker, by index; removed ones have none."""
+    living = [index for index, each in enumerate(listeners) if not each.removed]
+    return {index: FIRST_FD + place for place, index in enumerate(living)}
+
+
+def placeholders(words: Sequence[str]) -> list[str]:
+    """Return what stands in a command for a descriptor, as it stands there."""
+    return [found[0] for word in words for found in _PLACEHOLDER.finditer(word)]
+
+
+def ready_fd(settings: Settings) -> int:
+    """Return the number of the descriptor on which a line says ready, -1 if there is none.
+
+    Either --ready names it, or {fd:ready} asks for one behind the listeners.
+    """
+    words = (*settings.command, *(value for _, value in settings.environment))
+    names = {_name(found) for word in words for found in _PLACEHOLDER.finditer(word)}
+    if settings.ready_fd >= 0 or not settings.mode.workers_accept or READY_NAME not in names:
+        return settings.ready_fd
+    return FIRST_FD + len(descriptors(settings.listeners))
+
+
+def ready_after_s(settings: Settings) -> float | None:
+    """Return after how long a worker that says nothing is ready; None: it is to say so.
+
+    A server that was given {fd:ready} will: until then it is not ready, however long it takes.
+    """
+    writes = settings.ready == "any" and ready_fd(settings) >= 0
+    return None if writes else settings.ready_after_s
+
+
+def fill(
+    words: Sequence[str], listeners: Sequence[ListenerSettings], ready: int = -1
+) -> tuple[str, ...]:
+    """Put descriptors' numbers in the place of their names.  Raises PlaceholderError."""
+    numbers = descriptors(listeners)
+
+    def number(found: re.Match[str]) -> str:
+        name = _name(found)
+        mine = [index for index in numbers if listeners[index].name.lower() == name]
+        if len(mine) > 1:
+            addresses = ", ".join(listeners[index].address for index in mine)
+            raise PlaceholderError(
+                f"{found[0]}: {name} stands for {len(mine)} listeners ({addresses}); "
+                "give each a name of its own, as in a=127.0.0.1:80 b=[::1]:80"
+            )
+        if mine:
+            return str(numbers[mine[0]])
+        if name == READY_NAME and ready >= 0:
+            return str(ready)
+        names = dict.fromkeys(listeners[index].name for index in numbers)
+        raise PlaceholderError(
+            f"{found[0]}: no listener has this name; there is: {', '.join(names) or 'none'}; "
+            f"write NAME=LISTEN, as in {name or 'http'}=4321"
+        )
+
+    return tuple(_PLACEHOLDER.sub(number, word) for word in words)
+
+
+def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
+    """Return the variables in which each kind of server looks for the listeners."""
+    numbers = descriptors(listeners)
+    found = {
+        "LISTEN_FDS": str(len(numbers)),
+        "LISTEN_FDNAMES": ":".join(_fdname(listeners[index].name) for index in numbers),
+        "SERVER_STARTER_PORT": ";".join(
+            f"{_starter_name(listeners[index])}={fd}" for index, fd in numbers.items()
+        ),
+        "EINHORN_FD_COUNT": str(len(numbers)),
+        "EINHORN_FDS": " ".join(map(str, numbers.values())),
+    }
+    for place, fd in enumerate(numbers.values()):
+        found[f"EINHORN_FD_{place}"] = str(fd)
+    return found
+
+
+def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str, str]:
+    """Return those that differ between workers.  LISTEN_PID is known after the fork alone."""
+    return {
+        "SERVER_STARTER_GENERATION": str(generation),
+        "EINHORN_MASTER_PID": str(master_pid),
+        "EINHORN_CHILD_INDEX": str(slot),
+    }
+
+
+def _name(found: re.Match[str]) -> str:
+    """circus takes names in lower case; nobody tells two apart by that."""
+    return (found["fd"] or found["circus"] or found["old"] or "").lower()
+
+
+def _fdname(name: str) -> str:
+    return name.replace(":", "_") or "unknown"
+
+
+def _starter_name(listener: ListenerSettings) -> str:
+    """What Server::Starter calls it: the port alone where no host was named, else the address."""
+    kind, _, rest = listener.address.partition(":")
+    if kind == "unix":
+        return rest
+    bare = listener.text.partition("?")[0].rpartition("=")[2].isdecimal()
+    return rest.rpartition(":")[2] if bare else rest

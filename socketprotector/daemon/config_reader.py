@@ -12,15 +12,12 @@ import sys
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from ..model import text
-from ..model.records import Program
 from ..model.settings import Settings, SettingsError, dump, load
 from ..system import inherited
+from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
-from ..system.process import Process, spawn
 from ..system.sd_notify import discard
 
-_LAST_BYTES = 4096
 _RECORD_BYTES = 64
 #: More than anybody writes into a file that is read by people.
 _MOST_BYTES = 16 * 1024 * 1024
@@ -46,7 +43,7 @@ class Reader:
         self._command = command
         self._loop = loop
         self._key = key
-        self._process: Process | None = None
+        self._process: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._said = -1
         self._heard: dict[str, int] = {}
@@ -85,7 +82,6 @@ class Reader:
         """End it, if one is under way; nobody hears of it."""
         if self._process is not None:
             self._done = _nobody
-            self._let_go()
             self._release()
 
     def _start(self, settings: Settings, *, dry: bool) -> None:
@@ -98,39 +94,20 @@ class Reader:
                 file.write(dump(settings))
             name = inherited.READER_DRY if dry else inherited.READER
             given = {inherited.SETTINGS: held, name: theirs.fileno()}
-            program = Program(
-                path=self._command[0],
-                argv=self._command,
-                directory="/",
-                environment=tuple(os.environ.items()),
-                umask=settings.origin.umask,  # as at the start: UNIX sockets get their mode by it
-                limits=(),
-                nice=0,
+            # As at the start: UNIX sockets get their mode by the umask.
+            self._process = HelperProcess.start_protector(
+                self._command,
+                given,
+                self._said,
+                self._loop,
+                self._ended,
+                umask=settings.origin.umask,
             )
-            places = {
-                1: self._said,
-                2: self._said,
-                **dict(enumerate(given.values(), inherited.FIRST)),
-            }
-            self._process = spawn(program, inherited.names(given), places, tell_pid=inherited.PID)
         finally:
             theirs.close()
             if held >= 0:
                 os.close(held)
-        try:
-            self._loop.watch(self._line.fileno(), self._hear)
-            self._loop.watch(self._process.pidfd, self._ended)
-        except OSError:
-            self._loop.unwatch(self._line.fileno())
-            self._let_go()
-            raise
-
-    def _let_go(self) -> None:
-        """End its process, whenever that may be."""
-        assert self._process is not None
-        self._loop.unwatch(self._process.pidfd)
-        self._process.discard(self._loop)
-        self._process = None
+        self._loop.watch(self._line.fileno(), self._hear)
 
     def _hear(self) -> None:
         """Take in what it has answered so far."""
@@ -157,19 +134,14 @@ class Reader:
     def _too_late(self, limit_s: float) -> None:
         self._failure = f"the configuration was not read within {limit_s:g} s"
         if self._process is not None:
-            self._process.kill_group()
+            self._process.process.kill_group()
 
-    def _ended(self) -> None:
-        process = self._process
-        assert process is not None
+    def _ended(self, how: str) -> None:
         if self._line is not None:
             self._hear()
-        end = process.reap()
-        if end is None:
-            return  # a wake-up for a number that was another's before
         done, self._done = self._done, _nobody
         try:
-            answer = self._answer(f"who read it {end.how}")
+            answer = self._answer(f"who read it {how}")
         except OSError as error:
             answer = Answer(f"cannot take the answer: {error.strerror}")
         self._release()
@@ -183,8 +155,7 @@ class Reader:
         if "changes" in self._heard:
             return Answer(changes=self._lines("changes"))
         if not {"differences", "settings"} <= self._heard.keys():
-            lines = _text(self._said, _LAST_BYTES).strip().splitlines()
-            last = text.escape(lines[-1]) if lines else "it said nothing"
+            last = last_line(self._said)
             return Answer(f"the configuration was not read; {how}: {last}")
         try:
             settings = load(_text(self._heard["settings"]).encode())
@@ -216,17 +187,15 @@ class Reader:
             self._line.close()
             self._line = None
         if self._process is not None:
-            self._loop.unwatch(self._process.pidfd)
-            self._process.close()
+            self._process.discard()
             self._process = None
         if self._said >= 0:
             os.close(self._said)
             self._said = -1
 
 
-def _text(fd: int, last_bytes: int = _MOST_BYTES) -> str:
-    size = os.fstat(fd).st_size
-    return os.pread(fd, last_bytes, max(0, size - last_bytes)).decode("utf-8", "replace")
+def _text(fd: int) -> str:
+    return os.pread(fd, _MOST_BYTES, 0).decode("utf-8", "replace")
 
 
 def _nobody(answer: Answer) -> None:

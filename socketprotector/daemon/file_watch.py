@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 
-from ..model.records import Program
 from ..model.settings import Settings
 from ..system import inherited
+from ..system.helper import PROVEN_S, BackOff, HelperProcess
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import Process, spawn
+from ..system.process import Process
 
 #: The program, by its file: to import it here would load watchfiles.
 _SCRIPT = os.path.join(
@@ -27,8 +27,6 @@ _LINE_FD = 3
 _MESSAGE_BYTES = 4096
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
-#: Who has lived so long was no failure from the beginning.
-_PROVEN_S = 60.0
 _FILES = "unix:/"
 
 
@@ -51,10 +49,9 @@ class Watcher:
         self._log = log
         self._wanted = wanted
         self._persist = persist
-        self._process: Process | None = None
+        self._process: HelperProcess | None = None
         self._line: socket.socket | None = None
-        self._delay_s = _FIRST_DELAY_S
-        self._since = 0.0  # when it was started
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
         self._warned = False  # that one after the other ends
 
     def start(self, left: Mapping[str, Mapping[str, int]]) -> None:
@@ -64,7 +61,8 @@ class Watcher:
         """
         for pid, mine in left.items():
             if self._settings.watch and self._process is None and len(mine) == 2:
-                self._process = Process(int(pid), mine["process"])
+                process = Process(int(pid), mine["process"])
+                self._process = HelperProcess(process, self._loop, self._ended)
                 self._line = socket.socket(fileno=mine["line"])
             else:  # it was given away in part, or there is nothing to watch any more
                 for fd in mine.values():
@@ -78,8 +76,9 @@ class Watcher:
         """Return what the next program needs to go on with it, by name."""
         if self._process is None or self._line is None:
             return {}
-        mine = f"{inherited.WATCH}{self._process.pid}"
-        return {f"{mine}.process": self._process.pidfd, f"{mine}.line": self._line.fileno()}
+        process = self._process.process
+        mine = f"{inherited.WATCH}{process.pid}"
+        return {f"{mine}.process": process.pidfd, f"{mine}.line": self._line.fileno()}
 
     def close(self) -> None:
         """Watch no more."""
@@ -92,37 +91,22 @@ class Watcher:
         sockets = [*settings.listeners, *([settings.control] if settings.control else [])]
         files += [s.address[len(_FILES) - 1 :] for s in sockets if s.address.startswith(_FILES)]
         ours = [file for file in files if file]
-        program = Program(
-            path=sys.executable,
-            argv=(sys.executable, "-P", _SCRIPT, str(_LINE_FD), *settings.watch, "--", *ours),
-            directory="/",
-            environment=tuple(os.environ.items()),
-            umask=0o077,
-            limits=(),
-            nice=0,
-        )
+        argv = (sys.executable, "-P", _SCRIPT, str(_LINE_FD), *settings.watch, "--", *ours)
         try:
-            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                descriptors = {_LINE_FD: theirs.fileno()}
+                self._process = HelperProcess.start(argv, descriptors, self._loop, self._ended)
         except OSError as error:
+            self._forget()
             self._again(error.strerror or str(error))
             return
-        with theirs:
-            try:
-                self._process = spawn(program, {}, {_LINE_FD: theirs.fileno()})
-            except OSError as error:
-                line.close()
-                self._again(error.strerror or str(error))
-                return
-        self._line = line
         self._attend()
         self._persist()
 
     def _attend(self) -> None:
         assert self._line is not None
-        assert self._process is not None
-        self._since = time.monotonic()
         self._loop.watch(self._line.fileno(), self._hear)
-        self._loop.watch(self._process.pidfd, self._ended)
 
     def _hear(self) -> None:
         """Take in one message; its end comes by the pidfd."""
@@ -146,16 +130,11 @@ class Watcher:
             case _:
                 self._loop.unwatch(self._line.fileno())
 
-    def _ended(self) -> None:
+    def _ended(self, how: str) -> None:
         assert self._process is not None
-        how = "ended"
-        try:
-            result = self._process.reap()
-            if result is None:
-                return  # it cannot be waited for yet: somebody traces it
-            how = result.how
-        except ChildProcessError:
-            pass  # an earlier program's child: reaped by whoever adopted it
+        if time.monotonic() - self._process.since >= PROVEN_S:
+            self._back_off.reset()
+            self._warned = False
         while self._has_news():
             self._hear()
         self._forget()
@@ -178,17 +157,13 @@ class Watcher:
             self._line.close()
             self._line = None
         if self._process is not None:
-            self._loop.unwatch(self._process.pidfd)
             self._process.close()
             self._process = None
 
     def _again(self, why: str) -> None:
         """Start another one, later each time in a row."""
-        if time.monotonic() - self._since >= _PROVEN_S:
-            self._delay_s, self._warned = _FIRST_DELAY_S, False
         self._warn(why)
-        self._loop.call_after("watch", self._delay_s, self._spawn)
-        self._delay_s = min(self._delay_s * 2, _LAST_DELAY_S)
+        self._loop.call_after("watch", self._back_off.wait_s(), self._spawn)
 
     def _warn(self, why: str) -> None:
         """Say it once in a row, with the first reason that is known."""

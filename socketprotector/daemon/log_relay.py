@@ -28,12 +28,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from ..model.frozen import frozen
-from ..model.records import Program
 from ..programs import log_relay
 from ..system import inherited
+from ..system.helper import PROVEN_S, BackOff, HelperProcess
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import Process, spawn
+from ..system.process import Process
 
 _STDERR = 2
 _LINE_FD = 3
@@ -48,8 +48,6 @@ _READS_S = 0.5
 #: Before another relay is started; longer each time in a row.
 _RESTART_S = 0.1
 _LONGEST_S = 10.0
-#: One that has lived so long was no failure from the beginning.
-_PROVEN_S = 60.0
 #: How soon to tell it again what its line had no room for, and to look at a pipe that the last
 #: writer has left and that is not read to its end.
 _AGAIN_S = 0.1
@@ -90,10 +88,10 @@ class Relaying:
         #: Called when other descriptors are to be kept than before.
         self.changed: Callable[[], object] = lambda: None
         self._shared = -1  # the read end of what all write to, on its way to syslog
-        self._process: Process | None = None
+        self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
-        self._delay_s = _RESTART_S
+        self._back_off = BackOff(_RESTART_S, _LONGEST_S)
         self._unsaid: deque[tuple[str, int]] = deque()  # kind and the worker's number
         self._asked: dict[int, Callable[[bytes], None]] = {}  # who waits for last words
         #: Readable as soon as there is something in a pipe.
@@ -148,17 +146,17 @@ class Relaying:
             for process, line in found
             if not process.has_ended() and line >= 0 and not older
         ]
-        self._process, line = (usable or found)[-1]
+        chosen, line = (usable or found)[-1]
         for process, other in found:
-            if process is not self._process or not usable:
+            if process is not chosen or not usable:
                 process.signal(signal.SIGKILL)
-            if process is not self._process:
+            if process is not chosen:
                 process.close()
                 if other >= 0:
                     os.close(other)
         if line >= 0:
             self._listen(socket.socket(fileno=line))
-        self._attend(self._process)
+        self._helper = HelperProcess(chosen, self._loop, self._ended)
         self._say_all()
 
     def descriptors(self) -> dict[str, int]:
@@ -166,10 +164,11 @@ class Relaying:
         found = {}
         if self._shared >= 0:
             found[f"{inherited.RELAY}read"] = self._shared
-        if self._process is not None:
-            found[f"{inherited.RELAY}process.{self._process.pid}"] = self._process.pidfd
+        if self._helper is not None:
+            process = self._helper.process
+            found[f"{inherited.RELAY}process.{process.pid}"] = process.pidfd
             if self._line is not None:
-                found[f"{inherited.RELAY}line.{self._process.pid}"] = self._line.fileno()
+                found[f"{inherited.RELAY}line.{process.pid}"] = self._line.fileno()
         return found
 
     def _spawn(self) -> None:
@@ -181,18 +180,12 @@ class Relaying:
             out = null if self._kind == "syslog" else _STDERR
             shared = self._shared if self._shared >= 0 else null
             given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
-            program = Program(
-                path=sys.executable,
-                argv=(sys.executable, "-I", "-S", log_relay.__file__, *given),
-                directory="/",
-                environment=tuple(os.environ.items()),
-                umask=0o077,
-                limits=(),
-                nice=0,
-                batch=True,  # it is to wake up for many lines, not for each
-            )
+            argv = (sys.executable, "-I", "-S", log_relay.__file__, *given)
             descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
-            self._process = spawn(program, {}, descriptors)
+            # SCHED_BATCH: it is to wake up for many lines, not for each.
+            self._helper = HelperProcess.start(
+                argv, descriptors, self._loop, self._ended, batch=True
+            )
         except BaseException:
             ours.close()
             raise
@@ -200,42 +193,29 @@ class Relaying:
             if null >= 0:
                 os.close(null)
             theirs.close()
-        self._attend(self._process)
         self._listen(ours)
         self._say_all()
 
-    def _attend(self, process: Process) -> None:
-        since = time.monotonic()
+    def _ended(self, how: str) -> None:
+        assert self._helper is not None
+        self._log.write("error", "relay-ended", pid=self._helper.process.pid)
+        if time.monotonic() - self._helper.since >= PROVEN_S:
+            self._back_off.reset()
+        self._helper, self._stood = None, False
+        self._hang_up()
+        self.changed()
+        self._start_again()
 
-        def gone() -> None:
-            try:
-                if process.reap() is None:
-                    return  # it cannot be waited for yet: somebody traces it
-            except ChildProcessError:
-                pass  # an earlier program's child: reaped by whoever adopted it
-            self._loop.unwatch(process.pidfd)
-            process.close()
-            self._process, self._stood = None, False
-            self._hang_up()
-            self._log.write("error", "relay-ended", pid=process.pid)
-            self.changed()
-            if time.monotonic() - since >= _PROVEN_S:
-                self._delay_s = _RESTART_S
-            later()
-
-        def later() -> None:
-            self._loop.call_after("relay", self._delay_s, again)
-            self._delay_s = min(self._delay_s * 2, _LONGEST_S)
-
+    def _start_again(self) -> None:
         def again() -> None:
             try:
                 self._spawn()
             except OSError:  # out of descriptors: what is written waits in the pipes
-                later()
+                self._start_again()
             else:
                 self.changed()  # else the next program starts another one, beside this one
 
-        self._loop.watch(process.pidfd, gone)
+        self._loop.call_after("relay", self._back_off.wait_s(), again)
 
     def _listen(self, line: socket.socket) -> None:
         self._line = line
@@ -275,15 +255,16 @@ class Relaying:
             self._wait_for_output()
             return
         self._loop.call_after("relay-reads", _READS_S, self._look)
-        if self._process is None:
+        if self._helper is None:
             return
-        stands = self._process.is_stopped()
+        process = self._helper.process
+        stands = process.is_stopped()
         if stands and not self._stood:
-            self._log.write("warning", "relay-stopped", pid=self._process.pid)
+            self._log.write("warning", "relay-stopped", pid=process.pid)
         # What it has read and not passed on is lost only if it cannot go on (a debugger's).  Where
         # nobody can see how it is (no /proc), it is continued: to one that runs that is nothing.
         if stands is not False:
-            self._process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
+            process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
         self._stood = bool(stands)
 
     # -- workers -------------------------------------------------------------
@@ -395,10 +376,10 @@ class Relaying:
     def finish(self) -> None:
         """Let it pass on the last; it stays if somebody still writes."""
         self._hang_up()
-        if self._process is not None:
-            self._process.signal(signal.SIGCONT)
+        if self._helper is not None:
+            self._helper.process.signal(signal.SIGCONT)
             poll = select.poll()
-            poll.register(self._process.pidfd, select.POLLIN)
+            poll.register(self._helper.process.pidfd, select.POLLIN)
             poll.poll(_END_S * 1000)
 
 

@@ -12,16 +12,14 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 from .. import __version__
-from ..model import text
-from ..model.records import Program
 from ..system import inherited, privileges
+from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import Process, spawn
 
 #: How long the probe may take: it loads a program, on a busy machine.
 PROBE_S = 30.0
-_LAST_BYTES = 4096
+_ANSWER_BYTES = 4096
 #: Descriptors that a starting program opens at a time: a folder, a module, the loop's own.
 _NEEDED = 6
 _ANSWER = b"ok "
@@ -40,7 +38,7 @@ class Upgrade:
         self._command = command
         self._loop = loop
         self._log = log
-        self._probe: Process | None = None
+        self._probe: HelperProcess | None = None
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it says yes."""
@@ -48,29 +46,11 @@ class Upgrade:
             self._log.write("info", "upgrade-under-way")
             return
         opened: list[int] = []
-        try:
-            receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            opened += (receive, send)
-            said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
-            opened.append(said)
-            self._probe = self._spawn(descriptors, send, said)
-        except OSError as error:  # out of descriptors, too: then the old program goes on
-            self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
-            for fd in opened:
-                os.close(fd)
-            return
-        os.close(send)
-        probe = self._probe
 
-        def ended() -> None:
-            result = probe.reap()
-            if result is None:
-                return  # it cannot be waited for yet: somebody traces it
-            self._loop.unwatch(probe.pidfd)
+        def ended(how: str) -> None:
             late = self._loop.due(_TIMER) is None
             self._loop.cancel(_TIMER)
-            answer, last = _read(receive), os.pread(said, _LAST_BYTES, _start_of_end(said))
-            probe.close()
+            answer, last = _read(receive), last_line(said)
             os.close(receive)
             os.close(said)
             self._probe = None
@@ -79,31 +59,25 @@ class Upgrade:
                 self._log.write("info", "upgrading", version=version)
                 ready()
                 return
-            lines = last.decode("utf-8", "replace").strip().splitlines()
-            why = text.escape(lines[-1]) if lines else "it said nothing"
-            how = f"did not answer in {PROBE_S:g} s" if late else result.how
-            self.failed(f"the new program {how}: {why}")
+            how = f"did not answer in {PROBE_S:g} s" if late else how
+            self.failed(f"the new program {how}: {last}")
 
-        self._loop.watch(probe.pidfd, ended)
-        self._loop.call_after(_TIMER, PROBE_S, probe.kill_group)
-
-    def _spawn(self, descriptors: Mapping[str, int], answer: int, said: int) -> Process:
-        given = {
-            inherited.SETTINGS: descriptors[inherited.SETTINGS],
-            inherited.STATE: descriptors[inherited.STATE],
-            inherited.PROBE: answer,
-        }
-        program = Program(
-            path=self._command[0],
-            argv=self._command,
-            directory="/",
-            environment=tuple(os.environ.items()),
-            umask=0o077,
-            limits=(),
-            nice=0,
-        )
-        places = {1: said, 2: said, **dict(enumerate(given.values(), inherited.FIRST))}
-        return spawn(program, inherited.names(given), places, tell_pid=inherited.PID)
+        try:
+            receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            opened += (receive, send)
+            said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+            opened.append(said)
+            given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
+            given[inherited.PROBE] = send
+            probe = HelperProcess.start_protector(self._command, given, said, self._loop, ended)
+        except OSError as error:  # out of descriptors, too: then the old program goes on
+            self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
+            for fd in opened:
+                os.close(fd)
+            return
+        os.close(send)
+        self._probe = probe
+        self._loop.call_after(_TIMER, PROBE_S, probe.process.kill_group)
 
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""
@@ -140,10 +114,6 @@ def _need_descriptors() -> None:
 
 def _read(fd: int) -> bytes:
     try:
-        return os.read(fd, _LAST_BYTES)
+        return os.read(fd, _ANSWER_BYTES)
     except BlockingIOError:
         return b""
-
-
-def _start_of_end(fd: int) -> int:
-    return max(0, os.fstat(fd).st_size - _LAST_BYTES)

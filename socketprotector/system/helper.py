@@ -1,0 +1,143 @@
+"""Processes of our own program beside the workers: relay, watcher, configuration reader, probe.
+
+All are started, reaped and let go of here; what one of them is asked, and answers, is known to the
+module that has it started.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+
+from ..model import text
+from ..model.records import Program
+from . import inherited
+from .loop import Loop
+from .process import Process, spawn
+
+#: One that has lived so long was no failure from the beginning.
+PROVEN_S = 60.0
+_LAST_BYTES = 4096
+
+#: Is told how one ended.
+Ended = Callable[[str], None]
+
+
+class HelperProcess:
+    """One of them.  Owns the process, until that has ended or is let go of."""
+
+    def __init__(self, process: Process, loop: Loop, ended: Ended) -> None:
+        """Go on with a process.  Calls back once, when it is reaped.  Raises OSError."""
+        self.process = process
+        self.since = time.monotonic()
+        self._loop = loop
+        self._ended = ended
+        self._owned = True
+        loop.watch(process.pidfd, self._reap)
+
+    @classmethod
+    def start(
+        cls,
+        argv: tuple[str, ...],
+        descriptors: Mapping[int, int],
+        loop: Loop,
+        ended: Ended,
+        *,
+        variables: Mapping[str, str] | None = None,
+        umask: int = 0o077,
+        batch: bool = False,
+        tell_pid: str = "",
+    ) -> HelperProcess:
+        """Start one with our own environment; for the rest see spawn().  Raises OSError."""
+        program = Program(
+            path=argv[0],
+            argv=argv,
+            directory="/",
+            environment=tuple(os.environ.items()),
+            umask=umask,
+            limits=(),
+            nice=0,
+            batch=batch,
+        )
+        process = spawn(program, variables or {}, descriptors, tell_pid)
+        try:
+            return cls(process, loop, ended)
+        except OSError:  # the system is short of memory
+            process.discard(loop)
+            raise
+
+    @classmethod
+    def start_protector(
+        cls,
+        command: tuple[str, ...],
+        given: Mapping[str, int],
+        output: int,
+        loop: Loop,
+        ended: Ended,
+        *,
+        umask: int = 0o077,
+    ) -> HelperProcess:
+        """Start the protector's program with descriptors that it finds by name.  Raises OSError.
+
+        output: where what it writes goes.
+        """
+        return cls.start(
+            command,
+            {1: output, 2: output, **dict(enumerate(given.values(), inherited.FIRST))},
+            loop,
+            ended,
+            variables=inherited.names(given),
+            umask=umask,
+            tell_pid=inherited.PID,
+        )
+
+    def _reap(self) -> None:
+        how = "ended"
+        try:
+            end = self.process.reap()
+            if end is None:
+                return  # it cannot be waited for yet: somebody traces it
+            how = end.how
+        except ChildProcessError:
+            pass  # an earlier program's child: reaped by whoever adopted it
+        self.close()
+        self._ended(how)
+
+    def close(self) -> None:
+        """Let go of it, whether it runs or not; it is reaped as any other child then."""
+        if self._owned:
+            self._owned = False
+            self._loop.unwatch(self.process.pidfd)
+            self.process.close()
+
+    def discard(self) -> None:
+        """Kill it, if it has not ended, and let go of it."""
+        if self._owned:
+            self._owned = False
+            self._loop.unwatch(self.process.pidfd)
+            self.process.discard(self._loop)
+
+
+class BackOff:
+    """How long to wait before one is started again: longer each time in a row."""
+
+    def __init__(self, first_s: float, longest_s: float) -> None:
+        self._first_s = self._next_s = first_s
+        self._longest_s = longest_s
+
+    def reset(self) -> None:
+        self._next_s = self._first_s
+
+    def wait_s(self) -> float:
+        """Return how long to wait this time."""
+        wait_s, self._next_s = self._next_s, min(self._next_s * 2, self._longest_s)
+        return wait_s
+
+
+def last_line(output: int) -> str:
+    """Return the last line that was written to a file, in words where there is none."""
+    size = os.fstat(output).st_size
+    last = os.pread(output, _LAST_BYTES, max(0, size - _LAST_BYTES)).decode("utf-8", "replace")
+    lines = last.strip().splitlines()
+    return text.escape(lines[-1]) if lines else "it said nothing"

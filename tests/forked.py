@@ -42,7 +42,7 @@ CTL = str(Path(__file__).with_name("ctl") / "alone.py")
 _LOADED = (
     "socketprotector.launch.cli",
     "socketprotector.launch.config_file",
-    "socketprotector.ctl.entry",
+    *(f"socketprotector.ctl.{each}" for each in ("orders", "queries", "reload", "top")),
 )
 _MESSAGE_BYTES = 1 << 20
 

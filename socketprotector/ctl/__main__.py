@@ -1,16 +1,75 @@
-"""`socketprotectorctl` and `python -m socketprotector.ctl`."""
+"""`socketprotectorctl` and `python -m socketprotector.ctl`: run one command of the line.
+
+Whatever goes wrong is one line on stderr, and an exit status (errors.py).
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Sequence
+
+import click
+from click.shell_completion import ShellComplete, get_completion_class
+
+from ..model.errors import Refusal
+from . import orders, queries, reload, top
+from .cli import NAME, Instance, Interrupted, OutputClosed, command, complain, program, say_json
+
+#: Each has added its commands to the program.
+COMMANDS = (orders, queries, reload, top)
+INTERRUPTED = 130
+_COMPLETE = "_SOCKETPROTECTORCTL_COMPLETE"
 
 
-def main() -> None:
-    """Run the command, and exit with its status."""
-    from . import entry
+@command(short_help="Print the script that completes in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(instance: Instance, shell: str, as_json: bool) -> None:
+    """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)"."""
+    _ = instance
+    found = get_completion_class(shell)
+    assert found is not None
+    # Not the class's own source(): that of bash runs a bash to look at its version.
+    script = ShellComplete.source(found(program, {}, NAME, _COMPLETE))
+    if as_json:
+        say_json({"shell": shell, "script": script})
+    else:
+        print(script)
 
-    sys.exit(entry.main(sys.argv[1:]))
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's own by default.  Returns the exit status."""
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        status = program.main(arguments, prog_name=NAME, standalone_mode=False)
+        return int(status or 0)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (Interrupted, click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        complain(f"{message}; see {_help(error)}")
+        return error.exit_code
+    except Refusal as error:
+        complain(str(error))
+        return error.status
+    except OutputClosed:
+        # What is not written yet must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help(error: click.ClickException) -> str:
+    ctx = getattr(error, "ctx", None)
+    return f"{ctx.command_path if ctx else NAME} --help"
+
+
+def _terminated(_: int, __: object) -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,7 +26,7 @@ NAME = "socketprotectorctl"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class ReadEnough(Exception):
+class OutputClosed(Exception):
     """Whoever reads the answer has gone (`| head`): no mistake.  click would make it status 1."""
 
 
@@ -108,7 +108,7 @@ def program(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)}: only one of them")
     if ctx.invoked_subcommand is None:
-        raise UsageError(f"no command; there are {', '.join(sorted(program.commands))}")
+        raise UsageError(f"no command; there are {', '.join(program.list_commands(ctx))}")
     ctx.obj = Instance(name, control, pid_file)
 
 
@@ -155,7 +155,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
                 sys.stdout.flush()
                 return result
             except BrokenPipeError:
-                raise ReadEnough from None
+                raise OutputClosed from None
             except KeyboardInterrupt:
                 raise Interrupted from None
 

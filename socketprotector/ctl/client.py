@@ -19,7 +19,7 @@ from collections import deque
 from types import TracebackType
 from typing import Any
 
-from .errors import Cut, Denied, NoProtector, Refused
+from .errors import ConnectionLost, NoProtector, PermissionDenied, RequestRefused
 
 VERSION = 1
 #: A protector answers within milliseconds; one that starts after a crash takes some hundred, and
@@ -37,7 +37,7 @@ class Client:
     """A connected client.  Close it, or use it in a `with`."""
 
     def __init__(self, path: str, answer_s: float = ANSWER_S) -> None:
-        """Connect.  Raises NoProtector, or Denied where the socket's mode forbids it."""
+        """Connect.  Raises NoProtector, or PermissionDenied where the socket's mode forbids it."""
         self.path = path
         self._answer_s = answer_s
         self._buffer = bytearray()
@@ -53,9 +53,9 @@ class Client:
     def request(self, command: str, **arguments: Any) -> Message:
         """Ask, and return the result.
 
-        Raises Refused (Denied) for a no, Cut when the connection ended before the answer
-        came, NoProtector when none came in time.  After the latter the connection is of no
-        use any more.
+        Raises RequestRefused (PermissionDenied) for a no, ConnectionLost when the connection
+        ended before the answer came, NoProtector when none came in time.  After the latter the
+        connection is of no use any more.
         """
         self._last_id += 1
         asked = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
@@ -74,7 +74,7 @@ class Client:
                 return _result(message)
 
     def event(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None when none came in time.  Raises Cut."""
+        """Return the next event, or None when none came in time.  Raises ConnectionLost."""
         until = time.monotonic() + timeout_s
         while not self._events:
             message = self._message(until)
@@ -120,9 +120,11 @@ class Client:
             except (TimeoutError, BlockingIOError):
                 return None
             except OSError as error:
-                raise Cut(f"{self.path}: the connection was cut ({error.strerror})") from error
+                raise ConnectionLost(
+                    f"{self.path}: the connection was cut ({error.strerror})"
+                ) from error
             if not data:
-                raise Cut(f"{self.path}: the connection was cut")
+                raise ConnectionLost(f"{self.path}: the connection was cut")
             self._buffer += data
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
@@ -142,7 +144,7 @@ class Client:
 
 
 def connect(path: str, timeout_s: float) -> socket.socket:
-    """Return a connected socket, which the caller closes.  Raises NoProtector, Denied.
+    """Return a connected socket, which the caller closes.  Raises NoProtector, PermissionDenied.
 
     timeout_s: how long a full backlog is waited for; 0 is not at all (then the socket does
     not block).
@@ -154,7 +156,9 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     except OSError as error:
         sock.close()
         if isinstance(error, PermissionError):
-            raise Denied(f"{path}: not for this user; ask as root or as the protector's") from None
+            raise PermissionDenied(
+                f"{path}: not for this user; ask as root or as the protector's"
+            ) from None
         raise NoProtector(_unreachable(path, error)) from error
     except BaseException:
         sock.close()
@@ -209,4 +213,4 @@ def _result(message: Message) -> Message:
         result = message.get("result")
         return result if isinstance(result, dict) else {}
     code, error = str(message.get("code")), str(message.get("error"))
-    raise Denied(error) if code == "denied" else Refused(code, error)
+    raise PermissionDenied(error) if code == "denied" else RequestRefused(code, error)

@@ -15,9 +15,9 @@ import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..system.sock_diag import unread_unix
 from .client import Message, lives
-from .reload_progress import listed, number_in, text_in
-from .unix_diag import waiting as unix_waiting
+from .fields import listed, number_in, text_in
 
 #: A state that proc(5) calls TCP_LISTEN.
 _LISTENING = "0A"
@@ -43,7 +43,7 @@ class Connection:
 
 
 @dataclass(frozen=True, slots=True)
-class Unseen:
+class HiddenWorker:
     """A worker that could not be looked at, and why."""
 
     generation: int
@@ -61,7 +61,7 @@ class _Socket:
 
 def look(
     workers: Iterable[Message], listeners: Iterable[str], now: float, draining: Container[int] = ()
-) -> tuple[list[Connection], list[Unseen]]:
+) -> tuple[list[Connection], list[HiddenWorker]]:
     """Look the workers' connections up, as `connections` of docs/control.md names them.
 
     listeners: their canonical addresses; now: the time since the epoch.  draining: generations
@@ -70,7 +70,7 @@ def look(
     """
     addresses = tuple(listeners)
     found: list[Connection] = []
-    unseen: list[Unseen] = []
+    unseen: list[HiddenWorker] = []
     tables: dict[str, dict[int, _Socket]] = {}
     for worker in workers:
         generation, number = number_in(worker, "generation"), number_in(worker, "worker")
@@ -86,11 +86,12 @@ def look(
                 tables[space] = dict(_sockets(pids[0], addresses))
             inodes = _inodes(pids)
         except PermissionError:
-            unseen.append(Unseen(generation, number, pid, "not allowed: ask as root or its user"))
+            why = "not allowed: ask as root or its user"
+            unseen.append(HiddenWorker(generation, number, pid, why))
             continue
         except (FileNotFoundError, ProcessLookupError):
             if lives(pid):  # else it has ended meanwhile
-                unseen.append(Unseen(generation, number, pid, _HIDDEN))
+                unseen.append(HiddenWorker(generation, number, pid, _HIDDEN))
             continue
         accepted_at = worker.get("accepted_at_by_fd")
         since_at = worker.get("since_at")
@@ -189,7 +190,7 @@ def _tcp(path: str, addresses: list[str], length: int) -> Iterator[tuple[int, _S
 
 
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
-    waiting = unix_waiting()
+    waiting = unread_unix()
     for words in _lines(path):
         state, inode = words[5], words[6]
         name = " ".join(words[7:])  # a path may have blanks in it

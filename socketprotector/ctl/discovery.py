@@ -12,8 +12,8 @@ from ..model.text import escape
 from ..system import control_path
 from .client import connect, lives
 from .errors import NoProtector
-from .query_all import Found, ask_all
-from .reload_progress import listed, text_in
+from .fields import listed, text_in
+from .query_all import SocketAnswer, ask_all
 
 _NAMES_SHOWN = 8
 
@@ -51,7 +51,7 @@ def by_name(name: str) -> str:
     raise NoProtector(f"--name {name}: nobody of that name in {where()}; there is {known}")
 
 
-def names(found: Sequence[Found]) -> list[str]:
+def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return what each is called: its name, with its listener where several have that name.
 
     Of who does not say it, what its socket is called.
@@ -67,7 +67,7 @@ def names(found: Sequence[Found]) -> list[str]:
     return called
 
 
-def _names_of(found: Found) -> tuple[str, ...]:
+def _names_of(found: SocketAnswer) -> tuple[str, ...]:
     """Return what one may be called, the shortest first."""
     told = found.result or {}
     name = text_in(told, "name") or control_path.key(found.path)
@@ -109,7 +109,7 @@ def the_only_one() -> str:
     return living[0]
 
 
-def everything() -> list[Found]:
+def everything() -> list[SocketAnswer]:
     """Ask all that are in both folders for their status."""
     return ask_all(sockets())
 

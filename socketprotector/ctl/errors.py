@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from ..model.errors import Refusal, UsageError
 
-__all__ = ["Cut", "Denied", "NoProtector", "NotTaken", "Refused", "TimedOut", "UsageError"]
+__all__ = [
+    "ConnectionLost",
+    "NewVersionFailed",
+    "NoProtector",
+    "PermissionDenied",
+    "RequestRefused",
+    "TimedOut",
+    "UsageError",
+]
 
 
 class NoProtector(Refusal):
@@ -13,11 +21,11 @@ class NoProtector(Refusal):
     status = 1
 
 
-class Cut(NoProtector):
+class ConnectionLost(NoProtector):
     """The connection ended: an upgrade, a crash, a stop.  Whoever waits connects again."""
 
 
-class NotTaken(Refusal):
+class NewVersionFailed(Refusal):
     """The new version was tried and given up; what served before serves on."""
 
     status = 3
@@ -29,7 +37,7 @@ class TimedOut(Refusal):
     status = 4
 
 
-class Refused(Refusal):
+class RequestRefused(Refusal):
     """The protector answered, and it was no."""
 
     status = 100
@@ -41,7 +49,7 @@ class Refused(Refusal):
             self.status = UsageError.status
 
 
-class Denied(Refused):
+class PermissionDenied(RequestRefused):
     """The protector, or the socket's mode, does not let this user ask."""
 
     def __init__(self, error: str) -> None:

@@ -1,4 +1,4 @@
-"""scale, hold, release, drain, kill, log-level, reopen: orders that are done when answered."""
+"""scale, hold, release, replace, kill, log-level, reopen: orders that are done when answered."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import click
 
 from ..model.duration import Duration
-from .cli import Instance, command, say, say_json, tell
+from .cli import NAME, Instance, command, say, say_json, tell
 from .client import Message
-from .errors import NoProtector, Refused, UsageError
+from .errors import NoProtector, RequestRefused, UsageError
+from .fields import listed, number_in
 from .queries import GENERATION, _known_generations
-from .reload_progress import listed, number_in
 from .session import Session
 
 #: A hold without --for is asked for again so often, and each time for so long: a command that
@@ -24,6 +24,8 @@ from .session import Session
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
+#: `replace` by the name that protectors of earlier versions know, too.
+_REPLACE = "drain"
 #: So that `scale -1` is a number and no option.
 _NEGATIVE = {"ignore_unknown_options": True}
 
@@ -85,7 +87,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
 def _release(session: Session) -> None:
     try:
         session.ask("release")
-    except (NoProtector, Refused):
+    except (NoProtector, RequestRefused):
         tell(f"could not release; it ends by itself within {_HOLD_EACH_S:g} s")
 
 
@@ -130,20 +132,30 @@ def release(instance: Instance, as_json: bool) -> None:
 
 @command(short_help="Replace the serving generation, or a worker.")
 @click.argument("which", metavar="GEN|PID", shell_complete=_known_generations)
-def drain(instance: Instance, which: str, as_json: bool) -> None:
+def replace(instance: Instance, which: str, as_json: bool) -> None:
     """Replace the serving generation, or one worker, by another of the same program.
 
     Where a number is both a generation and a pid: generation:N or pid:N.
     """
     with instance.client() as client:
         wanted = _generation_or_pid(which, client.request("status"))
-        result = client.request("drain", **wanted)
+        result = client.request(_REPLACE, **wanted)
     if "generation" in wanted:
         number = wanted["generation"]
         words = f"generation {number} is replaced by one of the same program, and then drains"
     else:
         words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
     _answer(as_json, result, words)
+
+
+@command(hidden=True)
+@click.argument("which", metavar="GEN|PID")
+@click.pass_context
+def drain(ctx: click.Context, instance: Instance, which: str, as_json: bool) -> None:
+    """Do what replace does: its name before."""
+    _ = instance
+    tell(f"{NAME}: drain is called replace now; the old name works until 1.0")
+    ctx.invoke(replace, which=which, as_json=as_json)
 
 
 def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
@@ -165,7 +177,9 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
     if number in numbers:
         return {"generation": number}
     known = ", ".join(map(str, sorted(numbers)))
-    raise Refused("unknown", f"{number} is no generation and no worker's pid; generations: {known}")
+    raise RequestRefused(
+        "unknown", f"{number} is no generation and no worker's pid; generations: {known}"
+    )
 
 
 @command(short_help="KILL what is left of an old generation.")

@@ -14,9 +14,10 @@ from ..system import control_path
 from . import discovery
 from .cli import Instance, command, complain, say, say_json, tell
 from .client import Message
-from .connections import AT_LEAST, AT_MOST, EXACT, Connection, Unseen, addresses_of, look
-from .errors import Cut, NoProtector, NotTaken, Refused
-from .reload_progress import LEAVING, listed, number_in, text_in
+from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
+from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused
+from .fields import listed, number_in, text_in
+from .reload_progress import LEAVING
 from .session import Session
 
 _AGAIN_EVERY_S = 1.0
@@ -88,7 +89,7 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
     _show_connections(state, found, unseen)
 
 
-def _show_connections(state: Message, found: list[Connection], unseen: list[Unseen]) -> None:
+def _show_connections(state: Message, found: list[Connection], unseen: list[HiddenWorker]) -> None:
     from . import render
 
     rows = [
@@ -154,9 +155,9 @@ def diff(instance: Instance, as_json: bool) -> None:
     with instance.client(_DIFF_S) as client:
         try:
             result = client.request("diff")
-        except Refused as error:
+        except RequestRefused as error:
             if error.code == "refused":
-                raise NotTaken(f"a reload would fail: {error}") from None
+                raise NewVersionFailed(f"a reload would fail: {error}") from None
             raise
     if as_json:
         say_json(result)
@@ -180,7 +181,7 @@ def events(instance: Instance, follow: bool, as_json: bool) -> None:
         while True:
             try:
                 event = session.event(_LISTEN_S)
-            except Cut:
+            except ConnectionLost:
                 tell("the connection was cut; connecting again")
                 _again(session, follow)
                 continue

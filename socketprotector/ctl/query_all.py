@@ -13,14 +13,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .client import LONGEST_LINE, VERSION, Message, connect, peer_pid
-from .errors import Denied, NoProtector
+from .errors import NoProtector, PermissionDenied
 
 #: Whoever takes longer is shown as silent.
 SURVEY_S = 0.8
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SocketAnswer:
     """What became of one socket: the answer, or in one word why there is none."""
 
     path: str
@@ -35,7 +35,7 @@ class Found:
 
 
 @dataclass(slots=True)
-class _Asked:
+class _Pending:
     path: str
     socket: socket.socket
     pid: int
@@ -44,24 +44,24 @@ class _Asked:
 
 def ask_all(
     paths: Iterable[str], command: str = "status", within_s: float = SURVEY_S
-) -> list[Found]:
+) -> list[SocketAnswer]:
     """Ask all of them the same, without arguments; return what each said, in their order."""
     paths = list(paths)
-    found: dict[str, Found] = {}
+    found: dict[str, SocketAnswer] = {}
     line = json.dumps({"v": VERSION, "command": command}).encode() + b"\n"
     until = time.monotonic() + within_s
     with selectors.DefaultSelector() as selector:
         for path in dict.fromkeys(paths):
             try:
                 sock = connect(path, 0)
-            except Denied:
-                found[path] = Found(path, why="denied")
+            except PermissionDenied:
+                found[path] = SocketAnswer(path, why="denied")
                 continue
             except NoProtector as error:
                 full = isinstance(error.__cause__, BlockingIOError)
-                found[path] = Found(path, why="silent" if full else "dead")
+                found[path] = SocketAnswer(path, why="silent" if full else "dead")
                 continue
-            asked = _Asked(path, sock, peer_pid(sock), bytearray())
+            asked = _Pending(path, sock, peer_pid(sock), bytearray())
             try:
                 sock.send(line)
             except OSError:
@@ -74,12 +74,12 @@ def ask_all(
                     selector.unregister(key.data.socket)
                     key.data.socket.close()
         for key in list(selector.get_map().values()):
-            found[key.data.path] = Found(key.data.path, pid=key.data.pid, why="silent")
+            found[key.data.path] = SocketAnswer(key.data.path, pid=key.data.pid, why="silent")
             key.data.socket.close()
     return [found[path] for path in paths]
 
 
-def _read(asked: _Asked) -> Found | None:
+def _read(asked: _Pending) -> SocketAnswer | None:
     """Take what is there; None while it is not a whole line."""
     try:
         data = asked.socket.recv(65536)
@@ -93,16 +93,16 @@ def _read(asked: _Asked) -> Found | None:
     return None
 
 
-def _found(asked: _Asked) -> Found:
+def _found(asked: _Pending) -> SocketAnswer:
     if not asked.got:
-        return Found(asked.path, why="dead")
+        return SocketAnswer(asked.path, why="dead")
     try:
         message = json.loads(asked.got.partition(b"\n")[0])
     except ValueError:
         message = None
     if not isinstance(message, dict):
-        return Found(asked.path, pid=asked.pid, why="no protector")
+        return SocketAnswer(asked.path, pid=asked.pid, why="no protector")
     result = message.get("result")
     if message.get("ok") is not True or not isinstance(result, dict):
-        return Found(asked.path, pid=asked.pid, why=str(message.get("code")))
-    return Found(asked.path, result, asked.pid)
+        return SocketAnswer(asked.path, pid=asked.pid, why=str(message.get("code")))
+    return SocketAnswer(asked.path, result, asked.pid)

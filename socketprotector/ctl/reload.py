@@ -20,8 +20,9 @@ from ..model.duration import Duration
 from . import reload_progress
 from .cli import Instance, command, say, say_json, tell
 from .client import Message
-from .errors import Cut, NoProtector, NotTaken, Refused, TimedOut
-from .reload_progress import Verdict, number_in, text_in
+from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused, TimedOut
+from .fields import listed, number_in, text_in
+from .reload_progress import Verdict
 from .session import Session
 
 #: How often status is asked for while no event comes: it also finds out who hangs.
@@ -65,9 +66,9 @@ def _outcome(as_json: bool, **known: Any) -> Iterator[Message]:
     begun = time.monotonic()
     try:
         yield told
-    except (NoProtector, NotTaken, Refused, TimedOut) as error:
+    except (NoProtector, NewVersionFailed, RequestRefused, TimedOut) as error:
         told.setdefault("reason", str(error))
-        names = {NotTaken: "failed", Refused: "refused", TimedOut: "timed out"}
+        names = {NewVersionFailed: "failed", RequestRefused: "refused", TimedOut: "timed out"}
         told["result"] = names.get(type(error), "lost")
         raise
     except KeyboardInterrupt:
@@ -128,7 +129,7 @@ def _ask_reload(session: Session, before: Message) -> int:
     """Ask for it; where the connection ends before the answer, see whether it was heard."""
     try:
         return number_in(session.ask_once("reload"), "generation")
-    except Cut:
+    except ConnectionLost:
         session.again()
     newest = max((number_in(each, "generation") for each in _reloads(before)), default=0)
     for each in _reloads(session.ask("status")):
@@ -138,7 +139,7 @@ def _ask_reload(session: Session, before: Message) -> int:
 
 
 def _reloads(status: Message) -> list[Message]:
-    return reload_progress.listed(status, "reloads")
+    return listed(status, "reloads")
 
 
 def _judged(
@@ -158,7 +159,7 @@ def _judged(
                 watched.heard(event)
             else:
                 watched.looked(session.ask("status"))
-        except Cut:
+        except ConnectionLost:
             _back(session, watched, deadline, progress)
         except NoProtector:  # it is there, and does not answer
             deadline.slice_s(watched.waits_for())
@@ -190,18 +191,18 @@ def _given_up(session: Session, found: Verdict, told: Message) -> None:
         text += f": {found.reason}"
     try:
         route = session.ask("status").get("route")
-    except (NoProtector, Refused):
+    except (NoProtector, RequestRefused):
         route = None
     if isinstance(route, int):
         text += f"; generation {route} serves on"
-    raise NotTaken(text + _quoted(last_words))
+    raise NewVersionFailed(text + _quoted(last_words))
 
 
 def _last_words(session: Session, generation: int) -> str:
     """Look for them where a cut connection has lost the event."""
     try:
-        crashes = reload_progress.listed(session.ask("crashes"), "crashes")
-    except (NoProtector, Refused):
+        crashes = listed(session.ask("crashes"), "crashes")
+    except (NoProtector, RequestRefused):
         return ""
     for each in reversed(crashes):
         if number_in(each, "generation") == generation and text_in(each, "last_words"):
@@ -216,8 +217,8 @@ def _quoted(last_words: str) -> str:
 
 def _drained(session: Session, generation: int, deadline: _Deadline, progress: bool) -> None:
     """Wait until no generation before this one is left."""
-    most, shown = 0, reload_progress.Shown()
-    left = reload_progress.Draining()
+    most, shown = 0, reload_progress.ProgressThrottle()
+    left = reload_progress.DrainProgress()
     while True:
         try:
             left = reload_progress.draining(session.ask("status"), generation)
@@ -232,7 +233,7 @@ def _drained(session: Session, generation: int, deadline: _Deadline, progress: b
                 event = session.event(left_s)
                 if event is not None and event.get("event") in ("drained", "exited"):
                     break
-        except Cut:
+        except ConnectionLost:
             deadline.again(session, f"{left.words()} to drain")
 
 
@@ -274,7 +275,7 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
                 status = session.ask("status")
             elif event.get("event") == "upgrade-failed":
                 reason = text_in(event, "reason")
-                raise NotTaken(
+                raise NewVersionFailed(
                     f"not upgraded: {before.get('version')} goes on: {reason}"
                     + _quoted(text_in(event, "last_words"))
                 )
@@ -282,7 +283,7 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
                 return session.ask("status")
             else:
                 continue
-        except Cut:
+        except ConnectionLost:
             deadline.again(session, waits_for)
             status = session.ask("status")
         if number_in(status, "restarts") > number_in(before, "restarts"):
@@ -321,7 +322,7 @@ def _ask_stop(session: Session, quick: bool) -> None:
     """Ask once: a second time would be heard as "at once"."""
     try:
         session.ask_once("stop", quick=quick)
-    except Cut:
+    except ConnectionLost:
         try:
             session.again()
             if session.ask("status").get("phase") != "stopping":  # it was not heard
@@ -331,7 +332,7 @@ def _ask_stop(session: Session, quick: bool) -> None:
 
 
 def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progress: bool) -> None:
-    shown, left = reload_progress.Shown(), "the workers"
+    shown, left = reload_progress.ProgressThrottle(), "the workers"
     while True:
         try:
             event = session.event(deadline.slice_s(f"{left} to finish"))
@@ -341,7 +342,7 @@ def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progre
             left = "the protector" if everybody.over else everybody.words()
             if progress and not everybody.over and shown.is_news(everybody.workers, left):
                 tell(f"waits for {left}")
-        except Cut:
+        except ConnectionLost:
             try:
                 session.again(_GONE_S)
             except NoProtector:

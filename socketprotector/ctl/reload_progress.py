@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .client import Message
+from .fields import listed, number_in, text_in
 
 #: Generations that no longer get connections, and workers that leave.
 LEAVING = ("draining", "abandoned")
@@ -28,7 +29,7 @@ class Verdict:
 
 
 @dataclass(slots=True)
-class Shown:
+class ProgressThrottle:
     """What was said of a count of workers: each change of a few, each tenth part of many."""
 
     _whole: int = 0
@@ -49,7 +50,7 @@ class _Generation:
     number: int
     spawned: set[int]
     ready: set[int]
-    shown: Shown = field(default_factory=Shown)
+    shown: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False
 
 
@@ -183,7 +184,7 @@ class Reload:
 
 
 @dataclass(frozen=True, slots=True)
-class Draining:
+class DrainProgress:
     """What is left of the generations before one."""
 
     generations: tuple[int, ...] = ()
@@ -208,9 +209,9 @@ class Draining:
         return f"generation{plural} {numbers} ({workers}{pids}{connections})"
 
 
-def draining(status: Message, before: int) -> Draining:
+def draining(status: Message, before: int) -> DrainProgress:
     """Return what is left of the generations that drain and are older than `before`."""
-    found = Draining()
+    found = DrainProgress()
     for each in listed(status, "generations"):
         number = number_in(each, "number")
         if number >= before or each.get("phase") not in LEAVING:
@@ -227,24 +228,3 @@ def draining(status: Message, before: int) -> Draining:
             active=(found.active or 0) + active if known and isinstance(active, int) else None,
         )
     return found
-
-
-# -- fields of what came from elsewhere -------------------------------------------
-
-
-def listed(message: Message, name: str) -> list[Message]:
-    """Return a list of objects, whatever is there instead left out."""
-    value = message.get(name)
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def number_in(message: Message, name: str) -> int:
-    """Return a whole number, 0 where none is."""
-    value = message.get(name)
-    return value if isinstance(value, int) else 0
-
-
-def text_in(message: Message, name: str) -> str:
-    """Return a text, empty where none is."""
-    value = message.get(name)
-    return value if isinstance(value, str) else ""

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from .client import ANSWER_S, Client, Message
-from .errors import Cut, NoProtector
+from .errors import ConnectionLost, NoProtector
 
 #: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
 RETURN_S = 10.0
@@ -22,7 +22,7 @@ class Session:
     """Requests and events of one control socket, across the ends of its connections."""
 
     def __init__(self, path: str, *, events: bool = False) -> None:
-        """Connect, and follow events if asked to.  Raises NoProtector, Refused."""
+        """Connect, and follow events if asked to.  Raises NoProtector, RequestRefused."""
         self.path = path
         self._events = events
         self._client = Client(path)
@@ -42,18 +42,21 @@ class Session:
         while True:
             try:
                 return self._client.request(command, **arguments)
-            except Cut:
+            except ConnectionLost:
                 left_s = until - time.monotonic()
                 if left_s <= 0:
                     raise
                 self.again(left_s)
 
     def ask_once(self, command: str, **arguments: Any) -> Message:
-        """Ask; raises Cut when nobody knows whether it was heard."""
+        """Ask; raises ConnectionLost when nobody knows whether it was heard."""
         return self._client.request(command, **arguments)
 
     def event(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None.  Raises Cut: then connect `again` and look around."""
+        """Return the next event, or None.
+
+        Raises ConnectionLost: then connect `again` and look around.
+        """
         return self._client.event(timeout_s)
 
     def again(self, within_s: float | None = None) -> None:

@@ -8,7 +8,7 @@ from rich.text import Text
 from ..model.text import headline
 from . import render
 from .client import Message
-from .reload_progress import listed, number_in, text_in
+from .fields import listed, number_in, text_in
 from .render import Row
 
 _GENERATIONS = (

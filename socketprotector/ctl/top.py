@@ -22,7 +22,7 @@ from ..model.duration import Duration
 from .cli import Instance, command, say_json
 from .client import Message
 from .errors import NoProtector, UsageError
-from .reload_progress import listed
+from .fields import listed
 from .session import Session
 
 if TYPE_CHECKING:

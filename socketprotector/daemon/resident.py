@@ -32,7 +32,7 @@ from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_f
 from ..system.state_file import StateError, StateFile
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .control.commands import Operator
+from .control.commands import CommandHandler
 from .control.server import Control
 from .effects import Effects
 from .event_queue import EventQueue
@@ -418,7 +418,7 @@ class _Resident:
         settings = self.settings
         if self.control_listener is None:
             return None
-        operator = Operator(supervisor, self.loop, log, lambda: self._reopen_logs(log))
+        operator = CommandHandler(supervisor, self.loop, log, lambda: self._reopen_logs(log))
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
         control = Control(

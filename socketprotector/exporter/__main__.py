@@ -1,25 +1,134 @@
-"""`socketprotector-exporter` and `python -m socketprotector.exporter`."""
+"""`socketprotector-exporter` and `python -m socketprotector.exporter`: the command line.
+
+Whatever is wrong is one line: what, where, what to do.
+"""
 
 from __future__ import annotations
 
+import signal
+import socket
+import ssl
 import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..model.errors import Refusal, SystemRefused, UsageError
+from ..model.text import escape
+
+NAME = "socketprotector-exporter"
+DEFAULT = "127.0.0.1:9517"
 
 
-def main() -> None:
-    """Run until it is stopped, and exit with the status of that."""
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--name", multiple=True, help="The instance of this --name.  Again for more.")
+@click.option("--control", multiple=True, metavar="PATH", help="The one with this control socket.")
+@click.option("--all", "everybody", is_flag=True, help="All there are, also later.  [default]")
+@click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Where to answer.")
+@click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
+@click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
+@click.version_option(__version__, prog_name=NAME)
+def _command(**given: Any) -> int:
+    """Answer Prometheus with what the protectors on this machine say of themselves:
+    /metrics, /healthz, /readyz.  docs/metrics.md lists the metrics."""
+    if given["everybody"] and (given["name"] or given["control"]):
+        raise UsageError("--all with --name or --control: leave one of them out")
+    for name in given["name"]:
+        if "/" in name or name in ("", ".", ".."):
+            raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
     try:
-        from . import entry
+        from .collector import ProtectorCollector, Targets
+        from .http import Server
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "prometheus_client":
             raise
-        print(
-            "socketprotector-exporter: prometheus-client is not installed; "
-            "pip install 'socketprotector[exporter]'",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    sys.exit(entry.main(sys.argv[1:]))
+        raise UsageError(
+            "prometheus-client is not installed; pip install 'socketprotector[exporter]'"
+        ) from error
+    host, port = _address(given["listen"])
+    tls = _tls(given["tls_cert"], given["tls_key"])
+    wanted = Targets(tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"])))
+    try:
+        server = Server((host, port), ProtectorCollector(wanted), tls)
+    except OSError as error:
+        raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
+    with server:
+        shown, number = server.server_address[:2]
+        shown = f"[{shown!s}]" if ":" in str(shown) else str(shown)
+        _say(f"answers at {'https' if tls else 'http'}://{shown}:{number}/metrics")
+        server.serve_forever()
+    return 0
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise UsageError(f"--listen {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", int(port), 0, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no name"
+        raise UsageError(f"--listen {text}: {why}; give an address of this machine") from error
+    return str(found[0][4][0]), int(port)
+
+
+def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
+    if cert is None:
+        if key is not None:
+            raise UsageError("--tls-key without --tls-cert: give the certificate too")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for option, file in (("--tls-cert", cert), ("--tls-key", key or cert)):
+        try:
+            with open(file, "rb"):
+                pass
+        except OSError as error:
+            raise UsageError(f"{option} {file}: {error.strerror}") from error
+    try:
+        context.load_cert_chain(cert, key, password=_no_password)
+    except (ssl.SSLError, ValueError) as error:
+        said = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
+        raise UsageError(
+            f"{said}: no PEM certificate with the key that belongs to it, without a password"
+        ) from error
+    return context
+
+
+def _no_password() -> str:
+    """Nobody is there to type one in."""
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until it is stopped.  Returns the exit status.
+
+    arguments: of the command line; the process's own by default.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _ended)
+    try:
+        return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        _say(f"{message}; see --help")
+        return error.exit_code
+    except Refusal as error:
+        _say(str(error))
+        return error.status
+
+
+def _ended(number: int, frame: object) -> None:
+    sys.exit(0)
+
+
+def _say(text: str) -> None:
+    print(f"{NAME}: {escape(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

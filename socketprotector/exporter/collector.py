@@ -11,18 +11,18 @@ from prometheus_client.registry import Collector
 
 from ..ctl import discovery
 from ..ctl.errors import NoProtector
-from ..ctl.query_all import Found, ask_all
+from ..ctl.fields import measure
+from ..ctl.query_all import SocketAnswer, ask_all
 from ..model.errors import UsageError
-from .counters import Totals
-from .metrics import Series, serves
-from .samples import number
+from .counters import Counters
+from .metrics import MetricSet, serves
 
 #: Far below the 10 s that Prometheus waits by itself.
 ANSWER_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class Targets:
     """Who was asked for on the command line; neither: all there are."""
 
     names: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ def _by_name(name: str) -> str:
         return ""
 
 
-def _labels(found: Sequence[Found]) -> list[str]:
+def _labels(found: Sequence[SocketAnswer]) -> list[str]:
     """What to call instances: the path of the socket where nothing else tells two apart."""
     names = discovery.names(found)
     return [
@@ -50,17 +50,17 @@ def _labels(found: Sequence[Found]) -> list[str]:
     ]
 
 
-class Instances(Collector):
+class ProtectorCollector(Collector):
     """Asks all that are wanted, and remembers what must not be forgotten."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Targets) -> None:
         self._wanted = wanted
-        self._totals: dict[str, Totals] = {}  # by the path of the control socket
+        self._totals: dict[str, Counters] = {}  # by the path of the control socket
         self._alone = threading.Lock()
 
     def collect(self) -> list[Metric]:
         """Ask everybody, and return what they say as metrics."""
-        series = Series()
+        series = MetricSet()
         # One scrape after the other: an answer that is older must not be counted after a newer.
         with self._alone:
             answers = self._ask()
@@ -70,14 +70,14 @@ class Instances(Collector):
                 if found is None or found.result is None:
                     series.add_silent(name)
                     continue
-                totals = self._totals.setdefault(found.path, Totals())
+                totals = self._totals.setdefault(found.path, Counters())
                 totals.see(found.result)
                 series.add(name, found.result, totals)
         return [family for family in series.families() if family.samples]
 
     def describe(self) -> list[Metric]:
         """Nobody is to be asked when this is registered."""
-        return list(Series().families())
+        return list(MetricSet().families())
 
     def unready(self) -> list[str]:
         """Return a line for each instance that was asked for and does not serve."""
@@ -86,7 +86,7 @@ class Instances(Collector):
             return ["no protector has a control socket"]
         return [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
 
-    def _ask(self) -> list[tuple[str, Found | None]]:
+    def _ask(self) -> list[tuple[str, SocketAnswer | None]]:
         named, paths = self._wanted.sockets()
         found = ask_all([*(path for _, path in named if path), *paths], within_s=ANSWER_S)
         by_path = {each.path: each for each in found}
@@ -97,12 +97,12 @@ class Instances(Collector):
         ]
 
 
-def _why_not(found: Found | None) -> str:
+def _why_not(found: SocketAnswer | None) -> str:
     if found is None:
         return "there is no control socket"
     if found.result is None:
         return found.why
     if serves(found.result) and found.result.get("held_s") is None:
         return ""
-    held = number(found.result, "held_s") is not None
+    held = measure(found.result, "held_s") is not None
     return "held" if held else str(found.result.get("phase"))

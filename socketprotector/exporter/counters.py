@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .samples import Status, number, objects, text
+from ..ctl.fields import Status, label, listed, measure
 
 #: Of a generation, where its workers count (docs/control.md).
 COUNTED = ("accepted", "finished", "errors", "lost")
@@ -23,7 +23,7 @@ class _Generation:
 
     def see(self, told: Status) -> None:
         for name in COUNTED:
-            value = number(told, name)
+            value = measure(told, name)
             if value is not None:
                 # Workers write these: one that counts backwards must not take us along.
                 self.counts[name] = max(value, self.counts.get(name, 0.0))
@@ -40,7 +40,7 @@ class _Generation:
             self.waits = [a + b for a, b in zip(other.waits, before, strict=True)]
 
 
-class Totals:
+class Counters:
     """Of one instance."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Totals:
         return self._all.waits
 
     def _see_forwarded(self, status: Status) -> None:
-        forwarded, started_at = number(status, "forwarded"), number(status, "started_at")
+        forwarded, started_at = measure(status, "forwarded"), measure(status, "started_at")
         if started_at != self._started_at:
             self._started_at, self.forwarded = started_at, None  # another protector's
         if forwarded is not None:
@@ -86,9 +86,9 @@ class Totals:
 
     def _see_generations(self, status: Status) -> None:
         there: dict[tuple[float, float], _Generation] = {}
-        for told in objects(status, "generations"):
+        for told in listed(status, "generations"):
             # The number alone begins anew with a new protector.
-            key = (number(told, "number") or 0.0, number(told, "opened_at") or 0.0)
+            key = (measure(told, "number") or 0.0, measure(told, "opened_at") or 0.0)
             there[key] = self._living.pop(key, _Generation())
             there[key].see(told)
         for each in self._living.values():
@@ -97,16 +97,16 @@ class Totals:
 
     def _see_reloads(self, status: Status) -> None:
         there = set()
-        for told in objects(status, "reloads"):
-            result = text(told, "result")
+        for told in listed(status, "reloads"):
+            result = label(told, "result")
             if result not in RESULTS:
                 continue  # it runs
-            key = (number(told, "generation") or 0.0, number(told, "began_at") or 0.0)
+            key = (measure(told, "generation") or 0.0, measure(told, "began_at") or 0.0)
             there.add(key)
             self.last_result = result
             if key not in self._reloads:
                 self.reloads[result] += 1
-            ended = number(told, "ended_at")
+            ended = measure(told, "ended_at")
             if result == "reloaded" and ended is not None:
                 self.last_success_at = max(ended, self.last_success_at or 0.0)
         self._reloads = there
@@ -117,5 +117,5 @@ def _waits(told: Status) -> list[float] | None:
     buckets = waited.get("buckets") if isinstance(waited, dict) else None
     if not isinstance(buckets, list) or len(buckets) != BUCKETS:
         return None
-    counts = [number({"": each}, "") for each in buckets]
+    counts = [measure({"": each}, "") for each in buckets]
     return None if None in counts else [each or 0.0 for each in counts]

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
-from .collector import Instances
+from .collector import ProtectorCollector
 
 #: For a handshake, for a request, and for each answer.
 CONNECTION_S = 10.0
@@ -32,7 +32,7 @@ class Server(ThreadingHTTPServer):
     allow_reuse_address = True
 
     def __init__(
-        self, address: tuple[str, int], instances: Instances, tls: ssl.SSLContext | None
+        self, address: tuple[str, int], instances: ProtectorCollector, tls: ssl.SSLContext | None
     ) -> None:
         """Bind and listen.  Raises OSError."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET

@@ -18,8 +18,8 @@ from prometheus_client.core import (
     Metric,
 )
 
-from .counters import BUCKETS, RESULTS, Totals
-from .samples import Status, number, objects, text
+from ..ctl.fields import Status, label, listed, measure
+from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
@@ -31,7 +31,7 @@ _INSTANCE = "instance"
 _BOUNDS = [*(str(2**n / 1_000_000) for n in range(BUCKETS - 1)), "+Inf"]
 
 
-class Series:
+class MetricSet:
     """All metrics, filled instance by instance."""
 
     def __init__(self) -> None:
@@ -75,10 +75,10 @@ class Series:
         """Add an instance that did not answer."""
         self._put("up", instance, 0.0)
 
-    def add(self, instance: str, status: Status, totals: Totals) -> None:
+    def add(self, instance: str, status: Status, totals: Counters) -> None:
         """Add an instance by its status, which `totals` has seen."""
         self._put("up", instance, 1.0)
-        version = text(status, "version")
+        version = label(status, "version")
         if version is not None:
             build = self._families["build"]
             assert isinstance(build, InfoMetricFamily)
@@ -90,7 +90,7 @@ class Series:
             ("worker_crashes", "crashes"),
             ("queue_limit", "queue_limit"),
         ):
-            self._put(name, instance, number(status, wanted))
+            self._put(name, instance, measure(status, wanted))
         self._add_states(instance, status)
         self._add_connections(instance, status, totals)
         for result in RESULTS:
@@ -102,7 +102,7 @@ class Series:
         self._put(success, instance, totals.last_success_at)
 
     def _add_states(self, instance: str, status: Status) -> None:
-        phase = text(status, "phase")
+        phase = label(status, "phase")
         if phase in PHASES:
             for each in PHASES:
                 self._put("phase", instance, float(each == phase), each)
@@ -111,28 +111,28 @@ class Series:
             self._put("held", instance, float(status["held_s"] is not None))
         if isinstance(status.get("guarded"), bool):
             self._put("guarded", instance, float(status["guarded"]))
-        generations = list(objects(status, "generations"))
+        generations = list(listed(status, "generations"))
         self._put_each("generations", instance, GENERATION_PHASES, generations, "phase")
-        workers = [each for told in generations for each in objects(told, "workers")]
+        workers = [each for told in generations for each in listed(told, "workers")]
         self._put_each("workers", instance, STATES, workers, "state")
 
-    def _add_connections(self, instance: str, status: Status, totals: Totals) -> None:
-        generations = list(objects(status, "generations"))
+    def _add_connections(self, instance: str, status: Status, totals: Counters) -> None:
+        generations = list(listed(status, "generations"))
         self._put("connections_accepted", instance, totals.forwarded)
         self._put("connections_taken", instance, totals.count("accepted"))
         self._put("connections_finished", instance, totals.count("finished"))
         self._put("connection_errors", instance, totals.count("errors"))
-        self._put("connections_lost", instance, number(status, "lost"), "protector")
+        self._put("connections_lost", instance, measure(status, "lost"), "protector")
         self._put("connections_lost", instance, totals.count("lost"), "worker")
         self._put("connections_active", instance, _sum(generations, "active"))
         self._put("queue_depth", instance, _sum(generations, "queue"))
         seen = set()
-        for told in objects(status, "listeners"):
-            listener = text(told, "address")
+        for told in listed(status, "listeners"):
+            listener = label(told, "address")
             if listener is not None and listener not in seen:
                 seen.add(listener)
-                self._put("backlog_depth", instance, number(told, "backlog"), listener)
-                self._put("backlog_limit", instance, number(told, "backlog_limit"), listener)
+                self._put("backlog_depth", instance, measure(told, "backlog"), listener)
+                self._put("backlog_limit", instance, measure(told, "backlog_limit"), listener)
         waits = totals.waits
         if waits is not None:
             family = self._families["wait_seconds"]
@@ -181,16 +181,16 @@ class Series:
 
 def serves(status: Status) -> bool:
     """Whether new connections go to somebody."""
-    return number(status, "route") is not None and text(status, "phase") != "stopping"
+    return measure(status, "route") is not None and label(status, "phase") != "stopping"
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:
     """Add up what each has; None where one does not say, or where there is none."""
     total = None
     for each in generations:
-        value = number(each, name)
+        value = measure(each, name)
         if value is not None:
             total = (total or 0.0) + value
-        elif text(each, "phase") not in _WITHOUT_CONNECTIONS:
+        elif label(each, "phase") not in _WITHOUT_CONNECTIONS:
             return None
     return total

@@ -26,7 +26,7 @@ _MOST = 2**31
 _ENVELOPE = ("v", "id", "command")
 
 
-class Wrong(Exception):
+class RequestError(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, code: str, text: str, request_id: object = None) -> None:
@@ -81,7 +81,7 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[object], str | None]]] = {
     "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
     "hold": {"seconds": _seconds},
     "release": {},
-    "drain": {"generation": _NUMBER, "pid": _NUMBER},
+    "replace": {"generation": _NUMBER, "pid": _NUMBER},
     "kill": {"generation": _NUMBER},
     "log-level": {"level": _level},
     "reopen": {},
@@ -89,38 +89,42 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[object], str | None]]] = {
     "crashes": {},
     "diff": {},
     "events": {},
+    "drain": {"generation": _NUMBER, "pid": _NUMBER},  # the name of `replace` until 1.0
 }
 #: Those that need one of these arguments, and no more than one.
 _ONE_OF = {
     "scale": ("to", "by"),
     "hold": ("seconds",),
-    "drain": ("generation", "pid"),
+    "replace": ("generation", "pid"),
     "kill": ("generation",),
     "log-level": ("level",),
+    "drain": ("generation", "pid"),
 }
 
 
 def parse(line: bytes) -> Request:
-    """Return the request in a line.  Raises Wrong for anything that is none."""
+    """Return the request in a line.  Raises RequestError for anything that is none."""
     try:
         found = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError too
-        raise Wrong("invalid", f"a line is one JSON object: {_short(error)}") from None
+        raise RequestError("invalid", f"a line is one JSON object: {_short(error)}") from None
     if not isinstance(found, dict):
-        raise Wrong("invalid", "a line is one JSON object")
+        raise RequestError("invalid", "a line is one JSON object")
     request_id = found.get("id")
     if not _is_id(request_id):
-        raise Wrong("invalid", f"id: a JSON scalar of up to {_ID_CHARACTERS} characters")
+        raise RequestError("invalid", f"id: a JSON scalar of up to {_ID_CHARACTERS} characters")
     if type(found.get("v")) is not int or found["v"] != VERSION:
-        raise Wrong("invalid", f"v: this protector speaks version {VERSION}", request_id)
+        raise RequestError("invalid", f"v: this protector speaks version {VERSION}", request_id)
     command = found.get("command")
     if not isinstance(command, str) or command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise Wrong("unknown", f"unknown command {_short(command)}; known: {known}", request_id)
+        raise RequestError(
+            "unknown", f"unknown command {_short(command)}; known: {known}", request_id
+        )
     arguments = {name: value for name, value in found.items() if name not in _ENVELOPE}
     wrong = _what_is_wrong(command, arguments)
     if wrong is not None:
-        raise Wrong("invalid", f"{command}: {wrong}", request_id)
+        raise RequestError("invalid", f"{command}: {wrong}", request_id)
     return Request(command, arguments, request_id)
 
 
@@ -169,7 +173,7 @@ def answer(request_id: object, result: Mapping[str, object]) -> bytes:
     return _line({"v": VERSION, "id": request_id, "ok": True, "result": result})
 
 
-def refusal(wrong: Wrong) -> bytes:
+def refusal(wrong: RequestError) -> bytes:
     """Return the line that says why one was not."""
     text = {"ok": False, "code": wrong.code, "error": str(wrong)}
     return _line({"v": VERSION, "id": wrong.id, **text})

@@ -35,9 +35,11 @@ _ASKED = struct.Struct("=BBBBI2s2s16s16sI8s")
 _TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 #: Family, protocol, padding, states, inode, attributes, cookie.
 _ASKED_UNIX = struct.Struct("=BBHIII8s")
-_TOLD_UNIX_BYTES = 16
-#: What is asked for, and the attribute that tells it: the file; who connects to one that listens.
-_FILE, _PENDING = (2, 1), (8, 3)
+#: Family, type, state, padding, inode, cookie.
+_TOLD_UNIX_BYTES, _UNIX_INODE_AT = 16, 4
+#: What is asked for, and the attribute that tells it: the file; who connects to one that listens;
+#: the bytes to be read, and to be sent.
+_FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _INODE = struct.Struct("=I")  # and of a file the device
 _ATTRIBUTE = struct.Struct("=HH")  # length, type
 _BYTES_RECEIVED_AT = 128  # in a tcp_info; an end of file counts as one
@@ -144,6 +146,31 @@ def file_of(one: socket.socket) -> int:
     """
     found = _of_unix(one, *_FILE)
     return int(_INODE.unpack_from(found)[0]) if found else 0
+
+
+def unread_unix() -> dict[int, int]:
+    """Return inode -> bytes to be read, of all connected UNIX sockets; /proc does not say.
+
+    Empty where it may not be asked.
+    """
+    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 1 << _ESTABLISHED, 0, _QUEUES[0], _NO_COOKIE)
+    found: dict[int, int] = {}
+
+    def take(data: bytes) -> bool:
+        for body, end in _messages(data):
+            if not body:
+                return False
+            place = _attribute(data, body + _TOLD_UNIX_BYTES, end, _QUEUES[1])
+            if place is not None:
+                inode = _INODE.unpack_from(data, body + _UNIX_INODE_AT)[0]
+                found[inode] = _INODE.unpack_from(data, place[0])[0]
+        return bool(data)
+
+    try:
+        _exchange(asked, _REQUEST_AND_DUMP, take)
+    except OSError:
+        return {}
+    return found
 
 
 def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:

@@ -21,7 +21,7 @@ import pytest
 
 from socketprotector.daemon.control import server
 from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client, Control
-from socketprotector.model.control_requests import LINE_BYTES, Request, Wrong, answer
+from socketprotector.model.control_requests import LINE_BYTES, Request, RequestError, answer
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import Loop
@@ -77,7 +77,7 @@ class Desk:
         if request.command == "events":
             client.follows = True
         if request.command == "diff":
-            raise Wrong("refused", "not here", request.id)
+            raise RequestError("refused", "not here", request.id)
         client.say(answer(request.id, {"command": request.command}))
 
     def turns_until(self, fact: Callable[[], bool], what: str) -> None:

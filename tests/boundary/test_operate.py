@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from socketprotector.daemon.control.commands import Operator
-from socketprotector.model.control_requests import Request, Wrong
+from socketprotector.daemon.control.commands import CommandHandler
+from socketprotector.model.control_requests import Request, RequestError
 
 
 class Log:
@@ -21,18 +21,18 @@ class Log:
         self.lines.append(f"{level} {event} {fields['command']}")
 
 
-def operator(log: Log) -> Operator:
+def operator(log: Log) -> CommandHandler:
     """One whose every look at anything fails."""
     nothing = cast("Any", SimpleNamespace())
     supervisor = cast("Any", SimpleNamespace(effects=nothing))
-    return Operator(supervisor, nothing, cast("Any", log), lambda: None)
+    return CommandHandler(supervisor, nothing, cast("Any", log), lambda: None)
 
 
 @pytest.mark.parametrize("command", ["status", "connections", "crashes"])
 def test_a_fault_of_ours_while_looking_ends_nothing(command: str) -> None:
     log = Log()
 
-    with pytest.raises(Wrong) as caught:
+    with pytest.raises(RequestError) as caught:
         operator(log).handle(cast("Any", None), Request(command, {}, 7))
 
     assert (caught.value.code, caught.value.id) == ("failed", 7)

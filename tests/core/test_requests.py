@@ -14,7 +14,7 @@ from socketprotector.model.control_requests import (
     COMMANDS,
     LINE_BYTES,
     Request,
-    Wrong,
+    RequestError,
     answer,
     event,
     parse,
@@ -30,8 +30,10 @@ VALID: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "scale": st.fixed_dictionaries({"to": st.integers(1, 1_000_000)})
     | st.fixed_dictionaries({"by": st.integers(-1_000_000, 1_000_000)}),
     "hold": st.fixed_dictionaries({"seconds": st.floats(0.1, 86_400) | st.integers(1, 86_400)}),
-    "drain": st.fixed_dictionaries({"generation": NUMBERS})
-    | st.fixed_dictionaries({"pid": NUMBERS}),
+    **dict.fromkeys(
+        ("replace", "drain"),
+        st.fixed_dictionaries({"generation": NUMBERS}) | st.fixed_dictionaries({"pid": NUMBERS}),
+    ),
     "kill": st.fixed_dictionaries({"generation": NUMBERS}),
     "log-level": st.fixed_dictionaries(
         {"level": st.sampled_from(["debug", "info", "warning", "error"])}
@@ -68,8 +70,8 @@ def line(**fields: Any) -> bytes:
     return json.dumps({"v": 1, **fields}).encode()
 
 
-def wrong(data: bytes) -> Wrong:
-    with pytest.raises(Wrong) as refused:
+def wrong(data: bytes) -> RequestError:
+    with pytest.raises(RequestError) as refused:
         parse(data)
     return refused.value
 
@@ -103,7 +105,7 @@ def refused_or_taken(data: bytes) -> None:
     """Any other exception is a failure; and what is answered is one line of JSON."""
     try:
         told = answer(parse(data).id, {})
-    except Wrong as error:
+    except RequestError as error:
         told = refusal(error)
     assert told.count(b"\n") == 1
     json.loads(told, parse_constant=pytest.fail)
@@ -156,8 +158,12 @@ def refused_or_taken(data: bytes) -> None:
         (line(command="hold", seconds=float("inf")), "invalid", "hold: seconds: inf is not"),
         (line(command="hold", seconds=10**400), "invalid", "hold: seconds: 1000"),
         (line(command="hold", seconds="1"), "invalid", "hold: seconds: '1' is not seconds"),
-        (line(command="drain"), "invalid", "drain: exactly one of generation, pid is needed"),
-        (line(command="drain", pid=2**31 + 1), "invalid", "drain: pid: 2147483649 is not a whole"),
+        (line(command="replace"), "invalid", "replace: exactly one of generation, pid is needed"),
+        (
+            line(command="replace", pid=2**31 + 1),
+            "invalid",
+            "replace: pid: 2147483649 is not a whole",
+        ),
         (line(command="kill"), "invalid", "kill: generation is needed"),
         (line(command="stop", quick=1), "invalid", "stop: quick: 1 is not true or false"),
         (

@@ -5,8 +5,8 @@ What other tests start meanwhile, with sockets in the system's folder, is none o
 
 import sys
 
-from socketprotector.ctl import entry
+from socketprotector.ctl.__main__ import main
 from socketprotector.system import control_path
 
 control_path.SYSTEM = "/nonexistent"
-sys.exit(entry.main(sys.argv[1:]))
+sys.exit(main())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.ctl.entry import main
+from socketprotector.ctl.__main__ import main
 from tests import forked
 from tests.ctl.fake import Fake
 from tests.running import DEADLINE_S

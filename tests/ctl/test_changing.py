@@ -1,8 +1,9 @@
-"""scale, hold, drain, kill, stop, upgrade, log-level, and how mistakes are told."""
+"""scale, hold, replace, kill, stop, upgrade, log-level, and how mistakes are told."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -38,7 +39,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
         (["scale", "1.5"], "Invalid value for N: '1.5': write N, +N or -N"),
         (["kill", "x"], "'x' is not a valid integer range"),
         (["kill"], "Missing argument 'GENERATION'"),
-        (["drain", "web"], "'web': write a generation or a pid"),
+        (["replace", "web"], "'web': write a generation or a pid"),
         (["log-level", "loud"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["hold", "--for", "0"], "it must be above 0"),
         (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 2m or seconds"),
@@ -103,24 +104,38 @@ def test_a_hold_asks_again_long_before_it_runs_out() -> None:
     assert orders._HOLD_EVERY_S * 3 < orders._HOLD_EACH_S
 
 
-def test_drain_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:
+def test_replace_finds_out_whether_it_is_a_generation_or_a_pid(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(generation(8, "serving", worker(14, 4712), worker(15, 8)))
     fake.answers["drain"] = lambda _, asked: (
         {"generation": 8} if "generation" in asked else {"worker": 16}
     )
 
-    assert ctl("drain", "4712").out == "worker 16 is replaced, then asked to leave\n"
-    both = ctl("drain", "8")
+    assert ctl("replace", "4712").out == "worker 16 is replaced, then asked to leave\n"
+    both = ctl("replace", "8")
     assert both.status == 2
     assert "8 is a generation and a pid; write generation:8 or pid:8" in both.err
-    assert ctl("drain", "generation:8").out == (
+    assert ctl("replace", "generation:8").out == (
         "generation 8 is replaced by one of the same program, and then drains\n"
     )
-    neither = ctl("drain", "7")
+    neither = ctl("replace", "7")
     assert neither.status == 100
     assert "7 is no generation and no worker's pid; generations: 8" in neither.err
     asked = [each for each in fake.asked if each["command"] == "drain"]
+    # What protectors of earlier versions call it.
     assert asked == [{"command": "drain", "pid": 4712}, {"command": "drain", "generation": 8}]
+
+
+def test_drain_is_replace_by_its_old_name_and_says_so_once(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(generation(8, "serving", worker(14, 4712)))
+    fake.answers["drain"] = lambda *_: {"worker": 16}
+
+    said = ctl("drain", "4712")
+
+    assert (said.status, said.out) == (0, "worker 16 is replaced, then asked to leave\n")
+    assert said.err == (
+        "socketprotectorctl: drain is called replace now; the old name works until 1.0\n"
+    )
+    assert "drain" not in re.findall(r"^  (\w+)", ctl("--help").out, re.MULTILINE)
 
 
 def test_kill_log_level_reopen_and_release(fake: Fake, ctl: Ctl) -> None:

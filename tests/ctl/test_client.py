@@ -11,7 +11,7 @@ import pytest
 
 from socketprotector.ctl import client as module
 from socketprotector.ctl.client import Client
-from socketprotector.ctl.errors import Cut, Denied, NoProtector, Refused
+from socketprotector.ctl.errors import ConnectionLost, NoProtector, PermissionDenied, RequestRefused
 from socketprotector.ctl.query_all import ask_all
 from socketprotector.ctl.session import Session
 from tests.ctl.fake import Connection, Fake, Message, Refusing
@@ -76,7 +76,10 @@ def test_a_no_keeps_its_code(fake: Fake) -> None:
         raise Refusing("unknown", "no generation 7")
 
     fake.answers["kill"] = answer
-    with Client(str(fake.path)) as client, pytest.raises(Refused, match="no generation 7") as told:
+    with (
+        Client(str(fake.path)) as client,
+        pytest.raises(RequestRefused, match="no generation 7") as told,
+    ):
         client.request("kill", generation=7)
 
     assert (told.value.code, told.value.status) == ("unknown", 100)
@@ -85,7 +88,7 @@ def test_a_no_keeps_its_code(fake: Fake) -> None:
 def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -> None:
     path = says(b'{"v": 1, "id": null, "ok": false, "code": "denied", "error": "not for you"}\n')
 
-    with Client(path) as client, pytest.raises(Denied, match="not for you"):
+    with Client(path) as client, pytest.raises(PermissionDenied, match="not for you"):
         client.request("status")
     assert ask_all([path])[0].why == "denied"
 
@@ -114,21 +117,21 @@ def test_no_answer_is_told_in_time(fake: Fake) -> None:
         pytest.raises(NoProtector, match="no answer to 'status' within") as told,
     ):
         client.request("status")
-    assert not isinstance(told.value, Cut)
+    assert not isinstance(told.value, ConnectionLost)
 
 
 def test_a_cut_connection_is_told_apart(fake: Fake) -> None:
     with Client(str(fake.path)) as client:
         client.request("status")
         fake.cut_all()
-        with pytest.raises(Cut):
+        with pytest.raises(ConnectionLost):
             client.event(5)
 
 
 def test_a_session_comes_back_and_follows_again(fake: Fake) -> None:
     with Session(str(fake.path), events=True) as session:
         fake.cut_all()
-        with pytest.raises(Cut):
+        with pytest.raises(ConnectionLost):
             session.event(5)
         session.again()
         fake.cut_all()

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from socketprotector.ctl import entry  # noqa: F401 -- adds the commands
+from socketprotector.ctl import __main__  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
@@ -42,7 +42,8 @@ def test_every_option_and_command_has_its_place(page: str) -> None:
     words = set(re.findall(r"[\w?-]+", text_of(page)))
     command = PAGES[page]
     wanted = options_of(command)
-    for name, each in getattr(command, "commands", {}).items():
+    shown = {n: c for n, c in getattr(command, "commands", {}).items() if not c.hidden}
+    for name, each in shown.items():
         wanted |= {name, *options_of(each)}
 
     assert wanted <= words, f"not in docs/man/{page}: {sorted(wanted - words)}"

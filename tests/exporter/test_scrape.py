@@ -18,7 +18,7 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from socketprotector.exporter.collector import Instances, Wanted
+from socketprotector.exporter.collector import ProtectorCollector, Targets
 from tests.ctl.fake import Fake, status
 from tests.exporter.conftest import COMMAND, Exporter
 from tests.running import DEADLINE_S
@@ -127,7 +127,7 @@ def test_ready_means_that_every_instance_serves(
 def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
-    assert Instances(Wanted()).unready() == ["no protector has a control socket"]
+    assert ProtectorCollector(Targets()).unready() == ["no protector has a control socket"]
 
 
 def test_counts_go_on_over_scrapes(exporter: Start, fakes: Callable[[str], Fake]) -> None:
@@ -266,7 +266,7 @@ def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
 def test_without_prometheus_client_it_says_what_to_install() -> None:
     program = (
         "import sys; sys.modules['prometheus_client'] = None; sys.argv[1:] = [];"
-        "from socketprotector.exporter.__main__ import main; main()"
+        "from socketprotector.exporter.__main__ import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 

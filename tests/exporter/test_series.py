@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from socketprotector.exporter.counters import BUCKETS, Totals
-from socketprotector.exporter.metrics import Series
+from socketprotector.exporter.counters import BUCKETS, Counters
+from socketprotector.exporter.metrics import MetricSet
 from tests.ctl.fake import generation, status, worker
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -24,12 +24,12 @@ class Collected:
     """One instance, seen status by status, as a scrape would show it."""
 
     def __init__(self) -> None:
-        self.totals = Totals()
+        self.totals = Counters()
         self.text = ""
 
     def see(self, told: dict[str, Any]) -> Collected:
         self.totals.see(told)
-        series = Series()
+        series = MetricSet()
         series.add("web", told, self.totals)
         registry = CollectorRegistry()
         registry.register(_Once(list(series.families())))
@@ -235,7 +235,7 @@ def test_the_documents_list_is_that_of_the_code() -> None:
             family.type,
             ", ".join(f"`{each}`" for each in family._labelnames[1:]),  # type: ignore[attr-defined]
         )
-        for family in Series().families()
+        for family in MetricSet().families()
     ]
 
     assert documented == there
@@ -244,7 +244,7 @@ def test_the_documents_list_is_that_of_the_code() -> None:
 def test_no_label_grows_without_an_end() -> None:
     labels = {
         label
-        for family in Series().families()
+        for family in MetricSet().families()
         for label in family._labelnames  # type: ignore[attr-defined]
     }
 

@@ -158,7 +158,7 @@ def test_status_while_it_stops_and_what_it_then_refuses(operated: Operating) -> 
             ("upgrade", {}),
             ("scale", {"to": 2}),
             ("hold", {"seconds": 1}),
-            ("drain", {"generation": 1}),
+            ("replace", {"generation": 1}),
         ):
             assert line.refused(command, **arguments) == ("refused", "it is stopping")
         assert client.ask() == f"[{spawned(web.daemon)[0]}] hello"
@@ -383,6 +383,7 @@ def test_each_command_is_answered(operated: Operating) -> None:
     arguments: dict[str, dict[str, Any]] = {
         "scale": {"by": 0},
         "hold": {"seconds": 0.1},
+        "replace": {"pid": 1},
         "drain": {"pid": 1},
         "kill": {"generation": 77},
         "log-level": {"level": "info"},
@@ -512,7 +513,7 @@ def test_workers_are_scaled_to_and_by(operated: Operating) -> None:
 
 
 @EITHER_HANDOFF
-def test_a_generation_is_drained_and_replaced_by_one_of_the_same_program(
+def test_a_generation_is_replaced_by_one_of_the_same_program(
     operated: Operating, tmp_path: Path
 ) -> None:
     for name, command in (("one", MANY), ("two", ("/bin/false",))):
@@ -527,23 +528,23 @@ def test_a_generation_is_drained_and_replaced_by_one_of_the_same_program(
     with Load(f"127.0.0.1:{web.address[1]}", concurrency=8) as load:
         served(load)
 
-        assert line.ask("drain", generation=1) == {"generation": 1}
+        assert line.ask("replace", generation=1) == {"generation": 1}
         line.event("drained", generation=1)
         served(load, 50)
     assert load.snapshot().failures == ()
     assert line.status()["route"] == 2
-    assert line.refused("drain", generation=1)[0] == "unknown"
+    assert line.refused("replace", generation=1)[0] == "unknown"
 
 
 @EITHER_HANDOFF
-def test_a_worker_is_drained_by_its_pid_when_its_replacement_serves(operated: Operating) -> None:
+def test_a_worker_is_replaced_by_its_pid_when_its_replacement_serves(operated: Operating) -> None:
     web = operated("--workers", "2", command=(*OBEYS, "4"))
     line = web.line(follows=True)
     old = web.pids(1)
     with Load(f"127.0.0.1:{web.address[1]}", concurrency=8) as load:
         served(load)
 
-        number = line.ask("drain", pid=old[0])["worker"]
+        number = line.ask("replace", pid=old[0])["worker"]
         assert number == 1
         new = line.event("worker-ready", generation=1)["worker"]
         line.event("retired", worker=number)
@@ -555,12 +556,12 @@ def test_a_worker_is_drained_by_its_pid_when_its_replacement_serves(operated: Op
     assert len(found) == 2
     assert old[0] not in found
     assert old[1] in found
-    assert line.refused("drain", pid=old[0]) == ("unknown", f"process {old[0]} is no worker")
-    assert line.refused("drain", pid=web.daemon.pid)[0] == "unknown"
+    assert line.refused("replace", pid=old[0]) == ("unknown", f"process {old[0]} is no worker")
+    assert line.refused("replace", pid=web.daemon.pid)[0] == "unknown"
     assert line.status()["crashes"] == 0
 
 
-def test_what_drains_already_or_is_not_there_is_not_drained(
+def test_what_drains_already_or_is_not_there_is_not_replaced(
     operated: Operating, release: Release, gate: Gate
 ) -> None:
     web = operated(command=(str(release.path),))
@@ -571,13 +572,15 @@ def test_what_drains_already_or_is_not_there_is_not_drained(
         line.ask("reload")
         line.event("reloaded", generation=2)
 
-        code, text = line.refused("drain", generation=1)
+        code, text = line.refused("replace", generation=1)
         assert (code, text) == ("refused", "generation 1 drains already; kill ends it")
-        assert line.refused("drain", pid=old)[0] == "refused"
-        assert line.refused("drain", generation=7) == ("unknown", "there is no generation 7")
+        assert line.refused("replace", pid=old)[0] == "refused"
+        missing = ("unknown", "there is no generation 7")
+        assert line.refused("replace", generation=7) == missing
+        assert line.refused("drain", generation=7) == missing  # its name until 1.0
         release.becomes(*gate.before(*MANY))
         line.ask("reload")
-        assert line.refused("drain", generation=2) == (
+        assert line.refused("replace", generation=2) == (
             "refused",
             "a reload is under way; try again after it",
         )
@@ -593,7 +596,7 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
         client.hear()
         assert line.refused("kill", generation=1) == (
             "refused",
-            "generation 1 is serving; drain it first",
+            "generation 1 is serving; replace it first",
         )
         assert line.refused("kill", generation=5) == ("unknown", "there is no generation 5")
         line.ask("reload")

@@ -472,13 +472,13 @@ def test_hold_for_a_time(web: Start) -> None:
 
 
 @EITHER_HANDOFF
-def test_drain_of_a_worker_and_of_a_generation(web: Start) -> None:
+def test_replace_of_a_worker_and_of_a_generation(web: Start) -> None:
     daemon = web()
     [first] = spawned(daemon)
 
-    assert run("drain", str(first)).status == 0
+    assert run("replace", str(first)).status == 0
     assert not wait_gone([first])
-    assert run("drain", "generation:1").status == 0
+    assert run("replace", "generation:1").status == 0
     eventually(lambda: state()["route"] == 2, "the other generation")
     assert pid_in(ask(("127.0.0.1", daemon.port))) in spawned(daemon, 2)
 
@@ -676,7 +676,7 @@ def test_another_user_is_denied(web: Start, control: Path) -> None:
 
 _AS_NOBODY = """
 import os, sys
-from socketprotector.ctl import entry
+from socketprotector.ctl.__main__ import main
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
-sys.exit(entry.main(["--control", sys.argv[1], "status"]))
+sys.exit(main(["--control", sys.argv[1], "status"]))
 """

@@ -173,7 +173,7 @@ def test_one_that_drains_or_retires_does_not_hang_however_long_it_takes(
     retiring = Client(web.address, "hello")
     pid = pid_in(retiring.hear())
     say_watchdog(pid)
-    line.ask("drain", pid=pid)
+    line.ask("replace", pid=pid)
     line.event("worker-ready", generation=2, worker=5)
 
     nothing_of(line, ["hangs"], 5.0)

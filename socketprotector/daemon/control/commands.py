@@ -21,7 +21,7 @@ from ...core.events import (
 )
 from ...core.fleet import Fleet, Phase, State
 from ...model import control_requests
-from ...model.control_requests import Request, Wrong
+from ...model.control_requests import Request, RequestError
 from ...system import clock
 from ...system.log import Log
 from ...system.loop import Loop
@@ -39,7 +39,7 @@ _LOOKS = ("status", "connections", "crashes")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
-class Operator:
+class CommandHandler:
     """Answers requests for a supervisor."""
 
     def __init__(
@@ -59,7 +59,8 @@ class Operator:
             "scale": self._scale,
             "hold": self._hold,
             "release": self._release,
-            "drain": self._drain,
+            "replace": self._replace,
+            "drain": self._replace,
             "kill": self._kill,
             "log-level": self._log_level,
             "reopen": self._reopen_logs,
@@ -68,7 +69,7 @@ class Operator:
         }
 
     def handle(self, client: Client, request: Request) -> None:
-        """Carry out a request, and answer it.  Raises Wrong."""
+        """Carry out a request, and answer it.  Raises RequestError."""
         if request.command == "events":
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
@@ -78,14 +79,14 @@ class Operator:
             return
         try:
             result = self._commands[request.command](**request.arguments)
-        except Wrong as wrong:
+        except RequestError as wrong:
             wrong.id = request.id
             raise
         except Exception as error:
             if request.command not in _LOOKS:
                 raise  # something may be half done: whoever keeps the state goes on from that
             self._log.write("error", "command-failed", command=request.command, error=repr(error))
-            raise Wrong(
+            raise RequestError(
                 "failed", "a fault of the protector; its log says more", request.id
             ) from error
         client.say(control_requests.answer(request.id, result))
@@ -126,7 +127,7 @@ class Operator:
     def _connections(self, generation: int | None = None) -> Mapping[str, Any]:
         generations = self._effects.generations
         if generation is not None and generation not in generations:
-            raise Wrong("unknown", f"there is no generation {generation}")
+            raise RequestError("unknown", f"there is no generation {generation}")
         return {
             "workers": status.of_connections(generations, self._effects.pool.records(), generation)
         }
@@ -137,16 +138,20 @@ class Operator:
     def _diff(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
         if not self._effects.live_settings.settings.origin.configured:
-            raise Wrong("unknown", "there is no configuration file; see --config", request.id)
+            raise RequestError(
+                "unknown", "there is no configuration file; see --config", request.id
+            )
 
         def done(answer: Answer) -> None:
             if answer.failure:
-                client.say(control_requests.refusal(Wrong("refused", answer.failure, request.id)))
+                client.say(
+                    control_requests.refusal(RequestError("refused", answer.failure, request.id))
+                )
             else:
                 client.say(control_requests.answer(request.id, {"changes": list(answer.changes)}))
 
         if not self._effects.live_settings.compare(done):
-            raise Wrong("busy", "a diff is under way; try again after it", request.id)
+            raise RequestError("busy", "a diff is under way; try again after it", request.id)
 
     # -- doing -------------------------------------------------------------------
 
@@ -173,10 +178,10 @@ class Operator:
         self._not_while_stopping(fleet)
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
-            raise Wrong("refused", "there is always one worker at least")
+            raise RequestError("refused", "there is always one worker at least")
         cannot = self._supervisor.scale(ScaleRequested(to=wanted))
         if cannot is not None:
-            raise Wrong("refused", cannot)
+            raise RequestError("refused", cannot)
         return {"workers": wanted}
 
     def _hold(self, seconds: float) -> Mapping[str, Any]:
@@ -189,39 +194,41 @@ class Operator:
         self._supervisor.post(HoldReleased())
         return {}
 
-    def _drain(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
+    def _replace(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
         fleet = self._supervisor.fleet
         self._not_while_stopping(fleet)
         if pid is not None:
-            return self._drain_worker(fleet, pid)
+            return self._replace_worker(fleet, pid)
         found = fleet.generation(generation or 0)
         if found is None:
-            raise Wrong("unknown", f"there is no generation {generation}")
+            raise RequestError("unknown", f"there is no generation {generation}")
         if found.phase in _ENDING:
-            raise Wrong("refused", f"generation {generation} drains already; kill ends it")
+            raise RequestError("refused", f"generation {generation} drains already; kill ends it")
         if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
-            raise Wrong("refused", "a reload is under way; try again after it")
+            raise RequestError("refused", "a reload is under way; try again after it")
         self._supervisor.post(RenewRequested())
         return {"generation": generation}
 
-    def _drain_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
+    def _replace_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
         number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)
         found = fleet.find(number) if number is not None else None
         if found is None:
-            raise Wrong("unknown", f"process {pid} is no worker")
+            raise RequestError("unknown", f"process {pid} is no worker")
         generation, worker = found
         if generation.phase is not Phase.SERVING or worker.state is not State.READY:
-            raise Wrong("refused", f"process {pid} does not serve: it is on its way in or out")
+            raise RequestError(
+                "refused", f"process {pid} does not serve: it is on its way in or out"
+            )
         self._supervisor.post(ReplaceRequested(worker.number, "an operator wants that"))
         return {"worker": worker.number}
 
     def _kill(self, generation: int) -> Mapping[str, Any]:
         found = self._supervisor.fleet.generation(generation)
         if found is None:
-            raise Wrong("unknown", f"there is no generation {generation}")
+            raise RequestError("unknown", f"there is no generation {generation}")
         if found.phase not in _ENDING:
-            raise Wrong(
-                "refused", f"generation {generation} is {found.phase.value}; drain it first"
+            raise RequestError(
+                "refused", f"generation {generation} is {found.phase.value}; replace it first"
             )
         self._supervisor.post(KillRequested(generation))
         return {"workers": len(found.alive)}
@@ -238,8 +245,8 @@ class Operator:
     def _can(self, what: str) -> None:
         cannot = self._effects.live_settings.settings.mode.cannot.get(what)
         if cannot is not None:
-            raise Wrong("refused", cannot)
+            raise RequestError("refused", cannot)
 
     def _not_while_stopping(self, fleet: Fleet) -> None:
         if fleet.stopping:
-            raise Wrong("refused", "it is stopping")
+            raise RequestError("refused", "it is stopping")

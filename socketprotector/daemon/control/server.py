@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from ...model import control_requests
-from ...model.control_requests import Request, Wrong
+from ...model.control_requests import Request, RequestError
 from ...model.einhorn import ack
 from ...system import clock
 from ...system.listener import AGAIN, Listener
@@ -142,8 +142,8 @@ class Client:
             self._control.go_on(self)
 
 
-def _too_long() -> Wrong:
-    return Wrong("invalid", f"a line has up to {control_requests.LINE_BYTES} bytes")
+def _too_long() -> RequestError:
+    return RequestError("invalid", f"a line has up to {control_requests.LINE_BYTES} bytes")
 
 
 class Control:
@@ -161,7 +161,7 @@ class Control:
     ) -> None:
         """Take ownership of the listener.
 
-        handle: answers a request, by client.say() now or later; may raise Wrong.
+        handle: answers a request, by client.say() now or later; may raise RequestError.
         acked: is told of a pid that is ready in einhorn's words, which expect no answer.
         uids: who is heard, besides members of the group.
         """
@@ -202,7 +202,7 @@ class Control:
         self._rest(client)
         try:
             self._handle(client, control_requests.parse(line))
-        except Wrong as wrong:
+        except RequestError as wrong:
             client.say(control_requests.refusal(wrong))
 
     def go_on(self, client: Client) -> None:
@@ -289,11 +289,13 @@ class Control:
             return
         client = Client(sock, self)
         if not self._is_allowed(sock):
-            client.end(control_requests.refusal(Wrong("denied", "not for this user")))
+            client.end(control_requests.refusal(RequestError("denied", "not for this user")))
             client.close()
         elif len(self._clients) >= CLIENTS:
             client.end(
-                control_requests.refusal(Wrong("busy", f"{CLIENTS} clients are connected already"))
+                control_requests.refusal(
+                    RequestError("busy", f"{CLIENTS} clients are connected already")
+                )
             )
             client.close()
         else:

@@ -1,0 +1,44 @@
+"""Fields of a status or an event, taken only where they are what they should be.
+
+It comes from a protector that may be newer than we are, or from no protector at all.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+Status = dict[str, Any]
+_LABEL_CHARACTERS = 200
+
+
+def listed(message: Status, name: str) -> list[Status]:
+    """Return a list of objects, whatever is there instead left out."""
+    value = message.get(name)
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def number_in(message: Status, name: str) -> int:
+    """Return a whole number, 0 where none is."""
+    value = message.get(name)
+    return value if isinstance(value, int) else 0
+
+
+def text_in(message: Status, name: str) -> str:
+    """Return a text, empty where none is."""
+    value = message.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def measure(message: Status, name: str) -> float | None:
+    """Return a finite number that is not below 0; None where none is: no metric is made a 0."""
+    value = message.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def label(message: Status, name: str) -> str | None:
+    """Return a text that no metric's label makes too long; None where none is."""
+    value = message.get(name)
+    return value[:_LABEL_CHARACTERS] if isinstance(value, str) else None

@@ -22,7 +22,7 @@ from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..model.text import status_of
-from ..system import executable, inherited, privileges, process
+from ..system import executable, inherited, pid_file, privileges, process
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listener import Listener
@@ -308,7 +308,8 @@ class _Resident:
         self.output.finish()
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
-        _remove_pid_file(self.settings.pid_file, self.own.get(inherited.PID_FILE))
+        if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
+            pid_file.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
         self.launcher.failed(status)
         if self.line is None:
             self.store.sync(dict.fromkeys(self.staying, -1))
@@ -556,18 +557,6 @@ def _name_process() -> None:
             file.write("SocketProtector")
     except OSError:
         pass  # no /proc: the name is a courtesy
-
-
-def _remove_pid_file(path: str | None, lock: int | None) -> None:
-    """Remove the pid file if it is still the one whose lock we hold."""
-    if path is None or lock is None:
-        return
-    try:
-        found, ours = os.lstat(path), os.fstat(lock)
-        if (found.st_dev, found.st_ino) == (ours.st_dev, ours.st_ino):
-            os.unlink(path)
-    except OSError:
-        pass  # removed already, or in a folder that is not this user's: said at start
 
 
 if __name__ == "__main__":

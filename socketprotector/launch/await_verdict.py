@@ -16,6 +16,7 @@ import stat
 from typing import Any
 
 from ..model.errors import SystemRefused
+from ..system import signal_pipe
 from ..system.dir_lock import locked
 from ..system.terminal import tell
 
@@ -28,10 +29,7 @@ def wait(line: socket.socket) -> int:
 
     Takes ownership of the line; to be called with signals blocked, which it unblocks.
     """
-    receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(send)
-    for number in _CALLS_OFF:
-        signal.signal(number, _noted)
+    receive = signal_pipe.catch(_CALLS_OFF)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     poll = select.poll()
@@ -142,7 +140,3 @@ def _wait_for_end(pidfd: int) -> None:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.poll()
-
-
-def _noted(number: int, frame: object) -> None:
-    """The signal's number is in the wake-up pipe already."""

@@ -16,6 +16,7 @@ import os
 from lockfile import AlreadyLocked, LockFailed, NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
+from ..system import pid_file
 from ..system.dir_lock import locked
 
 
@@ -84,7 +85,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Remove the file.  Raises NotMyLock when we do not hold it."""
         if self.fd < 0:
             raise NotMyLock(f"{self.path} is not locked by us")
-        os.unlink(self.path)
+        pid_file.remove(self.path, self.fd)
         os.close(self.fd)
         self.fd = -1
 

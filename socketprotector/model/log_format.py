@@ -5,11 +5,15 @@ Pure.  Whatever a field holds, a line is one line of printable characters.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+# Not `json`: the guard, which writes lines of this form, would keep a megabyte of it.
+from _json import encode_basestring_ascii
 from time import gmtime, strftime
 
 from . import text
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 LEVELS = {"debug": 7, "info": 6, "warning": 4, "error": 3}
 FORMATS = ("text", "json")
@@ -45,10 +49,11 @@ def as_json(
 ) -> str:
     """One object: time, level, event and the fields; behind a priority where one is wanted."""
     content = {"time": stamp(now), "level": level, "event": event, **plain(fields)}
-    return f"{f'<{LEVELS[level]}>' if prioritized else ''}{json.dumps(content)}\n"
+    pairs = ", ".join(f"{_json(name)}: {_json(value)}" for name, value in content.items())
+    return f"{f'<{LEVELS[level]}>' if prioritized else ''}{{{pairs}}}\n"
 
 
-def plain(fields: Mapping[str, object]) -> dict[str, object]:
+def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
     """Return fields as values that anybody can read: what is no number or truth is its text."""
     return {
         name: value if isinstance(value, str | int | float) else str(value)
@@ -67,6 +72,14 @@ def is_own(line: str) -> bool:
     _, _, rest = line.partition("Z ")
     level, _, rest = rest.partition(" ")
     return level in LEVELS and rest.startswith("event=")
+
+
+def _json(value: str | float) -> str:
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return float.__repr__(value) if isinstance(value, float) else int.__repr__(value)
 
 
 def _pairs(event: str, fields: Mapping[str, object]) -> str:

@@ -6,8 +6,6 @@ terminal or a log, so that nobody can forge a line or drive a terminal.
 
 from __future__ import annotations
 
-from signal import Signals
-
 #: Ends the first line of a reason that has a worker's last words in the lines after it.
 LAST_WORDS = "; its last words:"
 
@@ -39,6 +37,8 @@ def ended(exited: bool, status: int, *, dumped: bool = False) -> str:
     """Say how a process ended: by its exit status or by a signal."""
     if exited:
         return f"exited with status {status}"
+    from signal import Signals  # here: the guard, which says no such thing, has no megabyte for it
+
     try:
         name = Signals(status).name
     except ValueError:

@@ -1,5 +1,5 @@
 """Processes of their own beside the resident one: guard, log relay, file watch, stdio, legacy.
 
 They are executed, never called; some by their path and without this package (python -I -S).
-May import: system.
+May import: model, system.
 """

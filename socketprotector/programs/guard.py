@@ -4,11 +4,11 @@ It plays systemd's file descriptor store for everyone without systemd: the same 
 (sd_notify(3): FDSTORE, FDSTOREREMOVE, FDNAME), over a socket pair.  It is the pid file's
 process, passes signals on, and adopts and reaps what the protector leaves when it is killed.
 
-Run as a script, on built-in modules alone (`socket` and `signal` would cost 2 MB):
+Executed by its path, on built-in modules alone (`socket` and `signal` would cost 2 MB):
 
-    python guard.py [--json] [--pid-file=FILE] COMMAND...
+    python -I -S guard.py [--json] [--pid-file=FILE] COMMAND...
 
-with descriptors at the door: LISTEN_FDS and LISTEN_FDNAMES.
+with the descriptors that system/inherited.py names.
 """
 
 from __future__ import annotations
@@ -21,27 +21,24 @@ import stat
 import sys
 import time
 
-#: Where the protector finds its line to us; system/inherited.py has the other names.
-LINE = "sp.guard"
+sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# Those that import little themselves: a test holds it.
+from socketprotector.model import log_format
+from socketprotector.system import inherited, pid_file, signal_pipe
+
 NAME = "SocketProtector"
-#: The way to syslog, where that is where lines go.
-RELAY = "sp.relay.write"
-PID_FILE = "sp.pidfile"
-#: Where that is: /proc, which could tell, is not mounted everywhere.
+#: Where the pid file is: /proc, which could tell, is not mounted everywhere.
 PID_FILE_OPTION = "--pid-file="
-#: As in system/inherited.py: what is too long for the environment is in a memfd at this number.
-NAMES = "sp.names."
-NAMES_BYTES = 120 * 1024
-NOBODY = "sp.none"  # a number in between
+#: The way to syslog, where that is where lines go.
+RELAY = f"{inherited.RELAY}write"
 #: Waits between two starts of a protector that dies before it accepts.
 FIRST_WAIT_S = 0.1
-LAST_WAIT_S = 10.0
+LAST_WAIT_S = 10
 #: Its exit status when the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
 #: How workers ended is told to the next protector too when the one before may not have heard.
 LAST_STATUSES = 255
 TOLD_AGAIN_S = 10.0
-_FIRST_FD = 3
 _PASSED_ON = (
     signal.SIGHUP,
     signal.SIGINT,
@@ -53,8 +50,6 @@ _PASSED_ON = (
     signal.SIGTTOU,
 )
 _STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-#: A worker's process, in the store.
-_WORKER, _PROCESS = "sp.worker.", ".process"
 _MESSAGE_BYTES = 4096
 #: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -65,15 +60,20 @@ class Guard:
     """Keeps descriptors by name, and one protector running."""
 
     def __init__(
-        self, command: list[str], store: dict[str, int], *, json: bool = False, pid_file: str = ""
+        self,
+        command: list[str],
+        store: dict[str, int],
+        *,
+        json: bool = False,
+        pid_file_path: str = "",
     ) -> None:
         """Take ownership of the descriptors in the store.
 
-        json: the form of log lines.  pid_file: where the one is whose lock is in the store.
+        json: the form of log lines.  pid_file_path: where the one is whose lock is in the store.
         """
         self.command = command
         self.json = json
-        self.pid_file = pid_file
+        self.pid_file_path = pid_file_path
         self.store = store
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
@@ -81,7 +81,7 @@ class Guard:
         self.first = True  # this protector is
         self.verdict: int | None = None  # the exit status it said it will have
         self.finish = 0  # the signal that has workers finish who accept themselves
-        self.wait_s = 0.0
+        self.wait_s: float = 0
         self.due: float | None = None  # when to start the next one
         self.pending: list[int] = []  # signals for the next one
         self.passed_on: list[int] = []  # to this one, which has not said that it took them
@@ -110,7 +110,7 @@ class Guard:
             self.pid = os.fork()
             if self.pid == 0:
                 try:
-                    self._become({**self.store, LINE: theirs.fileno()})
+                    self._become({**self.store, inherited.GUARD: theirs.fileno()})
                 except OSError as error:
                     self.log("guard-cannot-execute", file=self.command[0], error=str(error))
                 finally:
@@ -141,19 +141,8 @@ class Guard:
 
     def _become(self, descriptors: dict[str, int]) -> None:
         # Where they are: to move them takes as many again, and there may not be as many.
-        by_number = {fd: name for name, fd in descriptors.items()}
-        for fd in by_number:
-            os.set_inheritable(fd, True)
-        places = range(_FIRST_FD, max(by_number) + 1)
-        names = ":".join(by_number.get(fd, NOBODY) for fd in places)
-        if len(names) > NAMES_BYTES:
-            memfd = os.memfd_create(NAMES, 0)
-            os.write(memfd, names.encode())
-            names = f"{NAMES}{memfd}"
-        os.environ["LISTEN_PID"] = str(os.getpid())
-        os.environ["LISTEN_FDS"] = str(len(places))
-        os.environ["LISTEN_FDNAMES"] = names
-        os.execv(self.command[0], self.command)
+        with inherited.left_in_place(descriptors) as variables:
+            os.execve(self.command[0], self.command, {**os.environ, **variables})
 
     def ended(self, status: int) -> None:
         """The protector is gone: for good if it said so, else start it again."""
@@ -177,7 +166,7 @@ class Guard:
         self.pending += self.passed_on
         self.first = False
         if self.accepted:
-            self.wait_s = 0.0
+            self.wait_s = 0
         else:
             self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
         self.log("protector-died", protector=how, again_in_s=self.wait_s)
@@ -233,7 +222,7 @@ class Guard:
             self.forget(name)
         if said.get("READY") == "1":
             self.accepted = True
-            self.wait_s = 0.0
+            self.wait_s = 0
         if "X_FINISH" in said:
             self.finish = int(said["X_FINISH"])
         if "EXIT_STATUS" in said:
@@ -247,17 +236,13 @@ class Guard:
         """Leave nothing behind that says we are here, have workers finish, and exit."""
         self.log("guard-gives-up", protector=why)
         for name, fd in self.store.items():
-            if self.finish and name.startswith(_WORKER) and name.endswith(_PROCESS):
+            if self.finish and name.startswith(inherited.WORKER) and name.endswith(".process"):
                 try:
                     signal.pidfd_send_signal(fd, self.finish)
                 except OSError:
                     pass  # it has ended, or has become another user's
-        try:
-            lock = os.fstat(self.store.get(PID_FILE, -1))
-            if os.path.samestat(os.lstat(self.pid_file), lock):
-                os.unlink(self.pid_file)
-        except OSError:
-            pass  # there is none, or another's in its place
+        if inherited.PID_FILE in self.store:
+            pid_file.remove(self.pid_file_path, self.store[inherited.PID_FILE])
         sys.exit(status)
 
     def log(self, event: str, **fields: str | float) -> None:
@@ -265,17 +250,10 @@ class Guard:
 
         One that would block is dropped, and the next one says how many were.
         """
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
         if self.dropped:
             fields["dropped_lines"] = self.dropped
-        stamp = f"{stamp}.{int(now % 1 * 1000):03d}Z"
-        if self.json:
-            told = {"time": stamp, "level": "warning", "event": event, **fields}
-            line = "{" + ", ".join(f"{quoted(n)}: {shown(told[n])}" for n in told) + "}\n"
-        else:
-            pairs = " ".join(f"{name}={shown(value)}" for name, value in fields.items())
-            line = f"{stamp} warning event={event} {pairs}\n"
+        formed = log_format.as_json if self.json else log_format.as_text
+        line = formed("warning", event, fields, time.time())
         try:
             write(self.store.get(RELAY, 2), line.encode("utf-8", "backslashreplace"))
         except OSError:
@@ -329,10 +307,7 @@ class Guard:
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""
-        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-        for number in (*_PASSED_ON, signal.SIGCHLD):
-            signal.signal(number, noted)
+        receive = signal_pipe.catch((*_PASSED_ON, signal.SIGCHLD))
         self.start()
         while True:
             poll = select.poll()
@@ -389,18 +364,6 @@ def write(fd: int, line: bytes) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def quoted(text: str) -> str:
-    """Return a text as a JSON string, in which the log's own form is not different."""
-    text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return (
-        '"' + "".join(c if c.isprintable() else f"\\u{min(ord(c), 0xFFFD):04x}" for c in text) + '"'
-    )
-
-
-def shown(value: str | float) -> str:
-    return quoted(value) if isinstance(value, str) else f"{value:g}"
-
-
 def pairs(data: bytes) -> list[tuple[str, str]]:
     """Return the NAME=VALUE lines of a message."""
     lines = data.decode("utf-8", "replace").split("\n")
@@ -409,33 +372,21 @@ def pairs(data: bytes) -> list[tuple[str, str]]:
     ]
 
 
-def noted(number: int, frame: object) -> None:
-    """The signal's number is in the wake-up pipe already."""
-
-
 def main() -> None:
     command = sys.argv[1:]
     json = command[:1] == ["--json"]
     if json:
         command = command[1:]
-    pid_file = ""
+    path = ""
     if command and command[0].startswith(PID_FILE_OPTION):
-        pid_file = command.pop(0).removeprefix(PID_FILE_OPTION)
-    count = int(os.environ.pop("LISTEN_FDS", "0"))
-    names = os.environ.pop("LISTEN_FDNAMES", "")
-    if names.startswith(NAMES):
-        with open(int(names.removeprefix(NAMES)), encoding="ascii") as file:
-            file.seek(0)
-            names = file.read()
-    store = dict(zip(names.split(":"), range(_FIRST_FD, _FIRST_FD + count), strict=True))
-    for fd in store.values():
-        os.set_inheritable(fd, False)
+        path = command.pop(0).removeprefix(PID_FILE_OPTION)
+    store = inherited.enter()
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write(NAME)
     except OSError:
         pass  # no /proc: the name is a courtesy
-    Guard(command, store, json=json, pid_file=pid_file).run()
+    Guard(command, store, json=json, pid_file_path=path).run()
 
 
 if __name__ == "__main__":

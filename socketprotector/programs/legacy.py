@@ -25,6 +25,8 @@ import time
 
 from socketprotector_client import wire
 
+from ..system import signal_pipe
+
 PROGRAM = "socketprotector.legacy"
 #: Both ends of the original give the address's full length, so the name ends in NULs.
 SUN_PATH_BYTES = 108
@@ -145,10 +147,7 @@ class Adapter:
         self.leaving = False  # no more from the channel
         self.pid = self.pidfd = 0  # of the child
         self.strangers = 0
-        self.wake, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in _PASSED_ON:
-            signal.signal(number, noted)
-        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+        self.wake = signal_pipe.catch(_PASSED_ON)
 
     def run(self) -> int:
         """Serve until the child has ended; return how, as os.waitstatus_to_exitcode() does."""
@@ -500,10 +499,6 @@ def is_readable(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-def noted(number: int, frame: object) -> None:
-    """The signal's number is in the wake-up pipe already."""
 
 
 def say(text: str) -> None:

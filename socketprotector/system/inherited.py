@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # the guard imports this, and nothing that would make it larger
+    from collections.abc import Iterable, Mapping
 
 FIRST = 3
 SETTINGS = "sp.settings"
@@ -145,24 +147,29 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
     return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": told}
 
 
-@contextmanager
-def left_in_place(descriptors: Mapping[str, int]) -> Iterator[dict[str, str]]:
-    """Let descriptors survive an exec where they are; gives the variables that name them.
+class left_in_place:
+    """Lets descriptors survive an exec where they are; gives the variables that name them.
 
     Nothing is moved, so that all is undone at the end of the block: if the exec fails.
     """
-    by_number = {fd: name for name, fd in descriptors.items()}
-    last = max(by_number, default=FIRST - 1)
-    places = [by_number.get(fd, NOBODY) for fd in range(FIRST, last + 1)]
-    variables = names(places)
-    try:
-        for fd in by_number:
+
+    def __init__(self, descriptors: Mapping[str, int]) -> None:
+        self._fds = by_number = {fd: name for name, fd in descriptors.items()}
+        last = max(by_number, default=FIRST - 1)
+        self._names = [by_number.get(fd, NOBODY) for fd in range(FIRST, last + 1)]
+        self._variables: dict[str, str] = {}
+
+    def __enter__(self) -> dict[str, str]:
+        """Make them inheritable.  Raises OSError."""
+        self._variables = names(self._names)
+        for fd in self._fds:
             os.set_inheritable(fd, True)
-        yield {PID: str(os.getpid()), **variables}
-    finally:
-        for fd in by_number:
+        return {PID: str(os.getpid()), **self._variables}
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._fds:
             os.set_inheritable(fd, False)
-        if (memfd := _memfd(variables["LISTEN_FDNAMES"])) is not None:
+        if (memfd := _memfd(self._variables["LISTEN_FDNAMES"])) is not None:
             os.close(memfd)
 
 

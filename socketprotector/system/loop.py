@@ -18,6 +18,8 @@ import signal
 import time
 from collections.abc import Callable, Hashable, Iterable
 
+from . import signal_pipe
+
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 SHUT = select.EPOLLRDHUP
@@ -143,10 +145,7 @@ class Loop:
 
     def catch(self, signals: Iterable[signal.Signals], callback: Callable[[int], None]) -> None:
         """Call back from the loop, never from a handler, with the number of each signal."""
-        receive, send = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.set_wakeup_fd(send, warn_on_full_buffer=False)
-        for number in signals:
-            signal.signal(number, _noted)
+        receive = signal_pipe.catch(signals)
 
         def read() -> None:
             try:
@@ -199,7 +198,3 @@ class Loop:
     def close(self) -> None:
         """Close the loop's own descriptor."""
         self._epoll.close()
-
-
-def _noted(number: int, frame: object) -> None:
-    """The signal's number is in the wake-up pipe already."""

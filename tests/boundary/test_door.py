@@ -169,18 +169,6 @@ def test_thousands_of_names_left_and_not_executed_leave_nothing(
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_the_guard_and_the_door_agree() -> None:
-    ours = (
-        inherited.NAMES,
-        inherited.NAMES_BYTES,
-        inherited.NOBODY,
-        inherited.GUARD,
-        inherited.PID_FILE,
-    )
-    theirs = (guard.NAMES, guard.NAMES_BYTES, guard.NOBODY, guard.LINE, guard.PID_FILE)
-    assert ours == theirs
-
-
 def test_names_are_grouped_by_what_they_are_about() -> None:
     given = {"sp.channel.1.read": 5, "sp.channel.1.write": 6, "sp.channel.12.read": 7, "sp.x": 8}
 

@@ -29,8 +29,6 @@ from .events import (
 )
 from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
-#: A worker (or generation) that served this long has proved itself; its death is not a quick one.
-PROVEN_S = 10.0
 #: Two quick deaths are forgiven at once; from the third on the delay doubles to its end.
 FREE_DEATHS = 2
 FIRST_DELAY_S = 0.1

@@ -11,6 +11,7 @@ from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
+from ..model.policy import PROVEN_S
 from .events import (
     Deadline,
     News,
@@ -24,7 +25,7 @@ from .events import (
 )
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import abandon, roll_back
-from .step import PROVEN_S, Step, backoff_s
+from .step import Step, backoff_s
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.
 AT_ONCE = 8

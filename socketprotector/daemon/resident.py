@@ -322,7 +322,7 @@ class _Resident:
     def _open_log(self) -> Log:
         settings = self.settings
         log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
-        log.fold(self.loop)
+        log.suppress_crash_loops(self.loop)
         try:
             self.output.begin(self.left_over, settings.name, self.loop, log)
         except OSError as error:

@@ -88,7 +88,7 @@ class Upgrade:
 
         Returns only if that fails, with everything as it was.
         """
-        self._log.tell_all()
+        self._log.flush()
         kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}
         try:
             _need_descriptors()

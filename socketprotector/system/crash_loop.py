@@ -1,12 +1,16 @@
-"""A crash loop is one line with a count, not a full disk.
+"""Crash-loop suppression: one line with a count instead of a full disk.
 
-Stands before the log.  The first deaths of a loop are told as they are.  What the loop
-repeats from then on is counted, and told in one line at growing intervals: how often, and
-how it ended the last time.  Once a worker has proved itself, and at a stop, the rest is told,
-with what was kept back of that worker.  Whoever observes the log is told everything.
+Stands before the log. The first deaths of a loop are written as they are. What the loop repeats
+from then on is suppressed and counted, and summed up in one line at growing intervals: how often,
+and how it ended the last time. Once a worker has proved itself, and at a stop, the rest is
+summed up, and what was withheld of that worker is written. Observers of the log get everything.
 
-Two things go round: the workers of one place (generation and slot), and generations that
-are opened one after the other because nobody serves.
+There are two kinds of loop: workers that crash in one slot of a generation, and generations that
+fail one after the other because none serves.
+
+It reads the log's own lines: their order is what it has to keep, and the core, which counts quick
+deaths for its back-off, knows neither when a worker was spawned nor what it said (the daemon
+writes these lines), nor when one has proved itself (only, at its end, that it had).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..model.policy import PROVEN_S
 from .loop import Loop
 
 Fields = Mapping[str, object]
@@ -23,10 +28,8 @@ Fields = Mapping[str, object]
 #: None: generations, one after the other.
 Key = tuple[int, int | None] | None
 
-#: Deaths in a row that are told as they are.
+#: Deaths in a row that are written as they are.
 SHOWN = 5
-#: As long as for the lifecycle (step.PROVEN_S, which this layer may not know).
-PROVEN_S = 10.0
 #: From one line with a count to the next: doubled each time.
 FIRST_INTERVAL_S = 10.0
 LAST_INTERVAL_S = 3600.0
@@ -34,8 +37,8 @@ LAST_INTERVAL_S = 3600.0
 _APART_S = 120.0
 #: The slot of a worker that an earlier program has spawned.
 _UNKNOWN = -1
-#: Lines of the life that is now: a generation may have many workers.
-_HELD = 256
+#: Lines of workers that live: a generation may have many of them.
+_WITHHELD = 256
 
 _REPEATED = ("spawned", "worker-ready", "signalled", "exited")
 _FAILURES = ("retrying", "channel-broken")
@@ -46,111 +49,113 @@ _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
 
 
 @dataclass(slots=True)
-class _Circle:
-    """What goes round in one place."""
+class _CrashLoop:
+    """The deaths in a row of one slot, or of generations."""
 
     began: float
     deaths: int = 0  # quick ones, in a row
     untold: int = 0  # of these, since the last line
     interval_s: float = FIRST_INTERVAL_S
-    ready_at: float | None = None  # the life that is now
+    ready_at: float | None = None  # of the worker that lives
     died_at: float = 0.0
     shown: int = SHOWN
     last: Fields = field(default_factory=dict)  # how it ended the last time
-    #: What was kept back of the life that is now, and when.
-    held: deque[tuple[float, str, str, Fields]] = field(default_factory=lambda: deque(maxlen=_HELD))
+    #: What was withheld of the worker that lives, and when.
+    withheld: deque[tuple[float, str, str, Fields]] = field(
+        default_factory=lambda: deque(maxlen=_WITHHELD)
+    )
 
     @property
-    def folded(self) -> bool:
+    def suppressed(self) -> bool:
         return self.deaths >= self.shown
 
 
-class Fold:
-    """Keeps lines back that a crash loop repeats."""
+class CrashLoopFilter:
+    """Withholds lines that a crash loop repeats."""
 
     def __init__(self, write: Callable[[str, str, Fields], None], loop: Loop) -> None:
         """`write` writes a line (level, event, fields) without asking here."""
         self._write = write
         self._loop = loop
-        self._circles: dict[Key, _Circle] = {}
-        self._places: dict[int, tuple[int, int | None]] = {}  # of workers that live
+        self._crashing: dict[Key, _CrashLoop] = {}
+        self._slot_of: dict[int, tuple[int, int | None]] = {}  # of workers that live
         self._asked: set[int] = set()  # workers that served, and were asked to leave
-        self._slots: dict[int, int] = {}  # how many a generation has
+        self._slot_counts: dict[int, int] = {}  # how many a generation has
         self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while nobody else served
-        self._shown_to = 0  # later generations go round and are kept back
+        self._shown_to = 0  # the lines of later generations are withheld
         self._stopping = False
 
-    def take(self, level: str, event: str, fields: Fields) -> bool:
-        """Take in a line that is about to be written; True: it is kept back."""
+    def suppresses(self, level: str, event: str, fields: Fields) -> bool:
+        """Take note of a line that is about to be written; True: it is not to be written now."""
         if event == "stopping":
-            self.tell_all()
+            self.flush()
             self._stopping = True
         if self._stopping:
             return False
         line = (time.monotonic(), level, event, fields)
         generation = (
             _number(fields, "generation")
-            or self._places.get(_number(fields, "worker"), (0, None))[0]
+            or self._slot_of.get(_number(fields, "worker"), (0, None))[0]
         )
-        of_a_place = self._of_a_place(line, generation)
-        return self._of_generations(line, generation) or of_a_place
+        of_a_slot = self._of_a_slot(line, generation)
+        return self._of_generations(line, generation) or of_a_slot
 
-    def tell_all(self) -> None:
-        """Tell what was kept back."""
-        for key in list(self._circles):
-            self._end(key)
-        self._places.clear()
+    def flush(self) -> None:
+        """Write what was withheld."""
+        for key in list(self._crashing):
+            self._finish(key)
+        self._slot_of.clear()
         self._asked.clear()
 
-    # -- workers in their place ------------------------------------------------
+    # -- workers of a slot --------------------------------------------------------
 
-    def _of_a_place(self, line: tuple[float, str, str, Fields], generation: int) -> bool:
+    def _of_a_slot(self, line: tuple[float, str, str, Fields], generation: int) -> bool:
         now, _, event, fields = line
         worker = _number(fields, "worker")
         just_ended, self._just_ended = self._just_ended, None
         if event == "drained":
-            for key in [key for key in self._circles if key is not None and key[0] == generation]:
-                self._end(key)
-            self._slots.pop(generation, None)
+            for key in [key for key in self._crashing if key is not None and key[0] == generation]:
+                self._finish(key)
+            self._slot_counts.pop(generation, None)
             return False
         if event == "spawned":
             slot = _number(fields, "slot")
-            self._places[worker] = generation, slot
-            self._slots[generation] = max(self._slots.get(generation, 0), slot + 1)
+            self._slot_of[worker] = generation, slot
+            self._slot_counts[generation] = max(self._slot_counts.get(generation, 0), slot + 1)
         if event == "exited" and not worker:  # the lifecycle says it once more, with the reason
             return self._reason(just_ended, generation, fields)
-        if event in ("retired", "signalled") and self._was_asked(worker):
+        if event in ("retired", "signalled") and self._leaves_as_asked(worker):
             return False
         if event not in _REPEATED:
             return False
-        if worker not in self._places:
+        if worker not in self._slot_of:
             self._just_ended = generation, _UNKNOWN
             return False
-        key = self._places[worker]
+        key = self._slot_of[worker]
         if event == "exited":
-            del self._places[worker]
+            del self._slot_of[worker]
             if worker in self._asked:
                 self._asked.discard(worker)
                 self._just_ended = generation, _UNKNOWN
                 return False
             self._just_ended = key
-            return self._died(key, {"worker": worker, "how": fields.get("how")})
-        circle = self._circles.setdefault(key, _Circle(now))
+            return self._count_death(key, {"worker": worker, "how": fields.get("how")})
+        crashes = self._crashing.setdefault(key, _CrashLoop(now))
         if event == "worker-ready":
-            self._is_ready(key, circle)
-        if circle.folded:
-            circle.held.append(line)
-        return circle.folded
+            self._is_ready(key, crashes)
+        if crashes.suppressed:
+            crashes.withheld.append(line)
+        return crashes.suppressed
 
-    def _was_asked(self, worker: int) -> bool:
-        """Whether a worker that served was told to go: then its end is no death."""
-        key = self._places.get(worker)
-        circle = self._circles.get(key) if key is not None else None
-        if circle is None or circle.ready_at is None:
+    def _leaves_as_asked(self, worker: int) -> bool:
+        """Whether a worker that served was told to leave: then its end is no death."""
+        key = self._slot_of.get(worker)
+        crashes = self._crashing.get(key) if key is not None else None
+        if crashes is None or crashes.ready_at is None:
             return False  # one that never served, or ended by itself
         self._asked.add(worker)
-        self._end(key)
+        self._finish(key)
         return True
 
     def _reason(
@@ -159,97 +164,99 @@ class Fold:
         reason = _why(fields)
         if ended is None or ended[0] != generation:
             # All of its places together, as nobody says which one it is.
-            shown = SHOWN * self._slots.get(generation, 1)
-            return self._died((generation, None), reason, shown)
-        circle = self._circles.get(ended)
-        if circle is None:
+            shown = SHOWN * self._slot_counts.get(generation, 1)
+            return self._count_death((generation, None), reason, shown)
+        crashes = self._crashing.get(ended)
+        if crashes is None:
             return False
-        circle.last = {**circle.last, **reason}
-        return circle.deaths > circle.shown
+        crashes.last = {**crashes.last, **reason}
+        return crashes.deaths > crashes.shown
 
     # -- generations, one after the other ----------------------------------------
 
     def _of_generations(self, line: tuple[float, str, str, Fields], generation: int) -> bool:
         now, _, event, fields = line
         if event in _VERDICTS:
-            self._end(None)
+            self._finish(None)
         if event in _FAILURES and generation > self._failed:
             self._failed = generation
-            kept_back = self._died(None, _why(fields))
-            if not kept_back:
+            suppressed = self._count_death(None, _why(fields))
+            if not suppressed:
                 self._shown_to = generation
-            return kept_back
-        circle = self._circles.get(None)
-        if event not in _REPEATED_BY_GENERATIONS or circle is None or not circle.folded:
+            return suppressed
+        crashes = self._crashing.get(None)
+        if event not in _REPEATED_BY_GENERATIONS or crashes is None or not crashes.suppressed:
             if event == "recovered":
-                self._is_ready(None, self._circles.setdefault(None, _Circle(now)))
+                self._is_ready(None, self._crashing.setdefault(None, _CrashLoop(now)))
             return False
         if generation <= self._shown_to:
             return False
-        circle.held.append(line)
+        crashes.withheld.append(line)
         if event == "recovered":
-            self._is_ready(None, circle)
+            self._is_ready(None, crashes)
         return True
 
-    # -- what goes round -----------------------------------------------------------
+    # -- deaths in a row -----------------------------------------------------------
 
-    def _is_ready(self, key: Key, circle: _Circle) -> None:
-        circle.ready_at = time.monotonic()
-        if circle.folded:
-            self._loop.call_after(("fold-proven", key), PROVEN_S, lambda: self._end(key))
+    def _is_ready(self, key: Key, crashes: _CrashLoop) -> None:
+        crashes.ready_at = time.monotonic()
+        if crashes.suppressed:
+            self._loop.call_after(("crash-loop-proven", key), PROVEN_S, lambda: self._finish(key))
 
-    def _died(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
-        """Count a death; True: it is not to be told now."""
+    def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
+        """Count a death; True: it is not to be written now."""
         now = time.monotonic()
-        circle = self._circles.get(key)
-        if circle is not None and (
-            (circle.ready_at is not None and now - circle.ready_at >= PROVEN_S)
-            or (key is not None and key[1] is None and now - circle.died_at > _APART_S)
+        crashes = self._crashing.get(key)
+        if crashes is not None and (
+            (crashes.ready_at is not None and now - crashes.ready_at >= PROVEN_S)
+            or (key is not None and key[1] is None and now - crashes.died_at > _APART_S)
         ):
-            self._end(key)
-        circle = self._circles.setdefault(key, _Circle(now))
-        self._loop.cancel(("fold-proven", key))
-        circle.shown = shown
-        circle.deaths += 1
-        circle.ready_at = None
-        circle.died_at = now
-        circle.last = last
-        circle.held.clear()
-        if circle.deaths <= circle.shown:
+            self._finish(key)
+        crashes = self._crashing.setdefault(key, _CrashLoop(now))
+        self._loop.cancel(("crash-loop-proven", key))
+        crashes.shown = shown
+        crashes.deaths += 1
+        crashes.ready_at = None
+        crashes.died_at = now
+        crashes.last = last
+        crashes.withheld.clear()
+        if crashes.deaths <= crashes.shown:
             return False
-        circle.untold += 1
-        if self._loop.due(("fold", key)) is None:
-            self._loop.call_after(("fold", key), circle.interval_s, lambda: self._tell(key))
+        crashes.untold += 1
+        if self._loop.due(("crash-loop", key)) is None:
+            self._loop.call_after(
+                ("crash-loop", key), crashes.interval_s, lambda: self._sum_up(key)
+            )
         return True
 
-    def _tell(self, key: Key) -> None:
-        """Tell how often it went round since the last line."""
-        circle = self._circles[key]
+    def _sum_up(self, key: Key) -> None:
+        """Write how many deaths there were since the last line."""
+        crashes = self._crashing[key]
         generation, slot = key if key is not None else (self._failed, None)
         told = {
             "generation": generation,
             "slot": slot,
-            "deaths": circle.deaths,
-            "untold": circle.untold,
-            "for_s": round(time.monotonic() - circle.began, 1),
-            **circle.last,
+            "deaths": crashes.deaths,
+            "untold": crashes.untold,
+            "for_s": round(time.monotonic() - crashes.began, 1),
+            **crashes.last,
         }
-        circle.untold = 0
-        circle.interval_s = min(circle.interval_s * 2, LAST_INTERVAL_S)
+        crashes.untold = 0
+        crashes.interval_s = min(crashes.interval_s * 2, LAST_INTERVAL_S)
         self._write("warning", "crash-loop", {k: v for k, v in told.items() if v is not None})
 
-    def _end(self, key: Key) -> None:
-        """Tell the rest, and what was kept back of the life that is now; begin anew."""
-        circle = self._circles.get(key)
-        if circle is None:
+    def _finish(self, key: Key) -> None:
+        """Write the rest, and what was withheld of the worker that lives; begin anew."""
+        crashes = self._crashing.get(key)
+        if crashes is None:
             return
-        self._loop.cancel(("fold", key))
-        self._loop.cancel(("fold-proven", key))
-        if circle.untold:
-            self._tell(key)
-        del self._circles[key]
+        self._loop.cancel(("crash-loop", key))
+        self._loop.cancel(("crash-loop-proven", key))
+        if crashes.untold:
+            self._sum_up(key)
+        del self._crashing[key]
         now = time.monotonic()
-        for when, level, event, fields in circle.held:
+        for when, level, event, fields in crashes.withheld:
             self._write(level, event, {**fields, "ago_s": round(now - when, 1)})
 
 

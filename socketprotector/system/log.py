@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 
 from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
 from . import clock
-from .crash_loop import Fold
+from .crash_loop import CrashLoopFilter
 from .loop import Loop
 from .terminal import put
 
@@ -37,7 +37,7 @@ class Log:
         self.level = level
         self._threshold = LEVELS[level]
         self._observers: tuple[Observer, ...] = ()
-        self._fold: Fold | None = None
+        self._filter: CrashLoopFilter | None = None
         self._prioritized = prioritized or is_journal()
         self._json = form == "json"
         self._coloured = False
@@ -53,7 +53,7 @@ class Log:
         """Write from now on what is at this level or above it.  Raises KeyError."""
         self._threshold = LEVELS[level]
         self.level = level
-        self.tell_all()
+        self.flush()
 
     def observe(self, callback: Observer) -> None:
         """Call this, too, with each line at level info or above, whatever our own level is.
@@ -62,14 +62,14 @@ class Log:
         """
         self._observers = (*self._observers, callback)
 
-    def fold(self, loop: Loop) -> None:
-        """Write what a crash loop repeats as one line with a count, unless all is to be told."""
-        self._fold = Fold(self._write, loop)
+    def suppress_crash_loops(self, loop: Loop) -> None:
+        """Write what a crash loop repeats as one line with a count, but for --log-level debug."""
+        self._filter = CrashLoopFilter(self._write, loop)
 
-    def tell_all(self) -> None:
-        """Write what was kept back; to be called before this program is replaced."""
-        if self._fold is not None:
-            self._fold.tell_all()
+    def flush(self) -> None:
+        """Write what was withheld; to be called before this program is replaced."""
+        if self._filter is not None:
+            self._filter.flush()
 
     def reopen(self) -> None:
         """Follow stderr to where it leads now.
@@ -103,11 +103,11 @@ class Log:
         if self._observers and LEVELS[level] <= _OBSERVED:
             for tell in self._observers:
                 tell(level, event, plain(given))
-        if self._fold is None or self.level == "debug" or LEVELS[level] > _OBSERVED:
-            kept_back = False
+        if self._filter is None or self.level == "debug" or LEVELS[level] > _OBSERVED:
+            suppressed = False
         else:
-            kept_back = self._fold.take(level, event, given)
-        if not kept_back:
+            suppressed = self._filter.suppresses(level, event, given)
+        if not suppressed:
             self._write(level, event, given)
 
     def _write(self, level: str, event: str, fields: Mapping[str, object]) -> None:
@@ -160,8 +160,8 @@ class Log:
         return as_text(level, event, fields, now)
 
     def close(self) -> None:
-        """Write no more, after what was kept back."""
-        self.tell_all()
+        """Write no more, after what was withheld."""
+        self.flush()
         self._close()
 
     def _close(self) -> None:

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from socketprotector.model.policy import PROVEN_S
 from socketprotector.system import crash_loop
 from socketprotector.system.crash_loop import (
     FIRST_INTERVAL_S,
     LAST_INTERVAL_S,
-    PROVEN_S,
     SHOWN,
+    CrashLoopFilter,
     Fields,
-    Fold,
 )
 from socketprotector.system.loop import Loop
 
@@ -54,7 +54,9 @@ class Story:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loop = Clock()
         self.written: list[tuple[str, Fields]] = []
-        self.fold = Fold(lambda level, event, fields: self._put(event, fields), self.loop)
+        self.filter = CrashLoopFilter(
+            lambda level, event, fields: self._put(event, fields), self.loop
+        )
         self.number = 0
         monkeypatch.setattr(crash_loop, "time", SimpleNamespace(monotonic=lambda: self.loop.now))
 
@@ -62,7 +64,7 @@ class Story:
         self.written.append((event, fields))
 
     def say(self, event: str, **fields: object) -> None:
-        if not self.fold.take("info", event, fields):
+        if not self.filter.suppresses("info", event, fields):
             self._put(event, fields)
 
     def spawn(self, generation: int = 1, slot: int = 0) -> int:
@@ -240,7 +242,7 @@ def test_a_worker_that_cannot_be_spawned_is_folded_too(story: Story) -> None:
         story.loop.pass_time(1)
 
     assert story.events() == ["exited"] * SHOWN
-    story.fold.tell_all()
+    story.filter.flush()
     assert story.events() == ["crash-loop"]
     assert story.seen[0]["reason"] == "cannot start: No such file"
 
@@ -318,6 +320,6 @@ def test_what_is_known_stays_bounded(story: Story) -> None:
         story.live_and_die(SHOWN + 20, generation=generation)
         story.say("drained", generation=generation)
 
-    fold_ = story.fold
-    assert [fold_._circles, fold_._places, fold_._slots, fold_._asked] == [{}, {}, {}, set()]
+    kept = story.filter
+    assert [kept._crashing, kept._slot_of, kept._slot_counts, kept._asked] == [{}, {}, {}, set()]
     assert story.loop.timers == {}

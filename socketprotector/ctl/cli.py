@@ -74,10 +74,10 @@ def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]
 )
 @click.option("--name", shell_complete=_known_names, help="The protector of that name.")
 @click.option(
-    "--control", metavar="PATH", type=click.Path(), help="The one with that control socket."
+    "--control", metavar="PATH", type=click.Path(), help="The protector with that control socket."
 )
 @click.option(
-    "--pid-file", metavar="FILE", type=click.Path(), help="The one whose pid stands there."
+    "--pid-file", metavar="FILE", type=click.Path(), help="The protector whose pid is in this file."
 )
 @click.version_option(__version__, prog_name=NAME)
 @click.pass_context

@@ -89,7 +89,7 @@ class Client:
             self._socket.settimeout(max(0.001, until - time.monotonic()))
             self._socket.sendall(line)
         except TimeoutError:
-            raise NoProtector(f"{self.path}: nobody reads what is asked") from None
+            raise NoProtector(f"{self.path}: the protector does not read the request") from None
         except OSError as error:
             # Whoever is not heard is told so before the end: that line may be there to read.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
@@ -104,7 +104,7 @@ class Client:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise NoProtector(f"{self.path}: what answers there is no protector")
+            raise NoProtector(f"{self.path}: what answers there is not SocketProtector")
         return message
 
     def _line(self, until: float) -> bytes | None:
@@ -112,7 +112,7 @@ class Client:
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
-                raise NoProtector(f"{self.path}: what answers there is no protector")
+                raise NoProtector(f"{self.path}: what answers there is not SocketProtector")
             # Once is looked in any case: an event that is there is taken with 0 s to wait.
             self._socket.settimeout(max(0.0, until - time.monotonic()))
             try:

@@ -48,7 +48,7 @@ def by_name(name: str) -> str:
     if meant or living or there:
         return (meant or living or there)[0]
     known = _names(list(called.values()))
-    raise NoProtector(f"--name {name}: nobody of that name in {where()}; there is {known}")
+    raise NoProtector(f"--name {name}: no protector of that name in {where()}; there is {known}")
 
 
 def names(found: Sequence[SocketAnswer]) -> list[str]:
@@ -134,7 +134,7 @@ def _pid(file: str) -> int:
         raise UsageError(f"--pid-file {file}: {error.strerror}") from None
     number = re.match(rb"\s*(\d{1,9})\s*$", content)
     if number is None:
-        raise UsageError(f"--pid-file {file}: there stands no pid")
+        raise UsageError(f"--pid-file {file}: it contains no pid")
     return int(number[1])
 
 

@@ -37,10 +37,10 @@ def _answer(as_json: bool, result: Message, words: str) -> None:
         say(words)
 
 
-@command(context_settings=_NEGATIVE, short_help="So many workers; more; fewer.")
+@command(context_settings=_NEGATIVE, short_help="Set the number of workers, or change it.")
 @click.argument("workers", metavar="N|+N|-N")
 def scale(instance: Instance, workers: str, as_json: bool) -> None:
-    """So many workers, so many more, or so many fewer."""
+    """Set the number of workers to N, or change it by N."""
     if not re.fullmatch(r"[+-]?\d{1,9}", workers, re.ASCII):
         raise click.BadParameter(f"{workers!r}: write N, +N or -N", param_hint="N")
     how = "by" if workers[0] in "+-" else "to"
@@ -59,7 +59,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
     "seconds",
     type=Duration(zero=False),
     default=None,
-    help="Return at once; the hold ends by itself then.",
+    help="Return at once; the hold ends after this time.",
 )
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Accept nothing, refuse nothing: who connects waits in the kernel's backlog.
@@ -70,11 +70,11 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     if seconds is not None:
         with instance.client() as client:
             result = client.request("hold", seconds=seconds)
-        _answer(as_json, result, f"held for {seconds:g} s; release ends it earlier")
+        _answer(as_json, result, f"on hold for {seconds:g} s; release ends it earlier")
         return
     with instance.session() as session, _asked_to_end() as ended:
         result = session.ask("hold", seconds=_HOLD_EACH_S)
-        _answer(as_json, result, "held as long as this runs; Ctrl-C releases")
+        _answer(as_json, result, "on hold while this runs; Ctrl-C releases")
         try:
             while not ended(_HOLD_EVERY_S):
                 session.ask("hold", seconds=_HOLD_EACH_S)

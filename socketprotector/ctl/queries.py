@@ -45,7 +45,7 @@ def _known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> li
 GENERATION = click.IntRange(1)
 
 
-@command(short_help="What runs, and how the last reload ended.")
+@command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
     """What runs: generations, workers, queues, waits, the last reload."""
     with instance.client() as client:
@@ -62,7 +62,7 @@ def status(instance: Instance, as_json: bool) -> None:
         render.show(render.line(), status_view.workers(found))
 
 
-@command(short_help="Who is connected, how long, to which worker.")
+@command(short_help="List connections: peer, age, worker.")
 @click.argument("generation", type=GENERATION, required=False, shell_complete=_known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
     """Who is connected, for how long, and to which worker: what keeps a generation alive.
@@ -122,7 +122,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
         complain(f"worker {who.worker} of generation {who.generation}, pid {who.pid}: {who.why}")
 
 
-@command(short_help="How the last workers that failed ended.")
+@command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
     """The last workers that failed: how, when, what was lost, their last words."""
     with instance.client() as client:
@@ -172,8 +172,8 @@ def diff(instance: Instance, as_json: bool) -> None:
 # -- events -----------------------------------------------------------------------------
 
 
-@command(short_help="All that happens from now on.")
-@click.option("--follow", is_flag=True, help="Go on when the protector ends; wait for the next.")
+@command(short_help="Print events as they happen.")
+@click.option("--follow", is_flag=True, help="Continue when the protector restarts.")
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Everything that happens from now on, until Ctrl-C; across upgrades and crashes."""
     path = instance.path()
@@ -235,7 +235,7 @@ def _show_event(event: Message, as_json: bool) -> None:
 
 
 @command("list", short_help="All protectors on this machine.")
-@click.option("--living", is_flag=True, help="Leave out sockets that nobody listens at.")
+@click.option("--living", is_flag=True, help="Leave out sockets of protectors that have ended.")
 def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     """All protectors whose control sockets are in the usual folders."""
     if instance != Instance():

@@ -30,9 +30,9 @@ _LOOK_EVERY_S = 1.0
 #: A guard keeps the socket while it brings back who died; who has ended does not come back.
 _GONE_S = 0.2
 
-_WAIT = click.option("--wait/--no-wait", default=True, help="For the outcome, or only ask.")
+_WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
 _TIMEOUT = click.option(
-    "--timeout", default="0", type=Duration(), help="Wait at most so long; 0: no limit."
+    "--timeout", default="0", type=Duration(), help="How long to wait; 0: no limit."
 )
 
 
@@ -73,7 +73,7 @@ def _outcome(as_json: bool, **known: Any) -> Iterator[Message]:
         raise
     except KeyboardInterrupt:
         told["result"] = "interrupted"
-        tell("interrupted: it goes on, and is not waited for any longer")
+        tell("interrupted: it goes on; only the waiting has ended")
         raise
     finally:
         told["waited_s"] = round(time.monotonic() - begun, 3)
@@ -84,7 +84,7 @@ def _outcome(as_json: bool, **known: Any) -> Iterator[Message]:
 # -- reload ---------------------------------------------------------------------------
 
 
-@command(short_help="Start the new version; say what became of it.")
+@command(short_help="Start the new version, and report the outcome.")
 @_WAIT
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
 @_TIMEOUT
@@ -102,7 +102,7 @@ def reload(instance: Instance, wait: bool, drained: bool, timeout: float, as_jso
         if as_json:
             say_json({"generation": generation, "result": "asked"})
         else:
-            say(f"asked to reload: generation {generation} is to come; see status for the outcome")
+            say(f"reload requested: generation {generation} will start; see status for the outcome")
         return
     deadline = _Deadline(timeout)
     progress = not as_json
@@ -176,9 +176,7 @@ def _back(
         watched.looked(session.ask("status"))
     except NoProtector as error:
         end = "it was stopped" if watched.stopping else str(error)
-        raise NoProtector(
-            f"generation {watched.generation} was not seen to serve: {end}"
-        ) from error
+        raise NoProtector(f"generation {watched.generation} was not seen serving: {end}") from error
 
 
 def _given_up(session: Session, found: Verdict, told: Message) -> None:
@@ -186,7 +184,7 @@ def _given_up(session: Session, found: Verdict, told: Message) -> None:
     last_words = found.last_words or _last_words(session, found.generation)
     told["reason"] = found.reason or None
     told["last_words"] = last_words or None
-    text = f"not reloaded: generation {found.generation} was given up"
+    text = f"not reloaded: generation {found.generation} failed"
     if found.reason:
         text += f": {found.reason}"
     try:
@@ -256,7 +254,7 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
         if not wait:
             told["result"] = "asked"
             if not as_json:
-                say("asked to upgrade; see status (restarts, version) or the log for the outcome")
+                say("upgrade requested; see status (restarts, version) or the log for the outcome")
             return
         after = _upgraded(session, before, deadline)
         told["version"], told["result"] = after.get("version"), "upgraded"
@@ -293,7 +291,7 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
 # -- stop --------------------------------------------------------------------------------
 
 
-@command(short_help="Serve who has connected, then end.")
+@command(short_help="Stop gracefully, or at once with --quick.")
 @_WAIT
 @click.option("--quick", is_flag=True, help="At once: TERM to the workers, then KILL.")
 @_TIMEOUT
@@ -308,7 +306,7 @@ def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: b
             if not wait:
                 told["result"] = "asked"
                 if not as_json:
-                    say("asked to stop")
+                    say("stop requested")
                 return
             _stopped(session, process, deadline, progress=not as_json)
         finally:

@@ -25,7 +25,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
 @dataclass(slots=True)
-class Answer:
+class ConfigAnswer:
     """What was read, or why it cannot be had.  Whoever gets it owns the descriptors."""
 
     failure: str = ""  # for people, line by line; empty: all is well
@@ -35,7 +35,7 @@ class Answer:
     changes: tuple[str, ...] = ()
 
 
-class Reader:
+class ConfigReader:
     """One reading at a time."""
 
     def __init__(self, command: tuple[str, ...], loop: Loop, key: Hashable) -> None:
@@ -48,7 +48,7 @@ class Reader:
         self._said = -1
         self._heard: dict[str, int] = {}
         self._failure = ""
-        self._done: Callable[[Answer], None] = _nobody
+        self._done: Callable[[ConfigAnswer], None] = _nobody
 
     @property
     def busy(self) -> bool:
@@ -58,7 +58,7 @@ class Reader:
         self,
         settings: Settings,
         limit_s: float,
-        done: Callable[[Answer], None],
+        done: Callable[[ConfigAnswer], None],
         *,
         dry: bool = False,
     ) -> None:
@@ -74,7 +74,7 @@ class Reader:
         except OSError as error:
             self._release()
             where = f"{error.filename}: " if error.filename else ""
-            done(Answer(f"cannot read the configuration: {where}{error.strerror}"))
+            done(ConfigAnswer(f"cannot read the configuration: {where}{error.strerror}"))
             return
         self._loop.call_after(self._key, limit_s, lambda: self._too_late(limit_s))
 
@@ -143,25 +143,25 @@ class Reader:
         try:
             answer = self._answer(f"who read it {how}")
         except OSError as error:
-            answer = Answer(f"cannot take the answer: {error.strerror}")
+            answer = ConfigAnswer(f"cannot take the answer: {error.strerror}")
         self._release()
         done(answer)
 
-    def _answer(self, how: str) -> Answer:
+    def _answer(self, how: str) -> ConfigAnswer:
         if self._failure:
-            return Answer(self._failure)
+            return ConfigAnswer(self._failure)
         if "refused" in self._heard:
-            return Answer(_text(self._heard["refused"]) or "refused")
+            return ConfigAnswer(_text(self._heard["refused"]) or "refused")
         if "changes" in self._heard:
-            return Answer(changes=self._lines("changes"))
+            return ConfigAnswer(changes=self._lines("changes"))
         if not {"differences", "settings"} <= self._heard.keys():
             last = last_line(self._said)
-            return Answer(f"the configuration was not read; {how}: {last}")
+            return ConfigAnswer(f"the configuration was not read; {how}: {last}")
         try:
             settings = load(_text(self._heard["settings"]).encode())
         except SettingsError as error:
-            return Answer(str(error))
-        return Answer(
+            return ConfigAnswer(str(error))
+        return ConfigAnswer(
             settings=settings,
             changes=self._lines("differences"),
             listeners=self._take_heard("listener "),
@@ -198,7 +198,7 @@ def _text(fd: int) -> str:
     return os.pread(fd, _MOST_BYTES, 0).decode("utf-8", "replace")
 
 
-def _nobody(answer: Answer) -> None:
+def _nobody(answer: ConfigAnswer) -> None:
     """Nobody waits for it any more: let go of what came."""
     for fd in (*answer.listeners.values(), *answer.seconds.values()):
         os.close(fd)

@@ -30,7 +30,7 @@ _LAST_DELAY_S = 60.0
 _FILES = "unix:/"
 
 
-class Watcher:
+class FileWatch:
     """Keeps one watcher process running."""
 
     def __init__(

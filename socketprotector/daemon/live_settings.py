@@ -16,7 +16,7 @@ from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import Loop
-from .config_reader import Answer, Reader
+from .config_reader import ConfigAnswer, ConfigReader
 from .forwarder import Forwarder
 from .generation import OpenGeneration
 from .socket_steering import SocketSteering
@@ -48,8 +48,8 @@ class LiveSettings:
         self._generations = generations
         self._log = log
         self._post = post
-        self._reader = Reader(command, loop, "reader")
-        self._comparer = Reader(command, loop, "comparer")
+        self._reader = ConfigReader(command, loop, "reader")
+        self._comparer = ConfigReader(command, loop, "comparer")
 
     @property
     def settings(self) -> Settings:
@@ -66,7 +66,7 @@ class LiveSettings:
         """Have them read again; what comes of it is an event."""
         self._reader.read(self.settings, self.settings.policy.start_timeout_s, self._were_read)
 
-    def compare(self, done: Callable[[Answer], None]) -> bool:
+    def compare(self, done: Callable[[ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; False while that is going on."""
         if self._comparer.busy:
             return False
@@ -120,7 +120,7 @@ class LiveSettings:
 
     # -- inside ------------------------------------------------------------------
 
-    def _were_read(self, answer: Answer) -> None:
+    def _were_read(self, answer: ConfigAnswer) -> None:
         old, new = self.settings, answer.settings
         if new is None:
             lines = answer.failure.split("\n")

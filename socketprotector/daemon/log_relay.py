@@ -70,7 +70,7 @@ class WorkerPipe:
         return f"{inherited.OUTPUT}{number}.{self.generation}.{self.pid}"
 
 
-class Relaying:
+class LogRelay:
     """One relay process, and all that it reads from."""
 
     def __init__(

@@ -21,7 +21,7 @@ from ..system.inherited import Inherited
 from ..system.log import Log, is_journal
 from ..system.log_file import open_log
 from ..system.loop import Loop
-from .log_relay import Relaying, WorkerPipe
+from .log_relay import LogRelay, WorkerPipe
 
 _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
@@ -56,7 +56,7 @@ class Output:
         self._prefixed = prefixed
         #: All descriptors of workers that another program would need.
         self.named = inherited.Named()
-        self._relay: Relaying | None = None
+        self._relay: LogRelay | None = None
         #: Called when other descriptors are to be kept for the next program than before.
         self.changed: Callable[[], object] = lambda: None
 
@@ -73,7 +73,7 @@ class Output:
         if not self.needs_relay:
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
-        self._relay = Relaying(name, kind, loop, log, self.named, prefixed=self._prefixed)
+        self._relay = LogRelay(name, kind, loop, log, self.named, prefixed=self._prefixed)
         self._relay.changed = lambda: self.changed()
         given = left.take_one(_WRITE)
         if given is not None:  # else stderr has come along as it is

@@ -33,10 +33,10 @@ from ..system.state_file import StateError, StateFile
 from . import checkpoint
 from .checkpoint import Checkpoint
 from .control.commands import CommandHandler
-from .control.server import Control
+from .control.server import ControlServer
 from .effects import Effects
 from .event_queue import EventQueue
-from .file_watch import Watcher
+from .file_watch import FileWatch
 from .output import Output
 from .recovery import Recovery
 from .start_report import Launcher
@@ -254,7 +254,7 @@ class _Resident:
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        process.give_way()
+        process.use_batch_policy()
         if settings.identity is not None:
             starts_others = settings.worker_identity is not None
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
@@ -346,7 +346,7 @@ class _Resident:
             StateFile(self.own[inherited.STATE]), self.store, log, self._descriptors
         )
         self.output.changed = checkpoint.save
-        self.watcher = Watcher(
+        self.watcher = FileWatch(
             settings, self.loop, log, lambda: queue.post(ReloadRequested()), checkpoint.save
         )
         effects = Effects(
@@ -414,7 +414,7 @@ class _Resident:
 
     # -- the control socket ----------------------------------------------------
 
-    def _control(self, supervisor: Supervisor, log: Log) -> Control | None:
+    def _control(self, supervisor: Supervisor, log: Log) -> ControlServer | None:
         """Answer operators from here on."""
         settings = self.settings
         if self.control_listener is None:
@@ -422,7 +422,7 @@ class _Resident:
         operator = CommandHandler(supervisor, self.loop, log, lambda: self._reopen_logs(log))
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
-        control = Control(
+        control = ControlServer(
             self.control_listener,
             self.loop,
             operator.handle,

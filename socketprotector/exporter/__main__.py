@@ -23,10 +23,10 @@ DEFAULT = "127.0.0.1:9517"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--name", multiple=True, help="The instance of this --name.  Again for more.")
+@click.option("--name", multiple=True, help="The instance of that --name; repeatable.")
 @click.option("--control", multiple=True, metavar="PATH", help="The one with this control socket.")
-@click.option("--all", "everybody", is_flag=True, help="All there are, also later.  [default]")
-@click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Where to answer.")
+@click.option("--all", "everybody", is_flag=True, help="All instances, later ones too.  [default]")
+@click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
 @click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
 @click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
 @click.version_option(__version__, prog_name=NAME)

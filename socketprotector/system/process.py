@@ -65,7 +65,7 @@ class Process:
 
         It leads a group of its own, and takes no signal but KILL.
         """
-        place = _place()  # for its pidfd
+        reserved = _reserve_fd()  # for its pidfd
         # Else a signal in the child would be reported to our own loop.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
@@ -78,7 +78,7 @@ class Process:
                     os._exit(0)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            os.close(place)
+            os.close(reserved)
         try:
             return cls(pid)
         except OSError:
@@ -250,8 +250,8 @@ class Process:
             _known.pop(self.pid, None)
 
 
-def _place() -> int:
-    """Open a descriptor that is in the place of another.  Raises OSError where none is free."""
+def _reserve_fd() -> int:
+    """Open a descriptor only to close it for another one.  Raises OSError where none is free."""
     return os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -360,7 +360,7 @@ def _spawn(
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
     kept = {_LIMITS[name]: resource.getrlimit(_LIMITS[name]) for name, _ in program.limits}
-    place = _place()  # for its pidfd: a process that nobody can watch must not be started
+    reserved = _reserve_fd()  # for its pidfd: a process that nobody can watch must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
     try:
@@ -373,7 +373,8 @@ def _spawn(
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
         environment = {**dict(program.environment), **extra}
-        again = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))} if hurries(program) else {}
+        normal = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))}
+        policy = normal if needs_normal_policy(program) else {}
         if forked:
             places = dict(zip(descriptors, aside, strict=True))
             pid = _fork(program, environment, places, tell_pid, lifeline)
@@ -387,7 +388,7 @@ def _spawn(
                 setsid=True,
                 setsigmask=(),
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
-                **again,  # type: ignore[arg-type]
+                **policy,  # type: ignore[arg-type]
             )
     except FileNotFoundError as error:
         if error.filename == path and os.path.exists(path):
@@ -402,7 +403,7 @@ def _spawn(
             resource.setrlimit(which, pair)
         os.umask(umask)
         os.chdir("/")
-        for fd in (place, *aside):
+        for fd in (reserved, *aside):
             os.close(fd)
     return pid
 
@@ -414,8 +415,8 @@ def _limit(program: Program) -> None:
         resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
 
 
-def give_way() -> None:
-    """Be in no hurry: let whom we wake run on, and wake several in one go.
+def use_batch_policy() -> None:
+    """Use SCHED_BATCH, so as not to preempt the worker just woken, and wake several in one go.
 
     Under load a protector that preempts the worker which it has just woken costs both
     (bench/README.md).  Whoever was started with another policy, or ahead of others, keeps it.
@@ -427,8 +428,8 @@ def give_way() -> None:
             pass  # forbidden here (a system call filter): slower, not wrong
 
 
-def hurries(program: Program) -> bool:
-    """Whether a program needs the policy back that we gave up in give_way()."""
+def needs_normal_policy(program: Program) -> bool:
+    """Whether a program is to have the policy back that we have left in use_batch_policy()."""
     return not program.batch and scheduler() == os.SCHED_BATCH
 
 
@@ -494,7 +495,7 @@ def _become(
         os.dup2(ours, theirs)
     if program.nice:
         os.nice(program.nice)
-    if hurries(program):
+    if needs_normal_policy(program):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:

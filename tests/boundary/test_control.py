@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from socketprotector.daemon.control import server
-from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client, Control
+from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client, ControlServer
 from socketprotector.model.control_requests import LINE_BYTES, Request, RequestError, answer
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.listener import Listener
@@ -54,7 +54,7 @@ class Desk:
         settings = ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino)
         self.listener = Listener(sock.detach(), -1, settings)
         self.acked: list[int] = []
-        self.control = Control(
+        self.control = ControlServer(
             self.listener,
             self.loop,
             lambda client, request: self.answers(client, request),

@@ -48,7 +48,7 @@ for line in sys.stdin:
 #: Accepts one client after the other as this user, and says whom it lets in.
 CONTROLS = """
 import os, socket, sys
-from socketprotector.daemon.control.server import Control
+from socketprotector.daemon.control.server import ControlServer
 class Loop:
     def watch(self, *_): pass
 class Listener:
@@ -60,7 +60,7 @@ os.chmod(sys.argv[1], 0o666)
 listener.socket.listen()
 os.setuid(int(sys.argv[2]))
 group = int(sys.argv[3]) if sys.argv[3] else None
-control = Control(
+control = ControlServer(
     listener, Loop(), None, None, uids=frozenset({0, os.getuid(), int(sys.argv[2])}), group=group
 )
 print("listens", flush=True)

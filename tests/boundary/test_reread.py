@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon.config_reader import Answer, Reader
+from socketprotector.daemon.config_reader import ConfigAnswer, ConfigReader
 from socketprotector.launch import cli
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system.loop import Loop
@@ -56,14 +56,14 @@ def read(
     dry: bool = False,
     command: tuple[str, ...] = COMMAND,
     limit_s: float = 30.0,
-) -> Answer:
-    answers: list[Answer] = []
+) -> ConfigAnswer:
+    answers: list[ConfigAnswer] = []
 
-    def done(answer: Answer) -> None:
+    def done(answer: ConfigAnswer) -> None:
         answers.append(answer)
         loop.running = False
 
-    reader = Reader(command, loop, "reader")
+    reader = ConfigReader(command, loop, "reader")
     loop.running = True
     reader.read(settings, limit_s, done, dry=dry)
     if not answers:
@@ -179,8 +179,8 @@ def test_whatever_becomes_of_it_there_is_an_answer(
 
 
 def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
-    reader = Reader(("/bin/sleep", "60"), loop, "reader")
-    answers: list[Answer] = []
+    reader = ConfigReader(("/bin/sleep", "60"), loop, "reader")
+    answers: list[ConfigAnswer] = []
     reader.read(web.settings, 30.0, answers.append)
 
     reader.call_off()

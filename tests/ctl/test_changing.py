@@ -74,7 +74,7 @@ def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake,
 def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
-    assert ctl("hold", "--for", "30s") == Said(0, "held for 30 s; release ends it earlier\n", "")
+    assert ctl("hold", "--for", "30s") == Said(0, "on hold for 30 s; release ends it earlier\n", "")
     assert fake.asked == [{"command": "hold", "seconds": 30.0}]
 
 
@@ -88,7 +88,7 @@ def test_hold_lasts_as_long_as_the_command_and_releases_at_its_end(
     process = subprocess.Popen([*COMMAND, "hold"], stdout=send)
     os.close(send)
     lines = Lines(receive)
-    lines.wait_for("held as long as this runs; Ctrl-C releases")
+    lines.wait_for("on hold while this runs; Ctrl-C releases")
     fake.cut_all()  # an upgrade in between
     eventually(lambda: fake.commands().count("hold") >= 2, "asked again")
     process.send_signal(number)
@@ -261,7 +261,7 @@ def test_stop_is_never_asked_twice_for_that_would_be_at_once(fake: Fake, ctl: Ct
 def test_stop_without_waiting(fake: Fake, ctl: Ctl) -> None:
     fake.answers["stop"] = lambda *_: {}
 
-    assert ctl("stop", "--no-wait") == Said(0, "asked to stop\n", "")
+    assert ctl("stop", "--no-wait") == Said(0, "stop requested\n", "")
 
 
 # -- upgrade ---------------------------------------------------------------------------------

@@ -61,9 +61,9 @@ def test_by_name_in_either_folder_the_living_one_first(
     assert level(ctl, "--name", "web").status == 1
     missing = level(ctl, "--name", "wbe")
     assert missing.status == 1
-    assert "--name wbe: nobody of that name in " in missing.err
+    assert "--name wbe: no protector of that name in " in missing.err
     slash = level(ctl, "--name", "../x")
-    assert "--name ../x: nobody of that name in " in slash.err
+    assert "--name ../x: no protector of that name in " in slash.err
 
 
 def listening(port: int) -> list[dict[str, object]]:
@@ -170,7 +170,7 @@ def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
     ("content", "status", "words"),
     [
         (None, 1, "there is none; does the protector run?"),
-        ("junk", 2, "there stands no pid"),
+        ("junk", 2, "it contains no pid"),
         ("999999999", 1, "process 999999999 is gone"),
         ("1", 1, "no control socket of process 1 in "),
     ],

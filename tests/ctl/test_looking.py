@@ -202,7 +202,7 @@ def test_events_of_a_name_that_nobody_has_may_be_mistyped(folder: Path, ctl: Ctl
     said = ctl("--name", "web", "events", "--follow")
 
     assert said.status == 1
-    assert "--name web: nobody of that name in" in said.err
+    assert "--name web: no protector of that name in" in said.err
 
 
 def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:

@@ -122,7 +122,7 @@ def test_a_release_that_is_given_up_is_status_3_with_the_reason_and_the_last_wor
     assert said.status == 3
     assert said.out == ""
     assert said.err == (
-        "socketprotectorctl: not reloaded: generation 9 was given up: worker 15 exited with "
+        "socketprotectorctl: not reloaded: generation 9 failed: worker 15 exited with "
         "status 1; generation 8 serves on\n  | Traceback\n  | \\x1b[2JImportError: app\n"
     )
 
@@ -214,7 +214,7 @@ def test_nobody_who_comes_back_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: An
     said = ctl("reload")
 
     assert said.status == 1
-    assert "generation 9 was not seen to serve: the protector did not come back" in said.err
+    assert "generation 9 was not seen serving: the protector did not come back" in said.err
 
 
 def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
@@ -229,7 +229,7 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any
     said = ctl("reload")
 
     assert said.status == 1
-    assert "generation 9 was not seen to serve: it was stopped" in said.err
+    assert "generation 9 was not seen serving: it was stopped" in said.err
 
 
 def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:
@@ -314,7 +314,7 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
     err.join()
 
     assert (process.returncode, out) == (130, b"")
-    assert err.seen[-1] == "interrupted: it goes on, and is not waited for any longer"
+    assert err.seen[-1] == "interrupted: it goes on; only the waiting has ended"
 
 
 def test_json_tells_the_outcome(fake: Fake, ctl: Ctl) -> None:
@@ -339,7 +339,7 @@ def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda _: None)
 
     assert ctl("reload", "--no-wait") == Said(
-        0, "asked to reload: generation 9 is to come; see status for the outcome\n", ""
+        0, "reload requested: generation 9 will start; see status for the outcome\n", ""
     )
     assert ctl("reload", "--no-wait", "--drained").status == 2
 

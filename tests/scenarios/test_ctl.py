@@ -232,7 +232,7 @@ def test_a_broken_release_is_status_3_with_reason_and_last_words(
 
     assert said.status == 3
     assert said.out == ""
-    assert "generation 2 was given up: " in said.err
+    assert "generation 2 failed: " in said.err
     assert "exited with status 7" in said.err
     assert "generation 1 serves on" in said.err
     assert "cannot read \\x1b[31mapp.conf" in said.err
@@ -401,7 +401,7 @@ def test_no_wait_only_asks(web: Start) -> None:
 
     said = run("reload", "--no-wait")
 
-    assert said.out.startswith("asked to reload: generation 2 is to come")
+    assert said.out.startswith("reload requested: generation 2 will start")
     daemon.log.wait_for("event=reloaded generation=2")
 
 

@@ -329,7 +329,7 @@ def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serve
 
         assert machine.run("reload") == 1
 
-        assert "web: not reloaded: generation 2 was given up" in machine.output
+        assert "web: not reloaded: generation 2 failed" in machine.output
         assert "generation 1 serves" in machine.output
         now = load.snapshot()
         load.wait_for(lambda later: later.connections > now.connections + 10, DEADLINE_S)

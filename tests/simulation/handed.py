@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from socketprotector.core.fleet import Phase, State
-from socketprotector.daemon.config_reader import Answer
+from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.socket_steering import LAST_S
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
@@ -169,7 +169,7 @@ class Handed(World):
     def _addresses(self) -> list[Address]:
         return list(dict.fromkeys(each.address for each in self._listening))
 
-    def _add(self, index: int, pick: Callable[[Any], Any], found: Answer) -> ListenerSettings:
+    def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         its = super()._add(index, pick, found)
         second = self._seconds.get(self._listening[-1])
         if second is not None:

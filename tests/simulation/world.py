@@ -42,7 +42,7 @@ from socketprotector.core.fleet import Fleet, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
 from socketprotector.daemon.checkpoint import Checkpoint
-from socketprotector.daemon.config_reader import Answer
+from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.output import Opened
@@ -260,7 +260,7 @@ class Upgrade:
 
 
 class Reads:
-    """In the place of reader.Reader: it takes a moment, and the world says what there is."""
+    """In the place of reader.ConfigReader: it takes a moment, and the world says what there is."""
 
     def __init__(self, world: World, loop: Loop, key: str) -> None:
         self._world, self._loop, self._key = world, loop, key
@@ -270,7 +270,7 @@ class Reads:
         try:
             self._world.kernel.enter("fork")
         except OSError as error:
-            done(Answer(f"cannot read the configuration: {error.strerror}"))
+            done(ConfigAnswer(f"cannot read the configuration: {error.strerror}"))
             return
         self.busy = True
         seconds = 0.5 * self._world._chance()
@@ -418,12 +418,12 @@ class World:
         made.listen(self.kernel.somaxconn)
         return made
 
-    def _read_again(self, old: Settings) -> Answer:
+    def _read_again(self, old: Settings) -> ConfigAnswer:
         """Answer as a process that has read the configuration again, where some has changed."""
         if self._calm:
-            return Answer(settings=old)
+            return ConfigAnswer(settings=old)
         if self._chance() < 0.1:
-            return Answer("there is a mistake in it")
+            return ConfigAnswer("there is a mistake in it")
         pick = self._random.choice
         places = list(old.listeners)
         self._listed = {each.address for each in places if not each.removed}
@@ -432,12 +432,12 @@ class World:
             index = pick(living)
             self._say(f"{places[index].address} is removed")
             places[index] = replace(places[index], removed=True)
-        found = Answer()
+        found = ConfigAnswer()
         if len(places) < PLACES and self._chance() < 0.6:
             try:
                 places.append(self._add(len(places), pick, found))
             except OSError as error:
-                return Answer(str(error))
+                return ConfigAnswer(str(error))
         policy = replace(
             pick(POLICIES),
             workers_accept=old.policy.workers_accept,
@@ -454,7 +454,7 @@ class World:
         )
         return found
 
-    def _add(self, index: int, pick: Callable[[Any], Any], found: Answer) -> ListenerSettings:
+    def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         """Bind one more listener, maybe where one was that was removed.  Raises OSError."""
         if len(self.kernel.files) + 2 > self.kernel.limit:
             raise failure(errno.EMFILE)
@@ -1431,7 +1431,7 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program, "resolve", resolve)
-        put(live_settings, "Reader", lambda _, loop, key: Reads(world, loop, key))
+        put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)

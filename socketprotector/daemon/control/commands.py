@@ -25,7 +25,7 @@ from ...model.control_requests import Request, RequestError
 from ...system import clock
 from ...system.log import Log
 from ...system.loop import Loop
-from ..config_reader import Answer
+from ..config_reader import ConfigAnswer
 from ..supervisor import Supervisor
 from . import status
 from .server import Client
@@ -142,7 +142,7 @@ class CommandHandler:
                 "unknown", "there is no configuration file; see --config", request.id
             )
 
-        def done(answer: Answer) -> None:
+        def done(answer: ConfigAnswer) -> None:
             if answer.failure:
                 client.say(
                     control_requests.refusal(RequestError("refused", answer.failure, request.id))

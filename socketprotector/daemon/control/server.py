@@ -39,7 +39,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 class Client:
     """One connection.  Whoever answers it does so by say()."""
 
-    def __init__(self, sock: socket.socket, control: Control) -> None:
+    def __init__(self, sock: socket.socket, control: ControlServer) -> None:
         self._socket = sock
         self._control = control
         self._received = bytearray()
@@ -146,7 +146,7 @@ def _too_long() -> RequestError:
     return RequestError("invalid", f"a line has up to {control_requests.LINE_BYTES} bytes")
 
 
-class Control:
+class ControlServer:
     """Listens on the control socket."""
 
     def __init__(

@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """Whoever reads the answer has gone (`| head`): no mistake.  click would make it status 1."""
+    """The reader of the answer has gone (`| head`): no mistake.  click would make it status 1."""
 
 
 class Interrupted(Exception):
@@ -168,7 +168,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 def say(text: str) -> None:
-    """Say a line to whoever asked."""
+    """Print a line of the answer."""
     print(escape(text), flush=True)
 
 

@@ -91,7 +91,7 @@ class Client:
         except TimeoutError:
             raise NoProtector(f"{self.path}: the protector does not read the request") from None
         except OSError as error:
-            # Whoever is not heard is told so before the end: that line may be there to read.
+            # A client that is refused is told why before the end: that line may be there to read.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET):
                 raise NoProtector(f"{self.path}: {error.strerror}") from error
 
@@ -185,9 +185,9 @@ def _unreachable(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path}: there is no control socket; does the protector run?"
     if isinstance(error, ConnectionRefusedError):
-        return f"{path}: nobody listens there any more; the protector has ended"
+        return f"{path}: no process listens there any more; the protector has ended"
     if isinstance(error, TimeoutError | BlockingIOError):
-        return f"{path}: nobody accepts there; is the protector stopped?"
+        return f"{path}: no process accepts there; is the protector stopped?"
     return f"{path}: {error.strerror or error}"
 
 

@@ -1,7 +1,7 @@
 """Which connections a worker has: read from /proc, where the protector knows nothing of them.
 
 Only sockets whose local address is one of the listeners'; a worker's own connections (to a
-database, say) are nobody's business.  A worker's children are looked through, too: a server
+database, say) are not shown.  A worker's children are looked through, too: a server
 may fork one for each connection.
 
 Source: proc(5), `net/tcp`: local and remote address, state, tx_queue:rx_queue, inode.

@@ -26,7 +26,7 @@ def sockets() -> list[str]:
 def by_name(name: str) -> str:
     """Return the socket of the protector of a name, or NAME:LISTENER of several that have it.
 
-    A listener's port alone is one, too, where nobody is called so.
+    A listener's port alone is a name, too, if no protector has it as its name.
     """
     # As the protector does: its name may be that of a path.
     key, found = control_path.key_of(name), sockets()

@@ -16,13 +16,13 @@ __all__ = [
 
 
 class NoProtector(Refusal):
-    """Nobody is at the control socket, or nobody came back to it."""
+    """No protector answers at the control socket, or none came back to it."""
 
     status = 1
 
 
 class ConnectionLost(NoProtector):
-    """The connection ended: an upgrade, a crash, a stop.  Whoever waits connects again."""
+    """The connection ended: an upgrade, a crash, a stop.  A command that waits connects again."""
 
 
 class NewVersionFailed(Refusal):

@@ -20,7 +20,7 @@ from .queries import GENERATION, _known_generations
 from .session import Session
 
 #: A hold without --for is asked for again so often, and each time for so long: a command that
-#: is killed, or whose terminal is gone, holds nobody up for longer.
+#: is killed, or whose terminal is gone, holds clients up no longer.
 _HOLD_EVERY_S = 1.0
 _HOLD_EACH_S = 5.0
 _LEVELS = ("debug", "info", "warning", "error")
@@ -62,7 +62,7 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
     help="Return at once; the hold ends after this time.",
 )
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
-    """Accept nothing, refuse nothing: who connects waits in the kernel's backlog.
+    """Accept nothing, refuse nothing: new clients wait in the kernel's backlog.
 
     Without --for it lasts as long as this command runs: Ctrl-C or TERM releases, and so does its
     being killed, after 5 s.
@@ -122,7 +122,7 @@ def _asked_to_end() -> Iterator[Any]:
 
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
-    """End a hold: accept again, those first who have waited longest."""
+    """End a hold: accept again, those first that have waited longest."""
     with instance.client() as client:
         _answer(as_json, client.request("release"), "released")
 

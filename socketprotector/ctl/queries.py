@@ -23,7 +23,7 @@ from .session import Session
 _AGAIN_EVERY_S = 1.0
 #: A process of its own reads the file and resolves the names in it.
 _DIFF_S = 60.0
-#: How long one look for the next event takes; nobody notices its end.
+#: How long one look for the next event takes; its end is not visible.
 _LISTEN_S = 3600.0
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 

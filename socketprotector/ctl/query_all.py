@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .client import LONGEST_LINE, VERSION, Message, connect, peer_pid
 from .errors import NoProtector, PermissionDenied
 
-#: Whoever takes longer is shown as silent.
+#: A protector that takes longer is shown as silent.
 SURVEY_S = 0.8
 
 
@@ -25,7 +25,7 @@ class SocketAnswer:
 
     path: str
     result: Message | None = None
-    pid: int = 0  # SO_PEERCRED's; 0 where nobody listens
+    pid: int = 0  # SO_PEERCRED's; 0 where no process listens
     why: str = ""  # dead, denied, silent, or what it refused with
 
     @property

@@ -25,9 +25,9 @@ from .fields import listed, number_in, text_in
 from .reload_progress import Verdict
 from .session import Session
 
-#: How often status is asked for while no event comes: it also finds out who hangs.
+#: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
-#: A guard keeps the socket while it brings back who died; who has ended does not come back.
+#: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
 _GONE_S = 0.2
 
 _WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
@@ -37,7 +37,7 @@ _TIMEOUT = click.option(
 
 
 class _Deadline:
-    """The end of the patience of whoever asked."""
+    """When --timeout is over."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
@@ -296,7 +296,7 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
 @click.option("--quick", is_flag=True, help="At once: TERM to the workers, then KILL.")
 @_TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
-    """Stop: serve who has connected, let the workers finish, end."""
+    """Stop: serve those that have connected, let the workers finish, end."""
     deadline = _Deadline(timeout)
     with _outcome(as_json) as told, instance.session(events=True) as session:
         before = session.ask("status")

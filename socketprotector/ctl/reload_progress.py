@@ -36,7 +36,7 @@ class ProgressThrottle:
     _last: object = None
 
     def is_news(self, left: int, words: str) -> bool:
-        """Say whether these words, about so many who are left, are to be shown."""
+        """Say whether this text, about so many workers that are left, is to be shown."""
         self._whole = max(self._whole, left)
         mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
         before, self._last = self._last, mark
@@ -198,7 +198,7 @@ class DrainProgress:
         return not self.generations
 
     def words(self) -> str:
-        """Say who is left."""
+        """Say in words what is left."""
         numbers = ", ".join(str(number) for number in self.generations)
         several = "" if self.active == 1 else "s"
         connections = "" if self.active is None else f", {self.active} connection{several}"

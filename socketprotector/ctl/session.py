@@ -49,7 +49,7 @@ class Session:
                 self.again(left_s)
 
     def ask_once(self, command: str, **arguments: Any) -> Message:
-        """Ask; raises ConnectionLost when nobody knows whether it was heard."""
+        """Ask; raises ConnectionLost when it is unknown whether it was heard."""
         return self._client.request(command, **arguments)
 
     def event(self, timeout_s: float) -> Message | None:
@@ -60,7 +60,7 @@ class Session:
         return self._client.event(timeout_s)
 
     def again(self, within_s: float | None = None) -> None:
-        """Connect again.  Raises NoProtector when nobody came back in time."""
+        """Connect again.  Raises NoProtector when none came back in time."""
         self._client.close()
         limit_s = RETURN_S if within_s is None else min(within_s, RETURN_S)
         until = time.monotonic() + limit_s

@@ -20,7 +20,7 @@ _WORDS = {"PHASE", "STATE", "SAYS"}
 
 
 def heading(status: Message) -> list[Text]:
-    """The protector itself: what it does, since when, for whom."""
+    """The protector itself: what it does, and since when."""
     now = status.get("now")
     words = [
         f" pid {status.get('pid')}, version {status.get('version')}, "
@@ -40,13 +40,14 @@ def heading(status: Message) -> list[Text]:
             Text(f"held: accepts nothing for another {render.span(held_s)}", style="yellow")
         )
     for generation, seconds in untaken(status):
-        late = f"generation {generation}: for {render.span(seconds)} no worker has taken who waits"
+        span = render.span(seconds)
+        late = f"generation {generation}: no worker has taken a waiting client for {span}"
         found.append(Text(late, style="yellow"))
     return found
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:
-    """The generations whose workers take nobody, and for how many seconds."""
+    """Return the generations whose workers take no client, and for how many seconds."""
     found = []
     for each in listed(status, "generations"):
         seconds = each.get("untaken_s")
@@ -56,7 +57,7 @@ def untaken(status: Message) -> list[tuple[int, float]]:
 
 
 def listeners(status: Message) -> list[Text]:
-    """Where it listens, and who waits there."""
+    """Return where it listens, and how many clients wait there."""
     found = []
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"

@@ -52,7 +52,7 @@ class Rates:
         if isinstance(now, int) and isinstance(then, int):
             self.forwarded.append(max(0, now - then) / span_s)
         else:
-            self.forwarded.clear()  # nobody knows: where workers accept
+            self.forwarded.clear()  # unknown where workers accept
         counts = [
             max(0, now - then) for now, then in zip(_waits(status), _waits(before), strict=True)
         ]
@@ -134,7 +134,7 @@ def _back(session: Session) -> None:
     try:
         session.again(1.0)
     except NoProtector:
-        pass  # drawn at the next look; who watches decides when it is enough
+        pass  # drawn at the next look, until the user ends it
 
 
 @contextmanager

@@ -26,7 +26,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 @dataclass(slots=True)
 class ConfigAnswer:
-    """What was read, or why it cannot be had.  Whoever gets it owns the descriptors."""
+    """What was read, or why it cannot be had.  The receiver owns the descriptors."""
 
     failure: str = ""  # for people, line by line; empty: all is well
     settings: Settings | None = None
@@ -48,7 +48,7 @@ class ConfigReader:
         self._said = -1
         self._heard: dict[str, int] = {}
         self._failure = ""
-        self._done: Callable[[ConfigAnswer], None] = _nobody
+        self._done: Callable[[ConfigAnswer], None] = _discard_answer
 
     @property
     def busy(self) -> bool:
@@ -79,9 +79,9 @@ class ConfigReader:
         self._loop.call_after(self._key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self) -> None:
-        """End it, if one is under way; nobody hears of it."""
+        """End it, if one is under way; without calling back."""
         if self._process is not None:
-            self._done = _nobody
+            self._done = _discard_answer
             self._release()
 
     def _start(self, settings: Settings, *, dry: bool) -> None:
@@ -139,9 +139,9 @@ class ConfigReader:
     def _ended(self, how: str) -> None:
         if self._line is not None:
             self._hear()
-        done, self._done = self._done, _nobody
+        done, self._done = self._done, _discard_answer
         try:
-            answer = self._answer(f"who read it {how}")
+            answer = self._answer(f"the process that read it {how}")
         except OSError as error:
             answer = ConfigAnswer(f"cannot take the answer: {error.strerror}")
         self._release()
@@ -198,7 +198,7 @@ def _text(fd: int) -> str:
     return os.pread(fd, _MOST_BYTES, 0).decode("utf-8", "replace")
 
 
-def _nobody(answer: ConfigAnswer) -> None:
-    """Nobody waits for it any more: let go of what came."""
+def _discard_answer(answer: ConfigAnswer) -> None:
+    """Close what came: it is waited for no more."""
     for fd in (*answer.listeners.values(), *answer.seconds.values()):
         os.close(fd)

@@ -1,12 +1,12 @@
-"""The protector's side of the relay process: what it reads, who is asked for last words, another
+"""The protector's side of the relay process: what it reads, which last words are asked for, another
 if it dies or stands still.
 
-The protector keeps the read end of every pipe, too, so that the relay's death breaks nobody's
+The protector keeps the read end of every pipe, too, so that the relay's death breaks no worker's
 output; the next relay reads on.  A worker's pipe is kept until its last writer has gone, which
 may be a process that the worker has left behind.
 
 A relay that was stopped would block each worker that writes, once its pipe is full.  Nothing
-announces that, and nobody may be woken for nothing: so the first byte that somebody writes starts a
+announces that, and no wake-up may be in vain: so the first byte that a worker writes starts a
 timer, and while there is something in a pipe each time that it runs out, the relay's state is
 looked at.  When all pipes are empty the next byte is waited for.
 
@@ -93,7 +93,7 @@ class LogRelay:
         self._workers: dict[int, WorkerPipe] = {}  # by the worker's number
         self._back_off = BackOff(_RESTART_S, _LONGEST_S)
         self._unsaid: deque[tuple[str, int]] = deque()  # kind and the worker's number
-        self._asked: dict[int, Callable[[bytes], None]] = {}  # who waits for last words
+        self._asked: dict[int, Callable[[bytes], None]] = {}  # callbacks that wait for last words
         #: Readable as soon as there is something in a pipe.
         self._written = select.epoll()
         self._stood = False  # it was stopped when we last looked
@@ -221,7 +221,7 @@ class LogRelay:
         self._line = line
         try:
             self._loop.watch(line.fileno(), self._hear)
-        except OSError:  # out of memory: then nobody's last words are told
+        except OSError:  # out of memory: then no last words are told
             pass
 
     def _hang_up(self) -> None:
@@ -262,7 +262,7 @@ class LogRelay:
         if stands and not self._stood:
             self._log.write("warning", "relay-stopped", pid=process.pid)
         # What it has read and not passed on is lost only if it cannot go on (a debugger's).  Where
-        # nobody can see how it is (no /proc), it is continued: to one that runs that is nothing.
+        # its state cannot be seen (no /proc), it is continued: to one that runs that is nothing.
         if stands is not False:
             process.signal(signal.SIGKILL if stands and self._stood else signal.SIGCONT)
         self._stood = bool(stands)
@@ -391,7 +391,7 @@ def _waiting(fd: int) -> bool:
 
 
 def _is_left(fd: int) -> bool:
-    """Whether nobody can write to a pipe any more."""
+    """Whether a pipe has no writer any more."""
     poll = select.poll()
     poll.register(fd, 0)
     return bool(poll.poll(0))

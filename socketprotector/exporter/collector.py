@@ -1,4 +1,4 @@
-"""Whom to ask, and what they say: each time anew, as instances come and go."""
+"""Which control sockets to ask, and what they answer: each time anew, as instances come and go."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Counters:
         return found
 
     def count(self, name: str) -> float | None:
-        """Return one of COUNTED over all generations there ever were; None where nobody counts."""
+        """Return one of COUNTED over all generations; None where workers do not count."""
         return self._all.counts.get(name)
 
     @property

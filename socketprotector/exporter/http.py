@@ -1,6 +1,6 @@
 """Answers over HTTP or HTTPS: /metrics, /healthz, /readyz.
 
-Whoever connects and says nothing holds nobody up: each connection has a thread, a limit of
+A client that connects and sends nothing delays no other: each connection has a thread, a limit of
 time, and is one of a limited number.  Source: ssl, http.server.
 """
 

@@ -24,7 +24,7 @@ from .counters import BUCKETS, RESULTS, Counters
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
 GENERATION_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
 STATES = ("starting", "ready", "retiring", "orphaned", "waiting")
-#: Nobody who connects has ever been given to those: what they have not counted is nothing.
+#: No connection was ever given to these: what they have not counted is nothing.
 _WITHOUT_CONNECTIONS = ("starting", "abandoned")
 _INSTANCE = "instance"
 #: Upper ends in seconds; the last bucket has none.
@@ -60,7 +60,7 @@ class MetricSet:
         self._gauge("backlog_limit", "How many fit there.", "listener")
         self._families["wait_seconds"] = HistogramMetricFamily(
             "socketprotector_wait_seconds",
-            "From accept to being taken by a worker; nobody adds them up, so there is no sum.",
+            "From accept to being taken by a worker; there is no sum.",
             labels=[_INSTANCE],
         )
         self._counter("reloads", "Reloads that have ended.", "result")

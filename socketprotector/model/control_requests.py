@@ -150,7 +150,7 @@ def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name stands twice")  # and nobody knows which is meant
+        raise ValueError("a name stands twice")  # and it is unknown which one is meant
     return found
 
 

@@ -23,7 +23,7 @@ from watchfiles import Change, DefaultFilter, watch
 
 #: So long nothing may change before it is told: an editor, or git, writes many files in a row.
 QUIET_MS = 200
-#: But somebody who never stops writing is told of after that.
+#: Files that never stop changing are told of after that.
 LONGEST_MS = 2000
 #: The first time it returns without a change says that it watches by now.
 _LOOK_MS = 250
@@ -42,7 +42,7 @@ def say(line: socket.socket, text: str) -> None:
 
 
 class Below(DefaultFilter):
-    """What is below a folder, without what nobody edits, and without these."""
+    """What is below a folder, without what is never edited by hand, and without these."""
 
     def __init__(self, ignored: Collection[str]) -> None:
         super().__init__()

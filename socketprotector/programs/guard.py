@@ -80,7 +80,7 @@ class Guard:
         self.accepted = False  # this protector has said READY
         self.first = True  # this protector is
         self.verdict: int | None = None  # the exit status it said it will have
-        self.finish = 0  # the signal that has workers finish who accept themselves
+        self.finish = 0  # the signal that has workers that accept finish
         self.wait_s: float = 0
         self.due: float | None = None  # when to start the next one
         self.pending: list[int] = []  # signals for the next one
@@ -89,7 +89,7 @@ class Guard:
         self.began = False  # it has said anything: it has gone on, and takes signals
         self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
         self.untold: list[bytes] = []  # how workers ended: it was behind
-        self.dropped = 0  # lines that nobody could be told
+        self.dropped = 0  # lines that could not be written
 
     # -- the protector ---------------------------------------------------------
 

@@ -30,7 +30,7 @@ from ..system import signal_pipe
 PROGRAM = "socketprotector.legacy"
 #: Both ends of the original give the address's full length, so the name ends in NULs.
 SUN_PATH_BYTES = 108
-#: Where workers that wait for a name learn that it is free; nobody ever accepts there.
+#: Where workers that wait for a name learn that it is free; nothing is ever accepted there.
 _QUEUE_NAME = "\0socketprotector.legacy.%d"
 #: The smallest send buffer: writable again as soon as the child has left one message unread.
 _SNDBUF_BYTES = 1
@@ -83,11 +83,11 @@ class Stream:
         return self.listener is not None
 
     def knock(self) -> socket.socket | None:
-        """Return a connection that ends when whoever has the turn lets it go."""
+        """Return a connection that ends when the process that has the turn lets it go."""
         return None if self.queue is not None else connect((_QUEUE_NAME % self.port).encode())
 
     def holder(self) -> str:
-        """Say who has the name that we want."""
+        """Say which process has the name that we want."""
         # With the turn it is nobody of ours, and asking costs a worker no line in the log.
         line = self.knock() if self.queue is None else connect(self.name)
         if line is None:
@@ -108,11 +108,11 @@ class Stream:
     def send(self, fd: int) -> bool:
         """Send a descriptor, which stays ours; say whether there was room for it.
 
-        Raises OSError when nobody reads any more.
+        Raises OSError when it is read no more.
         """
         assert self.connection is not None
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
-        self.room = False  # nobody knows: poll tells
+        self.room = False  # unknown: poll tells
         try:
             self.connection.sendmsg([b"x"], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
@@ -163,7 +163,7 @@ class Adapter:
             return self.status()
         except Exception:
             if self.pid:
-                os.kill(self.pid, signal.SIGTERM)  # nobody would come to serve it
+                os.kill(self.pid, signal.SIGTERM)  # no connection would be served
             raise
 
     # -- the start -------------------------------------------------------------
@@ -239,7 +239,7 @@ class Adapter:
     def is_ours(self, connection: socket.socket) -> bool:
         """Whether the child has connected, or one of those it has started.
 
-        The pidfd holds the number for as long as we look at who that is.
+        The pidfd holds the number for as long as we look at that process.
         """
         pid = peer_of(connection)
         if pid == self.pid:  # not reaped, so it is still its number
@@ -252,7 +252,7 @@ class Adapter:
                 return False  # it has ended
             pidfd = -1
         try:
-            # Nobody can enter a session: who is in ours was started from here.
+            # No process can enter a session: those in ours were started from here.
             ours = os.getsid(pid) == os.getpid()
             while not ours and pid > 1:
                 pid = parent_of(pid)
@@ -376,7 +376,7 @@ class Adapter:
         return found
 
     def signalled(self, number: int) -> None:
-        """Pass a signal on: whoever sends one means the daemon."""
+        """Pass a signal on: the sender means the daemon."""
         if number in _STOPS:
             self.leaving = True
         if self.pid:
@@ -463,7 +463,7 @@ def listen(name: bytes) -> socket.socket | None:
 
 
 def connect(name: bytes) -> socket.socket | None:
-    """Return a connection to an abstract name, or None if there is nobody, or no room."""
+    """Return a connection to an abstract name, or None if none listens there, or it has no room."""
     line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     os.set_inheritable(line.fileno(), False)
     line.setblocking(False)
@@ -476,7 +476,7 @@ def connect(name: bytes) -> socket.socket | None:
 
 
 def peer_of(connection: socket.socket) -> int:
-    """Return the pid of whoever called connect() or, on the other side, listen()."""
+    """Return the pid of the process that called connect() or, on the other side, listen()."""
     found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
     return int.from_bytes(found[:4], sys.byteorder)
 
@@ -502,7 +502,7 @@ def is_readable(fd: int) -> bool:
 
 
 def say(text: str) -> None:
-    """Tell whoever reads the log; one line, whole."""
+    """Write one line to the log, whole."""
     try:
         os.write(2, f"{PROGRAM}: {text}\n".encode("utf-8", "backslashreplace"))
     except OSError:

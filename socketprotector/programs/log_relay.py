@@ -1,6 +1,6 @@
 """The relay: carries what the workers (and the protector) print to where the log goes.
 
-A process of its own, so that nobody's output depends on the protector; it lives as long
+A process of its own, so that no output depends on the protector; it lives as long
 as its last writer.  It also remembers the last of what each worker has written: a failed
 worker's last words, for which the protector asks.  Run as a script, on the standard library
 alone:
@@ -72,7 +72,7 @@ class Stream:
 
 
 class Relay:
-    """Reads from all there are, until nobody is left who could write or bring another."""
+    """Reads from all there are, until no process is left that could write or bring another."""
 
     def __init__(self, line: int, kind: str, *, prefixed: bool) -> None:
         self.kind = kind
@@ -185,7 +185,7 @@ class Relay:
             self.cut = False
         elif fds:
             number, generation, pid = (int(word) for word in data[1:].split())
-            if number in self.known:  # told again, by who did not know
+            if number in self.known:  # told again, by a protector that did not know
                 os.close(fds[0])
                 return
             prefix = b"[%d %d] " % (generation, pid) if self.prefixed else b""
@@ -225,7 +225,7 @@ def main() -> None:
     try:
         relay.add(Stream(0, -1, b""))
     except PermissionError:
-        pass  # /dev/null: nobody writes there
+        pass  # /dev/null: nothing writes there
     relay.run()
 
 

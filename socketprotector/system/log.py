@@ -30,7 +30,7 @@ class Log:
     """Writes lines to stderr without ever blocking or raising."""
 
     def __init__(self, level: str, *, prioritized: bool = False, form: str = "text") -> None:
-        """prioritized: whoever reads adds the time and wants a <N> priority (sd-daemon(3)).
+        """prioritized: the reader adds the time and wants a <N> priority (sd-daemon(3)).
 
         form: one of line.FORMATS.
         """
@@ -174,7 +174,7 @@ class Log:
 
 
 def _wants_colour() -> bool:
-    """Whether stderr is a terminal of somebody who likes colour (no-color.org)."""
+    """Whether stderr is a terminal whose user wants colour (no-color.org)."""
     dull = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return not dull and os.isatty(_STDERR)
 

@@ -1,4 +1,4 @@
-"""The log file, opened so that nobody who may write its folder can lead root astray.
+"""The log file, opened so that no user who may write its folder can lead root astray.
 
 Root opens it, often in a folder of the daemon's own user: a symbolic link or a second name
 there must not make root write into a file that this user could not write.  Links of
@@ -17,7 +17,7 @@ from collections import deque
 from ..model.settings import Identity
 from .peer_credentials import unmistakable_users
 
-#: Without waiting: a FIFO that nobody reads would hold the opener up.
+#: Without waiting: a FIFO without a reader would block the opener.
 _FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
 _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _LINKED = "a symbolic link that others than root may change"
@@ -37,7 +37,7 @@ def open_log(path: str, identity: Identity | None = None) -> int:
             fd, made = _open_strictly(path, identity)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            error.strerror = "nobody reads that FIFO"
+            error.strerror = "no process reads that FIFO"
         raise
     try:
         if made and identity is not None:
@@ -99,7 +99,7 @@ def _open_folder(path: str) -> int:
 
 
 def _is_roots(path: str) -> bool:
-    """Whether nobody but root may change where a path leads."""
+    """Whether root alone may change where a path leads."""
     here, shared, links = "/", False, 0
     names = deque(path.split("/"))
     while names:

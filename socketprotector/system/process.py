@@ -23,8 +23,8 @@ from .loop import Loop
 _LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: How soon to try again what there was no memory for.
 _AGAIN_S = 0.1
-#: Processes whose end somebody here takes in.  Whatever else ends as our child was left to us.
-#: By whom: one that was reaped, here or while nobody was here, may be let go of when its number is
+#: Processes that an object here reaps.  Any other child that ends was left to us.
+#: With their objects: one that was reaped, here or meanwhile, may be let go of when its number is
 #: another's already.
 _known: dict[int, set[Process]] = {}
 #: Of those, so many are reaped in one go.
@@ -56,7 +56,7 @@ class Process:
         self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self._reaped = False
-        self._discarded = False  # nobody has it any more, and it is waited for
+        self._discarded = False  # it is owned no more, and waited for
         _known.setdefault(pid, set()).add(self)
 
     @classmethod
@@ -172,7 +172,7 @@ class Process:
         """Return how it ended, or None while it runs.
 
         Raises ChildProcessError when it is no child of ours (any more) and has ended: then its
-        status is with whoever has reaped it.
+        status is with the process that has reaped it.
         """
         try:
             found = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -184,7 +184,7 @@ class Process:
         if found is None:
             return None
         # By its number, because waitid() does not tell what it used; until this returns the
-        # number is nobody else's.
+        # number is no other process's.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
         self._is_reaped()
         clean, how = text.status_of(status)
@@ -218,7 +218,7 @@ class Process:
             loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
 
     def _take_end(self, loop: Loop) -> None:
-        """Reap it, if nobody else is to see its end first (a debugger), and close the pidfd."""
+        """Reap it, if no debugger is to see its end first, and close the pidfd."""
         loop.unwatch(self.pidfd)
         try:
             if self.reap() is None:
@@ -256,7 +256,7 @@ def _reserve_fd() -> int:
 
 
 def _kill(pid: int) -> None:
-    """Kill a child that was not reaped yet, and its group; whoever reaps what is nobody's does so.
+    """Kill a child that was not reaped yet, and its group; it is reaped with the orphans.
 
     Not waited for: it may wait for a disk.
     """
@@ -268,7 +268,7 @@ def _kill(pid: int) -> None:
 
 
 def reap_orphans() -> tuple[int, bool]:
-    """Reap children that have ended and that nobody here knows.
+    """Reap children that have ended and that no object here owns.
 
     They are left to us by others where we are the first process of a container (PID 1), or were
     made a sub-reaper.  Returns how many there were, and whether to come again soon: there
@@ -317,17 +317,17 @@ def spawn(
     try:
         return Process(pid)
     except OSError:
-        _kill(pid)  # nobody would ever learn of its end
+        _kill(pid)  # its end would never be noticed
         raise
 
 
 def _spawn_mortal(
     program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int], tell_pid: str
 ) -> Process:
-    """Start it with the read end of a pipe whose write end nobody has but us.
+    """Start it with the read end of a pipe whose write end we alone have.
 
-    Where the last writer of a pipe ends, the kernel sends a signal to whom the read end's owner
-    names: here KILL to the group.  PR_SET_PDEATHSIG would reach its leader alone.
+    Where the last writer of a pipe ends, the kernel sends a signal to the process or group that
+    owns the read end: here KILL to the group.  PR_SET_PDEATHSIG would reach its leader alone.
     Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
     """
     receive, send = os.pipe2(os.O_CLOEXEC)
@@ -360,7 +360,7 @@ def _spawn(
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
     kept = {_LIMITS[name]: resource.getrlimit(_LIMITS[name]) for name, _ in program.limits}
-    reserved = _reserve_fd()  # for its pidfd: a process that nobody can watch must not be started
+    reserved = _reserve_fd()  # for its pidfd: one that cannot be watched must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
     try:
@@ -368,7 +368,7 @@ def _spawn(
             # Out of the way first: a target's number may be another source's.
             aside.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1))
             actions.append((os.POSIX_SPAWN_DUP2, aside[-1], theirs))
-        # posix_spawn takes no number that is above the limit of whom it starts.
+        # posix_spawn takes no number above the limit of the process that it starts.
         above = max(aside, default=0)
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
@@ -419,7 +419,8 @@ def use_batch_policy() -> None:
     """Use SCHED_BATCH, so as not to preempt the worker just woken, and wake several in one go.
 
     Under load a protector that preempts the worker which it has just woken costs both
-    (bench/README.md).  Whoever was started with another policy, or ahead of others, keeps it.
+    (bench/README.md).  One that was started with another policy, or a nice value below 0, keeps
+    it.
     """
     if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
         try:
@@ -504,7 +505,7 @@ def _become(
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
         privileges.hand_over(program.identity)
-    if lifeline >= 0:  # as who it is from now on: that user may kill it
+    if lifeline >= 0:  # as the user that it is from now on, who may kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)

@@ -189,7 +189,7 @@ def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Comman
         assert "--handoff listener (docs/servers.md)" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["untaken_s"] >= 5
-        assert "no worker has taken who waits" in run("--name", "web", "status").out
+        assert "no worker has taken a waiting client" in run("--name", "web", "status").out
         assert "takes nobody" in run("list").out
 
 
@@ -212,7 +212,7 @@ def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
         assert "take over the socket that it is handed" in line
         [generation] = json.loads(run("--name", "web", "status", "--json").out)["generations"]
         assert generation["untaken_s"] >= 5
-        assert "no worker has taken who waits" in run("--name", "web", "status").out
+        assert "no worker has taken a waiting client" in run("--name", "web", "status").out
         assert "takes nobody" in run("list").out
 
 

@@ -139,7 +139,7 @@ def test_a_fifo_that_nobody_reads_does_not_hold_the_start_up(start: Start, folde
             os.chown(log.parent, NOBODY, -1)
     os.mkfifo(log)
 
-    assert "nobody reads that FIFO" in refused(start, "--log-file", log)
+    assert "no process reads that FIFO" in refused(start, "--log-file", log)
 
 
 @needs_root

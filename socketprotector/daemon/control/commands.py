@@ -1,6 +1,6 @@
 """What the control socket's commands do: look, or put an event on the supervisor's queue.
 
-The verdict of what takes time comes as an event to whoever follows (docs/control.md).
+The verdict of what takes time comes as an event to clients that follow (docs/control.md).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CommandHandler:
             raise
         except Exception as error:
             if request.command not in _LOOKS:
-                raise  # something may be half done: whoever keeps the state goes on from that
+                raise  # something may be half done: a restart goes on from the state
             self._log.write("error", "command-failed", command=request.command, error=repr(error))
             raise RequestError(
                 "failed", "a fault of the protector; its log says more", request.id

@@ -1,7 +1,7 @@
 """The control socket: clients, lines, limits.  What is asked and answered is not known here.
 
 Everything is done a little at a time, so that no client delays a connection: one request of one
-client for each turn of the loop, never a call that blocks, and an end for whoever sends too
+client for each turn of the loop, never a call that blocks, and an end for a client that sends too
 much, reads too little or stays for nothing.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
@@ -25,7 +25,7 @@ from ...system.peer_credentials import may_be_signalled, unmistakable_groups, un
 CLIENTS = 256
 IDLE_S = 30.0
 UNREAD_BYTES = 1024 * 1024
-#: From one request of a client to its next: who asks without end takes a few percent of a core.
+#: Between two requests of a client: one that never stops asking takes a few percent of a core.
 REST_S = 0.001
 _READ_BYTES = 65_536
 _SO_PEERGROUPS = 59
@@ -37,7 +37,7 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
 class Client:
-    """One connection.  Whoever answers it does so by say()."""
+    """One connection.  Answers are sent by say()."""
 
     def __init__(self, sock: socket.socket, control: ControlServer) -> None:
         self._socket = sock
@@ -163,7 +163,7 @@ class ControlServer:
 
         handle: answers a request, by client.say() now or later; may raise RequestError.
         acked: is told of a pid that is ready in einhorn's words, which expect no answer.
-        uids: who is heard, besides members of the group.
+        uids: users that are heard, besides members of the group.
         """
         self._listener = listener
         self._loop = loop
@@ -176,7 +176,7 @@ class ControlServer:
         self._listen()
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
-        """Tell all who follow of an event."""
+        """Tell all clients that follow of an event."""
         at = clock.date()
         for client in [each for each in self._clients.values() if each.follows]:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))

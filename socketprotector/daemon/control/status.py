@@ -120,7 +120,7 @@ def _of_generation(
         if worker.state is not State.ORPHANED  # its slot in the scoreboard is another's
     }
     known = [each for each in (opened.record.past, *counts.values()) if each is not None]
-    # Whoever has connections and does not count them makes every sum unknown.
+    # One worker that has connections and does not count them makes every sum unknown.
     silent = any(
         each.state in _WITH_CONNECTIONS and counts.get(each.number) is None
         for each in generation.alive
@@ -219,7 +219,7 @@ def of_connections(
                 "pid": record.pid,
                 "accepted_at_by_fd": times,
                 "orphaned": record.orphaned,
-                # At the latest: whoever drains takes nothing any more.
+                # At the latest: a draining worker takes nothing any more.
                 "since_at": opened.record.drained_at or record.started_at,
             }
         )

@@ -40,7 +40,7 @@ _ONE_OF_US = select.EPOLLIN | select.EPOLLEXCLUSIVE
 #: What passes, so that we do not end for it (ENOSPC: fs.epoll.max_user_watches).
 _NO_MEMORY = (errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC)
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-# Room for one descriptor, and not for a second one that nobody would look for.
+# Room for one descriptor, and not for a second one that would not be looked for.
 _CONTROL_BYTES = socket.CMSG_LEN(4)
 _HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
 _FD = struct.Struct("i").unpack
@@ -163,7 +163,7 @@ class Pool:
         self._board.took(accepted_at_ns)
         environment = self._environments.of(fd, listener)
         if environment is None:
-            os.close(fd)  # the client is gone, which is nobody's fault
+            os.close(fd)  # the client is gone, which is no mistake
             return
         self._hand = fd, environment
         self._start()
@@ -217,7 +217,7 @@ class Pool:
         return True
 
     def _listen(self, wanted: bool) -> None:
-        """Wait for connections, or do not: what nobody may take would keep us awake."""
+        """Wait for connections, or do not: what may not be taken would keep us awake."""
         if wanted and not self._listening:
             try:
                 self._epoll.register(self._channel.fileno(), _ONE_OF_US)

@@ -47,7 +47,7 @@ class Programs:
     def ended(self, pidfd: int) -> bool:
         """Take the status of the one whose pidfd is readable; say whether it is gone."""
         if not self._waited_for(self._pids[pidfd]):
-            return False  # who traces it is to be told first
+            return False  # its tracer is to be told first
         del self._pids[pidfd]
         # What we have just started may hold a copy of it for a moment.
         self._epoll.unregister(pidfd)
@@ -61,7 +61,7 @@ class Programs:
         self._board.running(len(self))
 
     def signal(self, number: int) -> None:
-        """Send all of them a signal.  They are not reaped, so their pids are nobody else's."""
+        """Send all of them a signal.  They are not reaped, so their pids are no other process's."""
         for pid in (*self._pids.values(), *self._blind):
             os.kill(pid, number)
 

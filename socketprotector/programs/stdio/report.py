@@ -75,7 +75,7 @@ class Board:
 
 
 def _map(value: str) -> memoryview:
-    """Return the record as 8-byte words; without a scoreboard some that nobody reads."""
+    """Return the record as 8-byte words; without a scoreboard some that are never read."""
     fd, _, offset = value.partition(":")
     if fd.isdecimal() and offset.isdecimal():
         start = int(offset) // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

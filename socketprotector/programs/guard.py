@@ -21,10 +21,12 @@ import stat
 import sys
 import time
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-# Those that import little themselves: a test holds it.
+if not __package__:  # executed by its path: the package that it is in is not on the path then
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# Modules that import little themselves: a test holds it.
 from socketprotector.model import log_format
 from socketprotector.system import inherited, pid_file, signal_pipe
+from socketprotector.system.terminal import put_at_once
 
 NAME = "SocketProtector"
 #: Where the pid file is: /proc, which could tell, is not mounted everywhere.
@@ -331,37 +333,17 @@ class Guard:
 def write(fd: int, line: bytes) -> None:
     """Write a line without ever waiting for a reader.  Raises OSError if it would have to.
 
-    O_NONBLOCK would reach every worker's output; and one of another user's (--user) cannot
-    be opened anew, as system/log.py does.
+    A description of our own, as system/log.py has, cannot be opened where it is another user's.
     """
     line = line[: _LINE_BYTES - 1].rstrip(b"\n") + b"\n"
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISFIFO(mode):
-        # Not poll and write: another writer may take the room in between.
-        receive, send = os.pipe2(os.O_CLOEXEC)
-        try:
-            os.write(send, line)
-            os.splice(receive, fd, len(line), flags=os.SPLICE_F_NONBLOCK)
-        finally:
-            os.close(receive)
-            os.close(send)
-    elif stat.S_ISSOCK(mode):
-        theirs = socket.socket(fileno=os.dup(fd))
-        try:
-            theirs.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        finally:
-            theirs.close()
-    else:
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        if not poll.poll(0):
-            raise BlockingIOError
-        # On a terminal under `stty tostop` it would be tried for ever: see system/terminal.py.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
-        try:
-            os.write(fd, line)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        put_at_once(fd, line)
+        return
+    theirs = socket.socket(fileno=os.dup(fd))
+    try:
+        theirs.send(line, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+    finally:
+        theirs.close()
 
 
 def pairs(data: bytes) -> list[tuple[str, str]]:

@@ -8,7 +8,6 @@ dropped, and the next one that gets through says how many were.
 from __future__ import annotations
 
 import os
-import select
 import socket
 import stat
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
 from . import clock
 from .crash_loop import CrashLoopFilter
 from .loop import Loop
-from .terminal import put
+from .terminal import put, put_at_once
 
 #: What an observer is called with: level, event and fields.
 Observer = Callable[[str, str, Mapping[str, object]], None]
@@ -133,21 +132,7 @@ class Log:
     def _put(self, data: bytes) -> int:
         if not self._may_block:
             return put(self._fd, data) if self._is_terminal else os.write(self._fd, data)
-        if not stat.S_ISFIFO(os.fstat(self._fd).st_mode):
-            poll = select.poll()
-            poll.register(self._fd, select.POLLOUT)
-            if not poll.poll(0):
-                raise BlockingIOError
-            return put(self._fd, data)  # a terminal
-        # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is
-        # unknown to musl, and to pipes before Linux 6.4.
-        receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            written = os.write(send, data)
-            return os.splice(receive, self._fd, written, flags=os.SPLICE_F_NONBLOCK)
-        finally:
-            os.close(receive)
-            os.close(send)
+        return put_at_once(self._fd, data)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = clock.date()

@@ -5,8 +5,10 @@ Nobody may read them any more (a closed terminal, `| head`): the start goes on a
 
 from __future__ import annotations
 
+import _signal as signal  # `signal` itself would cost the guard a megabyte
 import os
-import signal
+import select
+import stat
 
 from ..model.text import escape
 
@@ -34,3 +36,25 @@ def put(fd: int, data: bytes) -> int:
         return os.write(fd, data)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def put_at_once(fd: int, data: bytes) -> int:
+    """Write to a pipe, terminal or file that others share without ever waiting for its reader.
+
+    Raises OSError where it would have to.  O_NONBLOCK would reach all that share the descriptor.
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if not poll.poll(0):
+            raise BlockingIOError
+        return put(fd, data)
+    # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is unknown to
+    # musl, and to pipes before Linux 6.4.
+    receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        written = os.write(send, data)
+        return os.splice(receive, fd, written, flags=os.SPLICE_F_NONBLOCK)
+    finally:
+        os.close(receive)
+        os.close(send)

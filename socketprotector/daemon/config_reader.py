@@ -141,7 +141,7 @@ class ConfigReader:
             self._hear()
         done, self._done = self._done, _discard_answer
         try:
-            answer = self._answer(f"the process that read it {how}")
+            answer = self._answer(f"the process that was to read it {how}")
         except OSError as error:
             answer = ConfigAnswer(f"cannot take the answer: {error.strerror}")
         self._release()

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Mapping
 
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.helper import PROVEN_S, BackOff, HelperProcess
+from ..system.helper import BackOff, HelperProcess
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import Process
@@ -67,8 +66,8 @@ class FileWatch:
             else:  # it was given away in part, or there is nothing to watch any more
                 for fd in mine.values():
                     os.close(fd)
-        if self._process is not None:
-            self._attend()
+        if self._line is not None:
+            self._loop.watch(self._line.fileno(), self._hear)
         elif self._settings.watch:
             self._spawn()
 
@@ -97,16 +96,12 @@ class FileWatch:
             with theirs:
                 descriptors = {_LINE_FD: theirs.fileno()}
                 self._process = HelperProcess.start(argv, descriptors, self._loop, self._ended)
+            self._loop.watch(self._line.fileno(), self._hear)
         except OSError as error:
             self._forget()
             self._again(error.strerror or str(error))
             return
-        self._attend()
         self._persist()
-
-    def _attend(self) -> None:
-        assert self._line is not None
-        self._loop.watch(self._line.fileno(), self._hear)
 
     def _hear(self) -> None:
         """Take in one message; its end comes by the pidfd."""
@@ -132,7 +127,7 @@ class FileWatch:
 
     def _ended(self, how: str) -> None:
         assert self._process is not None
-        if time.monotonic() - self._process.since >= PROVEN_S:
+        if self._process.proven:
             self._back_off.reset()
             self._warned = False
         while self._has_news():

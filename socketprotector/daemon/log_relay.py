@@ -23,14 +23,13 @@ import socket
 import struct
 import sys
 import termios
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
 from ..model.frozen import frozen
 from ..programs import log_relay
 from ..system import inherited
-from ..system.helper import PROVEN_S, BackOff, HelperProcess
+from ..system.helper import BackOff, HelperProcess
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import Process
@@ -199,7 +198,7 @@ class LogRelay:
     def _ended(self, how: str) -> None:
         assert self._helper is not None
         self._log.write("error", "relay-ended", pid=self._helper.process.pid)
-        if time.monotonic() - self._helper.since >= PROVEN_S:
+        if self._helper.proven:
             self._back_off.reset()
         self._helper, self._stood = None, False
         self._hang_up()

@@ -16,8 +16,7 @@ from . import inherited
 from .loop import Loop
 from .process import Process, spawn
 
-#: One that has lived so long was no failure from the beginning.
-PROVEN_S = 60.0
+_PROVEN_S = 60.0
 _LAST_BYTES = 4096
 
 #: Is told how one ended.
@@ -30,7 +29,7 @@ class HelperProcess:
     def __init__(self, process: Process, loop: Loop, ended: Ended) -> None:
         """Go on with a process.  Calls back once, when it is reaped.  Raises OSError."""
         self.process = process
-        self.since = time.monotonic()
+        self._since = time.monotonic()
         self._loop = loop
         self._ended = ended
         self._owned = True
@@ -103,6 +102,11 @@ class HelperProcess:
             pass  # an earlier program's child: reaped by whoever adopted it
         self.close()
         self._ended(how)
+
+    @property
+    def proven(self) -> bool:
+        """Whether it has lived so long that it was no failure from the beginning."""
+        return time.monotonic() - self._since >= _PROVEN_S
 
     def close(self) -> None:
         """Let go of it, whether it runs or not; it is reaped as any other child then."""

@@ -97,7 +97,7 @@ def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -
 def test_another_server_is_found_out(what: bytes, says: Says) -> None:
     path = says(what)
 
-    with Client(path) as client, pytest.raises(NoProtector, match="is no protector"):
+    with Client(path) as client, pytest.raises(NoProtector, match="not SocketProtector"):
         client.request("status")
     assert ask_all([path])[0].why == "no protector"
 
@@ -105,7 +105,10 @@ def test_another_server_is_found_out(what: bytes, says: Says) -> None:
 def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_LINE", 100_000)
 
-    with Client(says(b"x" * 200_000)) as client, pytest.raises(NoProtector, match="no protector"):
+    with (
+        Client(says(b"x" * 200_000)) as client,
+        pytest.raises(NoProtector, match="not SocketProtector"),
+    ):
         client.request("status")
 
 

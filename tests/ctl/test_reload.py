@@ -174,7 +174,7 @@ def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl
     said = ctl("reload")
 
     assert said.status == 3
-    assert "given up: not ready within 1 s; generation 8 serves on\n  | no database\n" in said.err
+    assert "failed: not ready within 1 s; generation 8 serves on\n  | no database\n" in said.err
 
 
 def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(

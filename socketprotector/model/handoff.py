@@ -78,7 +78,7 @@ STDIO = HandoffMode(
 )
 LEGACY = HandoffMode(
     "legacy",
-    adapter="legacy",
+    adapter="legacy.adapter",
     knows_ports_alone=True,
     ready_hint="legacy",
     refuses={**_COUNTS, **_DRAIN_SIGNAL, **_SHELL, **_READY},

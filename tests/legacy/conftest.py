@@ -105,11 +105,11 @@ def stranger(port: int) -> socket.socket:
 
 def patched(**constants: float) -> tuple[str, ...]:
     """The adapter with other deadlines."""
-    sets = "; ".join(f"legacy.{name} = {value}" for name, value in constants.items())
+    sets = "; ".join(f"adapter.{name} = {value}" for name, value in constants.items())
     return (
         sys.executable,
         "-c",
-        f"from socketprotector.programs import legacy; {sets}; legacy.main()",
+        f"from socketprotector.programs.legacy import adapter; {sets}; adapter.main()",
         "--",
     )
 

@@ -1,4 +1,4 @@
-"""The worker that speaks the original's protocol with its child (programs/legacy.py)."""
+"""The worker that speaks the original's protocol with its child (programs/legacy)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.programs import legacy as program
+from socketprotector.programs.legacy import adapter, stream
 from tests.client.protector import Client, until
 from tests.legacy.conftest import ADAPTER, Legacy, is_root, padded, patched, pid_after, stranger
 from tests.running import ROOT, eventually, wait_gone
@@ -516,14 +516,17 @@ def test_without_descriptors_it_ends_before_it_could_lose_a_connection(legacy: L
 
 def test_it_loads_little() -> None:
     code = f"import sys; sys.path[:0] = {sys.path!r}; before = set(sys.modules); "
-    code += "import socketprotector.programs.legacy; print(*sorted(set(sys.modules) - before))"
+    code += (
+        "import socketprotector.programs.legacy.adapter; print(*sorted(set(sys.modules) - before))"
+    )
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True
     )
     assert set(done.stdout.split()) <= {
         *{"__future__", "_signal", "_socket", "errno", "posix", "select", "struct", "time"},
         *{"_struct", "socketprotector", "socketprotector.programs", "socketprotector_client"},
-        *{"socketprotector.programs.legacy", "socketprotector.system"},
+        *{"socketprotector.programs.legacy", "socketprotector.programs.legacy.adapter"},
+        *{"socketprotector.programs.legacy.stream", "socketprotector.system"},
         *{"socketprotector.system.signal_pipe"},
         *{"socketprotector_client.wire", "importlib", "importlib._bootstrap", "os", "stat"},
         *{
@@ -542,5 +545,5 @@ def test_it_loads_little() -> None:
 
 def test_the_constants_are_those_of_the_documentation() -> None:
     text = (ROOT / "docs" / "legacy.md").read_text()
-    assert f"{program.SUN_PATH_BYTES} bytes" in text
-    assert f"{program.LEAVE_S:g} s" in text
+    assert f"{stream.SUN_PATH_BYTES} bytes" in text
+    assert f"{adapter.LEAVE_S:g} s" in text

@@ -237,7 +237,7 @@ def test_it_works_as_another_user(giver: Giver, for_everybody: Path) -> None:
     service = Service(giver, for_everybody)
     path = [str(ROOT), str(ROOT / "client_lib")]
     code = f"import sys; sys.path[:0] = {path}; "
-    code += "from socketprotector.programs.legacy import main; main()"
+    code += "from socketprotector.programs.legacy.adapter import main; main()"
     python = "/usr/bin/python3"
     probe = [python, "-I", "-c", code]
     if subprocess.run(probe, user="nobody", cwd="/", capture_output=True).returncode != 2:

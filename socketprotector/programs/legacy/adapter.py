@@ -1,8 +1,8 @@
 """`--handoff legacy`: serves a daemon that was built for the C++ SocketProtector.
 
-Such a daemon connects to the abstract stream socket `sock_srv_PORT` and reads connections from
-it: one byte `x` each, with a descriptor; end of file means drain.  This program is a worker on
-one side (docs/protocol.md) and that stream's writer on the other.  Run with a worker's
+Such a daemon connects to the abstract stream socket `sock_srv_PORT` (stream.py) and reads
+connections from it; end of file means drain.  This program is a worker on one side
+(docs/protocol.md) and that stream's writer on the other.  Run with a worker's
 environment, COMMAND becomes its child:
 
     python -m socketprotector.legacy -- COMMAND [ARG...]
@@ -25,16 +25,10 @@ import time
 
 from socketprotector_client import wire
 
-from ..system import signal_pipe
+from ...system import signal_pipe
+from .stream import Stream, described, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: Both ends of the original give the address's full length, so the name ends in NULs.
-SUN_PATH_BYTES = 108
-#: Where workers that wait for a name learn that it is free; nothing is ever accepted there.
-_QUEUE_NAME = "\0socketprotector.legacy.%d"
-#: The smallest send buffer: writable again as soon as the child has left one message unread.
-_SNDBUF_BYTES = 1
-_WAITING = 128
 #: How often a name is tried of which nobody tells us that it is free, or of which somebody may not.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
@@ -61,63 +55,6 @@ class Refusal(Exception):
     def __init__(self, text: str, status: int = 2) -> None:
         super().__init__(text)
         self.status = status
-
-
-class Stream:
-    """One port's way to the child: a listener with the port's name, then what connected."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.name = f"\0sock_srv_{port}".encode().ljust(SUN_PATH_BYTES, b"\0")
-        self.queue: socket.socket | None = None
-        self.listener: socket.socket | None = None
-        self.connection: socket.socket | None = None
-        self.room = False  # for one more
-
-    def claim(self) -> bool:
-        """Take the name; say whether it was free.  The turn (queue) first, which is kept."""
-        if self.queue is None:
-            self.queue = listen((_QUEUE_NAME % self.port).encode())
-        if self.queue is not None:
-            self.listener = listen(self.name)
-        return self.listener is not None
-
-    def knock(self) -> socket.socket | None:
-        """Return a connection that ends when the process that has the turn lets it go."""
-        return None if self.queue is not None else connect((_QUEUE_NAME % self.port).encode())
-
-    def holder(self) -> str:
-        """Say which process has the name that we want."""
-        # With the turn it is nobody of ours, and asking costs a worker no line in the log.
-        line = self.knock() if self.queue is None else connect(self.name)
-        if line is None:
-            return "another process"
-        pid = peer_of(line)
-        line.close()
-        return described(pid)
-
-    def take(self, connection: socket.socket) -> None:
-        """Take ownership of the child's connection, and free the name for the next worker."""
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF_BYTES)
-        self.connection = connection
-        for each in (self.listener, self.queue):  # in this order: who has the turn finds it free
-            if each is not None:
-                each.close()
-        self.listener = self.queue = None
-
-    def send(self, fd: int) -> bool:
-        """Send a descriptor, which stays ours; say whether there was room for it.
-
-        Raises OSError when it is read no more.
-        """
-        assert self.connection is not None
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
-        self.room = False  # unknown: poll tells
-        try:
-            self.connection.sendmsg([b"x"], [rights], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        return True
 
 
 class Adapter:
@@ -446,53 +383,10 @@ def environment_of_child() -> dict[bytes, bytes]:
     return {name: value for name, found, value in (each.partition(b"=") for each in pairs) if found}
 
 
-def listen(name: bytes) -> socket.socket | None:
-    """Return a listener with an abstract name, or None if it is another's."""
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(one.fileno(), False)
-    try:
-        one.bind(name)
-    except OSError as error:
-        one.close()
-        if error.errno == errno.EADDRINUSE:
-            return None
-        raise
-    one.listen(_WAITING)
-    one.setblocking(False)
-    return one
-
-
-def connect(name: bytes) -> socket.socket | None:
-    """Return a connection to an abstract name, or None if none listens there, or it has no room."""
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(line.fileno(), False)
-    line.setblocking(False)
-    try:
-        line.connect(name)
-    except OSError:
-        line.close()
-        return None
-    return line
-
-
-def peer_of(connection: socket.socket) -> int:
-    """Return the pid of the process that called connect() or, on the other side, listen()."""
-    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-    return int.from_bytes(found[:4], sys.byteorder)
-
-
 def parent_of(pid: int) -> int:
     """Return the parent of a process.  Raises OSError if there is none, or no /proc."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[1])
-
-
-def described(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return f"process {pid} ({file.read().decode('utf-8', 'backslashreplace').strip()})"
-    except OSError:
-        return f"process {pid}"
 
 
 def is_readable(fd: int) -> bool:

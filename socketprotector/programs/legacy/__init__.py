@@ -1,0 +1,1 @@
+"""`--handoff legacy`: the worker that serves a daemon built for the C++ SocketProtector."""

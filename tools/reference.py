@@ -18,10 +18,13 @@ sys.path.insert(0, str(ROOT))
 
 from socketprotector.launch.option_values import FLAG, TEXT, TIME, Value  # noqa: E402
 from socketprotector.launch.options import GROUPS, STAYS, Option  # noqa: E402
-from socketprotector.model.handoff import MODES, REFUSED  # noqa: E402
+from socketprotector.model.handoff import MODES  # noqa: E402
 
 #: Which modes refuse an option, by its name.
-REFUSING = {option: [mode for mode in MODES if (mode, option) in REFUSED] for _, option in REFUSED}
+REFUSING = {
+    option: [mode for mode, each in MODES.items() if option in each.refuses]
+    for option in {option for each in MODES.values() for option in each.refuses}
+}
 #: docs/...: as they are named in a text; options likewise.
 PAGE = re.compile(r"\bdocs/([\w-]+\.md)")
 LONG = re.compile(

@@ -199,7 +199,7 @@ def load(data: bytes) -> Settings:
         form, tree = _opened(data)
         found = _CODEC.value_of(tree if form == FORMAT else from_format_2(tree))
         if isinstance(found, Settings):
-            if found.handoff not in MODES:
+            if MODES.get(found.handoff) is None:
                 raise NewerError(f"no --handoff {found.handoff} is known")
             return found
         raise DecodeError(f"they are {type(found).__name__}")

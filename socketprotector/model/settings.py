@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
 
-from .codec import FORMAT, Codec, DecodeError, newer_format, refusal
+from .codec import FORMAT, Codec, DecodeError, NewerError, newer_format, refusal
 from .frozen import frozen
 from .handoff import MODES, HandoffMode
 from .policy import Policy

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from .frozen import frozen
 
-#: With stop-first no generation serves while the old one drains: never without an end.
 #: A worker (or generation) that served this long has proved itself; its death is not a quick one.
 PROVEN_S = 10.0
-#: stop-first has nobody serving while the old generation drains: never without an end.
+#: With stop-first no generation serves while the old one drains: never without an end.
 STOP_FIRST_DRAIN_S = 30.0
 
 

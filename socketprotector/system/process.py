@@ -157,7 +157,25 @@ class Process:
         """Say whether it has ended, reaped or not."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        try:
+            return bool(poll.poll(0))
+        except OSError:
+            # EINVAL: somebody has lowered our limit of descriptors to 0 (prlimit(2)).
+            return self._is_zombie()
+
+    def _is_zombie(self) -> bool:
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        try:
+            return os.waitid(os.P_PIDFD, self.pidfd, options) is not None
+        except ChildProcessError:  # another's child
+            pass
+        try:
+            signal.pidfd_send_signal(self.pidfd, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return False
 
     def is_stopped(self) -> bool | None:
         """Say whether it stands still (SIGSTOP, a debugger); None where that cannot be seen."""

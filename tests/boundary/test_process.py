@@ -214,6 +214,28 @@ def test_a_status_that_somebody_else_took_is_asked_for_there() -> None:
     process.close()
 
 
+@pytest.mark.parametrize("by_another", [False, True])
+def test_whether_it_has_ended_is_known_without_a_single_descriptor(by_another: bool) -> None:
+    """poll(2) looks at none where the limit is 0, which may be lowered while we run."""
+    receive, send = os.pipe()
+    process = spawn(running("read line <&5"), {}, {5: receive})
+    os.close(receive)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        lived = not process.has_ended()
+        os.close(send)
+        if by_another:
+            os.waitpid(process.pid, 0)
+        eventually(process.has_ended, "its end")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert lived
+    if not by_another:
+        process.reap()
+    process.close()
+
+
 # -- which program ------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from socketprotector.model.codec import FORMAT
 from tests.load import Load
 from tests.running import ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, served
@@ -265,14 +266,15 @@ def test_settings_of_a_newer_program_are_refused_in_words(service: Service) -> N
     wait_stored(service, OWN | of_generation(1, 1))
     service.kill()
     settings = os.pread(service.store["sp.settings"], 1 << 20, 0)
-    newer = settings.replace(b'{"format": 2', b'{"format": 3')
+    newer = settings.replace(b'"format":%d' % FORMAT, b'"format":%d' % (FORMAT + 1))
+    assert newer != settings
     os.pwrite(service.store["sp.settings"], newer, 0)
 
     second = service.start(*words)
 
     assert second.wait() == 111
     assert second.log.text() == (
-        "the settings are a newer program's (format 3, this one knows up to 2): "
+        f"the settings are a newer program's (format {FORMAT + 1}, this one reads up to {FORMAT}): "
         "start that one, or stop and start afresh"
     )
     os.pwrite(service.store["sp.settings"], settings, 0)

@@ -77,7 +77,7 @@ def web(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Protecto
 
 def test_that_a_workers_memory_is_not_known_is_said_once(web: Protector) -> None:
     line = web.log.wait_for("event=cannot-look")
-    assert "--max-memory replaces nobody" in line
+    assert "--max-memory has no effect" in line
 
     web.reload()
     web.reload()  # takes longer than a look

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.model.codec import FORMAT
 from tests.load import Load
 from tests.running import ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, served
@@ -256,31 +255,6 @@ def test_a_state_it_cannot_read_is_refused_and_the_workers_finish(service: Servi
     wait_stored(service, set())  # so that the next start is a fresh one
     third = service.start("127.0.0.1:0", "--", *MANY).ready()
     assert wait_gone(spawned(first)) == []
-    third.stop()
-
-
-def test_settings_of_a_newer_program_are_refused_in_words(service: Service) -> None:
-    words = ("127.0.0.1:0", "--", *MANY)
-    first = service.start(*words).ready()
-    service.wait_for("READY")
-    wait_stored(service, OWN | of_generation(1, 1))
-    service.kill()
-    settings = os.pread(service.store["sp.settings"], 1 << 20, 0)
-    newer = settings.replace(b'"format":%d' % FORMAT, b'"format":%d' % (FORMAT + 1))
-    assert newer != settings
-    os.pwrite(service.store["sp.settings"], newer, 0)
-
-    second = service.start(*words)
-
-    assert second.wait() == 111
-    assert second.log.text() == (
-        f"the settings are a newer program's (format {FORMAT + 1}, this one reads up to {FORMAT}): "
-        "start that one, or stop and start afresh"
-    )
-    os.pwrite(service.store["sp.settings"], settings, 0)
-    third = service.start(*words)  # nothing has been touched
-    service.wait_for("READY")
-    assert pid_in(ask(("127.0.0.1", first.port))) == spawned(first)[0]
     third.stop()
 
 

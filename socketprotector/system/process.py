@@ -391,8 +391,9 @@ def _spawn(
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
         environment = {**dict(program.environment), **extra}
-        normal = {"scheduler": (os.SCHED_OTHER, os.sched_param(0))}
-        policy = normal if needs_normal_policy(program) else {}
+        policy = {}
+        if needs_normal_policy(program):
+            policy["scheduler"] = os.SCHED_OTHER, os.sched_param(0)
         if forked:
             places = dict(zip(descriptors, aside, strict=True))
             pid = _fork(program, environment, places, tell_pid, lifeline)

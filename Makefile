@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-core test-debian test-musl test-vm lint format docs bench soak clean
+.PHONY: help install demo test test-all test-fast test-debian test-musl test-vm lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,8 +51,8 @@ test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; 
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
 
-test-core: $(INSTALLED) ## run the tests of the pure core (seconds)
-	$(BIN)/python -m pytest tests/core
+test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
+	$(BIN)/python -m pytest tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
 
 lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ _SYSCALL = {"x86_64": 56}.get(platform.machine())
 _EARLY = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "TZ")
 _MODULES = ("socketprotector", "socketprotector.ctl")
 #: socketprotectorctl for tests.
-CTL = str(Path(__file__).with_name("ctl") / "alone.py")
+CTL = str(Path(__file__).with_name("unit") / "ctl" / "alone.py")
 #: Loaded before the first fork.
 _LOADED = (
     "socketprotector.launch.cli",

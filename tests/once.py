@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent
-_RUN_WHOLE = {"core", "boundary", "pages", "simulation", "test_imports.py"}
+_RUN_WHOLE = {"unit", "boundary", "pages", "simulation", "test_imports.py"}
 
 
 def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model import known_servers
-from tests.ctl.conftest import run
 from tests.running import DEADLINE_S, FAIR_START_S, Protector
 from tests.scenarios.starting import MINIMAL, Start
 from tests.scenarios.tools import Release
+from tests.unit.ctl.conftest import run
 
 Command = Callable[..., Protector]
 

@@ -16,7 +16,6 @@ import pytest
 
 from socketprotector.launch import cli
 from tests import forked
-from tests.ctl.conftest import COMMAND, run
 from tests.load import Load
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
@@ -38,6 +37,7 @@ from tests.scenarios.tools import (
     spawned,
     worker,
 )
+from tests.unit.ctl.conftest import COMMAND, run
 
 Start = Callable[..., Protector]
 MANY = worker("many")

@@ -170,7 +170,10 @@ def test_names_in_the_command_and_the_environment_become_numbers(
             ("--drain-signal", "KILL", "127.0.0.1:0", "--", "x"),
             "cannot be caught, so a worker could not finish",
         ),
-        (("--drain-signal", "NONE", "127.0.0.1:0", "--", "x"), "'NONE': no signal"),
+        (
+            ("--drain-signal", "NONE", "127.0.0.1:0", "--", "x"),
+            "'NONE' is not a signal; write a name as TERM or QUIT",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

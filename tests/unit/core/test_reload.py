@@ -31,7 +31,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.lifecycle import READY_HINTS
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"
 CRASHED = "killed by SIGSEGV"

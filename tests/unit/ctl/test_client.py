@@ -14,7 +14,7 @@ from socketprotector.ctl.client import Client
 from socketprotector.ctl.errors import ConnectionLost, NoProtector, PermissionDenied, RequestRefused
 from socketprotector.ctl.query_all import ask_all
 from socketprotector.ctl.session import Session
-from tests.ctl.fake import Connection, Fake, Message, Refusing
+from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
 
 Says = Callable[[bytes], str]
 

@@ -27,7 +27,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"
 CRASHED = "killed by SIGSEGV"

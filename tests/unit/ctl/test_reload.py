@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.ctl.conftest import COMMAND, Said
-from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 from tests.running import DEADLINE_S, Lines
+from tests.unit.ctl.conftest import COMMAND, Said
+from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 
 Ctl = Callable[..., Said]
 

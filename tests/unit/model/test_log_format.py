@@ -10,7 +10,7 @@ from pathlib import Path
 from socketprotector.core.events import News
 from socketprotector.model.log_format import LEVELS
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def written() -> Iterator[str]:

@@ -18,9 +18,9 @@ import pytest
 from rich.console import Console
 
 from socketprotector.ctl.top import Rates, drawn, quantile_us
-from tests.ctl.conftest import COMMAND
-from tests.ctl.fake import Fake, generation, status, worker
 from tests.running import DEADLINE_S, eventually
+from tests.unit.ctl.conftest import COMMAND
+from tests.unit.ctl.fake import Fake, generation, status, worker
 
 
 class Terminal:

@@ -19,9 +19,9 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.collector import ProtectorCollector, Targets
-from tests.ctl.fake import Fake, status
-from tests.exporter.conftest import COMMAND, Exporter
 from tests.running import DEADLINE_S
+from tests.unit.ctl.fake import Fake, status
+from tests.unit.exporter.conftest import COMMAND, Exporter
 
 Start = Callable[..., Exporter]
 Values = dict[tuple[str, str], float]

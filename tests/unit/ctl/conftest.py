@@ -13,8 +13,8 @@ import pytest
 
 from socketprotector.ctl.__main__ import main
 from tests import forked
-from tests.ctl.fake import Fake
 from tests.running import DEADLINE_S
+from tests.unit.ctl.fake import Fake
 
 COMMAND = (sys.executable, forked.CTL)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.exporter.conftest import Exporter
 from tests.running import DEADLINE_S, Protector, ask, eventually
 from tests.scenarios.tools import Release, library_worker, worker
+from tests.unit.exporter.conftest import Exporter
 
 
 def samples(exporter: Exporter, tls: ssl.SSLContext | None = None) -> dict[str, float]:

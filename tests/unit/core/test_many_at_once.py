@@ -31,7 +31,7 @@ from socketprotector.core.events import (
 from socketprotector.core.fleet import Policy
 from socketprotector.core.lifecycle import resume
 from socketprotector.core.workers import AT_ONCE
-from tests.core.conftest import TURN, Story
+from tests.unit.conftest import TURN, Story
 
 THOUSANDS = 99_999
 KILLED = "killed by SIGKILL"

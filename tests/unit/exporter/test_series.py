@@ -15,9 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.counters import BUCKETS, Counters
 from socketprotector.exporter.metrics import MetricSet
-from tests.ctl.fake import generation, status, worker
+from tests.unit.ctl.fake import generation, status, worker
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 class Collected:

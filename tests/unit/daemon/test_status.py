@@ -19,7 +19,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.daemon.control.status import _percentile, phase_of
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
 
 def test_the_first_start_is_starting_until_it_is_ready(story: Story) -> None:

@@ -26,8 +26,8 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Phase, Policy
-from tests.core.world import DIED, POLICIES, ROUNDS, World
 from tests.rounds import rounds
+from tests.unit.core.world import DIED, POLICIES, ROUNDS, World
 
 #: All orders of so many events after the first READY are tried.
 DEPTH = rounds(4, 6)

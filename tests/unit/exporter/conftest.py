@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ctl.fake import Fake
 from tests.running import DEADLINE_S, Lines
+from tests.unit.ctl.fake import Fake
 
 COMMAND = (sys.executable, "-m", "socketprotector.exporter")
 

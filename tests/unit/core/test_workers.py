@@ -28,7 +28,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.core.step import backoff_s
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
 CRASHED = "killed by SIGSEGV"
 OLD = "older than 1 h"

@@ -38,9 +38,9 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
 from socketprotector.core.lifecycle import decide, resume
-from tests.core.conftest import Story
-from tests.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_time
 from tests.rounds import rounds
+from tests.unit.conftest import Story
+from tests.unit.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_time
 
 __all__ = ["one_at_a_time"]  # pytest uses it
 

@@ -36,9 +36,9 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import PHASES, Phase, Policy
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STARTING, SETTLING, SERVING, DRAINING, ABANDONED = Phase
 
 #: How generation 2 gets into each phase; generation 1 serves before it.  Its worker is number 2.

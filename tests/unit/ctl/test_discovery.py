@@ -12,8 +12,8 @@ import pytest
 
 from socketprotector.ctl.client import Client
 from socketprotector.system import control_path
-from tests.ctl.conftest import Said
-from tests.ctl.fake import Fake, Refusing
+from tests.unit.ctl.conftest import Said
+from tests.unit.ctl.fake import Fake, Refusing
 
 Ctl = Callable[..., Said]
 Fakes = Callable[[str], Fake]

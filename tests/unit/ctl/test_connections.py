@@ -16,9 +16,9 @@ import pytest
 
 from socketprotector.ctl import connections
 from socketprotector.ctl.connections import AT_LEAST, AT_MOST, EXACT
-from tests.ctl.conftest import Said
-from tests.ctl.fake import Fake, Message, generation, status, worker
 from tests.running import eventually
+from tests.unit.ctl.conftest import Said
+from tests.unit.ctl.fake import Fake, Message, generation, status, worker
 
 Ctl = Callable[..., Said]
 

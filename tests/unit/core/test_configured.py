@@ -32,7 +32,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Candidate, Fleet, Phase, Policy
 from socketprotector.core.lifecycle import resume
-from tests.core.conftest import Story
+from tests.unit.conftest import Story
 
 SLOW = Policy(start_timeout_s=90.0, drain_timeout_s=7.0)
 MISTAKE = "web.toml line 3: workers: 0 is not in the range 1<=x<=1000000"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from socketprotector.ctl import orders
-from tests.ctl.conftest import COMMAND, Said
-from tests.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 from tests.running import DEADLINE_S, Lines, eventually
+from tests.unit.ctl.conftest import COMMAND, Said
+from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 
 Ctl = Callable[..., Said]
 

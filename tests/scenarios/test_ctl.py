@@ -426,7 +426,7 @@ def test_hold_lasts_as_long_as_the_command_and_nobody_is_refused(
 ) -> None:
     daemon = web()
     running = beside("hold")
-    running.out.wait_for("held")
+    running.out.wait_for("on hold")
 
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         assert state()["held_s"] > 0
@@ -439,7 +439,7 @@ def test_hold_lasts_as_long_as_the_command_and_nobody_is_refused(
 def test_a_hold_whose_command_was_killed_ends_by_itself(beside: Beside, web: Start) -> None:
     daemon = web()
     running = beside("hold")
-    running.out.wait_for("held")
+    running.out.wait_for("on hold")
     running.process.kill()
     running.wait()
 
@@ -449,7 +449,7 @@ def test_a_hold_whose_command_was_killed_ends_by_itself(beside: Beside, web: Sta
 def test_a_hold_lasts_through_an_upgrade_and_a_crash(beside: Beside, web: Start) -> None:
     daemon = web("--guard")
     running = beside("hold")
-    running.out.wait_for("held")
+    running.out.wait_for("on hold")
 
     assert "adopted" in upgrade(daemon)
     revived(daemon, kill_protector(daemon))

@@ -53,20 +53,8 @@ from .events import (
     WorkerReady,
 )
 from .fleet import PHASES, Fleet, Phase, Stop
+from .start_failure import not_ready
 from .step import Step
-
-#: What to do about a generation that stays silent, by what should have said that it is ready.
-READY_HINTS = {
-    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it",
-    "ack": "a worker sends einhorn's ACK",
-    "fd": "a worker writes a line to the descriptor of --ready fd:N",
-    "check": "the command of --ready check: did not succeed; try it while a worker runs",
-    "after": "--ready after: is longer than --start-timeout",
-    "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
-    "of the C++ SocketProtector does",
-    "any": "a worker says READY=1 to NOTIFY_SOCKET, sends einhorn's ACK, writes to {fd:ready}, or "
-    "is taken as ready by --ready after:1s",
-}
 
 
 def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
@@ -132,9 +120,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     match deadline.wait:
         case Wait.START:
             policy = step.fleet.policy_of(step.fleet.is_fresh(number))
-            hints = "; ".join(filter(None, (advice, READY_HINTS[policy.ready])))
-            reason = f"not ready within {policy.start_timeout_s:g} s; {hints}"
-            reload.abandon(step, number, reason, retry=False)
+            reload.abandon(step, number, not_ready(policy, advice), retry=False)
         case Wait.SETTLE:
             reload.promote(step, number)
         case Wait.DRAIN:

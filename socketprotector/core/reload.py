@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..model.policy import PROVEN_S
+from .backoff import backoff_s
 from .events import Deadline, News, Open, ReadSettings, Report, RouteTo, Wait
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy
-from .step import Step, backoff_s
+from .step import Step
 from .stop import stop_quickly
 
 #: The exit status of a start that failed (3: rolled back).

@@ -1,8 +1,14 @@
-"""One decision in the making: the fleet so far, the actions so far, and the verbs for both.
+"""Builds up the result of one decide() call: the new fleet and the actions.
 
-Pure, like all of the lifecycle.  A verb here changes the fleet and gives the order
-that goes with it in one place, so that they cannot come apart: no timer runs that
-the fleet does not know, no worker is spawned that it has forgotten.
+Pure.  Each method changes the fleet and orders the matching action in one place, so that the two
+cannot diverge: no timer runs that the fleet does not know, no worker is spawned that it has
+forgotten.  Shared by reload.py, workers.py and stop.py:
+
+* timers: start, extend, cancel
+* workers: spawn, retire, end (TERM or ABRT; KILL after --kill-timeout)
+* generations: drain, the limits on draining (--drain-timeout, --max-draining, the warning about
+  many draining generations), end, kill
+* settings that were read: use or forget them
 """
 
 from __future__ import annotations
@@ -29,21 +35,8 @@ from .events import (
 )
 from .fleet import Fleet, Generation, Phase, State, Stop, Worker
 
-#: Two quick deaths are forgiven at once; from the third on the delay doubles to its end.
-FREE_DEATHS = 2
-FIRST_DELAY_S = 0.1
-LAST_DELAY_S = 60.0
 #: From so many draining generations on a warning is due where nothing limits them.
 MANY_DRAINING = 4
-
-
-def backoff_s(quick_deaths: int) -> float:
-    """Seconds to wait before the next try after so many quick deaths in a row."""
-    if quick_deaths <= FREE_DEATHS:
-        return 0.0
-    # The exponent is bounded because a float overflows after a thousand doublings.
-    doublings = min(quick_deaths - FREE_DEATHS - 1, 16)
-    return float(min(LAST_DELAY_S, FIRST_DELAY_S * 2**doublings))
 
 
 class Step:

@@ -12,6 +12,7 @@ from itertools import count, islice
 from operator import attrgetter
 
 from ..model.policy import PROVEN_S
+from .backoff import backoff_s
 from .events import (
     Deadline,
     News,
@@ -25,7 +26,7 @@ from .events import (
 )
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
 from .reload import abandon, roll_back
-from .step import Step, backoff_s
+from .step import Step
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.
 AT_ONCE = 8

@@ -1,10 +1,10 @@
-"""The ways in which connections reach a worker: one value for each, asked for what it can do.
+"""The handoff modes: what each can do, and the options and commands each refuses.
 
 Pure.  Under `connection` we accept, and workers take connections from their generation's queue
 (docs/protocol.md); under `stdio` and `legacy` a program of ours does that in the command's place.
 Under `listener` workers accept by themselves, from listening sockets that they share with us.
 
-Nobody else compares a mode's name, which is what the command line, settings, state and JSON
+No other module compares a mode's name, which is what the command line, settings, state and JSON
 have: a new mode is a new value here, and a new capability where an existing one does not say it.
 """
 
@@ -28,7 +28,7 @@ class HandoffMode:
     workers: int = 1  # where --workers is not given
     ready: str = "notify"  # the same of --ready
     ready_after_s: float | None = None
-    ready_hint: str = ""  # of core/lifecycle.py's, where --ready does not say it
+    ready_hint: str = ""  # of core/start_failure.py's, where --ready does not say it
     #: Options that it has no use for, and why, in words.
     refuses: Mapping[str, str] = field(default_factory=dict)
     #: Control commands that it cannot carry out, and why.

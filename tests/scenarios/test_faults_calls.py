@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.core.step import backoff_s
+from socketprotector.core.backoff import backoff_s
 from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.backoff import backoff_s
 from socketprotector.core.events import (
     Action,
     CancelTimer,
@@ -27,7 +28,6 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.core.step import backoff_s
 from tests.unit.conftest import Story
 
 CRASHED = "killed by SIGSEGV"

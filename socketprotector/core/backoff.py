@@ -1,0 +1,17 @@
+"""Back-off: how long to wait before a worker is respawned, or the next generation is tried."""
+
+from __future__ import annotations
+
+#: The first two quick deaths are free; from the third on the delay doubles, up to a maximum.
+FREE_DEATHS = 2
+FIRST_DELAY_S = 0.1
+MAX_DELAY_S = 60.0
+
+
+def backoff_s(quick_deaths: int) -> float:
+    """Seconds to wait before the next try after so many quick deaths in a row."""
+    if quick_deaths <= FREE_DEATHS:
+        return 0.0
+    # The exponent is bounded because a float overflows after a thousand doublings.
+    doublings = min(quick_deaths - FREE_DEATHS - 1, 16)
+    return float(min(MAX_DELAY_S, FIRST_DELAY_S * 2**doublings))

@@ -1,0 +1,24 @@
+"""The reason given when a generation was not ready in time: "not ready within 60 s; ..."."""
+
+from __future__ import annotations
+
+from ..model.policy import Policy
+
+#: What to check, for each kind of readiness (--ready).
+READY_HINTS = {
+    "notify": "a worker says READY=1 to NOTIFY_SOCKET, as socketprotector_client does for it",
+    "ack": "a worker sends einhorn's ACK",
+    "fd": "a worker writes a line to the descriptor of --ready fd:N",
+    "check": "the command of --ready check: did not succeed; try it while a worker runs",
+    "after": "--ready after: is longer than --start-timeout",
+    "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
+    "of the C++ SocketProtector does",
+    "any": "a worker says READY=1 to NOTIFY_SOCKET, sends einhorn's ACK, writes to {fd:ready}, or "
+    "is taken as ready by --ready after:1s",
+}
+
+
+def not_ready(policy: Policy, advice: str) -> str:
+    """Return the reason.  advice: what the daemon found out about the cause, or empty."""
+    hints = "; ".join(filter(None, (advice, READY_HINTS[policy.ready])))
+    return f"not ready within {policy.start_timeout_s:g} s; {hints}"

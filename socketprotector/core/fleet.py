@@ -1,4 +1,4 @@
-"""What is supervised, as values: workers, generations, the fleet, its policy.
+"""What is supervised, as values: workers, generations, the fleet (the policy: model/policy.py).
 
 Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
 keeps one Fleet and replaces it by what `lifecycle.decide` answers.

@@ -53,13 +53,15 @@ def status(instance: Instance, as_json: bool) -> None:
     if as_json:
         say_json(found)
         return
-    from . import render, status_view
+    from . import render, status_table
 
-    render.show(*status_view.heading(found), status_view.sums(found), *status_view.listeners(found))
-    render.show(*status_view.last_reload(found))
-    render.show(render.line(), status_view.generations(found))
+    render.show(
+        *status_table.heading(found), status_table.sums(found), *status_table.listeners(found)
+    )
+    render.show(*status_table.last_reload(found))
+    render.show(render.line(), status_table.generations(found))
     if any(listed(each, "workers") for each in listed(found, "generations")):
-        render.show(render.line(), status_view.workers(found))
+        render.show(render.line(), status_table.workers(found))
 
 
 @command(short_help="List connections: peer, age, worker.")
@@ -258,7 +260,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
             }
         )
         return
-    from . import render, status_view
+    from . import render, status_table
 
     rows = []
     for name, each in zip(names, found, strict=True):
@@ -269,7 +271,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
         rows.append(
             (
                 name,
-                ("takes nobody" if status_view.untaken(state) else text_in(state, "phase"))
+                ("takes nobody" if status_table.untaken(state) else text_in(state, "phase"))
                 or each.why,
                 number_in(state, "pid") or each.pid or None,
                 route if isinstance(route, int) else None,

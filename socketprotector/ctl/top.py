@@ -165,7 +165,7 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
     from rich.console import Group
     from rich.text import Text
 
-    from . import render, status_view
+    from . import render, status_table
 
     figures = [
         _rate(rates.per_second),
@@ -177,15 +177,15 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
     bars = max(1, width - 20)
     most = _rate(max(history[-bars:], default=None))
     return Group(
-        *status_view.heading(status),
+        *status_table.heading(status),
         Text("  ".join(figures), style="bold"),
         Text(f"{render.sparkline(history, bars):>{bars}}  most {most}", style="green"),
-        *status_view.listeners(status)[: max(1, height // 8)],
-        *status_view.last_reload(status),
+        *status_table.listeners(status)[: max(1, height // 8)],
+        *status_table.last_reload(status),
         Text(),
-        status_view.generations(status),
+        status_table.generations(status),
         Text(),
-        status_view.workers(status),
+        status_table.workers(status),
     )
 
 

@@ -1,5 +1,6 @@
 """The path of a connection: accept, send to the route, close our copy.
 
+No worker is chosen here: workers take from the shared queue (client_lib's intake.py).
 Connections never pass through `decide`.  The lifecycle sets the route and orders
 drains; what comes back is two facts: the channel broke, the backlog is empty.
 

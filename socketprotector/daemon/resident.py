@@ -22,7 +22,7 @@ from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..model.text import status_of
-from ..system import executable, inherited, pid_file, privileges, process
+from ..system import executable, inherited, pid_file_removal, privileges, process
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listener import Listener
@@ -309,7 +309,7 @@ class _Resident:
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
-            pid_file.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
+            pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
         self.launcher.failed(status)
         if self.line is None:
             self.store.sync(dict.fromkeys(self.staying, -1))

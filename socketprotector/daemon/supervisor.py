@@ -30,6 +30,7 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..core.lifecycle import decide, resume
 from ..model import fd_budget
+from ..system import signals
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.process import reap_orphans
@@ -39,18 +40,6 @@ from .effects import RECORDED, Effects
 from .event_queue import EventQueue
 from .recovery import Recovery
 from .upgrade import Upgrade
-
-_SIGNALS = (
-    signal.SIGHUP,
-    signal.SIGTERM,
-    signal.SIGQUIT,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGCHLD,
-)
 
 #: How soon to look again whether the guard or systemd has read what it was sent, and
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.
@@ -110,7 +99,7 @@ class Supervisor:
         queue.work_off = self._work_unless_working
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
-        loop.catch(_SIGNALS, self._signalled)
+        loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     @property
     def fleet(self) -> Fleet:

@@ -44,7 +44,7 @@ from ..system.sock_diag import address_of
 from .generation import OpenGeneration
 from .output import Output
 from .post_mortem import PostMortem
-from .worker_limits import LimitWatch
+from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.

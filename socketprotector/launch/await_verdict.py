@@ -16,7 +16,7 @@ import stat
 from typing import Any
 
 from ..model.errors import SystemRefused
-from ..system import signal_pipe
+from ..system import signals
 from ..system.dir_lock import locked
 from ..system.terminal import tell
 
@@ -29,7 +29,7 @@ def wait(line: socket.socket) -> int:
 
     Takes ownership of the line; to be called with signals blocked, which it unblocks.
     """
-    receive = signal_pipe.catch(_CALLS_OFF)
+    receive = signals.catch(_CALLS_OFF)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     poll = select.poll()

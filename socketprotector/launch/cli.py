@@ -17,7 +17,7 @@ import click
 from ..model import known_servers
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings
-from ..system import inherited
+from ..system import inherited, signals
 from ..system.terminal import STDERR, STDOUT, tell
 from . import (
     activation,
@@ -32,15 +32,6 @@ from .bind_control import default_path
 from .bind_tcp import Bound, bind_all, pair
 from .resolve import Asked, Purpose, Reading
 from .start import launch
-
-#: What asks a resident process for something: kept until there is one.
-_FOR_LATER = (
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
 
 
 class _Command(click.Command):
@@ -181,7 +172,7 @@ def ask(arguments: Sequence[str], running: Settings | None = None) -> Asked | No
 def main(arguments: Sequence[str]) -> int:
     """Parse, check and launch.  Returns the exit status."""
     _stand_on_three_descriptors()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_LATER)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
     try:
         try:

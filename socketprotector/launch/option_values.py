@@ -16,11 +16,11 @@ import click
 from ..model.duration import Duration
 from ..model.errors import UsageError
 from ..model.frozen import frozen
+from ..system.process import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 #: More is a mistake.
 _MOST = 10**15
-_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
@@ -141,7 +141,7 @@ def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
     found = {name: _limit(name, value) for name, value in written.items()}
     nice = found.pop("nice", 0)
     for name, value in found.items():
-        _, hard = resource.getrlimit(_LIMITS[name])
+        _, hard = resource.getrlimit(RLIMITS[name])
         unlimited = resource.RLIM_INFINITY
         if hard != unlimited and (value == unlimited or value > hard):
             raise UsageError(
@@ -164,7 +164,7 @@ def nofile_of_workers(environment: Mapping[str, str]) -> int:
 
 
 def _limit(name: str, value: str) -> int:
-    if name not in (*_LIMITS, "nice"):
+    if name not in (*RLIMITS, "nice"):
         raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
     if value == "unlimited" and name == "core":
         return resource.RLIM_INFINITY

@@ -23,7 +23,7 @@ from ..system import env_file, executable
 from ..system.program import inherited_environment
 from . import user_access
 from .listen_spec import Listen
-from .pidfile import PidFile
+from .pid_file import PidFile
 from .writable import refuse_unwritable
 
 T = TypeVar("T")

@@ -32,7 +32,7 @@ from . import notify_dir
 from .await_verdict import known_by, wait
 from .bind_control import bind_control
 from .bind_tcp import Bound
-from .pidfile import PidFile
+from .pid_file import PidFile
 
 
 def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:

@@ -25,7 +25,7 @@ if not __package__:  # executed by its path: the package that it is in is not on
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 # Modules that import little themselves: a test holds it.
 from socketprotector.model import log_format
-from socketprotector.system import inherited, pid_file, signal_pipe
+from socketprotector.system import inherited, pid_file_removal, signals
 from socketprotector.system.terminal import put_at_once
 
 NAME = "SocketProtector"
@@ -41,17 +41,6 @@ FAILED = 111
 #: How workers ended is told to the next protector too when the one before may not have heard.
 LAST_STATUSES = 255
 TOLD_AGAIN_S = 10.0
-_PASSED_ON = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
-_STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 _MESSAGE_BYTES = 4096
 #: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -160,7 +149,7 @@ class Guard:
         # Of the first only: after it something may be served, by workers that live on.
         if code >= 0 and self.first and not self.accepted:
             self.give_up(f"{how} before it ever accepted", code or FAILED)
-        stops = any(number in _STOPS for number in self.passed_on)
+        stops = any(number in signals.STOPS for number in self.passed_on)
         if stops and code >= 0 and not self.began:
             # Workers finish what they have when the last end of their channel is closed; those
             # that accept are told.
@@ -209,7 +198,7 @@ class Guard:
         self.passed_on = [
             number
             for number in self.passed_on
-            if (not self.stopping if number in _STOPS else number != took)
+            if (not self.stopping if number in signals.STOPS else number != took)
         ]
         name = said.get("FDNAME", "")
         if "FDSTORE" in said and fd >= 0 and name:
@@ -244,7 +233,7 @@ class Guard:
                 except OSError:
                     pass  # it has ended, or has become another user's
         if inherited.PID_FILE in self.store:
-            pid_file.remove(self.pid_file_path, self.store[inherited.PID_FILE])
+            pid_file_removal.remove(self.pid_file_path, self.store[inherited.PID_FILE])
         sys.exit(status)
 
     def log(self, event: str, **fields: str | float) -> None:
@@ -271,7 +260,7 @@ class Guard:
         elif self.pid:
             os.kill(self.pid, number)
             # It may be dead, or die before it gets to that: then the next one is told.
-            if number not in self.passed_on and not (number in _STOPS and self.stopping):
+            if number not in self.passed_on and not (number in signals.STOPS and self.stopping):
                 self.passed_on.append(number)
         else:
             self.pending.append(number)
@@ -309,7 +298,7 @@ class Guard:
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""
-        receive = signal_pipe.catch((*_PASSED_ON, signal.SIGCHLD))
+        receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         self.start()
         while True:
             poll = select.poll()

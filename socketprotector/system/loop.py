@@ -14,11 +14,10 @@ from __future__ import annotations
 import heapq
 import os
 import select
-import signal
 import time
 from collections.abc import Callable, Hashable, Iterable
 
-from . import signal_pipe
+from . import signals
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
@@ -143,16 +142,16 @@ class Loop:
 
     # -- signals -------------------------------------------------------------
 
-    def catch(self, signals: Iterable[signal.Signals], callback: Callable[[int], None]) -> None:
+    def catch(self, numbers: Iterable[int], callback: Callable[[int], None]) -> None:
         """Call back from the loop, never from a handler, with the number of each signal."""
-        receive = signal_pipe.catch(signals)
+        receive = signals.catch(numbers)
 
         def read() -> None:
             try:
-                numbers = os.read(receive, 512)
+                received = os.read(receive, 512)
             except BlockingIOError:
                 return  # taken meanwhile
-            for number in numbers:
+            for number in received:
                 callback(number)
 
         #: Calls back now for those that have come.

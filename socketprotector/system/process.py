@@ -20,7 +20,8 @@ from . import privileges
 from .cpu_quota import scheduler
 from .loop import Loop
 
-_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
+#: The resource limits that options may set (--limit), by the option's name.
+RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
 #: How soon to try again what there was no memory for.
 _AGAIN_S = 0.1
 #: Processes that an object here reaps.  Any other child that ends was left to us.
@@ -377,7 +378,7 @@ def _spawn(
     actions: list[tuple[int, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
     ]
-    kept = {_LIMITS[name]: resource.getrlimit(_LIMITS[name]) for name, _ in program.limits}
+    kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
     reserved = _reserve_fd()  # for its pidfd: one that cannot be watched must not be started
     aside: list[int] = []
     umask = os.umask(program.umask)
@@ -430,7 +431,7 @@ def _spawn(
 def _limit(program: Program) -> None:
     """Set the soft limits of a program.  Raises ValueError for one above the hard one."""
     for name, value in program.limits:
-        which = _LIMITS[name]
+        which = RLIMITS[name]
         resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
 
 

@@ -129,9 +129,9 @@ def test_the_guard_that_gives_up_removes_its_pid_file(
     """As one whose protector ends before it has ever accepted: here it cannot be loaded."""
     pid_file = tmp_path / "pid"
     script = (
-        "import os, sys; from socketprotector.launch import pidfile;"
+        "import os, sys; from socketprotector.launch import pid_file;"
         "from socketprotector.programs import guard; from socketprotector.system import inherited;"
-        "held = pidfile.PidFile(sys.argv[1]); held.acquire();"
+        "held = pid_file.PidFile(sys.argv[1]); held.acquire();"
         "os.environ.update(inherited.leave({inherited.PID_FILE: held.fd}));"
         "told = guard.PID_FILE_OPTION + sys.argv[1];"
         "words = ['-I', '-S', guard.__file__, told, sys.executable, '-c', 'raise SystemExit(7)'];"

@@ -25,7 +25,7 @@ import time
 
 from socketprotector_client import wire
 
-from ...system import signal_pipe
+from ...system import signals
 from .stream import Stream, described, peer_of
 
 PROGRAM = "socketprotector.legacy"
@@ -84,7 +84,7 @@ class Adapter:
         self.leaving = False  # no more from the channel
         self.pid = self.pidfd = 0  # of the child
         self.strangers = 0
-        self.wake = signal_pipe.catch(_PASSED_ON)
+        self.wake = signals.catch(_PASSED_ON)
 
     def run(self) -> int:
         """Serve until the child has ended; return how, as os.waitstatus_to_exitcode() does."""

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from socketprotector.daemon.worker_limits import exceeded, resident_bytes
+from socketprotector.daemon.worker_recycling import exceeded, resident_bytes
 from socketprotector.model.settings import Limits
 
 MIB = 2**20

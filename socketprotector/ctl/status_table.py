@@ -1,4 +1,4 @@
-"""A status in words and columns: for `status`, and for the screen of `top`."""
+"""Renders a status: the heading, and the columns of `status` and `top` (of `list`: queries.py)."""
 
 from __future__ import annotations
 

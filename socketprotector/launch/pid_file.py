@@ -1,4 +1,4 @@
-"""The pid file: lockfile's PID lock file, whole or not there.
+"""Writes and locks the pid file: lockfile's PID lock file, whole or not there.
 
 Its holder also keeps a flock on it for life, through every exec.  So whether a pid file is
 stale needs no guess about a pid that may be another program's by now: it is if the lock is
@@ -16,7 +16,7 @@ import os
 from lockfile import AlreadyLocked, LockFailed, NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
-from ..system import pid_file
+from ..system import pid_file_removal
 from ..system.dir_lock import locked
 
 
@@ -85,7 +85,7 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Remove the file.  Raises NotMyLock when we do not hold it."""
         if self.fd < 0:
             raise NotMyLock(f"{self.path} is not locked by us")
-        pid_file.remove(self.path, self.fd)
+        pid_file_removal.remove(self.path, self.fd)
         os.close(self.fd)
         self.fd = -1
 

@@ -1,4 +1,6 @@
-"""Signals as bytes in a pipe: what they mean is decided where the pipe is read, never in a handler.
+"""The signals that the protector handles, and signals as bytes in a pipe.
+
+What a signal means is decided where the pipe is read, never in a handler.
 
 Source: signal.set_wakeup_fd; the self-pipe trick.
 """
@@ -11,6 +13,12 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+STOPS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
+#: The others that operators send.  The launching process blocks them for the resident one.
+REQUESTS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
+#: What daemon/supervisor.py handles, and the guard passes on to it.
+TO_THE_PROTECTOR = (*STOPS, *REQUESTS)
 
 
 def catch(numbers: Iterable[int]) -> int:

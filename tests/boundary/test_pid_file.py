@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lockfile import AlreadyLocked, LockFailed, NotMyLock
 
-from socketprotector.launch.pidfile import PidFile
+from socketprotector.launch.pid_file import PidFile
 
 
 def test_it_is_whole_locked_and_removed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""When a worker is to be replaced: --retire-after, --max-memory, --max-age.
+"""Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
 The numbers are looked at once a second, and only where one of these is asked for.
 """

@@ -1,4 +1,7 @@
-"""The pid file's end: removed by whom its lock is, the protector or the guard before it."""
+"""Removes the pid file; only the process that holds its lock may: the protector, or the guard.
+
+launch/pid_file.py writes and locks it.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from ..model.frozen import frozen
 from ..model.policy import Policy
 
 
-class Wait(Enum):
+class TimerKind(Enum):
     """What a deadline is about; the target is a generation's or a worker's number."""
 
     START = "start"  # generation: all workers ready
@@ -33,7 +33,7 @@ class Wait(Enum):
 class Deadline:
     """The name of a timer; starting it again replaces it."""
 
-    wait: Wait
+    wait: TimerKind
     target: int = 0
 
 
@@ -344,8 +344,8 @@ class CancelTimer:
     deadline: Deadline
 
 
-class News(Enum):
-    """What is told to whoever waits: operator, launcher, systemd."""
+class ReportKind(Enum):
+    """What a Report announces to the operator, the launching process and systemd."""
 
     READY = "ready"  # the first generation serves
     RELOADING = "reloading"
@@ -369,7 +369,7 @@ class News(Enum):
 class Report:
     """Tell what happened; reason is for people."""
 
-    news: News
+    news: ReportKind
     generation: int = 0
     reason: str = ""
 

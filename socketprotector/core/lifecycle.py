@@ -47,8 +47,8 @@ from .events import (
     StopRequested,
     Stranded,
     TimeExtended,
+    TimerKind,
     UseSettings,
-    Wait,
     WorkerExited,
     WorkerReady,
 )
@@ -118,20 +118,20 @@ def _answer(step: Step, event: Event) -> None:
 def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     number = deadline.target
     match deadline.wait:
-        case Wait.START:
+        case TimerKind.START:
             policy = step.fleet.policy_of(step.fleet.is_fresh(number))
             reload.abandon(step, number, not_ready(policy, advice), retry=False)
-        case Wait.SETTLE:
+        case TimerKind.SETTLE:
             reload.promote(step, number)
-        case Wait.DRAIN:
+        case TimerKind.DRAIN:
             step.end_generation(number)
-        case Wait.KILL:
+        case TimerKind.KILL:
             step.kill_generation(number)
-        case Wait.OPEN | Wait.TURN:
+        case TimerKind.OPEN | TimerKind.TURN:
             pass  # `_go_on` opens, or starts, what is due
-        case Wait.HOLD:
+        case TimerKind.HOLD:
             stop.release_hold(step)
-        case Wait.STOP:
+        case TimerKind.STOP:
             stop.stop_quickly(step)
         case _:
             workers.worker_waited(step, deadline.wait, number)
@@ -150,8 +150,8 @@ def _go_on(step: Step) -> None:
 def _release_what_is_gone(step: Step) -> None:
     for generation in step.fleet.generations:
         if not generation.workers and None in PHASES[generation.phase]:
-            step.cancel(Wait.DRAIN, generation.number)
-            step.cancel(Wait.KILL, generation.number)
+            step.cancel(TimerKind.DRAIN, generation.number)
+            step.cancel(TimerKind.KILL, generation.number)
             left = tuple(g for g in step.fleet.generations if g.number != generation.number)
             step.fleet = replace(step.fleet, generations=left)
             step.do(Release(generation.number))

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ..model.policy import PROVEN_S
 from .backoff import backoff_s
-from .events import Deadline, News, Open, ReadSettings, Report, RouteTo, Wait
+from .events import Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy
 from .step import Step
 from .stop import stop_quickly
@@ -31,7 +31,7 @@ def launched(step: Step) -> None:
 
 def reload_requested(step: Step) -> None:
     if step.fleet.stopping:
-        step.do(Report(News.REFUSED, reason="no reload while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
     else:
         # Remember the wish: the newest configuration wins without a second HUP.
         step.fleet = replace(step.fleet, reload_wanted=True)
@@ -40,7 +40,9 @@ def reload_requested(step: Step) -> None:
 def renew_requested(step: Step) -> None:
     """Replace the serving generation by one of the same program, as a reload does."""
     if not _renew(step):
-        step.do(Report(News.REFUSED, reason="one generation is being replaced, or none serves"))
+        step.do(
+            Report(ReportKind.REFUSED, reason="one generation is being replaced, or none serves")
+        )
 
 
 def stranded(step: Step) -> None:
@@ -53,7 +55,7 @@ def _renew(step: Step) -> bool:
     busy = fleet.incoming or fleet.to_open or fleet.reload_wanted or fleet.reading
     if not fleet.of(Phase.SERVING) or fleet.stopping or busy or fleet.candidate:
         return False
-    step.do(Report(News.RELOADING))
+    step.do(Report(ReportKind.RELOADING))
     step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
     _make_room(step)
     return True
@@ -70,9 +72,9 @@ def begin_if_wanted(step: Step) -> None:
         step.fleet = replace(fleet, reload_wanted=False)
         if fleet.configured and fleet.served:
             step.fleet = replace(step.fleet, reading=True)
-            step.do(Report(News.RELOADING), ReadSettings())
+            step.do(Report(ReportKind.RELOADING), ReadSettings())
         else:
-            _begin(step, Report(News.RELOADING))
+            _begin(step, Report(ReportKind.RELOADING))
 
 
 def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
@@ -85,12 +87,12 @@ def settings_failed(step: Step, reason: str) -> None:
     if step.fleet.reading:
         number = step.fleet.next_generation
         step.fleet = replace(step.fleet, reading=False, next_generation=number + 1)
-        step.do(Report(News.RELOAD_FAILED, number, reason))
+        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
 
 
 def _begin(step: Step, *reports: Report) -> None:
     # Where a back-off runs nobody serves: whoever asks for a reload wants it now.
-    step.cancel(Wait.OPEN)
+    step.cancel(TimerKind.OPEN)
     step.do(*reports)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
@@ -107,15 +109,17 @@ def _make_room(step: Step) -> None:
         step.drain(old.number, policy.drain_limit_s)
     for generation in step.fleet.all_of(Phase.DRAINING):
         # One that began to drain under another policy may have no end.
-        ends = Deadline(Wait.DRAIN, generation.number) in step.fleet.timers or generation.ending
+        ends = (
+            Deadline(TimerKind.DRAIN, generation.number) in step.fleet.timers or generation.ending
+        )
         if generation.workers and not ends:
-            step.start(Wait.DRAIN, generation.number, policy.drain_limit_s)
+            step.start(TimerKind.DRAIN, generation.number, policy.drain_limit_s)
 
 
 def open_if_due(step: Step) -> None:
     """Open the generation that is to come, unless something stands in its way."""
     fleet = step.fleet
-    if fleet.to_open is None or Deadline(Wait.OPEN) in fleet.timers:
+    if fleet.to_open is None or Deadline(TimerKind.OPEN) in fleet.timers:
         return
     # Under stop-first an older generation may hold what this one needs, and so may
     # the last try of a first start.
@@ -147,7 +151,7 @@ def _recover(step: Step, delay_s: float) -> None:
     """Nobody serves: open the last good command again."""
     step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     if delay_s > 0:
-        step.start(Wait.OPEN, 0, delay_s)
+        step.start(TimerKind.OPEN, 0, delay_s)
 
 
 # -- a generation that succeeds -------------------------------------------------
@@ -161,12 +165,12 @@ def serve_if_ready(step: Step) -> None:
 
 
 def _all_ready(step: Step, number: int) -> None:
-    step.cancel(Wait.START, number)
+    step.cancel(TimerKind.START, number)
     settle_s = step.fleet.policy_of(step.fleet.is_fresh(number)).settle_s
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
         step.fleet = step.fleet.moved(number, Phase.SETTLING)
         step.do(RouteTo(number))
-        step.start(Wait.SETTLE, number, settle_s)
+        step.start(TimerKind.SETTLE, number, settle_s)
     else:
         step.do(RouteTo(number))
         promote(step, number)
@@ -184,10 +188,10 @@ def promote(step: Step, number: int) -> None:
     step.fleet = replace(step.fleet, served=True)
 
 
-def _success(fleet: Fleet, number: int) -> News:
+def _success(fleet: Fleet, number: int) -> ReportKind:
     if not fleet.served:
-        return News.READY
-    return News.RELOADED if fleet.is_fresh(number) else News.RECOVERED
+        return ReportKind.READY
+    return ReportKind.RELOADED if fleet.is_fresh(number) else ReportKind.RECOVERED
 
 
 # -- a generation that fails ----------------------------------------------------
@@ -208,19 +212,19 @@ def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
     fresh = step.fleet.is_fresh(number)
     serving = step.fleet.of(Phase.SERVING)
     step.fleet = step.fleet.moved(number, Phase.ABANDONED)
-    step.cancel(Wait.START, number)
+    step.cancel(TimerKind.START, number)
     step.end_generation(number)
     if fresh:
         step.forget_settings()
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving:
-        step.do(Report(News.RELOAD_FAILED, number, reason))
+        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
     elif fresh:
-        step.do(Report(News.RELOAD_FAILED, number, reason))
+        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
         _recover(step, 0.0)
     else:
-        step.do(Report(News.RETRYING, number, reason))
+        step.do(Report(ReportKind.RETRYING, number, reason))
         _recover(step, _count_failure(step))
 
 
@@ -234,23 +238,23 @@ def _count_failure(step: Step) -> float:
 def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) -> None:
     _count_failure(step)
     if retry and step.fleet.failed_starts < step.fleet.policy.start_tries:
-        step.do(Report(News.RETRYING, number, reason))
+        step.do(Report(ReportKind.RETRYING, number, reason))
         step.fleet = replace(step.fleet, to_open=Next.FRESH)
     else:
         step.fleet = replace(step.fleet, exit_status=START_FAILED)
-        step.do(Report(News.START_FAILED, number, reason))
+        step.do(Report(ReportKind.START_FAILED, number, reason))
         stop_quickly(step)
 
 
 def roll_back(step: Step, number: int, reason: str) -> None:
     """Switch from a settling generation back to the one that still serves."""
     old = step.fleet.of(Phase.SERVING)
-    step.cancel(Wait.SETTLE, number)
+    step.cancel(TimerKind.SETTLE, number)
     step.do(RouteTo(old.number if old else None))
     if step.fleet.is_fresh(number):
         step.forget_settings()
     step.drain(number, step.fleet.policy.drain_limit_s)
-    step.do(Report(News.RELOAD_FAILED, number, reason))
+    step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
     if old is None:  # its channel broke meanwhile
         _recover(step, 0.0)
 
@@ -262,7 +266,7 @@ def channel_broken(step: Step, number: int, served_s: float) -> None:
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
         return  # ended already
     reason = "a worker shut down the channel"
-    step.do(Report(News.BROKEN, number, reason))
+    step.do(Report(ReportKind.BROKEN, number, reason))
     if phase is Phase.STARTING:
         abandon(step, number, reason, retry=False)
     elif phase is Phase.SETTLING:

@@ -23,7 +23,7 @@ from ..model.records import (
     SteeringRecord,
     WorkerRecord,
 )
-from .events import Deadline, Retire, Signal, UseSettings, Wait, WorkerSignal
+from .events import Deadline, Retire, Signal, TimerKind, UseSettings, WorkerSignal
 from .fleet import Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker
 
 TYPE_CHECKING = False
@@ -53,7 +53,7 @@ class Snapshot:
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
-    *(Deadline, Wait, Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker),
+    *(Deadline, TimerKind, Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker),
     *(Retire, WorkerSignal, Signal, UseSettings),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
     *(SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
@@ -62,6 +62,7 @@ CLASSES = (
 #: Classes and fields (`Class`, `Class.field`) that an older program calls otherwise.
 RENAMED: dict[str, str] = {
     "Sign": "WorkerSignal",
+    "Wait": "TimerKind",
     "Signal.sign": "signal",
     "Generation.parting": "quiescing",
     "GenerationRecord.side": "socket_number",

@@ -22,15 +22,15 @@ from .events import (
     Deadline,
     Drain,
     ForgetSettings,
-    News,
     Quiesce,
     Report,
+    ReportKind,
     Retire,
     Signal,
     Spawn,
     StartTimer,
+    TimerKind,
     UseSettings,
-    Wait,
     WorkerSignal,
 )
 from .fleet import Fleet, Generation, Phase, State, Stop, Worker
@@ -52,12 +52,12 @@ class Step:
 
     # -- timers --------------------------------------------------------------
 
-    def start(self, wait: Wait, target: int, seconds: float) -> None:
+    def start(self, wait: TimerKind, target: int, seconds: float) -> None:
         deadline = Deadline(wait, target)
         self.fleet = replace(self.fleet, timers=self.fleet.timers | {deadline})
         self.do(StartTimer(deadline, seconds))
 
-    def start_or_extend(self, wait: Wait, target: int, seconds: float) -> None:
+    def start_or_extend(self, wait: TimerKind, target: int, seconds: float) -> None:
         """Have a timer run for so many seconds at least."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
@@ -65,7 +65,7 @@ class Step:
         else:
             self.start(wait, target, seconds)
 
-    def cancel(self, wait: Wait, target: int = 0) -> None:
+    def cancel(self, wait: TimerKind, target: int = 0) -> None:
         """Forget a timer if it runs."""
         deadline = Deadline(wait, target)
         if deadline in self.fleet.timers:
@@ -85,15 +85,15 @@ class Step:
 
     def spawn(self, generation: int, worker: Worker) -> None:
         """Start the process of a worker that waits in a generation that stands already."""
-        self.cancel(Wait.WORKER_RESPAWN, worker.number)
+        self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         self.fleet = self.fleet.with_worker(replace(worker, state=State.STARTING))
         self.do(Spawn(generation, worker.number, worker.slot))
-        self.start(Wait.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
+        self.start(TimerKind.WORKER_START, worker.number, self.fleet.policy.start_timeout_s)
 
     def end_worker(self, worker: Worker) -> None:
         """Send TERM to one worker, ABRT where it hangs; KILL follows."""
         self.do(Signal(worker.number, WorkerSignal.ABRT if worker.hung else WorkerSignal.TERM))
-        self.start(Wait.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
+        self.start(TimerKind.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
         """Have one worker finish what it has."""
@@ -103,7 +103,7 @@ class Step:
     def limit_retiring(self, worker: Worker) -> None:
         """End one that has been asked to leave, should it take too long."""
         if self.fleet.policy.drain_timeout_s > 0:
-            self.start(Wait.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
+            self.start(TimerKind.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
 
     # -- generations ---------------------------------------------------------
 
@@ -140,7 +140,7 @@ class Step:
     def _tell(self, number: int, timeout_s: float) -> None:
         self.do(Drain(number))
         if timeout_s > 0:
-            self.start(Wait.DRAIN, number, timeout_s)
+            self.start(TimerKind.DRAIN, number, timeout_s)
 
     def limit_draining(self) -> None:
         draining = [g for g in self.fleet.all_of(Phase.DRAINING) if g.workers]
@@ -149,7 +149,7 @@ class Step:
             for generation in draining[: max(0, len(draining) - limit)]:
                 self.end_generation(generation.number)
         elif len(draining) >= MANY_DRAINING:
-            self.do(Report(News.MANY_DRAINING, reason=f"{len(draining)} generations"))
+            self.do(Report(ReportKind.MANY_DRAINING, reason=f"{len(draining)} generations"))
 
     def end_generation(self, number: int) -> None:
         """Send TERM to what is left of a generation; KILL follows."""
@@ -159,7 +159,7 @@ class Step:
             return
         self.fleet = self.fleet.with_generation(replace(generation, ending=True))
         self.do(*(Signal(worker.number, WorkerSignal.TERM) for worker in generation.workers))
-        self.start(Wait.KILL, number, self.fleet.policy.kill_timeout_s)
+        self.start(TimerKind.KILL, number, self.fleet.policy.kill_timeout_s)
 
     def kill_generation(self, number: int) -> None:
         """Send KILL to what is left of a generation."""
@@ -175,7 +175,7 @@ class Step:
         gone = [worker for worker in generation.workers if not worker.alive]
         self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
         for worker in gone:
-            self.cancel(Wait.WORKER_RESPAWN, worker.number)
+            self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
             left = generation.worker(worker.replaces)
             if left and left.alive and left.hung and not generation.ending:
                 self.end_worker(left)  # nobody comes any more whom it could wait for

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .events import CloseListeners, Exit, Hold, News, Report, RouteTo, Wait
+from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Phase, Stop
 from .step import Step
 
@@ -20,7 +20,7 @@ def stop_requested(step: Step, quick: bool) -> None:
     if step.fleet.stopping:
         stop_quickly(step)  # the third time and later this finds nothing left to do
         return
-    step.do(Report(News.STOPPING))
+    step.do(Report(ReportKind.STOPPING))
     if quick:
         stop_quickly(step)
     else:
@@ -32,7 +32,7 @@ def _stop_gracefully(step: Step) -> None:
     settling = step.fleet.of(Phase.SETTLING)
     old = step.fleet.of(Phase.SERVING)
     if settling:
-        step.cancel(Wait.SETTLE, settling.number)
+        step.cancel(TimerKind.SETTLE, settling.number)
         step.fleet = step.fleet.moved(settling.number, Phase.SERVING)
         if old:
             step.drain(old.number, 0.0)
@@ -42,7 +42,7 @@ def _stop_gracefully(step: Step) -> None:
         # Nobody can serve what has connected; the draining ones still finish theirs.
         step.close_listeners()
     if step.fleet.generations:
-        step.start(Wait.STOP, 0, step.fleet.policy.stop_timeout_s)
+        step.start(TimerKind.STOP, 0, step.fleet.policy.stop_timeout_s)
 
 
 def listeners_lost(step: Step) -> None:
@@ -50,7 +50,7 @@ def listeners_lost(step: Step) -> None:
     if step.fleet.stopping:
         return
     step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)
-    step.do(Report(News.STOPPING, reason="no listener is left"))
+    step.do(Report(ReportKind.STOPPING, reason="no listener is left"))
     _stop_gracefully(step)
 
 
@@ -69,18 +69,18 @@ def stop_quickly(step: Step) -> None:
     if step.fleet.route:
         step.do(RouteTo(None))
     _call_off(step, Stop.QUICK)
-    step.cancel(Wait.STOP)
+    step.cancel(TimerKind.STOP)
     step.close_listeners()
     for generation in step.fleet.generations:
         if generation.phase in (Phase.SERVING, Phase.SETTLING):
-            step.cancel(Wait.SETTLE, generation.number)
+            step.cancel(TimerKind.SETTLE, generation.number)
             step.drain(generation.number, 0.0)
         step.end_generation(generation.number)
 
 
 def _call_off(step: Step, stop: Stop) -> None:
     """Give up whatever was to come."""
-    step.cancel(Wait.OPEN)
+    step.cancel(TimerKind.OPEN)
     release_hold(step)  # what waits in the backlog is to be taken
     step.fleet = replace(step.fleet, stopping=stop, reload_wanted=False, to_open=None)
     settling = step.fleet.of(Phase.SETTLING)
@@ -90,32 +90,32 @@ def _call_off(step: Step, stop: Stop) -> None:
     starting = step.fleet.of(Phase.STARTING)
     if starting:
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
-        step.cancel(Wait.START, starting.number)
+        step.cancel(TimerKind.START, starting.number)
         step.end_generation(starting.number)
 
 
 def hold_requested(step: Step, seconds: float) -> None:
     """Accept nothing for so long; asked again, from now on."""
     if step.fleet.stopping:
-        step.do(Report(News.REFUSED, reason="no hold while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="no hold while stopping"))
         return
     if not step.fleet.held:
         step.fleet = replace(step.fleet, held=True)
-        step.do(Hold(True), Report(News.HELD))
-    step.start(Wait.HOLD, 0, seconds)
+        step.do(Hold(True), Report(ReportKind.HELD))
+    step.start(TimerKind.HOLD, 0, seconds)
 
 
 def release_hold(step: Step) -> None:
     if step.fleet.held:
-        step.cancel(Wait.HOLD)
+        step.cancel(TimerKind.HOLD)
         step.fleet = replace(step.fleet, held=False)
-        step.do(Hold(False), Report(News.RELEASED))
+        step.do(Hold(False), Report(ReportKind.RELEASED))
 
 
 def exit_if_done(step: Step) -> None:
     fleet = step.fleet
     if fleet.stopping and not fleet.generations:
-        step.cancel(Wait.STOP)
-        step.cancel(Wait.TURN)
+        step.cancel(TimerKind.STOP)
+        step.cancel(TimerKind.TURN)
         step.fleet = replace(step.fleet, exiting=True)
         step.do(Exit(fleet.exit_status))

@@ -15,12 +15,12 @@ from ..model.policy import PROVEN_S
 from .backoff import backoff_s
 from .events import (
     Deadline,
-    News,
     Report,
+    ReportKind,
     Signal,
     Spawn,
     StartTimer,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerSignal,
 )
@@ -37,7 +37,7 @@ def worker_ready(step: Step, number: int, retires: bool) -> None:
     found = step.fleet.find(number)
     if found is None or found[1].state is not State.STARTING:
         return  # said twice, or crossed our signal
-    step.cancel(Wait.WORKER_START, number)
+    step.cancel(TimerKind.WORKER_START, number)
     ready = replace(found[1], state=State.READY, retires=retires, replaces=0)
     step.fleet = step.fleet.with_worker(ready)
     _take_over(step, found[1].replaces)
@@ -48,8 +48,8 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     if found is None or not found[1].alive:
         return
     generation, worker = found
-    told_to_end = Deadline(Wait.WORKER_KILL, worker.number) in step.fleet.timers
-    for wait in (Wait.WORKER_START, Wait.WORKER_RETIRE, Wait.WORKER_KILL):
+    told_to_end = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
+    for wait in (TimerKind.WORKER_START, TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL):
         step.cancel(wait, worker.number)
     if event.orphans:
         _orphaned(step, generation, worker, told_to_end=told_to_end)
@@ -61,7 +61,7 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     if replacement:  # it stands for itself from now on
         step.fleet = step.fleet.with_worker(replace(replacement, replaces=0))
     if generation.phase is Phase.SERVING and worker.state is not State.RETIRING:
-        step.do(Report(News.EXITED, generation.number, event.reason))
+        step.do(Report(ReportKind.EXITED, generation.number, event.reason))
         if replacement is None:
             _respawn(step, generation.number, worker, event.served_s)
     elif event.waiting and _nobody_else_serves(step.fleet, generation.number):
@@ -110,7 +110,7 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
     step.fleet = step.fleet.with_worker(new)
     delay_s = backoff_s(deaths)
     if delay_s > 0:
-        step.start(Wait.WORKER_RESPAWN, new.number, delay_s)
+        step.start(TimerKind.WORKER_RESPAWN, new.number, delay_s)
 
 
 # -- scaling -------------------------------------------------------------------
@@ -119,9 +119,9 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
 def scale_requested(step: Step, change: int, to: int | None) -> None:
     wanted = step.fleet.workers_wanted + change if to is None else to
     if step.fleet.stopping:
-        step.do(Report(News.REFUSED, reason="no scaling while stopping"))
+        step.do(Report(ReportKind.REFUSED, reason="no scaling while stopping"))
     elif wanted < 1:
-        step.do(Report(News.REFUSED, reason="there is always one worker at least"))
+        step.do(Report(ReportKind.REFUSED, reason="there is always one worker at least"))
     elif wanted != step.fleet.workers_wanted:
         step.fleet = replace(step.fleet, workers_wanted=wanted)
         candidate = step.fleet.candidate
@@ -129,7 +129,7 @@ def scale_requested(step: Step, change: int, to: int | None) -> None:
             more = candidate.workers + change if to is None else to
             candidate = replace(candidate, workers=max(1, more))
             step.fleet = replace(step.fleet, candidate=candidate)
-        step.do(Report(News.SCALED, reason=f"{wanted} workers"))
+        step.do(Report(ReportKind.SCALED, reason=f"{wanted} workers"))
 
 
 def reconcile(step: Step) -> None:
@@ -138,7 +138,7 @@ def reconcile(step: Step) -> None:
     Each takes its time, and there may be thousands.  What is still missing stands nowhere: what
     comes meanwhile, a stop or a smaller number, is decided on as if they had never been wanted.
     """
-    if Deadline(Wait.TURN) in step.fleet.timers:
+    if Deadline(TimerKind.TURN) in step.fleet.timers:
         return
     left = AT_ONCE
     # First the replacements: without them there are fewer than there were.
@@ -146,7 +146,7 @@ def reconcile(step: Step) -> None:
     left -= _fill(step, left)
     left -= _resize(step, left)
     if left < AT_ONCE:
-        step.start(Wait.TURN, 0, 0.0)
+        step.start(TimerKind.TURN, 0, 0.0)
 
 
 def _start_waiting(step: Step, most: int) -> int:
@@ -164,7 +164,10 @@ def _waiting(step: Step) -> Iterator[tuple[int, Worker]]:
         as_it_was = before.timers is timers and before.generation(generation.number) is generation
         if not as_it_was and State.WAITING in map(_STATE, generation.workers):
             for worker in generation.workers:
-                if not worker.alive and Deadline(Wait.WORKER_RESPAWN, worker.number) not in timers:
+                if (
+                    not worker.alive
+                    and Deadline(TimerKind.WORKER_RESPAWN, worker.number) not in timers
+                ):
                     yield generation.number, worker
 
 
@@ -183,7 +186,7 @@ def _fill(step: Step, most: int) -> int:
         step.do(*(Spawn(filled.number, worker.number, worker.slot) for worker in new))
         # They have their time from the last one's start on.
         policy = fleet.policy_of(starting.fresh)
-        step.start_or_extend(Wait.START, filled.number, policy.start_timeout_s)
+        step.start_or_extend(TimerKind.START, filled.number, policy.start_timeout_s)
     return len(new)
 
 
@@ -226,10 +229,10 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     generation = step.fleet.generation(number)
     if generation is None:
         return
-    step.cancel(Wait.WORKER_START, worker.number)
+    step.cancel(TimerKind.WORKER_START, worker.number)
     worker = replace(worker, replaces=0)
     if worker.state is State.WAITING:
-        step.cancel(Wait.WORKER_RESPAWN, worker.number)
+        step.cancel(TimerKind.WORKER_RESPAWN, worker.number)
         step.fleet = step.fleet.with_generation(generation.without(worker.number))
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
@@ -246,7 +249,7 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
 def kill_requested(step: Step, number: int) -> None:
     generation = step.fleet.generation(number)
     if generation is None or generation.phase not in (Phase.DRAINING, Phase.ABANDONED):
-        step.do(Report(News.REFUSED, number, "only what drains or was given up is killed"))
+        step.do(Report(ReportKind.REFUSED, number, "only what drains or was given up is killed"))
         return
     step.forget_waiting(number)
     step.kill_generation(number)
@@ -271,13 +274,13 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
     if _replacement(generation, number):
         return
     if generation.phase is Phase.SERVING and not step.fleet.stopping:
-        step.do(Report(News.REPLACING, generation.number, reason))
+        step.do(Report(ReportKind.REPLACING, generation.number, reason))
         current = step.fleet.generation(generation.number)
         if current:
             new = replace(step.add(current, next(_free_slots(current))), replaces=number)
             step.fleet = step.fleet.with_worker(new)
     elif hung:
-        step.do(Report(News.REPLACING, generation.number, reason))
+        step.do(Report(ReportKind.REPLACING, generation.number, reason))
         step.end_worker(worker)  # it stays in its generation, whose failure its end may be
 
 
@@ -307,26 +310,26 @@ def time_extended(step: Step, number: int, seconds: float) -> None:
     if found is None:
         return
     for deadline in (
-        Deadline(Wait.START, found[0].number),
-        Deadline(Wait.DRAIN, found[0].number),
-        Deadline(Wait.WORKER_START, number),
-        Deadline(Wait.WORKER_RETIRE, number),
-        Deadline(Wait.STOP),
+        Deadline(TimerKind.START, found[0].number),
+        Deadline(TimerKind.DRAIN, found[0].number),
+        Deadline(TimerKind.WORKER_START, number),
+        Deadline(TimerKind.WORKER_RETIRE, number),
+        Deadline(TimerKind.STOP),
     ):
         if deadline in step.fleet.timers:
             step.do(StartTimer(deadline, seconds, extend=True))
 
 
-def worker_waited(step: Step, wait: Wait, number: int) -> None:
+def worker_waited(step: Step, wait: TimerKind, number: int) -> None:
     """A timer of a worker's own has run out."""
     found = step.fleet.find(number)
     if found is None:
         return
     generation, worker = found
     match wait:
-        case Wait.WORKER_RESPAWN:
+        case TimerKind.WORKER_RESPAWN:
             pass  # `reconcile` starts who waits no longer
-        case Wait.WORKER_KILL:
+        case TimerKind.WORKER_KILL:
             step.do(Signal(number, WorkerSignal.KILL))
         case _ if not generation.ending:  # else TERM was sent already
             step.end_worker(worker)

@@ -101,7 +101,7 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
             each.pid,
             each.peer,
             each.local,
-            _BOUNDS[each.bound] + render.span(each.age_s),
+            _BOUNDS[each.bound] + render.duration_text(each.age_s),
             render.size(each.waiting_bytes),
         )
         for each in found
@@ -116,7 +116,8 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
         phase = phases.get(number, "")
         plural = "" if count == 1 else "s"
         say(
-            f"generation {number} {phase}: {count} connection{plural}, oldest {render.span(oldest)}"
+            f"generation {number} {phase}: {count} connection{plural}, "
+            f"oldest {render.duration_text(oldest)}"
         )
     if not found:
         say("no connections" + (" where it may look" if unseen else ""))
@@ -138,10 +139,10 @@ def crashes(instance: Instance, as_json: bool) -> None:
     for each in found:
         lost, cpu_s, kib = each.get("lost"), each.get("cpu_s"), each.get("max_rss_kib")
         say(
-            f"{render.moment(each.get('at'))} worker {each.get('worker')} of generation "
+            f"{render.time_text(each.get('at'))} worker {each.get('worker')} of generation "
             f"{each.get('generation')}, pid {each.get('pid')}, {each.get('how')} while "
             f"{each.get('when')}; connections lost: {render.count(lost)}, "
-            f"CPU {render.span(cpu_s)}, "
+            f"CPU {render.duration_text(cpu_s)}, "
             f"memory {render.size(kib * 1024 if isinstance(kib, int) else None)}"
         )
         for text in text_in(each, "last_words").strip("\n").split("\n"):
@@ -224,7 +225,7 @@ def _show_event(event: Message, as_json: bool) -> None:
         if name not in shown and value is not None
     ]
     level, name = text_in(event, "level"), text_in(event, "event")
-    words = [render.moment(event.get("at")), f"{level:7}", f"event={field(name)}", *fields]
+    words = [render.time_text(event.get("at")), f"{level:7}", f"event={field(name)}", *fields]
     styled = render.line(" ".join(words))
     styled.stylize(str(render.cell(level).style))
     render.show(styled)
@@ -265,7 +266,7 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     rows = []
     for name, each in zip(names, found, strict=True):
         state = each.result or {}
-        up = render.span(render.ago(state.get("now"), state.get("started_at")))
+        up = render.duration_text(render.seconds_since(state.get("now"), state.get("started_at")))
         listens = " ".join(addresses_of(state))
         route = state.get("route")
         rows.append(

@@ -51,7 +51,7 @@ def several(number: int, one: str, more: str = "") -> str:
     return f"{number:,} {one if number == 1 else more or one + 's'}"
 
 
-def span(seconds: object) -> str:
+def duration_text(seconds: object) -> str:
     """90061 -> 1d1h; two units at most."""
     if not isinstance(seconds, int | float):
         return UNKNOWN
@@ -69,7 +69,7 @@ def span(seconds: object) -> str:
     return "".join(parts[:2])
 
 
-def wait(microseconds: object) -> str:
+def latency_text(microseconds: object) -> str:
     """63 -> 63us, 1023 -> 1.0ms."""
     if not isinstance(microseconds, int | float):
         return UNKNOWN
@@ -89,7 +89,7 @@ def size(number: object) -> str:
     return f"{number / 1024:.1f}K" if number < 1 << 20 else f"{number / (1 << 20):.1f}M"
 
 
-def moment(at: object) -> str:
+def time_text(at: object) -> str:
     """A time since the epoch, as the log writes it."""
     if not isinstance(at, int | float):
         return UNKNOWN
@@ -99,7 +99,7 @@ def moment(at: object) -> str:
         return UNKNOWN
 
 
-def ago(now: object, at: object) -> float | None:
+def seconds_since(now: object, at: object) -> float | None:
     """Return the seconds between two times, if both are known."""
     if isinstance(now, int | float) and isinstance(at, int | float):
         return max(0.0, now - at)

@@ -24,7 +24,7 @@ def heading(status: Message) -> list[Text]:
     now = status.get("now")
     words = [
         f" pid {status.get('pid')}, version {status.get('version')}, "
-        f"up {render.span(render.ago(now, status.get('started_at')))}"
+        f"up {render.duration_text(render.seconds_since(now, status.get('started_at')))}"
     ]
     if restarts := number_in(status, "restarts"):
         words.append(render.several(restarts, "restart"))
@@ -37,10 +37,12 @@ def heading(status: Message) -> list[Text]:
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
         found.append(
-            Text(f"held: accepts nothing for another {render.span(held_s)}", style="yellow")
+            Text(
+                f"held: accepts nothing for another {render.duration_text(held_s)}", style="yellow"
+            )
         )
     for generation, seconds in untaken(status):
-        span = render.span(seconds)
+        span = render.duration_text(seconds)
         late = f"generation {generation}: no worker has taken a waiting client for {span}"
         found.append(Text(late, style="yellow"))
     return found
@@ -93,15 +95,15 @@ def generations(status: Message) -> Table:
             (
                 number_in(each, "number"),
                 text_in(each, "phase"),
-                render.span(render.ago(now, each.get("opened_at"))),
+                render.duration_text(render.seconds_since(now, each.get("opened_at"))),
                 f"{ready}/{len(workers)}",
                 render.count(each.get("queue")),
                 render.count(each.get("active")),
                 render.count(each.get("accepted")),
                 render.count(each.get("errors")),
                 render.count(each.get("lost")),
-                render.wait(wait_us.get("p50")),
-                render.wait(wait_us.get("p99")),
+                render.latency_text(wait_us.get("p50")),
+                render.latency_text(wait_us.get("p99")),
             )
         )
     return _columns(_GENERATIONS, rows)
@@ -123,7 +125,7 @@ def workers(status: Message) -> Table:
                     number_in(generation, "number"),
                     number_in(each, "pid") or None,
                     text_in(each, "state"),
-                    render.span(render.ago(now, each.get("started_at"))),
+                    render.duration_text(render.seconds_since(now, each.get("started_at"))),
                     render.count(each.get("active")),
                     render.count(each.get("accepted")),
                     render.count(each.get("errors")),
@@ -162,6 +164,6 @@ def _reload(title: str, each: Message, now: object) -> Text:
     return Text.assemble(
         f"{title}: generation {number_in(each, 'generation')} ",
         render.cell(text_in(each, "result")),
-        f" {render.span(render.ago(now, at))} ago",
+        f" {render.duration_text(render.seconds_since(now, at))} ago",
         render.cell(f": {reason}" if reason else ""),
     )

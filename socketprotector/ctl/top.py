@@ -169,7 +169,7 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
 
     figures = [
         _rate(rates.per_second),
-        f"wait p50 {render.wait(rates.p50_us)}, p99 {render.wait(rates.p99_us)}",
+        f"wait p50 {render.latency_text(rates.p50_us)}, p99 {render.latency_text(rates.p99_us)}",
         f"forwarded {render.count(status.get('forwarded'))}",
         f"lost {render.count(status.get('lost'))}",
     ]

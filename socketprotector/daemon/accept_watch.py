@@ -24,7 +24,7 @@ _ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
-class Untaken:
+class AcceptWatch:
     """Watches over the generation that new clients come to."""
 
     def __init__(

@@ -48,9 +48,9 @@ class Checkpoint:
         self._effects, self._snapshot = effects, snapshot
 
     @property
-    def is_sent(self) -> bool:
+    def flushed(self) -> bool:
         """Whether the fd store has been sent all; the next program relies on that."""
-        return self._store.is_sent
+        return self._store.flushed
 
     def descriptors(self) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
@@ -73,7 +73,7 @@ class Checkpoint:
         self._full = self._store.full
         if not self._write():
             return False
-        if self._store.is_sent and self._store.complete:
+        if self._store.flushed and self._store.complete:
             self._behind = False
         elif not self._behind:
             self._log.write(

@@ -25,7 +25,6 @@ from ..core.events import (
     ForgetSettings,
     Hold,
     ListenersLost,
-    News,
     Open,
     OpenFailed,
     Quiesce,
@@ -33,14 +32,15 @@ from ..core.events import (
     ReadSettings,
     Release,
     Report,
+    ReportKind,
     Retire,
     RouteTo,
     Signal,
     Spawn,
     StartTimer,
     Stranded,
+    TimerKind,
     UseSettings,
-    Wait,
 )
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
@@ -65,18 +65,18 @@ from .start_report import Launcher
 from .worker_pool import WorkerPool, what_failed
 
 _LEVELS = {
-    News.RELOAD_FAILED: "error",
-    News.START_FAILED: "error",
-    News.RETRYING: "warning",
-    News.MANY_DRAINING: "warning",
-    News.REFUSED: "warning",
-    News.EXITED: "warning",
-    News.BROKEN: "error",
+    ReportKind.RELOAD_FAILED: "error",
+    ReportKind.START_FAILED: "error",
+    ReportKind.RETRYING: "warning",
+    ReportKind.MANY_DRAINING: "warning",
+    ReportKind.REFUSED: "warning",
+    ReportKind.EXITED: "warning",
+    ReportKind.BROKEN: "error",
 }
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = (Signal, Retire, StartTimer, UseSettings)
 #: News of a generation that has proved itself, where that is asked for.
-_SUCCESS = (News.READY, News.RELOADED, News.RECOVERED)
+_SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 #: From the last worker's end to our own, with time to spare.
 _TO_END_S = 5.0
 
@@ -181,13 +181,13 @@ class Effects:
                 self._route_to(number)
             case Quiesce(number):
                 if number in self.generations:
-                    self.generations[number].note(drained_at=clock.date())
+                    self.generations[number].update_record(drained_at=clock.date())
                 self.steering.quiesce(number)
             case Drain(number) if number in self.generations:
                 generation = self.generations[number]
                 self._loop.unwatch(generation.channel.read.fileno())
                 if generation.record.drained_at is None:
-                    generation.note(drained_at=clock.date())
+                    generation.update_record(drained_at=clock.date())
                 self.forwarder.drain(generation.channel)
                 self.pool.drain(number)
                 self.steering.leave(number)
@@ -332,7 +332,7 @@ class Effects:
             return
         again = generation.record.serving_since > 0.0
         if not again:
-            generation.note(serving_since=time.monotonic(), served_at=clock.date())
+            generation.update_record(serving_since=time.monotonic(), served_at=clock.date())
         self.forwarder.route_to(generation.channel)
         self.steering.turn_to(generation.record.socket_number, again=again)
         self._log.write("info", "route", generation=number)
@@ -433,9 +433,11 @@ class Effects:
         self.run = replace(self.run, history=history)
 
     def _remember_reload(self, report: Report) -> None:
-        if report.news is News.STOPPING:
+        if report.news is ReportKind.STOPPING:
             self._remember(self.run.history.called_off("it was told to stop", clock.date()))
-        result = {News.RELOADED: "reloaded", News.RELOAD_FAILED: "failed"}.get(report.news)
+        result = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}.get(
+            report.news
+        )
         if result is not None:
             self._remember(
                 self.run.history.reload_ended(
@@ -455,7 +457,7 @@ class Effects:
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def passed() -> None:
             self._note_due(deadline)
-            unheard = deadline.wait is Wait.START and not self.pool.spoken_with
+            unheard = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = self.pool.advice(deadline.target) if unheard else ""
             self._post(DeadlinePassed(deadline, advice))
 
@@ -486,20 +488,20 @@ class Effects:
             self.last_good = self.generations[report.generation].program
         serves = f"generation {report.generation} serves"
         match report.news:
-            case News.READY:
+            case ReportKind.READY:
                 self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=serves)
                 self._launcher.started()
-            case News.RELOADING:
+            case ReportKind.RELOADING:
                 self._systemd.reloading()
-            case News.RELOADED | News.RECOVERED:
+            case ReportKind.RELOADED | ReportKind.RECOVERED:
                 self._systemd.send(READY="1", STATUS=serves)
-            case News.RELOAD_FAILED:
+            case ReportKind.RELOAD_FAILED:
                 # There is no word for "failed": ready again, and why in the status.
                 self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
-            case News.START_FAILED:
+            case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._launcher.failure = report.reason
-            case News.STOPPING:
+            case ReportKind.STOPPING:
                 self._say_stopping(first_line)
 
     def _stop_running(self) -> None:

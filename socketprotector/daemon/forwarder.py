@@ -24,7 +24,7 @@ from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
 from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE, Loop
-from .listener_drain import ListenerDrain, ListenerDrains
+from .listener_drain import DrainingListener, DrainingListeners
 from .queue_watch import QueueWatch
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
@@ -97,7 +97,7 @@ class Forwarder:
             send_again=self._send_again,
             untaken=untaken,
         )
-        self._drains = ListenerDrains(loop, self.undelivered, self._drained)
+        self._drains = DrainingListeners(loop, self.undelivered, self._drained)
         #: Channels with connections to be taken back as soon as a route has room, oldest first;
         #: and whether their generation is gone: then they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
@@ -173,7 +173,7 @@ class Forwarder:
         else:
             self._drains.begin(listener, to)
 
-    def _drained(self, drain: ListenerDrain) -> None:
+    def _drained(self, drain: DrainingListener) -> None:
         """Count what came by a removed listener, which is closed."""
         self.forwarded += drain.moved
         self.lost += drain.lost

@@ -54,8 +54,8 @@ class OpenGeneration:
     def program(self) -> Program:
         return self.record.program
 
-    def note(self, **changes: object) -> None:
-        """Have other fields in the record."""
+    def update_record(self, **changes: object) -> None:
+        """Replace fields of the record."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def descriptors(self) -> dict[str, int]:
@@ -78,7 +78,7 @@ class OpenGeneration:
         except OSError:
             return None
 
-    def bury(self, slot: int) -> int | None:
+    def take_counts(self, slot: int) -> int | None:
         """Take over what a dead worker has counted; return how many connections died with it.
 
         None where it did not count.  Makes the slot ready for the next one.
@@ -92,10 +92,10 @@ class OpenGeneration:
         if found is None:
             return None
         past = (self.record.past or Counts()) + found.closed()
-        self.note(lost=self.record.lost + found.active, past=past)
+        self.update_record(lost=self.record.lost + found.active, past=past)
         return found.active
 
-    def place(self, slot: int) -> tuple[int, int] | None:
+    def scoreboard_slot(self, slot: int) -> tuple[int, int] | None:
         """Return the scoreboard's descriptor and a worker's offset in it, if it has a place."""
         if self.board is None or self.board.offset(slot) < 0:
             return None
@@ -118,7 +118,7 @@ class Generations(dict[int, OpenGeneration]):
     def release(self, number: int) -> OpenGeneration:
         """Have one no longer open; what its queue still holds is its channel's."""
         each = self.pop(number)
-        each.note(released=True)
+        each.update_record(released=True)
         each.forget_board()
         self.released[number] = each
         return each
@@ -133,7 +133,7 @@ class Generations(dict[int, OpenGeneration]):
         found = self.known()
         for each in found:
             if each.ended and not each.record.ended:  # the forwarder ends the channel
-                each.note(ended=True)
+                each.update_record(ended=True)
         return tuple(each.record for each in found)
 
     def descriptors(self) -> dict[str, int]:

@@ -26,7 +26,7 @@ LAST_S = 10.0
 BURST = 64
 
 
-class ListenerDrain:
+class DrainingListener:
     """Owns the listener until it is closed; the channel is its generation's."""
 
     def __init__(
@@ -35,7 +35,7 @@ class ListenerDrain:
         channel: Channel,
         loop: Loop,
         undelivered: Undelivered,
-        over: Callable[[ListenerDrain], None],
+        over: Callable[[DrainingListener], None],
     ) -> None:
         """`over` is called back once the listener is closed."""
         self.listener = listener
@@ -120,17 +120,17 @@ class ListenerDrain:
         return True
 
 
-class ListenerDrains:
+class DrainingListeners:
     """All listeners that were removed and are not closed yet."""
 
     def __init__(
-        self, loop: Loop, undelivered: Undelivered, over: Callable[[ListenerDrain], None]
+        self, loop: Loop, undelivered: Undelivered, over: Callable[[DrainingListener], None]
     ) -> None:
         """`over` is called back each time that one is closed."""
         self._loop = loop
         self._undelivered = undelivered
         self._over = over
-        self._drains: list[ListenerDrain] = []
+        self._drains: list[DrainingListener] = []
         self._to_end: list[Channel] = []  # when nothing drains to them any more
 
     @property
@@ -139,7 +139,7 @@ class ListenerDrains:
 
     def begin(self, listener: Listener, to: Channel) -> None:
         """Send the backlog to the channel, then close the listener; takes ownership."""
-        drain = ListenerDrain(listener, to, self._loop, self._undelivered, self._closed)
+        drain = DrainingListener(listener, to, self._loop, self._undelivered, self._closed)
         self._drains.append(drain)
         drain.begin()
 
@@ -155,10 +155,10 @@ class ListenerDrains:
         for each in self._to(channel) if channel is not None else tuple(self._drains):
             each.end()
 
-    def _to(self, channel: Channel) -> list[ListenerDrain]:
+    def _to(self, channel: Channel) -> list[DrainingListener]:
         return [each for each in self._drains if each.channel is channel]
 
-    def _closed(self, drain: ListenerDrain) -> None:
+    def _closed(self, drain: DrainingListener) -> None:
         self._drains.remove(drain)
         self._over(drain)
         if drain.channel in self._to_end and not self._to(drain.channel):

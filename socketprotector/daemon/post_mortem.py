@@ -134,7 +134,7 @@ class PostMortem:
         """
         known, number = worker.record, worker.record.number
         ending = self._endings.pop(number)
-        lost = worker.generation.bury(known.slot)
+        lost = worker.generation.take_counts(known.slot)
         orphans = self.keep_group(known, worker.process, worker.generation)
         worker.close()
         self._log.write(

@@ -58,7 +58,7 @@ _STDERR = 2
 def main() -> None:
     """Run until nothing is left to supervise, and exit with the status of that."""
     command = executable.command_of(tuple(sys.argv[1:]))
-    descriptors = inherited.enter()
+    descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
         sys.exit(_probe(descriptors))
     sys.exit(run(descriptors, command))

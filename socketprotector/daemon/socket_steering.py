@@ -28,7 +28,7 @@ from ..system.listener import SCARCE, Listener
 from ..system.log import Log
 from ..system.loop import READ, SHUT, Loop
 from ..system.sock_diag import Line, unaccepted, unread
-from .accept_watch import Untaken
+from .accept_watch import AcceptWatch
 
 _LOOK_S = 0.1
 #: For how long all clients that had come must have been read from.
@@ -95,7 +95,7 @@ class SocketSteering:
         self._bound = bound
         self._lost = lost
         self._say_untaken = untaken
-        self._untaken = Untaken(
+        self._accept_watch = AcceptWatch(
             loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
         )
         self._ended = False
@@ -153,7 +153,7 @@ class SocketSteering:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
         self._turn_to(socket_number)
         if socket_number in self._accepting.values():
-            self._untaken.begin(before_us=again)
+            self._accept_watch.begin(before_us=again)
 
     def _turn_to(self, socket_number: int) -> None:
         self.current = socket_number
@@ -172,7 +172,7 @@ class SocketSteering:
     @property
     def untaken_s(self) -> float | None:
         """For how long no waiting client was accepted; None: not long enough to report."""
-        return self._untaken.seconds
+        return self._accept_watch.seconds
 
     def quiesce(self, generation: int) -> None:
         """Call back when a generation whose turn is over has accepted all that came to it."""
@@ -192,7 +192,7 @@ class SocketSteering:
         socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if each.second is None]
         quiescing = _Quiescing(time.monotonic(), over, last=True, common=common)
-        self._untaken.end()
+        self._accept_watch.end()
         if generation in self._accepting and (self._own(socket_number) or common):
             self._begin(generation, quiescing)
         else:
@@ -230,7 +230,7 @@ class SocketSteering:
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""
         self._ended = True
-        self._untaken.end()
+        self._accept_watch.end()
         for each in self._shared:
             for one in each.sockets:
                 self._loop.unwatch(one.fileno())
@@ -406,12 +406,12 @@ class SocketSteering:
         if self._ended:
             return
         if self.current not in self._accepting.values():
-            self._untaken.end()
+            self._accept_watch.end()
         in_vain = self._in_vain()
         if not in_vain:
             self._loop.cancel(_RESCUE)
         looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
-        awaited = self._lines_of(in_vain) if self._untaken.awaits else []
+        awaited = self._lines_of(in_vain) if self._accept_watch.awaits else []
         try:
             for each in self._shared:
                 each.note()
@@ -432,8 +432,10 @@ class SocketSteering:
             self.mend(listener, number)
         elif (listener, number) in self._in_vain():
             self._rescue_later()
-        elif self._untaken.awaits:  # a worker may have accepted by now: then none waits at the look
-            self._untaken.came(listener.index)
+        elif (
+            self._accept_watch.awaits
+        ):  # a worker may have accepted by now: then none waits at the look
+            self._accept_watch.came(listener.index)
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
         """Return the sockets that new clients are steered to and workers accept from."""

@@ -18,10 +18,10 @@ from ..core.events import (
     Action,
     Hold,
     Launched,
-    News,
     Open,
     ReadSettings,
     ReloadRequested,
+    ReportKind,
     RouteTo,
     ScaleRequested,
     Spawn,
@@ -200,7 +200,7 @@ class Supervisor:
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
-        if not self._checkpoint.is_sent:
+        if not self._checkpoint.flushed:
             self._hand_over_later()
             return
         self._give_up_at = None
@@ -293,7 +293,7 @@ class Supervisor:
     def _scale_by(self, change: int) -> None:
         cannot = self.scale(ScaleRequested(change))
         if cannot is not None:
-            self._log.write("warning", News.REFUSED.value, reason=cannot)
+            self._log.write("warning", ReportKind.REFUSED.value, reason=cannot)
 
     def _terminal_is_gone(self) -> bool:
         if self._terminal is None:

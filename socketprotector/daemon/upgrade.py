@@ -94,7 +94,7 @@ class Upgrade:
             _need_descriptors()
             with (
                 privileges.lent() if self._keeps else nullcontext(),
-                inherited.left_in_place(kept) as variables,
+                inherited.kept_through_exec(kept) as variables,
             ):
                 os.execve(self._command[0], self._command, {**os.environ, **variables})
         except OSError as error:

@@ -167,7 +167,7 @@ class WorkerSpawner:
             wire.ENV_CHANNEL: generation.channel.read.fileno(),
             wire.ENV_RETURN: end.fileno(),
         }
-        board, offset = generation.place(slot) or (-1, 0)
+        board, offset = generation.scoreboard_slot(slot) or (-1, 0)
         if board >= 0:
             given[wire.ENV_SCOREBOARD] = board
         descriptors = dict(zip(free, given.values(), strict=False))

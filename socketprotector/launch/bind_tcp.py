@@ -20,7 +20,7 @@ from ..model.settings import ListenerSettings
 from ..system import reuseport
 from ..system.sock_diag import listening
 from . import port_owner, socket_options
-from .bind_unix import bind_unix, refit
+from .bind_unix import bind_unix, reapply_options
 from .listen_spec import Listen
 
 #: One number for two sockets: another program may take it between the two binds.
@@ -263,17 +263,17 @@ def _overlap(one: str, other: str) -> bool:
     return same_family and port == its_port and any_host in (host, its_host)
 
 
-def renew(used: socket.socket, listen: Listen, address: str, backlog: int) -> Bound:
+def reuse(used: socket.socket, listen: Listen, address: str, backlog: int) -> Bound:
     """Have a listening socket of an address be as one that is bound now would be.
 
     Raises OSError, with what is not to be had, where it cannot be, and Refusal.
     """
     used.setblocking(False)
     if listen.path is not None:
-        reuseport.renew(used, used)
-        return Bound(used, refit(used, listen, listen.path, backlog), left=True)
+        reuseport.reapply_options(used, used)
+        return Bound(used, reapply_options(used, listen, listen.path, backlog), left=True)
     with _made(listen, socket.AddressFamily(used.family)) as fresh:
-        reuseport.renew(used, fresh)
+        reuseport.reapply_options(used, fresh)
     used.listen(backlog)
     return Bound(used, ListenerSettings(address), left=True)
 

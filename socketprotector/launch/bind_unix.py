@@ -80,7 +80,9 @@ def _bind_path(
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 
-def refit(sock: socket.socket, listen: Listen, path: str, backlog: int) -> ListenerSettings:
+def reapply_options(
+    sock: socket.socket, listen: Listen, path: str, backlog: int
+) -> ListenerSettings:
     """Have a listening socket be as bind_unix() would make it.  Raises OSError where it cannot be.
 
     path: that of the argument, which is where it was bound.

@@ -30,7 +30,7 @@ from . import (
 )
 from .bind_control import default_path
 from .bind_tcp import Bound, bind_all, pair
-from .resolve import Asked, Purpose, Reading
+from .resolve import OptionResolver, ParsedOptions, Purpose
 from .start import launch
 
 
@@ -68,7 +68,7 @@ options.CONFIG.callback = _read_config
     epilog=known_servers.table(),
 )
 @click.pass_context
-def _command(ctx: click.Context, /, **given: Any) -> Asked:
+def _command(ctx: click.Context, /, **given: Any) -> ParsedOptions:
     """Own the listening sockets of a daemon, so that it can be restarted or upgraded, or crash,
     without clients noticing.
 
@@ -80,15 +80,15 @@ def _command(ctx: click.Context, /, **given: Any) -> Asked:
 
     TIME is 500ms, 10s, 2m, 1h or plain seconds.
     """
-    return Reading(ctx, given).asked()
+    return OptionResolver(ctx, given).resolve()
 
 
-def _launch(asked: Asked) -> int:
+def _launch(asked: ParsedOptions) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings = asked.settings
     kernel_calls.check()
-    preflight.pid_file(settings.pid_file, check=asked.check)
-    preflight.log_file(settings.log_file)
+    preflight.check_pid_file(settings.pid_file, check=asked.check)
+    preflight.check_log_file(settings.log_file)
     notices = [*asked.notices]
     given = activation.passed()
     passed = activation.take(asked.listens, given.given)
@@ -108,12 +108,12 @@ def _launch(asked: Asked) -> int:
     second: dict[int, Bound] = {}
     try:
         settings = settings.listening(tuple(each.settings for each in bound))
-        preflight.names(settings)
+        preflight.check_descriptor_names(settings)
         addresses = [each.address for each in settings.listeners]
         if asked.control != "":
             path = asked.control or default_path(settings.name)
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
-        notices += preflight.syslog(settings)
+        notices += preflight.syslog_notices(settings)
         notices += preflight.notices(settings, asked.listens, asked.backlog)
         if settings.policy.workers_accept and not asked.check:
             second = pair(bound, notices.append)
@@ -151,7 +151,7 @@ def _launch(asked: Asked) -> int:
         raise
 
 
-def ask(arguments: Sequence[str], running: Settings | None = None) -> Asked | None:
+def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
     """Read a command line, and the file it names; return what is asked for.
 
     running: of the protector that was started with it and reads it again.  Returns None where only
@@ -166,7 +166,7 @@ def ask(arguments: Sequence[str], running: Settings | None = None) -> Asked | No
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
         raise UsageError(f"{message}; see --help") from error
-    return found if isinstance(found, Asked) else None  # else it is a status
+    return found if isinstance(found, ParsedOptions) else None  # else it is a status
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -33,7 +33,7 @@ _SYSLOG = "/dev/log"
 _SOMAXCONN = "/proc/sys/net/core/somaxconn"
 
 
-def here() -> str:
+def working_directory() -> str:
     """Return the caller's directory by the caller's own name for it, symbolic links included."""
     logical = os.environ.get("PWD", "")
     try:
@@ -46,7 +46,7 @@ def here() -> str:
         ) from error
 
 
-def workers(settings: Settings) -> None:
+def check_workers(settings: Settings) -> None:
     """Refuse more workers than there are descriptors for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     refused = fd_budget.refused(settings, settings.processes, hard)
@@ -54,7 +54,7 @@ def workers(settings: Settings) -> None:
         raise UsageError(f"--workers: {refused}")
 
 
-def env_file_readable(path: str | None) -> None:
+def check_env_file(path: str | None) -> None:
     """Refuse a file of variables that could not be read now."""
     if path is None:
         return
@@ -75,7 +75,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
     return environment
 
 
-def command(settings: Settings) -> None:
+def check_command(settings: Settings) -> None:
     """Refuse a command that could not be started now."""
     try:
         environment = environment_of(settings)
@@ -124,7 +124,7 @@ def _reachable(settings: Settings, path: str) -> None:
             )
 
 
-def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:
+def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) -> None:
     """Refuse what the handoff mode cannot do, and names in the command that nothing has.
 
     given: the options that were given, without their dashes.
@@ -145,7 +145,7 @@ def mode(settings: Settings, given: Collection[str], listens: Sequence[Listen]) 
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
 
 
-def names(settings: Settings) -> None:
+def check_descriptor_names(settings: Settings) -> None:
     """Refuse names for descriptors that stand for nothing, and a number that is taken."""
     if not settings.mode.workers_accept:
         return
@@ -163,7 +163,7 @@ def names(settings: Settings) -> None:
         )
 
 
-def pid_file(path: str | None, *, check: bool = False) -> None:
+def check_pid_file(path: str | None, *, check: bool = False) -> None:
     """Refuse early what would otherwise show as `port in use`; check: nothing is to be started."""
     if path is None:
         return
@@ -182,7 +182,7 @@ def pid_file(path: str | None, *, check: bool = False) -> None:
     _refuse_unwritable("pid file", path, folder)
 
 
-def log_file(path: str | None) -> None:
+def check_log_file(path: str | None) -> None:
     """Refuse a log file that could not be written; for --check, which must not make it."""
     if path is not None:
         there = path if os.path.lexists(path) else os.path.dirname(path)
@@ -200,7 +200,7 @@ def _refuse_unwritable(what: str, path: str, there: str) -> None:
         ) from error
 
 
-def watch(paths: Sequence[str], directory: str) -> tuple[str, ...]:
+def resolve_watched(paths: Sequence[str], directory: str) -> tuple[str, ...]:
     """Return --watch's paths, whole; refuse what cannot be watched."""
     if paths and importlib.util.find_spec("watchfiles") is None:
         raise UsageError(
@@ -213,7 +213,7 @@ def watch(paths: Sequence[str], directory: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def syslog(settings: Settings) -> Iterator[str]:
+def syslog_notices(settings: Settings) -> Iterator[str]:
     """Say that every line would be lost.  At boot syslog may come later: so no refusal."""
     if settings.to_syslog and not _syslog_listens():
         yield (

@@ -29,7 +29,7 @@ from . import preflight, server_hints
 from .bind_tcp import Bound, addresses_of, bind_all, pair
 from .cli import ask
 from .listen_spec import Listen
-from .resolve import Asked
+from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
 _DESCRIPTOR = struct.Struct("i")
@@ -39,7 +39,7 @@ _MOST_LISTENERS = 1 << 16
 
 def main() -> int:
     """Read, answer and end.  Returns the exit status."""
-    descriptors = inherited.enter()
+    descriptors = inherited.receive()
     fd = descriptors[inherited.SETTINGS]
     given = os.pread(fd, os.fstat(fd).st_size, 0)
     running = load(given)
@@ -54,7 +54,9 @@ def main() -> int:
     return 0
 
 
-def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, dry: bool) -> None:
+def _answer(
+    line: socket.socket, running: Settings, asked: ParsedOptions, *, form: int, dry: bool
+) -> None:
     """form: of the settings that the protector can read, which may be an older program."""
     notices = [*asked.notices]
     new = _with_what_stays(asked.settings, running)
@@ -68,7 +70,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
     second: dict[int, Bound] = {}
     try:
         new = new.listening(listeners)
-        preflight.names(new)
+        preflight.check_descriptor_names(new)
         if dry:
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
             return
@@ -91,7 +93,7 @@ def _answer(line: socket.socket, running: Settings, asked: Asked, *, form: int, 
         raise
 
 
-def _control(running: Settings, asked: Asked) -> Iterator[str]:
+def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
     """Tell whether the control socket would have to move."""
     if running.control is not None and asked.control is not None:
         was = running.control.address.removeprefix("unix:")
@@ -115,7 +117,11 @@ def _with_what_stays(new: Settings, running: Settings) -> Settings:
 
 
 def _listeners(
-    there: Sequence[ListenerSettings], asked: Asked, notice: Callable[[str], None], *, dry: bool
+    there: Sequence[ListenerSettings],
+    asked: ParsedOptions,
+    notice: Callable[[str], None],
+    *,
+    dry: bool,
 ) -> tuple[tuple[ListenerSettings, ...], list[Bound]]:
     """Keep, add and mark as removed; return all listeners and what was bound.
 

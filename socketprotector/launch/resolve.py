@@ -34,7 +34,7 @@ _NAME_CHARS = 48
 
 
 @frozen
-class Asked:
+class ParsedOptions:
     """What the command line and the file ask for, checked; nothing is bound yet."""
 
     settings: Settings
@@ -57,10 +57,10 @@ class Purpose:
     @property
     def directory(self) -> str:
         """What relative paths on the command line are meant against."""
-        return self.running.origin.directory if self.running else preflight.here()
+        return self.running.origin.directory if self.running else preflight.working_directory()
 
 
-class Reading:
+class OptionResolver:
     """One look at all that was given: a mistake in the file is told with its line."""
 
     def __init__(self, ctx: click.Context, given: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Reading:
         self._given = given
         self._directory = self._purpose.directory
 
-    def asked(self) -> Asked:
+    def resolve(self) -> ParsedOptions:
         """Return it.  Raises Refusal."""
         given, file = self._given, self._file
         if file is None:
@@ -78,21 +78,23 @@ class Reading:
         listens = [_fitting(each, MODES[given["handoff"]]) for each in self._listens()]
         settings = self._settings(self._command())
         with self._about("env_file"):
-            preflight.env_file_readable(settings.env_file)
+            preflight.check_env_file(settings.env_file)
         if settings.command:
             with self._about_file(not self._purpose.command, "command"):
-                preflight.command(settings)
+                preflight.check_command(settings)
         with self._about("handoff"):
-            preflight.mode(settings, self._said(), listens)
+            preflight.check_mode(settings, self._said(), listens)
         with self._about("workers"):
-            preflight.workers(settings)
+            preflight.check_workers(settings)
         if file is not None:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()
         config = file.path if file else None
         control = "" if given["no_control"] else self._path("control")
         notices = (*outdated(self._purpose.words), *(file.notices if file else ()))
-        return Asked(settings, listens, given["backlog"], given["check"], config, control, notices)
+        return ParsedOptions(
+            settings, listens, given["backlog"], given["check"], config, control, notices
+        )
 
     def _refuse_what_is_missing(self) -> None:
         file = self._file
@@ -214,7 +216,7 @@ class Reading:
             **{name: self._path(name) for name in ("env_file", "pid_file", "log_file")},
             "log_level": "debug" if given["verbose"] else given["log_level"],
             "log_relay": not given["no_log_relay"],
-            "watch": preflight.watch(given["watch"], self._directory),
+            "watch": preflight.resolve_watched(given["watch"], self._directory),
             "outlives_terminal": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
             "worker_limits.connections": connections,
             "worker_limits.spread": spread,

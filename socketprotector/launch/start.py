@@ -235,7 +235,7 @@ def _exec(
         command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
     # The receiver of a failure keeps its number.
     spare = fcntl.fcntl(verdict, fcntl.F_DUPFD_CLOEXEC, inherited.FIRST + len(descriptors))
-    environment = {**os.environ, **inherited.leave(descriptors)}
+    environment = {**os.environ, **inherited.place_for_exec(descriptors)}
     try:
         with privileges.lent() if settings.guarded and starts_others else nullcontext():
             os.execve(command[0], command, environment)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ..system.dir_lock import locked
 from ..system.sd_notify import Outbox, Store
 from .activation import Given, Passed
-from .bind_tcp import Bound, addresses_of, renew
+from .bind_tcp import Bound, addresses_of, reuse
 from .bind_unix import is_file_of
 from .listen_spec import Listen
 
@@ -51,7 +51,7 @@ def take(
         try:
             if len(mine) == 1 and each.address not in taken:
                 [listen] = mine
-                bound = renew(each.socket, listen, each.address, listen.backlog(backlog))
+                bound = reuse(each.socket, listen, each.address, listen.backlog(backlog))
                 taken[each.address] = bound
                 continue
             why = "several have this address, each with a device" if len(mine) > 1 else ""

@@ -132,7 +132,7 @@ class Guard:
 
     def _become(self, descriptors: dict[str, int]) -> None:
         # Where they are: to move them takes as many again, and there may not be as many.
-        with inherited.left_in_place(descriptors) as variables:
+        with inherited.kept_through_exec(descriptors) as variables:
             os.execve(self.command[0], self.command, {**os.environ, **variables})
 
     def ended(self, status: int) -> None:
@@ -351,7 +351,7 @@ def main() -> None:
     path = ""
     if command and command[0].startswith(PID_FILE_OPTION):
         path = command.pop(0).removeprefix(PID_FILE_OPTION)
-    store = inherited.enter()
+    store = inherited.receive()
     try:
         with open("/proc/self/comm", "w", encoding="ascii") as file:
             file.write(NAME)

@@ -117,7 +117,7 @@ def _parts(name: str) -> tuple[str, str, str]:
     return (f"{OURS}{kind}.", key, rest) if dot else (name, "", "")
 
 
-def leave(descriptors: Mapping[str, int]) -> dict[str, str]:
+def place_for_exec(descriptors: Mapping[str, int]) -> dict[str, str]:
     """Put descriptors in their places for an exec, and return the variables that name them.
 
     Takes ownership; only an exec may follow.
@@ -147,7 +147,7 @@ def names(descriptors: Iterable[str]) -> dict[str, str]:
     return {"LISTEN_FDS": str(len(found)), "LISTEN_FDNAMES": told}
 
 
-class left_in_place:
+class kept_through_exec:
     """Lets descriptors survive an exec where they are; gives the variables that name them.
 
     Nothing is moved, so that all is undone at the end of the block: if the exec fails.
@@ -173,7 +173,7 @@ class left_in_place:
             os.close(memfd)
 
 
-def enter() -> dict[str, int]:
+def receive() -> dict[str, int]:
     """Return name -> descriptor of what was left for this process; the caller owns them.
 
     Sets close-on-exec on each and removes the variables from the environment.

@@ -218,7 +218,7 @@ class Listener:
             _shut_down(one)  # else it would go on in the group as long as anybody has a copy
             if other is one or other.getsockname()[1] != self.port:
                 # Alone, or the other one has come back on another port.
-                made = reuseport.again(one, _bound_to(self.settings.address), self._backlog)
+                made = reuseport.rebind(one, _bound_to(self.settings.address), self._backlog)
             else:
                 second = reuseport.make(other)
                 if second is None:

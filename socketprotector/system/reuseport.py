@@ -149,7 +149,7 @@ def backlog(listening: socket.socket) -> int:
     return found
 
 
-def again(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
+def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
     """Return another one for an address, in the place of one that is dead.  Raises OSError."""
     made = socket.socket(one.family, socket.SOCK_STREAM)
     try:
@@ -186,7 +186,7 @@ def let_in(listening: socket.socket) -> None:
         pass  # there is none
 
 
-def renew(used: socket.socket, fresh: socket.socket) -> None:
+def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
     """Have a listening socket be as one would that is made and not bound yet.
 
     Raises OSError, with what is not to be had, where it cannot be: then part of it was done.

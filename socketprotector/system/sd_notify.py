@@ -341,7 +341,7 @@ class Store:
         self.complete = False
 
     @property
-    def is_sent(self) -> bool:
+    def flushed(self) -> bool:
         """Whether all has been sent."""
         return not self._outbox.waiting
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.daemon.accept_watch import FIRST_LOOK_S, LOOK_S, Untaken
+from socketprotector.daemon.accept_watch import FIRST_LOOK_S, LOOK_S, AcceptWatch
 from socketprotector.daemon.queue_watch import NEVER_TAKEN_S, UNTAKEN_S
 from socketprotector.system.loop import Loop
 from socketprotector.system.sock_diag import Line, stands, unaccepted
@@ -28,7 +28,7 @@ class World:
         self.lines: dict[int, Line] = {}
         self.asked = 0
         self.said: list[tuple[float, int, bool, frozenset[int]]] = []
-        self.untaken = Untaken(
+        self.untaken = AcceptWatch(
             self.loop,
             lines=self.ask,
             await_one=lambda: None,

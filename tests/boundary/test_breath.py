@@ -21,7 +21,7 @@ from socketprotector.core.events import (
     Signal,
     Spawn,
     StopRequested,
-    Wait,
+    TimerKind,
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet
@@ -74,7 +74,7 @@ class Away:
         """Do something, and let the loop turn for as long as the fleet asks for that."""
         began_s = self.now_s
         act()
-        while (turn := Deadline(Wait.TURN)) in protector.fleet.timers and turns:
+        while (turn := Deadline(TimerKind.TURN)) in protector.fleet.timers and turns:
             turns -= 1
             self.turn_s = max(self.turn_s, self.now_s - began_s)
             began_s = self.now_s

@@ -11,7 +11,7 @@ import pytest
 
 from socketprotector.launch import cli, preflight
 from socketprotector.launch.options import OPTIONS
-from socketprotector.launch.resolve import Asked
+from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "web.toml"
 
-    def __call__(self, text: str, *words: str) -> Asked:
+    def __call__(self, text: str, *words: str) -> ParsedOptions:
         self.path.write_text(text)
         asked = cli.ask(["--config", str(self.path), *words])
         assert asked is not None
@@ -136,7 +136,7 @@ def test_its_relative_paths_are_taken_against_its_folder(
     daemon = tmp_path / "daemon"
     daemon.write_text("#!/bin/sh\n")
     daemon.chmod(0o755)
-    monkeypatch.setattr(preflight, "here", lambda: str(elsewhere))
+    monkeypatch.setattr(preflight, "working_directory", lambda: str(elsewhere))
     text = 'listen = "unix:s"\ncommand = ["./daemon"]\nenv-file = "vars"\nlog-file = "log"\n'
 
     settings = read(text, "--pid-file", "pid").settings

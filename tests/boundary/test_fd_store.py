@@ -116,13 +116,13 @@ def test_while_the_guard_is_behind_nothing_is_lost_nor_waited_for(
     wanted = {f"sp.{number}": files[number % 3] for number in range(600)}
 
     store.sync(wanted)
-    assert not store.is_sent
+    assert not store.flushed
     while again:
         guard.hear()
         again.pop()()
 
     assert kept(guard).keys() == wanted.keys()
-    assert store.is_sent
+    assert store.flushed
     outbox.close()
 
 

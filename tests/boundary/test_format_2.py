@@ -13,7 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.core.events import Deadline, Retire, Signal, UseSettings, Wait, WorkerSignal
+from socketprotector.core.events import (
+    Deadline,
+    Retire,
+    Signal,
+    TimerKind,
+    UseSettings,
+    WorkerSignal,
+)
 from socketprotector.core.fleet import (
     Candidate,
     Fleet,
@@ -148,7 +155,7 @@ FLEET = Fleet(
     listeners_open=False,
     held=True,
     exit_status=3,
-    timers=frozenset({Deadline(Wait.HOLD), Deadline(Wait.DRAIN, 6)}),
+    timers=frozenset({Deadline(TimerKind.HOLD), Deadline(TimerKind.DRAIN, 6)}),
 )
 SNAPSHOT = Snapshot(
     fleet=FLEET,
@@ -186,7 +193,7 @@ SNAPSHOT = Snapshot(
         WorkerRecord(22, 7, 1022, 45),
     ),
     last_good=PROGRAM,
-    timers=((Deadline(Wait.HOLD), 100.5), (Deadline(Wait.DRAIN, 6), 200.5)),
+    timers=((Deadline(TimerKind.HOLD), 100.5), (Deadline(TimerKind.DRAIN, 6), 200.5)),
     # What counted settings that had come to be used said that this was still to be done.
     unfinished=(Signal(20, WorkerSignal.TERM), Retire(21), UseSettings()),
     orphans=("@a", "@b"),

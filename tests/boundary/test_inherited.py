@@ -17,7 +17,7 @@ from socketprotector.system.inherited import Inherited
 from tests.running import ROOT
 
 SHOW = (
-    "import json, os; from socketprotector.system import inherited; found = inherited.enter();"
+    "import json, os; from socketprotector.system import inherited; found = inherited.receive();"
     "print(json.dumps({'found': {n: os.readlink(f'/proc/self/fd/{f}') for n, f in found.items()},"
     "'inherits': [n for n, f in found.items() if os.get_inheritable(f)],"
     "'open': sorted(os.readlink(f'/proc/self/fd/{f}') for f in os.listdir('/proc/self/fd')"
@@ -69,7 +69,9 @@ def memfd(*names: str) -> dict[str, str]:
     return {name: f"/memfd:{name} (deleted)" for name in names}
 
 
-@pytest.mark.parametrize("leave", ["inherited.leave(files)", "inherited.left_in_place(files)"])
+@pytest.mark.parametrize(
+    "leave", ["inherited.place_for_exec(files)", "inherited.kept_through_exec(files)"]
+)
 def test_what_is_left_is_found_by_name_and_goes_no_further(
     leave: str, files: dict[str, int]
 ) -> None:
@@ -83,25 +85,27 @@ def test_what_is_left_is_found_by_name_and_goes_no_further(
 def test_the_order_of_the_numbers_does_not_matter(files: dict[str, int]) -> None:
     backward = dict(reversed(files.items()))
 
-    assert shown("inherited.leave(files)", backward)["found"] == memfd("sp.a", "sp.b", "sp.c")
+    assert shown("inherited.place_for_exec(files)", backward)["found"] == memfd(
+        "sp.a", "sp.b", "sp.c"
+    )
 
 
 def test_what_else_was_passed_is_closed_be_it_of_one_name_twice(files: dict[str, int]) -> None:
     given = {"sp.a": files["sp.a"], "web": files["sp.b"], "sp.none": files["sp.c"]}
-    seen = shown("{**inherited.leave(files), 'LISTEN_FDNAMES': 'sp.a:web:web'}", given)
+    seen = shown("{**inherited.place_for_exec(files), 'LISTEN_FDNAMES': 'sp.a:web:web'}", given)
 
     assert seen["found"] == memfd("sp.a")
-    again = shown("{**inherited.leave(files), 'LISTEN_FDNAMES': 'sp.a:sp.a:web'}", given)
+    again = shown("{**inherited.place_for_exec(files), 'LISTEN_FDNAMES': 'sp.a:sp.a:web'}", given)
     assert again["found"] == memfd("sp.a")
 
 
 def test_what_is_for_another_process_is_not_taken(files: dict[str, int]) -> None:
-    assert shown("{**inherited.leave(files), 'LISTEN_PID': '1'}", files)["found"] == {}
-    assert shown("{**inherited.leave(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
+    assert shown("{**inherited.place_for_exec(files), 'LISTEN_PID': '1'}", files)["found"] == {}
+    assert shown("{**inherited.place_for_exec(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
 
 
 def test_left_in_place_and_not_executed_nothing_is_inherited(files: dict[str, int]) -> None:
-    with inherited.left_in_place(files) as variables:
+    with inherited.kept_through_exec(files) as variables:
         assert all(os.get_inheritable(fd) for fd in files.values())
         assert int(variables["LISTEN_FDS"]) == max(files.values()) - inherited.FIRST + 1
 
@@ -124,7 +128,9 @@ needs_many = pytest.mark.skipif(
 
 
 @needs_many
-@pytest.mark.parametrize("leave", ["inherited.leave(files)", "inherited.left_in_place(files)"])
+@pytest.mark.parametrize(
+    "leave", ["inherited.place_for_exec(files)", "inherited.kept_through_exec(files)"]
+)
 def test_thousands_of_names_go_through(leave: str) -> None:
     seen = shown(leave, MAKE_MANY)
 
@@ -137,7 +143,7 @@ def test_thousands_of_names_go_through(leave: str) -> None:
 @needs_many
 def test_a_gap_among_thousands_is_nobodys() -> None:
     holed = f"(lambda files: (os.close(files.pop('sp.worker.0.line')), files)[1])({MAKE_MANY})"
-    seen = shown("inherited.left_in_place(files)", holed)
+    seen = shown("inherited.kept_through_exec(files)", holed)
 
     assert seen["found"] == memfd(*(name for name in MANY if name != "sp.worker.0.line"))
 
@@ -147,7 +153,7 @@ def test_thousands_of_names_go_through_the_guard() -> None:
     """It gets them at the door, and leaves them at the door for the protector."""
     through = (sys.executable, "-I", "-S", guard.__file__)
     # A protector that ends before it has accepted is the end of the guard.
-    seen = shown("inherited.leave(files)", MAKE_MANY, *through, status=guard.FAILED)
+    seen = shown("inherited.place_for_exec(files)", MAKE_MANY, *through, status=guard.FAILED)
 
     found = seen["found"]
     assert isinstance(found, dict)
@@ -162,7 +168,7 @@ def test_thousands_of_names_left_and_not_executed_leave_nothing(
     monkeypatch.setattr(inherited, "NAMES_BYTES", 10)
     before = os.listdir("/proc/self/fd")
 
-    with inherited.left_in_place(files) as variables:
+    with inherited.kept_through_exec(files) as variables:
         assert variables["LISTEN_FDNAMES"].startswith(inherited.NAMES)
         assert len(os.listdir("/proc/self/fd")) == len(before) + 1
 

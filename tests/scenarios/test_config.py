@@ -563,8 +563,8 @@ class Gated:
         self.installation.change(
             "one",
             "launch/reload_child",
-            r"    descriptors = inherited.enter\(\)",
-            f"    open({str(self.gate.path)!r}).read()\n    descriptors = inherited.enter()",
+            r"    descriptors = inherited.receive\(\)",
+            f"    open({str(self.gate.path)!r}).read()\n    descriptors = inherited.receive()",
         )
         return daemon
 

@@ -37,7 +37,7 @@ from typing import Any, cast
 from socketprotector_client import wire
 
 from socketprotector.core import workers
-from socketprotector.core.events import Deadline, ScaleRequested, Wait
+from socketprotector.core.events import Deadline, ScaleRequested, TimerKind
 from socketprotector.core.fleet import Fleet, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
@@ -1320,7 +1320,7 @@ class World:
         assert {each.number for each in fleet.alive()} == looked_after
         assert {each.number for each in fleet.generations} == set(act.generations)
         if fleet.served and not fleet.stopping and not route and not fleet.incoming:
-            waits = Deadline(Wait.OPEN) in fleet.timers
+            waits = Deadline(TimerKind.OPEN) in fleet.timers
             policy = fleet.policy_of(fleet.to_open is Next.FRESH)
             before = [g for g in fleet.generations if g.quiescing or g.phase is Phase.ABANDONED]
             to_come = fleet.to_open and (policy.stop_first or before)

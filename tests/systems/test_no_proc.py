@@ -132,7 +132,7 @@ def test_the_guard_that_gives_up_removes_its_pid_file(
         "import os, sys; from socketprotector.launch import pid_file;"
         "from socketprotector.programs import guard; from socketprotector.system import inherited;"
         "held = pid_file.PidFile(sys.argv[1]); held.acquire();"
-        "os.environ.update(inherited.leave({inherited.PID_FILE: held.fd}));"
+        "os.environ.update(inherited.place_for_exec({inherited.PID_FILE: held.fd}));"
         "told = guard.PID_FILE_OPTION + sys.argv[1];"
         "words = ['-I', '-S', guard.__file__, told, sys.executable, '-c', 'raise SystemExit(7)'];"
         "os.execv(sys.executable, [sys.executable, *words])"

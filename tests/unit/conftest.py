@@ -12,13 +12,13 @@ from socketprotector.core.events import (
     Event,
     Launched,
     StartTimer,
-    Wait,
+    TimerKind,
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy
 from socketprotector.core.lifecycle import decide
 
-TURN = Deadline(Wait.TURN)
+TURN = Deadline(TimerKind.TURN)
 
 
 class Story:
@@ -54,7 +54,7 @@ class Story:
         self.fleet, actions = decide(self.fleet, event)
         return list(actions)
 
-    def when_over(self, wait: Wait, target: int = 0) -> list[Action]:
+    def when_over(self, wait: TimerKind, target: int = 0) -> list[Action]:
         """Let a timer run out."""
         assert Deadline(wait, target) in self.fleet.timers
         return self.when(DeadlinePassed(Deadline(wait, target)))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from ... import __version__
-from ...core.events import Deadline, Wait
+from ...core.events import Deadline, TimerKind
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
@@ -228,7 +228,7 @@ def of_connections(
 
 def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> dict[str, Any]:
     """Put together what concerns the whole, with what the caller knows."""
-    hold = due.get(Deadline(Wait.HOLD))
+    hold = due.get(Deadline(TimerKind.HOLD))
     return {
         "version": __version__,
         "now": clock.date(),

@@ -12,12 +12,12 @@ from socketprotector.core.events import (
     Deadline,
     Drain,
     ForgetSettings,
-    News,
     Open,
     ReadSettings,
     ReloadRequested,
     RenewRequested,
     Report,
+    ReportKind,
     RouteTo,
     ScaleRequested,
     SettingsFailed,
@@ -25,8 +25,8 @@ from socketprotector.core.events import (
     Spawn,
     StartTimer,
     StopRequested,
+    TimerKind,
     UseSettings,
-    Wait,
     WorkerExited,
     WorkerReady,
 )
@@ -49,24 +49,24 @@ def configured(story: Story) -> Story:
 def test_a_reload_reads_the_file_and_then_opens_what_it_says(configured: Story) -> None:
     story = configured
 
-    assert story.when(ReloadRequested()) == [Report(News.RELOADING), ReadSettings()]
+    assert story.when(ReloadRequested()) == [Report(ReportKind.RELOADING), ReadSettings()]
     assert story.fleet.reading
     assert story.when(SettingsRead(SLOW, 2)) == [
         Open(2, fresh=True),
         Spawn(2, 2, 0),
         Spawn(2, 3, 1),
-        StartTimer(Deadline(Wait.START, 2), 90.0),
+        StartTimer(Deadline(TimerKind.START, 2), 90.0),
     ]
     assert (story.fleet.policy, story.fleet.workers_wanted) == (Policy(), 1)
 
     story.when(WorkerReady(2))
     assert story.when(WorkerReady(3)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
         UseSettings(),
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 7.0),
-        Report(News.RELOADED, 2),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 7.0),
+        Report(ReportKind.RELOADED, 2),
     ]
     assert (story.fleet.policy, story.fleet.workers_wanted) == (SLOW, 2)
 
@@ -76,7 +76,7 @@ def test_a_file_with_a_mistake_is_a_failed_reload_with_a_number(configured: Stor
     story.when(ReloadRequested())
     before = story.fleet
 
-    assert story.when(SettingsFailed(MISTAKE)) == [Report(News.RELOAD_FAILED, 2, MISTAKE)]
+    assert story.when(SettingsFailed(MISTAKE)) == [Report(ReportKind.RELOAD_FAILED, 2, MISTAKE)]
 
     assert story.fleet == replace(before, reading=False, next_generation=3)
 
@@ -85,7 +85,7 @@ def test_what_was_read_is_forgotten_when_it_never_serves(configured: Story) -> N
     story = configured
     story.and_also(ReloadRequested(), SettingsRead(SLOW, 2))
 
-    actions = story.when_over(Wait.START, 2)
+    actions = story.when_over(TimerKind.START, 2)
 
     assert ForgetSettings() in actions
     assert (story.fleet.policy, story.fleet.workers_wanted) == (Policy(), 1)
@@ -134,11 +134,11 @@ def test_a_wish_while_the_file_is_read_is_remembered_once(configured: Story) -> 
     actions = story.when(SettingsFailed(MISTAKE))
 
     assert actions == [
-        Report(News.RELOAD_FAILED, 2, MISTAKE),
-        Report(News.RELOADING),
+        Report(ReportKind.RELOAD_FAILED, 2, MISTAKE),
+        Report(ReportKind.RELOADING),
         ReadSettings(),
     ]
-    assert story.when(SettingsFailed(MISTAKE)) == [Report(News.RELOAD_FAILED, 3, MISTAKE)]
+    assert story.when(SettingsFailed(MISTAKE)) == [Report(ReportKind.RELOAD_FAILED, 3, MISTAKE)]
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -185,8 +185,8 @@ def test_the_new_order_of_a_reload_holds_for_this_one_already(configured: Story)
     assert actions == [
         RouteTo(None),
         Drain(2),
-        StartTimer(Deadline(Wait.DRAIN, 2), 30.0),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 2), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
     ]
 
 
@@ -197,7 +197,7 @@ def test_nothing_is_renewed_while_the_file_is_read(configured: Story) -> None:
     (report,) = story.when(RenewRequested())
 
     assert isinstance(report, Report)
-    assert report.news is News.REFUSED
+    assert report.news is ReportKind.REFUSED
 
 
 def test_the_first_start_has_read_the_file_already(story: Story) -> None:

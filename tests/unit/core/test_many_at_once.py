@@ -24,7 +24,7 @@ from socketprotector.core.events import (
     StartTimer,
     StopRequested,
     TimeExtended,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
 )
@@ -99,7 +99,7 @@ def test_a_start_has_its_time_from_its_last_worker_on(story: Story) -> None:
 
     timers = [a for a in story.when(Launched()) if isinstance(a, StartTimer)]
 
-    start = Deadline(Wait.START, 1)
+    start = Deadline(TimerKind.START, 1)
     assert timers == [StartTimer(start, 7.0), StartTimer(start, 7.0, extend=True)]
 
 
@@ -202,10 +202,10 @@ def test_time_that_a_worker_asks_for_is_not_shortened_by_those_that_come_after_i
     story.when_at_once(Launched())
 
     assert story.when_at_once(TimeExtended(1, 90.0)) == [
-        StartTimer(Deadline(Wait.START, 1), 90.0, extend=True)
+        StartTimer(Deadline(TimerKind.START, 1), 90.0, extend=True)
     ]
     later = [a for a in turned(story) if isinstance(a, StartTimer) and a.deadline != TURN]
-    assert later == [StartTimer(Deadline(Wait.START, 1), 7.0, extend=True)]
+    assert later == [StartTimer(Deadline(TimerKind.START, 1), 7.0, extend=True)]
 
 
 def test_nothing_is_left_running_when_all_are_there(story: Story) -> None:

@@ -31,7 +31,7 @@ from socketprotector.core.events import (
     StopRequested,
     Stranded,
     TimeExtended,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
 )
@@ -45,9 +45,9 @@ STARTING, SETTLING, SERVING, DRAINING, ABANDONED = Phase
 HISTORIES: dict[Phase, list[Event]] = {
     STARTING: [],
     SETTLING: [WorkerReady(2)],
-    SERVING: [WorkerReady(2), DeadlinePassed(Deadline(Wait.SETTLE, 2))],
+    SERVING: [WorkerReady(2), DeadlinePassed(Deadline(TimerKind.SETTLE, 2))],
     DRAINING: [WorkerReady(2), ChannelBroken(2)],
-    ABANDONED: [DeadlinePassed(Deadline(Wait.START, 2))],
+    ABANDONED: [DeadlinePassed(Deadline(TimerKind.START, 2))],
 }
 
 #: What becomes of generation 2 (None: it is gone).  Where a phase is not named it stays.
@@ -82,18 +82,18 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     (BacklogEmptied(), {}),
     (SettingsRead(Policy(), 2), {}),
     (SettingsFailed("line 1: not TOML"), {}),
-    (DeadlinePassed(Deadline(Wait.START, 2)), {STARTING: ABANDONED}),
-    (DeadlinePassed(Deadline(Wait.SETTLE, 2)), {SETTLING: SERVING}),
-    (DeadlinePassed(Deadline(Wait.DRAIN, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.KILL, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.WORKER_START, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.WORKER_RESPAWN, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.WORKER_RETIRE, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.WORKER_KILL, 2)), {}),
-    (DeadlinePassed(Deadline(Wait.OPEN)), {}),
-    (DeadlinePassed(Deadline(Wait.HOLD)), {}),
-    (DeadlinePassed(Deadline(Wait.STOP)), {}),
-    (DeadlinePassed(Deadline(Wait.TURN)), {}),
+    (DeadlinePassed(Deadline(TimerKind.START, 2)), {STARTING: ABANDONED}),
+    (DeadlinePassed(Deadline(TimerKind.SETTLE, 2)), {SETTLING: SERVING}),
+    (DeadlinePassed(Deadline(TimerKind.DRAIN, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.KILL, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.WORKER_START, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.WORKER_RESPAWN, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.WORKER_RETIRE, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.WORKER_KILL, 2)), {}),
+    (DeadlinePassed(Deadline(TimerKind.OPEN)), {}),
+    (DeadlinePassed(Deadline(TimerKind.HOLD)), {}),
+    (DeadlinePassed(Deadline(TimerKind.STOP)), {}),
+    (DeadlinePassed(Deadline(TimerKind.TURN)), {}),
 ]
 
 
@@ -116,7 +116,7 @@ def test_no_event_is_missing_from_the_answers() -> None:
     events = [event for event, _ in ANSWERS]
 
     assert {type(event) for event in events} == set(get_args(Event))
-    assert {e.deadline.wait for e in events if isinstance(e, DeadlinePassed)} == set(Wait)
+    assert {e.deadline.wait for e in events if isinstance(e, DeadlinePassed)} == set(TimerKind)
 
 
 @pytest.mark.parametrize("event", [event for event, _ in ANSWERS], ids=lambda e: repr(e)[:60])

@@ -12,7 +12,6 @@ from socketprotector.core.events import (
     ChannelBroken,
     Deadline,
     Drain,
-    News,
     Open,
     OpenFailed,
     Quiesce,
@@ -20,11 +19,12 @@ from socketprotector.core.events import (
     Release,
     ReloadRequested,
     Report,
+    ReportKind,
     RouteTo,
     Signal,
     Spawn,
     StartTimer,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -42,20 +42,20 @@ def opened(number: int, worker: int, *, fresh: bool = True) -> list[Action]:
     return [
         Open(number, fresh),
         Spawn(number, worker, slot=0),
-        StartTimer(Deadline(Wait.START, number), 60.0),
+        StartTimer(Deadline(TimerKind.START, number), 60.0),
     ]
 
 
 def test_the_new_generation_has_the_route_before_the_old_one_drains(story: Story) -> None:
     story.given_serving()
 
-    assert story.when(ReloadRequested()) == [Report(News.RELOADING), *opened(2, worker=2)]
+    assert story.when(ReloadRequested()) == [Report(ReportKind.RELOADING), *opened(2, worker=2)]
     assert story.serving == {1}
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
         Drain(1),
-        Report(News.RELOADED, 2),
+        Report(ReportKind.RELOADED, 2),
     ]
     assert (story.serving, story.draining) == ({2}, {1})
     assert story.when(WorkerExited(1, "exited with status 0")) == [Release(1)]
@@ -75,8 +75,8 @@ def test_the_old_generation_keeps_serving_when_the_new_one_exits(story: Story) -
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(WorkerExited(2, DIED)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
-        Report(News.RELOAD_FAILED, 2, DIED),
+        CancelTimer(Deadline(TimerKind.START, 2)),
+        Report(ReportKind.RELOAD_FAILED, 2, DIED),
         Release(2),
     ]
     assert story.serving == {1}
@@ -87,13 +87,13 @@ def test_the_old_generation_keeps_serving_when_the_new_one_never_becomes_ready(
 ) -> None:
     story.given_serving().and_also(ReloadRequested())
 
-    assert story.when_over(Wait.START, 2) == [
+    assert story.when_over(TimerKind.START, 2) == [
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 2), 5.0),
-        Report(News.RELOAD_FAILED, 2, f"not ready within 60 s; {READY_HINTS['notify']}"),
+        StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
+        Report(ReportKind.RELOAD_FAILED, 2, f"not ready within 60 s; {READY_HINTS['notify']}"),
     ]
     assert story.when(WorkerReady(2)) == [], "too late"
-    assert story.when_over(Wait.KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.KILL, 2) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == [Release(2)]
     assert story.serving == {1}
 
@@ -102,8 +102,8 @@ def test_the_old_generation_keeps_serving_when_the_new_one_cannot_be_opened(stor
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(OpenFailed(2, "./daemon: No such file")) == [
-        CancelTimer(Deadline(Wait.START, 2)),
-        Report(News.RELOAD_FAILED, 2, "./daemon: No such file"),
+        CancelTimer(Deadline(TimerKind.START, 2)),
+        Report(ReportKind.RELOAD_FAILED, 2, "./daemon: No such file"),
         Release(2),
     ]
     assert story.serving == {1}
@@ -115,14 +115,14 @@ def test_one_worker_that_dies_between_its_ready_and_the_switch_fails_the_reload(
     story.given_serving(workers=2).and_also(ReloadRequested(), WorkerReady(3))
 
     assert story.when(WorkerExited(3, CRASHED)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         Signal(4, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 2), 5.0),
-        Report(News.RELOAD_FAILED, 2, CRASHED),
+        StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
+        Report(ReportKind.RELOAD_FAILED, 2, CRASHED),
     ]
     assert story.when(WorkerReady(4)) == [], "READY that crossed our TERM"
     assert story.when(WorkerExited(4, "killed by SIGTERM")) == [
-        CancelTimer(Deadline(Wait.KILL, 2)),
+        CancelTimer(Deadline(TimerKind.KILL, 2)),
         Release(2),
     ]
     assert story.serving == {1}
@@ -134,19 +134,19 @@ def test_a_new_generation_that_breaks_its_channel_before_ready_fails_the_reload(
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(ChannelBroken(2)) == [
-        Report(News.BROKEN, 2, "a worker shut down the channel"),
-        CancelTimer(Deadline(Wait.START, 2)),
+        Report(ReportKind.BROKEN, 2, "a worker shut down the channel"),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 2), 5.0),
-        Report(News.RELOAD_FAILED, 2, "a worker shut down the channel"),
+        StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
+        Report(ReportKind.RELOAD_FAILED, 2, "a worker shut down the channel"),
     ]
 
 
 def test_a_generation_that_will_not_go_does_not_hold_up_the_next_reload(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested())
-    story.when_over(Wait.START, 2)
+    story.when_over(TimerKind.START, 2)
 
-    assert story.when(ReloadRequested()) == [Report(News.RELOADING), *opened(3, worker=3)]
+    assert story.when(ReloadRequested()) == [Report(ReportKind.RELOADING), *opened(3, worker=3)]
 
 
 # -- HUP at a bad moment ----------------------------------------------------------
@@ -158,23 +158,23 @@ def test_however_many_reloads_are_asked_for_during_one_a_single_one_follows(stor
     assert story.when(ReloadRequested()) == []
     assert story.when(ReloadRequested()) == []
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
         Drain(1),
-        Report(News.RELOADED, 2),
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADED, 2),
+        Report(ReportKind.RELOADING),
         *opened(3, worker=3),
     ]
-    assert story.when(WorkerReady(3))[-1] == Report(News.RELOADED, 3)
+    assert story.when(WorkerReady(3))[-1] == Report(ReportKind.RELOADED, 3)
 
 
 def test_a_reload_asked_for_during_one_that_fails_is_made_too(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested(), ReloadRequested())
 
     assert story.when(WorkerExited(2, DIED)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
-        Report(News.RELOAD_FAILED, 2, DIED),
-        Report(News.RELOADING),
+        CancelTimer(Deadline(TimerKind.START, 2)),
+        Report(ReportKind.RELOAD_FAILED, 2, DIED),
+        Report(ReportKind.RELOADING),
         Release(2),
         *opened(3, worker=3),
     ]
@@ -184,13 +184,13 @@ def test_a_reload_ends_a_crash_loop_of_the_old_release(story: Story) -> None:
     story.given_serving()
     story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
 
-    assert story.when(ReloadRequested()) == [Report(News.RELOADING), *opened(2, worker=5)]
+    assert story.when(ReloadRequested()) == [Report(ReportKind.RELOADING), *opened(2, worker=5)]
     assert story.when(WorkerReady(5)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
         Drain(1),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
-        Report(News.RELOADED, 2),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
+        Report(ReportKind.RELOADED, 2),
         Release(1),
     ]
 
@@ -200,9 +200,9 @@ def test_a_reload_that_fails_leaves_a_crash_loop_its_back_off(story: Story) -> N
     story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)), ReloadRequested())
     story.when(WorkerExited(5, DIED))
 
-    assert story.when_over(Wait.WORKER_RESPAWN, 4) == [
+    assert story.when_over(TimerKind.WORKER_RESPAWN, 4) == [
         Spawn(1, worker=4, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 4), 60.0),
     ]
     assert story.serving == {1}
 
@@ -213,9 +213,9 @@ def test_the_old_generation_crashing_during_a_reload_is_replaced_within_itself(
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(News.EXITED, 1, CRASHED),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
     assert story.starting == {2}
 
@@ -229,12 +229,12 @@ def test_the_old_generation_stays_until_the_new_one_has_settled(story: Story) ->
     story.given_serving(SETTLE).and_also(ReloadRequested())
 
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
-        StartTimer(Deadline(Wait.SETTLE, 2), 5.0),
+        StartTimer(Deadline(TimerKind.SETTLE, 2), 5.0),
     ]
     assert (story.settling, story.serving) == ({2}, {1})
-    assert story.when_over(Wait.SETTLE, 2) == [Drain(1), Report(News.RELOADED, 2)]
+    assert story.when_over(TimerKind.SETTLE, 2) == [Drain(1), Report(ReportKind.RELOADED, 2)]
 
 
 def test_a_worker_that_dies_while_settling_gives_the_route_back(story: Story) -> None:
@@ -242,10 +242,10 @@ def test_a_worker_that_dies_while_settling_gives_the_route_back(story: Story) ->
     story.and_also(ReloadRequested(), WorkerReady(3), WorkerReady(4))
 
     assert story.when(WorkerExited(3, CRASHED)) == [
-        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         RouteTo(1),
         Drain(2),
-        Report(News.RELOAD_FAILED, 2, CRASHED),
+        Report(ReportKind.RELOAD_FAILED, 2, CRASHED),
     ]
     assert (story.serving, story.draining) == ({1}, {2})
     assert story.when(WorkerExited(4, "exited with status 0")) == [Release(2)]
@@ -255,11 +255,11 @@ def test_a_channel_that_breaks_while_settling_gives_the_route_back(story: Story)
     story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(ChannelBroken(2)) == [
-        Report(News.BROKEN, 2, "a worker shut down the channel"),
-        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        Report(ReportKind.BROKEN, 2, "a worker shut down the channel"),
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         RouteTo(1),
         Drain(2),
-        Report(News.RELOAD_FAILED, 2, "a worker shut down the channel"),
+        Report(ReportKind.RELOAD_FAILED, 2, "a worker shut down the channel"),
     ]
 
 
@@ -267,9 +267,9 @@ def test_the_old_generation_is_kept_alive_while_the_new_one_settles(story: Story
     story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(News.EXITED, 1, CRASHED),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
 
 
@@ -279,14 +279,14 @@ def test_a_channel_of_the_old_one_that_breaks_leaves_the_route_with_the_settling
     story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(ChannelBroken(1, served_s=60.0)) == [
-        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 1, "a worker shut down the channel"),
         Drain(1),
     ]
     assert story.when(WorkerExited(2, CRASHED)) == [
-        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         RouteTo(None),
         Drain(2),
-        Report(News.RELOAD_FAILED, 2, CRASHED),
+        Report(ReportKind.RELOAD_FAILED, 2, CRASHED),
         Release(2),
         *opened(3, worker=3, fresh=False),
     ]
@@ -296,10 +296,10 @@ def test_a_reload_asked_for_while_settling_follows_when_that_is_over(story: Stor
     story.given_serving(SETTLE).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(ReloadRequested()) == []
-    assert story.when_over(Wait.SETTLE, 2) == [
+    assert story.when_over(TimerKind.SETTLE, 2) == [
         Drain(1),
-        Report(News.RELOADED, 2),
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADED, 2),
+        Report(ReportKind.RELOADING),
         *opened(3, worker=3),
     ]
 
@@ -313,20 +313,20 @@ def test_stop_first_starts_the_new_generation_when_the_old_one_is_gone(story: St
     story.given_serving(STOP_FIRST)
 
     assert story.when(ReloadRequested()) == [
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADING),
         RouteTo(None),
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
     ]
     assert story.when(WorkerExited(1, "exited with status 0")) == [
-        CancelTimer(Deadline(Wait.DRAIN, 1)),
+        CancelTimer(Deadline(TimerKind.DRAIN, 1)),
         Release(1),
         *opened(2, worker=2),
     ]
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
-        Report(News.RELOADED, 2),
+        Report(ReportKind.RELOADED, 2),
     ]
 
 
@@ -334,25 +334,25 @@ def test_stop_first_lets_an_old_generation_hear_whom_it_has_accepted(story: Stor
     story.given_serving(replace(STOP_FIRST, workers_accept=True))
 
     assert story.when(ReloadRequested()) == [
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADING),
         RouteTo(None),
         Quiesce(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
     ]
     assert story.when(Quiesced(1)) == [
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
     ]
 
 
 def test_stop_first_ends_an_old_generation_that_does_not_go(story: Story) -> None:
     story.given_serving(STOP_FIRST).and_also(ReloadRequested())
 
-    assert story.when_over(Wait.DRAIN, 1) == [
+    assert story.when_over(TimerKind.DRAIN, 1) == [
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
     assert story.when(WorkerExited(1, "killed by SIGKILL")) == [
         Release(1),
         *opened(2, worker=2),
@@ -366,15 +366,15 @@ def test_stop_first_starts_the_previous_command_again_when_the_new_one_fails(
     story.and_also(ReloadRequested(), WorkerExited(1, "exited with status 0"))
 
     assert story.when(WorkerExited(2, DIED)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
-        Report(News.RELOAD_FAILED, 2, DIED),
+        CancelTimer(Deadline(TimerKind.START, 2)),
+        Report(ReportKind.RELOAD_FAILED, 2, DIED),
         Release(2),
         *opened(3, worker=3, fresh=False),
     ]
     assert story.when(WorkerReady(3)) == [
-        CancelTimer(Deadline(Wait.START, 3)),
+        CancelTimer(Deadline(TimerKind.START, 3)),
         RouteTo(3),
-        Report(News.RECOVERED, 3),
+        Report(ReportKind.RECOVERED, 3),
     ]
 
 
@@ -386,13 +386,13 @@ def test_the_previous_command_is_tried_again_and_again_with_a_growing_delay(
     story.and_also(WorkerExited(2, DIED), WorkerExited(3, DIED), WorkerExited(4, DIED))
 
     assert story.when(WorkerExited(5, DIED)) == [
-        CancelTimer(Deadline(Wait.START, 5)),
-        Report(News.RETRYING, 5, DIED),
-        StartTimer(Deadline(Wait.OPEN), 0.1),
+        CancelTimer(Deadline(TimerKind.START, 5)),
+        Report(ReportKind.RETRYING, 5, DIED),
+        StartTimer(Deadline(TimerKind.OPEN), 0.1),
         Release(5),
     ]
-    assert story.when_over(Wait.OPEN) == opened(6, worker=6, fresh=False)
-    assert StartTimer(Deadline(Wait.OPEN), 0.2) in story.when(WorkerExited(6, DIED))
+    assert story.when_over(TimerKind.OPEN) == opened(6, worker=6, fresh=False)
+    assert StartTimer(Deadline(TimerKind.OPEN), 0.2) in story.when(WorkerExited(6, DIED))
 
 
 def test_a_reload_does_not_wait_for_the_end_of_a_back_off(story: Story) -> None:
@@ -401,8 +401,8 @@ def test_a_reload_does_not_wait_for_the_end_of_a_back_off(story: Story) -> None:
     story.and_also(*(WorkerExited(number, DIED) for number in (2, 3, 4, 5)))
 
     assert story.when(ReloadRequested()) == [
-        CancelTimer(Deadline(Wait.OPEN)),
-        Report(News.RELOADING),
+        CancelTimer(Deadline(TimerKind.OPEN)),
+        Report(ReportKind.RELOADING),
         *opened(6, worker=6),
     ]
 
@@ -413,13 +413,13 @@ def test_a_reload_asked_for_while_the_old_generation_drains_is_made_too(story: S
     assert story.when(ReloadRequested()) == []
     story.when(WorkerExited(1, "exited with status 0"))
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
-        Report(News.RELOADED, 2),
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADED, 2),
+        Report(ReportKind.RELOADING),
         RouteTo(None),
         Drain(2),
-        StartTimer(Deadline(Wait.DRAIN, 2), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 2), 30.0),
     ]
 
 
@@ -430,12 +430,12 @@ def test_stop_first_with_every_worker_dead_starts_the_new_generation_at_once(
     story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
 
     assert story.when(ReloadRequested()) == [
-        Report(News.RELOADING),
+        Report(ReportKind.RELOADING),
         RouteTo(None),
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
-        CancelTimer(Deadline(Wait.DRAIN, 1)),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
+        CancelTimer(Deadline(TimerKind.DRAIN, 1)),
         Release(1),
         *opened(2, worker=5),
     ]
@@ -450,15 +450,15 @@ def test_a_serving_generation_with_a_broken_channel_is_replaced_by_another_of_it
     story.given_serving()
 
     assert story.when(ChannelBroken(1, served_s=60.0)) == [
-        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 1, "a worker shut down the channel"),
         RouteTo(None),
         Drain(1),
         *opened(2, worker=2, fresh=False),
     ]
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         RouteTo(2),
-        Report(News.RECOVERED, 2),
+        Report(ReportKind.RECOVERED, 2),
     ]
 
 
@@ -469,10 +469,10 @@ def test_a_release_that_breaks_each_channel_is_started_with_a_growing_delay(
     story.and_also(ChannelBroken(1), WorkerReady(2), ChannelBroken(2), WorkerReady(3))
 
     assert story.when(ChannelBroken(3)) == [
-        Report(News.BROKEN, 3, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 3, "a worker shut down the channel"),
         RouteTo(None),
         Drain(3),
-        StartTimer(Deadline(Wait.OPEN), 0.1),
+        StartTimer(Deadline(TimerKind.OPEN), 0.1),
     ]
 
 
@@ -489,13 +489,13 @@ def test_a_broken_channel_during_a_reload_leaves_it_to_the_new_generation(story:
     story.given_serving().and_also(ReloadRequested())
 
     assert story.when(ChannelBroken(1)) == [
-        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 1, "a worker shut down the channel"),
         RouteTo(None),
         Drain(1),
     ]
     assert story.when(WorkerExited(2, DIED)) == [
-        CancelTimer(Deadline(Wait.START, 2)),
-        Report(News.RELOAD_FAILED, 2, DIED),
+        CancelTimer(Deadline(TimerKind.START, 2)),
+        Report(ReportKind.RELOAD_FAILED, 2, DIED),
         Release(2),
         *opened(3, worker=3, fresh=False),
     ]
@@ -505,10 +505,10 @@ def test_under_stop_first_a_broken_generation_is_ended_before_the_next_one(story
     story.given_serving(STOP_FIRST)
 
     assert story.when(ChannelBroken(1, served_s=60.0)) == [
-        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 1, "a worker shut down the channel"),
         RouteTo(None),
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 30.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 30.0),
     ]
     assert story.when(WorkerExited(1, "exited with status 0"))[2:] == opened(
         2, worker=2, fresh=False
@@ -521,12 +521,12 @@ def test_under_stop_first_a_broken_generation_is_ended_before_the_next_one(story
 def test_a_drain_timeout_sends_term_and_then_kill(story: Story) -> None:
     story.given_serving(Policy(drain_timeout_s=9.0)).and_also(ReloadRequested())
 
-    assert StartTimer(Deadline(Wait.DRAIN, 1), 9.0) in story.when(WorkerReady(2))
-    assert story.when_over(Wait.DRAIN, 1) == [
+    assert StartTimer(Deadline(TimerKind.DRAIN, 1), 9.0) in story.when(WorkerReady(2))
+    assert story.when_over(TimerKind.DRAIN, 1) == [
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
 
 
 def test_without_a_drain_timeout_an_old_generation_may_take_for_ever(story: Story) -> None:
@@ -543,12 +543,12 @@ def test_the_oldest_draining_generation_is_ended_when_there_would_be_too_many(
     story.and_also(ReloadRequested(), WorkerReady(2), ReloadRequested())
 
     assert story.when(WorkerReady(3)) == [
-        CancelTimer(Deadline(Wait.START, 3)),
+        CancelTimer(Deadline(TimerKind.START, 3)),
         RouteTo(3),
         Drain(2),
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
-        Report(News.RELOADED, 3),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
+        Report(ReportKind.RELOADED, 3),
     ]
 
 
@@ -564,7 +564,7 @@ def test_from_the_fourth_draining_generation_on_there_is_a_warning(story: Story)
 
 
 def many(count: int) -> Report:
-    return Report(News.MANY_DRAINING, reason=f"{count} generations")
+    return Report(ReportKind.MANY_DRAINING, reason=f"{count} generations")
 
 
 @pytest.mark.parametrize("waiting", [0, 3])

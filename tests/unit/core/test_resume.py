@@ -31,7 +31,7 @@ from socketprotector.core.events import (
     Signal,
     StartTimer,
     StopRequested,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -210,10 +210,10 @@ def test_to_resume_twice_is_to_resume_once(
 def test_a_kill_that_may_not_have_been_sent_is_sent_by_the_next_program() -> None:
     world = KilledWorld(Policy(), 2)
     world.take(Launched())
-    world.take(DeadlinePassed(Deadline(Wait.TURN)))
+    world.take(DeadlinePassed(Deadline(TimerKind.TURN)))
     world.take(StopRequested(quick=True))
 
-    world.take_and_die(DeadlinePassed(Deadline(Wait.KILL, 1)), at=0)
+    world.take_and_die(DeadlinePassed(Deadline(TimerKind.KILL, 1)), at=0)
 
     assert world.killed == {1, 2}
 
@@ -233,7 +233,7 @@ def test_during_a_reload_the_phase_and_its_deadline_go_on(story: Story) -> None:
 
     assert resume(story.fleet, left_of(story.fleet, 7.0)) == (
         RouteTo(1),
-        StartTimer(Deadline(Wait.START, 2), 7.0),
+        StartTimer(Deadline(TimerKind.START, 2), 7.0),
     )
 
 
@@ -246,7 +246,7 @@ def test_a_draining_generation_is_drained_again_and_its_workers_are_left_alone(
     assert resume(story.fleet, left_of(story.fleet, 3.0)) == (
         RouteTo(2),
         Drain(1),
-        StartTimer(Deadline(Wait.DRAIN, 1), 3.0),
+        StartTimer(Deadline(TimerKind.DRAIN, 1), 3.0),
     )
 
 
@@ -256,7 +256,7 @@ def test_a_settling_generation_keeps_the_route(story: Story) -> None:
 
     assert resume(story.fleet, left_of(story.fleet, 2.0)) == (
         RouteTo(2),
-        StartTimer(Deadline(Wait.SETTLE, 2), 2.0),
+        StartTimer(Deadline(TimerKind.SETTLE, 2), 2.0),
     )
 
 
@@ -283,6 +283,6 @@ def test_a_stop_closes_the_listeners_again(story: Story) -> None:
 def test_a_timer_nobody_remembers_is_over_at_once(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested())
 
-    assert StartTimer(Deadline(Wait.START, 2), 0.0) in resume(story.fleet, {})
-    overdue = {Deadline(Wait.START, 2): -3.0}
-    assert StartTimer(Deadline(Wait.START, 2), 0.0) in resume(story.fleet, overdue)
+    assert StartTimer(Deadline(TimerKind.START, 2), 0.0) in resume(story.fleet, {})
+    overdue = {Deadline(TimerKind.START, 2): -3.0}
+    assert StartTimer(Deadline(TimerKind.START, 2), 0.0) in resume(story.fleet, overdue)

@@ -11,17 +11,17 @@ from socketprotector.core.events import (
     Drain,
     Exit,
     ListenersLost,
-    News,
     Release,
     ReloadRequested,
     Report,
+    ReportKind,
     RouteTo,
     ScaleRequested,
     Signal,
     Spawn,
     StartTimer,
     StopRequested,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -43,14 +43,14 @@ def test_a_graceful_stop_serves_what_has_connected_and_waits_for_the_workers(
     story.given_serving()
 
     assert story.when(StopRequested()) == [
-        Report(News.STOPPING),
+        Report(ReportKind.STOPPING),
         CloseListeners(quick=False),
-        StartTimer(Deadline(Wait.STOP), 30.0),
+        StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
     assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(1)]
     assert story.when(WorkerExited(1, LEFT)) == [
         Release(1),
-        CancelTimer(Deadline(Wait.STOP)),
+        CancelTimer(Deadline(TimerKind.STOP)),
         Exit(0),
     ]
     assert story.when(StopRequested()) == []
@@ -60,9 +60,9 @@ def test_where_nobody_can_come_any_more_it_ends_in_order_and_as_failed(story: St
     story.given_serving()
 
     assert story.when(ListenersLost()) == [
-        Report(News.STOPPING, reason="no listener is left"),
+        Report(ReportKind.STOPPING, reason="no listener is left"),
         CloseListeners(quick=False),
-        StartTimer(Deadline(Wait.STOP), 30.0),
+        StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
     assert story.when(ListenersLost()) == []
     assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(1)]
@@ -72,11 +72,11 @@ def test_where_nobody_can_come_any_more_it_ends_in_order_and_as_failed(story: St
 def test_a_graceful_stop_that_takes_too_long_becomes_a_quick_one(story: Story) -> None:
     story.given_serving().and_also(StopRequested(), BacklogEmptied())
 
-    assert story.when_over(Wait.STOP) == [
+    assert story.when_over(TimerKind.STOP) == [
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.KILL, 1) == [Signal(1, WorkerSignal.KILL)]
     assert story.when(WorkerExited(1, "killed by SIGKILL")) == [Release(1), Exit(0)]
 
 
@@ -84,9 +84,9 @@ def test_a_worker_that_dies_while_the_backlog_is_served_is_replaced(story: Story
     story.given_serving().and_also(StopRequested())
 
     assert story.when(WorkerExited(1, CRASHED)) == [
-        Report(News.EXITED, 1, CRASHED),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=2, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]
 
 
@@ -95,12 +95,12 @@ def test_the_last_worker_of_a_stop_is_replaced_while_connections_wait(story: Sto
 
     assert story.when(WorkerExited(1, CRASHED, served_s=60.0, waiting=3)) == [
         Spawn(1, worker=2, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]
     assert story.when(WorkerExited(2, LEFT)) == [
-        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 2)),
         Release(1),
-        CancelTimer(Deadline(Wait.STOP)),
+        CancelTimer(Deadline(TimerKind.STOP)),
         Exit(0),
     ]
 
@@ -113,11 +113,11 @@ def test_a_worker_of_a_stop_is_not_replaced_while_another_takes_what_waits(story
 
 def test_a_generation_that_was_told_to_end_gets_no_worker_more(story: Story) -> None:
     story.given_serving(Policy(drain_timeout_s=9.0)).and_also(ReloadRequested(), WorkerReady(2))
-    story.when_over(Wait.DRAIN, 1)
+    story.when_over(TimerKind.DRAIN, 1)
     story.and_also(StopRequested(), BacklogEmptied())
 
     assert story.when(WorkerExited(1, "killed by SIGTERM", waiting=3)) == [
-        CancelTimer(Deadline(Wait.KILL, 1)),
+        CancelTimer(Deadline(TimerKind.KILL, 1)),
         Release(1),
     ]
 
@@ -131,9 +131,9 @@ def test_in_a_crash_loop_a_stop_spawns_one_worker_at_once_for_what_may_wait(
     assert story.when(BacklogEmptied()) == [
         RouteTo(None),
         Drain(1),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
         Spawn(1, worker=4, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 4), 60.0),
     ]
 
 
@@ -146,9 +146,9 @@ def test_in_a_crash_loop_of_workers_that_accept_a_stop_spawns_none_for_closed_li
     assert story.when(BacklogEmptied()) == [
         RouteTo(None),
         Drain(1),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
         Release(1),
-        CancelTimer(Deadline(Wait.STOP)),
+        CancelTimer(Deadline(TimerKind.STOP)),
         Exit(0),
     ]
 
@@ -160,7 +160,7 @@ def test_a_stop_does_not_wait_for_a_crashing_place_beside_a_living_worker(story:
     assert story.when(BacklogEmptied()) == [
         RouteTo(None),
         Drain(1),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5)),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 5)),
     ]
 
 
@@ -168,8 +168,8 @@ def test_a_stop_that_takes_too_long_ends_a_crash_loop_too(story: Story) -> None:
     story.given_serving().and_also(StopRequested(), BacklogEmptied())
     story.and_also(*(WorkerExited(number, CRASHED, waiting=3) for number in (1, 2, 3)))
 
-    assert story.when_over(Wait.STOP) == [
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+    assert story.when_over(TimerKind.STOP) == [
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
         Release(1),
         Exit(0),
     ]
@@ -195,7 +195,7 @@ def test_a_channel_that_breaks_during_a_stop_ends_taking_connections(story: Stor
     story.given_serving().and_also(StopRequested())
 
     assert story.when(ChannelBroken(1)) == [
-        Report(News.BROKEN, 1, "a worker shut down the channel"),
+        Report(ReportKind.BROKEN, 1, "a worker shut down the channel"),
         RouteTo(None),
         Drain(1),
         CloseListeners(quick=True),
@@ -210,16 +210,16 @@ def test_a_quick_stop_sends_term_at_once_and_then_kill(story: Story) -> None:
     story.given_serving(workers=2)
 
     assert story.when(StopRequested(quick=True)) == [
-        Report(News.STOPPING),
+        Report(ReportKind.STOPPING),
         RouteTo(None),
         CloseListeners(quick=True),
         Drain(1),
         Signal(1, WorkerSignal.TERM),
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
     ]
     assert story.when(WorkerExited(1, "killed by SIGTERM", waiting=3)) == []
-    assert story.when_over(Wait.KILL, 1) == [Signal(2, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.KILL, 1) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == [Release(1), Exit(0)]
 
 
@@ -228,11 +228,11 @@ def test_a_second_term_is_a_quick_stop(story: Story) -> None:
 
     assert story.when(StopRequested()) == [
         RouteTo(None),
-        CancelTimer(Deadline(Wait.STOP)),
+        CancelTimer(Deadline(TimerKind.STOP)),
         CloseListeners(quick=True),
         Drain(1),
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
     ]
     assert story.when(BacklogEmptied()) == [], "too late"
     assert story.when(StopRequested()) == [], "a third one changes nothing"
@@ -243,11 +243,11 @@ def test_a_quick_stop_in_a_crash_loop_ends_at_once(story: Story) -> None:
     story.and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
 
     assert story.when(StopRequested(quick=True)) == [
-        Report(News.STOPPING),
+        Report(ReportKind.STOPPING),
         RouteTo(None),
         CloseListeners(quick=True),
         Drain(1),
-        CancelTimer(Deadline(Wait.WORKER_RESPAWN, 4)),
+        CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 4)),
         Release(1),
         Exit(0),
     ]
@@ -260,16 +260,16 @@ def test_a_stop_during_a_reload_calls_the_new_generation_off(story: Story) -> No
     story.given_serving().and_also(ReloadRequested(), ReloadRequested())
 
     assert story.when(StopRequested()) == [
-        Report(News.STOPPING),
-        CancelTimer(Deadline(Wait.START, 2)),
+        Report(ReportKind.STOPPING),
+        CancelTimer(Deadline(TimerKind.START, 2)),
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 2), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
         CloseListeners(quick=False),
-        StartTimer(Deadline(Wait.STOP), 30.0),
+        StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
     assert story.when(WorkerReady(2)) == []
     assert story.when(WorkerExited(2, "killed by SIGTERM")) == [
-        CancelTimer(Deadline(Wait.KILL, 2)),
+        CancelTimer(Deadline(TimerKind.KILL, 2)),
         Release(2),
     ]
     assert story.serving == {1}
@@ -279,11 +279,11 @@ def test_a_stop_while_settling_lets_both_generations_finish(story: Story) -> Non
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(StopRequested()) == [
-        Report(News.STOPPING),
-        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        Report(ReportKind.STOPPING),
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         Drain(1),
         CloseListeners(quick=False),
-        StartTimer(Deadline(Wait.STOP), 30.0),
+        StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
     assert story.when(BacklogEmptied()) == [RouteTo(None), Drain(2)]
 
@@ -299,16 +299,16 @@ def test_a_quick_stop_while_settling_ends_both_generations(story: Story) -> None
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
     assert story.when(StopRequested(quick=True)) == [
-        Report(News.STOPPING),
+        Report(ReportKind.STOPPING),
         RouteTo(None),
         CloseListeners(quick=True),
         Drain(1),
         Signal(1, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 1), 5.0),
-        CancelTimer(Deadline(Wait.SETTLE, 2)),
+        StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
         Drain(2),
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.KILL, 2), 5.0),
+        StartTimer(Deadline(TimerKind.KILL, 2), 5.0),
     ]
 
 
@@ -316,14 +316,14 @@ def test_a_stop_between_two_generations_lets_the_old_one_finish(story: Story) ->
     story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
 
     assert story.when(StopRequested()) == [
-        Report(News.STOPPING),
+        Report(ReportKind.STOPPING),
         CloseListeners(quick=True),
-        StartTimer(Deadline(Wait.STOP), 30.0),
+        StartTimer(Deadline(TimerKind.STOP), 30.0),
     ]
     assert story.when(WorkerExited(1, LEFT)) == [
-        CancelTimer(Deadline(Wait.DRAIN, 1)),
+        CancelTimer(Deadline(TimerKind.DRAIN, 1)),
         Release(1),
-        CancelTimer(Deadline(Wait.STOP)),
+        CancelTimer(Deadline(TimerKind.STOP)),
         Exit(0),
     ]
 
@@ -334,8 +334,8 @@ def test_a_stop_during_a_back_off_ends_at_once(story: Story) -> None:
     story.and_also(*(WorkerExited(number, DIED) for number in (2, 3, 4, 5)))
 
     assert story.when(StopRequested()) == [
-        Report(News.STOPPING),
-        CancelTimer(Deadline(Wait.OPEN)),
+        Report(ReportKind.STOPPING),
+        CancelTimer(Deadline(TimerKind.OPEN)),
         CloseListeners(quick=True),
         Exit(0),
     ]
@@ -345,5 +345,5 @@ def test_a_reload_while_stopping_is_refused(story: Story) -> None:
     story.given_serving().and_also(StopRequested())
 
     assert story.when(ReloadRequested()) == [
-        Report(News.REFUSED, reason="no reload while stopping")
+        Report(ReportKind.REFUSED, reason="no reload while stopping")
     ]

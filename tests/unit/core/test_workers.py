@@ -10,10 +10,10 @@ from socketprotector.core.events import (
     CancelTimer,
     Deadline,
     Launched,
-    News,
     ReloadRequested,
     ReplaceRequested,
     Report,
+    ReportKind,
     Retire,
     RouteTo,
     ScaleRequested,
@@ -22,7 +22,7 @@ from socketprotector.core.events import (
     StartTimer,
     StopRequested,
     TimeExtended,
-    Wait,
+    TimerKind,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -37,7 +37,7 @@ OLD = "older than 1 h"
 def scaled(story: Story, change: int) -> list[Action]:
     """Scale, which is told first; return what else is done."""
     told, *others = story.when(ScaleRequested(change))
-    assert told == Report(News.SCALED, reason=f"{story.fleet.workers_wanted} workers")
+    assert told == Report(ReportKind.SCALED, reason=f"{story.fleet.workers_wanted} workers")
     return others
 
 
@@ -48,11 +48,11 @@ def test_a_worker_that_dies_is_replaced_at_once_in_its_slot(story: Story) -> Non
     story.given_serving(workers=2)
 
     assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [
-        Report(News.EXITED, 1, CRASHED),
+        Report(ReportKind.EXITED, 1, CRASHED),
         Spawn(1, worker=3, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 3), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 3), 60.0),
     ]
-    assert story.when(WorkerReady(3)) == [CancelTimer(Deadline(Wait.WORKER_START, 3))]
+    assert story.when(WorkerReady(3)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 3))]
 
 
 def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> None:
@@ -61,21 +61,23 @@ def test_from_the_third_quick_death_on_the_next_worker_waits(story: Story) -> No
     story.and_also(WorkerExited(2, CRASHED, served_s=0.1))
 
     assert story.when(WorkerExited(3, CRASHED)) == [
-        CancelTimer(Deadline(Wait.WORKER_START, 3)),
-        Report(News.EXITED, 1, CRASHED),
-        StartTimer(Deadline(Wait.WORKER_RESPAWN, 4), 0.1),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 3)),
+        Report(ReportKind.EXITED, 1, CRASHED),
+        StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 4), 0.1),
     ]
-    assert story.when_over(Wait.WORKER_RESPAWN, 4) == [
+    assert story.when_over(TimerKind.WORKER_RESPAWN, 4) == [
         Spawn(1, worker=4, slot=0),
-        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 4), 60.0),
     ]
 
 
 def test_the_delay_grows_from_one_quick_death_to_the_next(story: Story) -> None:
     story.given_serving().and_also(*(WorkerExited(number, CRASHED) for number in (1, 2, 3)))
-    story.when_over(Wait.WORKER_RESPAWN, 4)
+    story.when_over(TimerKind.WORKER_RESPAWN, 4)
 
-    assert StartTimer(Deadline(Wait.WORKER_RESPAWN, 5), 0.2) in story.when(WorkerExited(4, CRASHED))
+    assert StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 5), 0.2) in story.when(
+        WorkerExited(4, CRASHED)
+    )
 
 
 def test_a_death_after_ten_seconds_of_service_is_no_quick_one(story: Story) -> None:
@@ -85,7 +87,9 @@ def test_a_death_after_ten_seconds_of_service_is_no_quick_one(story: Story) -> N
 
     assert Spawn(1, worker=5, slot=0) in story.when(WorkerExited(4, CRASHED))
     assert Spawn(1, worker=6, slot=0) in story.when(WorkerExited(5, CRASHED))
-    assert StartTimer(Deadline(Wait.WORKER_RESPAWN, 7), 0.1) in story.when(WorkerExited(6, CRASHED))
+    assert StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 7), 0.1) in story.when(
+        WorkerExited(6, CRASHED)
+    )
 
 
 def test_each_slot_counts_its_own_quick_deaths(story: Story) -> None:
@@ -106,23 +110,23 @@ def test_the_delay_doubles_up_to_a_minute(deaths: int, seconds: float) -> None:
 def test_a_replacement_that_never_becomes_ready_is_ended_and_counted(story: Story) -> None:
     story.given_serving().and_also(WorkerExited(1, CRASHED), WorkerExited(2, CRASHED))
 
-    assert story.when_over(Wait.WORKER_START, 3) == [
+    assert story.when_over(TimerKind.WORKER_START, 3) == [
         Signal(3, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 3), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 3) == [Signal(3, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.WORKER_KILL, 3) == [Signal(3, WorkerSignal.KILL)]
     assert story.when(WorkerExited(3, "killed by SIGKILL")) == [
-        Report(News.EXITED, 1, "killed by SIGKILL"),
-        StartTimer(Deadline(Wait.WORKER_RESPAWN, 4), 0.1),
+        Report(ReportKind.EXITED, 1, "killed by SIGKILL"),
+        StartTimer(Deadline(TimerKind.WORKER_RESPAWN, 4), 0.1),
     ]
 
 
 def test_ready_after_term_does_not_save_a_replacement_from_kill(story: Story) -> None:
     story.given_serving().and_also(WorkerExited(1, CRASHED))
-    story.when_over(Wait.WORKER_START, 2)
+    story.when_over(TimerKind.WORKER_START, 2)
 
     assert story.when(WorkerReady(2)) == []
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
 # -- more and fewer ----------------------------------------------------------------
@@ -133,7 +137,7 @@ def test_one_more_worker_is_spawned_into_the_serving_generation(story: Story) ->
 
     assert scaled(story, +1) == [
         Spawn(1, worker=2, slot=1),
-        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]
 
 
@@ -166,13 +170,13 @@ def test_a_retiring_worker_has_the_drain_timeout_and_then_term_and_kill(story: S
 
     assert scaled(story, -1) == [
         Retire(2),
-        StartTimer(Deadline(Wait.WORKER_RETIRE, 2), 9.0),
+        StartTimer(Deadline(TimerKind.WORKER_RETIRE, 2), 9.0),
     ]
-    assert story.when_over(Wait.WORKER_RETIRE, 2) == [
+    assert story.when_over(TimerKind.WORKER_RETIRE, 2) == [
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
     assert story.when(WorkerExited(2, "killed by SIGKILL")) == []
 
 
@@ -180,19 +184,19 @@ def test_a_retiring_worker_that_never_became_ready_is_killed_in_the_end(story: S
     story.given_serving().and_also(ScaleRequested(+1))
 
     assert scaled(story, -1) == [
-        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 2)),
         Signal(2, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0),
     ]
     assert story.when(WorkerReady(2)) == []
-    assert story.when_over(Wait.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.WORKER_KILL, 2) == [Signal(2, WorkerSignal.KILL)]
 
 
 def test_a_place_that_waits_for_a_back_off_is_given_up_without_a_word(story: Story) -> None:
     story.given_serving(workers=2)
     story.and_also(*(WorkerExited(number, CRASHED) for number in (2, 3, 4)))
 
-    assert scaled(story, -1) == [CancelTimer(Deadline(Wait.WORKER_RESPAWN, 5))]
+    assert scaled(story, -1) == [CancelTimer(Deadline(TimerKind.WORKER_RESPAWN, 5))]
 
 
 def test_the_slot_of_a_retiring_worker_is_not_given_away_while_it_lives(story: Story) -> None:
@@ -205,7 +209,7 @@ def test_there_is_always_one_worker(story: Story) -> None:
     story.given_serving()
 
     assert story.when(ScaleRequested(-1)) == [
-        Report(News.REFUSED, reason="there is always one worker at least")
+        Report(ReportKind.REFUSED, reason="there is always one worker at least")
     ]
     assert story.fleet.workers_wanted == 1
 
@@ -215,9 +219,9 @@ def test_scaling_during_a_reload_holds_for_both_generations(story: Story) -> Non
 
     assert scaled(story, +1) == [
         Spawn(2, worker=3, slot=1),
-        StartTimer(Deadline(Wait.START, 2), 60.0, extend=True),
+        StartTimer(Deadline(TimerKind.START, 2), 60.0, extend=True),
         Spawn(1, worker=4, slot=1),
-        StartTimer(Deadline(Wait.WORKER_START, 4), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 4), 60.0),
     ]
     assert story.when(WorkerReady(2)) == []
     assert RouteTo(2) in story.when(WorkerReady(3))
@@ -227,7 +231,7 @@ def test_scaling_while_settling_waits_for_its_outcome(story: Story) -> None:
     story.given_serving(Policy(settle_s=5.0)).and_also(ReloadRequested(), WorkerReady(2))
 
     assert scaled(story, +1) == []
-    assert story.when_over(Wait.SETTLE, 2)[-2] == Spawn(2, worker=3, slot=1)
+    assert story.when_over(TimerKind.SETTLE, 2)[-2] == Spawn(2, worker=3, slot=1)
 
 
 def test_scaling_while_nobody_serves_holds_for_the_next_generation(story: Story) -> None:
@@ -244,7 +248,7 @@ def test_scaling_while_stopping_is_refused(story: Story) -> None:
     story.given_serving().and_also(StopRequested())
 
     assert story.when(ScaleRequested(+1)) == [
-        Report(News.REFUSED, reason="no scaling while stopping")
+        Report(ReportKind.REFUSED, reason="no scaling while stopping")
     ]
 
 
@@ -255,7 +259,7 @@ def test_a_request_for_time_extends_the_start_that_it_is_in(story: Story) -> Non
     story.given(Policy()).and_also(Launched())
 
     assert story.when(TimeExtended(1, 90.0)) == [
-        StartTimer(Deadline(Wait.START, 1), 90.0, extend=True)
+        StartTimer(Deadline(TimerKind.START, 1), 90.0, extend=True)
     ]
 
 
@@ -268,7 +272,9 @@ def test_a_request_for_time_never_starts_a_timer(story: Story) -> None:
 def test_a_request_for_time_extends_the_stop(story: Story) -> None:
     story.given_serving().and_also(StopRequested())
 
-    assert story.when(TimeExtended(1, 90.0)) == [StartTimer(Deadline(Wait.STOP), 90.0, extend=True)]
+    assert story.when(TimeExtended(1, 90.0)) == [
+        StartTimer(Deadline(TimerKind.STOP), 90.0, extend=True)
+    ]
 
 
 def test_a_request_for_time_does_not_put_off_kill(story: Story) -> None:
@@ -298,12 +304,12 @@ def test_a_worker_is_replaced_before_it_leaves(story: Story) -> None:
     story.given_serving()
 
     assert replaced(story) == [
-        Report(News.REPLACING, 1, OLD),
+        Report(ReportKind.REPLACING, 1, OLD),
         Spawn(1, worker=2, slot=1),
-        StartTimer(Deadline(Wait.WORKER_START, 2), 60.0),
+        StartTimer(Deadline(TimerKind.WORKER_START, 2), 60.0),
     ]
     assert story.when(WorkerReady(2, retires=True)) == [
-        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 2)),
         Signal(1, WorkerSignal.TERM),
     ]
     assert story.when(WorkerExited(1, "exited with status 0", served_s=60.0)) == []
@@ -314,11 +320,11 @@ def test_one_that_hangs_is_replaced_before_it_is_aborted_and_killed(story: Story
     assert Spawn(1, worker=2, slot=1) in replaced(story, hung=True)
 
     assert story.when(WorkerReady(2)) == [
-        CancelTimer(Deadline(Wait.WORKER_START, 2)),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 2)),
         Signal(1, WorkerSignal.ABRT),
-        StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 1), 5.0),
     ]
-    assert story.when_over(Wait.WORKER_KILL, 1) == [Signal(1, WorkerSignal.KILL)]
+    assert story.when_over(TimerKind.WORKER_KILL, 1) == [Signal(1, WorkerSignal.KILL)]
 
 
 def test_to_ask_again_starts_no_second_replacement(story: Story) -> None:
@@ -332,8 +338,10 @@ def test_one_that_dies_before_its_replacement_is_ready_has_it_already(story: Sto
     story.given_serving()
     replaced(story)
 
-    assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [Report(News.EXITED, 1, CRASHED)]
-    assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(Wait.WORKER_START, 2))]
+    assert story.when(WorkerExited(1, CRASHED, served_s=60.0)) == [
+        Report(ReportKind.EXITED, 1, CRASHED)
+    ]
+    assert story.when(WorkerReady(2)) == [CancelTimer(Deadline(TimerKind.WORKER_START, 2))]
 
 
 def test_a_replacement_that_dies_is_tried_again_while_the_old_one_serves(story: Story) -> None:
@@ -350,9 +358,9 @@ def test_to_scale_down_takes_the_replacement_along(story: Story) -> None:
 
     assert scaled(story, -1) == [
         Signal(2, WorkerSignal.TERM),
-        CancelTimer(Deadline(Wait.WORKER_START, 3)),
+        CancelTimer(Deadline(TimerKind.WORKER_START, 3)),
         Signal(3, WorkerSignal.TERM),
-        StartTimer(Deadline(Wait.WORKER_KILL, 3), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 3), 5.0),
     ]
 
 
@@ -361,9 +369,9 @@ def test_one_that_hangs_while_it_drains_is_ended_at_once(story: Story) -> None:
     story.and_also(ReloadRequested(), WorkerReady(2))
 
     assert replaced(story, hung=True) == [
-        Report(News.REPLACING, 1, OLD),
+        Report(ReportKind.REPLACING, 1, OLD),
         Signal(1, WorkerSignal.ABRT),
-        StartTimer(Deadline(Wait.WORKER_KILL, 1), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 1), 5.0),
     ]
 
 
@@ -373,7 +381,7 @@ def test_one_that_hangs_while_it_retires_is_ended_at_once(story: Story) -> None:
 
     assert story.when(ReplaceRequested(2, OLD, hung=True)) == [
         Signal(2, WorkerSignal.ABRT),
-        StartTimer(Deadline(Wait.WORKER_KILL, 2), 5.0),
+        StartTimer(Deadline(TimerKind.WORKER_KILL, 2), 5.0),
     ]
 
 

@@ -29,7 +29,6 @@ from socketprotector.core.events import (
     HoldRequested,
     KillRequested,
     Launched,
-    News,
     Open,
     OpenFailed,
     Quiesce,
@@ -40,6 +39,7 @@ from socketprotector.core.events import (
     RenewRequested,
     ReplaceRequested,
     Report,
+    ReportKind,
     Retire,
     RouteTo,
     ScaleRequested,
@@ -51,8 +51,8 @@ from socketprotector.core.events import (
     StopRequested,
     Stranded,
     TimeExtended,
+    TimerKind,
     UseSettings,
-    Wait,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
@@ -87,7 +87,7 @@ POLICIES = [
 ROUNDS = 12
 
 DIED = "exited with status 1"
-TURN = Deadline(Wait.TURN)
+TURN = Deadline(TimerKind.TURN)
 #: What a configuration may change to.
 OTHER_POLICIES = (
     Policy(settle_s=5.0),
@@ -252,7 +252,7 @@ class World:
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
             assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
         assert not (fleet.of(Phase.STARTING) and fleet.of(Phase.SETTLING))
-        assert fleet.held == self.held == self.runs(Wait.HOLD)
+        assert fleet.held == self.held == self.runs(TimerKind.HOLD)
         assert not (self.held and fleet.stopping), "what waits would never be taken"
         assert self.route == (fleet.route.number if fleet.route else None)
 
@@ -272,27 +272,27 @@ class World:
         elif fleet.served:
             self.check_somebody_serves_or_will()
         if fleet.stopping is Stop.GRACEFUL and not self.exited:
-            assert self.runs(Wait.STOP)
+            assert self.runs(TimerKind.STOP)
         if fleet.stopping is Stop.QUICK:
             assert all(generation.ending for generation in fleet.generations)
             assert self.listeners == "closed"
 
     def is_about_something(self, deadline: Deadline) -> bool:
         match deadline.wait:
-            case Wait.OPEN:
+            case TimerKind.OPEN:
                 return self.fleet.to_open is not None
-            case Wait.HOLD:
+            case TimerKind.HOLD:
                 return self.held
-            case Wait.STOP:
+            case TimerKind.STOP:
                 return self.fleet.stopping is Stop.GRACEFUL
-            case Wait.START | Wait.SETTLE | Wait.DRAIN | Wait.KILL:
+            case TimerKind.START | TimerKind.SETTLE | TimerKind.DRAIN | TimerKind.KILL:
                 return self.fleet.generation(deadline.target) is not None
-            case Wait.TURN:
+            case TimerKind.TURN:
                 return True
             case _:
                 return self.fleet.find(deadline.target) is not None
 
-    def runs(self, wait: Wait, target: int = 0) -> bool:
+    def runs(self, wait: TimerKind, target: int = 0) -> bool:
         return Deadline(wait, target) in self.timers
 
     def check_generation(self, generation: Generation) -> None:
@@ -300,10 +300,10 @@ class World:
         drains = self.channels[number] in ("quiescing", "drained")
         assert drains == (phase is Phase.DRAINING)
         assert generation.quiescing == (self.channels[number] == "quiescing")
-        begun = bool(generation.workers) or not self.runs(Wait.TURN)
-        assert self.runs(Wait.START, number) == (phase is Phase.STARTING and begun)
-        assert self.runs(Wait.SETTLE, number) == (phase is Phase.SETTLING)
-        coming = phase is Phase.STARTING and self.runs(Wait.TURN)
+        begun = bool(generation.workers) or not self.runs(TimerKind.TURN)
+        assert self.runs(TimerKind.START, number) == (phase is Phase.STARTING and begun)
+        assert self.runs(TimerKind.SETTLE, number) == (phase is Phase.SETTLING)
+        coming = phase is Phase.STARTING and self.runs(TimerKind.TURN)
         assert generation.workers or coming, "nobody is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))
@@ -311,35 +311,35 @@ class World:
             assert generation.ending
         if generation.ending and self.channels[number] != "failed":
             told = {worker.number for worker in generation.workers} <= self.killed
-            assert self.runs(Wait.KILL, number) or told, "TERM without KILL after it"
+            assert self.runs(TimerKind.KILL, number) or told, "TERM without KILL after it"
         numbers = {worker.number for worker in generation.workers}
         for worker in generation.workers:
             assert worker.replaces in {0, *numbers}, "it waits for the place of one that is gone"
         staying = [w for w in generation.workers if w.state not in LEAVING and not w.replaces]
         if phase is Phase.STARTING:
-            assert len(staying) >= self.fleet.wanted_in(generation) or self.runs(Wait.TURN)
+            assert len(staying) >= self.fleet.wanted_in(generation) or self.runs(TimerKind.TURN)
         if phase is Phase.SERVING and not (self.fleet.incoming or self.fleet.stopping):
-            assert len(staying) == self.fleet.workers_wanted or self.runs(Wait.TURN)
+            assert len(staying) == self.fleet.workers_wanted or self.runs(TimerKind.TURN)
 
     def check_worker(self, generation: Generation, worker: Worker) -> None:
         """Every wait for a worker has a deadline, but those the operator chose to be endless."""
         number = worker.number
         assert worker.alive or number not in self.processes
         assert (worker.state is State.ORPHANED) == (number in self.orphaned)
-        waits = self.runs(Wait.WORKER_RESPAWN, number)
+        waits = self.runs(TimerKind.WORKER_RESPAWN, number)
         assert not (worker.alive and waits)
-        assert worker.alive or waits or self.runs(Wait.TURN), "nobody is ever started there"
+        assert worker.alive or waits or self.runs(TimerKind.TURN), "nobody is ever started there"
         last_word = (
-            self.runs(Wait.WORKER_KILL, number) or number in self.killed or generation.ending
+            self.runs(TimerKind.WORKER_KILL, number) or number in self.killed or generation.ending
         )
         if worker.state is State.STARTING and generation.phase is not Phase.STARTING:
-            assert self.runs(Wait.WORKER_START, number) or last_word
+            assert self.runs(TimerKind.WORKER_START, number) or last_word
         if worker.hung and not any(w.replaces == number for w in generation.workers):
             assert last_word, "it hangs, and nobody comes to take its place"
         if worker.state in LEAVING and self.fleet.policy.drain_timeout_s:
             # One that left before a reload changed the limit has its generation's.
-            drains = self.runs(Wait.DRAIN, generation.number)
-            assert self.runs(Wait.WORKER_RETIRE, number) or drains or last_word
+            drains = self.runs(TimerKind.DRAIN, generation.number)
+            assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:
         """Whether it accepts where the next one is to accept; it has an end."""
@@ -348,7 +348,7 @@ class World:
 
     def check_somebody_serves_or_will(self) -> None:
         fleet = self.fleet
-        if fleet.route or fleet.incoming or self.runs(Wait.OPEN):
+        if fleet.route or fleet.incoming or self.runs(TimerKind.OPEN):
             return
         assert fleet.to_open, "nobody serves, and nobody ever will"
         policy = fleet.policy_of(fleet.to_open is Next.FRESH)
@@ -356,7 +356,7 @@ class World:
             return
         assert policy.stop_first, "nothing stands in the way, and nothing is opened"
         for generation in fleet.generations:  # each of which has an end
-            deadline = self.runs(Wait.DRAIN, generation.number) or generation.ending
+            deadline = self.runs(TimerKind.DRAIN, generation.number) or generation.ending
             assert deadline, "what is to come waits for a generation that may stay for ever"
 
     # -- what could happen next ----------------------------------------------
@@ -438,7 +438,7 @@ class World:
                 yield KillRequested(number)
                 yield Quiesced(number)
                 yield from (ChannelBroken(number), OpenFailed(number, "command not found"))
-            for wait in Wait:
+            for wait in TimerKind:
                 if not self.runs(wait, number):
                     yield DeadlinePassed(Deadline(wait, number))
         if self.listeners != "closing":
@@ -471,7 +471,7 @@ class World:
         all_goes_well: from now on commands exist, and workers are ready in time.
         """
         self.opens_fail = self.opens_fail and not all_goes_well
-        while self.runs(Wait.TURN):
+        while self.runs(TimerKind.TURN):
             self.take(DeadlinePassed(TURN))
         for event in self.owed:
             self.take(event)
@@ -487,13 +487,13 @@ class World:
             assert found
             generation, worker = found
             drained = generation.phase is Phase.DRAINING
-            told = self.runs(Wait.WORKER_KILL, number) or worker.state in LEAVING
+            told = self.runs(TimerKind.WORKER_KILL, number) or worker.state in LEAVING
             if generation.ending or drained or told:
                 self.take(WorkerExited(number, "exited with status 0", served_s=20.0))
         if self.listeners == "closing":
             self.take(BacklogEmptied())
         for deadline in sorted(self.timers, key=repr):
-            in_time = all_goes_well and deadline.wait in (Wait.START, Wait.WORKER_START)
+            in_time = all_goes_well and deadline.wait in (TimerKind.START, TimerKind.WORKER_START)
             if deadline in self.timers and not in_time:
                 self.take(DeadlinePassed(deadline))
 
@@ -502,16 +502,16 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     """What holds between before and after."""
     news = [action.news for action in actions if isinstance(action, Report)]
     serving = before.of(Phase.SERVING)
-    if News.RELOAD_FAILED in news and serving:
+    if ReportKind.RELOAD_FAILED in news and serving:
         route = after.route
         assert route
         assert route.number == serving.number, "a failed reload changed what serves"
         if before.workers_wanted >= len(serving.workers):  # else some leave now for that
             assert set(serving.workers) <= set(route.workers)
-    if News.RELOAD_FAILED in news:
+    if ReportKind.RELOAD_FAILED in news:
         assert (before.policy, before.workers_wanted) == (after.policy, after.workers_wanted)
     if UseSettings() in actions:
-        assert News.RELOADED in news or after.stopping, "used before it serves"
+        assert ReportKind.RELOADED in news or after.stopping, "used before it serves"
     lost_route = RouteTo(None) in actions
     read = event.policy.stop_first if isinstance(event, SettingsRead) else False
     stop_first = before.policy_of(True).stop_first or before.policy.stop_first or read
@@ -519,7 +519,7 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
         assert isinstance(event, ChannelBroken | WorkerExited) or after.stopping
     if isinstance(event, WorkerExited) and lost_route:
         assert before.of(Phase.SERVING) is None or stop_first or after.stopping
-    if News.START_FAILED in news:
+    if ReportKind.START_FAILED in news:
         assert not before.served
         assert after.exit_status == 3
     assert before.served <= after.served

@@ -220,7 +220,7 @@ def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:
     [(0, "0.0s"), (9.96, "10.0s"), (59, "59s"), (60, "1m"), (3725, "1h2m"), (90061, "1d1h")],
 )
 def test_times_are_short(seconds: float, shown: str) -> None:
-    assert render.span(seconds) == shown
+    assert render.duration_text(seconds) == shown
 
 
 def test_a_sparkline_reaches_from_nothing_to_the_highest() -> None:

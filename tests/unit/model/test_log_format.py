@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from socketprotector.core.events import News
+from socketprotector.core.events import ReportKind
 from socketprotector.model.log_format import LEVELS
 
 ROOT = Path(__file__).parents[3]
@@ -41,4 +41,4 @@ def test_every_event_is_documented_and_no_other() -> None:
         for name in re.findall(r"`([a-z-]+)`", row)
     ]
 
-    assert sorted(told) == sorted({*written(), *(news.value for news in News)})
+    assert sorted(told) == sorted({*written(), *(news.value for news in ReportKind)})

@@ -1,4 +1,4 @@
-"""The words of the lifecycle: events are facts that happened, actions are orders.
+"""Events (facts that happened) and actions (orders) of the lifecycle.
 
 Pure data.  An event names generations and workers by number only; what a number
 stands for (a process, a channel) is the business of effects.

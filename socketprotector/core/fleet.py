@@ -18,7 +18,7 @@ from .events import Deadline
 
 
 class Phase(Enum):
-    """Where a generation stands.  A generation that is gone is no longer in the fleet."""
+    """The phase of a generation.  A generation that is gone is no longer in the fleet."""
 
     STARTING = "starting"
     SETTLING = "settling"  # has the route, but the one before it can still be switched back to
@@ -46,7 +46,7 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
 
 
 class State(Enum):
-    """Where one worker stands."""
+    """The state of a worker."""
 
     WAITING = "waiting"  # nobody is there yet: a back-off timer runs, or its turn has not come
     STARTING = "starting"

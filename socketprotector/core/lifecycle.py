@@ -1,9 +1,9 @@
 """What follows from an event: `decide(fleet, event) -> (fleet, actions)`.
 
 Pure: no clock, process, socket or logger.  Time comes in as events and goes out as
-StartTimer.  Each event is first answered for itself (reload.py, workers.py, stop.py);
-then `_go_on` does what has become possible, whatever the event was.  An event that
-comes late finds nothing that it is about, and changes nothing.
+StartTimer.  Each event is handled first (reload.py, workers.py, stop.py); then `_go_on` does
+what has become possible, whatever the event was.  A late event finds its subject
+gone, and changes nothing.
 
 The order of the actions is part of the answer.
 """

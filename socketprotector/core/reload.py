@@ -2,7 +2,7 @@
 
 Pure.  Two rules hold it together:
 
-* Route before draining: there is no moment in which nobody owns a new connection.
+* Route before draining: at every moment a generation owns new connections.
 * A generation that fails while another serves changes nothing for anybody.
 """
 

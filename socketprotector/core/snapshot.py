@@ -1,4 +1,4 @@
-"""All that the next program needs to go on where this one stopped, as one value.
+"""All that the next program needs to resume where this one stopped, as one value.
 
 Pure data.  Its classes are what the state is written in, by name: one that is renamed must still be
 read (RENAMED), and so must what is arranged otherwise than before (_from_format_2).

@@ -1,7 +1,7 @@
-"""How all of it ends: graceful (everyone finishes what has connected) or quick (TERM now).
+"""Shutdown: graceful (workers finish the connections they have) or quick (TERM now); and `hold`.
 
-Pure.  A stop calls off whatever was to come; nothing new is started after it but a
-replacement for a worker that left something in a queue nobody else can serve.
+Pure.  A stop calls off all pending work; nothing new is started after it but a replacement for a
+worker that left something in a queue that no other generation can serve.
 """
 
 from __future__ import annotations

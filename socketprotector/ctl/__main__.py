@@ -1,6 +1,6 @@
-"""`socketprotectorctl` and `python -m socketprotector.ctl`: run one command of the line.
+"""`socketprotectorctl` and `python -m socketprotector.ctl`: run one command line.
 
-Whatever goes wrong is one line on stderr, and an exit status (errors.py).
+Every error is one line on stderr, and an exit status (errors.py).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The command line of socketprotectorctl: instance options, then a command with its own.
 
-Whatever is wrong is one line: what, where, what to do.
+Every error is one line: what, where, how to fix it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """One connection to a control socket: a request, its answer, and the events in between.
 
-Standard library only, and no words for people but in what is raised.  It blocks, each time
-for a given time at most.  What comes from the other side is checked for its shape, never
-trusted in its length.
+Standard library only; no output, errors are raised.  It blocks, each time at most for a given time.
+The peer's data is checked for its shape and limited in length.
 
 Source: docs/control.md; unix(7) for SO_PEERCRED.
 """

@@ -1,4 +1,4 @@
-"""Which control socket is meant: by path, by name, by pid file, or the only one there is."""
+"""Finds the control socket: by path, by name, by pid file, or the only one there is."""
 
 from __future__ import annotations
 

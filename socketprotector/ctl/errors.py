@@ -1,4 +1,4 @@
-"""What can go wrong, each with the exit status that tells it to scripts."""
+"""The errors of socketprotectorctl, each with its exit status."""
 
 from __future__ import annotations
 

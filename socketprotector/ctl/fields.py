@@ -1,6 +1,6 @@
-"""Fields of a status or an event, taken only where they are what they should be.
+"""Reads fields of a status or an event, and ignores those of a wrong type.
 
-It comes from a protector that may be newer than we are, or from no protector at all.
+The peer may be a newer protector, or no protector at all.
 """
 
 from __future__ import annotations

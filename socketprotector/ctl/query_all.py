@@ -1,4 +1,4 @@
-"""One question to many control sockets at once, in one loop; each answer in its time or never.
+"""Sends one request to many control sockets at once, in one loop, each with a timeout.
 
 A hundred instances, some of them dead or stopped, take no longer than the slowest answer.
 """

@@ -1,7 +1,7 @@
-"""reload, upgrade, stop: what takes a while, and ends in a verdict.
+"""reload, upgrade, stop: commands that take a while, and end in a verdict.
 
-Each is asked for at once and then waited for, so that the exit status says what became of it.
-A success is only what the protector has called one.
+Each is requested at once and then awaited, so that the exit status says how it ended.
+Only what the protector calls a success is one.
 """
 
 from __future__ import annotations

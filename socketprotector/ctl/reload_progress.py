@@ -1,8 +1,8 @@
-"""What became of a reload, told from events and from status: pure, and never too early.
+"""The verdict of a reload, derived from events and from status: pure, and never too early.
 
 Two sources, because a connection may be cut and events be missed: whatever an event says,
-`status` says too, later.  The verdict is the first that `reloaded` or `reload-failed` gives
-on the generation that was promised, or on a later one; nothing else is a success.
+`status` says too, later.  The verdict is the first `reloaded` or `reload-failed` for the promised
+generation, or for a later one; nothing else is a success.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ProgressThrottle:
 
 @dataclass(slots=True)
 class _Generation:
-    """What is known of the generation that starts."""
+    """The state of the generation that starts."""
 
     number: int
     spawned: set[int]
@@ -185,7 +185,7 @@ class Reload:
 
 @dataclass(frozen=True, slots=True)
 class DrainProgress:
-    """What is left of the generations before one."""
+    """The workers and connections left of the generations before one."""
 
     generations: tuple[int, ...] = ()
     pids: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""How things are shown: numbers with units, columns, colours.
+"""Formats values for people: numbers with units, columns, colours.
 
 Colours, and lines cut at the right edge, only on a terminal; elsewhere plain columns, so that
 awk can read them.  NO_COLOR is respected.  Everything that is shown goes through `words.escape`

@@ -1,7 +1,7 @@
-"""A protector that is talked to for longer: an upgrade or a crash may come in between.
+"""A longer conversation with a protector: an upgrade or a crash may come in between.
 
-Each of those ends the connection and leaves the socket.  So a session connects again, for so
-long as somebody can still be expected to come back, and follows events again if it did.
+Each of those ends the connection and leaves the socket.  So a session connects again, for as long
+as a successor can still be expected, and follows events again if it did.
 """
 
 from __future__ import annotations

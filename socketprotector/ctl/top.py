@@ -1,4 +1,4 @@
-"""top: one screen that is drawn anew every second; for a terminal of 80 x 24 and up.
+"""top: one screen, redrawn every second; for a terminal of 80 x 24 and up.
 
 Rates and waits are those of the last interval, from the difference of two answers.
 """

@@ -1,5 +1,5 @@
-"""The resident process: one loop that takes in events, has core decide, and acts.
+"""The resident process: one loop: events come in, core decides, the actions are carried out.
 
-Memory and time count here: it lives as long as the service, and everybody is served by one thread.
+Memory and time count here: it lives as long as the service, and one thread serves everything.
 May import: core, model, programs, system.
 """

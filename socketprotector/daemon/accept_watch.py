@@ -1,10 +1,10 @@
-"""Whether workers that accept by themselves accept at all, under --handoff listener.
+"""Detects that workers do not accept, under --handoff listener.
 
-No connection passes through us there, and none may wake us for nothing.  So only the first client
-of a generation wakes us.  A while later the kernel is asked for the backlog (sock_diag), and then
-again: accept() takes the oldest, so if all of the first answer are still in the second, none was
-accepted in between.  Where the backlog is empty the next client is waited for.  So nothing happens
-while no client comes, and while all is well we wake up twice in LOOK_S at most.
+No connection passes through us there, and none may wake us needlessly.  So only the first client
+of a generation wakes us.  After a while we ask the kernel for the backlog (sock_diag), and then
+again: accept() takes the oldest, so if all clients of the first answer are still in the second,
+none was accepted in between.  Where the backlog is empty we wait for the next client.  So nothing
+happens while no client connects, and in normal operation we wake up at most twice in LOOK_S.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the next program needs, kept ready for it at any time.
+"""Keeps ready, at any time, all that the next program needs.
 
-Descriptors go to the fd store (systemd's, or the guard); how they belong
-together is written to the state memfd.  Descriptors first, then the state, then the act: so
-whatever the state tells of can be found, whenever we are killed.  Only what has changed is given
-away and written: each worker's step costs what one worker costs, however many there are.
+Descriptors go to the fd store (systemd's, or the guard); the state memfd says what they are for.
+Descriptors first, then the state, then the action: so whatever the state mentions exists, whenever
+we are killed.  Only changes are stored and written: one worker's step costs what one worker costs,
+however many there are.
 """
 
 from __future__ import annotations

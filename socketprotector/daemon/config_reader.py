@@ -1,7 +1,7 @@
-"""Has the configuration read again by a process of its own, and hears what it answers.
+"""Runs the process that reads the configuration again, and receives its answer.
 
-That process is launch/reload_child.py, which says what the answer looks like.  It is given the
-settings that hold, reads everything as the launching process did, and ends.
+That process is launch/reload_child.py, which documents the answer.  It is given the current
+settings, reads everything as the launching process did, and exits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Carries out the actions that the lifecycle orders, and turns what comes back into events.
 
-What a generation's number stands for is in generation.py, a worker's in worker_pool.py; the
-connections are in forwarder.py.  How all of them go on where another program stopped: recovery.py.
+Generations are in generation.py, workers in worker_pool.py, connections in forwarder.py.  How they
+resume where another program stopped: recovery.py.
 """
 
 from __future__ import annotations

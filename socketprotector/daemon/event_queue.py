@@ -1,7 +1,7 @@
-"""The way of every fact to the supervisor.
+"""Carries every event to the supervisor.
 
-It is made first, so that whoever has something to tell can be given its entrance, `post`, before
-the supervisor is there that needs all of them.
+It is created first so that producers can be given `post` before the supervisor, which depends on
+them, exists.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""--watch: reload when files change.
+"""--watch: reloads when files change.
 
-A process (programs/file_watch.py) looks at the files and says so over a line.  It outlives an
-upgrade and, where somebody keeps descriptors, the protector's own death.  It ends with the line.
+A process (programs/file_watch.py) watches the files and reports over a socket.  It outlives an
+upgrade and, with the guard or systemd's fd store, the protector's own death.  It exits when the
+socket is closed.
 """
 
 from __future__ import annotations

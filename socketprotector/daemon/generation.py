@@ -1,7 +1,7 @@
-"""What a generation's number stands for: its program, its channel, its scoreboard.
+"""The resources of a generation: its program, its channel, its scoreboard.
 
-What is to be known of it by the next program is one record, which is replaced whole; the
-descriptors have names (system/inherited.py).
+All that the next program needs is one record, replaced as a whole; the descriptors have names
+(system/inherited.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A listener that a reload has removed: new clients are refused, those that have connected served.
+"""A listener that a reload has removed: refuses new clients, serves those that have connected.
 
 These go to the generation that knows the listener, not to the route.  This is off the path of
-every other connection: a timer looks at the backlog, until none came between two looks.
+all other connections: a timer checks the backlog, until none came between two checks.
 """
 
 from __future__ import annotations

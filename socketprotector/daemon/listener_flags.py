@@ -1,8 +1,8 @@
-"""O_NONBLOCK of listening sockets that were passed in, which workers may set as they like.
+"""O_NONBLOCK of listening sockets that were passed in: recorded, and restored by the next program.
 
-The flag is the open file description's, so it is also that of whoever has passed the socket in.
-systemd sets it anew at each start of the service (NonBlocking= of the unit), under workers that
-have set it otherwise and still run.  So it is written down, and put back by the next program.
+Workers may set it as they like.  It belongs to the open file description, so it is shared with the
+process that passed the socket in.  systemd sets it again at each start of the service (NonBlocking=
+of the unit), under running workers that have set it otherwise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The settings that hold, those that were read again, and who reads them.
+"""The settings in force, the candidate settings of a reload, and the process that reads them.
 
-What is read is tried with the next generation, and holds once that serves; else it is
-forgotten, as if it had never been read.
+Candidate settings are used by the next generation and take effect once that serves; otherwise they
+are dropped.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""The protector's side of the relay process: what it reads, which last words are asked for, another
-if it dies or stands still.
+"""The protector's side of the relay process: the pipes it reads, last words, and its replacement.
 
 The protector keeps the read end of every pipe, too, so that the relay's death breaks no worker's
-output; the next relay reads on.  A worker's pipe is kept until its last writer has gone, which
+output; the next relay reads on.  A worker's pipe is kept until its last writer has exited, which
 may be a process that the worker has left behind.
 
-A relay that was stopped would block each worker that writes, once its pipe is full.  Nothing
-announces that, and no wake-up may be in vain: so the first byte that a worker writes starts a
-timer, and while there is something in a pipe each time that it runs out, the relay's state is
-looked at.  When all pipes are empty the next byte is waited for.
+A stopped relay would block each worker that writes, once its pipe is full.  The kernel does not
+report that, and we must not poll while idle.  The first byte a worker writes starts a timer; as
+long as a pipe is not empty when it fires, we check the relay's state.
 
 Source: proc(5) for a process's state, pipe(7), epoll(7) for one in another.
 """

@@ -1,9 +1,8 @@
-"""Where the workers' output goes, and a failed worker's last words from there.
+"""Where the workers' output goes, and how a failed worker's last words are obtained.
 
 Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
 where lines get a prefix, each worker has a pipe of its own, which a relay process reads
-(log_relay.py): so a rotation takes the lines of running workers along, and what a worker has said
-is known to be its own.
+(log_relay.py): so a rotation includes running workers, and each line is known to be of one worker.
 """
 
 from __future__ import annotations

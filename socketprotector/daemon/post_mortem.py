@@ -1,10 +1,10 @@
-"""What is found out when a worker has ended: how, why, and what it has left behind.
+"""Determines, when a worker has exited, its status, the reason, and the processes it left.
 
 The order is fixed.  First its last words, where it has not served: they are the reason of a failed
 start, and may have to come from the relay process.  Until then it is not reaped, so that a program
-that replaces this one meanwhile finds it ended, and asks again.  Then its status: from wait, or
-from the guard, where an earlier program was its parent (waitid(2) fails with ECHILD here).  At last
-what it leaves: while its process group lives, the kernel gives its pid to no other process.
+that replaces this one meanwhile finds it exited, and asks again.  Then its exit status: from wait,
+or from the guard, where an earlier program was its parent (waitid(2) fails with ECHILD here).  Last
+the processes it left: while its process group exists, the kernel does not reuse its pid.
 """
 
 from __future__ import annotations

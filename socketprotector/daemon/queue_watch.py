@@ -1,10 +1,10 @@
-"""Whether anybody takes from the queue of the generation that has the route.
+"""Detects that workers do not take connections from the queue of the routed generation.
 
 Workers may have the kernel wake one of them for a connection (EPOLLEXCLUSIVE).  One that is killed
-or stopped between its wake-up and its take leaves the others asleep, with a client waiting.  So
-while something is queued, its head is looked at.  Where it is the same at two looks, all that is
-queued is sent once more, in the same order: that wakes another worker, whatever has become of the
-first.  While nothing is queued no timer runs, and the path of a connection looks at one flag.
+or stopped between its wake-up and its read leaves the others asleep, with a client waiting.  So
+while the queue is not empty, its head is checked.  If it is the same at two checks, the whole queue
+is sent again, in the same order: that wakes another worker.  While the queue is empty no timer
+runs, and accepting a connection tests one flag.
 """
 
 from __future__ import annotations

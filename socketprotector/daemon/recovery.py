@@ -1,9 +1,9 @@
-"""Going on where another program stopped: each owner gets its record and its descriptors back.
+"""Resumes where another program stopped: each owner gets its record and its descriptors back.
 
 First what connections need, so that clients wait as little as possible; then the workers, one at a
-time, of which there may be a thousand.  Descriptors are given away before the
-state is written, and taken back after it: so the state may know of what was not kept in time, which
-is told as an event, and something may have been kept that it does not know, which is closed.
+time, of which there may be a thousand.  Descriptors are stored before the state is written, and
+removed after it: so the state may mention one that was not stored in time, which is reported as an
+event, and the store may have one that the state does not mention, which is closed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The resident process: what stays when the command line has been parsed.
+"""The long-running process, executed by the launcher.
 
-It is executed with its descriptors inherited by name (system/inherited.py): by the launching
-process, by itself (an upgrade in place), by the guard, or by systemd after a crash.  With a state
-among them it resumes where another program stopped.  Heavy imports do not belong here: tests hold
-the list, bench/ the megabytes.
+It inherits its descriptors by name (system/inherited.py): from the launching process, from itself
+(an upgrade in place), from the guard, or from systemd after a crash.  With a state among them it
+resumes where another program stopped.  Heavy imports do not belong here: tests hold the list,
+bench/ the megabytes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  Of two
 generations that follow each other each has its own.  A program in the kernel steers new clients to
-the one that has its turn, from the moment at which it is ready.  So the generation before it gets
+the current generation, as soon as it is ready.  So the generation before it gets
 no new clients: it quiesces, which means that it accepts the clients in its own backlog and reads
 their first bytes, before it is told to finish.  A server that is told earlier closes connections
 that it has just accepted.

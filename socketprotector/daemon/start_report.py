@@ -1,7 +1,7 @@
-"""Whoever waits for the first start, as the resident process sees it.
+"""Reports the first start to the launching process, or to the terminal.
 
-Detached that is the launching process, which gets one JSON object a line (launch/await_verdict.py
-has the other side); in the foreground it is whoever reads the terminal.
+Detached, the launching process gets one JSON object a line (launch/await_verdict.py is the other
+side); in the foreground the report goes to the terminal.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""USR2: the protector's own program is replaced in place, if the new one says that it can.
+"""USR2: replaces the protector's own program in place, if the new one says that it can.
 
 A probe, which is a process of the new program, loads the state first and answers.  Only then
 does this process execute the new program: same pid, same children, nothing closed.
-A broken install is found out by the probe, and changes nothing.
+The probe detects a broken installation, and nothing changes.
 """
 
 from __future__ import annotations

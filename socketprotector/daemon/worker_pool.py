@@ -1,11 +1,10 @@
 """The workers that live: what they say, and the signals that they are sent.
 
-Effects says what is to be done with a worker; what comes back is an event.  How one is started is
-in worker_spawn.py, what is found out at its end in post_mortem.py.  A worker is known by its
-number, which is never another's: its pid may be, as soon as it is reaped.
+Effects orders, the pool posts events.  Start: worker_spawn.py; exit: post_mortem.py.  A worker is
+identified by its number, which is never reused: its pid may be, as soon as it is reaped.
 
-Each message of a worker is handled, and what follows from it is written down, before it is taken
-from its socket.  A program that replaces this one in between hears it once more.
+Each message of a worker is handled, and its result checkpointed, before it is removed from its
+socket.  A program that replaces this one in between receives it again.
 """
 
 from __future__ import annotations

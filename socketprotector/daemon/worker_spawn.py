@@ -1,14 +1,14 @@
-"""How a worker comes to be: its descriptors, its environment, its process.
+"""Starts a worker: its descriptors, its environment, its process.
 
-A worker knows nothing but the numbers of its descriptors and what its environment says of them
-(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  Two kinds are told
-apart here: one that accepts is given the listening sockets, every other one its generation's
-channel, a RETURN line of its own and its slot of the scoreboard.
+A worker knows only the numbers of its descriptors and what its environment says about them
+(docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  There are two kinds:
+a worker that accepts gets the listening sockets; any other gets its generation's channel, a RETURN
+line of its own and its slot of the scoreboard.
 
-What is shared is the open file description, not the number: the channel's read end and the
-listening sockets are the same ones in all workers and here.  So no flag of them is set for one
-worker.  The far ends of a worker's own lines are closed here as soon as it has them; while a copy
-was left, we would never read their end of file.
+The open file description is shared, not the number: the channel's read end and the listening
+sockets are the same ones in all workers and here.  So no flag of them is set for one worker.
+
+Close our copies of the worker's ends right after the spawn, or we never see end of file.
 """
 
 from __future__ import annotations

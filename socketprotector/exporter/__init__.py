@@ -1,5 +1,6 @@
 """socketprotector-exporter: what control sockets say, as Prometheus metrics over HTTP.
 
-The protector has no HTTP server inside, and the end of this program disturbs no service.
+The protector has no HTTP server inside; the exporter is a separate process: if it dies, no service
+is affected.
 May import: ctl, model.
 """

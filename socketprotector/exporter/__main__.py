@@ -1,6 +1,6 @@
 """`socketprotector-exporter` and `python -m socketprotector.exporter`: the command line.
 
-Whatever is wrong is one line: what, where, what to do.
+Every error is one line: what, where, how to fix it.
 """
 
 from __future__ import annotations

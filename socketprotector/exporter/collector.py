@@ -23,7 +23,7 @@ ANSWER_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Who was asked for on the command line; neither: all there are."""
+    """The instances named on the command line; none: all there are."""
 
     names: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()

@@ -1,8 +1,8 @@
 """The launching process waits for the verdict of the first start.
 
-What it hears are JSON lines from the resident process (daemon/start_report.py), whose end of the
-line stays open until it has ended or has said that it serves.  Ctrl-C and TERM call the start off;
-a kill of this process calls it off too, by the end of file.
+It reads JSON lines from the resident process (daemon/start_report.py), which keeps its end open
+until it has exited or serves.  Ctrl-C and TERM call the start off; so does killing this process,
+by the end of file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Bind the control socket: unless --control says where, where tools look for it (docs/control.md).
+"""Binds the control socket: at --control, else at the default path (docs/control.md).
 
-A protector without one works as well, so what fails here is a notice and no more.
+A protector works without one, so a failure here is only a notice.
 """
 
 from __future__ import annotations

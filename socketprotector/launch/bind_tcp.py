@@ -1,7 +1,7 @@
-"""Bind what the operator asked for, all or nothing.
+"""Binds the listeners that the operator asked for, all or none.
 
-Runs in the launching process only, so that whatever is wrong is said on the operator's
-terminal before anything has changed.
+Runs in the launching process only, so that errors appear on the operator's terminal before
+anything has changed.
 
 Source: bind(2), tcp(7), ipv6(7).
 """

@@ -1,6 +1,6 @@
 """The command line: options in, checked and resolved settings out; then launch.
 
-Whatever is wrong is one line: what, where, what to do.
+Every error is one line: what, where, how to fix it.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ _PLACE = re.compile(r" \(at (?:line (\d+), column \d+|end of document)\)\Z")
 
 
 class Mistaken(UsageError):
-    """What is wrong with a file: one line for each mistake."""
+    """The mistakes in a file: one line each."""
 
 
 class ConfigFile:
@@ -118,7 +118,7 @@ class ConfigFile:
     # -- values ----------------------------------------------------------------
 
     def _take(self, key: str, value: Any) -> None:
-        """What is right goes to `values`, `tables`, `listens` and `command`."""
+        """Put valid entries into `values`, `tables`, `listens` and `command`."""
         name = _FORMER.get(key, key)
         if name != key:
             if (name,) in self._places:

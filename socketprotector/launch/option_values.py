@@ -1,6 +1,6 @@
-"""The kinds of values that options have: how each is read from its text, and shown to people.
+"""The types of option values: how each is parsed and shown.
 
-Whatever is wrong is said in one line with what may be written instead.
+Every error says in one line what is allowed instead.
 """
 
 from __future__ import annotations

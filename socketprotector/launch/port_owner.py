@@ -1,4 +1,4 @@
-"""Who has an address already, where the system tells.
+"""Finds the process that uses an address, where the system tells.
 
 Source: proc(5) through psutil; unix(7) for SO_PEERCRED.
 """

@@ -1,6 +1,6 @@
-"""What was asked for, on the command line and in the file, as settings: checked, paths resolved.
+"""Turns the options of the command line and the file into settings: checked, paths resolved.
 
-An option whose value is that of its field goes there by the table (options.py); here are the rest.
+An option whose value is its field's is copied by the table (options.py); the rest is here.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class OptionResolver:
         return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
 
     def _table(self, name: str) -> dict[str, str]:
-        """What is given by name; the command line wins."""
+        """The entries of a table option, by name; the command line wins over the file."""
         in_file = self._file.tables.get(name, {}) if self._file else {}
         return {**in_file, **dict(self._given[name])}
 

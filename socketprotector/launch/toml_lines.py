@@ -1,4 +1,4 @@
-"""Where in a TOML text each key and each value of a list stands: tomllib does not say.
+"""The line of each key and of each list value in a TOML text: tomllib does not give it.
 
 For a text that tomllib has read, so that nothing here looks for mistakes.  Source: the
 specification of TOML 1.0.0.

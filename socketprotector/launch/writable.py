@@ -1,4 +1,4 @@
-"""Whether a file could be written, before it is, and why not: access(2) keeps that to itself."""
+"""Tests whether a file could be written, and gives the error: access(2) does not."""
 
 from __future__ import annotations
 

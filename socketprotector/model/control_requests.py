@@ -1,4 +1,4 @@
-"""What may be asked on the control socket: lines in, checked requests out.
+"""Requests on the control socket: lines in, checked requests out.
 
 Pure.  Nothing is done halfway: a request with anything in it that its command does not know
 is refused as a whole.

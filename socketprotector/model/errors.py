@@ -1,4 +1,4 @@
-"""The mistakes and refusals that reach people, each with its exit status."""
+"""The errors that users see, each with its exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many workers there can be: each keeps some of the protector's descriptors for its life.
+"""How many workers there can be: each uses some of the protector's descriptors.
 
 Pure.  docs/reliability.md, How many workers, has the same in words.
 """

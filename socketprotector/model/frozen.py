@@ -1,4 +1,4 @@
-"""Values that nobody changes: dataclasses with slots, compared, hashed and shown by their fields.
+"""Immutable values: dataclasses with slots, compared, hashed and shown by their fields.
 
 As `@dataclass(frozen=True, slots=True)`, which compiles six functions for each class: a
 millisecond, and the resident process has some seventy. Nobody is accepted while a new program

@@ -1,4 +1,4 @@
-"""What an operator asks about afterwards: which reloads there were, and which workers crashed.
+"""The history: which reloads there were, and which workers crashed.
 
 Pure: frozen values, kept in the state like everything else that has to outlive the program.
 Times are seconds since the epoch, for people.

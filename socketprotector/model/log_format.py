@@ -1,4 +1,4 @@
-"""How one line of the log looks: key=value text or a JSON object, and what tells it from others'.
+"""The format of a log line: key=value text or a JSON object, and how ours are recognized.
 
 Pure.  Whatever a field holds, a line is one line of printable characters.
 """

@@ -1,6 +1,6 @@
-"""What the operator chose about generations and their ends, as one frozen value.
+"""What the operator chose about generations and their limits, as one frozen value.
 
-Pure.  Apart from core/fleet.py, which speaks of events, because an event tells a new policy.
+Pure.  Separate from core/fleet.py, which imports events, because an event carries a new policy.
 """
 
 from __future__ import annotations

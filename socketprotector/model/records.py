@@ -1,4 +1,4 @@
-"""What is kept of programs, generations and workers, as values that can outlive the program.
+"""The records of programs, generations and workers, as values that can outlive the program.
 
 Pure data.  Descriptors are not in here: they have names under which the next program finds them
 again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold until a reboot.

@@ -42,7 +42,7 @@ def say(line: socket.socket, text: str) -> None:
 
 
 class Below(DefaultFilter):
-    """What is below a folder, without what is never edited by hand, and without these."""
+    """The files below a folder, without generated ones, and without these."""
 
     def __init__(self, ignored: Collection[str]) -> None:
         super().__init__()

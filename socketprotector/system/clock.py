@@ -1,6 +1,6 @@
-"""The date, for people: in logs, in status, in what is remembered.
+"""The wall clock, for people: in logs, in status, in the history.
 
-It may jump, so nothing is decided by it; whatever waits or measures takes CLOCK_MONOTONIC.
+It may jump, so no decision depends on it; waits and measurements use CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations

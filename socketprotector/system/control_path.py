@@ -1,6 +1,6 @@
-"""Where control sockets are when nobody chose another place (docs/control.md).
+"""The default path of control sockets (docs/control.md).
 
-The protector that makes one and the programs that look for it agree on this.
+Shared by the protector that creates one and the programs that look for it.
 """
 
 from __future__ import annotations

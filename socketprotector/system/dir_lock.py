@@ -1,7 +1,7 @@
-"""A folder, locked while a file in it is looked at and replaced.
+"""Locks a folder while a file in it is checked and replaced.
 
-Whoever finds something stale and puts its own in the place does both under this lock; so
-two that start at once cannot remove each other's, and need no tries and no guesses.
+A process that finds a stale file and replaces it does both under this lock; so two that start at
+once cannot remove each other's.
 
 Source: flock(2).
 """

@@ -1,4 +1,4 @@
-"""Finds the executable file that a command means, and our own."""
+"""Finds the executable file of a command, and our own."""
 
 from __future__ import annotations
 

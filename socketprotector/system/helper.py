@@ -1,7 +1,6 @@
 """Processes of our own program beside the workers: relay, watcher, configuration reader, probe.
 
-All are started, reaped and let go of here; what one of them is asked, and answers, is known to the
-module that has it started.
+All are started, reaped and released here; the protocol with each is in the module that starts it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The door through which the resident process gets its descriptors.
+"""How the resident process inherits its descriptors by name, from any predecessor.
 
-The launching process leaves them at 3, 4, ... and names them, as systemd does for a
-service (sd_listen_fds(3)); ours begin with `sp.`.  One door for every giver.
+The predecessor places them at 3, 4, ... and names them, as systemd does for a service
+(sd_listen_fds(3)); ours begin with `sp.`.
 
-Names that are too long for the environment are left in a memfd, and the only name in
-the environment says at which number: `sp.names.N`.
+Names that are too long for the environment are put into a memfd, and the only name in
+the environment gives its number: `sp.names.N`.
 """
 
 from __future__ import annotations

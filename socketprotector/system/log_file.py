@@ -1,8 +1,8 @@
-"""The log file, opened so that no user who may write its folder can lead root astray.
+"""Opens the log file so that a user with write access to its folder cannot trick root.
 
-Root opens it, often in a folder of the daemon's own user: a symbolic link or a second name
-there must not make root write into a file that this user could not write.  Links of
-root's own, in folders that only root may write, are followed.
+Root opens it, often in a folder of the daemon's own user: a symbolic link or hard link there must
+not make root write to a file that this user could not write.  Root's own links, in folders that
+only root may write, are followed.
 
 Source: open(2), symlink(7), fifo(7).
 """

@@ -1,7 +1,7 @@
-"""Who is at the other end of a UNIX socket, where a user's number may stand for many.
+"""The credentials of a UNIX socket's peer, and when a uid may be the overflow uid.
 
-In a user namespace all users that have no number there appear as one, the overflow user, who
-is `nobody` elsewhere.  So that number proves nothing, unless every user has one of its own.
+In a user namespace all users without a mapping appear as one, the overflow user (`nobody`
+elsewhere).  So that uid identifies a user only if every uid is mapped.
 
 Source: user_namespaces(7), unix(7), pidfd_send_signal(2).
 """

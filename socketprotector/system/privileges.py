@@ -1,7 +1,7 @@
-"""Who we are allowed to be: drop to a user for good, and start workers as another one.
+"""Drops to a user for good, and lets workers be started as another user.
 
 With --worker-user the protector keeps CAP_SETUID, CAP_SETGID and CAP_KILL and nothing else.
-No program that it executes has them, but its own next one: `lent()`.
+Programs it executes do not inherit them, except its own successor (`lent()`).
 
 Source: capabilities(7), prctl(2), capset(2).
 """

@@ -1,4 +1,4 @@
-"""Worker processes: spawn, signal, reap.  Never a bare pid: each has its pidfd.
+"""Worker processes: spawn, signal, reap.  Never by pid alone: each has a pidfd.
 
 Source: posix_spawn(3), pidfd_open(2), pidfd_send_signal(2), waitid(2), setrlimit(2).
 """

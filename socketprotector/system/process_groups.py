@@ -4,8 +4,8 @@ A worker is the leader of a session and of a process group of its own.  What it 
 in that group, and goes on when the worker has ended: the children of a pre-fork master, which
 would serve an old version for ever; the programs of a stdio pool, which finish their connections.
 
-The kernel tells of no group's end.  So it is asked for, soon at first and seldom later, and
-at once when a process was reaped that may have been in one.  A group of
+The kernel does not report a group's end.  So we poll, soon at first and seldom later, and at
+once when a process was reaped that may have been in one.  A group of
 processes that have ended and are not reaped, as in a container whose first process does not,
 is still a group to the kernel: that is looked up in /proc, some processes at a time.
 
@@ -48,7 +48,7 @@ _CENSUS_SLICE = 50
 
 @dataclass(slots=True)
 class _Group:
-    """What is known of one."""
+    """The state of one process group."""
 
     record: WorkerRecord
     process: Process  # the leader, which has ended

@@ -1,7 +1,7 @@
-"""Whether /proc may be asked: it is not mounted everywhere, and need not tell of our processes.
+"""Whether /proc can be used: it is not mounted everywhere, and may be of another PID namespace.
 
 In a PID namespace with the /proc of another one its numbers mean other processes than to
-kill(2).  `/proc/self` gives both away: proc(5).
+kill(2).  `/proc/self` shows both cases: proc(5).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a worker is found to be ready in other ways than by READY=1, which the worker pool hears.
+"""Ways in which a worker becomes ready other than READY=1, which the worker pool receives.
 
 ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
 number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails

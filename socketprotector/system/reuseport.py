@@ -1,13 +1,13 @@
-"""A second socket for a listener's address, and which of the two new clients come to.
+"""A second socket for a listener's address, and which of the two gets new clients.
 
-Two generations that follow each other accept from one each (daemon/socket_steering.py).  Both
-belong to a group of SO_REUSEPORT in which a filter of one instruction says the place of the one
-that is meant: the kernel asks it for each client that begins to connect.
+Two consecutive generations accept from one socket each (daemon/socket_steering.py).  Both sockets
+belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
+The kernel runs it for each new connection.
 
-The first one is bound without SO_REUSEPORT, so that a port that somebody else has is refused as
-ever, and nobody who asks for the port later without it gets in.
+The first socket is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
+other process can bind the port later without SO_REUSEPORT.
 
-A socket that was shut down has left the group; when it listens again it stands last.
+A socket that was shut down has left the group; when it listens again it is the last member.
 
 Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() and
 reuseport_detach_sock() in net/core/sock_reuseport.c.

@@ -1,8 +1,8 @@
-"""A generation's scoreboard: what its workers count, in memory that they share with us.
+"""A generation's scoreboard: the workers' counters, in memory that they share with us.
 
-One record for each slot, written by the worker in it and read by us whenever somebody
-asks.  The memory cannot be resized, so nobody's read faults because another has cut it off.
-What stands there is the worker's word and no more: every value is taken with a limit.
+One record for each slot, written by the worker in it and read by us on request.  The memory cannot
+be resized, so no read faults because another process has truncated it.  The values are the workers'
+and not trusted: each is read with a limit.
 
 Source: docs/protocol.md, section "Scoreboard"; memfd_create(2), fcntl(2) for the seals.
 """

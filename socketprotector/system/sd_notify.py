@@ -48,7 +48,7 @@ _ANCILLARY = _SENDER_BYTES + socket.CMSG_SPACE(4 * 253)
 
 
 class NotifySocket:
-    """Where one worker speaks to us.  Its address says who speaks."""
+    """The socket on which one worker sends to us.  Its address identifies the worker."""
 
     def __init__(self, bound: socket.socket, address: str, allowed_uids: frozenset[int]) -> None:
         """Take ownership of a socket that make() bound to the address."""
@@ -313,7 +313,7 @@ def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
 
 
 class Store:
-    """Whoever keeps our descriptors for the next program: systemd, or the guard.
+    """The fd store that keeps our descriptors for the next program: systemd, or the guard.
 
     Source: sd_notify(3), FDSTORE=1 and FDSTOREREMOVE=1.
     """

@@ -1,9 +1,7 @@
-"""What the kernel alone knows of a socket: who has not been heard or accepted, who listened first.
+"""Socket facts from sock_diag: unaccepted and unread clients, listen order, a UNIX socket's path.
 
-And which file is that of a UNIX one.
-
-A client has not been heard whose handshake is under way, who has connected and said nothing, or
-whose words nobody has read.
+Unread clients are those whose handshake is under way, those that have connected and sent nothing,
+and those whose data no process has read.
 
 Only for this process's network namespace.
 

@@ -1,4 +1,4 @@
-"""What outlives the program: values in a memfd, written whole or not at all.
+"""The state that outlives the program: values in a memfd, written atomically.
 
 The memfd holds two slots.  A slot begins with a whole value; what has changed in it since then
 follows, one record a change, because to write all of a thousand workers for each of them would

@@ -1,6 +1,6 @@
-"""What the operator reads: whole lines, escaped, and never a reason to fail.
+"""Writes to the operator's terminal: whole lines, escaped, and never a reason to fail.
 
-Nobody may read them any more (a closed terminal, `| head`): the start goes on all the same.
+The terminal may be closed, or the pipe (`| head`): the start continues all the same.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the control socket's commands do: look, or put an event on the supervisor's queue.
+"""The commands of the control socket: they read, or post an event to the supervisor.
 
-The verdict of what takes time comes as an event to clients that follow (docs/control.md).
+The result of a long operation is an event to clients that follow (docs/control.md).
 """
 
 from __future__ import annotations

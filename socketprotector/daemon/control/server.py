@@ -1,8 +1,8 @@
-"""The control socket: clients, lines, limits.  What is asked and answered is not known here.
+"""The control socket: clients, lines, limits.  The meaning of commands is in commands.py.
 
 Everything is done a little at a time, so that no client delays a connection: one request of one
-client for each turn of the loop, never a call that blocks, and an end for a client that sends too
-much, reads too little or stays for nothing.
+client for each turn of the loop, never a call that blocks, and a client that sends too much, reads
+too little or stays idle is disconnected.
 
 Source: docs/control.md; einhorn.py; unix(7) for SO_PEERCRED and SO_PEERGROUPS.
 """

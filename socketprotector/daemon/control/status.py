@@ -1,4 +1,4 @@
-"""What a protector says of itself: the values behind `status`, `connections` and `crashes`.
+"""The values behind `status`, `connections` and `crashes`.
 
 Reads, and changes nothing.  Names and units are those of docs/control.md.
 """

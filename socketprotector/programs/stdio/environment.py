@@ -1,4 +1,4 @@
-"""What a program learns through its environment: who speaks to it, and nothing of ours.
+"""The environment of a program: its client's address, and none of our variables.
 
 Source: tcp-environ(5) of ucspi-tcp and its IPv6 variant, the protocol of ucspi-unix,
 systemd.exec(5) ($REMOTE_ADDR).

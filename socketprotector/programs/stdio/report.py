@@ -1,6 +1,6 @@
-"""What the pool tells: the protector how it is doing, people what they should know.
+"""What the pool reports: its status to the protector, messages to people.
 
-Nothing here fails: news are not worth a program.  Source: docs/protocol.md.
+Nothing here raises: a failed report must not end a program.  Source: docs/protocol.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Starts programs: what is the same for each is worked out once.
+"""Starts programs: what they have in common is computed once.
 
 Source: posix_spawn(3), binfmt_misc of the kernel's documentation.
 """

@@ -179,7 +179,7 @@ def say_json(value: Any) -> None:
 
 
 def tell(text: str) -> None:
-    """Say what is not the answer: progress, warnings, mistakes.  Nobody may read it any more."""
+    """Say what is not the answer: progress, warnings, mistakes.  stderr may be closed."""
     lines = [escape(line) for line in text.split("\n")]
     try:
         print(*lines, sep="\n", file=sys.stderr, flush=True)

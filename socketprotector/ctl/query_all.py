@@ -30,7 +30,7 @@ class SocketAnswer:
 
     @property
     def alive(self) -> bool:
-        """Whether somebody listens there."""
+        """Whether a process listens there."""
         return self.why != "dead"
 
 

@@ -55,7 +55,7 @@ class _Generation:
 
 
 class Reload:
-    """One reload that somebody waits for.  `steps` are to be shown, each once."""
+    """One reload that is waited for.  `steps` are to be shown, each once."""
 
     def __init__(self, generation: int, status: Message) -> None:
         """`generation`: what `reload` answered.  status: how it stood before."""

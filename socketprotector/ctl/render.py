@@ -2,7 +2,7 @@
 
 Colours, and lines cut at the right edge, only on a terminal; elsewhere plain columns, so that
 awk can read them.  NO_COLOR is respected.  Everything that is shown goes through `words.escape`
-here, whoever has said it.
+here.
 """
 
 from __future__ import annotations

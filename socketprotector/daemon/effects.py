@@ -385,7 +385,7 @@ class Effects:
         self._persist()
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
-        """Nobody can come by a listener any more; if by none, whoever supervises us must act."""
+        """A listener gets no clients any more; if none does, our supervisor must act."""
         address = listener.settings.address
         hint = "a worker has shut it down; a restart is needed to have it again"
         self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)

@@ -48,7 +48,7 @@ _LONGEST_S = 10.0
 #: How soon to tell it again what its line had no room for, and to look at a pipe that the last
 #: writer has left and that is not read to its end.
 _AGAIN_S = 0.1
-#: How long the end waits for the relay, which ends at once unless somebody still writes.
+#: How long the end waits for the relay, which ends at once unless a process still writes.
 _END_S = 3.0
 #: What it is told: a worker's pipe, a question for its last words, where lines go.
 _PIPE, _WORDS, _PLACE = "+", "?", "="
@@ -235,7 +235,7 @@ class LogRelay:
         self._wait_for_output()
 
     def _wait_for_output(self) -> None:
-        """Look again when somebody has written something."""
+        """Check again when a worker has written something."""
         try:
             self._loop.watch(self._written.fileno(), self._was_written)
         except OSError:  # the system is short of something
@@ -371,7 +371,7 @@ class LogRelay:
     # -- the end -------------------------------------------------------------
 
     def finish(self) -> None:
-        """Let it pass on the last; it stays if somebody still writes."""
+        """Let it flush; it stays if a process still writes."""
         self._hang_up()
         if self._helper is not None:
             self._helper.process.signal(signal.SIGCONT)

@@ -130,7 +130,7 @@ class Output:
                 self._relay.reopened()
 
     def finish(self) -> None:
-        """Write no more, and let the relay pass on the last; it stays if somebody else writes."""
+        """Write no more, and let the relay flush; it stays if another process writes."""
         if self._relay is not None:
             if self._to_syslog:
                 self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
@@ -147,7 +147,7 @@ class Output:
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
     def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
-        """Call back with a worker's last lines, escaped; "" where nobody can tell them.
+        """Call back with a worker's last lines, escaped; "" where they are unknown.
 
         At once, or when the relay has answered.  mark: from where on nobody else has written;
         -1 if that is not so.

@@ -331,7 +331,7 @@ class _Resident:
             why = f"cannot start the relay {where}{asked}: {what_failed(error)}"
             if settings.to_syslog or asked:
                 raise SystemRefused(why) from error
-            # Nobody has asked for one: workers write to the file themselves.
+            # No relay was asked for: workers write to the file themselves.
             self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)
             log.reopen()
             log.write("warning", "notice", text=why)

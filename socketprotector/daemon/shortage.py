@@ -1,6 +1,6 @@
 """The system is out of descriptors or memory: try again later, and keep one descriptor in reserve.
 
-An error of that kind (EMFILE, ENFILE, ENOBUFS, ENOMEM) is nobody's fault and passes.  A listener
+An error of that kind (EMFILE, ENFILE, ENOBUFS, ENOMEM) is temporary.  A listener
 stays readable meanwhile, so only a timer keeps the loop from spinning.
 
 The reserve is for taking a connection out of a channel: the kernel gives it a number in this

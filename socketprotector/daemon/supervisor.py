@@ -47,7 +47,7 @@ _AGAIN_S = 0.05
 _BEHIND_S = 10.0
 #: After so much work of ours we look who has come; to start a worker takes a millisecond.
 _BREATH_S = 0.005
-#: How soon to look again behind a child that somebody else here reaps; later each time in a row.
+#: How soon to look again behind a child that another object here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
 _NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"

@@ -98,7 +98,7 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
 
 
 def _no_password() -> str:
-    """Nobody is there to type one in."""
+    """No terminal to type one in."""
     return ""
 
 

@@ -76,7 +76,7 @@ class ProtectorCollector(Collector):
         return [family for family in series.families() if family.samples]
 
     def describe(self) -> list[Metric]:
-        """Nobody is to be asked when this is registered."""
+        """Query no instance when this is registered."""
         return list(MetricSet().families())
 
     def unready(self) -> list[str]:

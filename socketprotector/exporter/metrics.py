@@ -180,7 +180,7 @@ class MetricSet:
 
 
 def serves(status: Status) -> bool:
-    """Whether new connections go to somebody."""
+    """Whether new connections go to a generation."""
     return measure(status, "route") is not None and label(status, "phase") != "stopping"
 
 

@@ -1,7 +1,7 @@
 """Immutable values: dataclasses with slots, compared, hashed and shown by their fields.
 
 As `@dataclass(frozen=True, slots=True)`, which compiles six functions for each class: a
-millisecond, and the resident process has some seventy. Nobody is accepted while a new program
+millisecond, and the resident process has some seventy. No client is accepted while a new program
 starts, at an upgrade or after a kill; so all but `__init__` are here once, for all of them. That
 nobody sets a field is for the type checker to see.
 """

@@ -76,7 +76,7 @@ class History:
         return replace(self, reloads=tuple(ended))
 
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
-        """Note the outcome, also of one whose beginning nobody has noted."""
+        """Note the outcome, also of a reload whose beginning was not recorded."""
         others = tuple(each for each in self.reloads if each.generation != generation)
         begun = next((each for each in self.reloads if each.generation == generation), None)
         ended = replace(

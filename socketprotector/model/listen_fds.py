@@ -117,7 +117,7 @@ def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str
 
 
 def _name(found: re.Match[str]) -> str:
-    """circus takes names in lower case; nobody tells two apart by that."""
+    """circus takes names in lower case; two never differ only in that."""
     return (found["fd"] or found["circus"] or found["old"] or "").lower()
 
 

@@ -1,7 +1,7 @@
 """Words for people: how a process ended, and text that is safe to show.
 
 Pure.  Whatever comes from a worker or a client is escaped before it reaches a
-terminal or a log, so that nobody can forge a line or drive a terminal.
+terminal or a log, so that it cannot forge a line or drive a terminal.
 """
 
 from __future__ import annotations

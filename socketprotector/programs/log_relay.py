@@ -60,7 +60,7 @@ def log(line: bytes) -> None:
 
 
 class Stream:
-    """Somebody's lines."""
+    """The lines of one writer."""
 
     def __init__(self, fd: int, number: int, prefix: bytes) -> None:
         """number: the worker's, -1 for the shared one.  prefix: of each line; it may be empty."""

@@ -43,7 +43,7 @@ class Quota:
         self._old: list[str] = []  # folders with cpu.cfs_quota_us
 
     def _find(self) -> None:
-        """Find the files, if somebody has moved us since they were found."""
+        """Find the files, if we were moved since they were found."""
         try:
             groups = _read(f"{self._proc}/cgroup")
             if groups == self._groups:

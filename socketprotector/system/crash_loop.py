@@ -82,7 +82,7 @@ class CrashLoopFilter:
         self._asked: set[int] = set()  # workers that served, and were asked to leave
         self._slot_counts: dict[int, int] = {}  # how many a generation has
         self._just_ended: tuple[int, int | None] | None = None
-        self._failed = 0  # the last generation that failed while nobody else served
+        self._failed = 0  # the last generation that failed while no other served
         self._shown_to = 0  # the lines of later generations are withheld
         self._stopping = False
 
@@ -163,7 +163,7 @@ class CrashLoopFilter:
     ) -> bool:
         reason = _why(fields)
         if ended is None or ended[0] != generation:
-            # All of its places together, as nobody says which one it is.
+            # All of its slots together, as the line does not say which one.
             shown = SHOWN * self._slot_counts.get(generation, 1)
             return self._count_death((generation, None), reason, shown)
         crashes = self._crashing.get(ended)

@@ -39,7 +39,7 @@ def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[s
     """Return how this very program is executed again, by the path it was called by.
 
     A script is taken by that path, so that a symlink to another release is followed; else
-    it is the interpreter with -m.  `label` is for whoever looks at the process list.
+    it is the interpreter with -m.  `label` is shown in the process list.
     """
     script = sys.argv[0]
     if os.path.basename(script) != "__main__.py" and os.access(script, os.X_OK):

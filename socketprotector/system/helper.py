@@ -95,10 +95,10 @@ class HelperProcess:
         try:
             end = self.process.reap()
             if end is None:
-                return  # it cannot be waited for yet: somebody traces it
+                return  # it cannot be waited for yet: it is traced
             how = end.how
         except ChildProcessError:
-            pass  # an earlier program's child: reaped by whoever adopted it
+            pass  # an earlier program's child: reaped by the process that adopted it
         self.close()
         self._ended(how)
 

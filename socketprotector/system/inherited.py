@@ -135,7 +135,7 @@ def place_for_exec(descriptors: Mapping[str, int]) -> dict[str, str]:
 def names(descriptors: Iterable[str]) -> dict[str, str]:
     """Return the variables that name descriptors at 3, 4, ..., without the pid they are for.
 
-    Too long, they go into a memfd that an exec leaves open; whoever does not come to execute
+    Too long, they go into a memfd that an exec leaves open; a caller that does not execute
     anything closes it.  Raises OSError.
     """
     found = tuple(descriptors)

@@ -64,7 +64,7 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
         try:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
         except OSError:
-            pass  # whoever drops privileges may lose the right to those above 6
+            pass  # a program that drops privileges may lose the right to those above 6
         one.detach()
         return fd, address
 
@@ -102,9 +102,9 @@ class Listener:
         self._again = list(again)
         self._backlog = settings.backlog or socket.SOMAXCONN
         self._last = 1  # which one was the last to listen, as far as we know
-        #: Nobody can come by it any more: it was shut down, and cannot be had anew.
+        #: It gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
-        #: It tells of clients whether there are any or not, so nobody should wait for it.
+        #: It tells of clients whether there are any or not, so it should not be polled.
         self.always_readable = False
 
     def fileno(self) -> int:
@@ -141,7 +141,7 @@ class Listener:
             for kind, each, again in kinds
         }
 
-    # -- one that somebody has shut down ---------------------------------------------
+    # -- one that was shut down ---------------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Whether clients can come to a socket, where it was bound."""
@@ -154,7 +154,7 @@ class Listener:
 
     @property
     def hangs_up(self) -> bool:
-        """Whether it is a UNIX one that was shut down: readable for ever, and nobody is there."""
+        """Whether it is a UNIX one that was shut down: readable for ever, without a client."""
         return self.socket.family == socket.AF_UNIX and not self.is_alive()
 
     def is_sound(self, socket_number: int) -> bool:
@@ -177,9 +177,9 @@ class Listener:
                 pass  # the one before will do
 
     def listen_again(self, socket_number: int) -> bool:
-        """Have a socket listen again that somebody has shut down; False where it does not.
+        """Have a socket listen again that was shut down; False where it does not.
 
-        That of a UNIX address says that it does, and refuses whoever connects; one that was bound
+        That of a UNIX address says that it does, and refuses every client; one that was bound
         as port 0 comes back on another port.
         """
         one = self.socket_for(socket_number)
@@ -323,7 +323,7 @@ class Listener:
             self.socket.listen(self.settings.backlog)
 
     def refuse_new(self) -> bool:
-        """Let nobody new connect; who has connected can still be accepted.
+        """Refuse new clients; those that have connected can still be accepted.
 
         Returns whether that could be had: else new ones come until it is closed, and after that,
         where somebody has given it to us who goes on listening.
@@ -358,7 +358,7 @@ class Listener:
             each.close()
 
     def leave(self, socket_number: int) -> str:
-        """Close our copies alone: whoever keeps descriptors has a socket for the next start.
+        """Close our copies alone: the fd store has a socket for the next start.
 
         socket_number: of two, the one to which new clients come.  Returns its name there, ""
         where there is none: then it is closed.
@@ -370,7 +370,7 @@ class Listener:
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
         for each in self.sockets:
             if each is not kept:
-                _shut_down(each)  # whoever still has a copy would get clients nobody accepts
+                _shut_down(each)  # a process with a copy would get clients that it never accepts
             each.close()
         return name
 
@@ -381,7 +381,7 @@ class Listener:
         return any(_events(each) == select.POLLIN for each in asked)
 
     def _remove_file(self) -> None:
-        """Remove the socket file unless somebody has put another in its place."""
+        """Remove the socket file unless it was replaced by another."""
         if not self.settings.inode:
             return
         path = self.settings.address.removeprefix("unix:")

@@ -161,7 +161,7 @@ class Process:
         try:
             return bool(poll.poll(0))
         except OSError:
-            # EINVAL: somebody has lowered our limit of descriptors to 0 (prlimit(2)).
+            # EINVAL: another process has lowered our limit of descriptors to 0 (prlimit(2)).
             return self._is_zombie()
 
     def _is_zombie(self) -> bool:
@@ -291,7 +291,7 @@ def reap_orphans() -> tuple[int, bool]:
 
     They are left to us by others where we are the first process of a container (PID 1), or were
     made a sub-reaper.  Returns how many there were, and whether to come again soon: there
-    are more, or one that somebody here is about to reap stands before them.
+    are more, or one that another object here is about to reap stands before them.
     """
     # Which child has ended a signal does not tell: several signals are one.  This names one,
     # the same again until it is reaped.

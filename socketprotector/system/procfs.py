@@ -25,7 +25,7 @@ def is_ours() -> bool:
 def sockets_of(pids: Iterable[int], most: int) -> set[int]:
     """Return the sockets that processes have, by inode, among the first so many descriptors.
 
-    None where nobody tells.
+    None where it is unknown.
     """
     left, found = most, set[int]()
     for pid in pids if is_ours() else ():

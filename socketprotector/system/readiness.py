@@ -30,7 +30,7 @@ from .process import Process
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
-#: A check that takes longer hangs: it asks somebody who does not answer, and the next one may fare
+#: A check that takes longer hangs: it asks a server that does not answer, and the next one may fare
 #: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).
 CHECK_LIMIT_S = 10.0
 #: Names of descriptors; `line` is RETURN's (daemon/worker_pool.py).
@@ -215,7 +215,7 @@ class Readiness:
             self._check_again(loop)
 
     def stop_check(self) -> None:
-        """End the check that is under way: nobody would know of it any more."""
+        """End the check that is under way: its result would be lost."""
         if self._loop is None:
             return
         self._loop.cancel((_CHECK, self._key))

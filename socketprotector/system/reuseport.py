@@ -92,9 +92,9 @@ _HARMLESS = (
 
 
 def prepare(bound: socket.socket) -> None:
-    """Steer the group of one that does not listen yet, so that one that joins it gets nobody.
+    """Steer the group of one that does not listen yet, so that one that joins it gets no clients.
 
-    It shares its address with nobody until make().
+    It is alone on its address until make().
     """
     if bound.family not in (socket.AF_INET, socket.AF_INET6):
         return
@@ -115,7 +115,7 @@ def steer_if_can(one: socket.socket) -> None:
 
 
 def make(first: socket.socket) -> socket.socket | None:
-    """Return the second socket for a listening one, to which nobody comes yet; the caller owns it.
+    """Return the second socket for a listening one, which gets no clients yet; the caller owns it.
 
     None for one that is not TCP, or that waits for data before it tells of a client
     (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
@@ -220,7 +220,7 @@ def steer(first: socket.socket, place: int) -> None:
 
 
 def refuse_new(listening: socket.socket) -> None:
-    """Let nobody new connect; who has connected can still be accepted.  Raises OSError.
+    """Refuse new clients; those that have connected can still be accepted.  Raises OSError.
 
     One that is bound to a device is found by those clients only who come by it.  Handshakes that
     are under way finish, for their device is the one of the socket when they began.  A filter

@@ -29,7 +29,7 @@ _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 #: two addresses, interface, cookie.
 _ASKED = struct.Struct("=BBBBI2s2s16s16sI8s")
 #: Family, state, timer, retransmissions; then the socket: ports, addresses, interface, cookie;
-#: timer, bytes that nobody has read, bytes to be sent, user, inode.
+#: timer, unread bytes, bytes to be sent, user, inode.
 _TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 #: Family, protocol, padding, states, inode, attributes, cookie.
 _ASKED_UNIX = struct.Struct("=BBHIII8s")
@@ -51,7 +51,7 @@ Line = frozenset[bytes] | tuple[int, ...]
 
 
 def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, bool]:
-    """Return the clients of a port that nobody has heard, by their own port and address.
+    """Return the unread clients of a port, by their own port and address.
 
     Each with whether it has connected and says nothing, so that it may go on like that.
 
@@ -102,7 +102,7 @@ def unaccepted(listening: socket.socket) -> Line:
 
 
 def stands(before: Line, now: Line) -> bool:
-    """Whether nobody of a line was accepted since: all of them wait, or have gone by themselves."""
+    """Whether no client of a backlog was accepted since: all wait, or have disconnected."""
     if isinstance(before, tuple) and isinstance(now, tuple):
         return len(before) <= len(now) and all(
             each in (was, 0) for was, each in zip(before, now, strict=False)
@@ -113,7 +113,7 @@ def stands(before: Line, now: Line) -> bool:
 def address_of(inodes: Collection[int]) -> str | None:
     """Return an address of one of these sockets that listens for TCP; None: none does.
 
-    None too where nobody can be asked.
+    None too where sock_diag is unavailable.
     """
     found: list[str] = []
 

@@ -158,7 +158,7 @@ class Adapter:
         return True
 
     def admit(self, stream: Stream, listener: socket.socket) -> None:
-        """Accept the child, or close the connection of somebody else."""
+        """Accept the child, or close the connection of another process."""
         try:
             fd, _ = listener._accept()  # type: ignore[attr-defined]
         except (BlockingIOError, ConnectionError):

@@ -45,7 +45,7 @@ class Stream:
 
     def holder(self) -> str:
         """Say which process has the name that we want."""
-        # With the turn it is nobody of ours, and asking costs a worker no line in the log.
+        # With the turn it is not a worker of ours, and asking costs a worker no line in the log.
         line = self.knock() if self.queue is None else connect(self.name)
         if line is None:
             return "another process"

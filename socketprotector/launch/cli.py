@@ -176,7 +176,12 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
     try:
         try:
-            asked = ask(arguments)
+            try:
+                asked = ask(arguments)
+            except Refusal:
+                for notice in options.outdated(arguments):  # the refusal has the new name
+                    tell(notice)
+                raise
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
             tell(str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,21 @@ def test_a_key_under_both_its_names_is_a_mistake(read: Reader) -> None:
     said = read.mistakes(f'{COMMAND}listen = "1"\nretire-after = "9"\nmax-requests = "9"\n')
 
     assert said == ["line 4: max-requests: it is called retire-after now, and that is here, too"]
+
+
+def test_a_refusal_of_an_option_by_its_old_name_says_the_name_of_now() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "socketprotector", "--max-requests", "x", "1", "--", "true"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert [line.partition(": ")[2] for line in done.stderr.splitlines()] == [
+        "--max-requests is called --retire-after now; the old name works until 1.0",
+        "Invalid value for '--retire-after': 'x': write 1000 or 1000+-100; see --help",
+    ]
 
 
 # -- mistakes -------------------------------------------------------------------

@@ -81,8 +81,7 @@ class PostMortem:
         number = worker.record.number
         ending = self._endings.get(number)
         if ending is None:
-            # Not where it has served: poll(2) fails while our limit of descriptors is below one.
-            if not worker.has_served and not worker.process.has_ended():
+            if not worker.process.has_ended():
                 return None
             ending = self._endings[number] = _Ending()
             if not worker.has_served:
@@ -95,7 +94,7 @@ class PostMortem:
             end = worker.process.reap()
         except ChildProcessError:
             return self._end_from_elsewhere(worker, ending, guarded=guarded)
-        if end is None and worker.process.has_ended():
+        if end is None:
             # Its tracer sees it first, and stands still: a debugger, or strace.
             self._loop.unwatch(worker.process.pidfd)
             self._loop.call_after(("reap", number), _REAP_AGAIN_S, lambda: self._ended(number))

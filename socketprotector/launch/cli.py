@@ -174,16 +174,15 @@ def main(arguments: Sequence[str]) -> int:
     _stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
+    asked = None
     try:
         try:
-            try:
-                asked = ask(arguments)
-            except Refusal:
-                for notice in options.outdated(arguments):  # the refusal has the new name
-                    tell(notice)
-                raise
+            asked = ask(arguments)
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
+            if asked is None:  # it names an option by its new name
+                for notice in options.outdated(arguments):
+                    tell(notice)
             tell(str(error))
             return error.status
     except (click.Abort, KeyboardInterrupt):  # also while a refusal is said

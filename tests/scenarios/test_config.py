@@ -3,7 +3,7 @@
 Run each way is what follows from listeners that come and go, with two sockets for each where
 workers accept, and from when a generation is over.  Who reads the file, what it refuses and what
 workers are started with is the same for both; a listener that is added where workers accept is
-in test_handoff_listener.py and test_handoff_sides.py.
+in test_handoff_listener.py and test_handoff_steering.py.
 """
 
 from __future__ import annotations

@@ -169,6 +169,8 @@ def test_a_failure_is_reported_though_the_protector_is_replaced_meanwhile(
         start.wait_for("event=spawned generation=2")
         (failed,) = spawned(start, 2)
         eventually(lambda: state_of(failed) in "ZX", "the end of the worker")
+        start.send(signal.SIGUSR1)
+        start.wait_for("event=reopened")  # it has stored what it spawned
         os.kill(protector, signal.SIGKILL if how == "kill" else signal.SIGUSR2)
         start.wait_for("event=adopted")
         start.wait_for("event=reload-failed")

@@ -29,6 +29,7 @@ def serve() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     else:
         signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # not before it is known
     listener = socket.socket(fileno=3)
     listener.setblocking(False)  # several share it: who comes second must not wait in accept()
     poll = select.poll()
@@ -53,7 +54,6 @@ children = []
 for _ in range(given.children):
     child = os.fork()
     if child == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         serve()
     children.append(child)
     os.write(2, b"child=%d\n" % child)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.model import handoff
+from socketprotector.model import handoff_modes
 
 ROOT = Path(__file__).parents[1]
 DAEMON = ROOT / "socketprotector"
@@ -172,9 +172,9 @@ def names_a_mode(node: ast.AST) -> bool:
     """Whether an expression is a handoff mode, its name, or what settings call it."""
     match node:
         case ast.Constant(str(word)):
-            return word in handoff.MODES
-        case ast.Name(word) | ast.Attribute(ast.Name("handoff"), word):
-            return word.lower() in handoff.MODES and word.isupper()
+            return word in handoff_modes.MODES
+        case ast.Name(word) | ast.Attribute(ast.Name("handoff_modes"), word):
+            return word.lower() in handoff_modes.MODES and word.isupper()
         case ast.Attribute(of, "name"):
             return isinstance(of, ast.Name | ast.Attribute) and ast.unparse(of).endswith("mode")
         case ast.Attribute(_, "handoff" | "mode"):
@@ -184,7 +184,7 @@ def names_a_mode(node: ast.AST) -> bool:
     return False
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "model.handoff"])
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "model.handoff_modes"])
 def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: str) -> None:
     found: list[ast.AST] = []
     for node in ast.walk(ast.parse(MODULES[module].read_text())):

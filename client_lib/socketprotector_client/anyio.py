@@ -19,8 +19,8 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from .address import ListenAddress
-from .beside import BesideEpoll, loop_of_trio
 from .errors import Drained
+from .shared_epoll import BesideEpoll, loop_of_trio
 from .worker import current
 
 #: Called with the stream of a connection.

@@ -31,8 +31,8 @@ from gevent.socket import wait_read
 from .address import ListenAddress
 from .connection import Connection
 from .errors import Drained
+from .exit_after_drain import Leave
 from .intake import Intake
-from .leaving import Leave
 from .process import draining
 from .worker import current
 
@@ -131,10 +131,10 @@ class _Event(ctypes.Structure):
 class _Place:
     """The queue in the epoll of gevent's loop itself, so that one idle worker is woken, not all.
 
-    libev waits in C, so nothing can be put beside its epoll (beside.py).  It is told of the queue
-    in its own way, and then the flag is added: by epoll_ctl with the data that libev has given,
-    which /proc tells, for by that it knows its own.  Where any of this is otherwise nothing is
-    changed, and all are woken.
+    libev waits in C, so nothing can be put beside its epoll (shared_epoll.py).  It is told of the
+    queue in its own way, and then the flag is added: by epoll_ctl with the data that libev has
+    given, which /proc tells, for by that it knows its own.  Where any of this is otherwise nothing
+    is changed, and all are woken.
 
     Source: ev_epoll.c of libev; proc(5), /proc/PID/fdinfo.
     """

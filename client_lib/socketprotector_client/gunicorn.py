@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any, List, Optional
 
 from . import wire
-from .beside import BesideEpoll
+from .exit_after_drain import Leave
 from .intake import Intake
-from .leaving import Leave
 from .listener import Listener
+from .shared_epoll import BesideEpoll
 from .worker import current
 
 __all__ = ["on_starting", "post_worker_init", "when_ready"]
@@ -37,7 +37,7 @@ class _Listener(Listener):
         return Leave(self._opened(), os.getppid())
 
     def sleep_for(self, worker: Any) -> None:
-        """Have one of all idle workers woken for a connection: see beside.py."""
+        """Have one of all idle workers woken for a connection: see shared_epoll.py."""
         intake = self._opened()
         poller = getattr(worker, "poller", None)
         if poller is not None:

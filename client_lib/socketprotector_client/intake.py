@@ -20,11 +20,11 @@ from typing import Callable, Iterable, Optional, Protocol, Tuple, Union
 from . import forking, system
 from .connection import Connection, OpenConnections
 from .descriptors import Spare, default_limit, has_room
-from .drain import Drain
+from .drain_state import Drain
 from .errors import Drained
 from .scoreboard import Scoreboard
 from .source import Source
-from .waiting import WaitSet
+from .wait_set import WaitSet
 
 _log = logging.getLogger(__name__)
 
@@ -246,7 +246,7 @@ class Intake:
         """
         if not self.may_join:
             return
-        from .joining import Joined  # which needs asyncio
+        from .asyncio_epoll import Joined  # which needs asyncio
 
         try:
             self.join(Joined(self._fds[0], number, self.leave_loop))

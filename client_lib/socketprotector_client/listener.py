@@ -20,8 +20,8 @@ from typing import Any, Optional, Tuple
 from .address import ListenAddress, name_of
 from .connection import Connection
 from .errors import Drained
+from .exit_after_drain import Leave
 from .intake import Intake
-from .leaving import Leave
 from .signals import TermWatch, watch_term
 from .system import Socket
 from .worker import DEFAULT_BACKLOG, current
@@ -217,7 +217,7 @@ class Listener(Socket):
         """Find out by which reader asyncio watches this socket, if it does."""
         if _running_loop() is None:
             return False
-        from .joining import reader_of
+        from .asyncio_epoll import reader_of
 
         self._reader = reader_of(self.fileno())
         return self._reader is not None

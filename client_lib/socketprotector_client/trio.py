@@ -16,8 +16,8 @@ from typing import Awaitable, Callable, Optional
 import trio
 
 from .address import ListenAddress
-from .beside import BesideEpoll, loop_of_trio
 from .errors import Drained
+from .shared_epoll import BesideEpoll, loop_of_trio
 from .worker import current
 
 #: Called with the stream of a connection.

@@ -54,7 +54,7 @@ def serve_on(listener: Listener, app: Any, **options: Any) -> None:
 
 
 class _Loop:
-    """waitress's loop, that sleeps where one of all idle workers is woken: see beside.py."""
+    """waitress's loop, that sleeps where one of all idle workers is woken: see shared_epoll.py."""
 
     def __init__(self, listener: Listener) -> None:
         self._intake = listener._opened()

@@ -16,7 +16,7 @@ from typing import List, Mapping, Optional
 from . import forking, wire
 from .address import ListenAddress
 from .channel import Channel
-from .drain import Drain
+from .drain_state import Drain
 from .environment import passed_listeners, read_environment
 from .intake import Intake
 from .scoreboard import Scoreboard

@@ -53,13 +53,13 @@ from ..system import clock
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import SHUT, Loop
-from ..system.program import program_of
+from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from .forwarder import Forwarder
 from .generation import Generations, OpenGeneration
 from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
-from .output import Output
+from .log_output import Output
 from .socket_steering import SocketSteering
 from .start_report import Launcher
 from .worker_pool import WorkerPool, what_failed

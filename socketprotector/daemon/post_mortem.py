@@ -26,7 +26,7 @@ from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
 from .generation import OpenGeneration
-from .output import Output
+from .log_output import Output
 from .worker_spawn import Worker
 
 #: How soon to ask again for the end of a worker that has ended, and that a tracer holds.

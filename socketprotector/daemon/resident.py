@@ -36,12 +36,12 @@ from .control.commands import CommandHandler
 from .control.server import ControlServer
 from .effects import Effects
 from .event_queue import EventQueue
-from .file_watch import FileWatch
-from .output import Output
+from .log_output import Output
 from .recovery import Recovery
 from .start_report import Launcher
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
+from .watch_client import FileWatch
 from .worker_pool import what_failed
 
 #: How soon to try again where a manager's socket was full.

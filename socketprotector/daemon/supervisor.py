@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from ..core.decide import decide, resume
 from ..core.events import (
     Action,
     Hold,
@@ -28,7 +29,6 @@ from ..core.events import (
     StopRequested,
 )
 from ..core.fleet import Fleet
-from ..core.lifecycle import decide, resume
 from ..model import fd_budget
 from ..system import signals
 from ..system.log import Log

@@ -41,7 +41,7 @@ from ..system.procfs import sockets_of
 from ..system.readiness import CHECK_LIMIT_S, check_program
 from ..system.sock_diag import address_of
 from .generation import OpenGeneration
-from .output import Output
+from .log_output import Output
 from .post_mortem import PostMortem
 from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner

@@ -32,7 +32,7 @@ from ..system.process import Process, spawn
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket, discard_all
 from .generation import OpenGeneration, known
-from .output import Output
+from .log_output import Output
 
 
 @dataclass(slots=True)

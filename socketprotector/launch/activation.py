@@ -19,7 +19,7 @@ from ..model.errors import UsageError
 from ..model.frozen import frozen
 from ..model.settings import ListenerSettings
 from ..system import inherited
-from .bind_tcp import Bound
+from .bind import Bound
 from .listen_spec import Listen
 
 _FIRST = 3

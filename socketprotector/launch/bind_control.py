@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ..model.errors import SystemRefused
 from ..model.settings import Settings
 from ..system import control_path
-from .bind_tcp import Bound
+from .bind import Bound
 from .bind_unix import bind_unix
 from .listen_spec import Listen
 

@@ -28,8 +28,8 @@ from . import (
     server_hints,
     stored_listeners,
 )
+from .bind import Bound, bind_all, pair
 from .bind_control import default_path
-from .bind_tcp import Bound, bind_all, pair
 from .resolve import OptionResolver, ParsedOptions, Purpose
 from .start import launch
 

@@ -1,4 +1,4 @@
-"""Listen addresses as the operator writes them, read and checked; bind_tcp.py binds them.
+"""Listen addresses as the operator writes them, read and checked; bind.py binds them.
 
 Source: ip(7), unix(7).
 """

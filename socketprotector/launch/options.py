@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from .. import __version__
-from ..model.handoff import MODES
+from ..model.handoff_modes import MODES
 from ..model.log_format import FORMATS, LEVELS
 from ..model.settings import Identity
 from ..system.channel import SMALLEST_QUEUE

@@ -16,11 +16,11 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
-from ..model import fd_budget, handoff, listen_fds
+from ..model import fd_budget, handoff_modes, listen_fds
 from ..model.errors import AlreadyRunning, SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
-from ..system.program import inherited_environment
+from ..system.program_spec import inherited_environment
 from . import user_access
 from .listen_spec import Listen
 from .pid_file import PidFile
@@ -134,7 +134,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
         raise UsageError(refused)
     placeholders = listen_fds.placeholders(settings.command)
     if placeholders and not settings.mode.workers_accept:
-        raise UsageError(f"{placeholders[0]} in the command: {handoff.NEEDS_LISTENER}")
+        raise UsageError(f"{placeholders[0]} in the command: {handoff_modes.NEEDS_LISTENER}")
     if settings.mode.knows_ports_alone:
         without = next((each.text for each in listens if each.path is not None), None)
         if without is not None:

@@ -26,7 +26,7 @@ from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
 from . import preflight, server_hints
-from .bind_tcp import Bound, addresses_of, bind_all, pair
+from .bind import Bound, addresses_of, bind_all, pair
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions

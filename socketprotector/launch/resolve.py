@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from ..model.errors import UsageError
 from ..model.frozen import frozen
-from ..model.handoff import MODES, HandoffMode
+from ..model.handoff_modes import MODES, HandoffMode
 from ..model.policy import Policy
 from ..model.settings import Limits, Origin, Settings
 from ..system.cpu_quota import scheduler

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ..model import known_servers
-from ..model.handoff import LISTENER, HandoffMode
+from ..model.handoff_modes import LISTENER, HandoffMode
 from ..model.listen_fds import ready_after_s
 from ..model.settings import Settings
 from . import options, preflight

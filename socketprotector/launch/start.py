@@ -30,8 +30,8 @@ from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
 from .await_verdict import known_by, wait
+from .bind import Bound
 from .bind_control import bind_control
-from .bind_tcp import Bound
 from .pid_file import PidFile
 
 

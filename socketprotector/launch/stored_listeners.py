@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from ..system.dir_lock import locked
 from ..system.sd_notify import Outbox, Store
 from .activation import Given, Passed
-from .bind_tcp import Bound, addresses_of, reuse
+from .bind import Bound, addresses_of, reuse
 from .bind_unix import is_file_of
 from .listen_spec import Listen
 

@@ -1,5 +1,6 @@
 """Plain values that every other folder speaks in: settings, records, modes, texts, formats.
 
-No system call, no clock: what a function here returns follows from its arguments.
+What a handoff mode can do and which options it refuses: handoff_modes.py.  What outlives the
+program: records.py, history.py.  No system call, no clock.
 May import: nothing.
 """

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .frozen import frozen
-from .handoff import LISTENER, HandoffMode
+from .handoff_modes import LISTENER, HandoffMode
 from .records import Program
 
 _PAGE = "docs/servers.md"

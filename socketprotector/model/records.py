@@ -11,7 +11,7 @@ from dataclasses import field, replace
 from socketprotector_client import wire
 
 from .frozen import frozen
-from .handoff import MODES, HandoffMode
+from .handoff_modes import MODES, HandoffMode
 from .history import History
 from .settings import Identity, Settings
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, field, replace
 
 from .codec import FORMAT, Codec, DecodeError, NewerError, newer_format, refusal
 from .frozen import frozen
-from .handoff import MODES, HandoffMode
+from .handoff_modes import MODES, HandoffMode
 from .policy import Policy
 
 TYPE_CHECKING = False
@@ -88,7 +88,7 @@ class Settings:
     directory: str  # where workers start, by path: a `current` symlink is followed at each reload
     listeners: tuple[ListenerSettings, ...] = ()
     policy: Policy = field(default_factory=Policy)
-    handoff: str = "connection"  # see handoff.py
+    handoff: str = "connection"  # see handoff_modes.py
     shell: bool = False  # of stdio: COMMAND is for /bin/sh
     pools: int = 1  # of stdio: processes that start programs, at most; one for each core
     drain_signal: int = 15  # of listener: what tells a worker to finish

@@ -1,6 +1,7 @@
 """The listening sockets in the resident process: accept from them, and end them well.
 
-They are bound before this process begins (launch/listen_spec.py) and arrive as descriptors.
+launch/bind.py and launch/bind_unix.py have bound them before this process begins; they arrive as
+descriptors.
 
 Source: tcp(7), unix(7).
 """

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
 from . import clock
-from .crash_loop import CrashLoopFilter
+from .crash_loop_summary import CrashLoopFilter
 from .loop import Loop
 from .terminal import put, put_at_once
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch import bind_tcp, bind_unix
-from socketprotector.launch.bind_tcp import bind_all
+from socketprotector.launch import bind, bind_unix
+from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen, parse
 from socketprotector.model.errors import Refusal, SystemRefused, UsageError
 from socketprotector.system.dir_lock import locked
@@ -79,7 +79,7 @@ def test_a_mistake_is_refused_with_the_argument(text: str) -> None:
     assert "\n" not in str(refusal.value)
 
 
-def bound(*texts: str, folder: Path) -> list[bind_tcp.Bound]:
+def bound(*texts: str, folder: Path) -> list[bind.Bound]:
     return bind_all([parse(text, str(folder)) for text in texts], 16, notice=lambda text: None)
 
 
@@ -145,19 +145,17 @@ def test_one_number_for_two_sockets_survives_a_number_that_is_half_taken(
 ) -> None:
     """The kernel chooses a free port for 127.0.0.1; on 127.0.0.2 it may be taken."""
     addresses = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
-    monkeypatch.setattr(bind_tcp, "_addresses", lambda listen, notice: addresses)
-    real = bind_tcp._bind_one
+    monkeypatch.setattr(bind, "_addresses", lambda listen, notice: addresses)
+    real = bind._bind_one
     taken: list[int] = []
 
-    def half_taken(
-        listen: Listen, family: int, host: str, port: int, backlog: int
-    ) -> bind_tcp.Bound:
+    def half_taken(listen: Listen, family: int, host: str, port: int, backlog: int) -> bind.Bound:
         if host == "127.0.0.2" and len(taken) < 3:
             taken.append(port)
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
         return real(listen, socket.AddressFamily(family), host, port, backlog)
 
-    monkeypatch.setattr(bind_tcp, "_bind_one", half_taken)
+    monkeypatch.setattr(bind, "_bind_one", half_taken)
 
     first, second = bound("0", folder=tmp_path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.launch.bind_tcp import bind_all
+from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 
 from socketprotector.launch import socket_options
-from socketprotector.launch.bind_tcp import Bound, bind_all
+from socketprotector.launch.bind import Bound, bind_all
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model.errors import SystemRefused, UsageError
 from socketprotector.system import reuseport

@@ -56,7 +56,7 @@ class World:
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
         monkeypatch.setattr(module, "unread", self.ask)
-        # By its number, as launch/bind_tcp.py does.
+        # By its number, as launch/bind.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             chooser.bind(("127.0.0.1", 0))

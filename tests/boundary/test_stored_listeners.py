@@ -13,7 +13,7 @@ import pytest
 
 from socketprotector.launch import stored_listeners
 from socketprotector.launch.activation import Given, Passed
-from socketprotector.launch.bind_tcp import Bound, bind_all
+from socketprotector.launch.bind import Bound, bind_all
 from socketprotector.launch.listen_spec import Listen, parse
 from socketprotector.system import reuseport
 from socketprotector.system.sock_diag import file_of

@@ -8,11 +8,11 @@ from contextlib import suppress
 
 import pytest
 from socketprotector_client import Listener
-from socketprotector_client.drain import Drain
+from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
 from socketprotector_client.source import ListenSource
-from socketprotector_client.waiting import WaitSet
+from socketprotector_client.wait_set import WaitSet
 
 
 class Interrupted(WaitSet):

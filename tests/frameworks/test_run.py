@@ -68,10 +68,10 @@ number = 7
 
 #: An application in a worker that waits for the first request of a client as long as it takes.
 PATIENT = """
-from socketprotector_client import leaving
+from socketprotector_client import exit_after_drain
 from tests.frameworks.programs.pages import asgi
 
-leaving._FIRST_WORDS_S = 600
+exit_after_drain._FIRST_WORDS_S = 600
 """
 
 

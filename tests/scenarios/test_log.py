@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.system.crash_loop import SHOWN
+from socketprotector.system.crash_loop_summary import SHOWN
 from tests.retelling import retell
 from tests.running import Protector, eventually
 from tests.scenarios.tools import Client, Release, children_of, pid_in, spawned, worker

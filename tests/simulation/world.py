@@ -1,7 +1,7 @@
 """A protector's life in a simulated world, from one seed.
 
-The real modules (lifecycle, supervisor, effects, worker pool, forwarder, channel, listener, loop,
-notify, process, program, state, recovery, checkpoint) run against kernel.py.  For that, names like
+The real modules (decide, supervisor, effects, worker pool, forwarder, channel, listener, loop,
+sd_notify, process, state_file, recovery, checkpoint) run against kernel.py.  For that, names like
 `os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
 below); besides them only what is found in the file system: a command, orphaned processes, maps of
 users.  The log, the output, the resident process around the supervisor and the upgrade's probe are
@@ -45,7 +45,7 @@ from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
-from socketprotector.daemon.output import Opened
+from socketprotector.daemon.log_output import Opened
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.start_report import Launcher
 from socketprotector.daemon.supervisor import Supervisor
@@ -57,7 +57,7 @@ from socketprotector.system import (
     orphans,
     peer_credentials,
     process,
-    program,
+    program_spec,
     reuseport,
 )
 from socketprotector.system.inherited import Inherited
@@ -1430,7 +1430,7 @@ def installed(world: World) -> Iterator[None]:
             for name in NAMES:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
-        put(program, "resolve", resolve)
+        put(program_spec, "resolve", resolve)
         put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
         put(listener, "listening", kernel.listening)

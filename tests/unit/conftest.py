@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.decide import decide
 from socketprotector.core.events import (
     Action,
     CancelTimer,
@@ -16,7 +17,6 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy
-from socketprotector.core.lifecycle import decide
 
 TURN = Deadline(TimerKind.TURN)
 

@@ -9,12 +9,12 @@ import select
 import signal
 import sys
 
-from socketprotector_client import Connection, Listener, draining, leaving
+from socketprotector_client import Connection, Listener, draining, exit_after_drain
 
 from tests.client.programs.talk import say
 
-leaving._FIRST_WORDS_S = float(sys.argv[1])
-leaving._LOOK_S = 0.001
+exit_after_drain._FIRST_WORDS_S = float(sys.argv[1])
+exit_after_drain._LOOK_S = 0.001
 
 ended = False
 

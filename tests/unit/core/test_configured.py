@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     CancelTimer,
     ChannelBroken,
@@ -31,7 +32,6 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Candidate, Fleet, Phase, Policy
-from socketprotector.core.lifecycle import resume
 from tests.unit.conftest import Story
 
 SLOW = Policy(start_timeout_s=90.0, drain_timeout_s=7.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from socketprotector.core.decide import resume
 from socketprotector.core.events import (
     Action,
     Deadline,
@@ -29,7 +30,6 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.core.lifecycle import resume
 from socketprotector.core.workers import AT_ONCE
 from tests.unit.conftest import TURN, Story
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from socketprotector.core.decide import decide
 from socketprotector.core.events import (
     Event,
     Launched,
@@ -23,7 +24,6 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Fleet
-from socketprotector.core.lifecycle import decide
 
 FEW, MANY = 10, 80
 #: More than in proportion: what the halves of a longer list and its one look cost more.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
+from socketprotector.core.decide import decide, resume
 from socketprotector.core.events import (
     Action,
     BacklogEmptied,
@@ -37,7 +38,6 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Fleet, Phase, Policy, Stop
-from socketprotector.core.lifecycle import decide, resume
 from tests.rounds import rounds
 from tests.unit.conftest import Story
 from tests.unit.core.world import POLICIES, ROUNDS, World, check_step, one_at_a_time

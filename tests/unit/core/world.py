@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from socketprotector.core import workers
+from socketprotector.core.decide import decide
 from socketprotector.core.events import (
     Action,
     BacklogEmptied,
@@ -68,7 +69,6 @@ from socketprotector.core.fleet import (
     Stop,
     Worker,
 )
-from socketprotector.core.lifecycle import decide
 
 POLICIES = [
     Policy(),

@@ -9,13 +9,13 @@ import pytest
 
 from socketprotector.launch import server_hints
 from socketprotector.launch.listen_spec import parse
-from socketprotector.model import handoff
+from socketprotector.model import handoff_modes
 
 _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
 _LISTENER = "SocketProtector --handoff listener"
 
 
-def line(typed: str, mode: handoff.HandoffMode = handoff.CONNECTION) -> str | None:
+def line(typed: str, mode: handoff_modes.HandoffMode = handoff_modes.CONNECTION) -> str | None:
     words = shlex.split(typed)
     texts = [word for word in words[: words.index("--")] if _LISTEN.fullmatch(word)]
     return server_hints.line(words, [parse(each, "/") for each in texts], mode)
@@ -73,12 +73,12 @@ def test_where_it_is_not_certain_there_is_none(typed: str) -> None:
 def test_a_value_that_looks_like_the_address_makes_it_uncertain() -> None:
     words = shlex.split("--name 8000 8000 -- gunicorn app")
 
-    assert server_hints.line(words, [parse("8000", "/")], handoff.CONNECTION) is None
+    assert server_hints.line(words, [parse("8000", "/")], handoff_modes.CONNECTION) is None
 
 
 def test_one_that_was_handed_the_listener_keeps_its_readiness() -> None:
     typed = "--handoff listener --ready after:3s 8000 -- uvicorn --fd 3 app"
 
-    assert line(typed, handoff.LISTENER) == (
+    assert line(typed, handoff_modes.LISTENER) == (
         f"{_LISTENER} --settle 5s --ready after:3s http=8000 -- uvicorn --fd {{fd:http}} app"
     )

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from socketprotector.model import handoff, known_servers, listen_fds
-from socketprotector.model.handoff import HandoffMode
+from socketprotector.model import handoff_modes, known_servers, listen_fds
+from socketprotector.model.handoff_modes import HandoffMode
 from socketprotector.model.records import Program
 
 PROGRAM = Program("x", ("./daemon", "80"), "/", (), 0, (), 0)
@@ -66,7 +66,7 @@ def test_what_is_known_of_a_program_that_takes_nobody_is_said(
     assert bool(told) == bool(advice)
 
 
-@pytest.mark.parametrize("mode", [handoff.STDIO, handoff.LEGACY])
+@pytest.mark.parametrize("mode", [handoff_modes.STDIO, handoff_modes.LEGACY])
 def test_nothing_is_said_of_another_handoff(mode: HandoffMode) -> None:
     program = replace(PROGRAM, argv=("gunicorn", "app"), handoff=mode.name)
 
@@ -90,7 +90,7 @@ def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
 def lacks(
     command: str,
     *variables: str,
-    mode: HandoffMode = handoff.LISTENER,
+    mode: HandoffMode = handoff_modes.LISTENER,
     settles: bool = False,
     after_s: float | None = None,
 ) -> str | None:
@@ -147,12 +147,15 @@ def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_to
 
 @pytest.mark.parametrize("name", known_servers.KNOWN)
 def test_a_known_server_that_is_handed_connections_is_told_at_once(name: str) -> None:
-    told = lacks(f"{name} app", mode=handoff.CONNECTION)
+    told = lacks(f"{name} app", mode=handoff_modes.CONNECTION)
 
     assert told is not None
     assert told.startswith(f"{name} binds its own port, and takes no connection")
-    assert lacks(f"{name} app", mode=handoff.STDIO) is None
-    assert lacks(f"{name} -c python:socketprotector_client.x app", mode=handoff.CONNECTION) is None
+    assert lacks(f"{name} app", mode=handoff_modes.STDIO) is None
+    assert (
+        lacks(f"{name} -c python:socketprotector_client.x app", mode=handoff_modes.CONNECTION)
+        is None
+    )
 
 
 def test_one_that_is_rolled_back_when_it_cannot_be_loaded_lacks_nothing() -> None:
@@ -170,7 +173,7 @@ def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
         known_servers.lacks(
             words[at + 1 :],
             words[:at],
-            mode=handoff.LISTENER,
+            mode=handoff_modes.LISTENER,
             settles="--settle" in words[:at],
             after_s=after_s,
         )

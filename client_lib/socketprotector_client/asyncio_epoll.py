@@ -17,7 +17,7 @@ import asyncio
 import selectors
 from typing import Any, Callable, Iterable, Optional
 
-from .waiting import WaitSet
+from .wait_set import WaitSet
 
 
 def reader_of(number: int) -> Optional[Any]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.model.handoff import CONNECTION, LEGACY, LISTENER, MODES, STDIO, HandoffMode
+from socketprotector.model.handoff_modes import (
+    CONNECTION,
+    LEGACY,
+    LISTENER,
+    MODES,
+    STDIO,
+    HandoffMode,
+)
 from socketprotector.model.settings import Settings, SettingsError, dump, load
 
 

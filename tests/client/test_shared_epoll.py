@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-from socketprotector_client.beside import BesideEpoll
-from socketprotector_client.drain import Drain
+from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.shared_epoll import BesideEpoll
 from socketprotector_client.source import ListenSource
 
 

@@ -2,7 +2,8 @@
 
 Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
 where lines get a prefix, each worker has a pipe of its own, which a relay process reads
-(log_relay.py): so a rotation includes running workers, and each line is known to be of one worker.
+(relay_client.py).  So a rotation includes running workers, and each line is known to be of one
+worker.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..system.inherited import Inherited
 from ..system.log import Log, is_journal
 from ..system.log_file import open_log
 from ..system.loop import Loop
-from .log_relay import LogRelay, WorkerPipe
+from .relay_client import LogRelay, WorkerPipe
 
 _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from socketprotector.model.policy import PROVEN_S
-from socketprotector.system import crash_loop
-from socketprotector.system.crash_loop import (
+from socketprotector.system import crash_loop_summary
+from socketprotector.system.crash_loop_summary import (
     FIRST_INTERVAL_S,
     LAST_INTERVAL_S,
     SHOWN,
@@ -58,7 +58,9 @@ class Story:
             lambda level, event, fields: self._put(event, fields), self.loop
         )
         self.number = 0
-        monkeypatch.setattr(crash_loop, "time", SimpleNamespace(monotonic=lambda: self.loop.now))
+        monkeypatch.setattr(
+            crash_loop_summary, "time", SimpleNamespace(monotonic=lambda: self.loop.now)
+        )
 
     def _put(self, event: str, fields: Fields) -> None:
         self.written.append((event, fields))

@@ -14,7 +14,15 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterator
+import sys
+from collections.abc import Collection, Iterator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    #: What is told of a socket, and its attributes.
+    Told = tuple[tuple[Any, ...], bytes]
 
 _SOCK_DIAG = 4  # the netlink family
 _BY_FAMILY = 20
@@ -34,8 +42,8 @@ _TOLD = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 #: Family, protocol, padding, states, inode, attributes, cookie.
 _ASKED_UNIX = struct.Struct("=BBHIII8s")
 #: Family, type, state, padding, inode, cookie.
-_TOLD_UNIX_BYTES, _UNIX_INODE_AT = 16, 4
-#: What is asked for, and the attribute that tells it: the file; who connects to one that listens;
+_TOLD_UNIX = struct.Struct("=BBBBI8s")
+#: What is asked for, and the attribute that tells it: the file; the clients of one that listens;
 #: the bytes to be read, and to be sent.
 _FILE, _PENDING, _QUEUES = (2, 1), (8, 3), (16, 4)
 _INODE = struct.Struct("=I")  # and of a file the device
@@ -45,8 +53,8 @@ _COUNT = struct.Struct("=Q")
 _NO_COOKIE = b"\xff" * 8
 _ANSWER_BYTES = 65_536
 
-#: Who waits to be accepted at a socket: by port and address; of a UNIX socket by inode, in their
-#: order, 0 for one who has gone meanwhile.
+#: The clients that wait to be accepted at a socket: by port and address; of a UNIX socket by inode,
+#: in their order, 0 for one that has gone meanwhile.
 Line = frozenset[bytes] | tuple[int, ...]
 
 
@@ -55,49 +63,52 @@ def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, boo
 
     Each with whether it has connected and says nothing, so that it may go on like that.
 
-    accepted: without those who wait for somebody to accept them.
+    accepted: without those that wait to be accepted.
 
     family: AF_INET, or AF_INET6 with IPv4 in it where the socket takes both.  Raises OSError
     where it cannot be asked.
     """
     found: dict[bytes, bool] = {}
-    _ask(family, port, _STATES, 1 << _INFO - 1, lambda data: _take(data, found, accepted))
+    for told, attributes in _tcp(family, port, _STATES, 1 << _INFO - 1):
+        _, state, _, _, _, theirs, _, client, *_, left, _, _, inode = told
+        if state == _SYN_RECV:
+            found[theirs + client] = False
+        elif inode or not accepted:  # it has one from the moment at which it is accepted
+            info = _attribute(attributes, _INFO)
+            if len(info) < _BYTES_RECEIVED_AT + _COUNT.size:
+                continue  # the kernel, before 4.1, does not tell what has come
+            if _COUNT.unpack_from(info, _BYTES_RECEIVED_AT)[0] <= left:
+                found[theirs + client] = not left
     return found
 
 
 def listening(family: int, port: int) -> dict[int, int]:
-    """Return the sockets that listen on a port, by inode, who began last at the end.
+    """Return the sockets that listen on a port, by inode, the last that began to at the end.
 
     Each with how accepted ones find themselves shut down (1: for reading, 2: for writing).
     Raises OSError where it cannot be asked.
     """
     found: dict[int, int] = {}
-    _ask(family, port, 1 << _LISTEN, 0, lambda data: _take_listening(data, found))
+    for told, attributes in _tcp(family, port, 1 << _LISTEN):
+        found[told[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
     # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
 
 def unaccepted(listening: socket.socket) -> Line:
-    """Return who waits to be accepted; of all sockets of the same address.
+    """Return the clients that wait to be accepted; of all sockets of the same address.
 
-    Raises OSError where it cannot be asked; a UNIX socket with some 900 who wait is one.
+    Raises OSError where it cannot be asked; a UNIX socket with some 900 that wait is one.
     """
     if listening.family == socket.AF_UNIX:
         return tuple(each for (each,) in _INODE.iter_unpack(_of_unix(listening, *_PENDING)))
     host, port = listening.getsockname()[:2]
     address = socket.inet_pton(listening.family, host.partition("%")[0])
     found: set[bytes] = set()
-
-    def take(data: bytes) -> bool:
-        for body, _ in _messages(data):
-            if not body:
-                return False
-            _, _, _, _, _, theirs, ours, client, *_, inode = _TOLD.unpack_from(data, body)
-            if not inode and (not any(address) or ours[: len(address)] == address):
-                found.add(theirs + client)
-        return bool(data)
-
-    _ask(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT, 0, take)
+    for told, _ in _tcp(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT):
+        _, _, _, _, _, theirs, ours, client, *_, inode = told
+        if not inode and (not any(address) or ours[: len(address)] == address):
+            found.add(theirs + client)
     return frozenset(found)
 
 
@@ -115,26 +126,17 @@ def address_of(inodes: Collection[int]) -> str | None:
 
     None too where sock_diag is unavailable.
     """
-    found: list[str] = []
-
-    def take(data: bytes) -> bool:
-        for body, _ in _messages(data):
-            if not body:
-                return False
-            told = _TOLD.unpack_from(data, body)
-            if told[-1] in inodes:
-                of_ipv6 = told[0] == socket.AF_INET6
-                host = socket.inet_ntop(told[0], told[6] if of_ipv6 else told[6][:4])
-                port = int.from_bytes(told[4], "big")
-                found.append(f"[{host}]:{port}" if of_ipv6 else f"{host}:{port}")
-        return bool(data)
-
     for family in (socket.AF_INET, socket.AF_INET6) if inodes else ():
         try:
-            _ask(family, 0, 1 << _LISTEN, 0, take)
+            for told, _ in _tcp(family, 0, 1 << _LISTEN):
+                if told[-1] in inodes:
+                    of_ipv6 = told[0] == socket.AF_INET6
+                    host = socket.inet_ntop(told[0], told[6] if of_ipv6 else told[6][:4])
+                    port = int.from_bytes(told[4], "big")
+                    return f"[{host}]:{port}" if of_ipv6 else f"{host}:{port}"
         except OSError:
             continue
-    return found[0] if found else None
+    return None
 
 
 def file_of(one: socket.socket) -> int:
@@ -142,8 +144,7 @@ def file_of(one: socket.socket) -> int:
 
     Also of one that has been removed.  Raises OSError where it cannot be asked.
     """
-    found = _of_unix(one, *_FILE)
-    return int(_INODE.unpack_from(found)[0]) if found else 0
+    return int.from_bytes(_of_unix(one, *_FILE)[: _INODE.size], sys.byteorder)
 
 
 def unread_unix() -> dict[int, int]:
@@ -151,21 +152,12 @@ def unread_unix() -> dict[int, int]:
 
     Empty where it may not be asked.
     """
-    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 1 << _ESTABLISHED, 0, _QUEUES[0], _NO_COOKIE)
+    show, wanted = _QUEUES
     found: dict[int, int] = {}
-
-    def take(data: bytes) -> bool:
-        for body, end in _messages(data):
-            if not body:
-                return False
-            place = _attribute(data, body + _TOLD_UNIX_BYTES, end, _QUEUES[1])
-            if place is not None:
-                inode = _INODE.unpack_from(data, body + _UNIX_INODE_AT)[0]
-                found[inode] = _INODE.unpack_from(data, place[0])[0]
-        return bool(data)
-
     try:
-        _exchange(asked, _REQUEST_AND_DUMP, take)
+        for told, attributes in _unix(1 << _ESTABLISHED, 0, show):
+            if queues := _attribute(attributes, wanted):
+                found[told[4]] = _INODE.unpack_from(queues)[0]
     except OSError:
         return {}
     return found
@@ -174,100 +166,60 @@ def unread_unix() -> dict[int, int]:
 def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:
     """Return an attribute of a UNIX socket, empty where it has none.  Raises OSError."""
     inode = os.fstat(one.fileno()).st_ino
-    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, 0xFFFFFFFF, inode, show, _NO_COOKIE)
-    answers: list[bytes] = []
-
-    def take(data: bytes) -> bool:
-        for body, end in _messages(data):
-            place = _attribute(data, body + _TOLD_UNIX_BYTES, end, wanted) if body else None
-            if place is not None:
-                answers.append(data[place[0] : sum(place)])
-        return False  # it is one answer
-
-    _exchange(asked, _REQUEST, take)
+    answers = [_attribute(attributes, wanted) for _, attributes in _unix(0xFFFFFFFF, inode, show)]
     return b"".join(answers)
 
 
-def _ask(
-    family: int, port: int, states: int, attributes: int, take: Callable[[bytes], bool]
-) -> None:
-    """Ask for the sockets of a port; `take` says whether more is to come.  Raises OSError."""
+def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[Told]:
+    """Ask for the sockets of a port, 0 for those of any.  Raises OSError."""
     nobody = bytes(16)
     asked = _ASKED.pack(
         *(family, socket.IPPROTO_TCP, attributes, 0, states),
         *(port.to_bytes(2, "big"), bytes(2), nobody, nobody, 0, _NO_COOKIE),
     )
-    _exchange(asked, _REQUEST_AND_DUMP, take)
+    return _ask(asked, _TOLD, dump=True)
 
 
-def _exchange(asked: bytes, flags: int, take: Callable[[bytes], bool]) -> None:
-    """Ask, and have each answer taken, while more is to come.  Raises OSError."""
+def _unix(states: int, inode: int, show: int) -> Iterator[Told]:
+    """Ask for a UNIX socket, or with 0 as inode for all in these states.  Raises OSError."""
+    asked = _ASKED_UNIX.pack(socket.AF_UNIX, 0, 0, states, inode, show, _NO_COOKIE)
+    return _ask(asked, _TOLD_UNIX, dump=not inode)
+
+
+def _ask(asked: bytes, form: struct.Struct, *, dump: bool) -> Iterator[Told]:
+    """Ask, and yield what is told of each socket, and its attributes.
+
+    dump: there are many answers, and an end to them.  Raises OSError, for a refusal too.
+    """
+    flags = _REQUEST_AND_DUMP if dump else _REQUEST
     header = _HEADER.pack(_HEADER.size + len(asked), _BY_FAMILY, flags, 1, 0)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as ask:
-        # The kernel has answered when it was asked: nobody ever waits.
+        # The kernel has answered when it was asked: nothing here ever waits.
         ask.send(header + asked, socket.MSG_DONTWAIT)
-        while take(ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)):
-            pass
+        while data := ask.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT):
+            at = 0
+            while at + _HEADER.size <= len(data):
+                length, kind, *_ = _HEADER.unpack_from(data, at)
+                body = at + _HEADER.size
+                if kind == _ERROR:
+                    number = -struct.unpack_from("=i", data, body)[0]
+                    raise OSError(number, "the kernel does not tell")
+                if kind == _DONE or length < _HEADER.size:
+                    return
+                yield form.unpack_from(data, body), data[body + form.size : at + length]
+                at += (length + 3) & ~3
+            if not dump:
+                return
 
 
-def _messages(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where each socket's part of an answer begins and ends; (0, 0) after the last one.
-
-    Raises OSError for a refusal.
-    """
+def _attribute(attributes: bytes, wanted: int) -> bytes:
+    """Return the content of an attribute, empty where there is none."""
     at = 0
-    while at + _HEADER.size <= len(data):
-        length, kind, *_ = _HEADER.unpack_from(data, at)
-        body = at + _HEADER.size
-        if kind == _ERROR:
-            raise OSError(-struct.unpack_from("=i", data, body)[0], "the kernel does not tell")
-        if kind == _DONE or length < _HEADER.size:
-            yield 0, 0
-            return
-        yield body, at + length
-        at += (length + 3) & ~3
-
-
-def _take_listening(data: bytes, found: dict[int, int]) -> bool:
-    for body, end in _messages(data):
-        if not body:
-            return False
-        shut = _attribute(data, body + _TOLD.size, end, _SHUTDOWN)
-        found[_TOLD.unpack_from(data, body)[-1]] = data[shut[0]] if shut else 0
-    return bool(data)
-
-
-def _take(data: bytes, found: dict[bytes, bool], accepted: bool) -> bool:
-    """Read one answer; False after the last."""
-    for body, end in _messages(data):
-        if not body:
-            return False
-        _, state, _, _, _, port, _, address, *_, unread, _, _, inode = _TOLD.unpack_from(data, body)
-        if state == _SYN_RECV:
-            found[port + address] = False
-        elif inode or not accepted:  # it has one from the moment at which it is accepted
-            received = _bytes_received(data, body + _TOLD.size, end)
-            if received is not None and received <= unread:
-                found[port + address] = not unread
-    return bool(data)
-
-
-def _bytes_received(data: bytes, at: int, end: int) -> int | None:
-    """Return what has come over a connection; None where the kernel, before 4.1, does not tell."""
-    found = _attribute(data, at, end, _INFO)
-    if found is None or found[1] < _BYTES_RECEIVED_AT + _COUNT.size:
-        return None
-    count: int = _COUNT.unpack_from(data, found[0] + _BYTES_RECEIVED_AT)[0]
-    return count
-
-
-def _attribute(data: bytes, at: int, end: int, wanted: int) -> tuple[int, int] | None:
-    """Return where the content of an attribute begins, and how long it is."""
-    while at + _ATTRIBUTE.size <= end:
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
+    while at + _ATTRIBUTE.size <= len(attributes):
+        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
         if length < _ATTRIBUTE.size:
             break
         if kind == wanted:
-            return at + _ATTRIBUTE.size, length - _ATTRIBUTE.size
+            return attributes[at + _ATTRIBUTE.size : at + length]
         at += (length + 3) & ~3
-    return None
+    return b""

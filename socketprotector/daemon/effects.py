@@ -49,7 +49,6 @@ from ..model.history import Crash, History
 from ..model.records import Program, RunRecord
 from ..model.settings import Settings
 from ..model.text import headline
-from ..system import clock
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import SHUT, Loop
@@ -121,7 +120,7 @@ class Effects:
         self.exit_status: int | None = None
         #: Of the sockets that live on for the next start, once all is closed.
         self.left: tuple[str, ...] = ()
-        self.run = RunRecord(started_at=clock.date())
+        self.run = RunRecord(started_at=time.time())
         self.forwarder = Forwarder(
             loop,
             listeners,
@@ -181,13 +180,13 @@ class Effects:
                 self._route_to(number)
             case Quiesce(number):
                 if number in self.generations:
-                    self.generations[number].update_record(drained_at=clock.date())
+                    self.generations[number].update_record(drained_at=time.time())
                 self.steering.quiesce(number)
             case Drain(number) if number in self.generations:
                 generation = self.generations[number]
                 self._loop.unwatch(generation.channel.read.fileno())
                 if generation.record.drained_at is None:
-                    generation.update_record(drained_at=clock.date())
+                    generation.update_record(drained_at=time.time())
                 self.forwarder.drain(generation.channel)
                 self.pool.drain(number)
                 self.steering.leave(number)
@@ -300,7 +299,7 @@ class Effects:
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self.last_good is not None:
-            self._remember(self.run.history.reload_began(number, clock.date()))
+            self._remember(self.run.history.reload_began(number, time.time()))
         self.generations.known()  # here too: where nobody keeps descriptors nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
@@ -332,7 +331,7 @@ class Effects:
             return
         again = generation.record.serving_since > 0.0
         if not again:
-            generation.update_record(serving_since=time.monotonic(), served_at=clock.date())
+            generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.forwarder.route_to(generation.channel)
         self.steering.turn_to(generation.record.socket_number, again=again)
         self._log.write("info", "route", generation=number)
@@ -434,15 +433,13 @@ class Effects:
 
     def _remember_reload(self, report: Report) -> None:
         if report.news is ReportKind.STOPPING:
-            self._remember(self.run.history.called_off("it was told to stop", clock.date()))
+            self._remember(self.run.history.called_off("it was told to stop", time.time()))
         result = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}.get(
             report.news
         )
         if result is not None:
             self._remember(
-                self.run.history.reload_ended(
-                    report.generation, result, report.reason, clock.date()
-                )
+                self.run.history.reload_ended(report.generation, result, report.reason, time.time())
             )
 
     def _note_crash(self, crash: Crash) -> None:

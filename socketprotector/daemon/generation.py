@@ -6,13 +6,14 @@ All that the next program needs is one record, replaced as a whole; the descript
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from socketprotector_client import wire
 
 from ..model.records import Counts, GenerationRecord, Program
-from ..system import clock, inherited
+from ..system import inherited
 from ..system.channel import Channel
 from ..system.scoreboard import Board
 
@@ -35,7 +36,7 @@ class OpenGeneration:
         except OSError:
             board = None  # not worth failing for
         record = GenerationRecord(
-            number, program, opened_at=clock.date(), socket_number=socket_number
+            number, program, opened_at=time.time(), socket_number=socket_number
         )
         return cls(record, channel, board)
 

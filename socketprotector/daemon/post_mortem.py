@@ -19,7 +19,6 @@ from ..model import known_servers
 from ..model.history import Crash
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS
-from ..system import clock
 from ..system.log import Log
 from ..system.loop import Loop
 from ..system.orphans import Orphans
@@ -217,7 +216,7 @@ def _crash(worker: Worker, end: End, lost: int | None, last_words: str) -> Crash
     known = worker.record
     ready = known.ready_by or worker.has_served
     return Crash(
-        at=clock.date(),
+        at=time.time(),
         generation=known.generation,
         worker=known.number,
         slot=known.slot,

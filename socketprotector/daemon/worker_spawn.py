@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from socketprotector_client import wire
 from ..model.listen_fds import FIRST_FD, worker_variables
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import clock, inherited
+from ..system import inherited
 from ..system.log import Log
 from ..system.process import Process, spawn
 from ..system.readiness import Readiness
@@ -134,7 +135,7 @@ class WorkerSpawner:
             process.pid,
             output_start,
             slot=slot,
-            started_at=clock.date(),
+            started_at=time.time(),
         )
         return Worker(record, generation, process, notify, line, readiness)
 

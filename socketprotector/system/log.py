@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
 from collections.abc import Callable, Mapping
 
 from ..model.log_format import LEVELS, as_coloured, as_json, as_text, plain
-from . import clock
 from .crash_loop_summary import CrashLoopFilter
 from .loop import Loop
 from .terminal import put, put_at_once
@@ -135,7 +135,7 @@ class Log:
         return put_at_once(self._fd, data)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
-        now = clock.date()
+        now = time.time()
         if self._json:
             return as_json(level, event, fields, now, prioritized=self._prioritized)
         if self._prioritized:

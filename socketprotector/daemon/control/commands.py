@@ -6,6 +6,7 @@ The result of a long operation is an event to clients that follow (docs/control.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping
 
 from ... import __version__
@@ -22,7 +23,6 @@ from ...core.events import (
 from ...core.fleet import Fleet, Phase, State
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
-from ...system import clock
 from ...system.log import Log
 from ...system.loop import Loop
 from ..config_reader import ConfigAnswer
@@ -188,7 +188,7 @@ class CommandHandler:
         self._not_while_stopping(self._supervisor.fleet)
         self._can("hold")
         self._supervisor.post(HoldRequested(seconds))
-        return {"until_at": clock.date() + seconds}
+        return {"until_at": time.time() + seconds}
 
     def _release(self) -> Mapping[str, Any]:
         self._supervisor.post(HoldReleased())

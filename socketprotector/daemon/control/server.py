@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.einhorn import ack
-from ...system import clock
 from ...system.listener import AGAIN, Listener
 from ...system.loop import WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
@@ -177,7 +177,7 @@ class ControlServer:
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
         """Tell all clients that follow of an event."""
-        at = clock.date()
+        at = time.time()
         for client in [each for each in self._clients.values() if each.follows]:
             client.tell(lambda more: control_requests.event(name, at, level, {**fields, **more}))
 

@@ -17,7 +17,6 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
-from ...system import clock
 from ...system.listener import Listener
 from ..generation import OpenGeneration
 
@@ -155,7 +154,7 @@ def _of_worker(
         "pid": record.pid if record is not None else None,
         "state": worker.state.value,
         "started_at": record.started_at if record is not None else None,
-        "ready_at": None if ready_at is None else clock.date() - (time.monotonic() - ready_at),
+        "ready_at": None if ready_at is None else time.time() - (time.monotonic() - ready_at),
         "ready_by": record.ready_by if record is not None else "",
         "status": record.status if record is not None else "",
         "quick_deaths": worker.quick_deaths,
@@ -199,7 +198,7 @@ def of_connections(
     generations: Mapping[int, OpenGeneration], records: Iterable[WorkerRecord], only: int | None
 ) -> list[dict[str, Any]]:
     """Say where the connections of each worker are to be looked for, and how old they are."""
-    offset = clock.date() - time.monotonic()
+    offset = time.time() - time.monotonic()
     found = []
     for record in records:
         opened = generations.get(record.generation)
@@ -231,7 +230,7 @@ def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> di
     hold = due.get(Deadline(TimerKind.HOLD))
     return {
         "version": __version__,
-        "now": clock.date(),
+        "now": time.time(),
         "phase": phase_of(fleet),
         "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
         "workers_wanted": fleet.workers_wanted,

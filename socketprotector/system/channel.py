@@ -16,8 +16,11 @@ import struct
 import sys
 import termios
 from collections.abc import Mapping
+from contextlib import suppress
 
 from socketprotector_client import wire
+
+from .polling import events_of
 
 #: The kernel charges one 16-byte message with one descriptor so much against SO_SNDBUF
 #: (measured: 278 messages in the default 212,992 bytes).
@@ -43,7 +46,7 @@ class Channel:
         self.knows: frozenset[int] | None = None
         #: Whether any worker has been seen to take from it.
         self.taken_from = False
-        #: Whether it was said that nobody does.
+        #: Whether it was said that no worker does.
         self.said_untaken = False
 
     def knows_of(self, index: int) -> bool:
@@ -58,8 +61,8 @@ class Channel:
         """
         read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # Nothing is read here, and what a worker had sent would be an ECONNRESET for
-            # whoever takes next once this end is closed (unix_release_sock).
+            # Nothing is read here, and what a worker had sent would be an ECONNRESET for the
+            # next worker that takes once this end is closed (unix_release_sock).
             write.shutdown(socket.SHUT_RD)
             # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
             wanted = queue * MESSAGE_CHARGE_BYTES // 2
@@ -110,15 +113,11 @@ class Channel:
         """Say whether a worker has shut it down, so that nothing more can be sent through it."""
         if self.write.fileno() < 0:
             return False  # ended by us
-        poll = select.poll()
-        poll.register(self.read, select.POLLRDHUP)
-        return bool(poll.poll(0))
+        return bool(events_of(self.read, select.POLLRDHUP))
 
     def has_room(self) -> bool:
-        """Say whether its write end would wake who waits for room."""
-        poll = select.poll()
-        poll.register(self.write, select.POLLOUT)
-        return bool(poll.poll(0))
+        """Say whether its write end would wake a process that waits for room."""
+        return bool(events_of(self.write, select.POLLOUT))
 
     def send(self, header: bytes, fd: int) -> None:
         """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full."""
@@ -158,13 +157,11 @@ class Channel:
         """Let the workers read end of file after what is queued.
 
         shutdown(), because a copy of this end may live elsewhere, and close() alone
-        would then tell nobody.
+        would then tell no worker.
         """
         if self.write.fileno() >= 0:
-            try:
+            with suppress(OSError):  # a worker has shut it down already
                 self.write.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass  # a worker has shut it down already
             self.write.close()
 
     def close(self) -> None:

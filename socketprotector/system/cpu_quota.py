@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 
 
 def scheduler() -> int | None:
@@ -68,18 +69,14 @@ class Quota:
         self._find()
         least = math.inf
         for file in self._new:
-            try:
+            with suppress(OSError, ValueError):  # "max", or the root, which has none
                 quota, period = _read(file).split()
                 least = min(least, int(quota) / int(period))
-            except (OSError, ValueError):
-                pass  # "max", or the root, which has none
         for folder in self._old:
-            try:
+            with suppress(OSError, ValueError):
                 quota_us = int(_read(f"{folder}/cpu.cfs_quota_us"))
                 if quota_us > 0:
                     least = min(least, quota_us / int(_read(f"{folder}/cpu.cfs_period_us")))
-            except (OSError, ValueError):
-                pass
         return least
 
 

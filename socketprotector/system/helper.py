@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from ..model import text
 from ..model.records import Program
@@ -18,7 +19,7 @@ from .process import Process, spawn
 _PROVEN_S = 60.0
 _LAST_BYTES = 4096
 
-#: Is told how one ended.
+#: Called with how one ended.
 Ended = Callable[[str], None]
 
 
@@ -92,13 +93,12 @@ class HelperProcess:
 
     def _reap(self) -> None:
         how = "ended"
-        try:
+        # ChildProcessError: an earlier program's child, reaped by the process that adopted it.
+        with suppress(ChildProcessError):
             end = self.process.reap()
             if end is None:
                 return  # it cannot be waited for yet: it is traced
             how = end.how
-        except ChildProcessError:
-            pass  # an earlier program's child: reaped by the process that adopted it
         self.close()
         self._ended(how)
 
@@ -109,17 +109,19 @@ class HelperProcess:
 
     def close(self) -> None:
         """Let go of it, whether it runs or not; it is reaped as any other child then."""
-        if self._owned:
-            self._owned = False
-            self._loop.unwatch(self.process.pidfd)
+        if self._disown():
             self.process.close()
 
     def discard(self) -> None:
         """Kill it, if it has not ended, and let go of it."""
-        if self._owned:
-            self._owned = False
-            self._loop.unwatch(self.process.pidfd)
+        if self._disown():
             self.process.discard(self._loop)
+
+    def _disown(self) -> bool:
+        owned, self._owned = self._owned, False
+        if owned:
+            self._loop.unwatch(self.process.pidfd)
+        return owned
 
 
 class BackOff:

@@ -12,13 +12,15 @@ import resource
 import select
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from ..model import text
 from ..model.frozen import frozen
 from ..model.records import Program
-from . import privileges
+from . import privileges, procfs
 from .cpu_quota import scheduler
 from .loop import Loop
+from .polling import events_of
 
 #: The resource limits that options may set (--limit), by the option's name.
 RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
@@ -56,7 +58,7 @@ class Process:
         self.pid = pid
         self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
-        self._reaped = False
+        self.reaped = False  # and so its number may be another's
         self._discarded = False  # it is owned no more, and waited for
         _known.setdefault(pid, set()).add(self)
 
@@ -66,24 +68,25 @@ class Process:
 
         It leads a group of its own, and takes no signal but KILL.
         """
+
+        def lead() -> None:
+            os.setpgid(0, 0)
+            act()
+
         reserved = _reserve_fd()  # for its pidfd
-        # Else a signal in the child would be reported to our own loop.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    os.setpgid(0, 0)
-                    act()
-                finally:
-                    os._exit(0)
+            pid = _fork_child(lead)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.close(reserved)
+        return cls._of_child(pid)
+
+    @classmethod
+    def _of_child(cls, pid: int, lifeline: int = -1) -> Process:
+        """Own a child that was just started.  Raises OSError, and then it is killed."""
         try:
-            return cls(pid)
+            return cls(pid, lifeline=lifeline)
         except OSError:
-            _kill(pid)
+            _kill(pid)  # its end would never be noticed
             raise
 
     def signal(self, number: int) -> None:
@@ -91,11 +94,9 @@ class Process:
 
         Raises PermissionError if it has become another user's.
         """
-        if not self._reaped:
-            try:
+        if not self.reaped:
+            with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self.pidfd, number)
-            except ProcessLookupError:
-                pass
 
     def kill_group(self) -> None:
         """Send KILL to the process and all of its group.
@@ -106,7 +107,7 @@ class Process:
             self.signal(signal.SIGKILL)  # it has not made its group yet, or left it
 
     def signal_group(self, number: int) -> bool:
-        """Send a signal to all of the group that it leads, or led; say whether anybody is there.
+        """Send a signal to all of the group that it leads, or led; say whether it has a process.
 
         Raises PermissionError if all of it has become another user's.
         """
@@ -120,7 +121,7 @@ class Process:
                 raise
         else:
             return True
-        # Before Linux 6.9: by the number, which is no other's as long as anybody is in the group.
+        # Before Linux 6.9: by the number, which is no other's as long as a process is in the group.
         if self._is_anothers_number():
             return False
         try:
@@ -130,7 +131,7 @@ class Process:
         return True
 
     def has_group(self) -> bool:
-        """Say whether anybody is in the group that it leads, or led; itself until it is reaped."""
+        """Say whether the group that it leads, or led, has a process; itself until it is reaped."""
         try:
             return self.signal_group(0)
         except PermissionError:
@@ -138,54 +139,28 @@ class Process:
 
     def _is_anothers_number(self) -> bool:
         """Whether it was reaped and another process has its number: then its group was empty."""
-        try:
-            signal.pidfd_send_signal(self.pidfd, 0)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            return False  # it has become another user's
-        else:
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
+        return _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0)) and not _is_gone(
+            lambda: os.kill(self.pid, 0)
+        )
 
     def has_ended(self) -> bool:
         """Say whether it has ended, reaped or not."""
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
         try:
-            return bool(poll.poll(0))
+            return bool(events_of(self.pidfd, select.POLLIN))
         except OSError:
             # EINVAL: another process has lowered our limit of descriptors to 0 (prlimit(2)).
             return self._is_zombie()
 
     def _is_zombie(self) -> bool:
         options = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        try:
+        with suppress(ChildProcessError):  # another's child
             return os.waitid(os.P_PIDFD, self.pidfd, options) is not None
-        except ChildProcessError:  # another's child
-            pass
-        try:
-            signal.pidfd_send_signal(self.pidfd, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass
-        return False
+        return _is_gone(lambda: signal.pidfd_send_signal(self.pidfd, 0))
 
     def is_stopped(self) -> bool | None:
         """Say whether it stands still (SIGSTOP, a debugger); None where that cannot be seen."""
-        try:
-            with open(f"/proc/{self.pid}/stat", "rb") as file:
-                stat = file.read()
-        except OSError:
-            return None
-        return stat.rpartition(b") ")[2][:1] in (b"T", b"t") and not self.has_ended()
+        found = procfs.state_of(self.pid)
+        return found and found[0] in (b"T", b"t") and not self.has_ended()
 
     def reap(self) -> End | None:
         """Return how it ended, or None while it runs.
@@ -198,36 +173,30 @@ class Process:
         except ChildProcessError:
             if not self.has_ended():
                 return None
-            self._is_reaped()
+            self._note_reaped()
             raise
         if found is None:
             return None
         # By its number, because waitid() does not tell what it used; until this returns the
         # number is no other process's.
         _, status, used = os.wait4(self.pid, os.WNOHANG)
-        self._is_reaped()
+        self._note_reaped()
         clean, how = text.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
-
-    @property
-    def reaped(self) -> bool:
-        """Whether its end was taken in: its number may be another's by now."""
-        return self._reaped
 
     def discard(self, loop: Loop) -> None:
         """Kill it with its group and let go of it, pidfd and all.
 
         Its end is taken in when it comes: one that waits for a disk cannot be waited for.
         """
-        if not self._reaped:
-            try:
-                self.kill_group()
-            except PermissionError:
-                pass  # it has become another user's, and ends when that one likes
         self._discarded = True
-        if self._reaped:
+        if self.reaped:
             self._close()
             return
+        with suppress(
+            PermissionError
+        ):  # it has become another user's, and ends when that one likes
+            self.kill_group()
         if self.has_ended():
             self._take_end(loop)
             return
@@ -239,12 +208,10 @@ class Process:
     def _take_end(self, loop: Loop) -> None:
         """Reap it, if no debugger is to see its end first, and close the pidfd."""
         loop.unwatch(self.pidfd)
-        try:
+        with suppress(ChildProcessError):  # it was no child of ours
             if self.reap() is None:
                 loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
                 return
-        except ChildProcessError:
-            pass  # it was no child of ours
         self._close()
 
     def close(self) -> None:
@@ -258,8 +225,8 @@ class Process:
         if self._lifeline >= 0:
             os.close(self._lifeline)
 
-    def _is_reaped(self) -> None:
-        self._reaped = True
+    def _note_reaped(self) -> None:
+        self.reaped = True
         self._forget()
 
     def _forget(self) -> None:
@@ -267,6 +234,15 @@ class Process:
         its.discard(self)
         if not its:
             _known.pop(self.pid, None)
+
+
+def _is_gone(probe: Callable[[], None]) -> bool:
+    """Whether a signal 0 reaches no process; one that has become another user's is there."""
+    try:
+        probe()
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    return False
 
 
 def _reserve_fd() -> int:
@@ -330,34 +306,19 @@ def spawn(
     known only afterwards (its pid), or takes another user, or a limit below the descriptors that
     we have, is done in a fork: see _fork().
     """
-    if mortal:
-        return _spawn_mortal(program, extra, descriptors, tell_pid)
-    pid = _spawn(program, extra, descriptors, tell_pid)
-    try:
-        return Process(pid)
-    except OSError:
-        _kill(pid)  # its end would never be noticed
-        raise
-
-
-def _spawn_mortal(
-    program: Program, extra: Mapping[str, str], descriptors: Mapping[int, int], tell_pid: str
-) -> Process:
-    """Start it with the read end of a pipe whose write end we alone have.
-
-    Where the last writer of a pipe ends, the kernel sends a signal to the process or group that
-    owns the read end: here KILL to the group.  PR_SET_PDEATHSIG would reach its leader alone.
-    Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
-    """
+    environment = {**dict(program.environment), **extra}
+    if not mortal:
+        return Process._of_child(_spawn(program, environment, descriptors, tell_pid))
+    # Where the last writer of a pipe ends, the kernel sends a signal to the process or group that
+    # owns the read end: here KILL to the group, with us as the only writer.  PR_SET_PDEATHSIG
+    # would reach its leader alone.
+    # Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
-        place = max((2, *descriptors)) + 1
-        pid = _spawn(program, extra, {**descriptors, place: receive}, tell_pid, place)
-        try:
-            return Process(pid, lifeline=send)
-        except OSError:
-            _kill(pid)
-            raise
+        lifeline = max((2, *descriptors)) + 1
+        with_line = {**descriptors, lifeline: receive}
+        pid = _spawn(program, environment, with_line, tell_pid, lifeline)
+        return Process._of_child(pid, send)
     except BaseException:
         os.close(send)
         raise
@@ -367,51 +328,47 @@ def _spawn_mortal(
 
 def _spawn(
     program: Program,
-    extra: Mapping[str, str],
+    environment: Mapping[str, str],
     descriptors: Mapping[int, int],
     tell_pid: str,
     lifeline: int = -1,
 ) -> int:
     """Do what spawn() does; return the pid.  lifeline: the number in the child of a mortal one."""
-    path = program.path
     forked = bool(program.identity is not None or program.nice or tell_pid or lifeline >= 0)
-    actions: list[tuple[int, ...]] = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)  # type: ignore[list-item]
-    ]
     kept = {RLIMITS[name]: resource.getrlimit(RLIMITS[name]) for name, _ in program.limits}
     reserved = _reserve_fd()  # for its pidfd: one that cannot be watched must not be started
-    aside: list[int] = []
+    places: dict[int, int] = {}
     umask = os.umask(program.umask)
     try:
         for theirs, ours in descriptors.items():
             # Out of the way first: a target's number may be another source's.
-            aside.append(fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1))
-            actions.append((os.POSIX_SPAWN_DUP2, aside[-1], theirs))
+            places[theirs] = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, max(descriptors) + 1)
         # posix_spawn takes no number above the limit of the process that it starts.
-        above = max(aside, default=0)
+        above = max(places.values(), default=0)
         forked = forked or any(n == "nofile" and value <= above for n, value in program.limits)
         os.chdir(program.directory)
-        environment = {**dict(program.environment), **extra}
         policy = {}
         if needs_normal_policy(program):
             policy["scheduler"] = os.SCHED_OTHER, os.sched_param(0)
         if forked:
-            places = dict(zip(descriptors, aside, strict=True))
             pid = _fork(program, environment, places, tell_pid, lifeline)
         else:
             _limit(program)
             pid = os.posix_spawn(
-                path,
+                program.path,
                 program.argv,
                 environment,
-                file_actions=actions,
+                file_actions=[
+                    (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                    *((os.POSIX_SPAWN_DUP2, ours, theirs) for theirs, ours in places.items()),
+                ],
                 setsid=True,
                 setsigmask=(),
                 setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
                 **policy,  # type: ignore[arg-type]
             )
     except FileNotFoundError as error:
-        if error.filename == path and os.path.exists(path):
+        if error.filename == program.path and os.path.exists(program.path):
             error.strerror = "the interpreter in its first line is missing"
         raise
     except BlockingIOError as error:
@@ -423,7 +380,7 @@ def _spawn(
             resource.setrlimit(which, pair)
         os.umask(umask)
         os.chdir("/")
-        for fd in (reserved, *aside):
+        for fd in (reserved, *places.values()):
             os.close(fd)
     return pid
 
@@ -443,10 +400,8 @@ def use_batch_policy() -> None:
     it.
     """
     if scheduler() == os.SCHED_OTHER and os.getpriority(os.PRIO_PROCESS, 0) >= 0:
-        try:
+        with suppress(OSError):  # forbidden here (a system call filter): slower, not wrong
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        except OSError:
-            pass  # forbidden here (a system call filter): slower, not wrong
 
 
 def needs_normal_policy(program: Program) -> bool:
@@ -463,7 +418,7 @@ def _fork(
 ) -> int:
     """Start a program, maybe as another user or with its pid in a variable; return its pid.
 
-    It is also what can have itself killed when we end: see _spawn_mortal().
+    It is also what can have itself killed when we end: see spawn().
     Not through a program that changes the user: the loader in it would follow the worker's
     environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
     shell that sets the variable, or nice(1): a small container has neither.
@@ -471,33 +426,44 @@ def _fork(
     """
     above = max((2, *places)) + 1
     receive, send = os.pipe2(os.O_CLOEXEC)
-    # Else a signal in the child would be reported to our own loop.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                send = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
-                _become(program, environment, places, tell_pid, lifeline)
-            except OSError as error:
-                os.write(send, b"%d" % (error.errno or errno.EIO))
-            except BaseException as error:  # as a NUL in the environment
-                os.write(send, str(error).encode())
-            finally:
-                os._exit(127)
-    except BaseException:
-        os.close(receive)
-        raise
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.close(send)
+
+    def become() -> None:
+        answer = send
+        try:
+            answer = fcntl.fcntl(send, fcntl.F_DUPFD_CLOEXEC, above)
+            _become(program, environment, places, tell_pid, lifeline)
+        except OSError as error:
+            os.write(answer, b"%d" % (error.errno or errno.EIO))
+        except BaseException as error:  # as a NUL in the environment
+            os.write(answer, str(error).encode())
+
     with open(receive, "rb") as answer:
+        try:
+            pid = _fork_child(become)
+        finally:
+            os.close(send)
         failure = answer.read()  # end of file: it was executed
     if failure:
         os.waitpid(pid, 0)
         if not failure.isdigit():
             raise ValueError(failure.decode())
         raise OSError(int(failure), os.strerror(int(failure)), program.path)
+    return pid
+
+
+def _fork_child(act: Callable[[], None]) -> int:
+    """Fork a child that does this in our own memory, and ends.  Raises OSError."""
+    # Else a signal in the child would be reported to our own loop.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                act()
+            finally:
+                os._exit(127)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     return pid
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from ..model.records import WorkerRecord
-from . import inherited
+from . import inherited, procfs
 from .log import Log
 from .loop import Loop
 from .process import Process
@@ -185,9 +185,9 @@ class Groups:
                 return  # none is mounted, or there is no descriptor left for now
         names = list(islice(self._census, _CENSUS_SLICE))
         for name in names:
-            if name.isdigit():
-                group, lives = _group_of(name)
-                self._lives[group] = self._lives.get(group, False) or lives
+            if name.isdigit() and (found := procfs.state_of(name)) is not None:
+                state, group = found
+                self._lives[group] = self._lives.get(group, False) or state not in (b"Z", b"X")
         self._census_cost_s += time.monotonic() - began
         if names:
             self._loop.call_after("census", 0.0, self._count)
@@ -216,14 +216,3 @@ class Groups:
 
 def _name(number: int) -> str:
     return f"{inherited.WORKER}{number}.process"
-
-
-def _group_of(pid: str) -> tuple[int, bool]:
-    """Return the process group of a process and whether it lives; (0, False): not known."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
-    except OSError:
-        return 0, False
-    state, _, group = stat.rpartition(b")")[2].split()[:3]
-    return int(group), state not in (b"Z", b"X")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import islice
 
 #: What cannot be had without it, in the words of an error.
@@ -20,6 +21,17 @@ def is_ours() -> bool:
         return os.readlink("/proc/self") == str(os.getpid())
     except OSError:
         return False
+
+
+def state_of(pid: int | str) -> tuple[bytes, int] | None:
+    """Return the state of a process, one letter, and its process group; None: not known."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except OSError:
+        return None
+    state, _, group = stat.rpartition(b")")[2].split()[:3]
+    return state, int(group)
 
 
 def sockets_of(pids: Iterable[int], most: int) -> set[int]:
@@ -36,12 +48,10 @@ def sockets_of(pids: Iterable[int], most: int) -> set[int]:
             continue
         left -= len(names)
         for name in names:
-            try:
+            with suppress(OSError):  # closed meanwhile
                 kind, _, inode = os.readlink(name).partition(":[")
-            except OSError:
-                continue  # closed meanwhile
-            if kind == "socket":
-                found.add(int(inode.rstrip("]")))
+                if kind == "socket":
+                    found.add(int(inode.rstrip("]")))
         if not left:
             break
     return found

@@ -17,7 +17,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import field, replace
 
 from ..model.einhorn import ack
@@ -26,7 +26,7 @@ from ..model.records import Program
 from .loop import Loop
 from .process import Process
 
-#: Both kinds of line are short; who sends more without an end has his say cut.
+#: Both kinds of line are short; a longer one is cut.
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
@@ -195,19 +195,15 @@ class Readiness:
         if self._hangs is not None:
             self._hangs(program_of(self._program.ready_check))
             self._hangs = None
-        try:
+        with suppress(PermissionError):  # it has become another user's, and is waited for
             self._check.kill_group()
-        except PermissionError:
-            pass  # it has become another user's, and is waited for
 
     def _check_ended(self, loop: Loop) -> None:
         result = self._check.reap() if self._check is not None else None
         if result is None or self._check is None:
             return
-        try:
+        with suppress(PermissionError):  # it has become another user's
             self._check.kill_group()  # what it has left in the background: there are many checks
-        except PermissionError:
-            pass  # that has become another user's
         self.stop_check()
         if result.clean:
             self._ready(_CHECK)

@@ -69,7 +69,7 @@ class Checkpoint:
         wanted.pop(inherited.GUARD, None)  # each program gets a line of its own
         self._store.sync(wanted, self._effects.pool.descriptors)
         if self._store.full and not self._full:
-            self._log.write("warning", "store-full", descriptors=self._store.kept, hint=_FULL)
+            self._log.write("warning", "store-full", descriptors=len(self._store.kept), hint=_FULL)
         self._full = self._store.full
         if not self._write():
             return False

@@ -95,7 +95,7 @@ def store(passed: Passed, places: Mapping[str, Bound]) -> None:
     same = {name for name, fd in kept.items() if names[fd] == name}
     outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))
     there = Store(outbox, passed.stored)
-    for name in there.names - same:  # all of them before: the next name may be that of another
+    for name in there.kept - same:  # all of them before: the next name may be that of another
         there.forget(name)
     there.sync(kept)
     outbox.finish(_MANAGER_S)

@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 
 from .inherited import Named
 from .peer_credentials import unmistakable_users
@@ -69,7 +70,7 @@ class NotifySocket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             if address.startswith("@"):
-                bound.bind("\0" + address[1:])
+                bound.bind(_bound_as(address))
             else:
                 _bind_path(bound, address)
         except OSError:
@@ -119,6 +120,11 @@ class NotifySocket:
             _remove(self.address)
 
 
+def _bound_as(address: str) -> str:
+    """Return what the kernel calls an address: an abstract one begins with a NUL."""
+    return "\0" + address[1:] if address.startswith("@") else address
+
+
 def _bind_path(bound: socket.socket, path: str) -> None:
     """Bind a path that /proc/net/unix does not tell: there stands what was bound first.
 
@@ -136,18 +142,14 @@ def _bind_path(bound: socket.socket, path: str) -> None:
 
 
 def _remove(path: str) -> None:
-    try:
+    with suppress(OSError):  # removed already
         os.unlink(path)
-    except OSError:
-        pass  # removed already
 
 
 def remove_folder(path: str) -> None:
     """Remove the folder of notify sockets if it is empty and we may; else the next start does."""
-    try:
+    with suppress(OSError):
         os.rmdir(path)
-    except OSError:
-        pass
 
 
 def discard(fd: int) -> None:
@@ -156,25 +158,21 @@ def discard(fd: int) -> None:
     A TCP socket with SO_LINGER would make close() wait for as long as its sender likes.
     """
     if stat.S_ISSOCK(os.fstat(fd).st_mode):
-        with socket.socket(fileno=os.dup(fd)) as theirs:
-            try:
-                theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
-            except OSError:
-                pass  # a kind of socket that does not know it
+        # OSError: a kind of socket that does not know it.
+        with socket.socket(fileno=os.dup(fd)) as theirs, suppress(OSError):
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
     os.close(fd)
 
 
 def discard_all(line: socket.socket) -> None:
-    """Close a line with all that was sent on it and nobody wants to read."""
-    try:
+    """Close a line with all that was sent on it and not read."""
+    with suppress(OSError):  # nothing more, or out of descriptors
         line.shutdown(socket.SHUT_RD)  # from here on nothing more can be sent
         while True:
             data, ancillary, _, _ = line.recvmsg(1, _ANCILLARY, _TAKE_FLAGS)
             _discard_rights(ancillary)
             if not data and not ancillary:
                 break
-    except OSError:
-        pass  # nothing more, or out of descriptors
     line.close()
 
 
@@ -182,7 +180,7 @@ def _discard_rights(ancillary: Iterable[tuple[int, int, bytes]]) -> None:
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             whole = len(content) - len(content) % 4
-            for (fd,) in struct.iter_unpack("i", content[:whole]):
+            for (fd,) in _DESCRIPTOR.iter_unpack(content[:whole]):
                 discard(fd)
 
 
@@ -193,12 +191,8 @@ def _is_number(text: str) -> bool:
 
 def parse(data: bytes) -> dict[str, str]:
     """Return the NAME=VALUE lines of a datagram; what is no such line is passed over."""
-    fields = {}
-    for line in data.decode("utf-8", "replace").split("\n"):
-        name, separator, value = line.partition("=")
-        if separator and name:
-            fields[name] = value
-    return fields
+    lines = (line.partition("=") for line in data.decode("utf-8", "replace").split("\n"))
+    return {name: value for name, found, value in lines if found and name}
 
 
 class Outbox:
@@ -219,9 +213,8 @@ class Outbox:
         `later` calls what it is given after a moment.
         """
         self._later = later
-        name = "\0" + address[1:] if address.startswith("@") else address
         # Each time anew: a manager that was restarted has another socket under the same name.
-        self._to = (name,) if address else ()
+        self._to = (_bound_as(address),) if address else ()
         if line is None and address:
             # For life: where descriptors have run out, the watchdog wants to be fed all the same.
             line = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -293,10 +286,8 @@ class Outbox:
         if self._line is not None:
             self._line.close()
             self._line = None
-        for fd in self._unsent.values():
-            if fd >= 0:
-                os.close(fd)
-        self._unsent.clear()
+        for data in tuple(self._unsent):
+            self._drop(data)
 
 
 def room_of(environment: Mapping[str, str], soft_limit: int) -> int:
@@ -332,13 +323,13 @@ class Store:
         separator.
         """
         self._outbox = outbox
-        self._kept = set(kept)
+        #: The names under which there is something.
+        self.kept = set(kept)
         self._most, self._names_bytes = most, names_bytes
-        self._bytes = sum(len(name) + 1 for name in self._kept)
+        self._bytes = sum(len(name) + 1 for name in self.kept)
         self._left_out: set[str] = set()  # because it was full
-        self._few: set[str] | None = None  # those of them that each sync() is given
-        #: Whether all that was wanted last has been given away.
-        self.complete = False
+        self._few: set[str] = set()  # those of `kept` and `_due` that each sync() is given
+        self._due = set(kept)  # to be given, or to be forgotten
 
     @property
     def flushed(self) -> bool:
@@ -347,27 +338,21 @@ class Store:
 
     @property
     def keeps(self) -> bool:
-        """Whether there is anybody to keep anything."""
+        """Whether there is a store at all."""
         return self._outbox.open
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that was wanted last has been given away."""
+        return not self._due
 
     def has(self, wanted: Iterable[str]) -> bool:
         """Whether all of these were given away, and nothing is still to be said."""
-        seen_to = self._kept | self._left_out
-        return not self._outbox.open or (not self._outbox.waiting and seen_to.issuperset(wanted))
+        return not self.keeps or (self.flushed and (self.kept | self._left_out).issuperset(wanted))
 
     def holds(self, names: Iterable[str]) -> bool:
         """Whether all of these were given away and taken."""
-        return self._outbox.open and self._kept.issuperset(names)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Under which there is something."""
-        return frozenset(self._kept)
-
-    @property
-    def kept(self) -> int:
-        """How many descriptors are there."""
-        return len(self._kept)
+        return self.keeps and self.kept.issuperset(names)
 
     @property
     def full(self) -> bool:
@@ -380,57 +365,52 @@ class Store:
         A name stands for one descriptor for ever, so only names are compared; of the many only
         those that have changed.
         """
-        if not self._outbox.open:
+        if not self.keeps:
             return
-        if self._few is None or many is None:  # what came from there, and may be over
-            many = Named() if many is None else many
-            many.changed |= self._kept - few.keys()
-            self._few = set()
+        before, due = self._few, self._due
+        due |= (before ^ few.keys()) | self._left_out  # there may be room by now
+        due |= self.kept if many is None else many.changed
+        many = Named() if many is None else many
+        many.changed.clear()
         # First what is new: it may be in the place of what is over, and we be killed in between.
-        given = {name for name in few if self._give(name, few[name])}
-        over = self._few - few.keys() if len(given) == len(few) else set()
-        for name in over:
-            self.forget(name)
-        # One by one: to take away a view's names from a set looks at all of them.
-        for name in tuple(many.changed):
-            if name not in many:
+        # In this order: what all depends on comes first.
+        given = [self._give(name, few[name]) for name in few]
+        for name in tuple(due):
+            if name not in few and name not in many and (all(given) or name not in before):
                 self.forget(name)
-                many.changed.discard(name)
-        many.changed |= self._left_out & many.keys()  # there may be room by now
-        self._few = (self._few | given) - over
-        for name in few:  # in this order: what all depends on comes first
-            if name in self._left_out:
-                self._give(name, few[name])
-        for name in tuple(many.changed):
-            if self._give(name, many[name]):
-                many.changed.discard(name)
-        self.complete = not many.changed and len(given) == len(few)
+                due.discard(name)
+        for name in (*few, *due):
+            fd = few.get(name, many.get(name))
+            if fd is not None and self._give(name, fd):
+                due.discard(name)
+        self._few = before & due | few.keys()
 
     def _give(self, name: str, fd: int) -> bool:
         """Have one kept; False where it must be tried again the next time."""
-        if name in self._kept:
+        if name in self.kept:
             return True
-        room = self._bytes + len(name) < self._names_bytes and len(self._kept) < self._most
+        room = self._bytes + len(name) < self._names_bytes and len(self.kept) < self._most
         if not room:
             self._left_out.add(name)
             return True  # nothing is gained by trying
         if not self._outbox.send(_STORE.format(name), fd):
             return False
         self._left_out.discard(name)
-        self._kept.add(name)
+        self.kept.add(name)
         self._bytes += len(name) + 1
         return True
 
     def forget(self, name: str) -> None:
         """Have one no longer kept."""
+        self._left_out.discard(name)
+        if name not in self.kept:
+            return
         # What was not sent yet must not be: its copy would hold a connection open that a
         # worker has closed.
-        if name in self._kept and not self._outbox.withdraw(_STORE.format(name)):
+        if not self._outbox.withdraw(_STORE.format(name)):
             self._outbox.send(f"FDSTOREREMOVE=1\nFDNAME={name}")
-        self._left_out.discard(name)
-        if name in self._kept:
-            self._kept.discard(name)
-            self._bytes -= len(name) + 1
+        self.kept.discard(name)
+        self._bytes -= len(name) + 1
 
 
 class Systemd:

@@ -245,7 +245,7 @@ class WorkerPool:
         """There was no next one."""
         for worker in self._workers.values():
             worker.readiness.check()
-        self.orphans.go_on_looking()
+        self.orphans.go_on()
 
     # -- to the next program and from the one before -----------------------------
 

@@ -28,6 +28,7 @@ from ..model.settings import Identity
 from . import privileges, procfs
 from .log import Log
 from .loop import Loop
+from .polling import events_of
 from .process import Process
 
 #: How often to look for what was started while one looked, or to kill what is there again.
@@ -72,7 +73,7 @@ class Orphans:
         #: Notify address -> when KILL is due; None before the first look.
         self._left: dict[str, float | None] = {}
         self._kills: dict[str, int] = {}  # how often there was something to kill
-        self._look: _Look | None = None
+        self._look: Look | None = None
         self._ended: Callable[[], None] | None = None  # waits for their end
         self._blind = False  # and has said so
         self._trouble = ""  # why the last look has failed
@@ -91,23 +92,19 @@ class Orphans:
         """Call back, maybe at once, when nothing is left of them, or too much time has passed."""
         self._ended = done
         self._loop.call_after(_TIMER_END, self._kill_timeout_s + _LOOK_S, self._give_up)
-        self._go_on()
+        self.go_on()
 
     def _give_up(self) -> None:
         self.stop_looking()
         self._loop.cancel(_TIMER)
         self._left.clear()
-        self._go_on()
+        self.go_on()
 
     def stop_looking(self) -> None:
         """End the look that is under way: the program that replaces this one begins another."""
         if self._look is not None:
             self._look.call_off()
             self._look = None
-
-    def go_on_looking(self) -> None:
-        """There was no other program."""
-        self._go_on()
 
     def _look_after(self, seconds: float) -> None:
         if self._look is None:
@@ -123,7 +120,7 @@ class Orphans:
             self._looked(tuple(self._left), {}, "")
             return
         try:
-            self._look = look(self._loop, tuple(self._left), self._identity, self._looked)
+            self._look = Look(self._loop, tuple(self._left), self._identity, self._looked)
         except OSError as error:
             self._cannot_look(error.strerror or str(error))
 
@@ -146,8 +143,7 @@ class Orphans:
             elif due <= now:
                 self._kills[address] = self._kills.get(address, 0) + 1
                 self._signal(each, signal.SIGKILL)
-            for _, pidfd in each:
-                os.close(pidfd)
+        _close(found)
         if why:
             self._cannot_look(why)
             return
@@ -156,9 +152,9 @@ class Orphans:
             if address not in found or self._kills.get(address, 0) >= _LOOKS:
                 self._left.pop(address, None)
                 self._kills.pop(address, None)
-        self._go_on()
+        self.go_on()
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
         """Look again when that is due; there may be nothing left to look for."""
         if self._left:
             now = time.monotonic()
@@ -173,17 +169,22 @@ class Orphans:
 
     def _signal(self, found: Sequence[tuple[int, int]], number: signal.Signals) -> None:
         for pid, pidfd in found:
-            try:
+            # Where that fails it has ended, or become another user's.
+            with suppress(ProcessLookupError, PermissionError):
                 if self._looked_after(os.getpgid(pid)):
                     continue  # a second TERM may mean something else to it than the first
                 signal.pidfd_send_signal(pidfd, number)
                 self._log.write("warning", "left-behind", pid=pid, signal=number.name)
-            except (ProcessLookupError, PermissionError):
-                pass  # ended, or become another user's
 
 
-class _Look:
-    """One look over /proc, by a child of ours."""
+def _close(found: Found) -> None:
+    for each in found.values():
+        for _, pidfd in each:
+            os.close(pidfd)
+
+
+class Look:
+    """One look over /proc, by a child of ours, for all processes with one of some addresses."""
 
     def __init__(
         self,
@@ -192,26 +193,27 @@ class _Look:
         identity: Identity | None,
         done: Callable[[Collection[str], Found, str], None],
     ) -> None:
-        """See look()."""
+        """Begin, and call back once.  Raises OSError.
+
+        identity: as whom, if not as ourselves, to whom another user's environments are closed.
+        done: is given the addresses, what was found, whose pidfds it owns, and why not all could
+        be seen.
+        """
         self._loop = loop
         self._wanted = wanted
         self._done = done
         self._found: dict[str, list[tuple[int, int]]] = {}
-        self._why = "the look at /proc ended early"
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             with theirs:
+                loop.watch(self._line.fileno(), self._hear)
                 self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
         except BaseException:
+            loop.unwatch(self._line.fileno())
             self._line.close()
             raise
-        try:
-            loop.watch(self._line.fileno(), self._hear)
-        except BaseException:
-            self._line.close()
-            self._process.discard(loop)
-            raise
-        loop.call_after(_LIMIT, _LOOK_S, self._hangs)
+        hangs = f"the look at /proc took longer than {_LOOK_S:g} s"
+        loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
 
     def _hear(self) -> None:
         """Take in what it has found so far; the last message says that this was all."""
@@ -225,7 +227,7 @@ class _Look:
                 return
             fds = [int.from_bytes(each[2][:4], sys.byteorder) for each in control]
             if not data or data[:1] == _CANNOT:
-                self._end(data[1:].decode() if data else self._why)
+                self._end(data[1:].decode() if data else "the look at /proc ended early")
                 return
             address, _, pid = data.decode().rpartition(" ")
             for fd in fds:
@@ -233,9 +235,6 @@ class _Look:
             if flags & socket.MSG_CTRUNC:
                 self._end("out of file descriptors")
                 return
-
-    def _hangs(self) -> None:
-        self._end(f"the look at /proc took longer than {_LOOK_S:g} s")
 
     def _end(self, why: str) -> None:
         self._release()
@@ -250,32 +249,14 @@ class _Look:
     def call_off(self) -> None:
         """End it without a result."""
         self._release()
-        for each in self._found.values():
-            for _, pidfd in each:
-                os.close(pidfd)
-
-
-def look(
-    loop: Loop,
-    wanted: tuple[str, ...],
-    identity: Identity | None,
-    done: Callable[[Collection[str], Found, str], None],
-) -> _Look:
-    """Look for all processes with one of these addresses in a child, and call back once.
-
-    identity: as whom, if not as ourselves, to whom another user's environments are closed.
-    done: is given the addresses, what was found, whose pidfds it owns, and why not all could be
-    seen.  Raises OSError.
-    """
-    return _Look(loop, wanted, identity, done)
+        _close(self._found)
 
 
 def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """In the child: look, and tell each that is found with its pidfd, then that this was all."""
     # No connection or channel may be held open while this takes its time.
-    last = os.sysconf("SC_OPEN_MAX")
     os.closerange(0, line.fileno())
-    os.closerange(line.fileno() + 1, last)
+    os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     why = ""
     try:
         # So that pkill by the protector's name does not find this process.  Where privileges were
@@ -331,16 +312,10 @@ def _look_once(wanted: Mapping[bytes, str]) -> tuple[list[tuple[str, int, int]],
         except PermissionError:
             environment = b"another user's"
         address = next((wanted[each] for each in environment.split(b"\0") if each in wanted), None)
-        if _has_ended(pidfd) or not environment:
+        if events_of(pidfd, select.POLLIN) or not environment:
             ended.add(pid)
         elif address is not None:
             found.append((address, pid, pidfd))
             continue
         os.close(pidfd)
     return found, ended
-
-
-def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

@@ -108,14 +108,14 @@ def looks(
 ) -> Iterator[tuple[Orphans, list[int]]]:
     """What ends orphans, and of how many addresses each of its looks was."""
     counted: list[int] = []
-    real = orphans.look
+    real = orphans.Look
 
     def look(loop: Loop, wanted: tuple[str, ...], *more: Any) -> Any:
         counted.append(len(wanted))
         return real(loop, wanted, *more)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(orphans, "look", look)
+        patched.setattr(orphans, "Look", look)
         yield Orphans(loop, log, kill_timeout_s, None, lambda group: False), counted  # type: ignore[arg-type]
     settle(loop)
 
@@ -208,7 +208,7 @@ def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop,
         until(loop, lambda: counted == [1])
         found.stop_looking()
         assert found.left == (ADDRESS,)  # it is told of what there is to look for
-        found.go_on_looking()
+        found.go_on()
         until(loop, lambda: bool(log.said))
         assert done(loop, found)
 

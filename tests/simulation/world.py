@@ -727,7 +727,7 @@ class World:
         """Whether the keeper has, or will have read, all that the protector holds."""
         assert self._supervisor is not None
         wanted = self._supervisor.effects.descriptors().keys()
-        return not self._outbox._unsent and wanted <= self._store._kept
+        return not self._outbox._unsent and wanted <= self._store.kept
 
     # -- what the kernel asks ------------------------------------------------------
 
@@ -1439,7 +1439,7 @@ def installed(world: World) -> Iterator[None]:
         put(socket_steering, "unread", kernel.unread)
         put(socket_steering, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
-        put(orphans, "look", look)
+        put(orphans, "Look", look)
         put(workers, "AT_ONCE", world._at_once)
         put(peer_credentials, "_ambiguous", lambda *_: frozenset())
         yield

@@ -137,7 +137,7 @@ class LiveSettings:
         self.record = SettingsRecord(old, new)
         for index, fd in answer.listeners.items():
             shared, second = new.mode.workers_accept, answer.seconds.get(index, -1)
-            listener = Listener(fd, index, new.listeners[index], shared=shared, second=second)
+            listener = Listener(fd, index, new.listeners[index], shared=shared, sibling=second)
             self._forwarder.add(listener)
             self._steering.expect(listener)
         self._post(

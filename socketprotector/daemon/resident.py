@@ -527,10 +527,10 @@ def _listeners(
     made = []
     for index, each in enumerate(settings):
         first, again = _newest(left.take(inherited.LISTENER, index))
-        second, second_again = _newest(left.take(inherited.TWIN, index))
+        second, second_again = _newest(left.take(inherited.SIBLING, index))
         if first >= 0:  # else it was closed already
             both = again, second_again
-            made.append(Listener(first, index, each, shared=shared, second=second, again=both))
+            made.append(Listener(first, index, each, shared=shared, sibling=second, again=both))
         elif second >= 0:
             os.close(second)
     ours = [each for each in made if not shared and not each.settings.foreign]

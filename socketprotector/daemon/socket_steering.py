@@ -144,7 +144,7 @@ class SocketSteering:
     def expect(self, listener: Listener) -> None:
         """Steer the clients of a new listener to the generation that is to know it."""
         try:
-            if listener.second is not None:
+            if listener.has_sibling:
                 listener.steer(self.free)
         except OSError:
             pass  # it is tried again when that generation has its turn
@@ -190,7 +190,7 @@ class SocketSteering:
         """
         self.give_back()
         socket_number = self._accepting.get(generation, 0)
-        common = [each for each in self._shared if each.second is None]
+        common = [each for each in self._shared if not each.has_sibling]
         quiescing = _Quiescing(time.monotonic(), over, last=True, common=common)
         self._accept_watch.end()
         if generation in self._accepting and (self._own(socket_number) or common):
@@ -241,7 +241,7 @@ class SocketSteering:
 
     @property
     def _pairs(self) -> list[Listener]:
-        return [each for each in self._listeners() if each.second is not None]
+        return [each for each in self._listeners() if each.has_sibling]
 
     def _steer(self) -> None:
         """Tell the kernel; until it is told they come to the other socket, whose workers go on."""
@@ -340,7 +340,7 @@ class SocketSteering:
         """Have no generation begin with what an earlier one has done to a socket."""
         if not listener.is_alive(socket_number) or not listener.is_sound(socket_number):
             self.mend(listener, socket_number)
-        if listener.second is None:
+        if not listener.has_sibling:
             listener.let_in()
         elif socket_number not in self._accepting.values():
             try:
@@ -351,7 +351,7 @@ class SocketSteering:
 
     def _replace(self, listener: Listener, socket_number: int) -> None:
         address = listener.settings.address
-        common = listener.second is None
+        common = not listener.has_sibling
         try:
             listener.bind_anew(socket_number)
         except OSError as error:

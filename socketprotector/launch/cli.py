@@ -142,7 +142,7 @@ def _launch(asked: ParsedOptions) -> int:
         # Nothing secret may stand there: of the options only the name is shown.
         label = [settings.name, *addresses, "--", settings.executed[0]]
         places = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
-        places |= {f"{inherited.TWIN}{index}": each for index, each in second.items()}
+        places |= {f"{inherited.SIBLING}{index}": each for index, each in second.items()}
         stored_listeners.store(given, places)
         return launch(settings.noticed(notices), places, label, settings.origin.directory)
     except BaseException:

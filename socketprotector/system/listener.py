@@ -13,11 +13,13 @@ import os
 import select
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from ..model.settings import ListenerSettings
 from . import inherited, reuseport
 from .dir_lock import give, locked
+from .polling import events_of
 from .sock_diag import listening
 
 TYPE_CHECKING = False
@@ -43,10 +45,10 @@ AGAIN = frozenset(
         errno.EPERM,
     }
 )
-
-
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+#: One that was shut down hangs up; a UNIX one is readable then, too.
+_CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 
 def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
@@ -62,10 +64,9 @@ def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
     def accept_and_set() -> tuple[int, Any]:
         fd, address = accept()
         one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
-        try:
+        # OSError: a program that drops privileges may lose the right to those above 6.
+        with suppress(OSError):
             one.setsockopt(socket.SOL_SOCKET, socket.SO_PRIORITY, priority)
-        except OSError:
-            pass  # a program that drops privileges may lose the right to those above 6
         one.detach()
         return fd, address
 
@@ -82,27 +83,28 @@ class Listener:
         settings: ListenerSettings,
         *,
         shared: bool = False,
-        second: int = -1,
+        sibling: int = -1,
         again: tuple[int, int] = (0, 0),
     ) -> None:
         """Adopt a bound, listening descriptor.  `index` is for life.
 
-        shared: workers have it too, and accept from it: then it is theirs to the end.  second:
+        shared: workers have it too, and accept from it: then it is theirs to the end.  sibling:
         another one for the same address (reuseport.py), so that two generations have one each.
         again: how often each of the two was bound anew, which is part of its name.
         """
-        self.socket = socket.socket(fileno=fd)
-        self.second = socket.socket(fileno=second) if second >= 0 else None
+        #: Socket 0, and where it has a reuseport sibling socket 1.
+        self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
         self.shared = shared
         if not shared:
-            # Whoever passes it in may have changed that.  On one that workers share nothing may be
-            # set: flags and options are those of the living ones, which may rely on them.
+            # The process that passes it in may have changed that.  On one that workers share
+            # nothing may be set: flags and options are those of the living ones, which may rely on
+            # them.
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
         self._again = list(again)
         self._backlog = settings.backlog or socket.SOMAXCONN
-        self._last = 1  # which one was the last to listen, as far as we know
+        self._last = 1  # which socket was the last to listen, as far as we know
         #: It gets no clients any more: it was shut down, and cannot be bound again.
         self.lost = False
         #: It tells of clients whether there are any or not, so it should not be polled.
@@ -117,16 +119,17 @@ class Listener:
         return _bound_to(self.settings.address)[1]
 
     @property
-    def sockets(self) -> tuple[socket.socket, ...]:
-        return (self.socket, self.second) if self.second is not None else (self.socket,)
+    def has_sibling(self) -> bool:
+        """Whether there are two sockets, so that two generations have one each."""
+        return len(self.sockets) == 2
 
     def socket_for(self, socket_number: int) -> socket.socket:
-        """Socket 0 or 1 of the pair; both are the same one where it has no sibling."""
+        """Socket 0 or 1; both are the same one where it has no sibling."""
         return self.sockets[socket_number % len(self.sockets)]
 
     @property
     def blocks(self) -> bool:
-        """Whether accept() waits, for all who have it: who accepts there can change that."""
+        """Whether accept() waits, for all processes that have it: each of them can change that."""
         return os.get_blocking(self.fileno())
 
     @property
@@ -136,7 +139,9 @@ class Listener:
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
-        kinds = zip((inherited.LISTENER, inherited.TWIN), self.sockets, self._again, strict=False)
+        kinds = zip(
+            (inherited.LISTENER, inherited.SIBLING), self.sockets, self._again, strict=False
+        )
         return {
             f"{kind}{self.index}{f'.{again}' if again else ''}": each.fileno()
             for kind, each, again in kinds
@@ -150,7 +155,7 @@ class Listener:
         if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return False
         if one.family == socket.AF_UNIX:
-            return not _events(one) & (select.POLLRDHUP | select.POLLHUP)
+            return not events_of(one, _CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
         return bool(one.getsockname()[1] == self.port)
 
     @property
@@ -159,7 +164,7 @@ class Listener:
         return self.socket.family == socket.AF_UNIX and not self.is_alive()
 
     def is_sound(self, socket_number: int) -> bool:
-        """Whether who is accepted can be spoken with: not where it was shut down twice before."""
+        """Whether accepted clients can be spoken with: not where it was shut down twice before."""
         one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             return True
@@ -172,10 +177,8 @@ class Listener:
     def note(self) -> None:
         """Remember how many may wait: a worker that listens says it, and so should we then."""
         if self.socket.family != socket.AF_UNIX and self.is_alive():
-            try:
+            with suppress(OSError):  # the one before will do
                 self._backlog = reuseport.backlog(self.socket)
-            except OSError:
-                pass  # the one before will do
 
     def listen_again(self, socket_number: int) -> bool:
         """Have a socket listen again that was shut down; False where it does not.
@@ -187,12 +190,11 @@ class Listener:
         if one.family == socket.AF_UNIX:
             return False
         try:
-            if self.second is not None and self.is_alive(1 - socket_number):
-                reuseport.steer_if_can(
-                    self.socket_for(1 - socket_number)
-                )  # so that nobody comes here unasked
-            # Shut down twice, it would pass that on to all whom it accepts, until it is shut down
-            # as one that listens.
+            if self.has_sibling and self.is_alive(1 - socket_number):
+                # So that no client comes here before it is its turn.
+                reuseport.steer_if_can(self.socket_for(1 - socket_number))
+            # Shut down twice, it would pass that on to all connections that it accepts, until it
+            # is shut down as one that listens.
             one.listen(self._backlog)
             one.shutdown(socket.SHUT_RDWR)
             one.listen(self._backlog)
@@ -216,53 +218,48 @@ class Listener:
         if one.family == socket.AF_UNIX:
             made = self._bind_path()
         else:
-            _shut_down(one)  # else it would go on in the group as long as anybody has a copy
+            _shut_down(one)  # else it would go on in the group as long as a process has a copy
             if other is one or other.getsockname()[1] != self.port:
-                # Alone, or the other one has come back on another port.
+                # Alone, or its sibling has come back on another port.
                 made = reuseport.rebind(one, _bound_to(self.settings.address), self._backlog)
             else:
-                second = reuseport.make(other)
-                if second is None:
+                sibling = reuseport.make(other)
+                if sibling is None:
                     raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
-                made = second
+                made = sibling
                 self._last = socket_number % 2
         made.setblocking(os.get_blocking(one.fileno()))
         _shut_down(one)
         one.close()
-        if number:
-            self.second = made
-        else:
-            self.socket = made
+        self.sockets[number] = made
         self._again[number] += 1
 
     def go_on_without(self, socket_number: int) -> None:
-        """Have the other socket alone, under both numbers."""
-        assert self.second is not None
-        one, other = self.socket_for(socket_number), self.socket_for(1 - socket_number)
+        """Have the sibling alone, under both numbers."""
+        number = socket_number % 2
+        one = self.sockets.pop(number)
         _shut_down(one)
         one.close()
-        if other is self.second:
-            self.socket = other
+        if number == 0:  # a name stands for one descriptor for ever
             self._again[0] += 1
-        self.second = None
 
     def steer(self, socket_number: int) -> None:
         """Have new clients come to socket 0 or 1.  Raises OSError."""
-        place, failed = self._place(socket_number), OSError(errno.ENOTCONN, "it does not listen")
-        for each in self.sockets:  # one without it takes all who come, where it stands first
+        member, failed = self._member(socket_number), OSError(errno.ENOTCONN, "it does not listen")
+        for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for number in (0, 1):  # a worker may have locked the filters of its own
             if self.is_alive(number):
                 try:
-                    reuseport.steer(self.socket_for(number), place)
+                    reuseport.steer(self.socket_for(number), member)
                 except OSError as error:
                     failed = error
                 else:
                     return
         raise failed
 
-    def _place(self, socket_number: int) -> int:
-        """Return where a socket stands in the group.  Raises OSError where that is not told now."""
+    def _member(self, socket_number: int) -> int:
+        """Return which member of the group a socket is.  Raises OSError where that is unknown."""
         inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
         try:
             found = listening(self.socket.family, self.port)
@@ -280,12 +277,12 @@ class Listener:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             if not self.settings.inode:
-                made.bind("\0" + path[1:])  # which fails as long as anybody has the old one
+                made.bind("\0" + path[1:])  # which fails as long as a process has the old one
                 made.listen(self._backlog)
                 return made
             with locked(path, 0.0):
                 old = os.lstat(path)
-                if (old.st_dev, old.st_ino) != (self.settings.device, self.settings.inode):
+                if not self._is_our_file(old):
                     raise OSError(errno.EEXIST, "somebody has put another file in its place")
                 os.unlink(path)
                 before = os.umask(0o777 & ~old.st_mode)
@@ -304,22 +301,20 @@ class Listener:
         return made
 
     def let_in(self) -> None:
-        """Have no generation begin on a socket, common to it and others, where nobody gets in.
+        """Have no generation begin on a socket, common to it and others, that lets no client in.
 
         Time-outs and the like are those of the living; what is passed in is its owner's; and a
         filter that is locked cannot be taken away.
         """
         if self.settings.foreign or self.socket.family == socket.AF_UNIX:
             return
-        try:
+        with suppress(OSError):
             reuseport.let_in(self.socket)
-        except OSError:
-            pass
 
     # -- the end -------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Listen once more: clients of a UNIX socket see the pid and user of who did it last."""
+        """Listen once more: clients of a UNIX socket see the process that did it last."""
         if self.settings.backlog:
             self.socket.listen(self.settings.backlog)
 
@@ -327,7 +322,7 @@ class Listener:
         """Refuse new clients; those that have connected can still be accepted.
 
         Returns whether that could be had: else new ones come until it is closed, and after that,
-        where somebody has given it to us who goes on listening.
+        where its owner has passed it in and goes on listening.
         """
         if self.settings.foreign:
             return False
@@ -351,10 +346,7 @@ class Listener:
         """
         self._remove_file()
         if not self.settings.foreign and not self.shared:
-            try:
-                self.socket.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # was shut down already
+            _shut_down(self.socket)
         for each in self.sockets:
             each.close()
 
@@ -376,29 +368,26 @@ class Listener:
         return name
 
     def has_waiting(self, socket_number: int | None = None) -> bool:
-        """Whether somebody has connected and was not accepted yet; socket_number: only there."""
-        # One that was shut down is no client: it hangs up, and a UNIX one is readable, too.
+        """Whether a client has connected and was not accepted yet; socket_number: only there."""
         asked = self.sockets if socket_number is None else (self.socket_for(socket_number),)
-        return any(_events(each) == select.POLLIN for each in asked)
+        return any(events_of(each, _CLIENT_OR_END) == select.POLLIN for each in asked)
 
     def _remove_file(self) -> None:
         """Remove the socket file unless it was replaced by another."""
         if not self.settings.inode:
             return
         path = self.settings.address.removeprefix("unix:")
-        try:
-            found = os.lstat(path)
-            if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
+        with suppress(OSError):  # removed already, or the folder is no longer ours: said at start
+            if self._is_our_file(os.lstat(path)):
                 os.unlink(path)
-        except OSError:
-            pass  # removed already, or the folder is no longer ours: said at start
 
+    def _is_our_file(self, found: os.stat_result) -> bool:
+        return (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode)
 
-def _events(one: socket.socket) -> int:
-    poll = select.poll()
-    poll.register(one, select.POLLIN | select.POLLRDHUP)
-    found = poll.poll(0)
-    return found[0][1] if found else 0
+    @property  # the last one: behind it `socket` is no module to a type checker
+    def socket(self) -> socket.socket:
+        """Socket 0."""
+        return self.sockets[0]
 
 
 def _bound_to(address: str) -> tuple[str, int]:
@@ -411,7 +400,5 @@ def _chown(fd: int, uid: int, gid: int) -> None:
 
 
 def _shut_down(one: socket.socket) -> None:
-    try:
+    with suppress(OSError):  # it is already
         one.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # it is already

@@ -1,10 +1,10 @@
-"""A second socket for a listener's address, and which of the two gets new clients.
+"""The reuseport sibling of a listening socket, and which of the two gets new clients.
 
-Two consecutive generations accept from one socket each (daemon/socket_steering.py).  Both sockets
-belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
+Two consecutive generations accept from one socket each (daemon/socket_steering.py).  Sockets 0 and
+1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
 The kernel runs it for each new connection.
 
-The first socket is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
+Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
 other process can bind the port later without SO_REUSEPORT.
 
 A socket that was shut down has left the group; when it listens again it is the last member.
@@ -20,12 +20,13 @@ import errno
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _SO_BINDTOIFINDEX = 62
-#: Which of the two buffers have a size that was asked for, and so are not adapted (since 5.14).
+#: Which of a socket's buffers have a size that was asked for, and so are not adapted (since 5.14).
 _SO_BUF_LOCK = 72
 #: No network device ever has this number.
 _NO_DEVICE = 0x7FFFFFFF
@@ -39,7 +40,7 @@ IPV6_TRANSPARENT = 75
 _BACKLOG = struct.Struct("=28xI")
 
 #: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
-#: nobody new comes while handshakes that are under way finish.
+#: no new client comes while handshakes that are under way finish.
 _NO_NEW_CLIENTS = (
     (0x30, 0, 0, 13),  # load the byte with the flags
     (0x54, 0, 0, 0x12),  # keep SYN and ACK
@@ -104,18 +105,16 @@ def prepare(bound: socket.socket) -> None:
 
 
 def steer_if_can(one: socket.socket) -> None:
-    """Steer to the first place where that can be had: not where it listens, in no group yet.
+    """Steer to member 0 where that can be had: not where it listens, in no group yet.
 
-    Nor where a worker has locked its filters; then the group's other one can.
+    Nor where a worker has locked its filters; then its sibling can.
     """
-    try:
+    with suppress(OSError):
         steer(one, 0)
-    except OSError:
-        pass
 
 
 def make(first: socket.socket) -> socket.socket | None:
-    """Return the second socket for a listening one, which gets no clients yet; the caller owns it.
+    """Return a sibling of a listening socket, which gets no clients yet; the caller owns it.
 
     None for one that is not TCP, or that waits for data before it tells of a client
     (TCP_DEFER_ACCEPT): its handshakes could not be told from those that never end.
@@ -125,32 +124,29 @@ def make(first: socket.socket) -> socket.socket | None:
         return None
     if first.getsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT):
         return None
-    second = socket.socket(first.family, socket.SOCK_STREAM)
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # From listen() on the kernel gives the sibling every other client, until the group is steered:
+    # the filter of socket 0 is from before it listened, see prepare().
+    steer_if_can(first)
+    sibling = rebind(first, first.getsockname(), backlog(first))
     try:
-        second.setblocking(False)
-        first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        _copy(first, second)
-        second.bind(first.getsockname())
-        # From listen() on the kernel gives it every other client, until the group is steered:
-        # that of the first one is from before it listened, see prepare().
-        steer_if_can(first)
-        second.listen(backlog(first))
-        steer(second, 0)  # which is of the same group; filters of the first one may be locked
+        sibling.setblocking(False)
+        steer(sibling, 0)  # it is of the same group; the filters of the first may be locked
     except BaseException:
-        second.close()
+        sibling.close()
         raise
-    return second
+    return sibling
 
 
 def backlog(listening: socket.socket) -> int:
-    """Return how many may wait to be accepted: who listened last has said it.  Raises OSError."""
+    """Return how many may wait to be accepted: the last listen() has said it.  Raises OSError."""
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
     found: int = _BACKLOG.unpack(info)[0]
     return found
 
 
 def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
-    """Return another one for an address, in the place of one that is dead.  Raises OSError."""
+    """Return another one that listens on an address, with the options of `one`.  Raises OSError."""
     made = socket.socket(one.family, socket.SOCK_STREAM)
     try:
         _copy(one, made)
@@ -163,7 +159,7 @@ def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket
 
 
 def reset(listening: socket.socket) -> None:
-    """Take away what a server may have left that would harm who accepts after it.
+    """Take away what a server may have left that would harm the one that accepts after it.
 
     What let_in() does; and time-outs and linger, which accepted connections inherit.
     Raises OSError.
@@ -180,10 +176,8 @@ def let_in(listening: socket.socket) -> None:
     """
     if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
-    try:
+    with suppress(FileNotFoundError):  # there is none
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
-    except FileNotFoundError:
-        pass  # there is none
 
 
 def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
@@ -210,19 +204,19 @@ def _locks(one: socket.socket) -> int | None:
         return None  # an older kernel
 
 
-def steer(first: socket.socket, place: int) -> None:
-    """Have those who connect from now on come to the one in a place of the group, from 0 on.
+def steer(one: socket.socket, member: int) -> None:
+    """Have clients that connect from now on come to one member of its group, counted from 0.
 
-    Places are in the order of listen(2), until one leaves: then the last one takes its place.
+    Members are in the order of listen(2), until one leaves: then the last one takes its position.
     Handshakes that are under way finish where they began.  Raises OSError.
     """
-    _attach(first, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, place),))
+    _attach(one, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, member),))
 
 
 def refuse_new(listening: socket.socket) -> None:
     """Refuse new clients; those that have connected can still be accepted.  Raises OSError.
 
-    One that is bound to a device is found by those clients only who come by it.  Handshakes that
+    One that is bound to a device is found only by clients that come by it.  Handshakes that
     are under way finish, for their device is the one of the socket when they began.  A filter
     would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
     """
@@ -242,7 +236,7 @@ def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, in
 
 
 def _copy(first: socket.socket, second: socket.socket) -> None:
-    """Give the second one what the first one has.  Raises OSError where we may not."""
+    """Set the options of one as another has them.  Raises OSError where we may not."""
     options = _COPIED + (_OF_IPV6 if first.family == socket.AF_INET6 else ())
     for level, option in options:
         value = first.getsockopt(level, option)

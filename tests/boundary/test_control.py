@@ -577,5 +577,5 @@ def test_at_the_end_all_are_ended_and_the_file_is_removed(place: Path) -> None:
         each.look()
         assert each.ended
     desk.control._clients.clear()
-    desk.listener.socket = socket.socket()  # for end(), which closes it once more
+    desk.listener.sockets[0] = socket.socket()  # for end(), which closes it once more
     desk.end()

@@ -68,7 +68,7 @@ class FakeListener:
     def __init__(self, index: int = 0) -> None:
         self.index = index
         self.socket = self
-        self.sockets, self.second = (self,), None
+        self.sockets = (self,)
         self.backlog: deque[int] = deque()
         self.accepts = Faults()
         self.always_readable = False

@@ -115,7 +115,7 @@ def shared(listen: str, *, second: bool = True) -> Listener:
     [bound] = bind_all([words], 40, notice=print)
     twins = reuseport.make(bound.socket) if second else None
     fd = twins.detach() if twins is not None else -1
-    made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, second=fd)
+    made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, sibling=fd)
     made.note()
     return made
 
@@ -260,7 +260,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_steered_by_a_gues
     assert earlier.listen_again(0)
     earlier.steer(0)
     fds = [os.dup(each.fileno()) for each in earlier.sockets]
-    listener = Listener(fds[0], 3, earlier.settings, shared=True, second=fds[1])
+    listener = Listener(fds[0], 3, earlier.settings, shared=True, sibling=fds[1])
     monkeypatch.setattr("socketprotector.system.listener.listening", fails)
 
     with pytest.raises(OSError, match="Too many"):
@@ -298,7 +298,7 @@ def test_one_of_two_is_bound_anew_to_its_port_where_the_other_is_on_another_one(
     second = reuseport.make(first)
     assert second is not None
     settings = ListenerSettings(f"tcp:127.0.0.1:{port}")
-    listener = Listener(first.detach(), 3, settings, shared=True, second=second.detach())
+    listener = Listener(first.detach(), 3, settings, shared=True, sibling=second.detach())
     listener.socket.shutdown(socket.SHUT_RDWR)
     listener.socket.listen(40)
 

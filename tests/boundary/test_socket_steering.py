@@ -68,7 +68,7 @@ class World:
         assert second is not None
         settings = ListenerSettings(f"tcp:127.0.0.1:{first.getsockname()[1]}")
         fds = first.detach(), second.detach()
-        self.listener = Listener(fds[0], 0, settings, shared=True, second=fds[1])
+        self.listener = Listener(fds[0], 0, settings, shared=True, sibling=fds[1])
         self.listeners = [self.listener]
         self.clients: list[socket.socket] = []
         self.steering = SocketSteering(
@@ -612,7 +612,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     one, second = world.listener.sockets
     if begins == "started":  # beside another one, on the same socket
         second.close()
-        world.listener.second = None
+        del world.listener.sockets[1]
         world.steering.adopt(1, 0)
     for _ in range(2):
         with suppress(OSError):

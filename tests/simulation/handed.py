@@ -211,7 +211,7 @@ class Handed(World):
         firsts = ((n, one) for n, one in enumerate(self._listening) if one in self._seconds)
         return {
             **super()._to_give(),
-            **{f"{inherited.TWIN}{n}": self._seconds[one] for n, one in firsts},
+            **{f"{inherited.SIBLING}{n}": self._seconds[one] for n, one in firsts},
         }
 
     # -- what the kernel asks --------------------------------------------------------
@@ -608,7 +608,7 @@ class Handed(World):
             if address.for_new() not in {None, *accepted}:
                 idle.append(address)
             dead = any(each.mask for each in sockets if isinstance(each, Listening))
-            if (address.disturbed and its.second is not None) or (dead and address.by_number):
+            if (address.disturbed and its.has_sibling) or (dead and address.by_number):
                 harmed.append(address)
         for address in idle:
             self._connect_to(address)
@@ -646,7 +646,7 @@ class Handed(World):
             return
         for listener in protector.effects.forwarder.listeners:
             its = self._at(listener.settings.address)
-            for each in its.clients.values() if listener.second is not None else ():
+            for each in its.clients.values() if listener.has_sibling else ():
                 one = (to for to in leader.listening.values() if each in to.backlog)
                 mine = any(each in server.connections for server in leader.living) or any(one)
                 if mine and each.said and each.said_at < self.turns and not each.excuse:

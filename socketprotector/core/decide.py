@@ -13,45 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from . import reload, stop, workers
-from .events import (
-    Action,
-    BacklogEmptied,
-    ChannelBroken,
-    CloseListeners,
-    Deadline,
-    DeadlinePassed,
-    Drain,
-    Event,
-    Hold,
-    HoldReleased,
-    HoldRequested,
-    KillRequested,
-    Launched,
-    ListenersLost,
-    OpenFailed,
-    Quiesce,
-    Quiesced,
-    ReadSettings,
-    Release,
-    ReloadRequested,
-    RenewRequested,
-    ReplaceRequested,
-    Retire,
-    RouteTo,
-    ScaleRequested,
-    SettingsFailed,
-    SettingsRead,
-    Signal,
-    StartTimer,
-    StopRequested,
-    Stranded,
-    TimeExtended,
-    TimerKind,
-    UseSettings,
-    WorkerExited,
-    WorkerReady,
-)
+from . import events, reload, stop, workers
+from .events import Action, Deadline, Event, TimerKind
 from .fleet import PHASES, Fleet, Phase, Stop
 from .start_failure import not_ready
 from .step import Step
@@ -69,47 +32,47 @@ def decide(fleet: Fleet, event: Event) -> tuple[Fleet, tuple[Action, ...]]:
 
 def _answer(step: Step, event: Event) -> None:
     match event:
-        case Launched():
+        case events.Launched():
             reload.launched(step)
-        case ReloadRequested():
+        case events.ReloadRequested():
             reload.reload_requested(step)
-        case StopRequested(quick):
+        case events.StopRequested(quick):
             stop.stop_requested(step, quick)
-        case ScaleRequested(change, to):
+        case events.ScaleRequested(change, to):
             workers.scale_requested(step, change, to)
-        case HoldRequested(seconds):
+        case events.HoldRequested(seconds):
             stop.hold_requested(step, seconds)
-        case HoldReleased():
+        case events.HoldReleased():
             stop.release_hold(step)
-        case RenewRequested():
+        case events.RenewRequested():
             reload.renew_requested(step)
-        case KillRequested(number):
+        case events.KillRequested(number):
             workers.kill_requested(step, number)
-        case ReplaceRequested(number, reason, hung):
+        case events.ReplaceRequested(number, reason, hung):
             workers.replace_requested(step, number, reason, hung=hung)
-        case WorkerReady(number, retires):
+        case events.WorkerReady(number, retires):
             workers.worker_ready(step, number, retires)
-        case WorkerExited():
+        case events.WorkerExited():
             workers.worker_exited(step, event)
-        case OpenFailed(number, reason):
+        case events.OpenFailed(number, reason):
             reload.open_failed(step, number, reason)
-        case Quiesced(number):
+        case events.Quiesced(number):
             step.quiesced(number)
-        case Stranded():
-            reload.stranded(step)
-        case ChannelBroken(number, served_s):
+        case events.Stranded():
+            reload.renew(step)
+        case events.ChannelBroken(number, served_s):
             reload.channel_broken(step, number, served_s)
-        case TimeExtended(number, seconds):
+        case events.TimeExtended(number, seconds):
             workers.time_extended(step, number, seconds)
-        case ListenersLost():
+        case events.ListenersLost():
             stop.listeners_lost(step)
-        case BacklogEmptied():
+        case events.BacklogEmptied():
             stop.backlog_emptied(step)
-        case SettingsRead(policy, wanted):
+        case events.SettingsRead(policy, wanted):
             reload.settings_read(step, policy, wanted)
-        case SettingsFailed(reason):
+        case events.SettingsFailed(reason):
             reload.settings_failed(step, reason)
-        case DeadlinePassed(deadline, advice):
+        case events.DeadlinePassed(deadline, advice):
             if deadline in step.fleet.timers:  # else it crossed its CancelTimer
                 step.fleet = replace(step.fleet, timers=step.fleet.timers - {deadline})
                 _deadline_passed(step, deadline, advice)
@@ -119,7 +82,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     number = deadline.target
     match deadline.wait:
         case TimerKind.START:
-            policy = step.fleet.policy_of(step.fleet.is_fresh(number))
+            policy = step.fleet.policy_of(step.fleet[number].fresh)
             reload.abandon(step, number, not_ready(policy, advice), retry=False)
         case TimerKind.SETTLE:
             reload.promote(step, number)
@@ -127,14 +90,16 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             step.end_generation(number)
         case TimerKind.KILL:
             step.kill_generation(number)
-        case TimerKind.OPEN | TimerKind.TURN:
+        case TimerKind.WORKER_START | TimerKind.WORKER_RETIRE:
+            workers.too_slow(step, number)
+        case TimerKind.WORKER_KILL:
+            step.do(events.Signal(number, events.WorkerSignal.KILL))
+        case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
             pass  # `_go_on` opens, or starts, what is due
         case TimerKind.HOLD:
             stop.release_hold(step)
         case TimerKind.STOP:
             stop.stop_quickly(step)
-        case _:
-            workers.worker_waited(step, deadline.wait, number)
 
 
 def _go_on(step: Step) -> None:
@@ -154,13 +119,13 @@ def _release_what_is_gone(step: Step) -> None:
             step.cancel(TimerKind.KILL, generation.number)
             left = tuple(g for g in step.fleet.generations if g.number != generation.number)
             step.fleet = replace(step.fleet, generations=left)
-            step.do(Release(generation.number))
+            step.do(events.Release(generation.number))
 
 
 def resume(
     fleet: Fleet,
     left_s: Mapping[Deadline, float],
-    undone: Iterable[Signal | Retire | UseSettings] = (),
+    undone: Iterable[Action] = (),
 ) -> tuple[Action, ...]:
     """Say what brings the world to what a fleet says, when another program stopped midway.
 
@@ -170,15 +135,16 @@ def resume(
     which many programs take for "at once".
     """
     route = fleet.route
-    actions: list[Action] = [Hold(True)] if fleet.held else []
-    actions += [RouteTo(route.number if route else None)]
-    draining = fleet.all_of(Phase.DRAINING)
-    actions += [Quiesce(g.number) if g.quiescing else Drain(g.number) for g in draining]
+    actions: list[Action] = [events.Hold(True)] if fleet.held else []
+    actions += [events.RouteTo(route.number if route else None)]
+    for generation in fleet.all_of(Phase.DRAINING):
+        order = events.Quiesce if generation.quiescing else events.Drain
+        actions.append(order(generation.number))
     actions += undone
     if fleet.reading:
-        actions.append(ReadSettings())
+        actions.append(events.ReadSettings())
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
-        actions.append(CloseListeners(quick))
-    actions += [StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
+        actions.append(events.CloseListeners(quick))
+    actions += [events.StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

@@ -40,57 +40,63 @@ class Deadline:
 # -- events ------------------------------------------------------------------
 
 
+class Event:
+    """A fact."""
+
+    __slots__ = ()
+
+
 @frozen
-class Launched:
+class Launched(Event):
     """The program stands and may start its first generation."""
 
 
 @frozen
-class ReloadRequested:
-    """Somebody wants the command as it is now."""
+class ReloadRequested(Event):
+    """A reload was requested: a generation of the command as it is now."""
 
 
 @frozen
-class StopRequested:
-    """Somebody wants an end; quick: without waiting for what is being served."""
+class StopRequested(Event):
+    """A stop was requested; quick: without waiting for what is being served."""
 
     quick: bool = False
 
 
 @frozen
-class ScaleRequested:
-    """Somebody wants so many workers more (or fewer); with `to`, so many in all."""
+class ScaleRequested(Event):
+    """So many workers more (or fewer) were requested; with `to`, so many in all."""
 
     change: int = 0
     to: int | None = None
 
 
 @frozen
-class HoldRequested:
-    """Somebody wants nothing accepted, and nothing refused, for so long."""
+class HoldRequested(Event):
+    """A hold was requested: nothing accepted, and nothing refused, for so long."""
 
     seconds: float
 
 
 @frozen
-class HoldReleased:
-    """Somebody wants no hold any more."""
+class HoldReleased(Event):
+    """The hold is to end before its time."""
 
 
 @frozen
-class RenewRequested:
-    """Somebody wants the serving generation replaced by one of the same program."""
+class RenewRequested(Event):
+    """The serving generation is to be replaced by one of the same program."""
 
 
 @frozen
-class KillRequested:
-    """Somebody wants no end waited for of a generation that is on its way out."""
+class KillRequested(Event):
+    """A generation on its way out is to be killed, not waited for."""
 
     generation: int
 
 
 @frozen
-class ReplaceRequested:
+class ReplaceRequested(Event):
     """A worker is to make room for another one: it is too old or large, or was asked for.
 
     hung: it has stopped saying WATCHDOG=1, so it can be asked for nothing.
@@ -102,7 +108,7 @@ class ReplaceRequested:
 
 
 @frozen
-class WorkerReady:
+class WorkerReady(Event):
     """A worker said READY, or its timer said so for it."""
 
     worker: int
@@ -110,7 +116,7 @@ class WorkerReady:
 
 
 @frozen
-class WorkerExited:
+class WorkerExited(Event):
     """A worker's process ended, or could not be spawned.
 
     `served_s`: seconds since its READY, 0 without one.  `waiting`: connections in its
@@ -127,7 +133,7 @@ class WorkerExited:
 
 
 @frozen
-class OpenFailed:
+class OpenFailed(Event):
     """A generation could not be opened: the command or what it needs is not there."""
 
     generation: int
@@ -135,24 +141,24 @@ class OpenFailed:
 
 
 @frozen
-class Quiesced:
-    """A generation whose workers accept has taken all who had come to it."""
+class Quiesced(Event):
+    """A generation whose workers accept has accepted all clients that had come to it."""
 
     generation: int
 
 
 @frozen
-class Stranded:
+class Stranded(Event):
     """Clients wait where no generation accepts any more."""
 
 
 @frozen
-class ListenersLost:
+class ListenersLost(Event):
     """The last listener was shut down, and none can be bound instead."""
 
 
 @frozen
-class ChannelBroken:
+class ChannelBroken(Event):
     """A worker shut down the channel that all of its generation share."""
 
     generation: int
@@ -160,7 +166,7 @@ class ChannelBroken:
 
 
 @frozen
-class TimeExtended:
+class TimeExtended(Event):
     """A worker asked for more time for what it is doing (EXTEND_TIMEOUT_USEC)."""
 
     worker: int
@@ -168,58 +174,40 @@ class TimeExtended:
 
 
 @frozen
-class BacklogEmptied:
+class BacklogEmptied(Event):
     """What had connected before the stop is sent; the listeners are closed."""
 
 
 @frozen
-class SettingsRead:
-    """The configuration was read again and can be had.  workers: None for as many as before."""
+class SettingsRead(Event):
+    """The configuration was read again and is valid.  workers: None for as many as before."""
 
     policy: Policy
     workers: int | None = None
 
 
 @frozen
-class SettingsFailed:
-    """The configuration was read again and cannot be had; reason is for people."""
+class SettingsFailed(Event):
+    """The configuration was read again and is not valid; reason is for people."""
 
     reason: str
 
 
 @frozen
-class DeadlinePassed:
+class DeadlinePassed(Event):
     """A timer ran out; advice: what is known of why nothing came before it did, for people."""
 
     deadline: Deadline
     advice: str = ""
 
 
-Event = (
-    Launched
-    | ReloadRequested
-    | StopRequested
-    | ScaleRequested
-    | HoldRequested
-    | HoldReleased
-    | RenewRequested
-    | KillRequested
-    | ReplaceRequested
-    | WorkerReady
-    | WorkerExited
-    | OpenFailed
-    | Quiesced
-    | Stranded
-    | ListenersLost
-    | ChannelBroken
-    | TimeExtended
-    | BacklogEmptied
-    | SettingsRead
-    | SettingsFailed
-    | DeadlinePassed
-)
-
 # -- actions -----------------------------------------------------------------
+
+
+class Action:
+    """An order."""
+
+    __slots__ = ()
 
 
 class WorkerSignal(Enum):
@@ -231,7 +219,7 @@ class WorkerSignal(Enum):
 
 
 @frozen
-class Open:
+class Open(Action):
     """Make a generation's channel; fresh: resolve the command anew, else take the last good.
 
     Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
@@ -242,7 +230,7 @@ class Open:
 
 
 @frozen
-class Spawn:
+class Spawn(Action):
     """Start a worker's process in an open generation."""
 
     generation: int
@@ -251,7 +239,7 @@ class Spawn:
 
 
 @frozen
-class Signal:
+class Signal(Action):
     """Send a signal to a worker; KILL, and any to an orphaned one, to its whole process group."""
 
     worker: int
@@ -259,38 +247,38 @@ class Signal:
 
 
 @frozen
-class Retire:
+class Retire(Action):
     """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
 
     worker: int
 
 
 @frozen
-class RouteTo:
+class RouteTo(Action):
     """Give new connections to this generation; None: hold them."""
 
     generation: int | None
 
 
 @frozen
-class Quiesce:
-    """Wait until a generation that gets nobody new has accepted who came: `Quiesced`."""
+class Quiesce(Action):
+    """Wait until a generation without new clients has accepted all that came: `Quiesced`."""
 
     generation: int
 
 
 @frozen
-class Drain:
-    """Take back what nobody of this generation has taken, for the route; then end its channel.
+class Drain(Action):
+    """Reclaim what this generation has not taken, for the route; then end its channel.
 
-    Without a route nothing is taken back: its workers finish it.
+    Without a route nothing is reclaimed: its workers finish it.
     """
 
     generation: int
 
 
 @frozen
-class Release:
+class Release(Action):
     """Close what a generation that is gone has left; what still waits goes to the route.
 
     Without a route it is held until there is one.
@@ -300,36 +288,36 @@ class Release:
 
 
 @frozen
-class Hold:
+class Hold(Action):
     """Accept nothing from now on, or go on accepting."""
 
     on: bool
 
 
 @frozen
-class CloseListeners:
+class CloseListeners(Action):
     """Take no new clients; quick: close at once, else first send on what has connected."""
 
     quick: bool
 
 
 @frozen
-class ReadSettings:
+class ReadSettings(Action):
     """Have the configuration read again, for what is opened fresh from then on."""
 
 
 @frozen
-class UseSettings:
-    """What was read holds from now on for everything; listeners that it lacks are emptied."""
+class UseSettings(Action):
+    """What was read holds from now on for everything; listeners that it lacks are drained."""
 
 
 @frozen
-class ForgetSettings:
-    """Nobody wants what was read, or is being read; listeners that it added are given up."""
+class ForgetSettings(Action):
+    """What was read, or is being read, is given up, with the listeners that it added."""
 
 
 @frozen
-class StartTimer:
+class StartTimer(Action):
     """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
 
     deadline: Deadline
@@ -338,7 +326,7 @@ class StartTimer:
 
 
 @frozen
-class CancelTimer:
+class CancelTimer(Action):
     """Forget a timer."""
 
     deadline: Deadline
@@ -366,7 +354,7 @@ class ReportKind(Enum):
 
 
 @frozen
-class Report:
+class Report(Action):
     """Tell what happened; reason is for people."""
 
     news: ReportKind
@@ -375,28 +363,7 @@ class Report:
 
 
 @frozen
-class Exit:
+class Exit(Action):
     """The last action: nothing is left to supervise."""
 
     status: int
-
-
-Action = (
-    Open
-    | Spawn
-    | Signal
-    | Retire
-    | RouteTo
-    | Quiesce
-    | Drain
-    | Release
-    | Hold
-    | CloseListeners
-    | ReadSettings
-    | UseSettings
-    | ForgetSettings
-    | StartTimer
-    | CancelTimer
-    | Report
-    | Exit
-)

@@ -48,10 +48,10 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
 class State(Enum):
     """The state of a worker."""
 
-    WAITING = "waiting"  # nobody is there yet: a back-off timer runs, or its turn has not come
+    WAITING = "waiting"  # not spawned yet: a back-off timer runs, or its turn has not come
     STARTING = "starting"
     READY = "ready"
-    RETIRING = "retiring"  # was asked to leave; nobody replaces it
+    RETIRING = "retiring"  # was asked to leave; no worker replaces it
     ORPHANED = "orphaned"  # its process has ended, and what that had started has not
 
 
@@ -103,33 +103,19 @@ class Generation:
         # From the end: who was started last is mostly the last one to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
 
-    def index_of(self, number: int) -> int | None:
-        """Return where a worker stands in `workers`; None: it is not there."""
-        at = bisect_left(self.workers, number, key=_NUMBER)
-        found = at < len(self.workers) and self.workers[at].number == number
-        return at if found else None
-
     def worker(self, number: int) -> Worker | None:
-        at = self.index_of(number)
-        return self.workers[at] if at is not None else None
+        at = bisect_left(self.workers, number, key=_NUMBER)
+        found = self.workers[at : at + 1]
+        return found[0] if found and found[0].number == number else None
 
-    def put(self, changed: Worker) -> Generation:
-        """Replace the worker with the same number."""
-        at = self.index_of(changed.number)
-        if at is None:
-            return self
-        return replace(self, workers=(*self.workers[:at], changed, *self.workers[at + 1 :]))
-
-    def without(self, number: int) -> Generation:
-        """Leave a worker out."""
-        at = self.index_of(number)
-        if at is None:
-            return self
-        return replace(self, workers=self.workers[:at] + self.workers[at + 1 :])
+    def replaced(self, number: int, *changed: Worker) -> Generation:
+        """Return it with a worker, which it has, changed; or without that one."""
+        at = bisect_left(self.workers, number, key=_NUMBER)
+        return replace(self, workers=(*self.workers[:at], *changed, *self.workers[at + 1 :]))
 
     @property
     def takers(self) -> tuple[Worker, ...]:
-        """Those who take, or will take, what waits in the queue."""
+        """The workers that take, or will take, what waits in the queue."""
         return tuple(w for w in self.alive if w.state not in LEAVING)
 
 
@@ -176,7 +162,7 @@ class Fleet:
     served: bool = False  # something has been ready once
     failed_starts: int = 0  # generations in a row that failed while nothing else served
     listeners_open: bool = True
-    held: bool = False  # nothing is accepted, because somebody wants that
+    held: bool = False  # nothing is accepted, as was requested
     exit_status: int = 0
     exiting: bool = False
 
@@ -211,10 +197,10 @@ class Fleet:
     def generation(self, number: int) -> Generation | None:
         return next((g for g in self.generations if g.number == number), None)
 
-    def is_fresh(self, number: int) -> bool:
-        """Whether a generation was started from the command as it is now."""
-        generation = self.generation(number)
-        return generation is not None and generation.fresh
+    def __getitem__(self, number: int) -> Generation:
+        """Return a generation that is known not to be gone."""
+        (found,) = (g for g in self.generations if g.number == number)
+        return found
 
     def find(self, worker: int) -> tuple[Generation, Worker] | None:
         """The generation and entry of a worker by its number."""
@@ -229,7 +215,7 @@ class Fleet:
 
     @property
     def queue_is_last(self) -> bool:
-        """What waits with a draining generation has nobody else to go to, now or later.
+        """What waits in a draining generation's queue can go to no other, now or later.
 
         Where workers accept nothing does: it would be in the backlog, which is closed by then.
         """
@@ -248,16 +234,14 @@ class Fleet:
     def with_worker(self, changed: Worker) -> Fleet:
         """Replace the worker in the same generation and slot."""
         found = self.find(changed.number)
-        if found is None:
-            return self
-        return self.with_generation(found[0].put(changed))
+        return self.with_generation(found[0].replaced(changed.number, changed)) if found else self
 
     def moved(self, number: int, phase: Phase) -> Fleet:
         """Move a generation to another phase along PHASES.
 
         Raises ValueError for a way PHASES does not have: a fault of ours.
         """
-        generation = self.generation(number)
-        if generation is None or phase not in PHASES[generation.phase]:
+        generation = self[number]
+        if phase not in PHASES[generation.phase]:
             raise ValueError(f"generation {number} cannot become {phase.value}")
         return self.with_generation(replace(generation, phase=phase))

@@ -3,7 +3,7 @@
 Pure.  Two rules hold it together:
 
 * Route before draining: at every moment a generation owns new connections.
-* A generation that fails while another serves changes nothing for anybody.
+* A generation that fails while another serves changes nothing for clients.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..model.policy import PROVEN_S
 from .backoff import backoff_s
 from .events import Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
-from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy
+from .fleet import Candidate, Generation, Next, Phase, Policy
 from .step import Step
 from .stop import stop_quickly
 
@@ -39,18 +39,14 @@ def reload_requested(step: Step) -> None:
 
 def renew_requested(step: Step) -> None:
     """Replace the serving generation by one of the same program, as a reload does."""
-    if not _renew(step):
+    if not renew(step):
         step.do(
             Report(ReportKind.REFUSED, reason="one generation is being replaced, or none serves")
         )
 
 
-def stranded(step: Step) -> None:
-    """Have somebody accept where nobody does; if one is coming anyway, that will."""
-    _renew(step)
-
-
-def _renew(step: Step) -> bool:
+def renew(step: Step) -> bool:
+    """Begin that, unless a generation is coming anyway, or none serves."""
     fleet = step.fleet
     busy = fleet.incoming or fleet.to_open or fleet.reload_wanted or fleet.reading
     if not fleet.of(Phase.SERVING) or fleet.stopping or busy or fleet.candidate:
@@ -83,7 +79,7 @@ def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
 
 
 def settings_failed(step: Step, reason: str) -> None:
-    """A reload that came to nothing; it has a number all the same, for whoever waits for it."""
+    """Report a failed reload.  It uses up a generation's number: clients wait for one."""
     if step.fleet.reading:
         number = step.fleet.next_generation
         step.fleet = replace(step.fleet, reading=False, next_generation=number + 1)
@@ -91,7 +87,7 @@ def settings_failed(step: Step, reason: str) -> None:
 
 
 def _begin(step: Step, *reports: Report) -> None:
-    # Where a back-off runs nobody serves: whoever asks for a reload wants it now.
+    # Where a back-off runs no generation serves: the reload must not wait for it.
     step.cancel(TimerKind.OPEN)
     step.do(*reports)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
@@ -125,19 +121,16 @@ def open_if_due(step: Step) -> None:
     # the last try of a first start.
     policy = fleet.policy_of(fleet.to_open is Next.FRESH)
     alone = policy.stop_first or not fleet.served
-    # Where workers accept there is room for two: one that parts, or was given up, still does.
-    in_its_place = [g for g in fleet.generations if g.quiescing or _accepts_in_vain(fleet, g)]
-    if not (alone and fleet.generations) and not in_its_place:
-        _open(step, fleet.to_open)
-
-
-def _accepts_in_vain(fleet: Fleet, generation: Generation) -> bool:
-    return fleet.policy.workers_accept and generation.phase is Phase.ABANDONED
-
-
-def _open(step: Step, which: Next) -> None:
-    fleet = step.fleet
-    number, fresh = fleet.next_generation, which is Next.FRESH
+    # Where workers accept there are sockets for two, and these still use one.
+    in_its_way = [
+        generation
+        for generation in fleet.generations
+        if generation.quiescing
+        or (fleet.policy.workers_accept and generation.phase is Phase.ABANDONED)
+    ]
+    if (alone and fleet.generations) or in_its_way:
+        return
+    number, fresh = fleet.next_generation, fleet.to_open is Next.FRESH
     step.fleet = replace(
         fleet,
         generations=(*fleet.generations, Generation(number, fresh=fresh)),
@@ -148,7 +141,7 @@ def _open(step: Step, which: Next) -> None:
 
 
 def _recover(step: Step, delay_s: float) -> None:
-    """Nobody serves: open the last good command again."""
+    """No generation serves: open the last good command again."""
     step.fleet = replace(step.fleet, to_open=Next.LAST_GOOD)
     if delay_s > 0:
         step.start(TimerKind.OPEN, 0, delay_s)
@@ -166,13 +159,12 @@ def serve_if_ready(step: Step) -> None:
 
 def _all_ready(step: Step, number: int) -> None:
     step.cancel(TimerKind.START, number)
-    settle_s = step.fleet.policy_of(step.fleet.is_fresh(number)).settle_s
+    step.do(RouteTo(number))
+    settle_s = step.fleet.policy_of(step.fleet[number].fresh).settle_s
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
         step.fleet = step.fleet.moved(number, Phase.SETTLING)
-        step.do(RouteTo(number))
         step.start(TimerKind.SETTLE, number, settle_s)
     else:
-        step.do(RouteTo(number))
         promote(step, number)
 
 
@@ -180,18 +172,14 @@ def promote(step: Step, number: int) -> None:
     """Make the generation that has the route the serving one; the one before it drains."""
     old = step.fleet.of(Phase.SERVING)
     step.fleet = step.fleet.moved(number, Phase.SERVING)
-    if step.fleet.is_fresh(number):
+    fresh = step.fleet[number].fresh
+    if fresh:
         step.use_settings()
     if old:
         step.drain(old.number, step.fleet.policy.drain_limit_s)
-    step.do(Report(_success(step.fleet, number), number))
+    success = ReportKind.RELOADED if fresh else ReportKind.RECOVERED
+    step.do(Report(success if step.fleet.served else ReportKind.READY, number))
     step.fleet = replace(step.fleet, served=True)
-
-
-def _success(fleet: Fleet, number: int) -> ReportKind:
-    if not fleet.served:
-        return ReportKind.READY
-    return ReportKind.RELOADED if fleet.is_fresh(number) else ReportKind.RECOVERED
 
 
 # -- a generation that fails ----------------------------------------------------
@@ -209,7 +197,7 @@ def open_failed(step: Step, number: int, reason: str) -> None:
 
 def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
     """Give up a starting generation, and say what comes instead."""
-    fresh = step.fleet.is_fresh(number)
+    fresh = step.fleet[number].fresh
     serving = step.fleet.of(Phase.SERVING)
     step.fleet = step.fleet.moved(number, Phase.ABANDONED)
     step.cancel(TimerKind.START, number)
@@ -229,7 +217,7 @@ def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
 
 
 def _count_failure(step: Step) -> float:
-    """Count a failure with nobody else serving; answers the seconds to wait after it."""
+    """Count a failure while no other generation serves; return the seconds to wait after it."""
     failed = step.fleet.failed_starts + 1
     step.fleet = replace(step.fleet, failed_starts=failed)
     return backoff_s(failed)
@@ -251,7 +239,7 @@ def roll_back(step: Step, number: int, reason: str) -> None:
     old = step.fleet.of(Phase.SERVING)
     step.cancel(TimerKind.SETTLE, number)
     step.do(RouteTo(old.number if old else None))
-    if step.fleet.is_fresh(number):
+    if step.fleet[number].fresh:
         step.forget_settings()
     step.drain(number, step.fleet.policy.drain_limit_s)
     step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
@@ -260,7 +248,7 @@ def roll_back(step: Step, number: int, reason: str) -> None:
 
 
 def channel_broken(step: Step, number: int, served_s: float) -> None:
-    """Nobody can be sent anything through this generation's channel any more."""
+    """No connection can be sent through this generation's channel any more."""
     generation = step.fleet.generation(number)
     phase = generation.phase if generation else None
     if phase not in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
@@ -280,7 +268,7 @@ def _serving_broken(step: Step, number: int, served_s: float) -> None:
         step.do(RouteTo(None))
     step.drain(number, step.fleet.policy.drain_limit_s)
     if step.fleet.stopping:
-        step.close_listeners()  # nobody can serve what is still in the backlog
+        step.close_listeners()  # no worker can serve what is still in the backlog
         return
     if served_s >= PROVEN_S:
         step.fleet = replace(step.fleet, failed_starts=0)

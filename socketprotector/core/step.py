@@ -33,7 +33,7 @@ from .events import (
     UseSettings,
     WorkerSignal,
 )
-from .fleet import Fleet, Generation, Phase, State, Stop, Worker
+from .fleet import Fleet, Phase, State, Stop, Worker
 
 #: From so many draining generations on a warning is due where nothing limits them.
 MANY_DRAINING = 4
@@ -74,9 +74,16 @@ class Step:
 
     # -- workers -------------------------------------------------------------
 
-    def add(self, generation: Generation, slot: int) -> Worker:
+    def add(self, number: int, slot: int, *, quick_deaths: int = 0, replaces: int = 0) -> Worker:
         """Enter a new worker, not spawned yet, in a generation."""
-        worker = Worker(self.fleet.next_worker, slot, State.WAITING)
+        worker = Worker(
+            self.fleet.next_worker,
+            slot,
+            State.WAITING,
+            quick_deaths=quick_deaths,
+            replaces=replaces,
+        )
+        generation = self.fleet[number]
         self.fleet = replace(
             self.fleet.with_generation(replace(generation, workers=(*generation.workers, worker))),
             next_worker=worker.number + 1,
@@ -110,22 +117,20 @@ class Step:
     def drain(self, number: int, timeout_s: float) -> None:
         """Let a generation finish what it has."""
         self.fleet = self.fleet.moved(number, Phase.DRAINING)
-        generation = self.fleet.generation(number)
+        generation = self.fleet[number]
         # Another one accepts; or is to come, and has a socket from which no worker accepts.
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.workers_accept and others
-        if generation and others_accept and self.fleet.stopping is not Stop.QUICK:
+        if others_accept and self.fleet.stopping is not Stop.QUICK:
             # It may not have accepted yet who came before, nor read what they have to say.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
             self._tell(number, timeout_s)
-        generation = self.fleet.generation(number)
-        if generation and self.fleet.queue_is_last and not generation.takers:
+        if self.fleet.queue_is_last and not generation.takers:
             # Its slots all wait for a back-off: one must see whether something is queued.
-            waiting = [worker for worker in generation.workers if not worker.alive]
-            if waiting:
-                self.spawn(number, waiting[0])
+            for worker in [each for each in generation.workers if not each.alive][:1]:
+                self.spawn(number, worker)
         self.forget_waiting(number)
         if self.fleet.stopping is None:
             self.limit_draining()
@@ -154,8 +159,8 @@ class Step:
     def end_generation(self, number: int) -> None:
         """Send TERM to what is left of a generation; KILL follows."""
         self.forget_waiting(number)
-        generation = self.fleet.generation(number)
-        if generation is None or generation.ending or not generation.workers:
+        generation = self.fleet[number]
+        if generation.ending or not generation.workers:
             return
         self.fleet = self.fleet.with_generation(replace(generation, ending=True))
         self.do(*(Signal(worker.number, WorkerSignal.TERM) for worker in generation.workers))
@@ -163,22 +168,19 @@ class Step:
 
     def kill_generation(self, number: int) -> None:
         """Send KILL to what is left of a generation."""
-        generation = self.fleet.generation(number)
-        if generation:
-            self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in generation.alive))
+        alive = self.fleet[number].alive
+        self.do(*(Signal(worker.number, WorkerSignal.KILL) for worker in alive))
 
     def forget_waiting(self, number: int) -> None:
         """Drop the slots whose next process has not been spawned yet."""
-        generation = self.fleet.generation(number)
-        if generation is None:
-            return
+        generation = self.fleet[number]
         gone = [worker for worker in generation.workers if not worker.alive]
         self.fleet = self.fleet.with_generation(replace(generation, workers=generation.alive))
         for worker in gone:
             self.cancel(TimerKind.WORKER_RESPAWN, worker.number)
             left = generation.worker(worker.replaces)
             if left and left.alive and left.hung and not generation.ending:
-                self.end_worker(left)  # nobody comes any more whom it could wait for
+                self.end_worker(left)  # its replacement will not come any more
 
     # -- settings ------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class Step:
     # -- listeners -----------------------------------------------------------
 
     def close_listeners(self) -> None:
-        """Close them at once."""
+        """Close all listeners at once."""
         if self.fleet.listeners_open:
             self.fleet = replace(self.fleet, listeners_open=False)
             self.do(CloseListeners(quick=True))

@@ -54,7 +54,7 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     if event.orphans:
         _orphaned(step, generation, worker, told_to_end=told_to_end)
     else:
-        step.fleet = step.fleet.with_generation(generation.without(worker.number))
+        step.fleet = step.fleet.with_generation(generation.replaced(worker.number))
     if worker.state is State.ORPHANED:
         return  # its slot was filled, or given up, long ago
     replacement = _replacement(generation, worker.number)
@@ -64,14 +64,14 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
         step.do(Report(ReportKind.EXITED, generation.number, event.reason))
         if replacement is None:
             _respawn(step, generation.number, worker, event.served_s)
-    elif event.waiting and _nobody_else_serves(step.fleet, generation.number):
+    elif event.waiting and _is_last_taker(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
     elif generation.phase is Phase.STARTING:
         abandon(step, generation.number, event.reason, retry=not event.detached)
     elif generation.phase is Phase.SETTLING:
         roll_back(step, generation.number, event.reason)
     else:
-        _take_over(step, worker.replaces)  # nobody else is to come: it only has to go
+        _take_over(step, worker.replaces)  # no other replacement is to come
 
 
 def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end: bool) -> None:
@@ -80,7 +80,7 @@ def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end
     It ends at the limits of any other worker that leaves.
     """
     left = Worker(worker.number, worker.slot, State.ORPHANED)
-    step.fleet = step.fleet.with_generation(generation.put(left))
+    step.fleet = step.fleet.with_generation(generation.replaced(left.number, left))
     if generation.phase is Phase.STARTING:
         return  # it is given up for that, with all that is left of it
     if generation.ending:
@@ -91,23 +91,17 @@ def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end
         step.retire(left)
 
 
-def _nobody_else_serves(fleet: Fleet, number: int) -> bool:
+def _is_last_taker(fleet: Fleet, number: int) -> bool:
     """Say whether what waits in this queue would be lost without another worker."""
-    generation = fleet.generation(number)
-    if generation is None or generation.ending:
-        return False
-    taken_care_of = generation.takers or any(not w.alive for w in generation.workers)
-    return fleet.queue_is_last and not taken_care_of
+    generation = fleet[number]
+    others = generation.takers or any(not w.alive for w in generation.workers)
+    return fleet.queue_is_last and not generation.ending and not others
 
 
 def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
     """Fill a dead worker's slot, at once or after a back-off."""
-    generation = step.fleet.generation(number)
-    if generation is None:
-        return
     deaths = 0 if served_s >= PROVEN_S else dead.quick_deaths + 1
-    new = replace(step.add(generation, dead.slot), quick_deaths=deaths, replaces=dead.replaces)
-    step.fleet = step.fleet.with_worker(new)
+    new = step.add(number, dead.slot, quick_deaths=deaths, replaces=dead.replaces)
     delay_s = backoff_s(deaths)
     if delay_s > 0:
         step.start(TimerKind.WORKER_RESPAWN, new.number, delay_s)
@@ -213,9 +207,7 @@ def _resize(step: Step, most: int) -> int:
         return len(over)
     missing = max(0, min(wanted - staying, most))
     for slot in islice(_free_slots(serving), missing):
-        generation = step.fleet.generation(serving.number)
-        if generation:
-            step.spawn(serving.number, step.add(generation, slot))
+        step.spawn(serving.number, step.add(serving.number, slot))
     return missing
 
 
@@ -225,21 +217,17 @@ def _free_slots(generation: Generation) -> Iterator[int]:
 
 
 def _retire(step: Step, number: int, worker: Worker) -> None:
-    """Let one worker leave; nobody replaces it."""
-    generation = step.fleet.generation(number)
-    if generation is None:
-        return
+    """Let one worker leave without a replacement."""
     step.cancel(TimerKind.WORKER_START, worker.number)
     worker = replace(worker, replaces=0)
     if worker.state is State.WAITING:
         step.cancel(TimerKind.WORKER_RESPAWN, worker.number)
-        step.fleet = step.fleet.with_generation(generation.without(worker.number))
+        step.fleet = step.fleet.with_generation(step.fleet[number].replaced(worker.number))
         return
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
     if worker.state is not State.READY or worker.hung:
         step.end_worker(worker)  # it has nothing to finish, or never will
-        return
-    if worker.retires:
+    elif worker.retires:
         step.retire(worker)
     else:
         step.do(Signal(worker.number, WorkerSignal.TERM))
@@ -269,16 +257,11 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
         step.fleet = step.fleet.with_worker(worker)
         if worker.state is State.RETIRING:
             step.end_worker(worker)
-    if worker.state is not State.READY:
+    if worker.state is not State.READY or _replacement(generation, number):
         return  # it is on its way out, or not in yet
-    if _replacement(generation, number):
-        return
     if generation.phase is Phase.SERVING and not step.fleet.stopping:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
-        current = step.fleet.generation(generation.number)
-        if current:
-            new = replace(step.add(current, next(_free_slots(current))), replaces=number)
-            step.fleet = step.fleet.with_worker(new)
+        step.add(generation.number, next(_free_slots(generation)), replaces=number)
     elif hung:
         step.do(Report(ReportKind.REPLACING, generation.number, reason))
         step.end_worker(worker)  # it stays in its generation, whose failure its end may be
@@ -286,7 +269,7 @@ def replace_requested(step: Step, number: int, reason: str, *, hung: bool) -> No
 
 def _replacement(generation: Generation, number: int) -> Worker | None:
     """The worker that is to replace another one."""
-    if number not in map(_REPLACES, generation.workers):
+    if number not in map(_REPLACES, generation.workers):  # of thousands, fast
         return None
     return next(worker for worker in generation.workers if worker.replaces == number)
 
@@ -320,16 +303,8 @@ def time_extended(step: Step, number: int, seconds: float) -> None:
             step.do(StartTimer(deadline, seconds, extend=True))
 
 
-def worker_waited(step: Step, wait: TimerKind, number: int) -> None:
-    """A timer of a worker's own has run out."""
+def too_slow(step: Step, number: int) -> None:
+    """End a worker that was not ready, or has not left, in time."""
     found = step.fleet.find(number)
-    if found is None:
-        return
-    generation, worker = found
-    match wait:
-        case TimerKind.WORKER_RESPAWN:
-            pass  # `reconcile` starts who waits no longer
-        case TimerKind.WORKER_KILL:
-            step.do(Signal(number, WorkerSignal.KILL))
-        case _ if not generation.ending:  # else TERM was sent already
-            step.end_worker(worker)
+    if found and not found[0].ending:  # else TERM was sent already
+        step.end_worker(found[1])

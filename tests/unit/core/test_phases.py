@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
@@ -115,7 +114,8 @@ def test_every_event_is_answered_in_every_phase(
 def test_no_event_is_missing_from_the_answers() -> None:
     events = [event for event, _ in ANSWERS]
 
-    assert {type(event) for event in events} == set(get_args(Event))
+    # By name: a class with slots was made twice.
+    assert {type(e).__name__ for e in events} == {c.__name__ for c in Event.__subclasses__()}
     assert {e.deadline.wait for e in events if isinstance(e, DeadlinePassed)} == set(TimerKind)
 
 

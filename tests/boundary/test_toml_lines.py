@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,25 +53,17 @@ def test_each_key_has_its_line() -> None:
         ("listen", 0): 8,
         ("listen", 1): 9,
         ("listen", 2): 10,
-        ("listen", 2, 0): 10,
-        ("listen", 2, 1): 10,
-        ("listen", 2, 1, "x"): 10,
         ("env",): 13,
         ("env", "A"): 14,
         ("env", "B"): 15,
         ("env", "B", "c"): 15,
         ("env", "B", "d e"): 15,
-        ("env", "B", "d e", 0): 15,
-        ("env", "B", "d e", 1): 15,
         ("z",): 17,
-        ("z", 0): 17,
-        ("z", 0, "k"): 18,
-        ("z", 1): 19,
-        ("z", 1, "k"): 20,
-        ("z", 1, "w"): 21,
-        ("z", 1, "w", "q"): 22,
-        ("z", 1, "w", "r"): 23,
-        ("z", 1, "w", "r", "s"): 23,
+        ("z", "k"): 18,
+        ("z", "w"): 21,
+        ("z", "w", "q"): 22,
+        ("z", "w", "r"): 23,
+        ("z", "w", "r", "s"): 23,
     }
 
 
@@ -81,17 +72,6 @@ def test_lines_are_counted_however_they_end(end: str) -> None:
     found = toml_lines.find(end.join(["", "a = 1", "b = 2", "[c]", "d = 3"]))
 
     assert found == {("a",): 2, ("b",): 3, ("c",): 4, ("c", "d"): 5}
-
-
-def leaves(value: Any, path: toml_lines.Path = ()) -> Iterator[tuple[toml_lines.Path, Any]]:
-    if isinstance(value, dict):
-        for name, each in value.items():
-            yield from leaves(each, (*path, name))
-    elif isinstance(value, list):
-        for index, each in enumerate(value):
-            yield from leaves(each, (*path, index))
-    else:
-        yield path, value
 
 
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=8)
@@ -128,7 +108,10 @@ def test_whatever_tomllib_reads_has_a_line_with_it(
 
     found = toml_lines.find(source)
 
-    for path, value in leaves(read):
-        line = lines[found[path] - 1]
-        last = path[-1]
-        assert (quoted(last) if isinstance(last, str) else written(value)) in line
+    for key, value in [*read.items(), *read["the table"].items()]:
+        path = (key,) if read.get(key) is value else ("the table", key)
+        assert quoted(key) in lines[found[path] - 1]
+        for index, each in enumerate(value if isinstance(value, list) else ()):
+            assert written(each).split("\n")[0] in lines[found[*path, index] - 1]
+        for name in value if isinstance(value, dict) and value is not read["the table"] else ():
+            assert found[*path, name] == found[path]

@@ -56,21 +56,20 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 options.CONFIG.callback = _read_config
 
 
-@click.command(
-    cls=_Command,
+def _resolve(**given: Any) -> ParsedOptions:
+    return OptionResolver(click.get_current_context(), given).resolve()
+
+
+COMMAND = _Command(
+    None,
+    callback=_resolve,
     params=[
         click.Argument(["listen"], nargs=-1, metavar="LISTEN... -- COMMAND [ARG...]"),
         *options.OPTIONS,
     ],
-    add_help_option=False,
-    context_settings={"show_default": True},
-    options_metavar="[OPTIONS]",
-    epilog=known_servers.table(),
-)
-@click.pass_context
-def _command(ctx: click.Context, /, **given: Any) -> ParsedOptions:
-    """Own the listening sockets of a daemon, so that it can be restarted or upgraded, or crash,
-    without clients noticing.
+    # No docstring: `python -OO` has none.
+    help="""Own the listening sockets of a daemon, so that it can be restarted or upgraded, or
+    crash, without clients noticing.
 
     LISTEN is PORT, HOST:PORT, [HOST6]:PORT, unix:PATH, unix:@NAME or fd:NAME, with options as in
     4321?backlog=100&defer_accept=5 or unix:/run/x.sock?mode=0660&user=www&group=www.
@@ -79,8 +78,12 @@ def _command(ctx: click.Context, /, **given: Any) -> ParsedOptions:
     the protector's own program; TTIN, TTOU one worker more, one fewer.
 
     TIME is 500ms, 10s, 2m, 1h or plain seconds.
-    """
-    return OptionResolver(ctx, given).resolve()
+    """,
+    add_help_option=False,
+    context_settings={"show_default": True},
+    options_metavar="[OPTIONS]",
+    epilog=known_servers.table(),
+)
 
 
 def _launch(asked: ParsedOptions) -> int:
@@ -151,18 +154,19 @@ def _launch(asked: ParsedOptions) -> int:
         raise
 
 
-def ask(arguments: Sequence[str], running: Settings | None = None) -> ParsedOptions | None:
+def ask(
+    arguments: Sequence[str], running: Settings | None = None, notices: list[str] | None = None
+) -> ParsedOptions | None:
     """Read a command line, and the file it names; return what is asked for.
 
-    running: of the protector that was started with it and reads it again.  Returns None where only
-    help was asked for, and is given.  Raises Refusal.
+    running: of the protector that was started with it and reads it again.  notices: gets what is
+    worth knowing besides a refusal.  Returns None where only help was asked for, and is given.
+    Raises Refusal.
     """
     words, command = options.split(arguments)
-    purpose = Purpose(tuple(arguments), command, running)
+    purpose = Purpose(tuple(arguments), command, running, [] if notices is None else notices)
     try:
-        found = _command.main(
-            words, prog_name="SocketProtector", standalone_mode=False, obj=purpose
-        )
+        found = COMMAND.main(words, prog_name="SocketProtector", standalone_mode=False, obj=purpose)
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
         raise UsageError(f"{message}; see --help") from error
@@ -174,15 +178,14 @@ def main(arguments: Sequence[str]) -> int:
     _stand_on_three_descriptors()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.REQUESTS)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up and go
-    asked = None
+    asked, notices = None, list[str]()
     try:
         try:
-            asked = ask(arguments)
+            asked = ask(arguments, notices=notices)
             return _launch(asked) if asked is not None else 0
         except Refusal as error:
-            if asked is None:  # it names an option by its new name
-                for notice in options.outdated(arguments):
-                    tell(notice)
+            for notice in notices if asked is None else ():  # it names an option by its new name
+                tell(notice)
             tell(str(error))
             return error.status
     except (click.Abort, KeyboardInterrupt):  # also while a refusal is said

@@ -23,7 +23,7 @@ from ..model.errors import UsageError
 from ..system import env_file
 from . import toml_lines
 from .option_values import FLAG, TIME
-from .options import OPTIONS, Option, renamed
+from .options import OPTIONS, Option, renamed, twice
 
 _KEYS = {each.key: each for each in OPTIONS if not each.no_key}
 _FORMER = {each.former: each.key for each in OPTIONS if each.former}
@@ -122,7 +122,7 @@ class ConfigFile:
         name = _FORMER.get(key, key)
         if name != key:
             if (name,) in self._places:
-                self.mistake((key,), f"it is called {name} now, and that is here, too")
+                self.mistake((key,), twice(name))
                 return
             self.notices.append(self._line(self._places.get((key,), 1), renamed(key, name)))
         if name == LISTEN:

@@ -7,7 +7,7 @@ that of the field, resolve.py makes it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -35,6 +35,8 @@ from .option_values import (
 CHANGES, STAYS = "changes", "stays"
 #: In a context's `meta`: the configuration file.
 FILE = "socketprotector.launch.config_file"
+#: Long options that the original program wrote with one dash.
+_ONE_DASH = ("pid-file", "foreground", "verbose")
 _LINE_ONLY = "for the command line only"
 #: More is a mistake, and would not fit the system calls.
 _MANY = 1_000_000
@@ -82,6 +84,23 @@ class Option(click.Option):
             more.setdefault("metavar", "N" if number else kind.name)
         brief = text.partition("\n")[0] + (f"  [default: {unset}]" if unset else "")
         super().__init__([*(f"-{each}" for each in short), f"--{key}"], help=brief, **more)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        flag = {"action": "store_const", "const": True} if self.kind is FLAG else {}
+        if self.former:
+            parser.add_option(self, [f"--{self.former}"], self.former, **flag)
+        if self.key in _ONE_DASH:
+            parser.add_option(self, [f"-{self.key}"], self.name, **flag)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> Any:
+        if self.former in opts:
+            old, new = f"--{self.former}", f"--{self.key}"
+            if self.name in opts:
+                raise click.UsageError(f"{old}: {twice(new)}")
+            ctx.obj.notices.append(renamed(old, new))
+            opts = {str(self.name): opts[self.former]}
+        return super().consume_value(ctx, opts)
 
     def shown(self, value: Any) -> str:
         """Return a value of the field for people."""
@@ -261,32 +280,20 @@ GROUPS: Mapping[str, Sequence[Option]] = {
 }
 # fmt: on
 OPTIONS = tuple(option for group in GROUPS.values() for option in group)
-#: Names of before, with their dashes: the original program's long ones began with one.
-_FORMER = {f"--{each.former}": f"--{each.key}" for each in OPTIONS if each.former}
-_RENAMED = {f"-{name}": f"--{name}" for name in ("pid-file", "foreground", "verbose")} | _FORMER
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split at the first `--`, which click would drop; give options the names that they have."""
+    """Split at the first `--`, which click would drop."""
     words = list(arguments)
     at = words.index("--") if "--" in words else len(words)
-    return [_renamed(word) for word in words[:at]], words[at + 1 :]
-
-
-def _renamed(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"{_RENAMED.get(name, name)}{equals}{value}"
-
-
-def outdated(arguments: Sequence[str]) -> Iterator[str]:
-    """Tell which options of a command line have another name now."""
-    for name in dict.fromkeys(word.partition("=")[0] for word in arguments):
-        if name == "--":
-            return
-        if name in _FORMER:
-            yield renamed(name, _FORMER[name])
+    return words[:at], words[at + 1 :]
 
 
 def renamed(old: str, new: str) -> str:
     """Say that an option, or a key, has another name."""
     return f"{old} is called {new} now; the old name works until 1.0"
+
+
+def twice(new: str) -> str:
+    """Say what is wrong with the old name of an option, or a key, that is given by both."""
+    return f"it is called {new} now, and that is here, too"

@@ -24,7 +24,7 @@ from ..system.cpu_quota import scheduler
 from . import option_values, preflight, users
 from .listen_spec import Listen, parse
 from .option_values import Ready
-from .options import FILE, OPTIONS, outdated
+from .options import FILE, OPTIONS
 
 if TYPE_CHECKING:
     from .config_file import ConfigFile
@@ -53,6 +53,7 @@ class Purpose:
     words: tuple[str, ...]
     command: list[str]
     running: Settings | None  # of a protector that reads it again
+    notices: list[str]  # what the operator is to know, filled while it is read
 
     @property
     def directory(self) -> str:
@@ -91,7 +92,7 @@ class OptionResolver:
             self._refuse_what_is_missing()
         config = file.path if file else None
         control = "" if given["no_control"] else self._path("control")
-        notices = (*outdated(self._purpose.words), *(file.notices if file else ()))
+        notices = (*self._purpose.notices, *(file.notices if file else ()))
         return ParsedOptions(
             settings, listens, given["backlog"], given["check"], config, control, notices
         )

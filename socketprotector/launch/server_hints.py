@@ -23,7 +23,12 @@ from .listen_spec import Listen
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _NAMED = re.compile(r"\{fd:(\w+)\}")
 #: What --handoff listener refuses: the operator has to choose there.
-_REFUSED = {f"--{option}" for option in LISTENER.refuses}
+_REFUSED = {
+    f"--{name}"
+    for each in options.OPTIONS
+    for name in (each.key, each.former)
+    if each.key in LISTENER.refuses
+}
 #: Of a file that may use the client library, in bytes: it is imported at the top.
 _LOOKED_AT = 1 << 16
 

@@ -197,6 +197,40 @@ def test_a_key_under_both_its_names_is_a_mistake(read: Reader) -> None:
     assert said == ["line 4: max-requests: it is called retire-after now, and that is here, too"]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_option_under_both_its_names_is_refused_in_the_same_words(order: int) -> None:
+    words = ["--retire-after=9", "--max-requests=9"][::order]
+
+    with pytest.raises(UsageError) as refused:
+        cli.ask([*words, "1", "--", sys.executable])
+
+    assert str(refused.value) == (
+        "--max-requests: it is called --retire-after now, and that is here, too; see --help"
+    )
+
+
+def test_a_value_may_look_like_the_former_name_of_an_option(read: Reader) -> None:
+    asked = read(f'{COMMAND}listen = "1"\n', "--name", "--max-requests", "--env=A=-verbose")
+
+    assert asked.settings.name == "--max-requests"
+    assert asked.settings.environment == (("A", "-verbose"),)
+    assert asked.notices == ()
+
+
+def test_help_is_the_same_without_docstrings() -> None:
+    said = [
+        subprocess.run(
+            [sys.executable, *flags, "-m", "socketprotector", "--help"],
+            capture_output=True,
+            check=True,
+        ).stdout
+        for flags in ((), ("-OO",))
+    ]
+
+    assert b"Own the listening sockets" in said[0]
+    assert said[0] == said[1]
+
+
 def test_a_refusal_of_an_option_by_its_old_name_says_the_name_of_now() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "socketprotector", "--max-requests", "x", "1", "--", "true"],

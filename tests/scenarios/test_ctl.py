@@ -43,7 +43,7 @@ Start = Callable[..., Protector]
 MANY = worker("many")
 
 pytestmark = pytest.mark.skipif(
-    "control" not in {each.name for each in cli._command.params},
+    "control" not in {each.name for each in cli.COMMAND.params},
     reason="NOT CHECKED: there is no control socket",
 )
 

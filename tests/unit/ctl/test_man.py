@@ -18,7 +18,7 @@ from tests.running import ROOT
 
 PAGES = {
     "socketprotectorctl.1": program,
-    "SocketProtector.8": cli._command,
+    "SocketProtector.8": cli.COMMAND,
 }
 
 
@@ -57,7 +57,7 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
         known |= options_of(each)
     known |= {f"--{each.former}" for each in OPTIONS if each.former}
     # Those of the other program are spoken of, too.
-    known |= options_of(cli._command) | {"--control", "--control-group", "--no-control"}
+    known |= options_of(cli.COMMAND) | {"--control", "--control-group", "--no-control"}
 
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))) <= known
 

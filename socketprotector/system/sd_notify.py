@@ -275,6 +275,10 @@ class Outbox:
         deadline = time.monotonic() + seconds
         poll = select.poll()
         if self._line is not None:
+            # A datagram socket is writable however full its peer is, unless it is connected to it.
+            with suppress(OSError):  # no such peer: then each message fails, too
+                for address in self._to:
+                    self._line.connect(address)
             poll.register(self._line, select.POLLOUT)
         while self._unsent and (left := deadline - time.monotonic()) > 0:
             poll.poll(left * 1000)

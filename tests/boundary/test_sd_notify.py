@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,33 @@ def heard(notify: NotifySocket, pid: int = 1) -> dict[str, str] | None:
         return None
     notify.take()
     return dict(found)
+
+
+def test_last_words_wait_for_room_without_spinning_and_go_when_there_is_some() -> None:
+    attempts = 0
+
+    class Counted(Outbox):
+        def _flush(self) -> None:
+            nonlocal attempts
+            attempts += 1
+            super()._flush()
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        address = "@socketprotector-test-" + os.urandom(8).hex()
+        manager.bind("\0" + address[1:])
+        outbox = Counted(lambda _: None, address=address)
+        filled = 0
+        while not outbox.waiting:
+            filled += 1
+            outbox.send(f"STATUS={filled}")
+        reading = threading.Timer(0.3, lambda: [manager.recv(64) for _ in range(filled)])
+        reading.start()
+        attempts = 0
+
+        outbox.finish(10)
+
+        reading.join()
+    assert attempts < 10
 
 
 def test_messages_come_in_order_and_then_there_is_none(notify: NotifySocket) -> None:

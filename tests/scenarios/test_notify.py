@@ -236,7 +236,7 @@ def test_a_stranger_is_not_taken_for_nobody_in_a_user_namespace(
     """The worst case: no folder, the host's network, and the number that strangers share."""
     python, _ = everybodys_python()
     silent = ("sleep", "60")
-    options = ("--user", "nobody", "--start-timeout", "60s", "--no-control")
+    options = ("--user", "nobody", "--start-timeout", "60s", "--stop-timeout", "1s", "--no-control")
     words = (python, *COMMAND[1:], "-f", *options, "127.0.0.1:0", "--", *silent)
     # The mounts first: they are not that namespace's to make.
     receive, send = os.pipe()

@@ -27,6 +27,7 @@ def worker(number: int, pid: int = 4712, state: str = "ready", **more: Any) -> M
         "state": state,
         "started_at": 100.0,
         "ready_at": 101.0,
+        "ready_by": "notify",
         "accepted": 60,
         "active": 1,
         "finished": 59,
@@ -47,6 +48,7 @@ def generation(number: int, phase: str = "serving", *workers: Message, **more: A
         "draining_since_at": None,
         "path": "/srv/daemon",
         "queue": 0,
+        "untaken_s": None,
         "accepted": 120,
         "active": 3,
         "finished": 117,
@@ -58,12 +60,67 @@ def generation(number: int, phase: str = "serving", *workers: Message, **more: A
     }
 
 
+def listener(address: str = "tcp:0.0.0.0:4321", **more: Any) -> Message:
+    """A listener of a status."""
+    return {
+        "index": 0,
+        "address": address,
+        "name": address.rpartition(":")[2],
+        "backlog": 3,
+        "backlog_limit": 4096,
+        **more,
+    }
+
+
+def reload(number: int, result: str, reason: str = "") -> Message:
+    """A reload of a status."""
+    return {
+        "generation": number,
+        "result": result,
+        "reason": reason,
+        "began_at": 150.0,
+        "ended_at": None if result == "running" else 151.0,
+    }
+
+
+def crash(**more: Any) -> Message:
+    """A crash, as `crashes` answers it."""
+    return {
+        "at": 0.0,
+        "generation": 8,
+        "worker": 14,
+        "slot": 0,
+        "pid": 4712,
+        "how": "was killed by SIGSEGV",
+        "when": "serving",
+        "lost": 3,
+        "last_words": "one\ntwo\n",
+        "cpu_s": 1.2,
+        "max_rss_kib": 31000,
+        **more,
+    }
+
+
+def owner(pid: int, **more: Any) -> Message:
+    """A worker, as `connections` answers it."""
+    return {
+        "generation": 8,
+        "worker": 14,
+        "pid": pid,
+        "accepted_at_by_fd": None,
+        "orphaned": False,
+        "since_at": 90.0,
+        **more,
+    }
+
+
 def status(*generations: Message, **more: Any) -> Message:
     """A status; one serving generation unless others are given."""
     there = list(generations) or [generation(8, "serving", worker(14))]
     return {
         "name": "web",
         "pid": os.getpid(),
+        "main_pid": os.getpid(),
         "version": "0.1.0",
         "started_at": 50.0,
         "now": 200.0,
@@ -82,9 +139,7 @@ def status(*generations: Message, **more: Any) -> Message:
         "lost": 0,
         "queue_limit": 278,
         "reload_wanted": False,
-        "listeners": [
-            {"index": 0, "address": "tcp:0.0.0.0:4321", "backlog": 3, "backlog_limit": 4096}
-        ],
+        "listeners": [listener()],
         "generations": there,
         "reloads": [],
         "crashes": 0,

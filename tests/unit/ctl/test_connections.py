@@ -18,7 +18,7 @@ from socketprotector.ctl import connections
 from socketprotector.ctl.connections import AT_LEAST, AT_MOST, EXACT
 from tests.running import eventually
 from tests.unit.ctl.conftest import Said
-from tests.unit.ctl.fake import Fake, Message, generation, status, worker
+from tests.unit.ctl.fake import Fake, generation, listener, owner, status, worker
 
 Ctl = Callable[..., Said]
 
@@ -40,10 +40,6 @@ def pair(stack: ExitStack, family: int, address: object) -> tuple[socket.socket,
     return client, stack.enter_context(accepted)
 
 
-def of(pid: int, **more: object) -> Message:
-    return {"generation": 8, "worker": 14, "pid": pid, "since_at": 90.0, **more}
-
-
 @pytest.mark.parametrize(
     ("family", "bind", "listens"),
     [
@@ -63,7 +59,7 @@ def test_peer_worker_age_and_bytes_of_a_connection(
 
     def look() -> list[connections.Connection]:
         found, unseen = connections.look(
-            [of(os.getpid(), accepted_at_by_fd=times)], [address], 100.0
+            [owner(os.getpid(), accepted_at_by_fd=times)], [address], 100.0
         )
         assert unseen == []
         return [each for each in found if each.waiting_bytes is not None]
@@ -90,7 +86,7 @@ def test_mapped_addresses_are_shown_as_what_they_are(stack: ExitStack) -> None:
     client = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     stack.enter_context(listener.accept()[0])
 
-    found, _ = connections.look([of(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
+    found, _ = connections.look([owner(os.getpid())], [f"tcp:[::]:{port}"], now=100.0)
 
     assert [each.peer for each in found] == [f"127.0.0.1:{client.getsockname()[1]}"]
 
@@ -101,7 +97,7 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
     client.sendall(b"123")
 
     for draining, bound in (({8}, AT_LEAST), (set[int](), AT_MOST)):
-        found, _ = connections.look([of(os.getpid())], [f"unix:{path}"], 100.0, draining)
+        found, _ = connections.look([owner(os.getpid())], [f"unix:{path}"], 100.0, draining)
 
         assert [(each.local, each.peer, each.age_s, each.bound) for each in found] == [
             (f"unix:{path}", "unix", 10.0, bound)
@@ -112,7 +108,7 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
 def test_what_is_no_connection_to_a_listener_is_nobodys_business(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 
-    assert connections.look([of(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
+    assert connections.look([owner(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
 
 
 def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
@@ -135,7 +131,7 @@ def test_a_connection_that_only_a_workers_child_has(stack: ExitStack) -> None:
     process.stdout.readline()
 
     found, _ = connections.look(
-        [of(process.pid, accepted_at_by_fd={"-1": 5.0})], [f"tcp:127.0.0.1:{port}"], now=100.0
+        [owner(process.pid, accepted_at_by_fd={"-1": 5.0})], [f"tcp:127.0.0.1:{port}"], now=100.0
     )
     process.communicate()
 
@@ -147,7 +143,7 @@ def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     process = subprocess.Popen(["true"])
     process.wait()
 
-    assert connections.look([of(process.pid), of(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
+    assert connections.look([owner(process.pid), owner(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
 
 
 def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +152,7 @@ def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(os, "readlink", no)
 
-    _, unseen = connections.look([of(1)], ["tcp:0.0.0.0:1"], now=1.0)
+    _, unseen = connections.look([owner(1)], ["tcp:0.0.0.0:1"], now=1.0)
 
     assert [(each.pid, each.why) for each in unseen] == [
         (1, "not allowed: ask as root or its user")
@@ -169,10 +165,10 @@ def test_the_command_shows_rows_and_sums(fake: Fake, ctl: Ctl, stack: ExitStack)
     fake.status = status(
         generation(8, "draining", worker(14)),
         now=time.time(),
-        listeners=[{"index": 0, "address": f"tcp:127.0.0.1:{port}"}],
+        listeners=[listener(f"tcp:127.0.0.1:{port}")],
     )
     fake.answers["connections"] = lambda *_: {
-        "workers": [of(os.getpid(), since_at=time.time() - 3725)]
+        "workers": [owner(os.getpid(), since_at=time.time() - 3725)]
     }
 
     said = ctl("connections", "8")
@@ -215,8 +211,8 @@ def test_the_connections_of_orphans_are_found_by_their_session(stack: ExitStack)
         host, port = accepted.getsockname()
         listens = [f"tcp:{host}:{port}"]
 
-        alive, _ = connections.look([of(leader.pid)], listens, 100.0)
-        left, _ = connections.look([of(leader.pid, orphaned=True)], listens, 100.0)
+        alive, _ = connections.look([owner(leader.pid)], listens, 100.0)
+        left, _ = connections.look([owner(leader.pid, orphaned=True)], listens, 100.0)
 
     assert alive == []
     assert [(each.worker, each.pid, each.bound) for each in left] == [(14, leader.pid, AT_MOST)]

@@ -13,7 +13,7 @@ import pytest
 from socketprotector.ctl.client import Client
 from socketprotector.system import control_path
 from tests.unit.ctl.conftest import Said
-from tests.unit.ctl.fake import Fake, Refusing
+from tests.unit.ctl.fake import Fake, Message, Refusing, listener
 
 Ctl = Callable[..., Said]
 Fakes = Callable[[str], Fake]
@@ -66,8 +66,8 @@ def test_by_name_in_either_folder_the_living_one_first(
     assert "--name ../x: no protector of that name in " in slash.err
 
 
-def listening(port: int) -> list[dict[str, object]]:
-    return [{"index": 0, "address": f"tcp:0.0.0.0:{port}", "backlog": 0, "backlog_limit": 9}]
+def listening(port: int) -> list[Message]:
+    return [listener(f"tcp:0.0.0.0:{port}")]
 
 
 def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl) -> None:
@@ -92,7 +92,7 @@ def test_two_of_a_name_are_told_apart_by_their_listeners(fakes: Fakes, ctl: Ctl)
 
 def test_two_at_files_of_one_name_are_told_apart_by_the_whole_path(fakes: Fakes, ctl: Ctl) -> None:
     for key, path in (("web", "/run/a/s"), ("web:s", "/run/b/s"), ("old", "/run/c/t")):
-        fakes(key).status.update(name="web", listeners=[{"index": 0, "address": f"unix:{path}"}])
+        fakes(key).status.update(name="web", listeners=[listener(f"unix:{path}")])
 
     said = level(ctl, "--name", "web").err
     assert said.endswith("which one? web:t, web:/run/a/s, web:/run/b/s\n")

@@ -163,11 +163,14 @@ def protected() -> Iterator[subprocess.Popen[bytes]]:
 def test_stop_waits_for_the_end_of_the_process(
     fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
 ) -> None:
-    fake.status["pid"] = protected.pid
+    fake.status.update(pid=protected.pid, main_pid=protected.pid)
 
     def answer(connection: Connection, asked: Message) -> None:
         fake.status = status(
-            generation(8, "draining", worker(14)), phase="stopping", pid=protected.pid
+            generation(8, "draining", worker(14)),
+            phase="stopping",
+            pid=protected.pid,
+            main_pid=protected.pid,
         )
         connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
         connection.event("stopping")
@@ -195,12 +198,12 @@ def test_stop_waits_for_the_end_of_the_process(
 def test_stop_says_a_line_for_each_tenth_part_of_many_workers(
     fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
 ) -> None:
-    fake.status["pid"] = protected.pid
+    fake.status.update(pid=protected.pid, main_pid=protected.pid)
 
     def answer(connection: Connection, asked: Message) -> None:
         workers = (worker(each, 1000 + each) for each in range(128))
         draining = generation(8, "draining", *workers, active=0)
-        fake.status = status(draining, phase="stopping", pid=protected.pid)
+        fake.status = status(draining, phase="stopping", pid=protected.pid, main_pid=protected.pid)
         connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
         connection.event("stopping")
         fake.answers["status"] = looked
@@ -236,7 +239,7 @@ def test_stop_that_takes_too_long_is_status_4(
         fake.status["generations"] = [generation(8, "draining", worker(14))]
         return {}
 
-    fake.status["pid"] = protected.pid
+    fake.status.update(pid=protected.pid, main_pid=protected.pid)
     fake.answers["stop"] = answer
 
     said = ctl("stop", "--quick", "--timeout", "3s")
@@ -251,7 +254,7 @@ def test_stop_is_never_asked_twice_for_that_would_be_at_once(fake: Fake, ctl: Ct
         fake.status["phase"] = "stopping"
         connection.cut()
 
-    fake.status["pid"] = 0
+    fake.status.update(pid=0, main_pid=0)
     fake.answers["stop"] = answer
 
     assert ctl("stop", "--timeout", "500ms").status == 4

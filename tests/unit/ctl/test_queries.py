@@ -14,7 +14,17 @@ import pytest
 from socketprotector.ctl import render
 from tests.running import DEADLINE_S, Lines, eventually
 from tests.unit.ctl.conftest import COMMAND, Said, run
-from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+from tests.unit.ctl.fake import (
+    Connection,
+    Fake,
+    Message,
+    Refusing,
+    crash,
+    generation,
+    reload,
+    status,
+    worker,
+)
 
 Ctl = Callable[..., Said]
 
@@ -26,15 +36,7 @@ def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
         pid=11,
         held_s=12.0,
         guarded=True,
-        reloads=[
-            {
-                "generation": 10,
-                "result": "failed",
-                "reason": "no; its last words:\nmany\nlines",
-                "began_at": 1,
-                "ended_at": 140,
-            }
-        ],
+        reloads=[reload(10, "failed", "no; its last words:\nmany\nlines")],
         crashes=2,
     )
 
@@ -46,7 +48,7 @@ def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
         "held: accepts nothing for another 12s",
         "forwarded 12,345, lost 0, queue of 278, ready: notify, command: ./daemon",
         "listens on tcp:0.0.0.0:4321, 3 of 4,096 wait",
-        "last reload: generation 10 failed 1m ago: no",
+        "last reload: generation 10 failed 49s ago: no",
         "2 crashes: socketprotectorctl crashes",
         "",
         "GEN  PHASE       AGE  READY  QUEUE  ACTIVE  ACCEPTED  ERRORS  LOST  WAIT-P50    P99",
@@ -63,9 +65,8 @@ def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
 def test_nothing_that_a_worker_says_reaches_the_terminal_as_it_is(fake: Fake, ctl: Ctl) -> None:
     evil = "\x1b]0;owned\x07\n\x9b31m\x7f\u202e[bold]"
     fake.status = status(generation(8, "serving", worker(14, status=evil)), name=evil)
-    fake.answers["crashes"] = lambda *_: {
-        "crashes": [{"at": 1.0, "how": evil, "when": "serving", "last_words": evil, "lost": None}]
-    }
+    crashes = [crash(how=evil, last_words=evil, lost=None)]
+    fake.answers["crashes"] = lambda *_: {"crashes": crashes}
     fake.answers["diff"] = lambda *_: {"changes": [evil]}
 
     for arguments in (["status"], ["crashes"], ["diff"], ["list"]):
@@ -119,20 +120,7 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(fake: Fake) -> None:
 
 
 def test_crashes(fake: Fake, ctl: Ctl) -> None:
-    crash = {
-        "at": 0.0,
-        "generation": 8,
-        "worker": 14,
-        "slot": 0,
-        "pid": 4712,
-        "how": "was killed by SIGSEGV",
-        "when": "serving",
-        "lost": 3,
-        "last_words": "one\ntwo\n",
-        "cpu_s": 1.2,
-        "max_rss_kib": 31000,
-    }
-    fake.answers["crashes"] = lambda *_: {"crashes": [crash]}
+    fake.answers["crashes"] = lambda *_: {"crashes": [crash()]}
 
     assert ctl("crashes").out == (
         "1970-01-01T00:00:00Z worker 14 of generation 8, pid 4712, was killed by SIGSEGV while "

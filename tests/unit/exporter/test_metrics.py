@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.counters import BUCKETS, Counters
 from socketprotector.exporter.metrics import MetricSet
-from tests.unit.ctl.fake import generation, status, worker
+from tests.unit.ctl.fake import generation, listener, reload, status, worker
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -104,7 +104,7 @@ def test_what_is_not_known_is_absent() -> None:
     seen = Collected().see(
         status(
             generation(8, **unknown),
-            listeners=[{"index": 0, "address": "a", "backlog": None, "backlog_limit": 9}],
+            listeners=[listener("a", backlog=None, backlog_limit=9)],
         )
     )
 
@@ -188,9 +188,9 @@ def test_a_worker_that_counts_backwards_takes_nobody_along() -> None:
     assert one.value("connections_taken_total") == 100
 
 
-def reload(number: int, result: str) -> dict[str, Any]:
-    ended = None if result == "running" else 10.0 * number + 1
-    return {"generation": number, "result": result, "began_at": 10.0 * number, "ended_at": ended}
+def ended(number: int, result: str) -> dict[str, Any]:
+    ended_at = None if result == "running" else 10.0 * number + 1
+    return {**reload(number, result), "began_at": 10.0 * number, "ended_at": ended_at}
 
 
 def test_reloads_are_counted_by_result_once_each() -> None:
@@ -198,11 +198,11 @@ def test_reloads_are_counted_by_result_once_each() -> None:
     assert one.value("reloads_total", result="failed") == 0
     assert one.value("last_reload_successful") is None
 
-    all_of_them = [reload(n, "failed" if n % 3 == 0 else "reloaded") for n in range(1, 31)]
+    all_of_them = [ended(n, "failed" if n % 3 == 0 else "reloaded") for n in range(1, 31)]
     for last in range(1, 31):
         shown = all_of_them[max(0, last - 10) : last]
         for _ in range(2):
-            one.see(status(reloads=[*shown[:-1], reload(last, "running")]))
+            one.see(status(reloads=[*shown[:-1], ended(last, "running")]))
         for _ in range(2):
             one.see(status(reloads=shown))
 

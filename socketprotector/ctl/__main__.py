@@ -41,7 +41,7 @@ def completion(instance: Instance, shell: str, as_json: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's own by default.  Returns the exit status."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
     try:
         status = program.main(arguments, prog_name=NAME, standalone_mode=False)
         return int(status or 0)
@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
-        complain(f"{message}; see {_help(error)}")
+        context = getattr(error, "ctx", None)
+        complain(f"{message}; see {context.command_path if context else NAME} --help")
         return error.exit_code
     except Refusal as error:
         complain(str(error))
@@ -60,15 +61,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # What is not written yet must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-
-
-def _help(error: click.ClickException) -> str:
-    ctx = getattr(error, "ctx", None)
-    return f"{ctx.command_path if ctx else NAME} --help"
-
-
-def _terminated(_: int, __: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -19,19 +19,18 @@ from .. import __version__
 from ..model.errors import UsageError
 from ..model.text import escape
 from . import discovery
-from .client import ANSWER_S, Client
-from .session import Session
+from .client import ANSWER_S, Client, Message
 
 NAME = "socketprotectorctl"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OutputClosed(Exception):
-    """The reader of the answer has gone (`| head`): no mistake.  click would make it status 1."""
+    """The reader of the answer has gone (`| head`): no error.  click would exit with status 1."""
 
 
 class Interrupted(Exception):
-    """INT or TERM came.  click would say an empty line."""
+    """INT or TERM came.  For KeyboardInterrupt click would print an empty line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +51,49 @@ class Instance:
             return discovery.by_pid_file(self.pid_file)
         return discovery.the_only_one()
 
-    def client(self, answer_s: float = ANSWER_S) -> Client:
-        """Return a connection for a request or two."""
-        return Client(self.path(), answer_s)
+    def client(self, answer_s: float = ANSWER_S, *, events: bool = False) -> Client:
+        """Return a connection."""
+        return Client(self.path(), answer_s, events=events)
 
-    def session(self, *, events: bool = False) -> Session:
-        """Return a connection that comes back after an upgrade or a crash."""
-        return Session(self.path(), events=events)
+    def request(self, command: str, **arguments: Any) -> Message:
+        """Return the result of a single request."""
+        with self.client() as client:
+            return client.request(command, **arguments)
 
 
 def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
     return [name for name in discovery.names(discovery.everything()) if name.startswith(begun)]
+
+
+def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Take an instance option, before the command or behind it."""
+    if value is None:
+        return
+    given = [name for name, before in asdict(ctx.obj or Instance()).items() if before is not None]
+    if given:
+        options = (f"--{each}".replace("_", "-") for each in (*given, param.name))
+        raise UsageError(f"{' and '.join(options)}: only one of them")
+    ctx.obj = Instance(**{str(param.name): value})
+
+
+def _instance_options(function: Function, *, hidden: bool = False) -> Function:
+    """Add the options that choose an instance: to the program, and to each command, too."""
+    for name, metavar, text in (
+        ("pid-file", "FILE", "The protector whose pid is in this file."),
+        ("control", "PATH", "The protector with that control socket."),
+        ("name", None, "The protector of that name."),
+    ):
+        function = click.option(
+            f"--{name}",
+            metavar=metavar,
+            type=click.Path() if metavar else None,
+            shell_complete=None if metavar else _known_names,
+            hidden=hidden,
+            expose_value=False,
+            callback=_take,
+            help=text,
+        )(function)
+    return function
 
 
 @click.group(
@@ -72,18 +103,10 @@ def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]
     options_metavar="[--name NAME | --control PATH | --pid-file FILE]",
     subcommand_metavar="COMMAND [ARG...]",
 )
-@click.option("--name", shell_complete=_known_names, help="The protector of that name.")
-@click.option(
-    "--control", metavar="PATH", type=click.Path(), help="The protector with that control socket."
-)
-@click.option(
-    "--pid-file", metavar="FILE", type=click.Path(), help="The protector whose pid is in this file."
-)
+@_instance_options
 @click.version_option(__version__, prog_name=NAME)
 @click.pass_context
-def program(
-    ctx: click.Context, name: str | None, control: str | None, pid_file: str | None
-) -> None:
+def program(ctx: click.Context) -> None:
     """Look at a SocketProtector that runs, and tell it what to do.
 
     Without an option: the only one that runs.  It may stand behind the command, too.
@@ -100,54 +123,15 @@ def program(
       100  the protector refuses, or does not let this user ask
       130  interrupted
     """
-    given = [
-        f"--{option}"
-        for option, value in (("name", name), ("control", control), ("pid-file", pid_file))
-        if value is not None
-    ]
-    if len(given) > 1:
-        raise UsageError(f"{' and '.join(given)}: only one of them")
     if ctx.invoked_subcommand is None:
         raise UsageError(f"no command; there are {', '.join(program.list_commands(ctx))}")
-    ctx.obj = Instance(name, control, pid_file)
-
-
-def _also_behind(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
-    """Take an instance option behind the command as the one before it."""
-    if value is None:
-        return
-    instance = ctx.obj or Instance()
-    given = [field.name for field in fields(instance) if getattr(instance, field.name) is not None]
-    if given:
-        options = (f"--{each}".replace("_", "-") for each in (*given, param.name))
-        raise UsageError(f"{' and '.join(options)}: only one of them")
-    ctx.obj = replace(instance, **{str(param.name): value})
-
-
-def _instance_options(function: Function) -> Function:
-    """Give a command the options of the program, which may stand behind it, too."""
-    for option in program.params:
-        if option.name in Instance.__slots__ and isinstance(option, click.Option):
-            function = click.option(
-                *option.opts,
-                type=option.type,
-                metavar=option.metavar,
-                hidden=True,
-                expose_value=False,
-                callback=_also_behind,
-            )(function)
-    return function
+    ctx.ensure_object(Instance)
 
 
 def command(name: str | None = None, **settings: Any) -> Callable[[Function], click.Command]:
     """Make a command of a function: its instance first, `as_json` among its arguments."""
 
     def made(function: Function) -> click.Command:
-        with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
-        answers = _instance_options(with_json(click.pass_obj(written(function))))
-        return program.command(name, **settings)(answers)
-
-    def written(function: Function) -> Callable[..., Any]:
         @wraps(function)
         def run(*arguments: Any, **options: Any) -> Any:
             try:
@@ -159,7 +143,9 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
             except KeyboardInterrupt:
                 raise Interrupted from None
 
-        return run
+        with_json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+        answers = _instance_options(with_json(click.pass_obj(run)), hidden=True)
+        return program.command(name, **settings)(answers)
 
     return made
 
@@ -173,13 +159,33 @@ def say(text: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Say a value as one line; nothing in it can drive a terminal."""
+    """Print a value as one line; nothing in it can drive a terminal."""
     # ensure_ascii leaves only DEL of the control characters.
     print(json.dumps(value).replace("\x7f", "\\u007f"), flush=True)
 
 
+def plural(number: int, one: str, more: str = "") -> str:
+    """crash, crashes -> the one that goes with the number."""
+    return one if number == 1 else more or f"{one}s"
+
+
+def answer(as_json: bool, result: Message, words: str) -> None:
+    """Print the result of a command, or with --json the protector's."""
+    if as_json:
+        say_json(result)
+    else:
+        say(words)
+
+
+def say_last_words(text: str) -> None:
+    """Print a worker's last words, below what they belong to."""
+    for line in text.strip("\n").split("\n"):
+        if line:
+            say(f"  | {line}")
+
+
 def tell(text: str) -> None:
-    """Say what is not the answer: progress, warnings, mistakes.  stderr may be closed."""
+    """Print progress, warnings and errors to stderr, which may be closed."""
     lines = [escape(line) for line in text.split("\n")]
     try:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -188,5 +194,5 @@ def tell(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Tell a mistake."""
+    """Print an error."""
     tell(f"{NAME}: {text}")

@@ -1,4 +1,7 @@
-"""One connection to a control socket: a request, its answer, and the events in between.
+"""A connection to a control socket: a request, its answer, and the events in between.
+
+An upgrade or a crash ends the connection and leaves the socket: a client that waits connects
+again, for as long as a successor can still be expected.
 
 Standard library only; no output, errors are raised.  It blocks, each time at most for a given time.
 The peer's data is checked for its shape and limited in length.
@@ -10,20 +13,23 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import socket
 import struct
 import time
 from collections import deque
-from types import TracebackType
 from typing import Any
 
-from .errors import ConnectionLost, NoProtector, PermissionDenied, RequestRefused
+from .errors import ConnectionLost, NoProtector, RequestRefused
 
 VERSION = 1
 #: A protector answers within milliseconds; one that starts after a crash takes some hundred, and
 #: a machine that is short of everything longer.
 ANSWER_S = 10.0
+#: A guard starts a killed protector within 0.3 s, and later after one that dies all the time.
+RETURN_S = 10.0
+_TRY_EVERY_S = 0.05
 #: The status of a protector with 1,000 workers has 300 KB; without an end it is no protector.
 LONGEST_LINE = 16 * 1024 * 1024
 #: sun_path's room, less the zero at its end (unix(7)).
@@ -35,64 +41,131 @@ Message = dict[str, Any]
 class Client:
     """A connected client.  Close it, or use it in a `with`."""
 
-    def __init__(self, path: str, answer_s: float = ANSWER_S) -> None:
-        """Connect.  Raises NoProtector, or PermissionDenied where the socket's mode forbids it."""
+    def __init__(self, path: str, answer_s: float = ANSWER_S, *, events: bool = False) -> None:
+        """Connect, and follow events if asked to.  Raises NoProtector, RequestRefused."""
         self.path = path
         self._answer_s = answer_s
+        self._follows = events
+        self._last_id = 0
+        self._connect(answer_s, "events" if events else None)
+
+    def _connect(self, within_s: float, first: str | None) -> None:
+        """Connect, and carry out a first request."""
+        self._socket = connect(self.path, within_s)
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
-        self._last_id = 0
-        self._socket = connect(path, answer_s)
+        if first is not None:
+            try:
+                self._request(first, {}, within_s)
+            except BaseException:
+                self.close()
+                raise
+
+    def again(self, within_s: float = math.inf) -> None:
+        """Connect again, within RETURN_S at most.  Raises NoProtector when none came back."""
+        limit_s = min(within_s, RETURN_S)
+        until = time.monotonic() + limit_s
+        while True:
+            self.close()
+            left_s = until - time.monotonic()
+            try:
+                self._connect(max(0.1, left_s), "events" if self._follows else "status")
+                return
+            except NoProtector as error:
+                if left_s <= _TRY_EVERY_S:
+                    raise NoProtector(
+                        f"the protector did not come back within {limit_s:g} s ({error})"
+                    ) from error
+            time.sleep(_TRY_EVERY_S)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for select."""
+        return self._socket.fileno()
 
     @property
     def peer_pid(self) -> int:
         """The process that made the socket listen: the protector, or one that it came from."""
-        return peer_pid(self._socket)
+        credentials = self._socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")
+        )
+        return int(struct.unpack("3i", credentials)[0])
+
+    # -- requests ----------------------------------------------------------------
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Ask, and return the result.
+        """Ask once, and return the result.
 
-        Raises RequestRefused (PermissionDenied) for a no, ConnectionLost when the connection
-        ended before the answer came, NoProtector when none came in time.  After the latter the
-        connection is of no use any more.
+        Raises RequestRefused for a no, ConnectionLost when the connection ended before the
+        answer came: it is unknown whether it was heard.  NoProtector when no answer came in
+        time; after that the connection is of no use any more.
         """
+        return self._request(command, arguments, self._answer_s)
+
+    def ask(self, command: str, **arguments: Any) -> Message:
+        """Ask what may be asked twice: when the connection ends before the answer, it is.
+
+        As often as that happens within RETURN_S: a crash may follow an upgrade.
+        """
+        until = time.monotonic() + RETURN_S
+        while True:
+            try:
+                return self.request(command, **arguments)
+            except ConnectionLost:
+                left_s = until - time.monotonic()
+                if left_s <= 0:
+                    raise
+                self.again(left_s)
+
+    def _request(self, command: str, arguments: Message, within_s: float) -> Message:
+        until = time.monotonic() + within_s
+        self.send(command, arguments, until)
+        result = self.answer(until)
+        if result is None:
+            raise NoProtector(
+                f"{self.path}: no answer to {command!r} within {within_s:g} s; "
+                "is the protector stopped or starting?",
+                "silent",
+            )
+        return result
+
+    def send(self, command: str, arguments: Message, until: float) -> None:
+        """Send a request.  until: of time.monotonic().  Raises NoProtector."""
         self._last_id += 1
         asked = {"v": VERSION, "id": self._last_id, "command": command, **arguments}
-        until = time.monotonic() + self._answer_s
-        self._send(json.dumps(asked).encode() + b"\n", until)
-        while True:
-            message = self._message(until)
-            if message is None:
-                raise NoProtector(
-                    f"{self.path}: no answer to {command!r} within {self._answer_s:g} s; "
-                    "is the protector stopped or starting?"
-                )
+        try:
+            self._socket.settimeout(max(0.001, until - time.monotonic()))
+            self._socket.sendall(json.dumps(asked).encode() + b"\n")
+        except TimeoutError:
+            raise NoProtector(
+                f"{self.path}: the protector does not read the request", "silent"
+            ) from None
+        except OSError as error:
+            # A refusal is sent before the connection ends: that line may be there to read.
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise NoProtector(f"{self.path}: {error.strerror}") from error
+
+    def answer(self, until: float) -> Message | None:
+        """Return the result of the last request, or None when it has not come by then."""
+        while (message := self._message(until)) is not None:
             if "event" in message:
                 self._events.append(message)
             elif message.get("id") in (self._last_id, None):
                 return _result(message)
+        return None
 
     def event(self, timeout_s: float) -> Message | None:
-        """Return the next event, or None when none came in time.  Raises ConnectionLost."""
+        """Return the next event, or None when none came in time.
+
+        Raises ConnectionLost: then connect `again`, and look into status.
+        """
         until = time.monotonic() + timeout_s
         while not self._events:
             message = self._message(until)
-            if message is None:
-                return None
-            if "event" in message:
+            if message is None or "event" in message:
                 return message
         return self._events.popleft()
 
-    def _send(self, line: bytes, until: float) -> None:
-        try:
-            self._socket.settimeout(max(0.001, until - time.monotonic()))
-            self._socket.sendall(line)
-        except TimeoutError:
-            raise NoProtector(f"{self.path}: the protector does not read the request") from None
-        except OSError as error:
-            # A client that is refused is told why before the end: that line may be there to read.
-            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
-                raise NoProtector(f"{self.path}: {error.strerror}") from error
+    # -- lines -------------------------------------------------------------------
 
     def _message(self, until: float) -> Message | None:
         line = self._line(until)
@@ -103,7 +176,7 @@ class Client:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise NoProtector(f"{self.path}: what answers there is not SocketProtector")
+            raise self._foreign()
         return message
 
     def _line(self, until: float) -> bytes | None:
@@ -111,7 +184,7 @@ class Client:
         while (end := self._buffer.find(b"\n", searched)) < 0:
             searched = len(self._buffer)
             if searched > LONGEST_LINE:
-                raise NoProtector(f"{self.path}: what answers there is not SocketProtector")
+                raise self._foreign()
             # Once is looked in any case: an event that is there is taken with 0 s to wait.
             self._socket.settimeout(max(0.0, until - time.monotonic()))
             try:
@@ -129,6 +202,11 @@ class Client:
         del self._buffer[: end + 1]
         return line
 
+    def _foreign(self) -> NoProtector:
+        return NoProtector(
+            f"{self.path}: what answers there is not SocketProtector", "no protector"
+        )
+
     def close(self) -> None:
         """Close the connection; again: nothing."""
         self._socket.close()
@@ -136,15 +214,14 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def connect(path: str, timeout_s: float) -> socket.socket:
-    """Return a connected socket, which the caller closes.  Raises NoProtector, PermissionDenied.
+    """Return a connected socket, which the caller closes.
 
+    Raises NoProtector, and RequestRefused (denied) where the socket's mode forbids it.
     timeout_s: how long a full backlog is waited for; 0 is not at all (then the socket does
     not block).
     """
@@ -152,15 +229,10 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     try:
         sock.settimeout(timeout_s)
         _connect(sock, path)
-    except OSError as error:
+    except BaseException as error:
         sock.close()
-        if isinstance(error, PermissionError):
-            raise PermissionDenied(
-                f"{path}: not for this user; ask as root or as the protector's"
-            ) from None
-        raise NoProtector(_unreachable(path, error)) from error
-    except BaseException:
-        sock.close()
+        if isinstance(error, OSError):
+            raise _unreachable(path, error) from error
         raise
     return sock
 
@@ -180,30 +252,31 @@ def _connect(sock: socket.socket, path: str) -> None:
         os.close(folder)
 
 
-def _unreachable(path: str, error: OSError) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{path}: there is no control socket; does the protector run?"
-    if isinstance(error, ConnectionRefusedError):
-        return f"{path}: no process listens there any more; the protector has ended"
-    if isinstance(error, TimeoutError | BlockingIOError):
-        return f"{path}: no process accepts there; is the protector stopped?"
-    return f"{path}: {error.strerror or error}"
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """Return SO_PEERCRED's pid of a connected socket."""
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[0])
+def _unreachable(path: str, error: OSError) -> NoProtector | RequestRefused:
+    match error:
+        case PermissionError():
+            why = "not for this user; ask as root or as the protector's"
+            return RequestRefused("denied", f"{path}: {why}")
+        case FileNotFoundError():
+            why = "there is no control socket; does the protector run?"
+        case ConnectionRefusedError():
+            why = "no process listens there any more; the protector has ended"
+        case TimeoutError() | BlockingIOError():
+            why = "no process accepts there; is the protector stopped?"
+            return NoProtector(f"{path}: {why}", "silent")
+        case _:
+            why = error.strerror or str(error)
+    return NoProtector(f"{path}: {why}")
 
 
 def lives(pid: int) -> bool:
     """Whether there is such a process, or a zombie: not asked of /proc, which may hide it."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         pass  # another user's
+    except (ProcessLookupError, OverflowError):
+        return False
     return True
 
 
@@ -211,5 +284,4 @@ def _result(message: Message) -> Message:
     if message.get("ok") is True:
         result = message.get("result")
         return result if isinstance(result, dict) else {}
-    code, error = str(message.get("code")), str(message.get("error"))
-    raise PermissionDenied(error) if code == "denied" else RequestRefused(code, error)
+    raise RequestRefused(str(message.get("code")), str(message.get("error")))

@@ -14,6 +14,7 @@ import socket
 import struct
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 from ..system.sock_diag import unread_unix
 from .client import Message, lives
@@ -52,8 +53,7 @@ class HiddenWorker:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Socket:
+class _Socket(TypedDict):
     local: str
     peer: str
     waiting_bytes: int | None
@@ -93,22 +93,16 @@ def look(
             if lives(pid):  # else it has ended meanwhile
                 unseen.append(HiddenWorker(generation, number, pid, _HIDDEN))
             continue
-        accepted_at = worker.get("accepted_at_by_fd")
-        since_at = worker.get("since_at")
+        times = worker.get("accepted_at_by_fd")
         for inode, fd in inodes.items():
             if (seen := tables[space].get(inode)) is None:
                 continue
-            at = accepted_at.get(str(fd)) if isinstance(accepted_at, dict) and fd >= 0 else None
-            bound = AT_LEAST if generation in draining else AT_MOST
+            begun, bound = worker.get("since_at"), AT_LEAST if generation in draining else AT_MOST
+            at = times.get(str(fd)) if isinstance(times, dict) and fd is not None else None
             if isinstance(at, int | float):
-                bound = EXACT
-            begun = at if bound == EXACT else since_at
+                begun, bound = at, EXACT
             age_s = max(0.0, now - begun) if isinstance(begun, int | float) else 0.0
-            found.append(
-                Connection(
-                    generation, number, pid, seen.local, seen.peer, age_s, bound, seen.waiting_bytes
-                )
-            )
+            found.append(Connection(generation, number, pid, **seen, age_s=age_s, bound=bound))
     return found, unseen
 
 
@@ -131,13 +125,13 @@ def _session(leader: int) -> list[int]:
     return found
 
 
-def _inodes(pids: Sequence[int]) -> dict[int, int]:
+def _inodes(pids: Sequence[int]) -> dict[int, int | None]:
     """Return the sockets of processes and of their descendants.
 
-    With their numbers in the first one, which is the worker.
+    With their numbers in the first process, which is the worker; None: it does not have them.
     """
-    found: dict[int, int] = {}
-    todo, first = list(reversed(pids)), True
+    found: dict[int, int | None] = {}
+    worker, todo = pids[0], list(reversed(pids))
     while todo:
         each = todo.pop()
         try:
@@ -148,45 +142,37 @@ def _inodes(pids: Sequence[int]) -> dict[int, int]:
                     continue
                 if target.startswith("socket:["):
                     # A descendant's numbers say nothing about the worker's.
-                    found.setdefault(int(target[8:-1]), int(name) if first else -1)
+                    found.setdefault(int(target[8:-1]), int(name) if each == worker else None)
             with open(f"/proc/{each}/task/{each}/children", encoding="ascii") as children:
                 todo += [int(word) for word in children.read().split()]
         except OSError:
-            if first:
+            if each == worker:
                 raise
-        first = False
     return found
 
 
 def _sockets(pid: int, addresses: tuple[str, ...]) -> Iterator[tuple[int, _Socket]]:
     """All connections to the listeners in the network namespace of a process, by inode."""
-    tcp = [each for each in addresses if each.startswith("tcp:")]
+    tcp = {each[4:] for each in addresses if each.startswith("tcp:")}
     unix = {each[5:] for each in addresses if each.startswith("unix:")}
     if tcp:
-        yield from _tcp(f"/proc/{pid}/net/tcp", tcp, 4)
-        yield from _tcp(f"/proc/{pid}/net/tcp6", tcp, 16)
+        yield from _tcp(f"/proc/{pid}/net/tcp", tcp)
+        yield from _tcp(f"/proc/{pid}/net/tcp6", tcp)
     if unix:
         yield from _unix(f"/proc/{pid}/net/unix", unix)
 
 
-def _tcp(path: str, addresses: list[str], length: int) -> Iterator[tuple[int, _Socket]]:
-    wanted = {_host_and_port(each) for each in addresses}
-    ports = {port for _, port in wanted}
+def _tcp(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
+    ports = {each.rpartition(":")[2] for each in addresses}
     for words in _lines(path):
         local, remote, state, queues, inode = words[1], words[2], words[3], words[4], words[9]
-        if state == _LISTENING or int(local.rpartition(":")[2], 16) not in ports:
+        port = str(int(local.rpartition(":")[2], 16))
+        if state == _LISTENING or port not in ports:
             continue
-        host, port = _decode(local, length)
-        if not wanted & {(host, port), ("0.0.0.0", port), ("::", port)}:
-            continue
-        yield (
-            int(inode),
-            _Socket(
-                _joined(host, port),
-                _joined(*_decode(remote, length)),
-                int(queues.partition(":")[2], 16),
-            ),
-        )
+        address = _decode(local)
+        if addresses & {address, f"0.0.0.0:{port}", f"[::]:{port}"}:
+            waiting = int(queues.partition(":")[2], 16)
+            yield int(inode), _Socket(local=address, peer=_decode(remote), waiting_bytes=waiting)
 
 
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
@@ -195,7 +181,8 @@ def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
         state, inode = words[5], words[6]
         name = " ".join(words[7:])  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:
-            yield int(inode), _Socket(f"unix:{name}", "unix", waiting.get(int(inode)))
+            unread = waiting.get(int(inode))
+            yield int(inode), _Socket(local=f"unix:{name}", peer="unix", waiting_bytes=unread)
 
 
 def _lines(path: str) -> Iterator[list[str]]:
@@ -208,21 +195,11 @@ def _lines(path: str) -> Iterator[list[str]]:
         return
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.removeprefix("tcp:").rpartition(":")
-    return host.strip("[]"), int(port) if port.isdigit() else -1
-
-
-def _decode(text: str, length: int) -> tuple[str, int]:
+def _decode(text: str) -> str:
     """Read `0100007F:10E1`: groups of four bytes, each in the machine's own order."""
     host, _, port = text.partition(":")
-    groups = (int(host[at : at + 8], 16) for at in range(0, 2 * length, 8))
-    raw = b"".join(struct.pack("=I", group) for group in groups)
-    if length == 16 and raw.startswith(_V4_MAPPED):
-        raw = raw[12:]
-    family = socket.AF_INET if len(raw) == 4 else socket.AF_INET6
-    return socket.inet_ntop(family, raw), int(port, 16)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    groups = (int(host[at : at + 8], 16) for at in range(0, len(host), 8))
+    raw = b"".join(struct.pack("=I", group) for group in groups).removeprefix(_V4_MAPPED)
+    if len(raw) == 4:
+        return f"{socket.inet_ntop(socket.AF_INET, raw)}:{int(port, 16)}"
+    return f"[{socket.inet_ntop(socket.AF_INET6, raw)}]:{int(port, 16)}"

@@ -11,7 +11,7 @@ from ..model.errors import UsageError
 from ..model.text import escape
 from ..system import control_path
 from .client import connect, lives
-from .errors import NoProtector
+from .errors import NoProtector, RequestRefused
 from .fields import listed, text_in
 from .query_all import SocketAnswer, ask_all
 
@@ -54,7 +54,7 @@ def by_name(name: str) -> str:
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return what each is called: its name, with its listener where several have that name.
 
-    Of who does not say it, what its socket is called.
+    The name is the socket's where a protector does not answer.
     """
     longer = [_names_of(each) for each in found]
     called = [plain for plain, *_ in longer]
@@ -69,9 +69,9 @@ def names(found: Sequence[SocketAnswer]) -> list[str]:
 
 def _names_of(found: SocketAnswer) -> tuple[str, ...]:
     """Return what one may be called, the shortest first."""
-    told = found.result or {}
-    name = text_in(told, "name") or control_path.key(found.path)
-    listeners = listed(told, "listeners")
+    status = found.result or {}
+    name = text_in(status, "name") or control_path.key(found.path)
+    listeners = listed(status, "listeners")
     return (
         (name, *control_path.apart(name, text_in(listeners[0], "address")))
         if listeners
@@ -86,9 +86,9 @@ def by_pid_file(file: str) -> str:
         raise NoProtector(f"--pid-file {file}: process {pid} is gone; the protector has ended")
     found = ask_all(sockets())
     for each in found:
-        told = each.result or {}
+        status = each.result or {}
         # Under --guard the pid file holds the guard's: main_pid.
-        if each.alive and pid in (each.pid, told.get("pid"), told.get("main_pid")):
+        if each.alive and pid in (each.pid, status.get("pid"), status.get("main_pid")):
             return each.path
     unseen = [each.path for each in found if each.why in ("denied", "silent")]
     hint = f" (no answer from {_names(unseen)})" if unseen else ""
@@ -118,9 +118,9 @@ def _listening(path: str) -> bool:
     try:
         connect(path, 0).close()
     except NoProtector as error:
-        return isinstance(error.__cause__, BlockingIOError)
-    except Exception:
-        return True  # somebody is there, and does not let us in: the request will say so
+        return error.code == "silent"
+    except RequestRefused:
+        pass  # a process listens, and does not let us in: the request will say so
     return True
 
 

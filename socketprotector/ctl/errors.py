@@ -4,53 +4,53 @@ from __future__ import annotations
 
 from ..model.errors import Refusal, UsageError
 
-__all__ = [
-    "ConnectionLost",
-    "NewVersionFailed",
-    "NoProtector",
-    "PermissionDenied",
-    "RequestRefused",
-    "TimedOut",
-    "UsageError",
-]
+
+class ControlError(Refusal):
+    """A request to a protector, or what it asked for, has failed."""
+
+    #: The outcome in one word, as `--json` of reload, upgrade and stop says it.
+    result = "lost"
 
 
-class NoProtector(Refusal):
-    """No protector answers at the control socket, or none came back to it."""
+class NoProtector(ControlError):
+    """No protector answers at the control socket, or none came back to it.
+
+    code: dead, silent (it does not answer) or no protector (another program does).
+    """
 
     status = 1
+
+    def __init__(self, error: str, code: str = "dead") -> None:
+        super().__init__(error)
+        self.code = code
 
 
 class ConnectionLost(NoProtector):
     """The connection ended: an upgrade, a crash, a stop.  A command that waits connects again."""
 
 
-class NewVersionFailed(Refusal):
-    """The new version was tried and given up; what served before serves on."""
+class NewVersionFailed(ControlError):
+    """The new version was tried and given up; the one before serves on."""
 
     status = 3
+    result = "failed"
 
 
-class TimedOut(Refusal):
-    """What was asked for may still come; it was not waited for any longer."""
+class TimedOut(ControlError):
+    """The outcome may still come; --timeout is over."""
 
     status = 4
+    result = "timed out"
 
 
-class RequestRefused(Refusal):
-    """The protector answered, and it was no."""
+class RequestRefused(ControlError):
+    """The protector answered, and it was no.  code: that of docs/control.md."""
 
     status = 100
+    result = "refused"
 
     def __init__(self, code: str, error: str) -> None:
         super().__init__(error)
         self.code = code
         if code == "invalid":  # a number out of range, say: a mistake of the command line
             self.status = UsageError.status
-
-
-class PermissionDenied(RequestRefused):
-    """The protector, or the socket's mode, does not let this user ask."""
-
-    def __init__(self, error: str) -> None:
-        super().__init__("denied", error)

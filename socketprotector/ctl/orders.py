@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import re
 import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import click
 
 from ..model.duration import Duration
-from .cli import NAME, Instance, command, say, say_json, tell
-from .client import Message
-from .errors import NoProtector, RequestRefused, UsageError
+from ..model.errors import UsageError
+from .cli import NAME, Instance, answer, command, plural, say, tell
+from .client import Client, Message
+from .errors import ControlError, RequestRefused
 from .fields import listed, number_in
-from .queries import GENERATION, _known_generations
-from .session import Session
+from .queries import GENERATION, known_generations
 
 #: A hold without --for is asked for again so often, and each time for so long: a command that
 #: is killed, or whose terminal is gone, holds clients up no longer.
@@ -30,13 +28,6 @@ _REPLACE = "drain"
 _NEGATIVE = {"ignore_unknown_options": True}
 
 
-def _answer(as_json: bool, result: Message, words: str) -> None:
-    if as_json:
-        say_json(result)
-    else:
-        say(words)
-
-
 @command(context_settings=_NEGATIVE, short_help="Set the number of workers, or change it.")
 @click.argument("workers", metavar="N|+N|-N")
 def scale(instance: Instance, workers: str, as_json: bool) -> None:
@@ -44,10 +35,9 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
     if not re.fullmatch(r"[+-]?\d{1,9}", workers, re.ASCII):
         raise click.BadParameter(f"{workers!r}: write N, +N or -N", param_hint="N")
     how = "by" if workers[0] in "+-" else "to"
-    with instance.client() as client:
-        result = client.request("scale", **{how: int(workers)})
+    result = instance.request("scale", **{how: int(workers)})
     wanted = number_in(result, "workers")
-    _answer(as_json, result, f"{wanted} worker{'' if wanted == 1 else 's'} wanted")
+    answer(as_json, result, f"{wanted} {plural(wanted, 'worker')} wanted")
 
 
 # -- hold --------------------------------------------------------------------------------
@@ -68,32 +58,31 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     being killed, after 5 s.
     """
     if seconds is not None:
-        with instance.client() as client:
-            result = client.request("hold", seconds=seconds)
-        _answer(as_json, result, f"on hold for {seconds:g} s; release ends it earlier")
+        result = instance.request("hold", seconds=seconds)
+        answer(as_json, result, f"on hold for {seconds:g} s; release ends it earlier")
         return
-    with instance.session() as session, _asked_to_end() as ended:
-        result = session.ask("hold", seconds=_HOLD_EACH_S)
-        _answer(as_json, result, "on hold while this runs; Ctrl-C releases")
+    with instance.client() as client, _asked_to_end() as ended:
+        result = client.ask("hold", seconds=_HOLD_EACH_S)
+        answer(as_json, result, "on hold while this runs; Ctrl-C releases")
         try:
             while not ended(_HOLD_EVERY_S):
-                session.ask("hold", seconds=_HOLD_EACH_S)
+                client.ask("hold", seconds=_HOLD_EACH_S)
         finally:
-            _release(session)
+            _release(client)
         if not as_json:
             say("released")
 
 
-def _release(session: Session) -> None:
+def _release(client: Client) -> None:
     try:
-        session.ask("release")
-    except (NoProtector, RequestRefused):
+        client.ask("release")
+    except ControlError:
         tell(f"could not release; it ends by itself within {_HOLD_EACH_S:g} s")
 
 
 @contextmanager
-def _asked_to_end() -> Iterator[Any]:
-    """Yield what waits some seconds and says whether INT, TERM or HUP came.
+def _asked_to_end() -> Iterator[Callable[[float], bool]]:
+    """Yield a function that waits some seconds and returns whether INT, TERM or HUP came.
 
     They are blocked meanwhile, so none can come between a hold and its release unseen.
     """
@@ -103,17 +92,8 @@ def _asked_to_end() -> Iterator[Any]:
         if signal.getsignal(number) is not signal.SIG_IGN  # nohup
     }
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    came: list[bool] = []
-
-    def ended(seconds: float) -> bool:
-        until = time.monotonic() + seconds
-        while not came and (left_s := until - time.monotonic()) > 0:
-            if signal.sigtimedwait(numbers, left_s) is not None:
-                came.append(True)
-        return bool(came)
-
     try:
-        yield ended
+        yield lambda seconds: signal.sigtimedwait(numbers, seconds) is not None
     finally:
         while signal.sigtimedwait(numbers, 0) is not None:
             pass  # a second Ctrl-C asks for what is done already
@@ -123,15 +103,14 @@ def _asked_to_end() -> Iterator[Any]:
 @command(short_help="End a hold.")
 def release(instance: Instance, as_json: bool) -> None:
     """End a hold: accept again, those first that have waited longest."""
-    with instance.client() as client:
-        _answer(as_json, client.request("release"), "released")
+    answer(as_json, instance.request("release"), "released")
 
 
 # -- generations and workers ------------------------------------------------------------
 
 
 @command(short_help="Replace the serving generation, or a worker.")
-@click.argument("which", metavar="GEN|PID", shell_complete=_known_generations)
+@click.argument("which", metavar="GEN|PID", shell_complete=known_generations)
 def replace(instance: Instance, which: str, as_json: bool) -> None:
     """Replace the serving generation, or one worker, by another of the same program.
 
@@ -145,14 +124,14 @@ def replace(instance: Instance, which: str, as_json: bool) -> None:
         words = f"generation {number} is replaced by one of the same program, and then drains"
     else:
         words = f"worker {number_in(result, 'worker')} is replaced, then asked to leave"
-    _answer(as_json, result, words)
+    answer(as_json, result, words)
 
 
 @command(hidden=True)
 @click.argument("which", metavar="GEN|PID")
 @click.pass_context
 def drain(ctx: click.Context, instance: Instance, which: str, as_json: bool) -> None:
-    """Do what replace does: its name before."""
+    """The former name of replace."""
     _ = instance
     tell(f"{NAME}: drain is called replace now; the old name works until 1.0")
     ctx.invoke(replace, which=which, as_json=as_json)
@@ -172,25 +151,23 @@ def _generation_or_pid(which: str, status: Message) -> dict[str, int]:
         raise UsageError(
             f"{number} is a generation and a pid; write generation:{number} or pid:{number}"
         )
-    if number in pids:
-        return {"pid": number}
-    if number in numbers:
-        return {"generation": number}
-    known = ", ".join(map(str, sorted(numbers)))
-    raise RequestRefused(
-        "unknown", f"{number} is no generation and no worker's pid; generations: {known}"
-    )
+    if number not in numbers | pids:
+        known = ", ".join(map(str, sorted(numbers)))
+        raise RequestRefused(
+            "unknown", f"{number} is no generation and no worker's pid; generations: {known}"
+        )
+    return {"pid" if number in pids else "generation": number}
 
 
 @command(short_help="KILL what is left of an old generation.")
-@click.argument("generation", type=GENERATION, shell_complete=_known_generations)
+@click.argument("generation", type=GENERATION, shell_complete=known_generations)
 def kill(instance: Instance, generation: int, as_json: bool) -> None:
     """KILL what is left of a generation that drains or was abandoned; its connections end."""
-    with instance.client() as client:
-        result = client.request("kill", generation=generation)
+    result = instance.request("kill", generation=generation)
     killed = number_in(result, "workers")
-    several = f"{killed} worker{'' if killed == 1 else 's'}"
-    _answer(as_json, result, f"killed {several} of generation {generation}")
+    answer(
+        as_json, result, f"killed {killed} {plural(killed, 'worker')} of generation {generation}"
+    )
 
 
 # -- the log --------------------------------------------------------------------------------
@@ -200,13 +177,10 @@ def kill(instance: Instance, generation: int, as_json: bool) -> None:
 @click.argument("level", type=click.Choice(_LEVELS))
 def log_level(instance: Instance, level: str, as_json: bool) -> None:
     """What the protector logs, until its next start."""
-    with instance.client() as client:
-        result = client.request("log-level", level=level)
-    _answer(as_json, result, f"log level {level}")
+    answer(as_json, instance.request("log-level", level=level), f"log level {level}")
 
 
 @command()
 def reopen(instance: Instance, as_json: bool) -> None:
     """Open the log file anew, after a rotation."""
-    with instance.client() as client:
-        _answer(as_json, client.request("reopen"), "reopened")
+    answer(as_json, instance.request("reopen"), "reopened")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 
 import click
 
 from ..model.text import field
 from ..system import control_path
 from . import discovery
-from .cli import Instance, command, complain, say, say_json, tell
-from .client import Message
+from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
+from .client import Client, Message
 from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused
-from .fields import listed, number_in, text_in
+from .fields import listed, measure, number_in, text_in
 from .reload_progress import LEAVING
-from .session import Session
 
 _AGAIN_EVERY_S = 1.0
 #: A process of its own reads the file and resolves the names in it.
@@ -28,14 +27,11 @@ _LISTEN_S = 3600.0
 _BOUNDS = {EXACT: "", AT_LEAST: ">=", AT_MOST: "<="}
 
 
-def _known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
+def known_generations(ctx: click.Context, _: click.Parameter, begun: str) -> list[str]:
     """For completion: the generations of the instance that the line names so far."""
-    given = ctx.find_root().params
-    instance = Instance(given.get("name"), given.get("control"), given.get("pid_file"))
     try:
-        with instance.client() as client:
-            generations = listed(client.request("status"), "generations")
-    except Exception:  # a mistake is said when the command is run, not while it is typed
+        generations = listed((ctx.obj or Instance()).request("status"), "generations")
+    except Exception:  # an error is shown when the command is run, not while it is typed
         return []
     numbers = [str(number_in(each, "number")) for each in generations]
     return [number for number in numbers if number.startswith(begun)]
@@ -48,24 +44,26 @@ GENERATION = click.IntRange(1)
 @command(short_help="Show generations, workers and the last reload.")
 def status(instance: Instance, as_json: bool) -> None:
     """What runs: generations, workers, queues, waits, the last reload."""
-    with instance.client() as client:
-        found = client.request("status")
+    found = instance.request("status")
     if as_json:
         say_json(found)
         return
     from . import render, status_table
 
     render.show(
-        *status_table.heading(found), status_table.sums(found), *status_table.listeners(found)
+        *status_table.heading(found),
+        status_table.sums(found),
+        *status_table.listeners(found),
+        *status_table.last_reload(found),
+        render.line(),
+        status_table.generations(found),
     )
-    render.show(*status_table.last_reload(found))
-    render.show(render.line(), status_table.generations(found))
     if any(listed(each, "workers") for each in listed(found, "generations")):
         render.show(render.line(), status_table.workers(found))
 
 
 @command(short_help="List connections: peer, age, worker.")
-@click.argument("generation", type=GENERATION, required=False, shell_complete=_known_generations)
+@click.argument("generation", type=GENERATION, required=False, shell_complete=known_generations)
 def connections(instance: Instance, generation: int | None, as_json: bool) -> None:
     """Who is connected, for how long, and to which worker: what keeps a generation alive.
 
@@ -76,8 +74,7 @@ def connections(instance: Instance, generation: int | None, as_json: bool) -> No
         state = client.request("status")
         arguments = {} if generation is None else {"generation": generation}
         workers = listed(client.request("connections", **arguments), "workers")
-    now = state.get("now")
-    now = now if isinstance(now, int | float) else time.time()
+    now = measure(state, "now") or time.time()
     draining = {
         number_in(each, "number")
         for each in listed(state, "generations")
@@ -96,40 +93,32 @@ def _show_connections(state: Message, found: list[Connection], unseen: list[Hidd
 
     rows = [
         (
-            each.generation,
-            each.worker,
-            each.pid,
-            each.peer,
-            each.local,
+            *(each.generation, each.worker, each.pid, each.peer, each.local),
             _BOUNDS[each.bound] + render.duration_text(each.age_s),
             render.size(each.waiting_bytes),
         )
         for each in found
     ]
     if rows:
-        headings = ("GENERATION", "WORKER", "PID", "PEER", "LOCAL", "AGE", "WAITING")
-        right = ("GENERATION", "WORKER", "PID", "AGE", "WAITING")
-        render.show(render.columns(headings, rows, right=right), render.line())
+        headings = "GENERATION WORKER PID PEER LOCAL AGE WAITING"
+        render.show(render.columns(headings, rows), render.line())
     phases = {number_in(g, "number"): text_in(g, "phase") for g in listed(state, "generations")}
     for number, count in sorted(Counter(each.generation for each in found).items()):
-        oldest = max(each.age_s for each in found if each.generation == number)
-        phase = phases.get(number, "")
-        plural = "" if count == 1 else "s"
-        say(
-            f"generation {number} {phase}: {count} connection{plural}, "
-            f"oldest {render.duration_text(oldest)}"
-        )
+        oldest = render.duration_text(max(c.age_s for c in found if c.generation == number))
+        words = f"{count} {plural(count, 'connection')}, oldest {oldest}"
+        say(f"generation {number} {phases.get(number, '')}: {words}")
     if not found:
         say("no connections" + (" where it may look" if unseen else ""))
-    for who in unseen:
-        complain(f"worker {who.worker} of generation {who.generation}, pid {who.pid}: {who.why}")
+    for each in unseen:
+        complain(
+            f"worker {each.worker} of generation {each.generation}, pid {each.pid}: {each.why}"
+        )
 
 
 @command(short_help="List the last crashes of workers.")
 def crashes(instance: Instance, as_json: bool) -> None:
     """The last workers that failed: how, when, what was lost, their last words."""
-    with instance.client() as client:
-        result = client.request("crashes")
+    result = instance.request("crashes")
     found = listed(result, "crashes")
     if as_json:
         say_json(result)
@@ -145,9 +134,7 @@ def crashes(instance: Instance, as_json: bool) -> None:
             f"CPU {render.duration_text(cpu_s)}, "
             f"memory {render.size(kib * 1024 if isinstance(kib, int) else None)}"
         )
-        for text in text_in(each, "last_words").strip("\n").split("\n"):
-            if text:
-                say(f"  | {text}")
+        say_last_words(text_in(each, "last_words"))
     if not found:
         say("no crashes")
 
@@ -180,32 +167,32 @@ def diff(instance: Instance, as_json: bool) -> None:
 def events(instance: Instance, follow: bool, as_json: bool) -> None:
     """Everything that happens from now on, until Ctrl-C; across upgrades and crashes."""
     path = instance.path()
-    with _opened(path, follow) as session:
+    with _opened(path, follow) as client:
         while True:
             try:
-                event = session.event(_LISTEN_S)
+                event = client.event(_LISTEN_S)
             except ConnectionLost:
                 tell("the connection was cut; connecting again")
-                _again(session, follow)
+                _again(client, follow)
                 continue
             if event is not None:
                 _show_event(event, as_json)
 
 
-def _opened(path: str, follow: bool) -> Session:
+def _opened(path: str, follow: bool) -> Client:
     while True:
         try:
-            return Session(path, events=True)
+            return Client(path, events=True)
         except NoProtector:
-            if not follow or not Path(path).parent.is_dir():
+            if not follow or not os.path.isdir(os.path.dirname(path)):
                 raise
             time.sleep(_AGAIN_EVERY_S)
 
 
-def _again(session: Session, follow: bool) -> None:
+def _again(client: Client, follow: bool) -> None:
     while True:
         try:
-            session.again()
+            client.again()
             return
         except NoProtector:
             if not follow:
@@ -219,19 +206,15 @@ def _show_event(event: Message, as_json: bool) -> None:
     from . import render
 
     shown = ("v", "event", "at", "level", "last_words")
-    fields = [
-        f"{field(name)}={field(value)}"
-        for name, value in event.items()
-        if name not in shown and value is not None
-    ]
     level, name = text_in(event, "level"), text_in(event, "event")
-    words = [render.time_text(event.get("at")), f"{level:7}", f"event={field(name)}", *fields]
+    words = [render.time_text(event.get("at")), f"{level:7}", f"event={field(name)}"]
+    for each, value in event.items():
+        if each not in shown and value is not None:
+            words.append(f"{field(each)}={field(value)}")
     styled = render.line(" ".join(words))
     styled.stylize(str(render.cell(level).style))
     render.show(styled)
-    for text in text_in(event, "last_words").strip("\n").split("\n"):
-        if text:
-            say(f"  | {text}")
+    say_last_words(text_in(event, "last_words"))
 
 
 # -- list -------------------------------------------------------------------------------
@@ -246,45 +229,39 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     found = [each for each in discovery.everything() if each.alive or not living]
     names = discovery.names(found)
     if as_json:
-        say_json(
+        instances = [
             {
-                "instances": [
-                    {
-                        "name": name,
-                        "key": control_path.key(each.path),
-                        "control": each.path,
-                        "why": each.why or None,
-                        "status": each.result,
-                    }
-                    for name, each in zip(names, found, strict=True)
-                ]
+                "name": name,
+                "key": control_path.key(each.path),
+                "control": each.path,
+                "why": each.why or None,
+                "status": each.result,
             }
-        )
+            for name, each in zip(names, found, strict=True)
+        ]
+        say_json({"instances": instances})
+        return
+    if not found:
+        say(f"no protector has a control socket in {discovery.where()}")
         return
     from . import render, status_table
 
     rows = []
     for name, each in zip(names, found, strict=True):
         state = each.result or {}
-        up = render.duration_text(render.seconds_since(state.get("now"), state.get("started_at")))
-        listens = " ".join(addresses_of(state))
+        phase = "takes nobody" if status_table.untaken(state) else text_in(state, "phase")
         route = state.get("route")
         rows.append(
             (
                 name,
-                ("takes nobody" if status_table.untaken(state) else text_in(state, "phase"))
-                or each.why,
+                phase or each.why,
                 number_in(state, "pid") or each.pid or None,
                 route if isinstance(route, int) else None,
-                up,
+                render.age_text(state.get("now"), state.get("started_at")),
                 render.count(state.get("forwarded")),
-                listens,
+                " ".join(addresses_of(state)),
                 each.path,
             )
         )
-    if rows:
-        headings = ("NAME", "PHASE", "PID", "GENERATION", "UP", "FORWARDED", "LISTENS", "CONTROL")
-        right = ("PID", "GENERATION", "UP", "FORWARDED")
-        render.show(render.columns(headings, rows, right=right))
-    else:
-        say(f"no protector has a control socket in {discovery.where()}")
+    headings = "NAME PHASE PID GENERATION UP FORWARDED LISTENS CONTROL"
+    render.show(render.columns(headings, rows))

@@ -11,19 +11,16 @@ import os
 import select
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import click
 
 from ..model.duration import Duration
-from . import reload_progress
-from .cli import Instance, command, say, say_json, tell
-from .client import Message
-from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused, TimedOut
+from .cli import Instance, answer, command, say, say_json, tell
+from .client import Client, Message
+from .errors import ConnectionLost, ControlError, NewVersionFailed, NoProtector, TimedOut
 from .fields import listed, number_in, text_in
-from .reload_progress import Verdict
-from .session import Session
+from .reload_progress import ProgressThrottle, Reload, Verdict, draining
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
@@ -36,12 +33,27 @@ _TIMEOUT = click.option(
 )
 
 
-class _Deadline:
-    """When --timeout is over."""
+class _Operation:
+    """An order that is waited for, over a connection that may be cut meanwhile."""
 
-    def __init__(self, timeout_s: float) -> None:
+    client: Client
+
+    def __init__(self, timeout_s: float, as_json: bool) -> None:
+        self.outcome: Message = {}  # what --json prints
+        self._as_json = as_json
         self._timeout_s = timeout_s
         self._until = time.monotonic() + timeout_s if timeout_s else math.inf
+
+    def tell(self, step: str) -> None:
+        """Show progress."""
+        if not self._as_json:
+            tell(step)
+
+    def ends(self, result: str, words: str) -> None:
+        """Say how it has ended."""
+        self.outcome["result"] = result
+        if not self._as_json:
+            say(words)
 
     def slice_s(self, waits_for: str) -> float:
         """Return how long to wait for the next thing.  Raises TimedOut."""
@@ -50,35 +62,49 @@ class _Deadline:
             raise TimedOut(f"not within {self._timeout_s:g} s: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
 
-    def again(self, session: Session, waits_for: str) -> None:
+    def event(self, waits_for: str, *names: str) -> Message | None:
+        """Wait for an event of these names.  Raises NoProtector, TimedOut.
+
+        None: none came for a while, or some may have been missed; look into status.
+        """
+        until = time.monotonic() + self.slice_s(waits_for)
+        try:
+            while (event := self.client.event(max(0.0, until - time.monotonic()))) is not None:
+                if event.get("event") in names:
+                    return event
+        except ConnectionLost:
+            self.again(waits_for)
+        return None
+
+    def again(self, waits_for: str) -> None:
         """Connect again.  Raises NoProtector, or TimedOut if the time was too short for it."""
         try:
-            session.again(max(0.1, self._until - time.monotonic()))
+            self.client.again(max(0.1, self._until - time.monotonic()))
         except NoProtector:
             self.slice_s(waits_for)
             raise
 
 
 @contextmanager
-def _outcome(as_json: bool, **known: Any) -> Iterator[Message]:
-    """With --json, say the outcome in any case; `result` and `reason` as far as they are known."""
-    told: Message = dict(known)
-    begun = time.monotonic()
+def _operation(instance: Instance, timeout_s: float, as_json: bool) -> Iterator[_Operation]:
+    """Connect for an operation.  With --json, print its outcome in any case."""
+    operation, begun = _Operation(timeout_s, as_json), time.monotonic()
+    outcome = operation.outcome
     try:
-        yield told
-    except (NoProtector, NewVersionFailed, RequestRefused, TimedOut) as error:
-        told.setdefault("reason", str(error))
-        names = {NewVersionFailed: "failed", RequestRefused: "refused", TimedOut: "timed out"}
-        told["result"] = names.get(type(error), "lost")
+        with instance.client(events=True) as operation.client:
+            yield operation
+    except ControlError as error:
+        outcome.setdefault("reason", str(error))
+        outcome["result"] = error.result
         raise
     except KeyboardInterrupt:
-        told["result"] = "interrupted"
+        outcome["result"] = "interrupted"
         tell("interrupted: it goes on; only the waiting has ended")
         raise
     finally:
-        told["waited_s"] = round(time.monotonic() - begun, 3)
-        if as_json and "result" in told:
-            say_json(told)
+        outcome["waited_s"] = round(time.monotonic() - begun, 3)
+        if as_json and "result" in outcome:
+            say_json(outcome)
 
 
 # -- reload ---------------------------------------------------------------------------
@@ -94,113 +120,97 @@ def reload(instance: Instance, wait: bool, drained: bool, timeout: float, as_jso
     Waits until the new generation serves and --settle is over, or is given up: then the exit
     status is 3, what served before serves on, and the reason is said.
     """
-    if not wait and (drained or timeout):
-        raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
     if not wait:
-        with instance.client() as client:
-            generation = number_in(client.request("reload"), "generation")
-        if as_json:
-            say_json({"generation": generation, "result": "asked"})
-        else:
-            say(f"reload requested: generation {generation} will start; see status for the outcome")
+        if drained or timeout:
+            raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
+        generation = number_in(instance.request("reload"), "generation")
+        words = f"generation {generation} will start; see status for the outcome"
+        asked = {"generation": generation, "result": "asked"}
+        answer(as_json, asked, f"reload requested: {words}")
         return
-    deadline = _Deadline(timeout)
-    progress = not as_json
-    with _outcome(as_json) as told, instance.session(events=True) as session:
-        before = session.ask("status")
-        told["from"] = before.get("route")
-        watched = reload_progress.Reload(_ask_reload(session, before), before)
-        told["generation"] = watched.generation
-        found = _judged(session, watched, deadline, progress)
-        told["generation"] = found.generation
+    with _operation(instance, timeout, as_json) as operation:
+        before = operation.client.ask("status")
+        old = operation.outcome["from"] = before.get("route")
+        promised = _ask_reload(operation.client, before)
+        operation.outcome["generation"] = promised
+        found = _judged(operation, Reload(promised, before, operation.tell))
+        operation.outcome["generation"] = found.generation
         if not found.taken:
-            _given_up(session, found, told)
+            _given_up(operation, found)
         if drained:
-            _drained(session, found.generation, deadline, progress)
-        told["result"] = "reloaded"
-        if not as_json:
-            old = told["from"]
-            after = f", after generation {old}" if isinstance(old, int) else ""
-            gone = "; nothing older is left" if drained else ""
-            say(f"reloaded: generation {found.generation} serves{after}{gone}")
+            _drained(operation, found.generation)
+        after = f", after generation {old}" if isinstance(old, int) else ""
+        gone = "; nothing older is left" if drained else ""
+        operation.ends("reloaded", f"reloaded: generation {found.generation} serves{after}{gone}")
 
 
-def _ask_reload(session: Session, before: Message) -> int:
+def _ask_reload(client: Client, before: Message) -> int:
     """Ask for it; where the connection ends before the answer, see whether it was heard."""
     try:
-        return number_in(session.ask_once("reload"), "generation")
+        return number_in(client.request("reload"), "generation")
     except ConnectionLost:
-        session.again()
-    newest = max((number_in(each, "generation") for each in _reloads(before)), default=0)
-    for each in _reloads(session.ask("status")):
-        if number_in(each, "generation") > newest:
-            return number_in(each, "generation")
-    return number_in(session.ask("reload"), "generation")
+        client.again()
+    newest = max(_reloads(before), default=0)
+    for number in _reloads(client.ask("status")):
+        if number > newest:
+            return number
+    return number_in(client.ask("reload"), "generation")
 
 
-def _reloads(status: Message) -> list[Message]:
-    return listed(status, "reloads")
+def _reloads(status: Message) -> list[int]:
+    return [number_in(each, "generation") for each in listed(status, "reloads")]
 
 
-def _judged(
-    session: Session, watched: reload_progress.Reload, deadline: _Deadline, progress: bool
-) -> Verdict:
-    """Wait for the verdict, and show the way there."""
-    while True:
-        for step in watched.steps:
-            if progress:
-                tell(step)
-        watched.steps.clear()
-        if watched.verdict is not None:
-            return watched.verdict
+def _judged(operation: _Operation, watched: Reload) -> Verdict:
+    """Wait for the verdict."""
+    while watched.verdict is None:
         try:
-            event = session.event(deadline.slice_s(watched.waits_for()))
+            event = operation.client.event(operation.slice_s(watched.waits_for()))
             if event is not None:
                 watched.heard(event)
             else:
-                watched.looked(session.ask("status"))
+                watched.looked(operation.client.ask("status"))
         except ConnectionLost:
-            _back(session, watched, deadline, progress)
+            _back(operation, watched)
         except NoProtector:  # it is there, and does not answer
-            deadline.slice_s(watched.waits_for())
+            operation.slice_s(watched.waits_for())
             raise
+    return watched.verdict
 
 
-def _back(
-    session: Session, watched: reload_progress.Reload, deadline: _Deadline, progress: bool
-) -> None:
-    if progress and not watched.stopping:
-        tell("the connection was cut: an upgrade or a crash; connecting again")
+def _back(operation: _Operation, watched: Reload) -> None:
+    if not watched.stopping:
+        operation.tell("the connection was cut: an upgrade or a crash; connecting again")
     try:
-        deadline.again(session, watched.waits_for())
-        watched.looked(session.ask("status"))
+        operation.again(watched.waits_for())
+        watched.looked(operation.client.ask("status"))
     except NoProtector as error:
         end = "it was stopped" if watched.stopping else str(error)
         raise NoProtector(f"generation {watched.generation} was not seen serving: {end}") from error
 
 
-def _given_up(session: Session, found: Verdict, told: Message) -> None:
-    """Say why, with the last words of the worker that failed."""
-    last_words = found.last_words or _last_words(session, found.generation)
-    told["reason"] = found.reason or None
-    told["last_words"] = last_words or None
+def _given_up(operation: _Operation, found: Verdict) -> None:
+    """Raise what says why, with the last words of the worker that failed."""
+    last_words = found.last_words or _last_words(operation.client, found.generation)
+    operation.outcome["reason"] = found.reason or None
+    operation.outcome["last_words"] = last_words or None
     text = f"not reloaded: generation {found.generation} failed"
     if found.reason:
         text += f": {found.reason}"
     try:
-        route = session.ask("status").get("route")
-    except (NoProtector, RequestRefused):
+        route = operation.client.ask("status").get("route")
+    except ControlError:
         route = None
     if isinstance(route, int):
         text += f"; generation {route} serves on"
     raise NewVersionFailed(text + _quoted(last_words))
 
 
-def _last_words(session: Session, generation: int) -> str:
+def _last_words(client: Client, generation: int) -> str:
     """Look for them where a cut connection has lost the event."""
     try:
-        crashes = listed(session.ask("crashes"), "crashes")
-    except (NoProtector, RequestRefused):
+        crashes = listed(client.ask("crashes"), "crashes")
+    except ControlError:
         return ""
     for each in reversed(crashes):
         if number_in(each, "generation") == generation and text_in(each, "last_words"):
@@ -213,26 +223,18 @@ def _quoted(last_words: str) -> str:
     return "".join(f"\n  | {line}" for line in lines)
 
 
-def _drained(session: Session, generation: int, deadline: _Deadline, progress: bool) -> None:
+def _drained(operation: _Operation, generation: int) -> None:
     """Wait until no generation before this one is left."""
-    most, shown = 0, reload_progress.ProgressThrottle()
-    left = reload_progress.DrainProgress()
+    most, shown = 0, ProgressThrottle()
     while True:
-        try:
-            left = reload_progress.draining(session.ask("status"), generation)
-            most = max(most, left.workers)
-            step = f"drained {most - left.workers}/{most} workers"
-            if progress and most and shown.is_news(left.workers, step):
-                tell(step)
-            if left.over:
-                return
-            until = time.monotonic() + deadline.slice_s(f"{left.words()} to drain")
-            while (left_s := until - time.monotonic()) > 0:
-                event = session.event(left_s)
-                if event is not None and event.get("event") in ("drained", "exited"):
-                    break
-        except ConnectionLost:
-            deadline.again(session, f"{left.words()} to drain")
+        workers, words = draining(operation.client.ask("status"), generation)
+        most = max(most, workers)
+        step = f"drained {most - workers}/{most} workers"
+        if most and shown.is_news(workers, step):
+            operation.tell(step)
+        if not words:
+            return
+        operation.event(f"{words} to drain", "drained", "exited")
 
 
 # -- upgrade ---------------------------------------------------------------------------
@@ -247,44 +249,31 @@ def upgrade(instance: Instance, wait: bool, timeout: float, as_json: bool) -> No
     Waits until the new one serves. Where it cannot take over the exit status is 3, and the old
     one goes on as if nothing had been tried.
     """
-    deadline = _Deadline(timeout)
-    with _outcome(as_json) as told, instance.session(events=True) as session:
-        before = session.ask("status")
-        told["from"] = session.ask_once("upgrade").get("from", before.get("version"))
+    with _operation(instance, timeout, as_json) as operation:
+        before = operation.client.ask("status")
+        old = operation.client.request("upgrade").get("from", before.get("version"))
+        operation.outcome["from"] = old
         if not wait:
-            told["result"] = "asked"
-            if not as_json:
-                say("upgrade requested; see status (restarts, version) or the log for the outcome")
+            words = "see status (restarts, version) or the log for the outcome"
+            operation.ends("asked", f"upgrade requested; {words}")
             return
-        after = _upgraded(session, before, deadline)
-        told["version"], told["result"] = after.get("version"), "upgraded"
-        if not as_json:
-            version = f"{after.get('version')} ({told['from']} before)"
-            say(f"upgraded: pid {after.get('pid')} runs {version}")
+        after = _upgraded(operation, before)
+        new = operation.outcome["version"] = after.get("version")
+        operation.ends("upgraded", f"upgraded: pid {after.get('pid')} runs {new} ({old} before)")
 
 
-def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message:
+def _upgraded(operation: _Operation, before: Message) -> Message:
     """Wait until the new program answers; return its status."""
     waits_for = "the new program to say that it can take over"
     while True:
-        try:
-            event = session.event(deadline.slice_s(waits_for))
-            if event is None:
-                status = session.ask("status")
-            elif event.get("event") == "upgrade-failed":
-                reason = text_in(event, "reason")
-                raise NewVersionFailed(
-                    f"not upgraded: {before.get('version')} goes on: {reason}"
-                    + _quoted(text_in(event, "last_words"))
-                )
-            elif event.get("event") == "upgraded":
-                return session.ask("status")
-            else:
-                continue
-        except ConnectionLost:
-            deadline.again(session, waits_for)
-            status = session.ask("status")
-        if number_in(status, "restarts") > number_in(before, "restarts"):
+        event = operation.event(waits_for, "upgraded", "upgrade-failed")
+        if event is not None and event["event"] == "upgrade-failed":
+            raise NewVersionFailed(
+                f"not upgraded: {before.get('version')} goes on: {text_in(event, 'reason')}"
+                + _quoted(text_in(event, "last_words"))
+            )
+        status = operation.client.ask("status")
+        if event is not None or number_in(status, "restarts") > number_in(before, "restarts"):
             return status
 
 
@@ -297,76 +286,55 @@ def _upgraded(session: Session, before: Message, deadline: _Deadline) -> Message
 @_TIMEOUT
 def stop(instance: Instance, wait: bool, quick: bool, timeout: float, as_json: bool) -> None:
     """Stop: serve those that have connected, let the workers finish, end."""
-    deadline = _Deadline(timeout)
-    with _outcome(as_json) as told, instance.session(events=True) as session:
-        before = session.ask("status")
-        process = _Process(before)
-        try:
-            _ask_stop(session, quick)
-            if not wait:
-                told["result"] = "asked"
-                if not as_json:
-                    say("stop requested")
-                return
-            _stopped(session, process, deadline, progress=not as_json)
-        finally:
-            process.close()
-        told["result"] = "stopped"
-        if not as_json:
-            say(f"stopped: {before.get('name')}")
+    with _operation(instance, timeout, as_json) as operation, ExitStack() as opened:
+        before = operation.client.ask("status")
+        # The protector's process and its guard's, so that "stopped" means that they are gone.
+        pidfds = []
+        for each in {number_in(before, "pid"), number_in(before, "main_pid")}:
+            try:
+                pidfds.append(os.pidfd_open(each))
+            except (OSError, OverflowError):  # gone, or in another pid namespace
+                continue
+            opened.callback(os.close, pidfds[-1])
+        _ask_stop(operation.client, quick)
+        if not wait:
+            operation.ends("asked", "stop requested")
+            return
+        _stopping(operation)
+        for pidfd in pidfds:
+            waits_for = "the protector's process to end"
+            while not select.select([pidfd], [], [], operation.slice_s(waits_for))[0]:
+                pass
+        operation.ends("stopped", f"stopped: {before.get('name')}")
 
 
-def _ask_stop(session: Session, quick: bool) -> None:
+def _ask_stop(client: Client, quick: bool) -> None:
     """Ask once: a second time would be heard as "at once"."""
     try:
-        session.ask_once("stop", quick=quick)
+        client.request("stop", quick=quick)
     except ConnectionLost:
         try:
-            session.again()
-            if session.ask("status").get("phase") != "stopping":  # it was not heard
-                session.ask_once("stop", quick=quick)
+            client.again()
+            if client.ask("status").get("phase") != "stopping":  # it was not heard
+                client.request("stop", quick=quick)
         except NoProtector:
             pass  # it has ended; that is looked at next
 
 
-def _stopped(session: Session, process: _Process, deadline: _Deadline, *, progress: bool) -> None:
-    shown, left = reload_progress.ProgressThrottle(), "the workers"
+def _stopping(operation: _Operation) -> None:
+    """Wait until no protector answers any more."""
+    client, shown, left = operation.client, ProgressThrottle(), "the workers"
     while True:
         try:
-            event = session.event(deadline.slice_s(f"{left} to finish"))
+            event = client.event(operation.slice_s(f"{left} to finish"))
             if event is not None and event.get("event") not in ("drained", "exited", "stopping"):
                 continue
-            everybody = reload_progress.draining(session.ask_once("status"), 1 << 62)
-            left = "the protector" if everybody.over else everybody.words()
-            if progress and not everybody.over and shown.is_news(everybody.workers, left):
-                tell(f"waits for {left}")
+            workers, words = draining(client.request("status"))
+            left = words or "the protector"
+            if words and shown.is_news(workers, words):
+                operation.tell(f"waits for {words}")
         except ConnectionLost:
             try:
-                session.again(_GONE_S)
+                client.again(_GONE_S)
             except NoProtector:
-                process.wait(deadline)
                 return
-
-
-class _Process:
-    """The protector's process and its guard's, so that "stopped" means that they are gone."""
-
-    def __init__(self, status: Message) -> None:
-        self._pidfds = []
-        for each in {number_in(status, "pid"), number_in(status, "main_pid")}:
-            try:
-                self._pidfds.append(os.pidfd_open(each))
-            except (OSError, ValueError):  # gone, or in another pid namespace
-                continue
-
-    def wait(self, deadline: _Deadline) -> None:
-        """Wait for their end.  Raises TimedOut."""
-        for pidfd in self._pidfds:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            while not poll.poll(deadline.slice_s("the protector's process to end") * 1000):
-                pass
-
-    def close(self) -> None:
-        while self._pidfds:
-            os.close(self._pidfds.pop())

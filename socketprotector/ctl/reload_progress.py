@@ -7,13 +7,17 @@ generation, or for a later one; nothing else is a success.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
+from .cli import plural
 from .client import Message
 from .fields import listed, number_in, text_in
 
-#: Generations that no longer get connections, and workers that leave.
+#: The phases of generations that get no connections any more.
 LEAVING = ("draining", "abandoned")
+_STARTING = ("starting", "settling")
 #: Of more workers than this only each further part of so many is worth a line.
 _PARTS = 10
 
@@ -30,13 +34,13 @@ class Verdict:
 
 @dataclass(slots=True)
 class ProgressThrottle:
-    """What was said of a count of workers: each change of a few, each tenth part of many."""
+    """What was shown of a count of workers: each change of a few, each tenth part of many."""
 
     _whole: int = 0
     _last: object = None
 
     def is_news(self, left: int, words: str) -> bool:
-        """Say whether this text, about so many workers that are left, is to be shown."""
+        """Whether this text, about so many workers that are left, is to be shown."""
         self._whole = max(self._whole, left)
         mark = words if self._whole <= _PARTS else -(-left * _PARTS // self._whole)
         before, self._last = self._last, mark
@@ -48,33 +52,30 @@ class _Generation:
     """The state of the generation that starts."""
 
     number: int
-    spawned: set[int]
-    ready: set[int]
+    ready: set[int] = field(default_factory=set)
     shown: ProgressThrottle = field(default_factory=ProgressThrottle)
     routed: bool = False
 
 
 class Reload:
-    """One reload that is waited for.  `steps` are to be shown, each once."""
+    """One reload that is waited for."""
 
-    def __init__(self, generation: int, status: Message) -> None:
-        """`generation`: what `reload` answered.  status: how it stood before."""
+    def __init__(self, generation: int, status: Message, tell: Callable[[str], None]) -> None:
+        """generation: what `reload` answered.  status: that before.  tell: shows a step."""
         self.generation = generation
         self.verdict: Verdict | None = None
-        self.steps: list[str] = []
         self.stopping = False
+        self._tell = tell
         self._now: _Generation | None = None
         self._wanted = number_in(status, "workers_wanted")
         self._ahead = any(
-            each.get("phase") in ("starting", "settling") and number_in(each, "number") < generation
+            each.get("phase") in _STARTING and number_in(each, "number") < generation
             for each in listed(status, "generations")
         )
         self._forgotten = 0
         self._phase = str(status.get("phase"))
         if self._ahead:
-            self.steps.append("the reload before it is still going on")
-
-    # -- what is heard ---------------------------------------------------------
+            tell("the reload before it is still going on")
 
     def heard(self, event: Message) -> None:
         """Take an event."""
@@ -83,71 +84,69 @@ class Reload:
             self._stops()
         if self.verdict is not None or number < self.generation:
             return
-        worker = number_in(event, "worker")
-        if name == "reloaded":
-            self._judge(Verdict(True, number))
-        elif name == "reload-failed":
-            reason, words = text_in(event, "reason"), text_in(event, "last_words")
-            self._judge(Verdict(False, number, reason, words))
-        elif name == "spawned":
-            self._starting(number).spawned.add(worker)
-        elif name == "worker-ready":
-            self._ready(number, {worker})
-        elif name == "route":
-            self._switched(number)
+        match name:
+            case "reloaded":
+                self.verdict = Verdict(True, number)
+            case "reload-failed":
+                reason, words = text_in(event, "reason"), text_in(event, "last_words")
+                self.verdict = Verdict(False, number, reason, words)
+            case "spawned":
+                self._starting(number)
+            case "worker-ready":
+                self._ready(number, {number_in(event, "worker")})
+            case "route":
+                self._switched(number)
 
     def looked(self, status: Message) -> None:
-        """Take a status: all that events may have failed to say."""
+        """Take a status: all that missed events would have said."""
         if self.verdict is not None:
             return
         self._wanted = number_in(status, "workers_wanted") or self._wanted
         self._phase = str(status.get("phase"))
-        if status.get("phase") == "stopping":
+        if self._phase == "stopping":
             self._stops()
-        for each in listed(status, "reloads"):
-            number = number_in(each, "generation")
-            if number >= self.generation and each.get("result") in ("reloaded", "failed"):
-                self._judge(Verdict(each["result"] == "reloaded", number, text_in(each, "reason")))
+        reloads = [
+            each
+            for each in listed(status, "reloads")
+            if number_in(each, "generation") >= self.generation
+        ]
+        for each in reloads:
+            if each.get("result") in ("reloaded", "failed"):
+                number, reason = number_in(each, "generation"), text_in(each, "reason")
+                self.verdict = Verdict(each["result"] == "reloaded", number, reason)
                 return
-        known = bool(status.get("reload_wanted"))
-        for each in listed(status, "reloads"):
-            known |= number_in(each, "generation") >= self.generation
-        for each in listed(status, "generations"):
-            number = number_in(each, "number")
-            if number >= self.generation and each.get("phase") in ("starting", "settling"):
-                known = True
-                workers = listed(each, "workers")
-                starting = self._starting(number)
-                starting.spawned |= {number_in(worker, "number") for worker in workers}
-                self._ready(
-                    number,
-                    {number_in(w, "number") for w in workers if w.get("state") == "ready"},
-                )
-                if each.get("phase") == "settling":
-                    self._switched(number)
-        self._remember(known or self._phase in ("starting", "reloading", "settling"))
-
-    def _remember(self, known: bool) -> None:
-        # Twice: between the end of one reload and the begin of the next, once says nothing.
-        self._forgotten = 0 if known or self.stopping else self._forgotten + 1
+        starting = [
+            each
+            for each in listed(status, "generations")
+            if number_in(each, "number") >= self.generation and each.get("phase") in _STARTING
+        ]
+        for each in starting:
+            number, workers = number_in(each, "number"), listed(each, "workers")
+            ready = {number_in(w, "number") for w in workers if w.get("state") == "ready"}
+            self._ready(number, ready)
+            if each.get("phase") == "settling":
+                self._switched(number)
+        under_way = self._phase in (*_STARTING, "reloading")
+        if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
+            self._forgotten = 0
+            return
+        # More than once: between two reloads, a single look says nothing.
+        self._forgotten += 1
         if self._forgotten > 2:
             reason = "the protector knows nothing of it any more; see its log"
-            self._judge(Verdict(False, self.generation, reason))
+            self.verdict = Verdict(False, self.generation, reason)
 
     # -- what follows -------------------------------------------------------------
-
-    def _judge(self, verdict: Verdict) -> None:
-        self.verdict = verdict
 
     def _stops(self) -> None:
         if not self.stopping:
             self.stopping = True
-            self.steps.append("the protector is being stopped")
+            self._tell("the protector is being stopped")
 
     def _starting(self, number: int) -> _Generation:
         if self._now is None or self._now.number != number:
-            self._now = _Generation(number, set(), set())
-            self.steps.append(f"generation {number} is starting")
+            self._now = _Generation(number)
+            self._tell(f"generation {number} is starting")
         return self._now
 
     def _ready(self, number: int, workers: set[int]) -> None:
@@ -156,7 +155,7 @@ class Reload:
             starting.ready |= workers
             left, words = self._left(starting), f"ready {self._share(starting)}"
             if starting.shown.is_news(left, words):
-                self.steps.append(words)
+                self._tell(words)
 
     def _left(self, starting: _Generation) -> int:
         return max(self._wanted - len(starting.ready), 0)
@@ -168,7 +167,7 @@ class Reload:
         starting = self._starting(number)
         if not starting.routed:
             starting.routed = True
-            self.steps.append(f"switched: new connections go to generation {number}")
+            self._tell(f"switched: new connections go to generation {number}")
 
     def waits_for(self) -> str:
         """Say what is still to come."""
@@ -183,48 +182,24 @@ class Reload:
         return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
 
 
-@dataclass(frozen=True, slots=True)
-class DrainProgress:
-    """The workers and connections left of the generations before one."""
+def draining(status: Message, before: float = math.inf) -> tuple[int, str]:
+    """Return what is left of generations that drain: the number of workers, and all in words.
 
-    generations: tuple[int, ...] = ()
-    pids: tuple[int, ...] = ()
-    workers: int = 0
-    active: int | None = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether all of them are gone."""
-        return not self.generations
-
-    def words(self) -> str:
-        """Say in words what is left."""
-        numbers = ", ".join(str(number) for number in self.generations)
-        several = "" if self.active == 1 else "s"
-        connections = "" if self.active is None else f", {self.active} connection{several}"
-        some = ", ".join(str(pid) for pid in self.pids[:5]) + (", ..." if self.workers > 5 else "")
-        plural = "s" if len(self.generations) > 1 else ""
-        workers = f"{self.workers} worker{'' if self.workers == 1 else 's'}"
-        pids = f": pid {some}" if self.pids else ""
-        return f"generation{plural} {numbers} ({workers}{pids}{connections})"
-
-
-def draining(status: Message, before: int) -> DrainProgress:
-    """Return what is left of the generations that drain and are older than `before`."""
-    found = DrainProgress()
-    for each in listed(status, "generations"):
-        number = number_in(each, "number")
-        if number >= before or each.get("phase") not in LEAVING:
-            continue
-        workers = listed(each, "workers")
-        pids = (number_in(worker, "pid") for worker in workers)
-        active = each.get("active")
-        known = isinstance(active, int) and found.active is not None
-        found = replace(
-            found,
-            generations=(*found.generations, number),
-            pids=(*found.pids, *(pid for pid in pids if pid)),
-            workers=found.workers + len(workers),
-            active=(found.active or 0) + active if known and isinstance(active, int) else None,
-        )
-    return found
+    before: only of generations below this number.  No words: none is left.
+    """
+    left = [
+        each
+        for each in listed(status, "generations")
+        if number_in(each, "number") < before and each.get("phase") in LEAVING
+    ]
+    if not left:
+        return 0, ""
+    workers = [worker for each in left for worker in listed(each, "workers")]
+    words = f"{len(workers)} {plural(len(workers), 'worker')}"
+    if pids := [str(number_in(each, "pid")) for each in workers if number_in(each, "pid")]:
+        words += f": pid {', '.join(pids[:5])}" + (", ..." if len(workers) > 5 else "")
+    active = [number for each in left if isinstance(number := each.get("active"), int)]
+    if len(active) == len(left):  # else it is not known of all
+        words += f", {sum(active)} {plural(sum(active), 'connection')}"
+    numbers = ", ".join(str(number_in(each, "number")) for each in left)
+    return len(workers), f"{plural(len(left), 'generation')} {numbers} ({words})"

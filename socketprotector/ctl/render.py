@@ -1,16 +1,14 @@
 """Formats values for people: numbers with units, columns, colours.
 
 Colours, and lines cut at the right edge, only on a terminal; elsewhere plain columns, so that
-awk can read them.  NO_COLOR is respected.  Everything that is shown goes through `words.escape`
-here.
+awk can read them.  NO_COLOR is respected.  Everything that is shown goes through
+`model.text.escape` here.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -18,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..model.text import escape
+from .client import Message
 
 #: What is not known.
 UNKNOWN = "-"
@@ -32,7 +31,9 @@ _STYLES = {
     **dict.fromkeys(("draining", "waiting", "stopping"), "cyan"),
 }
 _BARS = " ▁▂▃▄▅▆▇█"
-_SECOND_S = (("d", 86_400), ("h", 3_600), ("m", 60))
+_UNITS_S = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
+#: Columns with text; those with numbers are aligned at the right.
+_TEXT = {"NAME", "PHASE", "LISTENS", "CONTROL", "STATE", "SAYS", "PEER", "LOCAL"}
 
 Cell = str | int | float | None
 Row = Sequence[Cell]
@@ -46,9 +47,9 @@ def count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else UNKNOWN
 
 
-def several(number: int, one: str, more: str = "") -> str:
-    """1 -> 1 crash; 2 -> 2 crashes."""
-    return f"{number:,} {one if number == 1 else more or one + 's'}"
+def counts(message: Message, *names: str) -> list[str]:
+    """Several fields as counts."""
+    return [count(message.get(name)) for name in names]
 
 
 def duration_text(seconds: object) -> str:
@@ -56,17 +57,22 @@ def duration_text(seconds: object) -> str:
     if not isinstance(seconds, int | float):
         return UNKNOWN
     left = max(0.0, float(seconds))
-    if left < 10:
-        return f"{left:.1f}s"
     if left < 60:
-        return f"{left:.0f}s"
+        return f"{left:.1f}s" if left < 10 else f"{left:.0f}s"
     whole = int(left)
     parts: list[str] = []
-    for unit, size in (*_SECOND_S, ("s", 1)):
+    for unit, size in _UNITS_S:
         if whole >= size or parts:
             parts.append(f"{whole // size}{unit}" if whole >= size else "")
             whole %= size
     return "".join(parts[:2])
+
+
+def age_text(now: object, at: object) -> str:
+    """The time between two times, if both are known."""
+    if isinstance(now, int | float) and isinstance(at, int | float):
+        return duration_text(now - at)
+    return UNKNOWN
 
 
 def latency_text(microseconds: object) -> str:
@@ -99,13 +105,6 @@ def time_text(at: object) -> str:
         return UNKNOWN
 
 
-def seconds_since(now: object, at: object) -> float | None:
-    """Return the seconds between two times, if both are known."""
-    if isinstance(now, int | float) and isinstance(at, int | float):
-        return max(0.0, now - at)
-    return None
-
-
 def sparkline(values: Sequence[float], width: int) -> str:
     """The last values, the highest of them as a whole block."""
     last = values[-width:]
@@ -120,12 +119,12 @@ def sparkline(values: Sequence[float], width: int) -> str:
 # -- columns ----------------------------------------------------------------------------
 
 
-def columns(headings: Sequence[str], rows: Iterable[Row], right: Sequence[str] = ()) -> Table:
-    """A table without lines.  right: the headings of columns with numbers."""
+def columns(headings: str, rows: Iterable[Row]) -> Table:
+    """A table without lines.  headings: with blanks between."""
     # One blank between them: a generation fits into 80 columns.
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left", no_wrap=True)
+    for heading in headings.split():
+        table.add_column(heading, justify="left" if heading in _TEXT else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(cell(each) for each in row))
     return table
@@ -142,17 +141,14 @@ def line(*parts: Cell) -> Text:
     return Text.assemble(*(cell(each) for each in parts))
 
 
-def show(*things: Table | Text, file: TextIO | None = None) -> None:
+def show(*things: Table | Text) -> None:
     """Print them: coloured and cut on a terminal, whole and plain elsewhere."""
-    target = file or sys.stdout
-    console = Console(file=target, highlight=False, markup=False, emoji=False, soft_wrap=False)
-    if console.is_terminal:
-        for thing in things:
-            console.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
-        return
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     for thing in things:
-        for text in _plain(thing):
-            print(text.rstrip(), file=target)
+        if console.is_terminal:
+            console.print(thing, overflow="ellipsis" if isinstance(thing, Table) else "fold")
+        else:
+            print(*(text.rstrip() for text in _plain(thing)), sep="\n")
 
 
 def _plain(thing: Table | Text) -> list[str]:

@@ -7,45 +7,34 @@ from rich.text import Text
 
 from ..model.text import headline
 from . import render
+from .cli import plural
 from .client import Message
 from .fields import listed, number_in, text_in
 from .render import Row
 
-_GENERATIONS = (
-    *("GEN", "PHASE", "AGE", "READY", "QUEUE", "ACTIVE", "ACCEPTED", "ERRORS", "LOST"),
-    *("WAIT-P50", "P99"),
-)
-_WORKERS = ("WORKER", "GEN", "PID", "STATE", "AGE", "ACTIVE", "ACCEPTED", "ERRORS", "SAYS")
-_WORDS = {"PHASE", "STATE", "SAYS"}
+_GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
+_WORKERS = "WORKER GEN PID STATE AGE ACTIVE ACCEPTED ERRORS SAYS"
 
 
 def heading(status: Message) -> list[Text]:
-    """The protector itself: what it does, and since when."""
-    now = status.get("now")
-    words = [
-        f" pid {status.get('pid')}, version {status.get('version')}, "
-        f"up {render.duration_text(render.seconds_since(now, status.get('started_at')))}"
-    ]
+    """The protector itself: its phase, and since when it runs."""
+    up = render.age_text(status.get("now"), status.get("started_at"))
+    words = [f" pid {status.get('pid')}, version {status.get('version')}, up {up}"]
     if restarts := number_in(status, "restarts"):
-        words.append(render.several(restarts, "restart"))
+        words.append(f"{restarts:,} {plural(restarts, 'restart')}")
     if status.get("guarded") is True:
         words.append("guarded")
     name = Text(str(render.cell(text_in(status, "name"))), style="bold")
     phase = render.cell(text_in(status, "phase"))
-    first = Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))
-    found = [first]
+    found = [Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))]
+    warnings = []
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
-        found.append(
-            Text(
-                f"held: accepts nothing for another {render.duration_text(held_s)}", style="yellow"
-            )
-        )
+        warnings.append(f"held: accepts nothing for another {render.duration_text(held_s)}")
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
-        late = f"generation {generation}: no worker has taken a waiting client for {span}"
-        found.append(Text(late, style="yellow"))
-    return found
+        warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")
+    return [*found, *(Text(each, style="yellow") for each in warnings)]
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:
@@ -64,8 +53,8 @@ def listeners(status: Message) -> list[Text]:
     for each in listed(status, "listeners"):
         words = f"listens on {text_in(each, 'address')}"
         if each.get("backlog") is not None:  # the kernel does not tell for UNIX sockets
-            limit = render.count(each.get("backlog_limit"))
-            words += f", {render.count(each.get('backlog'))} of {limit} wait"
+            waiting, limit = render.counts(each, "backlog", "backlog_limit")
+            words += f", {waiting} of {limit} wait"
         found.append(render.line(words))
     return found
 
@@ -73,20 +62,22 @@ def listeners(status: Message) -> list[Text]:
 def sums(status: Message) -> Text:
     """What went through it."""
     command = status.get("command")
-    words = command if isinstance(command, list) else []
+    words = " ".join(map(str, command if isinstance(command, list) else []))
+    forwarded, lost, limit = render.counts(status, "forwarded", "lost", "queue_limit")
     return render.line(
-        f"forwarded {render.count(status.get('forwarded'))}, "
-        f"lost {render.count(status.get('lost'))}, "
-        f"queue of {render.count(status.get('queue_limit'))}, "
-        f"ready: {status.get('ready')}, command: {' '.join(map(str, words))}"
+        f"forwarded {forwarded}, lost {lost}, queue of {limit}, "
+        f"ready: {status.get('ready')}, command: {words}"
     )
+
+
+def _newest_first(status: Message) -> list[Message]:
+    return sorted(listed(status, "generations"), key=lambda each: -number_in(each, "number"))
 
 
 def generations(status: Message) -> Table:
     """One row for each."""
-    now = status.get("now")
     rows: list[Row] = []
-    for each in sorted(listed(status, "generations"), key=lambda g: -number_in(g, "number")):
+    for each in _newest_first(status):
         workers = listed(each, "workers")
         ready = sum(worker.get("state") in ("ready", "retiring") for worker in workers)
         waits = each.get("wait_us")
@@ -95,52 +86,42 @@ def generations(status: Message) -> Table:
             (
                 number_in(each, "number"),
                 text_in(each, "phase"),
-                render.duration_text(render.seconds_since(now, each.get("opened_at"))),
+                render.age_text(status.get("now"), each.get("opened_at")),
                 f"{ready}/{len(workers)}",
-                render.count(each.get("queue")),
-                render.count(each.get("active")),
-                render.count(each.get("accepted")),
-                render.count(each.get("errors")),
-                render.count(each.get("lost")),
+                *render.counts(each, "queue", "active", "accepted", "errors", "lost"),
                 render.latency_text(wait_us.get("p50")),
                 render.latency_text(wait_us.get("p99")),
             )
         )
-    return _columns(_GENERATIONS, rows)
+    return render.columns(_GENERATIONS, rows)
 
 
 def workers(status: Message) -> Table:
-    """One row for each, the newest generation first."""
-    now = status.get("now")
+    """One row for each, those of the newest generation first."""
     rows: list[Row] = []
-    for generation in sorted(listed(status, "generations"), key=lambda g: -number_in(g, "number")):
+    for generation in _newest_first(status):
         for each in listed(generation, "workers"):
             deaths = number_in(each, "quick_deaths")
             says = text_in(each, "status")
             if deaths:
-                says = render.several(deaths, "quick death") + (f"; {says}" if says else "")
+                quick = f"{deaths:,} quick {plural(deaths, 'death')}"
+                says = f"{quick}; {says}" if says else quick
             rows.append(
                 (
                     number_in(each, "number"),
                     number_in(generation, "number"),
                     number_in(each, "pid") or None,
                     text_in(each, "state"),
-                    render.duration_text(render.seconds_since(now, each.get("started_at"))),
-                    render.count(each.get("active")),
-                    render.count(each.get("accepted")),
-                    render.count(each.get("errors")),
+                    render.age_text(status.get("now"), each.get("started_at")),
+                    *render.counts(each, "active", "accepted", "errors"),
                     says,
                 )
             )
-    return _columns(_WORKERS, rows)
-
-
-def _columns(headings: tuple[str, ...], rows: list[Row]) -> Table:
-    return render.columns(headings, rows, right=[each for each in headings if each not in _WORDS])
+    return render.columns(_WORKERS, rows)
 
 
 def last_reload(status: Message) -> list[Text]:
-    """How the last one ended, and the last that failed where that is another."""
+    """The reload that is under way, the last that has ended, and how many workers crashed."""
     now = status.get("now")
     reloads = listed(status, "reloads")
     ended = [each for each in reloads if each.get("result") in ("reloaded", "failed")]
@@ -150,11 +131,8 @@ def last_reload(status: Message) -> list[Text]:
     if ended:
         found.append(_reload("last reload", ended[-1], now))
     if crashes := number_in(status, "crashes"):
-        found.append(
-            render.line(
-                f"{render.several(crashes, 'crash', 'crashes')}: socketprotectorctl crashes"
-            )
-        )
+        words = f"{crashes:,} {plural(crashes, 'crash', 'crashes')}"
+        found.append(render.line(f"{words}: socketprotectorctl crashes"))
     return found
 
 
@@ -164,6 +142,6 @@ def _reload(title: str, each: Message, now: object) -> Text:
     return Text.assemble(
         f"{title}: generation {number_in(each, 'generation')} ",
         render.cell(text_in(each, "result")),
-        f" {render.duration_text(render.seconds_since(now, at))} ago",
+        f" {render.age_text(now, at)} ago",
         render.cell(f": {reason}" if reason else ""),
     )

@@ -13,17 +13,17 @@ import time
 import tty
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
 
 from ..model.duration import Duration
+from ..model.errors import UsageError
 from .cli import Instance, command, say_json
-from .client import Message
-from .errors import NoProtector, UsageError
-from .fields import listed
-from .session import Session
+from .client import Client, Message
+from .errors import NoProtector
+from .fields import listed, measure
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -45,7 +45,7 @@ class Rates:
         before, self._before = self._before, status
         if before is None:
             return
-        span_s = _number(status.get("now")) - _number(before.get("now"))
+        span_s = (measure(status, "now") or 0.0) - (measure(before, "now") or 0.0)
         if span_s <= 0:
             return
         now, then = status.get("forwarded"), before.get("forwarded")
@@ -53,9 +53,8 @@ class Rates:
             self.forwarded.append(max(0, now - then) / span_s)
         else:
             self.forwarded.clear()  # unknown where workers accept
-        counts = [
-            max(0, now - then) for now, then in zip(_waits(status), _waits(before), strict=True)
-        ]
+        waits = zip(_waits(status), _waits(before), strict=True)
+        counts = [max(0, now - then) for now, then in waits]
         self.p50_us, self.p99_us = quantile_us(counts, 0.5), quantile_us(counts, 0.99)
 
     @property
@@ -86,10 +85,6 @@ def _waits(status: Message) -> list[int]:
     return total
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
-
-
 @command(short_help="The same on one screen, every second.")
 @click.option("--interval", default="1s", type=Duration(zero=False), help="Between two looks.")
 def top(instance: Instance, interval: float, as_json: bool) -> None:
@@ -99,15 +94,14 @@ def top(instance: Instance, interval: float, as_json: bool) -> None:
     """
     if not as_json and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("top: needs a terminal; use status, or top --json")
-    with instance.session() as session:
-        if as_json:
-            while True:
-                say_json(session.ask("status"))
-                time.sleep(interval)
-        _screen(session, interval)
+    with instance.client() as client:
+        while as_json:
+            say_json(client.ask("status"))
+            time.sleep(interval)
+        _screen(client, interval)
 
 
-def _screen(session: Session, interval: float) -> None:
+def _screen(client: Client, interval: float) -> None:
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -120,21 +114,15 @@ def _screen(session: Session, interval: float) -> None:
     ):
         while True:
             try:
-                status = session.ask("status")
+                status = client.ask("status")
                 rates.take(status)
                 live.update(drawn(status, rates, console.width, console.height), refresh=True)
             except NoProtector as error:
                 live.update(Text(f"no answer: {error}", style="red"), refresh=True)
-                _back(session)
+                with suppress(NoProtector):  # drawn at the next look, until the user ends it
+                    client.again(1.0)
             if pressed(interval):
                 return
-
-
-def _back(session: Session) -> None:
-    try:
-        session.again(1.0)
-    except NoProtector:
-        pass  # drawn at the next look, until the user ends it
 
 
 @contextmanager
@@ -167,18 +155,15 @@ def drawn(status: Message, rates: Rates, width: int, height: int) -> Group:
 
     from . import render, status_table
 
-    figures = [
-        _rate(rates.per_second),
-        f"wait p50 {render.latency_text(rates.p50_us)}, p99 {render.latency_text(rates.p99_us)}",
-        f"forwarded {render.count(status.get('forwarded'))}",
-        f"lost {render.count(status.get('lost'))}",
-    ]
+    forwarded, lost = render.counts(status, "forwarded", "lost")
+    p50, p99 = render.latency_text(rates.p50_us), render.latency_text(rates.p99_us)
+    rate = _rate(rates.per_second)
     history = list(rates.forwarded)
     bars = max(1, width - 20)
     most = _rate(max(history[-bars:], default=None))
     return Group(
         *status_table.heading(status),
-        Text("  ".join(figures), style="bold"),
+        Text(f"{rate}  wait p50 {p50}, p99 {p99}  forwarded {forwarded}  lost {lost}", "bold"),
         Text(f"{render.sparkline(history, bars):>{bars}}  most {most}", style="green"),
         *status_table.listeners(status)[: max(1, height // 8)],
         *status_table.last_reload(status),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,9 +12,8 @@ import pytest
 
 from socketprotector.ctl import client as module
 from socketprotector.ctl.client import Client
-from socketprotector.ctl.errors import ConnectionLost, NoProtector, PermissionDenied, RequestRefused
+from socketprotector.ctl.errors import ConnectionLost, NoProtector, RequestRefused
 from socketprotector.ctl.query_all import ask_all
-from socketprotector.ctl.session import Session
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing
 
 Says = Callable[[bytes], str]
@@ -88,8 +88,9 @@ def test_a_no_keeps_its_code(fake: Fake) -> None:
 def test_denied_is_heard_although_the_connection_is_closed_already(says: Says) -> None:
     path = says(b'{"v": 1, "id": null, "ok": false, "code": "denied", "error": "not for you"}\n')
 
-    with Client(path) as client, pytest.raises(PermissionDenied, match="not for you"):
+    with Client(path) as client, pytest.raises(RequestRefused, match="not for you") as refused:
         client.request("status")
+    assert refused.value.code == "denied"
     assert ask_all([path])[0].why == "denied"
 
 
@@ -131,32 +132,47 @@ def test_a_cut_connection_is_told_apart(fake: Fake) -> None:
             client.event(5)
 
 
-def test_a_session_comes_back_and_follows_again(fake: Fake) -> None:
-    with Session(str(fake.path), events=True) as session:
+def test_a_client_comes_back_and_follows_again(fake: Fake) -> None:
+    with Client(str(fake.path), events=True) as client:
         fake.cut_all()
         with pytest.raises(ConnectionLost):
-            session.event(5)
-        session.again()
+            client.event(5)
+        client.again()
         fake.cut_all()
 
-        assert session.ask("status")["name"] == "web"
+        assert client.ask("status")["name"] == "web"
     assert fake.commands() == ["events", "events", "events", "status"]
 
 
-def test_a_session_asks_again_as_often_as_it_is_cut(fake: Fake) -> None:
+def test_a_client_asks_again_as_often_as_it_is_cut(fake: Fake) -> None:
     """As when a crash follows an upgrade."""
     cuts = iter(range(3))
 
     def answer(connection: Connection, _: Message) -> Message | None:
         if next(cuts, None) is None:
-            return {"held": True}
+            return {"until_at": 205.0}
         connection.cut()
         return None
 
     fake.answers["hold"] = answer
-    with Session(str(fake.path)) as session:
-        assert session.ask("hold", seconds=5.0) == {"held": True}
+    with Client(str(fake.path)) as client:
+        assert client.ask("hold", seconds=5.0) == {"until_at": 205.0}
     assert fake.commands().count("hold") == 4
+
+
+def test_after_a_short_wait_to_come_back_an_answer_has_its_usual_time(fake: Fake) -> None:
+    """As after a stop, when a guard has started the protector again."""
+    with Client(str(fake.path)) as client:
+        fake.cut_all()
+        client.again(0.2)
+
+        def answer(*_: object) -> Message:
+            time.sleep(0.5)
+            return {"workers": 3}
+
+        fake.answers["scale"] = answer
+
+        assert client.request("scale", to=3) == {"workers": 3}
 
 
 def test_a_survey_asks_all_at_once(tmp_path: Path) -> None:

@@ -14,7 +14,17 @@ import pytest
 
 from tests.running import DEADLINE_S, Lines
 from tests.unit.ctl.conftest import COMMAND, Said
-from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
+from tests.unit.ctl.fake import (
+    Connection,
+    Fake,
+    Message,
+    Refusing,
+    crash,
+    generation,
+    reload,
+    status,
+    worker,
+)
 
 Ctl = Callable[..., Said]
 
@@ -27,16 +37,6 @@ def reloading(fake: Fake, then: Callable[[Connection], None], promised: int = 9)
         then(connection)
 
     fake.answers["reload"] = answer
-
-
-def ended(number: int, result: str, reason: str = "") -> Message:
-    return {
-        "generation": number,
-        "result": result,
-        "reason": reason,
-        "began_at": 150.0,
-        "ended_at": 151.0,
-    }
 
 
 def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, ctl: Ctl) -> None:
@@ -150,7 +150,7 @@ def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) ->
 
 def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
-        fake.status["reloads"] = [ended(9, "reloaded")]
+        fake.status["reloads"] = [reload(9, "reloaded")]
         connection.cut()
 
     reloading(fake, then)
@@ -163,10 +163,9 @@ def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl
 
 def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
-        fake.status["reloads"] = [ended(9, "failed", "not ready within 1 s")]
-        fake.answers["crashes"] = lambda *_: {
-            "crashes": [{"generation": 9, "last_words": "no database\n"}]
-        }
+        fake.status["reloads"] = [reload(9, "failed", "not ready within 1 s")]
+        crashes = [crash(generation=9, last_words="no database\n")]
+        fake.answers["crashes"] = lambda *_: {"crashes": crashes}
         connection.cut()
 
     reloading(fake, then)
@@ -188,19 +187,19 @@ def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
         ) -> Message | None:
             asked.append(message)
             if len(asked) == 1:
-                fake.status["reloads"] = [ended(8, "reloaded")]
+                fake.status["reloads"] = [reload(8, "reloaded")]
                 if heard:
-                    fake.status["reloads"].append(ended(9, "running"))
+                    fake.status["reloads"].append(reload(9, "running"))
                 connection.cut()
                 return None
-            fake.status["reloads"].append(ended(9, "reloaded"))
+            fake.status["reloads"].append(reload(9, "reloaded"))
             return {"generation": 9}
 
-        fake.status["reloads"] = [ended(8, "reloaded")]
+        fake.status["reloads"] = [reload(8, "reloaded")]
         fake.answers["reload"] = answer
         if heard:
             threading.Timer(
-                0.5, lambda: fake.status["reloads"].append(ended(9, "reloaded"))
+                0.5, lambda: fake.status["reloads"].append(reload(9, "reloaded"))
             ).start()
 
         assert ctl("reload").status == 0
@@ -208,7 +207,7 @@ def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
 
 
 def test_nobody_who_comes_back_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
-    monkeypatch.setattr("socketprotector.ctl.session.RETURN_S", 0.2)
+    monkeypatch.setattr("socketprotector.ctl.client.RETURN_S", 0.2)
     reloading(fake, lambda _: threading.Thread(target=fake.end).start())
 
     said = ctl("reload")
@@ -223,7 +222,7 @@ def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any
         fake.status["phase"] = "stopping"
         threading.Thread(target=fake.end).start()
 
-    monkeypatch.setattr("socketprotector.ctl.session.RETURN_S", 0.2)
+    monkeypatch.setattr("socketprotector.ctl.client.RETURN_S", 0.2)
     reloading(fake, then)
 
     said = ctl("reload")

@@ -25,7 +25,9 @@ DEFAULT = "127.0.0.1:9517"
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option("--name", multiple=True, help="The instance of that --name; repeatable.")
 @click.option("--control", multiple=True, metavar="PATH", help="The one with this control socket.")
-@click.option("--all", "everybody", is_flag=True, help="All instances, later ones too.  [default]")
+@click.option(
+    "--all", "all_instances", is_flag=True, help="All instances, later ones too.  [default]"
+)
 @click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
 @click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
 @click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
@@ -33,13 +35,13 @@ DEFAULT = "127.0.0.1:9517"
 def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
     /metrics, /healthz, /readyz.  docs/metrics.md lists the metrics."""
-    if given["everybody"] and (given["name"] or given["control"]):
+    if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")
     for name in given["name"]:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
     try:
-        from .collector import ProtectorCollector, Targets
+        from .collector import ProtectorCollector
         from .http import Server
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "prometheus_client":
@@ -49,9 +51,10 @@ def _command(**given: Any) -> int:
         ) from error
     host, port = _address(given["listen"])
     tls = _tls(given["tls_cert"], given["tls_key"])
-    wanted = Targets(tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"])))
+    # Each once: a name that is given twice would be two series with the same labels.
+    names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
     try:
-        server = Server((host, port), ProtectorCollector(wanted), tls)
+        server = Server((host, port), ProtectorCollector(names, paths), tls)
     except OSError as error:
         raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
     with server:
@@ -88,7 +91,8 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
         except OSError as error:
             raise UsageError(f"{option} {file}: {error.strerror}") from error
     try:
-        context.load_cert_chain(cert, key, password=_no_password)
+        # Without a password given OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(cert, key, password="")
     except (ssl.SSLError, ValueError) as error:
         said = f"--tls-cert {cert}" + (f" --tls-key {key}" if key else "")
         raise UsageError(
@@ -97,18 +101,13 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
     return context
 
 
-def _no_password() -> str:
-    """No terminal to type one in."""
-    return ""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run until it is stopped.  Returns the exit status.
 
     arguments: of the command line; the process's own by default.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _ended)
+        signal.signal(number, lambda *_: sys.exit(0))
     try:
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.exceptions.Exit as error:
@@ -120,10 +119,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Refusal as error:
         _say(str(error))
         return error.status
-
-
-def _ended(number: int, frame: object) -> None:
-    sys.exit(0)
 
 
 def _say(text: str) -> None:

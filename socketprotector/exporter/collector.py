@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
@@ -21,20 +20,8 @@ from .metrics import MetricSet, serves
 ANSWER_S = 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """The instances named on the command line; none: all there are."""
-
-    names: tuple[str, ...] = ()
-    paths: tuple[str, ...] = ()
-
-    def sockets(self) -> tuple[list[tuple[str, str]], Sequence[str]]:
-        """Return name and path ("": not found) of those asked for by name; the others' paths."""
-        paths = self.paths if self.names or self.paths else discovery.sockets()
-        return [(name, _by_name(name)) for name in self.names], paths
-
-
 def _by_name(name: str) -> str:
+    """Return the path of its control socket, or "" where there is none."""
     try:
         return discovery.by_name(name)
     except (NoProtector, UsageError):
@@ -51,15 +38,17 @@ def _labels(found: Sequence[SocketAnswer]) -> list[str]:
 
 
 class ProtectorCollector(Collector):
-    """Asks all that are wanted, and remembers what must not be forgotten."""
+    """Asks the instances at each scrape, and remembers their counts."""
 
-    def __init__(self, wanted: Targets) -> None:
-        self._wanted = wanted
+    def __init__(self, names: Sequence[str] = (), paths: Sequence[str] = ()) -> None:
+        """Of the instances with these names or control sockets; without any, of all there are."""
+        self._names = names
+        self._paths = paths
         self._totals: dict[str, Counters] = {}  # by the path of the control socket
         self._alone = threading.Lock()
 
     def collect(self) -> list[Metric]:
-        """Ask everybody, and return what they say as metrics."""
+        """Ask all, and return their answers as metrics."""
         series = MetricSet()
         # One scrape after the other: an answer that is older must not be counted after a newer.
         with self._alone:
@@ -87,12 +76,13 @@ class ProtectorCollector(Collector):
         return [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
 
     def _ask(self) -> list[tuple[str, SocketAnswer | None]]:
-        named, paths = self._wanted.sockets()
-        found = ask_all([*(path for _, path in named if path), *paths], within_s=ANSWER_S)
+        paths = self._paths if self._names or self._paths else discovery.sockets()
+        named = [_by_name(name) for name in self._names]
+        found = ask_all([*filter(None, named), *paths], within_s=ANSWER_S)
         by_path = {each.path: each for each in found}
         others = [by_path[path] for path in paths]
         return [
-            *((name, by_path.get(path)) for name, path in named),
+            *zip(self._names, map(by_path.get, named), strict=True),
             *zip(_labels(others), others, strict=True),
         ]
 

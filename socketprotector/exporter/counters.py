@@ -1,12 +1,13 @@
-"""Counts that only grow, made of what a status tells of generations and reloads that come and go.
+"""Counts that only grow, made of the generations and reloads in a status, which come and go.
 
-A generation that is gone has left the status, and what it counted with it; a status has the last
+A generation that is gone has left the status, and its counts with it; a status has the last
 ten reloads.  So what was seen is remembered here, for each instance.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import operator
+from collections.abc import Callable, Iterable
 
 from ..ctl.fields import Status, label, listed, measure
 
@@ -14,30 +15,10 @@ from ..ctl.fields import Status, label, listed, measure
 COUNTED = ("accepted", "finished", "errors", "lost")
 RESULTS = ("reloaded", "failed")
 BUCKETS = 32
+_BUCKETS = [str(bucket) for bucket in range(BUCKETS)]
 
-
-@dataclass(slots=True)
-class _Generation:
-    counts: dict[str, float] = field(default_factory=dict)
-    waits: list[float] | None = None
-
-    def see(self, told: Status) -> None:
-        for name in COUNTED:
-            value = measure(told, name)
-            if value is not None:
-                # Workers write these: one that counts backwards must not take us along.
-                self.counts[name] = max(value, self.counts.get(name, 0.0))
-        waits = _waits(told)
-        if waits is not None:
-            before = self.waits or [0.0] * BUCKETS
-            self.waits = [max(pair) for pair in zip(waits, before, strict=True)]
-
-    def add(self, other: _Generation) -> None:
-        for name, value in other.counts.items():
-            self.counts[name] = self.counts.get(name, 0.0) + value
-        if other.waits is not None:
-            before = self.waits or [0.0] * BUCKETS
-            self.waits = [a + b for a, b in zip(other.waits, before, strict=True)]
+#: The counts of a generation: some of COUNTED, and either all of _BUCKETS or none.
+_Counts = dict[str, float]
 
 
 class Counters:
@@ -49,8 +30,8 @@ class Counters:
         self.last_result: str | None = None
         self.forwarded: float | None = None
         self._started_at: float | None = None
-        self._gone = _Generation()
-        self._living: dict[tuple[float, float], _Generation] = {}
+        self._gone: _Counts = {}
+        self._living: dict[tuple[float, float], _Counts] = {}
         self._reloads: set[tuple[float, float]] = set()
 
     def see(self, status: Status) -> None:
@@ -59,21 +40,21 @@ class Counters:
         self._see_generations(status)
         self._see_reloads(status)
 
-    @property
-    def _all(self) -> _Generation:
-        found = _Generation()
-        for each in (self._gone, *self._living.values()):
-            found.add(each)
-        return found
-
     def count(self, name: str) -> float | None:
         """Return one of COUNTED over all generations; None where workers do not count."""
-        return self._all.counts.get(name)
+        return self._all().get(name)
 
     @property
     def waits(self) -> list[float] | None:
         """How many connections waited how long: as in a status, bucket n is below 2^n us."""
-        return self._all.waits
+        found = self._all()
+        return [found[bucket] for bucket in _BUCKETS] if _BUCKETS[0] in found else None
+
+    def _all(self) -> _Counts:
+        found = self._gone
+        for each in self._living.values():
+            found = _merged(found, each, operator.add)
+        return found
 
     def _see_forwarded(self, status: Status) -> None:
         forwarded, started_at = measure(status, "forwarded"), measure(status, "started_at")
@@ -85,37 +66,46 @@ class Counters:
             self.forwarded = max(forwarded, self.forwarded or 0.0)
 
     def _see_generations(self, status: Status) -> None:
-        there: dict[tuple[float, float], _Generation] = {}
-        for told in listed(status, "generations"):
+        there: dict[tuple[float, float], _Counts] = {}
+        for each in listed(status, "generations"):
             # The number alone begins anew with a new protector.
-            key = (measure(told, "number") or 0.0, measure(told, "opened_at") or 0.0)
-            there[key] = self._living.pop(key, _Generation())
-            there[key].see(told)
-        for each in self._living.values():
-            self._gone.add(each)
+            key = (measure(each, "number") or 0.0, measure(each, "opened_at") or 0.0)
+            # Workers write these: one that counts backwards must not take us along.
+            there[key] = _merged(self._living.pop(key, {}), _counts(each), max)
+        for gone in self._living.values():
+            self._gone = _merged(self._gone, gone, operator.add)
         self._living = there
 
     def _see_reloads(self, status: Status) -> None:
         there = set()
-        for told in listed(status, "reloads"):
-            result = label(told, "result")
+        for each in listed(status, "reloads"):
+            result = label(each, "result")
             if result not in RESULTS:
                 continue  # it runs
-            key = (measure(told, "generation") or 0.0, measure(told, "began_at") or 0.0)
+            key = (measure(each, "generation") or 0.0, measure(each, "began_at") or 0.0)
             there.add(key)
             self.last_result = result
             if key not in self._reloads:
                 self.reloads[result] += 1
-            ended = measure(told, "ended_at")
+            ended = measure(each, "ended_at")
             if result == "reloaded" and ended is not None:
                 self.last_success_at = max(ended, self.last_success_at or 0.0)
         self._reloads = there
 
 
-def _waits(told: Status) -> list[float] | None:
-    waited = told.get("wait_us")
+def _counts(generation: Status) -> _Counts:
+    waited = generation.get("wait_us")
     buckets = waited.get("buckets") if isinstance(waited, dict) else None
-    if not isinstance(buckets, list) or len(buckets) != BUCKETS:
-        return None
-    counts = [measure({"": each}, "") for each in buckets]
-    return None if None in counts else [each or 0.0 for each in counts]
+    waits: _Counts = {}
+    if isinstance(buckets, list) and len(buckets) == BUCKETS:
+        waits = _measures(dict(zip(_BUCKETS, buckets, strict=True)), _BUCKETS)
+    return _measures(generation, COUNTED) | (waits if len(waits) == BUCKETS else {})
+
+
+def _measures(message: Status, names: Iterable[str]) -> _Counts:
+    return {name: value for name in names if (value := measure(message, name)) is not None}
+
+
+def _merged(one: _Counts, other: _Counts, by: Callable[[float, float], float]) -> _Counts:
+    names = one.keys() | other.keys()
+    return {name: by(one.get(name, 0.0), other.get(name, 0.0)) for name in names}

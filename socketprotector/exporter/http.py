@@ -70,7 +70,7 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away is no news."""
+        """Ignore it: a client has gone away."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -110,4 +110,4 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: one line a scrape says nothing to anybody."""
+        """Log nothing: there is a request for each scrape."""

@@ -18,9 +18,9 @@ from prometheus_client.core import Metric
 from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from socketprotector.exporter.collector import ProtectorCollector, Targets
+from socketprotector.exporter.collector import ProtectorCollector
 from tests.running import DEADLINE_S
-from tests.unit.ctl.fake import Fake, status
+from tests.unit.ctl.fake import Fake, listener, status
 from tests.unit.exporter.conftest import COMMAND, Exporter
 
 Start = Callable[..., Exporter]
@@ -127,7 +127,7 @@ def test_ready_means_that_every_instance_serves(
 def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
-    assert ProtectorCollector(Targets()).unready() == ["no protector has a control socket"]
+    assert ProtectorCollector().unready() == ["no protector has a control socket"]
 
 
 def test_counts_go_on_over_scrapes(exporter: Start, fakes: Callable[[str], Fake]) -> None:
@@ -158,7 +158,7 @@ def test_an_instance_is_called_by_its_name_and_its_listener_where_two_have_one(
 ) -> None:
     fakes("8000").status.update(name="shop")  # as an older protector's socket was called
     for key, port in (("web", 80), ("web:81", 81)):
-        fakes(key).status.update(name="web", listeners=[{"address": f"tcp:0.0.0.0:{port}"}])
+        fakes(key).status.update(name="web", listeners=[listener(f"tcp:0.0.0.0:{port}")])
 
     values = scraped(exporter())
 

@@ -354,6 +354,18 @@ def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:
     assert (said.status, said.err) == (100, "socketprotectorctl: no reload while stopping\n")
 
 
+def test_a_user_who_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) -> None:
+    def answer(_: Connection, __: Message) -> Message:
+        raise Refusing("denied", "not for this user")
+
+    fake.answers["events"] = answer
+
+    said = ctl("reload", "--json")
+
+    assert said.status == 100
+    assert json.loads(said.out)["result"] == "refused"
+
+
 def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda _: None)
 

@@ -11,19 +11,25 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from .channel import Channel
-    from .connection import Connection
-    from .errors import Drained, OutOfDescriptors, ProtocolError
-    from .listener import Listener
-    from .process import draining, listener_of, on_drain, ready
-    from .sd_notify import notify
-    from .server import SocketServer
-    from .serving import connections, serve
-    from .streams import aserve
+    from .channel import Channel as Channel
+    from .connection import Connection as Connection
+    from .errors import Drained as Drained
+    from .errors import OutOfDescriptors as OutOfDescriptors
+    from .errors import ProtocolError as ProtocolError
+    from .listener import Listener as Listener
+    from .process import draining as draining
+    from .process import listener_of as listener_of
+    from .process import on_drain as on_drain
+    from .process import ready as ready
+    from .sd_notify import notify as notify
+    from .server import SocketServer as SocketServer
+    from .serving import connections as connections
+    from .serving import serve as serve
+    from .streams import aserve as aserve
 
 __version__ = "0.1.0"
 
-#: Public name -> its module.  Loaded at first use: the protector wants only `wire` of this
+#: Public name -> its module.  Loaded at first use: the protector needs only `wire` of this
 #: package in its memory, and a blocking daemon no asyncio.
 _HOMES = {
     "Channel": "channel",
@@ -43,29 +49,12 @@ _HOMES = {
     "serve": "serving",
 }
 
-__all__ = [
-    "Channel",
-    "Connection",
-    "Drained",
-    "Listener",
-    "OutOfDescriptors",
-    "ProtocolError",
-    "SocketServer",
-    "aserve",
-    "connections",
-    "draining",
-    "listener_of",
-    "notify",
-    "on_drain",
-    "ready",
-    "serve",
-]
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{home}", __name__), name)
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -1,9 +1,9 @@
 """The process that accepts for a SocketServer: from the backlog into the queue, nothing else.
 
 A process of its own, not a thread: a program that forks must have no thread, or its
-children inherit locks that nobody will ever release.  It begins with a fresh interpreter and
+children inherit locks that are never released.  It begins with a fresh interpreter and
 nothing but the descriptors below, and ends when the parent's line does, however that
-comes about.  Then nobody new gets in, and who has connected is still queued.
+comes about.  Then no new client gets in, and those that have connected are still queued.
 
 Rule: holds one connection at most.  While the queue is full the backlog holds the rest.
 
@@ -22,7 +22,7 @@ import socket
 import struct
 import sys
 import time
-from typing import Mapping, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 from . import wire
 from .source import NOTHING_TO_ACCEPT
@@ -42,18 +42,18 @@ MESSAGE_CHARGE_BYTES = 768
 # How soon to look again while the system is short of something.
 _RETRY_S = 0.05
 # Handshakes that are under way at the stop finish in so long, or begin again.
-_QUIET_S = 0.2
-# Looks in a row that find somebody, after which the stop is over all the same: where the
-# system does not let us refuse new ones they might come for ever.
-_BUSY_LOOKS = 50
+_QUIET_MS = 200
+# So many are queued after the stop, more than a backlog holds: where the system does not let us
+# refuse new clients they might come for ever.
+_MOST_AT_STOP = 1 << 16
 # Connections of one listener in one go; then the others, and the parent, have their turn.
 _BURST = 64
 
-# What sending says once nobody can take any more.
+# The errors of sending once no process can take any more.
 _BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 
 _SO_ATTACH_FILTER = 26
-# Drops segments with SYN and without ACK and passes the rest, so that nobody new comes
+# Drops segments with SYN and without ACK and passes the rest, so that no client begins to connect
 # while handshakes that are under way finish.
 _NO_NEW_CLIENTS = b"".join(
     struct.pack("HBBI", *instruction)
@@ -67,34 +67,29 @@ _NO_NEW_CLIENTS = b"".join(
 )
 
 
-def arguments(parent_fd: int, queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
-    """Return the arguments for PROGRAM; the names of the listeners are for `ps`."""
+def arguments(queue_fd: int, listeners: Mapping[int, str]) -> list[str]:
+    """Return the arguments for PROGRAM; the names of the listeners are for `ps`.
+
+    Its standard input is the parent's line.
+    """
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return [
-        package,
-        str(parent_fd),
-        str(queue_fd),
-        *(f"{fd}={name}" for fd, name in listeners.items()),
-    ]
+    return [package, str(queue_fd), *(f"{fd}={name}" for fd, name in listeners.items())]
 
 
 def main() -> None:
     """Accept until the parent's line ends, then empty the backlog and exit."""
     # Its end follows from the parent's; a signal to all processes of a service must not
-    # cut off who waits.
+    # cut off clients that wait.
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent_fd, queue_fd, *listeners = sys.argv[2:]
-    acceptor = _Acceptor(
-        socket.socket(fileno=int(parent_fd)),
-        socket.socket(fileno=int(queue_fd)),
-        [socket.socket(fileno=int(one.partition("=")[0])) for one in listeners],
-    )
+    numbers = [0, *(int(word.partition("=")[0]) for word in sys.argv[2:])]
+    parent, queue, *listeners = (socket.socket(fileno=number) for number in numbers)
+    acceptor = _Acceptor(parent, queue, listeners)
     try:
         acceptor.accept_for_parent()
         acceptor.empty()
     except BrokenPipeError:
-        pass  # nobody is left who could take a connection
+        pass  # no process is left that could take a connection
     finally:
         acceptor.close()
 
@@ -108,35 +103,31 @@ class _Acceptor:
         self._parent = parent
         self._queue = queue
         self._listeners = {one.fileno(): (index, one) for index, one in enumerate(listeners)}
-        self._hand: Optional[tuple[bytes, socket.socket]] = None  # accepted, and no room for it
+        self._pending: Optional[tuple[bytes, socket.socket]] = None  # accepted, and no room for it
         self._shortage = 0  # errno of what the system is short of
 
     def accept_for_parent(self) -> None:
         """Move connections until the parent's line ends.  Raises BrokenPipeError."""
         self._parent.send(b"\0")  # the parent waits for it
-        while True:
-            ready = self._wait(None, self._parent.fileno())
-            if self._parent.fileno() in ready:
-                return
+        parent = self._parent.fileno()
+        while parent not in (ready := self._wait([parent, *self._listeners])):
             self._move(ready)
 
     def empty(self) -> None:
-        """Let nobody new in, and move who has connected.  Raises BrokenPipeError."""
+        """Let no new client in, and move those that have connected.  Raises BrokenPipeError."""
         for _, listener in self._listeners.values():
             _refuse_new(listener)
-        # A UNIX socket knows no handshake.
-        shakes_hands = any(one.family != socket.AF_UNIX for _, one in self._listeners.values())
-        looks_left = _BUSY_LOOKS
-        while looks_left:
-            moved = self._move(list(self._listeners))
-            if self._hand is not None or self._shortage:
-                self._wait(None)
+        # A UNIX socket has no handshake, and stays readable once it was shut down.
+        over_tcp = [fd for fd, (_, one) in self._listeners.items() if one.family != socket.AF_UNIX]
+        left = _MOST_AT_STOP
+        while left > 0:
+            moved = self._move(self._listeners)
+            left -= moved
+            if moved or self._shortage:
                 continue
-            if moved:
-                looks_left -= 1
-                continue
-            # Readable for ever is what was shut down: only who shakes hands is waited for.
-            if not shakes_hands or not self._wait(_QUIET_S):
+            if self._pending is not None:
+                self._wait([])
+            elif not over_tcp or not self._wait(over_tcp, _QUIET_MS):
                 return
 
     def close(self) -> None:
@@ -148,78 +139,66 @@ class _Acceptor:
                 pass  # was shut down already
             end.close()
 
-    def _wait(self, timeout_s: Optional[float], *also: int) -> list[int]:
-        """Wait until there is something to do; return what is readable."""
+    def _wait(self, fds: Iterable[int], timeout_ms: Optional[int] = None) -> list[int]:
+        """Return those of fds that are readable; while the queue is full, no listeners."""
         poll = select.poll()
-        for fd in also:
-            poll.register(fd, select.POLLIN)
-        if self._shortage:
-            timeout_s = _RETRY_S
-        elif self._hand is not None:
+        if self._pending is not None:
             poll.register(self._queue, select.POLLOUT)
-        else:
-            for fd, (_, listener) in self._listeners.items():
-                if listener.family != socket.AF_UNIX or also:
-                    poll.register(fd, select.POLLIN)
-        found = [fd for fd, _ in poll.poll(None if timeout_s is None else timeout_s * 1000)]
-        # After a shortage nobody has said which: all are looked at.
-        return found or list(self._listeners) if self._shortage else found
+        for fd in fds:
+            if self._pending is None or fd not in self._listeners:
+                poll.register(fd, select.POLLIN)
+        return [fd for fd, _ in poll.poll(timeout_ms)]
 
-    def _move(self, fds: Sequence[int]) -> int:
+    def _move(self, fds: Iterable[int]) -> int:
         """Accept from the listeners among fds and queue; return how many came."""
-        was_short, self._shortage = self._shortage, 0
         moved = 0
         try:
-            if self._send():
-                for fd in fds:
-                    if fd in self._listeners:
-                        moved += self._move_from(*self._listeners[fd])
-        except BrokenPipeError:
-            raise
+            for fd in self._listeners.keys() & fds:
+                for _ in range(_BURST):
+                    if not self._send() or not self._accept(*self._listeners[fd]):
+                        break
+                    moved += 1
+            self._send()
+            self._shortage = 0
         except OSError as error:
+            if error.errno in _BROKEN:
+                raise BrokenPipeError from error
+            if self._shortage != error.errno:  # once, not each time it is tried
+                _log.error("cannot accept: %s; trying again", error.strerror)
             self._shortage = error.errno or errno.EIO
-            if self._shortage != was_short:  # once, not each time it is tried
-                _log.error("cannot accept: %s; trying again", os.strerror(self._shortage))
+            time.sleep(_RETRY_S)
         return moved
 
-    def _move_from(self, index: int, listener: socket.socket) -> int:
-        for moved in range(_BURST):
-            try:
-                connection, _ = listener.accept()
-            except OSError as error:
-                # EINVAL: it was shut down, and nobody waits there any more.
-                if error.errno in NOTHING_TO_ACCEPT or error.errno == errno.EINVAL:
-                    return moved
-                raise
-            header = wire.HEADER.pack(
-                wire.VERSION, wire.KIND_CONNECTION, index, 0, time.monotonic_ns()
-            )
-            self._hand = header, connection
-            if not self._send():
-                return moved + 1
-        return _BURST
+    def _accept(self, index: int, listener: socket.socket) -> bool:
+        """Have one connection pending; return whether there was one."""
+        try:
+            connection, _ = listener.accept()
+        except OSError as error:
+            # EINVAL: it was shut down, and no client waits there any more.
+            if error.errno in NOTHING_TO_ACCEPT or error.errno == errno.EINVAL:
+                return False
+            raise
+        header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, time.monotonic_ns())
+        self._pending = header, connection
+        return True
 
     def _send(self) -> bool:
-        """Queue what is in hand; return whether the hand is empty."""
-        if self._hand is None:
+        """Queue what is pending; return whether nothing is any more."""
+        if self._pending is None:
             return True
-        header, connection = self._hand
+        header, connection = self._pending
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [connection.fileno()]))]
         try:
             self._queue.sendmsg([header], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return False
-        except OSError as error:
-            if error.errno in _BROKEN:
-                raise BrokenPipeError from error
-            raise
-        self._hand = None
+        self._pending = None
         connection.close()
         return True
 
 
 def _refuse_new(listener: socket.socket) -> None:
-    """Let nobody new connect; who has connected can still be accepted."""
+    """Let no new client connect; those that have can still be accepted."""
     if listener.family == socket.AF_UNIX:
         # In this order: once connections are refused, another may take the path for its own.
         path = listener.getsockname()
@@ -227,7 +206,7 @@ def _refuse_new(listener: socket.socket) -> None:
             try:
                 os.unlink(path)
             except OSError:
-                pass  # somebody else has removed it
+                pass  # it was removed already
         listener.shutdown(socket.SHUT_RD)
         return
     program = array.array("B", _NO_NEW_CLIENTS)

@@ -44,7 +44,7 @@ def resolve(address: ListenAddress) -> list[list[Endpoint]]:
         host, port = address
         # A pair is one address, unless it is two.
         if isinstance(host, str) and isinstance(port, int):
-            return [_resolve_tcp(host, port)]
+            return [_resolve_one(f"[{host}]:{port}")]
     return [endpoints for one in address for endpoints in resolve(one)]
 
 
@@ -62,23 +62,25 @@ def _resolve_one(address: OneAddress) -> list[Endpoint]:
         raise ValueError(
             f"cannot listen on {address!r}: expected PORT, HOST:PORT, [HOST6]:PORT or unix:PATH"
         )
-    return _resolve_tcp(host[1:-1] if host.startswith("[") else host, int(port))
-
-
-def _resolve_tcp(host: str, port: int) -> list[Endpoint]:
+    host = host[1:-1] if host.startswith("[") else host
     if not host:
         everywhere = ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::"))
-        return [Endpoint(family, (any_host, port)) for family, any_host in everywhere]
+        return [Endpoint(family, (any_host, int(port))) for family, any_host in everywhere]
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     return [Endpoint(family, sockaddr) for family, _, _, _, sockaddr in dict.fromkeys(found)]
 
 
-def listen(address: ListenAddress, backlog: int) -> list[socket.socket]:
+def listen(address: Optional[ListenAddress], backlog: int) -> list[socket.socket]:
     """Bind and listen on every endpoint of address; return the sockets, non-blocking.
 
     The caller owns them.  A stale UNIX socket is replaced, a live one is not.
-    Raises what `resolve` raises, and OSError if one cannot be bound; then none is.
+    Raises ValueError for None, what `resolve` raises, and OSError if one cannot be bound; then
+    none is.
     """
+    if address is None:
+        raise ValueError(
+            "cannot tell where to listen: there is no protector and no address was given"
+        )
     sockets: list[socket.socket] = []
     try:
         for endpoints in resolve(address):
@@ -89,32 +91,28 @@ def listen(address: ListenAddress, backlog: int) -> list[socket.socket]:
     return sockets
 
 
-def _listen_together(endpoints: Sequence[Endpoint], backlog: int) -> list[socket.socket]:
+def _listen_together(
+    endpoints: Sequence[Endpoint], backlog: int, tries_left: int = _PORT_TRIES
+) -> list[socket.socket]:
     """Listen on the endpoints of one address: port 0 takes one number for all."""
-    for tries_left in reversed(range(_PORT_TRIES)):
-        sockets: list[socket.socket] = []
-        port = 0
-        try:
-            for family, address in endpoints:
-                if family != socket.AF_UNIX and not address[1]:
-                    address = (address[0], port, *address[2:])
-                try:
-                    listener = _listen_on(family, address, backlog)
-                except OSError as error:
-                    # No IPv6 on this machine: the addresses before it do.
-                    if sockets and error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        continue
+    sockets: list[socket.socket] = []
+    try:
+        for family, address in endpoints:
+            if sockets and not address[1]:  # (a UNIX socket is the only one of its address)
+                address = (address[0], sockets[-1].getsockname()[1], *address[2:])
+            try:
+                sockets.append(_listen_on(family, address, backlog))
+            except OSError as error:
+                # No IPv6 on this machine: the addresses before it do.
+                if not sockets or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
-                sockets.append(listener)
-                if family != socket.AF_UNIX:
-                    port = listener.getsockname()[1]
-            return sockets
-        except OSError as error:
-            close_all(sockets)
-            port_was_chosen = bool(sockets) and not endpoints[0].address[1]
-            if error.errno != errno.EADDRINUSE or not port_was_chosen or not tries_left:
-                raise
-    raise AssertionError("unreachable")
+    except OSError as error:
+        close_all(sockets)
+        port_was_chosen = sockets and not endpoints[0].address[1]
+        if error.errno != errno.EADDRINUSE or not port_was_chosen or not tries_left:
+            raise
+        return _listen_together(endpoints, backlog, tries_left - 1)
+    return sockets
 
 
 def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
@@ -129,13 +127,12 @@ def _listen_on(family: int, address: Any, backlog: int) -> socket.socket:
         listener.bind(address)
         listener.listen(backlog)
         listener.setblocking(False)
-    except BaseException as error:
+    except OSError as error:
         listener.close()
-        if isinstance(error, OSError):
-            reason = os.strerror(error.errno or 0)
-            where = name_of(family, address)
-            raise OSError(error.errno, f"cannot listen on {where}: {reason}") from error
-        raise
+        # (No errno: the path of a UNIX socket is too long.)
+        reason = os.strerror(error.errno) if error.errno else error
+        where = name_of(family, address)
+        raise OSError(error.errno, f"cannot listen on {where}: {reason}") from error
     return listener
 
 

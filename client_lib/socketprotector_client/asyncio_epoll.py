@@ -1,9 +1,9 @@
 """The queue in the epoll of an asyncio loop itself, so that one idle worker is woken, not all.
 
 EPOLLEXCLUSIVE has the kernel wake one of those that wait in epoll_wait.  It does not pass through
-an epoll within another: nobody waits in the inner one, so all are woken.  The descriptor that an
-intake gives to a loop is such an inner one.  So the queue itself moves into the loop's own epoll,
-and what the loop would do for that descriptor is done for the queue.
+an epoll within another: no process waits in the inner one, so all are woken.  The descriptor that
+an intake gives to a loop is such an inner one.  So the queue itself moves into the loop's own
+epoll, and what the loop would do for that descriptor is done for the queue.
 
 asyncio has no way to ask for the flag.  It is set behind its back, on the epoll whose number
 `selectors.EpollSelector.fileno` tells; where a loop has no such selector all are woken.
@@ -15,13 +15,26 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Optional
 
+from .intake import Intake
 from .wait_set import WaitSet
 
 
+def join_loop(intake: Intake, number: int) -> None:
+    """Let the running loop, which watches `number` for an intake, wait for the queue itself.
+
+    Where it cannot be, nothing is changed.
+    """
+    if intake.may_join:
+        try:
+            intake.join(_Joined(intake, number))
+        except (OSError, ValueError):
+            pass
+
+
 def reader_of(number: int) -> Optional[Any]:
-    """Return the handle by which the running loop is told of a descriptor, None if it is not."""
+    """Return the handle that the running loop has for a descriptor, None if it watches no such."""
     selector = _selector_of(asyncio._get_running_loop())
     key = selector.get_map().get(number) if selector is not None else None
     reader = key.data[0] if key is not None else None
@@ -33,33 +46,28 @@ def _selector_of(loop: Any) -> Optional[selectors.EpollSelector]:
     return selector if isinstance(selector, selectors.EpollSelector) else None
 
 
-class Joined:
-    """One descriptor in the epoll of the running loop, for as long as that watches another one."""
+class _Joined(WaitSet):
+    """The epoll of the running loop, for as long as that watches the intake's descriptor."""
 
-    def __init__(self, fd: int, number: int, left: Callable[[], None]) -> None:
-        """Do for fd what the loop does for `number`; call left when it does so no more.
+    def __init__(self, intake: Intake, number: int) -> None:
+        """Do for the queue what the loop does for `number`.
 
         Raises ValueError where that cannot be, OSError when the system is out of something.
         """
         self._loop: Any = asyncio.get_running_loop()
-        self._selector = _selector_of(self._loop)
+        selector = _selector_of(self._loop)
         self._reader = reader_of(number)
-        if self._selector is None or self._reader is None or fd in self._selector.get_map():
+        (self._fd,) = intake.source.fds
+        if selector is None or self._reader is None or self._fd in selector.get_map():
             raise ValueError("cannot join this loop")
-        self._fd, self._number, self._left = fd, number, left
-        self._set = WaitSet(of=self._selector.fileno())
+        self._intake, self._number = intake, number
+        super().__init__(of=selector.fileno())
         try:
-            self._loop.add_reader(fd, self._ready)
+            self._loop.add_reader(self._fd, self._ready)
         except BaseException:
-            self._set.close()
+            super().close()
             raise
-        self._set.remove([fd])
-
-    def add(self, fds: Iterable[int], events: int) -> None:
-        self._set.add(fds, events)
-
-    def remove(self, fds: Iterable[int]) -> None:
-        self._set.remove(fds)
+        self.remove([self._fd])
 
     def close(self) -> None:
         """Be in the loop no more."""
@@ -67,16 +75,12 @@ class Joined:
             self._loop.remove_reader(self._fd)
         except RuntimeError:
             pass  # it is closed
-        self._set.close()
-
-    def forget(self) -> None:
-        """In a forked child: the loop is the parent's, and stays as it is."""
-        self._set.close()
+        super().close()
 
     def _ready(self) -> None:
         if self._reader is not None and self._reader.cancelled():
             self._reader = reader_of(self._number)
         if self._reader is None:
-            self._left()
+            self._intake.leave_loop()
         else:
             self._reader._run()

@@ -1,6 +1,6 @@
 """The worker's end of the channel: takes one connection at a time, and nothing else.
 
-Rule: one system call for one connection, no waiting, no policy.  Whoever calls
+Rule: one system call for one connection, no waiting, no policy.  The caller of
 `take` decides when, and has a descriptor to spare.
 
 The channel's open file description is shared by all workers and the
@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 # descriptors without close-on-exec; hence recvmsg.
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
-# CMSG_SPACE of one int has room for two on 64-bit machines: the second one,
-# which nobody looks for, would stay open.
+# CMSG_SPACE of one int has room for two on 64-bit machines: the second one
+# would be received unnoticed, and stay open.
 _CONTROL_BYTES = socket.CMSG_LEN(struct.calcsize("i"))
 _FD = struct.Struct("i")
 
@@ -49,7 +49,10 @@ class Channel:
 
     def __init__(self, fd: int, listeners: tuple[str, ...] = ()) -> None:
         """Take ownership of fd; listeners are the listen addresses in index order."""
-        self._socket = Socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        # With the flag named, Python takes it for set and sets it never, which it does otherwise
+        # after socket.setdefaulttimeout.
+        kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK
+        self._socket = Socket(socket.AF_UNIX, kind, 0, fileno=fd)
         #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
         self.listeners = listeners
         #: Address family of each listener; with it `socket.socket(family, type, 0, fd)`
@@ -64,7 +67,7 @@ class Channel:
         ProtocolError if the environment names something that is no channel.
         """
         environment = read_environment(os.environ)
-        if environment is None:
+        if environment.channel_fd < 0:
             return None
         return cls(environment.channel_fd, environment.listeners)
 

@@ -1,7 +1,7 @@
 """The children that a SocketServer's parent has forked: how they begin, and that they are reaped.
 
 Signals are taken one by one where the parent waits, never in a handler: a child is forked
-at a place where nothing is half done, and no signal comes too early.
+when nothing is half done, and no signal comes too early.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 from typing import Callable, Set, Union
+
+from .worker import current
 
 _log = logging.getLogger(__name__)
 
@@ -29,29 +31,31 @@ class Children:
         self,
         work: Callable[[], object],
         count: int,
-        began: Callable[[], None],
         stop: Callable[[], None],
         is_over: Callable[[], bool],
     ) -> None:
         """Fork count children that call work; return when all have ended and is_over().
 
-        began: called once they are forked.  stop: called at SIGTERM, where the program does not
+        Says READY=1 once they are forked.  stop: called at SIGTERM, where the program does not
         handle it.  USR1 forks one more.
         """
         news = {signal.SIGCHLD, signal.SIGUSR1}
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             news.add(signal.SIGTERM)
         if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody tells of their end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or no signal comes at their end
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, news)
         try:
             for _ in range(count):
                 self._fork(work, mask)
-            began()
+            current().ready()
             while self._pids or not is_over():
                 number = signal.sigwaitinfo(news).si_signo
                 if number == signal.SIGUSR1:
-                    self._fork_one_more(work, mask)
+                    try:
+                        self._fork(work, mask)
+                    except OSError as error:
+                        _log.error("cannot fork one more child: %s", error.strerror)
                 elif number == signal.SIGTERM:
                     stop()
                 else:
@@ -63,12 +67,6 @@ class Children:
         """Send SIGTERM to all."""
         for pid in self._pids:
             os.kill(pid, signal.SIGTERM)  # not reaped yet, so the number is still theirs
-
-    def _fork_one_more(self, work: Callable[[], object], mask: _Mask) -> None:
-        try:
-            self._fork(work, mask)
-        except OSError as error:
-            _log.error("cannot fork one more child: %s", error.strerror)
 
     def _fork(self, work: Callable[[], object], mask: _Mask) -> None:
         _flush()  # or the child would write it once more
@@ -110,4 +108,4 @@ def _flush() -> None:
         try:
             stream.flush()
         except (AttributeError, OSError, ValueError):
-            pass  # there is none, or nobody reads it
+            pass  # there is none, or its reader is gone

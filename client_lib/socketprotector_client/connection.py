@@ -30,20 +30,9 @@ class Connection(Socket):
         "_entry", "_ledger", "_sockname", "accepted_at_ns", "family", "listener", "peer", "type"
     )  # fmt: skip
 
-    #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
-    listener: str
-    #: The client's address, as accept() gives it.
-    peer: Any
-    #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
-    accepted_at_ns: int
-
     # The socket's own properties look up the enum each time, for as long as accept() takes.
     family: AddressFamily
     type: SocketKind
-
-    _sockname: Any
-    _ledger: Optional[OpenConnections]
-    _entry: Optional[weakref.ref[Connection]]  # there
 
     def __init__(
         self, family: int = -1, type: int = -1, proto: int = -1, fileno: Optional[int] = None
@@ -51,8 +40,15 @@ class Connection(Socket):
         _init(self, family, type, proto, fileno)
         self.family = family if isinstance(family, AddressFamily) else super().family
         self.type = type if isinstance(type, SocketKind) else super().type
-        self.listener, self.peer, self.accepted_at_ns = "", None, 0
-        self._sockname = self._ledger = self._entry = None
+        #: Name of the listener it came through, such as `tcp:0.0.0.0:4321`.
+        self.listener = ""
+        #: The client's address, as accept() gives it.
+        self.peer: Any = None
+        #: CLOCK_MONOTONIC nanoseconds at which it was accepted.
+        self.accepted_at_ns = 0
+        self._sockname: Any = None
+        self._ledger: Optional[OpenConnections] = None
+        self._entry: Optional[weakref.ref[Connection]] = None  # in the ledger
 
     def getpeername(self) -> Any:
         """Return the client's address without asking the kernel: it stays known after a reset."""
@@ -75,7 +71,7 @@ class Connection(Socket):
             ledger.forget(self)
 
     def detach(self) -> int:
-        """Give up the descriptor, which counts as open until somebody closes it."""
+        """Give up the descriptor, which counts as open until it is closed."""
         if self._ledger is not None:
             self._ledger.follow(self)
         return super().detach()
@@ -110,8 +106,8 @@ class OpenConnections:
         self._when_collected = self._collected  # one bound method for all
         # All: by the object, or by the descriptor that was detached.
         self._open: set[Union[weakref.ref[Connection], int]] = set()
-        # Descriptor to inode, of those that ssl or others took over: nobody
-        # tells when they close them.
+        # Descriptor to inode, of those that ssl or others took over: no event
+        # says that they were closed.
         self._detached: dict[int, int] = {}
         self._look_at = 0
         #: Returns how many there are as far as is known, without asking the system.
@@ -140,7 +136,7 @@ class OpenConnections:
         return bool(self._detached)
 
     def any_unread(self) -> bool:
-        """Whether one of them has not said anything yet, or has and nobody has read it.
+        """Whether one of them has sent nothing yet, or something that was not read.
 
         For any thread; one that is closed meanwhile may be mistaken for another.
         """
@@ -156,7 +152,7 @@ class OpenConnections:
     def forget(self, connection: Connection) -> None:
         entry = connection._entry
         if entry is not None:  # another reference would cost more to make and to hash
-            connection._entry = None  # and be told of the object's end
+            connection._entry = None  # and see the object's end
             self._open.discard(entry)
         on_change = self._on_change  # (called as an attribute it would be looked up anew)
         on_change()
@@ -169,12 +165,11 @@ class OpenConnections:
             self.forget(connection)
 
     def exchange(self, connection: Connection) -> socket.socket:
-        """Return a plain socket in the connection's place, for those who take no subclass.
+        """Return a plain socket instead of the connection, for libraries that take no subclass.
 
-        Whoever sees its end calls `ended`; otherwise it is asked for.
+        Call `ended` after its end; else it is only looked for.
         """
-        family, kind, proto = connection.family, connection.type, connection.proto
-        return Socket(family, kind, proto, connection.detach())
+        return Socket(connection.family, connection.type, connection.proto, connection.detach())
 
     def ended(self) -> None:
         """One of those that must be asked has ended."""
@@ -213,15 +208,10 @@ def _is_unread(fd: int) -> bool:
     except OSError:
         return False  # it was closed just now
     try:
-        if borrowed.family == socket.AF_UNIX:
-            return False  # nobody counts there
-        told = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        found = borrowed.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
     except OSError:
-        return False  # its client is gone
+        return False  # a UNIX socket, where nothing counts, or the client is gone
     finally:
         borrowed.detach()
-    if len(told) < _TCP_INFO_BYTES:
-        return False
     # An end of file counts as one byte.
-    received: int = struct.unpack_from("Q", told, _BYTES_RECEIVED_AT)[0]
-    return received == 0
+    return len(found) == _TCP_INFO_BYTES and not any(found[_BYTES_RECEIVED_AT:])

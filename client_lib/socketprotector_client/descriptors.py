@@ -1,7 +1,7 @@
 """How many descriptors there are, and one held ready for the next connection.
 
-The kernel drops a connection that it cannot give a number to, and nobody is
-told but the receiver.  So none is taken unless one number is certainly free.
+The kernel drops a connection that it cannot give a number to, and only the receiver learns of
+it.  So none is taken unless one number is certainly free.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ LEFT_TO_PROGRAM = 64
 
 def default_limit() -> int:
     """Return how many connections this process may hold: RLIMIT_NOFILE less a reserve."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return 1 << 30
-    return max(1, soft - LEFT_TO_PROGRAM)
+    return max(1, _limit() - LEFT_TO_PROGRAM)
 
 
 def has_room(count: int) -> bool:
-    """Return whether so many descriptors are free for certain; False where nobody can tell.
+    """Return whether so many descriptors are free for certain; False where it is not known.
 
-    Linux tells how many are open as the size of /proc/self/fd since 6.2; before, it is 0.
+    Linux gives how many are open as the size of /proc/self/fd since 6.2; before, it is 0.
     """
     try:
         used = os.stat("/proc/self/fd").st_size
     except OSError:
         return False
+    return used > 0 and _limit() - used >= count
+
+
+def _limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return used > 0 and (soft == resource.RLIM_INFINITY or soft - used >= count)
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft
 
 
 class Spare:

@@ -1,8 +1,8 @@
-"""Whether this worker is draining, and who wants to be told.
+"""Whether this worker is draining, and what is called when it begins.
 
 Draining begins once and never ends.  It begins when the protector ends the
 channel or this worker's RETURN line, or at SIGTERM.  The first two are seen
-by whoever takes connections; `begun` looks for itself, so that a handler that
+where connections are taken; `begun` looks for itself, so that a handler that
 keeps every thread busy learns it too.
 """
 
@@ -26,14 +26,13 @@ class Drain:
         """Watch fds, which stay the caller's: the end of one of them begins the drain."""
         self._fds = tuple(fds)
         self._begun = False
-        self._told = False
+        self._callbacks_called = False
         self._callbacks: list[Callable[[], object]] = []
         self._lock = threading.Lock()
-        self._teller: Optional[threading.Thread] = None
-        # Never closed: a signal handler writes to it at any time, and must not
-        # hit a number that was given to another file.
-        self._wake_fd = -1
-        self._woken_fd = -1
+        self._thread: Optional[threading.Thread] = None
+        # Wakes the thread.  Never closed: a signal handler writes to it at any time, and must
+        # not hit a number that was given to another file.
+        self._pipe: Optional[tuple[int, int]] = None
         forking.register(self)
 
     def follow(self, fd: int) -> None:
@@ -44,9 +43,9 @@ class Drain:
     def begin(self) -> None:
         """Begin to drain.  May be called from a signal handler: no lock, never raises."""
         self._begun = True
-        if self._wake_fd >= 0:
+        if self._pipe is not None:
             try:
-                os.write(self._wake_fd, b"\0")
+                os.write(self._pipe[1], b"\0")
             except OSError:
                 pass  # the pipe is full, so its reader is awake already
 
@@ -54,52 +53,48 @@ class Drain:
         """Return whether no more connections will come.  One poll() until then."""
         # POLLRDHUP is there while connections are still queued, and asking
         # for it takes none.
-        if not self._begun and self._fds and _hung_up(self._fds, timeout_ms=0):
+        if not self._begun and self._fds and _hung_up(self._fds):
             self.begin()
         return self._begun
 
     def on_begin(self, callback: Callable[[], object]) -> None:
         """Call callback once when the drain begins, in a thread of this library's own.
 
-        At once, in the calling thread, if all others have been told already.
+        At once, in the calling thread, if all others have been called already.
         """
         with self._lock:
-            if not self._told:
+            if not self._callbacks_called:
                 self._callbacks.append(callback)
-                if self._teller is None:
-                    self._start_teller()
+                if self._thread is None:
+                    # Neither a signal handler nor a loop that may be busy for long may call
+                    # code that we do not know.
+                    self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                    self._thread = threading.Thread(
+                        target=self._call_back, name="socketprotector-drain", daemon=True
+                    )
+                    self._thread.start()
                 return
         callback()
 
     def finish(self) -> None:
         """Wait until the callbacks have returned, if the drain has begun."""
-        teller = self._teller
-        if self._begun and teller is not None and teller is not threading.current_thread():
-            teller.join()
+        thread = self._thread
+        if self._begun and thread is not None and thread is not threading.current_thread():
+            thread.join()
 
     def after_fork_in_child(self) -> None:
-        parents = self._wake_fd, self._woken_fd
-        self._wake_fd, self._woken_fd, self._teller, self._callbacks = -1, -1, None, []
+        parents = self._pipe or ()
+        self._pipe, self._thread, self._callbacks = None, None, []
         self._lock = threading.Lock()
         for fd in parents:
-            if fd >= 0:
-                os.close(fd)
+            os.close(fd)
 
-    def _start_teller(self) -> None:
-        # A thread, because neither a signal handler nor a loop that may be
-        # busy for long is a place to call a stranger's code from.
-        self._woken_fd, self._wake_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._teller = threading.Thread(
-            target=self._tell, name="socketprotector-drain", daemon=True
-        )
-        self._teller.start()
-
-    def _tell(self) -> None:
-        if not self._begun:
-            _hung_up(self._fds, timeout_ms=None, wake_fd=self._woken_fd)
+    def _call_back(self) -> None:
+        if not self._begun and self._pipe is not None:
+            _hung_up(self._fds, or_readable=self._pipe[0])
         self._begun = True
         with self._lock:
-            self._told = True
+            self._callbacks_called = True
             callbacks = self._callbacks
         for callback in callbacks:
             try:
@@ -108,12 +103,15 @@ class Drain:
                 _log.exception("callback %r for the drain failed", callback)
 
 
-def _hung_up(fds: Sequence[int], *, timeout_ms: Optional[int], wake_fd: int = -1) -> bool:
-    # A poll object of its own for each call: two threads cannot share one.
-    # One that waits is gevent's where gevent has patched, and wakes up by wake_fd only.
-    poll = system.poll() if timeout_ms == 0 else select.poll()
+def _hung_up(fds: Sequence[int], *, or_readable: Optional[int] = None) -> bool:
+    """Return whether one of fds has ended; with another one, wait until it has or that can be read.
+
+    A poll object of its own for each call: two threads cannot share one.
+    """
+    # One that waits is gevent's where gevent has patched, and wakes up by the other one only.
+    poll = system.poll() if or_readable is None else select.poll()
     for fd in fds:
         poll.register(fd, select.POLLRDHUP)
-    if wake_fd >= 0:
-        poll.register(wake_fd, select.POLLIN)
-    return bool(poll.poll(timeout_ms))
+    if or_readable is not None:
+        poll.register(or_readable, select.POLLIN)
+    return bool(poll.poll(0 if or_readable is None else None))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple
+from typing import Mapping, Tuple
 
 from . import wire
 from .errors import ProtocolError
@@ -23,46 +22,50 @@ _FIRST_PASSED = 3
 
 @dataclass(frozen=True)
 class Environment:
-    """A worker's place: its descriptors and what its connections' listeners are called."""
+    """A worker's descriptors, -1 where it has none, and the names of its listeners."""
 
-    channel_fd: int
-    #: This worker's own line to the protector, -1 if it has none.
-    return_fd: int
+    channel_fd: int = -1
+    #: This worker's own line to the protector.
+    return_fd: int = -1
     #: Listen addresses in index order, such as `tcp:0.0.0.0:4321`.
-    listeners: tuple[str, ...]
-    generation: int
-    worker: int
+    listeners: tuple[str, ...] = ()
     #: How many workers take from the channel, as many as there were to be at the start.
     workers: int = 1
-    #: The scoreboard's descriptor, -1 without one, and where in it this worker's record is.
-    board_fd: int = -1
-    board_offset: int = 0
+    #: The scoreboard, and where in it this worker's record is.
+    board: Tuple[int, int] = (-1, 0)
 
 
-def read_environment(environ: Mapping[str, str]) -> Optional[Environment]:
-    """Return the worker's place, or None where no protector started this process.
+def read_environment(environ: Mapping[str, str]) -> Environment:
+    """Return what a worker was given: nothing where no protector started this process.
 
     Raises ProtocolError if the variables are there but the channel is not.
     """
     if wire.ENV_CHANNEL not in environ:
-        return None
+        return Environment()
     channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
     return_fd = _number(environ, wire.ENV_RETURN, -1)
-    _check_channel(channel_fd)
-    board_fd, board_offset = _board(environ.get(wire.ENV_SCOREBOARD, ""))
-    for fd in (channel_fd, return_fd, board_fd):
+    # Variables are inherited further than descriptors.  A program started by a
+    # worker would otherwise take whatever happens to have this number.
+    if _kind_of(channel_fd)[:2] != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+        raise ProtocolError(
+            f"cannot use descriptor {channel_fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
+            f"a program that a worker starts inherits the variable but not the descriptor, "
+            f"so unset {wire.ENV_CHANNEL} for it"
+        )
+    # A worker can do without a scoreboard: what does not name one is ignored.
+    board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
+    has_board = board.isdecimal() and offset.isdecimal()
+    found = Environment(
+        channel_fd,
+        return_fd,
+        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
+        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
+        board=(int(board), int(offset)) if has_board else (-1, 0),
+    )
+    for fd in (channel_fd, return_fd, found.board[0]):
         if fd >= 0:
             os.set_inheritable(fd, False)
-    return Environment(
-        channel_fd=channel_fd,
-        return_fd=return_fd,
-        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
-        generation=_number(environ, wire.ENV_GENERATION, 0),
-        worker=_number(environ, wire.ENV_WORKER, 0),
-        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
-        board_fd=board_fd,
-        board_offset=board_offset,
-    )
+    return found
 
 
 def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
@@ -73,55 +76,30 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
     count = environ.get("LISTEN_FDS", "")
     if environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdecimal():
         return ()
-    found = tuple(fd for fd in range(_FIRST_PASSED, _FIRST_PASSED + int(count)) if _listens(fd))
+    passed = range(_FIRST_PASSED, _FIRST_PASSED + int(count))
+    found = tuple(fd for fd in passed if _kind_of(fd)[1:] == (socket.SOCK_STREAM, 1))
     for fd in found:
         os.set_inheritable(fd, False)
     return found
 
 
-def _listens(fd: int) -> bool:
+def _kind_of(fd: int) -> Tuple[int, int, int]:
+    """Return a socket's family, its type, and 1 if it listens; (-1, -1, 0) of anything else."""
+    asked = socket.SO_DOMAIN, socket.SO_TYPE, socket.SO_ACCEPTCONN
     try:
-        probe = socket.socket(fileno=fd)
-    except OSError:
-        return False  # no socket, or nothing at all
+        # As if it had the flag: socket.setdefaulttimeout would set it, for all who share it.
+        probe = Socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
+    except (OSError, ValueError):
+        return -1, -1, 0
     try:
-        listening = probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        return bool(listening) and probe.type == socket.SOCK_STREAM
+        family, kind, listens = (probe.getsockopt(socket.SOL_SOCKET, each) for each in asked)
+        return family, kind, listens
     finally:
         probe.detach()
 
 
 def _number(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name, "")
-    if not text:
-        return default
-    if not text.isdecimal():
+    if text and not text.isdecimal():
         raise ProtocolError(f"cannot use {name}={text!r}: it is not a number")
-    return int(text)
-
-
-def _board(text: str) -> Tuple[int, int]:
-    # Nothing that a worker could not do without: what is no scoreboard is none.
-    fd, _, offset = text.partition(":")
-    return (int(fd), int(offset)) if fd.isdecimal() and offset.isdecimal() else (-1, 0)
-
-
-def _check_channel(fd: int) -> None:
-    # Variables are inherited further than descriptors.  A program started by a
-    # worker would otherwise take whatever happens to have this number.
-    try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        is_socket = False
-    if is_socket:
-        probe = Socket(fileno=fd)
-        try:
-            if (probe.family, probe.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-                return
-        finally:
-            probe.detach()
-    raise ProtocolError(
-        f"cannot use descriptor {fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
-        f"a program that a worker starts inherits the variable but not the descriptor, "
-        f"so unset {wire.ENV_CHANNEL} for it"
-    )
+    return int(text or default)

@@ -4,9 +4,9 @@ A server that handles SIGTERM knows how to finish: it is sent one.  Any other
 would be killed by it in the middle of its answers; for that one the
 connections handed out are counted down, and then its accept() exits.
 
-Servers that finish close the connections on which nothing is going on.  One that was taken a
-moment ago looks like that to them, too, while its first request is still on its way, or has come
-and was not read.  Its client would be hung up on without an answer; so SIGTERM waits for those.
+Servers that finish close idle connections.  One that was taken a moment ago looks idle to them,
+too, while its first request is still on its way, or has come and was not read.  Its client would
+be disconnected without an answer; so SIGTERM waits for those.
 """
 
 from __future__ import annotations
@@ -43,16 +43,15 @@ class Leave:
     def __init__(self, intake: Intake, pid: Optional[int] = None) -> None:
         """Begin it.  Sends SIGTERM to this process if it has a handler for that.
 
-        pid: who gets it instead (a parent that ends its children by itself).
+        pid: the process that gets it instead (a parent that ends its children by itself).
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
         # None is a handler that was installed from C.
         handler = signal.getsignal(signal.SIGTERM)
         none = handler in (signal.SIG_DFL, signal.SIG_IGN) or TermWatch.is_own(handler)
-        handled = pid is not None or not none
-        self._waits = not handled
-        if not handled:
+        self._waits = pid is None and none
+        if self._waits:
             intake.await_last()
         elif not len(intake.open):
             os.kill(self._pid, signal.SIGTERM)
@@ -71,7 +70,7 @@ class Leave:
         while True:
             if self._waits and not len(self._intake.open):
                 self._exit()
-            self._intake.idle(timeout_s)
+            self._intake.waits.wait(timeout_s)
             if timeout_s is not None:
                 return
 
@@ -85,8 +84,9 @@ class Leave:
 
     def _exit(self) -> None:
         self._waits = False
-        self._intake.hush()
-        self._intake.recount()
+        self._intake.waits.hush()
+        # Those that ssl has closed were not seen to end, and would pass for lost.
+        self._intake.board.count_open()
         current().drain.finish()
         if threading.current_thread() is not threading.main_thread():
             timer = threading.Timer(_MAIN_THREAD_GRACE_S, _interrupt_main)

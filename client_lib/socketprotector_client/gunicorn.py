@@ -21,7 +21,6 @@ from functools import partial
 from typing import Any, List, Optional
 
 from . import wire
-from .exit_after_drain import Leave
 from .intake import Intake
 from .listener import Listener
 from .shared_epoll import BesideEpoll
@@ -33,12 +32,10 @@ __all__ = ["on_starting", "post_worker_init", "when_ready"]
 class _Listener(Listener):
     """What gunicorn's workers accept from."""
 
-    def _begin_leave(self) -> Leave:
-        return Leave(self._opened(), os.getppid())
-
     def sleep_for(self, worker: Any) -> None:
         """Have one of all idle workers woken for a connection: see shared_epoll.py."""
         intake = self._opened()
+        self._ended_by = os.getppid()
         poller = getattr(worker, "poller", None)
         if poller is not None:
             BesideEpoll.put(poller, "_selector", intake, self.fileno())
@@ -47,7 +44,7 @@ class _Listener(Listener):
             worker.wait = partial(_wait, worker, intake)
 
     def get_backlog(self) -> Optional[int]:
-        """Return None: the queue is the protector's, who tells of it."""
+        """Return None: the queue is the protector's, which reports it."""
         return None
 
 

@@ -1,6 +1,6 @@
 """Takes connections one at a time, counts them, and knows when to stop.
 
-Everything above (iterator, threads, asyncio, drop-in listener) asks here.  At
+All ways to get connections (iterator, threads, asyncio, drop-in listener) take from here.  At
 the limit, and after the end, the channel is simply not waited for: nothing
 spins, and no flag of the shared channel is ever touched.
 
@@ -15,7 +15,7 @@ import os
 import select
 import threading
 import time
-from typing import Callable, Iterable, Optional, Protocol, Tuple, Union
+from typing import Callable, Optional, Tuple
 
 from . import forking, system
 from .connection import Connection, OpenConnections
@@ -28,7 +28,7 @@ from .wait_set import WaitSet
 
 _log = logging.getLogger(__name__)
 
-# How soon to look again when nothing will tell that it is worth it.
+# How soon to look again when no event will say that it is worth it.
 _RETRY_S = 0.05
 
 # A look at how many descriptors are free serves so many connections in a row, where other
@@ -38,15 +38,6 @@ _ROW, _OTHERS = 32, 256
 # accept() fails with these while the system is short of something; the
 # connection waits.
 _OUT_OF_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-class Place(Protocol):
-    """Where an event loop waits for the queue itself."""
-
-    def add(self, fds: Iterable[int], events: int) -> None: ...
-    def remove(self, fds: Iterable[int]) -> None: ...
-    def close(self) -> None: ...
-    def forget(self) -> None: ...
 
 
 class Intake:
@@ -59,15 +50,14 @@ class Intake:
         limit: Optional[int],
         names: dict[int, str],
         board: Scoreboard,
-        waiting: Optional[WaitSet] = None,
     ) -> None:
         """Take ownership of source.  At most limit connections are open at once.
 
-        names: is told the listener of each connection, by descriptor.
+        names: gets the listener of each connection, by descriptor.
         board: counts them.
         """
         self.open = OpenConnections(self._changed)
-        self._board = board
+        self.board = board
         board.follow(self.open)
         self.source = source
         #: Called in a forked child after the descriptor stands for another epoll.
@@ -76,16 +66,17 @@ class Intake:
         self._limit = default_limit() if limit is None else limit
         self._names = names
         self._fds = tuple(source.fds)
-        # What is readable nearly always.
-        self._channel_alone = [*self._fds] if len(self._fds) == 1 else []
-        self._beside = -1  # another's descriptor, which `sleep` tells of
+        # What is readable nearly always; with several, what never is.
+        self._channel_alone = [*self._fds] if len(self._fds) == 1 else [-1]
+        self._beside = -1  # an event loop's descriptor, which `sleep` waits for, too
         self._orders: dict[int, Callable[[], None]] = {}
         self._ends: list[int] = []
         self._events = select.EPOLLIN | (select.EPOLLEXCLUSIVE if source.wakes_one else 0)
-        self._set = waiting or WaitSet()
-        #: Where the descriptors of the source are, while they are anywhere.
-        self._place: Union[WaitSet, Place] = self._set
-        self._place.add(self._fds, self._events)
+        self.waits = WaitSet()
+        #: The set that the source's descriptors are in while they are waited for: ours, or the
+        #: one of an event loop that waits for the queue itself.
+        self._queue_in = self.waits
+        self._queue_in.add(self._fds, self._events)
         self._paused = False
         self._stop_asked = False
         self._ended = False
@@ -97,11 +88,11 @@ class Intake:
         self._will_look_again = False
         # What get_further takes from; -1: all must be looked at first.
         self._row_fd = -1
-        # The kernel wakes who stands first; whoever has taken stands last before it waits again.
+        # The kernel wakes the first waiter; after a take ours moves to the end of the line.
         self._stands_first = False
-        # So many more find a free descriptor; -1: nobody has looked.
+        # So many more find a free descriptor; -1: not known.
         self._room = -1
-        self._spare = Spare(self._set.fileno())
+        self._spare = Spare(self.waits.fileno())
         self._spare.hold()
         self._turn = threading.Lock()
         self._pid = os.getpid()
@@ -109,7 +100,7 @@ class Intake:
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when `get` has something to do."""
-        return self._set.fileno()
+        return self.waits.fileno()
 
     def obey(self, fd: int, act: Callable[[], None]) -> None:
         """Call act from `get` when fd is readable.  fd stays the caller's.
@@ -117,7 +108,7 @@ class Intake:
         Not in a forked child: there fd is the parent's to read.
         """
         self._orders[fd] = act
-        self._set.add([fd])
+        self.waits.add([fd])
 
     def obey_end(self, fd: int) -> None:
         """Begin the drain at the end of fd, from which nothing is read.  fd stays the caller's.
@@ -126,30 +117,29 @@ class Intake:
         """
         self._ends.append(fd)
         self._orders[fd] = self.drained
-        self._set.add([fd], select.EPOLLRDHUP)
+        self.waits.add([fd], select.EPOLLRDHUP)
 
     def get(self, timeout_s: Optional[float] = None) -> Optional[Connection]:
-        """Return the next connection, None if none came within timeout_s.
+        """Wait for the next connection and return it, None if none came within timeout_s.
 
         The caller owns it.  Raises Drained once nothing more will come, and
         ProtocolError for a message of another version.
         """
         if self._pooled and self.source.wakes_one:
-            return self._get_chosen(timeout_s)
-        # One thread waits, the others wait for its place: a connection wakes
+            return self._get_chosen()
+        # One thread waits, the others wait for the lock: a connection wakes
         # one of them, not all.
         if not self._turn.acquire(timeout=-1 if timeout_s is None else timeout_s):
             return None
         try:
             self._room = -1
-            if timeout_s != 0:
-                if self._place is not self._set:
-                    self.leave_loop()
-                if self._stands_first:
-                    self._stand_last()
+            if self._queue_in is not self.waits:
+                self.leave_loop()
+            if self._stands_first:
+                self._stand_last()
             deadline = None if timeout_s is None else time.monotonic() + timeout_s
             while not self._ended:
-                connection = self._look(self._set.wait(timeout_s))
+                connection = self._look(self.waits.wait(timeout_s))
                 if connection is not None:
                     return connection
                 if deadline is not None and not self._ended:
@@ -161,18 +151,18 @@ class Intake:
             self._turn.release()
 
     def share(self) -> None:
-        """Several threads will call `get`."""
+        """Several threads will call `get`, without a timeout."""
         self._pooled = True
         if self.source.wakes_one:
-            # Of what stays readable until it is taken the kernel tells each thread in turn.
+            # Else the kernel would wake each thread in turn until the connection is taken.
             self._events |= select.EPOLLET
             self._stand_last()
-            # Who ends must be able to wake the others, without a descriptor to spare.
-            self.ring()
-            self.hush()
+            # A thread that ends must be able to wake the others, without a descriptor to spare.
+            self.waits.ring()
+            self.waits.hush()
 
     def get_now(self) -> Optional[Connection]:
-        """The same as get(0), at half the cost.  A row begins that get_further may continue."""
+        """As `get`, without waiting.  A row begins that get_further may continue."""
         if not self._turn.acquire(False):
             return None
         try:
@@ -180,7 +170,7 @@ class Intake:
                 raise Drained
             self._row_fd = self._fds[0] if len(self._fds) == 1 else -1
             self._room = -1
-            connection = self._look(self._set.wait(0))
+            connection = self._look(self.waits.wait(0))
             if connection is None and self._ended:
                 raise Drained
             return connection
@@ -206,9 +196,9 @@ class Intake:
 
     def has_more(self) -> bool:
         """Return whether `get` would have something to do."""
-        if self._set.wait(0):
+        if self.waits.wait(0):
             return True
-        if self._place is self._set or self._paused or self._ended:
+        if self._queue_in is self.waits or self._paused or self._ended:
             return False
         poll = system.poll()
         poll.register(self._fds[0], select.POLLIN)
@@ -216,70 +206,54 @@ class Intake:
 
     def rest(self) -> None:
         """The caller takes no more before its loop has turned."""
-        if self._stands_first and self._place is not self._set:
+        if self._stands_first and self._queue_in is not self.waits:
             self._stand_last()
 
     def sleep_beside(self, fd: int) -> None:
         """Have `sleep` wait for another descriptor, too, which stays the caller's."""
-        self._set.remove([self._beside])
+        self.waits.remove([self._beside])
         self._beside = fd
-        self._set.add([fd])
+        self.waits.add([fd])
 
     def sleep(self, timeout_s: Optional[float]) -> Tuple[bool, bool]:
         """Wait where one of the idle workers is woken for a connection, not all.
 
         Return whether `get` has something to do, and whether the other descriptor is readable.
         """
-        if self._place is not self._set:
+        if self._queue_in is not self.waits:
             self.leave_loop()
         if self._stands_first:
             self._stand_last()
-        ready = self._set.wait(timeout_s)
+        ready = self.waits.wait(timeout_s)
         others = self._beside in ready
         return len(ready) > others, others
 
-    def join_loop(self, number: int) -> None:
-        """Let asyncio's running loop, which watches `number` for us, wait for the queue itself.
-
-        Then one of the idle workers is woken for a connection, not all.  Where it cannot be,
-        nothing is changed.
-        """
-        if not self.may_join:
-            return
-        from .asyncio_epoll import Joined  # which needs asyncio
-
-        try:
-            self.join(Joined(self._fds[0], number, self.leave_loop))
-        except (OSError, ValueError):
-            pass
-
     @property
     def may_join(self) -> bool:
-        """Whether the queue may be waited for in another place than the set of this intake."""
-        waits = not self._ended and not self._paused and self._place is self._set
+        """Whether the queue may move into the set of an event loop."""
+        waits = not self._ended and not self._paused and self._queue_in is self.waits
         return waits and self.source.wakes_one
 
-    def join(self, place: Place) -> None:
-        """Have the queue waited for there, until `leave_loop`; takes ownership of the place."""
-        self._place = place
+    def join(self, loop: WaitSet) -> None:
+        """Have the queue waited for in the set of a loop, which becomes ours, until `leave_loop`.
+
+        Then one of the idle workers is woken for a connection, not all.
+        """
+        self._queue_in = loop
         try:
-            place.add(self._fds, self._events)
+            loop.add(self._fds, self._events)
         except OSError:
             self.leave_loop()
         else:
-            self._set.remove(self._fds)
+            self.waits.remove(self._fds)
 
     def leave_loop(self) -> None:
-        """Wait for the queue where `fileno` tells of it, as before `join_loop`."""
-        joined, self._place = self._place, self._set
-        if joined is not self._set:
+        """Wait for the queue where `fileno` tells of it, as before `join`."""
+        joined, self._queue_in = self._queue_in, self.waits
+        if joined is not self.waits:
             joined.close()
             if not self._paused and not self._ended:
-                self._set.add(self._fds, self._events)
-
-    def failed(self) -> None:
-        """A handler of one of these connections has raised."""
-        self._board.failed()
+                self.waits.add(self._fds, self._events)
 
     def ask_to_stop(self) -> None:
         """Begin the drain; take no more once `get` is awake.  Fit for a signal handler."""
@@ -295,11 +269,11 @@ class Intake:
     def interrupt(self) -> None:
         """Take no more, and let every thread that waits in `get` know."""
         self.end()
-        self.ring()
+        self.waits.ring()
 
     @property
     def may_be_silent(self) -> bool:
-        """Whether all is well though nobody waits in `get`: no more is taken, or a pool is busy."""
+        """Whether all is well though `get` is not called: no more is taken, or a pool is busy."""
         return self._ended or (self._pooled and not self._idle and not self._turn.locked())
 
     def end(self) -> None:
@@ -309,7 +283,7 @@ class Intake:
         self._ended = True
         self._row_fd = -1
         self.leave_loop()
-        self._set.remove((*self._fds, *self._orders))
+        self.waits.remove((*self._fds, *self._orders))
         self.source.close()
         self._spare.give_up()
 
@@ -318,26 +292,10 @@ class Intake:
         self._awaits_last = True
         self._look_again()
 
-    def recount(self) -> None:
-        """Write down how many connections are open, or the ended ones would pass for lost."""
-        self._board.count_open()
-
-    def idle(self, timeout_s: Optional[float]) -> None:
-        """Wait on the descriptor without taking anything."""
-        self._set.wait(timeout_s)
-
-    def ring(self) -> None:
-        """Be readable until `hush`.  Fit for a signal handler, but it may raise OSError."""
-        self._set.ring()
-
-    def hush(self) -> None:
-        """Be readable no more."""
-        self._set.hush()
-
     def close(self) -> None:
         """Take no more and close the descriptor."""
         self.end()
-        self._set.close()
+        self.waits.close()
 
     def after_fork_in_child(self) -> None:
         self._turn = threading.Lock()
@@ -346,57 +304,52 @@ class Intake:
         self._beside = -1
         self._will_look_again = False
         self._orders = dict.fromkeys(self._ends, self.drained)
-        if isinstance(self._place, WaitSet):
+        if self._queue_in is self.waits:
             self._stands_first = False
         else:
-            self._place.forget()
-            self._place = self._set
+            self._queue_in.forget()
+            self._queue_in = self.waits
         # It is a copy of the parent's epoll, and leaves a descriptor for another one.
         self._spare.give_up()
         if self._ended:
-            self._set.renew((), (), 0)
+            self.waits.renew((), (), 0)
         else:
-            self._set.renew(() if self._paused else self._fds, self._ends, self._events)
+            self.waits.renew(() if self._paused else self._fds, self._ends, self._events)
             self._spare.hold()
         if self.on_renewal is not None:
             self.on_renewal()
 
-    def _get_chosen(self, timeout_s: Optional[float]) -> Optional[Connection]:
+    def _get_chosen(self) -> Connection:
         """As `get`, where all threads wait and the kernel wakes one of them.
 
-        With a place that is passed on a second one would wake for each connection.
+        Where they wait for a lock instead, a second one would wake for each connection.
         """
         me = threading.get_ident()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while not self._ended:
             self._idle.add(me)
             try:
-                ready = self._set.wait(timeout_s)
+                ready = self.waits.wait(None)
             finally:
                 self._idle.discard(me)
             with self._turn:
                 if self._ended:
                     break
                 if ready != self._channel_alone:
-                    # What another thread may have heeded meanwhile.
-                    ready = [fd for fd in ready if fd in self._fds] + self._set.wait(0)
+                    # Another thread may have carried out the order meanwhile.
+                    ready = [fd for fd in ready if fd in self._fds] + self.waits.wait(0)
                 self._room = -1
                 connection = self._look(ready)
                 if any(fd in self._fds for fd in ready):
-                    self._stand_last()  # or what else is there would be told to nobody
+                    self._stand_last()  # or no thread would be woken for what else is there
             if connection is not None:
                 return connection
-            if deadline is not None and not self._ended:
-                timeout_s = deadline - time.monotonic()
-                if timeout_s <= 0:
-                    return None
-        self.ring()  # for the others
+        self.waits.ring()  # for the others
         raise Drained
 
     def _look(self, ready: list[int]) -> Optional[Connection]:
-        if self._place is not self._set and not self._paused:
+        if self._queue_in is not self.waits and not self._paused:
             ready += self._fds  # the loop has seen them, or may have
-        if ready and ready == self._channel_alone and not self._stop_asked:
+        if ready == self._channel_alone and not self._stop_asked:
             return self._take(ready[0])
         # Orders before connections: under load there is always a connection.
         for fd in ready:
@@ -404,7 +357,7 @@ class Intake:
                 self._orders[fd]()
         if self._stop_asked:
             self.end()
-            self._set.hush()
+            self.waits.hush()
         for fd in ready:
             if self._ended:
                 break
@@ -416,14 +369,14 @@ class Intake:
 
     def _take(self, fd: int) -> Optional[Connection]:
         if self.open.reached(self._limit):
-            self._pause()
+            self._pause(short=False)
             return None
         room = self._room
         if room > 0:
             self._room = room - 1
         else:
             if not self._spare.hold():
-                self._pause_for_resources()
+                self._pause(short=True)
                 return None
             self._spare.give_up()
         try:
@@ -435,59 +388,54 @@ class Intake:
             if error.errno not in _OUT_OF_RESOURCES:
                 raise
             _log.error("%s; trying again in %s s", error, _RETRY_S)
-            self._pause_for_resources()
+            self._pause(short=True)
             return None
         finally:
-            # Before the next one: who is woken and cannot take leaves the others asleep.
+            # Before the next one: a worker that is woken and cannot take leaves the others asleep.
             if room <= 0 and not self._ended and not self._spare.hold():
-                self._pause_for_resources()
+                self._pause(short=True)
         if connection is not None:
             self._stands_first = True
             number = connection.fileno()
             self._names[number] = connection.listener
             self.open.add(connection)
-            self._board.took(number, connection.accepted_at_ns)
+            self.board.took(number, connection.accepted_at_ns)
             if self.open.known() >= self._limit and self.open.reached(self._limit):
-                self._pause()
+                self._pause(short=False)
         return connection
 
     def _stand_last(self) -> None:
-        """Let the others who wait be woken before us; what has come meanwhile is not missed."""
+        """Let the other waiters be woken before us; what has come meanwhile is not missed."""
         self._stands_first = False
         if self.source.wakes_one and not self._paused and not self._ended:
-            self._place.remove(self._fds)
-            self._place.add(self._fds, self._events)
+            self._queue_in.remove(self._fds)
+            self._queue_in.add(self._fds, self._events)
 
-    def _pause(self) -> None:
-        """Leave further connections in the queue until one of ours is closed."""
-        self._stand_still()
-        # One may have been closed in between, and seen nothing.
-        if len(self.open) < self._limit:
-            self._resume()
-        elif self.open.must_be_asked:
-            self._look_again_later()
+    def _pause(self, *, short: bool) -> None:
+        """Leave further connections in the queue.
 
-    def _pause_for_resources(self) -> None:
-        self._stand_still()
-        self._look_again_later()
-
-    def _stand_still(self) -> None:
+        Until one of ours is closed; if the system is short of something, until it may have it.
+        """
         self._row_fd = -1
-        # In this order: whoever sees _paused adds what has been removed.
-        self._place.remove(self._fds)
+        # In this order: a thread that sees _paused adds what has been removed.
+        self._queue_in.remove(self._fds)
         self._paused = True
+        if not short and len(self.open) < self._limit:
+            self._resume()  # one was closed in between, and has seen no pause
+        elif short or self.open.must_be_asked:
+            self._look_again_later()
 
     def _resume(self) -> None:
         # Without a lock, in any thread: too early is harmless, for _take looks
         # at the count again.
         if self._paused and not self._ended and os.getpid() == self._pid:
             self._paused = False
-            self._place.add(self._fds, self._events)
+            self._queue_in.add(self._fds, self._events)
             if self._ended:  # in the meantime, by another thread
-                self._place.remove(self._fds)
+                self._queue_in.remove(self._fds)
 
     def _changed(self) -> None:
-        self._board.count_open()
+        self.board.count_open()
         if self._paused or self._awaits_last:
             self._look_again()
 
@@ -498,7 +446,7 @@ class Intake:
         if self._awaits_last and os.getpid() == self._pid:
             if not len(self.open):
                 self._awaits_last = False
-                self._set.ring()
+                self.waits.ring()
             elif self.open.must_be_asked:
                 self._look_again_later()
 

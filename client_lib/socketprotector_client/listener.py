@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 from typing import Any, Optional, Tuple
 
 from .address import ListenAddress, name_of
@@ -22,25 +21,22 @@ from .connection import Connection
 from .errors import Drained
 from .exit_after_drain import Leave
 from .intake import Intake
-from .signals import TermWatch, watch_term
-from .system import Socket
+from .signals import TermWatch
+from .system import Socket, running_asyncio
 from .worker import DEFAULT_BACKLOG, current
 
-# One for each turn of an event loop costs a third of the rate, 16 a fortieth; more gains nothing.
+# One for each turn of an event loop costs a third of the rate, 16 a fortieth; more is no gain.
 # All workers together: a row leaves the others, who are just waking up, without their share.
 _MOST = 32
 
 _AGAIN = os.strerror(errno.EAGAIN)
 
-_ANSWERS = {
-    socket.SO_ACCEPTCONN: 1,
-    socket.SO_TYPE: int(socket.SOCK_STREAM),
-    socket.SO_ERROR: 0,
-}
-
 
 class Listener(Socket):
     """A drop-in for a listening socket, with or without a protector."""
+
+    #: The process that is sent SIGTERM at the end, if not this one.
+    _ended_by: Optional[int] = None
 
     def __init__(
         self,
@@ -69,7 +65,7 @@ class Listener(Socket):
         self._counts = take is not None
         self._taken = 0
         self._said_ready = False
-        self._reader: object = None  # by which asyncio was told of us when it called accept
+        self._reader: object = None  # asyncio's handle for us when it last called accept
         self._may_join = True
         self._intake: Optional[Intake] = None
         self._leave: Optional[Leave] = None
@@ -95,7 +91,7 @@ class Listener(Socket):
         timeout_s = self.gettimeout()
         connection = None
         if self._may_join and timeout_s == 0 and not self._taken:
-            self._join_later(intake)
+            self._join_loop(intake)
         try:
             if timeout_s != 0.0:
                 connection = intake.get(timeout_s)
@@ -107,7 +103,7 @@ class Listener(Socket):
                 self._take *= 2
         except Drained:
             if self._leave is None:
-                self._leave = self._begin_leave()
+                self._leave = Leave(intake, self._ended_by)
             self._leave.proceed(timeout_s)
         if connection is None:
             self._taken = 0
@@ -123,30 +119,27 @@ class Listener(Socket):
         if self._intake is None:
             if isinstance(address, tuple):
                 # Exactly what the caller says, not what a bare port would mean.
-                host = address[0] or "0.0.0.0"
-                address = (host, address[1])
+                address = (address[0] or "0.0.0.0", address[1])
             else:
                 address = name_of(socket.AF_UNIX, address)
             self._open(address)
 
     def listen(self, backlog: int = DEFAULT_BACKLOG) -> None:
         """Say READY=1; without a protector, also set the backlog."""
-        self._leave_loop()
         intake = self._opened()
+        intake.leave_loop()  # another one may begin to use this socket
         intake.source.set_backlog(backlog)
         current().ready()
-        loop = _running_loop()
-        if loop is not None and self._may_join:
-            loop.call_soon(self._join, intake)  # it begins to watch this socket now
 
     def setblocking(self, flag: bool) -> None:
-        """Set this socket's mode, which is nobody else's.
+        """Set the mode of this socket, which no other process shares.
 
         Raises RuntimeError on uvloop, which asks for it before it accepts below Python.
         """
         if not flag:
             _refuse_uvloop()
-        self._leave_loop()
+        if self._intake is not None:
+            self._intake.leave_loop()
         super().setblocking(flag)
 
     def getsockname(self) -> Any:
@@ -163,10 +156,14 @@ class Listener(Socket):
 
     def getsockopt(self, level: int, optname: int, buflen: int = 0) -> Any:
         """Answer what a listening stream socket answers; other options are not known here."""
-        if level == socket.SOL_SOCKET and optname in _ANSWERS and not buflen:
-            return _ANSWERS[optname]
-        if level == socket.SOL_SOCKET and optname == socket.SO_DOMAIN and not buflen:
-            return int(self.family)
+        answers = {
+            socket.SO_ACCEPTCONN: 1,
+            socket.SO_DOMAIN: self.family,
+            socket.SO_ERROR: 0,
+            socket.SO_TYPE: socket.SOCK_STREAM,
+        }
+        if level == socket.SOL_SOCKET and optname in answers and not buflen:
+            return int(answers[optname])
         raise OSError(errno.ENOPROTOOPT, os.strerror(errno.ENOPROTOOPT))
 
     def setsockopt(self, *args: Any) -> None:
@@ -184,7 +181,7 @@ class Listener(Socket):
                 self._term.stop()
 
     def detach(self) -> int:
-        """Refused: what is left is no socket, so nobody could accept from it."""
+        """Refused: what is left is no socket, so accept() would fail on it."""
         raise OSError(
             errno.EOPNOTSUPP, "cannot detach a Listener: wrap the accepted connections instead"
         )
@@ -196,72 +193,45 @@ class Listener(Socket):
         """
         intake = self._opened()
         intake.ask_to_stop()
-        intake.ring()
+        intake.waits.ring()
 
-    def _join_later(self, intake: Intake) -> None:
+    def _join_loop(self, intake: Intake) -> None:
         """Have asyncio wait for the queue itself, where it calls accept for the second time.
 
-        Whoever wants one connection only (loop.sock_accept) is another reader each time.
+        loop.sock_accept, which wants one connection only, is another reader each time.
         """
-        before = self._reader
-        self._may_join = self._is_watched()
-        if self._may_join and self._reader is before:
-            self._join(intake)
+        before, self._reader = self._reader, None
+        if running_asyncio() is not None:
+            from .asyncio_epoll import join_loop, reader_of
 
-    def _join(self, intake: Intake) -> None:
-        if self._may_join and self._is_watched():
-            self._may_join = False
-            intake.join_loop(self.fileno())
+            self._reader = reader_of(self.fileno())
+            if self._reader is not None and self._reader is before:
+                join_loop(intake, self.fileno())
+        self._may_join = self._reader is not None and self._reader is not before
 
-    def _is_watched(self) -> bool:
-        """Find out by which reader asyncio watches this socket, if it does."""
-        if _running_loop() is None:
-            return False
-        from .asyncio_epoll import reader_of
+    def _opened(self) -> Intake:
+        return self._intake or self._open(None)
 
-        self._reader = reader_of(self.fileno())
-        return self._reader is not None
-
-    def _leave_loop(self) -> None:
-        # A loop begins to use this socket; if it is not the first one, each is told as before.
-        if self._intake is not None and not self._may_join:
-            self._intake.leave_loop()
-
-    def _begin_leave(self) -> Leave:
-        return Leave(self._opened())
-
-    def _open(self, address: Optional[ListenAddress]) -> None:
-        self._intake = current().open_intake(address, self._limit)
-        self._intake.on_renewal = self._take_number
+    def _open(self, address: Optional[ListenAddress]) -> Intake:
+        self._intake = intake = current().open_intake(address, self._limit)
+        intake.on_renewal = self._take_number
         self._take_number()
         if current().passed:
             # Nothing but the signal says that it is over.
-            self._term = watch_term(self._intake)
+            self._term = TermWatch(intake)
+        return intake
 
     def _take_number(self) -> None:
         # This socket's number now stands for the epoll.  The reverse, a socket
         # made of the epoll's number, CPython refuses.
-        if self._intake is not None and self.fileno() >= 0:
-            os.dup2(self._intake.fileno(), self.fileno(), inheritable=False)
-
-    def _opened(self) -> Intake:
-        if self._intake is None:
-            raise ValueError(
-                "cannot tell where to listen: there is no protector and no address was given"
-            )
-        return self._intake
+        if self.fileno() >= 0:
+            os.dup2(self._opened().fileno(), self.fileno(), inheritable=False)
 
 
 def _refuse_uvloop() -> None:
-    # Silence would be worse: it would listen on what is no socket, and no client be served.
-    loop = _running_loop()
-    if loop is not None and type(loop).__module__.partition(".")[0] == "uvloop":
+    # Silence would be worse: it would listen on what is no socket, and serve no client.
+    if type(running_asyncio()).__module__.partition(".")[0] == "uvloop":
         raise RuntimeError(
             "cannot use a Listener on uvloop, which accepts below Python: use asyncio's own event "
             "loop (uvicorn: --loop asyncio), or no Listener and the protector's --handoff listener"
         )
-
-
-def _running_loop() -> Any:
-    asyncio = sys.modules.get("asyncio")
-    return asyncio._get_running_loop() if asyncio is not None else None

@@ -1,4 +1,4 @@
-"""Questions and news that concern the whole process."""
+"""Questions and messages that concern the whole process."""
 
 from __future__ import annotations
 

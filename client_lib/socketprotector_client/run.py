@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
@@ -31,11 +30,11 @@ _SERVERS = {_ASGI: ("uvicorn", "asgi"), _WSGI: ("waitress", "wsgi")}
 
 
 class _CannotRun(Exception):
-    """Wrong use, in one line."""
+    """Wrong use, or status 111: the system refuses.  In one line."""
 
-
-class _CannotListen(Exception):
-    """The system refuses, in one line."""
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,11 +47,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         return _run(_parser().parse_args(arguments))
     except (_CannotRun, ProtocolError) as error:
-        status, message = 2, str(error)
-    except _CannotListen as error:
-        status, message = 111, str(error)
-    print(f"{_PROGRAM}: {message}", file=sys.stderr)
-    return status
+        print(f"{_PROGRAM}: {error}", file=sys.stderr)
+        return getattr(error, "status", 2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,12 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("app", metavar="MODULE:APP", help="such as shop.web:app")
     parser.add_argument("--factory", action="store_true", help="APP() returns the application")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--asgi", dest="kind", action="store_const", const=_ASGI, help="do not guess: it is ASGI"
-    )
-    kind.add_argument(
-        "--wsgi", dest="kind", action="store_const", const=_WSGI, help="do not guess: it is WSGI"
-    )
+    for each in (_ASGI, _WSGI):
+        text = f"do not guess: it is {each}"
+        kind.add_argument(
+            f"--{each.lower()}", dest="kind", action="store_const", const=each, help=text
+        )
     parser.add_argument(
         "--bind",
         metavar="ADDRESS",
@@ -101,16 +96,16 @@ def _run(given: argparse.Namespace) -> int:
             f"cannot serve {given.app}: it is {kind} and {server} is not installed; "
             f"pip install 'socketprotector-client[{extra}]'"
         )
-    serve = _serve_asgi if kind == _ASGI else _serve_wsgi
     try:
-        serve(app, given.bind, given.threads)
+        if kind == _ASGI:
+            _serve_asgi(app, given.bind)
+        else:
+            from .waitress import serve_on
+
+            serve_on(_listener(given.bind, take=None), app, threads=given.threads)
     except KeyboardInterrupt:
         pass  # Ctrl-C, where it runs alone
     return 0
-
-
-def _exit(signum: int, frame: Optional[FrameType]) -> None:
-    sys.exit(0)
 
 
 def _load(text: str, factory: bool) -> Any:
@@ -138,15 +133,10 @@ def _load(text: str, factory: bool) -> Any:
         if not hasattr(found, name):
             raise _CannotRun(f"cannot find {attributes} in {module_name}: it has no {name}")
         found = getattr(found, name)
+    if factory and callable(found):
+        found, text = found(), f"what {text}() returned"
     if not callable(found):
         raise _CannotRun(f"cannot serve {text}: it is {type(found).__name__}, not an application")
-    if factory:
-        found = found()
-        if not callable(found):
-            raise _CannotRun(
-                f"cannot serve what {text}() returned: it is {type(found).__name__}, "
-                f"not an application"
-            )
     return found
 
 
@@ -176,33 +166,33 @@ def _listener(address: Optional[List[str]], take: Optional[int]) -> Listener:
     except ValueError as error:
         raise _CannotRun(str(error)) from None
     except OSError as error:
-        raise _CannotListen(error.strerror or str(error)) from None
+        raise _CannotRun(error.strerror or str(error), status=111) from None
 
 
-def _serve_asgi(app: Any, address: Optional[List[str]], threads: int) -> None:
+def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     import uvicorn
 
     # uvicorn raises the signal once more when it has finished, and would be killed by it.  Not for
     # waitress, which needs none: it ends after its last client.
-    signal.signal(signal.SIGTERM, _exit)
-    # uvloop would accept below Python; and what it is we know, where uvicorn would guess.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvloop would accept below Python; and which kind it is we know, where uvicorn would guess.
     config = uvicorn.Config(
         app, loop="asyncio", interface="asgi3", log_level="warning", access_log=False
     )
     listener = _listener(address, take=1)
 
     class Server(uvicorn.Server):
-        """Under `--handoff listener` a signal is all that says that it is over.
+        """Under `--handoff listener` only the signal begins the drain.
 
-        uvicorn would hang up on clients that have connected and were not read yet.  So the
+        uvicorn would disconnect clients that have connected and were not read yet.  So the
         listener gets the first SIGTERM, takes no more, and sends the next once those were read.
         """
 
-        _told = not current().passed
+        _has_stopped = not current().passed
 
         def handle_exit(self, sig: int, frame: Optional[FrameType]) -> None:
-            if sig == signal.SIGTERM and not self._told:
-                self._told = True
+            if sig == signal.SIGTERM and not self._has_stopped:
+                self._has_stopped = True
                 try:
                     listener.stop_accepting()
                     return
@@ -211,12 +201,6 @@ def _serve_asgi(app: Any, address: Optional[List[str]], threads: int) -> None:
             super().handle_exit(sig, frame)
 
     Server(config).run(sockets=[listener])
-
-
-def _serve_wsgi(app: Any, address: Optional[List[str]], threads: int) -> None:
-    from .waitress import serve_on
-
-    serve_on(_listener(address, take=None), app, threads=threads)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 The protector reads whenever it likes, also after our death.  So each value is one aligned
 8-byte store, which is never seen half written.
 
-Rule: counts what it is told of, and never fails: without a scoreboard nothing is written.
+Rule: counts what is reported to it, and never fails: without a scoreboard nothing is written.
 
 Source: docs/protocol.md, section "Scoreboard".
 """
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -72,7 +71,7 @@ class Scoreboard:
             self._now_open = lambda: sum(each.known() for each in opened)
 
     def leave_uncounted(self) -> None:
-        """Say that nothing is told of here, unless something is: what is not known is not 0."""
+        """Say that nothing is counted here, unless something is: what is not known is not 0."""
         if self._words is not None and not self._open:
             self._words[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
@@ -82,7 +81,7 @@ class Scoreboard:
         if words is None:
             return
         now_open, written = self._now_open, -1
-        # Without a lock, which a finalizer could find held by its own thread: whoever
+        # Without a lock, which a finalizer could find held by its own thread: the thread that
         # stores last has seen the last change.
         while (now := now_open()) != written:
             words[_ACTIVE] = written = now
@@ -96,22 +95,19 @@ class Scoreboard:
     def _give_up(self) -> None:
         """A forked child takes, too: what its parent counts is not whole any more."""
         parents, self._parents = self._parents, None
-        # The record of a worker that has ended may be another's by now.
-        if parents is not None and _lives(self._owner):
+        try:
+            os.kill(self._owner, 0)
+        except PermissionError:
+            pass  # it lives, and is another user's now
+        except OSError:
+            return  # the record of a worker that has ended may be another's by now
+        if parents is not None:
             parents[wire.BOARD_STATE] = wire.BOARD_UNKNOWN
 
     def after_fork_in_child(self) -> None:
         # It would write over what its parent counts.
         self._lock = threading.Lock()
         self._words, self._parents = None, self._parents or self._words
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM  # it is another user's now
-    return True
 
 
 def _map(fd: int, offset: int) -> Optional[memoryview]:

@@ -1,9 +1,9 @@
 """Tell the protector (or systemd, where there is none) how this process is doing.
 
 Datagrams to NOTIFY_SOCKET, whose queue has room for a few (net.unix.max_dgram_qlen, 10) until the
-receiver reads on.  News are never worth blocking for, nor failing for; but what found no room
-must not be lost either, because most of it is said once: without READY=1 a start has failed.
-So a thread waits for room in the caller's place, and ends when nothing waits.
+receiver reads on.  A message is never worth blocking for, nor failing for; but one that found no
+room must not be lost either, because most are sent once: without READY=1 a start has failed.
+So a thread waits for room instead of the caller, and ends when nothing waits.
 
 One connected socket is kept for life: it gets WATCHDOG=1 out when no descriptor is left, and when
 the path was removed or cannot be seen any more (chroot).
@@ -23,7 +23,7 @@ from typing import Dict, Optional, Sequence, Tuple
 from . import forking, wire
 from .system import Socket, allocate_lock, start_thread
 
-#: As when nobody has connected yet: whoever was there is gone, and maybe another one came.
+#: As without a connection: the receiver is gone, and maybe another one came.
 _GONE = (errno.ECONNREFUSED, errno.ECONNRESET, errno.ENOTCONN, errno.EPIPE)
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
@@ -33,7 +33,7 @@ def notify(*lines: str, **fields: object) -> bool:
 
     All of them travel in one datagram.  Never blocks and never raises because
     of the receiver.  Returns True if the datagram was handed to the kernel,
-    False if there is no NOTIFY_SOCKET, nobody takes it, or there is no room now: then it is sent
+    False if there is no NOTIFY_SOCKET or no receiver, or if there is no room now: then it is sent
     as soon as there is, unless the same names have been given other values by then.
     """
     address = os.environ.get(wire.ENV_NOTIFY, "")
@@ -41,37 +41,32 @@ def notify(*lines: str, **fields: object) -> bool:
         return False
     words = [*lines, *(f"{name.upper()}={value}" for name, value in fields.items())]
     # A line end within a value would be read as the next assignment.
-    return _teller(address).tell([" ".join(word.splitlines()) for word in words])
+    return _sender(address).send([" ".join(word.splitlines()) for word in words])
 
 
-class _Teller:
+class _Sender:
     """The way to one address."""
 
     def __init__(self, address: str) -> None:
-        self.address = address
-        self.line: Optional[socket.socket] = None
-        self._begin()
+        self._address = address
+        self._line: Optional[socket.socket] = None
+        self.after_fork_in_child()
         forking.register(self)
-
-    def _begin(self) -> None:
-        self._lock = allocate_lock()
-        self._waiting: Dict[Tuple[str, ...], bytes] = {}  # names -> message, oldest first
-        self._has_thread = False
 
     def after_fork_in_child(self) -> None:
         # What the parent waits to send, and its thread, are not the child's.
-        self._begin()
+        self._lock = allocate_lock()
+        self._waiting: Dict[Tuple[str, ...], bytes] = {}  # names -> message, oldest first
+        self._has_thread = False
         self.close()
 
     def close(self) -> None:
-        """Let go of the descriptor, unless something waits that is to go that way."""
-        with self._lock:
-            if self.line is not None and not self._has_thread:
-                atexit.unregister(self.line.detach)
-                self.line.close()
-                self.line = None
+        if self._line is not None:
+            atexit.unregister(self._line.detach)
+            self._line.close()
+            self._line = None
 
-    def tell(self, words: Sequence[str]) -> bool:
+    def send(self, words: Sequence[str]) -> bool:
         """Send a message now, else later; return whether it was sent."""
         message = "\n".join(words).encode("utf-8", "replace")
         with self._lock:
@@ -83,20 +78,17 @@ class _Teller:
                         return False
                 else:
                     return True
-            # Behind what waits already, and in the place of what it makes out of date.
+            # Behind what waits already, and instead of what it makes out of date.
             names = tuple(word.partition("=")[0] for word in words)
             self._waiting.pop(names, None)
             self._waiting[names] = message
             if not self._has_thread:
-                self._has_thread = self._begin_to_wait()
+                try:
+                    start_thread(self._send_waiting, ())
+                    self._has_thread = True
+                except RuntimeError:
+                    pass  # no more threads: the next message tries again
         return False
-
-    def _begin_to_wait(self) -> bool:
-        try:
-            start_thread(self._send_waiting, ())
-        except RuntimeError:
-            return False  # no more threads: the next message tries again
-        return True
 
     def _send_waiting(self) -> None:
         """In a thread: send all that waits, one after the other, waiting for room."""
@@ -109,7 +101,7 @@ class _Teller:
             try:
                 self._send(message, 0)
             except OSError:
-                pass  # nobody is there any more
+                pass  # there is no receiver any more
             with self._lock:
                 if self._waiting.get(names) is message:
                     del self._waiting[names]
@@ -117,33 +109,26 @@ class _Teller:
     def _send(self, message: bytes, flags: int) -> None:
         """Send it, connecting anew where the receiver was replaced.  Raises OSError."""
         flags |= socket.MSG_NOSIGNAL
-        if self.line is not None:
+        if self._line is not None:
             try:
-                self.line.send(message, flags)
+                self._line.send(message, flags)
+                return
             except OSError as error:
                 if error.errno not in _GONE:
                     raise
-            else:
-                return
-        self._connect().send(message, flags)
-
-    def _connect(self) -> socket.socket:
         line = Socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            name = self.address
+            name = self._address
             line.connect("\0" + name[1:] if name[0] == "@" else name)
-        except BaseException:
+        except OSError:
             line.close()
             raise
-        # As with the channel: closing is the kernel's job, and warning of it at exit nobody's.
+        # As with the channel: closing is the kernel's job, without a warning at exit.
         atexit.register(line.detach)
-        if self.line is not None:
-            atexit.unregister(self.line.detach)
-            self.line.close()
-        self.line = line
-        return line
+        self.close()
+        self._line = line
+        line.send(message, flags)
 
 
-@lru_cache(maxsize=None)
-def _teller(address: str) -> _Teller:
-    return _Teller(address)
+#: One for each address.
+_sender = lru_cache(maxsize=None)(_Sender)

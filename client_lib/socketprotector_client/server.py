@@ -1,4 +1,4 @@
-"""A parent accepts, the children it forks take turns: a protector in the small, without one.
+"""A parent accepts, the children it forks take turns: a small protector, where there is none.
 
 The parent binds; a process beside it accepts (accepting.py says why no thread) and puts each
 connection into a queue that all children share, in the format of docs/protocol.md.
@@ -40,6 +40,13 @@ class SocketServer:
     one program may have several.
     """
 
+    _closed = _stopping = False
+    # The accepting process, and the line to it, whose end ends it; both in the parent only.
+    _process: Optional[subprocess.Popen[bytes]] = None
+    _line: Optional[socket.socket] = None
+    # In a child, while it takes connections.
+    _intake: Optional[Intake] = None
+
     def __init__(
         self,
         address: Optional[ListenAddress] = None,
@@ -61,22 +68,17 @@ class SocketServer:
                 f"cannot work with queue={queue}: at least {_SMALLEST_QUEUE} is needed"
             )
         self._children = Children()
-        self._closed = False
-        self._stopping = False
-        self._process: Optional[subprocess.Popen[bytes]] = None
-        #: Its end ends the accepting process.
-        self._line: Optional[socket.socket] = None
-        self._intake: Optional[Intake] = None
         worker = current()
-        if worker.channel is not None:
-            worker.lend_channel()
-            self._channel = worker.channel
-        elif address is not None:
+        if worker.channel is None:
             self._start(address, queue, backlog)
-        else:
-            raise ValueError(
-                "cannot tell where to listen: there is no protector and no address was given"
+            return
+        if worker.is_lent:
+            raise RuntimeError(
+                "cannot make a second SocketServer under a protector: its workers share one "
+                "queue; close the first one, or give both ports to one and ask client.listener"
             )
+        worker.is_lent = True
+        self._channel = worker.channel
 
     @property
     def listeners(self) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ class SocketServer:
 
         The socket is closed after the handler, and the next one is taken only when the last
         is closed.  Returns at the end of the queue (the server was closed, or its parent is
-        gone), and at SIGTERM after the connection it has; the queue is then left to others.
+        gone), and at SIGTERM after the connection it has; the queue is then left to other children.
         An exception in a handler is logged.
         """
         worker = current()
@@ -101,17 +103,15 @@ class SocketServer:
     def run(self, handler: Handler, children: int = 1) -> None:
         """In the parent: fork children that call `client(handler)`; return when all have ended.
 
-        USR1 forks one more.  SIGTERM, where the program does not handle it, closes the server:
-        the children serve who has connected, then end.  A child that dies is not replaced.
+        USR1 forks one more.  SIGTERM, where the program does not handle it, closes the server: the
+        children serve clients that have connected, then end.  A child that dies is not replaced.
         Call it in the main thread.
 
         Raises ChildProcessError if the accepting process was killed, or under a protector
         if no child is left (the protector then starts this program again).
         """
         try:
-            self._children.run(
-                lambda: self.client(handler), children, self._began, self._stop, self._is_over
-            )
+            self._children.run(lambda: self.client(handler), children, self._stop, self._is_over)
         finally:
             self.close()
         if self._process is not None and self._process.returncode:
@@ -120,10 +120,10 @@ class SocketServer:
             )
 
     def close(self, timeout_s: Optional[float] = None) -> None:
-        """Let nobody new in; the children serve who has connected, then their queue ends.
+        """Let no new client in; the children serve those that have connected, then the queue ends.
 
-        In the parent: returns once all who had connected are in the queue and the address
-        is free.  That takes as long as the queue is full; after timeout_s those who are not in it
+        In the parent: returns once all that had connected are in the queue and the address
+        is free.  That takes as long as the queue is full; after timeout_s those that are not in it
         are cut off.  In a child only that child's `client` returns, after the connection it
         has.  Under a protector, whose queue it is, nothing else ends.
         """
@@ -136,10 +136,10 @@ class SocketServer:
             if self._process is None:
                 return
         if self._process is None and self._channel is current().channel:
-            current().return_channel()
+            current().is_lent = False
             return
         self._stop()
-        # Or a queue that no child reads any more would never be given up.
+        # Else the accepting process would wait for ever for room in a queue that no child reads.
         self._channel.close()
         if self._line is not None and self._process is not None:
             try:
@@ -158,15 +158,13 @@ class SocketServer:
     def after_fork_in_child(self) -> None:
         # The accepting process is the parent's, and must end with it.
         self._children = Children()
-        if self._line is not None:
+        if self._line is not None and self._process is not None:
             self._line.close()
-            self._line = None
-        if self._process is not None:
             self._process.poll()  # no child of ours: so it is not missed at the end
-            self._process = None
+            self._line = self._process = None
 
     def __getstate__(self) -> Mapping[str, Any]:
-        """For multiprocessing, which hands it to a process it starts anew; nothing else may."""
+        """For multiprocessing, which passes it to a process that it spawns; nothing else may."""
         from multiprocessing import context, reduction
 
         context.assert_spawning(self)
@@ -180,8 +178,6 @@ class SocketServer:
         fd = state["channel"].detach()
         os.set_inheritable(fd, False)
         self._children = Children()
-        self._closed = self._stopping = False
-        self._process, self._line, self._intake = None, None, None
         if state["under_protector"]:
             # What this process inherited of the environment is true of its parent only.
             for name in (wire.ENV_RETURN, wire.ENV_SCOREBOARD, "WATCHDOG_USEC"):
@@ -195,55 +191,48 @@ class SocketServer:
 
     # The accepting process
 
-    def _start(self, address: ListenAddress, queue: int, backlog: int) -> None:
+    def _start(self, address: Optional[ListenAddress], queue: int, backlog: int) -> None:
         sockets = listen(address, backlog)
         try:
-            listeners = tuple(name_of(one.family, one.getsockname()) for one in sockets)
+            named = {one.fileno(): name_of(one.family, one.getsockname()) for one in sockets}
             read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._channel = Channel(read.detach(), listeners)
-            with write:
-                # Nothing is read there, and what a child had sent would be an ECONNRESET for
-                # whoever takes next once this end is closed (unix_release_sock).
+            with read, write:
+                # Nothing is read there, and what a child had sent would be an ECONNRESET for the
+                # child that takes next once this end is closed (unix_release_sock).
                 write.shutdown(socket.SHUT_RD)
                 # The kernel doubles what is asked, and clamps it to net.core.wmem_max before.
-                write.setsockopt(
-                    socket.SOL_SOCKET,
-                    socket.SO_SNDBUF,
-                    queue * accepting.MESSAGE_CHARGE_BYTES // 2,
-                )
-                self._spawn(write, sockets)
+                room = queue * accepting.MESSAGE_CHARGE_BYTES // 2
+                write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
+                self._spawn(write.fileno(), named)
+                self._channel = Channel(read.detach(), tuple(named.values()))
         except BaseException:
             close_all(sockets)
-            if hasattr(self, "_channel"):
-                self._channel.close()
             raise
         for one in sockets:
             one.close()  # the accepting process has them, and removes the paths of UNIX ones
         forking.register(self)
 
-    def _spawn(self, queue: socket.socket, sockets: list[socket.socket]) -> None:
+    def _spawn(self, queue_fd: int, named: Mapping[int, str]) -> None:
         if not sys.executable:
             raise OSError("cannot start the accepting process: sys.executable names no interpreter")
+        words = accepting.arguments(queue_fd, named)
         self._line, theirs = socket.socketpair()
-        named = {one.fileno(): name_of(one.family, one.getsockname()) for one in sockets}
-        words = accepting.arguments(theirs.fileno(), queue.fileno(), named)
-        with theirs:
-            try:
+        try:
+            with theirs:
                 self._process = subprocess.Popen(
                     # -I -S: nothing of the program's environment, nothing but this package.
                     [sys.executable, "-I", "-S", "-c", accepting.PROGRAM, *words],
-                    stdin=subprocess.DEVNULL,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(), queue.fileno(), *named),
+                    pass_fds=(queue_fd, *named),
                     start_new_session=True,  # Ctrl-C is for the program
                 )
-            except BaseException:
-                self._line.close()
-                raise
-        if not self._line.recv(1):
+            if not self._line.recv(1):
+                status = self._process.wait()
+                raise OSError(f"cannot start the accepting process: it ended with {status}")
+        except BaseException:
             self._line.close()
-            status = self._process.wait()
-            raise OSError(f"cannot start the accepting process: it ended with {status}")
+            raise
 
     def _stop(self) -> None:
         """Begin to close, without waiting."""
@@ -255,9 +244,6 @@ class SocketServer:
                 pass  # it was killed
         elif self._channel is current().channel:
             self._children.terminate()
-
-    def _began(self) -> None:
-        current().ready()
 
     def _is_over(self) -> bool:
         """Whether no more will be asked of children, now that none is left."""

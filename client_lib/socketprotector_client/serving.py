@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import contextmanager
 from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 from .address import ListenAddress
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
-from .signals import watch_term
+from .signals import TermWatch
 from .worker import Worker, current
 
 _log = logging.getLogger(__name__)
@@ -46,12 +47,11 @@ def connections(
     worker = current()
     intake = worker.open_intake(address, limit)
     worker.ready()
-    return _iterate(intake)
+    return _iterate(worker, intake)
 
 
-def _iterate(intake: Intake) -> Iterator[Tuple[Connection, Any]]:
-    watch = watch_term(intake)
-    try:
+def _iterate(worker: Worker, intake: Intake) -> Iterator[Tuple[Connection, Any]]:
+    with _open_until_drained(worker, intake):
         while True:
             try:
                 connection = intake.get()
@@ -61,10 +61,17 @@ def _iterate(intake: Intake) -> Iterator[Tuple[Connection, Any]]:
                 yield connection, connection.peer
                 # Or the last one would count as open while the next is waited for.
                 del connection
+
+
+@contextmanager
+def _open_until_drained(worker: Worker, intake: Intake) -> Iterator[None]:
+    watch = TermWatch(intake)
+    try:
+        yield
     finally:
         watch.stop()
         intake.close()
-    current().drain.finish()
+    worker.drain.finish()
 
 
 def serve(
@@ -92,68 +99,51 @@ def serve(
 def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
     """As `serve`, from an intake; takes ownership of it."""
     worker.ready()
-    pool = _Pool(intake, handler)
-    watch = watch_term(intake)
-    try:
-        pool.run(threads)
-    finally:
-        watch.stop()
-        intake.close()
-    worker.drain.finish()
+    errors: List[BaseException] = []
 
+    def work_elsewhere() -> None:
+        try:
+            _serve_all(intake, handler)
+        except BaseException as error:  # raised again below: it ends the service
+            errors.append(error)
+            intake.interrupt()
 
-class _Pool:
-    """Threads that each take a connection, serve it, and take the next."""
-
-    def __init__(self, intake: Intake, handler: Handler) -> None:
-        self._intake = intake
-        self._handler = handler
-        self._errors: List[BaseException] = []
-
-    def run(self, threads: int) -> None:
-        if threads > 1:
-            self._intake.share()
-        # Daemons, so that Ctrl-C ends a program whose clients never hang up.
-        others = [
-            threading.Thread(target=self._work_elsewhere, name=f"serve-{number}", daemon=True)
-            for number in range(1, threads)
-        ]
+    # Daemons, so that Ctrl-C ends a program whose clients never hang up.
+    others = [
+        threading.Thread(target=work_elsewhere, name=f"serve-{number}", daemon=True)
+        for number in range(1, threads)
+    ]
+    with _open_until_drained(worker, intake):
+        if others:
+            intake.share()
         for thread in others:
             thread.start()
         try:
-            self._work()
+            _serve_all(intake, handler)
         except Exception as error:
-            self._errors.insert(0, error)
-            self._intake.interrupt()
-        except BaseException:  # Ctrl-C waits for nobody
-            self._intake.interrupt()
+            errors.insert(0, error)
+            intake.interrupt()
+        except BaseException:  # Ctrl-C does not wait for the other threads
+            intake.interrupt()
             raise
         for thread in others:
             thread.join()
-        if self._errors:
-            raise self._errors[0]
+        if errors:
+            raise errors[0]
 
-    def _work_elsewhere(self) -> None:
+
+def _serve_all(intake: Intake, handler: Handler) -> None:
+    while True:
         try:
-            self._work()
-        except BaseException as error:  # raised again by run(): it ends the service
-            self._errors.append(error)
-            self._intake.interrupt()
-
-    def _work(self) -> None:
-        while True:
-            try:
-                connection = self._intake.get()
-            except Drained:
-                return
-            if connection is not None:
-                self._serve_one(connection)
-
-    def _serve_one(self, connection: Connection) -> None:
+            connection = intake.get()
+        except Drained:
+            return
+        if connection is None:
+            continue
         try:
-            self._handler(connection, connection.peer)
+            handler(connection, connection.peer)
         except Exception:
-            self._intake.failed()
+            intake.board.failed()
             _log.exception("handler failed for a client of %s", connection.listener)
         finally:
             connection.close()

@@ -2,11 +2,11 @@
 
 EPOLLEXCLUSIVE has the kernel wake one of those that wait in epoll_wait.  It does not pass through
 an epoll within another: so an intake's must not be within the loop's.  The other way round there
-is no harm, for nobody else waits for what is in the loop's.  So the loop sleeps in the
+is no harm, for no other process waits for what is in the loop's.  So the loop sleeps in the
 intake's epoll, the loop's own being one of the descriptors there.
 
-No loop has a way to ask for that.  Each has an object of type select.epoll somewhere; another one
-that answers as it does is put in its place, and where there is none all are woken, as before.
+No loop has a way to ask for that.  Each has an object of type select.epoll somewhere; it is
+replaced by another one that answers as it does, and where there is none all are woken, as before.
 
 Source: epoll(7); ep_poll_callback in the kernel's fs/eventpoll.c.
 """
@@ -18,33 +18,26 @@ import sys
 from typing import Any, List, Optional, Tuple
 
 from .intake import Intake
+from .system import running_asyncio
 
 
 class BesideEpoll:
     """An event loop's epoll, but for one number: that is the intake's, which is not in there."""
 
-    def __init__(self, epoll: select.epoll, intake: Intake) -> None:
-        """Both stay their owners'."""
+    def __init__(self, epoll: select.epoll, intake: Intake, number: int) -> None:
+        """Both stay their owners'.  number: by which the loop knows the intake."""
         self._epoll = epoll
         self._intake = intake
-        self._number = intake.fileno()
-        self._events = 0  # what the loop wants to be told of it
+        self._number = number
+        self._events = 0  # those of it that the loop waits for
         intake.sleep_beside(epoll.fileno())
 
     @classmethod
-    def put(cls, holder: object, name: str, intake: Intake, number: int = -1) -> bool:
-        """Put one in the place of the epoll that an attribute of a loop holds, if it is one.
-
-        number: by which the loop knows the intake, if not by its own.
-        """
+    def put(cls, holder: object, name: str, intake: Intake, number: int) -> None:
+        """Replace the epoll that an attribute of a loop holds, if it is one."""
         epoll = getattr(holder, name, None)
-        if not isinstance(epoll, select.epoll) or not intake.source.wakes_one:
-            return False
-        beside = cls(epoll, intake)
-        if number >= 0:
-            beside._number = number
-        setattr(holder, name, beside)
-        return True
+        if isinstance(epoll, select.epoll) and intake.source.wakes_one:
+            setattr(holder, name, cls(epoll, intake, number))
 
     @staticmethod
     def take_back(holder: object, name: str, intake: Intake) -> None:
@@ -86,13 +79,14 @@ class BesideEpoll:
         return getattr(self._epoll, name)
 
 
-def loop_of_trio() -> object:
-    """Return what holds the epoll of trio's running loop; None where it is not to be found.
+def loop_with_epoll() -> Tuple[object, str]:
+    """Return what holds the epoll of the running loop of trio or asyncio, and its name there.
 
-    trio has no public name for it.
+    Neither has a public name for it; where it is not to be found, there is no such attribute.
     """
     trio: Any = sys.modules.get("trio")
     try:
-        return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager
+        return trio._core._run.GLOBAL_RUN_CONTEXT.runner.io_manager, "_epoll"
     except AttributeError:
-        return None
+        loop = running_asyncio()
+        return getattr(loop, "_selector", loop), "_selector"

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import TYPE_CHECKING, Callable, Optional
+from typing import TYPE_CHECKING, Optional
 
 from . import forking
 
@@ -20,80 +20,58 @@ if TYPE_CHECKING:
     from .intake import Intake
 
 
+def term_is_free() -> bool:
+    """Return whether SIGTERM is ours to handle: in the main thread, where the program does not."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 class TermWatch:
-    """Begins the drain at SIGTERM from `start` to `stop`, where nobody else handles it.
+    """Begins the drain at SIGTERM until `stop`, where it is ours to handle."""
 
-    It does nothing outside the main thread or where the program has a handler.
-    """
-
-    def __init__(self, begin: Callable[[], None]) -> None:
-        self._begin = begin
+    def __init__(self, intake: Intake) -> None:
+        self._begin = intake.ask_to_stop
         self._pipe: Optional[tuple[int, int]] = None
         self._previous_wakeup_fd = -1
-
-    def start(self) -> int:
-        """Install the handler; return a descriptor to wait on, -1 if there is none."""
-        if threading.current_thread() is not threading.main_thread():
-            return -1
-        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            return -1
-        read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, self._on_term)
-        forking.register(self)
-        return read_fd
-
-    def read(self) -> None:
-        """Empty the pipe; begin the drain if SIGTERM was among the signals."""
-        # Not left to the handler alone: that runs in the main thread, which
-        # may be waiting for the very thread that is reading here.
-        if self._pipe is not None and signal.SIGTERM in os.read(self._pipe[0], 4096):
-            self._begin()
+        if term_is_free():
+            read_fd, write_fd = self._pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            self._previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+            signal.signal(signal.SIGTERM, self._on_term)
+            forking.register(self)
+            intake.obey(read_fd, self._read)
 
     def stop(self) -> None:
         """Put everything back as it was."""
-        if self._pipe is None:
-            return
         # A generator may be collected in another thread; then the handler
         # stays, which does no harm, and so must its pipe.
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(signal.SIGTERM) == self._on_term:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._restore_wakeup_fd(self._pipe[1], self._previous_wakeup_fd)
-        self._close_pipe()
+        if threading.current_thread() is threading.main_thread():
+            self._undo(self._previous_wakeup_fd)
 
     def after_fork_in_child(self) -> None:
-        if self._pipe is not None:
-            if signal.getsignal(signal.SIGTERM) == self._on_term:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._restore_wakeup_fd(self._pipe[1], -1)
-            self._close_pipe()
-
-    def _on_term(self, signum: int, frame: Optional[FrameType]) -> None:
-        self._begin()
+        self._undo(-1)
 
     @staticmethod
     def is_own(handler: object) -> bool:
         """Whether a signal's handler is one of these, and not the program's."""
         return isinstance(getattr(handler, "__self__", None), TermWatch)
 
-    @staticmethod
-    def _restore_wakeup_fd(ours: int, previous: int) -> None:
-        current = signal.set_wakeup_fd(previous)
-        if current != ours:  # somebody else's by now
-            signal.set_wakeup_fd(current)
+    def _read(self) -> None:
+        # Not left to the handler alone: that runs in the main thread, which
+        # may be waiting for the very thread that is reading here.
+        if self._pipe is not None and signal.SIGTERM in os.read(self._pipe[0], 4096):
+            self._begin()
 
-    def _close_pipe(self) -> None:
-        if self._pipe is not None:
-            for fd in self._pipe:
-                os.close(fd)
-            self._pipe = None
+    def _on_term(self, signum: int, frame: Optional[FrameType]) -> None:
+        self._begin()
 
-
-def watch_term(intake: Intake) -> TermWatch:
-    watch = TermWatch(intake.ask_to_stop)
-    fd = watch.start()
-    if fd >= 0:
-        intake.obey(fd, watch.read)
-    return watch
+    def _undo(self, wakeup_fd: int) -> None:
+        if self._pipe is None:
+            return
+        if signal.getsignal(signal.SIGTERM) == self._on_term:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        found = signal.set_wakeup_fd(wakeup_fd)
+        if found != self._pipe[1]:
+            signal.set_wakeup_fd(found)  # the program has set another one meanwhile
+        for fd in self._pipe:
+            os.close(fd)
+        self._pipe = None

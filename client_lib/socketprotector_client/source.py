@@ -13,9 +13,9 @@ import logging
 import os
 import socket
 import time
-from typing import Any, List, Optional, Protocol, Sequence
+from typing import Any, List, Optional, Sequence
 
-from .address import ListenAddress, close_all, family_of, listen, name_of, sockname_of
+from .address import close_all, family_of, name_of, sockname_of
 from .channel import Channel
 from .connection import Connection
 from .system import Socket
@@ -40,23 +40,20 @@ NOTHING_TO_ACCEPT = frozenset(
 )
 
 
-class Source(Protocol):
+class Source:
     """What an Intake takes from."""
 
-    #: Have the kernel wake one of those who wait.  Who is woken may die before it takes: only
-    #: where somebody then wakes another.
-    wakes_one: bool
-
-    @property
-    def fds(self) -> Sequence[int]:
-        """The descriptors to wait on."""
-
-    @property
-    def sockname(self) -> Any:
-        """What getsockname() gives on the first listener."""
+    #: Have the kernel wake one waiter, not all.  A worker may die between wake-up and take: only
+    #: where the protector then wakes another.
+    wakes_one = False
+    #: The descriptors to wait on.
+    fds: Sequence[int]
+    #: What getsockname() gives on the first listener.
+    sockname: Any
 
     def take(self, fd: int) -> Optional[Connection]:
         """Take one connection from fd, None if there is none.  The caller owns it."""
+        raise NotImplementedError
 
     def set_backlog(self, backlog: int) -> None:
         """Let so many connections wait in the kernel, where that is ours to say."""
@@ -65,11 +62,11 @@ class Source(Protocol):
         """Give up what this source owns."""
 
 
-class ChannelSource:
+class ChannelSource(Source):
     """Connections that the protector accepted.  The channel stays the caller's."""
 
     def __init__(self, channel: Channel, *, wakes_one: bool) -> None:
-        """wakes_one: the protector is behind it, which looks after what nobody takes."""
+        """wakes_one: the protector is behind it, which sends again what is not taken."""
         self._channel = channel
         self.wakes_one = wakes_one
         self._listeners = [_Kind(name) for name in channel.listeners]
@@ -85,7 +82,7 @@ class ChannelSource:
         try:
             kind = self._listeners[index]
         except IndexError:
-            kind = _Kind("")  # this generation was not told of it: ask the kernel
+            kind = _Kind("")  # this generation does not know it: ask the kernel
         connection = Connection(kind.family, kind.type, kind.proto, fd)
         try:
             connection.peer = Socket.getpeername(connection)
@@ -98,12 +95,6 @@ class ChannelSource:
         connection.listener = kind.name
         connection.accepted_at_ns = accepted_at_ns
         return connection
-
-    def set_backlog(self, backlog: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class _Kind:
@@ -119,40 +110,29 @@ class _Kind:
         self.proto = {-1: -1, int(socket.AF_UNIX): 0}.get(self.family, socket.IPPROTO_TCP)
 
 
-class ListenSource:
+class ListenSource(Source):
     """Connections that this process accepts itself, from sockets of its own or handed ones."""
 
-    wakes_one = False
-
     def __init__(self, listeners: List[socket.socket], *, handed: bool) -> None:
-        """Take ownership of the sockets; handed: others listen on them, too, and go on."""
+        """Take ownership of the sockets; handed: other processes accept from them, too, and go on.
+
+        Sets O_NONBLOCK for all of them: a worker that comes second must not wait in accept().
+        """
+        for one in listeners:
+            one.setblocking(False)
         self._owner_pid = os.getpid()
         self._handed = handed
         self.listeners = listeners
-        self._by_fd = {one.fileno(): one for one in self.listeners}
-        self._kinds = {
-            one.fileno(): _Kind(name_of(one.family, one.getsockname())) for one in self.listeners
+        self._by_fd = {
+            one.fileno(): (one, _Kind(name_of(one.family, one.getsockname()))) for one in listeners
         }
         self.fds = tuple(self._by_fd)
-        self.sockname = self.listeners[0].getsockname()
-
-    @classmethod
-    def bound(cls, address: ListenAddress, backlog: int) -> ListenSource:
-        """Bind and listen; raises what address.listen raises."""
-        return cls(listen(address, backlog), handed=False)
-
-    @classmethod
-    def passed(cls, fds: Sequence[int]) -> ListenSource:
-        """Accept from sockets that came by LISTEN_FDS; the descriptors stay the caller's."""
-        listeners = [Socket(fileno=os.dup(fd)) for fd in fds]
-        for one in listeners:
-            one.setblocking(False)  # who comes second to a connection must not wait in accept()
-        return cls(listeners, handed=True)
+        self.sockname = listeners[0].getsockname()
 
     def take(self, fd: int) -> Optional[Connection]:
-        kind = self._kinds[fd]
+        listener, kind = self._by_fd[fd]
         try:
-            accepted, peer = self._by_fd[fd].accept()
+            accepted, peer = listener.accept()
         except OSError as error:
             if error.errno in NOTHING_TO_ACCEPT:
                 return None
@@ -170,7 +150,7 @@ class ListenSource:
     def close(self) -> None:
         if os.getpid() == self._owner_pid and not self._handed:
             close_all(self.listeners)
-        else:  # nobody may remove another's UNIX sockets, as a forked child its parent's
+        else:  # the UNIX sockets of others stay, as a forked child's parent's
             for one in self.listeners:
                 one.close()
         self.listeners = []

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import threading
 from typing import Awaitable, Callable, Optional, Set
 
 from .address import ListenAddress
+from .asyncio_epoll import join_loop
 from .connection import Connection
 from .errors import Drained
 from .intake import Intake
+from .signals import term_is_free
 from .worker import current
 
 _log = logging.getLogger(__name__)
@@ -41,18 +42,29 @@ async def aserve(
     """
     worker = current()
     intake = worker.open_intake(address, limit)
+    loop, number = asyncio.get_running_loop(), intake.fileno()
     service = _Service(intake, handler)
-    service.start()
+    loop.add_reader(number, service.take_one)
+    join_loop(intake, number)
+    handles_term = term_is_free()
+    if handles_term:
+        loop.add_signal_handler(signal.SIGTERM, service.drain)
     worker.ready()
     try:
-        await service.drained
-        await service.finish()
-        if service.error is not None:
-            raise service.error
+        error = await service.ended
+        while service.tasks:
+            await asyncio.wait(service.tasks)
+        if error is not None:
+            raise error
     finally:
-        service.stop()
+        if handles_term:
+            loop.remove_signal_handler(signal.SIGTERM)
+        loop.remove_reader(number)
+        intake.close()
+        for task in service.tasks:
+            task.cancel()
     # In a thread: a callback may want this very loop to do something.
-    await asyncio.get_running_loop().run_in_executor(None, worker.drain.finish)
+    await loop.run_in_executor(None, worker.drain.finish)
 
 
 class _Service:
@@ -60,58 +72,32 @@ class _Service:
         self._loop = asyncio.get_running_loop()
         self._intake = intake
         self._handler = handler
-        self._tasks: Set[asyncio.Task[None]] = set()
-        self._handles_term = False
-        #: Why no more is taken, if that is not the drain.
-        self.error: Optional[Exception] = None
-        self.drained: asyncio.Future[None] = self._loop.create_future()
+        self.tasks: Set[asyncio.Task[None]] = set()
+        #: Done when no more is taken; its result says why, if that is not the drain.
+        self.ended: asyncio.Future[Optional[Exception]] = self._loop.create_future()
 
-    def start(self) -> None:
-        self._loop.add_reader(self._intake.fileno(), self._on_readable)
-        self._intake.join_loop(self._intake.fileno())
-        if (
-            threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        ):
-            self._loop.add_signal_handler(signal.SIGTERM, self._on_term)
-            self._handles_term = True
-
-    def stop(self) -> None:
-        if self._handles_term:
-            self._loop.remove_signal_handler(signal.SIGTERM)
-        self._loop.remove_reader(self._intake.fileno())
-        self._intake.close()
-        for task in self._tasks:
-            task.cancel()
-
-    async def finish(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _on_term(self) -> None:
-        self._intake.ask_to_stop()
-        self._intake.end()
-        self._settle(None)
-
-    def _on_readable(self) -> None:
+    def take_one(self) -> None:
         try:
-            connection = self._intake.get(0)
+            connection = self._intake.get_now()
         except Drained:
-            self._settle(None)
+            self._end(None)
         except Exception as error:
-            self._settle(error)
+            self._end(error)
         else:
             self._intake.rest()
             if connection is not None:
                 task = self._loop.create_task(self._serve_one(connection))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
 
-    def _settle(self, error: Optional[Exception]) -> None:
+    def drain(self) -> None:
+        self._intake.drained()
+        self._end(None)
+
+    def _end(self, error: Optional[Exception]) -> None:
         self._loop.remove_reader(self._intake.fileno())
-        if not self.drained.done():
-            self.error = error
-            self.drained.set_result(None)
+        if not self.ended.done():
+            self.ended.set_result(error)
 
     async def _serve_one(self, connection: Connection) -> None:
         listener = connection.listener
@@ -123,7 +109,7 @@ class _Service:
         try:
             await self._handler(reader, writer)
         except Exception:
-            self._intake.failed()
+            self._intake.board.failed()
             _log.exception("handler failed for a client of %s", listener)
         finally:
             writer.close()

@@ -1,7 +1,7 @@
 """The system's own sockets, epoll, poll and threads, also in a program that gevent has patched.
 
-gevent puts others in their place, in the modules themselves.  Its sockets set O_NONBLOCK, which
-for the channel is everybody's; and epoll it takes away.
+gevent replaces them in the modules themselves.  Its sockets set O_NONBLOCK, which on the channel
+all processes share; and epoll it takes away.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Socket", "allocate_lock", "epoll", "poll", "start_thread"]
+__all__ = ["Socket", "allocate_lock", "epoll", "poll", "running_asyncio", "start_thread"]
+
+
+def running_asyncio() -> Any:
+    """Return asyncio's running loop, None without one; does not import asyncio, which is large."""
+    asyncio = sys.modules.get("asyncio")
+    return asyncio._get_running_loop() if asyncio is not None else None
 
 
 def _own(module: ModuleType, name: str) -> Any:
@@ -24,14 +30,11 @@ def _own(module: ModuleType, name: str) -> Any:
 
 
 if TYPE_CHECKING:
-    from _thread import allocate_lock as allocate_lock
-    from _thread import start_new_thread as start_thread
     from select import epoll as epoll
-    from select import poll as poll
     from socket import socket as Socket
 else:
     Socket = _own(socket, "socket")
     epoll = _own(select, "epoll")
-    poll = _own(select, "poll")
-    allocate_lock = _own(_thread, "allocate_lock")
-    start_thread = _own(_thread, "start_new_thread")
+poll = _own(select, "poll")
+allocate_lock = _own(_thread, "allocate_lock")
+start_thread = _own(_thread, "start_new_thread")

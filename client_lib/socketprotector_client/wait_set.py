@@ -3,7 +3,7 @@
 It is an epoll of this process's own.  The channel's own descriptor would not
 do: it is shared, stays readable for ever at its end, and even replacing it
 (dup2) leaves it in the epoll of an event loop as long as another worker holds
-it.  What is taken out of this one is out, whoever watches from outside.
+it.  What is taken out of this one is out for every watcher.
 
 Safe against other threads and the garbage collector without a lock: each
 step is one system call, and doing it twice is harmless.
@@ -44,8 +44,8 @@ class WaitSet:
             except FileExistsError:
                 pass
             except (OSError, ValueError):
-                # Closed by another thread just now, which is no news for whoever
-                # closes a connection and thereby came here.
+                # Closed by another thread just now: not a failure of the caller, which may
+                # only have closed a connection.
                 if not self._epoll.closed:
                     raise
 
@@ -57,7 +57,10 @@ class WaitSet:
                 pass  # it was not in there, or all is closed
 
     def ring(self) -> None:
-        """Be readable, whatever is in the set, until `hush`."""
+        """Be readable, whatever is in the set, until `hush`.
+
+        Fit for a signal handler, but the first time it may raise OSError.
+        """
         if self._epoll.closed:
             return
         if self._bell is None:
@@ -84,6 +87,10 @@ class WaitSet:
         if self._bell is not None:
             self._bell.close()
             self._bell = None
+
+    def forget(self) -> None:
+        """In a forked child: close what is ours, and leave another's epoll as it is."""
+        WaitSet.close(self)
 
     def close(self) -> None:
         self._epoll.close()

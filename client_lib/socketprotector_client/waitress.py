@@ -65,23 +65,20 @@ class _Loop:
     def loop(self, timeout: float, map: Dict[int, Any], use_poll: bool = False) -> None:
         """Serve those in the map, by descriptor, until there are none."""
         while map:
-            self._turn(timeout, map)
-
-    def _turn(self, timeout: float, map: Dict[int, Any]) -> None:
-        accepting = self._watch(map)
-        if accepting is not None:
-            ours, others = self._intake.sleep(timeout)
-            found = self._epoll.poll(0) if others else []
-        else:
-            ours, found = False, self._epoll.poll(timeout)
-        for fd, flags in found:
-            if fd in map:
-                wasyncore.readwrite(map[fd], flags)
-        if ours:
-            wasyncore.read(accepting)
+            accepting = self._watch(map)
+            if accepting is not None:
+                ours, others = self._intake.sleep(timeout)
+                found = self._epoll.poll(0) if others else []
+            else:
+                ours, found = False, self._epoll.poll(timeout)
+            for fd, flags in found:
+                if fd in map:
+                    wasyncore.readwrite(map[fd], flags)
+            if ours:
+                wasyncore.read(accepting)
 
     def _watch(self, map: Dict[int, Any]) -> Any:
-        """Have the epoll know who wants what; return the listener's part if that is to accept."""
+        """Update the epoll; return the listener's dispatcher if that is to accept."""
         wanted, accepting = {}, None
         for fd, each in list(map.items()):
             flags = select.EPOLLIN | select.EPOLLPRI if each.readable() else 0

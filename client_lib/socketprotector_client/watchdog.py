@@ -1,9 +1,9 @@
 """Tell the protector again and again that this worker's loop turns.
 
-A thread only knocks, on a descriptor that the serving loop waits for like for everything
-else; the loop answers, so one that is blocked falls silent.  As long as no loop
-has ever answered nothing is said, and who never spoke is not waited for.  Where no
-loop need turn the thread says it itself, or who drains would pass for one that hangs.
+A thread only writes to a descriptor that the serving loop waits for like for everything
+else; the loop answers, so one that is blocked falls silent.  As long as no loop has ever answered
+nothing is sent, and the protector does not wait for a worker that never spoke.  Where no loop need
+turn the thread sends it itself, or a worker that drains would pass for one that hangs.
 
 Only the process that the protector started is asked, and answers: a forked child that answered
 would take the question away from it, or speak for one that hangs.
@@ -14,7 +14,6 @@ Source: man 3 sd_watchdog_enabled.
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from typing import Callable, Mapping
@@ -24,7 +23,7 @@ from .sd_notify import notify
 
 
 def interval_s(environ: Mapping[str, str]) -> float:
-    """Return how often to speak: half of what is allowed; 0 where nobody listens."""
+    """Return how often to speak: half of what is allowed; 0 without a watchdog."""
     usec = environ.get("WATCHDOG_USEC", "")
     pid = environ.get("WATCHDOG_PID", "") or str(os.getpid())
     if not usec.isdecimal() or pid != str(os.getpid()):
@@ -36,46 +35,44 @@ class Watchdog:
     """Knocks every interval from `start` on, for the life of the process."""
 
     def __init__(self, every_s: float, may_be_silent: Callable[[], bool]) -> None:
-        """may_be_silent: whether all is well though nobody answers."""
+        """may_be_silent: whether all is well though the loop does not answer."""
         self._every_s = every_s
         self._may_be_silent = may_be_silent
-        self._inner, self._outer = socket.socketpair()
-        self._inner.setblocking(False)
-        self._outer.setblocking(False)
+        self._read_fd, self._write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         forking.register(self)
 
     def start(self) -> None:
         """Begin to knock: not before the program serves, for it may fork first.
 
         At once, too: the loop answers before it takes its first connection.  A release that
-        hangs does so with its first clients, and who never spoke is not waited for.
+        hangs does so with its first clients, and a worker that never spoke is not waited for.
         """
-        self._outer.send(b"\0")
+        os.write(self._write_fd, b"\0")
         threading.Thread(target=self._knock, name="watchdog", daemon=True).start()
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when `answer` is to be called."""
-        return self._inner.fileno()
+        return self._read_fd
 
     def answer(self) -> None:
         try:
-            self._inner.recv(64)
+            os.read(self._read_fd, 64)
         except BlockingIOError:
             return  # another thread was first
         notify("WATCHDOG=1")
 
     def after_fork_in_child(self) -> None:
-        # Whoever had these in its epoll has made that anew, without them.
-        self._inner.close()
-        self._outer.close()
+        # The intake that had these in its epoll has made that anew, without them.
+        os.close(self._read_fd)
+        os.close(self._write_fd)
 
     def _knock(self) -> None:
         while True:
             time.sleep(self._every_s)
-            if self._may_be_silent():
-                notify("WATCHDOG=1")
-                continue
             try:
-                self._outer.send(b"\0")
+                if self._may_be_silent():
+                    notify("WATCHDOG=1")
+                else:
+                    os.write(self._write_fd, b"\0")
             except BlockingIOError:
-                pass  # nobody has answered for long
+                pass  # the loop has not answered for long

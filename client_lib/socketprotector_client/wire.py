@@ -31,11 +31,11 @@ ENV_WORKERS = "SOCKETPROTECTOR_WORKERS"
 ENV_SCOREBOARD = "SOCKETPROTECTOR_SCOREBOARD"
 ENV_NOTIFY = "NOTIFY_SOCKET"
 
-#: A worker's place in the scoreboard: so many 8-byte words in the machine's own byte order.
+#: A worker's record in the scoreboard: so many 8-byte words in the machine's own byte order.
 BOARD_WORDS = 1024
 BOARD_BYTES = 8 * BOARD_WORDS
 #: What the first word says of the others.
-BOARD_UNKNOWN = 0  # nobody writes here, or others do who cannot be counted
+BOARD_UNKNOWN = 0  # not written, or others take connections that cannot be counted
 BOARD_COUNTED = 1
 #: The words: connections taken; open now; handlers that raised.
 BOARD_STATE, BOARD_ACCEPTED, BOARD_ACTIVE, BOARD_ERRORS = range(4)

@@ -1,4 +1,4 @@
-"""This process's place under a protector, or the lack of one.
+"""What this process is: a protector's worker, or one that listens by itself.
 
 A process has one environment, one channel and one drain, so there is one
 Worker, made when it is first asked for and never at import.
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import List, Mapping, Optional
 
 from . import forking, wire
-from .address import ListenAddress
+from .address import ListenAddress, listen
 from .channel import Channel
 from .drain_state import Drain
 from .environment import passed_listeners, read_environment
@@ -40,50 +40,42 @@ class Worker:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         environment = read_environment(environ)
-        self._board = Scoreboard(
-            environment.board_fd if environment else -1,
-            environment.board_offset if environment else 0,
-        )
+        self._board = Scoreboard(*environment.board)
         self.channel: Optional[Channel] = None
-        #: Those who take connections from the same place, as far as is known.
-        self.sharers = environment.workers if environment else 1
+        #: How many workers take connections from the same queue, as far as is known.
+        self.sharers = environment.workers
+        #: Whether a SocketServer uses the channel.
+        self.is_lent = False
         #: Listening sockets that others have, too (`--handoff listener`); SIGTERM ends the use.
-        self.passed = passed_listeners(environ) if environment is None else ()
-        self._watchdog_s = interval_s(environ) if environment or self.passed else 0.0
+        self.passed = passed_listeners(environ) if environment.channel_fd < 0 else ()
         self._watchdogs: List[Watchdog] = []  # to be started when this process serves
         self._return_line: Optional[socket.socket] = None
-        if environment is not None:
+        if environment.channel_fd >= 0:
             self.channel = Channel(environment.channel_fd, environment.listeners)
-            # Kept for life: closing is the kernel's job, and warning about it
-            # at exit nobody's.
+            # Kept for life: closing is the kernel's job, without a warning at exit.
             atexit.register(self.channel.detach)
             if environment.return_fd >= 0:
                 self._return_line = Socket(fileno=environment.return_fd)
                 atexit.register(self._return_line.detach)
+        self._watchdog_s = interval_s(environ) if self.is_served else 0.0
         self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
         #: Which listener each connection came through.  Entries are replaced when
         #: their number is used again, so those of open connections are right.
         self.listener_by_fd: dict[int, str] = {}
         self._said_ready = False
-        self._is_lent = False
         self._lock = threading.Lock()
         forking.register(self)
 
     @property
     def is_served(self) -> bool:
-        """Whether connections, or who waits for them, come from somebody else."""
+        """Whether a protector gives this process connections, or listening sockets."""
         return self.channel is not None or bool(self.passed)
 
-    def open_intake(
-        self,
-        address: Optional[ListenAddress],
-        limit: Optional[int],
-        backlog: int = DEFAULT_BACKLOG,
-    ) -> Intake:
+    def open_intake(self, address: Optional[ListenAddress], limit: Optional[int]) -> Intake:
         """Return a new intake; the caller closes it.
 
         Without a protector it accepts from what it was handed, or binds and listens on address.
-        Raises ValueError if then there is none, and what address.listen raises.
+        Raises what address.listen raises.
         """
         # Before anything is bound.
         if limit is not None and limit < 1:
@@ -92,13 +84,9 @@ class Worker:
         if self.channel is not None:
             source = ChannelSource(self.channel, wakes_one=True)
         elif self.passed:
-            source = ListenSource.passed(self.passed)
-        elif address is not None:
-            source = ListenSource.bound(address, backlog)
+            source = ListenSource([Socket(fileno=os.dup(fd)) for fd in self.passed], handed=True)
         else:
-            raise ValueError(
-                "cannot tell where to listen: there is no protector and no address was given"
-            )
+            source = ListenSource(listen(address, DEFAULT_BACKLOG), handed=False)
         return self._open(source, limit)
 
     def open_queue(self, channel: Channel, limit: int) -> Intake:
@@ -107,22 +95,10 @@ class Worker:
             self.drain.follow(channel.fileno())
         return self._open(ChannelSource(channel, wakes_one=channel is self.channel), limit)
 
-    def lend_channel(self) -> None:
-        """Note that a SocketServer uses the channel.  Raises RuntimeError if one does already."""
-        if self._is_lent:
-            raise RuntimeError(
-                "cannot make a second SocketServer under a protector: its workers share one "
-                "queue; close the first one, or give both ports to one and ask client.listener"
-            )
-        self._is_lent = True
-
-    def return_channel(self) -> None:
-        self._is_lent = False
-
     def _open(self, source: Source, limit: Optional[int]) -> Intake:
         intake = Intake(source, self.drain, limit, self.listener_by_fd, self._board)
         if self._return_line is not None:
-            # Nothing is said on it yet; a later protector may, to the process that it started.
+            # Nothing is sent on it yet; a later protector may, to the process that it started.
             intake.obey_end(self._return_line.fileno())
         if self._watchdog_s:
             watchdog = Watchdog(self._watchdog_s, lambda: intake.may_be_silent)
@@ -139,7 +115,7 @@ class Worker:
 
         Where the protector has not read on for a while it is heard once it does: see notify().
         retires: whether this worker leaves when its RETURN line ends; not where the program takes
-        from the Channel itself, which nobody counts either.
+        from the Channel itself, which is not counted either.
         """
         with self._lock:
             if self._said_ready:
@@ -150,10 +126,8 @@ class Worker:
         if not retires:
             self._board.leave_uncounted()
         # In one datagram: the protector must know both before it relies on one.
-        if retires and self._return_line is not None:
-            notify("READY=1", wire.RETIRES_ON_RETURN)
-        else:
-            notify("READY=1")
+        can_retire = retires and self._return_line is not None
+        notify("READY=1", *([wire.RETIRES_ON_RETURN] if can_retire else []))
 
     def after_fork_in_child(self) -> None:
         # It is the parent that the protector watches.

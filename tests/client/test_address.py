@@ -93,6 +93,13 @@ def test_a_port_in_use_is_named_and_nothing_stays_bound() -> None:
     assert caught.value.errno == errno.EADDRINUSE
 
 
+def test_an_address_that_cannot_be_bound_at_all_says_why() -> None:
+    with pytest.raises(OSError, match=r"cannot listen on unix:/x+: AF_UNIX path too long"):
+        listen("unix:/" + "x" * 200, 16)
+    with pytest.raises(ValueError, match=r"cannot listen on .*70000"):
+        listen(("127.0.0.1", 70000), 16)
+
+
 def test_a_stale_unix_socket_is_replaced_and_ours_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with socket.socket(UNIX) as stale:

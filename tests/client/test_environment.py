@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import socketprotector_client
-from socketprotector_client import ProtocolError, wire
+from socketprotector_client import Channel, ProtocolError, wire
 from socketprotector_client.environment import Environment, read_environment
 
 
@@ -43,11 +43,8 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
         channel_fd=fds[0],
         return_fd=fds[1],
         listeners=("tcp:0.0.0.0:80", "unix:/run/a b", "-"),
-        generation=7,
-        worker=3,
         workers=8,
-        board_fd=fds[2],
-        board_offset=4096,
+        board=(fds[2], 4096),
     )
     assert [os.get_inheritable(fd) for fd in fds] == [False] * 3
 
@@ -55,11 +52,24 @@ def test_a_worker_learns_its_place_and_keeps_descriptors_to_itself(
 def test_only_the_channel_is_needed(fds: tuple[int, int, int]) -> None:
     found = read_environment({wire.ENV_CHANNEL: str(fds[0])})
 
-    assert found == Environment(fds[0], return_fd=-1, listeners=(), generation=0, worker=0)
+    assert found == Environment(fds[0])
+
+
+def test_a_default_timeout_sets_no_flag_on_the_channel_that_all_workers_share(
+    fds: tuple[int, int, int],
+) -> None:
+    socket.setdefaulttimeout(30)
+    try:
+        found = read_environment(environ(fds))
+        Channel(found.channel_fd).detach()
+    finally:
+        socket.setdefaulttimeout(None)
+
+    assert os.get_blocking(fds[0])
 
 
 def test_without_the_variable_there_is_no_protector() -> None:
-    assert read_environment({}) is None
+    assert read_environment({}) == Environment(channel_fd=-1)
 
 
 def test_a_variable_inherited_without_its_descriptor_is_explained(

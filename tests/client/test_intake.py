@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import pytest
 from socketprotector_client import Listener
+from socketprotector_client import intake as intake_module
+from socketprotector_client.address import listen
 from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
@@ -33,7 +35,7 @@ class Interrupted(WaitSet):
 
 @pytest.fixture
 def source() -> Iterator[ListenSource]:
-    one = ListenSource.bound("127.0.0.1:0", 16)
+    one = ListenSource(listen("127.0.0.1:0", 16), handed=False)
     yield one
     one.close()
 
@@ -64,11 +66,12 @@ def test_orders_are_seen_however_many_connections_wait(take: int | None) -> None
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_connection_that_ends_while_the_limit_is_being_reached_is_noticed(
-    source: ListenSource, before: bool
+    source: ListenSource, before: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[socket.socket] = []
-    waiting = Interrupted(lambda: taken.pop().close(), before=before)
-    intake = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0), waiting)
+    waits = Interrupted(lambda: taken.pop().close(), before=before)
+    monkeypatch.setattr(intake_module, "WaitSet", lambda: waits)
+    intake = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
     with (
         socket.create_connection(source.sockname),
         socket.create_connection(source.sockname),

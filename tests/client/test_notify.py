@@ -20,7 +20,7 @@ def _lets_go_of_its_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = len(os.listdir("/proc/self/task"))
     yield
     until(lambda: len(os.listdir("/proc/self/task")) == threads, "nothing waits any more")
-    sd_notify._teller(os.environ.get(wire.ENV_NOTIFY, "")).close()
+    sd_notify._sender(os.environ.get(wire.ENV_NOTIFY, "")).close()
 
 
 def fill() -> int:

@@ -16,7 +16,7 @@ from socketprotector_client import SocketServer
 from socketprotector_client.address import sockname_of
 
 from tests.client.protector import DEADLINE_S, PYTHON, ROOT, Client, Protector, ports_of, until
-from tests.client.sharing import HOME, Sharing, refuses
+from tests.client.sharing import HOME, Sharing, refuses, until_stopped
 
 EXAMPLE = ROOT / "client_lib" / "examples" / "shared_queue.py"
 
@@ -126,6 +126,24 @@ def test_a_full_queue_leaves_the_rest_to_the_backlog(protector: Protector) -> No
 
     # What the queue holds, one in hand, and no more of what it owns itself.
     assert len(os.listdir(f"/proc/{accepting}/fd")) <= 7
+    sharing.signal(signal.SIGUSR1)
+
+    for client in clients:
+        assert client.read() == "echo hello"
+        client.close()
+
+
+def test_a_full_queue_loses_no_client_of_another_address(protector: Protector) -> None:
+    sharing = Sharing(protector, "run", "0", "6", HOME, HOME)
+    os.kill(sharing.accepting(), signal.SIGSTOP)
+    until_stopped(sharing.accepting())
+    clients = [sharing.connect(number) for _ in range(20) for number in (0, 1)]
+    for client in clients:
+        client.send("hello")
+        client.socket.shutdown(socket.SHUT_WR)
+
+    os.kill(sharing.accepting(), signal.SIGCONT)
+    until(lambda: len(os.listdir(f"/proc/{sharing.accepting()}/fd")) >= 7, "a full queue")
     sharing.signal(signal.SIGUSR1)
 
     for client in clients:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
+from socketprotector_client.address import listen
 from socketprotector_client.drain_state import Drain
 from socketprotector_client.intake import Intake
 from socketprotector_client.scoreboard import Scoreboard
@@ -23,7 +24,7 @@ class Chosen(ListenSource):
 
 @pytest.fixture
 def intake() -> Iterator[Intake]:
-    source = Chosen(ListenSource.bound("127.0.0.1:0", 16).listeners, handed=False)
+    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
     one = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
     yield one
     one.close()
@@ -33,8 +34,9 @@ def test_a_loop_is_told_of_its_own_descriptors_and_of_the_queue(intake: Intake) 
     ours, theirs = socket.socketpair()
     with select.epoll() as epoll, ours, theirs:
         loop = SimpleNamespace(epoll=epoll)
-        assert BesideEpoll.put(loop, "epoll", intake)
+        BesideEpoll.put(loop, "epoll", intake, intake.fileno())
         beside = loop.epoll
+        assert isinstance(beside, BesideEpoll)
         beside.register(ours.fileno(), select.EPOLLIN)
         beside.register(intake.fileno(), select.EPOLLIN)
         assert beside.poll(0) == []
@@ -55,7 +57,7 @@ def test_a_loop_is_told_of_its_own_descriptors_and_of_the_queue(intake: Intake) 
 
 def test_who_asks_for_one_event_is_told_once(intake: Intake) -> None:
     with select.epoll() as epoll:
-        beside = BesideEpoll(epoll, intake)
+        beside = BesideEpoll(epoll, intake, intake.fileno())
         beside.register(intake.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
         with socket.create_connection(intake.source.sockname):
             assert beside.poll(10) == [(intake.fileno(), select.EPOLLIN)]
@@ -68,19 +70,22 @@ def test_a_loop_that_has_no_such_epoll_stays_as_it_is(intake: Intake) -> None:
     other = object()
     loop = SimpleNamespace(epoll=other)
 
-    assert not BesideEpoll.put(loop, "epoll", intake)
-    assert not BesideEpoll.put(loop, "nothing", intake)
-    assert loop.epoll is other
+    BesideEpoll.put(loop, "epoll", intake, intake.fileno())
+    BesideEpoll.put(loop, "nothing", intake, intake.fileno())
+
+    assert vars(loop) == {"epoll": other}
 
 
 def test_two_listeners_in_one_loop_both_are_told_of(intake: Intake) -> None:
     """The first has the loop sleep in its own; the second is told of as before."""
-    source = Chosen(ListenSource.bound("127.0.0.1:0", 16).listeners, handed=False)
+    source = Chosen(listen("127.0.0.1:0", 16), handed=False)
     second = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
     with select.epoll() as epoll:
         loop = SimpleNamespace(epoll=epoll)
-        assert BesideEpoll.put(loop, "epoll", intake)
-        assert not BesideEpoll.put(loop, "epoll", second)
+        BesideEpoll.put(loop, "epoll", intake, intake.fileno())
+        first = loop.epoll
+        BesideEpoll.put(loop, "epoll", second, second.fileno())
+        assert loop.epoll is first
         for each in (intake, second):
             loop.epoll.register(each.fileno(), select.EPOLLIN)
         with socket.create_connection(source.sockname):

@@ -1,0 +1,105 @@
+"""What the listeners for trio and anyio share: both libraries call the same things the same.
+
+Rule: imports neither of them.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+from typing import Any, Awaitable, Callable, Optional, Tuple, Type
+
+from .address import ListenAddress
+from .errors import Drained
+from .shared_epoll import BesideEpoll, loop_with_epoll
+from .signals import term_is_free
+from .worker import current
+
+_Handler = Callable[[Any], Awaitable[object]]
+
+
+class TaskListener:
+    """Takes connections in a task, and ends when the last one is closed."""
+
+    #: The library, what has its wait_readable, and what it raises after the last connection.
+    _library: Any
+    _waiting: Any
+    _ended: Type[Exception]
+
+    def __init__(
+        self, address: Optional[ListenAddress] = None, *, limit: Optional[int] = None
+    ) -> None:
+        """Bind `address` where there is no protector.
+
+        `address`, `limit` and errors are those of `connections`.
+        """
+        self._intake = current().open_intake(address, limit)
+        self._closed = False
+        self._pause = self._library.CancelScope()
+        # Where the loop keeps the epoll that BesideEpoll replaces: an object, an attribute's name.
+        self._loop: Tuple[object, str] = (None, "")
+
+    async def aclose(self) -> None:
+        """Accept no more.  What was accepted stays open."""
+        if not self._closed:
+            self._closed = True
+            self._waiting.notify_closing(self._intake.fileno())
+            BesideEpoll.take_back(*self._loop, self._intake)
+            self._intake.close()
+        await self._library.lowlevel.checkpoint()
+
+    @staticmethod
+    async def _stream(plain: socket.socket) -> Any:
+        raise NotImplementedError
+
+    async def _take(self) -> socket.socket:
+        current().ready()
+        # Before, for after it there is a connection to lose.
+        await self._library.lowlevel.checkpoint()
+        while not self._closed:
+            try:
+                connection = self._intake.get_now()
+            except Drained:
+                await self._last_one_closed()
+                raise self._ended from None
+            if connection is not None:
+                return self._intake.open.exchange(connection)
+            if self._loop[0] is None:
+                self._loop = loop_with_epoll()
+                BesideEpoll.put(*self._loop, self._intake, self._intake.fileno())
+            with self._library.CancelScope() as self._pause:
+                await self._waiting.wait_readable(self._intake.fileno())
+        raise self._library.ClosedResourceError
+
+    async def _last_one_closed(self) -> None:
+        self._intake.await_last()
+        while len(self._intake.open):
+            await self._waiting.wait_readable(self._intake.fileno())
+        # Those whose end was only looked for would pass for lost.
+        self._intake.board.count_open()
+        # In a thread: a callback may want this very loop to do something.
+        await self._library.to_thread.run_sync(current().drain.finish)
+
+    async def _serve(self, handler: _Handler, own: Any, tasks: Any) -> None:
+        """Handle each connection in one of tasks, until drained; then cancel what own waits for."""
+        if term_is_free():
+            await own.start(self._obey_term)
+        try:
+            while True:
+                tasks.start_soon(self._serve_one, handler, await self._take())
+        except self._ended:
+            own.cancel_scope.cancel()
+
+    async def _serve_one(self, handler: _Handler, plain: socket.socket) -> None:
+        try:
+            async with await self._stream(plain) as stream:
+                await handler(stream)
+        finally:
+            self._intake.open.ended()
+
+    async def _obey_term(self, *, task_status: Any) -> None:
+        with self._library.open_signal_receiver(signal.SIGTERM) as signals:
+            task_status.started()
+            async for _ in signals:
+                self._intake.drained()
+                self._pause.cancel()

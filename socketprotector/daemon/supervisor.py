@@ -239,7 +239,7 @@ class Supervisor:
         self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
-        """Reap what was left to us: nothing, but for PID 1 of a container and sub-reapers."""
+        """Reap discarded children, and those left to us as PID 1 of a container or sub-reaper."""
         reaped, more = reap_orphans()
         if reaped:
             self.effects.pool.groups.look()  # it may have been a worker's child

@@ -161,7 +161,7 @@ class WorkerPool:
         except OSError as error:
             self._loop.unwatch(worker.process.pidfd)
             self._loop.unwatch(worker.notify.fileno())
-            worker.process.discard(self._loop)
+            worker.process.discard()
             worker.close()
             self._post(WorkerExited(number, f"cannot watch it: {what_failed(error)}"))
             return

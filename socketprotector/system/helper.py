@@ -63,7 +63,7 @@ class HelperProcess:
         try:
             return cls(process, loop, ended)
         except OSError:  # the system is short of memory
-            process.discard(loop)
+            process.discard()
             raise
 
     @classmethod
@@ -115,7 +115,7 @@ class HelperProcess:
     def discard(self) -> None:
         """Kill it, if it has not ended, and let go of it."""
         if self._disown():
-            self.process.discard(self._loop)
+            self.process.discard()
 
     def _disown(self) -> bool:
         owned, self._owned = self._owned, False

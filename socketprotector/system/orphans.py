@@ -244,7 +244,7 @@ class Look:
         self._loop.cancel(_LIMIT)
         self._loop.unwatch(self._line.fileno())
         self._line.close()
-        self._process.discard(self._loop)
+        self._process.discard()
 
     def call_off(self) -> None:
         """End it without a result."""

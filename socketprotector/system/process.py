@@ -19,13 +19,10 @@ from ..model.frozen import frozen
 from ..model.records import Program
 from . import privileges, procfs
 from .cpu_quota import scheduler
-from .loop import Loop
 from .polling import events_of
 
 #: The resource limits that options may set (--limit), by the option's name.
 RLIMITS = {"nofile": resource.RLIMIT_NOFILE, "core": resource.RLIMIT_CORE}
-#: How soon to try again what there was no memory for.
-_AGAIN_S = 0.1
 #: Processes that an object here reaps.  Any other child that ends was left to us.
 #: With their objects: one that was reaped, here or meanwhile, may be let go of when its number is
 #: another's already.
@@ -59,7 +56,6 @@ class Process:
         self._lifeline = lifeline
         self.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         self.reaped = False  # and so its number may be another's
-        self._discarded = False  # it is owned no more, and waited for
         _known.setdefault(pid, set()).add(self)
 
     @classmethod
@@ -184,46 +180,22 @@ class Process:
         clean, how = text.status_of(status)
         return End(clean, how, used.ru_utime + used.ru_stime, used.ru_maxrss)
 
-    def discard(self, loop: Loop) -> None:
+    def discard(self) -> None:
         """Kill it with its group and let go of it, pidfd and all.
 
-        Its end is taken in when it comes: one that waits for a disk cannot be waited for.
+        It is reaped with the orphans: one that waits for a disk cannot be waited for.
         """
-        self._discarded = True
-        if self.reaped:
-            self._close()
-            return
-        with suppress(
-            PermissionError
-        ):  # it has become another user's, and ends when that one likes
-            self.kill_group()
-        if self.has_ended():
-            self._take_end(loop)
-            return
-        try:
-            loop.watch(self.pidfd, lambda: self._take_end(loop))
-        except OSError:  # the system is short of memory
-            loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
-
-    def _take_end(self, loop: Loop) -> None:
-        """Reap it, if no debugger is to see its end first, and close the pidfd."""
-        loop.unwatch(self.pidfd)
-        with suppress(ChildProcessError):  # it was no child of ours
-            if self.reap() is None:
-                loop.call_after(("discarded", self.pid), _AGAIN_S, lambda: self._take_end(loop))
-                return
-        self._close()
+        if not self.reaped:
+            with suppress(PermissionError):  # it has become another user's, and ends when it likes
+                self.kill_group()
+        self.close()
 
     def close(self) -> None:
-        """Close the pidfd, if it is ours still.  A child that lives on is reaped as a stranger."""
-        if not self._discarded:
-            self._close()
-            self._forget()
-
-    def _close(self) -> None:
+        """Close the pidfd.  A child that lives on is reaped with the orphans."""
         os.close(self.pidfd)
         if self._lifeline >= 0:
             os.close(self._lifeline)
+        self._forget()
 
     def _note_reaped(self) -> None:
         self.reaped = True
@@ -265,9 +237,9 @@ def _kill(pid: int) -> None:
 def reap_orphans() -> tuple[int, bool]:
     """Reap children that have ended and that no object here owns.
 
-    They are left to us by others where we are the first process of a container (PID 1), or were
-    made a sub-reaper.  Returns how many there were, and whether to come again soon: there
-    are more, or one that another object here is about to reap stands before them.
+    They were discarded, or are left to us by others where we are the first process of a container
+    (PID 1), or were made a sub-reaper.  Returns how many there were, and whether to come again
+    soon: there are more, or one that another object here is about to reap comes before them.
     """
     # Which child has ended a signal does not tell: several signals are one.  This names one,
     # the same again until it is reaped.

@@ -217,7 +217,7 @@ class Readiness:
         self._loop.cancel((_CHECK, self._key))
         if self._check is not None:
             self._loop.unwatch(self._check.pidfd)
-            self._check.discard(self._loop)
+            self._check.discard()
             self._check = None
 
     def is_known(self) -> None:

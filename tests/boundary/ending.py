@@ -14,7 +14,7 @@ from pathlib import Path
 
 from socketprotector.model.records import Program
 from socketprotector.system.loop import Loop
-from socketprotector.system.process import Process
+from socketprotector.system.process import Process, reap_orphans
 from tests import forked
 from tests.running import DEADLINE_S
 
@@ -84,8 +84,13 @@ def children() -> set[str]:
 
 
 def settle(loop: Loop) -> None:
-    """Run the loop until it has taken in the end of each child."""
-    until(loop, lambda: not children())
+    """Run the loop until each child has ended and was reaped, as the supervisor reaps them."""
+
+    def settled() -> bool:
+        reap_orphans()
+        return not children()
+
+    until(loop, settled)
 
 
 def running(script: str) -> Program:

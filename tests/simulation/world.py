@@ -1208,6 +1208,9 @@ class World:
         if due is not None:
             kernel.clock_ns = max(kernel.clock_ns, due)
             return self._wake([])
+        if self._zombie() is not None:  # so the kernel has told of it
+            self._children_ended()
+            return self._wake(kernel.epoll.told())
         if self._tempt():
             return self._wake(kernel.epoll.told())
         self._check_rest()
@@ -1286,28 +1289,17 @@ class World:
         known = {*self._fixed, *protector.effects.descriptors().values()}
         known |= set(self._outbox._unsent.values())
         known.add(protector.effects.forwarder._shortage.reserve)
-        known |= {fd for fd, file in self.kernel.files.items() if self._is_discarded(fd, file)}
         running = [each.process for each in self.kernel.files.values() if isinstance(each, Running)]
         ours = {each.pid for each in running if not (each.orphan or each.gone)}
         unknown = ours.difference(process._known)
         assert not unknown, f"{unknown} would be reaped as strangers"
         epoll = self.kernel.epoll
-        # What was killed and let go of is waited for, and its pidfd closed then.
-        ending = any(isinstance(key, tuple) and key[0] == "discarded" for key in self._loop._timers)
         left = {
             fd: file
             for fd, file in self.kernel.files.items()
-            if not (isinstance(file, Running) and (ending or fd in self._loop._callbacks))
             if fd not in known and file is not epoll and file is not self.kernel.wake
         }
         assert not left, f"descriptors that nobody knows: {left}"
-
-    def _is_discarded(self, fd: int, file: File) -> bool:
-        """Whether it is of a process that nobody has any more, and that is waited for."""
-        epoll = self.kernel.epoll
-        if not isinstance(file, Running) or epoll is None:
-            return False
-        return fd in epoll.interest or ("discarded", file.process.pid) in self._loop._timers
 
     def _check_fleet(self, fleet: Fleet, act: Effects) -> None:
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
@@ -1367,20 +1359,15 @@ class World:
         for each in self.workers:
             assert each.ended, f"worker {each.pid} is left behind"
         kernel = self.kernel
-        gone = {fd: f for fd, f in kernel.files.items() if self._is_discarded(fd, f)}
-        theirs = {f.process for f in gone.values() if isinstance(f, Running)}
         for each in self.workers:
-            assert each.reaped or each.orphan or each in theirs, f"worker {each.pid} is a zombie"
+            # Else it is reaped as a stranger: here, or by the process that adopts it now.
+            assert each.reaped or each.orphan or each.pid not in process._known
         left = {
             fd: file
             for fd, file in kernel.files.items()
             if fd not in self._fixed and file is not kernel.epoll and file is not kernel.wake
         }
-        left = {
-            fd: f
-            for fd, f in left.items()
-            if fd not in gone and fd not in self._outbox._unsent.values()
-        }
+        left = {fd: f for fd, f in left.items() if fd not in self._outbox._unsent.values()}
         assert not left, f"left open at the end: {left}"
         self._check_left()
 

@@ -7,7 +7,6 @@ are blocked from here until the waiting process, or the resident one, can handle
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import resource
@@ -233,11 +232,8 @@ def _exec(
         if settings.pid_file is not None:
             told.append(f"{guard.PID_FILE_OPTION}{settings.pid_file}")
         command = [sys.executable, "-I", "-S", guard.__file__, *told, *command]
-    # The receiver of a failure keeps its number.
-    spare = fcntl.fcntl(verdict, fcntl.F_DUPFD_CLOEXEC, inherited.FIRST + len(descriptors))
-    environment = {**os.environ, **inherited.place_for_exec(descriptors)}
-    try:
-        with privileges.lent() if settings.guarded and starts_others else nullcontext():
-            os.execve(command[0], command, environment)
-    finally:
-        os.dup2(spare, verdict, inheritable=False)
+    with (
+        privileges.lent() if settings.guarded and starts_others else nullcontext(),
+        inherited.kept_through_exec(descriptors) as variables,
+    ):
+        os.execve(command[0], command, {**os.environ, **variables})

@@ -1,7 +1,7 @@
 """How the resident process inherits its descriptors by name, from any predecessor.
 
-The predecessor places them at 3, 4, ... and names them, as systemd does for a service
-(sd_listen_fds(3)); ours begin with `sp.`.
+The predecessor names those at 3, 4, ..., as systemd does for a service (sd_listen_fds(3)); ours
+begin with `sp.`.
 
 Names that are too long for the environment are put into a memfd, and the only name in
 the environment gives its number: `sp.names.N`.
@@ -9,7 +9,6 @@ the environment gives its number: `sp.names.N`.
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 TYPE_CHECKING = False
@@ -117,21 +116,6 @@ def _parts(name: str) -> tuple[str, str, str]:
     return (f"{OURS}{kind}.", key, rest) if dot else (name, "", "")
 
 
-def place_for_exec(descriptors: Mapping[str, int]) -> dict[str, str]:
-    """Put descriptors in their places for an exec, and return the variables that name them.
-
-    Takes ownership; only an exec may follow.
-    """
-    # Out of the way first: a place may be held by a descriptor of another name.
-    high = [
-        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST + len(descriptors))
-        for fd in descriptors.values()
-    ]
-    for place, fd in enumerate(high, FIRST):
-        os.dup2(fd, place, inheritable=True)
-    return {PID: str(os.getpid()), **names(descriptors)}
-
-
 def names(descriptors: Iterable[str]) -> dict[str, str]:
     """Return the variables that name descriptors at 3, 4, ..., without the pid they are for.
 
@@ -202,17 +186,19 @@ def is_ours() -> bool:
 
     They are empty after a graceful stop: then there is nothing to resume.
     """
-    if os.environ.get(PID) != str(os.getpid()):
-        return False
-    names = _listed(os.environ.get("LISTEN_FDNAMES", ""))
+    names = _listed_for_us()
     return SETTINGS in names and os.fstat(FIRST + names.index(SETTINGS)).st_size > 0
 
 
 def is_for_reader() -> bool:
     """Whether this process is to read a configuration again."""
-    if os.environ.get(PID) != str(os.getpid()):
-        return False
-    return not {READER, READER_DRY}.isdisjoint(_listed(os.environ.get("LISTEN_FDNAMES", "")))
+    return not {READER, READER_DRY}.isdisjoint(_listed_for_us())
+
+
+def _listed_for_us() -> list[str]:
+    """Return the names of descriptors that were left for this very process.  Raises OSError."""
+    ours = os.environ.get(PID) == str(os.getpid())
+    return _listed(os.environ.get("LISTEN_FDNAMES", "")) if ours else []
 
 
 def _listed(told: str) -> list[str]:

@@ -39,18 +39,20 @@ def shown(
     files: dict[str, int] | str,
     *through: str,
     status: int = 0,
+    **instead: str,
 ) -> dict[str, object]:
     """Have a process leave descriptors and execute another, which says what it finds.
 
     files: the descriptors, or the code that makes them.  through: a command that executes it.
+    instead: other values of variables.
     """
     code = (
-        "import os, sys; from contextlib import nullcontext\n"
+        "import os, sys\n"
         "from socketprotector.system import inherited\n"
-        f"files = {files!s}; left = {leave}\n"
-        "with left if hasattr(left, '__exit__') else nullcontext(left) as variables:\n"
+        f"files = {files!s}\n"
+        f"with {leave} as variables:\n"
         "    os.execve(sys.argv[2], [*sys.argv[2:], '-c', sys.argv[1]],"
-        "{**os.environ, **variables})"
+        f"{{**os.environ, **variables, **{instead}}})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, SHOW, *through, sys.executable],
@@ -69,13 +71,17 @@ def memfd(*names: str) -> dict[str, str]:
     return {name: f"/memfd:{name} (deleted)" for name in names}
 
 
-@pytest.mark.parametrize(
-    "leave", ["inherited.place_for_exec(files)", "inherited.kept_through_exec(files)"]
-)
-def test_what_is_left_is_found_by_name_and_goes_no_further(
-    leave: str, files: dict[str, int]
-) -> None:
-    seen = shown(leave, files)
+LEAVE = "inherited.kept_through_exec(files)"
+
+
+def told(given: dict[str, int], *names: str) -> list[str]:
+    """Names of descriptors by their numbers, from 3 on, with gaps."""
+    by_number = dict(zip(given.values(), names, strict=True))
+    return [by_number.get(fd, inherited.NOBODY) for fd in range(3, max(by_number) + 1)]
+
+
+def test_what_is_left_is_found_by_name_and_goes_no_further(files: dict[str, int]) -> None:
+    seen = shown(LEAVE, files)
 
     assert seen["found"] == memfd("sp.a", "sp.b", "sp.c")
     assert seen["inherits"] == []
@@ -85,23 +91,21 @@ def test_what_is_left_is_found_by_name_and_goes_no_further(
 def test_the_order_of_the_numbers_does_not_matter(files: dict[str, int]) -> None:
     backward = dict(reversed(files.items()))
 
-    assert shown("inherited.place_for_exec(files)", backward)["found"] == memfd(
-        "sp.a", "sp.b", "sp.c"
-    )
+    assert shown(LEAVE, backward)["found"] == memfd("sp.a", "sp.b", "sp.c")
 
 
 def test_what_else_was_passed_is_closed_be_it_of_one_name_twice(files: dict[str, int]) -> None:
     given = {"sp.a": files["sp.a"], "web": files["sp.b"], "sp.none": files["sp.c"]}
-    seen = shown("{**inherited.place_for_exec(files), 'LISTEN_FDNAMES': 'sp.a:web:web'}", given)
+    seen = shown(LEAVE, given, LISTEN_FDNAMES=":".join(told(given, "sp.a", "web", "web")))
 
     assert seen["found"] == memfd("sp.a")
-    again = shown("{**inherited.place_for_exec(files), 'LISTEN_FDNAMES': 'sp.a:sp.a:web'}", given)
+    again = shown(LEAVE, given, LISTEN_FDNAMES=":".join(told(given, "sp.a", "sp.a", "web")))
     assert again["found"] == memfd("sp.a")
 
 
 def test_what_is_for_another_process_is_not_taken(files: dict[str, int]) -> None:
-    assert shown("{**inherited.place_for_exec(files), 'LISTEN_PID': '1'}", files)["found"] == {}
-    assert shown("{**inherited.place_for_exec(files), 'LISTEN_FDS': 'x'}", files)["found"] == {}
+    assert shown(LEAVE, files, LISTEN_PID="1")["found"] == {}
+    assert shown(LEAVE, files, LISTEN_FDS="x")["found"] == {}
 
 
 def test_left_in_place_and_not_executed_nothing_is_inherited(files: dict[str, int]) -> None:
@@ -128,11 +132,8 @@ needs_many = pytest.mark.skipif(
 
 
 @needs_many
-@pytest.mark.parametrize(
-    "leave", ["inherited.place_for_exec(files)", "inherited.kept_through_exec(files)"]
-)
-def test_thousands_of_names_go_through(leave: str) -> None:
-    seen = shown(leave, MAKE_MANY)
+def test_thousands_of_names_go_through() -> None:
+    seen = shown(LEAVE, MAKE_MANY)
 
     assert seen["found"] == memfd(*MANY)
     assert seen["inherits"] == []
@@ -143,7 +144,7 @@ def test_thousands_of_names_go_through(leave: str) -> None:
 @needs_many
 def test_a_gap_among_thousands_is_nobodys() -> None:
     holed = f"(lambda files: (os.close(files.pop('sp.worker.0.line')), files)[1])({MAKE_MANY})"
-    seen = shown("inherited.kept_through_exec(files)", holed)
+    seen = shown(LEAVE, holed)
 
     assert seen["found"] == memfd(*(name for name in MANY if name != "sp.worker.0.line"))
 
@@ -153,7 +154,7 @@ def test_thousands_of_names_go_through_the_guard() -> None:
     """It gets them at the door, and leaves them at the door for the protector."""
     through = (sys.executable, "-I", "-S", guard.__file__)
     # A protector that ends before it has accepted is the end of the guard.
-    seen = shown("inherited.place_for_exec(files)", MAKE_MANY, *through, status=guard.FAILED)
+    seen = shown(LEAVE, MAKE_MANY, *through, status=guard.FAILED)
 
     found = seen["found"]
     assert isinstance(found, dict)

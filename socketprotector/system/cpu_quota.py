@@ -13,6 +13,10 @@ import math
 import os
 from contextlib import suppress
 
+#: Of cgroup v2, and of v1, where -1 is no quota.
+_NEW: tuple[str, ...] = ("cpu.max",)
+_OLD: tuple[str, ...] = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+
 
 def scheduler() -> int | None:
     """Return our scheduling policy; None where the system has none to tell (musl: ENOSYS)."""
@@ -40,8 +44,7 @@ class Quota:
         """
         self._proc = proc
         self._groups = ""  # in which the files below were found
-        self._new: list[str] = []  # cpu.max
-        self._old: list[str] = []  # folders with cpu.cfs_quota_us
+        self._files: list[tuple[str, ...]] = []  # each with a quota and its period
 
     def _find(self) -> None:
         """Find the files, if we were moved since they were found."""
@@ -52,31 +55,30 @@ class Quota:
             mounts = [line.split() for line in _read(f"{self._proc}/mountinfo").splitlines()]
         except OSError:
             return
-        self._groups, self._new, self._old = groups, [], []
+        self._groups, self._files = groups, []
         named = (line.split(":", 2) for line in groups.splitlines())
         paths = {tuple(words[1].split(",")): words[2] for words in named}
         for words in mounts:
             kind, options = words[words.index("-") + 1], words[-1].split(",")
             if kind == "cgroup2" and ("",) in paths:
-                folders = _up(paths[("",)], words[3], words[4])
-                self._new += [f"{each}/cpu.max" for each in folders]
+                found, files = [paths[("",)]], _NEW
             elif kind == "cgroup" and "cpu" in options:
-                found = [path for names, path in paths.items() if "cpu" in names]
-                self._old += [folder for path in found for folder in _up(path, words[3], words[4])]
+                found, files = [path for names, path in paths.items() if "cpu" in names], _OLD
+            else:
+                continue
+            folders = [each for path in found for each in _up(path, words[3], words[4])]
+            self._files += [tuple(f"{folder}/{file}" for file in files) for folder in folders]
 
     def processors(self) -> float:
         """Return how many processors' worth of time we have; infinity where nothing limits it."""
         self._find()
         least = math.inf
-        for file in self._new:
-            with suppress(OSError, ValueError):  # "max", or the root, which has none
-                quota, period = _read(file).split()
-                least = min(least, int(quota) / int(period))
-        for folder in self._old:
+        for files in self._files:
+            # "max" is no number, and the root has no such file.
             with suppress(OSError, ValueError):
-                quota_us = int(_read(f"{folder}/cpu.cfs_quota_us"))
-                if quota_us > 0:
-                    least = min(least, quota_us / int(_read(f"{folder}/cpu.cfs_period_us")))
+                quota, period = " ".join(map(_read, files)).split()
+                if int(quota) > 0:
+                    least = min(least, int(quota) / int(period))
         return least
 
 

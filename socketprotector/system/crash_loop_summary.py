@@ -24,6 +24,8 @@ from ..model.policy import PROVEN_S
 from .loop import Loop
 
 Fields = Mapping[str, object]
+#: When it came; level, event and fields.
+Line = tuple[float, str, str, Fields]
 #: Generation and slot; the slot is missing of a worker that could not even be spawned.
 #: None: generations, one after the other.
 Key = tuple[int, int | None] | None
@@ -35,7 +37,8 @@ FIRST_INTERVAL_S = 10.0
 LAST_INTERVAL_S = 3600.0
 #: A worker that could not be spawned is never ready: longer apart is no loop (back-off: 60 s).
 _APART_S = 120.0
-#: The slot of a worker that an earlier program has spawned.
+#: The slot of a worker whose end is no death of a loop: spawned by an earlier program, or it served
+#: and was told to leave.
 _UNKNOWN = -1
 #: Lines of workers that live: a generation may have many of them.
 _WITHHELD = 256
@@ -61,9 +64,7 @@ class _CrashLoop:
     shown: int = SHOWN
     last: Fields = field(default_factory=dict)  # how it ended the last time
     #: What was withheld of the worker that lives, and when.
-    withheld: deque[tuple[float, str, str, Fields]] = field(
-        default_factory=lambda: deque(maxlen=_WITHHELD)
-    )
+    withheld: deque[Line] = field(default_factory=lambda: deque(maxlen=_WITHHELD))
 
     @property
     def suppressed(self) -> bool:
@@ -79,7 +80,6 @@ class CrashLoopFilter:
         self._loop = loop
         self._crashing: dict[Key, _CrashLoop] = {}
         self._slot_of: dict[int, tuple[int, int | None]] = {}  # of workers that live
-        self._asked: set[int] = set()  # workers that served, and were asked to leave
         self._slot_counts: dict[int, int] = {}  # how many a generation has
         self._just_ended: tuple[int, int | None] | None = None
         self._failed = 0  # the last generation that failed while no other served
@@ -106,12 +106,11 @@ class CrashLoopFilter:
         for key in list(self._crashing):
             self._finish(key)
         self._slot_of.clear()
-        self._asked.clear()
 
     # -- workers of a slot --------------------------------------------------------
 
-    def _of_a_slot(self, line: tuple[float, str, str, Fields], generation: int) -> bool:
-        now, _, event, fields = line
+    def _of_a_slot(self, line: Line, generation: int) -> bool:
+        _, _, event, fields = line
         worker = _number(fields, "worker")
         just_ended, self._just_ended = self._just_ended, None
         if event == "drained":
@@ -129,32 +128,23 @@ class CrashLoopFilter:
             return False
         if event not in _REPEATED:
             return False
-        if worker not in self._slot_of:
-            self._just_ended = generation, _UNKNOWN
-            return False
-        key = self._slot_of[worker]
+        key = self._slot_of.get(worker, (generation, _UNKNOWN))
         if event == "exited":
-            del self._slot_of[worker]
-            if worker in self._asked:
-                self._asked.discard(worker)
-                self._just_ended = generation, _UNKNOWN
-                return False
+            self._slot_of.pop(worker, None)
             self._just_ended = key
+        if key[1] == _UNKNOWN:
+            return False
+        if event == "exited":
             return self._count_death(key, {"worker": worker, "how": fields.get("how")})
-        crashes = self._crashing.setdefault(key, _CrashLoop(now))
-        if event == "worker-ready":
-            self._is_ready(key, crashes)
-        if crashes.suppressed:
-            crashes.withheld.append(line)
-        return crashes.suppressed
+        return self._withhold(key, line, ready=event == "worker-ready")
 
     def _leaves_as_asked(self, worker: int) -> bool:
         """Whether a worker that served was told to leave: then its end is no death."""
-        key = self._slot_of.get(worker)
-        crashes = self._crashing.get(key) if key is not None else None
+        key = self._slot_of.get(worker, (0, _UNKNOWN))
+        crashes = self._crashing.get(key)
         if crashes is None or crashes.ready_at is None:
             return False  # one that never served, or ended by itself
-        self._asked.add(worker)
+        self._slot_of[worker] = key[0], _UNKNOWN
         self._finish(key)
         return True
 
@@ -174,8 +164,8 @@ class CrashLoopFilter:
 
     # -- generations, one after the other ----------------------------------------
 
-    def _of_generations(self, line: tuple[float, str, str, Fields], generation: int) -> bool:
-        now, _, event, fields = line
+    def _of_generations(self, line: Line, generation: int) -> bool:
+        _, _, event, fields = line
         if event in _VERDICTS:
             self._finish(None)
         if event in _FAILURES and generation > self._failed:
@@ -184,24 +174,26 @@ class CrashLoopFilter:
             if not suppressed:
                 self._shown_to = generation
             return suppressed
-        crashes = self._crashing.get(None)
-        if event not in _REPEATED_BY_GENERATIONS or crashes is None or not crashes.suppressed:
-            if event == "recovered":
-                self._is_ready(None, self._crashing.setdefault(None, _CrashLoop(now)))
-            return False
-        if generation <= self._shown_to:
-            return False
-        crashes.withheld.append(line)
-        if event == "recovered":
-            self._is_ready(None, crashes)
-        return True
+        recovers = event == "recovered"
+        repeated = event in _REPEATED_BY_GENERATIONS and generation > self._shown_to
+        if repeated and (recovers or None in self._crashing):
+            return self._withhold(None, line, ready=recovers)
+        return False
 
     # -- deaths in a row -----------------------------------------------------------
 
-    def _is_ready(self, key: Key, crashes: _CrashLoop) -> None:
-        crashes.ready_at = time.monotonic()
-        if crashes.suppressed:
-            self._loop.call_after(("crash-loop-proven", key), PROVEN_S, lambda: self._finish(key))
+    def _withhold(self, key: Key, line: Line, *, ready: bool) -> bool:
+        """Withhold a line of a worker, or of a generation, that lives; ready: it serves."""
+        crashes = self._crashing.setdefault(key, _CrashLoop(line[0]))
+        if ready:
+            crashes.ready_at = line[0]
+        if not crashes.suppressed:
+            return False
+        if ready:
+            proven = ("crash-loop-proven", key)
+            self._loop.call_after(proven, PROVEN_S, lambda: self._finish(key))
+        crashes.withheld.append(line)
+        return True
 
     def _count_death(self, key: Key, last: Fields, shown: int = SHOWN) -> bool:
         """Count a death; True: it is not to be written now."""

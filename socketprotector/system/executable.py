@@ -23,16 +23,11 @@ def resolve(command: Sequence[str], directory: str, search: str) -> tuple[str, t
     os.stat(found)
     if os.path.isdir(found) or not os.access(found, os.X_OK):
         raise PermissionError(13, "not executable", found)
+    by_name = os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
     real = os.path.realpath(found)
     if os.path.basename(real) != os.path.basename(found) and _is_script(real):
-        folder = os.path.realpath(os.path.dirname(found))
-        real = os.path.join(folder, os.path.basename(found))
-    argv0 = (
-        name
-        if "/" not in name
-        else os.path.join(os.path.realpath(os.path.dirname(found)), os.path.basename(found))
-    )
-    return real, (argv0, *command[1:])
+        real = by_name
+    return real, (by_name if "/" in name else name, *command[1:])
 
 
 def command_of(label: tuple[str, ...], safe: Sequence[str] = ("-P",)) -> tuple[str, ...]:

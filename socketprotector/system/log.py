@@ -43,8 +43,7 @@ class Log:
         self._dropped = 0
         self._end = b""  # of a line that was cut off
         self._fd = -1
-        self._may_block = False
-        self._is_terminal = False
+        self._put: Callable[[int, bytes], int] = os.write
         self._socket: socket.socket | None = None
         self.reopen()
 
@@ -78,20 +77,19 @@ class Log:
         """
         self._close()
         self._coloured = _wants_colour()
-        self._is_terminal = os.isatty(_STDERR)
         mode = os.fstat(_STDERR).st_mode
         if stat.S_ISSOCK(mode):
             self._socket = socket.socket(fileno=os.dup(_STDERR))
             return
         self._fd = os.dup(_STDERR)
-        self._may_block = False
+        self._put = put if os.isatty(_STDERR) else os.write
         if stat.S_ISREG(mode):
-            return  # never blocks, and everybody must write at one and the same offset
+            return  # never blocks, and all processes must write at one and the same offset
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
         try:
             fd = os.open(f"/proc/self/fd/{_STDERR}", flags)
         except OSError:
-            self._may_block = True  # another user's pipe or terminal, or no /proc
+            self._put = put_at_once  # another user's pipe or terminal, or no /proc
             return
         os.close(self._fd)
         self._fd = fd
@@ -120,7 +118,7 @@ class Log:
             if self._socket is not None:
                 sent = self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             else:
-                sent = self._put(data)
+                sent = self._put(self._fd, data)
         except OSError:
             self._dropped += 1
             return
@@ -128,11 +126,6 @@ class Log:
         cut = sent < len(data)
         self._end = b"\n" if cut else b""
         self._dropped = self._dropped + 1 if cut else 0
-
-    def _put(self, data: bytes) -> int:
-        if not self._may_block:
-            return put(self._fd, data) if self._is_terminal else os.write(self._fd, data)
-        return put_at_once(self._fd, data)
 
     def _line(self, level: str, event: str, fields: Mapping[str, object]) -> str:
         now = time.time()

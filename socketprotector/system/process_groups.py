@@ -100,19 +100,13 @@ class Groups:
         if group is None or group.record.killed:
             return
         name = signal.Signals(sign).name.removeprefix("SIG")
+        fields = {"worker": number, "group": group.process.pid, "signal": name}
         try:
             group.process.signal_group(sign)
         except PermissionError as error:  # all of it has become another user's
-            self._log.write(
-                "error",
-                "cannot-signal",
-                worker=number,
-                group=group.process.pid,
-                signal=name,
-                error=error.strerror,
-            )
+            self._log.write("error", "cannot-signal", **fields, error=error.strerror)
             return
-        self._log.write("info", "signalled", worker=number, group=group.process.pid, signal=name)
+        self._log.write("info", "signalled", **fields)
         group.record = replace(group.record, killed=sign == signal.SIGKILL)
         group.since = time.monotonic()
         self._look_later(number)

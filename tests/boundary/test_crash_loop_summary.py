@@ -323,5 +323,5 @@ def test_what_is_known_stays_bounded(story: Story) -> None:
         story.say("drained", generation=generation)
 
     kept = story.filter
-    assert [kept._crashing, kept._slot_of, kept._slot_counts, kept._asked] == [{}, {}, {}, set()]
+    assert [kept._crashing, kept._slot_of, kept._slot_counts] == [{}, {}, {}]
     assert story.loop.timers == {}

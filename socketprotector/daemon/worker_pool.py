@@ -107,7 +107,7 @@ class WorkerPool:
         )
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
-        self._spawner = WorkerSpawner(settings, log, output, listeners)
+        self._spawner = WorkerSpawner(settings, loop, log, output, listeners)
         self._limits = LimitWatch(settings, loop, log, self._workers, post)
         self._post_mortem = PostMortem(
             loop,
@@ -328,8 +328,6 @@ class WorkerPool:
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
         program = check_program(worker.generation.program)
         worker.readiness.watch(
-            self._loop,
-            number,
             lambda by: self._is_ready(number, by),
             lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}, mortal=True),
             lambda check: self._log.write(

@@ -29,6 +29,7 @@ from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
 from ..system.log import Log
+from ..system.loop import Loop
 from ..system.process import Process, spawn
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket, discard_all
@@ -85,6 +86,7 @@ class WorkerSpawner:
     def __init__(
         self,
         settings: Settings,
+        loop: Loop,
         log: Log,
         output: Output,
         listeners: Callable[[int], Mapping[int, int]],
@@ -92,6 +94,7 @@ class WorkerSpawner:
         """listeners: returns the sockets to accept from, socket 0 or 1 of each, by index."""
         self.settings = settings
         self.listeners = listeners
+        self._loop = loop
         self._log = log
         self._output = output
         users = (settings.identity, settings.worker_identity)
@@ -122,7 +125,7 @@ class WorkerSpawner:
                 environment |= told
                 tell_pid = ""
             with (
-                Readiness.offered(program, free) as (readiness, offer),
+                Readiness.offered(program, free, self._loop, number) as (readiness, offer),
                 self._output.opened(number, generation.record.number) as output,
             ):
                 descriptors |= offer.places | output.places
@@ -199,7 +202,7 @@ class WorkerSpawner:
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address_of(record.number, notify), self._uids),
             socket.socket(fileno=line) if line is not None else None,
-            Readiness(generation.program, own),
+            Readiness(generation.program, own, self._loop, record.number),
         )
 
     # -- notify sockets --------------------------------------------------------

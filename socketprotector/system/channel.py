@@ -31,6 +31,7 @@ SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: What sending says once a worker has shut the channel down.
 BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+#: CMSG_SPACE of one int has room for two.
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 
@@ -84,7 +85,7 @@ class Channel:
         if "write" not in descriptors:
             write.detach()  # a closed one, made without a descriptor, because none may be free
         adopted = cls(read, write)
-        adopted.taken_from = True  # who knows
+        adopted.taken_from = True  # an earlier program has not told
         return adopted
 
     def descriptors(self) -> dict[str, int]:

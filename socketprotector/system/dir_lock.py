@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: It is held for some system calls; who holds it for so long is no program of ours.
+#: It is held for some system calls; what holds it for so long is no program of ours.
 _LOCK_S = 5.0
 _LOOK_AGAIN_MS = 5
 
@@ -49,8 +49,8 @@ def locked(path: str, patience_s: float = _LOCK_S) -> Iterator[None]:
 def give(path: str, uid: int, gid: int, chown: Callable[[int, int, int], None]) -> os.stat_result:
     """Give a socket file that we have just made to a user and group (-1: as it is).
 
-    Returns what it is.  By a descriptor: who may write the folder could put another file in its
-    place meanwhile.  Raises OSError.
+    Returns what it is.  By a descriptor: another user who may write to the folder could put another
+    file in its place meanwhile.  Raises OSError.
     """
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

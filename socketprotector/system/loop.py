@@ -52,7 +52,7 @@ class Loop:
         self._count = 0
         self._asked_at = 0.0  # when it was last asked what is due
         self.running = True
-        #: Set, each time anew, by who expects an event within soon_ns: then the next wait does
+        #: Set, each time anew, where an event is expected within soon_ns: then the next wait does
         #: not sleep so long.  To wake a core that sleeps costs more (17 us and above).
         self.soon = False
         self.take_signals: Callable[[], None] = lambda: None
@@ -171,8 +171,8 @@ class Loop:
                 callback = callbacks.get(fd)
                 if callback is not None:
                     callback()
-            # After all that had come by then: who has stood still, or begins with the timers of
-            # another, must not end a worker that has long said that it is ready.
+            # After all that had come by then: a protector that has stood still, or begins with the
+            # timers of another, must not end a worker that has long said that it is ready.
             if timeout == 0 and len(found) < _FOUND_AT_ONCE:
                 self._run_due()
 

@@ -39,7 +39,7 @@ _DEATH_S = 0.2
 _LOOK_AGAIN_S = 1.0
 #: A look that takes longer hangs, and is killed.
 _LOOK_S = 30.0
-_ANCILLARY = socket.CMSG_LEN(4)
+_ANCILLARY = socket.CMSG_LEN(4)  # CMSG_SPACE of one int has room for two
 _FLAGS = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
 #: An address and a pid; or why nothing could be seen.
 _MESSAGE_BYTES = 256
@@ -61,7 +61,7 @@ class Orphans:
         identity: Identity | None,
         looked_after: Callable[[int], bool],
     ) -> None:
-        """identity: the user whom the workers run as, if not ours.
+        """identity: the user that the workers run as, if not ours.
 
         looked_after: whether process_groups.py ends a process group.
         """
@@ -195,7 +195,7 @@ class Look:
     ) -> None:
         """Begin, and call back once.  Raises OSError.
 
-        identity: as whom, if not as ourselves, to whom another user's environments are closed.
+        identity: the user to look as, if not ours: another user's environments cannot be read.
         done: is given the addresses, what was found, whose pidfds it owns, and why not all could
         be seen.
         """

@@ -33,11 +33,11 @@ def unmistakable_groups(gids: Iterable[int]) -> frozenset[int]:
 
 
 def may_be_signalled(connection: socket.socket) -> bool:
-    """Whether we may signal whoever has connected: then it is a process of our own user.
+    """Whether we may signal the process that has connected: then it is a process of our own user.
 
     Or of our namespace, where we may signal all of that; a stranger from outside it is neither,
     for the kernel compares users and not their numbers.  False, too, where it has ended,
-    and before Linux 6.5, which does not tell who it is.
+    and before Linux 6.5, which does not tell which one it is.
     """
     try:
         found = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
@@ -54,7 +54,7 @@ def may_be_signalled(connection: socket.socket) -> bool:
 
 
 def _ambiguous(map_name: str, overflow_name: str) -> frozenset[int]:
-    """Return the number that may be anybody's, if there is one here."""
+    """Return the number that may be any user's, if there is one here."""
     try:
         with open(f"/proc/self/{map_name}", encoding="ascii") as file:
             if sum(int(line.split()[2]) for line in file) >= _ALL:

@@ -392,7 +392,7 @@ def _fork(
 
     It is also what can have itself killed when we end: see spawn().
     Not through a program that changes the user: the loader in it would follow the worker's
-    environment (LD_PRELOAD) while it still has the privilege to become anybody.  Nor through a
+    environment (LD_PRELOAD) while it still has the privilege to become any user.  Nor through a
     shell that sets the variable, or nice(1): a small container has neither.
     places: number in the child -> ours, which is above all of these.
     """
@@ -424,7 +424,10 @@ def _fork(
 
 
 def _fork_child(act: Callable[[], None]) -> int:
-    """Fork a child that does this in our own memory, and ends.  Raises OSError."""
+    """Fork a child that does this in our own memory, and ends.  Raises OSError.
+
+    It shares our epoll and every socket, so it does as little as possible.
+    """
     # Else a signal in the child would be reported to our own loop.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -463,7 +466,7 @@ def _become(
         environment = {**environment, tell_pid: str(os.getpid())}
     if program.identity is not None:
         privileges.hand_over(program.identity)
-    if lifeline >= 0:  # as the user that it is from now on, who may kill it
+    if lifeline >= 0:  # as the user that it is from now on, which may kill it
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)

@@ -56,24 +56,29 @@ class Offer:
 class Readiness:
     """One worker's, beside its notify socket.  Owns our ends of its lines."""
 
-    def __init__(self, program: Program, lines: Mapping[str, int]) -> None:
-        """Take ownership of the lines: those that descriptors() has named."""
+    def __init__(self, program: Program, lines: Mapping[str, int], loop: Loop, number: int) -> None:
+        """Take ownership of the lines: those that descriptors() has named.
+
+        number: the worker's.
+        """
         self._program = program
+        self._loop = loop
+        self._number = number
         self._lines = dict(lines)
         for fd in self._lines.values():
             os.set_blocking(fd, False)  # our end alone is this: the worker's is another description
-        self._loop: Loop | None = None  # until it is watched
-        self._key: object = None
         self._ready: Callable[[str], None] = _nothing
-        self._hangs: Callable[[str], None] | None = None  # until it was called
-        self._checked: Callable[[], Process] | None = None
+        self._hangs: Callable[[str], None] = _nothing
         self._changed: Callable[[], None] | None = None
         self._heard: dict[str, bytes] = {}
+        self._start_check: Callable[[], Process] | None = None  # where one is to be run
         self._check: Process | None = None
 
     @classmethod
     @contextmanager
-    def offered(cls, program: Program, free: Iterator[int]) -> Iterator[tuple[Readiness, Offer]]:
+    def offered(
+        cls, program: Program, free: Iterator[int], loop: Loop, number: int
+    ) -> Iterator[tuple[Readiness, Offer]]:
         """Make the lines; the worker's ends are there while its process is started.
 
         free: numbers that it has no other descriptor at.  Nothing is left if that raises.
@@ -91,7 +96,7 @@ class Readiness:
             if program.ready_fd >= 0 and program.ready in _BY_LINE:
                 lines[_NEWLINE], write = os.pipe2(os.O_CLOEXEC)
                 offer.places[program.ready_fd] = write
-            yield cls(program, lines), offer
+            yield cls(program, lines, loop, number), offer
         except BaseException:
             for fd in lines.values():
                 os.close(fd)
@@ -116,10 +121,8 @@ class Readiness:
 
     def watch(
         self,
-        loop: Loop,
-        key: object,
         ready: Callable[[str], None],
-        checked: Callable[[], Process],
+        start_check: Callable[[], Process],
         hangs: Callable[[str], None],
         changed: Callable[[], None],
         *,
@@ -127,20 +130,21 @@ class Readiness:
     ) -> None:
         """Call back each time something says so, with what that is.  Raises OSError.
 
-        known: it is ready, and its lines are only to be read.  key: of our timers.  checked: starts
-        the check's process.  hangs: told once, with the check's program, that it has run for
-        CHECK_LIMIT_S.  changed: descriptors() has.
+        known: it is ready, and its lines are only to be read.  hangs: called once, with the check's
+        program, when it has run for CHECK_LIMIT_S.  changed: descriptors() has.
         """
-        self._loop, self._key, self._ready, self._checked = loop, key, ready, checked
-        self._hangs, self._changed = hangs, changed
+        self._changed = changed
         for name, fd in self._lines.items():
-            loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
+            self._loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
         if known:
-            self.is_known()
             return
+        self._ready, self._hangs = ready, hangs
         if self._program.ready_after_s is not None:
-            loop.call_after((_AFTER, key), self._program.ready_after_s, lambda: ready("timer"))
-        self.check()
+            after_s = self._program.ready_after_s
+            self._loop.call_after((_AFTER, self._number), after_s, lambda: ready("timer"))
+        if self._program.ready == _CHECK:
+            self._start_check = start_check
+            self.check()
 
     def _hear(self, name: str, fd: int) -> None:
         try:
@@ -160,8 +164,7 @@ class Readiness:
     def _forget(self, name: str) -> None:
         fd = self._lines.pop(name, -1)
         if fd >= 0:
-            if self._loop is not None:
-                self._loop.unwatch(fd)
+            self._loop.unwatch(fd)
             os.close(fd)
             if self._changed is not None:
                 self._changed()
@@ -170,35 +173,30 @@ class Readiness:
 
     def check(self) -> None:
         """Begin to run the command, again and again, where there is one and it matters."""
-        if self._program.ready == _CHECK and self._loop is not None:
-            self._start_check(self._loop)
-
-    def _start_check(self, loop: Loop) -> None:
-        if self._checked is None:
+        if self._start_check is None:
             return
         try:
-            self._check = self._checked()
-            loop.watch(self._check.pidfd, lambda: self._check_ended(loop))
+            self._check = self._start_check()
+            self._loop.watch(self._check.pidfd, self._check_ended)
         except (OSError, ValueError):
             self.stop_check()
-            self._check_again(loop)
+            self._check_again()
         else:
-            loop.call_after((_CHECK, self._key), CHECK_LIMIT_S, self._check_hangs)
+            self._loop.call_after((_CHECK, self._number), CHECK_LIMIT_S, self._check_hangs)
 
-    def _check_again(self, loop: Loop) -> None:
-        loop.call_after((_CHECK, self._key), CHECK_EVERY_S, lambda: self._start_check(loop))
+    def _check_again(self) -> None:
+        self._loop.call_after((_CHECK, self._number), CHECK_EVERY_S, self.check)
 
     def _check_hangs(self) -> None:
         """Kill it; its end, which is not waited for here, has the next one begin."""
         if self._check is None or self._check.has_ended():
             return
-        if self._hangs is not None:
-            self._hangs(program_of(self._program.ready_check))
-            self._hangs = None
+        hangs, self._hangs = self._hangs, _nothing
+        hangs(program_of(self._program.ready_check))
         with suppress(PermissionError):  # it has become another user's, and is waited for
             self._check.kill_group()
 
-    def _check_ended(self, loop: Loop) -> None:
+    def _check_ended(self) -> None:
         result = self._check.reap() if self._check is not None else None
         if result is None or self._check is None:
             return
@@ -208,13 +206,11 @@ class Readiness:
         if result.clean:
             self._ready(_CHECK)
         else:
-            self._check_again(loop)
+            self._check_again()
 
     def stop_check(self) -> None:
         """End the check that is under way: its result would be lost."""
-        if self._loop is None:
-            return
-        self._loop.cancel((_CHECK, self._key))
+        self._loop.cancel((_CHECK, self._number))
         if self._check is not None:
             self._loop.unwatch(self._check.pidfd)
             self._check.discard()
@@ -223,22 +219,21 @@ class Readiness:
     def is_known(self) -> None:
         """The worker is ready; what it still says of that is read, and means nothing."""
         self.stop_check()
-        if self._loop is not None:
-            self._loop.cancel((_AFTER, self._key))
-        self._ready, self._checked, self._hangs = _nothing, None, None
+        self._loop.cancel((_AFTER, self._number))
+        self._ready = self._hangs = _nothing
+        self._start_check = None
 
     def close(self) -> None:
         """Nothing more is to be heard."""
         self.is_known()
         for name in tuple(self._lines):
             self._forget(name)
-        self._loop = None
-        # It leads back to who owns this, and such circles are found late.
+        # It leads back to the owner of this, and such circles are found late.
         self._changed = None
 
 
-def _nothing(by: str) -> None:
-    """It is known already."""
+def _nothing(said: str) -> None:
+    """It is known already, or not watched yet."""
 
 
 def program_of(command: str) -> str:

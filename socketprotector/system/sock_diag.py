@@ -172,10 +172,10 @@ def _of_unix(one: socket.socket, show: int, wanted: int) -> bytes:
 
 def _tcp(family: int, port: int, states: int, attributes: int = 0) -> Iterator[Told]:
     """Ask for the sockets of a port, 0 for those of any.  Raises OSError."""
-    nobody = bytes(16)
+    any_address = bytes(16)
     asked = _ASKED.pack(
         *(family, socket.IPPROTO_TCP, attributes, 0, states),
-        *(port.to_bytes(2, "big"), bytes(2), nobody, nobody, 0, _NO_COOKIE),
+        *(port.to_bytes(2, "big"), bytes(2), any_address, any_address, 0, _NO_COOKIE),
     )
     return _ask(asked, _TOLD, dump=True)
 

@@ -27,9 +27,9 @@ def tell(text: str, where: int = STDERR) -> None:
 def put(fd: int, data: bytes) -> int:
     """Write to what may be a terminal, also from the background.  Raises OSError.
 
-    Under `stty tostop` that would send SIGTTOU to all of our group, which stops who has not
-    caught it, and has who has try again for ever.  Where it is blocked it is not sent, and the
-    write goes through (POSIX, General Terminal Interface, Terminal Access Control).
+    Under `stty tostop` that would send SIGTTOU to all of our group, which stops each process
+    that has not caught it, and has the others try again for ever.  Where it is blocked it is not
+    sent, and the write goes through (POSIX, General Terminal Interface, Terminal Access Control).
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
     try:

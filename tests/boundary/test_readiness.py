@@ -43,7 +43,7 @@ class Checked:
             ready="check",
             ready_check=command,
         )
-        self.readiness = Readiness(self.program, {})
+        self.readiness = Readiness(self.program, {}, loop, 1)
         self.ready: list[str] = []
         self.hangs: list[str] = []
 
@@ -62,8 +62,6 @@ class Checked:
 
         loop.call_after("never", DEADLINE_S, never)
         self.readiness.watch(
-            loop,
-            1,
             lambda by: told(self.ready, by, last=not until_hangs),
             checked,
             lambda what: told(self.hangs, what, last=until_hangs),

@@ -125,11 +125,15 @@ class WorkerSpawner:
                 environment |= told
                 tell_pid = ""
             with (
-                Readiness.offered(program, free, self._loop, number) as (readiness, offer),
+                Readiness.offered(program, free, self._loop, number) as (
+                    readiness,
+                    its_ends,
+                    variables,
+                ),
                 self._output.opened(number, generation.record.number) as output,
             ):
-                descriptors |= offer.places | output.places
-                process = spawn(program, environment | offer.environment, descriptors, tell_pid)
+                descriptors |= its_ends | output.places
+                process = spawn(program, environment | variables, descriptors, tell_pid)
                 output.pid = process.pid
             ours.pop_all()
         record = WorkerRecord(

@@ -57,7 +57,7 @@ class Named(dict[str, int]):
 
     def __init__(self) -> None:
         super().__init__()
-        #: Taken out by the fd store once it is done.
+        #: Emptied by the fd store, which takes note of them.
         self.changed: set[str] = set()
 
     def __setitem__(self, name: str, fd: int) -> None:

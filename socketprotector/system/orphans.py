@@ -254,6 +254,7 @@ class Look:
 
 def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | None) -> None:
     """In the child: look, and tell each that is found with its pidfd, then that this was all."""
+    os.setpgid(0, 0)  # so that nothing ends it with our own group
     # No connection or channel may be held open while this takes its time.
     os.closerange(0, line.fileno())
     os.closerange(line.fileno() + 1, os.sysconf("SC_OPEN_MAX"))

@@ -62,16 +62,11 @@ class Process:
     def forked(cls, act: Callable[[], None]) -> Process:
         """Start a child that does this in our own memory, and ends.  Raises OSError.
 
-        It leads a group of its own, and takes no signal but KILL.
+        It takes no signal but KILL.
         """
-
-        def lead() -> None:
-            os.setpgid(0, 0)
-            act()
-
         reserved = _reserve_fd()  # for its pidfd
         try:
-            pid = _fork_child(lead)
+            pid = _fork_child(act)
         finally:
             os.close(reserved)
         return cls._of_child(pid)

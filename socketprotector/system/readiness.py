@@ -18,10 +18,9 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import field, replace
+from dataclasses import replace
 
 from ..model.einhorn import ack
-from ..model.frozen import frozen
 from ..model.records import Program
 from .loop import Loop
 from .process import Process
@@ -43,14 +42,6 @@ _PROGRAM = re.compile(
     r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
     r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
 )
-
-
-@frozen
-class Offer:
-    """What a worker is given to say it on: number there -> ours, and what the environment says."""
-
-    places: dict[int, int] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Readiness:
@@ -78,31 +69,32 @@ class Readiness:
     @contextmanager
     def offered(
         cls, program: Program, free: Iterator[int], loop: Loop, number: int
-    ) -> Iterator[tuple[Readiness, Offer]]:
+    ) -> Iterator[tuple[Readiness, dict[int, int], dict[str, str]]]:
         """Make the lines; the worker's ends are there while its process is started.
 
+        Gives number there -> ours, too, and what the environment says of them.
         free: numbers that it has no other descriptor at.  Nothing is left if that raises.
         Raises OSError.
         """
-        offer = Offer()
+        theirs: dict[int, int] = {}
+        variables: dict[str, str] = {}
         lines: dict[str, int] = {}
         try:
             if program.ready in _BY_ACK:
-                ours, theirs = socket.socketpair()
+                ours, far_end = socket.socketpair()
                 lines[_ACK] = ours.detach()
-                place = next(free)
-                offer.places[place] = theirs.detach()
-                offer.environment["EINHORN_SOCK_FD"] = str(place)
+                number_there = next(free)
+                theirs[number_there] = far_end.detach()
+                variables["EINHORN_SOCK_FD"] = str(number_there)
             if program.ready_fd >= 0 and program.ready in _BY_LINE:
-                lines[_NEWLINE], write = os.pipe2(os.O_CLOEXEC)
-                offer.places[program.ready_fd] = write
-            yield cls(program, lines, loop, number), offer
+                lines[_NEWLINE], theirs[program.ready_fd] = os.pipe2(os.O_CLOEXEC)
+            yield cls(program, lines, loop, number), theirs, variables
         except BaseException:
             for fd in lines.values():
                 os.close(fd)
             raise
         finally:
-            for fd in offer.places.values():
+            for fd in theirs.values():
                 os.close(fd)
 
     @property

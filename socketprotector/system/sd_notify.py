@@ -56,15 +56,15 @@ class NotifySocket:
         self.socket = bound
         self.address = address
         self._is_abstract = address.startswith("@")
-        # Anybody can send to an abstract name: there a number must stand for one user.  To the
-        # path only those can whom its name was told.
+        # Any process can send to an abstract name: there a number must stand for one user.  To the
+        # path only those can that were given its name.
         self._allowed = unmistakable_users(allowed_uids) if self._is_abstract else allowed_uids
 
     @classmethod
     def make(cls, address: str, allowed_uids: frozenset[int]) -> NotifySocket:
         """Bind a path in our own folder, or an abstract address (`@name`).  Raises OSError.
 
-        Nobody can guess either.
+        No other process can guess either.
         """
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:

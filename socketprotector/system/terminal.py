@@ -11,6 +11,7 @@ import select
 import stat
 
 from ..model.text import escape
+from .polling import events_of
 
 STDOUT, STDERR = 1, 2
 
@@ -44,9 +45,7 @@ def put_at_once(fd: int, data: bytes) -> int:
     Raises OSError where it would have to.  O_NONBLOCK would reach all that share the descriptor.
     """
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        if not poll.poll(0):
+        if not events_of(fd, select.POLLOUT):
             raise BlockingIOError
         return put(fd, data)
     # Not poll and write: another writer may take the room in between.  RWF_NOWAIT is unknown to

@@ -166,7 +166,6 @@ class Forwarder:
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # its workers accept the backlog
-        self.undelivered.park_pending_of(listener.index)  # it goes before its backlog
         if to is None or listener.shared:
             self.lost += self.undelivered.drop(listener.index)
             listener.close()
@@ -175,10 +174,10 @@ class Forwarder:
 
     def _drained(self, drain: DrainingListener) -> None:
         """Count what came by a removed listener, which is closed."""
-        self.forwarded += drain.moved
+        self.forwarded += drain.accepted
         self.lost += drain.lost
         if drain.channel is not self._route:
-            self._queue.extra -= drain.moved
+            self._queue.extra -= drain.accepted
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients; quick: close at once, else after the backlog was sent on.
@@ -248,14 +247,13 @@ class Forwarder:
     def record(self) -> ForwarderRecord:
         """Return what another program would have to know."""
         kept = self.undelivered
-        return ForwarderRecord(
-            self.forwarded, self.lost, kept.pending_header, kept.number, kept.parked
-        )
+        return ForwarderRecord(self.forwarded, self.lost, number=kept.number, parked=kept.waiting)
 
     def adopt(self, record: ForwarderRecord, left: Inherited) -> None:
         """Go on with what an earlier program had; takes its connections."""
         self.forwarded, self.lost = record.forwarded, record.lost
-        self.undelivered.adopt(record.pending, record.number, record.parked, left)
+        first = ((record.number, record.pending),) if record.pending is not None else ()
+        self.undelivered.adopt(record.number, (*first, *record.parked), left)
 
     def descriptors(self) -> dict[str, int]:
         """Return the descriptors that are ours to pass on, by name."""
@@ -275,9 +273,9 @@ class Forwarder:
         """Whether a connection could be delivered now."""
         return (
             self._route is not None
-            and self.undelivered.pending is None
             and self._full is None
             and not self._shortage.lasts
+            and not self.undelivered.has(self._route.knows_of)
         )
 
     def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
@@ -314,6 +312,8 @@ class Forwarder:
                 except OSError as error:
                     if count:
                         self._took(count, at)
+                    self.forwarded += 1  # as it is accepted; but it is in no queue yet
+                    self._queue.extra -= 1
                     self._send_failed(header, fd, error)
                     return
                 close(fd)
@@ -352,9 +352,9 @@ class Forwarder:
                 return
 
     def _go_on(self) -> None:
-        """Deliver what is pending, then the leftovers, then accept; or stay held."""
-        if self._route is not None and self._full is None and not self._shortage.lasts:
-            self._deliver_pending(self._route)
+        """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
+        if self._route is not None:
+            self._deliver_kept(self._route)
             while self._leftovers and self._open:
                 channel, gone = next(iter(self._leftovers.items()))
                 self._reclaim(channel, last=gone)
@@ -365,18 +365,16 @@ class Forwarder:
         if self._accepts and self._open and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
-    def _deliver_pending(self, route: Channel) -> None:
-        """Send what is pending, and what is parked for a route like this one."""
-        self.undelivered.choose(route)
-        while self.undelivered.pending and not self._full and not self._shortage.lasts:
-            taken = self.undelivered.take()
+    def _deliver_kept(self, route: Channel) -> None:
+        """Send what could not be sent before, and what no route before this one knew."""
+        while self._route is route and self._full is None and not self._shortage.lasts:
+            if not self.undelivered.has(route.knows_of):
+                return
+            taken = self.undelivered.take(route.knows_of)
             if taken is None:
                 self._shortage.begin("state", OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
-                return
-            self._deliver(route, *taken)
-            if self._route is None:
-                return
-            self.undelivered.choose(route)
+            else:
+                self._deliver(route, *taken)
 
     def _accept_for(self, route: Channel) -> None:
         try:
@@ -394,7 +392,7 @@ class Forwarder:
         self._accepting.clear()
 
     def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
-        """Send one connection, or have it pending.  Takes ownership of fd."""
+        """Send one connection, or keep it.  Takes ownership of fd."""
         try:
             route.send(header, fd)
         except OSError as error:
@@ -484,7 +482,7 @@ class Forwarder:
                 )  # it has not ended, so what is left may stay there
             there = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in there}:
-                self.undelivered.park(header, fd)
+                self.undelivered.keep_last(header, fd)
                 return
             self.lost += 1  # no generation is left that knows the listener
         self._let_go(fd)
@@ -519,8 +517,8 @@ class Forwarder:
             self._go_on()
 
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
-        """Have a connection pending, and decide what it waits for.  Takes ownership of fd."""
-        self.undelivered.keep(header, fd)
+        """Keep a connection, and decide what it waits for.  Takes ownership of fd."""
+        self.undelivered.keep_first(header, fd)
         self._stop_accepting()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)

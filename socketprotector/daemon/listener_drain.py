@@ -40,7 +40,7 @@ class DrainingListener:
         """`over` is called back once the listener is closed."""
         self.listener = listener
         self.channel = channel
-        self.moved = 0
+        self.accepted = 0
         self.lost = 0
         self._loop = loop
         self._undelivered = undelivered
@@ -77,15 +77,17 @@ class DrainingListener:
         except OSError:  # the channel is broken: its generation takes nothing any more
             self.end()
             return
-        self.moved += moved
-        parked = self._undelivered.has_parked(self.listener.index)
-        empty = not moved and not parked and not self._is_full()
+        kept = self._undelivered.has(self._is_ours)
+        empty = not moved and not kept and not self._is_full()
         late = bool(self._until) and time.monotonic() > self._until
-        if (empty and self._quiet) or (late and not parked):
+        if (empty and self._quiet) or (late and not kept):
             self.end()
             return
         self._quiet = empty
         self._loop.call_after(self._timer, 0.0 if moved == BURST else QUIET_S, self._look)
+
+    def _is_ours(self, index: int) -> bool:
+        return index == self.listener.index
 
     def _is_full(self) -> bool:
         return self.channel.depth() >= self.channel.capacity()
@@ -94,30 +96,36 @@ class DrainingListener:
         """Accept one and send it; False where there is none, or no room.  Raises OSError."""
         if self._is_full():
             return False
-        hand = self._undelivered.take_parked(self.listener.index)
-        if hand is None and self._undelivered.has_parked(self.listener.index):
-            return False  # it goes first
-        if hand is None and self._foreign:
+        if self._undelivered.has(self._is_ours):  # it goes first
+            kept = self._undelivered.take(self._is_ours)
+        elif self._foreign:
             return False
-        if hand is None:
-            try:
-                fd, _ = accept_of(self.listener)()
-            except OSError as error:
-                # None there; or out of descriptors: tried again at the next look.
-                self._quiet = self._quiet and error.errno in AGAIN
-                return False
-            index, now = self.listener.index, time.monotonic_ns()
-            hand = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
-        header, fd = hand
+        else:
+            kept = self._accept()
+        if kept is None:
+            return False
+        header, fd = kept
         try:
             self.channel.send(header, fd)
         except OSError as error:
-            self._undelivered.park_first(header, fd)
+            self._undelivered.keep_first(header, fd)
             if error.errno in BROKEN:
                 raise
             return False  # no room after all, or the system is short of something
         os.close(fd)
         return True
+
+    def _accept(self) -> tuple[bytes, int] | None:
+        """Accept one, header and descriptor; None where there is none."""
+        try:
+            fd, _ = accept_of(self.listener)()
+        except OSError as error:
+            # None there; or out of descriptors: tried again at the next look.
+            self._quiet = self._quiet and error.errno in AGAIN
+            return None
+        self.accepted += 1
+        index, now = self.listener.index, time.monotonic_ns()
+        return wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
 
 
 class DrainingListeners:

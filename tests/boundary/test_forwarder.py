@@ -228,7 +228,6 @@ class World:
         self.emptied = 0
         self.troubles: list[tuple[str, int | None]] = []
         self.channels: list[FakeChannel] = []
-        self.pending: list[bytes | None] = []  # each time that it was written down
         self.dead: list[int] = []  # listeners that somebody has shut down
         self.untaken: list[float] = []
         self.loses = True
@@ -245,7 +244,6 @@ class World:
         )
 
     def _persist(self) -> bool:
-        self.pending.append(self.forwarder.undelivered.pending_header)
         return True
 
     def _broken(self) -> None:
@@ -378,6 +376,23 @@ def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.M
     assert wake_ups_and_accepts(world, BURST - 1) == (1, BURST)  # the last one finds nobody
     assert wake_ups_and_accepts(world, 64) == (2, 64)
     assert world.forwarder.forwarded == 3 + BURST - 1 + 64
+
+
+def test_each_connection_is_counted_once_also_where_it_has_to_wait(world: World) -> None:
+    small, other = world.channel(room=2), world.channel()
+    world.listeners[0].backlog.extend([1, 2, 3])
+    world.forwarder.route_to(small)
+
+    world.turn()
+
+    assert world.forwarder.undelivered.waiting, "there was room for all"
+    assert world.forwarder.forwarded == 3
+    assert small.taken() == [1, 2]
+    world.loop.wake(small)
+    world.forwarder.route_to(other)
+    world.forwarder.drain(small)
+    assert other.taken() == [3]
+    assert world.forwarder.forwarded == 3
 
 
 def test_who_comes_alone_costs_one_wake_up_and_one_accept(
@@ -954,7 +969,7 @@ def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: in
         world.loop.wake(channel)
     assert sorted(channel.taken()) == [1, 2, 3]
     assert world.forwarder.lost == 0
-    assert world.forwarder.undelivered.pending is None
+    assert not world.forwarder.undelivered.waiting
 
 
 @pytest.fixture

@@ -284,7 +284,7 @@ def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: W
     world.forwarder.route_to(small)
     world.connect(1, room + 1)
     world.turn()
-    assert world.forwarder.undelivered.pending is not None
+    assert world.forwarder.undelivered.waiting
 
     world.forwarder.route_to(world.new)
     world.connect(0)
@@ -309,12 +309,13 @@ def test_one_in_hand_for_want_of_memory_goes_first_where_its_listener_is_removed
     world.connect(1, 3)
     world.say()
     world.turn(0.002)
-    assert world.forwarder.undelivered.pending is not None
+    assert world.forwarder.undelivered.waiting
 
     world.forwarder.remove(world.listeners[1], world.old)
     world.turn(4 * QUIET_S)
 
     assert (heard(world.old), world.forwarder.lost) == ([0, 1, 2], 0)
+    assert world.forwarder.forwarded == 3
 
 
 def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
@@ -326,7 +327,7 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     world.turn()
     world.forwarder.route_to(world.new)
 
-    ((number, header),) = world.forwarder.undelivered.parked
+    ((number, header),) = world.forwarder.undelivered.waiting
     found = world.forwarder.descriptors()
     hand, first = (os.dup(found[name]) for name in (f"sp.hand.{number}", "sp.listener.1"))
     listener = Listener(first, 1, world.listeners[1].settings)
@@ -334,12 +335,12 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
     persisted = world.persisted
     after = world.another([listener])
     left = Inherited({f"sp.hand.{number}": hand})
-    after.undelivered.adopt(None, number, [(number, header)], left)
+    after.undelivered.adopt(number, [(number, header)], left)
     after.remove(listener, small)
     world.turn(4 * QUIET_S)
 
     assert taken(small) == [1]
-    assert (after.undelivered.parked, after.lost) == ((), 0)
+    assert (after.undelivered.waiting, after.lost) == ((), 0)
     assert world.persisted > persisted, "sent before that was written down: once more after a kill"
     after.close()
     small.close()
@@ -353,7 +354,7 @@ def left(world: World, before: Channel, clients: int) -> None:
     world.say()
     world.forwarder.route_to(world.new)
     world.forwarder.release(world.old)
-    assert len(world.forwarder.undelivered.parked) == clients
+    assert len(world.forwarder.undelivered.waiting) == clients
     world.forwarder.remove(world.listeners[1], before)
 
 
@@ -368,7 +369,7 @@ def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
     world.holds = trouble == "send"
 
     world.turn(QUIET_S / 2)
-    assert len(world.forwarder.undelivered.parked) == 3, "some were sent"
+    assert len(world.forwarder.undelivered.waiting) == 3, "some were sent"
     world.holds = True
     world.turn(4 * QUIET_S)
 
@@ -481,7 +482,7 @@ def test_one_in_hand_by_a_listener_of_somebody_else_is_sent_when_that_was_let_go
     world.forwarder.route_to(small)
     world.connect(2, room + 1)
     world.turn()
-    assert world.forwarder.undelivered.pending is not None
+    assert world.forwarder.undelivered.waiting
 
     world.forwarder.route_to(world.new)
     world.forwarder.remove(foreign, small)

@@ -1259,8 +1259,7 @@ class World:
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         # Of each listener that is removed there may be one.
-        undelivered = act.forwarder.undelivered
-        hands = (undelivered.pending is not None) + len(undelivered.parked)
+        hands = len(act.forwarder.undelivered.waiting)
         assert len(held) == hands, f"{held} in hand"
         for each in held:
             assert each.excuse or each.in_queues == 0, f"{each} is in hand and in a queue"
@@ -1339,8 +1338,10 @@ class World:
         for each in self._listening:
             if not (each.foreign and (stopping or not each.address.kept)):
                 assert not each.backlog, "clients wait for ever"
-        assert self._supervisor.effects.forwarder.undelivered.pending is None, (
-            "one is in hand for ever"
+        forwarder = self._supervisor.effects.forwarder
+        routed = forwarder._route
+        assert routed is None or not forwarder.undelivered.has(routed.knows_of), (
+            "one waits for ever"
         )
         assert not any(each.read.queue for each in self.workers), "a queue is never emptied"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from ... import __version__
 from ...core.events import (
+    Deadline,
     HoldReleased,
     HoldRequested,
     KillRequested,
@@ -19,6 +20,7 @@ from ...core.events import (
     ReplaceRequested,
     ScaleRequested,
     StopRequested,
+    TimerKind,
 )
 from ...core.fleet import Fleet, Phase, State
 from ...model import control_requests
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 #: What changes nothing, and so cannot leave anything half done.
 _LOOKS = ("status", "connections", "crashes")
+_NOT_WHILE_STOPPING = ("reload", "upgrade", "scale", "hold", "replace", "drain")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -51,34 +54,21 @@ class CommandHandler:
         self._loop = loop
         self._log = log
         self._reopen = reopen
-        self._commands: Mapping[str, Callable[..., Mapping[str, Any]]] = {
-            "status": self._status,
-            "reload": self._reload,
-            "upgrade": self._begin_upgrade,
-            "stop": self._stop,
-            "scale": self._scale,
-            "hold": self._hold,
-            "release": self._release,
-            "replace": self._replace,
-            "drain": self._replace,
-            "kill": self._kill,
-            "log-level": self._log_level,
-            "reopen": self._reopen_logs,
-            "connections": self._connections,
-            "crashes": self._crashes,
-        }
 
     def handle(self, client: Client, request: Request) -> None:
-        """Carry out a request, and answer it.  Raises RequestError."""
+        """Carry out a request by the method of its name, and answer it.  Raises RequestError."""
         if request.command == "events":
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
             return
         if request.command == "diff":
-            self._diff(client, request)
+            self._compare(client, request)
             return
         try:
-            result = self._commands[request.command](**request.arguments)
+            if self._supervisor.fleet.stopping and request.command in _NOT_WHILE_STOPPING:
+                raise RequestError("refused", "it is stopping")
+            command = getattr(self, "do_" + request.command.replace("-", "_"))
+            result = command(**request.arguments)
         except RequestError as wrong:
             wrong.id = request.id
             raise
@@ -93,38 +83,43 @@ class CommandHandler:
 
     # -- looking -----------------------------------------------------------------
 
-    def _status(self) -> Mapping[str, Any]:
+    def do_status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self._supervisor.fleet
         settings = effects.live_settings.settings
-        due = {each: when for each in fleet.timers if (when := self._loop.due(each)) is not None}
-        generations = status.of_generations(
-            fleet, effects.generations, effects.pool.records(), effects.untaken_s
-        )
+        held_until = self._loop.due(Deadline(TimerKind.HOLD)) if fleet.held else None
         route = effects.generations.get(fleet.route.number) if fleet.route else None
-        return status.overview(
-            fleet,
-            due,
-            name=settings.name,
-            pid=os.getpid(),
-            main_pid=os.getppid() if effects.pool.guarded else os.getpid(),
-            started_at=effects.run.started_at,
-            restarts=effects.run.restarts,
-            guarded=effects.pool.guarded,
-            control=settings.control.address.removeprefix("unix:") if settings.control else None,
-            handoff=settings.handoff,
-            ready=status.of_ready(settings),
-            command=[os.path.basename(settings.executed[0])],
-            log_level=self._log.level,
-            forwarded=effects.forwarded,
-            lost=effects.lost,
-            queue_limit=status.queue_limit(route) if route is not None else None,
-            listeners=[status.of_listener(each) for each in effects.forwarder.listeners],
-            generations=generations,
-            reloads=status.plain(effects.run.history.reloads),
-            crashes=effects.run.history.crashed,
-        )
+        history = effects.run.history
+        return {
+            "version": __version__,
+            "now": clock.date(),
+            "phase": status.phase_of(fleet),
+            "held_s": max(0.0, held_until - time.monotonic()) if held_until else None,
+            "workers_wanted": fleet.workers_wanted,
+            "route": fleet.route.number if fleet.route else None,
+            "reload_wanted": fleet.reload_wanted,
+            "name": settings.name,
+            "pid": os.getpid(),
+            "main_pid": os.getppid() if effects.pool.guarded else os.getpid(),
+            "started_at": effects.run.started_at,
+            "restarts": effects.run.restarts,
+            "guarded": effects.pool.guarded,
+            "control": settings.control.address.removeprefix("unix:") if settings.control else None,
+            "handoff": settings.handoff,
+            "ready": status.of_ready(settings),
+            "command": [os.path.basename(settings.executed[0])],
+            "log_level": self._log.level,
+            "forwarded": effects.forwarded,
+            "lost": effects.lost,
+            "queue_limit": status.queue_limit(route) if route is not None else None,
+            "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
+            "generations": status.of_generations(
+                fleet, effects.generations, effects.pool.records(), effects.untaken_s
+            ),
+            "reloads": status.plain(history.reloads),
+            "crashes": history.crashed,
+        }
 
-    def _connections(self, generation: int | None = None) -> Mapping[str, Any]:
+    def do_connections(self, generation: int | None = None) -> Mapping[str, Any]:
         generations = self._effects.generations
         if generation is not None and generation not in generations:
             raise RequestError("unknown", f"there is no generation {generation}")
@@ -132,10 +127,10 @@ class CommandHandler:
             "workers": status.of_connections(generations, self._effects.pool.records(), generation)
         }
 
-    def _crashes(self) -> Mapping[str, Any]:
+    def do_crashes(self) -> Mapping[str, Any]:
         return {"crashes": status.plain(self._effects.run.history.crashes)}
 
-    def _diff(self, client: Client, request: Request) -> None:
+    def _compare(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
         if not self._effects.live_settings.settings.origin.configured:
             raise RequestError(
@@ -155,27 +150,24 @@ class CommandHandler:
 
     # -- doing -------------------------------------------------------------------
 
-    def _reload(self) -> Mapping[str, Any]:
+    def do_reload(self) -> Mapping[str, Any]:
         fleet = self._supervisor.fleet
-        self._not_while_stopping(fleet)
         self._supervisor.post(ReloadRequested())
         return {"generation": fleet.next_generation}
 
-    def _begin_upgrade(self) -> Mapping[str, Any]:
-        self._not_while_stopping(self._supervisor.fleet)
+    def do_upgrade(self) -> Mapping[str, Any]:
         # Later, so that the answer is sent before this program is another one.
         self._loop.call_after("upgrade-asked", 0.0, self._supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.run.restarts + 1}
 
-    def _stop(self, quick: bool = False) -> Mapping[str, Any]:
+    def do_stop(self, quick: bool = False) -> Mapping[str, Any]:
         self._loop.call_after(
             "stop-asked", 0.0, lambda: self._supervisor.post(StopRequested(quick))
         )
         return {}
 
-    def _scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
+    def do_scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
         fleet = self._supervisor.fleet
-        self._not_while_stopping(fleet)
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise RequestError("refused", "there is always one worker at least")
@@ -184,19 +176,21 @@ class CommandHandler:
             raise RequestError("refused", cannot)
         return {"workers": wanted}
 
-    def _hold(self, seconds: float) -> Mapping[str, Any]:
-        self._not_while_stopping(self._supervisor.fleet)
-        self._can("hold")
+    def do_hold(self, seconds: float) -> Mapping[str, Any]:
+        cannot = self._effects.live_settings.settings.mode.cannot.get("hold")
+        if cannot is not None:
+            raise RequestError("refused", cannot)
         self._supervisor.post(HoldRequested(seconds))
         return {"until_at": time.time() + seconds}
 
-    def _release(self) -> Mapping[str, Any]:
+    def do_release(self) -> Mapping[str, Any]:
         self._supervisor.post(HoldReleased())
         return {}
 
-    def _replace(self, generation: int | None = None, pid: int | None = None) -> Mapping[str, Any]:
+    def do_replace(
+        self, generation: int | None = None, pid: int | None = None
+    ) -> Mapping[str, Any]:
         fleet = self._supervisor.fleet
-        self._not_while_stopping(fleet)
         if pid is not None:
             return self._replace_worker(fleet, pid)
         found = fleet.generation(generation or 0)
@@ -208,6 +202,8 @@ class CommandHandler:
             raise RequestError("refused", "a reload is under way; try again after it")
         self._supervisor.post(RenewRequested())
         return {"generation": generation}
+
+    do_drain = do_replace  # its name of old
 
     def _replace_worker(self, fleet: Fleet, pid: int) -> Mapping[str, Any]:
         number = next((r.number for r in self._effects.pool.records() if r.pid == pid), None)
@@ -222,7 +218,7 @@ class CommandHandler:
         self._supervisor.post(ReplaceRequested(worker.number, "an operator wants that"))
         return {"worker": worker.number}
 
-    def _kill(self, generation: int) -> Mapping[str, Any]:
+    def do_kill(self, generation: int) -> Mapping[str, Any]:
         found = self._supervisor.fleet.generation(generation)
         if found is None:
             raise RequestError("unknown", f"there is no generation {generation}")
@@ -233,20 +229,11 @@ class CommandHandler:
         self._supervisor.post(KillRequested(generation))
         return {"workers": len(found.alive)}
 
-    def _log_level(self, level: str) -> Mapping[str, Any]:
+    def do_log_level(self, level: str) -> Mapping[str, Any]:
         self._log.set_level(level)
         self._supervisor.save()
         return {"level": level}
 
-    def _reopen_logs(self) -> Mapping[str, Any]:
+    def do_reopen(self) -> Mapping[str, Any]:
         self._reopen()
         return {}
-
-    def _can(self, what: str) -> None:
-        cannot = self._effects.live_settings.settings.mode.cannot.get(what)
-        if cannot is not None:
-            raise RequestError("refused", cannot)
-
-    def _not_while_stopping(self, fleet: Fleet) -> None:
-        if fleet.stopping:
-            raise RequestError("refused", "it is stopping")

@@ -85,7 +85,7 @@ class Client:
             self._control.forget(self)
             self._socket.close()
 
-    # -- for Control -----------------------------------------------------------
+    # -- for the server -----------------------------------------------------------
 
     def fileno(self) -> int:
         return self._socket.fileno()
@@ -106,17 +106,13 @@ class Client:
 
     def work(self) -> None:
         """Answer one request, if a whole one is there; the rest has its turn later."""
-        end = self._received.find(b"\n")
-        if end < 0:
-            if len(self._received) > control_requests.LINE_BYTES:
-                self.end(control_requests.refusal(_too_long()))
-            return
-        line = bytes(self._received[:end])
-        del self._received[: end + 1]
+        line, end, rest = self._received.partition(b"\n")
         if len(line) > control_requests.LINE_BYTES:
-            self.end(control_requests.refusal(_too_long()))
-            return
-        self._control.take(self, line)
+            most = f"a line has up to {control_requests.LINE_BYTES} bytes"
+            self.end(control_requests.refusal(RequestError("invalid", most)))
+        elif end:
+            self._received = rest
+            self._control.take(self, bytes(line))
 
     @property
     def has_more(self) -> bool:
@@ -140,10 +136,6 @@ class Client:
             self.close()
         else:
             self._control.go_on(self)
-
-
-def _too_long() -> RequestError:
-    return RequestError("invalid", f"a line has up to {control_requests.LINE_BYTES} bytes")
 
 
 class ControlServer:
@@ -229,7 +221,7 @@ class ControlServer:
     # -- inside ------------------------------------------------------------------
 
     def _rest(self, client: Client) -> None:
-        """Let everybody else come first."""
+        """Let all others come first."""
         fd = client.fileno()
         self._unwatch(fd)
         self._loop.call_after(("control-more", fd), REST_S, partial(self._more, client))
@@ -279,7 +271,7 @@ class ControlServer:
         self._loop.call_after(("control", "again"), _AGAIN_S, self._listen)
 
     def _accept(self) -> None:
-        """Let one client in; the next has its turn in the next turn of the loop."""
+        """Accept one client; the next one has its turn in the next turn of the loop."""
         try:
             sock, _ = self._listener.socket.accept()
         except OSError as error:
@@ -289,19 +281,16 @@ class ControlServer:
             return
         client = Client(sock, self)
         if not self._is_allowed(sock):
-            client.end(control_requests.refusal(RequestError("denied", "not for this user")))
-            client.close()
+            wrong = RequestError("denied", "not for this user")
         elif len(self._clients) >= CLIENTS:
-            client.end(
-                control_requests.refusal(
-                    RequestError("busy", f"{CLIENTS} clients are connected already")
-                )
-            )
-            client.close()
+            wrong = RequestError("busy", f"{CLIENTS} clients are connected already")
         else:
             self._clients[client.fileno()] = client
             self._await_request(client)
             self.go_on(client)
+            return
+        client.end(control_requests.refusal(wrong))
+        client.close()
 
     def _is_allowed(self, sock: socket.socket) -> bool:
         try:

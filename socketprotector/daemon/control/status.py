@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 
-from ... import __version__
-from ...core.events import Deadline, TimerKind
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
@@ -223,21 +221,6 @@ def of_connections(
             }
         )
     return found
-
-
-def overview(fleet: Fleet, due: Mapping[Deadline, float], **known: object) -> dict[str, Any]:
-    """Put together what concerns the whole, with what the caller knows."""
-    hold = due.get(Deadline(TimerKind.HOLD))
-    return {
-        "version": __version__,
-        "now": time.time(),
-        "phase": phase_of(fleet),
-        "held_s": max(0.0, hold - time.monotonic()) if fleet.held and hold else None,
-        "workers_wanted": fleet.workers_wanted,
-        "route": fleet.route.number if fleet.route else None,
-        "reload_wanted": fleet.reload_wanted,
-        **known,
-    }
 
 
 def plain(values: Iterable[object]) -> list[dict[str, Any]]:

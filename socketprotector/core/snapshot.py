@@ -67,6 +67,7 @@ RENAMED: dict[str, str] = {
     "Generation.parting": "quiescing",
     "GenerationRecord.side": "socket_number",
     "WorkerRecord.mark": "output_start",
+    "WorkerRecord.told_to_go": "asked_to_exit",
     "Snapshot.undone": "unfinished",
     "Snapshot.due": "timers",
     "Snapshot.good": "last_good",

@@ -20,7 +20,6 @@ from ..core.events import (
     Deadline,
     DeadlinePassed,
     Drain,
-    Event,
     Exit,
     ForgetSettings,
     Hold,
@@ -28,7 +27,6 @@ from ..core.events import (
     Open,
     OpenFailed,
     Quiesce,
-    Quiesced,
     ReadSettings,
     Release,
     Report,
@@ -38,20 +36,18 @@ from ..core.events import (
     Signal,
     Spawn,
     StartTimer,
-    Stranded,
     TimerKind,
     UseSettings,
 )
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model import known_servers
-from ..model.history import Crash, History
+from ..model.history import History
 from ..model.records import Program, RunRecord
 from ..model.settings import Settings
 from ..model.text import headline
 from ..system.listener import Listener
-from ..system.log import Log
-from ..system.loop import SHUT, Loop
+from ..system.loop import SHUT
 from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from .forwarder import Forwarder
@@ -59,8 +55,9 @@ from .generation import Generations, OpenGeneration
 from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
 from .log_output import Output
+from .runtime import Runtime
 from .socket_steering import SocketSteering
-from .start_report import Launcher
+from .start_report import StartReport
 from .worker_pool import WorkerPool, what_failed
 
 _LEVELS = {
@@ -72,6 +69,7 @@ _LEVELS = {
     ReportKind.EXITED: "warning",
     ReportKind.BROKEN: "error",
 }
+_RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = (Signal, Retire, StartTimer, UseSettings)
 #: News of a generation that has proved itself, where that is asked for.
@@ -87,32 +85,24 @@ class Effects:
         self,
         settings: Settings,
         listeners: list[Listener],
+        runtime: Runtime,
         *,
-        loop: Loop,
-        log: Log,
         output: Output,
         systemd: Systemd,
-        launcher: Launcher,
-        post: Callable[[Event], None],
-        persist: Callable[[], bool],
+        start_report: StartReport,
         command: tuple[str, ...] = (),
         stay: Callable[[Iterable[str]], bool] = lambda names: False,
     ) -> None:
         """Take ownership of the listeners.  command: executes this program again.
 
-        `post` hands an event to the supervisor; `persist` writes the state, which has changed
-        without one, and returns whether that is done.
-        `stay` says whether somebody keeps descriptors of these names beyond our end, for the next
-        start.
+        `stay` says whether descriptors of these names are kept beyond our end, for the next start.
         """
-        self._loop = loop
-        self._log = log
-        self._persist = persist
+        self._loop, self._log = runtime.loop, runtime.log
+        self._post, self._persist = runtime.post, runtime.persist
         self._stay = stay
         self._accepts = not settings.mode.workers_accept  # else workers do
         self._systemd = systemd
-        self._launcher = launcher
-        self._post = post
+        self._start_report = start_report
         self.generations = Generations()
         self._route: int | None = None
         self.last_good: Program | None = None  # what served last
@@ -122,47 +112,33 @@ class Effects:
         self.left: tuple[str, ...] = ()
         self.run = RunRecord(started_at=time.time())
         self.forwarder = Forwarder(
-            loop,
+            runtime,
             listeners,
             broken=self._route_broken,
-            emptied=lambda: post(BacklogEmptied()),
             trouble=self._trouble,
-            persist=persist,
-            dead=self._listener_shut,
+            dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
             accepts=self._accepts,
         )
         self.pool = WorkerPool(
-            settings,
-            loop=loop,
-            log=log,
-            output=output,
-            post=post,
-            crashed=self._note_crash,
-            late=self._note_last_words,
-            listeners=self.forwarder.shared,
+            settings, runtime, output, remember=self._remember, listeners=self.forwarder.shared
         )
         self.steering = SocketSteering(
             self._listeners,
-            loop=loop,
-            log=log,
-            quiesced=lambda number: post(Quiesced(number)),
-            stranded=lambda: post(Stranded()),
+            runtime,
             bound=self._bound_anew,
             lost=self._listener_lost,
             untaken=self._say_untaken,
         )
-        self.flags = ListenerFlags(self._listeners, loop, persist)
+        self.flags = ListenerFlags(self._listeners, runtime)
         self.live_settings = LiveSettings(
             settings,
+            runtime,
             pool=self.pool,
             forwarder=self.forwarder,
             steering=self.steering,
             generations=self.generations,
             command=command,
-            loop=loop,
-            log=log,
-            post=post,
         )
 
     def perform(self, action: Action) -> None:
@@ -256,13 +232,8 @@ class Effects:
         """Return those that are not one worker's: as few as there are generations."""
         return {**self.forwarder.descriptors(), **self.generations.descriptors()}
 
-    @property
-    def exiting(self) -> bool:
-        """Whether nothing is left to go on with."""
-        return self.exit_status is not None
-
     def adopt_run(self, record: RunRecord, log_level: str) -> None:
-        """Go on for people where another program stopped."""
+        """Go on, in what is told of the run, where another program stopped."""
         started_at = record.started_at or self.run.started_at
         self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
         if log_level:
@@ -274,7 +245,7 @@ class Effects:
             self._systemd.send(
                 READY="1", MAINPID=str(self._systemd.pid), STATUS="went on after a restart"
             )
-            self._launcher.started()
+            self._start_report.started()
             if fleet.incoming:
                 self._systemd.reloading()
         elif fleet.stopping:
@@ -288,18 +259,17 @@ class Effects:
             settings = live.to_try if fresh else live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
+            try:
+                self.watch_channel(made)
+            except OSError:
+                made.forget_board()
+                made.channel.close()
+                raise
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
-        try:
-            self.watch_channel(made)
-        except OSError as error:
-            made.forget_board()
-            made.channel.close()
-            self._post(OpenFailed(number, what_failed(error)))
-            return
         if fresh and self.last_good is not None:
-            self._remember(self.run.history.reload_began(number, time.time()))
+            self._remember(lambda history: history.reload_began(number, time.time()))
         self.generations.known()  # here too: where nobody keeps descriptors nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
@@ -316,7 +286,7 @@ class Effects:
             )
 
     def watch_channel(self, generation: OpenGeneration) -> None:
-        """See at once when a worker shuts it down: what is queued may have nobody left who looks.
+        """See at once when a worker shuts it down: maybe none is left that takes what is queued.
 
         Raises OSError.
         """
@@ -376,9 +346,6 @@ class Effects:
     def _listeners(self) -> tuple[Listener, ...]:
         return self.forwarder.listeners
 
-    def _listener_shut(self, listener: Listener) -> None:
-        self.steering.mend(listener, 0)
-
     def _bound_anew(self, listener: Listener) -> None:
         self.live_settings.bound_anew(listener)
         self._persist()
@@ -398,7 +365,7 @@ class Effects:
         )
 
     def untaken_s(self, number: int) -> float | None:
-        """Return for how long nobody was taken who waits for a generation; None: no wonder."""
+        """Return for how long no connection of a generation was taken; None: it is not worth it."""
         generation = self.generations[number]
         if generation.program.mode.workers_accept:
             return self.steering.untaken_s if number == self._route else None
@@ -407,7 +374,7 @@ class Effects:
     def _say_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None
     ) -> None:
-        """ever: somebody was taken before.  listen: where they wait, if not in the queue."""
+        """ever: one was taken before.  listen: where clients wait, if not in the queue."""
         number = self._route
         if number is None:
             return
@@ -428,34 +395,26 @@ class Effects:
 
     # -- what is remembered for people -----------------------------------------
 
-    def _remember(self, history: History) -> None:
-        self.run = replace(self.run, history=history)
+    def _remember(self, change: Callable[[History], History]) -> None:
+        self.run = replace(self.run, history=change(self.run.history))
 
     def _remember_reload(self, report: Report) -> None:
+        now = time.time()
         if report.news is ReportKind.STOPPING:
-            self._remember(self.run.history.called_off("it was told to stop", time.time()))
-        result = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}.get(
-            report.news
-        )
+            self._remember(lambda history: history.called_off("it was told to stop", now))
+        result = _RESULTS.get(report.news)
         if result is not None:
-            self._remember(
-                self.run.history.reload_ended(report.generation, result, report.reason, time.time())
-            )
-
-    def _note_crash(self, crash: Crash) -> None:
-        self._remember(self.run.history.with_crash(crash))
-
-    def _note_last_words(self, worker: int, last_words: str) -> None:
-        if last_words:
-            self._remember(self.run.history.with_last_words(worker, last_words))
+            number, reason = report.generation, report.reason
+            self._remember(lambda history: history.reload_ended(number, result, reason, now))
 
     # -- time and news -------------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def passed() -> None:
             self._note_due(deadline)
-            unheard = deadline.wait is TimerKind.START and not self.pool.spoken_with
-            advice = self.pool.advice(deadline.target) if unheard else ""
+            # Else the program speaks with us, and it is not for want of READY=1.
+            silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
+            advice = self.pool.advice(deadline.target) if silent else ""
             self._post(DeadlinePassed(deadline, advice))
 
         self._loop.call_after(deadline, seconds, passed)
@@ -487,7 +446,7 @@ class Effects:
         match report.news:
             case ReportKind.READY:
                 self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=serves)
-                self._launcher.started()
+                self._start_report.started()
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:
@@ -497,7 +456,7 @@ class Effects:
                 self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
             case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
-                self._launcher.failure = report.reason
+                self._start_report.failure = report.reason
             case ReportKind.STOPPING:
                 self._say_stopping(first_line)
 

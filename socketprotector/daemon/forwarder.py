@@ -19,13 +19,15 @@ from dataclasses import dataclass
 
 from socketprotector_client import wire
 
+from ..core.events import BacklogEmptied
 from ..model.records import ForwarderRecord
 from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
 from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener, accept_of
-from ..system.loop import WRITE, Loop
+from ..system.loop import WRITE
 from .listener_drain import DrainingListener, DrainingListeners
 from .queue_watch import QueueWatch
+from .runtime import Runtime
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
@@ -62,35 +64,32 @@ class Forwarder:
 
     def __init__(
         self,
-        loop: Loop,
+        runtime: Runtime,
         listeners: Sequence[Listener],
         *,
         broken: Callable[[], None],
-        emptied: Callable[[], None],
         trouble: Callable[[str, OSError], None],
-        persist: Callable[[], bool],
         dead: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         accepts: bool = True,
     ) -> None:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
 
-        broken: the route's channel was shut down.  emptied: a graceful close is over.
+        broken: the route's channel was shut down.
         trouble: an error that blocks the path, reported once each time it begins.
-        persist: what is undelivered has changed; returns whether that is written down.
         dead: a listener was shut down by a worker; it is to listen again, or be marked as lost.
         untaken: no worker has taken from the queue for so many seconds; how many connections wait,
         and whether any was ever taken.  Called once for each route.
         """
-        self._loop = loop
+        self._loop = loop = runtime.loop
+        self._post = runtime.post
         self._listeners = list(listeners)
         self._broken = broken
-        self._emptied = emptied
         self._dead = dead
         self._accepts = accepts
         self.forwarded = 0
         self.lost = 0
-        self.undelivered = Undelivered(persist)
+        self.undelivered = Undelivered(runtime.persist)
         self._queue = QueueWatch(
             loop,
             forwarded=lambda: self.forwarded,
@@ -563,7 +562,7 @@ class Forwarder:
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
             if self._open and (over or late):
                 self._close_listeners()
-                self._emptied()
+                self._post(BacklogEmptied())
                 return
             closing.looked = True
         count = self.forwarded

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from ..system.listener import Listener
-from ..system.loop import Loop
+from .runtime import Runtime
 
 #: A server that has just been started sets up its sockets: looked at after so long, then after
 #: twice that, and so on, until it is this.
@@ -22,16 +22,10 @@ _TIMER = "listener-flags"
 class ListenerFlags:
     """Which of those that were passed in do not block."""
 
-    def __init__(
-        self,
-        listeners: Callable[[], Collection[Listener]],
-        loop: Loop,
-        persist: Callable[[], bool],
-    ) -> None:
-        """listeners: all that there are.  persist: writes the state."""
+    def __init__(self, listeners: Callable[[], Collection[Listener]], runtime: Runtime) -> None:
+        """listeners: all that there are."""
         self._listeners = listeners
-        self._loop = loop
-        self._persist = persist
+        self._runtime = runtime
         self._nonblocking: tuple[int, ...] = ()
 
     @property
@@ -47,10 +41,10 @@ class ListenerFlags:
         """See for a while whether workers set them: nothing tells of it."""
         if self._passed_in:
             if self._nonblocking != self.record():
-                self._persist()
+                self._runtime.persist()
             if after_s <= _LAST_S:
                 again = 2 * after_s
-                self._loop.call_after(_TIMER, after_s, lambda: self.watch(again))
+                self._runtime.loop.call_after(_TIMER, after_s, lambda: self.watch(again))
 
     def adopt(self, nonblocking: Collection[int]) -> None:
         """Put them back to what an earlier program has written down."""

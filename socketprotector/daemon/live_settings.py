@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from ..core.events import Event, SettingsFailed, SettingsRead, UseSettings
+from ..core.events import SettingsFailed, SettingsRead, UseSettings
 from ..core.snapshot import Snapshot
 from ..model.records import SettingsRecord
 from ..model.settings import ListenerSettings, Settings
 from ..system.listener import Listener
-from ..system.log import Log
-from ..system.loop import Loop
 from .config_reader import ConfigAnswer, ConfigReader
 from .forwarder import Forwarder
 from .generation import OpenGeneration
+from .runtime import Runtime
 from .socket_steering import SocketSteering
 from .worker_pool import WorkerPool
 
@@ -29,15 +28,13 @@ class LiveSettings:
     def __init__(
         self,
         settings: Settings,
+        runtime: Runtime,
         *,
         pool: WorkerPool,
         forwarder: Forwarder,
         steering: SocketSteering,
         generations: Mapping[int, OpenGeneration],
         command: tuple[str, ...],
-        loop: Loop,
-        log: Log,
-        post: Callable[[Event], None],
     ) -> None:
         """command: executes this program again.  generations: their owner's."""
         #: What another program would have to know.  Replaced whole, as each that is written down.
@@ -46,10 +43,9 @@ class LiveSettings:
         self._forwarder = forwarder
         self._steering = steering
         self._generations = generations
-        self._log = log
-        self._post = post
-        self._reader = ConfigReader(command, loop, "reader")
-        self._comparer = ConfigReader(command, loop, "comparer")
+        self._log, self._post = runtime.log, runtime.post
+        self._reader = ConfigReader(command, runtime.loop, "reader")
+        self._comparer = ConfigReader(command, runtime.loop, "comparer")
 
     @property
     def settings(self) -> Settings:

@@ -137,8 +137,8 @@ class Output:
                 self._lead_to(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
             self._relay.finish()
 
-    def mark(self) -> int:
-        """Return where the output stands now: what one worker alone says comes after it.
+    def position(self) -> int:
+        """Return where the output ends now: what one worker alone says comes after it.
 
         -1 where that cannot be read back from here, or is asked for in another way.
         """
@@ -147,17 +147,17 @@ class Output:
         found = os.fstat(_STDERR)
         return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
-    def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
+    def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         """Call back with a worker's last lines, escaped; "" where they are unknown.
 
-        At once, or when the relay has answered.  mark: from where on nobody else has written;
-        -1 if that is not so.
+        At once, or when the relay has answered.  start: from where on no other process has
+        written; -1 if that is not so.
         """
         if self._relay is not None and self._relayed:
             self._relay.ask(number, lambda data: done(_lines(data)))
-        elif mark >= 0:
-            place = self._log_file or f"/proc/self/fd/{_STDERR}"
-            done(_lines(_end_of(place, mark)))
+        elif start >= 0:
+            path = self._log_file or f"/proc/self/fd/{_STDERR}"
+            done(_lines(_end_of(path, start)))
         else:
             done("")
 
@@ -176,7 +176,7 @@ def _lines(data: bytes) -> str:
     return "\n".join(text.escape(line) for line in lines[-LAST_LINES:])
 
 
-def _end_of(path: str, mark: int) -> bytes:
+def _end_of(path: str, start: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
@@ -184,8 +184,8 @@ def _end_of(path: str, mark: int) -> bytes:
     try:
         found = os.fstat(fd)
         if not os.path.samestat(found, os.fstat(_STDERR)):
-            return b""  # another file has that name by now, perhaps one that is nobody's business
+            return b""  # another file has that name by now, perhaps one that is not ours to show
         size = found.st_size
-        return os.pread(fd, _LAST_BYTES, max(mark, size - _LAST_BYTES))
+        return os.pread(fd, _LAST_BYTES, max(start, size - _LAST_BYTES))
     finally:
         os.close(fd)

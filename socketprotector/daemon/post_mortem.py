@@ -13,19 +13,19 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from ..core.events import WorkerExited
 from ..model import known_servers
-from ..model.history import Crash
+from ..model.history import Crash, History
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS
-from ..system.log import Log
-from ..system.loop import Loop
 from ..system.orphans import Orphans
 from ..system.process import End, Process
 from ..system.process_groups import Groups
 from .generation import OpenGeneration
 from .log_output import Output
+from .runtime import Runtime
 from .worker_spawn import Worker
 
 #: How soon to ask again for the end of a worker that has ended, and that a tracer holds.
@@ -47,28 +47,24 @@ class PostMortem:
 
     def __init__(
         self,
-        loop: Loop,
-        log: Log,
+        runtime: Runtime,
         output: Output,
         *,
         groups: Groups,
         orphans: Orphans,
         ended: Callable[[int], None],
-        crashed: Callable[[Crash], None],
-        late: Callable[[int, str], None],
+        remember: Callable[[Callable[[History], History]], None],
     ) -> None:
         """ended: a worker has, as far as could be seen; more is known of it now.
 
-        crashed, late: see WorkerPool.
+        remember: has the history changed.
         """
-        self._loop = loop
-        self._log = log
+        self._loop, self._log = runtime.loop, runtime.log
         self._output = output
         self._groups = groups
         self._orphans = orphans
         self._ended = ended
-        self._crashed = crashed
-        self._late = late
+        self._remember = remember
         self._endings: dict[int, _Ending] = {}
         self._statuses: dict[int, End] = {}  # by pid, from the guard
 
@@ -85,7 +81,7 @@ class PostMortem:
             ending = self._endings[number] = _Ending()
             if not worker.has_served:
                 self._loop.unwatch(worker.process.pidfd)
-                self._ask(worker.record, lambda said: self._said(number, said))
+                self._ask(worker.record, partial(self._said, number))
                 return None  # that may be called back at once, and all be over
         if not worker.has_served and ending.last_words is None:
             return None
@@ -105,6 +101,10 @@ class PostMortem:
     def _said(self, number: int, last_words: str) -> None:
         self._endings[number].last_words = last_words
         self._ended(number)
+
+    def _said_late(self, number: int, last_words: str) -> None:
+        if last_words:
+            self._remember(lambda history: history.with_last_words(number, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, ending: _Ending, *, guarded: bool) -> End | None:
         """Return how one ended that another process has reaped; None: that is not told yet."""
@@ -147,10 +147,11 @@ class PostMortem:
         if silent:  # it has failed to start, or detached itself
             self._orphans.end(worker.notify.address)
         detached = end.clean and silent
-        if not known.told_to_go and not (end.clean and worker.generation.ended):
-            self._crashed(_crash(worker, end, lost, last_words))
+        if not known.asked_to_exit and not (end.clean and worker.generation.ended):
+            crash = _crash(worker, end, lost, last_words)
+            self._remember(lambda history: history.with_crash(crash))
             if worker.has_served:  # so its slot is filled without waiting for them
-                self._ask(known, lambda said: self._late(number, said))
+                self._ask(known, partial(self._said_late, number))
         reason, served_s = end.how, 0.0
         if known.ready_at is not None:
             served_s = time.monotonic() - known.ready_at

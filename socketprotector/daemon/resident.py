@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from .. import __version__
-from ..core.events import ReloadRequested, StopRequested
+from ..core.events import StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused
@@ -38,7 +38,8 @@ from .effects import Effects
 from .event_queue import EventQueue
 from .log_output import Output
 from .recovery import Recovery
-from .start_report import Launcher
+from .runtime import Runtime
+from .start_report import StartReport
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
 from .watch_client import FileWatch
@@ -140,7 +141,7 @@ class _Resident:
         )
         # Under a guard it is the guard whose end means the end.
         self.pid = os.getppid() if guarded else os.getpid()
-        self.launcher = Launcher(
+        self.start_report = StartReport(
             left.take_one(inherited.LAUNCHER), left.take_one(inherited.TERMINAL), self.pid
         )
         self.listeners = _listeners(left, listeners, settings.mode.workers_accept)
@@ -286,13 +287,13 @@ class _Resident:
         else:
             # There was none, or it has ended under an earlier program.
             supervisor.effects.pool.guarded = False
-        self.launcher.watch(self.loop, lambda: supervisor.post(StopRequested(quick=True)))
+        self.start_report.watch(self.loop, lambda: supervisor.post(StopRequested(quick=True)))
         if self.systemd.watchdog_s:
             self._feed_watchdog()
 
     def fail(self, reason: str) -> None:
         """Nothing could be started, or can go on: let go of what is ours."""
-        self.launcher.failure = self.launcher.failure or reason
+        self.start_report.failure = self.start_report.failure or reason
         self._close_listeners()
 
     def finish(self, status: int) -> None:
@@ -310,7 +311,7 @@ class _Resident:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
             pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
-        self.launcher.failed(status)
+        self.start_report.failed(status)
         if self.line is None:
             self.store.sync(dict.fromkeys(self.staying, -1))
         self.systemd.send(EXIT_STATUS=str(status))
@@ -346,19 +347,15 @@ class _Resident:
             StateFile(self.own[inherited.STATE]), self.store, log, self._descriptors
         )
         self.output.changed = checkpoint.save
-        self.watcher = FileWatch(
-            settings, self.loop, log, lambda: queue.post(ReloadRequested()), checkpoint.save
-        )
+        runtime = Runtime(self.loop, log, queue.post, checkpoint.save)
+        self.watcher = FileWatch(settings, runtime)
         effects = Effects(
             settings,
             self.listeners,
-            loop=self.loop,
-            log=log,
+            runtime,
             output=self.output,
             systemd=self.systemd,
-            launcher=self.launcher,
-            post=queue.post,
-            persist=checkpoint.save,
+            start_report=self.start_report,
             command=self.command,
             stay=self._stay,
         )
@@ -388,7 +385,7 @@ class _Resident:
             found[inherited.GUARD] = self.line.fileno()
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
-        theirs = (self.launcher, self.output, self.watcher)
+        theirs = (self.start_report, self.output, self.watcher)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
     def _later(self, again: object) -> None:

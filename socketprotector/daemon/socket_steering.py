@@ -22,13 +22,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ..core.events import Quiesced, Stranded
 from ..model.records import SteeringRecord
 from ..system import reuseport
 from ..system.listener import SCARCE, Listener
-from ..system.log import Log
-from ..system.loop import READ, SHUT, Loop
+from ..system.loop import READ, SHUT
 from ..system.sock_diag import Line, unaccepted, unread
 from .accept_watch import AcceptWatch
+from .runtime import Runtime
 
 _LOOK_S = 0.1
 #: For how long all clients that had come must have been read from.
@@ -70,33 +71,25 @@ class SocketSteering:
     def __init__(
         self,
         listeners: Callable[[], Sequence[Listener]],
+        runtime: Runtime,
         *,
-        loop: Loop,
-        log: Log,
-        quiesced: Callable[[int], None],
-        stranded: Callable[[], None],
         bound: Callable[[Listener], None],
         lost: Callable[[Listener, str], None],
         untaken: Callable[[float, int, bool, str], None],
     ) -> None:
         """listeners: those that there are; their owner's.
 
-        quiesced: a generation has accepted and read from all clients that came to it.
-        stranded: clients wait, or will, at a socket from which no worker accepts.
         bound: a listener has another socket.  lost: one has none any more, and why.
         untaken: for so many seconds none of so many clients was accepted, whether any ever was, and
         at which addresses.
         """
         self._listeners = listeners
-        self._loop = loop
-        self._log = log
-        self._quiesced = quiesced
-        self._stranded = stranded
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._bound = bound
         self._lost = lost
         self._say_untaken = untaken
         self._accept_watch = AcceptWatch(
-            loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
+            self._loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
         )
         self._ended = False
         self._given_back = False  # sockets that were passed in get the new clients
@@ -175,12 +168,14 @@ class SocketSteering:
         return self._accept_watch.seconds
 
     def quiesce(self, generation: int) -> None:
-        """Call back when a generation whose turn is over has accepted all that came to it."""
+        """Say when a generation whose turn is over has accepted and read from all its clients."""
         if generation not in self._accepting or not self._pairs:
-            self._quiesced(generation)
+            self._post(Quiesced(generation))
             return
         self._yield(generation)
-        self._begin(generation, _Quiescing(time.monotonic(), partial(self._quiesced, generation)))
+        self._begin(
+            generation, _Quiescing(time.monotonic(), partial(self._post, Quiesced(generation)))
+        )
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all that came to it before.
@@ -372,7 +367,7 @@ class SocketSteering:
         self.unserved |= without
         self._bound(listener)
         if without:
-            self._stranded()
+            self._post(Stranded())
 
     # -- sockets without workers ------------------------------------------------------
 
@@ -478,5 +473,5 @@ class SocketSteering:
             self._log.write("warning", "stranded", listen=addresses)
             self._rescued_at = time.monotonic()
             self._rescue_s = min(2 * self._rescue_s, LAST_RESCUE_S)
-            self._stranded()
+            self._post(Stranded())
         self._watch()  # it may be that no generation could be opened now

@@ -17,8 +17,8 @@ from ..system.loop import Loop
 from ..system.terminal import tell
 
 
-class Launcher:
-    """Tells how the start went: once, and only the start."""
+class StartReport:
+    """Says how the start went: once, and only the start."""
 
     def __init__(self, line: int | None, terminal: int | None, pid: int) -> None:
         """Take ownership of the descriptors.  pid: of whose end it is to wait for."""

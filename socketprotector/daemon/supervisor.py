@@ -96,7 +96,7 @@ class Supervisor:
         self.post = queue.post
         self.save = checkpoint.save
         checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._recorded))
-        queue.work_off = self._work_unless_working
+        queue.work_off = self._work
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
         loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
@@ -124,6 +124,7 @@ class Supervisor:
             self._breathe()
         self._act()
         self.effects.welcome(self._fleet)
+        self._working = False
         self._work()
 
     def run(self) -> int:
@@ -133,12 +134,10 @@ class Supervisor:
         self.effects.close()
         return self.effects.exit_status or 0
 
-    def _work_unless_working(self) -> None:
-        if not self._working:
-            self._work()
-
     def _work(self) -> None:
-        """Work the queue off."""
+        """Work the queue off; what is posted meanwhile has its turn then."""
+        if self._working:
+            return
         self._working = True
         acted = True  # the caller may have
         try:
@@ -208,7 +207,7 @@ class Supervisor:
         self._handing_over = True
         # Those whose handler has run are known to this program alone.
         self._loop.take_signals()
-        if self.effects.exiting:
+        if self.effects.exit_status is not None:
             pass  # nothing is left to go on with
         elif self._checkpoint.write():
             self.effects.live_settings.stop_reading()

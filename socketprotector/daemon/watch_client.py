@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
+from ..core.events import ReloadRequested
 from ..model.settings import Settings
 from ..system import inherited
 from ..system.helper import BackOff, HelperProcess
-from ..system.log import Log
-from ..system.loop import Loop
 from ..system.process import Process
+from .runtime import Runtime
 
 #: The program, by its file: to import it here would load watchfiles.
 _SCRIPT = os.path.join(
@@ -33,22 +33,10 @@ _FILES = "unix:/"
 class FileWatch:
     """Keeps one watcher process running."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        loop: Loop,
-        log: Log,
-        wanted: Callable[[], None],
-        persist: Callable[[], object],
-    ) -> None:
-        """wanted: called when something has changed; persist: when there are other descriptors to
-        be kept than before.
-        """
+    def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self._settings = settings
-        self._loop = loop
-        self._log = log
-        self._wanted = wanted
-        self._persist = persist
+        self._runtime = runtime
+        self._loop, self._log = runtime.loop, runtime.log
         self._process: HelperProcess | None = None
         self._line: socket.socket | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
@@ -102,49 +90,42 @@ class FileWatch:
             self._forget()
             self._again(error.strerror or str(error))
             return
-        self._persist()
+        self._runtime.persist()  # there are other descriptors now
 
     def _hear(self) -> None:
-        """Take in one message; its end comes by the pidfd."""
-        assert self._line is not None
-        try:
-            data = self._line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        text = data.decode("utf-8", "replace")
+        """Handle all that it has said so far; its end comes by its pidfd."""
+        while self._line is not None:
+            try:
+                data = self._line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._loop.unwatch(self._line.fileno())
+                return
+            self._handle(data.decode("utf-8", "replace"))
+
+    def _handle(self, text: str) -> None:
         match text[:1]:
             case "=":
                 self._log.write("info", "watching", paths=" ".join(self._settings.watch))
             case "+":
                 count, _, path = text[1:].partition(" ")
                 self._log.write("info", "changed", path=path, files=count)
-                self._wanted()
+                self._runtime.post(ReloadRequested())
             case "!":
                 self._warn(text[1:])
-            case _:
-                self._loop.unwatch(self._line.fileno())
 
     def _ended(self, how: str) -> None:
         assert self._process is not None
         if self._process.proven:
             self._back_off.reset()
             self._warned = False
-        while self._has_news():
-            self._hear()
+        self._hear()
         self._forget()
-        self._persist()
+        self._runtime.persist()
         self._again(how)
-
-    def _has_news(self) -> bool:
-        """Whether its last words wait to be read."""
-        try:
-            return self._line is not None and bool(
-                self._line.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
-            )
-        except OSError:
-            return False
 
     def _forget(self) -> None:
         """Close what is ours: then it ends."""

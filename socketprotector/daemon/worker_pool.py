@@ -20,7 +20,6 @@ from dataclasses import replace
 from socketprotector_client import wire
 
 from ..core.events import (
-    Event,
     ReplaceRequested,
     TimeExtended,
     WorkerExited,
@@ -28,12 +27,10 @@ from ..core.events import (
     WorkerSignal,
 )
 from ..model import known_servers
-from ..model.history import Crash
+from ..model.history import History
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.log import Log
-from ..system.loop import Loop
 from ..system.orphans import Orphans
 from ..system.process import End, spawn
 from ..system.process_groups import Groups
@@ -43,6 +40,7 @@ from ..system.sock_diag import address_of
 from .generation import OpenGeneration
 from .log_output import Output
 from .post_mortem import PostMortem
+from .runtime import Runtime
 from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner
 
@@ -74,24 +72,15 @@ class WorkerPool:
     def __init__(
         self,
         settings: Settings,
-        *,
-        loop: Loop,
-        log: Log,
+        runtime: Runtime,
         output: Output,
-        post: Callable[[Event], None],
-        crashed: Callable[[Crash], None],
-        late: Callable[[int, str], None],
+        *,
+        remember: Callable[[Callable[[History], History]], None],
         listeners: Callable[[int], Mapping[int, int]],
     ) -> None:
-        """`post` hands an event to the supervisor; `crashed` gets each unexpected exit.
-
-        late: gets a crashed worker's last words, where they come after that.
-
-        listeners: see WorkerSpawner.
-        """
-        self._loop = loop
-        self._log = log
-        self._post = post
+        """remember: has the history changed.  listeners: see WorkerSpawner."""
+        loop, log, post = runtime.loop, runtime.log, runtime.post
+        self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
         self._records: dict[int, WorkerRecord] = {}  # theirs, for all are asked for at each step
         self._by_pid: dict[int, int] = {}
@@ -108,16 +97,14 @@ class WorkerPool:
         kill_timeout_s, identity = settings.policy.kill_timeout_s, settings.worker_identity
         self.orphans = Orphans(loop, log, kill_timeout_s, identity, self.groups.has)
         self._spawner = WorkerSpawner(settings, loop, log, output, listeners)
-        self._limits = LimitWatch(settings, loop, log, self._workers, post)
+        self._limits = LimitWatch(settings, runtime, self._workers)
         self._post_mortem = PostMortem(
-            loop,
-            log,
+            runtime,
             output,
             groups=self.groups,
             orphans=self.orphans,
             ended=self._ended,
-            crashed=crashed,
-            late=late,
+            remember=remember,
         )
 
     def settings_are(self, settings: Settings) -> None:
@@ -187,7 +174,7 @@ class WorkerPool:
             worker,
             killed=worker.record.killed or kind is WorkerSignal.KILL,
             aborted=aborted,
-            told_to_go=worker.record.told_to_go or not aborted,
+            asked_to_exit=worker.record.asked_to_exit or not aborted,
         )
 
     def retire(self, number: int) -> None:
@@ -200,19 +187,19 @@ class WorkerPool:
             self._tell_to_finish(worker)
         elif worker.line is not None:
             worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
-        self._note(worker, told_to_go=True)
+        self._note(worker, asked_to_exit=True)
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
         """Have workers that accept finish; the others read the end of their channel."""
         for worker in self._workers.values():
             known = worker.record
-            if known.generation == generation and worker.accepts and not known.told_to_go:
+            if known.generation == generation and worker.accepts and not known.asked_to_exit:
                 self._tell_to_finish(worker)
 
     def _tell_to_finish(self, worker: Worker) -> None:
         self._send(worker, worker.generation.program.drain_signal)
-        self._note(worker, told_to_go=True)
+        self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
         """Send a signal, KILL to the whole process group, and log that; return whether we may."""

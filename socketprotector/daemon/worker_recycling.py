@@ -8,13 +8,12 @@ from __future__ import annotations
 import binascii
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-from ..core.events import Event, ReplaceRequested
+from ..core.events import ReplaceRequested
 from ..model.settings import Limits, Settings
 from ..system import procfs
-from ..system.log import Log
-from ..system.loop import Loop
+from .runtime import Runtime
 from .worker_spawn import Worker
 
 #: How often to look.
@@ -26,19 +25,10 @@ _TIMER = "limits"
 class LimitWatch:
     """Has each worker replaced that has reached a limit."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        loop: Loop,
-        log: Log,
-        workers: Mapping[int, Worker],
-        post: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, settings: Settings, runtime: Runtime, workers: Mapping[int, Worker]) -> None:
         """workers: those that live, by number, at any time."""
-        self._loop = loop
-        self._log = log
+        self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
-        self._post = post
         self._blind = False  # no worker's memory can be looked at, and that was said
         self.use(settings)
 
@@ -54,7 +44,7 @@ class LimitWatch:
             self._blind = self._cannot_look()
         for number, worker in tuple(self._workers.items()):
             ready_at = worker.record.ready_at
-            if ready_at is None or worker.record.told_to_go:
+            if ready_at is None or worker.record.asked_to_exit:
                 continue
             counts = worker.generation.counts(worker.record.slot)
             reason = exceeded(

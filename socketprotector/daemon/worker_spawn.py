@@ -106,7 +106,7 @@ class WorkerSpawner:
         with ExitStack() as theirs, ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)
-            output_start = self._output.mark()
+            output_start = self._output.position()
             environment = {wire.ENV_NOTIFY: notify.address}
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))

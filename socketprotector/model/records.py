@@ -94,7 +94,7 @@ class WorkerRecord:
     ready_at: float | None = None
     slot: int = 0
     started_at: float = 0.0  # seconds since the epoch, for people
-    told_to_go: bool = False
+    asked_to_exit: bool = False
     watched: bool = False  # it has said WATCHDOG=1
     status: str = ""
     aborted: bool = False  # it hung, so its end is none that anybody wanted

@@ -190,14 +190,12 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile(
         worker_limits=SimpleNamespace(any=False),
         policy=SimpleNamespace(kill_timeout_s=1.0),
     )
+    loop = SimpleNamespace(cancel=lambda _: None)
     pool = WorkerPool(
         cast("Any", settings),
-        loop=cast("Any", SimpleNamespace(cancel=lambda _: None)),
-        log=cast("Any", None),
-        output=cast("Any", SimpleNamespace(named=named)),
-        post=lambda _: None,
-        crashed=lambda _: None,
-        late=lambda *_: None,
+        cast("Any", SimpleNamespace(loop=loop, log=None, post=None)),
+        cast("Any", SimpleNamespace(named=named)),
+        remember=lambda _: None,
         listeners=lambda _: {},
     )
     record = WorkerRecord(number=7, generation=1, pid=1, output_start=-1)

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.events import BacklogEmptied, Event
 from socketprotector.daemon.forwarder import (
     BURST,
     LAST_S,
@@ -29,6 +30,7 @@ from socketprotector.daemon.queue_watch import (
     NEVER_TAKEN_S,
     UNTAKEN_S,
 )
+from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.shortage import FIRST_WAIT_S, LAST_WAIT_S
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import BROKEN, Channel, rights_of
@@ -233,18 +235,13 @@ class World:
         self.loses = True
         self.on_broken: Callable[[], None] = lambda: None
         self.forwarder = Forwarder(
-            cast("Loop", self.loop),
+            Runtime(cast("Loop", self.loop), cast("Any", None), self._post, lambda: True),
             [cast("Listener", each) for each in self.listeners],
             broken=self._broken,
-            emptied=self._emptied,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
-            persist=self._persist,
             dead=self._dead,
             untaken=lambda seconds, waiting, ever: self.untaken.append(seconds),
         )
-
-    def _persist(self) -> bool:
-        return True
 
     def _broken(self) -> None:
         self.broken += 1
@@ -254,7 +251,8 @@ class World:
         self.dead.append(listener.index)
         listener.lost = self.loses
 
-    def _emptied(self) -> None:
+    def _post(self, event: Event) -> None:
+        assert event == BacklogEmptied()
         self.emptied += 1
 
     def channel(self, room: int = 1000) -> Any:

@@ -7,13 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from socketprotector_client import wire
 
 from socketprotector.daemon.forwarder import Forwarder
 from socketprotector.daemon.listener_drain import QUIET_S
+from socketprotector.daemon.runtime import Runtime
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import Channel
 from socketprotector.system.inherited import Inherited
@@ -54,12 +55,10 @@ class World:
 
     def another(self, listeners: list[Listener]) -> Forwarder:
         return Forwarder(
-            self.loop,
+            Runtime(self.loop, cast("Any", None), lambda event: None, self._persist),
             listeners,
             broken=lambda: None,
-            emptied=lambda: None,
             trouble=lambda call, error: self.troubles.append((call, error.errno)),
-            persist=self._persist,
             dead=lambda listener: None,
         )
 

@@ -9,10 +9,13 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from socketprotector.core.events import Event, Quiesced, Stranded
 from socketprotector.daemon import socket_steering as module
+from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.socket_steering import (
     FIRST_RESCUE_S,
     LAST_S,
@@ -73,10 +76,7 @@ class World:
         self.clients: list[socket.socket] = []
         self.steering = SocketSteering(
             lambda: self.listeners,
-            loop=self.loop,
-            log=self.log,  # type: ignore[arg-type]
-            quiesced=self.quiesced.append,
-            stranded=self.strand,
+            Runtime(self.loop, cast("Any", self.log), self.post, lambda: True),
             bound=self.bound.append,
             lost=lambda listener, why: self.lost.append(listener),
             untaken=lambda *said: self.untaken.append(said),
@@ -88,8 +88,12 @@ class World:
         left_out = self.unaccepted if accepted else set()
         return {who: silent for who, silent in self.unread.items() if who not in left_out}
 
-    def strand(self) -> None:
-        self.stranded += 1
+    def post(self, event: Event) -> None:
+        match event:
+            case Quiesced(generation):
+                self.quiesced.append(generation)
+            case Stranded():
+                self.stranded += 1
 
     def connect(self) -> None:
         self.clients.append(socket.create_connection(self.listener.socket.getsockname()))

@@ -71,7 +71,9 @@ def one_more_step(draw: st.DrawFn, snapshot: Snapshot) -> Snapshot:
             del workers[draw(st.integers(0, len(workers) - 1))]
         case 2 if workers:
             at = draw(st.integers(0, len(workers) - 1))
-            workers[at] = replace(workers[at], status=draw(texts), told_to_go=draw(st.booleans()))
+            workers[at] = replace(
+                workers[at], status=draw(texts), asked_to_exit=draw(st.booleans())
+            )
         case 3:
             generations.append(draw(st.from_type(Generation)))
         case 4 if generations:

@@ -47,7 +47,8 @@ from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.log_output import Opened
 from socketprotector.daemon.recovery import Recovery
-from socketprotector.daemon.start_report import Launcher
+from socketprotector.daemon.runtime import Runtime
+from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
@@ -225,14 +226,14 @@ class Output:
         self._chance = chance
         self.named = inherited.Named()
 
-    def mark(self) -> int:
+    def position(self) -> int:
         return 0
 
     @contextmanager
     def opened(self, number: int, generation: int) -> Iterator[Opened]:
         yield Opened()
 
-    def last_words(self, number: int, mark: int, done: Callable[[str], None]) -> None:
+    def last_words(self, number: int, start: int, done: Callable[[str], None]) -> None:
         if self._chance() < 0.5:
             done("")
         else:
@@ -575,13 +576,10 @@ class World:
         effects = Effects(
             settings,
             listeners,
-            loop=self._loop,
-            log=log,
+            Runtime(self._loop, log, queue.post, point.save),
             output=cast("Any", Output(self._loop, self._chance)),
             systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
-            launcher=Launcher(None, None, 1),
-            post=queue.post,
-            persist=point.save,
+            start_report=StartReport(None, None, 1),
         )
         self._supervisor = protector = Supervisor(
             Fleet(

@@ -2,8 +2,7 @@
 
 Workers write to the terminal or the journal themselves.  Where the log is ours (a file, syslog), or
 where lines get a prefix, each worker has a pipe of its own, which a relay process reads
-(relay_client.py).  So a rotation includes running workers, and each line is known to be of one
-worker.
+(log_relay.py): so a rotation includes running workers, and each line is known to be of one worker.
 """
 
 from __future__ import annotations
@@ -16,12 +15,13 @@ from dataclasses import dataclass, field
 
 from ..model import text
 from ..model.log_format import is_own
+from ..model.settings import Settings
 from ..system import inherited
 from ..system.inherited import Inherited
-from ..system.log import Log, is_journal
+from ..system.log import is_journal
 from ..system.log_file import open_log
-from ..system.loop import Loop
 from .relay_client import LogRelay, WorkerPipe
+from .runtime import Runtime
 
 _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
@@ -43,38 +43,26 @@ class Opened:
 class Output:
     """The place that stdout and stderr of the protector and its workers lead to."""
 
-    def __init__(
-        self, log_file: str | None, *, to_syslog: bool, relayed: bool, prefixed: bool
-    ) -> None:
-        """to_syslog: there is no other place.  relayed: each worker has a pipe of its own.
-
-        prefixed: workers' lines say who wrote them, which takes such pipes.
-        """
-        self._log_file = log_file
-        self._to_syslog = to_syslog
-        self._relayed = relayed or prefixed
-        self._prefixed = prefixed
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._log_file, self._to_syslog = settings.log_file, settings.to_syslog
+        ours = self._to_syslog or self._log_file is not None
+        #: Each worker has a pipe of its own.
+        self._relayed = settings.log_prefix or (ours and settings.log_relay)
         #: All descriptors of workers that another program would need.
         self.named = inherited.Named()
         self._relay: LogRelay | None = None
-        #: Called when other descriptors are to be kept for the next program than before.
-        self.changed: Callable[[], object] = lambda: None
 
-    @property
-    def needs_relay(self) -> bool:
-        """Whether lines go through a relay process, at least the protector's own."""
-        return self._to_syslog or self._relayed
-
-    def begin(self, left: Inherited, name: str, loop: Loop, log: Log) -> None:
+    def begin(self, left: Inherited, runtime: Runtime) -> None:
         """Start the relay if one is needed, or go on with an earlier program's.  Raises OSError.
 
         Takes ownership of those of the descriptors that are the relay's.
         """
-        if not self.needs_relay:
+        if not (self._to_syslog or self._relayed):
             return
         kind = "syslog" if self._to_syslog else "journal" if is_journal() else "lines"
-        self._relay = LogRelay(name, kind, loop, log, self.named, prefixed=self._prefixed)
-        self._relay.changed = lambda: self.changed()
+        name, prefixed = self._settings.name, self._settings.log_prefix
+        self._relay = LogRelay(name, kind, runtime, self.named, prefixed=prefixed)
         given = left.take_one(_WRITE)
         if given is not None:  # else stderr has come along as it is
             self._lead_to(given)

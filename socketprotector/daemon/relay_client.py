@@ -28,9 +28,8 @@ from ..model.frozen import frozen
 from ..programs import log_relay
 from ..system import inherited
 from ..system.helper import BackOff, HelperProcess
-from ..system.log import Log
-from ..system.loop import Loop
 from ..system.process import Process
+from .runtime import Runtime
 
 _STDERR = 2
 _LINE_FD = 3
@@ -71,7 +70,7 @@ class LogRelay:
     """One relay process, and all that it reads from."""
 
     def __init__(
-        self, name: str, kind: str, loop: Loop, log: Log, named: inherited.Named, *, prefixed: bool
+        self, name: str, kind: str, runtime: Runtime, named: inherited.Named, *, prefixed: bool
     ) -> None:
         """name: in syslog.  kind: where lines go, as programs/log_relay.py has it.  named: the
         workers' descriptors.
@@ -79,11 +78,8 @@ class LogRelay:
         self._named = named
         self._name = name
         self._kind = kind
-        self._loop = loop
-        self._log = log
+        self._loop, self._log, self._persist = runtime.loop, runtime.log, runtime.persist
         self._prefixed = prefixed
-        #: Called when other descriptors are to be kept than before.
-        self.changed: Callable[[], object] = lambda: None
         self._shared = -1  # the read end of what all write to, on its way to syslog
         self._helper: HelperProcess | None = None
         self._line: socket.socket | None = None
@@ -200,7 +196,7 @@ class LogRelay:
             self._back_off.reset()
         self._helper, self._stood = None, False
         self._hang_up()
-        self.changed()
+        self._persist()
         self._start_again()
 
     def _start_again(self) -> None:
@@ -210,7 +206,7 @@ class LogRelay:
             except OSError:  # out of descriptors: what is written waits in the pipes
                 self._start_again()
             else:
-                self.changed()  # else the next program starts another one, beside this one
+                self._persist()  # else the next program starts another one, beside this one
 
         self._loop.call_after("relay", self._back_off.wait_s(), again)
 
@@ -298,7 +294,7 @@ class LogRelay:
         except FileNotFoundError:
             pass  # there was no memory for it
         os.close(pipe.read)
-        self.changed()
+        self._persist()
 
     def _look_later(self, number: int) -> None:
         self._loop.call_after(("output", number), _AGAIN_S, lambda: self._left(number))

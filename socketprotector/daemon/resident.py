@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .. import __version__
 from ..core.events import StopRequested
@@ -21,14 +21,13 @@ from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
-from ..model.text import status_of
 from ..system import executable, inherited, pid_file_removal, privileges, process
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listener import Listener
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, remove_folder, room_of
+from ..system.sd_notify import remove_folder
 from ..system.state_file import StateError, StateFile
 from . import checkpoint
 from .checkpoint import Checkpoint
@@ -37,6 +36,7 @@ from .control.server import ControlServer
 from .effects import Effects
 from .event_queue import EventQueue
 from .log_output import Output
+from .parents import Parents
 from .recovery import Recovery
 from .runtime import Runtime
 from .start_report import StartReport
@@ -47,11 +47,6 @@ from .worker_pool import what_failed
 
 #: How soon to try again where a manager's socket was full.
 _AGAIN_S = 0.1
-#: How long the guard may take to hear that we end for good.
-_FAREWELL_S = 5.0
-#: And the service manager, which may have stopped reading.
-_MANAGER_S = 1.0
-_MESSAGE_BYTES = 4096
 _OWN = (inherited.SETTINGS, inherited.STATE, inherited.PID_FILE, inherited.NOTIFY)
 _STDERR = 2
 
@@ -123,8 +118,7 @@ class _Resident:
     ) -> None:
         """earlier: where another program stopped, or why that cannot be resumed."""
         # At the first start they come from the launching process; only a guard has them too.
-        guarded = inherited.GUARD in descriptors
-        known = guarded or inherited.STATE in descriptors
+        known = inherited.GUARD in descriptors or inherited.STATE in descriptors
         kept = descriptors.keys() - {inherited.GUARD} if known else set()
         self.settings = settings
         self.left_over = left = Inherited(descriptors)
@@ -132,37 +126,14 @@ class _Resident:
         self.own = {n: fd for n in _OWN if (fd := left.take_one(n)) is not None}
         self.earlier = earlier
         self.command = command
-        ours = settings.to_syslog or settings.log_file is not None
-        self.output = Output(
-            settings.log_file,
-            to_syslog=settings.to_syslog,
-            relayed=ours and settings.log_relay,
-            prefixed=settings.log_prefix,
-        )
-        # Under a guard it is the guard whose end means the end.
-        self.pid = os.getppid() if guarded else os.getpid()
+        self.output = Output(settings)
+        self.parents = Parents(left.take_one(inherited.GUARD), kept, self._later)
         self.start_report = StartReport(
-            left.take_one(inherited.LAUNCHER), left.take_one(inherited.TERMINAL), self.pid
+            left.take_one(inherited.LAUNCHER),
+            left.take_one(inherited.TERMINAL),
+            self.parents.systemd.pid,
         )
         self.listeners = _listeners(left, listeners, settings.mode.workers_accept)
-        line = left.take_one(inherited.GUARD)
-        self.line = socket.socket(fileno=line) if line is not None else None
-        self.guard = Outbox(self._later, self.line)
-        self.manager = Outbox(self._later, address=os.environ.get("NOTIFY_SOCKET", ""))
-        self.systemd = Systemd(os.environ, self.pid, self.manager, self.guard)
-        room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
-        os.environ["FDSTORE"] = str(room)
-        self.store = (
-            Store(self.guard, kept)
-            if guarded
-            else Store(
-                self.manager,
-                kept,
-                most=room,
-                names_bytes=inherited.STORE_NAMES_BYTES,
-            )
-        )
         control = left.take_one(inherited.CONTROL)
         self.control_listener = (
             Listener(control, -1, settings.control)
@@ -181,7 +152,7 @@ class _Resident:
     @property
     def can_come_back(self) -> bool:
         """Whether another program could go on where this one stops."""
-        return self.began and self.store.keeps
+        return self.began and self.parents.store.keeps
 
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
@@ -193,10 +164,18 @@ class _Resident:
         for listener in self.listeners:
             if snapshot is None or not listener.shared:  # else a worker has said how it listens
                 listener.claim()
-        log = self._begin_log(snapshot)
-        supervisor = self._put_together(log)
-        control = self._control(supervisor, log)
-        self._attend(supervisor, log)
+        settings = self.settings
+        log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
+        # First where events go, and what writes the state: all parts are given both.
+        queue = EventQueue()
+        checkpoint = Checkpoint(
+            StateFile(self.own[inherited.STATE]), self.parents.store, log, self._descriptors
+        )
+        runtime = Runtime(self.loop, log, queue.post, checkpoint.save)
+        self._begin_log(runtime, snapshot)
+        supervisor = self._put_together(runtime, queue, checkpoint)
+        control = self._control(supervisor, runtime)
+        self._attend(supervisor, runtime)
         # They were blocked from the start, so that none of them could come too early.
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self.began = True
@@ -208,8 +187,8 @@ class _Resident:
             supervisor.adopt(Recovery(supervisor.effects, snapshot, self.left_over))
         # Signals are taken from here on; and by which of them workers finish, should none of us
         # be there to say so.
-        finish = self.settings.drain_signal if self.settings.mode.workers_accept else 0
-        self.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
+        finish = settings.drain_signal if settings.mode.workers_accept else 0
+        self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
         self.watcher.start(watchers)
         status = supervisor.run()
         self.staying = supervisor.effects.left
@@ -235,7 +214,7 @@ class _Resident:
 
     def _end_again(self, snapshot: Snapshot) -> int:
         """All was done but the last words."""
-        if self._stay(name for each in self._ours for name in each.descriptors()):
+        if self.parents.stays(name for each in self._ours for name in each.descriptors()):
             number = snapshot.steering.socket_number
             self.staying = tuple(filter(None, [each.leave(number) for each in self._ours]))
         self._close_listeners()
@@ -262,9 +241,12 @@ class _Resident:
             if starts_others:
                 privileges.reclaim()  # an upgrade in place has brought them along
 
-    def _begin_log(self, snapshot: Snapshot | None) -> Log:
-        """Open the log, and say in it who begins."""
-        settings, log = self.settings, self._open_log()
+    def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
+        """Have the log where it is to be, and say in it who begins."""
+        settings, log = self.settings, runtime.log
+        log.suppress_crash_loops(self.loop)
+        self._begin_output(runtime)
+        log.reopen()
         log.write(
             "info",
             "adopted" if snapshot else "start",
@@ -278,18 +260,20 @@ class _Resident:
                 log.write("warning", "notice", text=notice)
         else:
             self._write_pid(log)
-        return log
 
-    def _attend(self, supervisor: Supervisor, log: Log) -> None:
-        """Hear the guard and the launcher, and feed the watchdog."""
-        if self.line is not None:
-            self.loop.watch(self.line.fileno(), lambda: self._hear_guard(supervisor, log))
-        else:
-            # There was none, or it has ended under an earlier program.
-            supervisor.effects.pool.guarded = False
-        self.start_report.watch(self.loop, lambda: supervisor.post(StopRequested(quick=True)))
-        if self.systemd.watchdog_s:
-            self._feed_watchdog()
+    def _attend(self, supervisor: Supervisor, runtime: Runtime) -> None:
+        """Hear the guard and the launching process."""
+        log, pool = runtime.log, supervisor.effects.pool
+
+        def unguarded() -> None:
+            if self.parents.line is not None:
+                hint = "the guard is gone; restart to have one again"
+                log.write("error", "unguarded", hint=hint)
+                self._write_pid(log)
+            pool.guarded = False
+
+        self.parents.watch(self.loop, pool.learn_status, unguarded)
+        self.start_report.watch(self.loop, lambda: runtime.post(StopRequested(quick=True)))
 
     def fail(self, reason: str) -> None:
         """Nothing could be started, or can go on: let go of what is ours."""
@@ -298,34 +282,29 @@ class _Resident:
 
     def finish(self, status: int) -> None:
         """Leave only listeners that stay, and tell the launcher, the guard and systemd."""
-        if self.line is None:
+        store = self.parents.store
+        if self.parents.line is None:
             # First: without it what is there is no state to go on with, but left for a start.
-            self.store.forget(inherited.SETTINGS)
-            # Whoever keeps a copy may not read in time that it is to go; the file is the same one.
+            store.forget(inherited.SETTINGS)
+            # What keeps a copy may not read in time that it is to go; the file is the same one.
             os.ftruncate(self.own[inherited.SETTINGS], 0)
         # The relay ends with its last writer, and a copy in the fd store would be one.
         for name in self.output.descriptors():
-            self.store.forget(name)
+            store.forget(name)
         self.output.finish()
         if self.settings.notify_folder:
             remove_folder(self.settings.notify_folder)
         if self.settings.pid_file is not None and inherited.PID_FILE in self.own:
             pid_file_removal.remove(self.settings.pid_file, self.own[inherited.PID_FILE])
         self.start_report.failed(status)
-        if self.line is None:
-            self.store.sync(dict.fromkeys(self.staying, -1))
-        self.systemd.send(EXIT_STATUS=str(status))
-        self.guard.finish(_FAREWELL_S)
-        self.manager.finish(_MANAGER_S)  # what it keeps it would pass to another start
+        self.parents.finish(status, self.staying)
 
     # -- putting together ----------------------------------------------------
 
-    def _open_log(self) -> Log:
+    def _begin_output(self, runtime: Runtime) -> None:
         settings = self.settings
-        log = Log(settings.log_level, prioritized=settings.to_syslog, form=settings.log_format)
-        log.suppress_crash_loops(self.loop)
         try:
-            self.output.begin(self.left_over, settings.name, self.loop, log)
+            self.output.begin(self.left_over, runtime)
         except OSError as error:
             where = "to syslog" if settings.to_syslog else "of workers' output"
             asked = " for --log-prefix" if settings.log_prefix else ""
@@ -333,31 +312,24 @@ class _Resident:
             if settings.to_syslog or asked:
                 raise SystemRefused(why) from error
             # No relay was asked for: workers write to the file themselves.
-            self.output = Output(settings.log_file, to_syslog=False, relayed=False, prefixed=False)
-            log.reopen()
-            log.write("warning", "notice", text=why)
-            return log
-        log.reopen()
-        return log
+            self.output = Output(replace(settings, log_relay=False))
+            runtime.log.reopen()
+            runtime.log.write("warning", "notice", text=why)
 
-    def _put_together(self, log: Log) -> Supervisor:
-        """Make the parts: first where events go, and what writes the state, which all are given."""
-        settings, queue = self.settings, EventQueue()
-        checkpoint = Checkpoint(
-            StateFile(self.own[inherited.STATE]), self.store, log, self._descriptors
-        )
-        self.output.changed = checkpoint.save
-        runtime = Runtime(self.loop, log, queue.post, checkpoint.save)
+    def _put_together(
+        self, runtime: Runtime, queue: EventQueue, checkpoint: Checkpoint
+    ) -> Supervisor:
+        settings = self.settings
         self.watcher = FileWatch(settings, runtime)
         effects = Effects(
             settings,
             self.listeners,
             runtime,
             output=self.output,
-            systemd=self.systemd,
+            systemd=self.parents.systemd,
             start_report=self.start_report,
             command=self.command,
-            stay=self._stay,
+            stay=self.parents.stays,
         )
         keeps = settings.worker_identity is not None
         return Supervisor(
@@ -369,11 +341,10 @@ class _Resident:
             queue,
             effects,
             checkpoint,
-            Upgrade(self.command, self.loop, log, keeps=keeps),
-            loop=self.loop,
-            log=log,
-            reopen_logs=lambda: self._reopen_logs(log),
-            took=lambda number: self.guard.send(f"X_TOOK={number:d}"),
+            Upgrade(self.command, self.loop, runtime.log, keeps=keeps),
+            runtime,
+            reopen_logs=lambda: self._reopen_logs(runtime.log),
+            took=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
@@ -381,21 +352,14 @@ class _Resident:
     def _descriptors(self) -> dict[str, int]:
         """The descriptors of the process itself, by name."""
         found = dict(self.own)
-        if self.line is not None and self.line.fileno() >= 0:
-            found[inherited.GUARD] = self.line.fileno()
         if self.control_listener is not None:
             found[inherited.CONTROL] = self.control_listener.fileno()
-        theirs = (self.start_report, self.output, self.watcher)
+        theirs = (self.parents, self.start_report, self.output, self.watcher)
         return found | {name: fd for each in theirs for name, fd in each.descriptors().items()}
 
-    def _later(self, again: object) -> None:
+    def _later(self, again: Callable[[], None]) -> None:
         if self._loop is not None:  # else it is the end already, and finish() waits for room
-            self._loop.call_after(again, _AGAIN_S, again)  # type: ignore[arg-type]
-
-    def _feed_watchdog(self) -> None:
-        """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
-        self.systemd.send(WATCHDOG="1")
-        self.loop.call_after(WATCHDOG, self.systemd.watchdog_s, self._feed_watchdog)
+            self._loop.call_after(again, _AGAIN_S, again)
 
     def _reopen_logs(self, log: Log) -> None:
         try:
@@ -405,17 +369,18 @@ class _Resident:
         else:
             # What it says, and all that the next protector does, is for the new file, too.
             if self.settings.log_file is not None:
-                self.guard.send("X_OUTPUT=1", _STDERR)
+                self.parents.guard.send("X_OUTPUT=1", _STDERR)
         log.reopen()
         log.write("info", "reopened")
 
     # -- the control socket ----------------------------------------------------
 
-    def _control(self, supervisor: Supervisor, log: Log) -> ControlServer | None:
+    def _control(self, supervisor: Supervisor, runtime: Runtime) -> ControlServer | None:
         """Answer operators from here on."""
         settings = self.settings
         if self.control_listener is None:
             return None
+        log = runtime.log
         operator = CommandHandler(supervisor, self.loop, log, lambda: self._reopen_logs(log))
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
@@ -436,42 +401,10 @@ class _Resident:
     def _ours(self) -> list[Listener]:
         return [each for each in self.listeners if not each.settings.foreign]
 
-    def _stay(self, names: Iterable[str]) -> bool:
-        """Whether descriptors of these names outlive a stop.
-
-        systemd keeps them while a restart waits, and drops them where none does.  Others who
-        listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
-        """
-        systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
-        return systemd and self.store.holds(names)
-
     def _close_listeners(self) -> None:
         for listener in (*self.listeners, self.control_listener):
             if listener is not None and listener.fileno() >= 0:
                 listener.close()
-
-    # -- the guard -----------------------------------------------------------
-
-    def _hear_guard(self, supervisor: Supervisor, log: Log) -> None:
-        """Take in how processes ended that the guard has reaped; or the guard's own end."""
-        assert self.line is not None
-        try:
-            data = self.line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.loop.unwatch(self.line.fileno())
-            self.guard.close()
-            self.pid = self.systemd.pid = os.getpid()
-            log.write("error", "unguarded", hint="the guard is gone; restart to have one again")
-            self._write_pid(log)
-            supervisor.effects.pool.guarded = False
-            return
-        pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
-        if pid.isdigit() and status.isdigit():
-            supervisor.effects.pool.learn_status(int(pid), *status_of(int(status)))
 
     def _write_pid(self, log: Log) -> None:
         """Write the pid that is to be signalled into the pid file, which we hold."""
@@ -479,7 +412,7 @@ class _Resident:
         if lock is None:
             return
         try:
-            text = b"%d\n" % self.pid
+            text = b"%d\n" % self.parents.systemd.pid
             # In this order a reader always finds a whole pid in the first line.
             os.pwrite(lock, text, 0)
             os.ftruncate(lock, len(text))

@@ -31,14 +31,13 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..model import fd_budget
 from ..system import signals
-from ..system.log import Log
-from ..system.loop import Loop
 from ..system.process import reap_orphans
 from ..system.sd_notify import WATCHDOG
 from .checkpoint import Checkpoint
 from .effects import RECORDED, Effects
 from .event_queue import EventQueue
 from .recovery import Recovery
+from .runtime import Runtime
 from .upgrade import Upgrade
 
 #: How soon to look again whether the guard or systemd has read what it was sent, and
@@ -63,9 +62,8 @@ class Supervisor:
         effects: Effects,
         checkpoint: Checkpoint,
         upgrade: Upgrade,
+        runtime: Runtime,
         *,
-        loop: Loop,
-        log: Log,
         reopen_logs: Callable[[], None],
         took: Callable[[int], object],
         terminal: int | None,
@@ -81,8 +79,7 @@ class Supervisor:
         # Those of them that the state tells of: it is written for each of a thousand spawns.
         self._recorded: deque[Action] = deque()
         self._working = False
-        self._loop = loop
-        self._log = log
+        self._loop, self._log = runtime.loop, runtime.log
         self._reopen_logs = reopen_logs
         self._took = took
         self._terminal = terminal
@@ -93,13 +90,12 @@ class Supervisor:
         self._give_up_at: float | None = None  # on the upgrade that waits
         self._breath_at = 0.0  # when to look again who has come
         self.effects = effects
-        self.post = queue.post
-        self.save = checkpoint.save
+        self.post, self.save = runtime.post, runtime.persist
         checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._recorded))
         queue.work_off = self._work
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
-        loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
+        self._loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     @property
     def fleet(self) -> Fleet:

@@ -28,6 +28,7 @@ from socketprotector.core.fleet import Fleet
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import supervisor
 from socketprotector.daemon.event_queue import EventQueue
+from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.daemon.worker_pool import WorkerPool
 from socketprotector.model.records import WorkerRecord
@@ -105,16 +106,16 @@ class Found:
 
 def protector_of(away: Away, monkeypatch: pytest.MonkeyPatch, workers: int = 600) -> Supervisor:
     monkeypatch.setattr(supervisor, "time", away)
+    queue = EventQueue()
     loop = SimpleNamespace(catch=lambda *_: None, run_if_due=away.run_if_due)
-
+    log = SimpleNamespace(write=lambda *_, **__: None)
     return Supervisor(
         Fleet(workers_wanted=workers),
-        EventQueue(),
+        queue,
         cast("Any", away),
         cast("Any", SimpleNamespace(save=lambda: True, begin=lambda *_: None)),
         cast("Any", None),
-        loop=cast("Any", loop),
-        log=cast("Any", SimpleNamespace(write=lambda *_, **__: None)),
+        Runtime(cast("Any", loop), cast("Any", log), queue.post, lambda: True),
         reopen_logs=lambda: None,
         took=lambda _: None,
         terminal=None,

@@ -573,10 +573,11 @@ class World:
             return found
 
         queue, point = EventQueue(), Checkpoint(file, store, log, others)
+        runtime = Runtime(self._loop, log, queue.post, point.save)
         effects = Effects(
             settings,
             listeners,
-            Runtime(self._loop, log, queue.post, point.save),
+            runtime,
             output=cast("Any", Output(self._loop, self._chance)),
             systemd=Systemd({}, 1, Outbox(self._later), self._outbox),
             start_report=StartReport(None, None, 1),
@@ -591,8 +592,7 @@ class World:
             effects,
             point,
             cast("Any", Upgrade(kernel)),
-            loop=self._loop,
-            log=log,
+            runtime,
             reopen_logs=lambda: None,
             took=lambda _: None,
             terminal=None,

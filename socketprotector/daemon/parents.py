@@ -1,0 +1,112 @@
+"""The guard and the service manager: they started us, keep our descriptors, and hear how it goes.
+
+With a guard it is the guard that keeps them, and whose pid the others know; without one it is
+systemd, where it has an fd store for us.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Callable, Collection, Iterable
+
+from ..model.text import status_of
+from ..system import inherited
+from ..system.loop import Loop
+from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
+
+_MESSAGE_BYTES = 4096
+#: How long the guard may take to hear that we end for good.
+_FAREWELL_S = 5.0
+#: And the service manager, which may have stopped reading.
+_MANAGER_S = 1.0
+
+
+class Parents:
+    """The line to the guard, what is sent to both, and the store of one of them."""
+
+    def __init__(
+        self, line: int | None, kept: Collection[str], later: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Take ownership of the guard's line.  kept: the names that came from a store.
+
+        `later` calls what it is given after a moment.
+        """
+        self.line = socket.socket(fileno=line) if line is not None else None
+        self.guard = Outbox(later, self.line)
+        self._manager = Outbox(later, address=os.environ.get("NOTIFY_SOCKET", ""))
+        # Under a guard it is the guard whose end means the end.
+        pid = os.getppid() if self.line is not None else os.getpid()
+        self.systemd = Systemd(os.environ, pid, self._manager, self.guard)
+        room = room_of(os.environ, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # For an upgrade in place, whose limit is the one that we raise, no longer systemd's.
+        os.environ["FDSTORE"] = str(room)
+        self.store = (
+            Store(self.guard, kept)
+            if self.line is not None
+            else Store(self._manager, kept, most=room, names_bytes=inherited.STORE_NAMES_BYTES)
+        )
+
+    def watch(
+        self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
+    ) -> None:
+        """Hear the guard, and feed the watchdog.
+
+        learned: how a process ended that the guard has reaped.  gone: there is no guard any more;
+        called at once where there is none.
+        """
+        if self.line is None:
+            gone()  # or it has ended under an earlier program
+        else:
+            loop.watch(self.line.fileno(), lambda: self._hear(loop, learned, gone))
+        if self.systemd.watchdog_s:
+            self._feed_watchdog(loop)
+
+    def _hear(
+        self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
+    ) -> None:
+        assert self.line is not None
+        try:
+            data = self.line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            loop.unwatch(self.line.fileno())
+            self.guard.close()
+            self.systemd.pid = os.getpid()
+            gone()
+            return
+        pid, _, status = parse(data).get("X_EXITED", "").partition(" ")
+        if pid.isdigit() and status.isdigit():
+            learned(int(pid), *status_of(int(status)))
+
+    def _feed_watchdog(self, loop: Loop) -> None:
+        """Tell systemd's watchdog that the loop turns, and again in half the time it allows."""
+        self.systemd.send(WATCHDOG="1")
+        loop.call_after(WATCHDOG, self.systemd.watchdog_s, lambda: self._feed_watchdog(loop))
+
+    def descriptors(self) -> dict[str, int]:
+        """Return the guard's line, by name, while there is a guard."""
+        if self.line is None or self.line.fileno() < 0:
+            return {}
+        return {inherited.GUARD: self.line.fileno()}
+
+    def stays(self, names: Iterable[str]) -> bool:
+        """Whether descriptors of these names outlive a stop.
+
+        systemd keeps them while a restart waits, and drops them where none does.  Others who
+        listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
+        """
+        systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
+        return systemd and self.store.holds(names)
+
+    def finish(self, status: int, staying: Iterable[str]) -> None:
+        """Say the last words; only descriptors of these names are kept for the next start."""
+        if self.line is None:
+            self.store.sync(dict.fromkeys(staying, -1))
+        self.systemd.send(EXIT_STATUS=str(status))
+        self.guard.finish(_FAREWELL_S)
+        self._manager.finish(_MANAGER_S)  # what it keeps it would pass to another start

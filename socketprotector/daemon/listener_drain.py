@@ -45,16 +45,10 @@ class DrainingListener:
         self._loop = loop
         self._undelivered = undelivered
         self._over = over
+        self._foreign = listener.settings.foreign
+        self._timer = "listener-drain", listener.index
         self._quiet = False  # no client came since the last look
         self._until = 0.0  # to be closed then, though new ones may still come
-
-    @property
-    def _foreign(self) -> bool:
-        return self.listener.settings.foreign
-
-    @property
-    def _timer(self) -> tuple[str, int]:
-        return "listener-drain", self.listener.index
 
     def begin(self) -> None:
         """Refuse new clients; a socket that was passed in is left as it is, with its backlog."""

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 from ..model.errors import Refusal
 from ..system import inherited
@@ -25,13 +26,13 @@ class StartReport:
         self._pid = pid
         self._socket = socket.socket(fileno=line) if line is not None else None
         self._terminal = terminal
-        self._loop: Loop | None = None
+        self._unwatch: Callable[[], None] = lambda: None
         self.failure = ""
 
     def watch(self, loop: Loop, gone: Callable[[], None]) -> None:
-        """Call back when the launcher goes away before it was told anything."""
+        """Call back when the launching process ends before it was told anything."""
         if self._socket is not None:
-            self._loop = loop
+            self._unwatch = partial(loop.unwatch, self._socket.fileno())
 
             def hung_up() -> None:
                 self._unwatch()
@@ -52,7 +53,13 @@ class StartReport:
     def started(self) -> None:
         """Tell that the first generation serves; this is the last word."""
         self._say(ready=True)
-        self.close()
+        if self._socket is not None:
+            self._unwatch()
+            self._socket.close()
+            self._socket = None
+        if self._terminal is not None:
+            os.close(self._terminal)
+            self._terminal = None
 
     def failed(self, status: int) -> None:
         """Tell, at the very end, that the start has failed and nothing is left behind.
@@ -65,20 +72,6 @@ class StartReport:
         )
         if self._terminal is not None and self.failure:
             tell(self.failure, self._terminal)
-
-    def close(self) -> None:
-        self._unwatch()
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        if self._terminal is not None:
-            os.close(self._terminal)
-            self._terminal = None
-
-    def _unwatch(self) -> None:
-        if self._loop is not None and self._socket is not None:
-            self._loop.unwatch(self._socket.fileno())
-            self._loop = None
 
     def _say(self, **words: object) -> None:
         if self._socket is not None:

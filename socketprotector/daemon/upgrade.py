@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 from .. import __version__
 from ..system import inherited, privileges
@@ -45,14 +45,12 @@ class Upgrade:
         if self._probe is not None:
             self._log.write("info", "upgrade-under-way")
             return
-        opened: list[int] = []
 
         def ended(how: str) -> None:
             late = self._loop.due(_TIMER) is None
             self._loop.cancel(_TIMER)
             answer, last = _read(receive), last_line(said)
-            os.close(receive)
-            os.close(said)
+            opened.close()
             self._probe = None
             if answer.startswith(_ANSWER):
                 version = answer[len(_ANSWER) :].decode("ascii", "replace").strip()
@@ -62,22 +60,22 @@ class Upgrade:
             how = f"did not answer in {PROBE_S:g} s" if late else how
             self.failed(f"the new program {how}: {last}")
 
+        opened = ExitStack()
         try:
             receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            opened += (receive, send)
-            said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
-            opened.append(said)
-            given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
-            given[inherited.PROBE] = send
-            probe = HelperProcess.start_protector(self._command, given, said, self._loop, ended)
+            opened.callback(os.close, receive)
+            with open(send, "wb", buffering=0):  # closed here once the probe has it
+                said = os.memfd_create("sp.probe", os.MFD_CLOEXEC)
+                opened.callback(os.close, said)
+                given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
+                given[inherited.PROBE] = send
+                start = HelperProcess.start_protector
+                self._probe = start(self._command, given, said, self._loop, ended)
         except OSError as error:  # out of descriptors, too: then the old program goes on
+            opened.close()
             self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
-            for fd in opened:
-                os.close(fd)
             return
-        os.close(send)
-        self._probe = probe
-        self._loop.call_after(_TIMER, PROBE_S, probe.process.kill_group)
+        self._loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
 
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""

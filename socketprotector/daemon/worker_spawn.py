@@ -114,16 +114,15 @@ class WorkerSpawner:
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
             line = None
             if program.mode.workers_accept:
-                descriptors = self._listeners_for(generation, free)
-                environment |= self._variables_of_listeners(generation.record.number, slot)
+                descriptors, told = self._listeners_for(generation, slot, free)
                 tell_pid = "LISTEN_PID"
             else:
                 line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 ours.callback(line.close)
                 theirs.callback(end.close)
                 descriptors, told = self._channel_for(generation, slot, end, free)
-                environment |= told
                 tell_pid = ""
+            environment |= told
             with (
                 Readiness.offered(program, free, self._loop, number) as (
                     readiness,
@@ -146,27 +145,25 @@ class WorkerSpawner:
         )
         return Worker(record, generation, process, notify, line, readiness)
 
-    def _listeners_for(self, generation: OpenGeneration, free: Iterator[int]) -> dict[int, int]:
-        """Return the listening sockets of one that accepts, number there -> ours."""
+    def _listeners_for(
+        self, generation: OpenGeneration, slot: int, free: Iterator[int]
+    ) -> tuple[dict[int, int], dict[str, str]]:
+        """Return the listening sockets of one that accepts, number there -> ours; and what the
+        environment says of them.
+        """
         wanted = sorted(known(generation.program) or ())
         listeners = self.listeners(generation.record.socket_number)
         if not listeners.keys() >= set(wanted):
             why = "a listener was lost when the protector was killed; restart to have it"
             raise OSError(errno.ENOTCONN, why)
-        return {next(free): listeners[index] for index in wanted}
-
-    def _variables_of_listeners(self, generation: int, slot: int) -> dict[str, str]:
-        told = worker_variables(generation, slot=slot, master_pid=os.getpid())
+        number, master_pid = generation.record.number, os.getpid()
+        told = worker_variables(number, slot=slot, master_pid=master_pid)
         if self.settings.control is not None:
             told["EINHORN_SOCK_PATH"] = self.settings.control.address.removeprefix("unix:")
-        return told
+        return {next(free): listeners[index] for index in wanted}, told
 
     def _channel_for(
-        self,
-        generation: OpenGeneration,
-        slot: int,
-        end: socket.socket,
-        free: Iterator[int],
+        self, generation: OpenGeneration, slot: int, end: socket.socket, free: Iterator[int]
     ) -> tuple[dict[int, int], dict[str, str]]:
         """Return the channel, RETURN's far end and the scoreboard, number there -> ours; and what
         the environment says of them.

@@ -13,13 +13,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ...model.einhorn import ack
 from ...system.listener import AGAIN, Listener
-from ...system.loop import WRITE, Loop
+from ...system.loop import READ, WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
 
 CLIENTS = 256
@@ -39,9 +38,12 @@ _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 class Client:
     """One connection.  Answers are sent by say()."""
 
-    def __init__(self, sock: socket.socket, control: ControlServer) -> None:
+    def __init__(self, sock: socket.socket, control: ControlServer, loop: Loop) -> None:
         self._socket = sock
+        self._fd = sock.fileno()
         self._control = control
+        self._loop = loop
+        self._awaited = 0  # what its descriptor is watched for; 0: it is not
         self._received = bytearray()
         self._unsent = bytearray()
         self._ending = False  # after what is unsent
@@ -52,6 +54,11 @@ class Client:
     def gone(self) -> bool:
         return self._socket.fileno() < 0
 
+    def begin(self) -> None:
+        """Hear what it asks."""
+        self._await_request()
+        self._go_on()
+
     def say(self, line: bytes) -> None:
         """Send a line, now or when the client has read on."""
         if self.gone or self._ending:
@@ -60,7 +67,7 @@ class Client:
         if len(self._unsent) > UNREAD_BYTES:
             self.close()
         else:
-            self.send()
+            self._send()
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, unless too much is unread already; the next one says how many were not."""
@@ -82,16 +89,13 @@ class Client:
 
     def close(self) -> None:
         if not self.gone:
-            self._control.forget(self)
+            self._await(0)
+            self._loop.cancel(("control-more", self._fd))
+            self._loop.cancel(("control-idle", self._fd))
+            self._control.forget(self._fd)
             self._socket.close()
 
-    # -- for the server -----------------------------------------------------------
-
-    def fileno(self) -> int:
-        return self._socket.fileno()
-
-    def read(self) -> None:
-        """Take in what came."""
+    def _read(self) -> None:
         try:
             data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -102,9 +106,9 @@ class Client:
             self.close()
             return
         self._received += data
-        self.work()
+        self._work()
 
-    def work(self) -> None:
+    def _work(self) -> None:
         """Answer one request, if a whole one is there; the rest has its turn later."""
         line, end, rest = self._received.partition(b"\n")
         if len(line) > control_requests.LINE_BYTES:
@@ -112,17 +116,11 @@ class Client:
             self.end(control_requests.refusal(RequestError("invalid", most)))
         elif end:
             self._received = rest
+            self._await_request()
+            self._rest()
             self._control.take(self, bytes(line))
 
-    @property
-    def has_more(self) -> bool:
-        return b"\n" in self._received and not self._ending
-
-    @property
-    def is_behind(self) -> bool:
-        return bool(self._unsent)
-
-    def send(self) -> None:
+    def _send(self) -> None:
         """Send what the client has room for."""
         try:
             sent = self._socket.send(self._unsent, _FLAGS)
@@ -135,7 +133,57 @@ class Client:
         if self._ending and not self._unsent:
             self.close()
         else:
-            self._control.go_on(self)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Wait for what comes next, from or to this client."""
+        if self._unsent:
+            self._await(WRITE)
+        elif self._loop.due(("control-more", self._fd)) is not None:
+            self._await(0)
+        elif self._has_more:
+            self._rest()
+        else:
+            self._await(READ)
+
+    def _rest(self) -> None:
+        """Let all others come first."""
+        self._await(0)
+        self._loop.call_after(("control-more", self._fd), REST_S, self._more)
+
+    def _more(self) -> None:
+        if self._has_more and not self._unsent:
+            self._work()
+        else:
+            self._go_on()
+
+    @property
+    def _has_more(self) -> bool:
+        return b"\n" in self._received and not self._ending
+
+    def _await(self, events: int) -> None:
+        """Have its descriptor watched for this alone."""
+        if self._awaited == events:
+            return
+        if self._awaited:
+            self._loop.unwatch(self._fd)
+        self._awaited = 0
+        if events:
+            try:
+                self._loop.watch(self._fd, self._send if events == WRITE else self._read, events)
+            except OSError:
+                self.close()
+            else:
+                self._awaited = events
+
+    def _await_request(self) -> None:
+        """Give a client so long for its next request, unless it follows events."""
+
+        def idle() -> None:
+            if not self.follows:
+                self.close()
+
+        self._loop.call_after(("control-idle", self._fd), IDLE_S, idle)
 
 
 class ControlServer:
@@ -164,7 +212,6 @@ class ControlServer:
         self._uids = uids
         self._group = group
         self._clients: dict[int, Client] = {}
-        self._watched: dict[int, bool] = {}  # by descriptor: for writing
         self._listen()
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
@@ -181,8 +228,6 @@ class ControlServer:
         self._loop.unwatch(self._listener.fileno())
         self._listener.close()
 
-    # -- for clients -------------------------------------------------------------
-
     def take(self, client: Client, line: bytes) -> None:
         """Answer a request."""
         pid = ack(line)
@@ -190,76 +235,13 @@ class ControlServer:
             client.close()
             self._acked(pid)
             return
-        self._await_request(client)
-        self._rest(client)
         try:
             self._handle(client, control_requests.parse(line))
         except RequestError as wrong:
             client.say(control_requests.refusal(wrong))
 
-    def go_on(self, client: Client) -> None:
-        """Wait for what comes next from or to this client."""
-        if client.gone:
-            return
-        fd = client.fileno()
-        if client.is_behind:
-            self._watch(client, for_writing=True)
-        elif self._loop.due(("control-more", fd)) is not None:
-            self._unwatch(fd)
-        elif client.has_more:
-            self._rest(client)
-        else:
-            self._watch(client, for_writing=False)
-
-    def forget(self, client: Client) -> None:
-        fd = client.fileno()
-        self._unwatch(fd)
-        self._loop.cancel(("control-more", fd))
-        self._loop.cancel(("control-idle", fd))
+    def forget(self, fd: int) -> None:
         self._clients.pop(fd, None)
-
-    # -- inside ------------------------------------------------------------------
-
-    def _rest(self, client: Client) -> None:
-        """Let all others come first."""
-        fd = client.fileno()
-        self._unwatch(fd)
-        self._loop.call_after(("control-more", fd), REST_S, partial(self._more, client))
-
-    def _more(self, client: Client) -> None:
-        if client.has_more and not client.is_behind:
-            client.work()
-        else:
-            self.go_on(client)
-
-    def _watch(self, client: Client, *, for_writing: bool) -> None:
-        fd = client.fileno()
-        if self._watched.get(fd) is for_writing:
-            return
-        self._unwatch(fd)
-        try:
-            if for_writing:
-                self._loop.watch(fd, client.send, WRITE)
-            else:
-                self._loop.watch(fd, client.read)
-        except OSError:
-            client.close()
-        else:
-            self._watched[fd] = for_writing
-
-    def _unwatch(self, fd: int) -> None:
-        if fd in self._watched:
-            del self._watched[fd]
-            self._loop.unwatch(fd)
-
-    def _await_request(self, client: Client) -> None:
-        """Give a client so long for its next request, unless it follows events."""
-
-        def idle() -> None:
-            if not client.follows:
-                client.close()
-
-        self._loop.call_after(("control-idle", client.fileno()), IDLE_S, idle)
 
     def _listen(self) -> None:
         try:
@@ -279,15 +261,14 @@ class ControlServer:
                 self._loop.unwatch(self._listener.fileno())
                 self._listen_later()
             return
-        client = Client(sock, self)
+        client = Client(sock, self, self._loop)
         if not self._is_allowed(sock):
             wrong = RequestError("denied", "not for this user")
         elif len(self._clients) >= CLIENTS:
             wrong = RequestError("busy", f"{CLIENTS} clients are connected already")
         else:
-            self._clients[client.fileno()] = client
-            self._await_request(client)
-            self.go_on(client)
+            self._clients[sock.fileno()] = client
+            client.begin()
             return
         client.end(control_requests.refusal(wrong))
         client.close()

@@ -70,8 +70,8 @@ _LEVELS = {
     ReportKind.BROKEN: "error",
 }
 _RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
-#: Actions that another program has to know of while they are not carried out.
-RECORDED = (Signal, Retire, StartTimer, UseSettings)
+#: Actions that another program must be told of while they are not carried out, beside timers.
+_RECORDED = (Signal, Retire, UseSettings)
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 #: From the last worker's end to our own, with time to spare.
@@ -203,13 +203,13 @@ class Effects:
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return all that another program needs to go on, with these actions still to be done.
 
-        Of RECORDED alone anything is told.
+        The others it orders again, as they follow from the fleet.
         """
         now = time.monotonic()
         ordered = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         return Snapshot(
             fleet=fleet,
-            unfinished=tuple(a for a in actions if isinstance(a, Signal | Retire | UseSettings)),
+            unfinished=tuple(a for a in actions if isinstance(a, _RECORDED)),
             timers=(*self._due.values(), *ordered),
             generations=self.generations.records(),
             last_good=self.last_good,

@@ -25,7 +25,7 @@ from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
 from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import WRITE
-from .listener_drain import DrainingListener, DrainingListeners
+from .listener_drain import DrainingListeners
 from .queue_watch import QueueWatch
 from .runtime import Runtime
 from .shortage import Shortage
@@ -87,16 +87,16 @@ class Forwarder:
         self._broken = broken
         self._dead = dead
         self._accepts = accepts
-        self.forwarded = 0
-        self.lost = 0
+        self._forwarded = 0
+        self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self._queue = QueueWatch(
             loop,
-            forwarded=lambda: self.forwarded,
+            forwarded=lambda: self._forwarded,
             send_again=self._send_again,
             untaken=untaken,
         )
-        self._drains = DrainingListeners(loop, self.undelivered, self._drained)
+        self._drains = DrainingListeners(loop, self.undelivered)
         #: Channels with connections to be taken back as soon as a route has room, oldest first;
         #: and whether their generation is gone: then they are closed afterwards.
         self._leftovers: dict[Channel, bool] = {}
@@ -166,17 +166,10 @@ class Forwarder:
         if listener.shared:
             listener.refuse_new()  # its workers accept the backlog
         if to is None or listener.shared:
-            self.lost += self.undelivered.drop(listener.index)
+            self._lost += self.undelivered.drop(listener.index)
             listener.close()
         else:
             self._drains.begin(listener, to)
-
-    def _drained(self, drain: DrainingListener) -> None:
-        """Count what came by a removed listener, which is closed."""
-        self.forwarded += drain.accepted
-        self.lost += drain.lost
-        if drain.channel is not self._route:
-            self._queue.extra -= drain.accepted
 
     def close_listeners(self, *, quick: bool, stay: bool = False) -> None:
         """Refuse new clients; quick: close at once, else after the backlog was sent on.
@@ -219,10 +212,10 @@ class Forwarder:
         left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
-        self.lost += self.undelivered.close()
+        self._lost += self.undelivered.close()
         for channel, gone in self._leftovers.items():
             if gone:
-                self.lost += channel.depth()
+                self._lost += channel.depth()
                 channel.close()
         self._leftovers.clear()
         self._shortage.close()
@@ -238,6 +231,16 @@ class Forwarder:
         return self._queue.untaken_s(channel)
 
     @property
+    def forwarded(self) -> int:
+        """How many connections were accepted, to be sent to workers."""
+        return self._forwarded + self._drains.accepted
+
+    @property
+    def lost(self) -> int:
+        """How many of those were lost on the way."""
+        return self._lost + self._drains.lost
+
+    @property
     def listeners(self) -> tuple[Listener, ...]:
         return tuple(self._listeners)
 
@@ -250,7 +253,7 @@ class Forwarder:
 
     def adopt(self, record: ForwarderRecord, left: Inherited) -> None:
         """Go on with what an earlier program had; takes its connections."""
-        self.forwarded, self.lost = record.forwarded, record.lost
+        self._forwarded, self._lost = record.forwarded, record.lost
         first = ((record.number, record.pending),) if record.pending is not None else ()
         self.undelivered.adopt(record.number, (*first, *record.parked), left)
 
@@ -311,7 +314,7 @@ class Forwarder:
                 except OSError as error:
                     if count:
                         self._took(count, at)
-                    self.forwarded += 1  # as it is accepted; but it is in no queue yet
+                    self._forwarded += 1  # as it is accepted; but it is in no queue yet
                     self._queue.extra -= 1
                     self._send_failed(header, fd, error)
                     return
@@ -328,7 +331,7 @@ class Forwarder:
 
     def _took(self, count: int, last_ns: int) -> None:
         """So many were sent, the last one accepted then."""
-        self.forwarded += count
+        self._forwarded += count
         self._last_ns = last_ns
         if not self._queue.runs:
             self._queue.start()
@@ -344,11 +347,14 @@ class Forwarder:
             self._room()
         for _ in range(LOOKS):
             before = self.forwarded
-            for ready in tuple(self._accepting.values()):
-                if self._open:  # the one before may have filled the channel, or found it broken
-                    ready()
+            self._accept_from_all()
             if self.forwarded == before:
                 return
+
+    def _accept_from_all(self) -> None:
+        for ready in tuple(self._accepting.values()):
+            if self._open:  # the one before may have filled the channel, or found it broken
+                ready()
 
     def _go_on(self) -> None:
         """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
@@ -411,7 +417,7 @@ class Forwarder:
             self._queue.extra -= 1
             header, fd = taken
             if fd < 0:
-                self.lost += 1
+                self._lost += 1
             else:
                 self._deliver(route, header, fd)
 
@@ -437,7 +443,7 @@ class Forwarder:
             left -= 1
             header, fd = taken
             if fd < 0:
-                self.lost += 1
+                self._lost += 1
             elif strange and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self._route is not None:
@@ -483,7 +489,7 @@ class Forwarder:
             if listener_of(header) in {each.index for each in there}:
                 self.undelivered.keep_last(header, fd)
                 return
-            self.lost += 1  # no generation is left that knows the listener
+            self._lost += 1  # no generation is left that knows the listener
         self._let_go(fd)
 
     def _let_go(self, fd: int) -> None:
@@ -549,9 +555,7 @@ class Forwarder:
     def _close_when_quiet(self, closing: _Closing, before: int) -> None:
         """Close the listeners once no client has come since the last look, or waits for workers."""
         if self._open and not any(self._leftovers.values()):
-            for ready in tuple(self._accepting.values()):
-                if self._open:  # the one before may have filled the channel, or found it broken
-                    ready()
+            self._accept_from_all()
             if closing.stay:  # the backlog is a queue: earlier clients have come out of it first
                 for each in self._awaited:
                     if not each.has_waiting():

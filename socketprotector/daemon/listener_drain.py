@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 from socketprotector_client import wire
 
@@ -26,124 +27,50 @@ LAST_S = 10.0
 BURST = 64
 
 
-class DrainingListener:
-    """Owns the listener until it is closed; the channel is its generation's."""
+@dataclass(slots=True, eq=False)
+class _Draining:
+    listener: Listener
+    channel: Channel  # its generation's
+    until: float = 0.0  # to be closed then, though new ones may still come; 0: they are refused
+    quiet: bool = False  # no client came since the last look
 
-    def __init__(
-        self,
-        listener: Listener,
-        channel: Channel,
-        loop: Loop,
-        undelivered: Undelivered,
-        over: Callable[[DrainingListener], None],
-    ) -> None:
-        """`over` is called back once the listener is closed."""
-        self.listener = listener
-        self.channel = channel
-        self.accepted = 0
-        self.lost = 0
-        self._loop = loop
-        self._undelivered = undelivered
-        self._over = over
-        self._foreign = listener.settings.foreign
-        self._timer = "listener-drain", listener.index
-        self._quiet = False  # no client came since the last look
-        self._until = 0.0  # to be closed then, though new ones may still come
+    @property
+    def timer(self) -> tuple[str, int]:
+        return "listener-drain", self.listener.index
 
-    def begin(self) -> None:
-        """Refuse new clients; a socket that was passed in is left as it is, with its backlog."""
-        if not self._foreign and not self.listener.refuse_new():
-            self._until = time.monotonic() + LAST_S
-        self._loop.call_after(self._timer, 0.0, self._look)
-
-    def end(self) -> None:
-        """Close the listener, with what its backlog still holds."""
-        self._loop.cancel(self._timer)
-        self.lost += self._undelivered.drop(self.listener.index)
-        self.listener.close()
-        self._over(self)
-
-    def _look(self) -> None:
-        moved = 0
-        try:
-            while moved < BURST and self._move():
-                moved += 1
-        except OSError:  # the channel is broken: its generation takes nothing any more
-            self.end()
-            return
-        kept = self._undelivered.has(self._is_ours)
-        empty = not moved and not kept and not self._is_full()
-        late = bool(self._until) and time.monotonic() > self._until
-        if (empty and self._quiet) or (late and not kept):
-            self.end()
-            return
-        self._quiet = empty
-        self._loop.call_after(self._timer, 0.0 if moved == BURST else QUIET_S, self._look)
-
-    def _is_ours(self, index: int) -> bool:
+    def is_its(self, index: int) -> bool:
         return index == self.listener.index
 
-    def _is_full(self) -> bool:
+    @property
+    def is_full(self) -> bool:
         return self.channel.depth() >= self.channel.capacity()
-
-    def _move(self) -> bool:
-        """Accept one and send it; False where there is none, or no room.  Raises OSError."""
-        if self._is_full():
-            return False
-        if self._undelivered.has(self._is_ours):  # it goes first
-            kept = self._undelivered.take(self._is_ours)
-        elif self._foreign:
-            return False
-        else:
-            kept = self._accept()
-        if kept is None:
-            return False
-        header, fd = kept
-        try:
-            self.channel.send(header, fd)
-        except OSError as error:
-            self._undelivered.keep_first(header, fd)
-            if error.errno in BROKEN:
-                raise
-            return False  # no room after all, or the system is short of something
-        os.close(fd)
-        return True
-
-    def _accept(self) -> tuple[bytes, int] | None:
-        """Accept one, header and descriptor; None where there is none."""
-        try:
-            fd, _ = accept_of(self.listener)()
-        except OSError as error:
-            # None there; or out of descriptors: tried again at the next look.
-            self._quiet = self._quiet and error.errno in AGAIN
-            return None
-        self.accepted += 1
-        index, now = self.listener.index, time.monotonic_ns()
-        return wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd
 
 
 class DrainingListeners:
-    """All listeners that were removed and are not closed yet."""
+    """Owns those that were removed until they are closed; each channel is its generation's."""
 
-    def __init__(
-        self, loop: Loop, undelivered: Undelivered, over: Callable[[DrainingListener], None]
-    ) -> None:
-        """`over` is called back each time that one is closed."""
+    def __init__(self, loop: Loop, undelivered: Undelivered) -> None:
         self._loop = loop
         self._undelivered = undelivered
-        self._over = over
-        self._drains: list[DrainingListener] = []
+        #: Connections that came by these listeners, and those that could not be delivered.
+        self.accepted = self.lost = 0
+        self._draining: list[_Draining] = []
         self._to_end: list[Channel] = []  # when nothing drains to them any more
 
     @property
     def listeners(self) -> tuple[Listener, ...]:
-        return tuple(each.listener for each in self._drains)
+        return tuple(each.listener for each in self._draining)
 
     def begin(self, listener: Listener, to: Channel) -> None:
-        """Send the backlog to the channel, then close the listener; takes ownership."""
-        drain = DrainingListener(listener, to, self._loop, self._undelivered, self._closed)
-        self._drains.append(drain)
-        drain.begin()
+        """Send the backlog to the channel, then close the listener; takes ownership.
+
+        New clients are refused; a socket that was passed in is left as it is, with its backlog.
+        """
+        each = _Draining(listener, to)
+        self._draining.append(each)
+        if not listener.settings.foreign and not listener.refuse_new():
+            each.until = time.monotonic() + LAST_S
+        self._loop.call_after(each.timer, 0.0, partial(self._look, each))
 
     def end_after(self, channel: Channel) -> bool:
         """End a channel when nothing drains to it any more; False: nothing does."""
@@ -153,17 +80,72 @@ class DrainingListeners:
         return True
 
     def end(self, channel: Channel | None = None) -> None:
-        """Close all those that drain to a channel, or all there are."""
-        for each in self._to(channel) if channel is not None else tuple(self._drains):
-            each.end()
+        """Close those that drain to a channel, or all, with what their backlogs still hold."""
+        for each in self._to(channel) if channel is not None else tuple(self._draining):
+            self._end(each)
 
-    def _to(self, channel: Channel) -> list[DrainingListener]:
-        return [each for each in self._drains if each.channel is channel]
+    def _to(self, channel: Channel) -> list[_Draining]:
+        return [each for each in self._draining if each.channel is channel]
 
-    def _closed(self, drain: DrainingListener) -> None:
-        self._drains.remove(drain)
-        self._over(drain)
-        if drain.channel in self._to_end and not self._to(drain.channel):
-            self._to_end.remove(drain.channel)
-            drain.channel.end()
+    def _end(self, each: _Draining) -> None:
+        self._loop.cancel(each.timer)
+        self.lost += self._undelivered.drop(each.listener.index)
+        each.listener.close()
+        self._draining.remove(each)
+        if each.channel in self._to_end and not self._to(each.channel):
+            self._to_end.remove(each.channel)
+            each.channel.end()
         self._undelivered.persist()
+
+    def _look(self, each: _Draining) -> None:
+        moved = 0
+        try:
+            while moved < BURST and self._move(each):
+                moved += 1
+        except OSError:  # the channel is broken: its generation takes nothing any more
+            self._end(each)
+            return
+        kept = self._undelivered.has(each.is_its)
+        empty = not moved and not kept and not each.is_full
+        late = bool(each.until) and time.monotonic() > each.until
+        if (empty and each.quiet) or (late and not kept):
+            self._end(each)
+            return
+        each.quiet = empty
+        delay_s = 0.0 if moved == BURST else QUIET_S
+        self._loop.call_after(each.timer, delay_s, partial(self._look, each))
+
+    def _move(self, each: _Draining) -> bool:
+        """Send one on; False where there is none, or no room.  Raises OSError."""
+        if each.is_full:
+            return False
+        if self._undelivered.has(each.is_its):  # it goes first
+            found = self._undelivered.take(each.is_its)
+        elif each.listener.settings.foreign:
+            return False
+        else:
+            found = self._accept(each)
+        if found is None:
+            return False
+        header, fd = found
+        try:
+            each.channel.send(header, fd)
+        except OSError as error:
+            self._undelivered.keep_first(header, fd)
+            if error.errno in BROKEN:
+                raise
+            return False  # no room after all, or the system is short of something
+        os.close(fd)
+        return True
+
+    def _accept(self, each: _Draining) -> tuple[bytes, int] | None:
+        """Accept one; None where there is none."""
+        try:
+            fd, _ = accept_of(each.listener)()
+        except OSError as error:
+            # None there; or out of descriptors: tried again at the next look.
+            each.quiet = each.quiet and error.errno in AGAIN
+            return None
+        self.accepted += 1
+        index, now = each.listener.index, time.monotonic_ns()
+        return wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, index, 0, now), fd

@@ -86,27 +86,21 @@ class ConfigReader:
 
     def _start(self, settings: Settings, *, dry: bool) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        held = -1
-        try:
+        name = inherited.READER_DRY if dry else inherited.READER
+        with theirs:
             self._said = os.memfd_create("sp.reader", os.MFD_CLOEXEC)
             held = os.memfd_create(inherited.SETTINGS, os.MFD_CLOEXEC)
-            with open(held, "wb", closefd=False) as file:
+            with open(held, "wb", buffering=0) as file:
                 file.write(dump(settings))
-            name = inherited.READER_DRY if dry else inherited.READER
-            given = {inherited.SETTINGS: held, name: theirs.fileno()}
-            # As at the start: UNIX sockets get their mode by the umask.
-            self._process = HelperProcess.start_protector(
-                self._command,
-                given,
-                self._said,
-                self._loop,
-                self._ended,
-                umask=settings.origin.umask,
-            )
-        finally:
-            theirs.close()
-            if held >= 0:
-                os.close(held)
+                # As at the start: UNIX sockets get their mode by the umask.
+                self._process = HelperProcess.start_protector(
+                    self._command,
+                    {inherited.SETTINGS: held, name: theirs.fileno()},
+                    self._said,
+                    self._loop,
+                    self._ended,
+                    umask=settings.origin.umask,
+                )
         self._loop.watch(self._line.fileno(), self._hear)
 
     def _hear(self) -> None:

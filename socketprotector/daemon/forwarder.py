@@ -17,29 +17,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from socketprotector_client import wire
-
 from ..core.events import BacklogEmptied
 from ..model.records import ForwarderRecord
-from ..system.channel import BROKEN, SEND_FLAGS, Channel, rights_of
+from ..system.channel import BROKEN, Channel
 from ..system.inherited import Inherited
-from ..system.listener import AGAIN, Listener, accept_of
+from ..system.listener import AGAIN, Listener
 from ..system.loop import WRITE
+from .acceptor import Acceptor
 from .listener_drain import DrainingListeners
 from .queue_watch import QueueWatch
 from .runtime import Runtime
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
-#: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
-#: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
-#: nothing costs 4 us (measured), and so does another turn of the loop.
-BUSY_NS = 25_000
-BURST = 32
-#: So many in a row came one by one, and each soon after the other: then the next one is expected
-#: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
-#: the core is better left to the workers.
-STEADY = 8
 #: A graceful stop lets handshakes under way finish: until no client has come for this long.
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones they may come for ever: no longer than this.
@@ -87,14 +77,20 @@ class Forwarder:
         self._broken = broken
         self._dead = dead
         self._accepts = accepts
-        self._forwarded = 0
+        self._forwarded = 0  # by earlier programs
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
         self._queue = QueueWatch(
             loop,
-            forwarded=lambda: self._forwarded,
+            forwarded=lambda: self._acceptor.accepted,
             send_again=self._send_again,
             untaken=untaken,
+        )
+        self._acceptor = Acceptor(
+            loop,
+            self._queue,
+            accept_failed=self._accept_failed,
+            send_failed=self._send_failed,
         )
         self._drains = DrainingListeners(loop, self.undelivered)
         #: Channels with connections to be taken back as soon as a route has room, oldest first;
@@ -103,13 +99,10 @@ class Forwarder:
         self._route: Channel | None = None
         self._full: Channel | None = None  # its write end is watched for room
         self._holding = False  # nothing is to be accepted, by request
-        self._accepting: dict[int, Callable[[], None]] = {}  # the watched listeners
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
-        self._last_ns = 0
-        self._steady = 0  # so many came one by one, each soon after the other
         self._shortage = Shortage(
-            loop, trouble=trouble, stop=self._stop_accepting, retry=self._go_on
+            loop, trouble=trouble, stop=self._acceptor.end_all, retry=self._go_on
         )
 
     # -- orders --------------------------------------------------------------
@@ -119,13 +112,13 @@ class Forwarder:
         self._route = channel
         self._queue.follow(channel)
         self._unwatch_full()
-        self._stop_accepting()
+        self._acceptor.end_all()
         self._go_on()
 
     def hold(self, on: bool) -> None:
         """Accept nothing, and refuse nothing: new clients wait in the backlog."""
         self._holding = on
-        self._stop_accepting()
+        self._acceptor.end_all()
         self._go_on()
 
     def drain(self, channel: Channel) -> None:
@@ -161,7 +154,7 @@ class Forwarder:
     def remove(self, listener: Listener, to: Channel | None) -> None:
         """Refuse new clients.  The backlog goes to this channel; without one it is dropped."""
         self._listeners.remove(listener)
-        self._accepting.pop(listener.fileno(), None)
+        self._acceptor.end(listener)
         self._unwatch(listener)
         if listener.shared:
             listener.refuse_new()  # its workers accept the backlog
@@ -194,8 +187,7 @@ class Forwarder:
 
     def _accept_no_more(self, listener: Listener) -> None:
         self._over.append(listener)
-        if self._accepting.pop(listener.fileno(), None) is not None:
-            self._loop.unwatch(listener.fileno())
+        self._acceptor.end(listener)
 
     @property
     def _awaited(self) -> list[Listener]:
@@ -233,7 +225,7 @@ class Forwarder:
     @property
     def forwarded(self) -> int:
         """How many connections were accepted, to be sent to workers."""
-        return self._forwarded + self._drains.accepted
+        return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
     def lost(self) -> int:
@@ -270,8 +262,7 @@ class Forwarder:
 
     # -- the path ------------------------------------------------------------
 
-    @property
-    def _open(self) -> bool:
+    def _can_send(self) -> bool:
         """Whether a connection could be delivered now."""
         return (
             self._route is not None
@@ -280,94 +271,28 @@ class Forwarder:
             and not self.undelivered.has(self._route.knows_of)
         )
 
-    def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
-        """Return the callback for a listener; all that a connection needs is in its closure."""
-        accept = accept_of(listener)
-        send = route.write.sendmsg
-        now, close = time.monotonic_ns, os.close
-        # What all of them have in common is packed once; that is half of what Python itself does.
-        begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
-        # Those of the connection before: the number that was closed last is given out next.
-        number, rights = -1, [rights_of(-1)]
-        most = 1  # to be taken in one go
-
-        def ready() -> None:
-            nonlocal number, rights, most
-            before = at = self._last_ns
-            for count in range(most):
-                try:
-                    fd, _ = accept()
-                except OSError as error:
-                    if count:
-                        self._took(count, at)
-                    self._steady = 0
-                    if count < 2:
-                        most = 1
-                    self._accept_failed(listener, error)
-                    return
-                at = now()
-                header = begin + at.to_bytes(8, "little")
-                if fd != number:
-                    number, rights = fd, [rights_of(fd)]
-                try:
-                    send([header], rights, SEND_FLAGS)
-                except OSError as error:
-                    if count:
-                        self._took(count, at)
-                    self._forwarded += 1  # as it is accepted; but it is in no queue yet
-                    self._queue.extra -= 1
-                    self._send_failed(header, fd, error)
-                    return
-                close(fd)
-            self._took(most, at)
-            if most > 1:
-                self._steady = 0
-            elif at - before > BUSY_NS:
-                self._one_by_one(at - before)
-            else:
-                most = BURST
-
-        return ready
-
-    def _took(self, count: int, last_ns: int) -> None:
-        """So many were sent, the last one accepted then."""
-        self._forwarded += count
-        self._last_ns = last_ns
-        if not self._queue.runs:
-            self._queue.start()
-
-    def _one_by_one(self, since_ns: int) -> None:
-        """One came alone, so long after the one before: expect the next one, or do not."""
-        self._steady = self._steady + 1 if since_ns < self._loop.soon_ns else 0
-        self._loop.soon = self._steady >= STEADY
-
     def look(self) -> None:
         """Accept clients while something long keeps the loop from it."""
         if self._full is not None and self._full.has_room():
             self._room()
         for _ in range(LOOKS):
             before = self.forwarded
-            self._accept_from_all()
+            self._acceptor.accept_now(self._can_send)
             if self.forwarded == before:
                 return
-
-    def _accept_from_all(self) -> None:
-        for ready in tuple(self._accepting.values()):
-            if self._open:  # the one before may have filled the channel, or found it broken
-                ready()
 
     def _go_on(self) -> None:
         """Deliver what is undelivered, then the leftovers, then accept; or stay held."""
         if self._route is not None:
             self._deliver_kept(self._route)
-            while self._leftovers and self._open:
+            while self._leftovers and self._can_send():
                 channel, gone = next(iter(self._leftovers.items()))
                 self._reclaim(channel, last=gone)
-                if self._open:
+                if self._can_send():
                     self._leftovers.pop(channel, None)
                     if gone:
                         channel.close()
-        if self._accepts and self._open and self._route is not None and not self._holding:
+        if self._accepts and self._can_send() and self._route is not None and not self._holding:
             self._accept_for(self._route)
 
     def _deliver_kept(self, route: Channel) -> None:
@@ -383,18 +308,10 @@ class Forwarder:
 
     def _accept_for(self, route: Channel) -> None:
         try:
-            for listener in self._awaited:
-                if listener.fileno() not in self._accepting and route.knows_of(listener.index):
-                    ready = self._accept_to(route, listener)
-                    self._loop.watch(listener.fileno(), ready)
-                    self._accepting[listener.fileno()] = ready
+            known = [each for each in self._awaited if route.knows_of(each.index)]
+            self._acceptor.begin(known, route)
         except OSError as error:  # max_user_watches, or no memory
             self._shortage.begin("epoll_ctl", error)
-
-    def _stop_accepting(self) -> None:
-        for fd in self._accepting:
-            self._loop.unwatch(fd)
-        self._accepting.clear()
 
     def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
         """Send one connection, or keep it.  Takes ownership of fd."""
@@ -411,7 +328,7 @@ class Forwarder:
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""
         for _ in range(route.depth()):
-            taken = self._take_back(route) if self._open else None
+            taken = self._take_back(route) if self._can_send() else None
             if taken is None:
                 return
             self._queue.extra -= 1
@@ -431,12 +348,12 @@ class Forwarder:
         route = self._route
         strange = route is not None and _lacks(route, channel)
         left = channel.depth() if strange else -1
-        while self._open and self._route not in (None, channel):
+        while self._can_send() and self._route not in (None, channel):
             if not left or (strange and not last and self._is_stuck(channel)):
                 return
             taken = self._take_back(channel)
             if taken is None:
-                if self._open and channel.depth():
+                if self._can_send() and channel.depth():
                     # Then it is not empty, whatever the call has said.
                     self._shortage.begin("recvmsg", BlockingIOError(errno.EAGAIN, "try again"))
                 return
@@ -515,8 +432,7 @@ class Forwarder:
 
     def _is_shut(self, listener: Listener) -> None:
         """Have a listener mended that a worker has shut down."""
-        self._loop.unwatch(listener.fileno())
-        self._accepting.pop(listener.fileno(), None)
+        self._acceptor.end(listener)
         if self._closing is None:
             self._dead(listener)
             self._go_on()
@@ -524,7 +440,7 @@ class Forwarder:
     def _send_failed(self, header: bytes, fd: int, error: OSError) -> None:
         """Keep a connection, and decide what it waits for.  Takes ownership of fd."""
         self.undelivered.keep_first(header, fd)
-        self._stop_accepting()
+        self._acceptor.end_all()
         if error.errno == errno.EAGAIN and self._route is not None:
             self._await_room(self._route)
         elif error.errno in BROKEN:
@@ -554,8 +470,8 @@ class Forwarder:
 
     def _close_when_quiet(self, closing: _Closing, before: int) -> None:
         """Close the listeners once no client has come since the last look, or waits for workers."""
-        if self._open and not any(self._leftovers.values()):
-            self._accept_from_all()
+        if self._can_send() and not any(self._leftovers.values()):
+            self._acceptor.accept_now(self._can_send)
             if closing.stay:  # the backlog is a queue: earlier clients have come out of it first
                 for each in self._awaited:
                     if not each.has_waiting():
@@ -564,7 +480,7 @@ class Forwarder:
             quiet = self.forwarded == before and closing.looked and not waiting
             late = bool(closing.latest) and time.monotonic() > closing.latest
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
-            if self._open and (over or late):
+            if self._can_send() and (over or late):
                 self._close_listeners()
                 self._post(BacklogEmptied())
                 return
@@ -574,7 +490,7 @@ class Forwarder:
 
     def _close_listeners(self) -> None:
         self._loop.cancel(_QUIET)
-        self._stop_accepting()
+        self._acceptor.end_all()
         for listener in tuple(self._listeners):
             if self._closing and self._closing.stay and not listener.settings.foreign:
                 self._over.append(listener)

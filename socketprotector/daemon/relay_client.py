@@ -166,26 +166,22 @@ class LogRelay:
 
     def _spawn(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        null = -1
+        given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
+        argv = (sys.executable, "-I", "-S", log_relay.__file__, *given)
         try:
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            # It must not hold the write end, or it would never see its last writer go.
-            out = null if self._kind == "syslog" else _STDERR
-            shared = self._shared if self._shared >= 0 else null
-            given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
-            argv = (sys.executable, "-I", "-S", log_relay.__file__, *given)
-            descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
-            # SCHED_BATCH: it is to wake up for many lines, not for each.
-            self._helper = HelperProcess.start(
-                argv, descriptors, self._loop, self._ended, batch=True
-            )
+            with theirs, open(os.devnull, "r+b", buffering=0) as file:
+                null = file.fileno()
+                # It must not hold the write end, or it would never see its last writer go.
+                out = null if self._kind == "syslog" else _STDERR
+                shared = self._shared if self._shared >= 0 else null
+                descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
+                # SCHED_BATCH: it is to wake up for many lines, not for each.
+                self._helper = HelperProcess.start(
+                    argv, descriptors, self._loop, self._ended, batch=True
+                )
         except BaseException:
             ours.close()
             raise
-        finally:
-            if null >= 0:
-                os.close(null)
-            theirs.close()
         self._listen(ours)
         self._say_all()
 

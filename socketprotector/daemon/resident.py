@@ -77,7 +77,13 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     command: how to execute this program again.
     """
     os.chdir("/")  # only now: until here modules may have come from the caller's directory
-    earlier = _earlier(descriptors)
+    # Read once: a thousand workers take their time.
+    earlier: Snapshot | StateError | None = None
+    try:
+        if inherited.STATE in descriptors:
+            earlier = checkpoint.read(descriptors[inherited.STATE])
+    except StateError as error:
+        earlier = error
     try:
         snapshot = earlier if isinstance(earlier, Snapshot) else None
         settings, listeners = _held(descriptors, snapshot)
@@ -418,21 +424,6 @@ class _Resident:
             os.ftruncate(lock, len(text))
         except OSError as error:
             log.write("error", "pid-file-not-written", error=error.strerror)
-
-
-def _earlier(descriptors: dict[str, int]) -> Snapshot | StateError | None:
-    """Return where another program stopped, or why that cannot be resumed.
-
-    Read once: a thousand workers take their time.
-    """
-    try:
-        return (
-            checkpoint.read(descriptors[inherited.STATE])
-            if inherited.STATE in descriptors
-            else None
-        )
-    except StateError as error:
-        return error
 
 
 def _held(

@@ -63,6 +63,8 @@ class _Quiescing:
     quiet_looks: int = 0
     last: bool = False  # no other generation follows before the next start
     common: Sequence[Listener] = ()  # without a second socket, and maybe with a backlog
+    # Clients that had come before, and whether each is silent; None: yet to be asked for.
+    unread: dict[tuple[int, bytes], bool] | None = None
 
 
 class SocketSteering:
@@ -100,9 +102,6 @@ class SocketSteering:
         self._accepting: dict[int, int] = {}  # generation -> socket number
         self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
-        # Clients that had come before, and whether each is silent; None: yet to be asked for.
-        self._unread: dict[tuple[int, bytes], bool] | None = None
-        self._asking_s = 0.0
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
@@ -211,7 +210,6 @@ class SocketSteering:
 
     def _begin(self, generation: int, quiescing: _Quiescing) -> None:
         self._quiescing[generation] = quiescing
-        self._unread = None
         self._look(generation)
 
     def _yield(self, generation: int) -> bool:
@@ -256,27 +254,27 @@ class SocketSteering:
 
     def _look(self, generation: int) -> None:
         quiescing, socket_number = self._quiescing[generation], self._accepting[generation]
-        now, self._asking_s = time.monotonic(), 0.0
+        now = time.monotonic()
         quiescing.common = [each for each in quiescing.common if each.has_waiting()]
         own = self._own(socket_number)
         waiting = any(each.has_waiting(socket_number) for each in own) or bool(quiescing.common)
         turned = quiescing.last and self._yield(generation)
         if not self._steered or turned:  # they still come here, or have
-            self._unread = None
-            quiescing.began, quiescing.looks = now, 0
-        if self._unread is None:
+            quiescing.began, quiescing.looks, quiescing.unread = now, 0, None
+        unread = quiescing.unread
+        if unread is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.
             # Of these only accepted ones matter: a backlog there is the other generation's.
-            self._unread = self._ask(own, accepted=not waiting)
-        elif self._unread and (still := self._ask(own, accepted=not waiting)) is not None:
-            self._unread = {client: still[client] for client in self._unread if client in still}
+            unread = self._ask(own, accepted=not waiting)
+        elif unread and (still := self._ask(own, accepted=not waiting)) is not None:
+            unread = {client: still[client] for client in unread if client in still}
+        quiescing.unread = unread
         quiescing.looks += 1
         quiescing.quiet_looks += 1
-        known = self._steered and self._unread is not None
-        if waiting or not known or not all((self._unread or {}).values()):
+        if waiting or not self._steered or unread is None or not all(unread.values()):
             quiescing.quiet_looks = 0
         quiet = quiescing.quiet_looks * _LOOK_S > QUIET_S
-        awaited = self._unread and quiescing.looks * _LOOK_S < SILENT_S
+        awaited = unread and quiescing.looks * _LOOK_S < SILENT_S
         late = now - quiescing.began >= LAST_S
         if late or (quiet and not awaited):
             if waiting:
@@ -285,8 +283,9 @@ class SocketSteering:
             del self._quiescing[generation]
             quiescing.over()
             return
-        delay_s = max(_LOOK_S, self._asking_s / _ASKING_SHARE)
-        self._loop.call_after(("quiesce", generation), delay_s, lambda: self._look(generation))
+        asking_s = time.monotonic() - now
+        delay_s = max(_LOOK_S, asking_s / _ASKING_SHARE)
+        self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
 
     def _ask(
         self, pairs: Sequence[Listener], *, accepted: bool
@@ -298,7 +297,6 @@ class SocketSteering:
 
         None where it could not be asked just now.
         """
-        began = time.monotonic()
         found: dict[tuple[int, bytes], bool] = {}
         for each in pairs:
             try:
@@ -308,7 +306,6 @@ class SocketSteering:
                     return None
                 continue  # sock_diag is not there: QUIET_S is far longer than most take
             found.update(((each.index, client), silent) for client, silent in known.items())
-        self._asking_s = time.monotonic() - began
         return found
 
     # -- a socket that was shut down ---------------------------------------------------

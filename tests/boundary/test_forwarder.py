@@ -17,13 +17,8 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.events import BacklogEmptied, Event
-from socketprotector.daemon.forwarder import (
-    BURST,
-    LAST_S,
-    QUIET_S,
-    STEADY,
-    Forwarder,
-)
+from socketprotector.daemon.acceptor import BURST, STEADY
+from socketprotector.daemon.forwarder import LAST_S, QUIET_S, Forwarder
 from socketprotector.daemon.queue_watch import (
     FIRST_LOOK_S,
     LAST_LOOK_S,
@@ -331,7 +326,7 @@ def come_one_by_one(world: World, count: int) -> list[bool]:
 def test_after_some_that_came_one_by_one_the_next_is_expected(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 0)  # each of them came alone
+    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)  # each of them came alone
     world.loop.soon_ns = 10**15  # and soon
     world.forwarder._last_ns = time.monotonic_ns()
     world.forwarder.route_to(world.channel())
@@ -346,7 +341,7 @@ def test_after_some_that_came_one_by_one_the_next_is_expected(
 def test_where_several_come_at_once_nobody_is_awaited(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
     world.loop.soon_ns = 10**19
     world.forwarder.route_to(world.channel())
 
@@ -366,7 +361,7 @@ def wake_ups_and_accepts(world: World, waiting: int) -> tuple[int, int]:
 
 def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine that others keep busy many wait at each wake-up, which itself costs most."""
-    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
     world.forwarder.route_to(world.channel())
 
     wake_ups_and_accepts(world, 3)  # close together
@@ -397,10 +392,10 @@ def test_who_comes_alone_costs_one_wake_up_and_one_accept(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.forwarder.route_to(world.channel())
-    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 10**18)
+    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
     wake_ups_and_accepts(world, 2 * BURST)
 
-    monkeypatch.setattr("socketprotector.daemon.forwarder.BUSY_NS", 0)
+    monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)
 
     wake_ups_and_accepts(world, 1)  # for the last time it is seen whether there is another one
     assert [wake_ups_and_accepts(world, 1) for _ in range(3)] == [(1, 1)] * 3

@@ -1,0 +1,141 @@
+"""What a connection costs when nothing fails: accept, send to the route, close our copy.
+
+How many are accepted at a wake-up, and whether the next one is waited for awake, depends on how
+close together they come.  All else, and all that fails, is the forwarder's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+
+from socketprotector_client import wire
+
+from ..system.channel import SEND_FLAGS, Channel, rights_of
+from ..system.listener import Listener, accept_of
+from ..system.loop import Loop
+from .queue_watch import QueueWatch
+
+#: Connections closer together than this were waiting: then a wake-up takes all that wait, so many
+#: at most, as long as it finds more than one.  Else it takes one, because the accept that finds
+#: nothing costs 4 us (measured), and so does another turn of the loop.
+BUSY_NS = 25_000
+BURST = 32
+#: So many in a row came one by one, and each soon after the other: then the next one is expected
+#: to do so, too, and waited for awake (--busy-poll).  Where several come at once it is not: then
+#: the core is better left to the workers.
+STEADY = 8
+
+
+class Acceptor:
+    """Watches listeners, and sends what it accepts to one channel."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        queue: QueueWatch,
+        *,
+        accept_failed: Callable[[Listener, OSError], None],
+        send_failed: Callable[[bytes, int, OSError], None],
+    ) -> None:
+        """accept_failed: no more can be accepted from a listener, or none is there.
+
+        send_failed: a connection could not be sent; it takes ownership of the descriptor.
+        """
+        self._loop = loop
+        self._queue = queue
+        self._accept_failed = accept_failed
+        self._send_failed = send_failed
+        #: Connections, those that could not be sent at once included.
+        self.accepted = 0
+        self._watched: dict[int, Callable[[], None]] = {}  # the listeners
+        self._last_ns = 0
+        self._steady = 0  # so many came one by one, each soon after the other
+
+    def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
+        """Accept from these, too, and send to the route.  Raises OSError."""
+        for listener in listeners:
+            fd = listener.fileno()
+            if fd not in self._watched:
+                ready = self._accept_to(route, listener)
+                self._loop.watch(fd, ready)
+                self._watched[fd] = ready
+
+    def end(self, listener: Listener) -> None:
+        """Accept from one no more."""
+        if self._watched.pop(listener.fileno(), None) is not None:
+            self._loop.unwatch(listener.fileno())
+
+    def end_all(self) -> None:
+        for fd in self._watched:
+            self._loop.unwatch(fd)
+        self._watched.clear()
+
+    def accept_now(self, can: Callable[[], bool]) -> None:
+        """Accept from each, without waiting for the loop, as long as one can be sent."""
+        for ready in tuple(self._watched.values()):
+            if can():  # the one before may have filled the channel, or found it broken
+                ready()
+
+    def _accept_to(self, route: Channel, listener: Listener) -> Callable[[], None]:
+        """Return the callback for a listener; all that a connection needs is in its closure."""
+        accept = accept_of(listener)
+        # Not Channel.send(), which would be one more call for each connection.
+        send = route.write.sendmsg
+        now, close = time.monotonic_ns, os.close
+        # What all of them have in common is packed once; that is half of what Python itself does.
+        begin = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, listener.index, 0, 0)[:-8]
+        # Those of the connection before: the number that was closed last is given out next.
+        number, rights = -1, [rights_of(-1)]
+        most = 1  # to be taken in one go
+
+        def ready() -> None:
+            nonlocal number, rights, most
+            before = at = self._last_ns
+            for count in range(most):
+                try:
+                    fd, _ = accept()
+                except OSError as error:
+                    if count:
+                        self._took(count, at)
+                    self._steady = 0
+                    if count < 2:
+                        most = 1
+                    self._accept_failed(listener, error)
+                    return
+                at = now()
+                header = begin + at.to_bytes(8, "little")
+                if fd != number:
+                    number, rights = fd, [rights_of(fd)]
+                try:
+                    send([header], rights, SEND_FLAGS)
+                except OSError as error:
+                    if count:
+                        self._took(count, at)
+                    self.accepted += 1  # but it is in no queue yet
+                    self._queue.extra -= 1
+                    self._send_failed(header, fd, error)
+                    return
+                close(fd)
+            self._took(most, at)
+            if most > 1:
+                self._steady = 0
+            elif at - before > BUSY_NS:
+                self._one_by_one(at - before)
+            else:
+                most = BURST
+
+        return ready
+
+    def _took(self, count: int, last_ns: int) -> None:
+        """So many were sent, the last one accepted then."""
+        self.accepted += count
+        self._last_ns = last_ns
+        if not self._queue.runs:
+            self._queue.start()
+
+    def _one_by_one(self, since_ns: int) -> None:
+        """One came alone, so long after the one before: expect the next one, or do not."""
+        self._steady = self._steady + 1 if since_ns < self._loop.soon_ns else 0
+        self._loop.soon = self._steady >= STEADY

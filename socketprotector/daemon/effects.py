@@ -70,8 +70,8 @@ _LEVELS = {
     ReportKind.BROKEN: "error",
 }
 _RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
-#: Actions that another program must be told of while they are not carried out, beside timers.
-_RECORDED = (Signal, Retire, UseSettings)
+#: Actions that another program has to know of while they are not carried out.
+RECORDED = (Signal, Retire, StartTimer, UseSettings)
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 #: From the last worker's end to our own, with time to spare.
@@ -115,7 +115,6 @@ class Effects:
             runtime,
             listeners,
             broken=self._route_broken,
-            trouble=self._trouble,
             dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
             accepts=self._accepts,
@@ -203,13 +202,13 @@ class Effects:
     def snapshot(self, fleet: Fleet, actions: Iterable[Action]) -> Snapshot:
         """Return all that another program needs to go on, with these actions still to be done.
 
-        The others it orders again, as they follow from the fleet.
+        Of RECORDED alone anything is told.
         """
         now = time.monotonic()
         ordered = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         return Snapshot(
             fleet=fleet,
-            unfinished=tuple(a for a in actions if isinstance(a, _RECORDED)),
+            unfinished=tuple(a for a in actions if isinstance(a, Signal | Retire | UseSettings)),
             timers=(*self._due.values(), *ordered),
             generations=self.generations.records(),
             last_good=self.last_good,
@@ -358,11 +357,6 @@ class Effects:
         self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
         if all(each.lost for each in self.forwarder.listeners):
             self._post(ListenersLost())
-
-    def _trouble(self, call: str, error: OSError) -> None:
-        self._log.write(
-            "error", "scarce", call=call, error=error.strerror, hint="accepting again by a timer"
-        )
 
     def untaken_s(self, number: int) -> float | None:
         """Return for how long no connection of a generation was taken; None: it is not worth it."""

@@ -58,7 +58,6 @@ class Forwarder:
         listeners: Sequence[Listener],
         *,
         broken: Callable[[], None],
-        trouble: Callable[[str, OSError], None],
         dead: Callable[[Listener], None],
         untaken: Callable[[float, int, bool], None] = lambda seconds, waiting, ever: None,
         accepts: bool = True,
@@ -66,7 +65,6 @@ class Forwarder:
         """Take ownership of the listeners.  accepts: else the workers do, and we never.
 
         broken: the route's channel was shut down.
-        trouble: an error that blocks the path, reported once each time it begins.
         dead: a listener was shut down by a worker; it is to listen again, or be marked as lost.
         untaken: no worker has taken from the queue for so many seconds; how many connections wait,
         and whether any was ever taken.  Called once for each route.
@@ -101,9 +99,7 @@ class Forwarder:
         self._holding = False  # nothing is to be accepted, by request
         self._over: list[Listener] = []  # closed to new connections
         self._closing: _Closing | None = None
-        self._shortage = Shortage(
-            loop, trouble=trouble, stop=self._acceptor.end_all, retry=self._go_on
-        )
+        self._shortage = Shortage(runtime, stop=self._acceptor.end_all, retry=self._go_on)
 
     # -- orders --------------------------------------------------------------
 
@@ -343,7 +339,7 @@ class Forwarder:
 
         What came by a listener that the route does not know stays where it is: behind the
         others, or with all that is behind it where the channel has ended.  last: its workers
-        are gone, and it is parked for another generation that knows it.
+        are gone, and it is kept for another generation that knows it.
         """
         route = self._route
         strange = route is not None and _lacks(route, channel)
@@ -394,14 +390,13 @@ class Forwarder:
         return not known
 
     def _put_back(self, channel: Channel, header: bytes, fd: int) -> None:
-        """Send a connection to where it was taken from, or park it.  Takes ownership of fd."""
+        """Send a connection to where it was taken from, or keep it.  Takes ownership of fd."""
         try:
             channel.send(header, fd)
         except OSError as error:
             if channel.write.fileno() >= 0 and error.errno not in BROKEN:
-                self._shortage.begin(
-                    "sendmsg", error
-                )  # it has not ended, so what is left may stay there
+                # It has not ended, so what is left may stay there.
+                self._shortage.begin("sendmsg", error)
             there = (*self._listeners, *self._drains.listeners)
             if listener_of(header) in {each.index for each in there}:
                 self.undelivered.keep_last(header, fd)

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable
 
-from ..system.loop import Loop
+from .runtime import Runtime
 
 #: Waits, each twice as long as the one before while it lasts.
 FIRST_WAIT_S = 0.01
@@ -25,20 +25,11 @@ class Shortage:
     """Owns the reserve, and the timer after which there is another try."""
 
     def __init__(
-        self,
-        loop: Loop,
-        *,
-        trouble: Callable[[str, OSError], None],
-        stop: Callable[[], None],
-        retry: Callable[[], None],
+        self, runtime: Runtime, *, stop: Callable[[], None], retry: Callable[[], None]
     ) -> None:
-        """stop: accept nothing.  retry: go on, as far as can be.
-
-        trouble: which call has failed, reported once each time that it begins.
-        """
-        self._loop = loop
+        """stop: accept nothing.  retry: go on, as far as can be."""
+        self._loop, self._log = runtime.loop, runtime.log
         self._stop = stop
-        self._trouble = trouble
         self._retry = retry
         #: Whether the timer runs.
         self.lasts = False
@@ -49,11 +40,12 @@ class Shortage:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
-        """Wait for descriptors or memory, longer each time in a row."""
+        """Wait for descriptors or memory, longer each time in a row; say so the first time."""
         now = time.monotonic()
         if now - self._since > 2 * LAST_WAIT_S:
             self._wait_s = FIRST_WAIT_S
-            self._trouble(call, error)
+            hint = "accepting again by a timer"
+            self._log.write("error", "scarce", call=call, error=error.strerror, hint=hint)
         else:
             self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
         self._since = now

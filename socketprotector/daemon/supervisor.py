@@ -12,7 +12,7 @@ import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ..core.decide import decide, resume
 from ..core.events import (
@@ -34,7 +34,7 @@ from ..system import signals
 from ..system.process import reap_orphans
 from ..system.sd_notify import WATCHDOG
 from .checkpoint import Checkpoint
-from .effects import Effects
+from .effects import RECORDED, Effects
 from .event_queue import EventQueue
 from .recovery import Recovery
 from .runtime import Runtime
@@ -76,6 +76,8 @@ class Supervisor:
         self._fleet = fleet
         self._queue = queue
         self._unfinished: deque[Action] = deque()  # decided, and maybe not carried out
+        # Those of them that the state tells of: it is written for each of a thousand spawns.
+        self._recorded: deque[Action] = deque()
         self._working = False
         self._loop, self._log = runtime.loop, runtime.log
         self._reopen_logs = reopen_logs
@@ -89,7 +91,7 @@ class Supervisor:
         self._breath_at = 0.0  # when to look again who has come
         self.effects = effects
         self.post, self.save = runtime.post, runtime.persist
-        checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._unfinished))
+        checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._recorded))
         queue.work_off = self._work
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
@@ -110,7 +112,7 @@ class Supervisor:
         self._working = True  # what comes back meanwhile waits until all of it stands again
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.timers}
-        self._unfinished.extend(resume(self._fleet, left_s, snapshot.unfinished))
+        self._order(resume(self._fleet, left_s, snapshot.unfinished))
         self._queue.add(recovery.adopt())
         self._act(Hold, RouteTo)  # so that no client has to wait for what follows
         for events in recovery.adopt_workers():
@@ -138,7 +140,7 @@ class Supervisor:
             for event in self._queue:
                 self._fleet, actions = decide(self._fleet, event)
                 self._log.write("debug", "decided", about=event, actions=list(actions))
-                self._unfinished.extend(actions)
+                self._order(actions)
                 self.save()
                 acted = bool(self._unfinished)
                 self._act()
@@ -147,6 +149,13 @@ class Supervisor:
             self._working = False
         if acted:
             self.save()
+
+    def _order(self, actions: Iterable[Action]) -> None:
+        """Have these carried out after the others."""
+        for each in actions:
+            self._unfinished.append(each)
+            if isinstance(each, RECORDED):
+                self._recorded.append(each)
 
     def _act(self, *kinds: type[Action]) -> None:
         """Carry out what was decided.  Killed in the middle of one, the next program repeats it.
@@ -157,6 +166,8 @@ class Supervisor:
             action = self._unfinished[0]
             self.effects.perform(action)
             self._unfinished.popleft()
+            if self._recorded and self._recorded[0] is action:
+                self._recorded.popleft()
             if isinstance(action, Open | Spawn):
                 self.save()  # it cannot be repeated: what was made must be known
             self._breathe()

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from socketprotector_client import wire
@@ -30,7 +30,6 @@ from ..model import known_servers
 from ..model.history import History
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
-from ..system import inherited
 from ..system.orphans import Orphans
 from ..system.process import End, spawn
 from ..system.process_groups import Groups
@@ -42,7 +41,7 @@ from .log_output import Output
 from .post_mortem import PostMortem
 from .runtime import Runtime
 from .worker_recycling import LimitWatch
-from .worker_spawn import Worker, WorkerSpawner
+from .worker_spawn import Worker, WorkerSpawner, named
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
@@ -84,7 +83,6 @@ class WorkerPool:
         self._workers: dict[int, Worker] = {}
         self._records: dict[int, WorkerRecord] = {}  # theirs, for all are asked for at each step
         self._by_pid: dict[int, int] = {}
-        self._expected: dict[int, WorkerRecord] = {}  # an earlier program's, soon to be adopted
         #: All descriptors of workers that another program would need, those of their output too.
         self.descriptors = output.named
         #: Whether a guard tells how a process ended that is no child of ours.
@@ -245,19 +243,13 @@ class WorkerPool:
 
     def records(self) -> tuple[WorkerRecord, ...]:
         """Return what is known of each worker."""
-        return (*self._records.values(), *self.groups.records(), *self._expected.values())
+        return (*self._records.values(), *self.groups.records())
 
     def expect(self, record: WorkerRecord, descriptors: Mapping[str, int]) -> None:
-        """Have a worker in the state until it is adopted: we may be killed before."""
-        self._expected[record.number] = record
-        for name, fd in descriptors.items():
-            self.descriptors[f"{inherited.WORKER}{record.number}.{name}"] = fd
-
-    def _no_longer_expect(self, number: int, descriptors: Iterable[str]) -> None:
-        """Forget what is known by its process, or by its group, from here on."""
-        if self._expected.pop(number, None) is not None:
-            for name in descriptors:
-                del self.descriptors[f"{inherited.WORKER}{number}.{name}"]
+        """Have a worker in the state before it is adopted: we may be killed meanwhile."""
+        self._records[record.number] = record
+        for name, fd in named(record.number, descriptors).items():
+            self.descriptors[name] = fd
 
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration
@@ -267,7 +259,7 @@ class WorkerPool:
         Raises KeyError when a descriptor is missing, OSError when it cannot be watched.
         """
         worker = self._spawner.adopt(record, descriptors, generation)
-        self._no_longer_expect(record.number, descriptors)
+        worker.named = named(record.number, descriptors)
         self.spoken_with = self.spoken_with or record.ready_by not in ("", "timer")
         self._watch(record.number, worker)
 
@@ -278,7 +270,9 @@ class WorkerPool:
 
         Returns whether anything is.
         """
-        self._no_longer_expect(record.number, descriptors)
+        del self._records[record.number]  # its group has a record of its own
+        for name in named(record.number, descriptors):
+            del self.descriptors[name]
         return self._post_mortem.adopt_group(record, descriptors, generation)
 
     def lost(self, number: int) -> None:

@@ -70,7 +70,7 @@ class Worker:
         }
         if self.line is not None:
             found["line"] = self.line.fileno()
-        return {f"{inherited.WORKER}{self.record.number}.{name}": fd for name, fd in found.items()}
+        return named(self.record.number, found)
 
     def close(self) -> None:
         """Close what it speaks with; its process may have left a group."""
@@ -78,6 +78,11 @@ class Worker:
         self.readiness.close()
         if self.line is not None:
             discard_all(self.line)
+
+
+def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
+    """Return a worker's descriptors by the names under which the next program finds them."""
+    return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
 
 class WorkerSpawner:

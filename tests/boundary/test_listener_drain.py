@@ -48,19 +48,23 @@ class World:
         self.listeners = [self.listener(0), self.listener(1)]
         self.persisted = 0
         self.holds = True  # what is said to have changed can be written down
-        self.troubles: list[tuple[str, int | None]] = []
+        self.troubles: list[tuple[str, str]] = []
         self.forwarder = self.another(self.listeners)
         self.old, self.new = self.channel({0, 1}), self.channel({0})
         self.clients: list[socket.socket] = []
 
     def another(self, listeners: list[Listener]) -> Forwarder:
         return Forwarder(
-            Runtime(self.loop, cast("Any", None), lambda event: None, self._persist),
+            Runtime(self.loop, cast("Any", self), lambda event: None, self._persist),
             listeners,
             broken=lambda: None,
-            trouble=lambda call, error: self.troubles.append((call, error.errno)),
             dead=lambda listener: None,
         )
+
+    def write(self, level: str, event: str, *, call: str, error: str, hint: str) -> None:
+        """As a log."""
+        assert (level, event) == ("error", "scarce")
+        self.troubles.append((call, error))
 
     def _persist(self) -> bool:
         self.persisted += 1
@@ -392,7 +396,7 @@ def test_one_that_cannot_be_put_back_for_want_of_memory_is_sent_later_and_that_i
 
     # What it was not come to is left to those who have it, as where there is no room.
     assert taken(world.new) + taken(world.old) == [0, 1, 0, 1]
-    assert world.troubles == [("sendmsg", errno.ENOBUFS)]
+    assert world.troubles == [("sendmsg", os.strerror(errno.ENOBUFS))]
     assert world.forwarder.lost == 0
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 from ..core.events import WorkerExited
@@ -32,14 +31,6 @@ from .worker_spawn import Worker
 _REAP_AGAIN_S = 0.1
 #: How long the guard may take to tell how a worker ended.
 _STATUS_S = 1.0
-
-
-@dataclass(slots=True)
-class _Ending:
-    """A worker that has ended, and what is not known of it yet."""
-
-    last_words: str | None = None  # None: they are awaited
-    status_due: bool = False  # the guard is to say how it ended
 
 
 class PostMortem:
@@ -65,8 +56,6 @@ class PostMortem:
         self._orphans = orphans
         self._ended = ended
         self._remember = remember
-        self._endings: dict[int, _Ending] = {}
-        self._statuses: dict[int, End] = {}  # by pid, from the guard
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap a worker that has ended; None: not yet, and then `ended` is called.
@@ -74,56 +63,47 @@ class PostMortem:
         guarded: there is a guard, which tells how one ended that is no child of ours.
         """
         number = worker.record.number
-        ending = self._endings.get(number)
-        if ending is None:
+        if not worker.ended:
             if not worker.process.has_ended():
                 return None
-            ending = self._endings[number] = _Ending()
+            worker.ended = True
             if not worker.has_served:
                 self._loop.unwatch(worker.process.pidfd)
-                self._ask(worker.record, partial(self._said, number))
+                self._ask(worker.record, partial(self._said, worker))
                 return None  # that may be called back at once, and all be over
-        if not worker.has_served and ending.last_words is None:
+        if not worker.has_served and worker.last_words is None:
             return None
         try:
             end = worker.process.reap()
         except ChildProcessError:
-            return self._end_from_elsewhere(worker, ending, guarded=guarded)
+            return self._end_from_elsewhere(worker, guarded=guarded)
         if end is None:
             # Its tracer sees it first, and stands still: a debugger, or strace.
             self._loop.unwatch(worker.process.pidfd)
-            self._loop.call_after(("reap", number), _REAP_AGAIN_S, lambda: self._ended(number))
+            self._loop.call_after(("reap", number), _REAP_AGAIN_S, partial(self._ended, number))
         return end
 
     def _ask(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
         self._output.last_words(record.number, record.output_start, done)
 
-    def _said(self, number: int, last_words: str) -> None:
-        self._endings[number].last_words = last_words
-        self._ended(number)
+    def _said(self, worker: Worker, last_words: str) -> None:
+        worker.last_words = last_words
+        self._ended(worker.record.number)
 
     def _said_late(self, number: int, last_words: str) -> None:
         if last_words:
             self._remember(lambda history: history.with_last_words(number, last_words))
 
-    def _end_from_elsewhere(self, worker: Worker, ending: _Ending, *, guarded: bool) -> End | None:
+    def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return how one ended that another process has reaped; None: that is not told yet."""
         number = worker.record.number
-        end = self._statuses.pop(worker.process.pid, None)
-        if end is not None or ending.status_due or not guarded:
+        if worker.told_end is not None or worker.end_due or not guarded:
             self._loop.cancel(("status", number))
-            return end or End(False, "ended with an unknown status")
-        ending.status_due = True
+            return worker.told_end or End(False, "ended with an unknown status")
+        worker.end_due = True
         self._loop.unwatch(worker.process.pidfd)
-        self._loop.call_after(("status", number), _STATUS_S, lambda: self._ended(number))
+        self._loop.call_after(("status", number), _STATUS_S, partial(self._ended, number))
         return None
-
-    def learn_status(self, number: int, pid: int, end: End) -> None:
-        """Learn how a worker ended from the guard: it is no child of ours."""
-        self._statuses[pid] = end
-        ending = self._endings.get(number)
-        if ending is not None and ending.status_due:
-            self._ended(number)
 
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
         """Say what is known of an end, and look after what is left.  Closes the worker.
@@ -131,7 +111,6 @@ class PostMortem:
         spoken_with: a worker of this program has said that it is ready.
         """
         known, number = worker.record, worker.record.number
-        ending = self._endings.pop(number)
         lost = worker.generation.take_counts(known.slot)
         orphans = self.keep_group(known, worker.process, worker.generation)
         worker.close()
@@ -143,7 +122,7 @@ class PostMortem:
             how=end.how,
             lost=lost or None,
         )
-        last_words, silent = ending.last_words or "", not known.ready_by and not worker.has_served
+        last_words, silent = worker.last_words or "", not known.ready_by and not worker.has_served
         if silent:  # it has failed to start, or detached itself
             self._orphans.end(worker.notify.address)
         detached = end.clean and silent

@@ -285,7 +285,10 @@ class WorkerPool:
         self.groups.look()
         number = self._by_pid.get(pid)
         if number is not None:
-            self._post_mortem.learn_status(number, pid, End(clean, how))
+            worker = self._workers[number]
+            worker.told_end = End(clean, how)
+            if worker.end_due:
+                self._ended(number)
 
     def acked(self, pid: int) -> None:
         """A worker says by another way than its own line that it is ready (einhorn's)."""

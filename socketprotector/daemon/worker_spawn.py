@@ -30,7 +30,7 @@ from ..model.settings import Settings
 from ..system import inherited
 from ..system.log import Log
 from ..system.loop import Loop
-from ..system.process import Process, spawn
+from ..system.process import End, Process, spawn
 from ..system.readiness import Readiness
 from ..system.sd_notify import NotifySocket, discard_all
 from .generation import OpenGeneration, known
@@ -50,6 +50,10 @@ class Worker:
     line: socket.socket | None  # our end of its RETURN line, where it has one
     readiness: Readiness
     named: dict[str, int] = field(default_factory=dict)  # those of descriptors() that are kept
+    ended: bool = False
+    last_words: str | None = None  # of one that has ended; None: they are awaited, or not asked for
+    told_end: End | None = None  # how it ended, from the guard
+    end_due: bool = False  # that is awaited
 
     @property
     def accepts(self) -> bool:

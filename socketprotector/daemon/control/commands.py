@@ -91,7 +91,7 @@ class CommandHandler:
         history = effects.run.history
         return {
             "version": __version__,
-            "now": clock.date(),
+            "now": time.time(),
             "phase": status.phase_of(fleet),
             "held_s": max(0.0, held_until - time.monotonic()) if held_until else None,
             "workers_wanted": fleet.workers_wanted,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 
 from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
@@ -24,33 +25,25 @@ _ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class AcceptWatch:
     """Watches over the generation that new clients come to."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        *,
-        lines: Callable[[], Mapping[int, Line]],
-        await_one: Callable[[], None],
-        say: Callable[[float, int, bool, frozenset[int]], None],
-    ) -> None:
-        """lines: returns the clients in each backlog, by the listener's index, as far as is known.
-
-        await_one: `awaits` has changed: whether came() is to be called for the next client.
-        say: for so many seconds none of so many clients was accepted, whether any ever was, and at
-        which listeners.  Called once for each generation.
-        """
-        self._loop = loop
-        self._lines = lines
-        self._await_one = await_one
-        self._say = say
-        self.awaits = False
-        self._said = False
-        self._accepted: set[int] = set()  # listeners by which a client was
-        self._before_us = False  # it had its turn already: a client may have been, by any
-        #: The backlog, and since when all of it waits; empty: a client came, and no more is known.
-        self._waiting: dict[int, tuple[Line, float]] = {}
+    loop: Loop
+    _: KW_ONLY
+    #: Returns the clients in each backlog, by the listener's index, as far as is known.
+    lines: Callable[[], Mapping[int, Line]]
+    #: `awaits` has changed: whether came() is to be called for the next client.
+    await_one: Callable[[], None]
+    #: For so many seconds none of so many clients was accepted, whether any ever was, and at which
+    #: listeners.  Called once for each generation.
+    say: Callable[[float, int, bool, frozenset[int]], None]
+    awaits: bool = False
+    _said: bool = False
+    _accepted: set[int] = field(default_factory=set)  # listeners by which a client was
+    _before_us: bool = False  # it had its turn already: a client may have been, by any
+    #: The backlog, and since when all of it waits; empty: a client came, and no more is known.
+    _waiting: dict[int, tuple[Line, float]] = field(default_factory=dict)
 
     def begin(self, *, before_us: bool) -> None:
         """Another generation has its turn, or has it again."""
@@ -60,7 +53,7 @@ class AcceptWatch:
 
     def end(self) -> None:
         """No generation has its turn any more."""
-        self._loop.cancel(_LOOK)
+        self.loop.cancel(_LOOK)
         self._waiting.clear()
         self.awaits = False
 
@@ -68,7 +61,7 @@ class AcceptWatch:
         """A client has come by a listener, and waits to be accepted."""
         self._waiting[index] = frozenset(), time.monotonic()
         self.awaits = False
-        self._await_one()
+        self.await_one()
         self._look_later(0.0)
 
     @property
@@ -79,16 +72,16 @@ class AcceptWatch:
     def _await(self) -> None:
         self.end()
         self.awaits = True
-        self._await_one()
+        self.await_one()
 
     def _look_later(self, asking_s: float) -> None:
         seldom = self._before_us or self._waiting.keys() <= self._accepted
         delay_s = LOOK_S if seldom else FIRST_LOOK_S
-        self._loop.call_after(_LOOK, max(delay_s, asking_s / _ASKING_SHARE), self._look)
+        self.loop.call_after(_LOOK, max(delay_s, asking_s / _ASKING_SHARE), self._look)
 
     def _look(self) -> None:
         began = time.monotonic()
-        found = self._lines()
+        found = self.lines()
         for index, (before, since) in list(self._waiting.items()):
             line = found.get(index)
             if line is None or not line or not stands(before, line):
@@ -107,7 +100,7 @@ class AcceptWatch:
             self._said = True
             count = sum(len(self._waiting[index][0]) for index in passed_over)
             ever = self._before_us or passed_over.keys() <= self._accepted
-            self._say(max(passed_over.values()), count, ever, frozenset(passed_over))
+            self.say(max(passed_over.values()), count, ever, frozenset(passed_over))
         self._look_later(time.monotonic() - began)
 
     def _passed_over(self) -> dict[int, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
 
 from socketprotector_client import wire
 
@@ -28,30 +29,22 @@ BURST = 32
 STEADY = 8
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Acceptor:
     """Watches listeners, and sends what it accepts to one channel."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        queue: QueueWatch,
-        *,
-        accept_failed: Callable[[Listener, OSError], None],
-        send_failed: Callable[[bytes, int, OSError], None],
-    ) -> None:
-        """accept_failed: no more can be accepted from a listener, or none is there.
-
-        send_failed: a connection could not be sent; it takes ownership of the descriptor.
-        """
-        self._loop = loop
-        self._queue = queue
-        self._accept_failed = accept_failed
-        self._send_failed = send_failed
-        #: Connections, those that could not be sent at once included.
-        self.accepted = 0
-        self._watched: dict[int, Callable[[], None]] = {}  # the listeners
-        self._last_ns = 0
-        self._steady = 0  # so many came one by one, each soon after the other
+    loop: Loop
+    queue: QueueWatch
+    _: KW_ONLY
+    #: No more can be accepted from a listener, or none is there.
+    accept_failed: Callable[[Listener, OSError], None]
+    #: A connection could not be sent; it takes ownership of the descriptor.
+    send_failed: Callable[[bytes, int, OSError], None]
+    #: Connections, those that could not be sent at once included.
+    accepted: int = 0
+    _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # the listeners
+    _last_ns: int = 0
+    _steady: int = 0  # so many came one by one, each soon after the other
 
     def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
         """Accept from these, too, and send to the route.  Raises OSError."""
@@ -59,17 +52,17 @@ class Acceptor:
             fd = listener.fileno()
             if fd not in self._watched:
                 ready = self._accept_to(route, listener)
-                self._loop.watch(fd, ready)
+                self.loop.watch(fd, ready)
                 self._watched[fd] = ready
 
     def end(self, listener: Listener) -> None:
         """Accept from one no more."""
         if self._watched.pop(listener.fileno(), None) is not None:
-            self._loop.unwatch(listener.fileno())
+            self.loop.unwatch(listener.fileno())
 
     def end_all(self) -> None:
         for fd in self._watched:
-            self._loop.unwatch(fd)
+            self.loop.unwatch(fd)
         self._watched.clear()
 
     def accept_now(self, can: Callable[[], bool]) -> None:
@@ -102,7 +95,7 @@ class Acceptor:
                     self._steady = 0
                     if count < 2:
                         most = 1
-                    self._accept_failed(listener, error)
+                    self.accept_failed(listener, error)
                     return
                 at = now()
                 header = begin + at.to_bytes(8, "little")
@@ -114,8 +107,8 @@ class Acceptor:
                     if count:
                         self._took(count, at)
                     self.accepted += 1  # but it is in no queue yet
-                    self._queue.extra -= 1
-                    self._send_failed(header, fd, error)
+                    self.queue.extra -= 1
+                    self.send_failed(header, fd, error)
                     return
                 close(fd)
             self._took(most, at)
@@ -132,10 +125,10 @@ class Acceptor:
         """So many were sent, the last one accepted then."""
         self.accepted += count
         self._last_ns = last_ns
-        if not self._queue.runs:
-            self._queue.start()
+        if not self.queue.runs:
+            self.queue.start()
 
     def _one_by_one(self, since_ns: int) -> None:
         """One came alone, so long after the one before: expect the next one, or do not."""
-        self._steady = self._steady + 1 if since_ns < self._loop.soon_ns else 0
-        self._loop.soon = self._steady >= STEADY
+        self._steady = self._steady + 1 if since_ns < self.loop.soon_ns else 0
+        self.loop.soon = self._steady >= STEADY

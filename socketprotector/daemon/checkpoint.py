@@ -9,6 +9,7 @@ however many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from ..core.snapshot import CODEC, Snapshot
 from ..model.codec import DecodeError, refusal
@@ -21,27 +22,21 @@ from .effects import Effects
 _FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Checkpoint:
     """Writes down, after each step, where another program could go on."""
 
-    def __init__(
-        self,
-        file: StateFile,
-        store: Store,
-        log: Log,
-        others: Callable[[], Mapping[str, int]],
-    ) -> None:
-        """`others` names the descriptors that are neither generations', workers' nor listeners'."""
-        self._file = file
-        self._store = store
-        self._log = log
-        self._others = others
-        self._effects: Effects | None = None
-        self._snapshot: Callable[[], Snapshot]
-        self._written: Snapshot | None = None  # what the state says, as far as we know
-        self._failing = False
-        self._behind = False
-        self._full = False
+    file: StateFile
+    store: Store
+    log: Log
+    #: Names the descriptors that are neither generations', workers' nor listeners'.
+    others: Callable[[], Mapping[str, int]]
+    _effects: Effects | None = None
+    _snapshot: Callable[[], Snapshot] | None = None
+    _written: Snapshot | None = None  # what the state says, as far as we know
+    _failing: bool = False
+    _behind: bool = False
+    _full: bool = False
 
     def begin(self, effects: Effects, snapshot: Callable[[], Snapshot]) -> None:
         """There is something to be kept from now on: descriptors, and what belongs to them."""
@@ -50,12 +45,12 @@ class Checkpoint:
     @property
     def flushed(self) -> bool:
         """Whether the fd store has been sent all; the next program relies on that."""
-        return self._store.flushed
+        return self.store.flushed
 
     def descriptors(self) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
         assert self._effects is not None
-        return {**self._others(), **self._effects.descriptors()}
+        return {**self.others(), **self._effects.descriptors()}
 
     def save(self) -> bool:
         """Make it so that a kill from here on loses nothing that can be kept.
@@ -63,20 +58,20 @@ class Checkpoint:
         Returns whether the state says how things are.  Does nothing without an fd
         store: then a kill takes all descriptors anyway.
         """
-        if self._effects is None or not self._store.keeps:
+        if self._effects is None or not self.store.keeps:
             return True
-        wanted = {**self._others(), **self._effects.own_descriptors()}
+        wanted = {**self.others(), **self._effects.own_descriptors()}
         wanted.pop(inherited.GUARD, None)  # each program gets a line of its own
-        self._store.sync(wanted, self._effects.pool.descriptors)
-        if self._store.full and not self._full:
-            self._log.write("warning", "store-full", descriptors=len(self._store.kept), hint=_FULL)
-        self._full = self._store.full
+        self.store.sync(wanted, self._effects.pool.descriptors)
+        if self.store.full and not self._full:
+            self.log.write("warning", "store-full", descriptors=len(self.store.kept), hint=_FULL)
+        self._full = self.store.full
         if not self._write():
             return False
-        if self._store.flushed and self._store.complete:
+        if self.store.flushed and self.store.complete:
             self._behind = False
         elif not self._behind:
-            self._log.write(
+            self.log.write(
                 "warning",
                 "keeper-behind",
                 hint="no upgrade until the guard or systemd has caught up",
@@ -91,19 +86,20 @@ class Checkpoint:
         takes what it inherits for stored.
         """
         wanted = self.descriptors().keys() - {inherited.GUARD}
-        return self._write() and self._store.has(wanted)
+        return self._write() and self.store.has(wanted)
 
     def _write(self) -> bool:
+        assert self._snapshot is not None
         snapshot, before = self._snapshot(), self._written
         self._written = None  # until it is
         try:
-            if before is None or not self._file.takes_changes:
-                self._file.write(CODEC.encode(snapshot))
+            if before is None or not self.file.takes_changes:
+                self.file.write(CODEC.encode(snapshot))
             elif changes := CODEC.changes(before, snapshot):
-                self._file.write_change(changes)
+                self.file.write_change(changes)
         except OSError as error:
             if not self._failing:
-                self._log.write("error", "state-not-written", error=error.strerror)
+                self.log.write("error", "state-not-written", error=error.strerror)
             self._failing = True
             return False
         self._written = snapshot

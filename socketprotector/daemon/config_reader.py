@@ -19,12 +19,12 @@ from ..system.loop import Loop
 from ..system.sd_notify import discard
 
 _RECORD_BYTES = 64
-#: More than anybody writes into a file that is read by people.
+#: More than a file has that people write and read.
 _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class ConfigAnswer:
     """What was read, or why it cannot be had.  The receiver owns the descriptors."""
 
@@ -35,20 +35,21 @@ class ConfigAnswer:
     changes: tuple[str, ...] = ()
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class ConfigReader:
     """One reading at a time."""
 
-    def __init__(self, command: tuple[str, ...], loop: Loop, key: Hashable) -> None:
-        """`command` executes the protector's program.  key: of its timer."""
-        self._command = command
-        self._loop = loop
-        self._key = key
-        self._process: HelperProcess | None = None
-        self._line: socket.socket | None = None
-        self._said = -1
-        self._heard: dict[str, int] = {}
-        self._failure = ""
-        self._done: Callable[[ConfigAnswer], None] = _discard_answer
+    #: Executes the protector's program.
+    command: tuple[str, ...]
+    loop: Loop
+    #: Of its timer.
+    key: Hashable
+    _process: HelperProcess | None = None
+    _line: socket.socket | None = None
+    _said: int = -1
+    _heard: dict[str, int] = field(default_factory=dict)
+    _failure: str = ""
+    _done: Callable[[ConfigAnswer], None] = lambda answer: None
 
     @property
     def busy(self) -> bool:
@@ -76,7 +77,7 @@ class ConfigReader:
             where = f"{error.filename}: " if error.filename else ""
             done(ConfigAnswer(f"cannot read the configuration: {where}{error.strerror}"))
             return
-        self._loop.call_after(self._key, limit_s, lambda: self._too_late(limit_s))
+        self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self) -> None:
         """End it, if one is under way; without calling back."""
@@ -94,14 +95,14 @@ class ConfigReader:
                 file.write(dump(settings))
                 # As at the start: UNIX sockets get their mode by the umask.
                 self._process = HelperProcess.start_protector(
-                    self._command,
+                    self.command,
                     {inherited.SETTINGS: held, name: theirs.fileno()},
                     self._said,
-                    self._loop,
+                    self.loop,
                     self._ended,
                     umask=settings.origin.umask,
                 )
-        self._loop.watch(self._line.fileno(), self._hear)
+        self.loop.watch(self._line.fileno(), self._hear)
 
     def _hear(self) -> None:
         """Take in what it has answered so far."""
@@ -120,7 +121,7 @@ class ConfigReader:
             if flags & socket.MSG_CTRUNC:
                 self._failure = "no descriptor is free for the answer"
             if not data:
-                self._loop.unwatch(self._line.fileno())
+                self.loop.unwatch(self._line.fileno())
                 return
             for fd in fds:
                 self._heard[data.decode("ascii", "replace")] = fd
@@ -172,12 +173,12 @@ class ConfigReader:
 
     def _release(self) -> None:
         """Close all that is left of it."""
-        self._loop.cancel(self._key)
+        self.loop.cancel(self.key)
         for fd in self._heard.values():
             discard(fd)
         self._heard.clear()
         if self._line is not None:
-            self._loop.unwatch(self._line.fileno())
+            self.loop.unwatch(self._line.fileno())
             self._line.close()
             self._line = None
         if self._process is not None:

@@ -155,13 +155,12 @@ class Effects:
                 self._route_to(number)
             case Quiesce(number):
                 if number in self.generations:
-                    self.generations[number].update_record(drained_at=time.time())
+                    self.generations[number].drains()
                 self.steering.quiesce(number)
             case Drain(number) if number in self.generations:
                 generation = self.generations[number]
                 self._loop.unwatch(generation.channel.read.fileno())
-                if generation.record.drained_at is None:
-                    generation.update_record(drained_at=time.time())
+                generation.drains()
                 self.forwarder.drain(generation.channel)
                 self.pool.drain(number)
                 self.steering.leave(number)
@@ -269,7 +268,7 @@ class Effects:
             return
         if fresh and self.last_good is not None:
             self._remember(lambda history: history.reload_began(number, time.time()))
-        self.generations.known()  # here too: where nobody keeps descriptors nothing else asks
+        self.generations.known()  # here too: without an fd store nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
             self.steering.enter(number, made.record.socket_number)
@@ -339,7 +338,7 @@ class Effects:
             self.steering.quiesce_last(self._route, over)
             return
         if not stay:
-            self.steering.end()  # else the next start has them, whoever shuts them
+            self.steering.end()  # else the next start has them, though a worker shuts them
         self.forwarder.close_listeners(quick=quick, stay=stay)
 
     def _listeners(self) -> tuple[Listener, ...]:

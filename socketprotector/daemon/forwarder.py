@@ -40,7 +40,7 @@ LOOKS = 16
 _QUIET = "forwarder-quiet"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class _Closing:
     """A graceful close: clients that have connected are served, then no more are accepted."""
 

@@ -18,7 +18,7 @@ from ..system.channel import Channel
 from ..system.scoreboard import Board
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class OpenGeneration:
     """Owns the channel and the scoreboard."""
 
@@ -58,6 +58,11 @@ class OpenGeneration:
     def update_record(self, **changes: object) -> None:
         """Replace fields of the record."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
+
+    def drains(self) -> None:
+        """Note since when it drains."""
+        if self.record.drained_at is None:
+            self.update_record(drained_at=time.time())
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""

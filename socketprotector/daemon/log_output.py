@@ -27,12 +27,12 @@ _STDOUT, _STDERR = 1, 2
 LAST_LINES = 20
 _LAST_BYTES = 4096
 _WRITE = f"{inherited.RELAY}write"
-#: For /dev/stdout, opened anew by a worker that is another user.  Who has not got the pipe cannot
-#: reach it.
+#: For /dev/stdout, opened anew by a worker that is another user.  A process that has not got the
+#: pipe cannot reach it.
 _REOPENED = 0o622
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class Opened:
     """What a worker is started with to write to."""
 

@@ -97,7 +97,7 @@ class Parents:
     def stays(self, names: Iterable[str]) -> bool:
         """Whether descriptors of these names outlive a stop.
 
-        systemd keeps them while a restart waits, and drops them where none does.  Others who
+        systemd keeps them while a restart waits, and drops them where none does.  Others that
         listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))

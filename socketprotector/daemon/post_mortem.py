@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 
 from ..core.events import WorkerExited
@@ -33,29 +34,19 @@ _REAP_AGAIN_S = 0.1
 _STATUS_S = 1.0
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class PostMortem:
     """Looks into the end of each worker."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        output: Output,
-        *,
-        groups: Groups,
-        orphans: Orphans,
-        ended: Callable[[int], None],
-        remember: Callable[[Callable[[History], History]], None],
-    ) -> None:
-        """ended: a worker has, as far as could be seen; more is known of it now.
-
-        remember: has the history changed.
-        """
-        self._loop, self._log = runtime.loop, runtime.log
-        self._output = output
-        self._groups = groups
-        self._orphans = orphans
-        self._ended = ended
-        self._remember = remember
+    runtime: Runtime
+    output: Output
+    _: KW_ONLY
+    groups: Groups
+    orphans: Orphans
+    #: A worker has ended, as far as could be seen; more is known of it now.
+    ended: Callable[[int], None]
+    #: Has the history changed.
+    remember: Callable[[Callable[[History], History]], None]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:
         """Reap a worker that has ended; None: not yet, and then `ended` is called.
@@ -68,7 +59,7 @@ class PostMortem:
                 return None
             worker.ended = True
             if not worker.has_served:
-                self._loop.unwatch(worker.process.pidfd)
+                self.runtime.loop.unwatch(worker.process.pidfd)
                 self._ask(worker.record, partial(self._said, worker))
                 return None  # that may be called back at once, and all be over
         if not worker.has_served and worker.last_words is None:
@@ -79,30 +70,32 @@ class PostMortem:
             return self._end_from_elsewhere(worker, guarded=guarded)
         if end is None:
             # Its tracer sees it first, and stands still: a debugger, or strace.
-            self._loop.unwatch(worker.process.pidfd)
-            self._loop.call_after(("reap", number), _REAP_AGAIN_S, partial(self._ended, number))
+            self.runtime.loop.unwatch(worker.process.pidfd)
+            self.runtime.loop.call_after(
+                ("reap", number), _REAP_AGAIN_S, partial(self.ended, number)
+            )
         return end
 
     def _ask(self, record: WorkerRecord, done: Callable[[str], None]) -> None:
-        self._output.last_words(record.number, record.output_start, done)
+        self.output.last_words(record.number, record.output_start, done)
 
     def _said(self, worker: Worker, last_words: str) -> None:
         worker.last_words = last_words
-        self._ended(worker.record.number)
+        self.ended(worker.record.number)
 
     def _said_late(self, number: int, last_words: str) -> None:
         if last_words:
-            self._remember(lambda history: history.with_last_words(number, last_words))
+            self.remember(lambda history: history.with_last_words(number, last_words))
 
     def _end_from_elsewhere(self, worker: Worker, *, guarded: bool) -> End | None:
         """Return how one ended that another process has reaped; None: that is not told yet."""
         number = worker.record.number
         if worker.told_end is not None or worker.end_due or not guarded:
-            self._loop.cancel(("status", number))
+            self.runtime.loop.cancel(("status", number))
             return worker.told_end or End(False, "ended with an unknown status")
         worker.end_due = True
-        self._loop.unwatch(worker.process.pidfd)
-        self._loop.call_after(("status", number), _STATUS_S, partial(self._ended, number))
+        self.runtime.loop.unwatch(worker.process.pidfd)
+        self.runtime.loop.call_after(("status", number), _STATUS_S, partial(self.ended, number))
         return None
 
     def close(self, worker: Worker, end: End, *, spoken_with: bool) -> WorkerExited:
@@ -114,7 +107,7 @@ class PostMortem:
         lost = worker.generation.take_counts(known.slot)
         orphans = self.keep_group(known, worker.process, worker.generation)
         worker.close()
-        self._log.write(
+        self.runtime.log.write(
             "info",
             "exited",
             generation=known.generation,
@@ -124,11 +117,11 @@ class PostMortem:
         )
         last_words, silent = worker.last_words or "", not known.ready_by and not worker.has_served
         if silent:  # it has failed to start, or detached itself
-            self._orphans.end(worker.notify.address)
+            self.orphans.end(worker.notify.address)
         detached = end.clean and silent
         if not known.asked_to_exit and not (end.clean and worker.generation.ended):
             crash = _crash(worker, end, lost, last_words)
-            self._remember(lambda history: history.with_crash(crash))
+            self.remember(lambda history: history.with_crash(crash))
             if worker.has_served:  # so its slot is filled without waiting for them
                 self._ask(known, partial(self._said_late, number))
         reason, served_s = end.how, 0.0
@@ -150,7 +143,7 @@ class PostMortem:
             reason += "; does it detach itself? tell it to stay in the foreground"
             if program.mode.needs_library:
                 reason += f"; {known_servers.STDIN}"
-        where = "" if last_words else self._output.where_to_look()
+        where = "" if last_words else self.output.where_to_look()
         unseen = bool(where) and not detached
         advice = known_servers.advice(program, said=last_words, unseen=unseen)
         if advice and not spoken_with:
@@ -169,7 +162,7 @@ class PostMortem:
         if left:
             program = generation.program
             drain_signal = program.drain_signal if program.mode.workers_accept else 0
-            self._groups.keep(record, process, drain_signal)
+            self.groups.keep(record, process, drain_signal)
         else:
             process.close()
         return left

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from ..system.channel import Channel
 from ..system.loop import Loop
@@ -26,39 +27,32 @@ UNTAKEN_S = 30.0
 _LOOK = "forwarder-look"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class QueueWatch:
     """Looks at the queue from the first send until it is empty."""
 
-    def __init__(
-        self,
-        loop: Loop,
-        *,
-        forwarded: Callable[[], int],
-        send_again: Callable[[Channel], None],
-        untaken: Callable[[float, int, bool], None],
-    ) -> None:
-        """forwarded: how many connections were ever sent.  send_again: all that is queued.
-
-        untaken: see Forwarder.
-        """
-        self._loop = loop
-        self._forwarded = forwarded
-        self._send_again = send_again
-        self._untaken = untaken
-        #: Whether a look is due; else the next send has to start it.
-        self.runs = False
-        #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
-        self.extra = 0
-        self._route: Channel | None = None
-        self._head: bytes | None = None  # at the last look
-        self._head_since = 0.0
-        self._look_s = FIRST_LOOK_S
+    loop: Loop
+    _: KW_ONLY
+    #: Returns how many connections were ever sent.
+    forwarded: Callable[[], int]
+    #: Sends all that is queued once more.
+    send_again: Callable[[Channel], None]
+    #: See Forwarder.
+    untaken: Callable[[float, int, bool], None]
+    #: Whether a look is due; else the next send has to start it.
+    runs: bool = False
+    #: What the route was sent beside what `forwarded` counts, less what went elsewhere.
+    extra: int = 0
+    _route: Channel | None = None
+    _head: bytes | None = None  # at the last look
+    _head_since: float = 0.0
+    _look_s: float = FIRST_LOOK_S
 
     def follow(self, route: Channel | None) -> None:
         """Have another route, or none."""
         self._route, self._head = route, None
         queued = route.depth() if route is not None else 0
-        self.extra = queued - self._forwarded()
+        self.extra = queued - self.forwarded()
         if queued:  # by an earlier program, or when it was the route before
             self.start()
 
@@ -66,7 +60,7 @@ class QueueWatch:
         """Look at the queue a while from now: something was sent."""
         self.runs = self._route is not None
         if self.runs:
-            self._loop.call_after(_LOOK, self._look_s, self._look)
+            self.loop.call_after(_LOOK, self._look_s, self._look)
 
     def untaken_s(self, channel: Channel) -> float | None:
         """Return for how long nothing was taken from a channel; None: not long enough to report."""
@@ -88,13 +82,13 @@ class QueueWatch:
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, LAST_LOOK_S)
             self._say_untaken(route)
-            self._send_again(route)
+            self.send_again(route)
         else:
             route.taken_from = (
                 route.taken_from
                 or self._head is not None
                 or head is None
-                or self._forwarded() + self.extra > route.depth()
+                or self.forwarded() + self.extra > route.depth()
             )
             self._look_s, self._head_since = FIRST_LOOK_S, time.monotonic()
         self._head = head
@@ -107,4 +101,4 @@ class QueueWatch:
         seconds = self.untaken_s(route)
         if seconds is not None and not route.said_untaken:
             route.said_untaken = True
-            self._untaken(seconds, route.depth(), route.taken_from)
+            self.untaken(seconds, route.depth(), route.taken_from)

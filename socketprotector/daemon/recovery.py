@@ -9,6 +9,7 @@ event, and the store may have one that the state does not mention, which is clos
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 
 from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
 from ..core.fleet import Phase, State
@@ -27,15 +28,17 @@ _WITHOUT_CHANNEL = {"process", "notify"}
 _WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Recovery:
     """One time, at the start of a program."""
 
-    def __init__(self, effects: Effects, snapshot: Snapshot, left: Inherited) -> None:
-        """left: what the other program has left; each owner takes its own, the rest is closed."""
-        self.snapshot = snapshot
-        self._effects = effects
-        self._left = left
-        self._workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = []
+    effects: Effects
+    snapshot: Snapshot
+    #: What the other program has left; each owner takes its own, the rest is closed.
+    left: Inherited
+    _workers: list[tuple[WorkerRecord, dict[str, int], OpenGeneration]] = field(
+        default_factory=list
+    )
 
     def adopt(self) -> list[Event]:
         """Go on with all but the workers; then there can be a route.
@@ -43,18 +46,16 @@ class Recovery:
         Returns what the other program had not come to: events of what is in the fleet but was not
         made yet.
         """
-        effects, snapshot = self._effects, self.snapshot
-        effects.flags.adopt(snapshot.nonblocking)  # first: who lives may be about to accept
+        effects, snapshot = self.effects, self.snapshot
+        effects.flags.adopt(snapshot.nonblocking)  # first: a worker may be about to accept
         effects.steering.adopt_record(snapshot.steering)
         if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
             effects.steering.end()
         broken = self._adopt_generations()
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
-            if generation is not None and self._left.has(
-                inherited.WORKER, record.number, "process"
-            ):
-                mine = self._left.take(inherited.WORKER, record.number)
+            if generation is not None and self.left.has(inherited.WORKER, record.number, "process"):
+                mine = self.left.take(inherited.WORKER, record.number)
                 effects.pool.expect(record, mine)
                 self._workers.append((record, mine, generation))
         serving = snapshot.fleet.of(Phase.SERVING)
@@ -63,8 +64,8 @@ class Recovery:
         for address in snapshot.orphans:
             effects.pool.orphans.end(address)
         effects.adopt_run(snapshot.run, snapshot.log_level)
-        effects.forwarder.adopt(snapshot.forwarder, self._left)
-        self._left.close()
+        effects.forwarder.adopt(snapshot.forwarder, self.left)
+        self.left.close()
         effects.live_settings.adopt(snapshot)
         for released in effects.generations.released.values():
             released.forget_board()
@@ -76,11 +77,11 @@ class Recovery:
         return broken
 
     def _adopt_generations(self) -> list[Event]:
-        effects, broken = self._effects, list[Event]()
+        effects, broken = self.effects, list[Event]()
         for record in self.snapshot.generations:
-            if not self._left.has(inherited.CHANNEL, record.number, "read"):
+            if not self.left.has(inherited.CHANNEL, record.number, "read"):
                 continue  # not stored yet, so nothing was ever sent to it
-            mine = self._left.take(inherited.CHANNEL, record.number)
+            mine = self.left.take(inherited.CHANNEL, record.number)
             each = OpenGeneration.adopt(record, mine)
             if record.released or self.snapshot.fleet.generation(record.number) is None:
                 effects.generations.released[record.number] = each
@@ -99,7 +100,7 @@ class Recovery:
     def adopt_workers(self) -> Iterator[tuple[Event, ...]]:
         """Go on with the workers, one a step; gives what was not come to, as adopt() does."""
         ended: list[WorkerExited] = []
-        pool, fleet = self._effects.pool, self.snapshot.fleet
+        pool, fleet = self.effects.pool, self.snapshot.fleet
         for record, mine, generation in self._workers:
             shared = generation.program.mode.workers_accept
             whole = mine.keys() >= (_WITHOUT_CHANNEL if shared else _WITH_CHANNEL)
@@ -116,7 +117,7 @@ class Recovery:
 
     def _not_made(self, ended: Collection[int]) -> list[Event]:
         """Say what is in the fleet and could not be found; of those that ended it is said."""
-        pool, fleet = self._effects.pool, self.snapshot.fleet
+        pool, fleet = self.effects.pool, self.snapshot.fleet
         known = {record.number for record in pool.records()}.union(ended)
         # One that had the route, and whose channel could not be stored, must not keep it.
         lost: list[Event] = [
@@ -124,7 +125,7 @@ class Recovery:
             if each.phase in (Phase.STARTING, Phase.ABANDONED)
             else ChannelBroken(each.number)
             for each in fleet.generations
-            if each.number not in self._effects.generations
+            if each.number not in self.effects.generations
         ]
         for worker in fleet.alive():
             if worker.number not in known:

@@ -248,7 +248,7 @@ class _Resident:
                 privileges.reclaim()  # an upgrade in place has brought them along
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
-        """Have the log where it is to be, and say in it who begins."""
+        """Have the log where it is to be, and say in it what begins."""
         settings, log = self.settings, runtime.log
         log.suppress_crash_loops(self.loop)
         self._begin_output(runtime)
@@ -387,7 +387,7 @@ class _Resident:
         if self.control_listener is None:
             return None
         log = runtime.log
-        operator = CommandHandler(supervisor, self.loop, log, lambda: self._reopen_logs(log))
+        operator = CommandHandler(supervisor, runtime, lambda: self._reopen_logs(log))
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
         control = ControlServer(

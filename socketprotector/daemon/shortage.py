@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 
 from .runtime import Runtime
 
@@ -21,22 +22,24 @@ LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Shortage:
     """Owns the reserve, and the timer after which there is another try."""
 
-    def __init__(
-        self, runtime: Runtime, *, stop: Callable[[], None], retry: Callable[[], None]
-    ) -> None:
-        """stop: accept nothing.  retry: go on, as far as can be."""
-        self._loop, self._log = runtime.loop, runtime.log
-        self._stop = stop
-        self._retry = retry
-        #: Whether the timer runs.
-        self.lasts = False
-        #: A descriptor of no other use, -1 while it is spent.
-        self.reserve = -1
-        self._wait_s = 0.0
-        self._since = 0.0
+    runtime: Runtime
+    _: KW_ONLY
+    #: Accepts nothing.
+    stop: Callable[[], None]
+    #: Goes on, as far as can be.
+    retry: Callable[[], None]
+    #: Whether the timer runs.
+    lasts: bool = False
+    #: A descriptor of no other use, -1 while it is spent.
+    reserve: int = -1
+    _wait_s: float = 0.0
+    _since: float = 0.0
+
+    def __post_init__(self) -> None:
         self.take_reserve()
 
     def begin(self, call: str, error: OSError) -> None:
@@ -45,17 +48,17 @@ class Shortage:
         if now - self._since > 2 * LAST_WAIT_S:
             self._wait_s = FIRST_WAIT_S
             hint = "accepting again by a timer"
-            self._log.write("error", "scarce", call=call, error=error.strerror, hint=hint)
+            self.runtime.log.write("error", "scarce", call=call, error=error.strerror, hint=hint)
         else:
             self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
         self._since = now
         self.lasts = True
-        self._stop()
-        self._loop.call_after(_RETRY, self._wait_s, self._try_again)
+        self.stop()
+        self.runtime.loop.call_after(_RETRY, self._wait_s, self._try_again)
 
     def _try_again(self) -> None:
         self.lasts = False
-        self._retry()
+        self.retry()
         if not self.lasts:
             self.take_reserve()
 
@@ -76,5 +79,5 @@ class Shortage:
 
     def close(self) -> None:
         """Wait for nothing more."""
-        self._loop.cancel(_RETRY)
+        self.runtime.loop.cancel(_RETRY)
         self.spend_reserve()

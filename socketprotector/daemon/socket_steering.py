@@ -52,7 +52,7 @@ _MEND_AGAIN_S = 0.1
 _LATER = SCARCE | {errno.EBUSY}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class _Quiescing:
     """A generation that gets no new clients any more."""
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
 
 from ..core.decide import decide, resume
 from ..core.events import (
@@ -44,7 +45,7 @@ from .upgrade import Upgrade
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
-#: After so much work of ours we look who has come; to start a worker takes a millisecond.
+#: After so much work of ours clients that wait are accepted: to start a worker takes 1 ms.
 _BREATH_S = 0.005
 #: How soon to look again behind a child that another object here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
@@ -52,81 +53,66 @@ _LAST_REAP_S = 1.0
 _NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Supervisor:
     """Owns the fleet: no other module changes it."""
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        queue: EventQueue,
-        effects: Effects,
-        checkpoint: Checkpoint,
-        upgrade: Upgrade,
-        runtime: Runtime,
-        *,
-        reopen_logs: Callable[[], None],
-        took: Callable[[int], object],
-        terminal: int | None,
-        outlives_terminal: bool,
-    ) -> None:
-        """took: told of each signal that has come, before it is acted on.
-        terminal: a descriptor of the terminal that a foreground protector lives on;
-        outlives_terminal: it was started so as to go on without (nohup).
-        """
-        self._fleet = fleet
-        self._queue = queue
-        self._unfinished: deque[Action] = deque()  # decided, and maybe not carried out
-        # Those of them that the state tells of: it is written for each of a thousand spawns.
-        self._recorded: deque[Action] = deque()
-        self._working = False
-        self._loop, self._log = runtime.loop, runtime.log
-        self._reopen_logs = reopen_logs
-        self._took = took
-        self._terminal = terminal
-        self._outlives_terminal = outlives_terminal
-        self._checkpoint = checkpoint
-        self._upgrade = upgrade
-        self._handing_over = False
-        self._give_up_at: float | None = None  # on the upgrade that waits
-        self._breath_at = 0.0  # when to look again who has come
-        self.effects = effects
-        self.post, self.save = runtime.post, runtime.persist
-        checkpoint.begin(effects, lambda: effects.snapshot(self._fleet, self._recorded))
-        queue.work_off = self._work
+    fleet: Fleet
+    queue: EventQueue
+    effects: Effects
+    checkpoint: Checkpoint
+    upgrade: Upgrade
+    runtime: Runtime
+    _: KW_ONLY
+    reopen_logs: Callable[[], None]
+    #: Told of each signal that has come, before it is acted on.
+    took: Callable[[int], object]
+    #: A descriptor of the terminal that a foreground protector lives on.
+    terminal: int | None
+    #: It was started so as to go on without (nohup).
+    outlives_terminal: bool
+    _unfinished: deque[Action] = field(default_factory=deque)  # decided, maybe not carried out
+    # Those of them that the state tells of: it is written for each of a thousand spawns.
+    _recorded: deque[Action] = field(default_factory=deque)
+    _working: bool = False
+    _handing_over: bool = False
+    _give_up_at: float | None = None  # on the upgrade that waits
+    _breath_at: float = 0.0  # when to accept the next time
+
+    def __post_init__(self) -> None:
+        effects = self.effects
+        self.checkpoint.begin(effects, lambda: effects.snapshot(self.fleet, self._recorded))
+        self.queue.work_off = self._work
         # SIGCHLD, too: ignored, as by our caller, it would have the kernel throw away how workers
         # ended.  Their own ends come by pidfds.
-        self._loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
-
-    @property
-    def fleet(self) -> Fleet:
-        return self._fleet
+        self.runtime.loop.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD), self._signalled)
 
     def launch(self) -> None:
         """Begin with the first generation."""
-        self.post(Launched())
+        self.runtime.post(Launched())
 
     def adopt(self, recovery: Recovery) -> None:
         """Go on where another program stopped."""
         snapshot = recovery.snapshot
-        self._fleet = snapshot.fleet
+        self.fleet = snapshot.fleet
         self._working = True  # what comes back meanwhile waits until all of it stands again
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.timers}
-        self._order(resume(self._fleet, left_s, snapshot.unfinished))
-        self._queue.add(recovery.adopt())
+        self._order(resume(self.fleet, left_s, snapshot.unfinished))
+        self.queue.add(recovery.adopt())
         self._act(Hold, RouteTo)  # so that no client has to wait for what follows
         for events in recovery.adopt_workers():
-            self._queue.add(events)
+            self.queue.add(events)
             self._breathe()
         self._act()
-        self.effects.welcome(self._fleet)
+        self.effects.welcome(self.fleet)
         self._working = False
         self._work()
 
     def run(self) -> int:
         """Supervise until nothing is left.  Returns the exit status."""
         self._reap_orphans()  # an earlier program may have been told, and not come to it
-        self._loop.run()
+        self.runtime.loop.run()
         self.effects.close()
         return self.effects.exit_status or 0
 
@@ -137,18 +123,18 @@ class Supervisor:
         self._working = True
         acted = True  # the caller may have
         try:
-            for event in self._queue:
-                self._fleet, actions = decide(self._fleet, event)
-                self._log.write("debug", "decided", about=event, actions=list(actions))
+            for event in self.queue:
+                self.fleet, actions = decide(self.fleet, event)
+                self.runtime.log.write("debug", "decided", about=event, actions=list(actions))
                 self._order(actions)
-                self.save()
+                self.runtime.persist()
                 acted = bool(self._unfinished)
                 self._act()
                 self._breathe()
         finally:
             self._working = False
         if acted:
-            self.save()
+            self.runtime.persist()
 
     def _order(self, actions: Iterable[Action]) -> None:
         """Have these carried out after the others."""
@@ -169,7 +155,7 @@ class Supervisor:
             if self._recorded and self._recorded[0] is action:
                 self._recorded.popleft()
             if isinstance(action, Open | Spawn):
-                self.save()  # it cannot be repeated: what was made must be known
+                self.runtime.persist()  # it cannot be repeated: what was made must be known
             self._breathe()
 
     def _breathe(self) -> None:
@@ -179,7 +165,7 @@ class Supervisor:
         """
         if time.monotonic() >= self._breath_at:
             self.effects.forwarder.look()
-            self._loop.run_if_due(WATCHDOG)
+            self.runtime.loop.run_if_due(WATCHDOG)
             self._breath_at = time.monotonic() + _BREATH_S
 
     def begin_upgrade(self) -> None:
@@ -187,33 +173,33 @@ class Supervisor:
         if self._handing_over:
             return
         if self._give_up_at is not None:
-            self._log.write("info", "upgrade-under-way")
-        elif self._checkpoint.write():
-            self._upgrade.begin(self._checkpoint.descriptors(), self._hand_over)
+            self.runtime.log.write("info", "upgrade-under-way")
+        elif self.checkpoint.write():
+            self.upgrade.begin(self.checkpoint.descriptors(), self._hand_over)
         else:
-            self._upgrade.failed(_NOT_KEPT)
+            self.upgrade.failed(_NOT_KEPT)
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
-        if not self._checkpoint.flushed:
+        if not self.checkpoint.flushed:
             self._hand_over_later()
             return
         self._give_up_at = None
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
         # Those whose handler has run are known to this program alone.
-        self._loop.take_signals()
+        self.runtime.loop.take_signals()
         if self.effects.exit_status is not None:
             pass  # nothing is left to go on with
-        elif self._checkpoint.write():
+        elif self.checkpoint.write():
             self.effects.live_settings.stop_reading()
             self.effects.pool.stop_checking()
-            self._upgrade.execute(self._checkpoint.descriptors())
+            self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.pool.go_on_checking()
-            if self._fleet.reading:
+            if self.fleet.reading:
                 self.effects.perform(ReadSettings())
         else:
-            self._upgrade.failed(_NOT_KEPT)
+            self.upgrade.failed(_NOT_KEPT)
         self._handing_over = False
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
@@ -222,16 +208,16 @@ class Supervisor:
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + _BEHIND_S
-            self._log.write(
+            self.runtime.log.write(
                 "warning", "upgrade-waits", hint="waiting for the guard or systemd to catch up"
             )
         elif now >= self._give_up_at:
             self._give_up_at = None
-            self._upgrade.failed(
+            self.upgrade.failed(
                 f"the guard or systemd has not read on for {_BEHIND_S:g} s: it hangs"
             )
             return
-        self._loop.call_after("hand-over", _AGAIN_S, self._hand_over)
+        self.runtime.loop.call_after("hand-over", _AGAIN_S, self._hand_over)
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
         """Reap discarded children, and those left to us as PID 1 of a container or sub-reaper."""
@@ -241,38 +227,38 @@ class Supervisor:
         if more:
             later_s = min(2 * again_s, _LAST_REAP_S)
             delay_s = 0.0 if reaped else again_s
-            self._loop.call_after("reap", delay_s, lambda: self._reap_orphans(later_s))
+            self.runtime.loop.call_after("reap", delay_s, lambda: self._reap_orphans(later_s))
 
     def _signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
-            # When those have been called back who wait for a child of their own.
-            self._loop.call_after("reap", 0.0, self._reap_orphans)
+            # When those have been called back that wait for a child of their own.
+            self.runtime.loop.call_after("reap", 0.0, self._reap_orphans)
             return
         # Before, so that one that is our end is not that of the next program as well.
-        self._took(number)
-        self._log.write("info", "signal", signal=signal.Signals(number).name)
+        self.took(number)
+        self.runtime.log.write("info", "signal", signal=signal.Signals(number).name)
         match number:
             case signal.SIGHUP if self._terminal_is_gone():
-                if not self._outlives_terminal:
-                    self.post(StopRequested())
+                if not self.outlives_terminal:
+                    self.runtime.post(StopRequested())
             case signal.SIGHUP:
-                self.post(ReloadRequested())
+                self.runtime.post(ReloadRequested())
             case signal.SIGTERM | signal.SIGQUIT:
-                self.post(StopRequested())
+                self.runtime.post(StopRequested())
             case signal.SIGINT:
-                self.post(StopRequested(quick=True))
+                self.runtime.post(StopRequested(quick=True))
             case signal.SIGTTIN:
                 self._scale_by(+1)
             case signal.SIGTTOU:
                 self._scale_by(-1)
             case signal.SIGUSR1:
-                self._reopen_logs()
+                self.reopen_logs()
             case signal.SIGUSR2:
                 self.begin_upgrade()
 
     def scale(self, asked: ScaleRequested) -> str | None:
         """Have another number of workers; return why that cannot be, None if it can."""
-        settings, now = self.effects.live_settings.settings, self._fleet.workers_wanted
+        settings, now = self.effects.live_settings.settings, self.fleet.workers_wanted
         wanted = now + asked.change if asked.to is None else asked.to
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         cannot = settings.mode.cannot.get("scale")
@@ -280,21 +266,21 @@ class Supervisor:
             cannot = fd_budget.refused(settings, wanted, hard)
             doubtful = fd_budget.doubtful(settings, wanted, hard)
             if cannot is None and doubtful is not None:
-                self._log.write("warning", "notice", text=doubtful)
+                self.runtime.log.write("warning", "notice", text=doubtful)
         if cannot is None:
-            self.post(asked)
+            self.runtime.post(asked)
         return cannot
 
     def _scale_by(self, change: int) -> None:
         cannot = self.scale(ScaleRequested(change))
         if cannot is not None:
-            self._log.write("warning", ReportKind.REFUSED.value, reason=cannot)
+            self.runtime.log.write("warning", ReportKind.REFUSED.value, reason=cannot)
 
     def _terminal_is_gone(self) -> bool:
-        if self._terminal is None:
+        if self.terminal is None:
             return False
         poll = select.poll()
-        poll.register(self._terminal, 0)
+        poll.register(self.terminal, 0)
         return any(events & select.POLLHUP for _, events in poll.poll(0))
 
 

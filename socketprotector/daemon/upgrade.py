@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import KW_ONLY, dataclass
 
 from .. import __version__
 from ..system import inherited, privileges
@@ -26,35 +27,34 @@ _ANSWER = b"ok "
 _TIMER = "probe"
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Upgrade:
     """One upgrade at a time: probe, then exec."""
 
-    def __init__(self, command: tuple[str, ...], loop: Loop, log: Log, *, keeps: bool) -> None:
-        """`command` executes the protector, by a path that a new release changes.
-
-        keeps: the new program is to have the capabilities that we kept (system/privileges.py).
-        """
-        self._keeps = keeps
-        self._command = command
-        self._loop = loop
-        self._log = log
-        self._probe: HelperProcess | None = None
+    #: Executes the protector, by a path that a new release changes.
+    command: tuple[str, ...]
+    loop: Loop
+    log: Log
+    _: KW_ONLY
+    #: The new program is to have the capabilities that we kept (system/privileges.py).
+    keeps: bool
+    _probe: HelperProcess | None = None
 
     def begin(self, descriptors: Mapping[str, int], ready: Callable[[], None]) -> None:
         """Probe the new program with the settings and the state; call back if it says yes."""
         if self._probe is not None:
-            self._log.write("info", "upgrade-under-way")
+            self.log.write("info", "upgrade-under-way")
             return
 
         def ended(how: str) -> None:
-            late = self._loop.due(_TIMER) is None
-            self._loop.cancel(_TIMER)
+            late = self.loop.due(_TIMER) is None
+            self.loop.cancel(_TIMER)
             answer, last = _read(receive), last_line(said)
             opened.close()
             self._probe = None
             if answer.startswith(_ANSWER):
                 version = answer[len(_ANSWER) :].decode("ascii", "replace").strip()
-                self._log.write("info", "upgrading", version=version)
+                self.log.write("info", "upgrading", version=version)
                 ready()
                 return
             how = f"did not answer in {PROBE_S:g} s" if late else how
@@ -70,33 +70,33 @@ class Upgrade:
                 given = {name: descriptors[name] for name in (inherited.SETTINGS, inherited.STATE)}
                 given[inherited.PROBE] = send
                 start = HelperProcess.start_protector
-                self._probe = start(self._command, given, said, self._loop, ended)
+                self._probe = start(self.command, given, said, self.loop, ended)
         except OSError as error:  # out of descriptors, too: then the old program goes on
             opened.close()
-            self.failed(f"{error.filename or self._command[0]}: {error.strerror}")
+            self.failed(f"{error.filename or self.command[0]}: {error.strerror}")
             return
-        self._loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
+        self.loop.call_after(_TIMER, PROBE_S, self._probe.process.kill_group)
 
     def failed(self, reason: str) -> None:
         """Say that the old program goes on, and why."""
-        self._log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
+        self.log.write("error", "upgrade-failed", reason=reason, hint=f"{__version__} goes on")
 
     def execute(self, descriptors: Mapping[str, int]) -> None:
         """Become the new program, to be called with signals blocked.
 
         Returns only if that fails, with everything as it was.
         """
-        self._log.flush()
+        self.log.flush()
         kept = {name: fd for name, fd in descriptors.items() if fd >= inherited.FIRST}
         try:
             _need_descriptors()
             with (
-                privileges.lent() if self._keeps else nullcontext(),
+                privileges.lent() if self.keeps else nullcontext(),
                 inherited.kept_through_exec(kept) as variables,
             ):
-                os.execve(self._command[0], self._command, {**os.environ, **variables})
+                os.execve(self.command[0], self.command, {**os.environ, **variables})
         except OSError as error:
-            self.failed(f"{self._command[0]}: {error.strerror}")
+            self.failed(f"{self.command[0]}: {error.strerror}")
 
 
 def _need_descriptors() -> None:

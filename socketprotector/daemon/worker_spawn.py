@@ -37,7 +37,7 @@ from .generation import OpenGeneration, known
 from .log_output import Output
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False, eq=False)
 class Worker:
     """One process, and what it speaks with us by."""
 

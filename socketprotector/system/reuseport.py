@@ -37,7 +37,8 @@ _RETURN = 0x06
 IP_FREEBIND = 15
 IPV6_TRANSPARENT = 75
 #: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
-_BACKLOG = struct.Struct("=28xI")
+#: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
+_QUEUE = struct.Struct("=24x2I")
 
 #: A socket filter that drops segments with SYN and without ACK and passes the rest, so that
 #: no new client comes while handshakes that are under way finish.
@@ -138,11 +139,16 @@ def make(first: socket.socket) -> socket.socket | None:
     return sibling
 
 
+def queue(listening: socket.socket) -> tuple[int, int]:
+    """Return how many wait to be accepted, and how many may.  Raises OSError."""
+    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size)
+    waiting, limit = _QUEUE.unpack(info)
+    return waiting, limit
+
+
 def backlog(listening: socket.socket) -> int:
     """Return how many may wait to be accepted: the last listen() has said it.  Raises OSError."""
-    info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BACKLOG.size)
-    found: int = _BACKLOG.unpack(info)[0]
-    return found
+    return queue(listening)[1]
 
 
 def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:

@@ -79,7 +79,7 @@ class Away:
             turns -= 1
             self.turn_s = max(self.turn_s, self.now_s - began_s)
             began_s = self.now_s
-            protector.post(DeadlinePassed(turn))
+            protector.runtime.post(DeadlinePassed(turn))
 
     def welcome(self, fleet: Fleet) -> None:
         pass
@@ -146,7 +146,7 @@ def test_a_stop_while_workers_are_started_is_acted_on_soon_and_calls_off_the_res
     protector.launch()
     spawned = away.spawned
 
-    protector.post(StopRequested())
+    protector.runtime.post(StopRequested())
 
     assert away.now_s - 1000.0 < LONGEST_S
     assert 0 < away.spawned == spawned
@@ -161,9 +161,9 @@ def test_the_loop_turns_between_a_few_and_a_few_of_those_that_a_number_asks_for(
     away = Away()
     protector = protector_of(away, monkeypatch, 1)
     protector.launch()
-    protector.post(WorkerReady(1))
+    protector.runtime.post(WorkerReady(1))
 
-    away.turn_with(protector, lambda: protector.post(ask), turns=20)
+    away.turn_with(protector, lambda: protector.runtime.post(ask), turns=20)
 
     assert away.spawned > 20
     assert away.turn_s < LONGEST_S

@@ -23,9 +23,9 @@ class Log:
 
 def operator(log: Log) -> CommandHandler:
     """One whose every look at anything fails."""
-    nothing = cast("Any", SimpleNamespace())
-    supervisor = cast("Any", SimpleNamespace(effects=nothing))
-    return CommandHandler(supervisor, nothing, cast("Any", log), lambda: None)
+    supervisor = cast("Any", SimpleNamespace(effects=SimpleNamespace()))
+    runtime = cast("Any", SimpleNamespace(log=log))
+    return CommandHandler(supervisor, runtime, lambda: None)
 
 
 @pytest.mark.parametrize("command", ["status", "connections", "crashes"])

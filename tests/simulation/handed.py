@@ -631,9 +631,9 @@ class Handed(World):
         protector = self._supervisor
         if protector is None or self._reason():
             return
-        generation = protector._fleet.generation(leader.generation)
+        generation = protector.fleet.generation(leader.generation)
         records = [each for each in protector.effects.pool.records() if each.pid == leader.pid]
-        found = protector._fleet.find(records[0].number) if records else None
+        found = protector.fleet.find(records[0].number) if records else None
         if found is None or found[1].state is not State.READY:
             return  # it leaves for a reason of its own
         opened = protector.effects.generations.get(leader.generation)
@@ -669,7 +669,7 @@ class Handed(World):
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
 
     def _check_waiting(self) -> None:
-        stopping = self._supervisor is not None and self._supervisor._fleet.stopping
+        stopping = self._supervisor is not None and self._supervisor.fleet.stopping
         for address in self._addresses:
             for each in address.listening:
                 if not (each.foreign and (stopping or not address.kept)):

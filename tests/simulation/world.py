@@ -814,7 +814,7 @@ class World:
         return self._harm + self.kernel.signals
 
     def _reason(self) -> str:
-        fleet = self._supervisor._fleet if self._supervisor is not None else None
+        fleet = self._supervisor.fleet if self._supervisor is not None else None
         if fleet is None or not fleet.stopping:
             return ""
         return f"{fleet.stopping.value} stop"
@@ -1101,7 +1101,7 @@ class World:
         self._signal(signal.SIGHUP)
 
     def _more(self) -> None:
-        if self._supervisor and self._supervisor._fleet.workers_wanted < 4:
+        if self._supervisor and self._supervisor.fleet.workers_wanted < 4:
             self._signal(signal.SIGTTIN)
 
     def _fewer(self) -> None:
@@ -1265,9 +1265,9 @@ class World:
         self._look_at_places(act)
         if self.turns % 16 == 0:
             self._check_descriptors()
-        if protector._fleet is not self._checked:
-            self._checked = protector._fleet
-            self._check_fleet(protector._fleet, act)
+        if protector.fleet is not self._checked:
+            self._checked = protector.fleet
+            self._check_fleet(protector.fleet, act)
 
     def _look_at_places(self, act: Effects) -> None:
         """See which addresses are served, as soon as no other configuration is tried."""
@@ -1319,7 +1319,7 @@ class World:
         """All goes well and nothing is to be done any more: so all must be done."""
         protector = self._supervisor
         assert protector is not None
-        fleet = protector._fleet
+        fleet = protector.fleet
         self._check_waiting()
         if not fleet.stopping:
             (serving,) = fleet.generations
@@ -1332,7 +1332,7 @@ class World:
     def _check_waiting(self) -> None:
         """Nobody waits any more."""
         assert self._supervisor is not None
-        stopping = self._supervisor._fleet.stopping
+        stopping = self._supervisor.fleet.stopping
         for each in self._listening:
             if not (each.foreign and (stopping or not each.address.kept)):
                 assert not each.backlog, "clients wait for ever"
@@ -1353,7 +1353,7 @@ class World:
         protector = self._supervisor
         if protector is None:  # it had ended when it was killed
             return
-        if self._stopped and protector._fleet.stopping is Stop.GRACEFUL:
+        if self._stopped and protector.fleet.stopping is Stop.GRACEFUL:
             assert not self.lost.get("graceful stop"), "a stop in calm has lost connections"
         for each in self.workers:
             assert each.ended, f"worker {each.pid} is left behind"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from ... import __version__
 from ...core.events import (
@@ -25,9 +26,9 @@ from ...core.events import (
 from ...core.fleet import Fleet, Phase, State
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
-from ...system.log import Log
-from ...system.loop import Loop
 from ..config_reader import ConfigAnswer
+from ..effects import Effects
+from ..runtime import Runtime
 from ..supervisor import Supervisor
 from . import status
 from .server import Client
@@ -42,18 +43,18 @@ _NOT_WHILE_STOPPING = ("reload", "upgrade", "scale", "hold", "replace", "drain")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class CommandHandler:
     """Answers requests for a supervisor."""
 
-    def __init__(
-        self, supervisor: Supervisor, loop: Loop, log: Log, reopen: Callable[[], None]
-    ) -> None:
-        """reopen: opens the log file anew."""
-        self._supervisor = supervisor
-        self._effects = supervisor.effects
-        self._loop = loop
-        self._log = log
-        self._reopen = reopen
+    supervisor: Supervisor
+    runtime: Runtime
+    #: Opens the log file anew.
+    reopen: Callable[[], None]
+
+    @property
+    def _effects(self) -> Effects:
+        return self.supervisor.effects
 
     def handle(self, client: Client, request: Request) -> None:
         """Carry out a request by the method of its name, and answer it.  Raises RequestError."""
@@ -65,7 +66,7 @@ class CommandHandler:
             self._compare(client, request)
             return
         try:
-            if self._supervisor.fleet.stopping and request.command in _NOT_WHILE_STOPPING:
+            if self.supervisor.fleet.stopping and request.command in _NOT_WHILE_STOPPING:
                 raise RequestError("refused", "it is stopping")
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
@@ -75,7 +76,9 @@ class CommandHandler:
         except Exception as error:
             if request.command not in _LOOKS:
                 raise  # something may be half done: a restart goes on from the state
-            self._log.write("error", "command-failed", command=request.command, error=repr(error))
+            self.runtime.log.write(
+                "error", "command-failed", command=request.command, error=repr(error)
+            )
             raise RequestError(
                 "failed", "a fault of the protector; its log says more", request.id
             ) from error
@@ -84,9 +87,9 @@ class CommandHandler:
     # -- looking -----------------------------------------------------------------
 
     def do_status(self) -> Mapping[str, Any]:
-        effects, fleet = self._effects, self._supervisor.fleet
+        effects, fleet = self._effects, self.supervisor.fleet
         settings = effects.live_settings.settings
-        held_until = self._loop.due(Deadline(TimerKind.HOLD)) if fleet.held else None
+        held_until = self.runtime.loop.due(Deadline(TimerKind.HOLD)) if fleet.held else None
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         history = effects.run.history
         return {
@@ -107,7 +110,7 @@ class CommandHandler:
             "handoff": settings.handoff,
             "ready": status.of_ready(settings),
             "command": [os.path.basename(settings.executed[0])],
-            "log_level": self._log.level,
+            "log_level": self.runtime.log.level,
             "forwarded": effects.forwarded,
             "lost": effects.lost,
             "queue_limit": status.queue_limit(route) if route is not None else None,
@@ -151,27 +154,27 @@ class CommandHandler:
     # -- doing -------------------------------------------------------------------
 
     def do_reload(self) -> Mapping[str, Any]:
-        fleet = self._supervisor.fleet
-        self._supervisor.post(ReloadRequested())
+        fleet = self.supervisor.fleet
+        self.runtime.post(ReloadRequested())
         return {"generation": fleet.next_generation}
 
     def do_upgrade(self) -> Mapping[str, Any]:
         # Later, so that the answer is sent before this program is another one.
-        self._loop.call_after("upgrade-asked", 0.0, self._supervisor.begin_upgrade)
+        self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
         return {"from": __version__, "starts": self._effects.run.restarts + 1}
 
     def do_stop(self, quick: bool = False) -> Mapping[str, Any]:
-        self._loop.call_after(
-            "stop-asked", 0.0, lambda: self._supervisor.post(StopRequested(quick))
+        self.runtime.loop.call_after(
+            "stop-asked", 0.0, lambda: self.runtime.post(StopRequested(quick))
         )
         return {}
 
     def do_scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
-        fleet = self._supervisor.fleet
+        fleet = self.supervisor.fleet
         wanted = fleet.workers_wanted + by if to is None else to
         if wanted < 1:
             raise RequestError("refused", "there is always one worker at least")
-        cannot = self._supervisor.scale(ScaleRequested(to=wanted))
+        cannot = self.supervisor.scale(ScaleRequested(to=wanted))
         if cannot is not None:
             raise RequestError("refused", cannot)
         return {"workers": wanted}
@@ -180,17 +183,17 @@ class CommandHandler:
         cannot = self._effects.live_settings.settings.mode.cannot.get("hold")
         if cannot is not None:
             raise RequestError("refused", cannot)
-        self._supervisor.post(HoldRequested(seconds))
+        self.runtime.post(HoldRequested(seconds))
         return {"until_at": time.time() + seconds}
 
     def do_release(self) -> Mapping[str, Any]:
-        self._supervisor.post(HoldReleased())
+        self.runtime.post(HoldReleased())
         return {}
 
     def do_replace(
         self, generation: int | None = None, pid: int | None = None
     ) -> Mapping[str, Any]:
-        fleet = self._supervisor.fleet
+        fleet = self.supervisor.fleet
         if pid is not None:
             return self._replace_worker(fleet, pid)
         found = fleet.generation(generation or 0)
@@ -200,7 +203,7 @@ class CommandHandler:
             raise RequestError("refused", f"generation {generation} drains already; kill ends it")
         if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
             raise RequestError("refused", "a reload is under way; try again after it")
-        self._supervisor.post(RenewRequested())
+        self.runtime.post(RenewRequested())
         return {"generation": generation}
 
     do_drain = do_replace  # its name of old
@@ -215,25 +218,25 @@ class CommandHandler:
             raise RequestError(
                 "refused", f"process {pid} does not serve: it is on its way in or out"
             )
-        self._supervisor.post(ReplaceRequested(worker.number, "an operator wants that"))
+        self.runtime.post(ReplaceRequested(worker.number, "an operator wants that"))
         return {"worker": worker.number}
 
     def do_kill(self, generation: int) -> Mapping[str, Any]:
-        found = self._supervisor.fleet.generation(generation)
+        found = self.supervisor.fleet.generation(generation)
         if found is None:
             raise RequestError("unknown", f"there is no generation {generation}")
         if found.phase not in _ENDING:
             raise RequestError(
                 "refused", f"generation {generation} is {found.phase.value}; replace it first"
             )
-        self._supervisor.post(KillRequested(generation))
+        self.runtime.post(KillRequested(generation))
         return {"workers": len(found.alive)}
 
     def do_log_level(self, level: str) -> Mapping[str, Any]:
-        self._log.set_level(level)
-        self._supervisor.save()
+        self.runtime.log.set_level(level)
+        self.runtime.persist()
         return {"level": level}
 
     def do_reopen(self) -> Mapping[str, Any]:
-        self._reopen()
+        self.reopen()
         return {}

@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
@@ -186,32 +187,23 @@ class Client:
         self._loop.call_after(("control-idle", self._fd), IDLE_S, idle)
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class ControlServer:
-    """Listens on the control socket."""
+    """Listens on the control socket, which it owns."""
 
-    def __init__(
-        self,
-        listener: Listener,
-        loop: Loop,
-        handle: Callable[[Client, Request], None],
-        acked: Callable[[int], None],
-        *,
-        uids: frozenset[int],
-        group: int | None,
-    ) -> None:
-        """Take ownership of the listener.
+    listener: Listener
+    loop: Loop
+    #: Answers a request, by client.say() now or later; may raise RequestError.
+    handle: Callable[[Client, Request], None]
+    #: Is told of a pid that is ready in einhorn's words, which expect no answer.
+    acked: Callable[[int], None]
+    _: KW_ONLY
+    #: Users that are heard, besides members of the group.
+    uids: frozenset[int]
+    group: int | None
+    _clients: dict[int, Client] = field(default_factory=dict)
 
-        handle: answers a request, by client.say() now or later; may raise RequestError.
-        acked: is told of a pid that is ready in einhorn's words, which expect no answer.
-        uids: users that are heard, besides members of the group.
-        """
-        self._listener = listener
-        self._loop = loop
-        self._handle = handle
-        self._acked = acked
-        self._uids = uids
-        self._group = group
-        self._clients: dict[int, Client] = {}
+    def __post_init__(self) -> None:
         self._listen()
 
     def tell(self, level: str, name: str, fields: Mapping[str, object]) -> None:
@@ -224,19 +216,19 @@ class ControlServer:
         """End all connections and the socket."""
         for client in list(self._clients.values()):
             client.close()
-        self._loop.cancel(("control", "again"))
-        self._loop.unwatch(self._listener.fileno())
-        self._listener.close()
+        self.loop.cancel(("control", "again"))
+        self.loop.unwatch(self.listener.fileno())
+        self.listener.close()
 
     def take(self, client: Client, line: bytes) -> None:
         """Answer a request."""
         pid = ack(line)
         if pid is not None:
             client.close()
-            self._acked(pid)
+            self.acked(pid)
             return
         try:
-            self._handle(client, control_requests.parse(line))
+            self.handle(client, control_requests.parse(line))
         except RequestError as wrong:
             client.say(control_requests.refusal(wrong))
 
@@ -245,23 +237,23 @@ class ControlServer:
 
     def _listen(self) -> None:
         try:
-            self._loop.watch(self._listener.fileno(), self._accept)
+            self.loop.watch(self.listener.fileno(), self._accept)
         except OSError:
             self._listen_later()
 
     def _listen_later(self) -> None:
-        self._loop.call_after(("control", "again"), _AGAIN_S, self._listen)
+        self.loop.call_after(("control", "again"), _AGAIN_S, self._listen)
 
     def _accept(self) -> None:
         """Accept one client; the next one has its turn in the next turn of the loop."""
         try:
-            sock, _ = self._listener.socket.accept()
+            sock, _ = self.listener.socket.accept()
         except OSError as error:
             if error.errno not in AGAIN:  # out of descriptors or memory: it stays readable
-                self._loop.unwatch(self._listener.fileno())
+                self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return
-        client = Client(sock, self, self._loop)
+        client = Client(sock, self, self.loop)
         if not self._is_allowed(sock):
             wrong = RequestError("denied", "not for this user")
         elif len(self._clients) >= CLIENTS:
@@ -277,11 +269,11 @@ class ControlServer:
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             _, uid, gid = _CREDENTIALS.unpack(found)
-            if uid in unmistakable_users(self._uids):
+            if uid in unmistakable_users(self.uids):
                 return True
-            if uid in self._uids and may_be_signalled(sock):
+            if uid in self.uids and may_be_signalled(sock):
                 return True
-            wanted = unmistakable_groups(() if self._group is None else (self._group,))
+            wanted = unmistakable_groups(() if self.group is None else (self.group,))
             if not wanted or gid in wanted:
                 return bool(wanted)
             groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)

@@ -15,6 +15,7 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
+from ...system import reuseport
 from ...system.listener import Listener
 from ..generation import OpenGeneration
 
@@ -22,9 +23,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
-_TCP_INFO_BYTES, _QUEUE_AT = 32, 24
-_QUEUE = struct.Struct("2I")
 #: In what state a worker may have connections.
 _WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
 
@@ -62,12 +60,7 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     waiting = limit = None
     if listener.socket.family != socket.AF_UNIX:
         try:
-            both = [
-                _QUEUE.unpack_from(
-                    each.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES), _QUEUE_AT
-                )
-                for each in listener.sockets
-            ]
+            both = [reuseport.queue(each) for each in listener.sockets]
             # The limit is each one's: new clients come to one of them at a time.
             waiting, limit = sum(each[0] for each in both), both[0][1]
         except (OSError, struct.error):

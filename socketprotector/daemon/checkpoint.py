@@ -42,11 +42,6 @@ class Checkpoint:
         """There is something to be kept from now on: descriptors, and what belongs to them."""
         self._effects, self._snapshot = effects, snapshot
 
-    @property
-    def flushed(self) -> bool:
-        """Whether the fd store has been sent all; the next program relies on that."""
-        return self.store.flushed
-
     def descriptors(self) -> dict[str, int]:
         """Return every descriptor that another program would need, by name."""
         assert self._effects is not None

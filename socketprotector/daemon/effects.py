@@ -254,7 +254,7 @@ class Effects:
     def _open(self, number: int, fresh: bool) -> None:
         try:
             live = self.live_settings
-            settings = live.to_try if fresh else live.settings
+            settings = (fresh and live.record.candidate) or live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
             try:
@@ -361,8 +361,8 @@ class Effects:
         """Return for how long no connection of a generation was taken; None: it is not worth it."""
         generation = self.generations[number]
         if generation.program.mode.workers_accept:
-            return self.steering.untaken_s if number == self._route else None
-        return self.forwarder.untaken_s(generation.channel)
+            return self.steering.accept_watch.seconds if number == self._route else None
+        return self.forwarder.queue.untaken_s(generation.channel)
 
     def _say_untaken(
         self, seconds: float, waiting: int, ever: bool, listen: str | None = None

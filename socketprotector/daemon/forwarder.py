@@ -78,7 +78,7 @@ class Forwarder:
         self._forwarded = 0  # by earlier programs
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
-        self._queue = QueueWatch(
+        self.queue = QueueWatch(
             loop,
             forwarded=lambda: self._acceptor.accepted,
             send_again=self._send_again,
@@ -86,7 +86,7 @@ class Forwarder:
         )
         self._acceptor = Acceptor(
             loop,
-            self._queue,
+            self.queue,
             accept_failed=self._accept_failed,
             send_failed=self._send_failed,
         )
@@ -106,7 +106,7 @@ class Forwarder:
     def route_to(self, channel: Channel | None) -> None:
         """Give what comes from now on to this channel; None: hold it in the backlog."""
         self._route = channel
-        self._queue.follow(channel)
+        self.queue.follow(channel)
         self._unwatch_full()
         self._acceptor.end_all()
         self._go_on()
@@ -214,10 +214,6 @@ class Forwarder:
         shared = [each for each in self._listeners if each.shared]
         return {each.index: each.socket_for(socket_number).fileno() for each in shared}
 
-    def untaken_s(self, channel: Channel) -> float | None:
-        """See QueueWatch."""
-        return self._queue.untaken_s(channel)
-
     @property
     def forwarded(self) -> int:
         """How many connections were accepted, to be sent to workers."""
@@ -289,7 +285,11 @@ class Forwarder:
                     if gone:
                         channel.close()
         if self._accepts and self._can_send() and self._route is not None and not self._holding:
-            self._accept_for(self._route)
+            known = [each for each in self._awaited if self._route.knows_of(each.index)]
+            try:
+                self._acceptor.begin(known, self._route)
+            except OSError as error:  # max_user_watches, or no memory
+                self._shortage.begin("epoll_ctl", error)
 
     def _deliver_kept(self, route: Channel) -> None:
         """Send what could not be sent before, and what no route before this one knew."""
@@ -302,13 +302,6 @@ class Forwarder:
             else:
                 self._deliver(route, *taken)
 
-    def _accept_for(self, route: Channel) -> None:
-        try:
-            known = [each for each in self._awaited if route.knows_of(each.index)]
-            self._acceptor.begin(known, route)
-        except OSError as error:  # max_user_watches, or no memory
-            self._shortage.begin("epoll_ctl", error)
-
     def _deliver(self, route: Channel, header: bytes, fd: int) -> None:
         """Send one connection, or keep it.  Takes ownership of fd."""
         try:
@@ -316,10 +309,10 @@ class Forwarder:
         except OSError as error:
             self._send_failed(header, fd, error)
         else:
-            self._queue.extra += 1
+            self.queue.extra += 1
             self._let_go(fd)
-            if not self._queue.runs:
-                self._queue.start()
+            if not self.queue.runs:
+                self.queue.start()
 
     def _send_again(self, route: Channel) -> None:
         """Send all that the queue holds once more, in the same order."""
@@ -327,7 +320,7 @@ class Forwarder:
             taken = self._take_back(route) if self._can_send() else None
             if taken is None:
                 return
-            self._queue.extra -= 1
+            self.queue.extra -= 1
             header, fd = taken
             if fd < 0:
                 self._lost += 1

@@ -53,11 +53,6 @@ class LiveSettings:
         assert self.record.current is not None
         return self.record.current
 
-    @property
-    def to_try(self) -> Settings:
-        """What a generation is to be opened with that is made from things as they are now."""
-        return self.record.candidate or self.settings
-
     def read(self) -> None:
         """Have them read again; what comes of it is an event."""
         self._reader.read(self.settings, self.settings.policy.start_timeout_s, self._were_read)

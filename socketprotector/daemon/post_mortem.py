@@ -45,7 +45,7 @@ class PostMortem:
     orphans: Orphans
     #: A worker has ended, as far as could be seen; more is known of it now.
     ended: Callable[[int], None]
-    #: Has the history changed.
+    #: Changes the history by the function that it is given.
     remember: Callable[[Callable[[History], History]], None]
 
     def end_of(self, worker: Worker, *, guarded: bool) -> End | None:

@@ -81,7 +81,10 @@ class QueueWatch:
             return
         if head is not None and head == self._head:
             self._look_s = min(2 * self._look_s, LAST_LOOK_S)
-            self._say_untaken(route)
+            seconds = self.untaken_s(route)
+            if seconds is not None and not route.said_untaken:
+                route.said_untaken = True
+                self.untaken(seconds, route.depth(), route.taken_from)
             self.send_again(route)
         else:
             route.taken_from = (
@@ -96,9 +99,3 @@ class QueueWatch:
             self.runs = False
         else:
             self.start()
-
-    def _say_untaken(self, route: Channel) -> None:
-        seconds = self.untaken_s(route)
-        if seconds is not None and not route.said_untaken:
-            route.said_untaken = True
-            self.untaken(seconds, route.depth(), route.taken_from)

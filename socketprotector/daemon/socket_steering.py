@@ -90,7 +90,7 @@ class SocketSteering:
         self._bound = bound
         self._lost = lost
         self._say_untaken = untaken
-        self._accept_watch = AcceptWatch(
+        self.accept_watch = AcceptWatch(
             self._loop, lines=self._lines, await_one=self._watch, say=self._untaken_by
         )
         self._ended = False
@@ -145,7 +145,7 @@ class SocketSteering:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
         self._turn_to(socket_number)
         if socket_number in self._accepting.values():
-            self._accept_watch.begin(before_us=again)
+            self.accept_watch.begin(before_us=again)
 
     def _turn_to(self, socket_number: int) -> None:
         self.current = socket_number
@@ -160,11 +160,6 @@ class SocketSteering:
         """Go on with what an earlier program had told the kernel."""
         self.current = record.socket_number
         self.unserved = frozenset(record.unserved)
-
-    @property
-    def untaken_s(self) -> float | None:
-        """For how long no waiting client was accepted; None: not long enough to report."""
-        return self._accept_watch.seconds
 
     def quiesce(self, generation: int) -> None:
         """Say when a generation whose turn is over has accepted and read from all its clients."""
@@ -186,7 +181,7 @@ class SocketSteering:
         socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if not each.has_sibling]
         quiescing = _Quiescing(time.monotonic(), over, last=True, common=common)
-        self._accept_watch.end()
+        self.accept_watch.end()
         if generation in self._accepting and (self._own(socket_number) or common):
             self._begin(generation, quiescing)
         else:
@@ -223,7 +218,7 @@ class SocketSteering:
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""
         self._ended = True
-        self._accept_watch.end()
+        self.accept_watch.end()
         for each in self._shared:
             for one in each.sockets:
                 self._loop.unwatch(one.fileno())
@@ -398,12 +393,12 @@ class SocketSteering:
         if self._ended:
             return
         if self.current not in self._accepting.values():
-            self._accept_watch.end()
+            self.accept_watch.end()
         in_vain = self._in_vain()
         if not in_vain:
             self._loop.cancel(_RESCUE)
         looked_at = [] if self._loop.due(_RESCUE) is not None else in_vain
-        awaited = self._lines_of(in_vain) if self._accept_watch.awaits else []
+        awaited = self._lines_of(in_vain) if self.accept_watch.awaits else []
         try:
             for each in self._shared:
                 each.note()
@@ -425,9 +420,9 @@ class SocketSteering:
         elif (listener, number) in self._in_vain():
             self._rescue_later()
         elif (
-            self._accept_watch.awaits
+            self.accept_watch.awaits
         ):  # a worker may have accepted by now: then none waits at the look
-            self._accept_watch.came(listener.index)
+            self.accept_watch.came(listener.index)
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
         """Return the sockets that new clients are steered to and workers accept from."""

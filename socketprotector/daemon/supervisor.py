@@ -181,7 +181,7 @@ class Supervisor:
 
     def _hand_over(self) -> None:
         """Become the new program, which goes on after the last signal that has come to us."""
-        if not self.checkpoint.flushed:
+        if not self.checkpoint.store.flushed:  # the next program relies on that
             self._hand_over_later()
             return
         self._give_up_at = None

@@ -77,7 +77,7 @@ class WorkerPool:
         remember: Callable[[Callable[[History], History]], None],
         listeners: Callable[[int], Mapping[int, int]],
     ) -> None:
-        """remember: has the history changed.  listeners: see WorkerSpawner."""
+        """remember: changes the history by a function of it.  listeners: see WorkerSpawner."""
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}

@@ -89,24 +89,21 @@ def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
     return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class WorkerSpawner:
     """Starts workers, and takes over those of an earlier program."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        loop: Loop,
-        log: Log,
-        output: Output,
-        listeners: Callable[[int], Mapping[int, int]],
-    ) -> None:
-        """listeners: returns the sockets to accept from, socket 0 or 1 of each, by index."""
-        self.settings = settings
-        self.listeners = listeners
-        self._loop = loop
-        self._log = log
-        self._output = output
-        users = (settings.identity, settings.worker_identity)
+    settings: Settings
+    loop: Loop
+    log: Log
+    output: Output
+    #: Returns the sockets to accept from, socket 0 or 1 of each, by index.
+    listeners: Callable[[int], Mapping[int, int]]
+
+    _uids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        users = (self.settings.identity, self.settings.worker_identity)
         self._uids = frozenset({0, os.getuid(), *(each.uid for each in users if each)})
 
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
@@ -115,7 +112,7 @@ class WorkerSpawner:
         with ExitStack() as theirs, ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)
-            output_start = self._output.position()
+            output_start = self.output.position()
             environment = {wire.ENV_NOTIFY: notify.address}
             if program.watchdog_s:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
@@ -133,12 +130,12 @@ class WorkerSpawner:
                 tell_pid = ""
             environment |= told
             with (
-                Readiness.offered(program, free, self._loop, number) as (
+                Readiness.offered(program, free, self.loop, number) as (
                     readiness,
                     its_ends,
                     variables,
                 ),
-                self._output.opened(number, generation.record.number) as output,
+                self.output.opened(number, generation.record.number) as output,
             ):
                 descriptors |= its_ends | output.places
                 process = spawn(program, environment | variables, descriptors, tell_pid)
@@ -212,7 +209,7 @@ class WorkerSpawner:
             Process(record.pid, descriptors["process"]),
             NotifySocket(notify, self._address_of(record.number, notify), self._uids),
             socket.socket(fileno=line) if line is not None else None,
-            Readiness(generation.program, own, self._loop, record.number),
+            Readiness(generation.program, own, self.loop, record.number),
         )
 
     # -- notify sockets --------------------------------------------------------
@@ -237,7 +234,7 @@ class WorkerSpawner:
             try:
                 return NotifySocket.make(path, self._uids)
             except OSError as error:
-                self._log.write(
+                self.log.write(
                     "warning",
                     "notify-socket-abstract",
                     worker=number,

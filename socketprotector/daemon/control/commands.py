@@ -91,6 +91,7 @@ class CommandHandler:
         settings = effects.live_settings.settings
         held_until = self.runtime.loop.due(Deadline(TimerKind.HOLD)) if fleet.held else None
         route = effects.generations.get(fleet.route.number) if fleet.route else None
+        queued = route is not None and not route.program.mode.workers_accept
         history = effects.run.history
         return {
             "version": __version__,
@@ -113,7 +114,7 @@ class CommandHandler:
             "log_level": self.runtime.log.level,
             "forwarded": effects.forwarded,
             "lost": effects.lost,
-            "queue_limit": status.queue_limit(route) if route is not None else None,
+            "queue_limit": route.channel.capacity() if route and queued else None,
             "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
             "generations": status.of_generations(
                 fleet, effects.generations, effects.pool.records(), effects.untaken_s

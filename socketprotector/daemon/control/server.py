@@ -36,24 +36,23 @@ _AGAIN_S = 0.5
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
+@dataclass(slots=True, repr=False, eq=False)
 class Client:
     """One connection.  Answers are sent by say()."""
 
-    def __init__(self, sock: socket.socket, control: ControlServer, loop: Loop) -> None:
-        self._socket = sock
-        self._fd = sock.fileno()
-        self._control = control
-        self._loop = loop
-        self._awaited = 0  # what its descriptor is watched for; 0: it is not
-        self._received = bytearray()
-        self._unsent = bytearray()
-        self._ending = False  # after what is unsent
-        self._left_out = 0
-        self.follows = False  # it wants to hear events
+    sock: socket.socket
+    server: ControlServer
+    loop: Loop
+    follows: bool = False  # it wants to hear events
+    _awaited: int = 0  # what its descriptor is watched for; 0: it is not
+    _received: bytearray = field(default_factory=bytearray)
+    _unsent: bytearray = field(default_factory=bytearray)
+    _ending: bool = False  # after what is unsent
+    _left_out: int = 0
 
     @property
     def gone(self) -> bool:
-        return self._socket.fileno() < 0
+        return self.sock.fileno() < 0
 
     def begin(self) -> None:
         """Hear what it asks."""
@@ -90,15 +89,16 @@ class Client:
 
     def close(self) -> None:
         if not self.gone:
+            fd = self.sock.fileno()
             self._await(0)
-            self._loop.cancel(("control-more", self._fd))
-            self._loop.cancel(("control-idle", self._fd))
-            self._control.forget(self._fd)
-            self._socket.close()
+            self.loop.cancel(("control-more", fd))
+            self.loop.cancel(("control-idle", fd))
+            self.server.forget(fd)
+            self.sock.close()
 
     def _read(self) -> None:
         try:
-            data = self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+            data = self.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except OSError:
@@ -119,12 +119,12 @@ class Client:
             self._received = rest
             self._await_request()
             self._rest()
-            self._control.take(self, bytes(line))
+            self.server.take(self, bytes(line))
 
     def _send(self) -> None:
         """Send what the client has room for."""
         try:
-            sent = self._socket.send(self._unsent, _FLAGS)
+            sent = self.sock.send(self._unsent, _FLAGS)
         except BlockingIOError:
             sent = 0
         except OSError:
@@ -140,7 +140,7 @@ class Client:
         """Wait for what comes next, from or to this client."""
         if self._unsent:
             self._await(WRITE)
-        elif self._loop.due(("control-more", self._fd)) is not None:
+        elif self.loop.due(("control-more", self.sock.fileno())) is not None:
             self._await(0)
         elif self._has_more:
             self._rest()
@@ -150,7 +150,7 @@ class Client:
     def _rest(self) -> None:
         """Let all others come first."""
         self._await(0)
-        self._loop.call_after(("control-more", self._fd), REST_S, self._more)
+        self.loop.call_after(("control-more", self.sock.fileno()), REST_S, self._more)
 
     def _more(self) -> None:
         if self._has_more and not self._unsent:
@@ -164,14 +164,15 @@ class Client:
 
     def _await(self, events: int) -> None:
         """Have its descriptor watched for this alone."""
+        fd = self.sock.fileno()
         if self._awaited == events:
             return
         if self._awaited:
-            self._loop.unwatch(self._fd)
+            self.loop.unwatch(fd)
         self._awaited = 0
         if events:
             try:
-                self._loop.watch(self._fd, self._send if events == WRITE else self._read, events)
+                self.loop.watch(fd, self._send if events == WRITE else self._read, events)
             except OSError:
                 self.close()
             else:
@@ -184,7 +185,7 @@ class Client:
             if not self.follows:
                 self.close()
 
-        self._loop.call_after(("control-idle", self._fd), IDLE_S, idle)
+        self.loop.call_after(("control-idle", self.sock.fileno()), IDLE_S, idle)
 
 
 @dataclass(slots=True, repr=False, eq=False)

@@ -74,15 +74,6 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     }
 
 
-def queue_limit(opened: OpenGeneration) -> int | None:
-    """Return how many connections fit in a generation's queue; None where its workers accept."""
-    return None if _accepts(opened) else opened.channel.capacity()
-
-
-def _accepts(opened: OpenGeneration) -> bool:
-    return opened.program.mode.workers_accept
-
-
 def of_generations(
     fleet: Fleet,
     generations: Mapping[int, OpenGeneration],
@@ -123,7 +114,7 @@ def _of_generation(
         "serving_since_at": opened.record.served_at,
         "draining_since_at": opened.record.drained_at,
         "path": opened.program.path,
-        "queue": None if _accepts(opened) else opened.channel.depth(),
+        "queue": None if opened.program.mode.workers_accept else opened.channel.depth(),
         "untaken_s": untaken_s,
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),

@@ -143,7 +143,7 @@ class OneFault(World):
     _rounds = 0
 
     def _serves(self) -> bool:
-        fleet = self._supervisor._fleet if self._supervisor is not None else None
+        fleet = self._supervisor.fleet if self._supervisor is not None else None
         return fleet is not None and fleet.served and not fleet.timers
 
 

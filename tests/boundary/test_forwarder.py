@@ -332,12 +332,12 @@ def test_after_some_that_came_one_by_one_the_next_is_expected(
 ) -> None:
     monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)  # each of them came alone
     world.loop.soon_ns = 10**15  # and soon
-    world.forwarder._last_ns = time.monotonic_ns()
+    world.forwarder._acceptor._last_ns = time.monotonic_ns()
     world.forwarder.route_to(world.channel())
 
     assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY - 1) + [True] * 4
 
-    world.forwarder._last_ns = 0  # the last one came long ago
+    world.forwarder._acceptor._last_ns = 0  # the last one came long ago
     world.loop.soon_ns = 1
     assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY + 3)
 

@@ -667,7 +667,7 @@ def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
 ) -> None:
     installation.add("two")
     installation.change(
-        "two", "daemon/supervisor", r"self\._reopen_logs\(\)", "raise KeyError(number)"
+        "two", "daemon/supervisor", r"self\.reopen_logs\(\)", "raise KeyError(number)"
     )
     installation.switch("two")
     log_file = tmp_path / "log"

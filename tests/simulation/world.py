@@ -677,7 +677,7 @@ class World:
             self._excuse(self._why_lost)
         else:
             self._why_lost = BY_KILL
-        if self._supervisor is not None and self._supervisor._checkpoint._failing:
+        if self._supervisor is not None and self._supervisor.checkpoint._failing:
             self._excuse("killed while the state could not be written")
         self._held = held
         self._lost_by_kill = 0

@@ -13,11 +13,13 @@ import select
 import signal
 import socket
 import stat
+from contextlib import suppress
 from typing import Any
 
 from ..model.errors import SystemRefused
 from ..system import signals
 from ..system.dir_lock import locked
+from ..system.polling import events_of
 from ..system.terminal import tell
 
 _INTERRUPTED = 130
@@ -44,10 +46,13 @@ def wait(line: socket.socket) -> int:
         if receive in ready and not called_off:
             called_off = True
             poll.unregister(receive)
-            _hang_up(line)
+            with suppress(OSError):  # it has closed its end, and said why before
+                line.shutdown(socket.SHUT_WR)  # it reads end of file, and stops
         if line.fileno() not in ready:
             continue
-        data = _read(line)
+        data = b""
+        with suppress(ConnectionResetError):  # killed with something unread
+            data = line.recv(65536)
         if not data:
             break
         *lines, rest = (rest + data).split(b"\n")
@@ -55,15 +60,21 @@ def wait(line: socket.socket) -> int:
             if "notice" in words:
                 tell(words["notice"])
             if "pid" in words:
-                resident = _pidfd(words["pid"])
+                with suppress(ProcessLookupError):  # it has ended meanwhile
+                    resident = os.pidfd_open(words["pid"])
             verdict.update(words)
         if verdict.get("ready"):
             called_off = _is_too_late(receive) or called_off
             if not called_off:
                 return 0
-            _stop(resident)  # both crossed: it serves, but was called off
+            with suppress(OSError):  # it has ended by itself, or has not said its pid
+                # Both crossed: it serves, but was called off.
+                signal.pidfd_send_signal(resident, signal.SIGINT)
             break
-    _wait_for_end(resident)
+    if resident >= 0:  # it is not our child
+        end = select.poll()
+        end.register(resident, select.POLLIN)
+        end.poll()
     for path, known in verdict.get("made", {}).items():
         _remove(path, known)
     if called_off:
@@ -86,12 +97,9 @@ def known_by(path: str) -> list[int]:
 
 def _remove(path: str, known: list[int]) -> None:
     """Remove what a start has made, that has failed, unless it has, or it is another's by now."""
-    try:
-        with locked(path):
-            if known_by(path) == known:
-                (os.unlink if known[-1] else os.rmdir)(path)
-    except OSError:
-        pass  # it has; or the folder is not ours
+    with suppress(OSError), locked(path):  # it has; or the folder is not ours
+        if known_by(path) == known:
+            (os.unlink if known[-1] else os.rmdir)(path)
 
 
 def _is_too_late(wake_up: int) -> bool:
@@ -99,44 +107,4 @@ def _is_too_late(wake_up: int) -> bool:
     for number in _CALLS_OFF:
         # Ignored, because Python would put its own handlers back to "die of it" at its end.
         signal.signal(number, signal.SIG_IGN)
-    poll = select.poll()
-    poll.register(wake_up, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _stop(pidfd: int) -> None:
-    if pidfd >= 0:
-        try:
-            signal.pidfd_send_signal(pidfd, signal.SIGINT)
-        except ProcessLookupError:
-            pass  # it has ended by itself
-
-
-def _hang_up(line: socket.socket) -> None:
-    """Let the other side see end of file: then it stops."""
-    try:
-        line.shutdown(socket.SHUT_WR)
-    except OSError:
-        pass  # it has closed its end, and said why before
-
-
-def _read(line: socket.socket) -> bytes:
-    try:
-        return line.recv(65536)
-    except ConnectionResetError:
-        return b""  # killed with something unread
-
-
-def _pidfd(pid: int) -> int:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return -1  # it has ended meanwhile
-
-
-def _wait_for_end(pidfd: int) -> None:
-    """Wait until a process that is not our child has ended."""
-    if pidfd >= 0:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll()
+    return bool(events_of(wake_up, select.POLLIN))

@@ -25,9 +25,8 @@ from . import toml_lines
 from .option_values import FLAG, TIME
 from .options import OPTIONS, Option, renamed, twice
 
-_KEYS = {each.key: each for each in OPTIONS if not each.no_key}
+_OPTIONS = {each.key: each for each in OPTIONS}
 _FORMER = {each.former: each.key for each in OPTIONS if each.former}
-_NOT_HERE = {each.key: each.no_key for each in OPTIONS if each.no_key}
 
 #: `--chdir /x: ...`, `--limit nofile=x: ...`: how a refusal names what it is about.
 _OPTION = re.compile(r"--([a-z-]+)(?: (?=[^ ]*: |[^ ]+=)|: )")
@@ -130,12 +129,14 @@ class ConfigFile:
         elif name == COMMAND:
             if self._are_strings(key, value, 'a list of words, like ["./daemon", "4321"]'):
                 self.command = tuple(value)
-        elif name in _KEYS:
-            self._option(key, _KEYS[name], value)
-        elif key in _NOT_HERE:
-            self.mistake((key,), f"has no place in a file; {_NOT_HERE[key]}")
+        elif (option := _OPTIONS.get(name)) is not None:
+            if option.no_key:
+                self.mistake((key,), f"has no place in a file; {option.no_key}")
+            else:
+                self._option(key, option, value)
         else:
-            near = get_close_matches(key, [*_KEYS, LISTEN, COMMAND], 1)
+            keys = (name for name, each in _OPTIONS.items() if not each.no_key)
+            near = get_close_matches(key, [*keys, LISTEN, COMMAND], 1)
             what = f"did you mean {near[0]}?" if near else "docs/reference.md lists them"
             self.mistake((key,), f"unknown key; {what}")
 
@@ -164,17 +165,14 @@ class ConfigFile:
     def _option(self, key: str, option: Option, value: Any) -> None:
         if option.multiple:
             self._table(key, option, value)
-            return
-        wanted = _wrong_kind(option, value)
-        if isinstance(value, str) and "\0" in value:
+        elif isinstance(value, str) and "\0" in value:
             self.mistake((key,), _NUL)
-            return
-        if wanted:
+        elif wanted := _wrong_kind(option, value):
             self.mistake((key,), f"{_shown(value)}: must be {wanted}")
-            return
-        given = value if isinstance(value, bool) else str(value)
-        if self._converts(option, given, (key,)):
-            self.values[str(option.name)] = given
+        else:
+            given = value if isinstance(value, bool) else str(value)
+            if self._converts(option, given, (key,)):
+                self.values[str(option.name)] = given
 
     def _table(self, key: str, option: Option, value: Any) -> None:
         """NAME=VALUE as a table."""
@@ -197,9 +195,8 @@ class ConfigFile:
             option.kind.convert(value, None, None)
         except click.ClickException as error:
             self.mistake(where, error.message.rstrip(".").replace("\n", " "))
-        else:
-            return True
-        return False
+            return False
+        return True
 
 
 def _wrong_kind(option: Option, value: Any) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..model.errors import SystemRefused
 
@@ -22,10 +23,12 @@ def check() -> None:
     for call, look in (
         ("memfd_create", _sealed_memory),
         ("posix_spawn", _spawn),
-        ("pidfd_open", _pidfd),
-        ("pidfd_send_signal", lambda: _with_pidfd(lambda fd: signal.pidfd_send_signal(fd, 0))),
-        ("waitid(P_PIDFD)", lambda: _with_pidfd(_wait)),
+        ("pidfd_open", lambda: _pidfd(bool)),
+        ("pidfd_send_signal", lambda: _pidfd(lambda fd: signal.pidfd_send_signal(fd, 0))),
+        ("waitid(P_PIDFD)", lambda: _pidfd(_wait)),
     ):
+        if "pidfd_open" in (*missing, *forbidden):
+            break  # without a pidfd the other two cannot be tried
         try:
             look()
         except AttributeError:  # this Python was built for an older system
@@ -68,22 +71,12 @@ def _sealed_memory() -> None:
 
 def _spawn() -> None:
     """glibc starts programs by clone3, and by clone where that is unknown, not where forbidden."""
-    try:
+    with suppress(FileNotFoundError):  # the process was there, and found no program
         os.posix_spawn("", ("none",), {})
-    except FileNotFoundError:
-        pass  # the process was there, and found no program
 
 
-def _pidfd() -> None:
-    os.close(os.pidfd_open(os.getpid()))
-
-
-def _with_pidfd(use: Callable[[int], object]) -> None:
-    """Use one of this process; where there is none to be had, that alone is to be said."""
-    try:
-        fd = os.pidfd_open(os.getpid())
-    except (OSError, AttributeError):
-        return
+def _pidfd(use: Callable[[int], object]) -> None:
+    fd = os.pidfd_open(os.getpid())
     try:
         use(fd)
     finally:
@@ -91,7 +84,5 @@ def _with_pidfd(use: Callable[[int], object]) -> None:
 
 
 def _wait(fd: int) -> None:
-    try:
+    with suppress(ChildProcessError):  # no process is a child of its own: the call is understood
         os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        pass  # no process is a child of its own: the call is understood

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 from ..model.errors import UsageError
 from ..model.frozen import frozen
 from . import socket_options
+from .option_values import octal
 
 _UNIX_OPTIONS = ("backlog", "group", "mode", "nonblock", "user")
 _PATH_MAX_BYTES = 107
@@ -46,25 +47,27 @@ class Listen:
     @property
     def told(self) -> dict[str, Any]:
         """What each of its sockets is remembered with: fields of ListenerSettings."""
-        nonblock = self.options.get("nonblock") == "1"
-        priority = socket_options.number(self.options.get("priority", ""))
         return {
             "text": self.text,
             "name": self.name,
-            "nonblock": nonblock,
-            "priority": priority,
+            "nonblock": self.options.get("nonblock") == "1",
+            "priority": socket_options.number(self.options.get("priority", "")),
         }
 
+    @property
+    def port_is_chosen(self) -> bool:
+        """Whether it is TCP, and the kernel is to choose the port."""
+        return self.path is None and self.passed is None and not self.port
+
     def backlog(self, default: int) -> int:
-        return (
-            socket_options.number(self.options["backlog"]) if "backlog" in self.options else default
-        )
+        own = self.options.get("backlog")
+        return default if own is None else socket_options.number(own)
 
     def means(self, address: str) -> bool:
         """Whether a socket that is bound to this canonical address is what is wanted."""
         if self.path is not None:
             return address == f"unix:{self.path}"
-        if self.passed is not None or not self.port:
+        if self.passed is not None or self.port_is_chosen:
             return False
         hosts = [self.host] if self.host is not None else ["0.0.0.0", "::"]
         return any(address in (f"tcp:{h}:{self.port}", f"tcp:[{h}]:{self.port}") for h in hosts)
@@ -87,12 +90,13 @@ def parse(text: str, directory: str) -> Listen:
         raise UsageError(
             f"{text}: UDP has no connections that could be handed over; let the daemon bind it"
         )
+    where: dict[str, Any]
+    allowed: Sequence[str]
     if body.startswith("fd:"):
-        if not body.removeprefix("fd:"):
+        where, allowed = {"passed": body.removeprefix("fd:")}, ()
+        if not where["passed"]:
             raise UsageError(f"{text}: fd: needs the name of a socket that was passed to us")
-        options = _options(text, query, ())
-        return Listen(text, passed=body.removeprefix("fd:"), options=options, called=called)
-    if body.startswith("unix:"):
+    elif body.startswith("unix:"):
         path = body.removeprefix("unix:")
         if not path or path == "@":
             raise UsageError(f"{text}: unix: needs a path, or @name")
@@ -100,23 +104,19 @@ def parse(text: str, directory: str) -> Listen:
             path = os.path.join(directory, path)
         if len(os.fsencode(path)) > _PATH_MAX_BYTES:
             raise UsageError(f"{text}: a UNIX socket's path has {_PATH_MAX_BYTES} bytes at most")
-        options = _options(text, query, _UNIX_OPTIONS)
-        return Listen(text, path=path, options=options, called=called)
-    host, colon, port = body.rpartition(":")
-    if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
-        raise UsageError(
-            f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
-            "fd:NAME, or NAME= and one of them"
-        )
-    if not _whole(port) or int(port) > 65535:
-        raise UsageError(f"{text}: the port must be a number from 0 to 65535")
-    return Listen(
-        text,
-        port=int(port),
-        host=host.strip("[]") if colon else None,
-        options=_options(text, query, tuple(socket_options.OPTIONS)),
-        called=called,
-    )
+        where, allowed = {"path": path}, _UNIX_OPTIONS
+    else:
+        host, colon, port = body.rpartition(":")
+        if colon and (host in ("", "*") or (":" in host and not host.startswith("["))):
+            raise UsageError(
+                f"{text}: write PORT (on every address), HOST:PORT, [HOST6]:PORT, unix:PATH or "
+                "fd:NAME, or NAME= and one of them"
+            )
+        if not _whole(port) or int(port) > 65535:
+            raise UsageError(f"{text}: the port must be a number from 0 to 65535")
+        where = {"port": int(port), "host": host.strip("[]") if colon else None}
+        allowed = tuple(socket_options.OPTIONS)
+    return Listen(text, options=_options(text, query, allowed), called=called, **where)
 
 
 def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
@@ -128,12 +128,8 @@ def _options(text: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
             )
         if name in socket_options.OPTIONS:
             socket_options.check(text, name, value)
-        if name == "mode":
-            _number(text, "mode", value)
-        if name == "user":
-            uid_of(text, value)
-        if name == "group":
-            gid_of(text, value)
+        if name in _CHECKS:
+            _CHECKS[name](text, value)
     return found
 
 
@@ -141,14 +137,11 @@ def _whole(text: str) -> bool:
     return text.isascii() and text.isdigit()
 
 
-def _number(text: str, name: str, value: str) -> int:
+def mode_of(text: str, mode: str) -> int:
     try:
-        mode = int(value, 8)
+        return octal(mode)
     except ValueError:
-        mode = -1
-    if not 0 <= mode <= 0o777:
-        raise UsageError(f"{text}: {name} must be octal, like 0660")
-    return mode
+        raise UsageError(f"{text}: mode must be octal, like 0660") from None
 
 
 def uid_of(text: str, user: str) -> int:
@@ -163,3 +156,6 @@ def gid_of(text: str, group: str) -> int:
         return int(group) if _whole(group) else grp.getgrnam(group).gr_gid
     except KeyError:
         raise UsageError(f"{text}: unknown group {group}") from None
+
+
+_CHECKS = {"mode": mode_of, "user": uid_of, "group": gid_of}

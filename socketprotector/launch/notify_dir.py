@@ -18,12 +18,14 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 
 from ..model.frozen import frozen
 from ..model.settings import Settings
 from ..system import control_path
 from ..system.sd_notify import remove_folder
+from .user_access import downwards
 from .writable import refuse_unwritable
 
 PREFIX = ".notify-"
@@ -123,27 +125,17 @@ def _check(folder: str, settings: Settings) -> None:
         _refuse(errno.EPERM, "others could remove it")
     if os.geteuid() == 0:
         # Workers may become whom they like before they say that they are ready.
-        for each in _upwards(os.path.realpath(folder)):
+        for each in reversed([*downwards(os.path.realpath(folder))]):
             if not os.stat(each).st_mode & stat.S_IXOTH:
                 _refuse(errno.EACCES, f"{each} is closed to other users")
-
-
-def _upwards(path: str) -> Iterator[str]:
-    while True:
-        yield path
-        if path == os.path.dirname(path):
-            return
-        path = os.path.dirname(path)
 
 
 def _sweep(place: str, settings: Settings) -> None:
     """Remove what is not locked: its protector is gone."""
     for name in os.listdir(place):
         if name.startswith(PREFIX):
-            try:
+            with suppress(OSError):  # it is locked, or another user's
                 _remove_stale(os.path.join(place, name), _owners(settings))
-            except OSError:
-                pass  # it is locked, or another user's
 
 
 def _remove_stale(path: str, owners: set[int]) -> None:
@@ -161,12 +153,9 @@ def _remove_stale(path: str, owners: set[int]) -> None:
 def _made(place: str, settings: Settings) -> NotifyFolder:
     for _ in range(_TRIES):
         path = os.path.join(place, PREFIX + os.urandom(_KEY_BYTES).hex())
-        try:
-            os.mkdir(path, 0o700)
-        except FileExistsError:
-            continue
         fd = -1
         try:
+            os.mkdir(path, 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Until it was locked, another start may have removed it as stale.
@@ -175,8 +164,8 @@ def _made(place: str, settings: Settings) -> NotifyFolder:
                 if settings.identity is not None:
                     os.fchown(fd, settings.identity.uid, settings.identity.gid)
                 return NotifyFolder(path, fd)
-        except (FileNotFoundError, BlockingIOError):
-            pass  # it did
+        except (FileExistsError, FileNotFoundError, BlockingIOError):
+            pass  # it did; or the name is taken
         except OSError:
             if fd >= 0:
                 os.close(fd)

@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -109,15 +110,12 @@ def _size(text: str) -> int:
     raise ValueError(f"{text!r} is not a size; write 500M, 2G or bytes")
 
 
-def _octal(text: str) -> int:
-    """An umask, as the shell writes it."""
-    try:
-        number = int(text, 8)
-    except ValueError:
-        number = -1
-    if not 0 <= number <= 0o777:
-        raise ValueError(f"{text!r} is not octal, like 022")
-    return number
+def octal(text: str) -> int:
+    """A mode or an umask, as the shell writes it."""
+    with suppress(ValueError):
+        if 0 <= (number := int(text, 8)) <= 0o777:
+            return number
+    raise ValueError(f"{text!r} is not octal, like 022")
 
 
 FLAG = click.BOOL
@@ -130,7 +128,7 @@ PAIR = Value("NAME=VALUE", _pair)
 NAMES = Value("NAME,...", _names, lambda names: ",".join(names) or "none")
 SHARE = Value("N[+-J]", _share)
 SIZE = Value("SIZE", _size)
-OCTAL = Value("OCTAL", _octal, "{:04o}".format)
+OCTAL = Value("OCTAL", octal, "{:04o}".format)
 
 
 def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from contextlib import suppress
 
 _CREDENTIALS = struct.Struct("3i")
 
@@ -17,15 +18,15 @@ def of_port(host: str, port: int) -> str:
     import psutil  # takes a tenth of a start, and only one that fails comes here
 
     pid = None
-    try:
-        for connection in psutil.net_connections("tcp"):
-            if connection.status != psutil.CONN_LISTEN or not connection.laddr:
-                continue
-            there = {connection.laddr.ip, host} & {"0.0.0.0", "::"}
-            if connection.laddr.port == port and (there or connection.laddr.ip == host):
-                pid = pid or connection.pid
-    except (psutil.Error, OSError):
-        pass  # no /proc, or it is closed to us
+    with suppress(psutil.Error, OSError):  # no /proc, or it is closed to us
+        pids = [
+            each.pid
+            for each in psutil.net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN
+            and (each.laddr and each.laddr.port == port)
+            and (each.laddr.ip == host or {each.laddr.ip, host} & {"0.0.0.0", "::"})
+        ]
+        pid = next(filter(None, pids), None)
     if pid == os.getpid():  # at a reload that adds it twice
         return "another listener of this protector has it: leave one of them out"
     return f"{_called(pid)} has it: stop that, or choose another"

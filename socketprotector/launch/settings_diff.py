@@ -10,16 +10,14 @@ from dataclasses import replace
 from operator import attrgetter
 
 from ..model.settings import Identity, ListenerSettings, Settings
-from .options import OPTIONS, STAYS, Option
+from .options import OPTIONS, STAYS
 
 RESTART = "needs a restart"
 
 
 def changes(old: Settings, new: Settings) -> Iterator[str]:
     """Tell what a reload changes: `workers: 2 -> 4`, `listen: + tcp:0.0.0.0:81`, `env: A`."""
-    for option in OPTIONS:
-        if option.field and option.at_reload != STAYS:
-            yield from _compared(option, *map(attrgetter(option.field), (old, new)))
+    yield from _options(old, new, stays=False)
     yield from _differs("ready", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
         yield "ready: another check"  # there may be something secret in it
@@ -62,18 +60,18 @@ def _command(old: Sequence[str], new: Sequence[str]) -> Iterator[str]:
 
 def forbidden(old: Settings, new: Settings) -> Iterator[str]:
     """Tell what would have to change and cannot while the process lives."""
+    return _options(old, new, stays=True)
+
+
+def _options(old: Settings, new: Settings, *, stays: bool) -> Iterator[str]:
     for option in OPTIONS:
-        if option.field and option.at_reload == STAYS:
+        if option.field and (option.at_reload == STAYS) == stays:
             before, after = map(attrgetter(option.field), (old, new))
             if isinstance(before, Identity) and isinstance(after, Identity):
                 # What else is known of the user is that of the start for life.
                 after = replace(after, groups=before.groups, home=before.home, shell=before.shell)
-            yield from _compared(option, before, after)
-
-
-def _compared(option: Option, before: object, after: object) -> Iterator[str]:
-    if before != after:
-        yield from _differs(option.key, option.shown(before), option.shown(after))
+            if before != after:
+                yield from _differs(option.key, option.shown(before), option.shown(after))
 
 
 def _differs(key: str, before: object, after: object) -> Iterator[str]:

@@ -64,17 +64,15 @@ def _put_keepalive(one: socket.socket, value: str) -> None:
             one.setsockopt(socket.IPPROTO_TCP, option, int(seconds))
 
 
-def _put_tos(one: socket.socket, value: str) -> None:
-    one.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, number(value))
-    if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, number(value))
+def _of_ip(option: int, of_ipv6: int) -> _Set:
+    """Set both on an IPv6 socket, which may take IPv4, too."""
 
+    def put(one: socket.socket, value: str) -> None:
+        one.setsockopt(socket.IPPROTO_IP, option, number(value))
+        if one.family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, of_ipv6, number(value))
 
-def _put_transparent(one: socket.socket, value: str) -> None:
-    if one.family == socket.AF_INET6:
-        one.setsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT, int(value))
-    else:
-        one.setsockopt(socket.IPPROTO_IP, socket.IP_TRANSPARENT, int(value))
+    return put
 
 
 def _put_v6only(one: socket.socket, value: str) -> None:
@@ -122,8 +120,12 @@ OPTIONS: Mapping[str, Option] = {
     "priority": Option("a number from 0 to 15", _between(0, 15), _elsewhere),
     "rcvbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_RCVBUF)),
     "sndbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_SNDBUF)),
-    "tos": Option("a number from 0 to 255, like 0x10", _between(0, 255), _put_tos),
-    "transparent": Option(*_SWITCH, _put_transparent),
+    "tos": Option(
+        "a number from 0 to 255, like 0x10",
+        _between(0, 255),
+        _of_ip(socket.IP_TOS, socket.IPV6_TCLASS),
+    ),
+    "transparent": Option(*_SWITCH, _of_ip(socket.IP_TRANSPARENT, IPV6_TRANSPARENT)),
     "user_timeout": Option(
         "a time, like 500ms, 30s or 2m",
         lambda value: 0 < _ms(value) < 2**31,

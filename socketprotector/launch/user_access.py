@@ -12,6 +12,7 @@ import os
 import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 
 from ..model.settings import Identity
 
@@ -34,10 +35,8 @@ def as_user(identity: Identity, look: Callable[[], str]) -> str:
     os.close(theirs)
     with open(ours, "rb") as file:
         said = file.read()
-    try:
+    with suppress(ChildProcessError):  # the caller ignores SIGCHLD, so the kernel has reaped it
         os.waitpid(child, 0)
-    except ChildProcessError:
-        pass  # the caller ignores SIGCHLD, so the kernel has reaped it
     return said.decode("utf-8", "surrogateescape")
 
 
@@ -61,8 +60,8 @@ def closed(needed: Mapping[str, int]) -> str:
     at: it is another mistake.
     """
     for path, mode in needed.items():
-        for part in dict.fromkeys((*_downwards(path), *_downwards(os.path.realpath(path)))):
-            if not os.access(part, mode if part == path else os.X_OK) and _is_there(part):
+        for part in dict.fromkeys((*downwards(path), *downwards(os.path.realpath(path)))):
+            if not os.access(part, mode if part == path else os.X_OK) and os.path.exists(part):
                 what = "enter" if path.endswith("/") else "execute"
                 return f"cannot {what} {path}: {_whose(part)}"
     return ""
@@ -79,19 +78,11 @@ def _interpreter(script: str) -> str:
     return os.fsdecode(words[0]) if line.startswith(b"#!") and words else ""
 
 
-def _downwards(path: str) -> Iterator[str]:
+def downwards(path: str) -> Iterator[str]:
     """Yield each folder on a path, from the root on, and what it leads to."""
     if path != os.path.dirname(path):
-        yield from _downwards(os.path.dirname(path))
+        yield from downwards(os.path.dirname(path))
     yield path
-
-
-def _is_there(path: str) -> bool:
-    try:
-        os.stat(path)
-    except OSError:
-        return False
-    return True
 
 
 def _whose(path: str) -> str:

@@ -14,34 +14,25 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from itertools import chain, repeat
 
 from ..model.errors import UsageError
 from ..model.frozen import frozen
 from ..model.settings import ListenerSettings
 from ..system import inherited
-from .bind import Bound
+from .bind import Bound, canonical
 from .listen_spec import Listen
 
-_FIRST = 3
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
-
-
-@frozen
-class Given:
-    """One socket that was passed in, and what it is bound to."""
-
-    name: str
-    socket: socket.socket
-    address: str
 
 
 @frozen
 class Passed:
     """What was passed in."""
 
-    given: Sequence[Given] = ()
-    left: Sequence[Given] = ()  # by the protector that was here before us
-    stored: Sequence[str] = ()  # all names that are ours in the descriptor store
+    given: list[Bound]
+    left: list[Bound]  # by the protector that was here before us
+    stored: list[str]  # all names that are ours in the descriptor store
 
 
 def passed() -> Passed:
@@ -52,22 +43,20 @@ def passed() -> Passed:
     """
     pid, count, names, _ = (os.environ.pop(variable, "") for variable in _VARIABLES)
     if pid != str(os.getpid()) or not count.isdigit():
-        return Passed()
-    called = names.split(":") if names else []
-    given: list[Given] = []
-    left: list[Given] = []
-    stored: list[str] = []
-    for place in range(int(count)):
-        fd, name = _FIRST + place, called[place] if place < len(called) else "unknown"
+        return Passed([], [], [])
+    called = chain(names.split(":") if names else (), repeat("unknown"))
+    found = Passed([], [], [])
+    for fd, name in zip(range(inherited.FIRST, inherited.FIRST + int(count)), called, strict=False):
         ours = name.startswith(inherited.OURS)
         if ours:
-            stored.append(name)
-        found = _listening(fd)
-        if found is not None:
-            (left if ours else given).append(Given(name, found, _address(found)))
+            found.stored.append(name)
+        one = _listening(fd)
+        if one is not None:
+            settings = ListenerSettings(_address(one), name=name, foreign=not ours)
+            (found.left if ours else found.given).append(Bound(one, settings, left=ours))
         elif ours:
             os.close(fd)
-    return Passed(given, left, stored)
+    return found
 
 
 def _listening(fd: int) -> socket.socket | None:
@@ -75,47 +64,39 @@ def _listening(fd: int) -> socket.socket | None:
         found = socket.socket(fileno=fd)
     except OSError:
         return None  # a file, or nothing
-    if not _listens(found):
+    if found.type != socket.SOCK_STREAM or not found.getsockopt(
+        socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+    ):
         found.detach()
         return None
     os.set_inheritable(fd, False)
     return found
 
 
-def take(listens: Sequence[Listen], passed: Sequence[Given]) -> dict[int, list[Bound]]:
+def take(listens: Sequence[Listen], passed: Sequence[Bound]) -> dict[int, list[Bound]]:
     """Return, for each LISTEN argument that passed sockets stand for, what they are.
 
     Raises UsageError for a name that nothing was passed under.
     """
     taken: dict[int, list[Bound]] = {}
     for index, listen in enumerate(listens):
-        if listen.passed is not None:
-            mine = [each for each in passed if each.name == listen.passed]
-            if not mine:
-                names = ", ".join(sorted({each.name for each in passed})) or "none at all"
-                raise UsageError(
-                    f"{listen.text}: no listening socket was passed under this name; there is: "
-                    f"{names}"
-                )
-        else:
-            mine = [each for each in passed if listen.means(each.address)]
+        mine = [
+            each
+            for each in passed
+            if each.settings.name == listen.passed or listen.means(each.settings.address)
+        ]
         if mine:
-            taken[index] = [
-                Bound(each.socket, ListenerSettings(each.address, foreign=True)) for each in mine
-            ]
+            taken[index] = mine
+        elif listen.passed is not None:
+            names = ", ".join(sorted({each.settings.name for each in passed})) or "none at all"
+            raise UsageError(
+                f"{listen.text}: no listening socket was passed under this name; there is: {names}"
+            )
     return taken
-
-
-def _listens(passed: socket.socket) -> bool:
-    return passed.type == socket.SOCK_STREAM and bool(
-        passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    )
 
 
 def _address(passed: socket.socket) -> str:
     name = passed.getsockname()
     if passed.family == socket.AF_UNIX:
-        text = os.fsdecode(name)
-        return f"unix:@{text[1:]}" if text.startswith("\0") else f"unix:{text}"
-    host = f"[{name[0]}]" if passed.family == socket.AF_INET6 else name[0]
-    return f"tcp:{host}:{name[1]}"
+        return canonical(passed.family, os.fsdecode(name).replace("\0", "@", 1))
+    return canonical(passed.family, *name[:2])

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from ..model.errors import Refusal, SystemRefused, UsageError
@@ -25,6 +26,11 @@ from .listen_spec import Listen
 
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
+_HINTS = {
+    errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
+    "--user, or choose another port",
+    errno.EADDRNOTAVAIL: "no interface has it: add ?freebind=1 if one will",
+}
 
 
 @frozen
@@ -40,12 +46,21 @@ class Bound:
         self.socket.close()
         if self.settings.inode and not self.left:
             path = self.settings.address.removeprefix("unix:")
-            try:
+            with suppress(OSError):  # removed already
                 found = os.lstat(path)
                 if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
                     os.unlink(path)
-            except OSError:
-                pass  # removed already
+
+
+@contextmanager
+def discarded_on_error(bound: list[Bound]) -> Iterator[None]:
+    """Discard what is in the list at the end of a block that raises."""
+    try:
+        yield
+    except BaseException:
+        for each in bound:
+            each.discard()
+        raise
 
 
 def bind_all(
@@ -68,29 +83,14 @@ def bind_all(
     """
     bound: list[Bound] = []
     earlier: dict[str, Listen] = {}
-    try:
+    with discarded_on_error(bound):
         for index, listen in enumerate(listens):
-            if passed and index in passed:
-                found = passed[index]
-            elif f"unix:{listen.path}" in have:
-                found = []
-            elif left and f"unix:{listen.path}" in left:
-                found = [left[f"unix:{listen.path}"]]
-            elif listen.path is not None:
-                _refuse_twice(f"unix:{listen.path}", listen, earlier)
-                found = [Bound(*bind_unix(listen, listen.path, listen.backlog(backlog), dry=dry))]
-            else:
-                found = _bind_tcp(
-                    listen, listen.backlog(backlog), notice, have, left or {}, earlier, dry=dry
-                )
+            found = (passed or {}).get(index)
+            found = found or _bind(listen, backlog, notice, have, left or {}, earlier, dry=dry)
             earlier |= {each.settings.address: listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.told)) for each in found
             )
-    except BaseException:
-        for each in bound:
-            each.discard()
-        raise
     if dry:
         for each in bound:
             each.socket.close()
@@ -151,31 +151,31 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
 def _addresses(
     listen: Listen, notice: Callable[[str], None]
 ) -> list[tuple[socket.AddressFamily, str]]:
-    """Return the (family, numeric host) pairs that a LISTEN argument means."""
+    """Return the (family, numeric host) pairs that a LISTEN argument means; of AF_UNIX the path."""
+    if listen.path is not None:
+        return [(socket.AF_UNIX, listen.path)]
     if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
         return [(socket.AF_INET6, "::")]  # takes IPv4 too
     if listen.host is None:
-        found = [(socket.AF_INET, "0.0.0.0")]
-        if _has_ipv6():
-            found.append((socket.AF_INET6, "::"))
-        else:
-            notice(f"{listen.text}: no IPv6 here; listening on 0.0.0.0 only")
-        return found
-    try:
-        answers = socket.getaddrinfo(
-            listen.host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-    except (socket.gaierror, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
-        raise SystemRefused(
-            f"cannot resolve {listen.host} in {listen.text}: {reason}; check the name, "
-            "or write the address as a number"
-        ) from error
-    found = list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
+        found = [(socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")]
+    else:
+        found = _resolved(listen, listen.host)
     usable = [each for each in found if each[0] != socket.AF_INET6 or _has_ipv6()]
     if usable and usable != found:
         notice(f"{listen.text}: no IPv6 here; listening on {usable[0][1]} only")
     return usable or found
+
+
+def _resolved(listen: Listen, host: str) -> list[tuple[socket.AddressFamily, str]]:
+    try:
+        answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, socket.gaierror) else "no valid name"
+        raise SystemRefused(
+            f"cannot resolve {host} in {listen.text}: {reason}; check the name, "
+            "or write the address as a number"
+        ) from error
+    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in answers))
 
 
 def _has_ipv6() -> bool:
@@ -190,18 +190,18 @@ def _has_ipv6() -> bool:
 
 def addresses_of(listen: Listen, notice: Callable[[str], None]) -> list[str]:
     """Return the canonical addresses that an argument means, as far as they are known before."""
-    if listen.path is not None:
-        return [f"unix:{listen.path}"]
-    return [_canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
+    return [canonical(family, host, listen.port) for family, host in _addresses(listen, notice)]
 
 
-def _canonical(family: socket.AddressFamily, host: str, port: int) -> str:
+def canonical(family: int, host: str, port: int = 0) -> str:
+    if family == socket.AF_UNIX:
+        return f"unix:{host}"
     return f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
 
 
-def _bind_tcp(
+def _bind(
     listen: Listen,
-    backlog: int,
+    default_backlog: int,
     notice: Callable[[str], None],
     have: Collection[str],
     left: Mapping[str, Bound],
@@ -209,28 +209,29 @@ def _bind_tcp(
     *,
     dry: bool,
 ) -> list[Bound]:
+    backlog = None if dry else listen.backlog(default_backlog)
     addresses = [
         (family, host)
         for family, host in _addresses(listen, notice)
-        if _canonical(family, host, listen.port) not in have
+        if canonical(family, host, listen.port) not in have
     ]
-    for family, host in addresses if listen.port else ():
-        _refuse_twice(_canonical(family, host, listen.port), listen, earlier)
+    for family, host in addresses if not listen.port_is_chosen else ():
+        _refuse_twice(canonical(family, host, listen.port), listen, earlier)
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
         try:
             for family, host in addresses:
-                each = left.get(_canonical(family, host, port)) or _bind_one(
-                    listen, family, host, port, None if dry else backlog
+                each = left.get(canonical(family, host, port)) or _bind_one(
+                    listen, family, host, port, backlog
                 )
                 bound.append(each)
-                if not dry:  # else port 0 stays 0
+                if listen.port_is_chosen and not dry:  # else port 0 stays 0
                     port = each.socket.getsockname()[1]
         except OSError as error:
             for each in bound:
                 each.socket.close()
-            taken = error.errno == errno.EADDRINUSE and listen.port == 0 and bound
+            taken = error.errno == errno.EADDRINUSE and listen.port_is_chosen and bound
             if not (taken and tries_left):
                 raise _cannot_bind(listen, host, port, error) from error
         else:
@@ -255,32 +256,35 @@ def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -
 
 
 def _overlap(one: str, other: str) -> bool:
-    if one == other:
-        return True
+    if one == other or "unix:" in (one[:5], other[:5]):
+        return one == other
     (host, _, port), (its_host, _, its_port) = one.rpartition(":"), other.rpartition(":")
     any_host = "tcp:[::]" if host.startswith("tcp:[") else "tcp:0.0.0.0"
     same_family = host.startswith("tcp:[") == its_host.startswith("tcp:[")
     return same_family and port == its_port and any_host in (host, its_host)
 
 
-def reuse(used: socket.socket, listen: Listen, address: str, backlog: int) -> Bound:
-    """Have a listening socket of an address be as one that is bound now would be.
+def reuse(left: Bound, listen: Listen, backlog: int) -> Bound:
+    """Have a listening socket be as one that is bound now would be.
 
     Raises OSError, with what is not to be had, where it cannot be, and Refusal.
     """
+    used = left.socket
     used.setblocking(False)
     if listen.path is not None:
         reuseport.reapply_options(used, used)
-        return Bound(used, reapply_options(used, listen, listen.path, backlog), left=True)
+        return replace(left, settings=reapply_options(used, listen, listen.path, backlog))
     with _made(listen, socket.AddressFamily(used.family)) as fresh:
         reuseport.reapply_options(used, fresh)
     used.listen(backlog)
-    return Bound(used, ListenerSettings(address), left=True)
+    return left
 
 
 def _bind_one(
     listen: Listen, family: socket.AddressFamily, host: str, port: int, backlog: int | None
 ) -> Bound:
+    if family == socket.AF_UNIX:
+        return Bound(*bind_unix(listen, host, backlog))
     sock = _made(listen, family)
     try:
         if port or backlog is None:
@@ -298,7 +302,7 @@ def _bind_one(
     except BaseException:
         sock.close()
         raise
-    return Bound(sock, ListenerSettings(_canonical(family, host, port)))
+    return Bound(sock, ListenerSettings(canonical(family, host, port)))
 
 
 def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
@@ -317,14 +321,9 @@ def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
 def _cannot_bind(listen: Listen, host: str, port: int, error: OSError) -> Refusal:
     what = f"cannot listen on {listen.text} ({host} port {port}): {error.strerror}"
     if isinstance(error, socket_options.Unsettable):
-        return SystemRefused(f"{what}; {error.hint}")
-    if error.errno == errno.EADDRINUSE:
-        return SystemRefused(f"{what}; {port_owner.of_port(host, port)}")
-    if error.errno == errno.EACCES:
-        return SystemRefused(
-            f"{what}; a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
-            "--user, or choose another port"
-        )
-    if error.errno == errno.EADDRNOTAVAIL:
-        return SystemRefused(f"{what}; no interface has it: add ?freebind=1 if one will")
-    return SystemRefused(f"{what}; check the address and its options")
+        hint = error.hint
+    elif error.errno == errno.EADDRINUSE:
+        hint = port_owner.of_port(host, port)
+    else:
+        hint = _HINTS.get(error.errno or 0, "check the address and its options")
+    return SystemRefused(f"{what}; {hint}")

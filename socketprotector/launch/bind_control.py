@@ -21,12 +21,10 @@ _BACKLOG = 64
 
 def default_path(name: str) -> str:
     """Return where the control socket of a service goes: in its own folder, if it has one."""
-    folder = _folder()
-    key = control_path.key_of(name)
-    own = os.path.join(folder, key)
+    own = os.path.join(_folder(), control_path.key_of(name))
     if os.path.isdir(own):
         return os.path.join(own, control_path.IN_OWN_FOLDER)
-    return os.path.join(folder, f"{key}{control_path.SUFFIX}")
+    return f"{own}{control_path.SUFFIX}"
 
 
 def _folder() -> str:
@@ -41,51 +39,44 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
     if settings.control is None:
         return None
     path = settings.control.address.removeprefix("unix:")
-    try:
-        if os.path.dirname(path) == _folder():
-            # Others may look into it: the sockets there have modes of their own.
-            os.makedirs(_folder(), 0o755, exist_ok=True)
-        bound, called = _bind_apart(settings, path)
-    except OSError as error:
-        notice(f"no control socket: {error.filename}: {error.strerror}; see --control")
-    except SystemRefused as error:
-        notice(f"no control socket: {error}; see --control")
-    else:
-        if called != settings.name:
-            notice(
-                f"another protector is called {settings.name}: for socketprotectorctl this one is "
-                f"--name {called}; --name gives it a name of its own"
-            )
-        return bound
+    names: tuple[str, ...] = (settings.name,)
+    if path == default_path(settings.name):
+        # Another protector of that name may run.
+        names += control_path.apart(settings.name, settings.listeners[0].address)
+    why = ""
+    for called in names:
+        at = default_path(called) if len(names) > 1 else path
+        try:
+            if os.path.dirname(at) == _folder():
+                # Others may look into it: the sockets there have modes of their own.
+                os.makedirs(_folder(), 0o755, exist_ok=True)
+            bound = _bind(settings, at)
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+            break
+        except SystemRefused as error:
+            why = str(error)
+            if not _is_taken(error):
+                break
+        else:
+            if called != settings.name:
+                notice(
+                    f"another protector is called {settings.name}: for socketprotectorctl this one "
+                    f"is --name {called}; --name gives it a name of its own"
+                )
+            return bound
+    notice(f"no control socket: {why}; see --control")
     return None
 
 
-def _bind_apart(settings: Settings, path: str) -> tuple[Bound, str]:
-    """Bind it there, or under another name if one of that name runs; return the name.
-
-    Raises OSError, SystemRefused.
-    """
-    others: tuple[str, ...] = ()
-    if path == default_path(settings.name):
-        others = control_path.apart(settings.name, settings.listeners[0].address)
-    for called, other in zip((settings.name, *others), (*others, ""), strict=True):
-        try:
-            return _bind(settings, default_path(called) if others else path), called
-        except SystemRefused as error:
-            if not other or not _is_taken(error):
-                raise
-    raise AssertionError("the last one returns or raises")
-
-
 def _bind(settings: Settings, path: str) -> Bound:
-    """Bind it there.  Raises OSError, SystemRefused."""
     options = {"mode": "0600"}
     if settings.identity is not None:
         options["user"] = str(settings.identity.uid)
     if settings.control_group is not None:
         options.update(mode="0660", group=str(settings.control_group))
     listen = Listen(path, path=path, options=options)
-    return Bound(*bind_unix(listen, path, _BACKLOG, dry=False))
+    return Bound(*bind_unix(listen, path, _BACKLOG))
 
 
 def _is_taken(error: SystemRefused) -> bool:

@@ -23,9 +23,9 @@ _AT_EMPTY_PATH = 0x1000
 
 
 def bind_unix(
-    listen: Listen, path: str, backlog: int, *, dry: bool
+    listen: Listen, path: str, backlog: int | None
 ) -> tuple[socket.socket, ListenerSettings]:
-    """Bind a path or @name and listen; dry: only see whether it could be done.
+    """Bind a path or @name and listen; without a backlog only see whether it could be done.
 
     The caller owns the socket, and the file that the settings tell of.  Raises SystemRefused.
     """
@@ -33,11 +33,11 @@ def bind_unix(
     try:
         if path.startswith("@"):
             sock.bind("\0" + path[1:])
-            if not dry:
+            if backlog is not None:
                 sock.listen(backlog)
-            settings = ListenerSettings(f"unix:{path}", backlog=backlog)
+            settings = ListenerSettings(f"unix:{path}", backlog=backlog or 0)
         else:
-            settings = _bind_path(sock, listen, path, backlog, dry=dry)
+            settings = _bind_path(sock, listen, path, backlog)
     except OSError as error:
         sock.close()
         what = f"cannot listen on {listen.text}: {error.strerror or error}"
@@ -53,12 +53,12 @@ def bind_unix(
 
 
 def _bind_path(
-    sock: socket.socket, listen: Listen, path: str, backlog: int, *, dry: bool
+    sock: socket.socket, listen: Listen, path: str, backlog: int | None
 ) -> ListenerSettings:
     """Bind a socket file; a stale one is replaced, one that is in use is not."""
     with locked(path):
         stale = _is_stale(path)
-        if dry:
+        if backlog is None:
             refuse_unwritable(os.path.dirname(path))
             return ListenerSettings(f"unix:{path}")
         if stale:
@@ -151,14 +151,9 @@ def _is_stale(path: str) -> bool:
     if not stat.S_ISSOCK(mode):
         raise OSError(errno.EEXIST, "a file that is no socket is there")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except BlockingIOError:
-            pass  # its backlog is full: a process listens
-        except OSError as error:
-            if error.errno != errno.EPROTOTYPE:
-                raise
-            # a datagram socket, and a process has it open
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        error = probe.connect_ex(path)
+    if error == errno.ECONNREFUSED:
+        return True
+    # EAGAIN: its backlog is full; EPROTOTYPE: a process has a datagram socket open.
+    number = errno.EADDRINUSE if error in (0, errno.EAGAIN, errno.EPROTOTYPE) else error
+    raise OSError(number, os.strerror(number))

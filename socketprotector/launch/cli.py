@@ -28,7 +28,7 @@ from . import (
     server_hints,
     stored_listeners,
 )
-from .bind import Bound, bind_all, pair
+from .bind import bind_all, discarded_on_error, pair
 from .bind_control import default_path
 from .resolve import OptionResolver, ParsedOptions, Purpose
 from .start import launch
@@ -88,70 +88,53 @@ COMMAND = _Command(
 
 def _launch(asked: ParsedOptions) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
-    settings = asked.settings
+    settings, check, listens = asked.settings, asked.check, asked.listens
     kernel_calls.check()
-    preflight.check_pid_file(settings.pid_file, check=asked.check)
+    preflight.check_pid_file(settings.pid_file, check=check)
     preflight.check_log_file(settings.log_file)
     notices = [*asked.notices]
     given = activation.passed()
-    passed = activation.take(asked.listens, given.given)
-    taken = {}
-    if not asked.check:
-        taken = stored_listeners.take(
-            asked.listens, passed, given.left, asked.backlog, notices.append
-        )
+    passed = activation.take(listens, given.given)
+    left = {}
+    if not check:
+        left = stored_listeners.take(listens, passed, given.left, asked.backlog, notices.append)
     bound = bind_all(
-        asked.listens,
-        asked.backlog,
-        notice=notices.append,
-        passed=passed,
-        left=taken,
-        dry=asked.check,
+        listens, asked.backlog, notice=notices.append, passed=passed, left=left, dry=check
     )
-    second: dict[int, Bound] = {}
-    try:
+    places = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
+    with discarded_on_error(bound):
         settings = settings.listening(tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
-        addresses = [each.address for each in settings.listeners]
         if asked.control != "":
             path = asked.control or default_path(settings.name)
             settings = replace(settings, control=ListenerSettings(f"unix:{path}"))
         notices += preflight.syslog_notices(settings)
-        notices += preflight.notices(settings, asked.listens, asked.backlog)
-        if settings.policy.workers_accept and not asked.check:
-            second = pair(bound, notices.append)
-        if asked.check:
+        notices += preflight.notices(settings, listens, asked.backlog)
+        if check:
             notify_dir.make(settings, notices.append, dry=True)
-        here = asked.check or not (settings.foreground and settings.log_file is None)
-        if here:
-            for notice in notices:  # else its log has them, on the same terminal
-                tell(notice)
+        elif settings.policy.workers_accept:
+            siblings = pair(bound, notices.append)
+            bound += siblings.values()
+            places |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
+        here = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)
+        said = notices if here else []  # else its log has them, on the same terminal
         if here or terminal:
-            for lack in server_hints.of(settings, asked.listens, typed=True):
-                tell(lack)
+            said = [*said, *server_hints.of(settings, listens, typed=True)]
+        for notice in said:
+            tell(notice)
         if here or not terminal:
-            notices += server_hints.of(settings, asked.listens, typed=False)
-        if asked.check:
+            notices += server_hints.of(settings, listens, typed=False)
+        if check:
             valid = f"{asked.config} is valid; " if asked.config else ""
-            listens = " ".join(listen.text for listen in asked.listens)
-            print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {listens}")
+            texts = " ".join(listen.text for listen in listens)
+            print(f"SocketProtector: {valid}would start {' '.join(settings.command)} on {texts}")
             return 0
-        if any(
-            listen.path is None and listen.passed is None and not listen.port
-            for listen in asked.listens
-        ):
-            tell(f"listening on {' '.join(addresses)}", STDOUT)
-        # Nothing secret may stand there: of the options only the name is shown.
-        label = [settings.name, *addresses, "--", settings.executed[0]]
-        places = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
-        places |= {f"{inherited.SIBLING}{index}": each for index, each in second.items()}
+        if any(each.port_is_chosen for each in listens):
+            addresses = " ".join(each.address for each in settings.listeners)
+            tell(f"listening on {addresses}", STDOUT)
         stored_listeners.store(given, places)
-        return launch(settings.noticed(notices), places, label, settings.origin.directory)
-    except BaseException:
-        for each in (*bound, *second.values()):
-            each.discard()
-        raise
+        return launch(settings.noticed(notices), places)
 
 
 def ask(

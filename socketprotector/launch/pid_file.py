@@ -13,9 +13,10 @@ from __future__ import annotations
 import fcntl
 import os
 
-from lockfile import AlreadyLocked, LockFailed, NotMyLock
+from lockfile import NotMyLock
 from lockfile.pidlockfile import PIDLockFile
 
+from ..model.errors import AlreadyRunning, SystemRefused
 from ..system import pid_file_removal
 from ..system.dir_lock import locked
 
@@ -33,18 +34,18 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         """Write our pid.
 
         timeout is lockfile's and ignored: a living daemon's lock does not go away by waiting.
-        Raises AlreadyLocked when a living protector holds the file, LockFailed when it
+        Raises AlreadyRunning when a living protector holds the file, SystemRefused when it
         cannot be made.
         """
         try:
             with locked(self.path):
-                holder = self._holder()
-                if holder is None:
-                    self.fd = self._put()
+                self._refuse_if_held("stop or reload that one")
+                self.fd = self._put()
         except OSError as error:
-            raise LockFailed(error.strerror) from error
-        if holder is not None:
-            raise AlreadyLocked(f"held by process {holder}")
+            raise SystemRefused(
+                f"cannot write the pid file {self.path}: {error.strerror}; check the folder and "
+                "its permissions"
+            ) from error
 
     def _put(self) -> int:
         """Give the name to a locked file with our pid; return its descriptor."""
@@ -63,23 +64,26 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
             raise
         return fd
 
-    def holder(self) -> int | None:
-        """Return the pid of the living protector that holds the file, or None."""
+    def refuse_if_held(self, do: str) -> None:
+        """Raise AlreadyRunning, with what to do, if a living protector holds the file; OSError."""
         with locked(self.path):
-            return self._holder()
+            self._refuse_if_held(do)
 
-    def _holder(self) -> int | None:
+    def _refuse_if_held(self, do: str) -> None:
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
-            return None
+            return
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _pid(os.pread(fd, 32, 0))
+            first = os.pread(fd, 32, 0).split(b"\n")[0].strip()
+            holder = int(first) if first.isdigit() else 0
+            raise AlreadyRunning(
+                f"the pid file {self.path} is held by process {holder}; {do}"
+            ) from None
         finally:
             os.close(fd)
-        return None
 
     def release(self) -> None:
         """Remove the file.  Raises NotMyLock when we do not hold it."""
@@ -88,8 +92,3 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         pid_file_removal.remove(self.path, self.fd)
         os.close(self.fd)
         self.fd = -1
-
-
-def _pid(content: bytes) -> int:
-    first = content.split(b"\n")[0].strip()
-    return int(first) if first.isdigit() else 0

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TypeVar
 
 from ..model import fd_budget, handoff_modes, listen_fds
-from ..model.errors import AlreadyRunning, SystemRefused, UsageError
+from ..model.errors import SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
 from ..system.program_spec import inherited_environment
@@ -49,8 +49,7 @@ def working_directory() -> str:
 def check_workers(settings: Settings) -> None:
     """Refuse more workers than there are descriptors for."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    refused = fd_budget.refused(settings, settings.processes, hard)
-    if refused is not None:
+    if refused := fd_budget.refused(settings, settings.processes, hard):
         raise UsageError(f"--workers: {refused}")
 
 
@@ -108,13 +107,9 @@ def _reachable(settings: Settings, path: str) -> None:
     adapted = bool(settings.mode.adapter)
     protector = {**folder, **typed, path: os.X_OK, **(python if settings.guarded else {})}
     worker = {**folder, **user_access.executed(path), **(python if adapted else {})}
-    if settings.worker_identity is None:
-        asked = [("--user", settings.identity, {**protector, **worker})]
-    else:
-        asked = [
-            ("--user", settings.identity, protector),
-            ("--worker-user", settings.worker_identity, worker),
-        ]
+    other = settings.worker_identity
+    asked = [("--user", settings.identity, protector if other else {**protector, **worker})]
+    asked += [("--worker-user", other, worker)] if other else []
     for option, identity, needed in asked:
         closed = user_access.as_user(identity, partial(user_access.closed, needed))
         if closed:
@@ -129,16 +124,14 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
 
     given: the options that were given, without their dashes.
     """
-    refused = settings.mode.refused(given)
-    if refused is not None:
+    if refused := settings.mode.refused(given):
         raise UsageError(refused)
     placeholders = listen_fds.placeholders(settings.command)
     if placeholders and not settings.mode.workers_accept:
         raise UsageError(f"{placeholders[0]} in the command: {handoff_modes.NEEDS_LISTENER}")
-    if settings.mode.knows_ports_alone:
-        without = next((each.text for each in listens if each.path is not None), None)
-        if without is not None:
-            raise UsageError(f"{without}: --handoff legacy knows workers by their port; give one")
+    for each in listens if settings.mode.knows_ports_alone else ():
+        if each.path is not None:
+            raise UsageError(f"{each.text}: --handoff legacy knows workers by their port; give one")
     if settings.log_prefix and not settings.log_relay:
         raise UsageError("--log-prefix is written by the log relay: leave out --no-log-relay")
     if settings.shell and len(settings.command) > 1:
@@ -168,17 +161,15 @@ def check_pid_file(path: str | None, *, check: bool = False) -> None:
     if path is None:
         return
     folder = os.path.dirname(path)
+    do = "stop or reload that one"
+    if check:
+        do = "socketprotectorctl diff says what a reload of that one would do"
     try:
-        holder = PidFile(path).holder()
+        PidFile(path).refuse_if_held(do)
     except OSError as error:
         raise SystemRefused(
             f"cannot use the pid file {path}: {error.strerror}; check {folder} and its permissions"
         ) from error
-    if holder is not None:
-        do = "stop or reload that one"
-        if check:
-            do = "socketprotectorctl diff says what a reload of that one would do"
-        raise AlreadyRunning(f"the pid file {path} is held by process {holder}; {do}")
     _refuse_unwritable("pid file", path, folder)
 
 
@@ -226,15 +217,9 @@ def _syslog_listens() -> bool:
     """Connect as syslog(3) does, which is what the relay writes with."""
     for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
         with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as sock:
-            try:
-                sock.connect(_SYSLOG)
-            except BlockingIOError:  # its backlog is full
-                return True
-            except OSError as error:
-                if error.errno != errno.EPROTOTYPE:
-                    return False
-            else:
-                return True
+            error = sock.connect_ex(_SYSLOG)
+            if error != errno.EPROTOTYPE:
+                return error in (0, errno.EAGAIN)  # EAGAIN: its backlog is full
     return False
 
 
@@ -249,8 +234,7 @@ def notices(settings: Settings, listens: Sequence[Listen], backlog: int) -> Iter
     if asked > most:
         yield f"backlog {asked} is cut to {most}: raise the sysctl net.core.somaxconn"
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    doubtful = fd_budget.doubtful(settings, settings.processes, hard)
-    if doubtful is not None:
+    if doubtful := fd_budget.doubtful(settings, settings.processes, hard):
         yield doubtful
     if settings.identity is None:
         return

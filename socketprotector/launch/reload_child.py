@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -26,15 +25,19 @@ from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
 from . import preflight, server_hints
-from .bind import Bound, addresses_of, bind_all, pair
+from .bind import Bound, addresses_of, bind_all, discarded_on_error, pair
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions
 from .settings_diff import RESTART, changes, forbidden
 
-_DESCRIPTOR = struct.Struct("i")
 #: The index has 16 bits on the channel (docs/protocol.md).
 _MOST_LISTENERS = 1 << 16
+#: Fields of Settings that come from the caller's surroundings, or are made at the start.
+_STAYS = (
+    *("nofile_soft", "batch", "pools", "outlives_terminal", "secret", "notify_folder"),
+    *("control", "origin"),
+)
 
 
 def main() -> int:
@@ -67,8 +70,8 @@ def _answer(
         listeners, bound = _listeners(running.listeners, asked, notices.append, dry=dry)
     except Refusal as error:
         raise UsageError("\n".join([*cannot, str(error)])) from error
-    second: dict[int, Bound] = {}
-    try:
+    added = len(running.listeners)
+    with discarded_on_error(bound):
         new = new.listening(listeners)
         preflight.check_descriptor_names(new)
         if dry:
@@ -79,18 +82,15 @@ def _answer(
         notices += server_hints.of(new, asked.listens, typed=False)
         notices += preflight.notices(new, asked.listens, asked.backlog)
         notices = list(dict.fromkeys((*running.notices, *notices)))
-        if new.policy.workers_accept:
-            second = pair(bound, notices.append)
-        for index, each in enumerate(bound, len(running.listeners)):
+        for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())
-        for place, each in second.items():
-            _send(line, f"twin {place + len(running.listeners)}", each.socket.fileno())
+        if new.policy.workers_accept:
+            siblings = pair(bound, notices.append)
+            bound += siblings.values()
+            for index, each in siblings.items():
+                _send(line, f"twin {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
         _send(line, "settings", _memfd(dump(new.noticed(notices), form)))
-    except BaseException:
-        for each in (*bound, *second.values()):
-            each.discard()
-        raise
 
 
 def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
@@ -102,18 +102,7 @@ def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
 
 
 def _with_what_stays(new: Settings, running: Settings) -> Settings:
-    """Keep what comes from the caller's surroundings, not from options."""
-    return replace(
-        new,
-        nofile_soft=running.nofile_soft,
-        batch=running.batch,
-        pools=running.pools,
-        outlives_terminal=running.outlives_terminal,
-        secret=running.secret,
-        notify_folder=running.notify_folder,
-        control=running.control,
-        origin=running.origin,
-    )
+    return replace(new, **{name: getattr(running, name) for name in _STAYS})
 
 
 def _listeners(
@@ -176,14 +165,13 @@ def _there(
 
 def _memfd(content: bytes) -> int:
     fd = os.memfd_create("answer", os.MFD_CLOEXEC)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
+    os.write(fd, content)
     return fd
 
 
 def _send(line: socket.socket, what: str, fd: int) -> None:
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _DESCRIPTOR.pack(fd))]
-    line.sendmsg([what.encode()], rights, socket.MSG_NOSIGNAL)
+    # It drops flags like MSG_NOSIGNAL (CPython 3.11); Python ignores SIGPIPE.
+    socket.send_fds(line, [what.encode()], [fd])
 
 
 if __name__ == "__main__":

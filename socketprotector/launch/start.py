@@ -13,14 +13,13 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 
 from daemon import DaemonContext
-from lockfile import AlreadyLocked, LockFailed
 
-from ..model.errors import AlreadyRunning, Refusal, SystemRefused
+from ..model.errors import Refusal, SystemRefused
 from ..model.settings import Settings, dump
 from ..programs import guard
 from ..system import inherited, privileges
@@ -34,12 +33,10 @@ from .bind_control import bind_control
 from .pid_file import PidFile
 
 
-def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str) -> int:
+def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     """Start the resident process with the bound sockets; takes ownership of them.
 
-    bound: by the names that they are inherited under.  label: words that `ps` shows behind the
-    program.  here: the caller's directory, from where this package may have been imported.
-    Returns the exit status of the command once
+    bound: by the names that they are inherited under.  Returns the exit status of the command once
     the first generation serves or has failed; in the foreground it does not return.
     Raises Refusal.
     """
@@ -47,7 +44,12 @@ def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str],
     try:
         log = _open_log(settings)
         if settings.foreground:
-            _in_the_foreground(settings, bound, label, here, log)
+            terminal = os.dup(2)
+            try:
+                _become_resident(settings, bound, log, terminal)
+            except BaseException:
+                os.dup2(terminal, 2)  # the reason is for the terminal, not for the log
+                raise
         # Ignored, as by our caller, it would have the kernel reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
@@ -64,12 +66,12 @@ def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str],
         if os.environ.get("WATCHDOG_PID") == str(os.getppid()):
             del os.environ["WATCHDOG_PID"]
         try:
-            _become_resident(settings, bound, label, here, log, theirs.fileno())
+            _become_resident(settings, bound, log, theirs.fileno())
         except BaseException as error:
             status = error.status if isinstance(error, Refusal) else SystemRefused.status
             for each in bound.values():
                 each.discard()
-            theirs.sendall(json.dumps({"failed": str(error), "status": status}).encode() + b"\n")
+            _tell(theirs.fileno(), failed=str(error), status=status)
         finally:
             os._exit(1)
     theirs.close()
@@ -78,6 +80,10 @@ def launch(settings: Settings, bound: Mapping[str, Bound], label: Sequence[str],
         each.socket.close()
     os.waitpid(child, 0)  # the first of the two forks ends at once
     return wait(ours)
+
+
+def _tell(launcher: int, **words: object) -> None:
+    os.write(launcher, json.dumps(words).encode() + b"\n")
 
 
 def _open_log(settings: Settings) -> int | None:
@@ -93,24 +99,8 @@ def _open_log(settings: Settings) -> int | None:
         ) from error
 
 
-def _in_the_foreground(
-    settings: Settings, bound: Mapping[str, Bound], label: Sequence[str], here: str, log: int | None
-) -> None:
-    terminal = os.dup(2)
-    try:
-        _become_resident(settings, bound, label, here, log, terminal)
-    except BaseException:
-        os.dup2(terminal, 2)  # the reason is for the terminal, not for the log
-        raise
-
-
 def _become_resident(
-    settings: Settings,
-    bound: Mapping[str, Bound],
-    label: Sequence[str],
-    here: str,
-    log: int | None,
-    verdict: int,
+    settings: Settings, bound: Mapping[str, Bound], log: int | None, verdict: int
 ) -> None:
     """Detach unless in the foreground, take the pid file, and exec.  Returns only by raising.
 
@@ -123,11 +113,13 @@ def _become_resident(
     standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
     if log is not None:
         standard[1:] = [open(log, "ab", 0)] * 2
+    # Its defaults would be a umask of 0, no core dumps, TSTP ignored, and no detaching where stdin
+    # is a socket; workers would inherit them.
     context = DaemonContext(
         pidfile=pid_file,
         detach_process=detach,
         files_preserve=[verdict, *(each.socket.fileno() for each in bound.values())],
-        working_directory=here,
+        working_directory=settings.origin.directory,
         umask=settings.umask,
         prevent_core=False,
         signal_map={},
@@ -137,15 +129,6 @@ def _become_resident(
     )
     try:
         context.open()
-    except AlreadyLocked as error:
-        raise AlreadyRunning(
-            f"the pid file {settings.pid_file} is {error}; stop or reload that one"
-        ) from error
-    except LockFailed as error:
-        raise SystemRefused(
-            f"cannot write the pid file {settings.pid_file}: {error}; check the folder and its "
-            "permissions"
-        ) from error
     except OSError as error:
         raise SystemRefused(f"cannot detach: {error}") from error
     # Of several that start at once only the one with the pid file may have them.
@@ -156,7 +139,7 @@ def _become_resident(
     folder = notify_dir.make(settings, notices.append)
     for notice in notices:
         if not settings.foreground:
-            os.write(verdict, json.dumps({"notice": notice}).encode() + b"\n")
+            _tell(verdict, notice=notice)
         elif settings.log_file is not None:  # else the log has it, on the same terminal
             tell(notice, verdict)
     settings = settings.noticed([*settings.notices, *notices])
@@ -165,10 +148,9 @@ def _become_resident(
         settings = replace(settings, notify_folder=folder.path)
         descriptors[inherited.NOTIFY] = folder.fd
     if detach and settings.identity is not None:
-        made = _made(settings, bound, pid_file)
-        os.write(verdict, json.dumps({"made": made}).encode() + b"\n")
+        _tell(verdict, made=_made(settings, bound))
     try:
-        _exec(settings, bound, descriptors, label, pid_file, verdict)
+        _exec(settings, bound, descriptors, pid_file, verdict)
     except OSError as error:
         if control is not None:
             control.discard()
@@ -183,25 +165,22 @@ def _become_resident(
         ) from error
 
 
-def _made(
-    settings: Settings, bound: Mapping[str, Bound], pid_file: PidFile | None
-) -> dict[str, list[int]]:
+def _made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:
     """Return what was made in folders that may be root's, and how to know it again.
 
     The resident process may have become another user and cannot; the waiting process can.
     """
     sockets = (each.settings for each in bound.values() if not each.left)
     paths = [each.address.removeprefix("unix:") for each in sockets if each.inode]
-    paths += [settings.notify_folder] if settings.notify_folder else []
-    paths += [settings.pid_file] if settings.pid_file is not None and pid_file is not None else []
-    return {path: known_by(path) for path in paths}
+    return {
+        path: known_by(path) for path in (*paths, settings.notify_folder, settings.pid_file) if path
+    }
 
 
 def _exec(
     settings: Settings,
     bound: Mapping[str, Bound],
     more: Mapping[str, int],
-    label: Sequence[str],
     pid_file: PidFile | None,
     verdict: int,
 ) -> None:
@@ -216,7 +195,10 @@ def _exec(
         os.set_inheritable(fd, True)
     # Run by -m from a folder with the package in it, that folder is needed again.
     safe = [] if sys.path[:1] == [os.getcwd()] else ["-P"]
-    command = list(command_of(tuple(label), safe))
+    # Nothing secret may stand there: of the command only the name is shown.
+    addresses = (each.address for each in settings.listeners)
+    label = (settings.name, *addresses, "--", settings.executed[0])
+    command = list(command_of(label, safe))
     if settings.no_new_privileges:
         privileges.no_new_privileges()
     starts_others = settings.worker_identity is not None

@@ -17,10 +17,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
 from ..system.dir_lock import locked
 from ..system.sd_notify import Outbox, Store
-from .activation import Given, Passed
+from .activation import Passed
 from .bind import Bound, addresses_of, reuse
 from .bind_unix import is_file_of
 from .listen_spec import Listen
@@ -32,7 +33,7 @@ _MANAGER_S = 5.0
 def take(
     listens: Sequence[Listen],
     passed: Collection[int],
-    left: Sequence[Given],
+    left: Sequence[Bound],
     backlog: int,
     notice: Callable[[str], None],
 ) -> dict[str, Bound]:
@@ -47,12 +48,11 @@ def take(
                 wanted.setdefault(address, []).append(listen)
     taken: dict[str, Bound] = {}
     for each in left:
-        mine = wanted.get(each.address, [])
+        address = each.settings.address
+        mine = wanted.get(address, [])
         try:
-            if len(mine) == 1 and each.address not in taken:
-                [listen] = mine
-                bound = reuse(each.socket, listen, each.address, listen.backlog(backlog))
-                taken[each.address] = bound
+            if len(mine) == 1 and address not in taken:
+                taken[address] = reuse(each, mine[0], mine[0].backlog(backlog))
                 continue
             why = "several have this address, each with a device" if len(mine) > 1 else ""
         except OSError as error:
@@ -66,20 +66,16 @@ def take(
     return taken
 
 
-def _let_go(left: Given) -> None:
+def _let_go(left: Bound) -> None:
     """Shut it down, for every process that has a copy; and remove the file that is its own."""
-    path = left.address.removeprefix("unix:")
-    try:
-        if path.startswith("/"):
-            with locked(path):
-                if is_file_of(left.socket, os.lstat(path)):
-                    os.unlink(path)
-    except OSError:
-        pass  # it is gone, or may not be removed; the next bind finds it stale
-    try:
+    path = left.settings.address.removeprefix("unix:")
+    if path.startswith("/"):
+        # OSError: it is gone, or may not be removed; the next bind finds it stale.
+        with suppress(OSError), locked(path):
+            if is_file_of(left.socket, os.lstat(path)):
+                os.unlink(path)
+    with suppress(OSError):
         left.socket.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
     left.socket.close()
 
 
@@ -90,7 +86,7 @@ def store(passed: Passed, places: Mapping[str, Bound]) -> None:
     """
     if not passed.stored:
         return
-    names = {each.socket.fileno(): each.name for each in passed.left}
+    names = {each.socket.fileno(): each.settings.name for each in passed.left}
     kept = {name: each.socket.fileno() for name, each in places.items() if each.left}
     same = {name for name, fd in kept.items() if names[fd] == name}
     outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))

@@ -133,6 +133,13 @@ def test_addresses_that_do_not_meet_may_have_one_port(
         each.discard()
 
 
+def test_the_path_of_a_unix_socket_is_no_port(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    port = free_port()
+
+    for each in bound(f"0.0.0.0:{port}", f"unix:x:{port}", folder=tmp_path):
+        each.discard()
+
+
 def test_who_asks_for_what_this_process_has_is_not_told_to_stop_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as ours:
         text = f"127.0.0.1:{ours.getsockname()[1]}"

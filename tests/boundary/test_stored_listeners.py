@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.launch import stored_listeners
-from socketprotector.launch.activation import Given, Passed
+from socketprotector.launch.activation import Passed
 from socketprotector.launch.bind import Bound, bind_all
 from socketprotector.launch.listen_spec import Listen, parse
+from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport
 from socketprotector.system.sock_diag import file_of
 
@@ -55,13 +56,14 @@ class Machine:
         self.bound = bind_all([parse(text, "/") for text in texts], 16, notice=lambda text: None)
         return self.bound
 
-    def stop(self) -> list[Given]:
+    def stop(self) -> list[Bound]:
         """What it leaves is passed to the next one."""
         found = []
         for index, each in enumerate(self.bound):
             self.kept.append(os.dup(each.socket.fileno()))
             passed = socket.socket(fileno=os.dup(each.socket.fileno()))
-            found.append(Given(f"sp.listener.{index}", passed, each.settings.address))
+            settings = ListenerSettings(each.settings.address, name=f"sp.listener.{index}")
+            found.append(Bound(passed, settings, left=True))
             each.socket.close()
         self.bound = []
         return found
@@ -361,12 +363,12 @@ def test_the_store_is_told_of_new_names_after_all_that_is_over(
         texts = [f"127.0.0.1:{port}", f"127.0.0.2:{port}", f"127.0.0.3:{port}"]
         machine.start(*texts)
         given = machine.stop()
-        stored = [*(each.name for each in given), "sp.state", "sp.worker.1.process"]
+        stored = [*(each.settings.name for each in given), "sp.state", "sp.worker.1.process"]
         listens = [parse(text, "/") for text in (texts[0], texts[2], texts[1])]
         taken = stored_listeners.take(listens, (), given, 16, machine.notices.append)
         machine.bound = bind_all(listens, 16, notice=machine.notices.append, left=taken)
         places = {f"sp.listener.{index}": each for index, each in enumerate(machine.bound)}
-        stored_listeners.store(Passed(left=given, stored=stored), places)
+        stored_listeners.store(Passed([], given, stored), places)
         systemd.setblocking(False)
         said = []
         while True:

@@ -89,7 +89,7 @@ def bind_all(
             found = found or _bind(listen, backlog, notice, have, left or {}, earlier, dry=dry)
             earlier |= {each.settings.address: listen for each in found}
             bound += (
-                replace(each, settings=replace(each.settings, **listen.told)) for each in found
+                replace(each, settings=replace(each.settings, **listen.settings)) for each in found
             )
     if dry:
         for each in bound:
@@ -242,7 +242,7 @@ def _bind(
 def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -> None:
     """Raise UsageError where an argument before has the same address, or all of its port.
 
-    The kernel would name ourselves as the one who has it; and sees it only where we listen.
+    The kernel would name our own process as its owner; and sees it only where we listen.
     """
     for other, its in earlier.items():
         if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:

@@ -30,7 +30,7 @@ from . import (
 )
 from .bind import bind_all, discarded_on_error, pair
 from .bind_control import default_path
-from .resolve import OptionResolver, ParsedOptions, Purpose
+from .resolve import OptionResolver, ParsedOptions
 from .start import launch
 
 
@@ -49,15 +49,17 @@ def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     if value is not None:
         from .config_file import ConfigFile  # with tomllib: only for those who have one
 
-        ctx.meta[options.FILE] = file = ConfigFile(os.path.join(ctx.obj.directory, value))
-        ctx.default_map = file.values
+        ctx.obj.file = ConfigFile(os.path.join(ctx.obj.directory, value))
+        ctx.default_map = ctx.obj.file.values
 
 
 options.CONFIG.callback = _read_config
 
 
 def _resolve(**given: Any) -> ParsedOptions:
-    return OptionResolver(click.get_current_context(), given).resolve()
+    ctx = click.get_current_context()
+    resolver: OptionResolver = ctx.obj
+    return resolver.resolve(ctx, given)
 
 
 COMMAND = _Command(
@@ -101,7 +103,7 @@ def _launch(asked: ParsedOptions) -> int:
     bound = bind_all(
         listens, asked.backlog, notice=notices.append, passed=passed, left=left, dry=check
     )
-    places = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
+    named = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
     with discarded_on_error(bound):
         settings = settings.listening(tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
@@ -115,7 +117,7 @@ def _launch(asked: ParsedOptions) -> int:
         elif settings.policy.workers_accept:
             siblings = pair(bound, notices.append)
             bound += siblings.values()
-            places |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
+            named |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
         here = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)
         said = notices if here else []  # else its log has them, on the same terminal
@@ -133,8 +135,8 @@ def _launch(asked: ParsedOptions) -> int:
         if any(each.port_is_chosen for each in listens):
             addresses = " ".join(each.address for each in settings.listeners)
             tell(f"listening on {addresses}", STDOUT)
-        stored_listeners.store(given, places)
-        return launch(settings.noticed(notices), places)
+        stored_listeners.store(given, named)
+        return launch(settings.noticed(notices), named)
 
 
 def ask(
@@ -147,9 +149,11 @@ def ask(
     Raises Refusal.
     """
     words, command = options.split(arguments)
-    purpose = Purpose(tuple(arguments), command, running, [] if notices is None else notices)
+    resolver = OptionResolver(arguments, command, running, [] if notices is None else notices)
     try:
-        found = COMMAND.main(words, prog_name="SocketProtector", standalone_mode=False, obj=purpose)
+        found = COMMAND.main(
+            words, prog_name="SocketProtector", standalone_mode=False, obj=resolver
+        )
     except click.ClickException as error:
         message = error.format_message().rstrip(".").replace("\n", " ")
         raise UsageError(f"{message}; see --help") from error

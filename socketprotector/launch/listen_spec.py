@@ -45,7 +45,7 @@ class Listen:
         return os.path.basename(self.path) if self.path is not None else str(self.port)
 
     @property
-    def told(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What each of its sockets is remembered with: fields of ListenerSettings."""
         return {
             "text": self.text,

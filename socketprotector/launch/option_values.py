@@ -131,24 +131,31 @@ SIZE = Value("SIZE", _size)
 OCTAL = Value("OCTAL", octal, "{:04o}".format)
 
 
-def limits(written: Mapping[str, str]) -> tuple[dict[str, int], int]:
-    """Return the resource limits and the nice value asked for, which can be had.
+def limit(name: str, text: str) -> int:
+    """Return a resource limit, or the nice value, that was asked for and can be had.
 
     Raises UsageError for what is unknown, no number, or more than is allowed.
     """
-    found = {name: _limit(name, value) for name, value in written.items()}
-    nice = found.pop("nice", 0)
-    for name, value in found.items():
-        _, hard = resource.getrlimit(RLIMITS[name])
-        unlimited = resource.RLIM_INFINITY
-        if hard != unlimited and (value == unlimited or value > hard):
-            raise UsageError(
-                f"--limit {name}={written[name]}: the hard limit is {hard}; raise that"
-            )
-    floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
-    if nice < min(floor, 0) and os.geteuid() != 0:
-        raise UsageError(f"--limit nice={nice}: below 0 needs root, or RLIMIT_NICE raised")
-    return found, nice
+    asked = f"--limit {name}={text}"
+    if name not in (*RLIMITS, "nice"):
+        raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
+    low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
+    unlimited = text == "unlimited" and name == "core"
+    try:
+        value = resource.RLIM_INFINITY if unlimited else int(text)
+    except ValueError:
+        raise UsageError(f"{asked}: not a whole number") from None
+    if not (unlimited or low <= value <= high):
+        raise UsageError(f"{asked}: must be from {low} to {high}")
+    if name == "nice":
+        floor = 20 - resource.getrlimit(resource.RLIMIT_NICE)[0]
+        if value < min(floor, 0) and os.geteuid() != 0:
+            raise UsageError(f"{asked}: below 0 needs root, or RLIMIT_NICE raised")
+        return value
+    _, hard = resource.getrlimit(RLIMITS[name])
+    if hard != resource.RLIM_INFINITY and (unlimited or value > hard):
+        raise UsageError(f"{asked}: the hard limit is {hard}; raise that")
+    return value
 
 
 def nofile_of_workers(environment: Mapping[str, str]) -> int:
@@ -159,18 +166,3 @@ def nofile_of_workers(environment: Mapping[str, str]) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     told = environment.get("SOCKETPROTECTOR_NOFILE", "")
     return min(int(told), hard) if told.isascii() and told.isdigit() else soft
-
-
-def _limit(name: str, value: str) -> int:
-    if name not in (*RLIMITS, "nice"):
-        raise UsageError(f"--limit {name}: unknown; allowed: nofile, core, nice")
-    if value == "unlimited" and name == "core":
-        return resource.RLIM_INFINITY
-    try:
-        number = int(value)
-    except ValueError:
-        raise UsageError(f"--limit {name}={value}: not a whole number") from None
-    low, high = (-20, 19) if name == "nice" else (0, 2**63 - 1)
-    if not low <= number <= high:
-        raise UsageError(f"--limit {name}={value}: must be from {low} to {high}")
-    return number

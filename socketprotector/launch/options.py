@@ -33,8 +33,6 @@ from .option_values import (
 
 #: What a reload that reads a file does with another value, where it is not said in words.
 CHANGES, STAYS = "changes", "stays"
-#: In a context's `meta`: the configuration file.
-FILE = "socketprotector.launch.config_file"
 #: Long options that the original program wrote with one dash.
 _ONE_DASH = ("pid-file", "foreground", "verbose")
 _LINE_ONLY = "for the command line only"

@@ -154,7 +154,7 @@ def _there(
         return same
     wanted = addresses_of(listen, notice)
     found = {
-        index: replace(each, **listen.told)
+        index: replace(each, **listen.settings)
         for index, each in living.items()
         if each.address in wanted
     }

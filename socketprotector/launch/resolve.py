@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..system.cpu_quota import scheduler
 from . import option_values, preflight, users
 from .listen_spec import Listen, parse
 from .option_values import Ready
-from .options import FILE, OPTIONS
+from .options import OPTIONS
 
 if TYPE_CHECKING:
     from .config_file import ConfigFile
@@ -46,34 +46,33 @@ class ParsedOptions:
     notices: tuple[str, ...]  # what the operator is to know
 
 
-@frozen
-class Purpose:
-    """Whose command line is read."""
+class OptionResolver:
+    """One look at all that was given: a mistake in the file is told with its line."""
 
-    words: tuple[str, ...]
-    command: list[str]
-    running: Settings | None  # of a protector that reads it again
-    notices: list[str]  # what the operator is to know, filled while it is read
+    def __init__(
+        self,
+        words: Sequence[str],
+        command: list[str],
+        running: Settings | None,
+        notices: list[str],
+    ) -> None:
+        """words: the command line, with the command that was split off.  running: of a protector
+        that reads it again.  notices: gets what the operator is to know.
+        """
+        self._words = tuple(words)
+        self._behind = command
+        self._running = running
+        self.notices = notices
+        self.file: ConfigFile | None = None
 
     @property
     def directory(self) -> str:
         """What relative paths on the command line are meant against."""
-        return self.running.origin.directory if self.running else preflight.working_directory()
+        return self._running.origin.directory if self._running else preflight.working_directory()
 
-
-class OptionResolver:
-    """One look at all that was given: a mistake in the file is told with its line."""
-
-    def __init__(self, ctx: click.Context, given: dict[str, Any]) -> None:
-        self._ctx = ctx
-        self._purpose: Purpose = ctx.obj
-        self._file: ConfigFile | None = ctx.meta.get(FILE)
-        self._given = given
-        self._directory = self._purpose.directory
-
-    def resolve(self) -> ParsedOptions:
+    def resolve(self, ctx: click.Context, given: dict[str, Any]) -> ParsedOptions:
         """Return it.  Raises Refusal."""
-        given, file = self._given, self._file
+        self._ctx, self._given, file = ctx, given, self.file
         if file is None:
             self._refuse_what_is_missing()
         listens = [_fitting(each, MODES[given["handoff"]]) for each in self._listens()]
@@ -81,7 +80,7 @@ class OptionResolver:
         with self._about("env_file"):
             preflight.check_env_file(settings.env_file)
         if settings.command:
-            with self._about_file(not self._purpose.command, "command"):
+            with self._about_file(not self._behind, "command"):
                 preflight.check_command(settings)
         with self._about("handoff"):
             preflight.check_mode(settings, self._said(), listens)
@@ -92,17 +91,17 @@ class OptionResolver:
             self._refuse_what_is_missing()
         config = file.path if file else None
         control = "" if given["no_control"] else self._path("control")
-        notices = (*self._purpose.notices, *(file.notices if file else ()))
+        notices = (*self.notices, *(file.notices if file else ()))
         return ParsedOptions(
             settings, listens, given["backlog"], given["check"], config, control, notices
         )
 
     def _refuse_what_is_missing(self) -> None:
-        file = self._file
+        file = self.file
         if not (self._given["listen"] or (file and file.listens)):
             hint = f", or listen in {file.path}" if file else ""
             raise UsageError(f"no LISTEN; write e.g. SocketProtector 4321 -- ./daemon 4321{hint}")
-        if not (self._purpose.command or (file and file.command)):
+        if not (self._behind or (file and file.command)):
             hint = f", or command in {file.path}" if file else ""
             raise UsageError(
                 f"no command; put it behind --, e.g. SocketProtector 4321 -- ./daemon 4321{hint}"
@@ -113,8 +112,7 @@ class OptionResolver:
     # -- where it comes from ---------------------------------------------------
 
     def _from_file(self, name: str) -> bool:
-        source = self._ctx.get_parameter_source(name)
-        return self._file is not None and source is ParameterSource.DEFAULT_MAP
+        return self._ctx.get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
     def _said(self) -> list[str]:
         """The options that were given, as they are written."""
@@ -128,53 +126,51 @@ class OptionResolver:
         return self._about_file(self._from_file(name), name.replace("_", "-"))
 
     def _about_file(self, there: bool, *where: str | int) -> AbstractContextManager[None]:
-        return self._file.about(*where) if self._file is not None and there else nullcontext()
+        return self.file.about(*where) if self.file is not None and there else nullcontext()
 
     def _path(self, name: str) -> str | None:
         """A path, taken against the caller's directory or the file's."""
         value: str | None = self._given[name]
-        folder = self._file.folder if self._file and self._from_file(name) else self._directory
+        folder = self.file.folder if self.file and self._from_file(name) else self.directory
         return os.path.join(folder, value) if value else None
 
     # -- the parts -------------------------------------------------------------
 
     def _listens(self) -> list[Listen]:
-        if self._given["listen"] or self._file is None:
-            return [parse(text, self._directory) for text in self._given["listen"]]
+        if self._given["listen"] or self.file is None:
+            return [parse(text, self.directory) for text in self._given["listen"]]
         found = []
-        for index, text in enumerate(self._file.listens):
-            with self._file.about("listen", index):
-                found.append(parse(text, self._file.folder))
+        for index, text in enumerate(self.file.listens):
+            with self.file.about("listen", index):
+                found.append(parse(text, self.file.folder))
         return found
 
     def _command(self) -> tuple[str, ...]:
         """Take a relative command against the caller's directory, or the file's."""
-        words, folder = tuple(self._purpose.command), self._directory
-        if not words and self._file is not None:
-            words, folder = self._file.command, self._file.folder
+        words, folder = tuple(self._behind), self.directory
+        if not words and self.file is not None:
+            words, folder = self.file.command, self.file.folder
         name = words[0] if words else ""
         return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
 
     def _table(self, name: str) -> dict[str, str]:
         """The entries of a table option, by name; the command line wins over the file."""
-        in_file = self._file.tables.get(name, {}) if self._file else {}
+        in_file = self.file.tables.get(name, {}) if self.file else {}
         return {**in_file, **dict(self._given[name])}
 
-    def _limits(self) -> tuple[dict[str, int], int]:
-        found: dict[str, int] = {}
-        nice = 0
+    def _limits(self) -> dict[str, int]:
+        found = {}
         for name, value in self._table("limit").items():
             with self._about_file(name not in dict(self._given["limit"]), "limit", name):
-                more, least = option_values.limits({name: value})
-                found.update(more)
-                nice = least or nice
-        return found, nice
+                found[name] = option_values.limit(name, value)
+        return found
 
     def _settings(self, command: tuple[str, ...]) -> Settings:
         """Check the options and resolve their paths."""
-        given, purpose, running = self._given, self._purpose, self._purpose.running
-        limits, nice = self._limits()
-        directory = self._path("chdir") or self._directory
+        given, running = self._given, self._running
+        limits = self._limits()
+        nice = limits.pop("nice", 0)
+        directory = self._path("chdir") or self.directory
         with self._about("chdir"):
             if not os.path.isdir(directory):
                 raise UsageError(f"--chdir {given['chdir']}: no such directory")
@@ -209,21 +205,21 @@ class OptionResolver:
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],
             "nofile_soft": option_values.nofile_of_workers(os.environ),
-            "limits": tuple(limits.items()),
             "nice": nice,
+            "limits": tuple(limits.items()),
             "batch": scheduler() == os.SCHED_BATCH,
             "environment": tuple(self._table("env").items()),
             "keep_env": () if given["clear_env"] and not given["keep_env"] else given["keep_env"],
             **{name: self._path(name) for name in ("env_file", "pid_file", "log_file")},
             "log_level": "debug" if given["verbose"] else given["log_level"],
             "log_relay": not given["no_log_relay"],
-            "watch": preflight.resolve_watched(given["watch"], self._directory),
+            "watch": preflight.resolve_watched(given["watch"], self.directory),
             "outlives_terminal": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
             "worker_limits.connections": connections,
             "worker_limits.spread": spread,
             "control_group": group if group is None else users.gid_of("--control-group", group),
             "secret": os.urandom(12).hex(),
-            "origin": Origin(purpose.words, self._directory, umask, self._file is not None),
+            "origin": Origin(self._words, self.directory, umask, self.file is not None),
         }
         return _settings(values)
 

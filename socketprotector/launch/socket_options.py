@@ -11,6 +11,7 @@ import errno
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Mapping
 
 from ..model.errors import UsageError
@@ -84,8 +85,8 @@ def _text(level: int, option: int) -> _Set:
     return lambda one, value: one.setsockopt(level, option, os.fsencode(value))
 
 
-def _whole(level: int, option: int, scale: Callable[[str], int] = number) -> _Set:
-    return lambda one, value: one.setsockopt(level, option, scale(value))
+def _whole(level: int, option: int, value_of: Callable[[str], int | bytes] = number) -> _Set:
+    return lambda one, value: one.setsockopt(level, option, value_of(value))
 
 
 def _elsewhere(one: socket.socket, value: str) -> None:
@@ -113,7 +114,8 @@ OPTIONS: Mapping[str, Option] = {
     "mark": Option(
         "a number from 0 to 0xffffffff",
         _between(0, 2**32 - 1),
-        _whole(_SOCKET, socket.SO_MARK, lambda v: _signed(number(v))),
+        # As bytes: setsockopt() of Python takes a C int.
+        _whole(_SOCKET, socket.SO_MARK, lambda v: number(v).to_bytes(4, sys.byteorder)),
     ),
     "nodelay": Option(*_SWITCH, _whole(_TCP, socket.TCP_NODELAY)),
     "nonblock": Option(*_SWITCH, _elsewhere),
@@ -139,11 +141,6 @@ _NEEDS = {
     "transparent": "CAP_NET_ADMIN",
     "device": "CAP_NET_RAW on a kernel before 5.7",
 }
-
-
-def _signed(number: int) -> int:
-    """setsockopt() of Python takes a C int."""
-    return number - 2**32 if number >= 2**31 else number
 
 
 def check(text: str, name: str, value: str) -> None:

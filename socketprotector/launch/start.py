@@ -54,7 +54,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             ours, theirs = socket.socketpair()
-            child = os.fork()
+            child = os.fork()  # before DaemonContext, which ends the process that opens it
         except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
             raise SystemRefused(f"cannot detach: {error.strerror}") from error
     except BaseException:

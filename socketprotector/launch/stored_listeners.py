@@ -79,15 +79,15 @@ def _let_go(left: Bound) -> None:
     left.socket.close()
 
 
-def store(passed: Passed, places: Mapping[str, Bound]) -> None:
+def store(passed: Passed, bound: Mapping[str, Bound]) -> None:
     """Have systemd keep what was taken under its new name, and nothing else of ours.
 
-    places: by their names from now on.
+    bound: by their names from now on.
     """
     if not passed.stored:
         return
     names = {each.socket.fileno(): each.settings.name for each in passed.left}
-    kept = {name: each.socket.fileno() for name, each in places.items() if each.left}
+    kept = {name: each.socket.fileno() for name, each in bound.items() if each.left}
     same = {name for name, fd in kept.items() if names[fd] == name}
     outbox = Outbox(lambda again: None, address=os.environ.get("NOTIFY_SOCKET", ""))
     there = Store(outbox, passed.stored)

@@ -16,7 +16,7 @@ from ..system.dir_lock import give, locked
 from ..system.sock_diag import file_of
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
-from .writable import refuse_unwritable
+from .user_access import refuse_unwritable
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000

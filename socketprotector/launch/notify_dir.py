@@ -25,8 +25,7 @@ from ..model.frozen import frozen
 from ..model.settings import Settings
 from ..system import control_path
 from ..system.sd_notify import remove_folder
-from .user_access import downwards
-from .writable import refuse_unwritable
+from .user_access import downwards, refuse_unwritable
 
 PREFIX = ".notify-"
 #: Where a program that is started in other ways may have a folder of its own.

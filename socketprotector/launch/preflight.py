@@ -24,7 +24,6 @@ from ..system.program_spec import inherited_environment
 from . import user_access
 from .listen_spec import Listen
 from .pid_file import PidFile
-from .writable import refuse_unwritable
 
 T = TypeVar("T")
 
@@ -83,14 +82,10 @@ def check_command(settings: Settings) -> None:
     try:
         search = environment.get("PATH", os.defpath)
         path, _ = executable.resolve(settings.executed, settings.directory, search)
-    except PermissionError as error:
-        raise UsageError(
-            f"cannot run {error.filename}: {error.strerror}; chmod +x it, or name its interpreter"
-        ) from error
     except OSError as error:
-        raise UsageError(
-            f"cannot run {error.filename}: {error.strerror}; check the path"
-        ) from error
+        closed = isinstance(error, PermissionError)
+        how = "chmod +x it, or name its interpreter" if closed else "check the path"
+        raise UsageError(f"cannot run {error.filename}: {error.strerror}; {how}") from error
     _reachable(settings, path)
     if settings.ready_check and not os.access("/bin/sh", os.X_OK):
         raise UsageError(f"--ready check:{settings.ready_check}: there is no /bin/sh to run it")
@@ -184,7 +179,7 @@ def _refuse_unwritable(what: str, path: str, there: str) -> None:
     try:
         if os.path.isdir(path):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        refuse_unwritable(there)
+        user_access.refuse_unwritable(there)
     except OSError as error:
         raise SystemRefused(
             f"cannot write the {what} {path}: {error.strerror}; check {there} and its permissions"

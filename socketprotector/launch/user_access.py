@@ -1,4 +1,5 @@
-"""What another user can execute: asked of the kernel by a process of that user.
+"""What this user can write and another one execute: the latter is asked of the kernel by a process
+of that user.
 
 Mode bits alone do not say it: groups, access lists, mounts and security modules have their say.
 Runs in the launching process, which is root still.
@@ -8,6 +9,7 @@ Source: access(2), which asks for the real user; path_resolution(7); execve(2) f
 
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import stat
@@ -76,6 +78,14 @@ def _interpreter(script: str) -> str:
         return ""
     words = line.removeprefix(b"#!").split()
     return os.fsdecode(words[0]) if line.startswith(b"#!") and words else ""
+
+
+def refuse_unwritable(path: str, mode: int = os.W_OK) -> None:
+    """Raise OSError if this user cannot write a file or directory, with the reason."""
+    if not os.access(path, mode):
+        protected = os.statvfs(path).f_flag & os.ST_RDONLY
+        number = errno.EROFS if protected else errno.EACCES
+        raise OSError(number, os.strerror(number), path)
 
 
 def downwards(path: str) -> Iterator[str]:

@@ -98,7 +98,7 @@ def bind_all(
 
 
 def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bound]:
-    """Prepare what workers are to accept from; return the second sockets by index.
+    """Prepare what workers are to accept from; return their siblings by index (reuseport.py).
 
     The caller owns them.  `notice` gets a line for each address that should have one and cannot.
     O_NONBLOCK is set here and never again: the flag belongs to the open file description, which
@@ -114,13 +114,13 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
                 notice(_alone(each, why))
                 reuseport.steer_if_can(each.socket)  # an earlier protector may have left the group
                 continue
-            second = reuseport.make(each.socket)
+            sibling = reuseport.make(each.socket)
         except OSError as error:
             notice(_alone(each, str(error.strerror)))
             continue
-        if second is not None:
-            second.setblocking(os.get_blocking(each.socket.fileno()))
-            found[place] = Bound(second, each.settings)
+        if sibling is not None:
+            sibling.setblocking(os.get_blocking(each.socket.fileno()))
+            found[place] = Bound(sibling, each.settings)
     return found
 
 

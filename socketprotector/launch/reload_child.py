@@ -62,7 +62,7 @@ def _answer(
 ) -> None:
     """form: of the settings that the protector can read, which may be an older program."""
     notices = [*asked.notices]
-    new = _with_what_stays(asked.settings, running)
+    new = replace(asked.settings, **{name: getattr(running, name) for name in _STAYS})
     stays = [*forbidden(running, new), *_control(running, asked)]
     refused = [f"{each}; {RESTART}" for each in stays]
     cannot = [f"cannot change at a reload: {each}" for each in refused]
@@ -99,10 +99,6 @@ def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:
         was = running.control.address.removeprefix("unix:")
         if asked.control != was:
             yield f"control: {was} -> {asked.control or 'none'}"
-
-
-def _with_what_stays(new: Settings, running: Settings) -> Settings:
-    return replace(new, **{name: getattr(running, name) for name in _STAYS})
 
 
 def _listeners(

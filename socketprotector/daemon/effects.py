@@ -123,13 +123,13 @@ class Effects:
             settings, runtime, output, remember=self._remember, listeners=self.forwarder.shared
         )
         self.steering = SocketSteering(
-            self._listeners,
+            lambda: self.forwarder.listeners,
             runtime,
             bound=self._bound_anew,
             lost=self._listener_lost,
             untaken=self._say_untaken,
         )
-        self.flags = ListenerFlags(self._listeners, runtime)
+        self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
             settings,
             runtime,
@@ -340,9 +340,6 @@ class Effects:
         if not stay:
             self.steering.end()  # else the next start has them, though a worker shuts them
         self.forwarder.close_listeners(quick=quick, stay=stay)
-
-    def _listeners(self) -> tuple[Listener, ...]:
-        return self.forwarder.listeners
 
     def _bound_anew(self, listener: Listener) -> None:
         self.live_settings.bound_anew(listener)

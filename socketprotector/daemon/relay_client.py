@@ -277,11 +277,10 @@ class LogRelay:
     def _left(self, number: int) -> None:
         """Let go of a pipe that the last writer has left, once it is read to its end."""
         pipe = self._workers[number]
-        if not _is_left(pipe.read):
-            self._look_later(number)
-            return
-        self._loop.unwatch(pipe.read)
-        if _waiting(pipe.read):
+        left = _is_left(pipe.read)
+        if left:
+            self._loop.unwatch(pipe.read)
+        if not left or _waiting(pipe.read):
             self._look_later(number)
             return
         del self._workers[number], self._named[pipe.name(number)]

@@ -1,8 +1,8 @@
 """The sd_notify protocol, both ways: from workers to us, and from us to systemd.
 
 Systemd's variables, and where each is read: LISTEN_PID, LISTEN_FDS, LISTEN_FDNAMES in
-launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/resident.py;
-WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/resident.py; JOURNAL_STREAM in
+launch/activation.py (the resident process: inherited.py); NOTIFY_SOCKET in daemon/parents.py;
+WATCHDOG_USEC, WATCHDOG_PID and FDSTORE here; INVOCATION_ID in daemon/parents.py; JOURNAL_STREAM in
 log.py; RUNTIME_DIRECTORY in launch/preflight.py.  What workers are told: daemon/worker_spawn.py.
 
 Source: sd_notify(3); unix(7) for SCM_CREDENTIALS.

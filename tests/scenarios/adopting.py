@@ -20,7 +20,7 @@ from tests.rounds import rounds
 from tests.running import ROOT, WORKERS, Protector, eventually
 from tests.scenarios.tools import state_of
 
-ROUNDS = rounds(8, 100)
+ROUNDS = rounds(5, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
 NOBODY_ELSE = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"

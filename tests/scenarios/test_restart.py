@@ -21,7 +21,7 @@ from tests.running import DEADLINE_S, ask, eventually
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, listening, pid_in, spawned, worker
 
-ROUNDS = rounds(8, 100)
+ROUNDS = rounds(5, 100)
 LISTENER = ("--handoff", "listener", "--ready", "notify")
 ACCEPTS = worker("accepts")
 

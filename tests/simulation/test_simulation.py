@@ -20,7 +20,7 @@ REGRESSIONS = Path(__file__).with_name("regressions.txt")
 PARTS = rounds(1, 4)
 #: Those that found a fault had the usual 2,000; many of them begin alike.
 LIFE = rounds(300, 2000)
-STEPS = rounds(45_000, 500_000)
+STEPS = rounds(30_000, 500_000)
 
 
 def simulate(*arguments: str) -> str:

@@ -179,12 +179,14 @@ def test_a_daemon_that_never_connects_fails_the_reload_and_is_ended(
     daemon.log.wait_for(
         f"event=reload-failed .*not ready within {FAIR_START_S} s; .* sock_srv_PORT", after=mark
     )
-    never = int(daemon.out.wait_for(rf"started (?!{old}\b)").split()[1])
-    assert wait_gone([never]) == []
+    daemon.log.wait_for("event=exited generation=2", after=mark)
+    # On a machine that is busy enough it may not have got so far.
+    never = [int(line.split()[1]) for line in daemon.out.seen if line.startswith("started")][1:]
+    assert wait_gone(never) == []
     assert pid_in(ask(service.address)) == old
     release.becomes(service.program, str(service.port))
     daemon.reload()
-    assert pid_in(ask(service.address)) not in (old, never)
+    assert pid_in(ask(service.address)) not in (old, *never)
 
 
 def test_one_that_hears_nothing_is_killed_with_its_worker(service: Service) -> None:

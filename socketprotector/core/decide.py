@@ -83,7 +83,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
     match deadline.wait:
         case TimerKind.START:
             policy = step.fleet.policy_of(step.fleet[number].fresh)
-            reload.abandon(step, number, not_ready(policy, advice), retry=False)
+            reload.fail(step, number, not_ready(policy, advice))
         case TimerKind.SETTLE:
             reload.promote(step, number)
         case TimerKind.DRAIN:

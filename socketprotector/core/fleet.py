@@ -55,7 +55,7 @@ class State(Enum):
     ORPHANED = "orphaned"  # its process has ended, and what that had started has not
 
 
-#: Those that others take the place of.
+#: States of workers that others replace, or have replaced.
 LEAVING = (State.RETIRING, State.ORPHANED)
 
 
@@ -100,7 +100,7 @@ class Generation:
 
     @property
     def ready(self) -> bool:
-        # From the end: who was started last is mostly the last one to be ready.
+        # From the end: the worker started last is mostly the last one to be ready.
         return all(worker.state is State.READY for worker in reversed(self.workers))
 
     def worker(self, number: int) -> Worker | None:
@@ -204,10 +204,8 @@ class Fleet:
 
     def find(self, worker: int) -> tuple[Generation, Worker] | None:
         """The generation and entry of a worker by its number."""
-        for generation in self.generations:
-            if (entry := generation.worker(worker)) is not None:
-                return generation, entry
-        return None
+        found = ((each, each.worker(worker)) for each in self.generations)
+        return next(((generation, entry) for generation, entry in found if entry), None)
 
     def alive(self) -> Iterator[Worker]:
         for generation in self.generations:
@@ -224,12 +222,9 @@ class Fleet:
 
     def with_generation(self, changed: Generation) -> Fleet:
         """Replace the generation with the same number."""
-        return replace(
-            self,
-            generations=tuple(
-                changed if g.number == changed.number else g for g in self.generations
-            ),
-        )
+        number = changed.number
+        generations = tuple(changed if g.number == number else g for g in self.generations)
+        return replace(self, generations=generations)
 
     def with_worker(self, changed: Worker) -> Fleet:
         """Replace the worker in the same generation and slot."""

@@ -65,12 +65,13 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted:
-        step.fleet = replace(fleet, reload_wanted=False)
-        if fleet.configured and fleet.served:
-            step.fleet = replace(step.fleet, reading=True)
-            step.do(Report(ReportKind.RELOADING), ReadSettings())
+        reads = fleet.configured and fleet.served
+        step.fleet = replace(fleet, reload_wanted=False, reading=reads)
+        step.do(Report(ReportKind.RELOADING))
+        if reads:
+            step.do(ReadSettings())
         else:
-            _begin(step, Report(ReportKind.RELOADING))
+            _begin(step)
 
 
 def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
@@ -86,10 +87,9 @@ def settings_failed(step: Step, reason: str) -> None:
         step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
 
 
-def _begin(step: Step, *reports: Report) -> None:
+def _begin(step: Step) -> None:
     # Where a back-off runs no generation serves: the reload must not wait for it.
     step.cancel(TimerKind.OPEN)
-    step.do(*reports)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
 
@@ -192,25 +192,32 @@ def open_failed(step: Step, number: int, reason: str) -> None:
     # None of its workers was ever spawned, also where a stop came first.
     step.fleet = step.fleet.with_generation(replace(generation, workers=()))
     if generation.phase is Phase.STARTING:
-        abandon(step, number, reason, retry=False)
+        fail(step, number, reason)
 
 
-def abandon(step: Step, number: int, reason: str, *, retry: bool) -> None:
-    """Give up a starting generation, and say what comes instead."""
-    fresh = step.fleet[number].fresh
-    serving = step.fleet.of(Phase.SERVING)
-    step.fleet = step.fleet.moved(number, Phase.ABANDONED)
-    step.cancel(TimerKind.START, number)
-    step.end_generation(number)
-    if fresh:
+def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
+    """Give up a generation that has not served alone yet, and say what comes instead.
+
+    One that settles has the route, which goes back to the one that still serves.
+    """
+    serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
+    settles = failed.phase is Phase.SETTLING
+    step.cancel(TimerKind.SETTLE if settles else TimerKind.START, number)
+    if settles:
+        step.do(RouteTo(serving.number if serving else None))
+    if failed.fresh:
         step.forget_settings()
+    if settles:
+        step.drain(number, step.fleet.policy.drain_limit_s)
+    else:
+        step.fleet = step.fleet.moved(number, Phase.ABANDONED)
+        step.end_generation(number)
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
-    elif serving:
+    elif serving or failed.fresh or settles:
         step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
-    elif fresh:
-        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
-        _recover(step, 0.0)
+        if not serving:  # its channel broke meanwhile
+            _recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))
         _recover(step, _count_failure(step))
@@ -234,19 +241,6 @@ def _first_start_failed(step: Step, number: int, reason: str, *, retry: bool) ->
         stop_quickly(step)
 
 
-def roll_back(step: Step, number: int, reason: str) -> None:
-    """Switch from a settling generation back to the one that still serves."""
-    old = step.fleet.of(Phase.SERVING)
-    step.cancel(TimerKind.SETTLE, number)
-    step.do(RouteTo(old.number if old else None))
-    if step.fleet[number].fresh:
-        step.forget_settings()
-    step.drain(number, step.fleet.policy.drain_limit_s)
-    step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
-    if old is None:  # its channel broke meanwhile
-        _recover(step, 0.0)
-
-
 def channel_broken(step: Step, number: int, served_s: float) -> None:
     """No connection can be sent through this generation's channel any more."""
     generation = step.fleet.generation(number)
@@ -255,12 +249,10 @@ def channel_broken(step: Step, number: int, served_s: float) -> None:
         return  # ended already
     reason = "a worker shut down the channel"
     step.do(Report(ReportKind.BROKEN, number, reason))
-    if phase is Phase.STARTING:
-        abandon(step, number, reason, retry=False)
-    elif phase is Phase.SETTLING:
-        roll_back(step, number, reason)
-    else:
+    if phase is Phase.SERVING:
         _serving_broken(step, number, served_s)
+    else:
+        fail(step, number, reason)
 
 
 def _serving_broken(step: Step, number: int, served_s: float) -> None:

@@ -76,18 +76,10 @@ class Step:
 
     def add(self, number: int, slot: int, *, quick_deaths: int = 0, replaces: int = 0) -> Worker:
         """Enter a new worker, not spawned yet, in a generation."""
-        worker = Worker(
-            self.fleet.next_worker,
-            slot,
-            State.WAITING,
-            quick_deaths=quick_deaths,
-            replaces=replaces,
-        )
-        generation = self.fleet[number]
-        self.fleet = replace(
-            self.fleet.with_generation(replace(generation, workers=(*generation.workers, worker))),
-            next_worker=worker.number + 1,
-        )
+        new, generation = self.fleet.next_worker, self.fleet[number]
+        worker = Worker(new, slot, State.WAITING, quick_deaths=quick_deaths, replaces=replaces)
+        generation = replace(generation, workers=(*generation.workers, worker))
+        self.fleet = replace(self.fleet.with_generation(generation), next_worker=new + 1)
         return worker
 
     def spawn(self, generation: int, worker: Worker) -> None:
@@ -103,12 +95,10 @@ class Step:
         self.start(TimerKind.WORKER_KILL, worker.number, self.fleet.policy.kill_timeout_s)
 
     def retire(self, worker: Worker) -> None:
-        """Have one worker finish what it has."""
-        self.do(Retire(worker.number))
-        self.limit_retiring(worker)
-
-    def limit_retiring(self, worker: Worker) -> None:
-        """End one that has been asked to leave, should it take too long."""
+        """Have one worker finish what it has, and end it should that take too long."""
+        finishes = worker.retires or worker.state is State.ORPHANED
+        number = worker.number
+        self.do(Retire(number) if finishes else Signal(number, WorkerSignal.TERM))
         if self.fleet.policy.drain_timeout_s > 0:
             self.start(TimerKind.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
 
@@ -122,11 +112,11 @@ class Step:
         others = self.fleet.route or self.fleet.to_open
         others_accept = self.fleet.policy.workers_accept and others
         if others_accept and self.fleet.stopping is not Stop.QUICK:
-            # It may not have accepted yet who came before, nor read what they have to say.
+            # It may not have accepted all clients that came before, nor read what they sent.
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=True))
             self.do(Quiesce(number))
         else:
-            self._tell(number, timeout_s)
+            self._end_channel(number, timeout_s)
         if self.fleet.queue_is_last and not generation.takers:
             # Its slots all wait for a back-off: one must see whether something is queued.
             for worker in [each for each in generation.workers if not each.alive][:1]:
@@ -136,13 +126,15 @@ class Step:
             self.limit_draining()
 
     def quiesced(self, number: int) -> None:
-        """Tell a generation to finish that has accepted all who came to it."""
+        """Have a generation finish that has accepted all clients that came to it."""
         generation = self.fleet.generation(number)
         if generation and generation.quiescing:
             self.fleet = self.fleet.with_generation(replace(generation, quiescing=False))
-            self._tell(number, 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s)
+            self._end_channel(
+                number, 0.0 if self.fleet.stopping else self.fleet.policy.drain_limit_s
+            )
 
-    def _tell(self, number: int, timeout_s: float) -> None:
+    def _end_channel(self, number: int, timeout_s: float) -> None:
         self.do(Drain(number))
         if timeout_s > 0:
             self.start(TimerKind.DRAIN, number, timeout_s)

@@ -12,7 +12,7 @@ from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, Tim
 from .fleet import Phase, Stop
 from .step import Step
 
-#: The exit status of a stop because nobody could connect any more (errors.SystemRefused).
+#: The exit status of a stop because no client could connect any more (errors.SystemRefused).
 LISTENERS_LOST = 111
 
 
@@ -39,14 +39,14 @@ def _stop_gracefully(step: Step) -> None:
     if step.fleet.route:
         step.do(CloseListeners(quick=False))
     else:
-        # Nobody can serve what has connected; the draining ones still finish theirs.
+        # No worker can serve what has connected; the draining ones still finish theirs.
         step.close_listeners()
     if step.fleet.generations:
         step.start(TimerKind.STOP, 0, step.fleet.policy.stop_timeout_s)
 
 
 def listeners_lost(step: Step) -> None:
-    """Nobody can come any more: end, as failed, so that whoever supervises us starts us anew."""
+    """No client can connect any more: end, as failed, so that our supervisor starts us anew."""
     if step.fleet.stopping:
         return
     step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)

@@ -25,7 +25,7 @@ from .events import (
     WorkerSignal,
 )
 from .fleet import LEAVING, Fleet, Generation, Phase, State, Worker
-from .reload import abandon, roll_back
+from .reload import fail
 from .step import Step
 
 #: So many are started, or let go, until the loop turns: a few milliseconds' work.
@@ -66,10 +66,8 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
             _respawn(step, generation.number, worker, event.served_s)
     elif event.waiting and _is_last_taker(step.fleet, generation.number):
         _respawn(step, generation.number, worker, event.served_s)
-    elif generation.phase is Phase.STARTING:
-        abandon(step, generation.number, event.reason, retry=not event.detached)
-    elif generation.phase is Phase.SETTLING:
-        roll_back(step, generation.number, event.reason)
+    elif generation.phase in (Phase.STARTING, Phase.SETTLING):
+        fail(step, generation.number, event.reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement is to come
 
@@ -227,11 +225,8 @@ def _retire(step: Step, number: int, worker: Worker) -> None:
     step.fleet = step.fleet.with_worker(replace(worker, state=State.RETIRING))
     if worker.state is not State.READY or worker.hung:
         step.end_worker(worker)  # it has nothing to finish, or never will
-    elif worker.retires:
-        step.retire(worker)
     else:
-        step.do(Signal(worker.number, WorkerSignal.TERM))
-        step.limit_retiring(worker)
+        step.retire(worker)
 
 
 def kill_requested(step: Step, number: int) -> None:

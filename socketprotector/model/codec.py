@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
@@ -44,6 +45,17 @@ class DecodeError(ValueError):
 
 class NewerError(DecodeError):
     """A newer program has written it; the message says what shows that."""
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Raise DecodeError for what is not of the expected form."""
+    try:
+        yield
+    except DecodeError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise DecodeError(repr(error)) from error
 
 
 def newer_format(form: int) -> NewerError:
@@ -112,28 +124,22 @@ class Codec:
 
     def decode(self, data: bytes, changes: Iterable[bytes] = ()) -> Any:
         """Return the value that was encoded, with all changes.  Raises DecodeError for none."""
-        try:
+        with decoding():
             tree = {"f": {"": json.loads(data)}}
             for each in changes:
                 for change in json.loads(each):
                     _apply(tree, change)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise DecodeError(repr(error)) from error
-        return self.value_of(tree["f"][""])
+            return self._in(tree["f"][""])
 
     def value_of(self, tree: Any) -> Any:
         """Return the value of what json.loads() has made of one.  Raises DecodeError for none."""
-        try:
+        with decoding():
             return self._in(tree)
-        except DecodeError:
-            raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise DecodeError(repr(error)) from error
 
     def _compare(self, path: str, old: object, new: object, found: list[str]) -> None:
         """Note each difference: a path with a value, with a slice or with what a set lost and got.
 
-        path: the names and places that lead there, each after a comma.
+        path: the names and indexes that lead there, each after a comma.
         """
         if old is new:
             return
@@ -165,7 +171,7 @@ class Codec:
         last = _alike(old[first:][::-1], new[first:][::-1])
         before, after = old[first : len(old) - last], new[first : len(new) - last]
         if len(before) == len(after) and after and after[0] in before:
-            # The oldest make room for others: else each would be written in another's place.
+            # The oldest make room for others: else each would be written as changes of another.
             gone = before.index(after[0])
             found.append(f'{{"p":[""{path}],"at":{first},"n":{gone},"v":[]}}')
             self._compare_tuples(path, old[:first] + old[first + gone :], new, found)

@@ -18,6 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    #: What a value has to be, in words, and whether one is.
+    Kind = tuple[str, Callable[[Any], bool]]
+
 VERSION = 1
 LINE_BYTES = 65_536
 _ID_CHARACTERS = 64
@@ -44,46 +47,33 @@ class Request:
     id: object = None
 
 
-def _whole(low: int, high: int) -> Callable[[object], str | None]:
-    def check(value: object) -> str | None:
-        if type(value) is int and low <= value <= high:
-            return None
-        return f"a whole number from {low} to {high}"
-
-    return check
-
-
-def _seconds(value: object) -> str | None:
-    if type(value) in (int, float) and 0.1 <= value <= 86_400:  # type: ignore[operator]
-        return None
-    return "seconds from 0.1 to 86400"
-
-
-def _yes_or_no(value: object) -> str | None:
-    return None if isinstance(value, bool) else "true or false"
-
-
-def _level(value: object) -> str | None:
-    return (
-        None
-        if value in ("debug", "info", "warning", "error")
-        else ('"debug", "info", "warning" or "error"')
-    )
+def _whole(low: int, high: int) -> Kind:
+    text = f"a whole number from {low} to {high}"
+    return text, lambda value: type(value) is int and low <= value <= high
 
 
 _NUMBER = _whole(1, _MOST)
-#: Command -> the arguments it takes, each with what says what is allowed.
-COMMANDS: Mapping[str, Mapping[str, Callable[[object], str | None]]] = {
+_SECONDS: Kind = (
+    "seconds from 0.1 to 86400",
+    lambda value: type(value) in (int, float) and 0.1 <= value <= 86_400,
+)
+_YES_OR_NO: Kind = "true or false", lambda value: isinstance(value, bool)
+_LEVEL: Kind = (
+    '"debug", "info", "warning" or "error"',
+    lambda value: value in ("debug", "info", "warning", "error"),
+)
+#: Command -> the arguments it takes: exactly one of them, but for _OPTIONAL.
+COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
     "reload": {},
     "upgrade": {},
-    "stop": {"quick": _yes_or_no},
+    "stop": {"quick": _YES_OR_NO},
     "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
-    "hold": {"seconds": _seconds},
+    "hold": {"seconds": _SECONDS},
     "release": {},
     "replace": {"generation": _NUMBER, "pid": _NUMBER},
     "kill": {"generation": _NUMBER},
-    "log-level": {"level": _level},
+    "log-level": {"level": _LEVEL},
     "reopen": {},
     "connections": {"generation": _NUMBER},
     "crashes": {},
@@ -91,15 +81,8 @@ COMMANDS: Mapping[str, Mapping[str, Callable[[object], str | None]]] = {
     "events": {},
     "drain": {"generation": _NUMBER, "pid": _NUMBER},  # the name of `replace` until 1.0
 }
-#: Those that need one of these arguments, and no more than one.
-_ONE_OF = {
-    "scale": ("to", "by"),
-    "hold": ("seconds",),
-    "replace": ("generation", "pid"),
-    "kill": ("generation",),
-    "log-level": ("level",),
-    "drain": ("generation", "pid"),
-}
+#: Those that can do without.
+_OPTIONAL = ("stop", "connections")
 
 
 def parse(line: bytes) -> Request:
@@ -134,17 +117,12 @@ def _what_is_wrong(command: str, arguments: Mapping[str, object]) -> str | None:
         if name not in allowed:
             known = ", ".join(allowed) or "none"
             return f"unknown argument {_short(name)}; allowed: {known}"
-        expected = allowed[name](value)
-        if expected is not None:
+        expected, is_one = allowed[name]
+        if not is_one(value):
             return f"{name}: {_short(value)} is not {expected}"
-    one_of = _ONE_OF.get(command, ())
-    if one_of and len(arguments) != 1:
-        return (
-            f"exactly one of {', '.join(one_of)} is needed"
-            if one_of[1:]
-            else (f"{one_of[0]} is needed")
-        )
-    return None
+    if not allowed or command in _OPTIONAL or len(arguments) == 1:
+        return None
+    return f"{'exactly one of ' if len(allowed) > 1 else ''}{', '.join(allowed)} is needed"
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -21,10 +21,10 @@ _PAGE = "docs/servers.md"
 class Server:
     """How a well-known server is started under --handoff listener."""
 
-    options: str  # of ours
     listen: str
-    adds: str  # what stands behind its name
-    rest: str  # what is the user's own there
+    options: str = ""  # of ours
+    adds: str = ""  # what stands behind its name
+    rest: str = ""  # what is the user's own there
     #: Its options that bind an address, or say what `adds` says, with a value and without.  None:
     #: whether a command can be turned into another one is not known.
     drops: tuple[str, ...] | None = None
@@ -64,14 +64,11 @@ KNOWN: Mapping[str, Server] = {
         options="--ready after:1s --drain-signal QUIT --env 'NGINX={fd:http};'",
         listen="'http=0.0.0.0:8000?nonblock=1'",
         adds="-g 'daemon off;'",
-        rest="",
     ),
     "haproxy": Server(
         options="--drain-signal USR1", listen="web=8000", adds="-db", rest="-f haproxy.cfg"
     ),
-    "node": Server(
-        options="", listen="http=127.0.0.1:8000", adds="", rest="http.js {fd:http} {fd:ready}"
-    ),
+    "node": Server(listen="http=127.0.0.1:8000", rest="http.js {fd:http} {fd:ready}"),
     "plackup": Server(
         options="--drain-signal QUIT",
         listen="0.0.0.0:8000",
@@ -81,19 +78,17 @@ KNOWN: Mapping[str, Server] = {
     "starman": Server(
         options="--ready after:2s --drain-signal QUIT",
         listen="0.0.0.0:8000",
-        adds="",
         rest="--workers 10 app.psgi",
     ),
     "chaussette": Server(
-        options="",
         listen="web=127.0.0.1:8000",
         adds="--fd {fd:web}",
         rest="app:application",
         drops=("--fd", "--host", "--port"),
     ),
 }
-#: How some of these get to know a socket, in the command or as NAME=VALUE in the environment.
-_TOLD_BY: Mapping[str, re.Pattern[str]] = {
+#: What names the socket to some of these, in the command or as NAME=VALUE in the environment.
+_SOCKET_OPTIONS: Mapping[str, re.Pattern[str]] = {
     "uvicorn": re.compile("--fd|UVICORN_FD="),
     "hypercorn": re.compile(".*fd://|-c|--config"),
     "nginx": re.compile("NGINX="),
@@ -128,7 +123,7 @@ def known(command: Sequence[str]) -> str | None:
 
 
 def place(command: Sequence[str]) -> int:
-    """Return where in a command the program's name stands, behind env(1) and `python -m`."""
+    """Return the index of the program's name in a command, behind env(1) and `python -m`."""
     at = 0
     while at < len(command) and (_base(command[at]) == "env" or "=" in command[at]):
         at += 1
@@ -183,8 +178,8 @@ def lacks(
     if not mode.workers_accept:
         return None
     words = (*command, *variables)
-    told_by = _TOLD_BY.get(name)
-    if told_by is not None and not any(map(told_by.match, words)):
+    names_it = _SOCKET_OPTIONS.get(name)
+    if names_it is not None and not any(map(names_it.match, words)):
         return f"nothing tells {name} of the socket that it is handed"
     if settles or name not in _LOADS:
         return None

@@ -33,7 +33,7 @@ class PlaceholderError(ValueError):
 def descriptors(listeners: Sequence[ListenerSettings]) -> dict[int, int]:
     """Return the number that each listener has in a worker, by index; removed ones have none."""
     living = [index for index, each in enumerate(listeners) if not each.removed]
-    return {index: FIRST_FD + place for place, index in enumerate(living)}
+    return {index: fd for fd, index in enumerate(living, FIRST_FD)}
 
 
 def placeholders(words: Sequence[str]) -> list[str]:
@@ -65,7 +65,7 @@ def ready_after_s(settings: Settings) -> float | None:
 def fill(
     words: Sequence[str], listeners: Sequence[ListenerSettings], ready: int = -1
 ) -> tuple[str, ...]:
-    """Put descriptors' numbers in the place of their names.  Raises PlaceholderError."""
+    """Replace placeholders by descriptors' numbers.  Raises PlaceholderError."""
     numbers = descriptors(listeners)
 
     def number(found: re.Match[str]) -> str:
@@ -95,16 +95,16 @@ def listener_variables(listeners: Sequence[ListenerSettings]) -> dict[str, str]:
     numbers = descriptors(listeners)
     found = {
         "LISTEN_FDS": str(len(numbers)),
-        "LISTEN_FDNAMES": ":".join(_fdname(listeners[index].name) for index in numbers),
+        "LISTEN_FDNAMES": ":".join(
+            listeners[index].name.replace(":", "_") or "unknown" for index in numbers
+        ),
         "SERVER_STARTER_PORT": ";".join(
             f"{_starter_name(listeners[index])}={fd}" for index, fd in numbers.items()
         ),
         "EINHORN_FD_COUNT": str(len(numbers)),
         "EINHORN_FDS": " ".join(map(str, numbers.values())),
     }
-    for place, fd in enumerate(numbers.values()):
-        found[f"EINHORN_FD_{place}"] = str(fd)
-    return found
+    return found | {f"EINHORN_FD_{at}": str(fd) for at, fd in enumerate(numbers.values())}
 
 
 def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str, str]:
@@ -119,10 +119,6 @@ def worker_variables(generation: int, *, slot: int, master_pid: int) -> dict[str
 def _name(found: re.Match[str]) -> str:
     """circus takes names in lower case; two never differ only in that."""
     return (found["fd"] or found["circus"] or found["old"] or "").lower()
-
-
-def _fdname(name: str) -> str:
-    return name.replace(":", "_") or "unknown"
 
 
 def _starter_name(listener: ListenerSettings) -> str:

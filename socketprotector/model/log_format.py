@@ -54,7 +54,7 @@ def as_json(
 
 
 def plain(fields: Mapping[str, object]) -> dict[str, str | float]:
-    """Return fields as values that anybody can read: what is no number or truth is its text."""
+    """Return fields as JSON has values: what is neither a number nor true or false is its text."""
     return {
         name: value if isinstance(value, str | int | float) else str(value)
         for name, value in fields.items()

@@ -26,9 +26,9 @@ class Policy:
     kill_timeout_s: float = 5.0
     stop_first: bool = False
     workers_accept: bool = False  # --handoff listener: only they know what they have taken
-    ready: str = "notify"  # what says that a worker is ready (settings.py), for who waits in vain
+    ready: str = "notify"  # what says that a worker is ready (settings.py): a failed start names it
 
     @property
     def drain_limit_s(self) -> float:
-        """How long a generation may drain when another takes, or will take, its place."""
+        """How long a generation may drain when another replaces it, or will."""
         return self.drain_timeout_s or (STOP_FIRST_DRAIN_S if self.stop_first else 0.0)

@@ -97,7 +97,7 @@ class WorkerRecord:
     asked_to_exit: bool = False
     watched: bool = False  # it has said WATCHDOG=1
     status: str = ""
-    aborted: bool = False  # it hung, so its end is none that anybody wanted
+    aborted: bool = False  # it hung, so its end was not asked for
     ready_by: str = ""  # what said that it is ready
     orphaned: bool = False  # its process has ended; what that has left is looked after
     killed: bool = False  # its process group was sent KILL
@@ -116,7 +116,7 @@ class ForwarderRecord:
 
 @frozen
 class SteeringRecord:
-    """Which socket of each address gets new clients, and who lacks one."""
+    """Which socket of each address gets new clients, and which generations lack one."""
 
     socket_number: int = 0
     unserved: tuple[tuple[int, int], ...] = ()  # a generation, and a listener without its socket

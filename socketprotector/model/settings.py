@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
 
-from .codec import FORMAT, Codec, DecodeError, NewerError, newer_format, refusal
+from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, newer_format, refusal
 from .frozen import frozen
 from .handoff_modes import MODES, HandoffMode
 from .policy import Policy
@@ -115,7 +115,7 @@ class Settings:
     log_level: str = "info"
     log_format: str = "text"
     log_relay: bool = True  # workers' output goes through the relay where the log is ours
-    log_prefix: bool = False  # workers' lines say who wrote them
+    log_prefix: bool = False  # workers' lines say which one wrote them
     watch: tuple[str, ...] = ()  # paths; a reload when something changes there
     foreground: bool = False
     guarded: bool = False
@@ -123,7 +123,7 @@ class Settings:
     watchdog_s: float = 0.0  # how long a worker that has said WATCHDOG=1 may then be silent
     worker_limits: Limits = field(default_factory=Limits)
     control: ListenerSettings | None = None  # the control socket
-    control_group: int | None = None  # who else may speak there
+    control_group: int | None = None  # whose members may use it, too
     secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
     notify_folder: str = ""  # where these addresses are; "": they are abstract
     notices: tuple[str, ...] = ()  # lines for the operator at the start: for the log too
@@ -213,16 +213,12 @@ def format_of(data: bytes) -> int:
 
 
 def _opened(data: bytes) -> tuple[int, Any]:
-    try:
+    with decoding():
         values = json.loads(data)
         form = values.get("format", 1)
         if form > FORMAT:
             raise newer_format(form)
         return form, values["settings"] if form == FORMAT else values
-    except DecodeError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DecodeError(repr(error)) from error
 
 
 def from_format_2(values: dict[str, Any]) -> dict[str, Any]:
@@ -234,5 +230,5 @@ def from_format_2(values: dict[str, Any]) -> dict[str, Any]:
         return {"c": part, "f": value} if value is not None else None
 
     parts = {name: named(_PARTS[name], values[name]) for name in values.keys() & _PARTS.keys()}
-    told = {name: value for name, value in values.items() if name != "format"}
-    return {"c": "Settings", "f": told | parts}
+    plain = {name: value for name, value in values.items() if name != "format"}
+    return {"c": "Settings", "f": plain | parts}

@@ -64,11 +64,6 @@ def begin_anew(line: socket.socket, folder: str) -> None:
     os.execve(sys.executable, sys.orig_argv, {**os.environ, _ANEW: folder})
 
 
-def is_name(path: str) -> bool:
-    """Whether it is by its name that it changes: a file that is replaced, a `current` link."""
-    return os.path.islink(path) or not os.path.isdir(path)
-
-
 def look(
     line: socket.socket,
     paths: Iterable[str],
@@ -77,7 +72,10 @@ def look(
     recursive: bool,
     folders: Collection[str],
 ) -> None:
-    """Tell of each change, for ever, or until one of the folders is there anew."""
+    """Tell of each change, for ever, or until one of the folders is there anew.
+
+    began: set once it watches.
+    """
     try:
         for changes in watch(
             *paths,
@@ -114,39 +112,27 @@ def main() -> None:
         say(line, f"!{missing[0]}: No such file or directory")
         os._exit(1)
     folders = [path for path in paths if os.path.isdir(path)]
-    names = [path for path in paths if is_name(path)]
+    # What is replaced by another of its name: a file, a `current` link.
+    names = [path for path in paths if os.path.islink(path) or not os.path.isdir(path)]
     # The folder, not the file: one that is replaced by another is not there any more.
     around = sorted({os.path.dirname(path) for path in paths})
-    begun = [
-        start(line, there, wanted, recursive, looked_for)
-        for there, wanted, recursive, looked_for in (
-            (folders, Below(ignored), True, ()),
-            (around, only(names, folders), False, folders),
-        )
-        if there
-    ]
-    for each in begun:
-        each.wait()
+    begun = []
+    for there, wanted, recursive, looked_for in (
+        (folders, Below(ignored), True, []),
+        (around, only(names, folders), False, folders),
+    ):
+        if there:
+            begun.append(threading.Event())
+            given = (line, there, wanted, begun[-1], recursive, looked_for)
+            threading.Thread(target=look, args=given, daemon=True).start()
+    for began in begun:
+        began.wait()
     say(line, "=")
     if anew := os.environ.pop(_ANEW, ""):
         say(line, f"+1 {anew}")
     while line.recv(1):
         pass
     os._exit(0)  # threads that wait for a change have nothing to finish
-
-
-def start(
-    line: socket.socket,
-    paths: Iterable[str],
-    wanted: Filter,
-    recursive: bool,
-    folders: Collection[str],
-) -> threading.Event:
-    """Look in a thread of its own; the event is set once it does."""
-    began = threading.Event()
-    given = (line, paths, wanted, began, recursive, folders)
-    threading.Thread(target=look, args=given, daemon=True).start()
-    return began
 
 
 if __name__ == "__main__":

@@ -38,9 +38,9 @@ FIRST_WAIT_S = 0.1
 LAST_WAIT_S = 10
 #: Its exit status when the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
-#: How workers ended is told to the next protector too when the one before may not have heard.
+#: How workers ended is sent to the next protector, too, where the one before may not have read it.
 LAST_STATUSES = 255
-TOLD_AGAIN_S = 10.0
+SENT_AGAIN_S = 10.0
 _MESSAGE_BYTES = 4096
 #: What a descriptor that is ready to be written to takes without blocking (PIPE_BUF).
 _LINE_BYTES = 4096
@@ -74,12 +74,11 @@ class Guard:
         self.finish = 0  # the signal that has workers that accept finish
         self.wait_s: float = 0
         self.due: float | None = None  # when to start the next one
-        self.pending: list[int] = []  # signals for the next one
-        self.passed_on: list[int] = []  # to this one, which has not said that it took them
+        self.untaken: list[int] = []  # signals that no protector has said it took
         self.stopping = False  # a stop was taken
         self.began = False  # it has said anything: it has gone on, and takes signals
-        self.statuses: list[tuple[float, bytes]] = []  # the last that were told, and when
-        self.untold: list[bytes] = []  # how workers ended: it was behind
+        self.statuses: list[tuple[float, bytes]] = []  # how workers ended, and when that was known
+        self.sent = 0  # of these to this protector: it may be behind
         self.dropped = 0  # lines that could not be written
 
     # -- the protector ---------------------------------------------------------
@@ -88,60 +87,59 @@ class Guard:
         """Start a protector with all that is in the store."""
         self.due = None
         self.accepted = self.began = False
-        try:
-            line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError as error:
-            self.again(str(error.strerror))
-            return
-        for end in (line, theirs):
-            os.set_inheritable(end.fileno(), False)
+        theirs = None
         # Blocked until its handlers stand: a signal in between waits, it does not kill.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
+            self.line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             self.pid = os.fork()
             if self.pid == 0:
-                try:
-                    self._become({**self.store, inherited.GUARD: theirs.fileno()})
-                except OSError as error:
-                    self.log("guard-cannot-execute", file=self.command[0], error=str(error))
-                finally:
-                    os._exit(FAILED)
-        except OSError as error:  # no more processes
-            line.close()
-            self.again(str(error.strerror))
+                self._become({**self.store, inherited.GUARD: theirs.fileno()})
+        except OSError as error:  # no more descriptors, or processes
+            self.close_line()
+            self.start_later("guard-cannot-start", error=str(error.strerror))
             return
         finally:
-            theirs.close()
+            if theirs is not None:
+                theirs.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, _NO_SIGNALS)
-        self.line = line
-        self.passed_on, self.pending = self.pending, []
-        for number in self.passed_on:
+        for number in self.untaken:
             os.kill(self.pid, number)
-        # Those that the one before may have been told in vain.
-        recent = time.monotonic() - TOLD_AGAIN_S
-        self.statuses = [told for told in self.statuses if told[0] > recent]
-        again = [told for _, told in self.statuses]
-        self.untold = [told for told in self.untold if told not in again] + again
-        self.tell_on()
+        # What was sent to the one before may not have been read.
+        recent = time.monotonic() - SENT_AGAIN_S
+        sent, unsent = self.statuses[: self.sent], self.statuses[self.sent :]
+        self.statuses = [*(each for each in sent if each[0] > recent), *unsent]
+        self.sent = 0
+        self.send_statuses()
 
-    def again(self, why: str) -> None:
-        """Start the next one, later each time in a row."""
-        self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        self.log("guard-cannot-start", error=why, again_in_s=self.wait_s)
+    def start_later(self, event: str, **why: str) -> None:
+        """Start the next one, later each time in a row that none has accepted."""
+        if not self.accepted:
+            self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
+        self.log(event, **why, again_in_s=self.wait_s)
         self.due = time.monotonic() + self.wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
-        # Where they are: to move them takes as many again, and there may not be as many.
-        with inherited.kept_through_exec(descriptors) as variables:
-            os.execve(self.command[0], self.command, {**os.environ, **variables})
+        """Be the protector; never returns."""
+        try:
+            # Where they are: to move them takes as many again, and there may not be as many.
+            with inherited.kept_through_exec(descriptors) as variables:
+                os.execve(self.command[0], self.command, {**os.environ, **variables})
+        except OSError as error:
+            self.log("guard-cannot-execute", file=self.command[0], error=str(error))
+        finally:
+            os._exit(FAILED)
 
-    def ended(self, status: int) -> None:
-        """The protector is gone: for good if it said so, else start it again."""
-        self.hear()
-        self.pid = 0
+    def close_line(self) -> None:
         if self.line is not None:
             self.line.close()
             self.line = None
+
+    def ended(self, status: int) -> None:
+        """Handle the protector's exit: for good if it said so, else start it again."""
+        self.hear()
+        self.pid = 0
+        self.close_line()
         if self.verdict is not None:
             sys.exit(self.verdict)
         code = os.waitstatus_to_exitcode(status)
@@ -149,24 +147,18 @@ class Guard:
         # Of the first only: after it something may be served, by workers that live on.
         if code >= 0 and self.first and not self.accepted:
             self.give_up(f"{how} before it ever accepted", code or FAILED)
-        stops = any(number in signals.STOPS for number in self.passed_on)
+        stops = any(number in signals.STOPS for number in self.untaken)
         if stops and code >= 0 and not self.began:
             # Workers finish what they have when the last end of their channel is closed; those
             # that accept are told.
             self.give_up(f"{how} when it was to stop", code or FAILED)
-        self.pending += self.passed_on
         self.first = False
-        if self.accepted:
-            self.wait_s = 0
-        else:
-            self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        self.log("protector-died", protector=how, again_in_s=self.wait_s)
-        self.due = time.monotonic() + self.wait_s
+        self.start_later("protector-died", protector=how)
 
     # -- what it says ----------------------------------------------------------
 
     def hear(self) -> None:
-        """Take in all messages that wait on the line."""
+        """Handle all messages that wait on the line."""
         while self.line is not None:
             try:
                 data, control, flags, _ = self.line.recvmsg(
@@ -182,11 +174,10 @@ class Guard:
                 self.log("guard-cannot-hear", error=str(error.strerror))
                 return  # out of memory for the moment
             if not data:
-                self.line.close()
-                self.line = None
+                self.close_line()
                 return
             fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
-            self.take(dict(pairs(data)), fds[0] if fds else -1)
+            self.take(pairs(data), fds[0] if fds else -1)
             if flags & socket.MSG_CTRUNC:
                 self.log("guard-cannot-keep", error="out of descriptors")
 
@@ -195,9 +186,9 @@ class Guard:
         self.began = True
         self.stopping = self.stopping or "STOPPING" in said
         took = int(said.get("X_TOOK", "0"))
-        self.passed_on = [
+        self.untaken = [
             number
-            for number in self.passed_on
+            for number in self.untaken
             if (not self.stopping if number in signals.STOPS else number != took)
         ]
         name = said.get("FDNAME", "")
@@ -257,14 +248,15 @@ class Guard:
     def signalled(self, number: int) -> None:
         if number == signal.SIGCHLD:
             self.reap()
-        elif self.pid:
+            return
+        if self.pid:
             os.kill(self.pid, number)
-            # It may be dead, or die before it gets to that: then the next one is told.
-            if number not in self.passed_on and not (number in signals.STOPS and self.stopping):
-                self.passed_on.append(number)
         else:
-            self.pending.append(number)
             self.due = time.monotonic()
+        # It may be dead, or die before it gets to that: then it is for the next one.
+        took_a_stop = self.pid and self.stopping and number in signals.STOPS
+        if number not in self.untaken and not took_a_stop:
+            self.untaken.append(number)
 
     def reap(self) -> None:
         """Reap every child that has ended; the protector is told of those it left to us."""
@@ -278,23 +270,21 @@ class Guard:
             if pid == self.pid:
                 self.ended(status)
             else:
-                told = b"X_EXITED=%d %d" % (pid, status)
-                self.statuses = [*self.statuses[-LAST_STATUSES:], (time.monotonic(), told)]
-                self.tell(told)
+                self.statuses.append((time.monotonic(), b"X_EXITED=%d %d" % (pid, status)))
+                self.send_statuses()
 
-    def tell(self, told: bytes) -> None:
-        """Tell the protector, behind all that it was not told yet."""
-        self.untold.append(told)
-        self.tell_on()
-
-    def tell_on(self) -> None:
-        """Tell it as much as there is room for: it may stand still, or be behind."""
-        while self.untold and self.line is not None:
+    def send_statuses(self) -> None:
+        """Send the protector as many as there is room for: it may be suspended, or behind."""
+        while self.sent < len(self.statuses) and self.line is not None:
+            _, text = self.statuses[self.sent]
             try:
-                self.line.send(self.untold[0], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                self.line.send(text, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except OSError:
-                return  # no room; or it is gone, and the next one is told
-            self.untold.pop(0)
+                break  # no room; or it is gone, and they are for the next one
+            self.sent += 1
+        over = max(0, self.sent - LAST_STATUSES)
+        del self.statuses[:over]
+        self.sent -= over
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""
@@ -304,14 +294,15 @@ class Guard:
             poll = select.poll()
             poll.register(receive, select.POLLIN)
             if self.line is not None:
-                events = select.POLLIN | (select.POLLOUT if self.untold else 0)
+                behind = self.sent < len(self.statuses)
+                events = select.POLLIN | (select.POLLOUT if behind else 0)
                 poll.register(self.line.fileno(), events)
             wait_ms = None
             if self.due is not None:
                 wait_ms = max(0.0, self.due - time.monotonic()) * 1000
             ready = [fd for fd, _ in poll.poll(wait_ms)]
             self.hear()
-            self.tell_on()
+            self.send_statuses()
             if receive in ready:
                 for number in dict.fromkeys(os.read(receive, 512)):
                     self.signalled(number)
@@ -335,12 +326,10 @@ def write(fd: int, line: bytes) -> None:
         theirs.close()
 
 
-def pairs(data: bytes) -> list[tuple[str, str]]:
+def pairs(data: bytes) -> dict[str, str]:
     """Return the NAME=VALUE lines of a message."""
-    lines = data.decode("utf-8", "replace").split("\n")
-    return [
-        (name, value) for name, found, value in (line.partition("=") for line in lines) if found
-    ]
+    lines = (line.partition("=") for line in data.decode("utf-8", "replace").split("\n"))
+    return {name: value for name, found, value in lines if found}
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ _READ_BYTES = 65536
 #: For how long lines are gathered once some were passed on.  Else each line of a worker that writes
 #: one after the other would wake us, and on a busy machine that worker would have to wait for us.
 _GATHER_MS = 5
-#: Who has written so much meanwhile will fill its pipe, and would have to wait: none of that then.
+#: A writer of so much meanwhile will fill its pipe, and would have to wait: no gathering then.
 _MANY_BYTES = 16384
 _HURRY_S = 0.1
 #: A pipe holds as many reads at most (fs.pipe-max-size).

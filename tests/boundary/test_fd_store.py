@@ -166,17 +166,17 @@ def test_what_comes_in_the_place_of_another_is_given_before_that_is_dropped(
 
 
 def test_a_signal_is_given_to_the_next_one_unless_it_was_taken(guard: Guard) -> None:
-    guard.passed_on = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
+    guard.untaken = [signal.SIGHUP, signal.SIGTERM, signal.SIGTTIN]
     guard.take({"X_BEGAN": "1"}, -1)
     guard.take({"X_TOOK": f"{signal.SIGHUP:d}"}, -1)
-    assert guard.passed_on == [signal.SIGTERM, signal.SIGTTIN]
+    assert guard.untaken == [signal.SIGTERM, signal.SIGTTIN]
 
     guard.take({"X_TOOK": f"{signal.SIGTTIN:d}"}, -1)
     guard.take({"X_TOOK": f"{signal.SIGTERM:d}"}, -1)  # it may still be killed before it stops
-    assert guard.passed_on == [signal.SIGTERM]
+    assert guard.untaken == [signal.SIGTERM]
 
     guard.take({"STOPPING": "1"}, -1)
-    assert guard.passed_on == []
+    assert guard.untaken == []
 
 
 @pytest.mark.parametrize(("most", "names_bytes"), [(2, 1000), (1000, len("sp.a:sp.b:"))])

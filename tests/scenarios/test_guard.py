@@ -566,13 +566,14 @@ def test_how_workers_ended_is_told_once_a_protector_that_stood_still_reads_on() 
     keeper.line = line
 
     for each in ends:
-        keeper.tell(each)
-    assert keeper.untold, "there was room for all of them"
+        keeper.statuses.append((0.0, each))
+        keeper.send_statuses()
+    assert keeper.sent < len(keeper.statuses), "there was room for all of them"
     heard: list[bytes] = []
     protectors.settimeout(DEADLINE_S)
     while len(heard) < len(ends):
         heard.append(protectors.recv(100))
-        keeper.tell_on()
+        keeper.send_statuses()
 
     assert heard == ends
     line.close()

@@ -26,17 +26,17 @@ import time
 from socketprotector_client import wire
 
 from ...system import signals
+from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, write_line
 from .stream import Stream, described, peer_of
 
 PROGRAM = "socketprotector.legacy"
-#: How often a name is tried of which nobody tells us that it is free, or of which somebody may not.
+#: How often a name is tried where no other worker tells us that it is free, or where one may not.
 _RETRY_S = 0.1
 _LOOK_S = 1.0
 #: A name that is not free by then is worth a line.
 _TELL_S = 5.0
-#: A child that reads no more should end soon; one that does not has its place taken.
+#: A child that reads no more should end soon; one that does not is replaced.
 LEAVE_S = 5.0
-FAILED = 111
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 _PASSED_ON = (*_STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH)
 _SO_PEERPIDFD = 77  # Linux 6.5
@@ -47,14 +47,6 @@ _CLOSED = select.POLLHUP | select.POLLERR | select.POLLNVAL
 _NO_SIGNALS: tuple[int, ...] = ()
 #: Of the environment these are the worker's, not the child's.
 _OURS = (b"SOCKETPROTECTOR_", b"NOTIFY_SOCKET=", b"WATCHDOG_")
-
-
-class Refusal(Exception):
-    """One line for the operator, and an exit status."""
-
-    def __init__(self, text: str, status: int = 2) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 class Adapter:
@@ -75,12 +67,9 @@ class Adapter:
         self.by_port = {port: Stream(port) for port in sorted({*ports} - {0})}
         self.by_index = [self.by_port.get(port) for port in ports]
         self.streams = list(self.by_port.values())
-        self.address = environment.get(wire.ENV_NOTIFY, "")
-        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        usec = environment.get("WATCHDOG_USEC", "")
-        self.watchdog_s = int(usec) / 2_000_000 if usec.isdigit() else 0.0
+        self.notifier = Notifier(environment)
         self.due: float | None = None  # of the next WATCHDOG=1
-        self.hand: tuple[Stream, int] | None = None  # taken from the channel, not yet sent
+        self.pending: tuple[Stream, int] | None = None  # taken from the channel, not yet sent
         self.leaving = False  # no more from the channel
         self.pid = self.pidfd = 0  # of the child
         self.strangers = 0
@@ -94,8 +83,8 @@ class Adapter:
                     return 0
             self.spawn()
             if self.connected():
-                self.say(b"READY=1\n" + wire.RETIRES_ON_RETURN.encode(), wait=True)
-                self.due = time.monotonic() if self.watchdog_s else None
+                self.notifier.ready()
+                self.due = time.monotonic() if self.notifier.watchdog_s else None
                 self.serve()
             return self.status()
         except Exception:
@@ -106,7 +95,7 @@ class Adapter:
     # -- the start -------------------------------------------------------------
 
     def claim(self, stream: Stream) -> bool:
-        """Take the name of a stream, once it is free; say whether it is still wanted."""
+        """Bind the name of a stream, once it is free; return whether it is still wanted."""
         tell_at = time.monotonic() + _TELL_S
         while not stream.claim():
             line = stream.knock()
@@ -114,7 +103,7 @@ class Adapter:
                 self.look({}, _RETRY_S)
             else:
                 if line.fileno() in self.look({line.fileno(): 0}, _LOOK_S):
-                    self.look({}, _RETRY_S / 10)  # it may be one who closes what it accepts
+                    self.look({}, _RETRY_S / 10)  # its owner may close all that it accepts
                 line.close()
             if self.leaving:
                 return False
@@ -205,17 +194,17 @@ class Adapter:
 
     def serve(self) -> None:
         """Hand connections on until there are no more, or the child wants none."""
-        while self.hand is not None or not self.leaving:
-            wanted = {}
-            for stream in self.streams:
-                assert stream.connection is not None
-                wanted[stream.connection.fileno()] = 0 if stream.room else select.POLLOUT
-            if self.hand is None and all(each.room for each in self.streams):
+        connections = [(each, each.connection) for each in self.streams if each.connection]
+        while self.pending is not None or not self.leaving:
+            wanted = {
+                connection.fileno(): 0 if stream.room else select.POLLOUT
+                for stream, connection in connections
+            }
+            if self.pending is None and all(each.room for each in self.streams):
                 wanted[self.channel.fileno()] = select.POLLIN
             found = self.look(wanted)
-            for stream in self.streams:
-                assert stream.connection is not None
-                events = found.get(stream.connection.fileno(), 0)
+            for stream, connection in connections:
+                events = found.get(connection.fileno(), 0)
                 if events & _CLOSED:
                     return self.closed()
                 stream.room = stream.room or bool(events)
@@ -227,47 +216,37 @@ class Adapter:
                 if error.errno not in _SCARCE:
                     raise
                 self.look({}, _RETRY_S)  # poll would say at once that there is room
-        for stream in self.streams:
-            assert stream.connection is not None
-            stream.connection.shutdown(socket.SHUT_WR)
+        for _, connection in connections:
+            connection.shutdown(socket.SHUT_WR)
 
     def move(self) -> None:
-        """Send what is in hand, else take the next one if there is room wherever it may go."""
-        if self.hand is None and not self.leaving and all(each.room for each in self.streams):
-            self.hand = self.take()
-        if self.hand is not None:
-            stream, fd = self.hand
+        """Send what is pending, else take the next one if there is room wherever it may go."""
+        if self.pending is None and not self.leaving and all(each.room for each in self.streams):
+            self.take()
+        if self.pending is not None:
+            stream, fd = self.pending
             if stream.room and stream.send(fd):
                 os.close(fd)
-                self.hand = None
+                self.pending = None
 
-    def take(self) -> tuple[Stream, int] | None:
+    def take(self) -> None:
         """Take a connection from the channel, if there is one."""
         try:
-            header, control, flags, _ = self.channel.recvmsg(
-                wire.HEADER.size,
-                socket.CMSG_LEN(4),
-                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-            )
+            taken = receive(self.channel, say)
         except BlockingIOError:
-            return None  # another worker was quicker
-        if not header:
+            return  # another worker was quicker
+        if taken is None:
             self.leaving = True
-            return None
-        fds = [int.from_bytes(content[:4], sys.byteorder) for _, _, content in control]
-        if not fds:
-            if flags & socket.MSG_CTRUNC:
-                say("out of descriptors: a connection is lost")
-            return None
-        version, kind, index, _, _ = wire.HEADER.unpack(header.ljust(wire.HEADER.size, b"\0"))
+            return
+        fd, index, _ = taken
         stream = self.by_index[index] if index < len(self.by_index) else None
-        if version == wire.VERSION and kind == wire.KIND_CONNECTION and stream is not None:
-            return stream, fds[0]
-        os.close(fds[0])
-        return None
+        if fd >= 0 and stream is not None:
+            self.pending = stream, fd
+        elif fd >= 0:
+            os.close(fd)
 
     def closed(self) -> None:
-        """The child reads no more: let it end, and have its place taken if it does not."""
+        """The child reads no more: let it end, and be replaced if it does not."""
         for stream in self.streams:
             if stream.connection is not None:
                 stream.connection.close()
@@ -292,8 +271,8 @@ class Adapter:
         until = None if timeout_s is None else time.monotonic() + timeout_s
         if self.due is not None:
             if time.monotonic() >= self.due:
-                self.say(b"WATCHDOG=1")
-                self.due = time.monotonic() + self.watchdog_s
+                self.notifier.tell("WATCHDOG=1")
+                self.due = time.monotonic() + self.notifier.watchdog_s
             until = self.due if until is None else min(until, self.due)
         poll = select.poll()
         for fd, events in wanted.items():
@@ -331,16 +310,6 @@ class Adapter:
         self.line = None
         self.leaving = True
 
-    def say(self, text: bytes, *, wait: bool = False) -> None:
-        """Tell the protector.  One that is gone is nothing to fail for; wait: for room."""
-        address = self.address.encode("utf-8", "surrogateescape")
-        if address:
-            address = b"\0" + address[1:] if address[:1] == b"@" else address
-            try:
-                self.notify.sendto(text, 0 if wait else socket.MSG_DONTWAIT, address)
-            except OSError:
-                pass
-
 
 def ports_of(listeners: str) -> list[int]:
     """Return the port of each listener, 0 for one that was removed.  Raises Refusal."""
@@ -365,9 +334,7 @@ def ports_of(listeners: str) -> list[int]:
 def given(environment: dict[str, str], name: str) -> socket.socket:
     """Return the socket that a variable names; no child is to inherit it.  Raises Refusal."""
     try:
-        fd = int(environment[name])
-        os.set_inheritable(fd, False)
-        return socket.socket(fileno=fd)
+        return socket.socket(fileno=inherited(environment, name))
     except (OSError, ValueError) as error:
         raise Refusal(f"{name}={environment[name]} is no socket of ours") from error
 
@@ -396,11 +363,7 @@ def is_readable(fd: int) -> bool:
 
 
 def say(text: str) -> None:
-    """Write one line to the log, whole."""
-    try:
-        os.write(2, f"{PROGRAM}: {text}\n".encode("utf-8", "backslashreplace"))
-    except OSError:
-        pass
+    write_line(PROGRAM, text)
 
 
 def end_like(code: int) -> None:

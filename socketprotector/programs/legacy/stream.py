@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import _socket as socket
 import errno
-import os
 import sys
 
 #: Both ends of the original give the address's full length, so the name ends in NULs.
@@ -18,6 +17,7 @@ _QUEUE_NAME = "\0socketprotector.legacy.%d"
 #: The smallest send buffer: writable again as soon as the child has left one message unread.
 _SNDBUF_BYTES = 1
 _WAITING = 128
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 
 
 class Stream:
@@ -57,7 +57,10 @@ class Stream:
         """Take ownership of the child's connection, and free the name for the next worker."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF_BYTES)
         self.connection = connection
-        for each in (self.listener, self.queue):  # in this order: who has the turn finds it free
+        for each in (
+            self.listener,
+            self.queue,
+        ):  # in this order: the next in turn finds the name free
             if each is not None:
                 each.close()
         self.listener = self.queue = None
@@ -79,8 +82,7 @@ class Stream:
 
 def listen(name: bytes) -> socket.socket | None:
     """Return a listener with an abstract name, or None if it is another's."""
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(one.fileno(), False)
+    one = socket.socket(socket.AF_UNIX, _STREAM)
     try:
         one.bind(name)
     except OSError as error:
@@ -89,15 +91,12 @@ def listen(name: bytes) -> socket.socket | None:
             return None
         raise
     one.listen(_WAITING)
-    one.setblocking(False)
     return one
 
 
 def connect(name: bytes) -> socket.socket | None:
     """Return a connection to an abstract name, or None if none listens there, or it has no room."""
-    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    os.set_inheritable(line.fileno(), False)
-    line.setblocking(False)
+    line = socket.socket(socket.AF_UNIX, _STREAM)
     try:
         line.connect(name)
     except OSError:

@@ -401,8 +401,8 @@ def test_a_reload_does_not_wait_for_the_end_of_a_back_off(story: Story) -> None:
     story.and_also(*(WorkerExited(number, DIED) for number in (2, 3, 4, 5)))
 
     assert story.when(ReloadRequested()) == [
-        CancelTimer(Deadline(TimerKind.OPEN)),
         Report(ReportKind.RELOADING),
+        CancelTimer(Deadline(TimerKind.OPEN)),
         *opened(6, worker=6),
     ]
 

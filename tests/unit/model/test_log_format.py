@@ -22,8 +22,8 @@ def written() -> Iterator[str]:
             words = [each for call in node.args for each in constants(call)]
             if node.func.attr in ("write", "_write") and words and words[0] in LEVELS:
                 yield from words[1:]
-            elif path.name == "guard.py" and node.func.attr == "log":
-                yield words[0]
+            elif path.name == "guard.py" and node.func.attr in ("log", "start_later"):
+                yield from words[:1]  # start_later() passes its own on
 
 
 def constants(node: ast.expr) -> list[str]:

@@ -1,0 +1,109 @@
+"""A worker's side of docs/protocol.md, for the adapters: stdio's pool and legacy's.
+
+Each of them stays as long as the service, so this imports little.
+"""
+
+from __future__ import annotations
+
+import _socket as socket
+import errno
+import os
+import struct
+
+from socketprotector_client import wire
+
+#: The reasons for which a message is worth sending again.
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
+# Never O_NONBLOCK: all workers and the protector share the channel's open file description.
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+# CMSG_SPACE would have room for a second descriptor, which would not be looked for.
+_CONTROL_BYTES = socket.CMSG_LEN(4)
+_HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
+_FD = struct.Struct("i").unpack
+_NO_CONNECTION = (-1, 0, 0)
+#: The exit status where a system call failed, or the command cannot be started.
+FAILED = 111
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+
+class Refusal(Exception):
+    """One line for the operator, and an exit status."""
+
+    def __init__(self, text: str, status: int = 2) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Notifier:
+    """Speaks sd_notify on a socket that it keeps, so that it can when descriptors are scarce."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get(wire.ENV_NOTIFY, "")
+        self._address = os.fsencode("\0" + address[1:] if address[:1] == "@" else address)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
+        usec = environ.get("WATCHDOG_USEC", "")
+        #: How often WATCHDOG=1 is to be said: half of what is allowed; 0: it is not.
+        self.watchdog_s = int(usec) / 2_000_000 if usec.isdecimal() else 0.0
+
+    def ready(self) -> None:
+        """Say so, waiting for room: a worker that does not is killed after --start-timeout."""
+        self.tell(f"READY=1\n{wire.RETIRES_ON_RETURN}", wait=True)
+
+    def tell(self, text: str, *, wait: bool = False) -> bool:
+        """Say it; return whether it is worth saying again: there was no room.
+
+        wait: for room instead, as long as it takes.
+        """
+        if self._socket is None:
+            return False
+        flags = socket.MSG_NOSIGNAL if wait else socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
+        try:
+            self._socket.sendto(text.encode(), flags, self._address)
+        except OSError as error:
+            return error.errno in _FULL
+        return False
+
+
+def inherited(environ: Mapping[str, str], name: str) -> int:
+    """Return the descriptor that a variable names, and keep it from our children; -1: none.
+
+    Raises OSError.
+    """
+    text = environ.get(name, "").partition(":")[0]
+    if not text.isdecimal():
+        return -1
+    os.set_inheritable(int(text), False)
+    return int(text)
+
+
+def receive(channel: socket.socket, say: Callable[[str], None]) -> tuple[int, int, int] | None:
+    """Return a connection, its listener's index and when it was accepted (ns); None: end of file.
+
+    The descriptor is -1 where the message has no connection, which was said.  Raises OSError,
+    BlockingIOError where there is no message.
+    """
+    data, control, flags, _ = channel.recvmsg(_HEADER_BYTES, _CONTROL_BYTES, _FLAGS)
+    if not control:
+        if flags & socket.MSG_CTRUNC:
+            say("a connection was lost: no descriptor left for it")
+        return _NO_CONNECTION if data else None
+    (fd,) = _FD(control[0][2])
+    version, kind, listener, _, accepted_at_ns = (
+        _HEADER(data) if len(data) == _HEADER_BYTES else (0, 0, 0, 0, 0)
+    )
+    if (version, kind) != (wire.VERSION, wire.KIND_CONNECTION):
+        say(f"cannot serve a message of version {version}, kind {kind}: its connection is closed")
+        os.close(fd)
+        return _NO_CONNECTION
+    return fd, listener, accepted_at_ns
+
+
+def write_line(program: str, text: str) -> None:
+    """Write one line to the log, whole.  Never raises."""
+    try:
+        os.write(2, f"{program}: {text}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass

@@ -47,10 +47,10 @@ class Leave:
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
-        # None is a handler that was installed from C.
+        # None is a handler that was installed from C; a TermWatch's is not the program's.
         handler = signal.getsignal(signal.SIGTERM)
-        none = handler in (signal.SIG_DFL, signal.SIG_IGN) or TermWatch.is_own(handler)
-        self._waits = pid is None and none
+        is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
+        self._waits = pid is None and (is_own or handler in (signal.SIG_DFL, signal.SIG_IGN))
         if self._waits:
             intake.await_last()
         elif not len(intake.open):

@@ -50,5 +50,4 @@ def listener_of(connection: Union[HasFileno, HasExtraInfo]) -> str:
     """
     if not hasattr(connection, "fileno"):
         connection = connection.get_extra_info("socket")  # type: ignore[assignment]
-    fd = connection.fileno()  # type: ignore[union-attr]
-    return current().listener_by_fd[fd]
+    return current().listener_by_fd[connection.fileno()]  # type: ignore[union-attr]

@@ -48,7 +48,7 @@ class _Sender:
     """The way to one address."""
 
     def __init__(self, address: str) -> None:
-        self._address = address
+        self._address = "\0" + address[1:] if address.startswith("@") else address
         self._line: Optional[socket.socket] = None
         self.after_fork_in_child()
         forking.register(self)
@@ -118,8 +118,7 @@ class _Sender:
                     raise
         line = Socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            name = self._address
-            line.connect("\0" + name[1:] if name[0] == "@" else name)
+            line.connect(self._address)
         except OSError:
             line.close()
             raise

@@ -50,11 +50,6 @@ class TermWatch:
     def after_fork_in_child(self) -> None:
         self._undo(-1)
 
-    @staticmethod
-    def is_own(handler: object) -> bool:
-        """Whether a signal's handler is one of these, and not the program's."""
-        return isinstance(getattr(handler, "__self__", None), TermWatch)
-
     def _read(self) -> None:
         # Not left to the handler alone: that runs in the main thread, which
         # may be waiting for the very thread that is reading here.

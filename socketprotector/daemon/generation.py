@@ -97,7 +97,7 @@ class OpenGeneration:
             self.forget_board()  # better nothing known than counted twice
         if found is None:
             return None
-        past = (self.record.past or Counts()) + found.closed()
+        past = (self.record.past or Counts()) + replace(found, active=0)
         self.update_record(lost=self.record.lost + found.active, past=past)
         return found.active
 

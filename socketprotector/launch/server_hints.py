@@ -109,7 +109,7 @@ def line(words: Sequence[str], listens: Sequence[Listen], mode: HandoffMode) -> 
         wanted = [*_without(wanted, {"--settle"})[0], "--settle", said["--settle"]]
     if mode.workers_accept and "--ready" in said and "--ready" not in wanted:
         wanted += ["--ready", said["--ready"]]
-    at = known_servers.place(command) + 1
+    at = known_servers.program_index(command) + 1
     rest, dropped = _without(command[at:], server.drops, server.flags)
     workers = dropped.get("--workers") or dropped.get("-w") or ""
     if workers.isdecimal() and "--workers" not in " ".join(ours):

@@ -117,12 +117,12 @@ def known(command: Sequence[str]) -> str | None:
     """Return the name of the well-known server that a command starts, if it is one."""
     if any(OURS in word for word in command[1:]):
         return None
-    at = place(command)
+    at = program_index(command)
     name = _base(command[at]) if at < len(command) else ""
     return name if name in KNOWN else None
 
 
-def place(command: Sequence[str]) -> int:
+def program_index(command: Sequence[str]) -> int:
     """Return the index of the program's name in a command, behind env(1) and `python -m`."""
     at = 0
     while at < len(command) and (_base(command[at]) == "env" or "=" in command[at]):

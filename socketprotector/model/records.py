@@ -6,7 +6,7 @@ again.  Times are CLOCK_MONOTONIC seconds where nothing else is said: they hold 
 
 from __future__ import annotations
 
-from dataclasses import field, replace
+from dataclasses import field
 
 from socketprotector_client import wire
 
@@ -60,10 +60,6 @@ class Counts:
             self.errors + other.errors,
             tuple(one + another for one, another in zip(self.waits, other.waits, strict=True)),
         )
-
-    def closed(self) -> Counts:
-        """The same with nothing open any more."""
-        return replace(self, active=0)
 
 
 @frozen

@@ -16,7 +16,7 @@ from dataclasses import replace
 from . import events, reload, stop, workers
 from .events import Action, Deadline, Event, TimerKind
 from .fleet import PHASES, Fleet, Phase, Stop
-from .start_failure import not_ready
+from .start_timeout import not_ready
 from .step import Step
 
 

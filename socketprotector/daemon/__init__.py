@@ -1,6 +1,6 @@
 """The resident process: one loop: events come in, core decides, the actions are carried out.
 
-What a signal or an event causes: supervisor.py.  Memory and time count here: it lives as long as
-the service, and one thread serves everything.
+What a signal or an event causes: supervisor.py.  A connection: acceptor.py (accept, sendmsg),
+forwarder.py where that fails.  It lives as long as the service, in one thread: memory, time count.
 May import: core, model, programs, system.
 """

@@ -29,6 +29,8 @@ BURST = 64
 
 @dataclass(slots=True, eq=False)
 class _Draining:
+    """A listener that is drained."""
+
     listener: Listener
     channel: Channel  # its generation's
     until: float = 0.0  # to be closed then, though new ones may still come; 0: they are refused

@@ -28,7 +28,7 @@ class HandoffMode:
     workers: int = 1  # where --workers is not given
     ready: str = "notify"  # the same of --ready
     ready_after_s: float | None = None
-    ready_hint: str = ""  # of core/start_failure.py's, where --ready does not say it
+    ready_hint: str = ""  # of core/start_timeout.py's, where --ready does not say it
     #: Options that it has no use for, and why, in words.
     refuses: Mapping[str, str] = field(default_factory=dict)
     #: Control commands that it cannot carry out, and why.

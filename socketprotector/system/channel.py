@@ -121,7 +121,10 @@ class Channel:
         return bool(events_of(self.write, select.POLLOUT))
 
     def send(self, header: bytes, fd: int) -> None:
-        """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full."""
+        """Queue a connection; the caller still owns fd.  Raises OSError: BROKEN, EAGAIN if full.
+
+        A new connection goes without this call, in daemon/acceptor.py: it would be one more.
+        """
         self.write.sendmsg([header], [rights_of(fd)], SEND_FLAGS)
 
     def peek(self) -> bytes | None:

@@ -1,1 +1,4 @@
-"""The control socket: its clients, its commands, its answers (docs/control.md)."""
+"""The control socket: its clients, its commands, its answers (docs/control.md).
+
+What a status says of the protector: commands.py; of generations, workers, listeners: status.py.
+"""

@@ -26,7 +26,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.core.start_failure import READY_HINTS
+from socketprotector.core.start_timeout import READY_HINTS
 from tests.unit.conftest import Story
 
 DIED = "./daemon exited with status 1"

@@ -72,8 +72,12 @@ class Connection(Socket):
 
     def detach(self) -> int:
         """Give up the descriptor, which counts as open until it is closed."""
-        if self._ledger is not None:
-            self._ledger.follow(self)
+        ledger = self._ledger
+        if ledger is not None:
+            try:
+                ledger.follow(self)
+            except OSError:  # uvloop closes the number first; it must not be closed again
+                ledger.forget(self)
         return super().detach()
 
     def dup(self) -> Connection:

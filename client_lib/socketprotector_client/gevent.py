@@ -140,6 +140,7 @@ class _Queue(WaitSet):
         self._ready = ready
         self._data = -1
         self._wanted = False
+        self._pid = os.getpid()
         loop = gevent.get_hub().loop
         super().__init__(of=loop.fileno() if getattr(loop, "backend", "") == "epoll" else -1)
         self._watcher = loop.io(self._fd, 1, ref=False)
@@ -177,6 +178,9 @@ class _Queue(WaitSet):
         super().forget()
 
     def _join(self) -> None:
+        if os.getpid() != self._pid:  # a child's loop has another epoll than this one
+            self.forget()
+            return
         try:
             with open(f"/proc/self/fdinfo/{self.fileno()}") as file:
                 watched = rf"^tfd:\s*{self._fd} .*\bdata:\s*([0-9a-f]+)"

@@ -63,8 +63,10 @@ class Watchdog:
 
     def after_fork_in_child(self) -> None:
         # The intake that had these in its epoll has made that anew, without them.
-        os.close(self._read_fd)
-        os.close(self._write_fd)
+        for fd in (self._read_fd, self._write_fd):
+            if fd >= 0:  # else this is a child's child: the numbers may be other files' by now
+                os.close(fd)
+        self._read_fd = self._write_fd = -1
 
     def _knock(self) -> None:
         while True:

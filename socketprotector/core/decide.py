@@ -93,7 +93,8 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
         case TimerKind.WORKER_START | TimerKind.WORKER_RETIRE:
             workers.too_slow(step, number)
         case TimerKind.WORKER_KILL:
-            step.do(events.Signal(number, events.WorkerSignal.KILL))
+            if step.fleet.find(number) is not None:
+                step.do(events.Signal(number, events.WorkerSignal.KILL))
         case TimerKind.OPEN | TimerKind.TURN | TimerKind.WORKER_RESPAWN:
             pass  # `_go_on` opens, or starts, what is due
         case TimerKind.HOLD:

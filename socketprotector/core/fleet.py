@@ -1,7 +1,7 @@
 """What is supervised, as values: workers, generations, the fleet (the policy: model/policy.py).
 
 Pure data.  Nothing here knows a clock, process, socket or logger; the supervisor
-keeps one Fleet and replaces it by what `lifecycle.decide` answers.
+keeps one Fleet and replaces it by what `decide.decide` answers.
 """
 
 from __future__ import annotations

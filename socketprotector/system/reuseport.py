@@ -36,7 +36,6 @@ _RETURN = 0x06
 #: Of linux/in.h and linux/in6.h; the socket module has no names for them.
 IP_FREEBIND = 15
 IPV6_TRANSPARENT = 75
-#: Of struct tcp_info: where it stands how many may wait to be accepted, for one that listens.
 #: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
 _QUEUE = struct.Struct("=24x2I")
 

@@ -159,3 +159,14 @@ def test_its_family_is_asked_of_the_kernel_where_nobody_knows() -> None:
 def test_a_socket_of_another_origin_has_no_listener() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(KeyError):
         listener_of(other)
+
+
+def test_one_whose_number_was_closed_already_gives_it_up_all_the_same(listener: Listener) -> None:
+    """As uvloop does it: when this object goes, the number may be another file's."""
+    one = accept(listener)
+    os.close(one.fileno())
+
+    one.detach()
+
+    assert one.fileno() == -1
+    accept(listener).close()

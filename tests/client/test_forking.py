@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from socketprotector_client.watchdog import Watchdog
 
 from tests.client.protector import Protector, Worker, until
 from tests.client.sharing import HOME, Sharing
@@ -139,3 +140,20 @@ def test_the_children_of_a_socket_server_are_not_the_watchdogs(protector: Protec
     for pid in pids:
         assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
     assert not [heard for heard in protector.hear_all() if "WATCHDOG" in heard[1]]
+
+
+def test_the_child_of_a_child_closes_no_descriptor_that_is_not_the_watchdogs() -> None:
+    dog = Watchdog(3600.0, lambda: True)
+    first = dog.fileno()
+    dog.after_fork_in_child()
+    pairs = [os.pipe() for _ in range(2)]  # which take the numbers
+    opened = [fd for pair in pairs for fd in pair]
+    try:
+        assert first in opened
+
+        dog.after_fork_in_child()
+
+        assert [os.fstat(fd).st_nlink for fd in opened] == [1] * 4
+    finally:
+        for fd in opened:
+            os.close(fd)

@@ -30,7 +30,7 @@ test: $(INSTALLED) ## run each test in one combination (installs compilers, inte
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports,
-	@# and each of pytest's all tests: so both are compiled first.
+	@# and each of pytest's all tests: so both are compiled first.  (What cannot be collected fails below.)
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 8 --maxschedchunk 2 $(CHOSEN) tests

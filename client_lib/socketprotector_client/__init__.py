@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 #: Public name -> its module.  Loaded at first use: the protector needs only `wire` of this
 #: package in its memory, and a blocking daemon no asyncio.
-_HOMES = {
+_MODULES = {
     "Channel": "channel",
     "Connection": "connection",
     "Drained": "errors",
@@ -49,12 +49,12 @@ _HOMES = {
     "serve": "serving",
 }
 
-__all__ = [*_HOMES]
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -31,7 +31,7 @@ class ConfigAnswer:
     failure: str = ""  # for people, line by line; empty: all is well
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
-    seconds: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
+    siblings: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
     changes: tuple[str, ...] = ()
 
 
@@ -160,7 +160,7 @@ class ConfigReader:
             settings=settings,
             changes=self._lines("differences"),
             listeners=self._take_heard("listener "),
-            seconds=self._take_heard("twin "),
+            siblings=self._take_heard("twin "),
         )
 
     def _lines(self, name: str) -> tuple[str, ...]:
@@ -195,5 +195,5 @@ def _text(fd: int) -> str:
 
 def _discard_answer(answer: ConfigAnswer) -> None:
     """Close what came: it is waited for no more."""
-    for fd in (*answer.listeners.values(), *answer.seconds.values()):
+    for fd in (*answer.listeners.values(), *answer.siblings.values()):
         os.close(fd)

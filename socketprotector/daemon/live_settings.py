@@ -127,8 +127,8 @@ class LiveSettings:
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)
         for index, fd in answer.listeners.items():
-            shared, second = new.mode.workers_accept, answer.seconds.get(index, -1)
-            listener = Listener(fd, index, new.listeners[index], shared=shared, sibling=second)
+            shared, sibling = new.mode.workers_accept, answer.siblings.get(index, -1)
+            listener = Listener(fd, index, new.listeners[index], shared=shared, sibling=sibling)
             self._forwarder.add(listener)
             self._steering.expect(listener)
         self._post(

@@ -173,7 +173,7 @@ class Handed(World):
         its = super()._add(index, pick, found)
         second = self._seconds.get(self._listening[-1])
         if second is not None:
-            found.seconds[index] = self.kernel.install(second)
+            found.siblings[index] = self.kernel.install(second)
         return its
 
     def _bind_one(

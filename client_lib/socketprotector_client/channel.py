@@ -113,6 +113,7 @@ def _refuse(data: bytes, control: list[tuple[int, int, bytes]], flags: int) -> N
         os.close(_FD.unpack(content)[0])
     if not data and not control:
         raise Drained
+    # This bit alone: MSG_CMSG_CLOEXEC comes back among the flags, so they are never 0.
     if not control and flags & socket.MSG_CTRUNC:
         raise OutOfDescriptors
     if data[0] != wire.VERSION:

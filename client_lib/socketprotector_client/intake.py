@@ -88,7 +88,8 @@ class Intake:
         self._will_look_again = False
         # What get_further takes from; -1: all must be looked at first.
         self._row_fd = -1
-        # The kernel wakes the first waiter; after a take ours moves to the end of the line.
+        # The kernel wakes the first waiter; after a take ours moves to the end of the line, or one
+        # worker would get nearly everything.
         self._stands_first = False
         # So many more find a free descriptor; -1: not known.
         self._room = -1
@@ -283,6 +284,8 @@ class Intake:
         self._ended = True
         self._row_fd = -1
         self.leave_loop()
+        # Before closing: other processes have these files open, too, so closing alone would leave
+        # them in the epoll, under numbers that are gone (epoll(7), "Questions and answers").
         self.waits.remove((*self._fds, *self._orders))
         self.source.close()
         self._spare.give_up()

@@ -109,6 +109,7 @@ class ConfigReader:
         assert self._line is not None
         while True:
             try:
+                # CMSG_SPACE of one int has room for two.
                 data, control, flags, _ = self._line.recvmsg(
                     _RECORD_BYTES, socket.CMSG_LEN(4), _FLAGS
                 )

@@ -2,7 +2,9 @@
 
 Workers may set it as they like.  It belongs to the open file description, so it is shared with the
 process that passed the socket in.  systemd sets it again at each start of the service (NonBlocking=
-of the unit), under running workers that have set it otherwise.
+of the unit), under running workers that have set it otherwise; not on those from its fd store.
+
+Source: systemd.service(5), fcntl(2).
 """
 
 from __future__ import annotations

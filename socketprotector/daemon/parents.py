@@ -97,8 +97,8 @@ class Parents:
     def stays(self, names: Iterable[str]) -> bool:
         """Whether descriptors of these names outlive a stop.
 
-        systemd keeps them while a restart waits, and drops them where none does.  Others that
-        listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
+        systemd keeps them while a restart waits, and drops them where none does (tried with 252).
+        Others that listen to sd_notify() keep nothing, and have no $INVOCATION_ID.
         """
         systemd = self.line is None and bool(os.environ.get("INVOCATION_ID"))
         return systemd and self.store.holds(names)

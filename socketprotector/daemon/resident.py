@@ -231,7 +231,11 @@ class _Resident:
         settings, quota = self.settings, Quota()
 
         def spare() -> bool:
-            """With one core no client could connect while we poll for one."""
+            """With one core no client could connect while we poll for one.
+
+            Under a quota (cpu.max), which the set of cores does not show, polling would spend what
+            the workers need.
+            """
             return processors() > 1 and quota.processors() > 1
 
         # Not before: from here on it is known who goes on if it fails.

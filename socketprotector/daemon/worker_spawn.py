@@ -217,6 +217,7 @@ class WorkerSpawner:
     def addresses(self, number: int) -> tuple[str, ...]:
         """Return where a worker's notify socket may be, the better address first."""
         name = f"{self.settings.secret}-{number}"
+        # Any process that reads /proc/net/unix can fill the queue of an abstract one.
         abstract = f"@socketprotector-{name}"
         folder = self.settings.notify_folder
         return (f"{folder}/{name}", abstract) if folder else (abstract,)

@@ -291,7 +291,8 @@ def _bind_one(
             sock.bind((host, port))
         else:
             # By its number: one that was bound as port 0 comes back on another if a worker shuts
-            # it down and it listens again.  As long as neither listens both may have it.
+            # it down and it listens again (SOCK_BINDPORT_LOCK, tcp_set_state() in net/ipv4/tcp.c).
+            # As long as neither listens both may have it.
             with _made(listen, family) as chooser:
                 chooser.bind((host, 0))
                 port = chooser.getsockname()[1]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from ..model.errors import SystemRefused
 
 #: It has waitid(P_PIDFD); pidfd_open came with 5.3, pidfd_send_signal with 5.1, memfd_create 3.17.
+#: RHEL 8 has no pidfd_open.
 OLDEST_KERNEL = (5, 4)
 
 

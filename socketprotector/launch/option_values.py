@@ -24,7 +24,7 @@ _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 _MOST = 10**15
 
 
-class Value(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
+class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
     """A kind of value that has a function which reads it, or raises ValueError with the reason."""
 
     def __init__(

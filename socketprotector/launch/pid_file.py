@@ -4,6 +4,8 @@ Its holder also keeps a flock on it for life, through every exec.  So whether a 
 stale needs no guess about a pid that may be another program's by now: it is if the lock is
 free.
 
+It is there before anything serves, and is removed if the start fails: it is no sign of readiness.
+
 Source: rename(2), flock(2); lockfile.pidlockfile, whose own acquire() lets an empty file be
 seen.
 """

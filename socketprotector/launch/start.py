@@ -114,7 +114,8 @@ def _become_resident(
     if log is not None:
         standard[1:] = [open(log, "ab", 0)] * 2
     # Its defaults would be a umask of 0, no core dumps, TSTP ignored, and no detaching where stdin
-    # is a socket; workers would inherit them.
+    # is a socket; workers would inherit them.  No uid: it drops privileges before the pid file is
+    # written.  It closes what files_preserve does not name.  Source: python-daemon 3.1, open().
     context = DaemonContext(
         pidfile=pid_file,
         detach_process=detach,

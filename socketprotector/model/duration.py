@@ -9,7 +9,7 @@ import click
 _UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg]  # generic only in newer versions
+class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
     """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
 
     name = "TIME"

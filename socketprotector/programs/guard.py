@@ -163,7 +163,7 @@ class Guard:
             try:
                 data, control, flags, _ = self.line.recvmsg(
                     _MESSAGE_BYTES,
-                    socket.CMSG_LEN(4),
+                    socket.CMSG_LEN(4),  # CMSG_SPACE of one int has room for two
                     socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
                 )
             except BlockingIOError:

@@ -156,6 +156,8 @@ class Relay:
 
     def end(self, stream: Stream) -> None:
         """Its last writer has gone."""
+        # Before closing: the protector has the pipe open, too, so it would stay in the set
+        # (epoll(7)).
         self.epoll.unregister(stream.fd)
         os.close(stream.fd)
         del self.streams[stream.fd]
@@ -168,6 +170,7 @@ class Relay:
     def hear(self, line: socket.socket) -> None:
         """Take in what to read from, where to write to, or a question."""
         try:
+            # CMSG_SPACE of one int has room for two.
             data, control, _, _ = line.recvmsg(256, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
         except OSError:  # it was reset; or there is no descriptor left, and then no way to go on
             data, control = b"", []

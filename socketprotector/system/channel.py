@@ -1,7 +1,8 @@
 """The protector's two ends of a generation's channel.
 
 Both ends are kept, so that the queue outlives the workers and can be taken back.
-Never set O_NONBLOCK or a time-out here: the flag would be every worker's too.
+Never set O_NONBLOCK or a time-out here: the flag would be every worker's too, for it belongs to the
+open file description (fcntl(2)).
 
 Source: docs/protocol.md, section "Channel"; unix(7), cmsg(3).
 """
@@ -31,7 +32,7 @@ SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: What sending says once a worker has shut the channel down.
 BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
 _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-#: CMSG_SPACE of one int has room for two.
+#: CMSG_SPACE of one int has room for two: the second would be received unnoticed, and stay open.
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 _PACK_DESCRIPTOR = struct.Struct("i").pack
 

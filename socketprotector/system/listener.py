@@ -47,7 +47,7 @@ AGAIN = frozenset(
 )
 #: The system is out of something: what cannot be had now can be later.
 SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-#: One that was shut down hangs up; a UNIX one is readable then, too.
+#: One that was shut down hangs up; a UNIX one is readable then, too (tcp_poll(), unix_poll()).
 _CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 
@@ -98,7 +98,7 @@ class Listener:
         if not shared:
             # The process that passes it in may have changed that.  On one that workers share
             # nothing may be set: flags and options are those of the living ones, which may rely on
-            # them.
+            # them.  An asyncio server would hang in accept() if it blocked.
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings

@@ -60,7 +60,11 @@ class Loop:
     # -- descriptors ---------------------------------------------------------
 
     def watch(self, fd: int, callback: Callable[[], None], events: int = READ) -> None:
-        """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing."""
+        """Call back whenever fd is ready.  The caller keeps fd and unwatches it before closing.
+
+        Else events go on for a number that is no longer there, as long as another process has
+        a copy: epoll(7), "Questions and answers".
+        """
         self._epoll.register(fd, events)
         if not self._coming:
             # A timer, so that _until_due() is called, which takes them in: the path of a connection

@@ -266,6 +266,7 @@ def _tell(line: socket.socket, wanted: tuple[str, ...], identity: Identity | Non
             file.write("sp-orphans")
         if identity is not None:
             privileges.hand_over(identity)
+        # send_fds drops its flags (CPython 3.11), so it waits for room, which this child may.
         for address, pid, pidfd in _carrying(wanted):
             socket.send_fds(line, [f"{address} {pid}".encode()], [pidfd])
     except OSError as error:

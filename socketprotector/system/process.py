@@ -372,7 +372,11 @@ def use_batch_policy() -> None:
 
 
 def needs_normal_policy(program: Program) -> bool:
-    """Whether a program is to have the policy back that we have left in use_batch_policy()."""
+    """Whether a program is to have the policy back that we have left in use_batch_policy().
+
+    Never with musl, which answers ENOSYS to that question and to posix_spawn's attribute for it
+    (src/process/posix_spawnattr_sched.c).
+    """
     return not program.batch and scheduler() == os.SCHED_BATCH
 
 

@@ -45,6 +45,7 @@ _DESCRIPTOR = struct.Struct("i")
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _CREDENTIALS = struct.Struct("3i")
 _SENDER_BYTES = socket.CMSG_SPACE(_CREDENTIALS.size)
+#: Room for as many descriptors as a message can have (SCM_MAX_FD, unix(7)): all are closed.
 _ANCILLARY = _SENDER_BYTES + socket.CMSG_SPACE(4 * 253)
 
 

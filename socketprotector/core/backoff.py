@@ -1,4 +1,8 @@
-"""Back-off: how long to wait before a worker is respawned, or the next generation is tried."""
+"""Back-off: one accident costs nothing, and a program that cannot live costs the machine little.
+
+So the first quick deaths, of a slot's workers or of generations, are followed by the next try at
+once, and later ones by a longer wait each time.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The reason given when a generation was not ready in time: "not ready within 60 s; ..."."""
+"""A program that never says that it is ready looks like one that is slow: so say what was awaited.
+
+The reason of a start that was not ready in time: "not ready within 60 s; ...".
+"""
 
 from __future__ import annotations
 

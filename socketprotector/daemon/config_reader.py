@@ -1,7 +1,8 @@
-"""Runs the process that reads the configuration again, and receives its answer.
+"""Has the configuration read again by a process of its own, because reading may hang.
 
-That process is launch/reload_child.py, which documents the answer.  It is given the current
-settings, reads everything as the launching process did, and exits.
+And because it needs modules that are not to stay in the resident process.  launch/reload_child.py
+is given the current settings, reads everything as the launching process did, and exits; it
+documents the answer.
 """
 
 from __future__ import annotations

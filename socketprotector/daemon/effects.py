@@ -1,5 +1,8 @@
 """Carries out the actions that the lifecycle orders, and turns what comes back into events.
 
+Where a program is killed in the middle of an action, the next one repeats it: each can be carried
+out twice, but for those that make something (Open, Spawn), which are written down at once.
+
 Generations are in generation.py, workers in worker_pool.py, connections in forwarder.py.  How they
 resume where another program stopped: recovery.py.
 """

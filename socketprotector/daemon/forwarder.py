@@ -1,8 +1,8 @@
-"""The path of a connection: accept, send to the route, close our copy.
+"""When connections are accepted, and what becomes of those that could not be sent at once.
 
-No worker is chosen here: workers take from the shared queue (client_lib's intake.py).
-Connections never pass through `decide`.  The lifecycle sets the route and orders
-drains; what comes back is two facts: the channel broke, the backlog is empty.
+The path of all others is acceptor.py's.  No worker is chosen here: workers take from the shared
+queue (client_lib's intake.py).  Connections never pass through `decide`.  The lifecycle sets the
+route and orders drains; what comes back is two facts: the channel broke, the backlog is empty.
 
 Nothing is accepted that could not be delivered.  What was accepted and could not be sent after all
 is in undelivered.py, and goes first.  What was sent and not taken is in its channel: when the

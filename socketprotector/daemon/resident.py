@@ -1,4 +1,4 @@
-"""The long-running process, executed by the launcher.
+"""The long-running process: executed by the launcher, not forked from it, so that it stays small.
 
 It inherits its descriptors by name (system/inherited.py): from the launching process, from itself
 (an upgrade in place), from the guard, or from systemd after a crash.  With a state among them it

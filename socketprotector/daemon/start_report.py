@@ -1,7 +1,7 @@
-"""Reports the first start to the launching process, or to the terminal.
+"""The exit status of the command that was typed is the outcome of the first start.
 
-Detached, the launching process gets one JSON object a line (launch/await_verdict.py is the other
-side); in the foreground the report goes to the terminal.
+So the launching process waits for it, and gets one JSON object a line (launch/await_verdict.py is
+the other side).  In the foreground nothing waits, and the reason of a failure goes to the terminal.
 """
 
 from __future__ import annotations

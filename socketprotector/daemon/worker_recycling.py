@@ -1,6 +1,7 @@
 """Replaces workers that have reached a limit: --retire-after, --max-memory, --max-age.
 
-The numbers are looked at once a second, and only where one of these is asked for.
+So what a worker leaks is bounded without a reload.  The numbers are looked at once a second, and
+only where one of these is asked for.
 """
 
 from __future__ import annotations

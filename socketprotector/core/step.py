@@ -197,7 +197,7 @@ class Step:
     # -- listeners -----------------------------------------------------------
 
     def close_listeners(self) -> None:
-        """Close all listeners at once."""
+        """Close all listeners without accepting what waits there; once."""
         if self.fleet.listeners_open:
             self.fleet = replace(self.fleet, listeners_open=False)
             self.do(CloseListeners(quick=True))

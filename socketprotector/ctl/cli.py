@@ -52,11 +52,17 @@ class Instance:
         return discovery.the_only_one()
 
     def client(self, answer_s: float = ANSWER_S, *, events: bool = False) -> Client:
-        """Return a connection."""
+        """Return a connection, which the caller closes.  Raises NoProtector, UsageError.
+
+        answer_s: how long an answer may take.  events: follow them, too.
+        """
         return Client(self.path(), answer_s, events=events)
 
     def request(self, command: str, **arguments: Any) -> Message:
-        """Return the result of a single request."""
+        """Return the result of a request over a connection of its own.
+
+        Raises ControlError, UsageError.
+        """
         with self.client() as client:
             return client.request(command, **arguments)
 
@@ -154,7 +160,7 @@ def command(name: str | None = None, **settings: Any) -> Callable[[Function], cl
 
 
 def say(text: str) -> None:
-    """Print a line of the answer."""
+    """Print a line of the answer, escaped: nothing in it can drive a terminal."""
     print(escape(text), flush=True)
 
 
@@ -194,5 +200,5 @@ def tell(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error."""
+    """Print an error to stderr, after the command's name."""
     tell(f"{NAME}: {text}")

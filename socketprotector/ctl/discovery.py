@@ -139,7 +139,7 @@ def _pid(file: str) -> int:
 
 
 def where() -> str:
-    """Say in which folders is looked."""
+    """Return the folders in which control sockets are looked for, in words."""
     return " or ".join(control_path.folders(os.environ, os.geteuid()))
 
 

@@ -45,12 +45,12 @@ class _Operation:
         self._until = time.monotonic() + timeout_s if timeout_s else math.inf
 
     def tell(self, step: str) -> None:
-        """Show progress."""
+        """Print a step to stderr, except with --json."""
         if not self._as_json:
             tell(step)
 
     def ends(self, result: str, words: str) -> None:
-        """Say how it has ended."""
+        """Note the result; print the words, except with --json, which prints it at the end."""
         self.outcome["result"] = result
         if not self._as_json:
             say(words)
@@ -162,7 +162,6 @@ def _reloads(status: Message) -> list[int]:
 
 
 def _judged(operation: _Operation, watched: Reload) -> Verdict:
-    """Wait for the verdict."""
     while watched.verdict is None:
         try:
             event = operation.client.event(operation.slice_s(watched.waits_for()))

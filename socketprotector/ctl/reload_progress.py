@@ -78,7 +78,7 @@ class Reload:
             tell("the reload before it is still going on")
 
     def heard(self, event: Message) -> None:
-        """Take an event."""
+        """Take an event; of earlier generations it is ignored, unless it is the stop."""
         name, number = event.get("event"), number_in(event, "generation")
         if name == "stopping":
             self._stops()
@@ -170,7 +170,7 @@ class Reload:
             self._tell(f"switched: new connections go to generation {number}")
 
     def waits_for(self) -> str:
-        """Say what is still to come."""
+        """Return what is still to come, in words that follow "still waits for"."""
         if self.stopping:
             return "the protector to end, which is being stopped"
         if self._now is None:

@@ -48,7 +48,7 @@ def count(value: object) -> str:
 
 
 def counts(message: Message, *names: str) -> list[str]:
-    """Several fields as counts."""
+    """Return several fields of a message, each as count() writes it."""
     return [count(message.get(name)) for name in names]
 
 

@@ -75,7 +75,7 @@ def _newest_first(status: Message) -> list[Message]:
 
 
 def generations(status: Message) -> Table:
-    """One row for each."""
+    """Return a table with a row for each generation, the newest first."""
     rows: list[Row] = []
     for each in _newest_first(status):
         workers = listed(each, "workers")
@@ -97,7 +97,7 @@ def generations(status: Message) -> Table:
 
 
 def workers(status: Message) -> Table:
-    """One row for each, those of the newest generation first."""
+    """Return a table with a row for each worker, those of the newest generation first."""
     rows: list[Row] = []
     for generation in _newest_first(status):
         for each in listed(generation, "workers"):

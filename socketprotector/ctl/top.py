@@ -41,7 +41,7 @@ class Rates:
         self._before: Message | None = None
 
     def take(self, status: Message) -> None:
-        """Take an answer."""
+        """Take a status; the rates are those since the one before, by the protector's clock."""
         before, self._before = self._before, status
         if before is None:
             return
@@ -59,7 +59,7 @@ class Rates:
 
     @property
     def per_second(self) -> float | None:
-        """The last rate."""
+        """Connections forwarded a second; None: not known yet, or workers accept."""
         return self.forwarded[-1] if self.forwarded else None
 
 

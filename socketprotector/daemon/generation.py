@@ -56,7 +56,7 @@ class OpenGeneration:
         return self.record.program
 
     def update_record(self, **changes: object) -> None:
-        """Replace fields of the record."""
+        """Put another record in its place: a checkpoint sees by identity what has changed."""
         self.record = replace(self.record, **changes)  # type: ignore[arg-type]
 
     def drains(self) -> None:

@@ -338,7 +338,6 @@ class LogRelay:
         self._say()
 
     def _hear(self) -> None:
-        """Take in an answer."""
         if self._line is None:
             return
         try:

@@ -35,7 +35,7 @@ class Counters:
         self._reloads: set[tuple[float, float]] = set()
 
     def see(self, status: Status) -> None:
-        """Take in a status."""
+        """Take in a status; what it no longer has stays counted."""
         self._see_forwarded(status)
         self._see_generations(status)
         self._see_reloads(status)

@@ -71,7 +71,10 @@ class OptionResolver:
         return self._running.origin.directory if self._running else preflight.working_directory()
 
     def resolve(self, ctx: click.Context, given: dict[str, Any]) -> ParsedOptions:
-        """Return it.  Raises Refusal."""
+        """Return what is asked for, checked and with absolute paths.  Raises Refusal.
+
+        given: the options' values, by the names of their parameters.
+        """
         self._ctx, self._given, file = ctx, given, self.file
         if file is None:
             self._refuse_what_is_missing()

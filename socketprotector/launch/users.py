@@ -43,7 +43,7 @@ def refuse_root_unless_named(user: str | None, file: str | None) -> None:
 
 
 def gid_of(option: str, name: str) -> int:
-    """Return the number of a group."""
+    """Return a group's number.  option: what named it.  name: its name, or the number itself."""
     try:
         return (grp.getgrgid(int(name)) if name.isdecimal() else grp.getgrnam(name)).gr_gid
     except KeyError:

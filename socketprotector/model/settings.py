@@ -146,7 +146,7 @@ class Settings:
 
     @property
     def executed(self) -> tuple[str, ...]:
-        """What has to be there to be executed."""
+        """The words that are executed: the command, or the shell that reads it."""
         return ("/bin/sh",) if self.shell else self.command
 
     def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:

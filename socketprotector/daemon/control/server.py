@@ -55,7 +55,7 @@ class Client:
         return self.sock.fileno() < 0
 
     def begin(self) -> None:
-        """Hear what it asks."""
+        """Watch for its first request, which may take IDLE_S."""
         self._await_request()
         self._go_on()
 
@@ -222,7 +222,7 @@ class ControlServer:
         self.listener.close()
 
     def take(self, client: Client, line: bytes) -> None:
-        """Answer a request."""
+        """Answer one line; einhorn's ACK gets no answer, and its connection is closed."""
         pid = ack(line)
         if pid is not None:
             client.close()

@@ -18,7 +18,7 @@ _LAST_WAIT = wire.BOARD_WAIT_WORDS - 1
 
 
 def say(text: str) -> None:
-    """Write a line to the log."""
+    """Write a line to the log, after this program's name.  Never raises."""
     write_line(NAME, text)
 
 

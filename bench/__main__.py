@@ -77,11 +77,14 @@ def _run() -> int:
         begun_s = time.monotonic()
         print(f"{name} ... ", end="", file=sys.stderr, flush=True)
         try:
-            figures += ROWS[name](Scale(given.quick))
-        except CannotMeasure as error:
+            taken = ROWS[name](Scale(given.quick))
+        except (CannotMeasure, OSError) as error:  # one row's fault must not lose the others
             said = str(error).strip().splitlines()
-            figures.append(Figure(name, "not measured", holds=False, notes=[said[0], said[-1]]))
+            taken = [Figure(name, "not measured", holds=False, notes=[said[0], said[-1]])]
         print(f"{time.monotonic() - begun_s:.0f} s", file=sys.stderr)
+        for each in taken:
+            print(f"    {each.what}: {each.value}", file=sys.stderr)
+        figures += taken
     quick = "; short runs" if given.quick else ""
     print(f"{where}; others kept {bystanders.cores():.2f} cores busy meanwhile{quick}\n")
     print(table(figures))

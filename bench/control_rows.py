@@ -213,11 +213,13 @@ def everything(scale: Scale) -> list[Figure]:
 
 
 def _wait_for_generation(path: str, number: int) -> None:
+    """Wait until it serves and those before it are gone."""
     until_s = time.monotonic() + LIMIT_S
     with Asker(path) as asker:
         while True:
             found = asker.ask("status")
-            if (found["route"], found["phase"]) == (number, "serving"):
+            alone = [each["number"] for each in found["generations"]] == [number]
+            if found["phase"] == "serving" and alone:
                 return
             if time.monotonic() > until_s:
                 raise CannotMeasure(f"generation {number} does not serve: {found['reloads']}")

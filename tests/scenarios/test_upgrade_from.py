@@ -1,0 +1,332 @@
+"""Started by the code of an earlier commit and upgraded to this one under load: no client fails.
+
+The code is replaced below the running processes.  Those of the guard, the relay, the watcher, the
+adapters and the workers go on with the old code that they have in memory; what is executed from
+then on by the old paths is this code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.earlier import EarlierCode, NoSuchCommit, extract
+from socketprotector import __version__
+from tests.c.building import alone_in, compiled, shared_folder
+from tests.load import Load
+from tests.running import MARK, Protector, ask, marked
+from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
+from tests.scenarios.starting import shown
+from tests.scenarios.tools import (
+    EITHER_HANDOFF,
+    Client,
+    library_worker,
+    pid_in,
+    spawned,
+    worker,
+)
+
+#: The last one that writes state and settings in format 2, has all modules in one folder, and
+#: executes its helpers by other paths than today.
+COMMIT = "b9a8a3a0d20b02ae3ec943bcd12ce868dbd1c81e"
+MANY = worker("many")
+#: Answers each line as the load client expects it.
+TALKS = 'while read -r line; do echo "[$$] $line"; done'
+THIS_CODE = rf"version={re.escape(__version__)}( |$)"
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The earlier code, once for all processes that pytest runs in: it is compiled once."""
+    shared = shared_folder(tmp_path_factory)
+    folder, unfinished = shared / COMMIT, shared / f"{COMMIT}.new"
+    with alone_in(shared):
+        if not folder.exists():
+            unfinished.mkdir(exist_ok=True)
+            try:
+                extract(COMMIT, unfinished)
+            except NoSuchCommit as error:
+                pytest.skip(f"NOT CHECKED: an upgrade from earlier code: {error}")
+            unfinished.rename(folder)
+    return folder
+
+
+class Earlier:
+    """Starts protectors of the earlier code, until that is replaced."""
+
+    def __init__(
+        self, folder: Path, extracted: Path, environment: dict[str, str], options: tuple[str, ...]
+    ) -> None:
+        """options: in front of those that a protector is started with."""
+        self._code = EarlierCode(folder, extracted)
+        self._folder = folder
+        self._environment = {**environment, **self._code.environment}
+        self._options = options
+        self.replace = self._code.replace
+        self.started: list[Protector] = []
+
+    def start(self, *arguments: str | Path) -> Protector:
+        """Start one in the foreground, and wait until it serves."""
+        words = [*self._options, *map(str, arguments)]
+        daemon = Protector(
+            words,
+            self._environment,
+            command=self._code.command,
+            cwd=self._folder,  # not where a `socketprotector` of this code would be found
+        )
+        self.started.append(daemon)
+        daemon.ready()
+        assert daemon.log.count(rf"event=start .*version={COMMIT[:12]} ")
+        return daemon
+
+
+@pytest.fixture
+def earlier(
+    tmp_path: Path,
+    extracted: Path,
+    marked_environment: dict[str, str],
+    handed_over: tuple[str, ...],
+) -> Iterator[Earlier]:
+    made = Earlier(tmp_path, extracted, marked_environment, handed_over)
+    yield made
+    for each in made.started:
+        each.end()
+        print(f"--- log of protector {each.pid} ---\n{each.log.text()}")
+
+
+def here(daemon: Protector) -> tuple[str, int]:
+    return "127.0.0.1", daemon.port
+
+
+def load_on(daemon: Protector) -> Load:
+    return Load(f"127.0.0.1:{daemon.port}", concurrency=8)
+
+
+def upgraded(daemon: Protector) -> None:
+    """Upgrade; this code has gone on."""
+    assert re.search(f"event=adopted .*{THIS_CODE}", upgrade(daemon)), daemon.log.text()
+
+
+def killed(daemon: Protector) -> None:
+    """Kill the protector; its guard has started this code, which has gone on."""
+    mark = kill_protector(daemon)
+    revived(daemon, mark)
+    assert re.search(THIS_CODE, daemon.log.wait_for("event=adopted", after=mark))
+
+
+# -- connections -----------------------------------------------------------------------
+
+
+@EITHER_HANDOFF
+def test_an_upgrade_and_reloads_under_load_fail_nobody(earlier: Earlier, handoff: str) -> None:
+    """Where connections are handed over, by workers on the client library of the same code."""
+    command = library_worker("echo") if handoff == "connection" else MANY
+    daemon = earlier.start("--workers", "2", "127.0.0.1:0", "--", *command)
+
+    with load_on(daemon) as load, Client(here(daemon)) as held:
+        first = pid_in(held.ask())
+        earlier.replace()
+        daemon.reload()  # by the old protector: workers of both codes now
+        served(load)
+        upgraded(daemon)
+        served(load)
+        daemon.reload()
+        served(load)
+        assert pid_in(held.ask()) == first
+    seen = load.snapshot()
+
+    assert seen.failures == ()
+    assert seen.connections == seen.begun
+    daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_the_guard_of_then_goes_on_with_an_upgraded_protector_and_starts_it_after_a_kill(
+    earlier: Earlier, handoff: str, tmp_path: Path
+) -> None:
+    daemon = guarded(earlier, tmp_path)
+
+    with load_on(daemon) as load:
+        served(load)
+        earlier.replace()
+        upgraded(daemon)
+        served(load)
+        daemon.reload()
+        served(load)
+        assert load.snapshot().failures == ()
+        killed(daemon)
+        served(load, 32)  # each that was open at the kill has ended since
+        daemon.reload()
+        served(load)
+
+    goes_on_to_stop(daemon, load, handoff, tmp_path)
+
+
+@EITHER_HANDOFF
+def test_the_guard_of_then_starts_the_new_code_where_the_old_protector_is_killed(
+    earlier: Earlier, handoff: str, tmp_path: Path
+) -> None:
+    daemon = guarded(earlier, tmp_path)
+
+    with load_on(daemon) as load:
+        served(load)
+        earlier.replace()
+        killed(daemon)
+        served(load, 32)
+        daemon.reload()
+        upgraded(daemon)
+        served(load)
+
+    goes_on_to_stop(daemon, load, handoff, tmp_path)
+
+
+def guarded(earlier: Earlier, folder: Path) -> Protector:
+    options = ("--guard", "--pid-file", folder / "pid", "--workers", "2")
+    daemon = earlier.start(*options, "127.0.0.1:0", "--", *MANY)
+    at_rest(daemon)  # the guard knows that it has accepted
+    return daemon
+
+
+def goes_on_to_stop(daemon: Protector, load: Load, handoff: str, folder: Path) -> None:
+    """One kill has cost one connection at most, which was in hand; all that was there is gone."""
+    failures = load.snapshot().failures
+    assert len(failures) <= (1 if handoff == "connection" else 0), failures
+    assert {failure.kind for failure in failures} <= {"reset", "empty"}
+    assert (folder / "pid").read_text() == f"{daemon.pid}\n"
+    daemon.stop()
+    assert not (folder / "pid").exists()
+
+
+# -- adapters ---------------------------------------------------------------------------
+
+
+def test_programs_of_stdio_go_on_and_their_pool_is_started_again(earlier: Earlier) -> None:
+    words = ("--handoff", "stdio", "--shell", "--workers", "8")
+    daemon = earlier.start(*words, "127.0.0.1:0", "--", TALKS)
+
+    with Client(here(daemon)) as held:
+        first = pid_in(held.ask())
+        goes_on_with_adapters(daemon, earlier)
+        assert pid_in(held.ask()) == first
+    daemon.stop()
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(shared_folder(tmp_path_factory), "original")
+
+
+def test_a_daemon_of_the_original_goes_on_and_its_adapter_is_started_again(
+    earlier: Earlier, original: Path, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+    words = ("--handoff", "legacy", f"127.0.0.1:{port}", "--", original, str(port))
+    daemon = earlier.start(*words)
+
+    goes_on_with_adapters(daemon, earlier)
+
+    daemon.stop()
+
+
+def goes_on_with_adapters(daemon: Protector, earlier: Earlier) -> None:
+    """One that is killed is started as its generation was, by either protector from this code."""
+    earlier.replace()
+    killed_worker(daemon)
+    with load_on(daemon) as load:
+        served(load)
+        upgraded(daemon)
+        served(load)
+    assert load.snapshot().failures == ()
+
+    killed_worker(daemon)
+    with load_on(daemon) as load:
+        served(load)
+        daemon.reload()
+        served(load)
+    assert load.snapshot().failures == ()
+
+
+def killed_worker(daemon: Protector) -> None:
+    """Kill the last worker, and wait until another is ready."""
+    mark = len(daemon.log.seen)
+    os.kill(spawned(daemon)[-1], signal.SIGKILL)
+    daemon.log.wait_for("event=worker-ready", after=mark)
+
+
+# -- helper processes ---------------------------------------------------------------------
+
+
+class Configuration:
+    """A configuration file, put there whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def says(self, *listens: str) -> None:
+        new = self.path.with_suffix(".new")
+        words = json.dumps(worker("prints"))
+        new.write_text(f"listen = {json.dumps(listens)}\ncommand = {words}\n")
+        new.rename(self.path)
+
+
+def test_relay_watcher_and_configuration_reader_are_found_by_the_paths_of_then(
+    earlier: Earlier,
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    marked_environment: dict[str, str],
+) -> None:
+    pytest.importorskip("watchfiles")
+    source = tmp_path / "source"
+    source.mkdir()
+    first, second = f"127.0.0.1:{free_port()}", free_port()
+    configuration = Configuration(tmp_path / "web.toml")
+    configuration.says(first)
+    options = ("--config", configuration.path, "--log-prefix", "--watch", source)
+    daemon = earlier.start(*options)
+    daemon.log.wait_for("event=watching")
+
+    def helper(name: str) -> int:
+        [pid] = [p for p in marked(marked_environment[MARK]) if f"/{name}.py " in shown(p)]
+        return pid
+
+    def relayed() -> None:
+        """What a worker prints arrives, from here on."""
+        daemon.log.wait_for(r"hello \d+$", after=len(daemon.log.seen))
+
+    def changed(name: str) -> None:
+        """What is changed is seen, and leads to a reload."""
+        mark = len(daemon.log.seen)
+        (source / name).write_text("pass\n")
+        daemon.log.wait_for("event=changed", after=mark)
+        daemon.log.wait_for("event=reloaded", after=mark)
+
+    with load_on(daemon) as load:
+        relayed()
+        earlier.replace()
+        mark = len(daemon.log.seen)
+        os.kill(helper("relay"), signal.SIGKILL)
+        os.kill(helper("watch"), signal.SIGKILL)
+        daemon.log.wait_for("event=relay-ended", after=mark)
+        relayed()
+        daemon.log.wait_for("event=watching", after=mark)
+        configuration.says(first, f"127.0.0.1:{second}")
+        daemon.reload()
+        assert pid_in(ask(("127.0.0.1", second))) in spawned(daemon)
+        before = helper("relay"), helper("watch")
+
+        upgraded(daemon)
+
+        relayed()
+        changed("a.py")
+        configuration.says(first)
+        daemon.reload()
+        assert (helper("relay"), helper("watch")) == before
+        served(load)
+    assert load.snapshot().failures == ()
+    daemon.stop()

@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
 
 from ..model import fd_budget, handoff_modes, listen_fds
 from ..model.errors import SystemRefused, UsageError
@@ -24,8 +23,6 @@ from ..system.program_spec import inherited_environment
 from . import user_access
 from .listen_spec import Listen
 from .pid_file import PidFile
-
-T = TypeVar("T")
 
 #: Where syslog(3) writes; a container has none.
 _SYSLOG = "/dev/log"

@@ -82,7 +82,7 @@ class LiveSettings:
             self.record = SettingsRecord(self.settings)
             if added:
                 gone = (replace(each, removed=True) for each in added)
-                self._hold_to(self.settings.listening((*there, *gone)))
+                self._hold_to(replace(self.settings, listeners=(*there, *gone)))
 
     def stop_reading(self) -> None:
         """End the processes that read: the program that replaces this one knows nothing of them."""
@@ -160,4 +160,4 @@ def _with_file(settings: Settings, index: int, its: ListenerSettings) -> Setting
     found = list(settings.listeners)
     if index < len(found):
         found[index] = replace(found[index], device=its.device, inode=its.inode)
-    return settings.listening(tuple(found))
+    return replace(settings, listeners=tuple(found))

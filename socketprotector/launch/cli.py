@@ -105,7 +105,7 @@ def _launch(asked: ParsedOptions) -> int:
     )
     named = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
     with discarded_on_error(bound):
-        settings = settings.listening(tuple(each.settings for each in bound))
+        settings = replace(settings, listeners=tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
         if asked.control != "":
             path = asked.control or default_path(settings.name)
@@ -136,7 +136,7 @@ def _launch(asked: ParsedOptions) -> int:
             addresses = " ".join(each.address for each in settings.listeners)
             tell(f"listening on {addresses}", STDOUT)
         stored_listeners.store(given, named)
-        return launch(settings.noticed(notices), named)
+        return launch(replace(settings, notices=tuple(notices)), named)
 
 
 def ask(

@@ -72,7 +72,7 @@ def _answer(
         raise UsageError("\n".join([*cannot, str(error)])) from error
     added = len(running.listeners)
     with discarded_on_error(bound):
-        new = new.listening(listeners)
+        new = replace(new, listeners=listeners)
         preflight.check_descriptor_names(new)
         if dry:
             _send(line, "changes", _memfd("\n".join([*refused, *changes(running, new)]).encode()))
@@ -90,7 +90,8 @@ def _answer(
             for index, each in siblings.items():
                 _send(line, f"twin {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
-        _send(line, "settings", _memfd(dump(new.noticed(notices), form)))
+        new = replace(new, notices=tuple(notices))
+        _send(line, "settings", _memfd(dump(new, form)))
 
 
 def _control(running: Settings, asked: ParsedOptions) -> Iterator[str]:

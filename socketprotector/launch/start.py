@@ -143,7 +143,7 @@ def _become_resident(
             _tell(verdict, notice=notice)
         elif settings.log_file is not None:  # else the log has it, on the same terminal
             tell(notice, verdict)
-    settings = settings.noticed([*settings.notices, *notices])
+    settings = replace(settings, notices=(*settings.notices, *notices))
     descriptors = {}
     if folder is not None:
         settings = replace(settings, notify_folder=folder.path)

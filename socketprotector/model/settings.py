@@ -10,8 +10,7 @@ other way round is refused in words, or an option would be dropped without a wor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field
 
 from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, newer_format, refusal
 from .frozen import frozen
@@ -148,14 +147,6 @@ class Settings:
     def executed(self) -> tuple[str, ...]:
         """The words that are executed: the command, or the shell that reads it."""
         return ("/bin/sh",) if self.shell else self.command
-
-    def listening(self, listeners: tuple[ListenerSettings, ...]) -> Settings:
-        """The same with the sockets that have been bound."""
-        return replace(self, listeners=listeners)
-
-    def noticed(self, notices: Sequence[str]) -> Settings:
-        """The same with lines for the operator."""
-        return replace(self, notices=tuple(notices))
 
 
 #: All classes that settings are made of.  A field that one of them does not have is refused, or an

@@ -38,7 +38,7 @@ class Web:
         asked = cli.ask(["--config", str(path)])
         assert asked is not None
         there = (ListenerSettings("tcp:127.0.0.1:4321", text="127.0.0.1:0"),)
-        self.settings = asked.settings.listening(there)
+        self.settings = replace(asked.settings, listeners=there)
 
     def says(self, text: str) -> None:
         self.path.write_text(f'command = ["{sys.executable}", "-V"]\n{text}')
@@ -144,7 +144,8 @@ def test_what_cannot_change_and_what_cannot_be_bound_are_told_together(
 def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
     loop: Loop, web: Web
 ) -> None:
-    settings = web.settings.listening((replace(web.settings.listeners[0], text="127.0.0.1:4321"),))
+    listener = replace(web.settings.listeners[0], text="127.0.0.1:4321")
+    settings = replace(web.settings, listeners=(listener,))
     web.says('listen = ["127.0.0.1:4321?backlog=7"]\n')
 
     answer = read(loop, settings)

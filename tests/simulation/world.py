@@ -405,7 +405,8 @@ class World:
     def _pass_in(self) -> None:
         """Have the first listener be somebody's who goes on listening."""
         one, *others = self.settings.listeners
-        self.settings = self.settings.listening((replace(one, foreign=True), *others))
+        listeners = (replace(one, foreign=True), *others)
+        self.settings = replace(self.settings, listeners=listeners)
         self._listening[0].foreign = True
         self._listening[0].take()
 

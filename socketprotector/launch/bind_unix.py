@@ -13,6 +13,7 @@ import stat
 from ..model.errors import SystemRefused
 from ..model.settings import ListenerSettings
 from ..system.dir_lock import give, locked
+from ..system.privileges import call_libc
 from ..system.sock_diag import file_of
 from . import port_owner
 from .listen_spec import Listen, gid_of, uid_of
@@ -132,11 +133,7 @@ def _chown(fd: int, uid: int, gid: int) -> None:
 
     Source: fchownat(2), AT_EMPTY_PATH.
     """
-    import ctypes  # few sockets are given away, and each start would load it
-
-    if ctypes.CDLL(None, use_errno=True).fchownat(fd, b"", uid, gid, _AT_EMPTY_PATH):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    call_libc("fchownat", fd, b"", uid, gid, _AT_EMPTY_PATH)
 
 
 def _is_stale(path: str) -> bool:

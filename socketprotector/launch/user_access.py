@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 
 from ..model.settings import Identity
+from ..system.privileges import change_user
 
 #: The first line of a script that the kernel reads (BINPRM_BUF_SIZE).
 _FIRST_LINE = 256
@@ -28,9 +29,7 @@ def as_user(identity: Identity, look: Callable[[], str]) -> str:
     child = os.fork()
     if child == 0:
         try:
-            os.setgroups(identity.groups)
-            os.setresgid(identity.gid, identity.gid, identity.gid)
-            os.setresuid(identity.uid, identity.uid, identity.uid)
+            change_user(identity)
             os.write(theirs, look().encode("utf-8", "surrogateescape"))
         finally:
             os._exit(0)

@@ -19,10 +19,6 @@ from itertools import count
 from ..model.errors import SystemRefused
 from ..model.settings import Identity
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from ctypes import CDLL
-
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID = 5, 6, 7
 KEPT = (_CAP_KILL, _CAP_SETGID, _CAP_SETUID)
 _PR_SET_KEEPCAPS = 8
@@ -57,7 +53,7 @@ def become(identity: Identity, nice: int, *, starts_others: bool) -> None:
             for capability in _bounding_set():
                 if capability not in KEPT:
                     _prctl(_PR_CAPBSET_DROP, capability)
-        _change_user(identity)
+        change_user(identity)
         if starts_others:
             _set_capabilities(KEPT)
     except OSError as error:
@@ -88,8 +84,9 @@ def hand_over(identity: Identity) -> None:
 
     Raises OSError.
     """
-    _libc()  # loaded by us: that user need not be able to read it
-    _change_user(identity)
+    import ctypes  # noqa: F401 -- loaded by us: that user need not be able to read it
+
+    change_user(identity)
     _set_capabilities(())
 
 
@@ -109,7 +106,8 @@ def _bounding_set() -> Iterator[int]:
             return
 
 
-def _change_user(identity: Identity) -> None:
+def change_user(identity: Identity) -> None:
+    """Become another user, with its groups and no others.  Raises OSError."""
     os.setgroups(identity.groups)
     os.setresgid(identity.gid, identity.gid, identity.gid)
     os.setresuid(identity.uid, identity.uid, identity.uid)
@@ -133,33 +131,27 @@ def reclaim() -> None:
     _set_capabilities(KEPT)
 
 
-def _libc() -> CDLL:
-    # Half a megabyte, and only where privileges are in play.
+def call_libc(function: str, *arguments: int | bytes) -> int:
+    """Call a function of the C library that Python has no name for.  Raises OSError."""
+    # Half a megabyte, and only where privileges are in play, or a socket file is given away.
     import ctypes
 
-    return ctypes.CDLL(None, use_errno=True)
+    # Each number as wide as a register: prctl(2) takes unsigned longs, and cannot tell C so.
+    words = (ctypes.c_ulong(each) if isinstance(each, int) else each for each in arguments)
+    result = int(getattr(ctypes.CDLL(None, use_errno=True), function)(*words))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 def _prctl(option: int, *arguments: int) -> int:
-    import ctypes
-
-    words = (ctypes.c_ulong(each) for each in (*arguments, 0, 0, 0, 0)[:4])
-    result = int(_libc().prctl(option, *words))
-    if result < 0:
-        _raise(ctypes.get_errno())
-    return result
+    return call_libc("prctl", option, *(*arguments, 0, 0, 0, 0)[:4])
 
 
 def _set_capabilities(kept: tuple[int, ...], inheritable: tuple[int, ...] = ()) -> None:
     """Have these capabilities permitted and effective, and no others."""
-    import ctypes
-
     mask, inherited = (sum(1 << each for each in those) for those in (kept, inheritable))
     header = struct.pack("Ii", _CAPABILITY_VERSION_3, 0)
     data = struct.pack("6I", mask, mask, inherited, 0, 0, 0)
-    if _libc().capset(header, data):
-        _raise(ctypes.get_errno())
-
-
-def _raise(number: int) -> None:
-    raise OSError(number, os.strerror(number))
+    call_libc("capset", header, data)

@@ -16,8 +16,9 @@ import click
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from socketprotector.launch.option_values import FLAG, TEXT, TIME, Value  # noqa: E402
+from socketprotector.launch.option_values import FLAG, TEXT, TIME  # noqa: E402
 from socketprotector.launch.options import GROUPS, STAYS, Option  # noqa: E402
+from socketprotector.model.duration import Value  # noqa: E402
 from socketprotector.model.handoff_modes import MODES  # noqa: E402
 
 #: Which modes refuse an option, by its name.

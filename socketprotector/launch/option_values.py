@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import resource
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 import click
 
-from ..model.duration import Duration
+from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.frozen import frozen
 from ..system.process import RLIMITS
@@ -22,23 +21,6 @@ from ..system.process import RLIMITS
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
 #: More is a mistake.
 _MOST = 10**15
-
-
-class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
-    """A kind of value that has a function which reads it, or raises ValueError with the reason."""
-
-    def __init__(
-        self, name: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
-    ) -> None:
-        self.name = name
-        self._read = read
-        self.show = show
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._read(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @frozen

@@ -1,7 +1,11 @@
-"""Durations as people write them on a command line: of the daemon, and of socketprotectorctl."""
+"""Durations as people write them on a command line: of the daemon, and of socketprotectorctl.
+
+Other kinds of value, which the daemon alone has, are in launch/option_values.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -9,12 +13,28 @@ import click
 _UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
+class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
+    """A kind of value that has a function which reads it, or raises ValueError with the reason."""
+
+    def __init__(
+        self, name: str, read: Callable[[str], Any], show: Callable[[Any], str] = str
+    ) -> None:
+        self.name = name
+        self._read = read
+        self.show = show
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self._read(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Duration(Value):
     """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
 
-    name = "TIME"
-
     def __init__(self, *, zero: bool = True) -> None:
+        super().__init__("TIME", self.read, "{:g} s".format)
         self._zero = zero
 
     def read(self, text: str) -> float:
@@ -30,14 +50,3 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # not generic in cli
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")
         return seconds
-
-    def show(self, seconds: float) -> str:
-        return f"{seconds:g} s"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        try:
-            return value if isinstance(value, float) else self.read(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)

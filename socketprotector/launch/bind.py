@@ -11,14 +11,15 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.frozen import frozen
 from ..model.settings import ListenerSettings
 from ..system import reuseport
+from ..system.cleanup import on_error
 from ..system.sock_diag import listening
 from . import port_owner, socket_options
 from .bind_unix import bind_unix, reapply_options
@@ -52,15 +53,10 @@ class Bound:
                     os.unlink(path)
 
 
-@contextmanager
-def discarded_on_error(bound: list[Bound]) -> Iterator[None]:
-    """Discard what is in the list at the end of a block that raises."""
-    try:
-        yield
-    except BaseException:
-        for each in bound:
-            each.discard()
-        raise
+def discard_all(bound: Iterable[Bound]) -> None:
+    """Discard what is there by now."""
+    for each in bound:
+        each.discard()
 
 
 def bind_all(
@@ -83,7 +79,7 @@ def bind_all(
     """
     bound: list[Bound] = []
     earlier: dict[str, Listen] = {}
-    with discarded_on_error(bound):
+    with on_error(discard_all, bound):
         for index, listen in enumerate(listens):
             found = (passed or {}).get(index)
             found = found or _bind(listen, backlog, notice, have, left or {}, earlier, dry=dry)
@@ -286,7 +282,7 @@ def _bind_one(
     if family == socket.AF_UNIX:
         return Bound(*bind_unix(listen, host, backlog))
     sock = _made(listen, family)
-    try:
+    with on_error(sock.close):
         if port or backlog is None:
             sock.bind((host, port))
         else:
@@ -300,22 +296,16 @@ def _bind_one(
         if backlog is not None:
             reuseport.prepare(sock)
             sock.listen(backlog)
-    except BaseException:
-        sock.close()
-        raise
     return Bound(sock, ListenerSettings(canonical(family, host, port)))
 
 
 def _made(listen: Listen, family: socket.AddressFamily) -> socket.socket:
     """Return a socket with the options that were asked for, not bound yet.  Raises OSError."""
     sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
+    with on_error(sock.close):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         socket_options.put(sock, listen.options)
         sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
     return sock
 
 

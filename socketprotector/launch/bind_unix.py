@@ -12,6 +12,7 @@ import stat
 
 from ..model.errors import SystemRefused
 from ..model.settings import ListenerSettings
+from ..system.cleanup import on_error
 from ..system.dir_lock import give, locked
 from ..system.privileges import call_libc
 from ..system.sock_diag import file_of
@@ -32,24 +33,21 @@ def bind_unix(
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        if path.startswith("@"):
-            sock.bind("\0" + path[1:])
-            if backlog is not None:
-                sock.listen(backlog)
-            settings = ListenerSettings(f"unix:{path}", backlog=backlog or 0)
-        else:
-            settings = _bind_path(sock, listen, path, backlog)
+        with on_error(sock.close):
+            if path.startswith("@"):
+                sock.bind("\0" + path[1:])
+                if backlog is not None:
+                    sock.listen(backlog)
+                settings = ListenerSettings(f"unix:{path}", backlog=backlog or 0)
+            else:
+                settings = _bind_path(sock, listen, path, backlog)
     except OSError as error:
-        sock.close()
         what = f"cannot listen on {listen.text}: {error.strerror or error}"
         if error.errno == errno.EADDRINUSE:
             raise SystemRefused(f"{what}; {port_owner.of_path(path)}") from error
         if error.errno == errno.EPERM and {"user", "group"} & set(listen.options):
             raise SystemRefused(f"{what}; to give a socket away needs root") from error
         raise SystemRefused(f"{what}; check the folder, its permissions and the options") from error
-    except BaseException:
-        sock.close()
-        raise
     return sock, settings
 
 
@@ -72,12 +70,9 @@ def _bind_path(
         finally:
             if before is not None:
                 os.umask(before)
-        try:
+        with on_error(os.unlink, path):
             found = _give(path, listen)
             sock.listen(backlog)  # still under the lock: it would look stale to the next
-        except OSError:
-            os.unlink(path)
-            raise
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
 
 

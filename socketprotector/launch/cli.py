@@ -18,6 +18,7 @@ from ..model import known_servers
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings
 from ..system import inherited, signals
+from ..system.cleanup import on_error
 from ..system.terminal import STDERR, STDOUT, tell
 from . import (
     activation,
@@ -28,7 +29,7 @@ from . import (
     server_hints,
     stored_listeners,
 )
-from .bind import bind_all, discarded_on_error, pair
+from .bind import bind_all, discard_all, pair
 from .bind_control import default_path
 from .resolve import OptionResolver, ParsedOptions
 from .start import launch
@@ -104,7 +105,7 @@ def _launch(asked: ParsedOptions) -> int:
         listens, asked.backlog, notice=notices.append, passed=passed, left=left, dry=check
     )
     named = {f"{inherited.LISTENER}{index}": each for index, each in enumerate(bound)}
-    with discarded_on_error(bound):
+    with on_error(discard_all, bound):
         settings = replace(settings, listeners=tuple(each.settings for each in bound))
         preflight.check_descriptor_names(settings)
         if asked.control != "":

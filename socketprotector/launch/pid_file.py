@@ -20,6 +20,7 @@ from lockfile.pidlockfile import PIDLockFile
 
 from ..model.errors import AlreadyRunning, SystemRefused
 from ..system import pid_file_removal
+from ..system.cleanup import on_error
 from ..system.dir_lock import locked
 
 
@@ -55,15 +56,11 @@ class PidFile(PIDLockFile):  # type: ignore[misc]
         if os.path.lexists(temporary):
             os.unlink(temporary)  # of a process with our pid that was killed right here
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
+        with on_error(os.close, fd), on_error(os.unlink, temporary):
             os.fchmod(fd, 0o644)
             os.write(fd, b"%d\n" % os.getpid())
             fcntl.flock(fd, fcntl.LOCK_EX)
             os.rename(temporary, self.path)
-        except BaseException:
-            os.unlink(temporary)
-            os.close(fd)
-            raise
         return fd
 
     def refuse_if_held(self, do: str) -> None:

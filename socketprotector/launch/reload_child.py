@@ -24,8 +24,9 @@ from dataclasses import replace
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
+from ..system.cleanup import on_error
 from . import preflight, server_hints
-from .bind import Bound, addresses_of, bind_all, discarded_on_error, pair
+from .bind import Bound, addresses_of, bind_all, discard_all, pair
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions
@@ -71,7 +72,7 @@ def _answer(
     except Refusal as error:
         raise UsageError("\n".join([*cannot, str(error)])) from error
     added = len(running.listeners)
-    with discarded_on_error(bound):
+    with on_error(discard_all, bound):
         new = replace(new, listeners=listeners)
         preflight.check_descriptor_names(new)
         if dry:
@@ -131,8 +132,7 @@ def _listeners(
     if len(there) + len(bound) > _MOST_LISTENERS:
         refused.append(UsageError(f"more than {_MOST_LISTENERS} listeners in one life; {RESTART}"))
     if refused:
-        for each in bound:
-            each.discard()
+        discard_all(bound)
         raise type(refused[0])("\n".join(map(str, refused)))
     places = [
         kept[index] if index in kept else replace(each, removed=True)

@@ -23,12 +23,13 @@ from ..model.errors import Refusal, SystemRefused
 from ..model.settings import Settings, dump
 from ..programs import guard
 from ..system import inherited, privileges
+from ..system.cleanup import on_error
 from ..system.executable import command_of
 from ..system.log_file import open_log
 from ..system.terminal import tell
 from . import notify_dir
 from .await_verdict import known_by, wait
-from .bind import Bound
+from .bind import Bound, discard_all
 from .bind_control import bind_control
 from .pid_file import PidFile
 
@@ -41,15 +42,12 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
     Raises Refusal.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
+    with on_error(signal.pthread_sigmask, signal.SIG_SETMASK, mask):
         log = _open_log(settings)
         if settings.foreground:
             terminal = os.dup(2)
-            try:
+            with on_error(os.dup2, terminal, 2):  # the reason is for the terminal, not for the log
                 _become_resident(settings, bound, log, terminal)
-            except BaseException:
-                os.dup2(terminal, 2)  # the reason is for the terminal, not for the log
-                raise
         # Ignored, as by our caller, it would have the kernel reap the child before we do.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
@@ -57,9 +55,6 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             child = os.fork()  # before DaemonContext, which ends the process that opens it
         except OSError as error:  # no more descriptors, or processes (RLIMIT_NPROC)
             raise SystemRefused(f"cannot detach: {error.strerror}") from error
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
     if child == 0:
         ours.close()
         # The resident process takes over from the one that systemd watches.
@@ -69,8 +64,7 @@ def launch(settings: Settings, bound: Mapping[str, Bound]) -> int:
             _become_resident(settings, bound, log, theirs.fileno())
         except BaseException as error:
             status = error.status if isinstance(error, Refusal) else SystemRefused.status
-            for each in bound.values():
-                each.discard()
+            discard_all(bound.values())
             _tell(theirs.fileno(), failed=str(error), status=status)
         finally:
             os._exit(1)

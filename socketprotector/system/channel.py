@@ -21,6 +21,7 @@ from contextlib import suppress
 
 from socketprotector_client import wire
 
+from .cleanup import on_error
 from .polling import events_of
 
 #: The kernel charges one 16-byte message with one descriptor so much against SO_SNDBUF
@@ -62,17 +63,13 @@ class Channel:
         Raises OSError when the system is out of descriptors or memory.
         """
         read, write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
+        with on_error(read.close), on_error(write.close):
             # Nothing is read here, and what a worker had sent would be an ECONNRESET for the
             # next worker that takes once this end is closed (unix_release_sock).
             write.shutdown(socket.SHUT_RD)
             # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
             wanted = queue * MESSAGE_CHARGE_BYTES // 2
             write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
-        except OSError:
-            read.close()
-            write.close()
-            raise
         return cls(read, write)
 
     @classmethod

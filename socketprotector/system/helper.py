@@ -13,6 +13,7 @@ from contextlib import suppress
 from ..model import text
 from ..model.records import Program
 from . import inherited
+from .cleanup import on_error
 from .loop import Loop
 from .process import Process, spawn
 
@@ -60,11 +61,8 @@ class HelperProcess:
             batch=batch,
         )
         process = spawn(program, variables or {}, descriptors, tell_pid)
-        try:
+        with on_error(process.discard):  # the system is short of memory
             return cls(process, loop, ended)
-        except OSError:  # the system is short of memory
-            process.discard()
-            raise
 
     @classmethod
     def start_protector(

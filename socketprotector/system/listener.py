@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from ..model.settings import ListenerSettings
 from . import inherited, reuseport
+from .cleanup import on_error
 from .dir_lock import give, locked
 from .polling import events_of
 from .sock_diag import listening
@@ -275,7 +276,7 @@ class Listener:
         """Bind a socket file in the place of ours.  Raises OSError."""
         path = self.settings.address.removeprefix("unix:")
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+        with on_error(made.close):
             if not self.settings.inode:
                 made.bind("\0" + path[1:])  # which fails as long as a process has the old one
                 made.listen(self._backlog)
@@ -294,9 +295,6 @@ class Listener:
                 gid = -1 if old.st_gid == os.lstat(path).st_gid else old.st_gid
                 found = give(path, uid, gid, _chown)
                 made.listen(self._backlog)
-        except BaseException:
-            made.close()
-            raise
         self.settings = replace(self.settings, device=found.st_dev, inode=found.st_ino)
         return made
 

@@ -15,6 +15,7 @@ import stat
 from collections import deque
 
 from ..model.settings import Identity
+from .cleanup import on_error
 from .peer_credentials import unmistakable_users
 
 #: Without waiting: a FIFO without a reader would block the opener.
@@ -39,13 +40,10 @@ def open_log(path: str, identity: Identity | None = None) -> int:
         if error.errno == errno.ENXIO:
             error.strerror = "no process reads that FIFO"
         raise
-    try:
+    with on_error(os.close, fd):
         if made and identity is not None:
             os.fchown(fd, identity.uid, identity.gid)  # it will reopen it
         os.set_blocking(fd, True)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 

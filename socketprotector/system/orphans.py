@@ -26,6 +26,7 @@ from contextlib import suppress
 
 from ..model.settings import Identity
 from . import privileges, procfs
+from .cleanup import on_error
 from .log import Log
 from .loop import Loop
 from .polling import events_of
@@ -204,14 +205,10 @@ class Look:
         self._done = done
         self._found: dict[str, list[tuple[int, int]]] = {}
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            with theirs:
-                loop.watch(self._line.fileno(), self._hear)
-                self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
-        except BaseException:
-            loop.unwatch(self._line.fileno())
-            self._line.close()
-            raise
+        fd = self._line.fileno()
+        with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
+            loop.watch(fd, self._hear)
+            self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
         hangs = f"the look at /proc took longer than {_LOOK_S:g} s"
         loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
 

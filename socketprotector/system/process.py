@@ -18,6 +18,7 @@ from ..model import text
 from ..model.frozen import frozen
 from ..model.records import Program
 from . import privileges, procfs
+from .cleanup import on_error
 from .cpu_quota import scheduler
 from .polling import events_of
 
@@ -74,11 +75,8 @@ class Process:
     @classmethod
     def _of_child(cls, pid: int, lifeline: int = -1) -> Process:
         """Own a child that was just started.  Raises OSError, and then it is killed."""
-        try:
+        with on_error(_kill, pid):  # its end would never be noticed
             return cls(pid, lifeline=lifeline)
-        except OSError:
-            _kill(pid)  # its end would never be noticed
-            raise
 
     def signal(self, number: int) -> None:
         """Send a signal to the process; nothing happens if it has ended.
@@ -282,13 +280,11 @@ def spawn(
     # Source: F_SETOWN, F_SETSIG and O_ASYNC in fcntl(2); pipe_release() in fs/pipe.c.
     receive, send = os.pipe2(os.O_CLOEXEC)
     try:
-        lifeline = max((2, *descriptors)) + 1
-        with_line = {**descriptors, lifeline: receive}
-        pid = _spawn(program, environment, with_line, tell_pid, lifeline)
-        return Process._of_child(pid, send)
-    except BaseException:
-        os.close(send)
-        raise
+        with on_error(os.close, send):
+            lifeline = max((2, *descriptors)) + 1
+            with_line = {**descriptors, lifeline: receive}
+            pid = _spawn(program, environment, with_line, tell_pid, lifeline)
+            return Process._of_child(pid, send)
     finally:
         os.close(receive)
 

@@ -22,6 +22,8 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
+from .cleanup import on_error
+
 _SO_ATTACH_FILTER = 26
 _SO_DETACH_FILTER = 27
 _SO_ATTACH_REUSEPORT_CBPF = 51
@@ -129,12 +131,9 @@ def make(first: socket.socket) -> socket.socket | None:
     # the filter of socket 0 is from before it listened, see prepare().
     steer_if_can(first)
     sibling = rebind(first, first.getsockname(), backlog(first))
-    try:
+    with on_error(sibling.close):
         sibling.setblocking(False)
         steer(sibling, 0)  # it is of the same group; the filters of the first may be locked
-    except BaseException:
-        sibling.close()
-        raise
     return sibling
 
 
@@ -153,13 +152,10 @@ def backlog(listening: socket.socket) -> int:
 def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
     """Return another one that listens on an address, with the options of `one`.  Raises OSError."""
     made = socket.socket(one.family, socket.SOCK_STREAM)
-    try:
+    with on_error(made.close):
         _copy(one, made)
         made.bind(address)
         made.listen(backlog)
-    except BaseException:
-        made.close()
-        raise
     return made
 
 

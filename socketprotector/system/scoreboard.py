@@ -16,6 +16,7 @@ import struct
 from socketprotector_client import wire
 
 from ..model.records import Counts
+from .cleanup import on_error
 
 #: More slots than this are not counted; the memory of an unused one is never touched.
 SLOTS = 1024
@@ -38,13 +39,10 @@ class Board:
     def make(cls) -> Board:
         """Make an empty one.  Raises OSError."""
         fd = os.memfd_create("sp.board", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
+        with on_error(os.close, fd):
             os.ftruncate(fd, SLOTS * wire.BOARD_BYTES)
             seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        except OSError:
-            os.close(fd)
-            raise
         return cls(fd)
 
     def offset(self, slot: int) -> int:

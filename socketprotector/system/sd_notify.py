@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from .cleanup import on_error
 from .inherited import Named
 from .peer_credentials import unmistakable_users
 
@@ -68,15 +69,12 @@ class NotifySocket:
         No other process can guess either.
         """
         bound = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        try:
+        with on_error(bound.close):
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             if address.startswith("@"):
                 bound.bind(_bound_as(address))
             else:
                 _bind_path(bound, address)
-        except OSError:
-            bound.close()
-            raise
         return cls(bound, address, allowed_uids)
 
     def fileno(self) -> int:
@@ -134,12 +132,9 @@ def _bind_path(bound: socket.socket, path: str) -> None:
     told = os.path.join(os.path.dirname(path), _TOLD)
     _remove(told)
     bound.bind(told)
-    try:
+    with on_error(_remove, told):
         os.chmod(told, 0o666)
         os.rename(told, path)
-    except OSError:
-        _remove(told)
-        raise
 
 
 def _remove(path: str) -> None:

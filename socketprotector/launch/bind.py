@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from ..model.errors import Refusal, SystemRefused, UsageError
@@ -20,6 +19,7 @@ from ..model.frozen import frozen
 from ..model.settings import ListenerSettings
 from ..system import reuseport
 from ..system.cleanup import on_error
+from ..system.listener import remove_file
 from ..system.sock_diag import listening
 from . import port_owner, socket_options
 from .bind_unix import bind_unix, reapply_options
@@ -45,12 +45,8 @@ class Bound:
     def discard(self) -> None:
         """Close it, and remove the socket file it made."""
         self.socket.close()
-        if self.settings.inode and not self.left:
-            path = self.settings.address.removeprefix("unix:")
-            with suppress(OSError):  # removed already
-                found = os.lstat(path)
-                if (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode):
-                    os.unlink(path)
+        if not self.left:
+            remove_file(self.settings)
 
 
 def discard_all(bound: Iterable[Bound]) -> None:

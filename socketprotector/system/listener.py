@@ -283,7 +283,7 @@ class Listener:
                 return made
             with locked(path, 0.0):
                 old = os.lstat(path)
-                if not self._is_our_file(old):
+                if not _is_file_of(self.settings, old):
                     raise OSError(errno.EEXIST, "somebody has put another file in its place")
                 os.unlink(path)
                 before = os.umask(0o777 & ~old.st_mode)
@@ -325,7 +325,7 @@ class Listener:
         if self.settings.foreign:
             return False
         if self.socket.family == socket.AF_UNIX:
-            self._remove_file()
+            remove_file(self.settings)
             if not self.shared:
                 self.socket.shutdown(socket.SHUT_RD)
                 self.always_readable = True
@@ -342,7 +342,7 @@ class Listener:
 
         One that workers share ends with the last of them.
         """
-        self._remove_file()
+        remove_file(self.settings)
         if not self.settings.foreign and not self.shared:
             _shut_down(self.socket)
         for each in self.sockets:
@@ -370,22 +370,24 @@ class Listener:
         asked = self.sockets if socket_number is None else (self.socket_for(socket_number),)
         return any(events_of(each, _CLIENT_OR_END) == select.POLLIN for each in asked)
 
-    def _remove_file(self) -> None:
-        """Remove the socket file unless it was replaced by another."""
-        if not self.settings.inode:
-            return
-        path = self.settings.address.removeprefix("unix:")
-        with suppress(OSError):  # removed already, or the folder is no longer ours: said at start
-            if self._is_our_file(os.lstat(path)):
-                os.unlink(path)
-
-    def _is_our_file(self, found: os.stat_result) -> bool:
-        return (found.st_dev, found.st_ino) == (self.settings.device, self.settings.inode)
-
     @property  # the last one: behind it `socket` is no module to a type checker
     def socket(self) -> socket.socket:
         """Socket 0."""
         return self.sockets[0]
+
+
+def remove_file(settings: ListenerSettings) -> None:
+    """Remove the socket file of a listener, if it has one, unless it was replaced by another."""
+    if not settings.inode:
+        return
+    path = settings.address.removeprefix("unix:")
+    with suppress(OSError):  # removed already, or the folder is no longer ours: said at start
+        if _is_file_of(settings, os.lstat(path)):
+            os.unlink(path)
+
+
+def _is_file_of(settings: ListenerSettings, found: os.stat_result) -> bool:
+    return (found.st_dev, found.st_ino) == (settings.device, settings.inode)
 
 
 def _bound_to(address: str) -> tuple[str, int]:

@@ -27,6 +27,8 @@ from .listen_spec import Listen
 
 #: One number for two sockets: another program may take it between the two binds.
 _SAME_PORT_TRIES = 16
+#: A family and the number of a host; of AF_UNIX the path.
+_Address = tuple[socket.AddressFamily, str]
 _HINTS = {
     errno.EACCES: "a port this low needs root or CAP_NET_BIND_SERVICE: start as root with "
     "--user, or choose another port",
@@ -78,7 +80,16 @@ def bind_all(
     with on_error(discard_all, bound):
         for index, listen in enumerate(listens):
             found = (passed or {}).get(index)
-            found = found or _bind(listen, backlog, notice, have, left or {}, earlier, dry=dry)
+            if found is None:
+                addresses = [
+                    address
+                    for address in _addresses(listen, notice)
+                    if canonical(*address, listen.port) not in have
+                ]
+                for address in addresses if not listen.port_is_chosen else ():
+                    _refuse_twice(canonical(*address, listen.port), listen, earlier)
+                own = None if dry else listen.backlog(backlog)
+                found = _bind(listen, addresses, own, left or {})
             earlier |= {each.settings.address: listen for each in found}
             bound += (
                 replace(each, settings=replace(each.settings, **listen.settings)) for each in found
@@ -140,10 +151,8 @@ def _kept_from(given: socket.socket, bound: Sequence[Bound]) -> str:
     return ""
 
 
-def _addresses(
-    listen: Listen, notice: Callable[[str], None]
-) -> list[tuple[socket.AddressFamily, str]]:
-    """Return the (family, numeric host) pairs that a LISTEN argument means; of AF_UNIX the path."""
+def _addresses(listen: Listen, notice: Callable[[str], None]) -> list[_Address]:
+    """Return what a LISTEN argument means."""
     if listen.path is not None:
         return [(socket.AF_UNIX, listen.path)]
     if listen.host is None and listen.options.get("v6only") == "0" and _has_ipv6():
@@ -158,7 +167,7 @@ def _addresses(
     return usable or found
 
 
-def _resolved(listen: Listen, host: str) -> list[tuple[socket.AddressFamily, str]]:
+def _resolved(listen: Listen, host: str) -> list[_Address]:
     try:
         answers = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -193,22 +202,11 @@ def canonical(family: int, host: str, port: int = 0) -> str:
 
 def _bind(
     listen: Listen,
-    default_backlog: int,
-    notice: Callable[[str], None],
-    have: Collection[str],
+    addresses: Sequence[_Address],
+    backlog: int | None,
     left: Mapping[str, Bound],
-    earlier: Mapping[str, Listen],
-    *,
-    dry: bool,
 ) -> list[Bound]:
-    backlog = None if dry else listen.backlog(default_backlog)
-    addresses = [
-        (family, host)
-        for family, host in _addresses(listen, notice)
-        if canonical(family, host, listen.port) not in have
-    ]
-    for family, host in addresses if not listen.port_is_chosen else ():
-        _refuse_twice(canonical(family, host, listen.port), listen, earlier)
+    """Bind the addresses of one argument, to the same port; without a backlog only try it."""
     for tries_left in reversed(range(_SAME_PORT_TRIES)):
         bound: list[Bound] = []
         port = listen.port
@@ -218,7 +216,7 @@ def _bind(
                     listen, family, host, port, backlog
                 )
                 bound.append(each)
-                if listen.port_is_chosen and not dry:  # else port 0 stays 0
+                if listen.port_is_chosen and backlog is not None:  # else port 0 stays 0
                     port = each.socket.getsockname()[1]
         except OSError as error:
             for each in bound:
@@ -238,12 +236,9 @@ def _refuse_twice(address: str, listen: Listen, earlier: Mapping[str, Listen]) -
     """
     for other, its in earlier.items():
         if _overlap(address, other) and not {*listen.options, *its.options} & {"device"}:
+            why = f"both are {address}" if address == other else f"{address} and {other} overlap"
             raise UsageError(
-                f"cannot listen on {listen.text} beside {its.text}: both are {address}; "
-                "leave one of them out"
-                if address == other
-                else f"cannot listen on {listen.text} beside {its.text}: {address} and {other} "
-                "overlap; leave one of them out"
+                f"cannot listen on {listen.text} beside {its.text}: {why}; leave one of them out"
             )
 
 

@@ -81,11 +81,7 @@ def _put_v6only(one: socket.socket, value: str) -> None:
         one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(value))
 
 
-def _text(level: int, option: int) -> _Set:
-    return lambda one, value: one.setsockopt(level, option, os.fsencode(value))
-
-
-def _whole(level: int, option: int, value_of: Callable[[str], int | bytes] = number) -> _Set:
+def _put(level: int, option: int, value_of: Callable[[str], int | bytes] = number) -> _Set:
     return lambda one, value: one.setsockopt(level, option, value_of(value))
 
 
@@ -102,12 +98,12 @@ OPTIONS: Mapping[str, Option] = {
     "congestion": Option(
         "the name of an algorithm, like cubic",
         lambda value: 0 < len(value) < 16,
-        _text(_TCP, socket.TCP_CONGESTION),
+        _put(_TCP, socket.TCP_CONGESTION, os.fsencode),
     ),
-    "defer_accept": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_DEFER_ACCEPT)),
-    "device": Option("a name, like eth0", bool, _text(_SOCKET, socket.SO_BINDTODEVICE)),
-    "fastopen": Option(*_ABOVE_0, _whole(_TCP, socket.TCP_FASTOPEN)),
-    "freebind": Option(*_SWITCH, _whole(socket.IPPROTO_IP, IP_FREEBIND)),
+    "defer_accept": Option(*_ABOVE_0, _put(_TCP, socket.TCP_DEFER_ACCEPT)),
+    "device": Option("a name, like eth0", bool, _put(_SOCKET, socket.SO_BINDTODEVICE, os.fsencode)),
+    "fastopen": Option(*_ABOVE_0, _put(_TCP, socket.TCP_FASTOPEN)),
+    "freebind": Option(*_SWITCH, _put(socket.IPPROTO_IP, IP_FREEBIND)),
     "keepalive": Option(
         "IDLE:INTERVAL:COUNT in seconds, any of them or nothing", _is_keepalive, _put_keepalive
     ),
@@ -115,13 +111,13 @@ OPTIONS: Mapping[str, Option] = {
         "a number from 0 to 0xffffffff",
         _between(0, 2**32 - 1),
         # As bytes: setsockopt() of Python takes a C int.
-        _whole(_SOCKET, socket.SO_MARK, lambda v: number(v).to_bytes(4, sys.byteorder)),
+        _put(_SOCKET, socket.SO_MARK, lambda v: number(v).to_bytes(4, sys.byteorder)),
     ),
-    "nodelay": Option(*_SWITCH, _whole(_TCP, socket.TCP_NODELAY)),
+    "nodelay": Option(*_SWITCH, _put(_TCP, socket.TCP_NODELAY)),
     "nonblock": Option(*_SWITCH, _elsewhere),
     "priority": Option("a number from 0 to 15", _between(0, 15), _elsewhere),
-    "rcvbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_RCVBUF)),
-    "sndbuf": Option(*_ABOVE_0, _whole(_SOCKET, socket.SO_SNDBUF)),
+    "rcvbuf": Option(*_ABOVE_0, _put(_SOCKET, socket.SO_RCVBUF)),
+    "sndbuf": Option(*_ABOVE_0, _put(_SOCKET, socket.SO_SNDBUF)),
     "tos": Option(
         "a number from 0 to 255, like 0x10",
         _between(0, 255),
@@ -131,7 +127,7 @@ OPTIONS: Mapping[str, Option] = {
     "user_timeout": Option(
         "a time, like 500ms, 30s or 2m",
         lambda value: 0 < _ms(value) < 2**31,
-        _whole(_TCP, socket.TCP_USER_TIMEOUT, _ms),
+        _put(_TCP, socket.TCP_USER_TIMEOUT, _ms),
     ),
     "v6only": Option(*_SWITCH, _put_v6only),
 }

@@ -93,8 +93,5 @@ def _up(path: str, root: str, mount: str) -> list[str]:
 
 
 def _read(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return os.read(fd, 65536).decode("utf-8", "replace")
-    finally:
-        os.close(fd)
+    with open(path, "rb") as file:
+        return file.read().decode("utf-8", "replace")

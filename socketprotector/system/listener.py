@@ -23,10 +23,6 @@ from .dir_lock import give, locked
 from .polling import events_of
 from .sock_diag import listening
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Any
-
 #: Nothing there, or gone again: the next wake-up brings the next client (accept(2) on Linux
 #: passes on errors of the connection itself).
 AGAIN = frozenset(
@@ -52,17 +48,17 @@ SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _CLIENT_OR_END = select.POLLIN | select.POLLRDHUP
 
 
-def accept_of(listener: Listener) -> Callable[[], tuple[int, Any]]:
+def accept_of(listener: Listener) -> Callable[[], tuple[int, object]]:
     """Return what accepts one connection, as a descriptor, with the priority it is to have."""
     # socket.accept() would build a socket object only for us to take it apart.
-    accept: Callable[[], tuple[int, Any]]
+    accept: Callable[[], tuple[int, object]]
     accept = listener.socket._accept  # type: ignore[attr-defined]
     priority = listener.settings.priority
     if priority < 0:
         return accept
     family = listener.socket.family
 
-    def accept_and_set() -> tuple[int, Any]:
+    def accept_and_set() -> tuple[int, object]:
         fd, address = accept()
         one = socket.socket(family, socket.SOCK_STREAM, 0, fd)
         # OSError: a program that drops privileges may lose the right to those above 6.

@@ -117,6 +117,3 @@ class StateFile:
         if binascii.crc32(payload, binascii.crc32(header)) != checksum:
             return None
         return kind, sequence, form, payload
-
-    def close(self) -> None:
-        os.close(self.fd)

@@ -36,7 +36,7 @@ values = st.one_of(*(st.from_type(each) for each in CLASSES))
 def file() -> Iterator[StateFile]:
     made = StateFile.make()
     yield made
-    made.close()
+    os.close(made.fd)
 
 
 # --- values -------------------------------------------------------------------

@@ -35,10 +35,6 @@ PROGRAM = (
     "from socketprotector_client.accepting import main; main()"
 )
 
-#: The kernel charges one 16-byte message with one descriptor so much against SO_SNDBUF
-#: (measured: 278 messages in the default 212,992 bytes).
-MESSAGE_CHARGE_BYTES = 768
-
 # How soon to look again while the system is short of something.
 _RETRY_S = 0.05
 # Handshakes that are under way at the stop finish in so long, or begin again.

@@ -29,8 +29,6 @@ _log = logging.getLogger(__name__)
 
 #: As the protector's --queue.
 DEFAULT_QUEUE = 256
-# The smallest buffer that the kernel grants holds so many.
-_SMALLEST_QUEUE = 6
 
 
 class SocketServer:
@@ -63,9 +61,9 @@ class SocketServer:
         address cannot be bound or the accepting process not started, and under a protector
         RuntimeError for a second one: there is only one queue.
         """
-        if queue < _SMALLEST_QUEUE:
+        if queue < wire.SMALLEST_QUEUE:
             raise ValueError(
-                f"cannot work with queue={queue}: at least {_SMALLEST_QUEUE} is needed"
+                f"cannot work with queue={queue}: at least {wire.SMALLEST_QUEUE} is needed"
             )
         self._children = Children()
         worker = current()
@@ -201,7 +199,7 @@ class SocketServer:
                 # child that takes next once this end is closed (unix_release_sock).
                 write.shutdown(socket.SHUT_RD)
                 # The kernel doubles what is asked, and clamps it to net.core.wmem_max before.
-                room = queue * accepting.MESSAGE_CHARGE_BYTES // 2
+                room = queue * wire.RECORD_CHARGE_BYTES // 2
                 write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, room)
                 self._spawn(write.fileno(), named)
                 self._channel = Channel(read.detach(), tuple(named.values()))

@@ -22,6 +22,12 @@ KIND_RETURNED = 2
 #: State that may follow the header in the same record; more travels as a memfd.
 STATE_MAX_BYTES = 4096
 
+#: The kernel charges one record without state, with one descriptor, so much against SO_SNDBUF
+#: (measured: 278 records in the default 212,992 bytes).
+RECORD_CHARGE_BYTES = 768
+#: The smallest buffer that the kernel grants holds so many (measured).
+SMALLEST_QUEUE = 6
+
 ENV_CHANNEL = "SOCKETPROTECTOR_CHANNEL"
 ENV_RETURN = "SOCKETPROTECTOR_RETURN"
 ENV_LISTENERS = "SOCKETPROTECTOR_LISTENERS"

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+from socketprotector_client import wire
 
 from .. import __version__
 from ..model.handoff_modes import MODES
 from ..model.log_format import FORMATS, LEVELS
 from ..model.settings import Identity
-from ..system.channel import SMALLEST_QUEUE
 from .option_values import (
     FLAG,
     NAMES,
@@ -217,7 +217,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("backlog", click.IntRange(1, _MANY),
                "Connections that may wait in the kernel, for each listener.",
                at_reload="holds for listeners that are added", default=4096),
-        Option("queue", click.IntRange(SMALLEST_QUEUE, _MANY),
+        Option("queue", click.IntRange(wire.SMALLEST_QUEUE, _MANY),
                "Connections sent to the workers that none has taken yet, at most.",
                "queue", default=256),
         Option("busy-poll", TIME,

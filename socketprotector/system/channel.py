@@ -24,11 +24,6 @@ from socketprotector_client import wire
 from .cleanup import on_error
 from .polling import events_of
 
-#: The kernel charges one 16-byte message with one descriptor so much against SO_SNDBUF
-#: (measured: 278 messages in the default 212,992 bytes).
-MESSAGE_CHARGE_BYTES = 768
-#: The smallest buffer that the kernel grants holds so many (measured).
-SMALLEST_QUEUE = 6
 SEND_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 #: What sending says once a worker has shut the channel down.
 BROKEN = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
@@ -68,7 +63,7 @@ class Channel:
             # next worker that takes once this end is closed (unix_release_sock).
             write.shutdown(socket.SHUT_RD)
             # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
-            wanted = queue * MESSAGE_CHARGE_BYTES // 2
+            wanted = queue * wire.RECORD_CHARGE_BYTES // 2
             write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
         return cls(read, write)
 
@@ -96,7 +91,7 @@ class Channel:
     def capacity(self) -> int:
         """Return how many untaken connections it has room for."""
         granted = self.write.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        return -(-granted // MESSAGE_CHARGE_BYTES)
+        return -(-granted // wire.RECORD_CHARGE_BYTES)
 
     @property
     def closed(self) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.system.channel import SEND_FLAGS, SMALLEST_QUEUE, Channel
+from socketprotector.system.channel import SEND_FLAGS, Channel
 
 FD = struct.Struct("i")
 
@@ -74,7 +74,7 @@ def test_what_comes_back_is_closed_on_exec(channel: Channel) -> None:
     os.close(message[1])
 
 
-@pytest.mark.parametrize("queue", [SMALLEST_QUEUE, 64, 256, 1000])
+@pytest.mark.parametrize("queue", [wire.SMALLEST_QUEUE, 64, 256, 1000])
 def test_a_channel_holds_about_as_many_as_wanted(queue: int) -> None:
     channel = Channel.make(queue)
     try:

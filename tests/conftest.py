@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import forked, once
-from tests.running import LISTENER, Protector, mark
+from tests.channel import Channel
+from tests.procfs import GONE, children_of, descriptors, threads_of
+from tests.running import LISTENER, Protector, eventually, mark
 
 # A shell starts what it runs in the background with these ignored, and so does nohup; what tests
 # start would inherit that.
@@ -32,8 +36,13 @@ def _programs_are_loaded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _control_sockets_have_a_folder_of_their_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever protector a test starts; short, because a socket's path has 107 bytes."""
+def _control_sockets_have_a_folder_of_their_own(
+    _nothing_is_left_or_changed: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Whatever protector a test starts; short, because a socket's path has 107 bytes.
+
+    Behind the look at what is left, so that monkeypatch has undone everything when that looks.
+    """
     with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         os.chmod(folder, 0o1777)  # some are started as another user
         monkeypatch.setenv("XDG_RUNTIME_DIR", folder)
@@ -97,20 +106,46 @@ def free_port() -> Iterator[Callable[[], int]]:
         each.close()
 
 
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[Channel]:
+    """A channel and its workers, without a protector: says what a protector would not, too."""
+    log = tmp_path / "stderr.log"
+    log.touch()
+    made = Channel(log)
+    yield made
+    made.close()
+    print(log.read_text())
+
+
+def _state() -> dict[str, object]:
+    """What a test must leave as it was.  A child is that of the thread that has started it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    children = set()
+    for thread in threads_of(os.getpid()):
+        try:
+            children |= {*children_of(os.getpid(), thread)}
+        except GONE:
+            continue
+    return {
+        "descriptors": descriptors(os.getpid()),
+        "children": children - forked.source(),
+        "threads": threading.active_count(),
+        "directory": os.getcwd(),
+        "umask": umask,
+        "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+    }
+
+
 @pytest.fixture(autouse=True)
-def _no_descriptor_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compare the test process's descriptors before and after.
-
-    A stream's reading thread closes its end at end of file, so that is waited for.
-    """
-    before = set(os.listdir("/proc/self/fd"))
+def _nothing_is_left_or_changed() -> Iterator[None]:
+    """In this process.  A stream's thread closes its end at end of file, so that is waited for."""
+    before = _state()
     yield
-    from tests.running import eventually
-
-    eventually(
-        lambda: len(set(os.listdir("/proc/self/fd")) - before) <= 1,  # listing needs one itself
-        "the descriptors that were open before",
-    )
+    try:
+        eventually(lambda: _state() == before, "what there was before")
+    except AssertionError:
+        assert _state() == before  # which shows what it is
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

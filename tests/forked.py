@@ -107,9 +107,9 @@ def begin() -> None:
         _sources.append(_Source())
 
 
-def source() -> set[str]:
+def source() -> set[int]:
     """Return the pid of what forks, which is a child of this process all the time."""
-    return {str(each.process.pid) for each in _sources}
+    return {each.process.pid for each in _sources}
 
 
 class _Forked(subprocess.Popen[Any]):

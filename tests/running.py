@@ -20,10 +20,12 @@ import uuid
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests import forked
+from tests.procfs import command_line_of, parent_of
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ROOT / "tests" / "workers"
@@ -32,12 +34,45 @@ COMMAND = (sys.executable, "-m", "socketprotector")
 LISTENER = ("--handoff", "listener", "--ready", "notify")
 DEADLINE_S = 30.0
 
+#: Host and port, or the path of a UNIX socket (in bytes or with a 0 in front: an abstract name).
+Address = tuple[str, int] | str | bytes
+
 #: --start-timeout where a good start has to fit into it on a busy machine, and one that hangs is
 #: waited for.
 FAIR_START_S = 8
 #: In the environment of whatever a test starts, so that what it leaves behind is found.  Not
 #: SOCKETPROTECTOR_*, which never reaches a worker.
 MARK = "TEST_OF_SOCKETPROTECTOR"
+
+#: What a detached start without a log file says first where there is no syslog, as in a container.
+_NO_SYSLOG = (
+    "SocketProtector: no syslog daemon listens at /dev/log: until one does, every line of the log "
+    "and of the workers is lost; use --log-file FILE, or -f to write to this terminal\n"
+)
+
+
+@dataclass
+class Ended:
+    """A command that has ended: its exit status, and what it has written."""
+
+    status: int
+    out: str
+    err: str
+    #: Whether it has warned that there is no syslog.
+    warned: bool = False
+
+    @classmethod
+    def of_start(cls, status: int, out: str, err: str) -> Ended:
+        """A start, without that warning in `err`: so the machine's state changes no test."""
+        return cls(status, out, err.replace(_NO_SYSLOG, "", 1), warned=_NO_SYSLOG in err)
+
+    def __repr__(self) -> str:
+        return f"status {self.status}\n--- out\n{self.out}\n--- err\n{self.err}"
+
+    @property
+    def lines(self) -> list[str]:
+        """What it said on stderr."""
+        return self.err.splitlines()
 
 
 class Lines:
@@ -225,16 +260,6 @@ class Protector:
         self.process.wait()
 
 
-def parent_of(pid: int) -> int:
-    """The parent of a process, 0 when it is gone (or a zombie)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii")
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    state, parent = stat.rpartition(")")[2].split()[:2]
-    return 0 if state == "Z" else int(parent)
-
-
 def marked(mark: str) -> list[int]:
     """The living processes that carry a test's mark in their environment."""
     wanted = f"{MARK}={mark}".encode()
@@ -267,34 +292,90 @@ def wait_gone(pids: Sequence[int], deadline_s: float = DEADLINE_S) -> list[int]:
 
 
 def eventually(fact: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Wait for a fact that nothing announces (a number in /proc), looking every 10 ms."""
+    """Wait for a fact that nothing announces (a number in /proc), looking ever less often."""
     until = time.monotonic() + deadline_s
+    pause_s = 0.001
     while not fact():
         assert time.monotonic() < until, f"never came: {what}"
-        select.select([], [], [], 0.01)
+        select.select([], [], [], pause_s)
+        pause_s = min(2 * pause_s, 0.02)
 
 
-def ask(address: tuple[str, int] | str, line: str = "hello", timeout_s: float = DEADLINE_S) -> str:
+class Client:
+    """One connection that talks in lines: what is sent, and what comes back later."""
+
+    def __init__(
+        self,
+        address: Address,
+        line: str | None = None,
+        *,
+        source: Address | None = None,
+        timeout_s: float = DEADLINE_S,
+    ) -> None:
+        """line: to be sent at once.  source: where it connects from."""
+        family = socket.AF_UNIX
+        if isinstance(address, tuple):
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.socket = socket.socket(family, socket.SOCK_STREAM)
+        self.socket.settimeout(timeout_s)
+        self._got = b""
+        try:
+            if source is not None:
+                self.socket.bind(source)
+            self.socket.connect(address)
+            if line is not None:
+                self.say(line)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def say(self, line: str) -> None:
+        self.socket.sendall(line.encode() + b"\n")
+
+    def hear(self) -> str:
+        """Return the next line; what came before the end of file, if that comes first."""
+        while b"\n" not in self._got:
+            data = self.socket.recv(65536)
+            if not data:
+                break
+            self._got += data
+        line, _, self._got = self._got.partition(b"\n")
+        return line.decode()
+
+    def ask(self, line: str = "hello") -> str:
+        self.say(line)
+        return self.hear()
+
+    def rest(self) -> list[str]:
+        """Say no more, and return all lines until the end."""
+        self.socket.shutdown(socket.SHUT_WR)
+        while data := self.socket.recv(65536):
+            self._got += data
+        return self._got.decode().splitlines()
+
+    def has_answer(self) -> bool:
+        return bool(self._got or select.select([self.socket], [], [], 0)[0])
+
+    def reset(self) -> None:
+        """Close so that the other side reads a reset."""
+        linger_for_no_time = b"\1\0\0\0\0\0\0\0"
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
+        self.socket.close()
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def ask(address: Address, line: str = "hello", timeout_s: float = DEADLINE_S) -> str:
     """Connect, send a line, return the line that comes back."""
-    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    if not isinstance(address, str) and ":" in address[0]:
-        family = socket.AF_INET6
-    with socket.socket(family, socket.SOCK_STREAM) as client:
-        client.settimeout(timeout_s)
-        client.connect(address)
-        return exchange(client, line)
-
-
-def exchange(client: socket.socket, line: str) -> str:
-    """Send a line over a connection and return the line that comes back."""
-    client.sendall(line.encode() + b"\n")
-    got = b""
-    while not got.endswith(b"\n"):
-        data = client.recv(4096)
-        if not data:
-            break
-        got += data
-    return got.decode().rstrip("\n")
+    with Client(address, line, timeout_s=timeout_s) as client:
+        return client.hear()
 
 
 @contextmanager
@@ -306,7 +387,7 @@ def mark() -> Iterator[dict[str, str]]:
     shown = []
     for pid in left:
         try:
-            shown.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" "))
+            shown.append(command_line_of(pid))
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue  # it has ended after all

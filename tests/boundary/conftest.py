@@ -1,34 +1,18 @@
-"""After each test: the same descriptors as before, no child, and the place and limits unchanged."""
+"""The command line in this process, and the loop with its time."""
 
 from __future__ import annotations
 
 import os
-import resource
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from socketprotector.launch import cli
 from socketprotector.system.loop import Loop
-
-
-def _state() -> dict[str, object]:
-    umask = os.umask(0)
-    os.umask(umask)
-    folder = os.open("/proc/self/fd", os.O_RDONLY)
-    try:
-        descriptors = {fd for fd in os.listdir(folder) if int(fd) != folder}
-    finally:
-        os.close(folder)
-    own = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
-    return {
-        "descriptors": {fd for fd in descriptors if os.path.lexists(f"/proc/self/fd/{fd}")},
-        "children": own.split(),
-        "directory": os.getcwd(),
-        "umask": umask,
-        "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
-    }
+from tests.running import Ended
 
 
 class Turns:
@@ -46,6 +30,42 @@ class Turns:
 
     def tick(self, seconds: float = 0.001) -> None:
         self._now_s += seconds
+
+
+class Typed:
+    """The command line, run in this process up to where it would launch."""
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str]) -> None:
+        self.folder = folder
+        self._capture = capture
+
+    def __call__(self, *words: str | Path) -> Ended:
+        self._capture.readouterr()
+        status = cli.main([str(each) for each in words])
+        return Ended.of_start(status, *self._capture.readouterr())
+
+    def left(self) -> list[str]:
+        """The files in its folder."""
+        return sorted(file.name for file in self.folder.iterdir())
+
+
+@pytest.fixture
+def typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Typed]:
+    """Run the command line in a folder of its own; to get as far as to launch fails the test."""
+
+    def launched(*_: object) -> int:
+        raise AssertionError("it would have been launched")
+
+    monkeypatch.setattr(cli, "launch", launched)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    term = signal.getsignal(signal.SIGTERM)
+    yield Typed(tmp_path, capfd)
+    signal.signal(signal.SIGTERM, term)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture
@@ -70,10 +90,3 @@ def in_root_directory() -> Iterator[None]:
     os.chdir("/")
     yield
     os.chdir(before)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_or_changed() -> Iterator[None]:
-    before = _state()
-    yield
-    assert _state() == before

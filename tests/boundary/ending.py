@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from socketprotector.model.records import Program
 from socketprotector.system.loop import Loop
 from socketprotector.system.process import Process, reap_orphans
 from tests import forked
+from tests.procfs import children_of
 from tests.running import DEADLINE_S
 
 SHELL = Program(
@@ -77,10 +77,9 @@ def until(loop: Loop, fact: Callable[[], bool], deadline_s: float = DEADLINE_S) 
     loop.running = True
 
 
-def children() -> set[str]:
+def children() -> set[int]:
     """Return the pids of this process's children, the one that forks for tests left out."""
-    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text(encoding="ascii")
-    return {*found.split()} - forked.source()
+    return {*children_of(os.getpid())} - forked.source()
 
 
 def settle(loop: Loop) -> None:

@@ -231,21 +231,6 @@ def test_help_is_the_same_without_docstrings() -> None:
     assert said[0] == said[1]
 
 
-def test_a_refusal_of_an_option_by_its_old_name_says_the_name_of_now() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "socketprotector", "--max-requests", "x", "1", "--", "true"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert done.returncode == 2
-    assert [line.partition(": ")[2] for line in done.stderr.splitlines()] == [
-        "--max-requests is called --retire-after now; the old name works until 1.0",
-        "Invalid value for '--retire-after': 'x': write 1000 or 1000+-100; see --help",
-    ]
-
-
 # -- mistakes -------------------------------------------------------------------
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -189,21 +187,6 @@ def test_what_one_may_not_is_refused_with_the_right_that_is_missing(asked: str) 
     os.waitpid(child, 0)
 
     assert f"{asked}: Operation not permitted; it needs CAP_NET_ADMIN: start as root" in said
-
-
-def test_a_priority_cannot_be_had_where_the_workers_accept() -> None:
-    command = ("--handoff", "listener", "--check", "0?priority=3", "--", "true")
-    ended = subprocess.run(
-        [sys.executable, "-m", "socketprotector", *command],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-    assert ended.returncode == 2
-    assert (
-        "priority cannot be had with --handoff listener: connections inherit none" in ended.stderr
-    )
 
 
 def test_each_option_is_tried_here_or_where_it_was_before() -> None:

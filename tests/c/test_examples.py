@@ -20,12 +20,12 @@ from socketprotector_client import wire
 
 from bench.seen import Snapshot
 from tests.c.building import PLAIN, SANITIZED, Build, working_valgrind
-from tests.client.protector import Protector as Channel
-from tests.client.protector import ports_of
+from tests.channel import Channel
 from tests.load import Load
-from tests.running import DEADLINE_S, ROOT, Protector, ask, eventually
+from tests.procfs import ports_of
+from tests.running import DEADLINE_S, ROOT, Client, Protector, ask, eventually
 from tests.scenarios.starting import needs_ipv6
-from tests.scenarios.tools import Client, pid_in, spawned
+from tests.scenarios.tools import pid_in, spawned
 
 Start = Callable[..., Protector]
 

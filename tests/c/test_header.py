@@ -15,8 +15,8 @@ import pytest
 from socketprotector_client import wire
 
 from tests.c.building import PLAIN, SANITIZED, SOURCES, STRICT, Build, installed, working_valgrind
-from tests.client.protector import DEADLINE_S, Worker
-from tests.client.protector import Protector as Channel
+from tests.channel import Channel, Worker
+from tests.running import DEADLINE_S
 from tests.scenarios.tools import hold
 
 #: What the probe says first: its own place, then what each wait came to.
@@ -68,7 +68,7 @@ def test_connections_come_with_their_listener_and_then_the_drain(
 
     first, second = channel.connect(0), channel.connect(1)
     assert [first.ask("one"), second.ask("two")] == ["one", "two"]
-    assert [first.read(), second.read()] == ["", ""]
+    assert [first.hear(), second.hear()] == ["", ""]
     channel.end_channel()
 
     tcp = f"tcp:127.0.0.1:{channel.listeners[0].getsockname()[1]}"
@@ -118,7 +118,7 @@ def test_a_message_of_another_kind_closes_its_connection_only(
 
     strange = channel.connect_only()
     channel.hand_off(**what)  # type: ignore[arg-type]
-    assert strange.read() == ""
+    assert strange.hear() == ""
     channel.send(None)
     assert channel.connect().ask("one") == "one"
     channel.end_channel()
@@ -143,7 +143,7 @@ def test_of_two_descriptors_none_stays_open_that_nobody_looks_for(
         each.close()
 
     assert client.ask("one") == "one"
-    assert extra.read() == ""
+    assert extra.hear() == ""
     channel.end_channel()
     assert worker.read_rest()[-3:] == DRAINED
 
@@ -267,7 +267,7 @@ def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build)
     assert channel.connect().ask("one") == "one"
     strange = channel.connect_only()
     channel.hand_off(version=2)
-    assert strange.read() == ""
+    assert strange.hear() == ""
     channel.end_channel()
 
     assert worker.read_rest()[-4:] == ["error EPROTO", *DRAINED]

@@ -7,11 +7,12 @@ import resource
 import select
 import signal
 import socket
-from pathlib import Path
 
 from socketprotector_client.address import family_of, sockname_of
 
-from tests.client.protector import DEADLINE_S, Client, Protector, Worker, until
+from tests.channel import Channel, Worker
+from tests.procfs import children_of, command_line_of, descriptors, running, state_of
+from tests.running import DEADLINE_S, Client, eventually
 
 HOME = "127.0.0.1:0"
 
@@ -21,38 +22,35 @@ class Sharing:
 
     def __init__(
         self,
-        protector: Protector,
+        channel: Channel,
         *words: str,
         alone: bool = True,
         env: dict[str, str] | None = None,
     ) -> None:
-        self._protector = protector
-        self.program: Worker = protector.spawn("shares.py", *words, alone=alone, env=env)
+        self._channel = channel
+        self.program: Worker = channel.spawn("shares.py", *words, alone=alone, env=env)
         self.listeners = self.program.read_line().split()
         if words[0] == "run":
-            protector.wait_ready(self.program)  # from then on it takes signals
+            channel.wait_ready(self.program)  # from then on it takes signals
         self._pidfds: dict[int, int] = {}
 
     def connect(self, number: int = 0) -> Client:
         name = self.listeners[number]
-        family = family_of(name)
-        assert family is not None
-        return self._protector.client(family, sockname_of(name))
+        return self._channel.client(sockname_of(name))
 
     def signal(self, number: signal.Signals) -> None:
         os.kill(self.program.pid, number)
 
     def processes(self) -> list[int]:
         """Its accepting process and its children."""
-        path = Path(f"/proc/{self.program.pid}/task/{self.program.pid}/children")
-        return [int(word) for word in path.read_text().split()]
+        return children_of(self.program.pid)
 
     def accepting(self) -> int:
-        (pid,) = (pid for pid in self.processes() if b"accepting" in self._command(pid))
+        (pid,) = running("accepting", self.processes())
         return pid
 
     def children(self) -> list[int]:
-        return [pid for pid in self.processes() if b"accepting" not in self._command(pid)]
+        return [pid for pid in self.processes() if "accepting" not in command_line_of(pid)]
 
     def watch(self) -> None:
         """Remember the processes that live now, for `wait_for_all`."""
@@ -68,10 +66,6 @@ class Sharing:
             finally:
                 os.close(pidfd)
 
-    @staticmethod
-    def _command(pid: int) -> bytes:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-
 
 def let_open(pid: int, count: int) -> int:
     """Let a process have no descriptor from count on; return what the limit was."""
@@ -82,15 +76,8 @@ def let_open(pid: int, count: int) -> int:
 
 def lowest_free(pid: int) -> int:
     """The number that the next file of a process would get."""
-    taken = set(os.listdir(f"/proc/{pid}/fd"))
-    return next(number for number in range(len(taken) + 1) if str(number) not in taken)
-
-
-def reset(client: Client) -> None:
-    """End a connection as a crash does."""
-    linger_for_no_time = b"\1\0\0\0\0\0\0\0"
-    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_no_time)
-    client.close()
+    taken = descriptors(pid)
+    return next(number for number in range(len(taken) + 1) if number not in taken)
 
 
 def refuses(name: str) -> bool:
@@ -105,7 +92,4 @@ def refuses(name: str) -> bool:
 
 
 def until_stopped(pid: int) -> None:
-    def is_stopped() -> bool:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-    until(is_stopped, "a stopped process")
+    eventually(lambda: state_of(pid) == "T", "a stopped process")

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from socketprotector_client.descriptors import has_room
 
-from tests.client.protector import Protector
+from tests.channel import Channel
+from tests.procfs import descriptors
 
 
 @pytest.mark.parametrize(
@@ -18,38 +19,38 @@ from tests.client.protector import Protector
     ["iterates.py", "serves.py", "streams.py", "asyncio_server.py", "threading_server.py"],
 )
 def test_with_64_descriptors_none_of_500_connections_is_lost(
-    protector: Protector, program: str
+    channel: Channel, program: str
 ) -> None:
-    worker = protector.start(program, "--limit", "1000", nofile=64)
+    worker = channel.start(program, "--limit", "1000", nofile=64)
 
     answered = 0
     for _ in range(5):
-        clients = [protector.connect_only() for _ in range(100)]
+        clients = [channel.connect_only() for _ in range(100)]
         for client in clients:
-            client.send("hello")
-            protector.hand_off()
+            client.say("hello")
+            channel.hand_off()
         for client in clients:
-            assert client.read() == "echo hello"
+            assert client.hear() == "echo hello"
             client.close()
             answered += 1
 
     assert answered == 500
     assert worker.process.poll() is None
-    assert "lost" not in protector.log.read_text()
+    assert "lost" not in channel.log.read_text()
 
 
 def test_none_is_lost_where_there_was_room_for_a_row_and_then_is_no_more(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    worker = protector.start("asyncio_server.py", "--limit", "1000", nofile=330)
-    clients = [protector.connect() for _ in range(400)]
+    worker = channel.start("asyncio_server.py", "--limit", "1000", nofile=330)
+    clients = [channel.connect() for _ in range(400)]
 
     for client in clients:
         assert client.ask("hello") == "echo hello"
         client.close()
 
     assert worker.process.poll() is None
-    assert "lost" not in protector.log.read_text()
+    assert "lost" not in channel.log.read_text()
 
 
 @pytest.mark.parametrize(("count", "enough"), [(20, True), (21, False)])
@@ -82,30 +83,30 @@ def test_where_nobody_tells_there_is_no_room_for_a_row(
 
 @pytest.mark.parametrize("keep_free", [0, 1])
 def test_no_connection_is_taken_while_the_program_itself_holds_all_descriptors(
-    protector: Protector, keep_free: int
+    channel: Channel, keep_free: int
 ) -> None:
-    worker = protector.start("leaky.py", str(keep_free), nofile=64)
-    first = protector.connect()
+    worker = channel.start("leaky.py", str(keep_free), nofile=64)
+    first = channel.connect()
     assert worker.read_line() == "full"
-    clients = [protector.connect() for _ in range(10)]
+    clients = [channel.connect() for _ in range(10)]
     for client in clients:
-        client.send("hello")
+        client.say("hello")
 
     assert first.ask("hello") == "echo hello"
     # One more than is free: the library had one in reserve.
-    assert protector.queued() >= 10 - keep_free - 1
+    assert channel.queued() >= 10 - keep_free - 1
     first.close()
 
     for client in clients:
-        assert client.read() == "echo hello"
+        assert client.hear() == "echo hello"
         client.close()
-    assert "lost" not in protector.log.read_text()
+    assert "lost" not in channel.log.read_text()
 
 
-def test_every_descriptor_named_in_the_environment_is_close_on_exec(protector: Protector) -> None:
-    worker = protector.start("serves.py")
-    before = {os.readlink(fd) for fd in Path(f"/proc/{worker.pid}/fd").iterdir()}
-    assert os.readlink(f"/proc/self/fd/{protector.reader.fileno()}") in before
+def test_every_descriptor_named_in_the_environment_is_close_on_exec(channel: Channel) -> None:
+    worker = channel.start("serves.py")
+    before = {*descriptors(worker.pid).values()}
+    assert os.readlink(f"/proc/self/fd/{channel.reader.fileno()}") in before
 
     flags = {
         int(entry.name): next(

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from socketprotector_client import aserve, connections, serve
 
-from tests.client.protector import Protector
+from tests.channel import Channel
 
 
-def test_ctrl_c_ends_a_pool_whose_clients_never_hang_up(protector: Protector) -> None:
-    worker = protector.start("interrupted.py")
-    client = protector.connect()
+def test_ctrl_c_ends_a_pool_whose_clients_never_hang_up(channel: Channel) -> None:
+    worker = channel.start("interrupted.py")
+    client = channel.connect()
     assert client.ask("hello") == "echo hello"
 
     worker.process.send_signal(signal.SIGINT)
@@ -23,10 +23,10 @@ def test_ctrl_c_ends_a_pool_whose_clients_never_hang_up(protector: Protector) ->
     assert (worker.read_last(), worker.wait()) == ("interrupted", 0)
 
 
-def test_callbacks_are_called_in_order_and_a_failing_one_is_logged(protector: Protector) -> None:
-    worker = protector.start("callbacks.py")
+def test_callbacks_are_called_in_order_and_a_failing_one_is_logged(channel: Channel) -> None:
+    worker = channel.start("callbacks.py")
 
-    protector.end_channel()
+    channel.end_channel()
 
     assert worker.read_rest() == [
         "in the main thread: False",
@@ -35,12 +35,12 @@ def test_callbacks_are_called_in_order_and_a_failing_one_is_logged(protector: Pr
         "ended",
     ]
     assert worker.wait() == 0
-    assert "RuntimeError: a callback failed" in protector.log.read_text()
+    assert "RuntimeError: a callback failed" in channel.log.read_text()
 
 
-def test_callbacks_come_while_every_thread_is_busy(protector: Protector) -> None:
-    worker = protector.start("callbacks.py")
-    client = protector.connect()
+def test_callbacks_come_while_every_thread_is_busy(channel: Channel) -> None:
+    worker = channel.start("callbacks.py")
+    client = channel.connect()
     assert client.ask("hello") == "echo hello"
 
     worker.retire()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
-from pathlib import Path
 
 import pytest
 from socketprotector_client.watchdog import Watchdog
 
-from tests.client.protector import Protector, Worker, until
+from tests.channel import Channel, Worker
 from tests.client.sharing import HOME, Sharing
+from tests.procfs import descriptors, sleeps_in, threads_of, watched_by
+from tests.running import eventually
 
 #: So often that it is soon, and so seldom that nobody asks within a test.
 SOON = {"WATCHDOG_USEC": "20000"}
@@ -21,73 +21,67 @@ EPOLLIN, EPOLLRDHUP = 0x1, 0x2000
 
 def watched(pid: int) -> dict[int, int]:
     """What the epolls of a process watch, and those that it has a copy of: events by descriptor."""
-    found = {}
-    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-        for fd, events in re.findall(r"^tfd: +(\d+) events: +([0-9a-f]+)", info.read_text(), re.M):
-            found[int(fd)] = int(events, 16) & (EPOLLIN | EPOLLRDHUP)
-    return found
+    return {fd: events & (EPOLLIN | EPOLLRDHUP) for fd, events in watched_by(pid).items()}
 
 
 def files(pid: int) -> list[str]:
     """What the descriptors of a process are, above those of a program that has just begun."""
-    folder = Path(f"/proc/{pid}/fd")
-    return [os.readlink(fd) for fd in folder.iterdir() if int(fd.name) > 2]
+    return [target for fd, target in descriptors(pid).items() if fd > 2]
 
 
-def prefork(protector: Protector, env: dict[str, str]) -> tuple[Worker, int]:
+def prefork(channel: Channel, env: dict[str, str]) -> tuple[Worker, int]:
     """A worker that accepts like its child; both wait."""
-    worker = protector.start("forks.py", "prefork", env=env)
+    worker = channel.start("forks.py", "prefork", env=env)
     child = int(worker.read_line().split()[1])
     for pid in (worker.pid, child):
-        state = Path(f"/proc/{pid}/wchan")
-        until(lambda state=state: "poll" in state.read_text(), "it waits")  # type: ignore[misc]
+        eventually(lambda pid=pid: "poll" in sleeps_in(pid)[0], "it waits")  # type: ignore[misc]
     return worker, child
 
 
-def test_sigterm_to_a_child_does_not_make_its_parent_drain(protector: Protector) -> None:
-    worker = protector.start("forks.py", "child waits")
-    client = protector.connect()
+def test_sigterm_to_a_child_does_not_make_its_parent_drain(channel: Channel) -> None:
+    worker = channel.start("forks.py", "child waits")
+    client = channel.connect()
     child = int(worker.read_line().split()[1])
 
     os.kill(child, signal.SIGTERM)
 
     assert client.ask("draining") == "False"
     client.close()
-    assert "Exception" not in protector.log.read_text()
-    second = protector.connect()
+    assert "Exception" not in channel.log.read_text()
+    second = channel.connect()
     os.kill(int(worker.read_line().split()[1]), signal.SIGTERM)
     assert second.ask("hello") == "echo hello"
     second.close()
-    protector.end_channel()
+    channel.end_channel()
     assert (worker.read_last(), worker.wait()) == ("ended", 0)
 
 
-def test_a_child_serves_while_its_parent_takes_the_next(protector: Protector) -> None:
-    worker = protector.start("forks.py", "child serves")
+def test_a_child_serves_while_its_parent_takes_the_next(channel: Channel) -> None:
+    worker = channel.start("forks.py", "child serves")
 
-    clients = [protector.connect() for _ in range(3)]
+    clients = [channel.connect() for _ in range(3)]
     pids = {client.ask("pid") for client in clients}
 
     assert len(pids) == 3
     assert str(worker.pid) not in pids
     for client in clients:
         client.close()
-    protector.end_channel()
+    channel.end_channel()
     assert (worker.read_last(), worker.wait()) == ("ended", 0)
 
 
-def test_processes_that_share_a_listener_take_turns_and_all_end(protector: Protector) -> None:
-    worker = protector.start("forks.py", "prefork")
+def test_processes_that_share_a_listener_take_turns_and_all_end(channel: Channel) -> None:
+    worker = channel.start("forks.py", "prefork")
     child = worker.read_line().split()[1]
 
-    clients = [protector.connect() for _ in range(2)]
+    clients = [channel.connect() for _ in range(2)]
     pids = {client.ask("pid") for client in clients}
     assert pids == {str(worker.pid), child}
 
-    waiting = protector.connect()
+    waiting = channel.connect()
     clients[0].close()
     assert waiting.ask("pid") in pids
-    protector.end_channel()
+    channel.end_channel()
     clients[1].close()
     waiting.close()
 
@@ -95,29 +89,27 @@ def test_processes_that_share_a_listener_take_turns_and_all_end(protector: Prote
     assert worker.wait() == 0
 
 
-def test_a_child_watches_and_keeps_nothing_that_is_its_parents(protector: Protector) -> None:
-    worker, child = prefork(protector, LATE)
+def test_a_child_watches_and_keeps_nothing_that_is_its_parents(channel: Channel) -> None:
+    worker, child = prefork(channel, LATE)
     (line,) = [fd for fd, events in watched(worker.pid).items() if events == EPOLLRDHUP]
 
     assert len(watched(worker.pid)) == 3  # and its watchdog
-    assert watched(child) == {protector.reader.fileno(): EPOLLIN, line: EPOLLRDHUP}
+    assert watched(child) == {channel.reader.fileno(): EPOLLIN, line: EPOLLRDHUP}
     kinds = [file.partition(":")[0] for file in files(child)]
     assert kinds.count("pipe") == 0
     assert kinds.count("socket") == 2  # the channel and the RETURN line
 
 
 @pytest.mark.parametrize("end", ["channel", "line"])
-def test_what_is_said_on_the_return_line_is_left_to_the_parent(
-    protector: Protector, end: str
-) -> None:
-    worker, child = prefork(protector, {})
+def test_what_is_said_on_the_return_line_is_left_to_the_parent(channel: Channel, end: str) -> None:
+    worker, child = prefork(channel, {})
     worker.return_line.send(b"news of a later protector")
-    with_parent, with_child = protector.connect(), protector.connect()
+    with_parent, with_child = channel.connect(), channel.connect()
     assert {with_parent.ask("pid"), with_child.ask("pid")} == {str(worker.pid), str(child)}
     with_parent.close()
     with_child.close()
 
-    protector.end_channel() if end == "channel" else worker.retire()
+    channel.end_channel() if end == "channel" else worker.retire()
 
     assert worker.read_rest() == ["child ended 0"]
     assert worker.wait() == 0
@@ -125,21 +117,21 @@ def test_what_is_said_on_the_return_line_is_left_to_the_parent(
         worker.return_line.recv(1)
 
 
-def test_no_thread_is_begun_before_the_program_serves(protector: Protector) -> None:
-    worker = protector.start("forks.py", "prepares", env=SOON)
+def test_no_thread_is_begun_before_the_program_serves(channel: Channel) -> None:
+    worker = channel.start("forks.py", "prepares", env=SOON)
 
     assert [worker.read_line() for _ in range(2)] == ["threads 1", "threads 2"]
 
 
-def test_the_children_of_a_socket_server_are_not_the_watchdogs(protector: Protector) -> None:
-    server = Sharing(protector, "run", "2", "16", HOME, alone=False, env=SOON)
-    clients = [protector.connect() for _ in range(2)]
+def test_the_children_of_a_socket_server_are_not_the_watchdogs(channel: Channel) -> None:
+    server = Sharing(channel, "run", "2", "16", HOME, alone=False, env=SOON)
+    clients = [channel.connect() for _ in range(2)]
     pids = {int(client.ask("pid")) for client in clients}
 
     assert pids == set(server.children())
     for pid in pids:
-        assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1
-    assert not [heard for heard in protector.hear_all() if "WATCHDOG" in heard[1]]
+        assert len(threads_of(pid)) == 1
+    assert not [heard for heard in channel.hear_all() if "WATCHDOG" in heard[1]]
 
 
 def test_the_child_of_a_child_closes_no_descriptor_that_is_not_the_watchdogs() -> None:

@@ -13,7 +13,8 @@ import pytest
 from socketprotector_client import Connection, Listener, listener_of
 from socketprotector_client.worker import current
 
-from tests.client.protector import Protector, until
+from tests.channel import Channel
+from tests.running import eventually
 
 
 @pytest.fixture
@@ -178,16 +179,16 @@ def test_one_on_a_path_removes_it_at_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
-def test_http_server_answers_and_tells_its_clients_to_go_at_drain(protector: Protector) -> None:
-    worker = protector.start("http_server.py", "0")
-    host, port = protector.listeners[0].getsockname()
+def test_http_server_answers_and_tells_its_clients_to_go_at_drain(channel: Channel) -> None:
+    worker = channel.start("http_server.py", "0")
+    host, port = channel.listeners[0].getsockname()
     client = http.client.HTTPConnection(host, port, timeout=30)
     client.connect()
-    protector.hand_off()
+    channel.hand_off()
 
     client.request("GET", "/")
     assert client.getresponse().read() == f"{worker.pid} False".encode()
-    protector.end_channel()
+    channel.end_channel()
     client.request("GET", "/")
     response = client.getresponse()
 
@@ -199,26 +200,26 @@ def test_http_server_answers_and_tells_its_clients_to_go_at_drain(protector: Pro
 
 @pytest.mark.parametrize("way", ["asyncio", "thread"])
 def test_a_server_that_knows_nothing_of_draining_ends_after_its_last_client(
-    protector: Protector, way: str
+    channel: Channel, way: str
 ) -> None:
-    worker = protector.start("listens_bare.py", way)
-    client = protector.connect()
+    worker = channel.start("listens_bare.py", way)
+    client = channel.connect()
     assert client.ask("hello") == "echo hello"
 
-    protector.end_channel()
-    until(lambda: client.ask("draining") == "True", "the worker notices")
+    channel.end_channel()
+    eventually(lambda: client.ask("draining") == "True", "the worker notices")
     assert client.ask("hello") == "echo hello"
     client.close()
 
     assert (worker.read_last(), worker.wait()) == ("cleaned up", 0)
 
 
-def test_connections_wrapped_in_tls_keep_a_draining_worker(protector: Protector) -> None:
-    worker = protector.start("tls.py")
-    before, after = protector.connect(), protector.connect()
+def test_connections_wrapped_in_tls_keep_a_draining_worker(channel: Channel) -> None:
+    worker = channel.start("tls.py")
+    before, after = channel.connect(), channel.connect()
     assert [worker.read_line() for _ in range(2)] == ["held"] * 2
 
-    protector.end_channel()
+    channel.end_channel()
     before.close()
     assert worker.read_line() == "let go"
     assert not after.has_answer()
@@ -229,61 +230,61 @@ def test_connections_wrapped_in_tls_keep_a_draining_worker(protector: Protector)
 
 
 def test_a_signal_handler_has_it_stop_and_the_loop_sleeps_until_the_last_client_is_gone(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    worker = protector.start("stops.py")
-    client = protector.connect()
+    worker = channel.start("stops.py")
+    client = channel.connect()
     assert worker.read_line() == "taken"
 
     worker.process.send_signal(signal.SIGUSR1)
     assert [worker.read_line() for _ in range(2)] == ["drains", "sleeps"]
-    waits = protector.connect()
+    waits = channel.connect()
     client.close()
 
     assert (worker.read_rest(), worker.wait()) == ([], 0)
-    assert protector.queued() == 1
+    assert channel.queued() == 1
     waits.close()
 
 
-def test_a_main_thread_that_waits_for_ever_is_interrupted(protector: Protector) -> None:
-    worker = protector.start("listens_bare.py", "waiting main thread")
+def test_a_main_thread_that_waits_for_ever_is_interrupted(channel: Channel) -> None:
+    worker = channel.start("listens_bare.py", "waiting main thread")
 
-    protector.end_channel()
+    channel.end_channel()
 
     assert worker.read_rest() == ["interrupted", "cleaned up"]
     assert worker.wait() == 0
 
 
 def test_a_server_is_told_to_finish_only_after_a_fresh_connection_was_read(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    worker = protector.start("leaves.py", "600")
-    idle, fresh = protector.connect(), protector.connect()
+    worker = channel.start("leaves.py", "600")
+    idle, fresh = channel.connect(), channel.connect()
     assert [worker.read_line() for _ in range(2)] == ["taken"] * 2
-    idle.send("hello")
+    idle.say("hello")
     assert worker.read_line() == "hello"
 
-    protector.end_channel()
+    channel.end_channel()
     assert worker.read_line() == "leaving"
     for _ in range(100):  # so long it looks again and again
-        idle.send("more")
+        idle.say("more")
         assert worker.read_line() == "more"
-    fresh.send("first words")
+    fresh.say("first words")
 
     assert worker.read_rest() == ["first words", "TERM"]
 
 
 @pytest.mark.parametrize("patience_s", ["0.05", "600"])
 def test_a_server_is_told_to_finish_though_its_clients_say_nothing(
-    protector: Protector, patience_s: str
+    channel: Channel, patience_s: str
 ) -> None:
-    worker = protector.start("leaves.py", patience_s)
-    client = protector.connect()
+    worker = channel.start("leaves.py", patience_s)
+    client = channel.connect()
     assert worker.read_line() == "taken"
     if patience_s == "600":  # not one that has spoken, but one that never will
         client.close()
         assert worker.read_line() == "closed"
 
-    protector.end_channel()
+    channel.end_channel()
 
     assert [each for each in worker.read_rest() if each != "closed"] == ["leaving", "TERM"]

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from socketprotector_client import notify, sd_notify, wire
 
-from tests.client.protector import DEADLINE_S, until
+from tests.running import DEADLINE_S, eventually
 
 
 @pytest.fixture(autouse=True)
 def _lets_go_of_its_socket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = len(os.listdir("/proc/self/task"))
     yield
-    until(lambda: len(os.listdir("/proc/self/task")) == threads, "nothing waits any more")
+    eventually(lambda: len(os.listdir("/proc/self/task")) == threads, "nothing waits any more")
     sd_notify._sender(os.environ.get(wire.ENV_NOTIFY, "")).close()
 
 
@@ -101,7 +101,7 @@ def test_a_forked_child_does_not_say_what_its_parent_waits_to_say(receiver: sock
     child = os.fork()
     if child == 0:
         notify("READY=1", who="the child")
-        until(lambda: len(os.listdir("/proc/self/task")) == 1, "the child has said it")
+        eventually(lambda: len(os.listdir("/proc/self/task")) == 1, "the child has said it")
         os._exit(0)
     receiver.settimeout(DEADLINE_S)
     found = [receiver.recv(4096).decode() for _ in range(said + 3)]

@@ -8,27 +8,28 @@ from pathlib import Path
 import pytest
 import socketprotector_client
 
-from tests.client.protector import PYTHON, ROOT, Protector
+from tests.channel import PYTHON, Channel
+from tests.running import ROOT
 
 TEXT = (ROOT / "client_lib" / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(PROGRAMS)))
-def test_a_program_serves_and_ends(protector: Protector, number: int, tmp_path: Path) -> None:
+def test_a_program_serves_and_ends(channel: Channel, number: int, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAMS[number])
     speaks_http = "http.server" in PROGRAMS[number]
-    worker = protector.start(PYTHON, program)
-    client = protector.connect()
+    worker = channel.start(PYTHON, program)
+    client = channel.connect()
 
-    client.send("GET / HTTP/1.0\r\n\r" if speaks_http else "hello")
-    assert client.read().rstrip("\r") == ("HTTP/1.1 200 OK" if speaks_http else "hello")
+    client.say("GET / HTTP/1.0\r\n\r" if speaks_http else "hello")
+    assert client.hear().rstrip("\r") == ("HTTP/1.1 200 OK" if speaks_http else "hello")
     client.close()
-    protector.end_channel()
+    channel.end_channel()
 
     assert worker.wait() == 0
-    assert protector.log.read_text().count("\n") == int(speaks_http)  # its access log
+    assert channel.log.read_text().count("\n") == int(speaks_http)  # its access log
 
 
 def test_every_public_name_is_explained() -> None:

@@ -15,78 +15,80 @@ import pytest
 from socketprotector_client import SocketServer
 from socketprotector_client.address import sockname_of
 
-from tests.client.protector import DEADLINE_S, PYTHON, ROOT, Client, Protector, ports_of, until
+from tests.channel import PYTHON, Channel
 from tests.client.sharing import HOME, Sharing, refuses, until_stopped
+from tests.procfs import descriptors, ports_of, threads_of
+from tests.running import DEADLINE_S, ROOT, Client, eventually
 
 EXAMPLE = ROOT / "client_lib" / "examples" / "shared_queue.py"
 
 
-def test_each_child_serves_one_client_at_a_time(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "2", "64", HOME)
+def test_each_child_serves_one_client_at_a_time(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "2", "64", HOME)
     clients = [sharing.connect() for _ in range(2)]
     pids = [client.ask("pid") for client in clients]
     waiting = sharing.connect()
-    waiting.send("pid")
+    waiting.say("pid")
     assert sorted(map(int, pids)) == sorted(sharing.children())
 
     clients[1].close()
 
-    assert waiting.read() == pids[1]
+    assert waiting.hear() == pids[1]
     assert clients[0].ask("hello") == "echo hello"
 
 
-def test_a_client_may_send_before_there_is_a_child_and_usr1_forks_one(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "0", "64", HOME)
+def test_a_client_may_send_before_there_is_a_child_and_usr1_forks_one(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "0", "64", HOME)
     clients = [sharing.connect() for _ in range(2)]
     for client in clients:
-        client.send("pid")
+        client.say("pid")
 
     sharing.signal(signal.SIGUSR1)
-    first = clients[0].read()
+    first = clients[0].hear()
     sharing.signal(signal.SIGUSR1)
-    second = clients[1].read()
+    second = clients[1].hear()
 
     assert len({first, second, str(sharing.program.pid)}) == 3
 
 
-def test_the_parent_has_no_thread_when_it_forks(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_the_parent_has_no_thread_when_it_forks(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     sharing.connect().ask("hello")
 
-    assert len(os.listdir(f"/proc/{sharing.program.pid}/task")) == 1
+    assert len(threads_of(sharing.program.pid)) == 1
 
 
-def test_a_stop_serves_who_has_connected_and_nobody_new(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "6", HOME)
+def test_a_stop_serves_who_has_connected_and_nobody_new(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "6", HOME)
     clients = [sharing.connect() for _ in range(40)]
     for client in clients:
-        client.send("hello")
-    assert clients[0].read() == "echo hello"
+        client.say("hello")
+    assert clients[0].hear() == "echo hello"
 
     sharing.signal(signal.SIGTERM)
 
     for before, client in pairwise(clients):
         before.close()
-        assert client.read() == "echo hello"
+        assert client.hear() == "echo hello"
     clients[-1].close()
     assert (sharing.program.read_last(), sharing.program.wait()) == ("ended", 0)
     assert refuses(sharing.listeners[0])
 
 
-def test_a_handler_can_tell_that_it_is_the_last(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_a_handler_can_tell_that_it_is_the_last(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     client = sharing.connect()
     assert client.ask("draining") == "False"
 
     sharing.signal(signal.SIGTERM)
 
-    until(lambda: client.ask("draining") == "True", "the drain")
+    eventually(lambda: client.ask("draining") == "True", "the drain")
     client.close()
     assert sharing.program.wait() == 0
 
 
-def test_a_stop_under_load_loses_no_connection(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "3", "16", HOME)
+def test_a_stop_under_load_loses_no_connection(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "3", "16", HOME)
     answered: list[bytes] = []
     served = threading.Semaphore(0)
 
@@ -117,51 +119,51 @@ def test_a_stop_under_load_loses_no_connection(protector: Protector) -> None:
     assert set(answered) == {b"echo hello\n"}
 
 
-def test_a_full_queue_leaves_the_rest_to_the_backlog(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "0", "6", HOME)
+def test_a_full_queue_leaves_the_rest_to_the_backlog(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "0", "6", HOME)
     accepting = sharing.accepting()
     clients = [sharing.connect() for _ in range(40)]
     for client in clients:
-        client.send("hello")
+        client.say("hello")
 
     # What the queue holds, one in hand, and no more of what it owns itself.
-    assert len(os.listdir(f"/proc/{accepting}/fd")) <= 7
+    assert len(descriptors(accepting)) <= 7
     sharing.signal(signal.SIGUSR1)
 
     for client in clients:
-        assert client.read() == "echo hello"
+        assert client.hear() == "echo hello"
         client.close()
 
 
-def test_a_full_queue_loses_no_client_of_another_address(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "0", "6", HOME, HOME)
+def test_a_full_queue_loses_no_client_of_another_address(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "0", "6", HOME, HOME)
     os.kill(sharing.accepting(), signal.SIGSTOP)
     until_stopped(sharing.accepting())
     clients = [sharing.connect(number) for _ in range(20) for number in (0, 1)]
     for client in clients:
-        client.send("hello")
+        client.say("hello")
         client.socket.shutdown(socket.SHUT_WR)
 
     os.kill(sharing.accepting(), signal.SIGCONT)
-    until(lambda: len(os.listdir(f"/proc/{sharing.accepting()}/fd")) >= 7, "a full queue")
+    eventually(lambda: len(descriptors(sharing.accepting())) >= 7, "a full queue")
     sharing.signal(signal.SIGUSR1)
 
     for client in clients:
-        assert client.read() == "echo hello"
+        assert client.hear() == "echo hello"
         client.close()
 
 
-def test_servers_of_one_program_have_a_queue_each(protector: Protector) -> None:
-    sharing = Sharing(protector, "by hand", HOME, HOME)
+def test_servers_of_one_program_have_a_queue_each(channel: Channel) -> None:
+    sharing = Sharing(channel, "by hand", HOME, HOME)
     first, second = sharing.connect(0), sharing.connect(1)
     pids = first.ask("pid"), second.ask("pid")
     assert len(set(pids)) == 2
 
     waiting = sharing.connect(1)
-    waiting.send("pid")
+    waiting.say("pid")
     second.close()
 
-    assert waiting.read() == pids[1]
+    assert waiting.hear() == pids[1]
     first.close()
     waiting.close()
     sharing.signal(signal.SIGTERM)
@@ -170,8 +172,8 @@ def test_servers_of_one_program_have_a_queue_each(protector: Protector) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_children_of_multiprocessing_take_from_it(protector: Protector, method: str) -> None:
-    sharing = Sharing(protector, "multiprocessing", HOME, method)
+def test_children_of_multiprocessing_take_from_it(channel: Channel, method: str) -> None:
+    sharing = Sharing(channel, "multiprocessing", HOME, method)
     client = sharing.connect()
     assert client.ask("hello") == "echo hello"
 
@@ -182,9 +184,9 @@ def test_children_of_multiprocessing_take_from_it(protector: Protector, method: 
     assert sharing.program.wait() == 0
 
 
-def test_it_listens_on_unix_and_ipv6_too(protector: Protector, tmp_path: Path) -> None:
+def test_it_listens_on_unix_and_ipv6_too(channel: Channel, tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    sharing = Sharing(protector, "run", "1", "64", f"unix:{path}", "[::1]:0")
+    sharing = Sharing(channel, "run", "1", "64", f"unix:{path}", "[::1]:0")
 
     for number, name in enumerate(sharing.listeners):
         client = sharing.connect(number)
@@ -202,65 +204,65 @@ def test_it_listens_on_unix_and_ipv6_too(protector: Protector, tmp_path: Path) -
 # Under a protector
 
 
-def test_under_a_protector_the_queue_is_the_protectors(protector: Protector) -> None:
-    program = protector.spawn("shares.py", "run", "2", "64", HOME)
-    protector.wait_ready(program)
-    clients = [protector.connect() for _ in range(2)]
+def test_under_a_protector_the_queue_is_the_protectors(channel: Channel) -> None:
+    program = channel.spawn("shares.py", "run", "2", "64", HOME)
+    channel.wait_ready(program)
+    clients = [channel.connect() for _ in range(2)]
 
     pids = {client.ask("pid") for client in clients}
 
     assert len(pids - {str(program.pid)}) == 2
     assert not ports_of(program.pid)
-    protector.end_channel()
-    until(lambda: clients[0].ask("draining") == "True", "the drain")
+    channel.end_channel()
+    eventually(lambda: clients[0].ask("draining") == "True", "the drain")
     for client in clients:
         client.close()
     assert (program.read_last(), program.wait()) == ("ended", 0)
 
 
-def test_under_a_protector_term_lets_children_finish(protector: Protector) -> None:
-    program = protector.spawn("shares.py", "run", "1", "64", HOME)
-    protector.wait_ready(program)
-    client = protector.connect()
+def test_under_a_protector_term_lets_children_finish(channel: Channel) -> None:
+    program = channel.spawn("shares.py", "run", "1", "64", HOME)
+    channel.wait_ready(program)
+    client = channel.connect()
     assert client.ask("hello") == "echo hello"
 
     program.term()
 
-    until(lambda: client.ask("draining") == "True", "the drain")
+    eventually(lambda: client.ask("draining") == "True", "the drain")
     client.close()
     assert (program.read_last(), program.wait()) == ("ended", 0)
 
 
-def test_under_a_protector_a_program_without_a_child_ends(protector: Protector) -> None:
-    program = protector.spawn("shares.py", "run", "1", "64", HOME)
-    protector.wait_ready(program)
-    client = protector.connect()
+def test_under_a_protector_a_program_without_a_child_ends(channel: Channel) -> None:
+    program = channel.spawn("shares.py", "run", "1", "64", HOME)
+    channel.wait_ready(program)
+    client = channel.connect()
     child = int(client.ask("pid"))
 
     os.kill(child, signal.SIGKILL)
 
     assert program.wait() == 1
-    assert "no child is left" in protector.log.read_text()
+    assert "no child is left" in channel.log.read_text()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_under_a_protector_multiprocessing_takes_too(protector: Protector, method: str) -> None:
-    program = protector.spawn("shares.py", "multiprocessing", HOME, method)
-    client = protector.connect()
+def test_under_a_protector_multiprocessing_takes_too(channel: Channel, method: str) -> None:
+    program = channel.spawn("shares.py", "multiprocessing", HOME, method)
+    client = channel.connect()
     assert client.ask("hello") == "echo hello"
     client.close()
 
-    protector.end_channel()
+    channel.end_channel()
 
     assert program.read_rest()[-2:] == ["child ended 0", "ended"]
     assert program.wait() == 0
 
 
-def test_under_a_protector_there_is_one_queue_only(protector: Protector) -> None:
-    program = protector.spawn("shares.py", "twice", HOME, HOME)
+def test_under_a_protector_there_is_one_queue_only(channel: Channel) -> None:
+    program = channel.spawn("shares.py", "twice", HOME, HOME)
 
     assert program.wait() == 1
-    assert "RuntimeError: cannot make a second SocketServer" in protector.log.read_text()
+    assert "RuntimeError: cannot make a second SocketServer" in channel.log.read_text()
 
 
 # What it refuses, and what it leaves behind (the fixture looks)
@@ -327,8 +329,8 @@ def test_the_example_is_the_echo_server_of_the_slides() -> None:
             words = program.stdout.readline().split()
             answers = []
             for _ in range(2):
-                client = Client(socket.AF_INET, sockname_of(words[-1]))
-                answers += [client.ask("hello"), client.ask("quit"), client.read()]
+                client = Client(sockname_of(words[-1]))
+                answers += [client.ask("hello"), client.ask("quit"), client.hear()]
                 client.close()
             program.terminate()
             assert program.wait(DEADLINE_S) == 0

@@ -10,47 +10,48 @@ import pytest
 from socketprotector_client import SocketServer
 from socketprotector_client.address import sockname_of
 
-from tests.client.protector import Protector, until
-from tests.client.sharing import HOME, Sharing, let_open, lowest_free, refuses, reset, until_stopped
+from tests.channel import Channel
+from tests.client.sharing import HOME, Sharing, let_open, lowest_free, refuses, until_stopped
+from tests.running import eventually
 
 
-def test_a_killed_child_loses_only_the_connection_it_had(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "2", "64", HOME)
+def test_a_killed_child_loses_only_the_connection_it_had(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "2", "64", HOME)
     victim, other = sharing.connect(), sharing.connect()
     pids = victim.ask("pid"), other.ask("pid")
     waiting = [sharing.connect() for _ in range(3)]
     for client in waiting:
-        client.send("pid")
+        client.say("pid")
 
     os.kill(int(pids[0]), signal.SIGKILL)
 
-    assert victim.read() == ""
+    assert victim.hear() == ""
     assert other.ask("hello") == "echo hello"
     other.close()
     for client in waiting:
-        assert client.read() == pids[1]
+        assert client.hear() == pids[1]
         client.close()
-    until(lambda: "ended with -9; 1 left" in protector.log.read_text(), "a line about it")
+    eventually(lambda: "ended with -9; 1 left" in channel.log.read_text(), "a line about it")
 
 
-def test_without_any_child_connections_wait(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_without_any_child_connections_wait(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     victim = sharing.connect()
     os.kill(int(victim.ask("pid")), signal.SIGKILL)
-    assert victim.read() == ""
+    assert victim.hear() == ""
     waiting = sharing.connect()
-    waiting.send("hello")
+    waiting.say("hello")
 
     sharing.signal(signal.SIGUSR1)
 
-    assert waiting.read() == "echo hello"
+    assert waiting.hear() == "echo hello"
 
 
 @pytest.mark.parametrize("way", ["run", "by hand"])
 def test_a_killed_parent_ends_all_once_who_has_connected_is_served(
-    protector: Protector, way: str
+    channel: Channel, way: str
 ) -> None:
-    sharing = Sharing(protector, *(["run", "1", "64"] if way == "run" else [way]), HOME)
+    sharing = Sharing(channel, *(["run", "1", "64"] if way == "run" else [way]), HOME)
     serving, waiting = sharing.connect(), sharing.connect()
     assert serving.ask("hello") == "echo hello"
     sharing.watch()
@@ -64,43 +65,43 @@ def test_a_killed_parent_ends_all_once_who_has_connected_is_served(
     assert refuses(sharing.listeners[0])
 
 
-def test_a_killed_accepting_process_is_an_error_of_the_program(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_a_killed_accepting_process_is_an_error_of_the_program(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     client = sharing.connect()
     assert client.ask("hello") == "echo hello"
 
     os.kill(sharing.accepting(), signal.SIGKILL)
 
-    until(lambda: client.ask("draining") == "True", "the drain")
+    eventually(lambda: client.ask("draining") == "True", "the drain")
     client.close()
     assert sharing.program.wait() == 1
-    assert "accepting process ended with -9" in protector.log.read_text()
+    assert "accepting process ended with -9" in channel.log.read_text()
 
 
 def test_signals_to_the_whole_service_do_not_end_the_accepting_process(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    sharing = Sharing(protector, "run", "0", "64", HOME)
+    sharing = Sharing(channel, "run", "0", "64", HOME)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         os.kill(sharing.accepting(), number)
 
     client = sharing.connect()
-    client.send("hello")
+    client.say("hello")
     sharing.signal(signal.SIGUSR1)
-    assert client.read() == "echo hello"
+    assert client.hear() == "echo hello"
 
 
 def test_a_child_that_inherits_a_handler_which_closes_only_ends_itself(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    sharing = Sharing(protector, "by hand", HOME)
+    sharing = Sharing(channel, "by hand", HOME)
     client = sharing.connect()
     child = int(client.ask("pid"))
 
     os.kill(child, signal.SIGTERM)
 
-    until(lambda: client.ask("draining") == "True", "the drain")
+    eventually(lambda: client.ask("draining") == "True", "the drain")
     client.close()
     assert sharing.program.read_line() == "child ended"
     assert not refuses(sharing.listeners[0])
@@ -108,82 +109,82 @@ def test_a_child_that_inherits_a_handler_which_closes_only_ends_itself(
     assert (sharing.program.read_last(), sharing.program.wait()) == ("ended", 0)
 
 
-def test_an_idle_child_ends_at_once_by_such_a_handler(protector: Protector) -> None:
-    sharing = Sharing(protector, "by hand", HOME)
+def test_an_idle_child_ends_at_once_by_such_a_handler(channel: Channel) -> None:
+    sharing = Sharing(channel, "by hand", HOME)
     client = sharing.connect()
     child = int(client.ask("pid"))
-    reset(client)
-    until(lambda: "handler failed" in protector.log.read_text(), "an idle child")
+    client.reset()
+    eventually(lambda: "handler failed" in channel.log.read_text(), "an idle child")
 
     os.kill(child, signal.SIGTERM)
 
     assert sharing.program.read_line() == "child ended"
 
 
-def test_without_a_descriptor_clients_wait_in_the_backlog(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_without_a_descriptor_clients_wait_in_the_backlog(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     accepting = sharing.accepting()
     before = let_open(accepting, lowest_free(accepting))
     client = sharing.connect()
-    client.send("hello")
-    until(lambda: "cannot accept: Too many open files" in protector.log.read_text(), "a line")
+    client.say("hello")
+    eventually(lambda: "cannot accept: Too many open files" in channel.log.read_text(), "a line")
 
     let_open(accepting, before)
 
-    assert client.read() == "echo hello"
-    assert protector.log.read_text().count("Too many") == 1
+    assert client.hear() == "echo hello"
+    assert channel.log.read_text().count("Too many") == 1
 
 
 def test_a_stop_waits_for_who_has_connected_while_there_is_no_descriptor(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     accepting = sharing.accepting()
     before = let_open(accepting, lowest_free(accepting))
     client = sharing.connect()
-    client.send("hello")
-    until(lambda: "cannot accept: Too many open files" in protector.log.read_text(), "a line")
+    client.say("hello")
+    eventually(lambda: "cannot accept: Too many open files" in channel.log.read_text(), "a line")
     sharing.signal(signal.SIGTERM)
 
     let_open(accepting, before)
 
-    assert client.read() == "echo hello"
+    assert client.hear() == "echo hello"
     client.close()
     assert sharing.program.wait() == 0
 
 
-def test_a_handler_that_raises_is_logged_and_its_child_goes_on(protector: Protector) -> None:
-    sharing = Sharing(protector, "run", "1", "64", HOME)
+def test_a_handler_that_raises_is_logged_and_its_child_goes_on(channel: Channel) -> None:
+    sharing = Sharing(channel, "run", "1", "64", HOME)
     unlucky = sharing.connect()
     pid = unlucky.ask("pid")
 
     assert unlucky.ask("fail") == ""
 
     assert sharing.connect().ask("pid") == pid
-    assert "RuntimeError: asked to fail" in protector.log.read_text()
+    assert "RuntimeError: asked to fail" in channel.log.read_text()
 
 
 def test_clients_that_reset_before_and_after_accept_cost_nobody_anything(
-    protector: Protector,
+    channel: Channel,
 ) -> None:
-    sharing = Sharing(protector, "run", "0", "64", HOME)
+    sharing = Sharing(channel, "run", "0", "64", HOME)
     after = sharing.connect()
-    reset(after)
+    after.reset()
     os.kill(sharing.accepting(), signal.SIGSTOP)
     until_stopped(sharing.accepting())
     before = sharing.connect()
-    reset(before)
+    before.reset()
     os.kill(sharing.accepting(), signal.SIGCONT)
     client = sharing.connect()
-    client.send("hello")
+    client.say("hello")
 
     sharing.signal(signal.SIGUSR1)
 
-    assert client.read() == "echo hello"
+    assert client.hear() == "echo hello"
     gone = sharing.connect()
     client.close()
     assert gone.ask("hello") == "echo hello"
-    reset(gone)
+    gone.reset()
     assert sharing.connect().ask("hello") == "echo hello"
 
 

@@ -7,49 +7,49 @@ import signal
 
 import pytest
 
-from tests.client.protector import Protector
+from tests.channel import Channel
 
 
-def test_a_programs_own_handler_is_left_alone(protector: Protector) -> None:
-    worker = protector.start("signalled.py", "own handler")
+def test_a_programs_own_handler_is_left_alone(channel: Channel) -> None:
+    worker = channel.start("signalled.py", "own handler")
 
     worker.term()
 
     assert worker.read_line() == "own handler, draining False"
-    assert protector.connect().ask("hello") == "echo hello"
+    assert channel.connect().ask("hello") == "echo hello"
 
 
 @pytest.mark.parametrize("way", ["restored", "thread"])
-def test_the_disposition_is_put_back_at_the_end(protector: Protector, way: str) -> None:
-    worker = protector.start("signalled.py", way)
+def test_the_disposition_is_put_back_at_the_end(channel: Channel, way: str) -> None:
+    worker = channel.start("signalled.py", way)
 
-    protector.end_channel()
+    channel.end_channel()
 
     rest = "-1" if way == "restored" else "True"
     assert worker.read_line() == f"{signal.SIG_DFL!r} {rest}"
 
 
-def test_the_disposition_is_put_back_when_the_iteration_is_left(protector: Protector) -> None:
-    worker = protector.start("signalled.py", "restored by break")
+def test_the_disposition_is_put_back_when_the_iteration_is_left(channel: Channel) -> None:
+    worker = channel.start("signalled.py", "restored by break")
 
-    protector.connect().close()
+    channel.connect().close()
 
     assert worker.read_line() == f"{signal.SIG_DFL!r} -1"
 
 
-def test_in_another_thread_sigterm_keeps_its_meaning(protector: Protector) -> None:
-    worker = protector.start("signalled.py", "thread")
+def test_in_another_thread_sigterm_keeps_its_meaning(channel: Channel) -> None:
+    worker = channel.start("signalled.py", "thread")
 
     worker.term()
 
     assert worker.wait() == -signal.SIGTERM
 
 
-def test_signals_in_the_middle_lose_no_connection(protector: Protector) -> None:
-    worker = protector.start("signalled.py", "noisy")
+def test_signals_in_the_middle_lose_no_connection(channel: Channel) -> None:
+    worker = channel.start("signalled.py", "noisy")
 
     for _ in range(100):
-        client = protector.connect()
+        client = channel.connect()
         assert client.ask("hello") == "echo hello"
         client.close()
 
@@ -59,26 +59,26 @@ def test_signals_in_the_middle_lose_no_connection(protector: Protector) -> None:
 
 @pytest.mark.parametrize("program", ["iterates.py", "serves.py", "streams.py"])
 def test_sigterm_between_connections_leaves_every_other_one_to_the_next_worker(
-    protector: Protector, program: str
+    channel: Channel, program: str
 ) -> None:
     clients = []
     for _ in range(5):
-        worker = protector.start(program)
-        batch = [protector.connect() for _ in range(20)]
+        worker = channel.start(program)
+        batch = [channel.connect() for _ in range(20)]
         for client in batch:
-            client.send("hello")
+            client.say("hello")
         os.kill(worker.pid, signal.SIGTERM)
         clients += batch
-    protector.start(program)
+    channel.start(program)
 
     for client in clients:
-        assert client.read() == "echo hello"
+        assert client.hear() == "echo hello"
         client.close()
 
 
-def test_sigterm_reaches_a_pool_whose_threads_are_all_busy(protector: Protector) -> None:
-    worker = protector.start("serves.py", "--threads", "1")
-    client = protector.connect()
+def test_sigterm_reaches_a_pool_whose_threads_are_all_busy(channel: Channel) -> None:
+    worker = channel.start("serves.py", "--threads", "1")
+    client = channel.connect()
     assert client.ask("draining") == "False"
 
     worker.term()

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS, Client, Load, ask_once, port_of
+from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS, port_of
 from tests.rounds import rounds
 from tests.running import Protector
+from tests.web import Connection, Traffic, ask_once
 
 RELOADS = rounds(1, 5)
 
@@ -95,15 +96,15 @@ def test_no_connection_fails_while_it_is_reloaded_under_load(
 ) -> None:
     daemon = serve(framework)
 
-    with Load(("127.0.0.1", daemon.port)) as load:
-        load.wait_for(30)
+    with Traffic(("127.0.0.1", daemon.port)) as traffic:
+        traffic.wait_for_answers(30)
         for _ in range(RELOADS):
             daemon.reload()
-            load.wait_for(30)
+            traffic.wait_for_answers(30)
 
     daemon.stop()
-    assert load.failures == []
-    assert len(load.answers) == 1 + RELOADS
+    assert not traffic.seen.failures
+    assert len(traffic.seen.answers) == 1 + RELOADS
 
 
 @each_framework
@@ -115,8 +116,8 @@ def test_a_draining_worker_answers_what_it_was_asked_and_lets_idle_clients_go(
     gate = tmp_path / "gate"
     os.mkfifo(gate)
 
-    with Client(address) as idle, Client(address) as asking:
-        old, _ = idle.ask()
+    with Connection(address) as idle, Connection(address) as asking:
+        old = idle.ask()
         asking.send(str(gate))
         with gate.open("wb"):  # waits until the worker is at the gate
             daemon.reload()
@@ -124,9 +125,9 @@ def test_a_draining_worker_answers_what_it_was_asked_and_lets_idle_clients_go(
             if framework.closes_idle:
                 assert idle.at_end()
             else:
-                assert idle.ask() == (old, True)
+                assert (idle.ask(), idle.closing) == (old, True)
                 assert idle.at_end()
-        assert asking.read()[0] == old
+        assert asking.answer() == old
         if not framework.closes_idle:
             asking.close()
         line = daemon.log.wait_for(r"event=exited generation=1\b")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.protector import Protector as Stand
+from tests.channel import Channel
 from tests.frameworks.asking import GUNICORN, PATH, PROGRAMS
 from tests.running import ROOT, Protector
 
@@ -112,20 +112,16 @@ def test_gunicorns_end_leaves_the_protectors_unix_socket_alone(
 
 @pytest.mark.parametrize("program", ["gevent_patched.py", "gevent_stream.py"])
 def test_gevent_never_sets_a_flag_on_the_channel_that_all_workers_share(
-    program: str, tmp_path: Path
+    program: str, channel: Channel
 ) -> None:
     pytest.importorskip("gevent")
-    stand = Stand(tmp_path / "log")
-    try:
-        worker = stand.start(sys.executable, PROGRAMS / program, "127.0.0.1:1")
-        client = stand.connect()
-        client.send("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r")
-        assert client.read() == "HTTP/1.1 200 OK\r"
+    worker = channel.start(sys.executable, PROGRAMS / program, "127.0.0.1:1")
+    client = channel.connect()
+    client.say("GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r")
+    assert client.hear() == "HTTP/1.1 200 OK\r"
 
-        assert not fcntl.fcntl(stand.reader, fcntl.F_GETFL) & os.O_NONBLOCK
+    assert not fcntl.fcntl(channel.reader, fcntl.F_GETFL) & os.O_NONBLOCK
 
-        client.close()
-        stand.end_channel()
-        assert worker.wait() == 0
-    finally:
-        stand.close()
+    client.close()
+    channel.end_channel()
+    assert worker.wait() == 0

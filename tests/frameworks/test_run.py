@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.frameworks.asking import PATH, Client, Load, ask_once, port_of
+from tests.frameworks.asking import PATH, port_of
 from tests.rounds import rounds
 from tests.running import Protector
+from tests.web import Connection, Traffic, ask_once
 
 RUN = (sys.executable, "-m", "socketprotector_client.run")
 PAGES = "tests.frameworks.programs.pages"
@@ -103,14 +104,14 @@ def test_it_is_reloaded_under_load_and_its_workers_end_by_themselves(
 ) -> None:
     daemon = protector("127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
 
-    with Load(("127.0.0.1", daemon.port)) as load:
-        load.wait_for(30)
+    with Traffic(("127.0.0.1", daemon.port)) as traffic:
+        traffic.wait_for_answers(30)
         daemon.reload()
-        load.wait_for(30)
+        traffic.wait_for_answers(30)
 
     daemon.stop()
-    assert load.failures == []
-    assert len(load.answers) == 2
+    assert not traffic.seen.failures
+    assert len(traffic.seen.answers) == 2
     assert daemon.log.count(r'event=exited .*how="exited with status 0"$') == 2
 
 
@@ -124,15 +125,17 @@ def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections
     gate = tmp_path / "gate"
     os.mkfifo(gate)
 
-    with Client(("127.0.0.1", daemon.port)) as idle, Client(("127.0.0.1", daemon.port)) as asking:
-        old, _ = idle.ask()
+    with (
+        Connection(("127.0.0.1", daemon.port)) as idle,
+        Connection(("127.0.0.1", daemon.port)) as asking,
+    ):
+        old = idle.ask()
         asking.send(str(gate))
         with gate.open("wb"):
             daemon.reload()
             assert idle.at_end()
-        answer, was_last = asking.read()
-        assert answer == old
-        assert was_last or asking.at_end()  # uvicorn says so before only with httptools
+        assert asking.answer() == old
+        assert asking.closing or asking.at_end()  # uvicorn says so before only with httptools
         assert asking.at_end()
     daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
     daemon.stop()
@@ -179,12 +182,12 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
     daemon = protector(*words, **PATH).ready()
     address = "127.0.0.1", daemon.port
 
-    with Client(address) as fresh:
+    with Connection(address) as fresh:
         old = ask_once(address)  # who came later, so the first one was taken, too
         daemon.reload()
         for _ in range(50):  # so long it looks again and again
             ask_once(address)
-        assert fresh.ask(close=True)[0] == old
+        assert fresh.ask(last=True) == old
     daemon.log.wait_for(r'event=exited generation=1 .*how="exited with status 0"$')
     daemon.stop()
 
@@ -198,14 +201,14 @@ def test_with_the_listeners_themselves_it_is_reloaded_under_load(
 ) -> None:
     daemon = protector(*LISTENER, "127.0.0.1:0", "--", *RUN, f"{PAGES}:{app}", **PATH).ready()
     reloads = rounds(2, 20)
-    with Load(("127.0.0.1", daemon.port)) as load:
-        load.wait_for(30)
+    with Traffic(("127.0.0.1", daemon.port)) as traffic:
+        traffic.wait_for_answers(30)
         for _ in range(reloads):
             daemon.reload()
-            load.wait_for(30)
+            traffic.wait_for_answers(30)
 
     daemon.stop()
-    assert load.failures == []
+    assert not traffic.seen.failures
     assert daemon.log.count(r'event=exited .*how="exited with status 0"$') == reloads + 1
 
 

@@ -6,14 +6,12 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.c.building import SANITIZED, compiled, shared_folder
-from tests.client.protector import Protector as Channel
-from tests.client.protector import Worker
+from tests.channel import Channel, Worker
 
 #: What turns a command into one that the protector can start.
 ADAPTER = (sys.executable, "-I", "-m", "socketprotector.legacy", "--")
@@ -32,14 +30,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def channel(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Channel]:
-    """A channel without a protector: says what a test says."""
-    log = tmp_path / "stderr.log"
-    log.touch()
-    one = Channel(log)
-    yield one
-    one.close()
-    print(log.read_text())
+def channel(marked_environment: dict[str, str], channel: Channel) -> Channel:
+    """The one of all tests, whose workers have ended when what is left is looked for."""
+    return channel
 
 
 class Legacy:

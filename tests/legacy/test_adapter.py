@@ -14,9 +14,8 @@ import pytest
 from socketprotector_client import wire
 
 from socketprotector.programs.legacy import adapter, stream
-from tests.client.protector import Client, until
 from tests.legacy.conftest import ADAPTER, Legacy, is_root, padded, patched, pid_after, stranger
-from tests.running import ROOT, eventually, wait_gone
+from tests.running import ROOT, Client, eventually, wait_gone
 from tests.scenarios.tools import Gate, hold
 
 #: As long as the child reads none of them.
@@ -28,8 +27,8 @@ def queue(legacy: Legacy, count: int = MANY) -> list[Client]:
     """Connections that the child has not read: so many in the stream, the rest in the channel."""
     clients = [legacy.channel.connect() for _ in range(count)]
     for client in clients:
-        client.send("hello")
-    until(lambda: legacy.channel.queued() <= count - MOST_UNREAD, "the stream is full")
+        client.say("hello")
+    eventually(lambda: legacy.channel.queued() <= count - MOST_UNREAD, "the stream is full")
     return clients
 
 
@@ -90,7 +89,7 @@ def test_a_drain_loses_nothing(legacy: Legacy) -> None:
     worker.process.send_signal(signal.SIGUSR1)
 
     for client in clients:
-        assert client.read() == f"[{child}] hello"
+        assert client.hear() == f"[{child}] hello"
         client.close()
     assert worker.read_rest() == [f"end of file {child} 0", f"ended {child}"]
     assert worker.wait() == 0
@@ -105,7 +104,7 @@ def test_who_retires_answers_what_its_child_has_and_leaves_the_rest(legacy: Lega
     worker.process.send_signal(signal.SIGUSR1)
 
     for client in clients[:MOST_UNREAD]:
-        assert client.read() == f"[{child}] hello"
+        assert client.hear() == f"[{child}] hello"
         client.close()
     assert worker.wait() == 0
     assert legacy.channel.queued() == MANY - MOST_UNREAD
@@ -115,7 +114,7 @@ def test_a_child_that_is_killed_takes_at_most_two_connections_with_it(legacy: Le
     worker = legacy.start("stuck")
     child = pid_after("connected", worker)
     clients = queue(legacy)
-    until(lambda: legacy.channel.queued() == MANY - MOST_UNREAD, "the stream is full")
+    eventually(lambda: legacy.channel.queued() == MANY - MOST_UNREAD, "the stream is full")
 
     os.kill(child, signal.SIGKILL)
 
@@ -125,7 +124,7 @@ def test_a_child_that_is_killed_takes_at_most_two_connections_with_it(legacy: Le
     answers = []
     for client in clients:
         try:
-            answers.append(client.read())
+            answers.append(client.hear())
         except ConnectionResetError:
             answers.append("")
         client.close()
@@ -136,13 +135,13 @@ def test_a_child_that_is_killed_takes_at_most_two_connections_with_it(legacy: Le
 def test_two_workers_share_and_none_hoards(legacy: Legacy) -> None:
     first, second = legacy.start("stuck"), legacy.start("stuck")
     clients = queue(legacy)
-    until(lambda: legacy.channel.queued() == MANY - 2 * MOST_UNREAD, "both streams are full")
+    eventually(lambda: legacy.channel.queued() == MANY - 2 * MOST_UNREAD, "both streams are full")
 
     for each in (first, second):
         each.process.send_signal(signal.SIGUSR1)
     pids = set()
     for client in clients:
-        pids.add(client.read())
+        pids.add(client.hear())
         client.close()
 
     assert len(pids) == 2
@@ -353,7 +352,7 @@ def test_a_child_outlives_its_worker_and_finishes(legacy: Legacy) -> None:
     os.kill(child, signal.SIGUSR1)
 
     for client in clients[:MOST_UNREAD]:
-        assert client.read() == f"[{child}] hello"
+        assert client.hear() == f"[{child}] hello"
         client.close()
     assert wait_gone([child]) == []
     assert legacy.channel.queued() == MANY - MOST_UNREAD
@@ -401,12 +400,12 @@ def test_what_is_no_connection_is_closed(legacy: Legacy) -> None:
     for version, kind in ((9, wire.KIND_CONNECTION), (wire.VERSION, wire.KIND_RETURNED)):
         client = legacy.channel.connect_only()
         legacy.channel.hand_off(version=version, kind=kind)
-        assert client.read() == ""
+        assert client.hear() == ""
     client = legacy.channel.connect_only()
     accepted, _ = legacy.channel.listeners[0].accept()
     legacy.channel.send(accepted.fileno(), listener=77)
     accepted.close()
-    assert client.read() == ""
+    assert client.hear() == ""
     assert legacy.channel.connect().ask("hello").endswith("] hello")
 
 
@@ -492,7 +491,7 @@ def test_a_number_that_is_no_socket_is_refused(legacy: Legacy) -> None:
 def test_without_descriptors_it_ends_before_it_could_lose_a_connection(legacy: Legacy) -> None:
     """To serve takes fewer than to start, and what was freed is enough for the one in hand."""
     waiting = legacy.channel.connect()
-    waiting.send("hello")
+    waiting.say("hello")
     ended = 0
     for limit in range(8, 24):
         worker = legacy.spawn(
@@ -507,7 +506,7 @@ def test_without_descriptors_it_ends_before_it_could_lose_a_connection(legacy: L
             assert legacy.channel.queued() == 1
             ended += 1
         else:
-            assert waiting.read().endswith("] hello")
+            assert waiting.hear().endswith("] hello")
             break
 
     assert 0 < ended < 16

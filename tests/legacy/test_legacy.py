@@ -19,9 +19,10 @@ import pytest
 from bench.seen import Snapshot
 from tests.legacy.conftest import is_root, padded
 from tests.load import Load
-from tests.running import FAIR_START_S, ROOT, Protector, ask, eventually, parent_of, wait_gone
+from tests.procfs import parent_of
+from tests.running import FAIR_START_S, ROOT, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.managers import Giver
-from tests.scenarios.tools import Client, Gate, Release, pid_in, spawned
+from tests.scenarios.tools import Gate, Release, pid_in, spawned
 
 Start = Callable[..., Protector]
 #: Sent to the daemon and not read by it.

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests.load import Load, Snapshot
+from tests.procfs import state_of
 from tests.rounds import rounds
 from tests.running import ROOT, WORKERS, Protector, eventually
-from tests.scenarios.tools import state_of
 
 ROUNDS = rounds(5, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.procfs import environment_of
 from tests.running import DEADLINE_S, WORKERS, Protector, eventually
 from tests.scenarios.tools import worker
 
@@ -154,14 +155,9 @@ Operating = Callable[..., Operated]
 
 def say_watchdog(pid: int) -> None:
     """Say WATCHDOG=1 for a worker: from here on it must do so itself."""
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        [address] = [
-            each.partition(b"=")[2]
-            for each in file.read().split(b"\0")
-            if each.startswith(b"NOTIFY_SOCKET=")
-        ]
+    address = environment_of(pid)["NOTIFY_SOCKET"]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.sendto(b"WATCHDOG=1", address.replace(b"@", b"\0", 1))
+        notify.sendto(b"WATCHDOG=1", address.replace("@", "\0", 1))
 
 
 def nothing_of(line: Line, names: Sequence[str], seconds: float) -> None:

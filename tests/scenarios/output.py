@@ -8,8 +8,9 @@ import socket
 import threading
 from pathlib import Path
 
+from tests.procfs import running
 from tests.running import MARK, eventually, marked
-from tests.scenarios.starting import Start, shown
+from tests.scenarios.starting import Start
 
 #: Gives a command a /dev of its own; with /dev/log where the test listens, unless $3 is empty.
 OWN_DEV = """
@@ -89,7 +90,7 @@ class Syslog:
 
 def relays_of(start: Start) -> list[int]:
     """The pids of all relays."""
-    return [pid for pid in marked(start.environment[MARK]) if "log_relay.py" in shown(pid)]
+    return running("log_relay.py", marked(start.environment[MARK]))
 
 
 def relay_of(start: Start) -> int:

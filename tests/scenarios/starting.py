@@ -18,40 +18,15 @@ from typing import Any
 import pytest
 
 from tests import forked
-from tests.running import COMMAND, DEADLINE_S, MARK, eventually, marked, wait_gone
-from tests.scenarios.tools import Client, worker
+from tests.procfs import command_line_of
+from tests.running import COMMAND, DEADLINE_S, MARK, Client, Ended, eventually, marked, wait_gone
+from tests.scenarios.tools import worker
 
 MINIMAL = worker("minimal")
 #: Answers each connection with what it sees of itself.
 TELLS = worker("tells")
 
-
-#: What a detached start without a log file says first where there is no syslog, as in a container.
-NO_SYSLOG = (
-    "SocketProtector: no syslog daemon listens at /dev/log: until one does, every line of the log "
-    "and of the workers is lost; use --log-file FILE, or -f to write to this terminal\n"
-)
-
 Popen = subprocess.Popen[str]
-
-
-class Ended:
-    """A command that has ended."""
-
-    def __init__(self, status: int, out: str, err: str) -> None:
-        self.status = status
-        self.out = out
-        #: Whether it has warned that there is no syslog: so the machine's state changes no test.
-        self.warned = NO_SYSLOG in err
-        self.err = err.replace(NO_SYSLOG, "", 1)
-
-    def __repr__(self) -> str:
-        return f"status {self.status}\n--- out\n{self.out}\n--- err\n{self.err}"
-
-    @property
-    def lines(self) -> list[str]:
-        """What it said on stderr."""
-        return self.err.splitlines()
 
 
 class Start:
@@ -105,7 +80,7 @@ class Start:
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise
-        return Ended(process.returncode, out or "", err or "")
+        return Ended.of_start(process.returncode, out or "", err or "")
 
     def up(self, *arguments: str | Path, **more: Any) -> Ended:
         """Run it, and see that it serves."""
@@ -182,11 +157,7 @@ def start_of(start: Start, *arguments: str | Path, **more: Any) -> Iterator[Pope
 
 
 def shown(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-    except OSError:
-        words = b"(gone)"
-    return f"process {pid}: {words.decode()}"
+    return f"process {pid}: {command_line_of(pid) or '(gone)'}"
 
 
 def tcp(address: str) -> tuple[str, int]:

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system import reuseport
-from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
+from tests.procfs import descriptors, environment_of, listening
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.managers import Giver
-from tests.scenarios.tools import Client, listening, pid_in, spawned, worker
+from tests.scenarios.tools import pid_in, spawned, worker
 
 MANY = worker("many")
 
@@ -198,13 +199,10 @@ def test_workers_get_none_of_what_was_passed(giver: Giver) -> None:
     daemon = giver.start("fd:web", "--", *MANY).ready()
     [pid] = spawned(daemon)
 
-    inherited = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (3, 4)}
-    theirs = {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
-    ours = {os.readlink(f"/proc/self/fd/{each.fileno()}") for _, each in giver.given}
-    assert inherited <= theirs
-    assert not theirs & ours
-    environment = Path(f"/proc/{pid}/environ").read_bytes()
-    assert b"LISTEN_" not in environment.replace(b"SOCKETPROTECTOR_LISTEN", b"")
+    theirs, ours = descriptors(pid), descriptors(os.getpid())
+    assert theirs.keys() >= {3, 4}
+    assert not {*theirs.values()} & {ours[each.fileno()] for _, each in giver.given}
+    assert not [name for name in environment_of(pid) if name.startswith("LISTEN_")]
     daemon.stop()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.c.building import PLAIN, compiled, shared_folder
+from tests.procfs import children_of
 from tests.running import DEADLINE_S, ROOT, Lines, Protector, ask, eventually
 from tests.scenarios.managers import Giver
 from tests.scenarios.tools import pid_in
@@ -178,19 +179,14 @@ def test_the_queue_without_a_protector_serves_and_grows(runs: Runs) -> None:
     try:
         said.wait_for("listens on")
         children = int(words[-1])
-        eventually(lambda: children_of(process.pid) == children + 1, "its children")
+        eventually(lambda: len(children_of(process.pid)) == children + 1, "its children")
         pid_in(runs.ask())
         process.send_signal(signal.SIGUSR1)
-        eventually(lambda: children_of(process.pid) == children + 2, "one child more")
+        eventually(lambda: len(children_of(process.pid)) == children + 2, "one child more")
     finally:
         process.terminate()
         assert process.wait(DEADLINE_S) == 0
     said.join()
-
-
-def children_of(pid: int) -> int:
-    """How many a process has; one of these accepts."""
-    return len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 def test_no_line_of_ours_is_left_out() -> None:

@@ -6,119 +6,27 @@ import os
 import re
 import resource
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.procfs import descriptors, name_of
 from tests.running import COMMAND, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.starting import MINIMAL, TELLS, Start, told
 
 SCRIPT = (str(Path(sys.executable).with_name("SocketProtector")),)
 
-OPTIONS = (
-    *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
-    *("--reload-order", "--ready", "--settle", "--start-timeout", "--start-tries"),
-    *("--drain-timeout", "--max-draining", "--stop-timeout", "--kill-timeout", "--backlog"),
-    *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
-    *("--log-file", "--log-level", "--name", "--check"),
-)
-
 # -- words ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", ["-h", "-?", "--help"])
 @pytest.mark.parametrize("command", [COMMAND, SCRIPT], ids=["module", "script"])
-def test_help_names_every_option(start: Start, words: str, command: tuple[str, ...]) -> None:
-    ended = start(words, command=command)
-
-    assert ended.status == 0
-    assert "LISTEN... -- COMMAND [ARG...]" in ended.out
-    assert [option for option in OPTIONS if option not in ended.out] == []
-
-
-def test_the_version_is_said(start: Start) -> None:
-    ended = start("--version")
+def test_the_version_is_said(start: Start, command: tuple[str, ...]) -> None:
+    ended = start("--version", command=command)
 
     assert ended.status == 0
     assert re.fullmatch(r"SocketProtector, version \d+\.\d+\.\d+\n", ended.out)
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], "no LISTEN"),
-        (["--", "true"], "no LISTEN"),
-        (["0"], "no command; put it behind --"),
-        (["0", "--"], "no command; put it behind --"),
-        (["0", "./daemon", "0"], "no command; put it behind --"),
-        (["--nonsense", "0", "--", "true"], "No such option"),
-        (["0", "--workers"], "requires an argument"),
-        (["--workers", "0", "0", "--", "true"], "--workers"),
-        (["--workers", "many", "0", "--", "true"], "not a valid integer"),
-        (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 2m or seconds"),
-        (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
-        (["--settle", "nan", "0", "--", "true"], "write 500ms"),
-        (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),
-        (["--start-tries", "0", "0", "--", "true"], "--start-tries"),
-        (["--ready", "soon", "0", "--", "true"], "write notify, ack, fd:N"),
-        (["--ready", "after:", "0", "--", "true"], "write notify, ack, fd:N"),
-        (["--ready", "after:x", "0", "--", "true"], "write 500ms"),
-        (["--reload-order", "any", "0", "--", "true"], "start-first"),
-        (["--queue", "5", "0", "--", "true"], "--queue"),
-        (["--backlog", "0", "0", "--", "true"], "--backlog"),
-        (["--backlog", "9" * 30, "0", "--", "true"], "--backlog"),
-        (["--umask", "9", "0", "--", "true"], "is not octal"),
-        (["--limit", "nofile", "0", "--", "true"], "NAME=VALUE"),
-        (["--limit", "memory=1", "0", "--", "true"], "allowed: nofile, core, nice"),
-        (["--limit", "nofile=x", "0", "--", "true"], "not a whole number"),
-        (["--limit", "nofile=unlimited", "0", "--", "true"], "not a whole number"),
-        (["--limit", "nofile=9000000000000", "0", "--", "true"], "the hard limit is"),
-        (["--limit", "nice=20", "0", "--", "true"], "must be from -20 to 19"),
-        (["--env", "PLAIN", "0", "--", "true"], "is not NAME=VALUE"),
-        (["--env", "=x", "0", "--", "true"], "is not NAME=VALUE"),
-        (["--env-file", "/no/such/file", "0", "--", "true"], "/no/such/file"),
-        (["--chdir", "/no/such/folder", "0", "--", "true"], "no such directory"),
-        (["--log-level", "loud", "0", "--", "true"], "debug"),
-        (["--user", "no-such-user", "0", "--", "true"], "unknown user"),
-        (["--user", "", "0", "--", "true"], "unknown user"),
-        (["--require-user", "--user", "", "0", "--", "true"], "unknown user"),
-        (["--group", "no-such-group", "0", "--", "true"], "unknown group"),
-        (["70000", "--", "true"], "from 0 to 65535"),
-        (["0?colour=red", "--", "true"], "unknown option colour"),
-        (["udp:4321", "--", "true"], "UDP has no connections"),
-        (["u4321", "--", "true"], "UDP has no connections"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(start: Start, words: list[str], said: str) -> None:
-    ended = start(*words)
-
-    assert ended.status == 2, ended
-    assert len(ended.lines) == 1, ended
-    assert ended.err.startswith("SocketProtector: ")
-    assert said in ended.err
-    assert start.left() == []
-
-
-def test_what_is_said_cannot_drive_the_terminal(start: Start) -> None:
-    ended = start("\x1b[31mred", "--", "true")
-
-    assert ended.err.startswith(r"SocketProtector: \x1b[31mred: ")
-
-
-@pytest.mark.parametrize(
-    "text", ["A\n", "A=1\n=2\n", "A='1\n", "9A=1\n"], ids=["bare", "nameless", "open", "digit"]
-)
-def test_an_env_file_with_a_mistake_is_refused_with_its_line(start: Start, text: str) -> None:
-    file = start.folder / "settings.sh"
-    file.write_text(text)
-
-    ended = start("--env-file", "settings.sh", "0", "--", *MINIMAL)
-
-    assert ended.status == 2
-    assert f"{file} line {text.count(chr(10))}: " in ended.err
 
 
 @pytest.mark.parametrize("words", [["-pid-file", "{}"], ["-pid-file={}"], ["--pid-file={}"]])
@@ -174,16 +82,6 @@ def test_check_says_where_a_reload_would_find_no_room(start: Start) -> None:
 
     assert ended.status == 0
     assert "40 workers: a reload starts as many beside them" in ended.err
-
-
-def test_check_says_why_it_would_not_start(start: Start) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        ended = start("--check", f"127.0.0.1:{port}", "--", *MINIMAL)
-
-    assert ended.status == 111
-    assert "Address already in use" in ended.err
-    assert start.left() == []
 
 
 def test_check_does_not_disturb_the_one_that_runs(start: Start) -> None:
@@ -313,7 +211,7 @@ def test_the_name_is_shown_in_the_log_and_by_ps(start: Start) -> None:
     assert " name=shop " in start.log
     assert "shop" in words.split("\0")
     assert "hush" not in words
-    assert Path(f"/proc/{start.pid}/comm").read_text() == "SocketProtector\n"
+    assert name_of(start.pid) == "SocketProtector"
     start.stop()
 
 
@@ -330,7 +228,7 @@ def test_the_log_is_reopened_on_usr1(start: Start) -> None:
     assert "event=ready" in rotated.read_text()
     assert "event=reloaded" not in rotated.read_text()
     worker = re.findall(r"event=spawned generation=2 .*pid=(\d+)", start.log)[0]
-    assert os.readlink(f"/proc/{worker}/fd/2") == str(start.log_file)
+    assert descriptors(int(worker))[2] == str(start.log_file)
     start.stop()
 
 

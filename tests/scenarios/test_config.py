@@ -23,8 +23,9 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
+from tests.procfs import in_backlog, kinds_of
 from tests.rounds import rounds, some
-from tests.running import DEADLINE_S, FAIR_START_S, Protector, ask, eventually
+from tests.running import DEADLINE_S, FAIR_START_S, Address, Client, Protector, ask, eventually
 from tests.scenarios.adopting import (
     Chance,
     Installation,
@@ -35,19 +36,7 @@ from tests.scenarios.adopting import (
     upgrade,
 )
 from tests.scenarios.starting import TELLS, Start, told
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Address,
-    Client,
-    Gate,
-    hold,
-    in_backlog,
-    kinds_of,
-    no_more_open,
-    pid_in,
-    spawned,
-    worker,
-)
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, hold, no_more_open, pid_in, spawned, worker
 
 MANY = worker("many")
 #: Each part of it is tried each way; in `make test-all` all of it.
@@ -455,26 +444,6 @@ def test_stop_first_goes_back_to_the_listeners_that_there_were(
     daemon.reload()
     assert ask(f"{tmp_path}/new").endswith("hello")
     assert not (tmp_path / "old").exists()
-
-
-def test_a_start_with_mistakes_tells_all_of_them(start: Start, tmp_path: Path) -> None:
-    (tmp_path / "bad.toml").write_text('workers = 0\ncolour = "red"\n')
-
-    ended = start("--check", "--config", "bad.toml")
-
-    assert ended.status == 2
-    assert ended.lines == [
-        f"SocketProtector: {tmp_path}/bad.toml line 1: workers: 0 is not in the range "
-        "1<=x<=1000000",
-        f"{tmp_path}/bad.toml line 2: colour: unknown key; docs/reference.md lists them",
-    ]
-
-
-def test_check_says_that_a_file_is_valid(start: Start, file: File) -> None:
-    ended = start("--check", "--config", file.path)
-
-    assert ended.status == 0, ended
-    assert f"{file.path} is valid; would start" in ended.out
 
 
 def test_the_detached_protector_reads_the_file_again(start: Start, file: File) -> None:

@@ -22,10 +22,10 @@ import pytest
 from socketprotector import __version__
 from socketprotector.model.control_requests import COMMANDS
 from tests.load import Load
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
-from tests.scenarios.tools import EITHER_HANDOFF, Client, Gate, Release, pid_in, spawned
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, pid_in, spawned
 
 Starter = Callable[..., Protector]
 NOBODY = 65_534

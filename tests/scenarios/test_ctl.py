@@ -18,7 +18,7 @@ from socketprotector.launch import cli
 from tests import forked
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Lines, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, Client, Lines, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     Chance,
     Installation,
@@ -29,7 +29,6 @@ from tests.scenarios.adopting import (
 )
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     Gate,
     Release,
     library_worker,

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 from socketprotector.core.backoff import backoff_s
-from tests.running import DEADLINE_S, Protector, ask, eventually, wait_gone
+from tests.procfs import state_of
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade
 from tests.scenarios.faults import injected
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, pid_in, spawned, state_of, worker
+from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import protector_pid
 from tests.scenarios.faults import Disk, injected, listens, reload_unseen
 from tests.scenarios.starting import MINIMAL, Start
-from tests.scenarios.tools import Client, worker
+from tests.scenarios.tools import worker
 
 
 @pytest.fixture

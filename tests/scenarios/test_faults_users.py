@@ -14,15 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask
-from tests.scenarios.tools import (
-    Client,
-    pid_in,
-    spawned,
-    watch_for_spinning,
-    worker,
-    worker_for_nobody,
-)
+from tests.running import Client, Protector, ask
+from tests.scenarios.tools import pid_in, spawned, watch_for_spinning, worker, worker_for_nobody
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user")
 needs_setpriv = pytest.mark.skipif(

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import COMMAND, DEADLINE_S, ROOT, Protector, ask, eventually
+from tests.procfs import in_backlog
+from tests.running import COMMAND, DEADLINE_S, ROOT, Client, Protector, ask, eventually
 from tests.scenarios.faults import listens, reload_unseen
-from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, in_backlog, pid_in, spawned, worker
+from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 

@@ -15,11 +15,11 @@ import pytest
 
 from socketprotector.model.control_requests import COMMANDS, LINE_BYTES
 from tests.load import Load
+from tests.procfs import environment_of, memory_kib
 from tests.rounds import rounds
 from tests.running import DEADLINE_S
 from tests.scenarios.adopting import Chance, served
 from tests.scenarios.operating import Operated, Operating
-from tests.scenarios.tools import memory_kib
 
 INPUTS = rounds(4_000, 1_000_000)
 #: Of one client, before the next one has its turn: who asks nothing for 30 s is ended.
@@ -134,11 +134,10 @@ def address_of_one(web: Operated, chance: random.Random) -> bytes:
     found = web.status()
     workers = [w["pid"] for g in found["generations"] for w in g["workers"] if w["ready_at"]]
     try:
-        environment = Path(f"/proc/{chance.choice(workers)}/environ").read_bytes().split(b"\0")
+        environment = environment_of(chance.choice(workers))
     except OSError:
         return b""
-    name = b"NOTIFY_SOCKET="
-    return next((each[len(name) :] for each in environment if each.startswith(name)), b"")
+    return environment.get("NOTIFY_SOCKET", "").encode()
 
 
 def say_nonsense(notify: socket.socket, address: bytes, chance: random.Random) -> int:

@@ -16,8 +16,9 @@ import pytest
 
 from socketprotector.programs import guard
 from tests.load import Load
+from tests.procfs import children_of, kinds_of, name_of, parent_of
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Protector, ask, eventually, parent_of, wait_gone
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     NOBODY_ELSE,
     ROUNDS,
@@ -34,15 +35,12 @@ from tests.scenarios.adopting import (
 from tests.scenarios.starting import Start, start_of
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     Gate,
     Release,
-    children_of,
     hold,
     no_more_open,
     pid_in,
     spawned,
-    together,
     worker,
 )
 
@@ -70,7 +68,7 @@ def test_it_is_the_guard_that_is_started_and_named_in_the_pid_file(
     assert protector_pid(daemon) != daemon.pid
     assert parent_of(protector_pid(daemon)) == daemon.pid
     for pid in (daemon.pid, protector_pid(daemon)):
-        assert Path(f"/proc/{pid}/comm").read_text() == "SocketProtector\n"
+        assert name_of(pid) == "SocketProtector"
     daemon.stop()
     assert list(tmp_path.iterdir()) == []
 
@@ -84,7 +82,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
     chance = Chance()
     daemon = guarded()
     at_rest(daemon)
-    before = together(protector_pid(daemon), daemon.pid)
+    before = kinds_of(protector_pid(daemon), daemon.pid)
     workers = spawned(daemon)
     kills = rounds(5, 100) if handoff == "connection" else rounds(3, 50)
     lost = []
@@ -490,14 +488,6 @@ def full_socket() -> tuple[int, int]:
                 break
     send.setblocking(True)
     return receive.detach(), send.detach()
-
-
-def name_of(pid: int) -> str:
-    """The name of a process, empty when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 @pytest.mark.parametrize("full", [full_pipe, full_socket])

@@ -15,11 +15,11 @@ import pytest
 from tests.c.building import compiled, shared_folder
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import Protector, ask, wait_gone
+from tests.running import Client, Protector, ask, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import Client, Release, spawned
+from tests.scenarios.tools import Release, spawned
 
 Starter = Callable[..., Protector]
 STDIO = ("--handoff", "stdio")

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.procfs import wake_ups
 from tests.running import Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.managers import Giver, Service
-from tests.scenarios.tools import Gate, Release, pid_in, spawned, wake_ups, worker
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")

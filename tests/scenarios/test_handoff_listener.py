@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 import pytest
 
 from tests.load import Load
+from tests.procfs import descriptors, state_of
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, FAIR_START_S, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, FAIR_START_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -26,16 +26,7 @@ from tests.scenarios.adopting import (
 from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import (
-    Client,
-    Gate,
-    Release,
-    library_worker,
-    pid_in,
-    spawned,
-    state_of,
-    worker,
-)
+from tests.scenarios.tools import Gate, Release, library_worker, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener")
@@ -113,9 +104,9 @@ def test_it_has_no_other_descriptor(served_by: Starter) -> None:
     assert numbers[:6] == ["0", "1", "2", "3", "4", "5"]
     assert len(numbers) == 6 + 4
     pid = spawned(daemon, 1)[0]
-    kinds = {fd: os.readlink(f"/proc/{pid}/fd/{fd}").partition(":")[0] for fd in numbers[:6]}
-    assert kinds["0"] == "/dev/null"
-    assert [kinds[fd] for fd in "345"] == ["socket"] * 3
+    held = descriptors(pid)
+    assert held[0] == "/dev/null"
+    assert [held[fd].partition(":")[0] for fd in (3, 4, 5)] == ["socket"] * 3
 
 
 def test_a_bare_port_is_one_listener_for_ipv4_and_ipv6(served_by: Starter) -> None:
@@ -151,117 +142,6 @@ def test_names_in_the_command_and_the_environment_become_numbers(
 
     assert ask(here(daemon), "words") == "--fd=3 4 34 {other}"
     assert ask(here(daemon), "env NGINX") == "3;4;"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("1", "--", "x", "{fd:web}"), "{fd:web}: no listener has this name; there is: "),
-        (
-            ("a=127.0.0.1:0", "a=127.0.0.2:0", "--", "x", "{fd:a}"),
-            "{fd:a}: a stands for 2 listeners",
-        ),
-        (("--ready", "fd:3", "127.0.0.1:0", "--", "x"), "--ready fd:3: a listener has this number"),
-        (
-            ("--retire-after", "9", "127.0.0.1:0", "--", "x"),
-            "--retire-after with --handoff listener",
-        ),
-        (
-            ("--drain-signal", "KILL", "127.0.0.1:0", "--", "x"),
-            "cannot be caught, so a worker could not finish",
-        ),
-        (
-            ("--drain-signal", "NONE", "127.0.0.1:0", "--", "x"),
-            "'NONE' is not a signal; write a name as TERM or QUIT",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(
-    start: Start, words: tuple[str, ...], said: str
-) -> None:
-    command = tuple(sys.executable if word == "x" else word for word in words)
-    ended = start(
-        *MODE, *(("127.0.0.1:0",) if words[0] == "1" else ()), *command[words[0] == "1" :]
-    )
-
-    assert ended.status == 2
-    assert len(ended.lines) == 1
-    assert said in ended.lines[0]
-
-
-@pytest.mark.parametrize(
-    ("listens", "words", "said"),
-    [
-        (("a=127.0.0.1:PORT", "a=unix:s"), ("{fd:a}",), "a stands for 2 listeners (tcp:127.0.0.1:"),
-        (("PORT?v6only=1",), ("{fd:PORT}",), "stands for 2 listeners (tcp:0.0.0.0:"),
-        (("http=PORT",), ("{fd:htpp}",), "no listener has this name; there is: http;"),
-        (("PORT",), ("$(circus.sockets.web)",), "no listener has this name"),
-        (("PORT", "unix:s"), ("--ready", "fd:4"), "choose 5 or above"),
-    ],
-)
-def test_check_refuses_a_name_as_a_start_does(
-    start: Start,
-    free_port: Callable[[], int],
-    listens: tuple[str, ...],
-    words: tuple[str, ...],
-    said: str,
-) -> None:
-    if "v6only" in listens[0] and not socket.has_dualstack_ipv6():
-        pytest.skip("no IPv6 here")
-    port = str(free_port())
-    options = words if words[0] == "--ready" else ()
-    command = (sys.executable, "-V", *(() if options else words))
-    given = [each.replace("PORT", port) for each in (*MODE, *options, *listens, "--", *command)]
-
-    checked = start("--check", *given)
-    started = start(*given)
-
-    assert said in checked.err
-    assert (checked.status, checked.lines) == (2, started.lines)
-    assert (started.status, len(started.lines)) == (2, 1)
-    assert start.left() == []
-
-
-def test_check_takes_a_name_that_stands_for_one_listener(start: Start) -> None:
-    listens = ("http=0", "a=127.0.0.1:0", "b=unix:s")
-    names = ("{fd:http}", "{fd:A}", "{fd:b}", "{fd:ready}")
-
-    ended = start("--check", *MODE, *listens, "--", sys.executable, "-V", *names)
-
-    assert (ended.status, ended.err) == (0, "")
-    assert "would start" in ended.out
-    assert start.left() == []
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            ("--handoff", "magic"),
-            "'magic' is not one of 'connection', 'listener', 'stdio', 'legacy'",
-        ),
-        (("--drain-signal", "QUIT"), "it needs --handoff listener"),
-        (("--shell",), "it needs --handoff stdio"),
-        (("--handoff", "stdio", "--retire-after", "5"), "only workers of --handoff connection"),
-        (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
-        (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
-    ],
-)
-def test_what_needs_another_mode_says_which(
-    start: Start, words: tuple[str, ...], said: str
-) -> None:
-    ended = start(*words, "127.0.0.1:0", "--", sys.executable, "-V")
-
-    assert ended.status == 2
-    assert len(ended.lines) == 1
-    assert said in ended.lines[0]
-
-
-def test_a_placeholder_without_listeners_names_the_mode(start: Start) -> None:
-    ended = start("http=127.0.0.1:0", "--", sys.executable, "{fd:http}")
-
-    assert ended.status == 2
-    assert ended.lines == ["SocketProtector: {fd:http} in the command: it needs --handoff listener"]
 
 
 # -- readiness --------------------------------------------------------------------
@@ -492,7 +372,6 @@ def test_reloads_under_load_fail_nobody(served_by: Starter, workers: str) -> Non
             served(load)
 
     assert not load.snapshot().failures
-    assert load.snapshot().connections > 400
     assert wait_gone(spawned(daemon)[: -int(workers)]) == []
     assert daemon.worker_pids() == spawned(daemon)[-int(workers) :]
 

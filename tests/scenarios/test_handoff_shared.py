@@ -20,10 +20,10 @@ import pytest
 
 from socketprotector.daemon import checkpoint
 from tests.load import Load
-from tests.running import Protector, ask, eventually
+from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
 from tests.scenarios.managers import Service
-from tests.scenarios.tools import Client, library_worker, pid_in, spawned, worker
+from tests.scenarios.tools import library_worker, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")

@@ -15,19 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
+from tests.procfs import listening, state_of
+from tests.running import FAIR_START_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import (
-    Client,
-    Gate,
-    Release,
-    listening,
-    pid_in,
-    spawned,
-    state_of,
-    worker,
-)
+from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")

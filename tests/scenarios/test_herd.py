@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.running import Client
 from tests.scenarios.operating import Operating
-from tests.scenarios.tools import Client, library_worker, spawned
+from tests.scenarios.tools import library_worker, spawned
 
 WAYS = ["connections", "serve", "listener", "aserve", "stdio"]
 PROGRAM = ("--at-once", "6", "--of", "3", "--", "sh", "-c", "echo [$$] served")

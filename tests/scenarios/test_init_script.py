@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
-from tests.running import DEADLINE_S, FAIR_START_S, ROOT, WORKERS, ask, exchange, wait_gone
+from tests.procfs import children_of, environment_of
+from tests.running import DEADLINE_S, FAIR_START_S, ROOT, WORKERS, Client, ask, wait_gone
 
 SCRIPT = ROOT / "init.d" / "socketprotector"
 SHELLS = [shell for shell in ("dash", "bash") if shutil.which(shell)] or ["sh"]
@@ -180,9 +180,9 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
 
     worker = worker_of(machine.start())
 
-    environment = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
-    assert b"MY_COLOUR=light blue" in environment
-    assert not [line for line in environment if line.startswith(b"SOCKETPROTECTOR_OPTIONS")]
+    environment = environment_of(worker)
+    assert environment["MY_COLOUR"] == "light blue"
+    assert "SOCKETPROTECTOR_OPTIONS" not in environment
     assert Path(f"/proc/{worker}/cwd").readlink() == Path("/")
 
 
@@ -199,7 +199,7 @@ def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -
 
     assert machine.run_directory().owner() == "nobody"
     pid = machine.pid()
-    [worker] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    [worker] = children_of(pid)
     for process in (pid, worker):
         assert Path(f"/proc/{process}").owner() == "nobody"
     assert machine.run("stop") == 0
@@ -229,13 +229,13 @@ def test_stop_ends_a_draining_generation_too(machine: Machine) -> None:
     machine.configure(OPTIONS="--stop-timeout 100ms --kill-timeout 100ms")
     address = machine.start()
     old = worker_of(address)
-    with socket.create_connection(address) as held:
-        assert exchange(held, "mine") == f"[{old}] mine"
+    with Client(address) as held:
+        assert held.ask("mine") == f"[{old}] mine"
         with Load(f"127.0.0.1:{address[1]}", concurrency=1) as load:
             assert machine.run("reload") == 0
             load.wait_for(lambda now: set(now.pids) - {old} != set(), DEADLINE_S)
         new = worker_of(address)
-        assert exchange(held, "still mine") == f"[{old}] still mine"
+        assert held.ask("still mine") == f"[{old}] still mine"
 
         assert machine.run("stop") == 0
 
@@ -246,13 +246,13 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
     machine.configure(OPTIONS="--stop-timeout 10m --kill-timeout 100ms", STOP_WAIT="5")
     address = machine.start()
     worker = worker_of(address)
-    with socket.create_connection(address) as held:
-        assert exchange(held, "mine") == f"[{worker}] mine"
+    with Client(address) as held:
+        assert held.ask("mine") == f"[{worker}] mine"
 
         assert machine.run("stop") == 1
 
         assert f"has not ended yet (pid {machine.pid()})" in machine.output
-        assert exchange(held, "still mine") == f"[{worker}] still mine"
+        assert held.ask("still mine") == f"[{worker}] still mine"
         assert machine.run("restart") == 0, "the second TERM is a quick stop"
     assert worker_of(machine.address()) != worker
 
@@ -283,13 +283,13 @@ def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
 def test_a_reload_waits_for_nobody_who_is_still_being_served(machine: Machine) -> None:
     machine.configure()
     address = machine.start()
-    with socket.create_connection(address) as held:
-        old = exchange(held, "mine")
+    with Client(address) as held:
+        old = held.ask("mine")
 
         assert machine.run("reload") == 0
 
         assert "reloaded: generation 2 serves, after generation 1" in machine.output
-        assert exchange(held, "mine") == old
+        assert held.ask("mine") == old
 
 
 def test_a_reload_whose_outcome_does_not_come_in_time_is_no_success(machine: Machine) -> None:
@@ -594,4 +594,4 @@ def test_one_instance_that_does_not_start_keeps_no_other_from_it(machine: Machin
 
     assert machine.run("status", "good") == 0
     assert machine.run("status", "bad") == 3
-    assert "MY_COLOUR" not in Path(f"/proc/{machine.pid('good')}/environ").read_text()
+    assert "MY_COLOUR" not in environment_of(machine.pid("good"))

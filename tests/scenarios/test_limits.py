@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from tests.load import Load
+from tests.procfs import in_backlog
 from tests.rounds import rounds
-from tests.running import WORKERS
+from tests.running import WORKERS, Client
 from tests.scenarios.adopting import served, upgrade
 from tests.scenarios.operating import (
     OBEYS,
@@ -26,16 +27,7 @@ from tests.scenarios.operating import (
     pass_time,
     say_watchdog,
 )
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Client,
-    Gate,
-    Release,
-    hold,
-    in_backlog,
-    pid_in,
-    spawned,
-)
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
 ASYNCIO = (sys.executable, str(WORKERS / "asyncio_server.py"))
 

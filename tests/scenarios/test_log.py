@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system.crash_loop_summary import SHOWN
+from tests.procfs import children_of, environment_of
 from tests.retelling import retell
-from tests.running import Protector, eventually
-from tests.scenarios.tools import Client, Release, children_of, pid_in, spawned, worker
+from tests.running import Client, Protector, eventually
+from tests.scenarios.tools import Release, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 WORKERS = 3
@@ -99,12 +100,11 @@ def generations_seen(daemon: Protector) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
     for pid in children_of(daemon.pid):
         try:
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            environment = environment_of(pid)
         except OSError:
             continue
-        for each in environment:
-            if each.startswith(b"SOCKETPROTECTOR_GENERATION="):
-                found.setdefault(int(each.partition(b"=")[2]), set()).add(pid)
+        if "SOCKETPROTECTOR_GENERATION" in environment:
+            found.setdefault(int(environment["SOCKETPROTECTOR_GENERATION"]), set()).add(pid)
     return found
 
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import MARK, Protector, eventually, marked, wait_gone
+from tests.procfs import GONE, descriptors, environment_of, running
+from tests.running import MARK, Client, Protector, eventually, marked, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.output import Syslog
-from tests.scenarios.starting import Start, shown, start_of
-from tests.scenarios.tools import Client, Release, descriptors, hold, kinds_at_rest, spawned, worker
+from tests.scenarios.starting import Start, start_of
+from tests.scenarios.tools import Release, hold, kinds_at_rest, spawned, worker
 from tests.scenarios.users import A, B, Command
 
 Starter = Callable[..., Protector]
@@ -25,10 +26,7 @@ TALKS = worker("talks")
 
 
 def relay_of(environment: str) -> int:
-    for pid in marked(environment):
-        if "log_relay.py" in shown(pid):
-            return pid
-    return 0
+    return next(iter(running("log_relay.py", marked(environment))), 0)
 
 
 @pytest.fixture
@@ -216,15 +214,16 @@ def test_who_does_not_read_holds_up_neither_protector_nor_silent_workers(
     assert start.left() == []
 
 
-def generations(environment: str) -> set[int]:
+def generations(mark: str) -> set[int]:
     """Of the processes that live."""
     found = set()
-    for pid in marked(environment):
+    for pid in marked(mark):
         try:
-            text = Path(f"/proc/{pid}/environ").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it has just ended
-        found |= {int(each) for each in re.findall(rb"SOCKETPROTECTOR_GENERATION=(\d+)", text)}
+            environment = environment_of(pid)
+        except GONE:
+            continue
+        if "SOCKETPROTECTOR_GENERATION" in environment:
+            found.add(int(environment["SOCKETPROTECTOR_GENERATION"]))
     return found
 
 

@@ -13,10 +13,11 @@ from threading import Thread
 import pytest
 
 from tests.boundary.ending import traced
-from tests.running import eventually, wait_gone
+from tests.procfs import descriptors, state_of, wake_ups
+from tests.running import Client, eventually, wait_gone
 from tests.scenarios.output import relay_of, relays_of
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import Client, Release, descriptors, hold, state_of, wake_ups, worker
+from tests.scenarios.tools import Release, hold, worker
 
 #: Prints what it is told to, one line for each line.
 TALKS = worker("talks")

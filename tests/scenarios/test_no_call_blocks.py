@@ -21,11 +21,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.procfs import running, state_of, status_of
 from tests.rounds import rounds
-from tests.running import MARK, Protector, eventually, marked
+from tests.running import MARK, Client, Protector, eventually, marked
 from tests.scenarios.operating import Line
-from tests.scenarios.starting import shown
-from tests.scenarios.tools import Client, Release, state_of, worker
+from tests.scenarios.tools import Release, worker
 
 pytestmark = [
     pytest.mark.slow,
@@ -255,7 +255,7 @@ def judged(pid: int, file: Path) -> Iterator[Judge]:
     """Watch the calls of a process for as long as this lasts."""
     words = ["strace", "-qq", "-y", "-s", "64", "-p", str(pid), "-o", str(file)]
     with subprocess.Popen(words) as tracer:
-        eventually(lambda: f"TracerPid:\t{tracer.pid}\n" in status_of(pid), "a tracer")
+        eventually(lambda: status_of(pid)["TracerPid"] == str(tracer.pid), "a tracer")
         judge = Judge(made_by(pid))
         try:
             yield judge
@@ -263,10 +263,6 @@ def judged(pid: int, file: Path) -> Iterator[Judge]:
                 judge.read(line)
         finally:
             tracer.terminate()
-
-
-def status_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/status").read_text(encoding="ascii")
 
 
 class Life:
@@ -379,7 +375,7 @@ class Life:
             pass  # it was a worker's that has just been killed
 
     def hold_relay(self) -> None:
-        relays = [pid for pid in marked(self.mark) if "log_relay.py" in shown(pid)]
+        relays = running("log_relay.py", marked(self.mark))
         for pid in relays:
             os.kill(pid, signal.SIGSTOP)
         self.connect()

@@ -19,6 +19,7 @@ from tests.namespaces import (
     needs_root,
     of_user,
 )
+from tests.procfs import environment_of
 from tests.running import COMMAND, WORKERS, Lines, Protector, ask, eventually
 from tests.scenarios.adopting import ECHO, kill_protector, revived, upgrade
 from tests.scenarios.operating import Operated, Operating
@@ -58,16 +59,9 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
 
 def address_of(pid: int) -> str:
     """The notify address of a worker."""
-    found: list[bytes] = []
-
-    def executed() -> bool:  # whoever has forked goes on before there is an environment
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found.extend(e for e in environment if e.startswith(b"NOTIFY_SOCKET="))
-        return bool(found)
-
-    eventually(executed, "an environment")
-    [address] = found
-    return address.partition(b"=")[2].decode()
+    # Whoever has forked goes on before there is an environment.
+    eventually(lambda: "NOTIFY_SOCKET" in environment_of(pid), "an environment")
+    return environment_of(pid)["NOTIFY_SOCKET"]
 
 
 def folders() -> list[Path]:

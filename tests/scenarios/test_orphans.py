@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.procfs import children_of
+from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.operating import Operating
-from tests.scenarios.tools import Client, Release, children_of, pid_in, spawned, worker
+from tests.scenarios.tools import Release, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")

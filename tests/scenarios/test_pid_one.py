@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.running import Protector, ask, eventually
-from tests.scenarios.tools import Client, children_of, pid_in, state_of, wake_ups, worker
+from tests.procfs import children_of, state_of, wake_ups
+from tests.running import Client, Protector, ask, eventually
+from tests.scenarios.tools import pid_in, worker
 
 #: A namespace of its own, in which it is PID 1; it ends with who made it.
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tests.running import Client
 from tests.scenarios.operating import Operating, nothing_of, say_watchdog
-from tests.scenarios.tools import Client, library_worker, pid_in
+from tests.scenarios.tools import library_worker, pid_in
 
 
 def test_a_worker_whose_children_wait_beside_it_is_not_taken_for_one_that_hangs(

@@ -14,25 +14,25 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces import may
+from tests.procfs import children_of, running, status_of
 from tests.running import COMMAND, ask, eventually, wait_gone
 from tests.scenarios.starting import told
-from tests.scenarios.tools import Release, children_of
-from tests.scenarios.users import A, B, Command, words_of
+from tests.scenarios.tools import Release
+from tests.scenarios.users import A, B, Command
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
 )
 
 KEPT = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID
-ALL = int(Path("/proc/self/status").read_text().partition("CapBnd:\t")[2].split("\n")[0], 16)
+ALL = int(status_of(os.getpid())["CapBnd"], 16)
 
 
 class Rights:
     """What the kernel says that a process is."""
 
     def __init__(self, pid: int) -> None:
-        text = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        fields = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+        fields = status_of(pid)
         self.uids = {int(word) for word in fields["Uid"].split()}
         self.gids = {int(word) for word in fields["Gid"].split()}
         self.groups = {int(word) for word in fields["Groups"].split()}
@@ -141,7 +141,7 @@ def test_the_relay_has_no_capability(command: Command) -> None:
     """It reads what workers say; one that took it over would have gained nothing."""
     words = ("--umask", "022", "unix:s", "--", *command.worker("talks"))
     command.up("--user", A, "--worker-user", B, *words, relay=True)
-    relays = [pid for pid in children_of(command.start.pid) if "log_relay.py" in words_of(pid)]
+    relays = running("log_relay.py", children_of(command.start.pid))
 
     assert len(relays) == 1
     is_user(relays[0], A)
@@ -346,20 +346,6 @@ def test_the_protector_can_do_nothing_but_its_three_things(command: Command) -> 
     assert not may(A, "cat", f"/proc/{command.worker_pid()}/environ")
     assert not may(B, "cat", f"/proc/{command.start.pid}/environ")
     command.start.stop()
-
-
-def test_worker_user_needs_user(command: Command) -> None:
-    ended = command.run("--worker-user", B, "unix:s", "--", "true")
-
-    assert ended.status == 2
-    assert "--worker-user needs --user" in ended.err
-
-
-def test_an_unknown_worker_user_is_refused(command: Command) -> None:
-    ended = command.run("--user", A, "--worker-user", "no-such-user", "unix:s", "--", "true")
-
-    assert ended.status == 2
-    assert "--worker-user no-such-user: unknown user" in ended.err
 
 
 HARMS = ["shuts_it_down", "listens_again", "drops_clients_in_the_kernel", "steers_clients_astray"]

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load, Snapshot
+from tests.procfs import listening
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, ask, eventually
+from tests.running import DEADLINE_S, Client, ask, eventually
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
-from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, listening, pid_in, spawned, worker
+from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
 ROUNDS = rounds(5, 100)
 LISTENER = ("--handoff", "listener", "--ready", "notify")

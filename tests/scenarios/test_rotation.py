@@ -14,9 +14,9 @@ from threading import Event, Thread
 
 import pytest
 
-from tests.running import DEADLINE_S, ROOT
+from tests.running import DEADLINE_S, ROOT, Client
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import Client, worker
+from tests.scenarios.tools import worker
 
 SHIPPED = ROOT / "init.d" / "socketprotector.logrotate"
 #: Prints what it is told to, one line for each line.

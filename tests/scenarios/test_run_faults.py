@@ -15,16 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
+from tests.procfs import in_backlog, kinds_of
 from tests.rounds import rounds
-from tests.running import Protector, ask, eventually
+from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     Gate,
     Release,
     hold,
-    in_backlog,
-    kinds_of,
     library_worker,
     pid_in,
     spawned,

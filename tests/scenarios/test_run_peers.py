@@ -11,20 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.load import Load
+from tests.procfs import descriptors, in_backlog, wake_ups
 from tests.rounds import rounds
-from tests.running import Protector, eventually
-from tests.scenarios.tools import (
-    Client,
-    Release,
-    descriptors,
-    hold,
-    in_backlog,
-    kinds_at_rest,
-    no_more_open,
-    spawned,
-    wake_ups,
-    worker,
-)
+from tests.running import Client, Protector, eventually
+from tests.scenarios.tools import Release, hold, kinds_at_rest, no_more_open, spawned, worker
 
 Start = Callable[..., Protector]
 

@@ -11,20 +11,11 @@ import pytest
 
 from bench.seen import Snapshot
 from tests.load import Load
+from tests.procfs import state_of
 from tests.rounds import rounds
-from tests.running import FAIR_START_S, Protector, eventually, wait_gone
+from tests.running import FAIR_START_S, Client, Protector, eventually, wait_gone
 from tests.scenarios.adopting import at_rest
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Client,
-    Gate,
-    Release,
-    hold,
-    pid_in,
-    spawned,
-    state_of,
-    worker,
-)
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 HUP, TERM = signal.SIGHUP, signal.SIGTERM

@@ -17,22 +17,16 @@ from functools import partial
 import pytest
 
 from tests.load import Load
+from tests.procfs import children_of, descriptors, in_backlog, kinds_of, memory_kib, wake_ups
 from tests.rounds import rounds
-from tests.running import LISTENER, Protector, ask, eventually
+from tests.running import LISTENER, Client, Protector, ask, eventually
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
-    children_of,
-    descriptors,
     hold,
-    in_backlog,
     kinds_at_rest,
-    kinds_of,
-    memory_kib,
     no_more_open,
     pid_in,
     spawned,
-    wake_ups,
     watch_for_spinning,
     worker,
     worker_for_nobody,

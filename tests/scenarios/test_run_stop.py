@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, eventually, wait_gone
-from tests.scenarios.tools import EITHER_HANDOFF, Client, hold, in_backlog, pid_in, spawned, worker
+from tests.procfs import in_backlog
+from tests.running import Client, Protector, eventually, wait_gone
+from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
 Start = Callable[..., Protector]
 TERM = signal.SIGTERM

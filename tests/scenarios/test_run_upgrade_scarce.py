@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import signal
 from collections.abc import Callable
 
 import pytest
 
+from tests.procfs import descriptors
 from tests.running import Protector, ask
 from tests.scenarios.tools import EITHER_HANDOFF, worker
 
@@ -19,7 +19,7 @@ def test_an_upgrade_without_descriptors_is_refused_and_the_old_program_goes_on(
     protector: Callable[..., Protector], spare: int
 ) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
-    used = max(map(int, os.listdir(f"/proc/{daemon.pid}/fd"))) + 1
+    used = max(descriptors(daemon.pid)) + 1
     _, hard = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
 
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (used + spare, hard))

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 
-from tests.running import DEADLINE_S, FAIR_START_S, WORKERS, Protector, ask, eventually
+from tests.procfs import descriptors
+from tests.running import DEADLINE_S, FAIR_START_S, WORKERS, Client, Protector, ask, eventually
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     Gate,
-    descriptors,
     kinds_at_rest,
     no_more_open,
     pid_in,

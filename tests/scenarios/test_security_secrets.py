@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.procfs import command_line_of, descriptors, running
 from tests.running import DEADLINE_S, MARK, eventually, marked
 from tests.scenarios.managers import Manager
-from tests.scenarios.starting import Start, shown
+from tests.scenarios.starting import Start
 from tests.scenarios.tools import Release, worker
 
 SECRETS = {
@@ -97,9 +98,7 @@ def test_neither_the_probe_nor_the_relay_is_told_by_its_command_line(
     words = ("--env", f"FROM_OPTION={SECRETS['option']}", "unix:s", "--", *worker("tells"))
     assert start(*words).status == 0
 
-    relays = [
-        text for pid in marked(start.environment[MARK]) if "log_relay.py" in (text := shown(pid))
-    ]
+    relays = [*map(command_line_of, running("log_relay.py", marked(start.environment[MARK])))]
 
     assert len(relays) == 1
     assert SECRETS["option"] not in relays[0]
@@ -114,7 +113,7 @@ def test_no_other_user_can_read_the_environments(
     start.up("--env", "A=1", "unix:s", "--", *worker("minimal"))
     pid = start.pid
 
-    held = {os.readlink(f"/proc/{pid}/fd/{fd}"): fd for fd in os.listdir(f"/proc/{pid}/fd")}
+    held = {target: fd for fd, target in descriptors(pid).items()}
     memfds = [fd for target, fd in held.items() if target.startswith("/memfd:sp.")]
     assert len(memfds) >= 2
     for fd in memfds:
@@ -145,7 +144,7 @@ def test_what_the_launching_process_shows_is_gone_with_it(start: Start) -> None:
     """Who puts a secret into --env shows it while the command starts, and no longer."""
     start.up("--env", f"A={SECRETS['option']}", "unix:s", "--", *worker("tells"))
 
-    texts = [shown(pid) for pid in marked(start.environment[MARK])]
+    texts = [command_line_of(pid) for pid in marked(start.environment[MARK])]
 
     assert texts
     assert not [text for text in texts if SECRETS["option"] in text]

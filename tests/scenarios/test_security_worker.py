@@ -14,18 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.procfs import memory_kib, wake_ups
+from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.managers import Manager
-from tests.scenarios.tools import (
-    Client,
-    Release,
-    kinds_at_rest,
-    memory_kib,
-    no_more_open,
-    spawned,
-    wake_ups,
-    worker,
-)
+from tests.scenarios.tools import Release, kinds_at_rest, no_more_open, spawned, worker
 
 Start = Callable[..., Protector]
 

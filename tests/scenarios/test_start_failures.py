@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import MARK, marked
-from tests.scenarios.starting import MINIMAL, Ended, Start, start_of
+from tests.running import MARK, Ended, marked
+from tests.scenarios.starting import MINIMAL, Start, start_of
 from tests.scenarios.tools import worker
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give rights away")
@@ -70,76 +70,10 @@ def test_a_privileged_port_without_the_right_is_refused(start: Start) -> None:
     assert start.left() == []
 
 
-def test_a_host_that_does_not_resolve_is_refused(start: Start, mode: tuple[str, ...]) -> None:
-    ended = start(*mode, "no-such-host.invalid:0", "--", *MINIMAL)
-
-    refused(ended, 111, "cannot resolve no-such-host.invalid", "check the name")
-    assert start.left() == []
-
-
-def test_an_address_that_is_nobodys_is_refused(start: Start) -> None:
-    ended = start("192.0.2.77:0", "--", *MINIMAL)
-
-    refused(ended, 111, "Cannot assign requested address", "freebind=1")
-    assert start.left() == []
-
-
 def test_a_command_that_is_not_there_is_refused(start: Start, mode: tuple[str, ...]) -> None:
     ended = start(*mode, "127.0.0.1:0", "--", "./no-such-daemon")
 
     refused(ended, 2, "cannot run .*/no-such-daemon: No such file", "check the path")
-    assert start.left() == []
-
-
-def test_a_command_that_is_not_in_the_path_is_refused(start: Start) -> None:
-    ended = start("127.0.0.1:0", "--", "no-such-daemon-anywhere")
-
-    refused(ended, 2, "cannot run no-such-daemon-anywhere: not found in PATH")
-    assert start.left() == []
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_command_that_is_not_executable_is_refused(start: Start, kind: str) -> None:
-    daemon = start.folder / "daemon.sh"
-    daemon.mkdir() if kind == "folder" else daemon.touch()
-
-    ended = start("127.0.0.1:0", "--", "./daemon.sh")
-
-    refused(ended, 2, "cannot run .*/daemon.sh: not executable", r"chmod \+x")
-    assert start.left() == []
-
-
-def test_a_current_directory_that_is_gone_is_refused(start: Start) -> None:
-    gone = start.folder / "gone"
-    gone.mkdir()
-
-    ended = start(
-        *("127.0.0.1:0", "--", *MINIMAL),
-        cwd=gone,
-        before=("sh", "-c", 'rmdir "$PWD"; exec "$@"', "-"),
-    )
-
-    refused(ended, 111, "the current directory is gone", "cd to one that exists")
-    assert start.left() == []
-
-
-@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
-def test_a_file_in_a_folder_that_is_not_there_is_refused(
-    start: Start, option: str, mode: tuple[str, ...]
-) -> None:
-    ended = start(*mode, option, "no/such/file", f"unix:{start.folder}/s", "--", *MINIMAL)
-
-    refused(ended, 111, f"{option[2:].replace('-', ' ')} .*/no/such/file", "and its permissions")
-    assert start.left() == []
-
-
-@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
-def test_a_folder_in_the_place_of_a_file_is_refused(start: Start, option: str) -> None:
-    (start.folder / "folder.sh").mkdir()
-
-    ended = start(option, "folder.sh", f"unix:{start.folder}/s", "--", *MINIMAL)
-
-    refused(ended, 111, "cannot write the .*/folder.sh", "and its permissions")
     assert start.left() == []
 
 

@@ -13,10 +13,11 @@ import termios
 
 import pytest
 
-from tests.running import Lines, ask, eventually, wait_gone
+from tests.procfs import cpu_s, descriptors, wake_ups
+from tests.running import Client, Lines, ask, eventually, wait_gone
 from tests.scenarios.output import Syslog, relay_of, relays_of
 from tests.scenarios.starting import MINIMAL, Start, start_of
-from tests.scenarios.tools import Client, cpu_s, descriptors, wake_ups, worker
+from tests.scenarios.tools import worker
 
 # -- the relay -----------------------------------------------------------------
 

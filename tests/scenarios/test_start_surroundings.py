@@ -17,9 +17,10 @@ import pytest
 import socketprotector_client
 
 import socketprotector
-from tests.running import COMMAND, DEADLINE_S, ask
+from tests.procfs import cpu_s, descriptors, status_of, terminal_of
+from tests.running import COMMAND, DEADLINE_S, Client, ask
 from tests.scenarios.starting import MINIMAL, TELLS, Start, on_a_terminal, start_of, told
-from tests.scenarios.tools import Client, worker
+from tests.scenarios.tools import worker
 
 # -- descriptors ---------------------------------------------------------------
 
@@ -49,7 +50,7 @@ def test_standard_descriptors_may_be_closed(
     found = told(f"{start.folder}/s")
     assert found["descriptors"]["0"] == "/dev/null"
     assert is_output(found["descriptors"]["2"], start, relay)
-    assert os.readlink(f"/proc/{start.pid}/fd/0") == "/dev/null"
+    assert descriptors(start.pid)[0] == "/dev/null"
     start.stop()
     assert start.left() == []
 
@@ -105,8 +106,7 @@ def test_stray_descriptors_reach_nobody(start: Start, mode: str) -> None:
         os.close(high)
         start.wait_for("event=ready")
         found = told(f"{start.folder}/s")
-        folder = Path(f"/proc/{start.pid}/fd")
-        assert [f for f in folder.iterdir() if os.readlink(f) == stray] == []
+        assert stray not in descriptors(start.pid).values()
         assert sorted(map(int, found["descriptors"])) == [0, 1, 2, 3, 4, 5]
         assert os.read(receive, 1) == b"", "nobody has it any more"
         if mode == "foreground":
@@ -132,9 +132,7 @@ def test_a_high_limit_of_descriptors_costs_no_time(start: Start) -> None:
     assert ended.status == 0
     found = told(f"{start.folder}/s")
     assert found["nofile"] == [1024, limit], "the caller's soft limit"
-    usage = Path(f"/proc/{start.pid}/stat").read_text().rpartition(")")[2].split()
-    ticks = os.sysconf("SC_CLK_TCK")
-    assert (int(usage[11]) + int(usage[12])) / ticks < 2.0, "seconds of its own CPU time"
+    assert cpu_s(start.pid) < 2.0
     start.stop()
 
 
@@ -148,8 +146,7 @@ def test_the_protector_is_resident_in_less_than_16_mb(start: Start, tmp_path: Pa
     start.environment["PYTHONPATH"] = str(installed)
     start.up("unix:s", "--", *MINIMAL)
 
-    status = Path(f"/proc/{start.pid}/status").read_text()
-    resident_kb = int(status.split("VmRSS:")[1].split()[0])
+    resident_kb = int(status_of(start.pid)["VmRSS"].split()[0])
 
     assert resident_kb <= 15.5 * 1024  # so there is room for the next feature, and another Python
     start.stop()
@@ -299,8 +296,8 @@ def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -
 
     assert os.getsid(start.pid) != start.pid, "no session leader: it can get no terminal"
     assert os.getsid(start.pid) != os.getsid(0)
-    terminal = Path(f"/proc/{start.pid}/stat").read_text().rpartition(")")[2].split()[4]
-    assert terminal == "0"
+    terminal = terminal_of(start.pid)
+    assert terminal == 0
     start.reload()
     start.stop()
 

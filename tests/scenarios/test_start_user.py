@@ -6,7 +6,6 @@ import grp
 import os
 import pwd
 import random
-import re
 import resource
 import shutil
 import signal
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, wait_gone
-from tests.scenarios.starting import Ended, Start, told
+from tests.procfs import status_of
+from tests.running import DEADLINE_S, ROOT, WORKERS, Ended, ask, eventually, wait_gone
+from tests.scenarios.starting import Start, told
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 
@@ -91,13 +91,10 @@ def theirs(start: Start) -> Iterator[Path]:
         start.end()
 
 
-def status_of(pid: int) -> dict[str, list[int]]:
+def identity_of(pid: int) -> dict[str, list[int]]:
     """User, group and supplementary groups of a process."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return {
-        name: [int(word) for word in value.split()]
-        for name, value in re.findall(r"^(Uid|Gid|Groups):\t(.*)$", text, re.MULTILINE)
-    }
+    status = status_of(pid)
+    return {name: [*map(int, status[name].split())] for name in ("Uid", "Gid", "Groups")}
 
 
 def test_everything_runs_as_that_user_from_before_the_first_worker(
@@ -117,7 +114,7 @@ def test_everything_runs_as_that_user_from_before_the_first_worker(
     assert found["uids"] == [nobody.pw_uid] * 3
     assert found["gids"] == [nobody.pw_gid] * 3
     assert sorted(found["groups"]) == groups
-    resident = status_of(start.pid)
+    resident = identity_of(start.pid)
     assert resident["Uid"] == [nobody.pw_uid] * 4
     assert resident["Gid"] == [nobody.pw_gid] * 4
     assert sorted(resident["Groups"]) == groups

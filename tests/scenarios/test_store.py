@@ -10,20 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
-from tests.running import ask, eventually, wait_gone
+from tests.procfs import children_of, kinds_of
+from tests.running import Client, ask, eventually, wait_gone
 from tests.scenarios.adopting import ROUNDS, Chance, served
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
-from tests.scenarios.tools import (
-    EITHER_HANDOFF,
-    Client,
-    Gate,
-    Release,
-    children_of,
-    hold,
-    kinds_of,
-    pid_in,
-    spawned,
-)
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
 
 def test_what_is_stored_is_what_lives_and_at_the_end_nothing_is(service: Service) -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
-from tests.running import DEADLINE_S, ROOT, WORKERS, ask, eventually, wait_gone
+from tests.procfs import kinds_of
+from tests.running import DEADLINE_S, ROOT, WORKERS, Client, ask, eventually, wait_gone
 from tests.scenarios.adopting import served
-from tests.scenarios.tools import Client, Gate, kinds_of, pid_in
+from tests.scenarios.tools import Gate, pid_in
 
 BIN = Path(sys.executable).parent
 PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")

@@ -10,7 +10,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,15 +21,16 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system.sd_notify import Outbox, Systemd
+from tests.procfs import environment_of
 from tests.running import (
     COMMAND,
     DEADLINE_S,
     ROOT,
     WORKERS,
+    Client,
     Protector,
     ask,
     eventually,
-    exchange,
     wait_gone,
 )
 from tests.scenarios.adopting import Installation, at_rest
@@ -383,10 +383,9 @@ def test_workers_get_neither_the_managers_socket_nor_its_watchdog(
 
     [worker] = daemon.worker_pids()
 
-    environment = Path(f"/proc/{worker}/environ").read_bytes().decode().split("\0")
-    assert not [line for line in environment if line.startswith("WATCHDOG_")]
-    [address] = [line for line in environment if line.startswith("NOTIFY_SOCKET=")]
-    assert address != f"NOTIFY_SOCKET={manager.address}"
+    environment = environment_of(worker)
+    assert not [name for name in environment if name.startswith("WATCHDOG_")]
+    assert environment["NOTIFY_SOCKET"] != manager.address
     daemon.stop()
 
 
@@ -415,14 +414,14 @@ def test_the_workers_of_a_killed_protector_finish_what_they_have_and_end(
     """Hence KillMode=process: systemd must not kill them when the protector dies."""
     daemon = service()
     manager.wait_for("READY")
-    with socket.create_connection(("127.0.0.1", daemon.port), DEADLINE_S) as held:
-        first = exchange(held, "mine")
+    with Client(("127.0.0.1", daemon.port)) as held:
+        first = held.ask("mine")
         [worker] = daemon.worker_pids()
 
         daemon.process.kill()
         daemon.process.wait(DEADLINE_S)
 
-        assert exchange(held, "mine") == first == f"[{worker}] mine"
+        assert held.ask("mine") == first == f"[{worker}] mine"
     assert wait_gone([worker]) == []
 
 

@@ -6,13 +6,12 @@ import os
 import re
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 
-from tests.running import DEADLINE_S, eventually
+from tests.procfs import state_of
+from tests.running import DEADLINE_S, Client, eventually
 from tests.scenarios.starting import MINIMAL, Start, on_a_terminal
-from tests.scenarios.tools import Client
 
 #: As a shell does with `command &`: a group of its own, which is not the terminal's.
 IN_BACKGROUND = """
@@ -87,8 +86,7 @@ def test_a_refusal_is_told_there(start: Start) -> None:
 def test_nobody_spins_there(start: Start) -> None:
     with on_a_terminal(start, "unix:s", "--", *MINIMAL, before=LEADER) as (process, terminal):
         terminal.read_until("event=ready")
-        stat = Path(f"/proc/{start.pid}/stat")
-        eventually(lambda: stat.read_text().rpartition(") ")[2][0] == "S", "it sleeps")
+        eventually(lambda: state_of(start.pid) == "S", "it sleeps")
         os.kill(start.pid, signal.SIGTERM)
         terminal.read_until("event=stopped")
         assert process.wait(DEADLINE_S) == 0

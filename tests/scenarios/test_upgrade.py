@@ -14,8 +14,9 @@ import pytest
 
 from socketprotector import __version__
 from tests.load import Load
+from tests.procfs import children_of, in_backlog
 from tests.rounds import rounds
-from tests.running import Protector, ask, eventually, wait_gone
+from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     ROUNDS,
     Chance,
@@ -27,12 +28,9 @@ from tests.scenarios.adopting import (
 from tests.scenarios.managers import Manager
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     Gate,
     Release,
-    children_of,
     hold,
-    in_backlog,
     kinds_at_rest,
     no_more_open,
     pid_in,

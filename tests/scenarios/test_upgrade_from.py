@@ -20,12 +20,11 @@ from bench.earlier import EarlierCode, NoSuchCommit, extract
 from socketprotector import __version__
 from tests.c.building import alone_in, compiled, shared_folder
 from tests.load import Load
-from tests.running import MARK, Protector, ask, marked
+from tests.running import MARK, Client, Protector, ask, marked
 from tests.scenarios.adopting import at_rest, kill_protector, revived, served, upgrade
 from tests.scenarios.starting import shown
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
-    Client,
     library_worker,
     pid_in,
     spawned,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.running import COMMAND, MARK, Protector, ask, eventually, marked, wait_gone
+from tests.procfs import running
+from tests.running import MARK, Protector, ask, eventually, marked, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.scenarios.starting import MINIMAL, Start, shown
-from tests.scenarios.tools import worker
+from tests.scenarios.starting import MINIMAL, Start
 
 Starter = Callable[..., Protector]
 RELOADED = r"event=(reloaded|reload-failed)\b"
@@ -89,7 +88,7 @@ def after(daemon: Protector, change: Callable[[], object]) -> str:
 
 
 def watcher_of(environment: str) -> list[int]:
-    return [pid for pid in marked(environment) if "file_watch.py" in shown(pid)]
+    return running("file_watch.py", marked(environment))
 
 
 def test_a_change_is_a_reload(watching: Starter, source: Source) -> None:
@@ -268,26 +267,3 @@ def test_it_ends_with_a_protector_that_is_killed(
     daemon.process.kill()
 
     assert wait_gone(watchers) == []
-
-
-def test_what_cannot_be_watched_is_refused_in_one_line(tmp_path: Path) -> None:
-    arguments = ["-f", "--watch", "nowhere", "127.0.0.1:0", "--", *worker("minimal")]
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=tmp_path)
-
-    assert done.returncode == 2
-    assert done.stderr == "SocketProtector: --watch nowhere: No such file or directory\n"
-
-
-def test_without_watchfiles_it_says_what_to_install(tmp_path: Path) -> None:
-    program = (
-        "import sys; sys.modules['watchfiles'] = None; sys.argv[:] = ['SocketProtector',"
-        " '-f', '--watch', '.', '127.0.0.1:0', '--', 'true'];"
-        "from socketprotector.__main__ import main; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-
-    assert done.returncode == 2
-    assert done.stderr == (
-        "SocketProtector: --watch .: watchfiles is not installed; "
-        "pip install 'socketprotector[watch]'\n"
-    )

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tests.procfs import children_of, command_line_of
 from tests.running import COMMAND, WORKERS
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import children_of
 
 A, B = "games", "nobody"
 
@@ -41,7 +41,7 @@ class Command:
     @property
     def protector(self) -> int:
         """The one child of the guard that is neither a worker nor an orphaned relay."""
-        words = {pid: words_of(pid) for pid in children_of(self.start.pid)}
+        words = {pid: command_line_of(pid) for pid in children_of(self.start.pid)}
         found = [
             pid
             for pid, said in words.items()
@@ -55,10 +55,3 @@ class Command:
 
     def worker_pid(self) -> int:
         return int(re.findall(r"event=spawned .*\bpid=(\d+)", self.start.log)[-1])
-
-
-def words_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""  # a worker of before, ended meanwhile

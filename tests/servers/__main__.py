@@ -10,8 +10,9 @@ from pathlib import Path
 
 from bench.processes import free_port
 from tests.running import Protector, mark
+from tests.scenarios.tools import spawned
 from tests.servers.catalogue import SERVERS
-from tests.servers.traffic import Traffic, newest
+from tests.web import Traffic
 
 
 def main() -> None:
@@ -34,16 +35,16 @@ def measure(name: str, reloads: int, wait_s: str, clients: int, late_s: float) -
         )
         began = time.monotonic()
         try:
-            port = protector.ready().port
+            address = "127.0.0.1", protector.ready().port
             with (
-                Traffic(port, clients=clients) as single,
-                Traffic(port, kept=True, clients=clients, pause_s=0.01) as kept,
-                Traffic(port, clients=clients, late_s=late_s) as late,
+                Traffic(address, clients=clients, pause_s=0.0) as single,
+                Traffic(address, kept=True, clients=clients, pause_s=0.01) as kept,
+                Traffic(address, clients=clients, pause_s=0.0, late_s=late_s) as late,
             ):
-                single.wait_for(newest(protector))
+                single.wait_for(spawned(protector)[-1])
                 for _ in range(reloads):
                     protector.reload()
-                    single.wait_for(newest(protector))
+                    single.wait_for(spawned(protector)[-1])
             protector.stop()
         finally:
             protector.end()
@@ -53,7 +54,7 @@ def measure(name: str, reloads: int, wait_s: str, clients: int, late_s: float) -
     cpu_s = used.children_user + used.children_system
     print(f"{name}: {time.monotonic() - began:.1f} s, CPU of all so far {cpu_s:.1f} s")
     for kind, seen in (("single", single.seen), ("kept", kept.seen), ("late", late.seen)):
-        print(f"  {kind}: {seen.answered} answers, ends {seen.ends}, {dict(seen.failures)}")
+        print(f"  {kind}: {seen.answers.total()} answers, ends {seen.ends}, {dict(seen.failures)}")
 
 
 if __name__ == "__main__":

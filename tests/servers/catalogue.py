@@ -19,6 +19,12 @@ CONFIGURATION = "nginx.conf"
 _PYTHON = sys.executable
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
 
+#: How long an application takes for an answer, so that requests are under way when the signal
+#: comes.
+WAIT_S = "0.005"
+#: Of each client between its requests: enough of them for one to come at the wrong moment.
+PAUSE_S = 0.02
+
 
 @dataclass(frozen=True)
 class Server:

@@ -15,8 +15,9 @@ import pytest
 from tests.rounds import rounds
 from tests.running import Protector
 from tests.scenarios.adopting import kill_protector, revived, upgrade
-from tests.servers.catalogue import SERVERS
-from tests.servers.traffic import PAUSE_S, WAIT_S, Connection, Traffic, newest
+from tests.scenarios.tools import spawned
+from tests.servers.catalogue import PAUSE_S, SERVERS, WAIT_S
+from tests.web import Connection, Traffic
 
 Start = Callable[..., Protector]
 
@@ -32,21 +33,19 @@ def test_another_protector_goes_on_and_no_request_fails(
     server.needed()
     guard = ("--guard",) if how == "guard" else ()
     daemon = protector(*guard, *server.arguments(tmp_path, free_port), WAIT_S=WAIT_S).ready()
-    with Traffic(daemon.port, pause_s=PAUSE_S) as traffic:
-        traffic.wait_for(newest(daemon))
+    with Traffic(("127.0.0.1", daemon.port), pause_s=PAUSE_S) as traffic:
+        traffic.wait_for(spawned(daemon)[-1])
         for _ in range(rounds(1, 10)):
             if how == "guard":
                 revived(daemon, kill_protector(daemon))
             else:
                 assert "event=adopted" in upgrade(daemon)
             for _ in range(3):  # one by one, so that each is followed by an accept() of nobody
-                one = Connection(daemon.port)
-                one.ask(last=True)
-                assert one.answer()
-                one.close()
+                with Connection(("127.0.0.1", daemon.port)) as one:
+                    assert one.ask(last=True)
         mark = daemon.signal(signal.SIGHUP)
         daemon.log.wait_for("event=reloaded", after=mark)
-        traffic.wait_for(newest(daemon))
+        traffic.wait_for(spawned(daemon)[-1])
     daemon.stop()
 
     assert not traffic.seen.failures

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from bench.processes import descendants
+from tests.procfs import is_accepted
 from tests.rounds import rounds
 from tests.running import Protector, eventually
-from tests.servers.catalogue import SERVERS, Server
-from tests.servers.traffic import PAUSE_S, WAIT_S, Connection, Traffic, is_accepted, newest
+from tests.scenarios.tools import spawned
+from tests.servers.catalogue import PAUSE_S, SERVERS, WAIT_S, Server
+from tests.web import Connection, Traffic
 
 Start = Callable[..., Protector]
 Serve = Callable[[Server], Protector]
@@ -43,14 +45,13 @@ class Outcome:
 
     def __init__(self, protector: Protector, times: int) -> None:
         """Reload under load, each time when the generation before has answered; stop."""
-        idle = Connection(protector.port)
+        idle = Connection(("127.0.0.1", protector.port))
         idle.ask()
-        idle.answer()
-        with Traffic(protector.port, pause_s=PAUSE_S) as traffic:
-            traffic.wait_for(newest(protector))
+        with Traffic(("127.0.0.1", protector.port), pause_s=PAUSE_S) as traffic:
+            traffic.wait_for(spawned(protector)[-1])
             for _ in range(times):
                 protector.reload()
-                traffic.wait_for(newest(protector))
+                traffic.wait_for(spawned(protector)[-1])
             self.idle_ended = idle.ended(within_s=20)
         idle.close()
         protector.stop()
@@ -74,15 +75,17 @@ def test_a_connection_that_was_accepted_and_asks_late_is_answered_by_the_old_one
     serve: Serve, server: Server
 ) -> None:
     protector = serve(server)
-    idle, late = Connection(protector.port), Connection(protector.port)
+    idle, late = (
+        Connection(("127.0.0.1", protector.port)),
+        Connection(("127.0.0.1", protector.port)),
+    )
     idle.ask()
-    idle.answer()
     eventually(lambda: is_accepted(protector.port, late.port), "the connection accepted")
-    old = [newest(protector), *descendants(newest(protector))]
+    old = [spawned(protector)[-1], *descendants(spawned(protector)[-1])]
 
     protector.reload()
     assert idle.ended(within_s=20)  # so the old one has heard
-    late.ask()
+    late.send()
 
     assert late.answer() in old
     idle.close()

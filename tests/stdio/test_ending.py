@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.protector import Protector as Given
+from tests.channel import Channel
 from tests.load import Load
-from tests.running import Protector, eventually, parent_of, wait_gone
+from tests.procfs import parent_of, watched_by
+from tests.running import Client, Protector, eventually, wait_gone
 from tests.scenarios.tools import Release
-from tests.stdio.pools import ANSWERS, PROGRAMS, TALKS, Caller, pool, refusing, waited_for
+from tests.stdio.pools import ANSWERS, PROGRAMS, TALKS, pool, refusing
 
 Start = Callable[..., Protector]
 #: Does not end when it is asked to; ends with its client.
@@ -32,13 +33,13 @@ def program(tmp_path: Path) -> Release:
 
 def test_a_reload_lets_running_programs_finish(protector: Start, program: Release) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(2, program.path)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as before:
+    with Client(("127.0.0.1", daemon.port)) as before:
         assert before.hear() == "old"
         program.write("#!/bin/sh\necho new; exec cat\n")
 
         daemon.reload()
 
-        with Caller(("127.0.0.1", daemon.port)) as after:
+        with Client(("127.0.0.1", daemon.port)) as after:
             assert after.hear() == "new"
         assert before.ask("still there") == "still there"
     daemon.log.wait_for("event=drained generation=1")
@@ -81,7 +82,7 @@ def test_a_reload_to_a_command_that_cannot_be_started_changes_nothing(
         program.write("echo new\n")
     elif fault == "without its interpreter":
         program.write("#!/not/there -x\n")
-    with Caller(("127.0.0.1", daemon.port)) as waiting:
+    with Client(("127.0.0.1", daemon.port)) as waiting:
         daemon.signal(signal.SIGHUP)
         daemon.log.wait_for(f"cannot start .*{program.path}: .*{reason}")
         daemon.log.wait_for("event=reload-failed .*exited with status 111")
@@ -94,7 +95,7 @@ def test_a_reload_to_a_command_that_cannot_be_started_changes_nothing(
 
 def test_stop_lets_programs_finish_and_serves_who_waits(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+    with Client(("127.0.0.1", daemon.port)) as first, Client(("127.0.0.1", daemon.port)) as second:
         assert first.hear()
         mark = daemon.signal(signal.SIGTERM)
         daemon.log.wait_for("event=stopping", after=mark)
@@ -109,7 +110,7 @@ def test_stop_lets_programs_finish_and_serves_who_waits(protector: Start) -> Non
 def test_a_stop_that_takes_too_long_ends_programs_by_term(protector: Start) -> None:
     command = pool(2, "sleep 100 & echo $$; wait", shell=True)
     daemon = protector("--stop-timeout", "0.2s", "127.0.0.1:0", "--", *command).ready()
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         pid = int(client.hear())
 
         daemon.signal(signal.SIGTERM)
@@ -124,7 +125,7 @@ def test_a_stop_that_takes_too_long_ends_programs_by_term(protector: Start) -> N
 def test_what_does_not_heed_term_is_killed_with_its_pool(protector: Start) -> None:
     times = ("--stop-timeout", "0.1s", "--kill-timeout", "0.3s")
     daemon = protector(*times, "127.0.0.1:0", "--", *pool(2, STUBBORN, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         pid = int(client.hear())
 
         daemon.signal(signal.SIGTERM)
@@ -135,38 +136,38 @@ def test_what_does_not_heed_term_is_killed_with_its_pool(protector: Start) -> No
     assert daemon.log.count("signal=KILL") == 1
 
 
-def test_a_pool_that_retires_takes_no_more_and_finishes(given: Given) -> None:
-    worker = given.start(*pool(4, TALKS, shell=True))
-    channel = given.reader.fileno()
-    client = given.connect()
-    assert client.read()
-    eventually(lambda: channel in waited_for(worker.pid), "it listening for the next one")
+def test_a_pool_that_retires_takes_no_more_and_finishes(channel: Channel) -> None:
+    worker = channel.start(*pool(4, TALKS, shell=True))
+    queue = channel.reader.fileno()
+    client = channel.connect()
+    assert client.hear()
+    eventually(lambda: queue in watched_by(worker.pid), "it listening for the next one")
 
     worker.retire()
 
-    eventually(lambda: channel not in waited_for(worker.pid), "its retiring")
+    eventually(lambda: queue not in watched_by(worker.pid), "its retiring")
     assert client.ask("still there") == "still there"
-    late = given.connect()
+    late = channel.connect()
     client.close()
     assert worker.wait() == 0
-    assert given.queued() == 1  # for the others
-    given.start(*pool(1, TALKS, shell=True))
-    assert late.read()
+    assert channel.queued() == 1  # for the others
+    channel.start(*pool(1, TALKS, shell=True))
+    assert late.hear()
 
 
 def test_a_retiring_pool_leaves_nobody_waiting_beside_one_that_has_places(
-    given: Given, tmp_path: Path
+    channel: Channel, tmp_path: Path
 ) -> None:
     """One of them is woken for a connection; it may be the one who leaves."""
     held = tmp_path / "held"
     late = str(PROGRAMS / "late.py")
-    first = given.start(sys.executable, late, held, *pool(1, TALKS, shell=True)[4:])
-    channel = given.reader.fileno()
-    eventually(lambda: channel in waited_for(first.pid), "to listen")
-    given.start(*pool(1, TALKS, shell=True))
+    first = channel.start(sys.executable, late, held, *pool(1, TALKS, shell=True)[4:])
+    queue = channel.reader.fileno()
+    eventually(lambda: queue in watched_by(first.pid), "to listen")
+    channel.start(*pool(1, TALKS, shell=True))
     held.touch()
     while True:  # until it is the first one that is woken, not the other
-        client = given.connect()
+        client = channel.connect()
         came = client.has_answer
         eventually(lambda: held.read_text() == "woken" or came(), "a wake-up")  # noqa: B023
         if held.read_text() == "woken":
@@ -176,16 +177,16 @@ def test_a_retiring_pool_leaves_nobody_waiting_beside_one_that_has_places(
 
     held.unlink()
 
-    assert client.read()
+    assert client.hear()
     client.close()
     assert first.wait() == 0
 
 
 def test_a_pool_that_is_killed_is_replaced_and_its_programs_go_on(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as before:
+    with Client(("127.0.0.1", daemon.port)) as before:
         pid = int(before.hear())
-        with Caller(("127.0.0.1", daemon.port)) as waiting:  # in the queue
+        with Client(("127.0.0.1", daemon.port)) as waiting:  # in the queue
             os.kill(parent_of(pid), signal.SIGKILL)
 
             assert waiting.hear()
@@ -199,7 +200,7 @@ def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: St
         *("--handoff", "stdio", "--shell", "--workers", "1", "--kill-timeout", "300ms"),
         *("--stop-timeout", "300ms", "127.0.0.1:0", "--", STUBBORN),
     ).ready()
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         pid = int(client.hear())
         group = parent_of(pid)
         os.kill(group, signal.SIGKILL)
@@ -216,7 +217,7 @@ def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: St
 
 def test_a_program_that_is_killed_frees_its_place(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+    with Client(("127.0.0.1", daemon.port)) as first, Client(("127.0.0.1", daemon.port)) as second:
         os.kill(int(first.hear()), signal.SIGKILL)
 
         assert first.hear() == ""
@@ -229,7 +230,7 @@ def test_what_goes_to_the_background_frees_its_place_and_keeps_its_connection(
 ) -> None:
     command = "exec 3<&0; sh -c 'echo $$; exec cat' <&3 & exit 0"
     daemon = protector("127.0.0.1:0", "--", *pool(1, command, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as first, Caller(("127.0.0.1", daemon.port)) as second:
+    with Client(("127.0.0.1", daemon.port)) as first, Client(("127.0.0.1", daemon.port)) as second:
         pids = [int(first.hear()), int(second.hear())]
 
         assert first.ask("still there") == "still there"
@@ -239,29 +240,29 @@ def test_what_goes_to_the_background_frees_its_place_and_keeps_its_connection(
 
 
 def test_term_is_heeded_while_a_connection_waits_for_its_program(
-    given: Given, tmp_path: Path
+    channel: Channel, tmp_path: Path
 ) -> None:
     full = tmp_path / "full"
     full.touch()
-    worker = given.start(*refusing(full, errno.EAGAIN, 1, "cat"))
-    client = given.connect()
+    worker = channel.start(*refusing(full, errno.EAGAIN, 1, "cat"))
+    client = channel.connect()
     eventually(lambda: full.read_text() != "", "a try")
 
     worker.term()
 
     assert worker.wait() == 0
-    assert client.read() == ""
-    assert "a connection was closed" in given.log.read_text()
+    assert client.hear() == ""
+    assert "a connection was closed" in channel.log.read_text()
 
 
-def test_a_drain_waits_for_the_connection_in_hand(given: Given, tmp_path: Path) -> None:
+def test_a_drain_waits_for_the_connection_in_hand(channel: Channel, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.touch()
-    worker = given.start(*refusing(full, errno.ENOMEM, 1, "cat"))
-    client = given.connect()
+    worker = channel.start(*refusing(full, errno.ENOMEM, 1, "cat"))
+    client = channel.connect()
     eventually(lambda: full.read_text() != "", "a try")
 
-    given.end_channel()
+    channel.end_channel()
     full.unlink()
 
     assert client.ask("hello") == "hello"

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from socketprotector_client import wire
 
-from socketprotector.ctl.client import Client
-from tests.client.protector import Protector as Given
-from tests.running import Protector, eventually
-from tests.stdio.pools import COUNTS, TALKS, Caller, pool, told
+from socketprotector.ctl import client as control
+from tests.channel import Channel
+from tests.running import Client, Protector, eventually
+from tests.stdio.pools import COUNTS, TALKS, pool, told
 
 Start = Callable[..., Protector]
 #: The masks of signals that are blocked and ignored.
@@ -25,7 +25,7 @@ SIGNALS = "grep -E 'Sig(Blk|Ign)' /proc/self/status"
 def test_cat_is_an_echo_server(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(4, "cat")).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         assert client.ask("hello") == "hello"
         assert client.rest() == []  # the end of file came as soon as the program had ended
     daemon.stop()
@@ -33,7 +33,7 @@ def test_cat_is_an_echo_server(protector: Start) -> None:
 
 def test_more_than_so_many_never_run_at_once(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(3, COUNTS, shell=True)).ready()
-    clients = [Caller(("127.0.0.1", daemon.port)) for _ in range(12)]
+    clients = [Client(("127.0.0.1", daemon.port)) for _ in range(12)]
 
     seen = []
     for client in clients:
@@ -44,17 +44,17 @@ def test_more_than_so_many_never_run_at_once(protector: Start) -> None:
     daemon.stop()
 
 
-def test_who_waits_is_served_the_moment_a_program_ends(given: Given) -> None:
-    given.start(*pool(2, TALKS, shell=True))
-    first, second = given.connect(), given.connect()
-    assert first.read()
-    assert second.read()
-    third = given.connect()
-    assert given.queued() == 1
+def test_who_waits_is_served_the_moment_a_program_ends(channel: Channel) -> None:
+    channel.start(*pool(2, TALKS, shell=True))
+    first, second = channel.connect(), channel.connect()
+    assert first.hear()
+    assert second.hear()
+    third = channel.connect()
+    assert channel.queued() == 1
 
     second.close()
 
-    assert third.read()
+    assert third.hear()
     assert first.ask("still there") == "still there"
 
 
@@ -64,7 +64,7 @@ def test_the_pools_of_a_generation_share_the_places(
 ) -> None:
     command = pool(at_once, "echo $PPID; read line", of=of, shell=True)
     daemon = protector("--workers", str(of), "127.0.0.1:0", "--", *command).ready()
-    clients = [Caller(("127.0.0.1", daemon.port)) for _ in range(at_once)]
+    clients = [Client(("127.0.0.1", daemon.port)) for _ in range(at_once)]
 
     owners = [client.hear() for client in clients]  # all have one, at the same time
 
@@ -77,12 +77,12 @@ def test_the_pools_of_a_generation_share_the_places(
 
 def test_a_pool_that_is_added_brings_a_place(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
-    with Caller(("127.0.0.1", daemon.port)) as first:
+    with Client(("127.0.0.1", daemon.port)) as first:
         assert first.hear()
         mark = daemon.signal(signal.SIGTTIN)
         daemon.log.wait_for("event=worker-ready", after=mark)
 
-        with Caller(("127.0.0.1", daemon.port)) as second:
+        with Client(("127.0.0.1", daemon.port)) as second:
             assert second.hear()
     daemon.stop()
 
@@ -96,7 +96,7 @@ def test_a_program_has_three_descriptors_and_nothing_else(protector: Start) -> N
     )
     daemon = protector("127.0.0.1:0", "--", *pool(4, sys.executable, "-S", "-c", shown)).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         lines = [line.split() for line in client.rest()]
 
     assert [number for number, _ in lines] == ["0", "1", "2"]
@@ -109,7 +109,7 @@ def test_a_program_has_three_descriptors_and_nothing_else(protector: Start) -> N
 def test_what_a_program_says_on_stderr_is_in_the_log(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(4, "echo careful >&2", shell=True)).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         assert client.rest() == []
 
     daemon.log.wait_for("^careful$")
@@ -119,7 +119,7 @@ def test_what_a_program_says_on_stderr_is_in_the_log(protector: Start) -> None:
 def test_a_program_begins_with_no_signal_blocked_or_ignored(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(4, SIGNALS, shell=True)).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         blocked, ignored = (int(line.split()[1], 16) for line in client.rest())
 
     assert blocked == 0
@@ -132,7 +132,7 @@ def test_its_connection_blocks(protector: Start) -> None:
     flags = "import fcntl, os; print(fcntl.fcntl(0, fcntl.F_GETFL) & os.O_NONBLOCK)"
     daemon = protector("127.0.0.1:0", "--", *pool(4, sys.executable, "-S", "-c", flags)).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         assert client.rest() == ["0"]
     daemon.stop()
 
@@ -149,7 +149,7 @@ def test_the_environment_says_who_speaks(host: str, proto: str, protector: Start
         KEPT="this",
     ).ready()
 
-    with Caller((host, daemon.port)) as client:
+    with Client((host, daemon.port)) as client:
         port = str(client.socket.getsockname()[1])
         found = told(client.rest())
 
@@ -172,7 +172,7 @@ def test_the_environment_says_who_speaks(host: str, proto: str, protector: Start
 def test_an_address_of_the_machine_is_told_where_all_are_listened_on(protector: Start) -> None:
     daemon = protector("0.0.0.0:0", "--", *pool(4, "env")).ready()
 
-    with Caller(("127.0.0.2", daemon.port)) as client:
+    with Client(("127.0.0.2", daemon.port)) as client:
         found = told(client.rest())
 
     assert found["TCPLOCALIP"] == "127.0.0.2"
@@ -187,7 +187,7 @@ def test_the_environment_says_who_speaks_over_a_unix_socket(
     daemon = protector(f"unix:{path}", "--", *pool(4, "env")).ready()
     source = {"/": f"{tmp_path}/client", "@": f"\0{tmp_path}"}.get(bound[:1])
 
-    with Caller(str(path), source) as client:
+    with Client(str(path), source=source) as client:
         found = told(client.rest())
 
     expected = {
@@ -211,25 +211,25 @@ def test_a_command_of_the_shell_is_run_by_it(protector: Start) -> None:
     command = "read a b; echo $((a + b)) | tr 0-9 a-j"
     daemon = protector("127.0.0.1:0", "--", *pool(4, command, shell=True)).ready()
 
-    with Caller(("127.0.0.1", daemon.port)) as client:
+    with Client(("127.0.0.1", daemon.port)) as client:
         assert client.ask("20 5") == "cf"
     daemon.stop()
 
 
 def test_a_client_that_has_gone_before_its_turn_costs_no_program(
-    given: Given, tmp_path: Path
+    channel: Channel, tmp_path: Path
 ) -> None:
     begun = tmp_path / "begun"
-    given.start(*pool(1, f"echo >>{begun}; {TALKS}", shell=True))
-    first = given.connect()
-    assert first.read()
-    gone, late = given.connect(), given.connect()
+    channel.start(*pool(1, f"echo >>{begun}; {TALKS}", shell=True))
+    first = channel.connect()
+    assert first.hear()
+    gone, late = channel.connect(), channel.connect()
     gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     gone.close()  # by a reset
 
     first.close()
 
-    assert late.read()
+    assert late.hear()
     assert begun.read_text().count("\n") == 2
 
 
@@ -238,12 +238,12 @@ def test_status_counts_programs_as_connections(protector: Start, tmp_path: Path)
     command = pool(4, "read status; exit $status", shell=True)
     daemon = protector("--control", place, "127.0.0.1:0", "--", *command).ready()
 
-    with Caller(("127.0.0.1", daemon.port)), Caller(("127.0.0.1", daemon.port)) as failing:
+    with Client(("127.0.0.1", daemon.port)), Client(("127.0.0.1", daemon.port)) as failing:
         failing.say("3")
         assert failing.hear() == ""
 
         def counted() -> bool:
-            with Client(str(place)) as line:
+            with control.Client(str(place)) as line:
                 (generation,) = line.request("status")["generations"]
             (worker,) = generation["workers"]
             return (worker["accepted"], worker["active"], worker["errors"]) == (2, 1, 1)
@@ -252,37 +252,37 @@ def test_status_counts_programs_as_connections(protector: Start, tmp_path: Path)
     daemon.stop()
 
 
-def test_it_says_how_many_run(given: Given) -> None:
-    worker = given.start(*pool(4, TALKS, shell=True))
-    with_answer = given.connect()
-    assert with_answer.read()
+def test_it_says_how_many_run(channel: Channel) -> None:
+    worker = channel.start(*pool(4, TALKS, shell=True))
+    with_answer = channel.connect()
+    assert with_answer.hear()
 
     def said() -> bool:
-        return b"STATUS=1 of 4 programs run" in given.notify.recv(4096)
+        return b"STATUS=1 of 4 programs run" in channel.notify.recv(4096)
 
-    given.notify.settimeout(30)
+    channel.notify.settimeout(30)
     eventually(said, "its status")
-    given.end_channel()
+    channel.end_channel()
     with_answer.close()
     assert worker.wait() == 0
 
 
-def test_ready_is_heard_though_there_was_no_room_for_it(given: Given) -> None:
-    worker = given.starts_unheard(*pool(1, "cat"))
+def test_ready_is_heard_though_there_was_no_room_for_it(channel: Channel) -> None:
+    worker = channel.starts_unheard(*pool(1, "cat"))
 
     assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
 
 
-def test_it_says_that_it_is_alive_if_asked(given: Given) -> None:
-    worker = given.start(*pool(4, TALKS, shell=True), env={"WATCHDOG_USEC": "20000"})
-    client = given.connect()
-    assert client.read()
-    given.end_channel()  # also while it only waits for its programs
-    given.notify.settimeout(30)
+def test_it_says_that_it_is_alive_if_asked(channel: Channel) -> None:
+    worker = channel.start(*pool(4, TALKS, shell=True), env={"WATCHDOG_USEC": "20000"})
+    client = channel.connect()
+    assert client.hear()
+    channel.end_channel()  # also while it only waits for its programs
+    channel.notify.settimeout(30)
 
     heard = 0
     while heard < 3:
-        heard += given.notify.recv(4096) == b"WATCHDOG=1"
+        heard += channel.notify.recv(4096) == b"WATCHDOG=1"
 
     client.close()
     assert worker.wait() == 0

@@ -6,26 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from socketprotector.ctl.__main__ import main
 from tests import forked
-from tests.running import DEADLINE_S
+from tests.running import DEADLINE_S, Ended
 from tests.unit.ctl.fake import Fake
 
 COMMAND = (sys.executable, forked.CTL)
-
-
-@dataclass
-class Said:
-    """What a command said, and how it ended."""
-
-    status: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -60,19 +50,19 @@ def fake(fakes: Callable[[str], Fake]) -> Fake:
 
 
 @pytest.fixture
-def ctl(capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+def ctl(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
     """Run the command in this process."""
 
-    def run(*arguments: str) -> Said:
+    def run(*arguments: str) -> Ended:
         capfd.readouterr()
         status = main(arguments)
         out, err = capfd.readouterr()
-        return Said(status, out, err)
+        return Ended(status, out, err)
 
     return run
 
 
-def run(*arguments: str | Path, **environment: str) -> Said:
+def run(*arguments: str | Path, **environment: str) -> Ended:
     """Run the command as a process of its own."""
     with forked.popen(
         [*COMMAND, *map(str, arguments)],
@@ -87,4 +77,4 @@ def run(*arguments: str | Path, **environment: str) -> Said:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-    return Said(process.returncode, out, err)
+    return Ended(process.returncode, out, err)

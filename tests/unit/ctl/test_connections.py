@@ -16,11 +16,10 @@ import pytest
 
 from socketprotector.ctl import connections
 from socketprotector.ctl.connections import AT_LEAST, AT_MOST, EXACT
-from tests.running import eventually
-from tests.unit.ctl.conftest import Said
+from tests.running import Ended, eventually
 from tests.unit.ctl.fake import Fake, generation, listener, owner, status, worker
 
-Ctl = Callable[..., Said]
+Ctl = Callable[..., Ended]
 
 
 @pytest.fixture
@@ -190,7 +189,7 @@ def test_the_command_shows_rows_and_sums(fake: Fake, ctl: Ctl, stack: ExitStack)
 def test_none(fake: Fake, ctl: Ctl) -> None:
     fake.answers["connections"] = lambda *_: {"workers": []}
 
-    assert ctl("connections") == Said(0, "no connections\n", "")
+    assert ctl("connections") == Ended(0, "no connections\n", "")
 
 
 def test_the_connections_of_orphans_are_found_by_their_session(stack: ExitStack) -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from socketprotector.ctl.client import Client
 from socketprotector.system import control_path
-from tests.unit.ctl.conftest import Said
+from tests.running import Ended
 from tests.unit.ctl.fake import Fake, Message, Refusing, listener
 
-Ctl = Callable[..., Said]
+Ctl = Callable[..., Ended]
 Fakes = Callable[[str], Fake]
 
 
@@ -25,7 +25,7 @@ def dead(path: Path) -> None:
         sock.bind(str(path))
 
 
-def level(ctl: Ctl, *arguments: str) -> Said:
+def level(ctl: Ctl, *arguments: str) -> Ended:
     return ctl(*arguments, "status", "--json")
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from socketprotector.ctl import orders
-from tests.running import DEADLINE_S, Lines, eventually
-from tests.unit.ctl.conftest import COMMAND, Said
+from tests.running import DEADLINE_S, Ended, Lines, eventually
+from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 
-Ctl = Callable[..., Said]
+Ctl = Callable[..., Ended]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ Ctl = Callable[..., Said]
 def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
     fake.answers["scale"] = lambda *_: {"workers": 3}
 
-    assert ctl("scale", written) == Said(0, "3 workers wanted\n", "")
+    assert ctl("scale", written) == Ended(0, "3 workers wanted\n", "")
     assert ctl("scale", written, "--json").out == '{"workers": 3}\n'
     assert fake.asked == [{"command": "scale", **asked}] * 2
 
@@ -74,7 +74,9 @@ def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake,
 def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
-    assert ctl("hold", "--for", "30s") == Said(0, "on hold for 30 s; release ends it earlier\n", "")
+    assert ctl("hold", "--for", "30s") == Ended(
+        0, "on hold for 30 s; release ends it earlier\n", ""
+    )
     assert fake.asked == [{"command": "hold", "seconds": 30.0}]
 
 
@@ -264,7 +266,7 @@ def test_stop_is_never_asked_twice_for_that_would_be_at_once(fake: Fake, ctl: Ct
 def test_stop_without_waiting(fake: Fake, ctl: Ctl) -> None:
     fake.answers["stop"] = lambda *_: {}
 
-    assert ctl("stop", "--no-wait") == Said(0, "stop requested\n", "")
+    assert ctl("stop", "--no-wait") == Ended(0, "stop requested\n", "")
 
 
 # -- upgrade ---------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def test_upgrade_waits_for_the_new_program(fake: Fake, ctl: Ctl) -> None:
 
     fake.answers["upgrade"] = answer
 
-    assert ctl("upgrade") == Said(0, "upgraded: pid 11 runs 0.2.0 (0.1.0 before)\n", "")
+    assert ctl("upgrade") == Ended(0, "upgraded: pid 11 runs 0.2.0 (0.1.0 before)\n", "")
 
 
 def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
@@ -296,7 +298,7 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
 
     said = ctl("upgrade", "--wait")
 
-    assert said == Said(
+    assert said == Ended(
         3,
         "",
         "socketprotectorctl: not upgraded: 0.1.0 goes on: the new program exited with status 1: "

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from socketprotector.ctl import render
-from tests.running import DEADLINE_S, Lines, eventually
-from tests.unit.ctl.conftest import COMMAND, Said, run
+from tests.running import DEADLINE_S, Ended, Lines, eventually
+from tests.unit.ctl.conftest import COMMAND, run
 from tests.unit.ctl.fake import (
     Connection,
     Fake,
@@ -26,7 +26,7 @@ from tests.unit.ctl.fake import (
     worker,
 )
 
-Ctl = Callable[..., Said]
+Ctl = Callable[..., Ended]
 
 
 def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
@@ -132,7 +132,7 @@ def test_crashes(fake: Fake, ctl: Ctl) -> None:
 
 def test_diff(fake: Fake, ctl: Ctl) -> None:
     fake.answers["diff"] = lambda *_: {"changes": ["workers: 1 -> 2"]}
-    assert ctl("diff") == Said(0, "workers: 1 -> 2\n", "")
+    assert ctl("diff") == Ended(0, "workers: 1 -> 2\n", "")
 
     def invalid(*_: object) -> Message:
         raise Refusing("refused", "web.toml:3: workers: not a number")

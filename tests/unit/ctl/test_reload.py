@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.running import DEADLINE_S, Lines
-from tests.unit.ctl.conftest import COMMAND, Said
+from tests.running import DEADLINE_S, Ended, Lines
+from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import (
     Connection,
     Fake,
@@ -26,7 +26,7 @@ from tests.unit.ctl.fake import (
     worker,
 )
 
-Ctl = Callable[..., Said]
+Ctl = Callable[..., Ended]
 
 
 def reloading(fake: Fake, then: Callable[[Connection], None], promised: int = 9) -> None:
@@ -55,7 +55,7 @@ def test_it_waits_until_the_new_generation_serves_and_shows_the_way(fake: Fake, 
 
     said = ctl("reload")
 
-    assert said == Said(
+    assert said == Ended(
         0,
         "reloaded: generation 9 serves, after generation 8\n",
         "generation 9 is starting\nready 1/2\nready 2/2\n"
@@ -337,7 +337,7 @@ def test_json_tells_the_outcome(fake: Fake, ctl: Ctl) -> None:
 def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda _: None)
 
-    assert ctl("reload", "--no-wait") == Said(
+    assert ctl("reload", "--no-wait") == Ended(
         0, "reload requested: generation 9 will start; see status for the outcome\n", ""
     )
     assert ctl("reload", "--no-wait", "--drained").status == 2

@@ -1,4 +1,4 @@
-"""A protector for tests of the client library: a channel, RETURN lines, and no policy.
+"""The protector's side of the protocol without a protector: a channel, RETURN lines, no policy.
 
 It accepts where a test says so, and sends what a test says, in or out of the
 protocol.  Workers are real processes.
@@ -17,18 +17,16 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from socketprotector_client import wire
 
-#: How long anything may take before a test gives up; nothing waits for it to pass.
-DEADLINE_S = 30.0
-ROOT = Path(__file__).resolve().parents[2]
+from tests.procfs import sleeps_in
+from tests.running import DEADLINE_S, ROOT, Address, Client, eventually
+
 #: Which Python the workers run under: WORKER_PYTHON=python3.9 pytest tests/client
 PYTHON = os.environ.get("WORKER_PYTHON", sys.executable)
-PROGRAMS = Path(__file__).parent / "programs"
+PROGRAMS = ROOT / "tests" / "client" / "programs"
 
 
 class Worker:
@@ -67,10 +65,6 @@ class Worker:
     def retire(self) -> None:
         self.return_line.shutdown(socket.SHUT_WR)
 
-    def cpu_s(self) -> float:
-        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
     def close(self) -> None:
         self.return_line.close()
         if self.process.poll() is None:
@@ -80,35 +74,7 @@ class Worker:
         self.process.stdout.close()
 
 
-class Client:
-    """A client that talks in lines."""
-
-    def __init__(self, family: int, address: Any) -> None:
-        self.socket = socket.socket(family, socket.SOCK_STREAM)
-        self.socket.settimeout(DEADLINE_S)
-        self.socket.connect(address)
-        self._lines = self.socket.makefile("rb")
-
-    def send(self, line: str) -> None:
-        self.socket.sendall(line.encode() + b"\n")
-
-    def read(self) -> str:
-        """The next line of the answer, "" at its end."""
-        return self._lines.readline().decode().rstrip("\n")
-
-    def ask(self, line: str) -> str:
-        self.send(line)
-        return self.read()
-
-    def has_answer(self) -> bool:
-        return bool(select.select([self.socket], [], [], 0)[0])
-
-    def close(self) -> None:
-        self._lines.close()
-        self.socket.close()
-
-
-class Protector:
+class Channel:
     """Owns listeners, one channel and workers; close() ends them all."""
 
     def __init__(self, log: Path) -> None:
@@ -188,8 +154,8 @@ class Protector:
         self.fill()
         worker = self.spawn(*command, env=env)
         client = self.connect()
-        client.send("x")  # answered by one that goes on without having been heard
-        until(lambda: client.has_answer() or waits_for_room(worker.pid), "it has spoken")
+        client.say("x")  # answered by one that goes on without having been heard
+        eventually(lambda: client.has_answer() or waits_for_room(worker.pid), "it has spoken")
         self.wait_ready(worker)
         return worker
 
@@ -238,10 +204,10 @@ class Protector:
     def connect_only(self, listener: int = 0) -> Client:
         """A client whose connection nobody has accepted yet."""
         one = self.listeners[listener]
-        return self.client(one.family, one.getsockname())
+        return self.client(one.getsockname())
 
-    def client(self, family: int, address: Any) -> Client:
-        self.clients.append(Client(family, address))
+    def client(self, address: Address) -> Client:
+        self.clients.append(Client(address))
         return self.clients[-1]
 
     def hand_off(
@@ -313,31 +279,4 @@ def name(listener: socket.socket) -> str:
 def waits_for_room(pid: int) -> bool:
     """Whether a thread of this process sleeps until somebody reads what it has sent."""
     places = ("unix_wait_for_peer", "poll_schedule_timeout")
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return any((task / "wchan").read_text().startswith(places) for task in tasks)
-
-
-def until(fact: Callable[[], bool], what: str) -> None:
-    """Wait for a fact that nothing announces."""
-    deadline = time.monotonic() + DEADLINE_S
-    pause = select.poll()
-    while not fact():
-        assert time.monotonic() < deadline, f"waited in vain: {what}"
-        pause.poll(2)
-
-
-def ports_of(pid: int) -> Sequence[int]:
-    """The TCP ports that a process listens on, in order."""
-    sockets = set()
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            sockets.add(os.readlink(fd))
-        except FileNotFoundError:
-            continue  # it has just closed it
-    ports = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                ports.append(int(fields[1].rpartition(":")[2], 16))
-    return sorted(ports)
+    return any(each.startswith(places) for each in sleeps_in(pid))

@@ -1,0 +1,481 @@
+"""What the command line refuses before it starts anything: one line, a status, nothing left behind.
+
+The command is run up to where it would launch (`typed`).  What takes a process, another user or
+another process's socket, and each exit status once as a shell sees it: tests/scenarios.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from tests.boundary.conftest import Typed
+from tests.running import Ended
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+
+OPTIONS = (
+    *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
+    *("--reload-order", "--ready", "--settle", "--start-timeout", "--start-tries"),
+    *("--drain-timeout", "--max-draining", "--stop-timeout", "--kill-timeout", "--backlog"),
+    *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
+    *("--log-file", "--log-level", "--name", "--check"),
+)
+LISTENER = ("--handoff", "listener")
+
+
+def refused(ended: Ended, status: int, *said: str) -> None:
+    """It ended with this status and one line in which all of this is said."""
+    assert ended.status == status, ended
+    assert len(ended.lines) == 1, ended
+    assert ended.err.startswith("SocketProtector: ")
+    assert [words for words in said if not re.search(words, ended.err)] == [], ended
+
+
+@pytest.fixture(params=["detached", "foreground"])
+def mode(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return ("-f",) if request.param == "foreground" else ()
+
+
+@pytest.mark.parametrize("words", ["-h", "-?", "--help"])
+def test_help_names_every_option(typed: Typed, words: str) -> None:
+    ended = typed(words)
+
+    assert ended.status == 0
+    assert "LISTEN... -- COMMAND [ARG...]" in ended.out
+    assert [option for option in OPTIONS if option not in ended.out] == []
+
+
+# -- words ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no LISTEN"),
+        (["--", "true"], "no LISTEN"),
+        (["0"], "no command; put it behind --"),
+        (["0", "--"], "no command; put it behind --"),
+        (["0", "./daemon", "0"], "no command; put it behind --"),
+        (["--nonsense", "0", "--", "true"], "No such option"),
+        (["0", "--workers"], "requires an argument"),
+        (["--workers", "0", "0", "--", "true"], "--workers"),
+        (["--workers", "many", "0", "--", "true"], "not a valid integer"),
+        (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 2m or seconds"),
+        (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
+        (["--settle", "nan", "0", "--", "true"], "write 500ms"),
+        (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),
+        (["--start-tries", "0", "0", "--", "true"], "--start-tries"),
+        (["--ready", "soon", "0", "--", "true"], "write notify, ack, fd:N"),
+        (["--ready", "after:", "0", "--", "true"], "write notify, ack, fd:N"),
+        (["--ready", "after:x", "0", "--", "true"], "write 500ms"),
+        (["--reload-order", "any", "0", "--", "true"], "start-first"),
+        (["--queue", "5", "0", "--", "true"], "--queue"),
+        (["--backlog", "0", "0", "--", "true"], "--backlog"),
+        (["--backlog", "9" * 30, "0", "--", "true"], "--backlog"),
+        (["--umask", "9", "0", "--", "true"], "is not octal"),
+        (["--limit", "nofile", "0", "--", "true"], "NAME=VALUE"),
+        (["--limit", "memory=1", "0", "--", "true"], "allowed: nofile, core, nice"),
+        (["--limit", "nofile=x", "0", "--", "true"], "not a whole number"),
+        (["--limit", "nofile=unlimited", "0", "--", "true"], "not a whole number"),
+        (["--limit", "nofile=9000000000000", "0", "--", "true"], "the hard limit is"),
+        (["--limit", "nice=20", "0", "--", "true"], "must be from -20 to 19"),
+        (["--env", "PLAIN", "0", "--", "true"], "is not NAME=VALUE"),
+        (["--env", "=x", "0", "--", "true"], "is not NAME=VALUE"),
+        (["--env-file", "/no/such/file", "0", "--", "true"], "/no/such/file"),
+        (["--chdir", "/no/such/folder", "0", "--", "true"], "no such directory"),
+        (["--log-level", "loud", "0", "--", "true"], "debug"),
+        (["--user", "no-such-user", "0", "--", "true"], "unknown user"),
+        (["--user", "", "0", "--", "true"], "unknown user"),
+        (["--require-user", "--user", "", "0", "--", "true"], "unknown user"),
+        (["--group", "no-such-group", "0", "--", "true"], "unknown group"),
+        (["70000", "--", "true"], "from 0 to 65535"),
+        (["0?colour=red", "--", "true"], "unknown option colour"),
+        (["udp:4321", "--", "true"], "UDP has no connections"),
+        (["u4321", "--", "true"], "UDP has no connections"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(typed: Typed, words: list[str], said: str) -> None:
+    ended = typed(*words)
+
+    refused(ended, 2, re.escape(said))
+    assert typed.left() == []
+
+
+def test_what_is_said_cannot_drive_the_terminal(typed: Typed) -> None:
+    ended = typed("\x1b[31mred", "--", "true")
+
+    assert ended.err.startswith(r"SocketProtector: \x1b[31mred: ")
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--worker-user", "nobody"], "--worker-user needs --user"),
+        (
+            ["--user", "games", "--worker-user", "no-such-user"],
+            "--worker-user no-such-user: unknown user",
+        ),
+    ],
+)
+def test_a_user_for_workers_that_cannot_be_is_refused(
+    typed: Typed, words: list[str], said: str
+) -> None:
+    ended = typed(*words, "unix:s", "--", "true")
+
+    refused(ended, 2, said)
+    assert typed.left() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["A\n", "A=1\n=2\n", "A='1\n", "9A=1\n"], ids=["bare", "nameless", "open", "digit"]
+)
+def test_an_env_file_with_a_mistake_is_refused_with_its_line(typed: Typed, text: str) -> None:
+    file = typed.folder / "settings"
+    file.write_text(text)
+
+    ended = typed("--env-file", "settings", "0", "--", "true")
+
+    refused(ended, 2, f"{file} line {text.count(chr(10))}: ")
+
+
+def test_a_refusal_of_an_option_by_its_old_name_says_the_name_of_now(typed: Typed) -> None:
+    ended = typed("--max-requests", "x", "1", "--", "true")
+
+    assert ended.status == 2
+    assert [line.partition(": ")[2] for line in ended.lines] == [
+        "--max-requests is called --retire-after now; the old name works until 1.0",
+        "Invalid value for '--retire-after': 'x': write 1000 or 1000+-100; see --help",
+    ]
+
+
+def test_what_cannot_be_watched_is_refused(typed: Typed) -> None:
+    ended = typed("-f", "--watch", "nowhere", "127.0.0.1:0", "--", "true")
+
+    assert ended == Ended(2, "", "SocketProtector: --watch nowhere: No such file or directory\n")
+
+
+def test_without_watchfiles_it_says_what_to_install(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+
+    ended = typed("-f", "--watch", ".", "127.0.0.1:0", "--", "true")
+
+    said = "--watch .: watchfiles is not installed; pip install 'socketprotector[watch]'"
+    assert ended == Ended(2, "", f"SocketProtector: {said}\n")
+
+
+# -- listeners -----------------------------------------------------------------
+
+
+def test_a_host_that_does_not_resolve_is_refused(typed: Typed, mode: tuple[str, ...]) -> None:
+    ended = typed(*mode, "no-such-host.invalid:0", "--", "true")
+
+    refused(ended, 111, "cannot resolve no-such-host.invalid", "check the name")
+    assert typed.left() == []
+
+
+def test_an_address_that_is_nobodys_is_refused(typed: Typed) -> None:
+    ended = typed("192.0.2.77:0", "--", "true")
+
+    refused(ended, 111, "Cannot assign requested address", "freebind=1")
+    assert typed.left() == []
+
+
+def test_what_was_bound_before_the_one_that_fails_is_given_back(
+    typed: Typed, free_port: Callable[[], int]
+) -> None:
+    port = free_port()
+
+    ended = typed(f"127.0.0.1:{port}", "unix:s", "unix:no/such/folder", "--", "true")
+
+    refused(ended, 111, "cannot listen on unix:no/such/folder: No such file or directory")
+    assert typed.left() == []
+    socket.create_server(("127.0.0.1", port)).close()
+
+
+@pytest.mark.parametrize("words", ["udp:53", "u53", "127.0.0.1:53/udp"])
+def test_udp_is_refused_in_one_honest_line(typed: Typed, words: str) -> None:
+    ended = typed(words, "--", "true")
+
+    assert ended.status == 2
+    assert ended.lines == [
+        f"SocketProtector: {words}: UDP has no connections that could be handed over; "
+        "let the daemon bind it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("mode=9", "octal, like 0660"),
+        ("mode=1777", "octal, like 0660"),
+        ("user=no-such-user", "unknown user no-such-user"),
+        ("group=no-such-group", "unknown group no-such-group"),
+        ("v6only=1", "unknown option v6only; allowed: backlog, group, mode, nonblock, user"),
+    ],
+)
+def test_a_mistake_in_a_unix_sockets_options_is_refused(
+    typed: Typed, options: str, said: str
+) -> None:
+    ended = typed(f"unix:s?{options}", "--", "true")
+
+    refused(ended, 2, said)
+    assert typed.left() == []
+
+
+def test_a_path_that_is_too_long_is_refused(typed: Typed) -> None:
+    refused(typed(f"unix:{'x' * 200}", "--", "true"), 2, "107 bytes at most")
+
+
+def test_a_live_socket_with_a_full_backlog_is_not_stolen(typed: Typed) -> None:
+    path = typed.folder / "live"
+    with socket.socket(socket.AF_UNIX) as theirs, socket.socket(socket.AF_UNIX) as client:
+        theirs.bind(str(path))
+        theirs.listen(0)
+        client.connect(str(path))
+
+        refused(typed("unix:live", "--", "true"), 111, "has it")
+
+        assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link to a socket", "datagram socket"])
+def test_what_is_no_stale_socket_is_not_replaced(typed: Typed, kind: str) -> None:
+    path = typed.folder / "there"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as theirs:
+        if kind == "file":
+            path.write_text("precious")
+        elif kind == "link to a socket":
+            with socket.socket(socket.AF_UNIX) as stale:
+                stale.bind(str(typed.folder / "stale"))
+            path.symlink_to("stale")
+        else:
+            theirs.bind(str(path))
+        before = path.lstat().st_ino
+
+        refused(typed("unix:there", "--", "true"), 111)
+
+        assert path.lstat().st_ino == before
+
+
+def test_a_priority_cannot_be_had_where_the_workers_accept(typed: Typed) -> None:
+    ended = typed(*LISTENER, "--check", "0?priority=3", "--", "true")
+
+    refused(ended, 2, "priority cannot be had with --handoff listener: connections inherit none")
+
+
+# -- the command, and files ----------------------------------------------------
+
+
+def test_a_command_that_is_not_in_the_path_is_refused(typed: Typed) -> None:
+    ended = typed("127.0.0.1:0", "--", "no-such-daemon-anywhere")
+
+    refused(ended, 2, "cannot run no-such-daemon-anywhere: not found in PATH")
+    assert typed.left() == []
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_command_that_is_not_executable_is_refused(typed: Typed, kind: str) -> None:
+    daemon = typed.folder / "daemon"
+    daemon.mkdir() if kind == "folder" else daemon.touch()
+
+    ended = typed("127.0.0.1:0", "--", "./daemon")
+
+    refused(ended, 2, "cannot run .*/daemon: not executable", r"chmod \+x")
+    assert typed.left() == ["daemon"]
+
+
+def test_a_current_directory_that_is_gone_is_refused(
+    typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = typed.folder / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.setenv("PWD", str(gone))
+    gone.rmdir()
+
+    ended = typed("127.0.0.1:0", "--", "true")
+
+    refused(ended, 111, "the current directory is gone", "cd to one that exists")
+    assert typed.left() == []
+
+
+@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
+def test_a_file_in_a_folder_that_is_not_there_is_refused(
+    typed: Typed, option: str, mode: tuple[str, ...]
+) -> None:
+    ended = typed(*mode, option, "no/such/file", "unix:s", "--", "true")
+
+    refused(ended, 111, f"{option[2:].replace('-', ' ')} .*/no/such/file", "and its permissions")
+    assert typed.left() == []
+
+
+@pytest.mark.parametrize("option", ["--pid-file", "--log-file"])
+def test_a_folder_in_the_place_of_a_file_is_refused(typed: Typed, option: str) -> None:
+    (typed.folder / "folder").mkdir()
+
+    ended = typed(option, "folder", "unix:s", "--", "true")
+
+    refused(ended, 111, "cannot write the .*/folder", "and its permissions")
+    assert typed.left() == ["folder"]
+
+
+def test_a_symbolic_link_for_a_pid_file_is_not_followed(typed: Typed) -> None:
+    precious, link = typed.folder / "precious", typed.folder / "pid"
+    precious.write_text("precious")
+    link.symlink_to(precious)
+
+    ended = typed("--pid-file", "pid", "unix:s", "--", "true")
+
+    refused(ended, 111, f"cannot use the pid file {link}: ")
+    assert precious.read_text() == "precious"
+    assert typed.left() == ["pid", "precious"]
+
+
+# -- handoff modes -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("1", "--", "true", "{fd:web}"), "{fd:web}: no listener has this name; there is: "),
+        (
+            ("a=127.0.0.1:0", "a=127.0.0.2:0", "--", "true", "{fd:a}"),
+            "{fd:a}: a stands for 2 listeners",
+        ),
+        (
+            ("--ready", "fd:3", "127.0.0.1:0", "--", "true"),
+            "--ready fd:3: a listener has this number",
+        ),
+        (
+            ("--retire-after", "9", "127.0.0.1:0", "--", "true"),
+            "--retire-after with --handoff listener",
+        ),
+        (
+            ("--drain-signal", "KILL", "127.0.0.1:0", "--", "true"),
+            "cannot be caught, so a worker could not finish",
+        ),
+        (
+            ("--drain-signal", "NONE", "127.0.0.1:0", "--", "true"),
+            "'NONE' is not a signal; write a name as TERM or QUIT",
+        ),
+    ],
+)
+def test_what_cannot_be_where_workers_accept_is_refused(
+    typed: Typed, words: tuple[str, ...], said: str
+) -> None:
+    refused(typed(*LISTENER, *words), 2, re.escape(said))
+
+
+@pytest.mark.parametrize(
+    ("listens", "words", "said"),
+    [
+        (("a=127.0.0.1:PORT", "a=unix:s"), ("{fd:a}",), "a stands for 2 listeners (tcp:127.0.0.1:"),
+        (("PORT?v6only=1",), ("{fd:PORT}",), "stands for 2 listeners (tcp:0.0.0.0:"),
+        (("http=PORT",), ("{fd:htpp}",), "no listener has this name; there is: http;"),
+        (("PORT",), ("$(circus.sockets.web)",), "no listener has this name"),
+        (("PORT", "unix:s"), ("--ready", "fd:4"), "choose 5 or above"),
+    ],
+)
+def test_check_refuses_a_name_as_a_start_does(
+    typed: Typed,
+    free_port: Callable[[], int],
+    listens: tuple[str, ...],
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    if "v6only" in listens[0] and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    port = str(free_port())
+    options = words if words[0] == "--ready" else ()
+    command = ("--", "true", *(() if options else words))
+    given = [each.replace("PORT", port) for each in (*LISTENER, *options, *listens, *command)]
+
+    checked = typed("--check", *given)
+    started = typed(*given)
+
+    assert said in checked.err
+    assert checked == started
+    refused(started, 2)
+    assert typed.left() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--handoff", "magic"),
+            "'magic' is not one of 'connection', 'listener', 'stdio', 'legacy'",
+        ),
+        (("--drain-signal", "QUIT"), "it needs --handoff listener"),
+        (("--shell",), "it needs --handoff stdio"),
+        (("--handoff", "stdio", "--retire-after", "5"), "only workers of --handoff connection"),
+        (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
+        (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
+    ],
+)
+def test_what_needs_another_mode_says_which(
+    typed: Typed, words: tuple[str, ...], said: str
+) -> None:
+    refused(typed(*words, "127.0.0.1:0", "--", "true"), 2, said)
+
+
+def test_a_placeholder_without_listeners_names_the_mode(typed: Typed) -> None:
+    ended = typed("http=127.0.0.1:0", "--", "true", "{fd:http}")
+
+    assert ended.status == 2
+    assert ended.lines == ["SocketProtector: {fd:http} in the command: it needs --handoff listener"]
+
+
+# -- check ---------------------------------------------------------------------
+
+
+def test_check_takes_a_name_that_stands_for_one_listener(typed: Typed) -> None:
+    listens = ("http=0", "a=127.0.0.1:0", "b=unix:s")
+    names = ("{fd:http}", "{fd:A}", "{fd:b}", "{fd:ready}")
+
+    ended = typed("--check", *LISTENER, *listens, "--", "true", *names)
+
+    assert (ended.status, ended.err) == (0, "")
+    assert "would start" in ended.out
+    assert typed.left() == []
+
+
+def test_check_says_why_it_would_not_start(typed: Typed) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = typed("--check", f"127.0.0.1:{port}", "--", "true")
+
+    refused(ended, 111, "Address already in use")
+    assert typed.left() == []
+
+
+def test_check_says_all_mistakes_of_a_configuration_file(typed: Typed) -> None:
+    (typed.folder / "bad.toml").write_text('workers = 0\ncolour = "red"\n')
+
+    ended = typed("--check", "--config", "bad.toml")
+
+    assert ended.status == 2
+    file = typed.folder / "bad.toml"
+    assert ended.lines == [
+        f"SocketProtector: {file} line 1: workers: 0 is not in the range 1<=x<=1000000",
+        f"{file} line 2: colour: unknown key; docs/reference.md lists them",
+    ]
+
+
+def test_check_says_that_a_configuration_file_is_valid(typed: Typed) -> None:
+    file = typed.folder / "web.toml"
+    file.write_text('listen = "127.0.0.1:0"\ncommand = ["true"]\n')
+
+    ended = typed("--check", "--config", "web.toml")
+
+    assert ended.status == 0, ended
+    assert f"{file} is valid; would start" in ended.out

@@ -12,7 +12,7 @@ import termios
 import time
 import tty
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import click
 
 from ..model.duration import Duration
 from ..model.errors import UsageError
+from ..model.waits import quantile_us
 from .cli import Instance, command, say_json
 from .client import Client, Message
 from .errors import NoProtector
@@ -61,17 +62,6 @@ class Rates:
     def per_second(self) -> float | None:
         """Connections forwarded a second; None: not known yet, or workers accept."""
         return self.forwarded[-1] if self.forwarded else None
-
-
-def quantile_us(counts: Sequence[int], share: float) -> float | None:
-    """Return the bound of the bucket that the quantile falls in; None where nothing is counted."""
-    whole = sum(counts)
-    seen = 0
-    for bucket, count in enumerate(counts):
-        seen += count
-        if whole and seen >= share * whole:
-            return float(2**bucket - 1)
-    return None
 
 
 def _waits(status: Message) -> list[int]:

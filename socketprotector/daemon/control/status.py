@@ -15,6 +15,7 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
+from ...model.waits import quantile_us
 from ...system import reuseport
 from ...system.listener import Listener
 from ..generation import OpenGeneration
@@ -158,22 +159,10 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
 def _of_waits(waits: Sequence[int]) -> dict[str, Any]:
     return {
         "count": sum(waits),
-        "p50": _percentile(waits, 0.50),
-        "p99": _percentile(waits, 0.99),
+        "p50": quantile_us(waits, 0.50),
+        "p99": quantile_us(waits, 0.99),
         "buckets": list(waits),
     }
-
-
-def _percentile(waits: Sequence[int], share: float) -> int | None:
-    """Return the longest wait of the bucket in which so large a share of all has been reached."""
-    left = sum(waits) * share
-    if not left:
-        return None
-    for bucket, count in enumerate(waits):
-        left -= count
-        if left <= 0:
-            return int(2**bucket - 1)
-    return None
 
 
 def of_connections(

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from socketprotector.ctl.top import Rates, drawn, quantile_us
+from socketprotector.ctl.top import Rates, drawn
 from tests.running import DEADLINE_S, eventually
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Fake, generation, status, worker
@@ -158,8 +158,3 @@ def test_where_nobody_counts_there_is_no_rate() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"^-/s .* forwarded -  lost -$", shown, re.MULTILINE), shown
     assert re.search(r"most -/s$", shown, re.MULTILINE), shown
-
-
-def test_quantiles_are_bounds_of_buckets() -> None:
-    assert quantile_us([0, 0, 1], 0.5) == 3.0
-    assert quantile_us([], 0.5) is None

@@ -1,13 +1,10 @@
-"""Status in words and figures: the phase of the whole, and waits from a histogram."""
+"""Status in words: the phase of the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from socketprotector.core.events import (
     ChannelBroken,
@@ -18,7 +15,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import Policy
-from socketprotector.daemon.control.status import _percentile, phase_of
+from socketprotector.daemon.control.status import phase_of
 from tests.unit.conftest import Story
 
 
@@ -77,33 +74,3 @@ def test_a_dead_worker_of_one_that_serves_changes_no_phase(story: Story) -> None
     story.when(WorkerExited(1, "was killed by SIGSEGV"))
 
     assert phase_of(story.fleet) == "serving"
-
-
-@pytest.mark.parametrize(
-    ("waits", "share", "found"),
-    [
-        ((0, 0, 0), 0.5, None),
-        ((1,), 0.5, 0),  # shorter than a microsecond
-        ((0, 1), 0.99, 1),
-        ((0, 0, 1), 0.5, 3),
-        ((50, 0, 0, 50), 0.5, 0),
-        ((49, 0, 0, 51), 0.5, 7),
-        ((99, 0, 0, 1), 0.99, 0),
-        ((98, 0, 0, 2), 0.99, 7),
-        ((0,) * 31 + (1,), 0.5, 2**31 - 1),
-        ((2**53,) * 32, 0.99, 2**31 - 1),  # the most that is believed
-    ],
-)
-def test_a_share_of_waits(waits: Sequence[int], share: float, found: int | None) -> None:
-    assert _percentile(waits, share) == found
-
-
-@given(st.lists(st.integers(0, 2**53), min_size=1, max_size=32), st.sampled_from((0.5, 0.99)))
-def test_a_share_is_known_wherever_anything_was_counted(waits: list[int], share: float) -> None:
-    found = _percentile(waits, share)
-
-    assert (found is None) == (not any(waits))
-    if found is not None:
-        bucket = found.bit_length()
-        assert sum(waits[: bucket + 1]) >= 0.999999 * share * sum(waits)
-        assert waits[bucket]

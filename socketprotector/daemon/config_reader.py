@@ -57,16 +57,12 @@ class ConfigReader:
         return self._process is not None
 
     def read(
-        self,
-        settings: Settings,
-        limit_s: float,
-        done: Callable[[ConfigAnswer], None],
-        *,
-        dry: bool = False,
+        self, settings: Settings, done: Callable[[ConfigAnswer], None], *, dry: bool = False
     ) -> None:
         """Read, bind what is new, and call back; dry: only say what would change.
 
-        It ends by itself or is killed after limit_s.  Calls back at once where it cannot begin.
+        It ends by itself, or is killed after as long as a start may take.  Calls back at once where
+        it cannot begin.
         """
         assert not self.busy
         self._failure = ""
@@ -78,6 +74,7 @@ class ConfigReader:
             where = f"{error.filename}: " if error.filename else ""
             done(ConfigAnswer(f"cannot read the configuration: {where}{error.strerror}"))
             return
+        limit_s = settings.policy.start_timeout_s
         self.loop.call_after(self.key, limit_s, lambda: self._too_late(limit_s))
 
     def call_off(self) -> None:

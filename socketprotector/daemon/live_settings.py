@@ -55,14 +55,13 @@ class LiveSettings:
 
     def read(self) -> None:
         """Have them read again; what comes of it is an event."""
-        self._reader.read(self.settings, self.settings.policy.start_timeout_s, self._were_read)
+        self._reader.read(self.settings, self._were_read)
 
     def compare(self, done: Callable[[ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; False while that is going on."""
         if self._comparer.busy:
             return False
-        limit_s = self.settings.policy.start_timeout_s
-        self._comparer.read(self.settings, limit_s, done, dry=True)
+        self._comparer.read(self.settings, done, dry=True)
         return True
 
     def use(self) -> None:

@@ -55,7 +55,6 @@ def read(
     *,
     dry: bool = False,
     command: tuple[str, ...] = COMMAND,
-    limit_s: float = 30.0,
 ) -> ConfigAnswer:
     answers: list[ConfigAnswer] = []
 
@@ -65,7 +64,7 @@ def read(
 
     reader = ConfigReader(command, loop, "reader")
     loop.running = True
-    reader.read(settings, limit_s, done, dry=dry)
+    reader.read(settings, done, dry=dry)
     if not answers:
         loop.run()
     assert not reader.busy
@@ -174,7 +173,8 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
 def test_whatever_becomes_of_it_there_is_an_answer(
     loop: Loop, web: Web, command: tuple[str, ...], said: str
 ) -> None:
-    answer = read(loop, web.settings, command=command, limit_s=0.2 if "60" in command else 30)
+    policy = replace(web.settings.policy, start_timeout_s=0.2 if "60" in command else 30.0)
+    answer = read(loop, replace(web.settings, policy=policy), command=command)
 
     assert said in answer.failure
 
@@ -182,7 +182,7 @@ def test_whatever_becomes_of_it_there_is_an_answer(
 def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
     reader = ConfigReader(("/bin/sleep", "60"), loop, "reader")
     answers: list[ConfigAnswer] = []
-    reader.read(web.settings, 30.0, answers.append)
+    reader.read(web.settings, answers.append)
 
     reader.call_off()
     reader.call_off()

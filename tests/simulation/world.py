@@ -267,7 +267,7 @@ class Reads:
         self._world, self._loop, self._key = world, loop, key
         self.busy = False
 
-    def read(self, settings: Settings, limit_s: float, done: Any, *, dry: bool = False) -> None:
+    def read(self, settings: Settings, done: Any, *, dry: bool = False) -> None:
         try:
             self._world.kernel.enter("fork")
         except OSError as error:

@@ -24,16 +24,12 @@ from ..system.inherited import Inherited
 from ..system.listener import AGAIN, Listener
 from ..system.loop import WRITE
 from .acceptor import Acceptor
-from .listener_drain import DrainingListeners
+from .listener_drain import LAST_S, QUIET_S, DrainingListeners
 from .queue_watch import QueueWatch
 from .runtime import Runtime
 from .shortage import Shortage
 from .undelivered import Undelivered, listener_of
 
-#: A graceful stop lets handshakes under way finish: until no client has come for this long.
-QUIET_S = 0.2
-#: Where the system does not let us refuse new ones they may come for ever: no longer than this.
-LAST_S = 10.0
 #: Rounds of accepting at most in one look() while something else keeps the loop busy.
 LOOKS = 16
 

@@ -18,10 +18,10 @@ from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import Loop
 from .undelivered import Undelivered
 
-#: Handshakes that are under way finish in so long, or begin again.
+#: Handshakes that are under way finish in so long, or begin again.  A graceful stop waits as long.
 QUIET_S = 0.2
 #: Where the system does not let us refuse new ones (system/listener.py) they might come for ever:
-#: it is closed after so long all the same.
+#: it is closed after so long all the same, and so are all at a stop.
 LAST_S = 10.0
 #: Connections in one go; then others come in between.
 BURST = 64

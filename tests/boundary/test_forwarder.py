@@ -18,7 +18,8 @@ import pytest
 
 from socketprotector.core.events import BacklogEmptied, Event
 from socketprotector.daemon.acceptor import BURST, STEADY
-from socketprotector.daemon.forwarder import LAST_S, QUIET_S, Forwarder
+from socketprotector.daemon.forwarder import Forwarder
+from socketprotector.daemon.listener_drain import LAST_S, QUIET_S
 from socketprotector.daemon.queue_watch import (
     FIRST_LOOK_S,
     LAST_LOOK_S,

@@ -1,4 +1,4 @@
-"""Sends one request to many control sockets at once, in one loop, each with a timeout.
+"""Asks many control sockets for their status at once, in one loop, each with a timeout.
 
 A hundred instances, some of them dead or stopped, take no longer than the slowest answer.
 """
@@ -33,10 +33,8 @@ class SocketAnswer:
         return self.why != "dead"
 
 
-def ask_all(
-    paths: Iterable[str], command: str = "status", within_s: float = SURVEY_S
-) -> list[SocketAnswer]:
-    """Ask all of them the same, without arguments; return each one's answer, in their order."""
+def ask_all(paths: Iterable[str], within_s: float = SURVEY_S) -> list[SocketAnswer]:
+    """Ask all of them for their status; return each one's answer, in their order."""
     paths = list(paths)
     found: dict[str, SocketAnswer] = {}
     until = time.monotonic() + within_s
@@ -44,7 +42,7 @@ def ask_all(
         for path in dict.fromkeys(paths):
             try:
                 client = opened.enter_context(Client(path, 0))
-                client.send(command, {}, until)
+                client.send("status", {}, until)
             except (NoProtector, RequestRefused) as error:
                 found[path] = SocketAnswer(path, why=error.code)
                 continue

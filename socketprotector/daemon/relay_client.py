@@ -13,14 +13,12 @@ Source: proc(5) for a process's state, pipe(7), epoll(7) for one in another.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
 import socket
 import struct
 import sys
-import termios
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -28,6 +26,7 @@ from ..model.frozen import frozen
 from ..programs import log_relay
 from ..system import inherited
 from ..system.helper import BackOff, HelperProcess
+from ..system.polling import events_of
 from ..system.process import Process
 from .runtime import Runtime
 
@@ -277,10 +276,11 @@ class LogRelay:
     def _left(self, number: int) -> None:
         """Let go of a pipe that the last writer has left, once it is read to its end."""
         pipe = self._workers[number]
-        left = _is_left(pipe.read)
+        left = events_of(pipe.read, 0)
         if left:
             self._loop.unwatch(pipe.read)
-        if not left or _waiting(pipe.read):
+        # Asked after that: one call for both might miss what was written last.
+        if not left or events_of(pipe.read, select.POLLIN) & select.POLLIN:
             self._look_later(number)
             return
         del self._workers[number], self._named[pipe.name(number)]
@@ -368,17 +368,3 @@ class LogRelay:
             poll = select.poll()
             poll.register(self._helper.process.pidfd, select.POLLIN)
             poll.poll(_END_S * 1000)
-
-
-def _waiting(fd: int) -> bool:
-    """Whether there is something in a pipe."""
-    waiting = bytearray(4)
-    fcntl.ioctl(fd, termios.FIONREAD, waiting)
-    return any(waiting)
-
-
-def _is_left(fd: int) -> bool:
-    """Whether a pipe has no writer any more."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return bool(poll.poll(0))

@@ -32,6 +32,7 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..model import fd_budget
 from ..system import signals
+from ..system.polling import events_of
 from ..system.process import reap_orphans
 from ..system.sd_notify import WATCHDOG
 from .checkpoint import Checkpoint
@@ -277,11 +278,7 @@ class Supervisor:
             self.runtime.log.write("warning", ReportKind.REFUSED.value, reason=cannot)
 
     def _terminal_is_gone(self) -> bool:
-        if self.terminal is None:
-            return False
-        poll = select.poll()
-        poll.register(self.terminal, 0)
-        return any(events & select.POLLHUP for _, events in poll.poll(0))
+        return self.terminal is not None and bool(events_of(self.terminal, 0) & select.POLLHUP)
 
 
 def terminal_of(foreground: bool) -> int | None:

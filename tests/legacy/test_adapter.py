@@ -526,7 +526,8 @@ def test_it_loads_little() -> None:
         *{"_struct", "socketprotector", "socketprotector.programs", "socketprotector_client"},
         *{"socketprotector.programs.legacy", "socketprotector.programs.legacy.adapter"},
         *{"socketprotector.programs.legacy.stream", "socketprotector.system"},
-        *{"socketprotector.system.signals", "socketprotector.programs.worker_protocol"},
+        *{"socketprotector.system.polling", "socketprotector.system.signals"},
+        "socketprotector.programs.worker_protocol",
         *{"socketprotector_client.wire", "importlib", "importlib._bootstrap", "os", "stat"},
         *{
             "_collections_abc",

@@ -26,6 +26,7 @@ import time
 from socketprotector_client import wire
 
 from ...system import signals
+from ...system.polling import events_of
 from ..worker_protocol import FAILED, Notifier, Refusal, inherited, receive, write_line
 from .stream import Stream, described, peer_of
 
@@ -183,7 +184,7 @@ class Adapter:
             while not ours and pid > 1:
                 pid = parent_of(pid)
                 ours = pid == self.pid
-            return ours and not (pidfd >= 0 and is_readable(pidfd))
+            return ours and not (pidfd >= 0 and events_of(pidfd, select.POLLIN))
         except (OSError, ValueError):
             return False
         finally:
@@ -354,12 +355,6 @@ def parent_of(pid: int) -> int:
     """Return the parent of a process.  Raises OSError if there is none, or no /proc."""
     with open(f"/proc/{pid}/stat", "rb") as file:
         return int(file.read().rpartition(b")")[2].split()[1])
-
-
-def is_readable(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def say(text: str) -> None:

@@ -62,10 +62,10 @@ class CommandHandler:
             client.follows = True
             client.say(control_requests.answer(request.id, {}))
             return
-        if request.command == "diff":
-            self._compare(client, request)
-            return
         try:
+            if request.command == "diff":
+                self._compare(client, request)
+                return
             if self.supervisor.fleet.stopping and request.command in _NOT_WHILE_STOPPING:
                 raise RequestError("refused", "it is stopping")
             command = getattr(self, "do_" + request.command.replace("-", "_"))
@@ -137,9 +137,7 @@ class CommandHandler:
     def _compare(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
         if not self._effects.live_settings.settings.origin.configured:
-            raise RequestError(
-                "unknown", "there is no configuration file; see --config", request.id
-            )
+            raise RequestError("unknown", "there is no configuration file; see --config")
 
         def done(answer: ConfigAnswer) -> None:
             if answer.failure:
@@ -150,7 +148,7 @@ class CommandHandler:
                 client.say(control_requests.answer(request.id, {"changes": list(answer.changes)}))
 
         if not self._effects.live_settings.compare(done):
-            raise RequestError("busy", "a diff is under way; try again after it", request.id)
+            raise RequestError("busy", "a diff is under way; try again after it")
 
     # -- doing -------------------------------------------------------------------
 

@@ -390,8 +390,7 @@ class _Resident:
         settings = self.settings
         if self.control_listener is None:
             return None
-        log = runtime.log
-        operator = CommandHandler(supervisor, runtime, lambda: self._reopen_logs(log))
+        operator = CommandHandler(supervisor, runtime)
         uids = {0, os.getuid()} | ({settings.identity.uid} if settings.identity else set())
         self.control_listener.claim()
         control = ControlServer(
@@ -402,7 +401,7 @@ class _Resident:
             uids=frozenset(uids),
             group=settings.control_group,
         )
-        log.observe(control.tell)
+        runtime.log.observe(control.tell)
         return control
 
     # -- the end -------------------------------------------------------------------

@@ -25,7 +25,7 @@ def operator(log: Log) -> CommandHandler:
     """One whose every look at anything fails."""
     supervisor = cast("Any", SimpleNamespace(effects=SimpleNamespace()))
     runtime = cast("Any", SimpleNamespace(log=log))
-    return CommandHandler(supervisor, runtime, lambda: None)
+    return CommandHandler(supervisor, runtime)
 
 
 @pytest.mark.parametrize("command", ["status", "connections", "crashes"])

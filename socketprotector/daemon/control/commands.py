@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ... import __version__
@@ -49,8 +49,6 @@ class CommandHandler:
 
     supervisor: Supervisor
     runtime: Runtime
-    #: Opens the log file anew.
-    reopen: Callable[[], None]
 
     @property
     def _effects(self) -> Effects:
@@ -237,5 +235,5 @@ class CommandHandler:
         return {"level": level}
 
     def do_reopen(self) -> Mapping[str, Any]:
-        self.reopen()
+        self.supervisor.reopen_logs()
         return {}

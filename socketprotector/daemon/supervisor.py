@@ -46,6 +46,8 @@ from .upgrade import Upgrade
 #: how long an upgrade waits for that: far longer than it takes one that reads at all.
 _AGAIN_S = 0.05
 _BEHIND_S = 10.0
+#: The timer that runs while it does.
+_HAND_OVER = "hand-over"
 #: After so much work of ours clients that wait are accepted: to start a worker takes 1 ms.
 _BREATH_S = 0.005
 #: How soon to look again behind a child that another object here reaps; later each time in a row.
@@ -77,7 +79,6 @@ class Supervisor:
     _recorded: deque[Action] = field(default_factory=deque)
     _working: bool = False
     _handing_over: bool = False
-    _give_up_at: float | None = None  # on the upgrade that waits
     _breath_at: float = 0.0  # when to accept the next time
 
     def __post_init__(self) -> None:
@@ -173,19 +174,21 @@ class Supervisor:
         """Ask the new program whether it can take over; it is executed when it says so."""
         if self._handing_over:
             return
-        if self._give_up_at is not None:
+        if self.runtime.loop.due(_HAND_OVER) is not None:
             self.runtime.log.write("info", "upgrade-under-way")
         elif self.checkpoint.write():
             self.upgrade.begin(self.checkpoint.descriptors(), self._hand_over)
         else:
             self.upgrade.failed(_NOT_KEPT)
 
-    def _hand_over(self) -> None:
-        """Become the new program, which goes on after the last signal that has come to us."""
+    def _hand_over(self, give_up_at: float | None = None) -> None:
+        """Become the new program, which goes on after the last signal that has come to us.
+
+        give_up_at: where the guard or systemd was waited for before.
+        """
         if not self.checkpoint.store.flushed:  # the next program relies on that
-            self._hand_over_later()
+            self._hand_over_later(give_up_at)
             return
-        self._give_up_at = None
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._handing_over = True
         # Those whose handler has run are known to this program alone.
@@ -204,21 +207,20 @@ class Supervisor:
         self._handing_over = False
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def _hand_over_later(self) -> None:
+    def _hand_over_later(self, give_up_at: float | None) -> None:
         """Wait for the guard or systemd to catch up, but not for ever."""
         now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + _BEHIND_S
+        if give_up_at is None:
+            give_up_at = now + _BEHIND_S
             self.runtime.log.write(
                 "warning", "upgrade-waits", hint="waiting for the guard or systemd to catch up"
             )
-        elif now >= self._give_up_at:
-            self._give_up_at = None
+        elif now >= give_up_at:
             self.upgrade.failed(
                 f"the guard or systemd has not read on for {_BEHIND_S:g} s: it hangs"
             )
             return
-        self.runtime.loop.call_after("hand-over", _AGAIN_S, self._hand_over)
+        self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))
 
     def _reap_orphans(self, again_s: float = _FIRST_REAP_S) -> None:
         """Reap discarded children, and those left to us as PID 1 of a container or sub-reaper."""

@@ -61,7 +61,6 @@ class _Quiescing:
     # Counted in looks, not seconds: while the machine was suspended no worker could read.
     looks: int = 0
     quiet_looks: int = 0
-    last: bool = False  # no other generation follows before the next start
     common: Sequence[Listener] = ()  # without a second socket, and maybe with a backlog
     # Clients that had come before, and whether each is silent; None: yet to be asked for.
     unread: dict[tuple[int, bytes], bool] | None = None
@@ -166,10 +165,8 @@ class SocketSteering:
         if generation not in self._accepting or not self._pairs:
             self._post(Quiesced(generation))
             return
-        self._yield(generation)
-        self._begin(
-            generation, _Quiescing(time.monotonic(), partial(self._post, Quiesced(generation)))
-        )
+        over = partial(self._post, Quiesced(generation))
+        self._begin(generation, _Quiescing(time.monotonic(), over))
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all that came to it before.
@@ -180,7 +177,7 @@ class SocketSteering:
         self.give_back()
         socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if not each.has_sibling]
-        quiescing = _Quiescing(time.monotonic(), over, last=True, common=common)
+        quiescing = _Quiescing(time.monotonic(), over, common=common)
         self.accept_watch.end()
         if generation in self._accepting and (self._own(socket_number) or common):
             self._begin(generation, quiescing)
@@ -250,10 +247,10 @@ class SocketSteering:
     def _look(self, generation: int) -> None:
         quiescing, socket_number = self._quiescing[generation], self._accepting[generation]
         now = time.monotonic()
+        turned = self._yield(generation)  # first: who comes after that is not among these
         quiescing.common = [each for each in quiescing.common if each.has_waiting()]
         own = self._own(socket_number)
         waiting = any(each.has_waiting(socket_number) for each in own) or bool(quiescing.common)
-        turned = quiescing.last and self._yield(generation)
         if not self._steered or turned:  # they still come here, or have
             quiescing.began, quiescing.looks, quiescing.unread = now, 0, None
         unread = quiescing.unread

@@ -142,14 +142,11 @@ class SocketSteering:
 
     def turn_to(self, socket_number: int, *, again: bool = False) -> None:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
-        self._turn_to(socket_number)
-        if socket_number in self._accepting.values():
-            self.accept_watch.begin(before_us=again)
-
-    def _turn_to(self, socket_number: int) -> None:
         self.current = socket_number
         self._steer()
         self._watch()
+        if socket_number in self._accepting.values():
+            self.accept_watch.begin(before_us=again)
 
     def record(self) -> SteeringRecord:
         """Return what another program would have to know."""
@@ -208,7 +205,7 @@ class SocketSteering:
         """Have new clients wait at a socket from which no worker accepts, if there is one."""
         socket_number = self._accepting[generation]
         if socket_number == self.current and 1 - socket_number not in self._accepting.values():
-            self._turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
+            self.turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
             return True
         return False
 
@@ -416,9 +413,8 @@ class SocketSteering:
             self.mend(listener, number)
         elif (listener, number) in self._in_vain():
             self._rescue_later()
-        elif (
-            self.accept_watch.awaits
-        ):  # a worker may have accepted by now: then none waits at the look
+        elif self.accept_watch.awaits:
+            # A worker may have accepted by now: then none waits at the look.
             self.accept_watch.came(listener.index)
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
@@ -449,11 +445,9 @@ class SocketSteering:
         """Look again later: a worker that was told to finish may still accept them."""
         for each, number in self._in_vain():
             self._loop.unwatch(each.socket_for(number).fileno())
-        now = time.monotonic()
-        if now - self._rescued_at > LAST_RESCUE_S:
+        if time.monotonic() - self._rescued_at > LAST_RESCUE_S:
             self._rescue_s = FIRST_RESCUE_S
-        delay_s = max(self._rescue_s, self._rescued_at + self._rescue_s - now)
-        self._loop.call_after(_RESCUE, delay_s, self._rescue)
+        self._loop.call_after(_RESCUE, self._rescue_s, self._rescue)
 
     def _rescue(self) -> None:
         waiting = [each for each, number in self._in_vain() if each.has_waiting(number)]

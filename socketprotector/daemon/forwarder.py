@@ -151,7 +151,7 @@ class Forwarder:
         if listener.shared:
             listener.refuse_new()  # its workers accept the backlog
         if to is None or listener.shared:
-            self._lost += self.undelivered.drop(listener.index)
+            self._lost += self.undelivered.drop(lambda index: index == listener.index)
             listener.close()
         else:
             self._drains.begin(listener, to)
@@ -196,7 +196,7 @@ class Forwarder:
         left = tuple(filter(None, [each.leave(socket_number) for each in self._listeners]))
         self._listeners.clear()
         self.route_to(None)
-        self._lost += self.undelivered.close()
+        self._lost += self.undelivered.drop(lambda _: True)
         for channel, gone in self._leftovers.items():
             if gone:
                 self._lost += channel.depth()

@@ -91,7 +91,7 @@ class DrainingListeners:
 
     def _end(self, each: _Draining) -> None:
         self._loop.cancel(each.timer)
-        self.lost += self._undelivered.drop(each.listener.index)
+        self.lost += self._undelivered.drop(each.is_its)
         each.listener.close()
         self._draining.remove(each)
         if each.channel in self._to_end and not self._to(each.channel):

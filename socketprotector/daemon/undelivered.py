@@ -66,20 +66,12 @@ class Undelivered:
                 return None
         return None
 
-    def drop(self, listener: int) -> int:
-        """Close those that came by a listener; return how many."""
-        gone = [n for n, (header, _) in self._waiting.items() if listener_of(header) == listener]
+    def drop(self, wanted: Wanted) -> int:
+        """Close those that came by such listeners; return how many."""
+        gone = [n for n, (header, _) in self._waiting.items() if wanted(listener_of(header))]
         for number in gone:
             os.close(self._waiting.pop(number)[1])
         return len(gone)
-
-    def close(self) -> int:
-        """Close all; return how many."""
-        fds = [fd for _, fd in self._waiting.values()]
-        self._waiting.clear()
-        for fd in fds:
-            os.close(fd)
-        return len(fds)
 
     def _new_number(self) -> int:
         self.number += 1

@@ -33,7 +33,7 @@ class World:
 def world() -> Iterator[World]:
     made = World()
     yield made
-    made.kept.close()
+    made.kept.drop(any_listener)
 
 
 def came_by(listener: int) -> tuple[bytes, int]:
@@ -107,7 +107,7 @@ def test_no_connection_has_the_number_of_an_earlier_one(world: World) -> None:
     after.keep_first(*came_by(0))
 
     assert not after.descriptors().keys() & earlier
-    after.close()
+    after.drop(any_listener)
     for fd in sent:
         os.close(fd)
 
@@ -124,7 +124,7 @@ def test_the_next_program_has_the_same_ones_in_the_same_order(world: World) -> N
     assert after.waiting == world.states[-1][1]
     assert after.number > world.kept.number
     assert after.descriptors().keys() == world.kept.descriptors().keys()
-    assert after.close() == 4
+    assert after.drop(any_listener) == 4
 
 
 def test_one_whose_descriptor_was_not_stored_in_time_is_forgotten(world: World) -> None:

@@ -111,8 +111,6 @@ class Effects:
         self.last_good: Program | None = None  # what served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
-        #: Of the sockets that live on for the next start, once all is closed.
-        self.left: tuple[str, ...] = ()
         self.run = RunRecord(started_at=time.time())
         self.forwarder = Forwarder(
             runtime,
@@ -473,14 +471,18 @@ class Effects:
         """How many of those were lost on the way; None likewise."""
         return self.forwarder.lost if self._accepts else None
 
-    def close(self) -> None:
-        """Close what is left when nothing is supervised any more."""
+    def close(self) -> tuple[str, ...]:
+        """Close what is left when nothing is supervised any more.
+
+        Returns the names of the sockets that live on for the next start.
+        """
         self.live_settings.stop_reading()
         self.steering.end()
-        self.left = self.forwarder.close(self.steering.current)
+        left = self.forwarder.close(self.steering.current)
         self._log.write(
             "info",
             "stopped",
             connections=self.forwarded,
             lost=self.lost or None,
         )
+        return left

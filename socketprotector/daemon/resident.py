@@ -197,7 +197,7 @@ class _Resident:
         self.parents.guard.send(f"X_BEGAN=1\nX_FINISH={finish}")
         self.watcher.start(watchers)
         status = supervisor.run()
-        self.staying = supervisor.effects.left
+        self.staying = supervisor.effects.close()
         self.watcher.close()
         if control is not None:
             control.close()

@@ -112,10 +112,9 @@ class Supervisor:
         self._work()
 
     def run(self) -> int:
-        """Supervise until nothing is left.  Returns the exit status."""
+        """Supervise until nothing is left but to close it.  Returns the exit status."""
         self._reap_orphans()  # an earlier program may have been told, and not come to it
         self.runtime.loop.run()
-        self.effects.close()
         return self.effects.exit_status or 0
 
     def _work(self) -> None:

@@ -622,6 +622,7 @@ class World:
             protector.adopt(Recovery(effects, snapshot, left))
         self._starting = False
         protector.run()
+        effects.close()
 
     def _settings_of(self, snapshot: Snapshot | None) -> Settings:
         """The settings that hold, as the resident process finds them."""

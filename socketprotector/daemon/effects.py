@@ -101,7 +101,7 @@ class Effects:
         `stay` says whether descriptors of these names are kept beyond our end, for the next start.
         """
         self._loop, self._log = runtime.loop, runtime.log
-        self._post, self._persist = runtime.post, runtime.persist
+        self._post = runtime.post
         self._stay = stay
         self._accepts = not settings.mode.workers_accept  # else workers do
         self._systemd = systemd
@@ -126,7 +126,7 @@ class Effects:
         self.steering = SocketSteering(
             lambda: self.forwarder.listeners,
             runtime,
-            bound=self._bound_anew,
+            bound=lambda listener: self.live_settings.bound_anew(listener),
             lost=self._listener_lost,
             untaken=self._say_untaken,
         )
@@ -341,10 +341,6 @@ class Effects:
         if not stay:
             self.steering.end()  # else the next start has them, though a worker shuts them
         self.forwarder.close_listeners(quick=quick, stay=stay)
-
-    def _bound_anew(self, listener: Listener) -> None:
-        self.live_settings.bound_anew(listener)
-        self._persist()
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
         """A listener gets no clients any more; if none does, our supervisor must act."""

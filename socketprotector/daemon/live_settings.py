@@ -43,7 +43,7 @@ class LiveSettings:
         self._forwarder = forwarder
         self._steering = steering
         self._generations = generations
-        self._log, self._post = runtime.log, runtime.post
+        self._log, self._post, self._persist = runtime.log, runtime.post, runtime.persist
         self._reader = ConfigReader(command, runtime.loop, "reader")
         self._comparer = ConfigReader(command, runtime.loop, "comparer")
 
@@ -101,12 +101,13 @@ class LiveSettings:
         self._remove_listeners()
 
     def bound_anew(self, listener: Listener) -> None:
-        """A listener has another socket file, which is to be removed at the end."""
+        """Write down that a listener has another socket file: it is to be removed at the end."""
         index, its, candidate = listener.index, listener.settings, self.record.candidate
         self.record = SettingsRecord(
             _with_file(self.settings, index, its),
             _with_file(candidate, index, its) if candidate is not None else None,
         )
+        self._persist()
 
     # -- inside ------------------------------------------------------------------
 

@@ -104,7 +104,6 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
 
 @click.group(
     context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
-    no_args_is_help=False,
     invoke_without_command=True,
     options_metavar="[--name NAME | --control PATH | --pid-file FILE]",
     subcommand_metavar="COMMAND [ARG...]",

@@ -28,9 +28,6 @@ _PAGES = "/metrics, /healthz, /readyz"
 class Server(ThreadingHTTPServer):
     """Listens; a thread for each connection."""
 
-    daemon_threads = True
-    allow_reuse_address = True
-
     def __init__(
         self, address: tuple[str, int], instances: ProtectorCollector, tls: ssl.SSLContext | None
     ) -> None:

@@ -175,13 +175,10 @@ def of_connections(
         opened = generations.get(record.generation)
         if opened is None or only not in (None, record.generation):
             continue
-        times = None
-        counted = opened.board is not None and opened.counts(record.slot) is not None
-        if opened.board is not None and counted and not record.orphaned:
-            times = {
-                str(fd): ns / 1e9 + offset
-                for fd, ns in opened.board.accepted_at(record.slot).items()
-            }
+        board, times = opened.board, None
+        if board is not None and opened.counts(record.slot) is not None and not record.orphaned:
+            accepted = board.accepted_at(record.slot)
+            times = {str(fd): ns / 1e9 + offset for fd, ns in accepted.items()}
         found.append(
             {
                 "generation": record.generation,

@@ -21,7 +21,7 @@ from .queue_watch import NEVER_TAKEN_S, UNTAKEN_S
 FIRST_LOOK_S = NEVER_TAKEN_S / 4
 LOOK_S = UNTAKEN_S / 2
 #: To ask the kernel takes at most this share of our time, however many connections there are.
-_ASKING_SHARE = 0.1
+ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
@@ -77,7 +77,7 @@ class AcceptWatch:
     def _look_later(self, asking_s: float) -> None:
         seldom = self._before_us or self._waiting.keys() <= self._accepted
         delay_s = LOOK_S if seldom else FIRST_LOOK_S
-        self.loop.call_after(_LOOK, max(delay_s, asking_s / _ASKING_SHARE), self._look)
+        self.loop.call_after(_LOOK, max(delay_s, asking_s / ASKING_SHARE), self._look)
 
     def _look(self) -> None:
         began = time.monotonic()

@@ -28,7 +28,7 @@ from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
 from ..system.sock_diag import Line, unaccepted, unread
-from .accept_watch import AcceptWatch
+from .accept_watch import ASKING_SHARE, AcceptWatch
 from .runtime import Runtime
 
 _LOOK_S = 0.1
@@ -38,8 +38,6 @@ QUIET_S = 1.0
 SILENT_S = 3.0
 #: After that long a generation is told to finish even if it has not read from all of them.
 LAST_S = 10.0
-#: Queries of sock_diag take at most this share of our time: they grow with the connections.
-_ASKING_SHARE = 0.1
 _STEER_AGAIN_S = 0.5
 #: How often, at most, a generation is started for clients that no worker accepts.
 FIRST_RESCUE_S = 1.0
@@ -273,7 +271,7 @@ class SocketSteering:
             quiescing.over()
             return
         asking_s = time.monotonic() - now
-        delay_s = max(_LOOK_S, asking_s / _ASKING_SHARE)
+        delay_s = max(_LOOK_S, asking_s / ASKING_SHARE)
         self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
 
     def _ask(

@@ -57,10 +57,8 @@ class Stream:
         """Take ownership of the child's connection, and free the name for the next worker."""
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SNDBUF_BYTES)
         self.connection = connection
-        for each in (
-            self.listener,
-            self.queue,
-        ):  # in this order: the next in turn finds the name free
+        # In this order: the next in turn finds the name free.
+        for each in (self.listener, self.queue):
             if each is not None:
                 each.close()
         self.listener = self.queue = None

@@ -103,7 +103,6 @@ class Effects:
         self._loop, self._log = runtime.loop, runtime.log
         self._post = runtime.post
         self._stay = stay
-        self._accepts = not settings.mode.workers_accept  # else workers do
         self._systemd = systemd
         self._start_report = start_report
         self.generations = Generations()
@@ -118,7 +117,7 @@ class Effects:
             broken=self._route_broken,
             dead=lambda listener: self.steering.mend(listener, 0),
             untaken=self._say_untaken,
-            accepts=self._accepts,
+            accepts=not settings.mode.workers_accept,
         )
         self.pool = WorkerPool(
             settings, runtime, output, remember=self._remember, listeners=self.forwarder.shared
@@ -323,10 +322,10 @@ class Effects:
         return bool(ours) and self._stay([name for each in ours for name in each.descriptors()])
 
     def _close_listeners(self, *, quick: bool) -> None:
-        stay = self.they_stay
+        stay, route = self.they_stay, self._route
         if quick:
             self.steering.give_back()
-        elif (stay or self.steering.share) and not self._accepts and self._route is not None:
+        elif (stay or self.steering.share) and not self.forwarder.accepts and route is not None:
 
             def over() -> None:
                 if stay:
@@ -336,7 +335,7 @@ class Effects:
                     self.steering.end()
                     self.forwarder.close_listeners(quick=False)
 
-            self.steering.quiesce_last(self._route, over)
+            self.steering.quiesce_last(route, over)
             return
         if not stay:
             self.steering.end()  # else the next start has them, though a worker shuts them
@@ -460,12 +459,12 @@ class Effects:
     @property
     def forwarded(self) -> int | None:
         """How many connections were accepted and sent to workers; None where workers accept."""
-        return self.forwarder.forwarded if self._accepts else None
+        return self.forwarder.forwarded if self.forwarder.accepts else None
 
     @property
     def lost(self) -> int | None:
         """How many of those were lost on the way; None likewise."""
-        return self.forwarder.lost if self._accepts else None
+        return self.forwarder.lost if self.forwarder.accepts else None
 
     def close(self) -> tuple[str, ...]:
         """Close what is left when nothing is supervised any more.

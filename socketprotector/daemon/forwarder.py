@@ -70,7 +70,7 @@ class Forwarder:
         self._listeners = list(listeners)
         self._broken = broken
         self._dead = dead
-        self._accepts = accepts
+        self.accepts = accepts
         self._forwarded = 0  # by earlier programs
         self._lost = 0
         self.undelivered = Undelivered(runtime.persist)
@@ -280,7 +280,7 @@ class Forwarder:
                     self._leftovers.pop(channel, None)
                     if gone:
                         channel.close()
-        if self._accepts and self._can_send() and self._route is not None and not self._holding:
+        if self.accepts and self._can_send() and self._route is not None and not self._holding:
             known = [each for each in self._awaited if self._route.knows_of(each.index)]
             try:
                 self._acceptor.begin(known, self._route)
@@ -460,7 +460,7 @@ class Forwarder:
                 for each in self._awaited:
                     if not each.has_waiting():
                         self._accept_no_more(each)
-            waiting = not self._accepts and any(each.has_waiting() for each in self._awaited)
+            waiting = not self.accepts and any(each.has_waiting() for each in self._awaited)
             quiet = self.forwarded == before and closing.looked and not waiting
             late = bool(closing.latest) and time.monotonic() > closing.latest
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)

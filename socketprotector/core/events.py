@@ -211,7 +211,7 @@ class Action:
 
 
 class WorkerSignal(Enum):
-    """The signals the lifecycle sends to workers."""
+    """The signals the lifecycle sends to workers, by name."""
 
     TERM = "TERM"
     ABRT = "ABRT"  # to one that hangs: it may leave a core dump

@@ -45,11 +45,6 @@ from .worker_spawn import Worker, WorkerSpawner, named
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
-_SIGNALS = {
-    WorkerSignal.TERM: signal.SIGTERM,
-    WorkerSignal.ABRT: signal.SIGABRT,
-    WorkerSignal.KILL: signal.SIGKILL,
-}
 #: So many descriptors of workers are looked at for one that listens: each takes microseconds.
 _LOOKED_AT = 1000
 #: What is kept of a STATUS= line.
@@ -161,11 +156,11 @@ class WorkerPool:
 
     def signal(self, number: int, kind: WorkerSignal) -> None:
         """Send a signal, KILL to the whole process group; nothing happens to one that is gone."""
-        worker = self._workers.get(number)
+        worker, sent = self._workers.get(number), signal.Signals[f"SIG{kind.value}"]
         if worker is None:
-            self.groups.signal(number, _SIGNALS[kind])
+            self.groups.signal(number, sent)
             return
-        if not self._send(worker, _SIGNALS[kind]):
+        if not self._send(worker, sent):
             return
         aborted = worker.record.aborted or kind is WorkerSignal.ABRT
         self._note(

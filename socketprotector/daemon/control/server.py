@@ -71,8 +71,6 @@ class Client:
 
     def tell(self, line: Callable[[Mapping[str, object]], bytes]) -> None:
         """Send an event, unless too much is unread already; the next one says how many were not."""
-        if self.gone or self._ending:
-            return
         data = line({"dropped": self._left_out} if self._left_out else {})
         if len(self._unsent) + len(data) > UNREAD_BYTES:
             self._left_out += 1

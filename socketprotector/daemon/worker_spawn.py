@@ -109,7 +109,7 @@ class WorkerSpawner:
     def start(self, number: int, slot: int, generation: OpenGeneration) -> Worker:
         """Start a process with all it needs.  Raises OSError or ValueError, and leaves nothing."""
         program = generation.program
-        with ExitStack() as theirs, ExitStack() as ours:
+        with ExitStack() as ours:
             notify = self._notify_socket(number)
             ours.callback(notify.close)
             output_start = self.output.position()
@@ -119,26 +119,21 @@ class WorkerSpawner:
             # --ready fd:N has that number for itself.
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
             line = None
-            if program.mode.workers_accept:
-                descriptors, told = self._listeners_for(generation, slot, free)
-                tell_pid = "LISTEN_PID"
-            else:
-                line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                ours.callback(line.close)
-                theirs.callback(end.close)
-                descriptors, told = self._channel_for(generation, slot, end, free)
-                tell_pid = ""
-            environment |= told
-            with (
-                Readiness.offered(program, free, self.loop, number) as (
-                    readiness,
-                    its_ends,
-                    variables,
-                ),
-                self.output.opened(number, generation.record.number) as output,
-            ):
+            with ExitStack() as theirs:
+                if program.mode.workers_accept:
+                    descriptors, told = self._listeners_for(generation, slot, free)
+                    tell_pid = "LISTEN_PID"
+                else:
+                    line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    ours.callback(line.close)
+                    theirs.callback(end.close)
+                    descriptors, told = self._channel_for(generation, slot, end, free)
+                    tell_pid = ""
+                offered = Readiness.offered(program, free, self.loop, number)
+                readiness, its_ends, variables = theirs.enter_context(offered)
+                output = theirs.enter_context(self.output.opened(number, generation.record.number))
                 descriptors |= its_ends | output.places
-                process = spawn(program, environment | variables, descriptors, tell_pid)
+                process = spawn(program, environment | told | variables, descriptors, tell_pid)
                 output.pid = process.pid
             ours.pop_all()
         record = WorkerRecord(

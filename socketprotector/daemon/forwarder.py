@@ -42,7 +42,7 @@ class _Closing:
 
     stay: bool  # the listeners outlive us, with the clients that come later
     latest: float = 0.0  # 0: new clients are refused, so it comes to an end by itself
-    looked: bool = False  # once, since new clients are refused
+    forwarded: int = -1  # at the last look since new clients are refused
 
 
 class Forwarder:
@@ -175,7 +175,7 @@ class Forwarder:
                 refused = listener.refuse_new() and refused
         if not refused:
             self._closing.latest = time.monotonic() + LAST_S
-        self._close_when_quiet(self._closing, self.forwarded)
+        self._close_when_quiet(self._closing)
 
     def _accept_no_more(self, listener: Listener) -> None:
         self._over.append(listener)
@@ -452,7 +452,7 @@ class Forwarder:
 
     # -- the end -------------------------------------------------------------
 
-    def _close_when_quiet(self, closing: _Closing, before: int) -> None:
+    def _close_when_quiet(self, closing: _Closing) -> None:
         """Close the listeners once no client has come since the last look, or waits for workers."""
         if self._can_send() and not any(self._leftovers.values()):
             self._acceptor.accept_now(self._can_send)
@@ -461,16 +461,15 @@ class Forwarder:
                     if not each.has_waiting():
                         self._accept_no_more(each)
             waiting = not self.accepts and any(each.has_waiting() for each in self._awaited)
-            quiet = self.forwarded == before and closing.looked and not waiting
+            quiet = self.forwarded == closing.forwarded and not waiting
             late = bool(closing.latest) and time.monotonic() > closing.latest
             over = (quiet or not self._awaited) and not (closing.stay and self._drains.listeners)
             if self._can_send() and (over or late):
                 self._close_listeners()
                 self._post(BacklogEmptied())
                 return
-            closing.looked = True
-        count = self.forwarded
-        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(closing, count))
+            closing.forwarded = self.forwarded
+        self._loop.call_after(_QUIET, QUIET_S, lambda: self._close_when_quiet(closing))
 
     def _close_listeners(self) -> None:
         self._loop.cancel(_QUIET)

@@ -97,7 +97,7 @@ def run(descriptors: dict[str, int], command: tuple[str, ...]) -> int:
     except Exception as error:
         # What is said of it must not be kept from a terminal for ever (`stty tostop`).
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTTOU,))
-        if resident.can_come_back:
+        if resident.began and resident.parents.store.keeps:
             raise  # the guard or systemd starts another one, which resumes
         # It cannot be resumed: no process may be left waiting, and no file be left behind.
         reason = str(error)
@@ -150,23 +150,13 @@ class _Resident:
         self.staying: tuple[str, ...] = ()  # names of listeners that live on for the next start
         self._loop: Loop | None = None
 
-    @property
-    def loop(self) -> Loop:
-        assert self._loop is not None
-        return self._loop
-
-    @property
-    def can_come_back(self) -> bool:
-        """Whether another program could go on where this one stops."""
-        return self.began and self.parents.store.keeps
-
     def supervise(self) -> int:
         """Go on with what there is, or begin; return the exit status when nothing is left."""
         snapshot = self._where_to_begin()
         if snapshot is not None and snapshot.fleet.exiting:
             return self._end_again(snapshot)
         self.began = snapshot is not None
-        self._become_resident()
+        loop = self._become_resident()
         for listener in self.listeners:
             if snapshot is None or not listener.shared:  # else a worker has said how it listens
                 listener.claim()
@@ -177,7 +167,7 @@ class _Resident:
         checkpoint = Checkpoint(
             StateFile(self.own[inherited.STATE]), self.parents.store, log, self._descriptors
         )
-        runtime = Runtime(self.loop, log, queue.post, checkpoint.save)
+        runtime = Runtime(loop, log, queue.post, checkpoint.save)
         self._begin_log(runtime, snapshot)
         supervisor = self._put_together(runtime, queue, checkpoint)
         control = self._control(supervisor, runtime)
@@ -220,14 +210,15 @@ class _Resident:
 
     def _end_again(self, snapshot: Snapshot) -> int:
         """All was done but the last words."""
-        if self.parents.stays(name for each in self._ours for name in each.descriptors()):
+        ours = [each for each in self.listeners if not each.settings.foreign]
+        if self.parents.stays(name for each in ours for name in each.descriptors()):
             number = snapshot.steering.socket_number
-            self.staying = tuple(filter(None, [each.leave(number) for each in self._ours]))
+            self.staying = tuple(filter(None, [each.leave(number) for each in ours]))
         self._close_listeners()
         return snapshot.fleet.exit_status
 
-    def _become_resident(self) -> None:
-        """Have a loop, and the limits, priority and user of the whole life."""
+    def _become_resident(self) -> Loop:
+        """Have the limits, priority and user of the whole life; return its loop."""
         settings, quota = self.settings, Quota()
 
         def spare() -> bool:
@@ -239,7 +230,7 @@ class _Resident:
             return processors() > 1 and quota.processors() > 1
 
         # Not before: from here on it is known who goes on if it fails.
-        self._loop = Loop(settings.busy_poll_s, spare)
+        self._loop = loop = Loop(settings.busy_poll_s, spare)
         # Only the soft limit, and workers get the caller's back: each draining generation and
         # each worker costs descriptors here.
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -250,11 +241,12 @@ class _Resident:
             privileges.become(settings.identity, settings.nice, starts_others=starts_others)
             if starts_others:
                 privileges.reclaim()  # an upgrade in place has brought them along
+        return loop
 
     def _begin_log(self, runtime: Runtime, snapshot: Snapshot | None) -> None:
         """Have the log where it is to be, and say in it what begins."""
         settings, log = self.settings, runtime.log
-        log.suppress_crash_loops(self.loop)
+        log.suppress_crash_loops(runtime.loop)
         self._begin_output(runtime)
         log.reopen()
         log.write(
@@ -282,8 +274,8 @@ class _Resident:
                 self._write_pid(log)
             pool.guarded = False
 
-        self.parents.watch(self.loop, pool.learn_status, unguarded)
-        self.start_report.watch(self.loop, lambda: runtime.post(StopRequested(quick=True)))
+        self.parents.watch(runtime.loop, pool.learn_status, unguarded)
+        self.start_report.watch(runtime.loop, lambda: runtime.post(StopRequested(quick=True)))
 
     def fail(self, reason: str) -> None:
         """Nothing could be started, or can go on: let go of what is ours."""
@@ -351,7 +343,7 @@ class _Resident:
             queue,
             effects,
             checkpoint,
-            Upgrade(self.command, self.loop, runtime.log, keeps=keeps),
+            Upgrade(self.command, runtime.loop, runtime.log, keeps=keeps),
             runtime,
             reopen_logs=lambda: self._reopen_logs(runtime.log),
             took=lambda number: self.parents.guard.send(f"X_TOOK={number:d}"),
@@ -395,7 +387,7 @@ class _Resident:
         self.control_listener.claim()
         control = ControlServer(
             self.control_listener,
-            self.loop,
+            runtime.loop,
             operator.handle,
             supervisor.effects.pool.acked,
             uids=frozenset(uids),
@@ -405,10 +397,6 @@ class _Resident:
         return control
 
     # -- the end -------------------------------------------------------------------
-
-    @property
-    def _ours(self) -> list[Listener]:
-        return [each for each in self.listeners if not each.settings.foreign]
 
     def _close_listeners(self) -> None:
         for listener in (*self.listeners, self.control_listener):

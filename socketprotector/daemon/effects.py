@@ -240,10 +240,7 @@ class Effects:
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""
         if fleet.served and not fleet.stopping:
-            self._systemd.send(
-                READY="1", MAINPID=str(self._systemd.pid), STATUS="went on after a restart"
-            )
-            self._start_report.started()
+            self._say_ready("went on after a restart")
             if fleet.incoming:
                 self._systemd.reloading()
         elif fleet.stopping:
@@ -431,8 +428,7 @@ class Effects:
         serves = f"generation {report.generation} serves"
         match report.news:
             case ReportKind.READY:
-                self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=serves)
-                self._start_report.started()
+                self._say_ready(serves)
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:
@@ -448,6 +444,10 @@ class Effects:
 
     def _stop_running(self) -> None:
         self._loop.running = False
+
+    def _say_ready(self, status: str) -> None:
+        self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=status)
+        self._start_report.started()
 
     def _say_stopping(self, reason: str = "") -> None:
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.

@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
+from ..system.helper import BackOff
 from .runtime import Runtime
 
 #: Waits, each twice as long as the one before while it lasts.
@@ -36,7 +37,7 @@ class Shortage:
     lasts: bool = False
     #: A descriptor of no other use, -1 while it is spent.
     reserve: int = -1
-    _wait_s: float = 0.0
+    _back_off: BackOff = field(default_factory=lambda: BackOff(FIRST_WAIT_S, LAST_WAIT_S))
     _since: float = 0.0
 
     def __post_init__(self) -> None:
@@ -46,15 +47,13 @@ class Shortage:
         """Wait for descriptors or memory, longer each time in a row; say so the first time."""
         now = time.monotonic()
         if now - self._since > 2 * LAST_WAIT_S:
-            self._wait_s = FIRST_WAIT_S
+            self._back_off.reset()
             hint = "accepting again by a timer"
             self.runtime.log.write("error", "scarce", call=call, error=error.strerror, hint=hint)
-        else:
-            self._wait_s = min(self._wait_s * 2, LAST_WAIT_S)
         self._since = now
         self.lasts = True
         self.stop()
-        self.runtime.loop.call_after(_RETRY, self._wait_s, self._try_again)
+        self.runtime.loop.call_after(_RETRY, self._back_off.wait_s(), self._try_again)
 
     def _try_again(self) -> None:
         self.lasts = False

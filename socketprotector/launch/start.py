@@ -101,27 +101,8 @@ def _become_resident(
     verdict: where the outcome goes, the launcher's line or the foreground's terminal.
     """
     pid_file = PidFile(settings.pid_file) if settings.pid_file is not None else None
-    detach = not settings.foreground
-    # None is /dev/null to it; in the foreground all three stay what they are.
-    # ruff: noqa: SIM115 -- they stay open for the life of the daemon
-    standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
-    if log is not None:
-        standard[1:] = [open(log, "ab", 0)] * 2
-    # Its defaults would be a umask of 0, no core dumps, TSTP ignored, and no detaching where stdin
-    # is a socket; workers would inherit them.  No uid: it drops privileges before the pid file is
-    # written.  It closes what files_preserve does not name.  Source: python-daemon 3.1, open().
-    context = DaemonContext(
-        pidfile=pid_file,
-        detach_process=detach,
-        files_preserve=[verdict, *(each.socket.fileno() for each in bound.values())],
-        working_directory=settings.origin.directory,
-        umask=settings.umask,
-        prevent_core=False,
-        signal_map={},
-        stdin=standard[0],
-        stdout=standard[1],
-        stderr=standard[2],
-    )
+    kept = [verdict, *(each.socket.fileno() for each in bound.values())]
+    context = _context(settings, pid_file, kept, log)
     try:
         context.open()
     except OSError as error:
@@ -142,7 +123,7 @@ def _become_resident(
     if folder is not None:
         settings = replace(settings, notify_folder=folder.path)
         descriptors[inherited.NOTIFY] = folder.fd
-    if detach and settings.identity is not None:
+    if not settings.foreground and settings.identity is not None:
         _tell(verdict, made=_made(settings, bound))
     try:
         _exec(settings, bound, descriptors, pid_file, verdict)
@@ -158,6 +139,36 @@ def _become_resident(
             f"cannot execute {error.filename}: {error.strerror}; was it removed meanwhile, "
             "or is a folder on its path closed to --user?"
         ) from error
+
+
+def _context(
+    settings: Settings, pid_file: PidFile | None, kept: list[int], log: int | None
+) -> DaemonContext:
+    """Return what detaches, unless in the foreground, and takes the pid file.
+
+    kept: the descriptors that stay open.  log: where stdout and stderr are to lead, if not None.
+    """
+    detach = not settings.foreground
+    # None is /dev/null to it; in the foreground all three stay what they are.
+    # ruff: noqa: SIM115 -- they stay open for the life of the daemon
+    standard = [None if detach else open(fd, "r+b", 0, closefd=False) for fd in (0, 1, 2)]
+    if log is not None:
+        standard[1:] = [open(log, "ab", 0)] * 2
+    # Its defaults would be a umask of 0, no core dumps, TSTP ignored, and no detaching where stdin
+    # is a socket; workers would inherit them.  No uid: it drops privileges before the pid file is
+    # written.  It closes what files_preserve does not name.  Source: python-daemon 3.1, open().
+    return DaemonContext(
+        pidfile=pid_file,
+        detach_process=detach,
+        files_preserve=kept,
+        working_directory=settings.origin.directory,
+        umask=settings.umask,
+        prevent_core=False,
+        signal_map={},
+        stdin=standard[0],
+        stdout=standard[1],
+        stderr=standard[2],
+    )
 
 
 def _made(settings: Settings, bound: Mapping[str, Bound]) -> dict[str, list[int]]:

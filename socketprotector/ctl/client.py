@@ -21,6 +21,7 @@ import time
 from collections import deque
 from typing import Any
 
+from ..system.cleanup import on_error
 from .errors import ConnectionLost, NoProtector, RequestRefused
 
 VERSION = 1
@@ -55,11 +56,8 @@ class Client:
         self._buffer = bytearray()
         self._events: deque[Message] = deque()
         if first is not None:
-            try:
+            with on_error(self.close):
                 self._request(first, {}, within_s)
-            except BaseException:
-                self.close()
-                raise
 
     def again(self, within_s: float = math.inf) -> None:
         """Connect again, within RETURN_S at most.  Raises NoProtector when none came back."""
@@ -227,13 +225,11 @@ def connect(path: str, timeout_s: float) -> socket.socket:
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        sock.settimeout(timeout_s)
-        _connect(sock, path)
-    except BaseException as error:
-        sock.close()
-        if isinstance(error, OSError):
-            raise _unreachable(path, error) from error
-        raise
+        with on_error(sock.close):
+            sock.settimeout(timeout_s)
+            _connect(sock, path)
+    except OSError as error:
+        raise _unreachable(path, error) from error
     return sock
 
 

@@ -17,6 +17,7 @@ from ..model import text
 from ..model.log_format import is_own
 from ..model.settings import Settings
 from ..system import inherited
+from ..system.cleanup import on_error
 from ..system.inherited import Inherited
 from ..system.log import is_journal
 from ..system.log_file import open_log
@@ -103,10 +104,8 @@ class Output:
         os.fchmod(write, _REOPENED)
         given = Opened({_STDOUT: write, _STDERR: write})
         try:
-            yield given
-        except BaseException:
-            os.close(read)
-            raise
+            with on_error(os.close, read):
+                yield given
         finally:
             os.close(write)
         self._relay.read_from(number, WorkerPipe(read, generation, given.pid))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from ..model.frozen import frozen
 from ..programs import log_relay
 from ..system import inherited
+from ..system.cleanup import on_error
 from ..system.helper import BackOff, HelperProcess
 from ..system.polling import events_of
 from ..system.process import Process
@@ -167,20 +168,16 @@ class LogRelay:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = (self._name, self._kind, str(int(self._prefixed)), str(_LINE_FD))
         argv = (sys.executable, "-I", "-S", log_relay.__file__, *given)
-        try:
-            with theirs, open(os.devnull, "r+b", buffering=0) as file:
-                null = file.fileno()
-                # It must not hold the write end, or it would never see its last writer go.
-                out = null if self._kind == "syslog" else _STDERR
-                shared = self._shared if self._shared >= 0 else null
-                descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
-                # SCHED_BATCH: it is to wake up for many lines, not for each.
-                self._helper = HelperProcess.start(
-                    argv, descriptors, self._loop, self._ended, batch=True
-                )
-        except BaseException:
-            ours.close()
-            raise
+        with on_error(ours.close), theirs, open(os.devnull, "r+b", buffering=0) as file:
+            null = file.fileno()
+            # It must not hold the write end, or it would never see its last writer go.
+            out = null if self._kind == "syslog" else _STDERR
+            shared = self._shared if self._shared >= 0 else null
+            descriptors = {0: shared, 1: out, 2: null, _LINE_FD: theirs.fileno()}
+            # SCHED_BATCH: it is to wake up for many lines, not for each.
+            self._helper = HelperProcess.start(
+                argv, descriptors, self._loop, self._ended, batch=True
+            )
         self._listen(ours)
         self._say_all()
 

@@ -44,10 +44,11 @@ class Lines:
         server = await asyncio.start_server(self._talk, sock=self._listener)
         began()
         await self._told.wait()
-        server.close()
-        # Not only the conversations: some that were accepted wait for asyncio to begin theirs.
+        # Not close() yet: asyncio drops clients that it has accepted and not begun with by then.
+        loop.remove_reader(self._listener)
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             await asyncio.wait(others)
+        server.close()
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.account import Kill, Victim
+from bench.earlier import EarlierCode
 from bench.held import held_ports
 from bench.processes import descendants, resident_kib
 
@@ -164,8 +165,18 @@ def _accepted(pid: int) -> frozenset[int]:
 class Service:
     """A guarded protector with its releases in a folder, as its log and /proc show it."""
 
-    def __init__(self, folder: Path, kind: Kind, options: Sequence[str], workers: int) -> None:
-        """Lay out the releases; start() starts it."""
+    def __init__(
+        self,
+        folder: Path,
+        kind: Kind,
+        options: Sequence[str],
+        workers: int,
+        earlier: EarlierCode | None = None,
+    ) -> None:
+        """Lay out the releases; start() starts it.
+
+        earlier: what it is started by, until the first upgrade.
+        """
         self.kind = kind
         self.log = folder / "log"
         self.pid_file = folder / "pid"
@@ -175,7 +186,10 @@ class Service:
         self.events: Counter[str] = Counter()
         self.serving = 0  # generation
         self.begun = 0  # pid of the protector that has told last that it goes on
+        self.left_earlier = ""  # how this code came to run in the place of the earlier, once it did
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
+        self._earlier = earlier
+        self._version = ""  # of the protector that has told last that it goes on
         self._folder = folder
         self._options = ("--workers", str(workers), *kind.options, *options)
         self._protector = 0
@@ -186,7 +200,9 @@ class Service:
 
     def _make_releases(self) -> None:
         words = self.kind.program.format(held=shlex.quote(str(self._held)), fd='"$1"')
-        good = f"export PYTHONPATH={shlex.quote(str(ROOT))}\nexec {words}\n"
+        path = [self._earlier.client_library] if self._earlier is not None else []
+        packages = ":".join(map(str, [*path, ROOT]))
+        good = f"export PYTHONPATH={shlex.quote(packages)}\nexec {words}\n"
         releases = {
             "good": good,
             "exits": "exit 3\n",
@@ -208,9 +224,10 @@ class Service:
 
     def command(self) -> list[str]:
         """Return the command that starts it."""
-        program = Path(sys.executable).parent / _NAME
+        installed = (str(Path(sys.executable).parent / _NAME),)
         return [
-            *(str(program), "--guard", *self._options),
+            *(self._earlier.command if self._earlier is not None else installed),
+            *("--guard", *self._options),
             *("--pid-file", str(self.pid_file), "--log-file", str(self.log)),
             *(f"web={self.kind.listen}", "--", str(self._folder / "current" / "daemon")),
             *(["{fd:web}"] if self.kind.accepts else []),
@@ -218,10 +235,22 @@ class Service:
 
     def start(self) -> None:
         """Start it and wait until it serves.  Raises CalledProcessError."""
-        done = subprocess.run(self.command(), stdout=subprocess.PIPE, text=True, check=True)
+        own = self._earlier.environment if self._earlier is not None else {}
+        done = subprocess.run(
+            self.command(),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env={**os.environ, **own},
+        )
         self.address = done.stdout.split()[-1].removeprefix("tcp:")
         self.guard = int(self.pid_file.read_text())
         self.look()
+
+    @property
+    def from_earlier(self) -> bool:
+        """Whether earlier code starts it, until the first upgrade."""
+        return self._earlier is not None
 
     # -- what is seen ----------------------------------------------------------
 
@@ -241,9 +270,15 @@ class Service:
             elif event == "route":
                 self.serving = int(words["generation"])
             elif event in ("start", "adopted"):
-                self._protector = self.begun = int(words["pid"])
+                self._begins(int(words["pid"]), words["version"])
             elif event == "upgrading":
                 self.begun = 0
+
+    def _begins(self, pid: int, version: str) -> None:
+        if self._version not in ("", version):
+            self.left_earlier = "USR2" if pid == self._protector else "a kill, and the guard"
+        self._protector = self.begun = pid
+        self._version = version
 
     def protector(self) -> int:
         """Return the pid of the protector, 0 while there is none."""
@@ -269,7 +304,7 @@ class Service:
                     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if any(each.endswith(b"/log_relay.py") for each in words):
+                if any(each.endswith((b"/log_relay.py", b"/relay.py")) for each in words):
                     return pid
         return 0
 
@@ -306,6 +341,12 @@ class Service:
         if not pid or _stat(pid)[0] in ("", "Z"):
             raise Gone(f"{'guard' if self.guarded else 'protector'} {pid or self._protector}")
         os.kill(pid, number)
+
+    def upgrade(self) -> None:
+        """Ask for an upgrade, to this code from whatever runs.  Raises Gone."""
+        if self._earlier is not None:
+            self._earlier.replace()
+        self.send(signal.SIGUSR2)
 
     def kill(self, victim: Victim, pid: int) -> Kill | None:
         """Send KILL to a process of the service and wait for its end."""

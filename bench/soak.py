@@ -5,6 +5,8 @@ themselves, of four kinds one after the other (`--kind`: one alone).  Load, idle
 random reloads, upgrades, kills, scaling, bad releases, stops and shortages, from a seed that is
 printed.  At the end a report for each; exit status 1 if a connection failed that no kill accounts
 for, if an idle one changed hands, or if anything leaked.
+`--from COMMIT`: each service is started by that commit's code, and the first upgrade is one to this
+code; after a minute the service is stopped, and another one is started.
 Then, for as long again, the simulation with seeds of its own (tests/simulation).
 docs/reliability.md says what is promised and how this tests it.
 """
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.account import Account, account
+from bench.earlier import EarlierCode, NoSuchCommit, extract, resolve
 from bench.figures import machine
 from bench.load import Load
 from bench.seen import KINDS, Failure, Snapshot
@@ -59,6 +62,8 @@ MORE_DESCRIPTORS = 2
 SHOW_EVERY_S = 15.0
 REST_S = 60.0
 STOP_S = 60.0
+#: How long one lives that was started by an earlier commit's code: the next one is upgraded, too.
+FROM_EARLIER_MINUTES = 1.0
 INTERRUPTED = 130
 ROOT = Path(__file__).parent.parent
 #: Where the simulation's seeds begin, for each seed of ours: more than hours take, and none
@@ -151,6 +156,8 @@ class Soak:
         lasts_s = self.report.minutes * 60
         self.torment.run(begun_s + lasts_s * GUARDED_SHARE, self._show)
         self.torment.undo_all()  # or a stopped protector could not notice
+        if self.service.from_earlier:
+            self._leave_earlier()
         self._weigh("loaded, before the guard is killed")
         self.torment.unguard()
         self.expect(
@@ -160,6 +167,15 @@ class Soak:
         self.expect(self._pid_file_is_protectors(), "the pid file is not the protector's")
         self.torment.run(begun_s + lasts_s, self._show)
         self._weigh("loaded, after the last action")
+
+    def _leave_earlier(self) -> None:
+        """Upgrade, if that was not done yet: without a guard there is no other way to this code."""
+        service = self.service
+        service.look()
+        if not service.left_earlier:
+            service.upgrade()
+        left = service.wait(lambda: bool(service.left_earlier), REST_S)
+        self.expect(left, "it was never upgraded to this code")
 
     def _pid_file_is_protectors(self) -> bool:
         return self.service.wait(
@@ -346,7 +362,9 @@ def torment_both(given: argparse.Namespace) -> int:
         words = ("--kind", kind, "--seed", str(given.seed), "--workers", str(given.workers))
         sizes = ("--at-once", str(at_once), "--idle", str(idle), "--simulated", "0")
         kept = ("--keep-log", f"{given.keep_log}-{kind}") if given.keep_log is not None else ()
-        command = (sys.executable, "-m", "bench.soak", str(minutes), *words, *sizes, *kept)
+        earlier = ("--from", given.commit) if given.commit is not None else ()
+        options = (*words, *sizes, *kept, *earlier)
+        command = (sys.executable, "-m", "bench.soak", str(minutes), *options)
         running.append(subprocess.Popen(command, cwd=ROOT))
         return running[-1]
 
@@ -365,8 +383,38 @@ def torment_both(given: argparse.Namespace) -> int:
         raise
 
 
-def torment_one(given: argparse.Namespace, kind: Kind) -> int:
-    """Torment one service; return the exit status."""
+def torment_from_earlier(given: argparse.Namespace, kind: Kind) -> int:
+    """Torment services that an earlier commit's code has started, one after the other.
+
+    Returns the exit status.
+    """
+    until_s = time.monotonic() + given.minutes * 60
+    ways: Counter[str] = Counter()
+    status = number = 0
+    with tempfile.TemporaryDirectory(prefix="socketprotector-earlier-") as name:
+        extract(given.commit, Path(name))
+        while status in (0, 1) and (number == 0 or time.monotonic() < until_s):
+            one = argparse.Namespace(**vars(given))
+            one.minutes = min(given.minutes, FROM_EARLIER_MINUTES)
+            one.seed = given.seed + number
+            if given.keep_log is not None:
+                one.keep_log = Path(f"{given.keep_log}-{number}")
+            worse, way = torment_one(one, kind, Path(name))
+            status = max(status, worse)
+            ways[way or "nothing: it was not upgraded"] += 1
+            number += 1
+    told = ", ".join(f"{count} by {way}" for way, count in sorted(ways.items()))
+    print(f"\n{kind.name}: started by {given.commit[:12]}: {number}; upgraded to this code: {told}")
+    return status
+
+
+def torment_one(
+    given: argparse.Namespace, kind: Kind, extracted: Path | None = None
+) -> tuple[int, str]:
+    """Torment one service; return the exit status, and by what it has left earlier code.
+
+    extracted: that code, by which it is started.
+    """
     become_sub_reaper()
 
     print(f"{kind.name}: seed {given.seed}", flush=True)
@@ -374,7 +422,8 @@ def torment_one(given: argparse.Namespace, kind: Kind) -> int:
     options = ("--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle)
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
     os.environ["XDG_RUNTIME_DIR"] = str(folder)  # the control socket goes there, too
-    service = Service(folder, kind, options, given.workers)
+    earlier = EarlierCode(folder, extracted) if extracted is not None else None
+    service = Service(folder, kind, options, given.workers, earlier)
     soak: Soak | None = None
     clean = False
     try:
@@ -386,12 +435,12 @@ def torment_one(given: argparse.Namespace, kind: Kind) -> int:
         clean = service.end(STOP_S)
         soak.expect(clean, f"it did not end within {STOP_S:g} s of TERM")
         soak.expect(not service.pid_file.exists(), "the pid file was left behind")
-        return 0 if show(soak, *seen) else 1
+        return 0 if show(soak, *seen) else 1, service.left_earlier
     except KeyboardInterrupt:
         print("interrupted; everything that was started is being stopped")
-        return INTERRUPTED
+        return INTERRUPTED, service.left_earlier
     except subprocess.CalledProcessError as error:
-        return int(error.returncode)  # the protector has said why
+        return int(error.returncode), ""  # the protector has said why
     finally:
         if not clean:
             _clean_up(service, soak.torment if soak else None)
@@ -419,7 +468,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=WORKERS, help="of each service")
     parser.add_argument("--keep-log", type=Path, help="copy the service's log there at the end")
     parser.add_argument("--simulated", type=float, help="minutes of the simulation; 0: none")
+    parser.add_argument(
+        "--from", dest="commit", metavar="COMMIT", help="start by its code, upgrade to this one"
+    )
     given = parser.parse_args()
+    try:
+        given.commit = resolve(given.commit) if given.commit is not None else None
+    except NoSuchCommit as error:
+        parser.error(str(error))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # they clean up as Ctrl-C does
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -430,7 +486,12 @@ def main() -> int:
     minutes = given.minutes if given.simulated is None else given.simulated
     try:
         kind = SERVICES.get(given.kind)
-        status = torment_one(given, kind) if kind is not None else torment_both(given)
+        if kind is None:
+            status = torment_both(given)
+        elif given.commit is not None:
+            status = torment_from_earlier(given, kind)
+        else:
+            status, _ = torment_one(given, kind)
         if status in (0, 1) and minutes > 0:
             status = max(status, simulate(given.seed, minutes))
     except KeyboardInterrupt:

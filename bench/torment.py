@@ -114,7 +114,7 @@ class Torment:
         return "reload"
 
     def _upgrade(self) -> str:
-        self._service.send(signal.SIGUSR2)
+        self._service.upgrade()
         return "upgrade (USR2)"
 
     def _any_worker(self) -> int:

@@ -16,11 +16,11 @@ __all__ = ["GAP_S", "Load", "Snapshot"]
 
 #: Of each of some four clients that wait for their answers, before they ask again.
 GAP_S = rounds(10, 0) / 1000
-_PER_S = rounds(300, 0) or None
+_PER_S = rounds(150, 0) or None
 
 
 class Load(load.Load):
-    """As there; as many conversations at a time, but no more than 300 are begun in a second."""
+    """As there; as many conversations at a time, but no more than 150 are begun in a second."""
 
     def __init__(self, address: str, **more: Any) -> None:
         super().__init__(address, **{"rate_per_s": _PER_S, **more})

@@ -371,7 +371,7 @@ def test_whatever_happens_to_the_protector_the_verdict_is_what_the_log_says(
 ) -> None:
     chance = Chance()
     daemon = web("--guard")
-    for _ in range(rounds(4, 100)):
+    for _ in range(rounds(2, 100)):
         works = chance.random.random() < 0.5
         release.becomes(*(MANY if works else ("/bin/false",)))
         running = beside("reload", "--json", "--timeout", "60s")

@@ -84,7 +84,7 @@ def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_ti
     at_rest(daemon)
     before = kinds_of(protector_pid(daemon), daemon.pid)
     workers = spawned(daemon)
-    kills = rounds(5, 100) if handoff == "connection" else rounds(3, 50)
+    kills = rounds(3, 100) if handoff == "connection" else rounds(3, 50)
     lost = []
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:

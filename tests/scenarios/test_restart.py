@@ -22,7 +22,7 @@ from tests.running import DEADLINE_S, Client, ask, eventually
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
 from tests.scenarios.tools import EITHER_HANDOFF, hold, pid_in, spawned, worker
 
-ROUNDS = rounds(5, 100)
+ROUNDS = rounds(3, 100)
 LISTENER = ("--handoff", "listener", "--ready", "notify")
 ACCEPTS = worker("accepts")
 

@@ -24,7 +24,7 @@ def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> 
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=16).start()
     worker_number = 4
 
-    for _ in range(rounds(4, 20)):  # one after the other, then all at once
+    for _ in range(rounds(2, 20)):  # one after the other, then all at once
         worker_number += 1
         mark = daemon.signal(signal.SIGTTIN)
         daemon.log.wait_for(f"event=worker-ready .*worker={worker_number}$", after=mark)

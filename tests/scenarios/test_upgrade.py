@@ -56,7 +56,7 @@ def test_upgrades_and_reloads_under_load_lose_nothing_at_all(
     descriptors, before = kinds_at_rest(daemon), pid_file.stat()
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
-        for number in range(rounds(5, 100) if handoff == "connection" else rounds(2, 50)):
+        for number in range(rounds(3, 100) if handoff == "connection" else rounds(2, 50)):
             upgraded(daemon)
             if number % 4 == 0:
                 daemon.reload()

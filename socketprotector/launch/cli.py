@@ -80,7 +80,7 @@ COMMAND = _Command(
     Signals: HUP reload; TERM, QUIT stop; INT stop at once; USR1 reopen the log file; USR2 replace
     the protector's own program; TTIN, TTOU one worker more, one fewer.
 
-    TIME is 500ms, 10s, 2m, 1h or plain seconds.
+    TIME is 500ms, 10s, 1h30m, 1d or plain seconds.
     """,
     add_help_option=False,
     context_settings={"show_default": True},

@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from ..model.errors import UsageError
 from ..model.frozen import frozen
 from ..system.reuseport import IP_FREEBIND, IPV6_TRANSPARENT
+from .option_values import TIME
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]{1,12}|[0-9]{1,12}")
-_TIME = re.compile(r"([0-9]{1,12})(ms|s|m|)")
-_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "": 1000}
+_TIME = re.compile(r"[0-9a-z.]+")
 _KEEPALIVE = re.compile(r"([0-9]{0,5})(?::([0-9]{0,5}))?(?::([0-9]{0,5}))?")
 _KEEP = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
 #: The system's word for what one may not.
@@ -48,8 +48,11 @@ def _between(least: int, most: int) -> Callable[[str], bool]:
 
 
 def _ms(value: str) -> int:
-    found = _TIME.fullmatch(value)
-    return int(found[1]) * _MILLISECONDS[found[2]] if found else 0
+    """Return a time in whole milliseconds; 0: it is none."""
+    try:
+        return round(TIME.read(value) * 1000) if _TIME.fullmatch(value) else 0
+    except ValueError:
+        return 0
 
 
 def _is_keepalive(value: str) -> bool:
@@ -125,7 +128,7 @@ OPTIONS: Mapping[str, Option] = {
     ),
     "transparent": Option(*_SWITCH, _of_ip(socket.IP_TRANSPARENT, IPV6_TRANSPARENT)),
     "user_timeout": Option(
-        "a time, like 500ms, 30s or 2m",
+        "a time from 1ms to 24d, like 500ms, 30s or 1h30m",
         lambda value: 0 < _ms(value) < 2**31,
         _put(_TCP, socket.TCP_USER_TIMEOUT, _ms),
     ),

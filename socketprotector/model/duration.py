@@ -5,12 +5,18 @@ Other kinds of value, which the daemon alone has, are in launch/option_values.py
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import click
 
-_UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+#: Several units, the greatest first, each once.
+_LARGEST_FIRST = sorted(_UNITS, key=_UNITS.__getitem__, reverse=True)
+_SEVERAL = re.compile(
+    "(?=.)" + "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _LARGEST_FIRST)
+)
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
@@ -31,7 +37,7 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 
 
 
 class Duration(Value):
-    """`500ms`, `10s`, `2m`, `1h` or plain seconds."""
+    """`500ms`, `10s`, `1h30m`, `1d` or plain seconds."""
 
     def __init__(self, *, zero: bool = True) -> None:
         super().__init__("TIME", self.read, "{:g} s".format)
@@ -40,13 +46,22 @@ class Duration(Value):
     def read(self, text: str) -> float:
         """Return seconds.  Raises ValueError with what may be written instead."""
         text = text.strip()
-        unit = next((u for u in _UNITS if text.endswith(u)), "")
-        try:
-            seconds = float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
-        except ValueError:
-            seconds = -1.0
+        seconds = _seconds(text)
         if not 0 <= seconds < 1e9:
-            raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 2m or seconds")
+            raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 1h30m or seconds")
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")
         return seconds
+
+
+def _seconds(text: str) -> float:
+    """Return what a duration is in seconds; -1: it is none."""
+    if several := _SEVERAL.fullmatch(text):
+        parts = zip(several.groups("0"), _LARGEST_FIRST, strict=True)
+        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    # Whatever else float() takes, before one unit or none.
+    unit = next((u for u in _UNITS if text.endswith(u)), "")
+    try:
+        return float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
+    except ValueError:
+        return -1.0

@@ -95,7 +95,7 @@ def read(tmp_path: Path) -> Reader:
 def test_a_file_alone_is_enough(read: Reader, tmp_path: Path) -> None:
     asked = read(
         COMMAND
-        + 'listen = ["127.0.0.1:0", "unix:s?mode=0600"]\nworkers = 4\nsettle = "2s"\n'
+        + 'listen = ["127.0.0.1:0", "unix:s?mode=0600"]\nworkers = 4\nsettle = "2m30s"\n'
         + 'umask = "027"\n[env]\nMODE = "x=y"\nPORT = 80\n[limit]\nnofile = 100\n'
     )
 
@@ -103,7 +103,7 @@ def test_a_file_alone_is_enough(read: Reader, tmp_path: Path) -> None:
     assert [listen.text for listen in asked.listens] == ["127.0.0.1:0", "unix:s?mode=0600"]
     assert asked.listens[1].path == str(tmp_path / "s")
     assert (settings.command, settings.workers) == ((sys.executable, "-V"), 4)
-    assert settings.policy.settle_s == 2.0
+    assert settings.policy.settle_s == 150.0
     assert settings.umask == 0o027
     assert settings.environment == (("MODE", "x=y"), ("PORT", "80"))
     assert settings.limits == (("nofile", 100),)
@@ -281,13 +281,13 @@ memory = 2
         "line 11: umask: 18: must be a string, in quotes",
         'line 12: verbose: has no place in a file; write log-level = "debug"',
         "line 13: foreground: 'yes': must be true or false",
-        "line 14: settle: 'soon' is no duration; write 500ms, 10s, 2m or seconds",
+        "line 14: settle: 'soon' is no duration; write 500ms, 10s, 1h30m or seconds",
         "line 15: ready: 'after:': write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s",
         "line 16: log-level: 'loud' is not one of 'debug', 'info', 'warning', 'error'",
         "line 17: user: no-such-user: unknown user; see getent passwd",
         "line 18: start-tries: true: must be a whole number",
         "line 19: queue: 2.5: must be a whole number",
-        "line 20: drain-timeout: 'nan' is no duration; write 500ms, 10s, 2m or seconds",
+        "line 20: drain-timeout: 'nan' is no duration; write 500ms, 10s, 1h30m or seconds",
         "line 21: colour: unknown key; docs/reference.md lists them",
         f"line 22: env-file: {read.path.parent}/nofile: No such file or directory",
         "line 24: env.A=B: not a name; it is empty, or has = in it",

@@ -66,7 +66,7 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
         (["0", "--workers"], "requires an argument"),
         (["--workers", "0", "0", "--", "true"], "--workers"),
         (["--workers", "many", "0", "--", "true"], "not a valid integer"),
-        (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 2m or seconds"),
+        (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 1h30m or seconds"),
         (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
         (["--settle", "nan", "0", "--", "true"], "write 500ms"),
         (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),

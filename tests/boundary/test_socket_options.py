@@ -34,6 +34,7 @@ SEEN = [
     ("keepalive=::2", TCP, socket.TCP_KEEPCNT, 2),
     ("user_timeout=1500ms", TCP, socket.TCP_USER_TIMEOUT, 1500),
     ("user_timeout=2m", TCP, socket.TCP_USER_TIMEOUT, 120_000),
+    ("user_timeout=2m30s", TCP, socket.TCP_USER_TIMEOUT, 150_000),
     ("user_timeout=4", TCP, socket.TCP_USER_TIMEOUT, 4000),
     ("rcvbuf=20000", SOCKET, socket.SO_RCVBUF, 40_000),
     ("sndbuf=30000", SOCKET, socket.SO_SNDBUF, 60_000),
@@ -126,8 +127,12 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
         ("keepalive=0", "keepalive must be IDLE"),
         ("keepalive=1:2:3:4", "keepalive must be IDLE"),
         ("keepalive=40000", "keepalive must be IDLE"),
-        ("user_timeout=0", "user_timeout must be a time, like 500ms, 30s or 2m"),
-        ("user_timeout=1h", "user_timeout must be a time"),
+        (
+            "user_timeout=0",
+            "user_timeout must be a time from 1ms to 24d, like 500ms, 30s or 1h30m",
+        ),
+        ("user_timeout=soon", "user_timeout must be a time"),
+        ("user_timeout=25d", "user_timeout must be a time"),
         ("user_timeout=99999999", "user_timeout must be a time"),
         ("rcvbuf=0", "rcvbuf must be a whole number above 0"),
         ("sndbuf=-1", "sndbuf must be a whole number above 0"),
@@ -145,6 +150,8 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
         ("nonblock=0x1", "nonblock must be 0 or 1"),
         ("sndbuf=1_0", "sndbuf must be a whole number above 0"),
         ("keepalive=٣", "keepalive must be"),
+        ("user_timeout=٣", "user_timeout must be"),
+        ("user_timeout=1_0s", "user_timeout must be"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_in_words(asked: str, what: str) -> None:

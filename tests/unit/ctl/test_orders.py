@@ -42,7 +42,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
         (["replace", "web"], "'web': write a generation or a pid"),
         (["log-level", "loud"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
         (["hold", "--for", "0"], "it must be above 0"),
-        (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 2m or seconds"),
+        (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 1h30m or seconds"),
         (["relaod"], "No such command 'relaod'"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
         (["status", "--jsno"], "No such option"),
@@ -74,10 +74,10 @@ def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake,
 def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
-    assert ctl("hold", "--for", "30s") == Ended(
-        0, "on hold for 30 s; release ends it earlier\n", ""
+    assert ctl("hold", "--for", "2m30s") == Ended(
+        0, "on hold for 150 s; release ends it earlier\n", ""
     )
-    assert fake.asked == [{"command": "hold", "seconds": 30.0}]
+    assert fake.asked == [{"command": "hold", "seconds": 150.0}]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -126,7 +126,8 @@ class Reload:
             self._ready(number, ready)
             if each.get("phase") == "settling":
                 self._switched(number)
-        under_way = self._phase in (*_STARTING, "reloading")
+        # Waiting: under stop-first no generation has the route until the old one has quiesced.
+        under_way = self._phase in (*_STARTING, "reloading", "waiting")
         if reloads or starting or under_way or self.stopping or status.get("reload_wanted"):
             self._forgotten = 0
             return

@@ -31,6 +31,9 @@ _TAKE_FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 #: CMSG_SPACE of one int has room for two: the second would be received unnoticed, and stay open.
 _ONE_DESCRIPTOR = socket.CMSG_LEN(4)
 _PACK_DESCRIPTOR = struct.Struct("i").pack
+#: Read here, not at the first channel: a client library that lacks it is an incomplete
+#: installation, which the probe of an upgrade is to find by importing this.
+_CHARGE_BYTES = wire.RECORD_CHARGE_BYTES
 
 
 class Channel:
@@ -63,7 +66,7 @@ class Channel:
             # next worker that takes once this end is closed (unix_release_sock).
             write.shutdown(socket.SHUT_RD)
             # The kernel doubles what is asked and clamps it to 2 x net.core.wmem_max.
-            wanted = queue * wire.RECORD_CHARGE_BYTES // 2
+            wanted = queue * _CHARGE_BYTES // 2
             write.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wanted)
         return cls(read, write)
 
@@ -91,7 +94,7 @@ class Channel:
     def capacity(self) -> int:
         """Return how many untaken connections it has room for."""
         granted = self.write.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        return -(-granted // wire.RECORD_CHARGE_BYTES)
+        return -(-granted // _CHARGE_BYTES)
 
     @property
     def closed(self) -> bool:

@@ -8,6 +8,7 @@ import resource
 import socket
 import struct
 from collections.abc import Iterator
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 from socketprotector_client import wire
@@ -191,3 +192,16 @@ def test_a_channel_that_cannot_be_made_leaves_nothing(spare: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     assert caught.value.errno == errno.EMFILE
+
+
+def test_a_client_library_that_is_too_old_is_noticed_before_a_channel_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The probe of an upgrade imports this; nothing makes a channel before the next reload."""
+    spec = find_spec("socketprotector.system.channel")
+    assert spec is not None
+    assert spec.loader is not None
+    monkeypatch.delattr(wire, "RECORD_CHARGE_BYTES")
+
+    with pytest.raises(AttributeError, match="RECORD_CHARGE_BYTES"):
+        spec.loader.exec_module(module_from_spec(spec))

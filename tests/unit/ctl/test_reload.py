@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from socketprotector.ctl.reload_progress import Reload
 from tests.running import DEADLINE_S, Ended, Lines
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import (
@@ -364,6 +365,17 @@ def test_a_user_who_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) -> 
 
     assert said.status == 100
     assert json.loads(said.out)["result"] == "refused"
+
+
+def test_a_reload_is_not_forgotten_while_an_old_generation_quiesces_first() -> None:
+    """Under --reload-order stop-first: no generation has the route, and none is starting."""
+    quiescing = {"phase": "waiting", "generations": [{"number": 1, "phase": "draining"}]}
+    reload = Reload(2, {"phase": "serving"}, lambda _: None)
+
+    for _ in range(10):
+        reload.looked(quiescing)
+
+    assert reload.verdict is None
 
 
 def test_a_reload_that_the_protector_has_forgotten_is_no_success(fake: Fake, ctl: Ctl) -> None:

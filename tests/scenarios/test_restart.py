@@ -317,6 +317,8 @@ def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
         held.ask()
         first.signal(signal.SIGTERM)
         service.wait_for("STOPPING")
+        # Before that it accepts whoever has connected; and so does who goes on with the stop.
+        eventually(lambda: "sp.channel.1.write" not in service.store, "the end of accepting")
         later = Client(("127.0.0.1", port), "later")
         service.kill()
         second = service.start(*words)

@@ -54,6 +54,8 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
 def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """Accept nothing, refuse nothing: new clients wait in the kernel's backlog.
 
+    Under --handoff listener their own kernels try again, after 1, 3, 7 s and so on.
+
     Without --for it lasts as long as this command runs: Ctrl-C or TERM releases, and so does its
     being killed, after 5 s.
     """

@@ -172,6 +172,7 @@ class Effects:
                 self.steering.leave(number)
             case Hold(on):
                 self.forwarder.hold(on)
+                self.steering.hold(on)
             case ReadSettings():
                 self.live_settings.read()
             case UseSettings():

@@ -83,14 +83,17 @@ class Recovery:
                 continue  # not stored yet, so nothing was ever sent to it
             mine = self.left.take(inherited.CHANNEL, record.number)
             each = OpenGeneration.adopt(record, mine)
-            if record.released or self.snapshot.fleet.generation(record.number) is None:
+            known = self.snapshot.fleet.generation(record.number)
+            if record.released or known is None:
                 effects.generations.released[record.number] = each
                 continue
             effects.generations[record.number] = each
             if record.ended:
                 continue
             if record.program.mode.workers_accept:
-                effects.steering.adopt(record.number, record.socket_number)
+                effects.steering.adopt(
+                    record.number, record.socket_number, quiescing=known.quiescing
+                )
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:

@@ -99,6 +99,7 @@ class SocketSteering:
         self._accepting: dict[int, int] = {}  # generation -> socket number
         self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
+        self._held = False  # new clients get no answer, by request
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
@@ -107,9 +108,14 @@ class SocketSteering:
         """The socket number, 0 or 1, that the next generation gets."""
         return 1 - self.current if self.current in self._accepting.values() else self.current
 
-    def adopt(self, generation: int, socket_number: int) -> None:
-        """The workers of a generation have accepted there under an earlier program."""
+    def adopt(self, generation: int, socket_number: int, *, quiescing: bool = False) -> None:
+        """The workers of a generation have accepted there under an earlier program.
+
+        quiescing: it is going to, once more.
+        """
         self._accepting[generation] = socket_number
+        if quiescing:  # a hold may be resumed before that
+            self._quiescing[generation] = _Quiescing(time.monotonic(), lambda: None)
         for each in self._shared:  # that one may have been killed while it listened again
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self.mend(each, socket_number)
@@ -128,13 +134,30 @@ class SocketSteering:
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._quiescing.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
+        if self._held:
+            self._steer()  # its socket may be the one that new clients are to come to
         self._watch()
+
+    def hold(self, on: bool) -> None:
+        """Leave new clients without an answer; their kernels try again, and come in after it."""
+        self._held = on
+        self._steer()
+
+    def cannot_hold(self) -> str | None:
+        """Say why no hold can be had; None: it can."""
+        for each in self._listeners():
+            address = each.settings.address
+            if each.shared and each.settings.foreign:
+                return f"{address} was passed in, and its owner goes on listening there"
+            if each.shared and not each.has_sibling:
+                return f"{address} has one socket for all, from which workers accept directly"
+        return None
 
     def expect(self, listener: Listener) -> None:
         """Steer the clients of a new listener to the generation that is to know it."""
         try:
             if listener.has_sibling:
-                listener.steer(self.free)
+                self._steer_one(listener, self.free)
         except OSError:
             pass  # it is tried again when that generation has its turn
 
@@ -227,7 +250,8 @@ class SocketSteering:
         """Tell the kernel; until it is told they come to the other socket, whose workers go on."""
         try:
             for each in self._pairs:
-                each.steer(0 if self._given_back and each.settings.foreign else self.current)
+                owners = self._given_back and each.settings.foreign
+                self._steer_one(each, 0 if owners else self.current)
         except OSError as error:
             if self._steered:
                 self._log.write("error", "not-steered", error=error.strerror)
@@ -236,6 +260,27 @@ class SocketSteering:
         else:
             self._steered = True
             self._loop.cancel("steer")
+
+    def _steer_one(self, listener: Listener, socket_number: int) -> None:
+        """Have new clients come to one of its sockets, or under a hold to one that drops them.
+
+        That is the one which had no clients when the hold began, whichever generations begin and
+        end meanwhile.  Raises OSError.
+        """
+        if not self._held or listener.settings.foreign:
+            listener.steer(socket_number)
+            listener.answer_new()
+            return
+        idle = 1 - self.current
+        if listener.dropping is None and idle not in self._quiescing_at:
+            listener.drop_new(idle)
+        door = listener.dropping
+        listener.steer(socket_number if door is None else door)
+
+    @property
+    def _quiescing_at(self) -> list[int]:
+        """The sockets at which handshakes may be under way that began before a switch."""
+        return [self._accepting[each] for each in self._quiescing]
 
     # -- the one before ------------------------------------------------------------
 

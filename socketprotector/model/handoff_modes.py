@@ -63,7 +63,6 @@ LISTENER = HandoffMode(
     ready="any",
     ready_after_s=1.0,
     refuses={**_COUNTS, **_SHELL},
-    cannot={"hold": "hold is unavailable with --handoff listener: workers accept directly"},
 )
 STDIO = HandoffMode(
     "stdio",

@@ -255,6 +255,24 @@ class Listener:
                     return
         raise failed
 
+    @property
+    def dropping(self) -> int | None:
+        """Which socket leaves new clients without an answer."""
+        found = (n for n, each in enumerate(self.sockets) if reuseport.drops_new(each))
+        return next(found, None)
+
+    def drop_new(self, socket_number: int) -> None:
+        """Have a socket at which no handshake is under way leave new clients without an answer.
+
+        Raises OSError.
+        """
+        reuseport.drop_new(self.socket_for(socket_number))
+
+    def answer_new(self) -> None:
+        """Undo that.  Raises OSError."""
+        for each in self.sockets:
+            reuseport.answer_new(each)
+
     def _member(self, socket_number: int) -> int:
         """Return which member of the group a socket is.  Raises OSError where that is unknown."""
         inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]

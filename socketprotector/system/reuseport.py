@@ -37,6 +37,8 @@ _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
 #: Of linux/in.h and linux/in6.h; the socket module has no names for them.
 IP_FREEBIND = 15
+IP_MINTTL = 21
+IPV6_MINHOPCOUNT = 73
 IPV6_TRANSPARENT = 75
 #: Where tcp_info holds the accept queue's length and limit of a listening socket (tcp.h).
 _QUEUE = struct.Struct("=24x2I")
@@ -50,6 +52,9 @@ _NO_NEW_CLIENTS = (
     (_RETURN, 0, 0, 0),  # drop
     (_RETURN, 0, 0, 0xFFFFFFFF),  # pass
 )
+
+#: No packet has more left; systems let theirs begin with 64 or 128.
+_MOST_TTL = 255
 
 #: What accepted connections inherit, or what the address is bound with.
 _COPIED = (
@@ -228,6 +233,35 @@ def refuse_new(listening: socket.socket) -> None:
     except OSError:
         # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
         _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
+
+
+def drop_new(listening: socket.socket) -> None:
+    """Leave new clients without an answer, so that their kernels try again later.  Raises OSError.
+
+    Needs no privilege, as a filter does.  What is accepted would inherit it: only for a socket at
+    which no handshake is under way.  Source: IP_MINTTL in ip(7), tcp_v4_rcv() in tcp_ipv4.c.
+    """
+    for level, option in _min_ttl(listening):
+        listening.setsockopt(level, option, _MOST_TTL)
+
+
+def drops_new(listening: socket.socket) -> bool:
+    """Return whether drop_new() holds, here or in an earlier program."""
+    return all(listening.getsockopt(*each) == _MOST_TTL for each in _min_ttl(listening))
+
+
+def answer_new(listening: socket.socket) -> None:
+    """Undo drop_new().  Raises OSError."""
+    if drops_new(listening):
+        for level, option in _min_ttl(listening):
+            listening.setsockopt(level, option, 0)
+
+
+def _min_ttl(one: socket.socket) -> tuple[tuple[int, int], ...]:
+    of_ipv4 = (socket.IPPROTO_IP, IP_MINTTL)  # of those that an IPv6 socket takes, too
+    if one.family == socket.AF_INET6:
+        return of_ipv4, (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
+    return (of_ipv4,)
 
 
 def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:

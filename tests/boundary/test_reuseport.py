@@ -14,6 +14,7 @@ import pytest
 
 from socketprotector.system import reuseport
 from tests.boundary.listening import KINDS, listening
+from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -178,6 +179,50 @@ def test_nobody_needs_a_privilege_to_let_nobody_new_in(
             connection, _ = one.accept()
             with connection:
                 assert connection.recv(1) == b"x"
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_nobody_needs_a_privilege_to_have_clients_try_again_later(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as one, ExitStack() as clients:
+        assert not reuseport.drops_new(one)
+        _without_privileges(lambda: reuseport.drop_new(one))
+        assert reuseport.drops_new(one)
+        port = one.getsockname()[1]
+        waiting = [clients.enter_context(Unanswered((each, port))) for each in hosts]
+        for each in waiting:
+            each.tries_again()
+        assert accepted(one) == 0
+
+        _without_privileges(lambda: reuseport.answer_new(one))
+        assert not reuseport.drops_new(one)
+        for each in waiting:
+            each.connects()
+        assert came((one, one), hosts) == (12 + len(hosts), 0)
+
+
+def test_who_has_come_before_or_comes_to_the_other_one_notices_nothing(
+    first: socket.socket,
+) -> None:
+    second = reuseport.make(first)
+    assert second is not None
+    with second, socket.create_connection(first.getsockname()) as early:
+        reuseport.steer(first, 1)
+        reuseport.drop_new(first)
+        assert came((second, second), ("127.0.0.1",)) == (12, 0)
+        connection, _ = first.accept()
+        with connection:
+            early.sendall(b"x")
+            assert connection.recv(1) == b"x"
+
+
+def test_what_a_server_has_set_itself_is_not_undone(first: socket.socket) -> None:
+    first.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 64)
+
+    reuseport.answer_new(first)
+
+    assert first.getsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL) == 64
 
 
 def test_handshakes_that_are_under_way_finish() -> None:

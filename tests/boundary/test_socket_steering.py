@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
+from tests.unanswered import Unanswered
 
 ONE_S = struct.pack("ll", 1, 0)
 
@@ -753,3 +755,105 @@ def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_de
     for each in copies:
         each.close()
     world.listeners.clear()
+
+
+# -- a hold -------------------------------------------------------------------------
+
+
+def dropping(world: World) -> list[int]:
+    """The sockets that leave new clients without an answer."""
+    return [n for n in (0, 1) if reuseport.drops_new(world.listener.socket_for(n))]
+
+
+def test_under_a_hold_new_clients_get_no_answer_and_come_in_after_it(reloaded: World) -> None:
+    reloaded.connect()
+    reloaded.steering.hold(True)
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        assert reloaded.waiting() == [0]
+        reloaded.accept(0)
+        assert reloaded.waiting() == []
+
+        reloaded.steering.hold(False)
+        late.connects()
+
+    assert dropping(reloaded) == []
+    assert reloaded.waiting() == [0]
+
+
+def test_a_reload_meanwhile_lets_nobody_in_either(reloaded: World) -> None:
+    reloaded.steering.hold(True)
+    supersede(reloaded)
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        reloaded.pass_time(QUIET_S + 0.3)
+        assert reloaded.quiesced == [1]
+        reloaded.steering.leave(1)
+        reloaded.steering.enter(3, reloaded.steering.free)
+        assert reloaded.waiting() == []
+
+        reloaded.steering.hold(False)
+        late.connects()
+
+    assert dropping(reloaded) == []
+    assert reloaded.waiting() == [1]
+
+
+def test_one_whose_handshakes_may_be_under_way_is_not_made_deaf(reloaded: World) -> None:
+    """Who connects there would inherit it, and never be heard."""
+    supersede(reloaded)
+    reloaded.steering.hold(True)
+    assert dropping(reloaded) == []
+
+    reloaded.pass_time(QUIET_S + 0.3)
+    assert reloaded.quiesced == [1]
+    reloaded.steering.leave(1)
+
+    assert dropping(reloaded) == [0]
+
+
+def test_a_hold_outlives_a_socket_that_is_shut_down(reloaded: World) -> None:
+    reloaded.steering.hold(True)
+    for number in (1, 0):
+        reloaded.listener.socket_for(number).shutdown(socket.SHUT_RDWR)
+        reloaded.pass_time(0.3)
+
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        assert reloaded.waiting() == []
+        reloaded.steering.hold(False)
+        late.connects()
+    assert reloaded.waiting() == [0]
+
+
+def test_another_program_ends_a_hold_of_which_it_knows_no_more(reloaded: World) -> None:
+    reloaded.steering.hold(True)
+    runtime = Runtime(reloaded.loop, cast("Any", reloaded.log), reloaded.post, lambda: True)
+    other = SocketSteering(
+        lambda: reloaded.listeners,
+        runtime,
+        bound=lambda listener: None,
+        lost=lambda listener, why: None,
+        untaken=lambda *said: None,
+    )
+    other.adopt_record(reloaded.steering.record())
+
+    other.turn_to(0, again=True)
+
+    reloaded.connect()
+    assert (dropping(reloaded), reloaded.waiting()) == ([], [0])
+
+
+def test_what_has_no_second_socket_of_ours_cannot_be_held(world: World, tmp_path: Path) -> None:
+    assert world.steering.cannot_hold() is None
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(tmp_path / "s"))
+        unix.listen()
+        settings = ListenerSettings(f"unix:{tmp_path / 's'}")
+        world.listeners.append(Listener(os.dup(unix.fileno()), 1, settings, shared=True))
+    assert world.steering.cannot_hold() == (
+        f"unix:{tmp_path / 's'} has one socket for all, from which workers accept directly"
+    )
+    world.listener.settings = replace(world.listener.settings, foreign=True)
+    cannot = f"{world.listener.settings.address} was passed in, and its owner goes on listening"
+    assert (world.steering.cannot_hold() or "").startswith(cannot)

@@ -27,6 +27,7 @@ from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Gate, Release, library_worker, pid_in, spawned, worker
+from tests.unanswered import Unanswered
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener")
@@ -471,14 +472,70 @@ def test_scaling_adds_one_and_has_one_finish(served_by: Starter) -> None:
     assert daemon.worker_pids() == spawned(daemon)[:1]
 
 
-def test_a_hold_is_refused_in_words(operated: Operating) -> None:
-    daemon = operated(*MODE, *FAST, command=SERVER)
+def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    daemon = operated(*MODE, *FAST, f"unix:{path}", command=SERVER)
 
     with daemon.line() as line:
         code, said = line.refused("hold", seconds=5)
 
     assert code == "refused"
-    assert said == "hold is unavailable with --handoff listener: workers accept directly"
+    assert said == (
+        f"hold is unavailable: unix:{path} has one socket for all, "
+        "from which workers accept directly"
+    )
+
+
+def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:
+    """Nobody is refused, and nobody gets in before it is over."""
+    daemon = operated("--guard", *MODE, *FAST, command=SERVER)
+    with Client(daemon.address) as early:
+        early.ask()  # one worker that accepts: who has come is served
+        daemon.line().ask("hold", seconds=3600)
+        with Unanswered(daemon.address) as late:
+            late.tries_again()
+            daemon.daemon.reload()
+            assert "adopted" in upgrade(daemon.daemon)
+            revived(daemon.daemon, kill_protector(daemon.daemon))
+            with Unanswered(daemon.address) as later:
+                later.tries_again()
+                assert daemon.status()["held_s"] > 3000
+
+                daemon.line().ask("release")
+                for each in (late, later):
+                    each.connects()
+                    each.say("hello")  # it serves one after the other
+                assert [each.hear().endswith(" hello") for each in (late, later)] == [True] * 2
+    assert {pid_in(ask(daemon.address)) for _ in range(20)} == {spawned(daemon.daemon, 2)[0]}
+    assert daemon.daemon.log.count("event=stranded|event=not-steered") == 0
+
+
+def test_a_hold_ends_with_its_time_and_at_a_stop(operated: Operating) -> None:
+    daemon = operated(*MODE, *FAST, command=SERVER)
+    daemon.line().ask("hold", seconds=1.5)
+    with Unanswered(daemon.address) as late:
+        late.connects()
+        late.say("hello")
+        assert late.hear().endswith(" hello")
+    assert daemon.status()["held_s"] is None
+
+    daemon.line().ask("hold", seconds=3600)
+    daemon.daemon.stop()
+
+
+def test_one_that_is_killed_unguarded_leaves_nobody_on_hold(operated: Operating) -> None:
+    """Its servers go on, as without a hold."""
+    daemon = operated(*MODE, *FAST, command=SERVER)
+    daemon.line().ask("hold", seconds=3600)
+    with Unanswered(daemon.address) as late:
+        late.tries_again()
+        os.kill(daemon.daemon.pid, signal.SIGKILL)
+        late.connects()
+        late.say("hello")
+        assert late.hear().endswith(" hello")
+    [pid] = spawned(daemon.daemon)
+    os.kill(pid, signal.SIGTERM)
+    assert wait_gone([pid]) == []
 
 
 # -- daemons that use the client library ------------------------------------------------

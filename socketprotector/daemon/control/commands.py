@@ -177,9 +177,9 @@ class CommandHandler:
         return {"workers": wanted}
 
     def do_hold(self, seconds: float) -> Mapping[str, Any]:
-        cannot = self._effects.live_settings.settings.mode.cannot.get("hold")
+        cannot = self._effects.steering.cannot_hold()
         if cannot is not None:
-            raise RequestError("refused", cannot)
+            raise RequestError("refused", f"hold is unavailable: {cannot}")
         self.runtime.post(HoldRequested(seconds))
         return {"until_at": time.time() + seconds}
 

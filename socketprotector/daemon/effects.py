@@ -53,6 +53,7 @@ from ..system.listener import Listener
 from ..system.loop import SHUT
 from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
+from .accept_counts import AcceptCounts
 from .forwarder import Forwarder
 from .generation import Generations, OpenGeneration
 from .listener_flags import ListenerFlags
@@ -129,6 +130,7 @@ class Effects:
             lost=self._listener_lost,
             untaken=self._say_untaken,
         )
+        self._counts = AcceptCounts(lambda: self.forwarder.listeners)
         self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
             settings,
@@ -269,7 +271,7 @@ class Effects:
         self.generations.known()  # here too: without an fd store nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
-            self.steering.enter(number, made.record.socket_number)
+            self._enter(made)
             self.flags.watch()
         capacity = made.channel.capacity()
         if capacity < settings.queue:
@@ -280,6 +282,16 @@ class Effects:
                 got=capacity,
                 hint="raise the sysctl net.core.wmem_max",
             )
+
+    def _enter(self, generation: OpenGeneration) -> None:
+        others = [each for each in self.generations.values() if each is not generation]
+        taken = {mark for each in others for mark in each.record.marks}
+        record = generation.record
+        marks = self.steering.enter(record.number, record.socket_number, taken)
+        generation.update_record(marks=marks)
+        if not marks:  # it may serve clients that came to another one, whose mark they have
+            for each in others:
+                each.update_record(marks=())
 
     def watch_channel(self, generation: OpenGeneration) -> None:
         """See at once when a worker shuts it down: maybe none is left that takes what is queued.
@@ -347,6 +359,20 @@ class Effects:
         self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
         if all(each.lost for each in self.forwarder.listeners):
             self._post(ListenersLost())
+
+    def waiting(self, number: int) -> int | None:
+        """Return how many connections wait for a generation's workers; None: it is not known."""
+        generation = self.generations[number]
+        if generation.program.mode.workers_accept:
+            return self.steering.waiting(number)
+        return generation.channel.depth()
+
+    def active(self, number: int) -> int | None:
+        """Return how many connections a generation has accepted that are open; None: not known.
+
+        For workers that do not count them.
+        """
+        return self._counts.active(self.generations[number].record.marks)
 
     def untaken_s(self, number: int) -> float | None:
         """Return for how long no connection of a generation was taken; None: it is not worth it."""

@@ -17,14 +17,16 @@ already do not have: for that there must be another generation.
 from __future__ import annotations
 
 import errno
+import socket
+import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from ..core.events import Quiesced, Stranded
 from ..model.records import SteeringRecord
-from ..system import reuseport
+from ..system import accept_marks, reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
 from ..system.sock_diag import Line, unaccepted, unread
@@ -121,12 +123,63 @@ class SocketSteering:
                 self.mend(each, socket_number)
         self._watch()
 
-    def enter(self, generation: int, socket_number: int) -> None:
-        """The workers of a generation, which are yet to be started, accept there."""
+    def enter(
+        self, generation: int, socket_number: int, taken: Collection[tuple[int, int]] = ()
+    ) -> tuple[tuple[int, int], ...]:
+        """The workers of a generation, which are yet to be started, accept there.
+
+        taken: listeners and the marks of what other generations accept there.  Returns those of
+        this one (system/accept_marks.py); none where its connections cannot be told from others.
+        """
         for each in self._shared:
             self._make_ready(each, socket_number)
         self._accepting[generation] = socket_number
         self._watch()
+        try:
+            return tuple(self._mark(each, socket_number, taken) for each in self._shared)
+        except OSError:
+            return ()
+
+    def _mark(
+        self, listener: Listener, socket_number: int, taken: Collection[tuple[int, int]]
+    ) -> tuple[int, int]:
+        """Return a listener and the mark of what is accepted at one of its sockets.
+
+        Raises OSError where no process but a generation's own can be kept from having it.
+        """
+        if not listener.has_sibling:
+            raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
+        one, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
+        mark = accept_marks.mark_of(one)
+        if not mark or (listener.index, mark) in taken:
+            waiting = listener.has_waiting(socket_number)  # they have the mark of before
+            used = {
+                mark,
+                accept_marks.mark_of(other),
+                *(m for i, m in taken if i == listener.index),
+            }
+            mark = min(set(range(1, accept_marks.MARKS + 1)) - used, default=0)
+            accept_marks.mark(one, mark)
+            if waiting or not mark:
+                raise OSError(errno.EBUSY, "clients wait there, or there are too many generations")
+        return listener.index, mark
+
+    def waiting(self, generation: int) -> int | None:
+        """Return how many clients wait for a generation to accept them; None: it is not known."""
+        if generation not in self._accepting:
+            return 0
+        number, count = self._accepting[generation], 0
+        for each in self._shared:
+            place = number % len(each.sockets)
+            if sum(its % len(each.sockets) == place for its in self._accepting.values()) > 1:
+                return None
+            one = each.socket_for(number)
+            try:
+                unix = one.family == socket.AF_UNIX
+                count += len(unaccepted(one)) if unix else reuseport.queue(one)[0]
+            except (OSError, struct.error):
+                return None
+        return count
 
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, or are gone."""

@@ -77,6 +77,7 @@ class GenerationRecord:
     past: Counts | None = None  # of workers that have ended
     lost: int = 0  # connections that were open in those
     socket_number: int = 0  # where its workers accept, if they do: see daemon/socket_steering.py
+    marks: tuple[tuple[int, int], ...] = ()  # of what they accept, by listener; none: unknown
 
 
 @frozen

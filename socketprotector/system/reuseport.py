@@ -22,6 +22,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
+from . import accept_marks
 from .cleanup import on_error
 
 _SO_ATTACH_FILTER = 26
@@ -109,6 +110,7 @@ def prepare(bound: socket.socket) -> None:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     steer_if_can(bound)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+    _mark_if_can(bound, 1)
 
 
 def steer_if_can(one: socket.socket) -> None:
@@ -135,7 +137,7 @@ def make(first: socket.socket) -> socket.socket | None:
     # From listen() on the kernel gives the sibling every other client, until the group is steered:
     # the filter of socket 0 is from before it listened, see prepare().
     steer_if_can(first)
-    sibling = rebind(first, first.getsockname(), backlog(first))
+    sibling = rebind(first, first.getsockname(), backlog(first), other_mark=True)
     with on_error(sibling.close):
         sibling.setblocking(False)
         steer(sibling, 0)  # it is of the same group; the filters of the first may be locked
@@ -154,11 +156,18 @@ def backlog(listening: socket.socket) -> int:
     return queue(listening)[1]
 
 
-def rebind(one: socket.socket, address: tuple[str, int], backlog: int) -> socket.socket:
-    """Return another one that listens on an address, with the options of `one`.  Raises OSError."""
+def rebind(
+    one: socket.socket, address: tuple[str, int], backlog: int, *, other_mark: bool = False
+) -> socket.socket:
+    """Return another one that listens on an address, with the options of `one`.  Raises OSError.
+
+    other_mark: its connections are to be told from those of `one` (accept_marks.py).
+    """
     made = socket.socket(one.family, socket.SOCK_STREAM)
     with on_error(made.close):
         _copy(one, made)
+        mark = accept_marks.mark_of(one)
+        _mark_if_can(made, (2 if mark != 2 else 1) if other_mark else mark)
         made.bind(address)
         made.listen(backlog)
     return made
@@ -268,6 +277,11 @@ def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, in
     code = array.array("B", b"".join(_INSTRUCTION.pack(*each) for each in program))
     address, _ = code.buffer_info()
     to.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), address))
+
+
+def _mark_if_can(one: socket.socket, mark: int) -> None:
+    with suppress(OSError):  # then its connections are not counted
+        accept_marks.mark(one, mark)
 
 
 def _copy(first: socket.socket, second: socket.socket) -> None:

@@ -11,10 +11,12 @@ __inet_hash() in net/ipv4/inet_hashtables.c for the order.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 TYPE_CHECKING = False
@@ -30,8 +32,11 @@ _DONE, _ERROR = 3, 2
 _REQUEST, _REQUEST_AND_DUMP = 0x001, 0x301
 _ESTABLISHED, _SYN_RECV, _CLOSE_WAIT, _LISTEN = 1, 3, 8, 10
 _STATES = 1 << _ESTABLISHED | 1 << _SYN_RECV | 1 << _CLOSE_WAIT
+#: Those in which a process may have it open: all but CLOSE, TIME_WAIT, LISTEN and the handshake's.
+_OPEN = 1 << _ESTABLISHED | 1 << 4 | 1 << 5 | 1 << _CLOSE_WAIT | 1 << 9 | 1 << 11
 _INFO = 2  # the attribute that holds a tcp_info, and the bit that asks for it is one less
 _SHUTDOWN = 8  # one that holds how a socket was shut down; it comes unasked
+_OPTIONS = 22  # one that holds some of its options, as bits; so does it, since 5.10
 _HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 #: Family, protocol, attributes, padding, states; then the socket: ports (in the network's order),
 #: two addresses, interface, cookie.
@@ -102,14 +107,34 @@ def unaccepted(listening: socket.socket) -> Line:
     """
     if listening.family == socket.AF_UNIX:
         return tuple(each for (each,) in _INODE.iter_unpack(_of_unix(listening, *_PENDING)))
-    host, port = listening.getsockname()[:2]
-    address = socket.inet_pton(listening.family, host.partition("%")[0])
+    address = _address(listening)
     found: set[bytes] = set()
+    port = listening.getsockname()[1]
     for told, _ in _tcp(listening.family, port, 1 << _ESTABLISHED | 1 << _CLOSE_WAIT):
         _, _, _, _, _, theirs, ours, client, *_, inode = told
         if not inode and (not any(address) or ours[: len(address)] == address):
             found.add(theirs + client)
     return frozenset(found)
+
+
+def accepted(listening: socket.socket) -> Counter[bytes]:
+    """Return how many connections at a socket's address processes have open, by their options.
+
+    Raises OSError where it cannot be asked, or is not told (before Linux 5.10).
+    """
+    address = _address(listening)
+    found: Counter[bytes] = Counter()
+    for told, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
+        if told[-1] and (not any(address) or told[6][: len(address)] == address):
+            found[_attribute(attributes, _OPTIONS)] += 1
+    if b"" in found:
+        raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
+    return found
+
+
+def _address(listening: socket.socket) -> bytes:
+    """Return the address that a socket is bound to; all zeros where it is any."""
+    return socket.inet_pton(listening.family, listening.getsockname()[0].partition("%")[0])
 
 
 def stands(before: Line, now: Line) -> bool:

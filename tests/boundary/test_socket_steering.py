@@ -25,7 +25,7 @@ from socketprotector.daemon.socket_steering import (
     SocketSteering,
 )
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import reuseport
+from socketprotector.system import accept_marks, reuseport
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
 from tests.unanswered import Unanswered
@@ -755,6 +755,62 @@ def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_de
     for each in copies:
         each.close()
     world.listeners.clear()
+
+
+# -- whose connections are whose --------------------------------------------------------
+
+
+def test_each_generation_has_a_mark_of_its_own(world: World) -> None:
+    steering = world.steering
+    first = steering.enter(1, 0)
+    second = steering.enter(2, 1, taken=first)
+    steering.leave(1)
+    again = steering.enter(3, 0, taken=second)
+    steering.leave(2)
+    third = steering.enter(4, 1, taken={*second, *again})
+
+    assert len({*first, *second, *third}) == 3
+    assert again == first  # nothing of the first is left
+
+
+def test_where_somebody_waits_who_came_to_another_one_nothing_is_known(world: World) -> None:
+    first = world.steering.enter(1, 0)
+    world.connect()
+
+    assert world.steering.enter(2, 0, taken=first) == ()
+
+
+def test_with_a_socket_that_all_share_nothing_is_known(world: World) -> None:
+    world.listener.go_on_without(1)
+
+    assert world.steering.enter(1, 0) == ()
+
+
+def test_with_too_many_generations_nothing_is_known(world: World) -> None:
+    taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
+
+    assert world.steering.enter(8, 0, taken) == ()
+
+
+def test_who_waits_at_its_own_socket_waits_for_a_generation(reloaded: World) -> None:
+    reloaded.connect()
+    reloaded.connect()
+    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [2, 0]
+
+    supersede(reloaded)
+    reloaded.connect()
+    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [2, 1]
+    reloaded.steering.leave(1)
+    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [0, 1]
+
+
+def test_at_a_socket_of_two_generations_nobody_knows_for_whom_one_waits(reloaded: World) -> None:
+    reloaded.listener.go_on_without(1)
+    reloaded.connect()
+    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [None, None]
+
+    reloaded.steering.leave(1)
+    assert reloaded.steering.waiting(2) == 1
 
 
 # -- a hold -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from tests.load import Load
 from tests.running import Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
-from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, pid_in, spawned
+from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
 Starter = Callable[..., Protector]
 NOBODY = 65_534
@@ -195,6 +195,32 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+def test_of_unmodified_servers_the_kernel_tells_who_is_served_and_who_waits(
+    operated: Operating,
+) -> None:
+    web = operated("--guard")
+    with Client(web.address, "one") as one:
+        one.hear()
+        web.daemon.reload()
+        with Client(web.address, "two") as two, Client(web.address, "three") as three:
+            two.hear()
+            three.hear()
+            web.until_generation(1, active=1, queue=0)
+            assert "event=adopted" in upgrade(web.daemon)
+            web.until_generation(2, active=2, queue=0)
+            revived(web.daemon, kill_protector(web.daemon))
+            web.line()
+            web.until_generation(1, active=1)
+            [serving] = web.pids(2)
+            hold(serving)
+            with Client(web.address, "four"), Client(web.address, "five"):
+                web.until_generation(2, active=2, queue=2)
+                os.kill(serving, signal.SIGCONT)
+                web.until_generation(2, active=4, queue=0)
+        web.until_generation(2, active=0)
+
+
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
 def test_where_workers_accept_nothing_is_told_of_connections_that_it_never_saw(
     operated: Operating,
 ) -> None:
@@ -206,9 +232,9 @@ def test_where_workers_accept_nothing_is_told_of_connections_that_it_never_saw(
 
     assert (found["forwarded"], found["lost"], found["queue_limit"]) == (None, None, None)
     [generation] = found["generations"]
-    for name in ("queue", "untaken_s", "accepted", "active", "finished", "errors", "lost"):
+    for name in ("untaken_s", "accepted", "finished", "errors", "lost", "wait_us"):
         assert generation[name] is None, name
-    assert generation["wait_us"] is None
+    assert (generation["queue"], generation["active"]) == (0, 0)
     web.daemon.stop()
     assert not re.search(r"connections=|lost=", web.daemon.log.wait_for("event=stopped"))
 

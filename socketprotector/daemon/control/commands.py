@@ -114,9 +114,7 @@ class CommandHandler:
             "lost": effects.lost,
             "queue_limit": route.channel.capacity() if route and queued else None,
             "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
-            "generations": status.of_generations(
-                fleet, effects.generations, effects.pool.records(), effects.untaken_s
-            ),
+            "generations": status.of_generations(fleet, effects),
             "reloads": status.plain(history.reloads),
             "crashes": history.crashed,
         }

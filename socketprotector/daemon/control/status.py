@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from ...core.fleet import Fleet, Generation, Phase, State, Worker
@@ -18,6 +18,7 @@ from ...model.settings import Settings
 from ...model.waits import quantile_us
 from ...system import reuseport
 from ...system.listener import Listener
+from ..effects import Effects
 from ..generation import OpenGeneration
 
 TYPE_CHECKING = False
@@ -75,27 +76,20 @@ def of_listener(listener: Listener) -> dict[str, Any]:
     }
 
 
-def of_generations(
-    fleet: Fleet,
-    generations: Mapping[int, OpenGeneration],
-    records: Iterable[WorkerRecord],
-    untaken_s: Callable[[int], float | None],
-) -> list[dict[str, Any]]:
+def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
     """Say what is known of each generation that is not gone, the oldest first."""
-    by_number = {each.number: each for each in records}
+    by_number = {each.number: each for each in effects.pool.records()}
     return [
-        _of_generation(each, generations[each.number], by_number, untaken_s(each.number))
+        _of_generation(each, effects, by_number)
         for each in fleet.generations
-        if each.number in generations  # else it could not be opened
+        if each.number in effects.generations  # else it could not be opened
     ]
 
 
 def _of_generation(
-    generation: Generation,
-    opened: OpenGeneration,
-    records: Mapping[int, WorkerRecord],
-    untaken_s: float | None,
+    generation: Generation, effects: Effects, records: Mapping[int, WorkerRecord]
 ) -> dict[str, Any]:
+    opened = effects.generations[generation.number]
     counts = {
         worker.number: opened.counts(worker.slot)
         for worker in generation.alive
@@ -108,6 +102,7 @@ def _of_generation(
         for each in generation.alive
     )
     total = sum(known, Counts()) if known and not silent else None
+    active = effects.active(generation.number) if total is None else total.active
     return {
         "number": generation.number,
         "phase": generation.phase.value,
@@ -115,10 +110,11 @@ def _of_generation(
         "serving_since_at": opened.record.served_at,
         "draining_since_at": opened.record.drained_at,
         "path": opened.program.path,
-        "queue": None if opened.program.mode.workers_accept else opened.channel.depth(),
-        "untaken_s": untaken_s,
+        "queue": effects.waiting(generation.number),
+        "untaken_s": effects.untaken_s(generation.number),
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
+        "active": active,
         "wait_us": _of_waits(total.waits) if total is not None else None,
         "workers": [
             _of_worker(each, records.get(each.number), counts.get(each.number))

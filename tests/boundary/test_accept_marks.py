@@ -1,0 +1,150 @@
+"""Marks that accepted connections have from the socket that accepted them, and their count."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from socketprotector.daemon.accept_counts import AcceptCounts
+from socketprotector.model.settings import ListenerSettings
+from socketprotector.system import accept_marks, reuseport
+from socketprotector.system.listener import Listener
+from tests.boundary.listening import KINDS, listening
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def accept(stack: ExitStack, one: socket.socket, host: str, count: int) -> list[socket.socket]:
+    """Have so many clients accepted; return the server's ends."""
+    found = []
+    for _ in range(count):
+        stack.enter_context(socket.create_connection((host, one.getsockname()[1])))
+        found.append(stack.enter_context(one.accept()[0]))
+    return found
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_what_two_sockets_of_an_address_have_accepted_is_told_apart(
+    stack: ExitStack, family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    one = stack.enter_context(listening(family, host, both=both))
+    assert accept_marks.mark_of(one) == 0
+    accept(stack, one, hosts[0], 1)
+    accept_marks.mark(one, 1)
+    other = reuseport.make(one)
+    assert other is not None
+    stack.enter_context(other)
+    assert (accept_marks.mark_of(one), accept_marks.mark_of(other)) == (1, 2)
+
+    first = accept(stack, one, hosts[-1], 3)
+    reuseport.steer(one, 1)
+    accept(stack, other, hosts[0], 2)
+    stack.enter_context(socket.create_connection((hosts[0], one.getsockname()[1])))  # waits
+
+    counted = Counter({0: 1, 1: 3, 2: 2})
+    assert accept_marks.connections(one) == accept_marks.connections(other) == counted
+    first[0].close()
+    first[1].shutdown(socket.SHUT_WR)
+    assert accept_marks.connections(one) == Counter({0: 1, 1: 2, 2: 2})
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_there_are_so_many_marks(family: int) -> None:
+    with socket.socket(family) as one:
+        for number in (*range(accept_marks.MARKS + 1), 0):
+            accept_marks.mark(one, number)
+            assert accept_marks.mark_of(one) == number
+
+
+def test_those_at_another_address_of_the_port_are_not_counted(stack: ExitStack) -> None:
+    one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))
+    other = stack.enter_context(socket.socket())
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    other.bind(("127.0.0.2", one.getsockname()[1]))
+    other.listen()
+    for each in (one, other):
+        accept_marks.mark(each, 3)
+    accept(stack, one, "127.0.0.1", 1)
+    accept(stack, other, "127.0.0.2", 2)
+
+    assert accept_marks.connections(one) == Counter({3: 1})
+    assert accept_marks.connections(other) == Counter({3: 2})
+
+
+class Told:
+    """A kernel that says what it is to say, and the time that it takes for that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.takes_s, self.asked = 100.0, 0.5, 0
+        self.says: list[dict[int, int]] = []  # of one listener after the other
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        monkeypatch.setattr(accept_marks, "connections", self.connections)
+
+    def connections(self, listening: socket.socket) -> Counter[int]:
+        self.now += self.takes_s
+        self.asked += 1
+        found = self.says[(self.asked - 1) % len(self.says)]
+        if not found:
+            raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")
+        return Counter(found)
+
+
+@pytest.fixture
+def two(stack: ExitStack) -> list[Listener]:
+    """Two listeners, each with its sibling."""
+    found = []
+    for index in (0, 1):
+        one = listening(socket.AF_INET, "127.0.0.1")
+        other = reuseport.make(one)
+        assert other is not None
+        settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
+        fds = one.detach(), other.detach()
+        found.append(Listener(fds[0], index, settings, shared=True, sibling=fds[1]))
+        stack.callback(found[-1].close)
+    return found
+
+
+def test_a_generation_has_what_has_its_marks_at_all_its_listeners(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    told = Told(monkeypatch)
+    told.says = [{1: 10, 2: 20, 0: 7}, {1: 1, 3: 3}]
+    counts = AcceptCounts(lambda: two)
+
+    assert counts.active(((0, 1), (1, 3))) == 13
+    assert counts.active(((0, 2),)) == 20
+    assert counts.active(((0, 2), (1, 2))) == 20
+    assert told.asked == 2
+
+
+def test_what_is_not_known_is_none(monkeypatch: pytest.MonkeyPatch, two: list[Listener]) -> None:
+    told = Told(monkeypatch)
+    told.says = [{1: 10}, {}]
+    counts = AcceptCounts(lambda: two)
+
+    assert counts.active(()) is None
+    assert counts.active(((0, 1), (1, 3))) is None
+    assert counts.active(((0, 1), (2, 3))) is None  # that listener was removed
+    assert counts.active(((0, 1),)) == 10
+
+
+def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    told = Told(monkeypatch)
+    told.says = [{1: 10}, {1: 5}]
+    counts = AcceptCounts(lambda: two)
+    for _ in range(100):
+        counts.active(((0, 1),))
+        told.now += 1.0
+
+    assert 16 <= told.asked <= 22  # both listeners, once in ten seconds

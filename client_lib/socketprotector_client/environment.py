@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Mapping, Tuple
 
 from . import wire
@@ -33,6 +33,8 @@ class Environment:
     workers: int = 1
     #: The scoreboard, and where in it this worker's record is.
     board: Tuple[int, int] = (-1, 0)
+    #: Listening sockets to accept from, where there is no channel.
+    passed: Tuple[int, ...] = ()
 
 
 def read_environment(environ: Mapping[str, str]) -> Environment:
@@ -41,28 +43,38 @@ def read_environment(environ: Mapping[str, str]) -> Environment:
     Raises ProtocolError if the variables are there but the channel is not.
     """
     if wire.ENV_CHANNEL not in environ:
-        return Environment()
+        passed = passed_listeners(environ)
+        return _beside(environ, Environment(passed=passed)) if passed else Environment()
     channel_fd = _number(environ, wire.ENV_CHANNEL, -1)
-    return_fd = _number(environ, wire.ENV_RETURN, -1)
     # Variables are inherited further than descriptors.  A program started by a
     # worker would otherwise take whatever happens to have this number.
-    if _kind_of(channel_fd)[:2] != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+    if not _is_line(channel_fd):
         raise ProtocolError(
             f"cannot use descriptor {channel_fd} named by {wire.ENV_CHANNEL}: it is not a channel; "
             f"a program that a worker starts inherits the variable but not the descriptor, "
             f"so unset {wire.ENV_CHANNEL} for it"
         )
+    os.set_inheritable(channel_fd, False)
+    found = Environment(
+        channel_fd,
+        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
+        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
+    )
+    return _beside(environ, found)
+
+
+def _beside(environ: Mapping[str, str], found: Environment) -> Environment:
+    """Return it with the RETURN line and the scoreboard that came with it."""
+    return_fd = _number(environ, wire.ENV_RETURN, -1)
+    if found.passed and not _is_line(return_fd):
+        return found  # another service manager's worker, below a protector
     # A worker can do without a scoreboard: what does not name one is ignored.
     board, _, offset = environ.get(wire.ENV_SCOREBOARD, "").partition(":")
     has_board = board.isdecimal() and offset.isdecimal()
-    found = Environment(
-        channel_fd,
-        return_fd,
-        listeners=tuple(wire.unpack_listeners(environ.get(wire.ENV_LISTENERS, ""))),
-        workers=max(1, _number(environ, wire.ENV_WORKERS, 1)),
-        board=(int(board), int(offset)) if has_board else (-1, 0),
+    found = replace(
+        found, return_fd=return_fd, board=(int(board), int(offset)) if has_board else (-1, 0)
     )
-    for fd in (channel_fd, return_fd, found.board[0]):
+    for fd in (return_fd, found.board[0]):
         if fd >= 0:
             os.set_inheritable(fd, False)
     return found
@@ -81,6 +93,10 @@ def passed_listeners(environ: Mapping[str, str]) -> Tuple[int, ...]:
     for fd in found:
         os.set_inheritable(fd, False)
     return found
+
+
+def _is_line(fd: int) -> bool:
+    return _kind_of(fd)[:2] == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _kind_of(fd: int) -> Tuple[int, int, int]:

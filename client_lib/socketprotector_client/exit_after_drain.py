@@ -41,9 +41,9 @@ class Leave:
     """The end of the process that a drained listener belongs to."""
 
     def __init__(self, intake: Intake, pid: Optional[int] = None) -> None:
-        """Begin it.  Sends SIGTERM to this process if it has a handler for that.
+        """Look for what there is; `begin` begins it.
 
-        pid: the process that gets it instead (a parent that ends its children by itself).
+        pid: the process that gets SIGTERM instead (a parent that ends its children by itself).
         """
         self._intake = intake
         self._pid = os.getpid() if pid is None else pid
@@ -51,15 +51,32 @@ class Leave:
         handler = signal.getsignal(signal.SIGTERM)
         is_own = isinstance(getattr(handler, "__self__", None), TermWatch)
         self._waits = pid is None and (is_own or handler in (signal.SIG_DFL, signal.SIG_IGN))
+        self._signals = 0  # sent by us
+
+    def begin(self) -> None:
+        """Begin it.  Sends SIGTERM to this process if it has a handler for that."""
         if self._waits:
-            intake.await_last()
-        elif not len(intake.open):
-            os.kill(self._pid, signal.SIGTERM)
+            self._intake.await_last()
+        elif not len(self._intake.open):
+            self._send()
         else:
             # A thread, for the loop has to go on to read what is waited for.
             threading.Thread(
                 target=self._term_when_read, name="socketprotector-leave", daemon=True
             ).start()
+
+    def again(self) -> None:
+        """Send it once more: its handler took the first one for the begin of the drain.
+
+        One that came from elsewhere may have been; but what drains already needs no such begin.
+        For the handler itself.
+        """
+        if self._signals == 1:
+            self._send()
+
+    def _send(self) -> None:
+        self._signals += 1  # before: the handler may run at once
+        os.kill(self._pid, signal.SIGTERM)
 
     def proceed(self, timeout_s: Optional[float]) -> None:
         """Wait up to timeout_s for the end; return if it has not come yet.
@@ -80,7 +97,7 @@ class Leave:
         while looks < _LOOKS and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
             looks = 0 if self._intake.open.any_unread() else looks + 1
-        os.kill(self._pid, signal.SIGTERM)
+        self._send()
 
     def _exit(self) -> None:
         self._waits = False

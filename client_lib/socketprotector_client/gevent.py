@@ -111,6 +111,7 @@ class Listener:
 
     def _leave(self) -> None:
         leave = Leave(self._intake)
+        leave.begin()
         for handler in list(self.idle):
             handler.end_idle()
         while True:

@@ -106,6 +106,7 @@ class Listener(Socket):
         except Drained:
             if self._leave is None:
                 self._leave = Leave(intake, self._ended_by)
+                self._leave.begin()
             self._leave.proceed(timeout_s)
         if connection is None:
             self._taken = 0
@@ -196,6 +197,8 @@ class Listener(Socket):
         intake = self._opened()
         intake.ask_to_stop()
         intake.waits.ring()
+        if self._leave is not None:
+            self._leave.again()
 
     def _join_loop(self, intake: Intake) -> None:
         """Have asyncio wait for the queue itself, where it calls accept for the second time.
@@ -219,7 +222,7 @@ class Listener(Socket):
         intake.on_renewal = self._take_number
         self._take_number()
         if current().passed:
-            # Nothing but the signal says that it is over.
+            # A server without a RETURN line is told by the signal alone.
             self._term = TermWatch(intake)
         return intake
 

@@ -182,7 +182,7 @@ def _serve_asgi(app: Any, address: Optional[List[str]]) -> None:
     listener = _listener(address, take=1)
 
     class Server(uvicorn.Server):
-        """Under `--handoff listener` only the signal begins the drain.
+        """Under `--handoff listener` a signal may begin the drain.
 
         uvicorn would disconnect clients that have connected and were not read yet.  So the
         listener gets the first SIGTERM, takes no more, and sends the next once those were read.

@@ -17,7 +17,7 @@ from . import forking, wire
 from .address import ListenAddress, listen
 from .channel import Channel
 from .drain_state import Drain
-from .environment import passed_listeners, read_environment
+from .environment import read_environment
 from .intake import Intake
 from .scoreboard import Scoreboard
 from .sd_notify import notify
@@ -46,17 +46,17 @@ class Worker:
         self.sharers = environment.workers
         #: Whether a SocketServer uses the channel.
         self.is_lent = False
-        #: Listening sockets that others have, too (`--handoff listener`); SIGTERM ends the use.
-        self.passed = passed_listeners(environ) if environment.channel_fd < 0 else ()
+        #: Listening sockets that others have, too (`--handoff listener`).
+        self.passed = environment.passed
         self._watchdogs: List[Watchdog] = []  # to be started when this process serves
         self._return_line: Optional[socket.socket] = None
         if environment.channel_fd >= 0:
             self.channel = Channel(environment.channel_fd, environment.listeners)
             # Kept for life: closing is the kernel's job, without a warning at exit.
             atexit.register(self.channel.detach)
-            if environment.return_fd >= 0:
-                self._return_line = Socket(fileno=environment.return_fd)
-                atexit.register(self._return_line.detach)
+        if environment.return_fd >= 0:
+            self._return_line = Socket(fileno=environment.return_fd)
+            atexit.register(self._return_line.detach)
         self._watchdog_s = interval_s(environ) if self.is_served else 0.0
         self.drain = Drain([line.fileno() for line in (self.channel, self._return_line) if line])
         #: Which listener each connection came through.  Entries are replaced when

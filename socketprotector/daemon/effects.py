@@ -158,7 +158,7 @@ class Effects:
             case Quiesce(number):
                 if number in self.generations:
                     self.generations[number].drains()
-                self.steering.quiesce(number)
+                self.steering.quiesce(number, reads_on=self.pool.all_retire(number))
             case Drain(number) if number in self.generations:
                 generation = self.generations[number]
                 self._loop.unwatch(generation.channel.read.fileno())

@@ -29,11 +29,15 @@ from ..model.records import SteeringRecord
 from ..system import accept_marks, reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
-from ..system.sock_diag import Line, unaccepted, unread
+from ..system.sock_diag import Line, handshakes, unaccepted, unread
 from .accept_watch import ASKING_SHARE, AcceptWatch
 from .runtime import Runtime
 
 _LOOK_S = 0.1
+#: The same where the workers read from all that they have accepted before they leave: only those
+#: who are about to connect are waited for.
+_LOOK_SOON_S = 0.01
+_SOON_LOOKS = 2
 #: For how long all clients that had come must have been read from.
 QUIET_S = 1.0
 #: How long to wait for clients that have connected and send nothing.
@@ -62,6 +66,7 @@ class _Quiescing:
     looks: int = 0
     quiet_looks: int = 0
     common: Sequence[Listener] = ()  # without a second socket, and maybe with a backlog
+    reads_on: bool = False  # told to finish, its workers read from all that they have accepted
     # Clients that had come before, and whether each is silent; None: yet to be asked for.
     unread: dict[tuple[int, bytes], bool] | None = None
 
@@ -231,13 +236,16 @@ class SocketSteering:
         self.current = record.socket_number
         self.unserved = frozenset(record.unserved)
 
-    def quiesce(self, generation: int) -> None:
-        """Say when a generation whose turn is over has accepted and read from all its clients."""
+    def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
+        """Say when a generation whose turn is over has accepted and read from all its clients.
+
+        reads_on: when it has accepted them.
+        """
         if generation not in self._accepting or not self._pairs:
             self._post(Quiesced(generation))
             return
         over = partial(self._post, Quiesced(generation))
-        self._begin(generation, _Quiescing(time.monotonic(), over))
+        self._begin(generation, _Quiescing(time.monotonic(), over, reads_on=reads_on))
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all that came to it before.
@@ -350,15 +358,18 @@ class SocketSteering:
         if unread is None:
             # sock_diag knows the port, not the socket: it counts clients of the other one, too.
             # Of these only accepted ones matter: a backlog there is the other generation's.
-            unread = self._ask(own, accepted=not waiting)
-        elif unread and (still := self._ask(own, accepted=not waiting)) is not None:
+            unread = self._ask(quiescing, own, accepted=not waiting)
+        elif unread and (still := self._ask(quiescing, own, accepted=not waiting)) is not None:
             unread = {client: still[client] for client in unread if client in still}
         quiescing.unread = unread
         quiescing.looks += 1
         quiescing.quiet_looks += 1
         if waiting or not self._steered or unread is None or not all(unread.values()):
             quiescing.quiet_looks = 0
-        quiet = quiescing.quiet_looks * _LOOK_S > QUIET_S
+        if quiescing.reads_on:
+            quiet = quiescing.quiet_looks >= _SOON_LOOKS
+        else:
+            quiet = quiescing.quiet_looks * _LOOK_S > QUIET_S
         awaited = unread and quiescing.looks * _LOOK_S < SILENT_S
         late = now - quiescing.began >= LAST_S
         if late or (quiet and not awaited):
@@ -369,23 +380,27 @@ class SocketSteering:
             quiescing.over()
             return
         asking_s = time.monotonic() - now
-        delay_s = max(_LOOK_S, asking_s / ASKING_SHARE)
+        look_s = _LOOK_SOON_S if quiescing.reads_on else _LOOK_S
+        delay_s = max(look_s, asking_s / ASKING_SHARE)
         self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
 
     def _ask(
-        self, pairs: Sequence[Listener], *, accepted: bool
+        self, quiescing: _Quiescing, pairs: Sequence[Listener], *, accepted: bool
     ) -> dict[tuple[int, bytes], bool] | None:
         """Return the clients at these addresses that were not read from, and whether each is
         silent; none where the kernel does not tell.
 
-        accepted: without those in a backlog.
+        accepted: without those in a backlog.  Of one that reads on, those about to connect.
 
         None where it could not be asked just now.
         """
         found: dict[tuple[int, bytes], bool] = {}
         for each in pairs:
             try:
-                known = unread(each.socket.family, each.port, accepted=accepted)
+                if quiescing.reads_on:
+                    known = dict.fromkeys(handshakes(each.socket.family, each.port), False)
+                else:
+                    known = unread(each.socket.family, each.port, accepted=accepted)
             except OSError as error:
                 if error.errno in SCARCE:
                     return None

@@ -176,11 +176,7 @@ class WorkerPool:
         if worker is None:
             self.groups.retire(number)
             return
-        if worker.accepts:
-            self._tell_to_finish(worker)
-        elif worker.line is not None:
-            worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
-        self._note(worker, asked_to_exit=True)
+        self._tell_to_finish(worker)
         self._log.write("info", "retired", worker=number)
 
     def drain(self, generation: int) -> None:
@@ -190,8 +186,20 @@ class WorkerPool:
             if known.generation == generation and worker.accepts and not known.asked_to_exit:
                 self._tell_to_finish(worker)
 
+    def all_retire(self, generation: int) -> bool:
+        """Whether all workers of a generation leave when their RETURN lines end, none by a signal.
+
+        They are on the client library, and read from what they have accepted before they leave.
+        """
+        its = [each for each in self._records.values() if each.generation == generation]
+        orphans = any(each.generation == generation for each in self.groups.records())
+        return bool(its) and not orphans and all(each.retires for each in its)
+
     def _tell_to_finish(self, worker: Worker) -> None:
-        self._send(worker, worker.generation.program.drain_signal)
+        if worker.line is not None and (worker.record.retires or not worker.accepts):
+            worker.line.shutdown(socket.SHUT_WR)  # what it says on it can still be heard
+        else:
+            self._send(worker, worker.generation.program.drain_signal)
         self._note(worker, asked_to_exit=True)
 
     def _send(self, worker: Worker, number: int) -> bool:
@@ -404,7 +412,7 @@ class WorkerPool:
         if worker.process.has_ended():
             self._note(worker, ready_by=by)  # it must not serve: its exit is handled next
             return
-        self._note(worker, ready_at=time.monotonic(), ready_by=by)
+        self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
         other = by if by != "notify" else None
         self._log.write(
             "info", "worker-ready", generation=worker.record.generation, worker=number, by=other

@@ -31,6 +31,7 @@ class LimitWatch:
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
         self._workers = workers
         self._blind = False  # no worker's memory can be looked at, and that was said
+        self._said_uncounted = False
         self.use(settings)
 
     def use(self, settings: Settings) -> None:
@@ -48,6 +49,8 @@ class LimitWatch:
             if ready_at is None or worker.record.asked_to_exit:
                 continue
             counts = worker.generation.counts(worker.record.slot)
+            if self._limits.connections and counts is None:
+                self._say_uncounted(number)
             reason = exceeded(
                 self._limits,
                 f"{self._secret}-{number}",
@@ -58,6 +61,13 @@ class LimitWatch:
             if reason is not None:
                 self._post(ReplaceRequested(number, reason))
         self._loop.call_after(_TIMER, EVERY_S, self._look)
+
+    def _say_uncounted(self, number: int) -> None:
+        """Say once that a worker does not count its connections, so that none is too many."""
+        if not self._said_uncounted:
+            self._said_uncounted = True
+            hint = "--retire-after has no effect on workers without the client library"
+            self._log.write("warning", "not-counted", worker=number, hint=hint)
 
     def _cannot_look(self) -> bool:
         """Say it where the memory of a worker is hidden from us, as by hidepid of proc(5)."""

@@ -2,8 +2,8 @@
 
 A worker knows only the numbers of its descriptors and what its environment says about them
 (docs/protocol.md; where it accepts by itself, sd_listen_fds(3) and others).  There are two kinds:
-a worker that accepts gets the listening sockets; any other gets its generation's channel, a RETURN
-line of its own and its slot of the scoreboard.
+a worker that accepts gets the listening sockets, any other its generation's channel; each also a
+RETURN line of its own and its slot of the scoreboard.
 
 The open file description is shared, not the number: the channel's read end and the listening
 sockets are the same ones in all workers and here.  So no flag of them is set for one worker.
@@ -89,6 +89,25 @@ def named(number: int, descriptors: Mapping[str, int]) -> dict[str, int]:
     return {f"{inherited.WORKER}{number}.{name}": fd for name, fd in descriptors.items()}
 
 
+def _of_the_library(
+    generation: OpenGeneration, slot: int, end: socket.socket, free: Iterator[int]
+) -> tuple[dict[int, int], dict[str, str]]:
+    """Return RETURN's far end and the scoreboard, number there -> ours; and what the environment
+    says of them.
+
+    One that accepts has them, too: it may be on the client library, which counts there and leaves
+    when that line ends.
+    """
+    line = next(free)
+    descriptors, told = {line: end.fileno()}, {wire.ENV_RETURN: str(line)}
+    board, offset = generation.scoreboard_slot(slot) or (-1, 0)
+    if board >= 0:
+        number = next(free)
+        descriptors[number] = board
+        told[wire.ENV_SCOREBOARD] = f"{number}:{offset}"
+    return descriptors, told
+
+
 @dataclass(slots=True, repr=False, eq=False)
 class WorkerSpawner:
     """Starts workers, and takes over those of an earlier program."""
@@ -118,17 +137,21 @@ class WorkerSpawner:
                 environment["WATCHDOG_USEC"] = str(int(program.watchdog_s * 1_000_000))
             # --ready fd:N has that number for itself.
             free = (fd for fd in count(FIRST_FD) if fd != program.ready_fd)
-            line = None
             with ExitStack() as theirs:
+                line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours.callback(line.close)
+                theirs.callback(end.close)
                 if program.mode.workers_accept:
                     descriptors, told = self._listeners_for(generation, slot, free)
                     tell_pid = "LISTEN_PID"
                 else:
-                    line, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                    ours.callback(line.close)
-                    theirs.callback(end.close)
-                    descriptors, told = self._channel_for(generation, slot, end, free)
+                    channel = next(free)
+                    descriptors = {channel: generation.channel.read.fileno()}
+                    told = self._channel_variables(generation, slot, channel)
                     tell_pid = ""
+                more, told_of_them = _of_the_library(generation, slot, end, free)
+                descriptors |= more
+                told |= told_of_them
                 offered = Readiness.offered(program, free, self.loop, number)
                 readiness, its_ends, variables = theirs.enter_context(offered)
                 output = theirs.enter_context(self.output.opened(number, generation.record.number))
@@ -163,30 +186,17 @@ class WorkerSpawner:
             told["EINHORN_SOCK_PATH"] = self.settings.control.address.removeprefix("unix:")
         return {next(free): listeners[index] for index in wanted}, told
 
-    def _channel_for(
-        self, generation: OpenGeneration, slot: int, end: socket.socket, free: Iterator[int]
-    ) -> tuple[dict[int, int], dict[str, str]]:
-        """Return the channel, RETURN's far end and the scoreboard, number there -> ours; and what
-        the environment says of them.
-        """
-        given = {
-            wire.ENV_CHANNEL: generation.channel.read.fileno(),
-            wire.ENV_RETURN: end.fileno(),
-        }
-        board, offset = generation.scoreboard_slot(slot) or (-1, 0)
-        if board >= 0:
-            given[wire.ENV_SCOREBOARD] = board
-        descriptors = dict(zip(free, given.values(), strict=False))
-        told = {name: str(fd) for name, fd in zip(given, descriptors, strict=True)}
-        if board >= 0:
-            told[wire.ENV_SCOREBOARD] += f":{offset}"
-        told |= {
+    def _channel_variables(
+        self, generation: OpenGeneration, slot: int, channel: int
+    ) -> dict[str, str]:
+        """Return what the environment says of the channel, which has this number there."""
+        return {
+            wire.ENV_CHANNEL: str(channel),
             wire.ENV_LISTENERS: generation.program.listeners,
             wire.ENV_GENERATION: str(generation.record.number),
             wire.ENV_WORKER: str(slot),
             wire.ENV_WORKERS: str(max(self.settings.processes, slot + 1)),
         }
-        return descriptors, told
 
     def adopt(
         self, record: WorkerRecord, descriptors: Mapping[str, int], generation: OpenGeneration

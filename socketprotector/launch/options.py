@@ -183,7 +183,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "watchdog_s", default="0"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
-               "As for the next two, its replacement starts first.",
+               "As for the next two, its replacement starts first.\n"
+               "For workers on the client library, which count.",
                default="0", former="max-requests"),
         Option("max-memory", SIZE, "Replace a worker above this memory size: 500M, 2G; 0: never.",
                "worker_limits.memory_bytes", default="0"),
@@ -200,7 +201,8 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "If the new one fails within this time, the old one serves again.",
                "policy.settle_s", default="0"),
         Option("drain-signal", SIGNAL,
-               "With --handoff listener: the signal that tells a worker to finish.",
+               "With --handoff listener: the signal that tells a worker to finish.\n"
+               "One on the client library is told by the end of its line instead.",
                "drain_signal", default="TERM"),
         Option("drain-timeout", TIME,
                "Time an old generation has to finish its connections, then TERM; 0: no limit.",

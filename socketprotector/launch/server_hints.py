@@ -22,12 +22,13 @@ from .listen_spec import Listen
 #: What a shell takes as it stands.  It leaves {fd:NAME} alone.
 _PLAIN = re.compile(r"(?:[\w@%+=:,./-]|\{fd:\w+\})+", re.ASCII)
 _NAMED = re.compile(r"\{fd:(\w+)\}")
-#: What --handoff listener refuses: the operator has to choose there.
+#: What --handoff listener refuses, or an unmodified server cannot have there: the operator has to
+#: choose.
 _REFUSED = {
     f"--{name}"
     for each in options.OPTIONS
     for name in (each.key, each.former)
-    if each.key in LISTENER.refuses
+    if each.key in {*LISTENER.refuses, "retire-after"}
 }
 #: Of a file that may use the client library, in bytes: it is imported at the top.
 _LOOKED_AT = 1 << 16

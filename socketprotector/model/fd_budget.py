@@ -13,11 +13,11 @@ _RAISE = "raise that (ulimit -Hn, LimitNOFILE= of a unit)"
 
 
 def of_a_worker(settings: Settings) -> int:
-    """Return how many descriptors one worker keeps: process, notify socket, and what is asked."""
+    """Return how many descriptors one worker keeps: process, notify socket, line, what is asked."""
     ours = settings.log_file is not None or not settings.foreground
     relayed = settings.log_prefix or (ours and settings.log_relay)
     acks = settings.ready in ("ack", "any")
-    return 2 + (not settings.mode.workers_accept) + relayed + acks
+    return 3 + relayed + acks
 
 
 def most(settings: Settings, hard: int) -> int:

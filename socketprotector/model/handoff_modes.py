@@ -53,7 +53,7 @@ class HandoffMode:
 NEEDS_LISTENER = "it needs --handoff listener"
 _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
 _SHELL = {"shell": "it needs --handoff stdio"}
-_COUNTS = {"retire-after": "only workers of --handoff connection count their connections"}
+_COUNTS = {"retire-after": "workers on the client library alone count their connections"}
 _READY = {"ready": "the adapter says when it is ready; leave --ready out"}
 
 CONNECTION = HandoffMode("connection", refuses={**_DRAIN_SIGNAL, **_SHELL})
@@ -62,7 +62,7 @@ LISTENER = HandoffMode(
     workers_accept=True,
     ready="any",
     ready_after_s=1.0,
-    refuses={**_COUNTS, **_SHELL},
+    refuses=_SHELL,
 )
 STDIO = HandoffMode(
     "stdio",

@@ -98,6 +98,7 @@ class WorkerRecord:
     ready_by: str = ""  # what said that it is ready
     orphaned: bool = False  # its process has ended; what that has left is looked after
     killed: bool = False  # its process group was sent KILL
+    retires: bool = False  # it leaves when its RETURN line ends
 
 
 @frozen

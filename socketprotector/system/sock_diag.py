@@ -117,6 +117,14 @@ def unaccepted(listening: socket.socket) -> Line:
     return frozenset(found)
 
 
+def handshakes(family: int, port: int) -> frozenset[bytes]:
+    """Return the clients of a port that are about to connect, by their own port and address.
+
+    Raises OSError where it cannot be asked.
+    """
+    return frozenset(told[5] + told[7] for told, _ in _tcp(family, port, 1 << _SYN_RECV))
+
+
 def accepted(listening: socket.socket) -> Counter[bytes]:
     """Return how many connections at a socket's address processes have open, by their options.
 

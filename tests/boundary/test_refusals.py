@@ -356,10 +356,6 @@ def test_a_symbolic_link_for_a_pid_file_is_not_followed(typed: Typed) -> None:
             "--ready fd:3: a listener has this number",
         ),
         (
-            ("--retire-after", "9", "127.0.0.1:0", "--", "true"),
-            "--retire-after with --handoff listener",
-        ),
-        (
             ("--drain-signal", "KILL", "127.0.0.1:0", "--", "true"),
             "cannot be caught, so a worker could not finish",
         ),
@@ -417,7 +413,10 @@ def test_check_refuses_a_name_as_a_start_does(
         ),
         (("--drain-signal", "QUIT"), "it needs --handoff listener"),
         (("--shell",), "it needs --handoff stdio"),
-        (("--handoff", "stdio", "--retire-after", "5"), "only workers of --handoff connection"),
+        (
+            ("--handoff", "stdio", "--retire-after", "5"),
+            "workers on the client library alone",
+        ),
         (("--handoff", "stdio", "--ready", "ack"), "the adapter says when it is ready"),
         (("--handoff", "legacy", "unix:s"), "knows workers by their port"),
     ],

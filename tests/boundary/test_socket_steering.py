@@ -60,7 +60,9 @@ class World:
         self.bound: list[Listener] = []
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
+        self.shaking: set[bytes] = set()  # clients who are about to connect
         monkeypatch.setattr(module, "unread", self.ask)
+        monkeypatch.setattr(module, "handshakes", lambda *_: frozenset(self.shaking))
         # By its number, as launch/bind.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -755,6 +757,61 @@ def test_of_two_sockets_the_one_that_clients_come_to_is_left_and_the_other_is_de
     for each in copies:
         each.close()
     world.listeners.clear()
+
+
+# -- workers that read from whom they have accepted before they leave -----------------
+
+
+def supersede_library(world: World) -> None:
+    world.steering.turn_to(1)
+    world.steering.quiesce(1, reads_on=True)
+
+
+def test_one_that_reads_on_is_told_as_soon_as_nobody_waits(reloaded: World) -> None:
+    reloaded.unread = {b"accepted, and not heard": False, b"silent": True}
+    supersede_library(reloaded)
+    assert reloaded.quiesced == []
+
+    reloaded.pass_time(0.05)
+
+    assert reloaded.quiesced == [1]
+
+
+def test_it_accepts_those_first_who_have_come(reloaded: World) -> None:
+    reloaded.connect()
+    supersede_library(reloaded)
+    reloaded.pass_time(SILENT_S)
+    assert reloaded.quiesced == []
+
+    reloaded.accept(0)
+    reloaded.pass_time(0.05)
+
+    assert reloaded.quiesced == [1]
+
+
+def test_it_waits_for_those_who_were_about_to_connect_at_the_switch_and_no_later_ones(
+    reloaded: World,
+) -> None:
+    reloaded.shaking = {b"slow"}
+    supersede_library(reloaded)
+    reloaded.shaking.add(b"later, at the other socket")
+    reloaded.pass_time(SILENT_S)
+    assert reloaded.quiesced == []
+
+    reloaded.shaking.remove(b"slow")
+    reloaded.connect()
+    reloaded.pass_time(0.05)
+
+    assert reloaded.quiesced == [1]
+
+
+def test_it_waits_for_half_a_handshake_no_longer_than_others(reloaded: World) -> None:
+    reloaded.shaking = {b"never"}
+    supersede_library(reloaded)
+
+    reloaded.pass_time(LAST_S + 0.3)
+
+    assert reloaded.quiesced == [1]
 
 
 # -- whose connections are whose --------------------------------------------------------

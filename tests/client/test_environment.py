@@ -107,7 +107,7 @@ def test_handed_listeners_are_found_and_kept_from_what_a_worker_starts() -> None
     """In a process of its own: they stand at fixed numbers."""
     program = """
 import os, socket, sys
-from socketprotector_client.environment import passed_listeners
+from socketprotector_client.environment import passed_listeners, read_environment
 listener = socket.create_server(("127.0.0.1", 0))
 plain = socket.socket()
 os.dup2(os.open(os.devnull, os.O_RDONLY), 30)
@@ -122,5 +122,17 @@ os.fstat(4), os.fstat(5)  # what is no listener is left alone
 assert passed_listeners({**told, "LISTEN_PID": "1"}) == ()
 assert passed_listeners({**told, "LISTEN_FDS": "x"}) == ()
 assert passed_listeners({}) == ()
+
+# What a protector gives beside them; and where the variables are another one's worker's.
+line, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+os.dup2(line.fileno(), 50)
+beside = {"SOCKETPROTECTOR_RETURN": "50", "SOCKETPROTECTOR_SCOREBOARD": "30:8192"}
+found = read_environment({**told, **beside})
+assert (found.channel_fd, found.passed) == (-1, (3, 6)), found
+assert (found.return_fd, found.board) == (50, (30, 8192)), found
+assert not os.get_inheritable(50) and not os.get_inheritable(30)
+stale = read_environment({**told, **beside, "SOCKETPROTECTOR_RETURN": "41"})
+assert (stale.passed, stale.return_fd, stale.board) == ((3, 6), -1, (-1, 0)), stale
+assert read_environment({**beside, "LISTEN_PID": "1"}) == read_environment({})
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

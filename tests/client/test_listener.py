@@ -246,6 +246,22 @@ def test_a_signal_handler_has_it_stop_and_the_loop_sleeps_until_the_last_client_
     waits.close()
 
 
+@pytest.mark.parametrize("by_signal", [False, True])
+def test_one_that_takes_sigterm_for_the_begin_of_the_drain_gets_another_however_it_began(
+    channel: Channel, by_signal: bool
+) -> None:
+    worker = channel.start("stops_at_term.py")
+    channel.connect()
+    assert worker.read_line() == "taken"
+
+    if by_signal:
+        worker.process.send_signal(signal.SIGTERM)
+    else:
+        channel.end_channel()
+
+    assert (worker.read_rest(), worker.wait()) == ([], 0)
+
+
 def test_a_main_thread_that_waits_for_ever_is_interrupted(channel: Channel) -> None:
     worker = channel.start("listens_bare.py", "waiting main thread")
 

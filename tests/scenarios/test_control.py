@@ -195,6 +195,24 @@ def test_what_workers_with_the_library_count_is_right(operated: Operating) -> No
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
+def test_where_workers_with_the_library_accept_they_count_too(operated: Operating) -> None:
+    web = operated(command=(*OBEYS, "8"))
+    for _ in range(5):
+        ask(web.address)
+    with Client(web.address, "fail") as failing:
+        assert failing.hear() == ""
+    with Client(web.address, "one") as one:
+        one.hear()
+        found = web.until_generation(1, active=1)
+
+        assert (found["accepted"], found["finished"], found["errors"]) == (7, 6, 1)
+        assert (found["lost"], found["queue"]) == (0, 0)
+        assert found["wait_us"]["count"] == 7
+        [where] = web.line().ask("connections")["workers"]
+        assert where["accepted_at_by_fd"]
+
+
+@pytest.mark.parametrize("handoff", ["listener"], indirect=True)
 def test_of_unmodified_servers_the_kernel_tells_who_is_served_and_who_waits(
     operated: Operating,
 ) -> None:

@@ -15,7 +15,15 @@ import pytest
 from tests.load import Load
 from tests.procfs import descriptors, state_of
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, FAIR_START_S, Client, Protector, ask, eventually, wait_gone
+from tests.running import (
+    DEADLINE_S,
+    FAIR_START_S,
+    Client,
+    Protector,
+    ask,
+    eventually,
+    wait_gone,
+)
 from tests.scenarios.adopting import (
     at_rest,
     kill_protector,
@@ -26,7 +34,7 @@ from tests.scenarios.adopting import (
 from tests.scenarios.faults import injected
 from tests.scenarios.operating import Operating
 from tests.scenarios.starting import Start
-from tests.scenarios.tools import Gate, Release, library_worker, pid_in, spawned, worker
+from tests.scenarios.tools import Gate, Release, hold, library_worker, pid_in, spawned, worker
 from tests.unanswered import Unanswered
 
 Starter = Callable[..., Protector]
@@ -98,16 +106,17 @@ def test_a_server_finds_its_listeners_as_each_of_the_protocols_says(
 def test_it_has_no_other_descriptor(served_by: Starter) -> None:
     daemon = served_by(listen=("127.0.0.1:0", "127.0.0.2:0"))
 
-    # 5: einhorn's line, which is ended once it is ready.  The rest is the worker's own: wake-up
-    # pipe, the connection, the folder that it lists.
+    # 5: its RETURN line; 6: the scoreboard; 7: einhorn's line, which is ended once it is ready.
+    # The rest is the worker's own: wake-up pipe, the connection, the folder that it lists.
     numbers = ask(here(daemon), "fds").split()
 
-    assert numbers[:6] == ["0", "1", "2", "3", "4", "5"]
-    assert len(numbers) == 6 + 4
+    assert numbers[:8] == ["0", "1", "2", "3", "4", "5", "6", "7"]
+    assert len(numbers) == 8 + 4
     pid = spawned(daemon, 1)[0]
     held = descriptors(pid)
     assert held[0] == "/dev/null"
-    assert [held[fd].partition(":")[0] for fd in (3, 4, 5)] == ["socket"] * 3
+    assert [held[fd].partition(":")[0] for fd in (3, 4, 5, 7)] == ["socket"] * 4
+    assert held[6].startswith("/memfd:sp.board")
 
 
 def test_a_bare_port_is_one_listener_for_ipv4_and_ipv6(served_by: Starter) -> None:
@@ -560,6 +569,54 @@ def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, n
 
     assert not load.snapshot().failures
     assert wait_gone([old]) == []
+    assert daemon.log.count("event=signalled") == 0
+
+
+def test_one_of_the_library_leaves_when_all_who_came_to_it_are_served(served_by: Starter) -> None:
+    """It is told on its line: whoever waited at its socket was accepted before, and finishes."""
+    daemon = served_by(*FAST, command=library_worker("echo"))
+    old = spawned(daemon)[0]
+    hold(old)
+    clients = [Client(here(daemon), f"hello {n}") for n in range(20)]
+    daemon.reload()
+    assert pid_in(ask(here(daemon))) == spawned(daemon, 2)[0]
+
+    os.kill(old, signal.SIGCONT)
+
+    assert {pid_in(client.hear()) for client in clients} == {old}
+    daemon.reload()  # which waits until that one was told
+    for client in clients:
+        assert pid_in(client.ask()) == old
+        client.close()
+    assert wait_gone([old]) == []
+    assert daemon.log.count("event=signalled|event=stranded|event=not-taken") == 0
+
+
+def test_one_of_the_library_is_told_to_finish_on_its_line_after_an_upgrade_too(
+    operated: Operating,
+) -> None:
+    daemon = operated("--guard", *MODE, *FAST, command=library_worker("echo"))
+    first = spawned(daemon.daemon)
+    assert "event=adopted" in upgrade(daemon.daemon)
+    daemon.daemon.reload()
+    assert wait_gone(first) == []
+    revived(daemon.daemon, kill_protector(daemon.daemon))
+    second = daemon.pids(2)
+    daemon.daemon.reload()
+    assert wait_gone(second) == []
+
+    daemon.daemon.stop()
+    assert daemon.daemon.log.count("event=signalled") == 0
+
+
+def test_those_of_the_library_end_with_an_unguarded_protector(served_by: Starter) -> None:
+    daemon = served_by(*FAST, command=library_worker("echo"))
+    [pid] = spawned(daemon)
+    with Client(here(daemon)) as client:
+        client.ask()
+        os.kill(daemon.pid, signal.SIGKILL)
+        assert pid_in(client.ask()) == pid
+    assert wait_gone([pid]) == []
 
 
 # -- who survives what ----------------------------------------------------------------

@@ -248,6 +248,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
     ],
     ids=["connections", "age"],
 )
+@EITHER_HANDOFF
 def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
     operated: Operating, limit: tuple[str, ...], reason: str
 ) -> None:
@@ -265,11 +266,25 @@ def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
         served(load)
     assert load.snapshot().failures == ()
     found = web.status()
-    assert (found["route"], found["crashes"], found["lost"]) == (1, 0, 0)
+    assert (found["route"], found["crashes"], found["lost"] or 0) == (1, 0, 0)
     [generation] = found["generations"]
     assert generation["lost"] == 0
+    assert web.daemon.log.count("event=signalled|event=not-counted") == 0
 
 
+@EITHER_HANDOFF
+def test_that_a_worker_does_not_count_is_said_once(operated: Operating) -> None:
+    web = operated("--retire-after", "1", "--max-age", "3s", "--workers", "2")
+    line = web.line(follows=True)
+
+    assert "--retire-after has no effect" in line.event("not-counted")["hint"]
+    replaced(line, 2)
+
+    assert web.daemon.log.count("event=not-counted") == 1
+    assert web.daemon.log.count("event=replacing .*accepted") == 0
+
+
+@EITHER_HANDOFF
 def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
     operated: Operating,
 ) -> None:

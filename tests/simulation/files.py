@@ -51,6 +51,7 @@ class Connection(File):
         self.kept_back = False  # it could not be put back where it was taken from, and comes later
         self.excuse = ""  # why it may be lost
         self.established = False  # its handshake is over
+        self.begun_s = 0.0  # when the client began to connect
         self.said = False  # the client has sent its words
         self.said_at = 0  # in turns of the protector's loop
         self.heard = False  # and somebody has read them

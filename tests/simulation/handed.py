@@ -20,6 +20,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
+from socketprotector_client import wire
+
+from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.socket_steering import LAST_S
@@ -27,6 +30,7 @@ from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
 from tests.simulation.files import Connection, File
+from tests.simulation.kernel import End
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, Voice, World
 
@@ -44,7 +48,7 @@ class Server:
         self.leader = leader if leader is not None else cast("Leader", self)
         self.listening = dict(listening)
         self.connections: list[Connection] = []
-        self.told = False  # to finish
+        self.signalled = False  # to finish
         self.quickly = False  # and to drop what it has
         self.rude = False  # it drops whom it has not heard, when it is told
         self.hangs = False
@@ -55,12 +59,17 @@ class Server:
             each.take()
             each.used = True
 
+    @property
+    def told(self) -> bool:
+        """Whether it was told to finish."""
+        return self.signalled
+
     def signal(self, number: int) -> None:
         """Be sent a signal."""
         if number == signal.SIGKILL:
             self.end(os.CLD_KILLED, number)
         else:
-            self.told = True
+            self.signalled = True
             self.quickly = number == signal.SIGTERM != self.leader.drain_signal
 
     def end(self, code: int, status: int) -> None:
@@ -104,6 +113,10 @@ class Leader(Server):
         self.address = environment["NOTIFY_SOCKET"]
         self.generation = int(environment["SERVER_STARTER_GENERATION"])
         self.voice = Voice(environment, given)
+        line = given[int(environment[wire.ENV_RETURN])]
+        assert isinstance(line, End)
+        self.line = line
+        line.take()
         self.drain_signal = int(signal.SIGTERM)
         self.told_by: Callable[[Leader], None] = lambda leader: None
         self.children: list[Server] = []
@@ -117,12 +130,18 @@ class Leader(Server):
         """End; the children live on."""
         if not self.ended:
             self.result = code, status
+            self.line.drop()
         self.voice.close()
         super().end(code, status)
 
+    @property
+    def told(self) -> bool:
+        """Whether it was told, by a signal or on its line."""
+        return self.signalled or self.line.no_receive
+
     def signal(self, number: int) -> None:
         """Be sent a signal."""
-        if number == self.drain_signal and not self.told:
+        if number == self.drain_signal and not self.signalled:
             self.told_by(self)
         super().signal(number)
 
@@ -265,6 +284,7 @@ class Handed(World):
             self._fork_child: 40,
             self._crash_child: 8,
             self._mischief: 20 * self._mischievous,
+            self._hold: 10,
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
@@ -273,6 +293,22 @@ class Handed(World):
         }
         return list(common.items())
 
+    def _say_ready(self, worker: Any, more: bytes = b"") -> bool:
+        """A master, and one that drops clients, is not on the library."""
+        return super()._say_ready(worker, b"" if worker.master or worker.rude else more)
+
+    def _hold(self) -> None:
+        """A client of the control socket wants a hold."""
+        protector = self._supervisor
+        if self._starting or protector is None or self.kernel.wake is None:
+            return
+        if protector.effects.steering.cannot_hold() is not None:
+            return
+        asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)))
+        self._say(f"a hold of {asked.seconds:g} s is asked for")
+        self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))
+        self._children_ended()  # so that it looks whose time has come
+
     def _connect(self) -> None:
         self._connect_to(self._addresses[int(self._chance() * len(self._addresses))])
 
@@ -280,6 +316,9 @@ class Handed(World):
         if len(address.clients) >= BACKLOG:
             return
         to = address.for_new(self.connections)
+        if to is not None and to.drops:
+            self._check_dropped(address)
+            return  # and comes again later
         if to is None:
             self._refused(address)
             return
@@ -288,6 +327,7 @@ class Handed(World):
         self._check_socket(address, to)
         self.connections += 1
         connection = Connection(self.connections, self._connection_lost, address)
+        connection.begun_s = self.kernel.clock_ns / 1e9
         connection.take()
         if address.disturbed or to.locked:
             connection.excuse = MISCHIEF
@@ -301,6 +341,8 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
+        late = self.kernel.clock_ns / 1e9 - connection.begun_s >= LAST_S
+        assert late or connection.excuse or not to.drops, f"{connection} would never be heard"
         if self._chance() < 0.8:
             self._says(connection)
         if to.address.by_number and to.mask:  # it finds itself shut down
@@ -667,6 +709,13 @@ class Handed(World):
         wanted = self.kernel.file(its.socket_for(act.steering.current).fileno())
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
+
+    def _check_dropped(self, address: Address) -> None:
+        """A client gets no answer under a hold alone."""
+        if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
+            return
+        steering = self._supervisor.effects.steering
+        assert steering._held or not steering._steered, f"{address.name} does not answer"
 
     def _check_waiting(self) -> None:
         stopping = self._supervisor is not None and self._supervisor.fleet.stopping

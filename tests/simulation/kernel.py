@@ -521,6 +521,11 @@ class Kernel:
         self.enter("sock_diag")
         return self.addresses["h", port].unread(accepted)
 
+    def handshakes(self, family: int, port: int) -> frozenset[bytes]:
+        """In the place of sock_diag.handshakes()."""
+        self.enter("sock_diag")
+        return self.addresses["h", port].handshakes()
+
     def unaccepted(self, which: Socket) -> frozenset[bytes] | tuple[int, ...]:
         """In the place of sock_diag.unaccepted()."""
         self.enter("sock_diag")

@@ -19,6 +19,7 @@ from tests.simulation.files import Connection, File, failure
 IN, SHUT, HUP = select.EPOLLIN, select.EPOLLRDHUP, select.EPOLLHUP
 #: Options that Python has no names for.
 ATTACH_FILTER, DETACH_FILTER, STEER, BIND_TO_DEVICE = 26, 27, 51, 62
+IP_MINTTL = 21
 _MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
 #: Where a socket comes back that was bound as port 0 and shut down.
 ASTRAY = ("h", 60_000)
@@ -95,6 +96,11 @@ class Address:
             if not each.heard and each not in left_out
         }
 
+    def handshakes(self) -> frozenset[bytes]:
+        """What sock_diag tells of clients who are about to connect."""
+        under_way = (each for each in self.clients.values() if not each.established)
+        return frozenset(b"%d" % each.number for each in under_way)
+
 
 class Listening(File):
     """A socket that listens, or is to, with its backlog."""
@@ -135,6 +141,11 @@ class Listening(File):
     def elsewhere(self) -> bool:
         """Whether it is bound to a device that does not exist."""
         return bool(self.options.get((socket.SOL_SOCKET, BIND_TO_DEVICE)))
+
+    @property
+    def drops(self) -> bool:
+        """Whether new clients get no answer."""
+        return self.options.get((socket.IPPROTO_IP, IP_MINTTL)) == 255
 
     @property
     def whole(self) -> bool:

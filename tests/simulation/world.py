@@ -1425,6 +1425,7 @@ def installed(world: World) -> Iterator[None]:
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
         put(socket_steering, "unread", kernel.unread)
+        put(socket_steering, "handshakes", kernel.handshakes)
         put(socket_steering, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
         put(orphans, "Look", look)

@@ -17,6 +17,7 @@ from bench.herd_rows import herds
 from bench.hog_rows import hog
 from bench.list_rows import listing
 from bench.many_rows import quota, workers
+from bench.mode_rows import modes
 from bench.processes import CannotMeasure
 from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rows import cpu, handed, idle, latency, rate
@@ -49,6 +50,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "quota": quota,
     "herd": herds,
     "hog": hog,
+    "modes": modes,
 }
 
 

@@ -17,7 +17,7 @@ BURN = "while True: pass"
 
 
 @contextmanager
-def _one_group() -> Iterator[bool]:
+def one_group() -> Iterator[bool]:
     """Have all that is started from here on in one cgroup; whether that could be had.
 
     Else the kernel's autogroups share the processors out by session, and our worker, which leads
@@ -39,7 +39,7 @@ def _one_group() -> Iterator[bool]:
 
 
 @contextmanager
-def _hog() -> Iterator[int]:
+def burning() -> Iterator[int]:
     """Keep one core busy, whichever the scheduler gives; the pid of who does."""
     burning = subprocess.Popen([sys.executable, "-S", "-c", BURN])
     try:
@@ -67,19 +67,19 @@ def _told(what: str, runs: list[Seen], straight: list[Seen]) -> str:
 
 def _beside_a_hog(scale: Scale, client: str, least_ratio: float, *options: str) -> Figure:
     def run(started: Started) -> Seen:
-        before = cpu_ns(burning)
+        before = cpu_ns(hog_pid)
         seen = load(started, 64, scale(1, 0.3), *options)
         each_us = seen["parent_us"] + seen["workers_us"] + seen["own_cpu_us"]
-        spent_us = each_us * seen["connections"] + (cpu_ns(burning) - before) / 1e3
+        spent_us = each_us * seen["connections"] + (cpu_ns(hog_pid) - before) / 1e3
         seen["per_cpu_second"] = seen["connections"] / spent_us * 1e6
         return seen
 
     with (
-        _one_group() as grouped,
+        one_group() as grouped,
         protector() as ours,
         least() as bare,
         direct() as accepting,
-        _hog() as burning,
+        burning() as hog_pid,
     ):
         through, barely, straight = alternately(
             scale.rounds(21), lambda: run(ours), lambda: run(bare), lambda: run(accepting)

@@ -13,6 +13,8 @@
  * Waiting for the end of file is not only politeness: a protector that kept a copy of a connection
  * would show up here as timed_out.  Latency is from before connect() to the whole reply.
  *
+ * With --again a connection asks again and again until the end: keep-alive.
+ *
  * Prints one line of JSON at the end.  With --keep, a first line when all connections are open.
  */
 #define _GNU_SOURCE
@@ -59,7 +61,7 @@ static uint64_t timeout_ns = 10000000000ULL, started_ns, slowest_at_ns;
 static uint32_t *samples; /* tenths of a microsecond: exact percentiles, 429 s at most */
 static size_t sample_count, sample_room;
 static unsigned long failures[KINDS], backlog_full, begun, most = (unsigned long)-1;
-static int epoll_fd, idle, open_now, keep, kept, until_reply, plain;
+static int epoll_fd, idle, open_now, keep, kept, until_reply, plain, again;
 static volatile sig_atomic_t stopping;
 
 static void on_stop(int signal_number)
@@ -249,10 +251,16 @@ static void on_event(struct connection *c, uint32_t events)
                 memcmp(c->reply + c->got - expected_len, expected, expected_len) == 0;
     if (whole && c->state == SENT) {
         record(c);
+        if (again && !stopping) { /* keep-alive: the next request on the same connection */
+            c->got = 0;
+            c->started_ns = now_ns();
+            send_request(c);
+            return;
+        }
         c->state = keep ? KEPT : REPLIED;
         kept += keep != 0;
     }
-    if (until_reply && c->state == REPLIED)
+    if ((until_reply || again) && c->state == REPLIED)
         succeed(c);
     else if (got == 0 || c->got == sizeof c->reply || (events & EPOLLRDHUP && !keep)) {
         if (c->state == KEPT || (whole && keep))
@@ -306,13 +314,14 @@ int main(int argc, char **argv)
     static const struct option options[] = {
         {"connections", 1, 0, 'c'}, {"seconds", 1, 0, 't'}, {"count", 1, 0, 'n'},
         {"send", 1, 0, 's'}, {"expect", 1, 0, 'x'}, {"timeout", 1, 0, 'T'},
-        {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {"plain", 0, 0, 'p'}, {0, 0, 0, 0}};
+        {"until-reply", 0, 0, 'r'}, {"keep", 1, 0, 'k'}, {"plain", 0, 0, 'p'},
+        {"again", 0, 0, 'a'}, {0, 0, 0, 0}};
     double seconds = 0;
     int count = 1, option, said_kept = 0;
     struct sigaction stop = {.sa_handler = on_stop};
     struct epoll_event events[EVENTS];
 
-    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:p", options, NULL)) != -1)
+    while ((option = getopt_long(argc, argv, "c:t:n:s:x:T:rk:pa", options, NULL)) != -1)
         switch (option) {
         case 'c': count = atoi(optarg); break;
         case 't': seconds = atof(optarg); break;
@@ -322,13 +331,14 @@ int main(int argc, char **argv)
         case 'T': timeout_ns = (uint64_t)(atof(optarg) * 1e9); break;
         case 'r': until_reply = 1; break;
         case 'p': plain = 1; break;
+        case 'a': again = 1; break;
         case 'k': count = keep = atoi(optarg); most = (unsigned long)keep; break;
         default: return 2;
         }
     if (optind + 1 != argc || count < 1) {
         fprintf(stderr,
                 "usage: load [--connections C] [--seconds S | --count N] [--send LINE] "
-                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--keep N] ADDRESS\n");
+                "[--expect END]\n            [--timeout S] [--until-reply] [--plain] [--again]\n            [--keep N] ADDRESS\n");
         return 2;
     }
     parse_address(argv[optind]);

@@ -54,7 +54,7 @@ test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; 
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
-	$(BIN)/python -m pytest tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
+	$(BIN)/python -m pytest -n 2 tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
 
 lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .

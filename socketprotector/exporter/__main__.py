@@ -34,7 +34,7 @@ DEFAULT = "127.0.0.1:9517"
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
-    /metrics, /healthz, /readyz.  docs/metrics.md lists the metrics."""
+    /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics."""
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")
     for name in given["name"]:

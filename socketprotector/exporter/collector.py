@@ -68,12 +68,21 @@ class ProtectorCollector(Collector):
         """Query no instance when this is registered."""
         return list(MetricSet().families())
 
-    def unready(self) -> list[str]:
-        """Return a line for each instance that was asked for and does not serve."""
-        answers = self._ask()
+    def unready(self, name: str = "") -> list[str]:
+        """Return a line for each instance that was asked for and is not ready for clients.
+
+        name: of that one alone, which no other one delays.
+        """
+        answers = self._ask_one(name) if name else self._ask()
         if not answers:
             return ["no protector has a control socket"]
         return [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
+
+    def _ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+        if self._paths and name not in self._names:  # what those are called only they can tell
+            return [each for each in self._ask() if each[0] == name] or [(name, None)]
+        path = _by_name(name) if name in self._names or not self._names else ""
+        return [(name, ask_all([path], within_s=ANSWER_S)[0] if path else None)]
 
     def _ask(self) -> list[tuple[str, SocketAnswer | None]]:
         paths = self._paths if self._names or self._paths else discovery.sockets()
@@ -90,9 +99,9 @@ class ProtectorCollector(Collector):
 def _why_not(found: SocketAnswer | None) -> str:
     if found is None:
         return "there is no control socket"
-    if found.result is None:
+    status = found.result
+    if status is None:
         return found.why
-    if serves(found.result) and found.result.get("held_s") is None:
-        return ""
-    held = measure(found.result, "held_s") is not None
-    return "held" if held else str(found.result.get("phase"))
+    if measure(status, "held_s") is not None:
+        return "held"
+    return "" if serves(status) else str(status.get("phase"))

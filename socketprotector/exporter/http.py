@@ -1,4 +1,4 @@
-"""Answers over HTTP or HTTPS: /metrics, /healthz, /readyz.
+"""Answers over HTTP or HTTPS: /metrics, /healthz, /readyz, /readyz/NAME.
 
 A client that connects and sends nothing delays no other: each connection has a thread, a limit of
 time, and is one of a limited number.  Source: ssl, http.server.
@@ -12,6 +12,7 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -22,7 +23,9 @@ from .collector import ProtectorCollector
 #: For a handshake, for a request, and for each answer.
 CONNECTION_S = 10.0
 CONNECTIONS = 64
-_PAGES = "/metrics, /healthz, /readyz"
+_PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
+#: What the path of one instance's page begins with.
+_ONE = "/readyz/"
 
 
 class Server(ThreadingHTTPServer):
@@ -87,13 +90,17 @@ class Handler(BaseHTTPRequestHandler):
             case "/healthz":
                 self._say(HTTPStatus.OK, "ok")
             case "/readyz":
-                unready = self.server.instances.unready()
-                status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
-                self._say(status, "\n".join(unready) or "ok")
+                self._say_ready(self.server.instances.unready())
+            case page if page.startswith(_ONE) and page != _ONE:
+                self._say_ready(self.server.instances.unready(unquote(page.removeprefix(_ONE))))
             case _:
                 self._say(HTTPStatus.NOT_FOUND, f"not here; there is {_PAGES}")
 
     do_HEAD = do_GET
+
+    def _say_ready(self, unready: list[str]) -> None:
+        status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
+        self._say(status, "\n".join(unready) or "ok")
 
     def _say(self, status: HTTPStatus, text: str) -> None:
         self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8")

@@ -124,6 +124,40 @@ def test_ready_means_that_every_instance_serves(
     assert get(f"{one.address}/healthz")[::2] == (200, "ok\n"), "the exporter itself"
 
 
+@pytest.mark.parametrize("chosen", ["all", "name", "control"])
+def test_one_instance_is_ready_whatever_the_others_are(
+    chosen: str, exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    web, shop = fakes("web"), fakes("shop")
+    web.status = status(name="web")
+    shop.status = status(name="shop", held_s=3.5)
+    words: dict[str, tuple[str | Path, ...]] = {
+        "all": (),
+        "name": ("--name", "web", "--name", "shop"),
+        "control": ("--control", web.path, "--control", shop.path),
+    }
+    one = exporter(*words[chosen])
+
+    assert get(f"{one.address}/readyz/web")[::2] == (200, "ok\n")
+    assert get(f"{one.address}/readyz/web?from=haproxy")[0] == 200
+    assert get(f"{one.address}/readyz/shop")[::2] == (503, "shop: held\n")
+    assert get(f"{one.address}/readyz/a%20b")[::2] == (503, "a b: there is no control socket\n")
+    assert get(f"{one.address}/readyz/")[0] == 404
+    assert get(f"{one.address}/readyzweb")[0] == 404
+
+
+def test_one_instance_does_not_wait_for_another_that_hangs(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    fakes("web")
+    asked = threading.Event()
+    fakes("slow").answers["status"] = lambda _, __: asked.set()
+    one = exporter()
+
+    assert get(f"{one.address}/readyz/web")[::2] == (200, "ok\n")
+    assert not asked.is_set()
+
+
 def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
@@ -169,7 +203,7 @@ def test_an_instance_is_called_by_its_name_and_its_listener_where_two_have_one(
 def test_what_is_not_there_is_said_in_one_line(exporter: Start) -> None:
     code, kind, body = get(f"{exporter().address}/elsewhere")
 
-    assert (code, body) == (404, "not here; there is /metrics, /healthz, /readyz\n")
+    assert (code, body) == (404, "not here; there is /metrics, /healthz, /readyz, /readyz/NAME\n")
     assert kind.startswith("text/plain")
 
 

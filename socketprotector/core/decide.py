@@ -38,6 +38,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.reload_requested(step)
         case events.StopRequested(quick):
             stop.stop_requested(step, quick)
+        case events.LameDuckRequested(on):
+            stop.lame_duck_requested(step, on)
         case events.ScaleRequested(change, to):
             workers.scale_requested(step, change, to)
         case events.HoldRequested(seconds):
@@ -99,6 +101,8 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             pass  # `_go_on` opens, or starts, what is due
         case TimerKind.HOLD:
             stop.release_hold(step)
+        case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
+            stop.stop_gracefully(step)
         case TimerKind.STOP:
             stop.stop_quickly(step)
 
@@ -147,5 +151,7 @@ def resume(
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(events.CloseListeners(quick))
+    # It is not known when the last client came to the other program.
+    left_s = {**left_s, Deadline(TimerKind.LAME_DUCK_IDLE): fleet.policy.lame_duck_idle_s}
     actions += [events.StartTimer(each, max(0.0, left_s.get(each, 0.0))) for each in fleet.timers]
     return tuple(actions)

@@ -25,6 +25,8 @@ class TimerKind(Enum):
     WORKER_KILL = "worker-kill"  # worker: was told to end
     OPEN = "open"  # fleet: back-off before the next generation is over
     HOLD = "hold"  # fleet: accepting again
+    LAME_DUCK = "lame-duck"  # fleet: balancers know by now, and it stops
+    LAME_DUCK_IDLE = "lame-duck-idle"  # fleet: no client has come for so long, so they do
     STOP = "stop"  # fleet: graceful stop takes too long
     TURN = "turn"  # fleet: the loop has turned, so more workers may be started
 
@@ -61,6 +63,13 @@ class StopRequested(Event):
     """A stop was requested; quick: without waiting for what is being served."""
 
     quick: bool = False
+
+
+@frozen
+class LameDuckRequested(Event):
+    """Balancers are to send clients elsewhere, or here again, while all is served as before."""
+
+    on: bool
 
 
 @frozen
@@ -318,7 +327,10 @@ class ForgetSettings(Action):
 
 @frozen
 class StartTimer(Action):
-    """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays."""
+    """Run a timer; with `extend` (of one that runs) an earlier end is moved, a later one stays.
+
+    LAME_DUCK_IDLE begins anew with each client that comes.
+    """
 
     deadline: Deadline
     seconds: float
@@ -342,6 +354,9 @@ class ReportKind(Enum):
     RELOAD_FAILED = "reload-failed"
     START_FAILED = "start-failed"
     RETRYING = "retrying"
+    LAME_DUCK = "lame-duck"  # a stop was requested, and begins later
+    LAME_DUCK_ON = "lame-duck-on"
+    LAME_DUCK_OFF = "lame-duck-off"
     STOPPING = "stopping"
     MANY_DRAINING = "many-draining"
     REFUSED = "refused"

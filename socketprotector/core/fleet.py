@@ -126,6 +126,14 @@ class Stop(Enum):
     QUICK = "quick"
 
 
+class LameDuck(Enum):
+    """Whether balancers are told to send clients elsewhere, while all is served as before."""
+
+    OFF = "off"
+    ON = "on"  # until that is taken back
+    STOPPING = "stopping"  # until its timer starts the graceful stop that was requested
+
+
 class Next(Enum):
     """Which command the next generation is opened with, once nothing stands in its way."""
 
@@ -152,6 +160,7 @@ class Fleet:
     next_worker: int = 1
 
     reload_wanted: bool = False
+    lame_duck: LameDuck = LameDuck.OFF
     stopping: Stop | None = None
     to_open: Next | None = None  # waits for an older generation's end or a back-off's
 
@@ -210,6 +219,11 @@ class Fleet:
     def alive(self) -> Iterator[Worker]:
         for generation in self.generations:
             yield from generation.alive
+
+    @property
+    def stop_requested(self) -> bool:
+        """It ends, now or after its lame duck: nothing that is requested then is begun."""
+        return self.stopping is not None or self.lame_duck is LameDuck.STOPPING
 
     @property
     def queue_is_last(self) -> bool:

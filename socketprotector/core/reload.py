@@ -30,7 +30,7 @@ def launched(step: Step) -> None:
 
 
 def reload_requested(step: Step) -> None:
-    if step.fleet.stopping:
+    if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no reload while stopping"))
     else:
         # Remember the wish: the newest configuration wins without a second HUP.

@@ -24,7 +24,7 @@ from ..model.records import (
     WorkerRecord,
 )
 from .events import Deadline, Retire, Signal, TimerKind, UseSettings, WorkerSignal
-from .fleet import Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker
+from .fleet import Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class Snapshot:
 
 #: All classes that a Snapshot is made of.
 CLASSES = (
-    *(Deadline, TimerKind, Candidate, Fleet, Generation, Next, Phase, State, Stop, Worker),
-    *(Retire, WorkerSignal, Signal, UseSettings),
+    *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop),
+    *(Worker, Retire, WorkerSignal, Signal, UseSettings),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
     *(SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,

@@ -1,7 +1,11 @@
-"""Shutdown: graceful (workers finish the connections they have) or quick (TERM now); and `hold`.
+"""Shutdown: graceful (workers finish the connections they have) or quick (TERM now); and what an
+operator asks for beside it: a lame duck, and `hold`.
 
 Pure.  A stop calls off all pending work; nothing new is started after it but a replacement for a
 worker that left something in a queue that no other generation can serve.
+
+Before a graceful stop there may be a lame duck (--lame-duck): all goes on as before, a reload that
+is under way too, only balancers are told, and nothing more that is requested is begun.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
-from .fleet import Phase, Stop
+from .fleet import LameDuck, Phase, Stop
 from .step import Step
 
 #: The exit status of a stop because no client could connect any more (errors.SystemRefused).
@@ -17,17 +21,42 @@ LISTENERS_LOST = 111
 
 
 def stop_requested(step: Step, quick: bool) -> None:
-    if step.fleet.stopping:
-        stop_quickly(step)  # the third time and later this finds nothing left to do
-        return
-    step.do(Report(ReportKind.STOPPING))
-    if quick:
+    """Requested again it comes sooner: a lame duck ends, a graceful stop becomes a quick one."""
+    fleet = step.fleet
+    if fleet.stopping:
+        stop_quickly(step)  # the last time and later this finds nothing left to do
+    elif quick:
+        step.do(Report(ReportKind.STOPPING))
         stop_quickly(step)
+    elif fleet.policy.lame_duck_s > 0 and fleet.served and not fleet.stop_requested:
+        _begin_lame_duck(step)
     else:
-        _stop_gracefully(step)
+        stop_gracefully(step)
 
 
-def _stop_gracefully(step: Step) -> None:
+def _begin_lame_duck(step: Step) -> None:
+    policy = step.fleet.policy
+    release_hold(step)  # what waits in the backlog is to be taken
+    step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING, reload_wanted=False)
+    step.do(Report(ReportKind.LAME_DUCK, reason=f"accepts for another {policy.lame_duck_s:g} s"))
+    step.start(TimerKind.LAME_DUCK, 0, policy.lame_duck_s)
+    if policy.lame_duck_idle_s > 0:
+        step.start(TimerKind.LAME_DUCK_IDLE, 0, policy.lame_duck_idle_s)
+
+
+def lame_duck_requested(step: Step, on: bool) -> None:
+    if step.fleet.stop_requested:
+        step.do(Report(ReportKind.REFUSED, reason="it is stopping"))
+        return
+    wanted = LameDuck.ON if on else LameDuck.OFF
+    if step.fleet.lame_duck is not wanted:
+        step.fleet = replace(step.fleet, lame_duck=wanted)
+        step.do(Report(ReportKind.LAME_DUCK_ON if on else ReportKind.LAME_DUCK_OFF))
+
+
+def stop_gracefully(step: Step, reason: str = "") -> None:
+    """Begin that; reason: why, where nobody has requested it."""
+    step.do(Report(ReportKind.STOPPING, reason=reason))
     _call_off(step, Stop.GRACEFUL)
     settling = step.fleet.of(Phase.SETTLING)
     old = step.fleet.of(Phase.SERVING)
@@ -49,9 +78,9 @@ def listeners_lost(step: Step) -> None:
     """No client can connect any more: end, as failed, so that our supervisor starts us anew."""
     if step.fleet.stopping:
         return
-    step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)
-    step.do(Report(ReportKind.STOPPING, reason="no listener is left"))
-    _stop_gracefully(step)
+    if not step.fleet.stop_requested:
+        step.fleet = replace(step.fleet, exit_status=LISTENERS_LOST)
+    stop_gracefully(step, "no listener is left")
 
 
 def backlog_emptied(step: Step) -> None:
@@ -80,9 +109,12 @@ def stop_quickly(step: Step) -> None:
 
 def _call_off(step: Step, stop: Stop) -> None:
     """Give up whatever was to come."""
-    step.cancel(TimerKind.OPEN)
+    for wait in (TimerKind.OPEN, TimerKind.LAME_DUCK, TimerKind.LAME_DUCK_IDLE):
+        step.cancel(wait)
     release_hold(step)  # what waits in the backlog is to be taken
-    step.fleet = replace(step.fleet, stopping=stop, reload_wanted=False, to_open=None)
+    step.fleet = replace(
+        step.fleet, stopping=stop, lame_duck=LameDuck.OFF, reload_wanted=False, to_open=None
+    )
     settling = step.fleet.of(Phase.SETTLING)
     if stop is Stop.GRACEFUL and settling and settling.fresh:
         step.use_settings()  # it will serve to the end
@@ -96,7 +128,7 @@ def _call_off(step: Step, stop: Stop) -> None:
 
 def hold_requested(step: Step, seconds: float) -> None:
     """Accept nothing for so long; asked again, from now on."""
-    if step.fleet.stopping:
+    if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no hold while stopping"))
         return
     if not step.fleet.held:

@@ -110,7 +110,7 @@ def _respawn(step: Step, number: int, dead: Worker, served_s: float) -> None:
 
 def scale_requested(step: Step, change: int, to: int | None) -> None:
     wanted = step.fleet.workers_wanted + change if to is None else to
-    if step.fleet.stopping:
+    if step.fleet.stop_requested:
         step.do(Report(ReportKind.REFUSED, reason="no scaling while stopping"))
     elif wanted < 1:
         step.do(Report(ReportKind.REFUSED, reason="there is always one worker at least"))

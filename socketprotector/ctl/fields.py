@@ -38,6 +38,11 @@ def measure(message: Status, name: str) -> float | None:
     return float(value) if math.isfinite(value) and value >= 0 else None
 
 
+def is_lame_duck(status: Status) -> bool:
+    """Whether clients are to be sent elsewhere, though it serves."""
+    return status.get("lame_duck") in ("on", "stopping")
+
+
 def label(message: Status, name: str) -> str | None:
     """Return a text that no metric's label makes too long; None where none is."""
     value = message.get(name)

@@ -1,4 +1,6 @@
-"""scale, hold, release, replace, kill, log-level, reopen: orders that are done when answered."""
+"""scale, lame-duck, hold, release, replace, kill, log-level, reopen: orders that are done when
+answered.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +40,20 @@ def scale(instance: Instance, workers: str, as_json: bool) -> None:
     result = instance.request("scale", **{how: int(workers)})
     wanted = number_in(result, "workers")
     answer(as_json, result, f"{wanted} {plural(wanted, 'worker')} wanted")
+
+
+# -- for load balancers --------------------------------------------------------------------
+
+
+@command("lame-duck", short_help="Be not ready for load balancers, and serve on.")
+@click.argument("state", metavar="on|off", type=click.Choice(["on", "off"]))
+def lame_duck(instance: Instance, state: str, as_json: bool) -> None:
+    """Serve on, while /readyz of the exporter says 503: balancers send new clients elsewhere.
+
+    It lasts until off, or a stop.
+    """
+    words = "lame duck: serves on, and is not ready for more" if state == "on" else "ready again"
+    answer(as_json, instance.request("lame-duck", on=state == "on"), words)
 
 
 # -- hold --------------------------------------------------------------------------------

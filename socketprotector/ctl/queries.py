@@ -16,7 +16,7 @@ from .cli import Instance, command, complain, plural, say, say_json, say_last_wo
 from .client import Client, Message
 from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
 from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused
-from .fields import listed, measure, number_in, text_in
+from .fields import is_lame_duck, listed, measure, number_in, text_in
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
@@ -249,7 +249,11 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
     rows = []
     for name, each in zip(names, found, strict=True):
         state = each.result or {}
-        phase = "takes nobody" if status_table.untaken(state) else text_in(state, "phase")
+        phase = text_in(state, "phase")
+        if status_table.untaken(state):
+            phase = "takes nobody"
+        elif is_lame_duck(state):
+            phase = "lame duck"
         route = state.get("route")
         rows.append(
             (

@@ -19,7 +19,7 @@ from ..model.duration import Duration
 from .cli import Instance, answer, command, say, say_json, tell
 from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NewVersionFailed, NoProtector, TimedOut
-from .fields import listed, number_in, text_in
+from .fields import listed, measure, number_in, text_in
 from .reload_progress import ProgressThrottle, Reload, Verdict, draining
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
@@ -323,13 +323,20 @@ def _ask_stop(client: Client, quick: bool) -> None:
 def _stopping(operation: _Operation) -> None:
     """Wait until no protector answers any more."""
     client, shown, left = operation.client, ProgressThrottle(), "the workers"
+    heeded = ("lame-duck", "drained", "exited", "stopping")
+    told = False
     while True:
         try:
             event = client.event(operation.slice_s(f"{left} to finish"))
-            if event is not None and event.get("event") not in ("drained", "exited", "stopping"):
+            if event is not None and event.get("event") not in heeded:
                 continue
-            workers, words = draining(client.request("status"))
+            status = client.request("status")
+            workers, words = draining(status)
             left = words or "the protector"
+            seconds = measure(status, "lame_duck_s")
+            if seconds is not None and not told:
+                operation.tell(f"lame duck: accepts for another {seconds:.0f} s")
+                told = True
             if words and shown.is_news(workers, words):
                 operation.tell(f"waits for {words}")
         except ConnectionLost:

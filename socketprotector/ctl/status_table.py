@@ -31,6 +31,12 @@ def heading(status: Message) -> list[Text]:
     held_s = status.get("held_s")
     if isinstance(held_s, int | float):
         warnings.append(f"held: accepts nothing for another {render.duration_text(held_s)}")
+    lame_duck_s = status.get("lame_duck_s")
+    if isinstance(lame_duck_s, int | float):
+        span = render.duration_text(lame_duck_s)
+        warnings.append(f"lame duck: /readyz says 503; accepts for another {span}, then stops")
+    elif status.get("lame_duck") == "on":
+        warnings.append("lame duck: /readyz says 503; serves on")
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")

@@ -42,8 +42,8 @@ class Acceptor:
     send_failed: Callable[[bytes, int, OSError], None]
     #: Connections, those that could not be sent at once included.
     accepted: int = 0
+    last_ns: int = 0  # when the last one was accepted
     _watched: dict[int, Callable[[], None]] = field(default_factory=dict)  # the listeners
-    _last_ns: int = 0
     _steady: int = 0  # so many came one by one, each soon after the other
 
     def begin(self, listeners: Iterable[Listener], route: Channel) -> None:
@@ -85,7 +85,7 @@ class Acceptor:
 
         def ready() -> None:
             nonlocal number, rights, most
-            before = at = self._last_ns
+            before = at = self.last_ns
             for count in range(most):
                 try:
                     fd, _ = accept()
@@ -107,6 +107,7 @@ class Acceptor:
                     if count:
                         self._took(count, at)
                     self.accepted += 1  # but it is in no queue yet
+                    self.last_ns = at
                     self.queue.extra -= 1
                     self.send_failed(header, fd, error)
                     return
@@ -124,7 +125,7 @@ class Acceptor:
     def _took(self, count: int, last_ns: int) -> None:
         """So many were sent, the last one accepted then."""
         self.accepted += count
-        self._last_ns = last_ns
+        self.last_ns = last_ns
         if not self.queue.runs:
             self.queue.start()
 

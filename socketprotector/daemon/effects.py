@@ -42,7 +42,7 @@ from ..core.events import (
     TimerKind,
     UseSettings,
 )
-from ..core.fleet import Fleet
+from ..core.fleet import Fleet, LameDuck
 from ..core.snapshot import Snapshot
 from ..model import known_servers
 from ..model.history import History
@@ -242,7 +242,9 @@ class Effects:
 
     def welcome(self, fleet: Fleet) -> None:
         """Say again what the program before may not have come to say."""
-        if fleet.served and not fleet.stopping:
+        if fleet.lame_duck is LameDuck.STOPPING:
+            self._say_lame_duck()
+        elif fleet.served and not fleet.stopping:
             self._say_ready("went on after a restart")
             if fleet.incoming:
                 self._systemd.reloading()
@@ -420,15 +422,22 @@ class Effects:
     # -- time and news -------------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
+        def run(left_s: float) -> None:
+            self._loop.call_after(deadline, left_s, passed)
+            self._note_due(deadline)
+
         def passed() -> None:
+            idle_s = self.forwarder.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
+            if idle_s < seconds:
+                run(seconds - idle_s)
+                return
             self._note_due(deadline)
             # Else the program speaks with us, and it is not for want of READY=1.
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
             advice = self.pool.advice(deadline.target) if silent else ""
             self._post(DeadlinePassed(deadline, advice))
 
-        self._loop.call_after(deadline, seconds, passed)
-        self._note_due(deadline)
+        run(seconds)
 
     def _note_due(self, deadline: Deadline) -> None:
         """Note when a timer runs out, or that it does not run."""
@@ -466,6 +475,12 @@ class Effects:
             case ReportKind.START_FAILED:
                 self._systemd.send(STATUS=f"start failed: {first_line}")
                 self._start_report.failure = report.reason
+            case ReportKind.LAME_DUCK:
+                self._say_lame_duck()
+            case ReportKind.LAME_DUCK_ON:
+                self._systemd.send(STATUS="lame duck: serves on, and is not ready for more")
+            case ReportKind.LAME_DUCK_OFF:
+                self._systemd.send(STATUS="ready again, after a lame duck")
             case ReportKind.STOPPING:
                 self._say_stopping(first_line)
 
@@ -476,12 +491,18 @@ class Effects:
         self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=status)
         self._start_report.started()
 
-    def _say_stopping(self, reason: str = "") -> None:
+    def _say_lame_duck(self) -> None:
+        seconds = self.live_settings.settings.policy.lame_duck_s
+        self._say_stopping(f"lame duck, accepts for up to {seconds:g} s", before_s=seconds)
+
+    def _say_stopping(self, reason: str = "", before_s: float = 0.0) -> None:
+        """before_s: how long it is until the stop begins."""
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
         policy = self.live_settings.settings.policy
         status = f"stopping: {reason}" if reason else "stopping"
-        usec = int((policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S) * 1_000_000)
-        self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=str(usec))
+        seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S
+        usec = str(int(seconds * 1_000_000))
+        self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=usec)
 
     @property
     def forwarded(self) -> int | None:

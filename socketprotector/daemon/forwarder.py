@@ -216,6 +216,13 @@ class Forwarder:
         return self._forwarded + self._acceptor.accepted + self._drains.accepted
 
     @property
+    def idle_s(self) -> float:
+        """For how long no client has come; 0 while one waits to be accepted."""
+        if any(each.has_waiting() for each in self._listeners):
+            return 0.0
+        return (time.monotonic_ns() - self._acceptor.last_ns) / 1e9
+
+    @property
     def lost(self) -> int:
         """How many of those were lost on the way."""
         return self._lost + self._drains.lost

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from ..ctl import discovery
 from ..ctl.errors import NoProtector
-from ..ctl.fields import measure
+from ..ctl.fields import is_lame_duck, measure
 from ..ctl.query_all import SocketAnswer, ask_all
 from ..model.errors import UsageError
 from .counters import Counters
@@ -102,6 +102,8 @@ def _why_not(found: SocketAnswer | None) -> str:
     status = found.result
     if status is None:
         return found.why
+    if is_lame_duck(status):
+        return "lame duck"
     if measure(status, "held_s") is not None:
         return "held"
     return "" if serves(status) else str(status.get("phase"))

@@ -18,7 +18,7 @@ from prometheus_client.core import HistogramMetricFamily as Histogram
 from prometheus_client.core import InfoMetricFamily as Info
 from prometheus_client.core import Metric
 
-from ..ctl.fields import Status, label, listed, measure
+from ..ctl.fields import Status, is_lame_duck, label, listed, measure
 from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
@@ -40,6 +40,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "phase", "1 for the phase that it is in.", "phase"),
     (Gauge, "serving", "1 if new connections go to a generation."),
     (Gauge, "held", "1 if it accepts nothing because it was told so."),
+    (Gauge, "lame_duck", "1 if it serves, and clients are to be sent elsewhere."),
     (Gauge, "guarded", "1 if a guard would start it again."),
     (Gauge, "generations", "Generations in each phase.", "phase"),
     (Gauge, "workers", "Workers in each state, of all generations.", "state"),
@@ -111,6 +112,8 @@ class MetricSet:
         self._put("serving", instance, float(serves(status)))
         if "held_s" in status:
             self._put("held", instance, float(status["held_s"] is not None))
+        if "lame_duck" in status:
+            self._put("lame_duck", instance, float(is_lame_duck(status)))
         if isinstance(status.get("guarded"), bool):
             self._put("guarded", instance, float(status["guarded"]))
         generations = listed(status, "generations")
@@ -162,7 +165,8 @@ class MetricSet:
 
 def serves(status: Status) -> bool:
     """Whether new connections go to a generation."""
-    return measure(status, "route") is not None and label(status, "phase") != "stopping"
+    stops = label(status, "phase") == "stopping" and not is_lame_duck(status)
+    return measure(status, "route") is not None and not stops
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:

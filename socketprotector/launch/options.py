@@ -210,6 +210,15 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("max-draining", click.IntRange(0),
                "Old generations that may drain at a time; above it the oldest ends; 0: no limit.",
                "policy.max_draining", default=0),
+        Option("lame-duck", TIME,
+               "Time to serve on after a stop was requested, while /readyz says 503; 0: none.\n"
+               "So load balancers send clients elsewhere before the first one would be refused. "
+               "A second TERM ends it; INT stops at once. See docs/load-balancers.md.",
+               "policy.lame_duck_s", default="0"),
+        Option("lame-duck-idle", TIME,
+               "End --lame-duck earlier, when no client has come for this time; 0: never.\n"
+               "A balancer that looks seldom may still send one after that.",
+               "policy.lame_duck_idle_s", default="0"),
         Option("stop-timeout", TIME, "Time allowed for a graceful stop, then TERM.",
                "policy.stop_timeout_s", default="30s"),
         Option("kill-timeout", TIME, "Time from TERM to KILL.",

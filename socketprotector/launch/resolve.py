@@ -89,6 +89,9 @@ class OptionResolver:
             preflight.check_mode(settings, self._said(), listens)
         with self._about("workers"):
             preflight.check_workers(settings)
+        with self._about("lame_duck_idle"):
+            if given["lame_duck_idle"] and not given["lame_duck"]:
+                raise UsageError("--lame-duck-idle without --lame-duck, which it ends earlier")
         if file is not None:
             file.refuse_if_mistaken()
             self._refuse_what_is_missing()

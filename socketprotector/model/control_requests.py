@@ -68,6 +68,7 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "reload": {},
     "upgrade": {},
     "stop": {"quick": _YES_OR_NO},
+    "lame-duck": {"on": _YES_OR_NO},
     "scale": {"to": _whole(1, 1_000_000), "by": _whole(-1_000_000, 1_000_000)},
     "hold": {"seconds": _SECONDS},
     "release": {},

@@ -55,6 +55,7 @@ _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
 _SHELL = {"shell": "it needs --handoff stdio"}
 _COUNTS = {"retire-after": "workers on the client library alone count their connections"}
 _READY = {"ready": "the adapter says when it is ready; leave --ready out"}
+_IDLE = {"lame-duck-idle": "the kernel does not tell when a client has come; leave it out"}
 
 CONNECTION = HandoffMode("connection", refuses={**_DRAIN_SIGNAL, **_SHELL})
 LISTENER = HandoffMode(
@@ -62,7 +63,7 @@ LISTENER = HandoffMode(
     workers_accept=True,
     ready="any",
     ready_after_s=1.0,
-    refuses=_SHELL,
+    refuses={**_SHELL, **_IDLE},
 )
 STDIO = HandoffMode(
     "stdio",

@@ -27,6 +27,8 @@ class Policy:
     stop_first: bool = False
     workers_accept: bool = False  # --handoff listener: only they know what they have taken
     ready: str = "notify"  # what says that a worker is ready (settings.py): a failed start names it
+    lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: none
+    lame_duck_idle_s: float = 0.0  # the stop comes earlier when no client has come for so long
 
     @property
     def drain_limit_s(self) -> float:

@@ -35,6 +35,8 @@ start-timeout = "10s"
 start-tries = 4
 drain-timeout = 120
 max-draining = 5
+lame-duck = "10s"
+lame-duck-idle = "5s"
 stop-timeout = "1m"
 kill-timeout = "500ms"
 backlog = 100
@@ -162,7 +164,11 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         key = line.partition(" = ")[0]
         if key in ("", "user", "group", "worker-user"):
             continue  # these need root, and users
-        needs = {"shell": 'handoff = "stdio"\n', "drain-signal": 'handoff = "listener"\n'}
+        needs = {
+            "shell": 'handoff = "stdio"\n',
+            "drain-signal": 'handoff = "listener"\n',
+            "lame-duck-idle": 'lame-duck = "1h"\n',
+        }
         command = COMMAND if key != "shell" else f'command = ["{sys.executable}"]\n'
         one = read(f'{command}listen = "1"\n{needs.get(key, "")}{line}\n')
         same = dataclasses.replace(
@@ -319,6 +325,10 @@ memory = 2
         ("config = 'x'\n", "line 1: config: has no place in a file; for the command line only"),
         ("group = 'no-such'\n", "line 1: group: no-such: unknown group; see getent group"),
         ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user, which "),
+        (
+            "lame-duck-idle = 5\n",
+            "line 1: lame-duck-idle: --lame-duck-idle without --lame-duck, which it ends earlier",
+        ),
         ("command = ['/no/such']\n", "line 1: command: cannot run /no/such: No such file"),
         ("limit.nice = -30\n", "line 1: limit.nice: nice=-30: must be from -20 to 19"),
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),

@@ -89,6 +89,9 @@ class FakeListener:
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return os.memfd_create(str(self.backlog.popleft())), None
 
+    def has_waiting(self) -> bool:
+        return bool(self.backlog)
+
     def refuse_new(self) -> bool:
         self.always_readable = True  # as a UNIX socket that was shut down
         return self.refuses
@@ -333,14 +336,27 @@ def test_after_some_that_came_one_by_one_the_next_is_expected(
 ) -> None:
     monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 0)  # each of them came alone
     world.loop.soon_ns = 10**15  # and soon
-    world.forwarder._acceptor._last_ns = time.monotonic_ns()
+    world.forwarder._acceptor.last_ns = time.monotonic_ns()
     world.forwarder.route_to(world.channel())
 
     assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY - 1) + [True] * 4
 
-    world.forwarder._acceptor._last_ns = 0  # the last one came long ago
+    world.forwarder._acceptor.last_ns = 0  # the last one came long ago
     world.loop.soon_ns = 1
     assert come_one_by_one(world, STEADY + 3) == [False] * (STEADY + 3)
+
+
+def test_it_is_idle_since_the_last_client_unless_one_waits(world: World) -> None:
+    world.forwarder._acceptor.last_ns = 0
+    world.forwarder.route_to(world.channel(room=1))
+    assert world.forwarder.idle_s > 0
+
+    before_s = time.monotonic()
+    assert come_one_by_one(world, 1) == [False]
+    assert 0 < world.forwarder.idle_s <= time.monotonic() - before_s
+
+    come_one_by_one(world, 2)  # there is no room: one is in hand, and one waits
+    assert world.forwarder.idle_s == 0
 
 
 def test_where_several_come_at_once_nobody_is_awaited(

@@ -32,6 +32,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/handoff.md": ("curl", "uvicorn"),
     "docs/internals/soak.md": ("make",),
     "docs/legacy.md": ("curl",),
+    "docs/load-balancers.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
     "docs/metrics.md": ("curl",),
     "docs/moving.md": (

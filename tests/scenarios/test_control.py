@@ -158,6 +158,7 @@ def test_status_while_it_stops_and_what_it_then_refuses(operated: Operating) -> 
             ("upgrade", {}),
             ("scale", {"to": 2}),
             ("hold", {"seconds": 1}),
+            ("lame-duck", {"on": True}),
             ("replace", {"generation": 1}),
         ):
             assert line.refused(command, **arguments) == ("refused", "it is stopping")
@@ -426,6 +427,7 @@ def test_each_command_is_answered(operated: Operating) -> None:
     web = operated()
     arguments: dict[str, dict[str, Any]] = {
         "scale": {"by": 0},
+        "lame-duck": {"on": False},
         "hold": {"seconds": 0.1},
         "replace": {"pid": 1},
         "drain": {"pid": 1},

@@ -37,8 +37,8 @@ from typing import Any, cast
 from socketprotector_client import wire
 
 from socketprotector.core import workers
-from socketprotector.core.events import Deadline, ScaleRequested, TimerKind
-from socketprotector.core.fleet import Fleet, Next, Phase, Policy, State, Stop
+from socketprotector.core.events import Deadline, LameDuckRequested, ScaleRequested, TimerKind
+from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
 from socketprotector.daemon.checkpoint import Checkpoint
@@ -347,6 +347,9 @@ class World:
         self.kernel.limit = self.kernel.room
         if self.ACCEPTS and unusual((False, False, True)):
             self._pass_in()
+        self._lame_ducks = unusual((False, False, True))
+        if self._lame_ducks:
+            self._let_stops_wait(unusual((0.0, 0.5)))
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
         self._gap = pick(self.GAPS)
@@ -402,6 +405,15 @@ class World:
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
 
+    def _let_stops_wait(self, idle_s: float) -> None:
+        """Have a lame duck before each graceful stop."""
+        policy = replace(
+            self.settings.policy,
+            lame_duck_s=3.0,
+            lame_duck_idle_s=idle_s if self.ACCEPTS else 0.0,
+        )
+        self.settings = replace(self.settings, policy=policy)
+
     def _pass_in(self) -> None:
         """Have the first listener be somebody's who goes on listening."""
         one, *others = self.settings.listeners
@@ -444,6 +456,8 @@ class World:
             pick(POLICIES),
             workers_accept=old.policy.workers_accept,
             ready=old.policy.ready,
+            lame_duck_s=old.policy.lame_duck_s,
+            lame_duck_idle_s=old.policy.lame_duck_idle_s,
         )
         alone = old.policy.stop_first or policy.stop_first or all(e.ended for e in self.workers)
         for before, after in zip(old.listeners, places, strict=False):
@@ -923,6 +937,7 @@ class World:
             (self._unguard, 3 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
             (self._children_ended, 10 * self._few_numbers),
             (self._scale, 20 * self._many),
+            (self._lame_duck, 5 * self._lame_ducks),
         ]
 
     def _connect(self) -> None:
@@ -1123,6 +1138,16 @@ class World:
         self._loop.call_after("scale", 0.0, scale)
         self._children_ended()  # so that it looks whose time has come
 
+    def _lame_duck(self) -> None:
+        """A client of the control socket has balancers told, or takes that back."""
+        protector = self._supervisor
+        if self._starting or protector is None or self.kernel.wake is None:
+            return
+        asked = LameDuckRequested(self._chance() < 0.5)
+        self._say(f"{asked}")
+        self._loop.call_after("lame-duck", 0.0, lambda: protector.runtime.post(asked))
+        self._children_ended()  # so that it looks whose time has come
+
     def _upgrade(self) -> None:
         self._signal(signal.SIGUSR2)
 
@@ -1307,6 +1332,8 @@ class World:
         assert running == fleet.timers, f"timers: {running} {fleet.timers}"
         route = fleet.route
         assert act._route == (route.number if route else None), "another route"
+        lame_duck = fleet.lame_duck is not LameDuck.OFF
+        assert not (lame_duck and act.forwarder._closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
         assert {each.number for each in fleet.alive()} == looked_after
         assert {each.number for each in fleet.generations} == set(act.generations)

@@ -16,6 +16,7 @@ from ...core.events import (
     HoldReleased,
     HoldRequested,
     KillRequested,
+    LameDuckRequested,
     ReloadRequested,
     RenewRequested,
     ReplaceRequested,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 #: What changes nothing, and so cannot leave anything half done.
 _LOOKS = ("status", "connections", "crashes")
-_NOT_WHILE_STOPPING = ("reload", "upgrade", "scale", "hold", "replace", "drain")
+_NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "replace", "drain")
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
@@ -64,7 +65,7 @@ class CommandHandler:
             if request.command == "diff":
                 self._compare(client, request)
                 return
-            if self.supervisor.fleet.stopping and request.command in _NOT_WHILE_STOPPING:
+            if self.supervisor.fleet.stop_requested and request.command in _NOT_WHILE_STOPPING:
                 raise RequestError("refused", "it is stopping")
             command = getattr(self, "do_" + request.command.replace("-", "_"))
             result = command(**request.arguments)
@@ -87,7 +88,6 @@ class CommandHandler:
     def do_status(self) -> Mapping[str, Any]:
         effects, fleet = self._effects, self.supervisor.fleet
         settings = effects.live_settings.settings
-        held_until = self.runtime.loop.due(Deadline(TimerKind.HOLD)) if fleet.held else None
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         queued = route is not None and not route.program.mode.workers_accept
         history = effects.run.history
@@ -95,7 +95,9 @@ class CommandHandler:
             "version": __version__,
             "now": time.time(),
             "phase": status.phase_of(fleet),
-            "held_s": max(0.0, held_until - time.monotonic()) if held_until else None,
+            "held_s": self._left_s(TimerKind.HOLD),
+            "lame_duck": fleet.lame_duck.value,
+            "lame_duck_s": self._left_s(TimerKind.LAME_DUCK),
             "workers_wanted": fleet.workers_wanted,
             "route": fleet.route.number if fleet.route else None,
             "reload_wanted": fleet.reload_wanted,
@@ -118,6 +120,11 @@ class CommandHandler:
             "reloads": status.plain(history.reloads),
             "crashes": history.crashed,
         }
+
+    def _left_s(self, wait: TimerKind) -> float | None:
+        """Return the seconds until a timer of the fleet runs out; None where it does not run."""
+        due = self.runtime.loop.due(Deadline(wait))
+        return max(0.0, due - time.monotonic()) if due is not None else None
 
     def do_connections(self, generation: int | None = None) -> Mapping[str, Any]:
         generations = self._effects.generations
@@ -163,6 +170,10 @@ class CommandHandler:
             "stop-asked", 0.0, lambda: self.runtime.post(StopRequested(quick))
         )
         return {}
+
+    def do_lame_duck(self, on: bool) -> Mapping[str, Any]:
+        self.runtime.post(LameDuckRequested(on))
+        return {"lame_duck": self.supervisor.fleet.lame_duck.value}
 
     def do_scale(self, to: int | None = None, by: int = 0) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet

@@ -31,7 +31,7 @@ _WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
 
 def phase_of(fleet: Fleet) -> str:
     """Say in a word what the whole is doing."""
-    if fleet.stopping:
+    if fleet.stop_requested:
         return "stopping"
     if not fleet.served:
         return "starting"

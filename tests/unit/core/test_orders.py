@@ -113,8 +113,13 @@ def next_events(world: World) -> Iterator[Event]:
 
 @pytest.mark.parametrize(
     "policy",
-    [Policy(settle_s=5.0), Policy(stop_first=True), Policy(workers_accept=True)],
-    ids=["settle", "stop-first", "workers accept"],
+    [
+        Policy(settle_s=5.0),
+        Policy(stop_first=True),
+        Policy(workers_accept=True),
+        Policy(lame_duck_s=4.0),
+    ],
+    ids=["settle", "stop-first", "workers accept", "lame duck"],
 )
 def test_the_promises_hold_in_every_short_order(policy: Policy) -> None:
     beginning = World(policy)

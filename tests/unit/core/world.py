@@ -29,6 +29,7 @@ from socketprotector.core.events import (
     HoldReleased,
     HoldRequested,
     KillRequested,
+    LameDuckRequested,
     Launched,
     Open,
     OpenFailed,
@@ -62,6 +63,7 @@ from socketprotector.core.fleet import (
     LEAVING,
     Fleet,
     Generation,
+    LameDuck,
     Next,
     Phase,
     Policy,
@@ -81,6 +83,8 @@ POLICIES = [
     Policy(workers_accept=True),
     Policy(workers_accept=True, settle_s=5.0, drain_timeout_s=9.0, max_draining=1),
     Policy(workers_accept=True, stop_first=True),
+    Policy(lame_duck_s=4.0, lame_duck_idle_s=1.0, settle_s=5.0),
+    Policy(lame_duck_s=4.0, workers_accept=True, stop_first=True),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -253,7 +257,9 @@ class World:
             assert len(fleet.all_of(phase)) <= 1, f"two are {phase.value}"
         assert not (fleet.of(Phase.STARTING) and fleet.of(Phase.SETTLING))
         assert fleet.held == self.held == self.runs(TimerKind.HOLD)
-        assert not (self.held and fleet.stopping), "what waits would never be taken"
+        assert not (self.held and fleet.stop_requested), "what waits would never be taken"
+        assert self.runs(TimerKind.LAME_DUCK) == (fleet.lame_duck is LameDuck.STOPPING)
+        assert not (fleet.stopping and fleet.lame_duck is not LameDuck.OFF)
         assert self.route == (fleet.route.number if fleet.route else None)
 
         for generation in fleet.generations:
@@ -283,6 +289,8 @@ class World:
                 return self.fleet.to_open is not None
             case TimerKind.HOLD:
                 return self.held
+            case TimerKind.LAME_DUCK | TimerKind.LAME_DUCK_IDLE:
+                return self.fleet.lame_duck is LameDuck.STOPPING
             case TimerKind.STOP:
                 return self.fleet.stopping is Stop.GRACEFUL
             case TimerKind.START | TimerKind.SETTLE | TimerKind.DRAIN | TimerKind.KILL:
@@ -370,6 +378,8 @@ class World:
             yield ScaleRequested(to=2)
         yield HoldRequested(3.0)
         yield HoldReleased()
+        yield LameDuckRequested(True)
+        yield LameDuckRequested(False)
         yield RenewRequested()
         yield Stranded()
         yield from map(KillRequested, self.channels)

@@ -127,6 +127,8 @@ def status(*generations: Message, **more: Any) -> Message:
         "restarts": 0,
         "phase": "serving",
         "held_s": None,
+        "lame_duck": "off",
+        "lame_duck_s": None,
         "guarded": False,
         "handoff": "connection",
         "control": "/run/x",

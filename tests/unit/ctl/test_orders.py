@@ -1,4 +1,4 @@
-"""scale, hold, replace, kill, stop, upgrade, log-level, and how mistakes are told."""
+"""scale, lame-duck, hold, replace, kill, stop, upgrade, log-level, and how mistakes are told."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
         (["kill"], "Missing argument 'GENERATION'"),
         (["replace", "web"], "'web': write a generation or a pid"),
         (["log-level", "loud"], "'loud' is not one of 'debug', 'info', 'warning', 'error'"),
+        (["lame-duck"], "Missing argument 'on|off'"),
         (["hold", "--for", "0"], "it must be above 0"),
         (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 1h30m or seconds"),
         (["relaod"], "No such command 'relaod'"),
@@ -69,6 +70,18 @@ def test_what_the_protector_finds_wrong_with_an_argument_is_status_2(fake: Fake,
     fake.answers["scale"] = answer
 
     assert ctl("scale", "0").status == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [("on", "lame duck: serves on, and is not ready for more\n"), ("off", "ready again\n")],
+)
+def test_lame_duck(state: str, words: str, fake: Fake, ctl: Ctl) -> None:
+    fake.answers["lame-duck"] = lambda *_: {"lame_duck": state}
+
+    assert ctl("lame-duck", state) == Ended(0, words, "")
+    assert ctl("lame-duck", state, "--json").out == f'{{"lame_duck": "{state}"}}\n'
+    assert fake.asked == [{"command": "lame-duck", "on": state == "on"}] * 2
 
 
 def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
@@ -231,6 +244,33 @@ def test_stop_says_a_line_for_each_tenth_part_of_many_workers(
     assert "(128 workers: " in lines[0]
     assert "(12 workers: " in lines[-1]
     assert len(lines) == 10
+
+
+def test_stop_says_once_for_how_long_it_still_accepts(
+    fake: Fake, ctl: Ctl, protected: subprocess.Popen[bytes]
+) -> None:
+    def answer(connection: Connection, asked: Message) -> None:
+        fake.status.update(phase="stopping", lame_duck="stopping", lame_duck_s=9.7)
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": {}})
+        connection.event("lame-duck")
+        fake.answers["status"] = looked
+
+    def looked(connection: Connection, asked: Message) -> None:
+        connection.send({"v": 1, "id": asked["id"], "ok": True, "result": fake.status})
+        if fake.status["lame_duck_s"] == 9.7:
+            fake.status["lame_duck_s"] = 0.1
+            connection.event("exited")  # a worker's, of an old generation
+            return
+        assert protected.stdin
+        protected.stdin.close()
+        threading.Thread(target=fake.end).start()
+
+    fake.status.update(pid=protected.pid, main_pid=protected.pid)
+    fake.answers["stop"] = answer
+
+    said = ctl("stop")
+
+    assert said == Ended(0, "stopped: web\n", "lame duck: accepts for another 10 s\n")
 
 
 def test_stop_that_takes_too_long_is_status_4(

@@ -29,6 +29,25 @@ from tests.unit.ctl.fake import (
 Ctl = Callable[..., Ended]
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"lame_duck": "on"}, "lame duck: /readyz says 503; serves on"),
+        (
+            {"phase": "stopping", "lame_duck": "stopping", "lame_duck_s": 12.0},
+            "lame duck: /readyz says 503; accepts for another 12s, then stops",
+        ),
+    ],
+)
+def test_status_and_list_tell_of_a_lame_duck(
+    more: Message, told: str, fake: Fake, ctl: Ctl
+) -> None:
+    fake.status = status(**more)
+
+    assert ctl("status").out.splitlines()[1] == told
+    assert " lame duck " in ctl("list").out
+
+
 def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(
         generation(8, "draining", worker(14, 4712), accepted=None, active=None, wait_us=None),

@@ -99,6 +99,13 @@ def test_a_status_becomes_metrics() -> None:
     assert seen.value("serving") == 1
 
 
+def test_a_lame_duck_serves() -> None:
+    seen = Collected().see(status(lame_duck="stopping", phase="stopping"))
+
+    assert (seen.value("lame_duck"), seen.value("serving")) == (1, 1)
+    assert Collected().see(status()).value("lame_duck") == 0
+
+
 def test_what_is_not_known_is_absent() -> None:
     unknown: dict[str, Any] = dict.fromkeys(("accepted", "active", "finished", "errors", "wait_us"))
     seen = Collected().see(

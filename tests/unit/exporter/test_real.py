@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import ssl
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.running import DEADLINE_S, Protector, ask, eventually
+from tests.scenarios.operating import Line
 from tests.scenarios.tools import Release, library_worker, worker
 from tests.unit.exporter.conftest import Exporter
 
@@ -72,6 +74,39 @@ def test_what_a_protector_says_is_what_happened(
 
     daemon.stop()
     assert samples(one) == {"up": 0}
+
+
+def test_a_lame_duck_is_not_ready_and_serves(
+    protector: Callable[..., Protector],
+    exporter: Callable[..., Exporter],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    control = tmp_path_factory.mktemp("x") / "web.control"
+    daemon = protector(
+        "--name", "web", "--control", control, "127.0.0.1:0", "--", *worker("many")
+    ).ready()
+    one = exporter("--control", control)
+
+    def ready() -> tuple[int, str]:
+        try:
+            with urllib.request.urlopen(f"{one.address}/readyz/web", timeout=DEADLINE_S) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    assert ready() == (200, "ok\n")
+    with Line(control) as line:
+        assert line.ask("lame-duck", on=True) == {"lame_duck": "on"}
+
+        assert ready() == (503, "web: lame duck\n")
+        seen = samples(one)
+        assert (seen["lame_duck"], seen["serving"], seen["up"]) == (1, 1, 1)
+        assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
+
+        assert line.ask("lame-duck", on=False) == {"lame_duck": "off"}
+    assert ready() == (200, "ok\n")
+    daemon.stop()
 
 
 def test_what_workers_without_the_library_count_is_absent(

@@ -118,6 +118,10 @@ def test_ready_means_that_every_instance_serves(
     assert get(f"{one.address}/readyz")[::2] == (503, "shop: starting\n")
     shop.status = status(held_s=3.5)
     assert get(f"{one.address}/readyz")[::2] == (503, "shop: held\n")
+    shop.status = status(lame_duck="on")
+    assert get(f"{one.address}/readyz")[::2] == (503, "shop: lame duck\n")
+    shop.status = status(lame_duck="stopping", phase="stopping")
+    assert get(f"{one.address}/readyz")[::2] == (503, "shop: lame duck\n")
     shop.status = status(phase="reloading")
     web.status = status(phase="stopping")
     assert get(f"{one.address}/readyz")[::2] == (503, "web: stopping\n")
@@ -130,7 +134,7 @@ def test_one_instance_is_ready_whatever_the_others_are(
 ) -> None:
     web, shop = fakes("web"), fakes("shop")
     web.status = status(name="web")
-    shop.status = status(name="shop", held_s=3.5)
+    shop.status = status(name="shop", lame_duck="on")
     words: dict[str, tuple[str | Path, ...]] = {
         "all": (),
         "name": ("--name", "web", "--name", "shop"),
@@ -140,7 +144,7 @@ def test_one_instance_is_ready_whatever_the_others_are(
 
     assert get(f"{one.address}/readyz/web")[::2] == (200, "ok\n")
     assert get(f"{one.address}/readyz/web?from=haproxy")[0] == 200
-    assert get(f"{one.address}/readyz/shop")[::2] == (503, "shop: held\n")
+    assert get(f"{one.address}/readyz/shop")[::2] == (503, "shop: lame duck\n")
     assert get(f"{one.address}/readyz/a%20b")[::2] == (503, "a b: there is no control socket\n")
     assert get(f"{one.address}/readyz/")[0] == 404
     assert get(f"{one.address}/readyzweb")[0] == 404

@@ -27,6 +27,7 @@ NUMBERS = st.integers(1, 2**31)
 VALID: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     **dict.fromkeys(COMMANDS, st.just({})),
     "stop": st.fixed_dictionaries({}, optional={"quick": st.booleans()}),
+    "lame-duck": st.fixed_dictionaries({"on": st.booleans()}),
     "scale": st.fixed_dictionaries({"to": st.integers(1, 1_000_000)})
     | st.fixed_dictionaries({"by": st.integers(-1_000_000, 1_000_000)}),
     "hold": st.fixed_dictionaries({"seconds": st.floats(0.1, 86_400) | st.integers(1, 86_400)}),
@@ -147,6 +148,7 @@ def refused_or_taken(data: bytes) -> None:
         ),
         (line(command="scale", by=1.0), "invalid", "scale: by: 1.0 is not a whole number from -1"),
         (line(command="scale", to=True), "invalid", "scale: to: True is not a whole number"),
+        (line(command="lame-duck"), "invalid", "lame-duck: on is needed"),
         (line(command="hold"), "invalid", "hold: seconds is needed"),
         (
             line(command="hold", seconds=0),

@@ -37,6 +37,7 @@ def test_a_command_needs_the_library_where_it_takes_from_the_queue_itself() -> N
         (CONNECTION, "drain-signal"),
         (CONNECTION, "shell"),
         (LISTENER, "shell"),
+        (LISTENER, "lame-duck-idle"),
         (STDIO, "drain-signal"),
         (LEGACY, "ready"),
     ],

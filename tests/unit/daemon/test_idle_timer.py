@@ -1,0 +1,49 @@
+"""The timer of --lame-duck-idle: it begins anew with each client that comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import SimpleNamespace
+from typing import cast
+
+from socketprotector.core.events import Deadline, DeadlinePassed, Event, TimerKind
+from socketprotector.daemon.effects import Effects
+
+IDLE = Deadline(TimerKind.LAME_DUCK_IDLE)
+
+
+class Timer:
+    """A loop's, which runs out when a test says so."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.run_out: Callable[[], None] = lambda: None
+
+    def call_after(self, _: Hashable, seconds: float, callback: Callable[[], None]) -> None:
+        self.seconds, self.run_out = seconds, callback
+
+
+def test_it_runs_out_when_no_client_has_come_for_its_whole_time() -> None:
+    timer, posted = Timer(), list[Event]()
+    effects = SimpleNamespace(
+        _loop=timer,
+        _note_due=lambda _: None,
+        _post=posted.append,
+        forwarder=SimpleNamespace(idle_s=0.0),
+        pool=SimpleNamespace(spoken_with=True),
+    )
+    Effects._start_timer(cast("Effects", effects), IDLE, 2.0)
+    assert timer.seconds == 2.0
+
+    effects.forwarder.idle_s = 0.5
+    timer.run_out()
+    assert timer.seconds == 1.5
+
+    effects.forwarder.idle_s = 0.0  # one waits
+    timer.run_out()
+    assert timer.seconds == 2.0
+    assert posted == []
+
+    effects.forwarder.idle_s = 2.0
+    timer.run_out()
+    assert posted == [DeadlinePassed(IDLE)]

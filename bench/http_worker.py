@@ -1,6 +1,7 @@
 """uvicorn on the loop of asyncio, with one short answer.
 
 http_worker.py listener         on the library's Listener, under a protector
+http_worker.py fd:N             on the socket that it is handed as descriptor N
 http_worker.py HOST:PORT        listening by itself
 """
 
@@ -26,9 +27,12 @@ options: dict[str, Any] = {
     "lifespan": "off",
     "log_level": "warning",
     "access_log": False,
+    "timeout_keep_alive": 75,  # longer than a proxy keeps an idle connection
 }
 if sys.argv[1] == "listener":
     uvicorn.Server(uvicorn.Config(app, **options)).run(sockets=[Listener()])
+elif sys.argv[1].startswith("fd:"):
+    uvicorn.run(app, fd=int(sys.argv[1].removeprefix("fd:")), **options)
 else:
     host, _, port = sys.argv[1].rpartition(":")
     uvicorn.Server(uvicorn.Config(app, host=host, port=int(port), **options)).run()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.rolling import WORKERS, Balanced, Clients
 from tests.c.building import compiled, shared_folder
 from tests.load import Load
 from tests.procfs import listening
+from tests.rounds import rounds
 from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.adopting import kill_protector, revived, served, upgrade
 from tests.scenarios.managers import Manager, Service
@@ -241,3 +245,33 @@ def test_systemd_hears_of_it_with_the_time_of_all_that_is_to_come(
     assert (second["STOPPING"], second["STATUS"]) == ("1", "stopping")
     assert 110_000_000 < int(second["EXTEND_TIMEOUT_USEC"]) < 1_000_000_000
     assert daemon.wait() == 0
+
+
+# -- behind HAProxy --------------------------------------------------------------
+
+
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="NOT CHECKED: there is no haproxy")
+@pytest.mark.parametrize("handoff", WORKERS)
+def test_behind_haproxy_no_request_fails(
+    tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str], handoff: str
+) -> None:
+    folder = tmp_path_factory.mktemp("x")  # short: a control socket's path has 107 bytes
+    with (
+        Balanced(
+            folder, (0.0, 1.0), *LONG, handoff=handoff, environment=marked_environment
+        ) as balanced,
+        Clients(balanced.port, per_second=100.0) as clients,
+    ):
+        for server in balanced.servers * rounds(1, 5):
+            balanced.tell(server)
+            with socket.create_connection(("127.0.0.1", server.port)):
+                pass  # it accepts
+            balanced.wait_for(server, "DOWN")
+            before = clients.answered
+            balanced.tell(server)  # a second time: now it may stop
+            balanced.start_again(server)
+            eventually(lambda: clients.answered > before, "answers")  # noqa: B023 (called here)
+        clients.stop()
+
+        assert clients.failures == [], balanced.log
+        assert clients.answered > 0

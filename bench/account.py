@@ -4,7 +4,7 @@ A failure is accounted for only by a kill of the process that held the connectio
 instant.  What a worker held is known port by port (held.py); beyond that each kill of a
 worker accounts for one connection at most (taken, not noted yet), each kill of a protector
 for one (accepted, not sent yet), and only as a reset or an empty end soon after the kill.
-Refused, timed out and wrong are nobody's to excuse.
+No kill excuses refused, timed out and wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.seen import Failure
 
 Victim = Literal["worker", "protector", "guard"]
 
-#: After a kill, where only the time tells whose connection it was.
+#: After a kill, where only the time shows whose connection it was.
 SOON_S = 0.5
 #: Where the port does: the client may be slow to look.
 LATE_S = 5.0
@@ -60,7 +60,7 @@ class Account:
 
     held: list[Failure] = field(default_factory=list)
     being_taken: list[Failure] = field(default_factory=list)
-    in_hand: list[Failure] = field(default_factory=list)
+    undelivered: list[Failure] = field(default_factory=list)
     unaccounted: list[Failure] = field(default_factory=list)
 
 
@@ -88,7 +88,7 @@ def account(failures: Sequence[Failure], kills: Sequence[Kill]) -> Account:
     spent: set[int] = set()  # each of these kills has its one connection already
     explanations: tuple[tuple[Victim, list[Failure]], ...] = (
         ("worker", result.being_taken),
-        ("protector", result.in_hand),
+        ("protector", result.undelivered),
     )
     for failure in sorted(rest, key=lambda each: each.at_s):
         for victim, into in explanations:

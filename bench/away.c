@@ -43,7 +43,7 @@ static void look(void)
         return;
     if (file < 0) {
         low = open(name, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-        file = fcntl(low, F_DUPFD_CLOEXEC, 1000); /* it is to take nobody's number */
+        file = fcntl(low, F_DUPFD_CLOEXEC, 1000); /* a number that is not otherwise used */
         close(low);
     }
     length = snprintf(line, sizeof line, "%d %lld %lld %d\n", (int)getpid(),

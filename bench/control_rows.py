@@ -144,7 +144,7 @@ def _hostile(path: str) -> Iterator[None]:
 
 
 def control(scale: Scale) -> list[Figure]:
-    """What 100 clients of the control socket, two of them hostile, cost those who connect."""
+    """What 100 clients of the control socket, two of them hostile, cost new clients."""
     with _place() as path, protector("library", "--control", path) as started:
 
         def beside() -> Seen:

@@ -42,7 +42,7 @@ _STYLES = {"starting": "yellow", "serving": "bold green", "draining": "cyan", "g
 
 @dataclass
 class Generations:
-    """What the protector's log tells of its generations, read as it grows."""
+    """What the protector's log says of its generations, read as it grows."""
 
     path: Path
     phases: dict[int, str] = field(default_factory=dict)

@@ -54,7 +54,7 @@ static void start(char **command, int channel, pid_t parent)
     die(command[0]);
 }
 
-/* Returns 0 when nobody waits. */
+/* Returns 0 when no client waits. */
 static int forward_one(int listener, int channel)
 {
     union {

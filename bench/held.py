@@ -1,7 +1,7 @@
 """The worker of the soak: it leaves on record which connections it holds, whatever ends it.
 
 A file of one byte for each port of a client, mapped into memory: 1 from when a connection
-was taken until it is closed.  It outlives a SIGKILL, so it tells exactly which connections
+was taken until it is closed.  It outlives a SIGKILL, so it shows exactly which connections
 the kill has cost.  One at most is missing: taken, and not noted yet.
 
 It leaves without haste when its RETURN line ends, and at SIGTERM.
@@ -28,7 +28,7 @@ PORTS = 65536
 
 
 class NotingWorker(Worker):
-    """Serves as the worker that is measured does, and notes whom."""
+    """Serves as the worker that is measured does, and notes which clients."""
 
     def __init__(self, table: Path) -> None:
         """Make the file."""
@@ -73,7 +73,7 @@ class NotingWorker(Worker):
                 try:
                     port = taken[0].getpeername()[1]
                 except OSError:
-                    port = 0  # reset already: nobody can miss it
+                    port = 0  # reset already: no client can miss it
                 self._held[port] = 1
                 self._ports[taken[0].fileno()] = port
             return taken

@@ -92,7 +92,7 @@ def _on_gunicorn(worker_class: str) -> None:
                 "0",
                 "-b",
                 "127.0.0.1:1",
-            ),  # which nobody binds
+            ),  # which is not bound
             *("--pythonpath", os.path.dirname(__file__), "herd_wsgi:application"),
         ],
     )

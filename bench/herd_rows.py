@@ -40,7 +40,7 @@ class _Herd(Started):
         self.served_by()
 
     def served_by(self) -> int:
-        """Connect; return who served, once the connection has ended.  Raises OSError."""
+        """Connect; return the pid that served, once the connection has ended.  Raises OSError."""
         host, _, port = self.address.rpartition(":")
         with socket.create_connection((host, int(port)), 30) as client:
             if self.request:
@@ -49,7 +49,7 @@ class _Herd(Started):
             while data := client.recv(256):
                 said += data
         if not said:
-            raise ConnectionResetError("nobody served")
+            raise ConnectionResetError("not served")
         return int(said.rpartition(b"[")[2].partition(b"]")[0])
 
 
@@ -143,7 +143,7 @@ def wake_ups(way: str, workers: int, scale: Scale) -> Figure:
 
 
 def shares(started: Started, per_second: float, count: int, at_once: int) -> Counter[int]:
-    """Let so many come at this rate, several at once, whoever is served when; count by worker."""
+    """Let so many come at this rate, several at once, in any order; count by worker."""
     host, _, port = started.address.rpartition(":")
     found: Counter[int] = Counter()
     epoll = select.epoll()

@@ -1,4 +1,4 @@
-"""What gunicorn is to serve in herd.py: who has answered."""
+"""What gunicorn is to serve in herd.py: the pid that has answered."""
 
 from __future__ import annotations
 

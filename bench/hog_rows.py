@@ -1,4 +1,4 @@
-"""The lines of the table about a machine of which somebody else takes what he can get."""
+"""The lines of the table about a machine of which another process takes what it can get."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def one_group() -> Iterator[bool]:
 
 @contextmanager
 def burning() -> Iterator[int]:
-    """Keep one core busy, whichever the scheduler gives; the pid of who does."""
+    """Keep one core busy, whichever the scheduler gives; the pid of the process that does."""
     burning = subprocess.Popen([sys.executable, "-S", "-c", BURN])
     try:
         yield burning.pid

@@ -1,4 +1,4 @@
-"""python -m bench.hostile SOCKET: what nobody should do to a control socket, until it is killed.
+"""python -m bench.hostile SOCKET: what no client should do to a control socket, until it is killed.
 
 98 clients follow events and never read them, one asks for the status and never reads it, one
 sends garbage without end (and reads the answers, or it would soon have to wait).  Says

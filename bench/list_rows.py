@@ -100,7 +100,7 @@ def _ask_s(folder: str) -> float:
 
 
 def _kill(processes: list[subprocess.Popen[bytes]]) -> None:
-    """SIGKILL: their sockets stay, and nobody listens there."""
+    """SIGKILL: their sockets stay, and no process listens there."""
     for each in processes:
         workers = Path(f"/proc/{each.pid}/task/{each.pid}/children").read_text().split()
         each.kill()

@@ -85,7 +85,7 @@ def prefork(fd: int) -> None:
             os.kill(pid, signal.SIGTERM)
 
     def fork() -> None:
-        # TERM waits until it is known whom to pass it on to.
+        # TERM waits until it is known which process to pass it on to.
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         pid = os.fork()
         if pid == 0:
@@ -124,7 +124,7 @@ async def asgi(
             await send({"type": f"{event}.complete"})
             if event == "lifespan.shutdown":
                 return
-            # Its server listens from a moment later on; who comes before waits in the backlog.
+            # Its server listens from a moment later on; earlier clients wait in the backlog.
             notify("READY=1")
     body = answer(scope["path"])
     headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]

@@ -2,7 +2,7 @@
 
 It holds many line conversations in one thread of its own: connect, send `hello N`,
 expect a reply that ends with the same line (`[pid] hello N`), close.  No failure is
-retried or hidden: each keeps its kind and its time, so that whoever kills a worker can
+retried or hidden: each keeps its kind and its time, so that a caller that kills a worker can
 tell what that worker held (`split_by_kills`) from what the protector lost.
 
     with Load("127.0.0.1:4321", concurrency=16) as load:
@@ -98,8 +98,8 @@ class Load:
 
     Each one sends `lines` lines, `pause_s` apart (all must be answered by the same worker), then
     closes; with `until_eof` it shuts its side down first and wants the end of file from the other,
-    so it sees that nobody else keeps a copy of the connection open.  `rate_per_s` bounds how many
-    are begun; `count` ends the load by itself.  `timeout_s` is for each line and for the end.
+    so it sees that no other process keeps a copy of the connection open.  `rate_per_s` bounds how
+    many are begun; `count` ends the load by itself.  `timeout_s` is for each line and for the end.
     `http`: a line is asked for by `GET /hello-N`, one request a connection.
     """
 

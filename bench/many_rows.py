@@ -52,7 +52,7 @@ class _Many(Started):
 
 
 class Asker:
-    """Connects one by one and notes who had to wait longest."""
+    """Connects one by one and notes the longest wait."""
 
     def __init__(self, address: str) -> None:
         host, port = address.rsplit(":", 1)
@@ -155,7 +155,7 @@ def _one_count(count: int, folder: Path) -> dict[str, Took]:
 
 
 def _spawns_alone(count: int) -> float:
-    """Return the longest wait, in ms, beside as many starts of the same program by nobody."""
+    """Return the longest wait, in ms, beside as many starts of the same program without us."""
     with socket.create_server(("127.0.0.1", 0), backlog=4096) as listener:
         fd = listener.fileno()
         address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -178,7 +178,7 @@ def _spawns_alone(count: int) -> float:
 
 
 def workers(scale: Scale) -> list[Figure]:
-    """Start, reload, upgrade and kill under --guard: CPU a worker, and who waits meanwhile."""
+    """Start, reload, upgrade and kill under --guard: CPU a worker, and how long clients wait."""
     counts = (2, 32) if scale.quick else COUNTS
     with tempfile.TemporaryDirectory() as name:
         found = {count: _one_count(count, Path(name)) for count in counts}
@@ -284,7 +284,7 @@ def _busy_poll(scale: Scale, title: str, quota_us: int = 0, hogs: bool = False) 
 
 @contextmanager
 def _hogs() -> Iterator[None]:
-    """Have each core burnt by somebody else."""
+    """Have each core burnt by another process."""
     cores = sorted(os.sched_getaffinity(0))
     burn = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
     hogs = [subprocess.Popen([sys.executable, "-c", burn, str(core)]) for core in cores]

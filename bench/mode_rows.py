@@ -1,7 +1,7 @@
 """The lines of the table that set the ways to share a port side by side, on a machine that is busy.
 
 Accepting is the workers' or ours, and what differs is how many processes a connection goes
-through, so a core that somebody else burns shows it, and few clients more than many.
+through, so a core that another process burns shows it, and few clients more than many.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def generate(address: str, *options: str) -> dict[str, Any]:
 
 
 def ask(address: str, line: str = "ping", timeout_s: float = 10.0) -> tuple[int, str]:
-    """Send one line on a new connection; return who answered and what."""
+    """Send one line on a new connection; return which worker answered and what."""
     host, port = address.rsplit(":", 1)
     with socket.create_connection((host, int(port)), timeout_s) as sock:
         sock.sendall(line.encode() + b"\n")
@@ -122,7 +122,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def free_port() -> int:
-    """Return a port that nobody listened on a moment ago."""
+    """Return a port that no process listened on a moment ago."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]

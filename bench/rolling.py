@@ -76,7 +76,7 @@ def wait(fact: Callable[[], bool], what: str, limit_s: float = START_LIMIT_S) ->
 
 
 class Reserved:
-    """A port of 127.0.0.1 that nobody gets who does not ask for it by its number."""
+    """A port of 127.0.0.1 that only a process that asks for its number gets."""
 
     def __init__(self) -> None:
         self._socket = socket.socket()

@@ -240,13 +240,13 @@ def system_calls(started: Started, scale: Scale) -> str:
 def cpu(scale: Scale) -> list[Figure]:
     """The protector's own CPU time a connection."""
     with protector() as forwarded:
-        plain, lean, single = alternately(
+        plain, leanest, single = alternately(
             scale.rounds(5),
             lambda: load(forwarded, 64, scale(4, 0.5), "--plain"),
             lambda: load(forwarded, 64, scale(4, 0.5)),
             lambda: load(forwarded, 1, scale(2, 0.5)),
         )
-    nothing_failed(plain + lean + single)
+    nothing_failed(plain + leanest + single)
     spent_us = middle_of(plain, "parent_us")
     tick_us = 1e6 / os.sysconf("SC_CLK_TCK")
     by_ticks = sum(column(plain, "parent_ticks")) * tick_us / sum(column(plain, "connections"))
@@ -262,7 +262,7 @@ def cpu(scale: Scale) -> list[Figure]:
                 "(packets on loopback, waking the worker) is in it",
                 f"utime + stime of the same runs: {by_ticks:.1f} us "
                 f"({sum(column(plain, 'parent_ticks')):.0f} ticks of {tick_us / 1e3:.0f} ms)",
-                f"with the leanest client {middle_of(lean, 'parent_us'):.1f} us; one at a time "
+                f"with the leanest client {middle_of(leanest, 'parent_us'):.1f} us; one at a time "
                 f"(so a wake-up for each) {middle_of(single, 'parent_us'):.1f} us",
             ],
         )

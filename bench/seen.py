@@ -1,4 +1,4 @@
-"""What a load has seen: failures by kind and time, latencies, who answered.
+"""What a load has seen: failures by kind and time, latencies, which worker answered.
 
 Values only; nothing here opens, waits or counts by itself.  bench.load fills it.
 """
@@ -38,7 +38,7 @@ class Failure:
     kind: Kind
     at_s: float
     started_s: float
-    pid: int | None  # who had answered an earlier line of the same conversation
+    pid: int | None  # of the worker that answered an earlier line of the same conversation
     detail: str
     port: int = 0  # the client's own, 0 for a UNIX socket
 

@@ -81,7 +81,7 @@ SERVICES = {
 
 
 class Gone(Exception):
-    """The service has ended, and nobody had asked it to."""
+    """The service has ended without being asked to."""
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,11 @@ class Service:
         self.guarded = True
         self.events: Counter[str] = Counter()
         self.serving = 0  # generation
-        self.begun = 0  # pid of the protector that has told last that it goes on
+        self.begun = 0  # pid of the protector that last logged that it goes on
         self.left_earlier = ""  # how this code came to run in the place of the earlier, once it did
         self.generation_of: dict[int, int] = {}  # worker's pid -> generation
         self._earlier = earlier
-        self._version = ""  # of the protector that has told last that it goes on
+        self._version = ""  # of the protector that last logged that it goes on
         self._folder = folder
         self._options = ("--workers", str(workers), *kind.options, *options)
         self._protector = 0
@@ -315,7 +315,7 @@ class Service:
         for pid, generation in list(self.generation_of.items()):
             state, parent, _ = _stat(pid)
             if state in ("", "Z") or parent not in kin:
-                del self.generation_of[pid]  # a number of somebody else by now, or of nobody
+                del self.generation_of[pid]  # another process's number by now, or free
             else:
                 living[pid] = generation
         return living
@@ -333,7 +333,7 @@ class Service:
     # -- what is done to it ----------------------------------------------------
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal as an administrator would: to whoever is in the pid file.
+        """Send a signal as an administrator would: to the pid in the pid file.
 
         Raises Gone.
         """
@@ -358,7 +358,7 @@ class Service:
         except ProcessLookupError:
             return None
         try:
-            if victim == "guard":  # from now on only the log tells, and it is late
+            if victim == "guard":  # from now on only the log shows it, and it is late
                 self.look()
                 self._protector = self.protector()
             held: frozenset[int] = frozenset()

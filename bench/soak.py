@@ -224,7 +224,7 @@ class Soak:
             guard = size_of(service.guard) if service.guarded else None
             protector = size_of(service.protector())
         except OSError:
-            pass  # between two protectors, or none at all: the next action tells
+            pass  # between two protectors, or none at all: the next action shows
         self.report.sizes.append(
             Sizes(when, guard, protector, len(set(workers.values())), len(workers))
         )
@@ -240,7 +240,7 @@ class Soak:
             f"{self.service.kind.name:10} {now_s - self._begun_s:6.0f} s: "
             f"{short.connections:,} connections, "
             f"{idle.open_now:,} idle, {len(judged.held)} held by killed workers, "
-            f"{len(judged.being_taken) + len(judged.in_hand)} in hand, "
+            f"{len(judged.being_taken) + len(judged.undelivered)} in hand, "
             f"{len(judged.unaccounted)} unaccounted for; "
             f"{sum(self.torment.counts.values())} actions, "
             f"{len(set(self.service.workers().values()))} generations",
@@ -299,7 +299,7 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
     )
     print(f"- {len(judged.being_taken)} taken at the instant of such a kill, not recorded yet")
     print(
-        f"- {len(judged.in_hand)} between accept and send in a protector that was killed "
+        f"- {len(judged.undelivered)} between accept and send in a protector that was killed "
         f"({kills['protector']} kills)"
     )
     print(f"- {len(judged.unaccounted)} unaccounted for")
@@ -428,7 +428,7 @@ def torment_one(
     clean = False
     try:
         service.start()
-        # One HTTP request a connection: nobody is idle there.
+        # One HTTP request a connection: no client is idle there.
         idle = 0 if kind.http else given.idle
         soak = Soak(service, given.seed, given.minutes, given.workers, given.at_once, idle)
         seen = soak.run()

@@ -71,7 +71,7 @@ def socat(_: Path) -> list[str]:
 
 
 def tcpserver(_: Path) -> list[str]:
-    """Without names and ident, as everybody starts it."""
+    """Without names and ident, as it is usually started."""
     return [found("tcpserver"), "-HRDl0", "-c", str(PLACES), "HOST", "PORT", *PROGRAM]
 
 

@@ -87,7 +87,7 @@ def wakeup_us() -> float:
     """Return the microseconds from a send to the return of another process's epoll_wait.
 
     Half the round trip of one record between two processes that both sleep in epoll_wait, less
-    what the same send, epoll_wait and recv cost when nobody has to be woken.
+    what the same send, epoll_wait and recv cost when no process has to be woken.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     child = os.fork()

@@ -78,7 +78,7 @@ class _Log:
 def _longest_gap_ms(address: str, lasts_s: float, log: _Log | None = None, begun: int = 0) -> float:
     """Return the longest time between two answers while asking one by one.
 
-    Ends after `lasts_s`, or a moment after the log tells of an upgrade that is done.
+    Ends after `lasts_s`, or a moment after the log reports a finished upgrade.
     """
     longest_s, last_s = 0.0, time.monotonic()
     until_s = last_s + lasts_s
@@ -98,7 +98,7 @@ def _longest_gap_ms(address: str, lasts_s: float, log: _Log | None = None, begun
 
 
 def _load_ms() -> float:
-    """Return what starting an interpreter and loading the protector takes, for nobody."""
+    """Return what starting an interpreter and loading the protector takes, without a service."""
     command = [sys.executable, "-P", "-c", "import socketprotector.daemon.resident"]
     begun_s = time.monotonic()
     subprocess.run(command, check=True)
@@ -106,7 +106,7 @@ def _load_ms() -> float:
 
 
 def upgrade(scale: Scale) -> list[Figure]:
-    """For how long nobody is accepted while the protector's program is replaced."""
+    """For how long no client is accepted while the protector's program is replaced."""
     return _upgrade(scale, ("library",), "", 150)
 
 
@@ -171,7 +171,7 @@ def _pss_kib(pid: int) -> int:
 def _alone_kib(*pids: int) -> int:
     """Return what these would take together if no other process shared pages with them.
 
-    Pages of files count once for all, whoever else maps them; so this cannot be flattered
+    Pages of files count once for all, whatever else maps them; so this cannot be flattered
     by other Pythons on the machine, as PSS is.
     """
     private = 0
@@ -191,7 +191,7 @@ def _alone_kib(*pids: int) -> int:
 
 
 def _kill_and_ask(started: Started) -> float:
-    """SIGKILL the protector; return the milliseconds to the answer to who connects after."""
+    """SIGKILL the protector; return the milliseconds to the answer to the next client."""
     pid = guarded(started.pid)
     pidfd = os.pidfd_open(pid)
     killed_s = time.monotonic()
@@ -200,7 +200,7 @@ def _kill_and_ask(started: Started) -> float:
     poll.register(pidfd, select.POLLIN)
     poll.poll(LIMIT_S * 1000)
     os.close(pidfd)
-    ask(started.address)  # begun when nobody was there to accept it
+    ask(started.address)  # begun when no process was there to accept it
     return (time.monotonic() - killed_s) * 1e3
 
 

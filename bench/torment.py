@@ -71,7 +71,7 @@ class Torment:
             try:
                 self._undo_until(float("inf"))
             except Gone:
-                continue  # a release has come back for nobody; the others follow
+                continue  # a release came back after the end; the others follow
 
     def unguard(self) -> None:
         """Kill the guard.  From here on a kill of the protector would be an outage: no more."""

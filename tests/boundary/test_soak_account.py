@@ -1,4 +1,4 @@
-"""The soak's books: which kill accounts for which failure, and which failure nobody's kill does."""
+"""The soak's books: which kill accounts for which failure, and which failure none does."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_each_kill_of_a_protector_accounts_for_one_connection_at_most() -> None:
 
     judged = account(failures, [PROTECTOR, PROTECTOR_AGAIN])
 
-    assert (judged.in_hand, judged.unaccounted) == (failures[:2], failures[2:])
+    assert (judged.undelivered, judged.unaccounted) == (failures[:2], failures[2:])
 
 
 def test_only_soon_after_the_kill_does_its_time_account_for_a_failure() -> None:

@@ -52,8 +52,8 @@ TABLE: tuple[tuple[str, tuple[int, ...], int, str], ...] = (
     ("setsockopt", (*SCARCE, *FATAL), 0, RELOAD_FAILS),
     ("socket", SCARCE, 0, RELOAD_FAILS),
     ("bind", (errno.ENOMEM, errno.EADDRINUSE), 0, RELOAD_FAILS),
-    ("dup", SCARCE, 0, GOES_ON),  # for whoever keeps descriptors
-    ("fcntl", (*SCARCE, errno.EINVAL), 0, GOES_ON),  # the scoreboard's seals: nobody counts
+    ("dup", SCARCE, 0, GOES_ON),  # for the guard or the fd store
+    ("fcntl", (*SCARCE, errno.EINVAL), 0, GOES_ON),  # the scoreboard's seals: not counted
     ("fcntl", (*SCARCE, errno.EINVAL), 1, RELOAD_FAILS),
     ("fcntl", (*SCARCE, errno.EINVAL), 2, RELOAD_FAILS),
     ("memfd_create", (errno.EMFILE, errno.ENOMEM), 0, GOES_ON),
@@ -150,7 +150,7 @@ class OneFault(World):
 @pytest.mark.parametrize(("call", "code", "nth", "then"), ROWS)
 def test_a_call_that_fails(call: str, code: int, nth: int, then: str) -> None:
     world = OneFault(call, code, nth)
-    world.keeper = "guard"
+    world.fd_store = "guard"
 
     world.live()  # which looks for spinning, leaks, order and rest by itself
 

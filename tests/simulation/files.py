@@ -21,7 +21,7 @@ class File:
         self.references = 0
 
     def ready(self) -> int:
-        """The events that poll would tell of."""
+        """The events that poll would report."""
         return 0
 
     def take(self) -> None:
@@ -54,7 +54,7 @@ class Connection(File):
         self.begun_s = 0.0  # when the client began to connect
         self.said = False  # the client has sent its words
         self.said_at = 0  # in turns of the protector's loop
-        self.heard = False  # and somebody has read them
+        self.heard = False  # and a server has read them
         self.address = address  # where it is looked for by sock_diag
         self.came_by: Address | None = address
         self.added = address.added if address is not None else 0

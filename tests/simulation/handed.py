@@ -1,12 +1,13 @@
 """A life under --handoff listener: the workers accept, from sockets that they have in common.
 
 Beside world.py: an address has two sockets where it is a port that we have bound, and new clients
-come to the one that the kernel was told of.  A client's handshake may be under way, it may have
+come to the one that the kernel steers them to.  A client's handshake may be under way, it may have
 said nothing yet, and workers accept, read and finish as they like.  A worker is one process, or a
 master that accepts nothing with children that do; when that dies its children live on.
 
-What must hold: who has connected is accepted and finished by somebody who was not killed; new
-clients come to the socket that has the route; at rest nothing of an old generation accepts.
+What must hold: each client that has connected is accepted and finished by a worker that was not
+killed; new clients come to the socket that has the route; at rest nothing of an old generation
+accepts.
 """
 
 from __future__ import annotations
@@ -50,11 +51,11 @@ class Server:
         self.connections: list[Connection] = []
         self.signalled = False  # to finish
         self.quickly = False  # and to drop what it has
-        self.rude = False  # it drops whom it has not heard, when it is told
+        self.rude = False  # it drops the unread when told to finish
         self.hangs = False
         self.ended = False
         self.orphan = True  # no child of the protector that runs now
-        self.gone = False  # reaped, by whomever
+        self.gone = False  # reaped, by any process
         for each in self.listening.values():
             each.take()
             each.used = True
@@ -82,7 +83,7 @@ class Server:
         self.connections.clear()
         self.stop_accepting()
         if self.leader is not self:
-            self.gone = True  # whose child it is, or was left to, reaps it
+            self.gone = True  # its parent, or the process it was left to, reaps it
 
     def stop_accepting(self) -> None:
         """Close the listening sockets."""
@@ -91,7 +92,7 @@ class Server:
             each.drop()
 
     def accept(self, chance: float) -> Connection | None:
-        """Accept somebody, if anybody has connected."""
+        """Accept a client, if any has connected."""
         waiting = [each for each in self.listening.values() if each.backlog]
         if not waiting:
             return None
@@ -180,7 +181,7 @@ class Handed(World):
             drain_signal=int(pick((signal.SIGTERM, signal.SIGQUIT))),
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
-            guarded=self.keeper == "guard",
+            guarded=self.fd_store == "guard",
             secret="x",
         )
 
@@ -210,7 +211,7 @@ class Handed(World):
         address, inode = one.address.told, one.address.path_inode
         if kind in ("foreign", "passed in"):
             one.foreign = True
-            one.take()  # by whoever has passed it in
+            one.take()  # by the process that has passed it in
         elif kind in ("tcp", "tcp6", "zero"):
             one.port_zero = kind == "zero"
             self._seconds[one] = self._bind_second(one)
@@ -288,7 +289,7 @@ class Handed(World):
             self._hup: 40,
             self._crash: 30,
             self._upgrade: 3 * common[self._upgrade],
-            self._unguard: 3 * (self.seed % 3 == 2 and self.keeper == "guard"),
+            self._unguard: 3 * (self.seed % 3 == 2 and self.fd_store == "guard"),
             self._term: 2 * common[self._term],
         }
         return list(common.items())
@@ -351,7 +352,7 @@ class Handed(World):
             to.backlog.append(connection)
 
     def _go_away(self) -> None:
-        """Somebody closes, or resets; who has connected is accepted all the same."""
+        """A client closes, or resets; one that has connected is accepted all the same."""
         address = self._addresses[int(self._chance() * len(self._addresses))]
         if not address.clients:
             return
@@ -366,7 +367,7 @@ class Handed(World):
             if found in each.handshakes:
                 each.handshakes.remove(found)
                 found.drop()
-        found.said = True  # whoever has it sees that there is nobody
+        found.said = True  # its worker sees that it is gone
 
     def _shake(self) -> None:
         """A handshake ends well."""
@@ -401,7 +402,7 @@ class Handed(World):
         found = living[int(self._chance() * len(living))]
         return None if found.hangs else found
 
-    def _somebody(self) -> Any:
+    def _active_worker(self) -> Any:
         """A worker whose leader lives and does something."""
         found = self._one()
         return found if isinstance(found, Leader) else None
@@ -441,7 +442,7 @@ class Handed(World):
 
     def _fork_child(self) -> None:
         """A master starts another child."""
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and worker.master and not worker.told:
             worker.children = [each for each in worker.children if not each.ended]
             if len(worker.children) < 3:
@@ -461,7 +462,7 @@ class Handed(World):
             self._end(child, os.CLD_KILLED, signal.SIGSEGV)
 
     def _obey(self) -> None:
-        """Who has been told to finish goes a step further."""
+        """One that was told to finish goes a step further."""
         server = self._one()
         if server and server.told:
             self._obey_once(server)
@@ -499,7 +500,7 @@ class Handed(World):
     # -- what a worker can do to what it shares ------------------------------------------
 
     def _mischief(self) -> None:
-        """A worker does something to a listening socket, for all who have it."""
+        """A worker does something to a listening socket, for all processes that have it."""
         server = self._one()
         if not server or not server.listening:
             return
@@ -573,13 +574,13 @@ class Handed(World):
         return super()._after_exec(descriptors)
 
     def _end_of_all(self, why: str) -> None:
-        """Nobody starts another program: who accepts goes on, as if nothing had happened."""
+        """No other program is started: workers accept on, as if nothing had happened."""
         self._why_lost = why
         self.kernel.dead = False
         self.kernel.end_of_process()
         for worker in self.workers:
             worker.voice.close()
-        self._serve_everybody()
+        self._serve_all_clients()
         for server in self._living():
             server.end(os.CLD_EXITED, 0)
 
@@ -594,7 +595,7 @@ class Handed(World):
             for client in address.clients.values():
                 client.said = True
 
-    def _serve_everybody(self) -> None:
+    def _serve_all_clients(self) -> None:
         waiting = None
         while waiting != (waiting := self._waiting()):
             self._all_shake()
@@ -623,7 +624,7 @@ class Handed(World):
                 worker.ready = self._say_ready(worker)
             if worker.master and not worker.told and worker.living == [worker]:
                 self._fork_of(worker)
-        self._serve_everybody()
+        self._serve_all_clients()
         for worker in self.workers:
             for server in (worker, *worker.children, worker):  # whose end comes last
                 for _ in range(3):
@@ -632,7 +633,7 @@ class Handed(World):
         self.workers = [each for each in self.workers if each.living or not each.gone]
 
     def _tempt(self) -> bool:
-        """Have somebody come where nobody accepts; and a switch, which is to mend the rest."""
+        """Have a client come where no worker accepts; and a switch, which is to mend the rest."""
         protector = self._supervisor
         if protector is None or self._reason() or self._tempted >= TEMPTATIONS:
             return False
@@ -666,9 +667,9 @@ class Handed(World):
     # -- what must hold ----------------------------------------------------------------
 
     def _check_told(self, leader: Leader) -> None:
-        """Who had come to a generation has been heard when it is told to finish.
+        """The clients of a generation have been read when it is told to finish.
 
-        For 10 s: then it is told so all the same.
+        For 10 s: then it is told to all the same.
         """
         protector = self._supervisor
         if protector is None or self._reason():
@@ -695,7 +696,7 @@ class Handed(World):
                     assert each.heard, f"{each} is not heard, and {leader.pid} told to finish"
 
     def _check_socket(self, address: Address, to: Listening) -> None:
-        """New clients come to the socket that has the route, from when the kernel was told."""
+        """New clients come to the socket that has the route, from when the kernel steers."""
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
         act = self._supervisor.effects
@@ -736,12 +737,12 @@ class Handed(World):
                 continue
             to = address.for_new()
             accepting = [each for each in self._living() if self._accepts(each)]
-            assert any(to in each.listening.values() for each in accepting), "nobody accepts"
+            assert any(to in each.listening.values() for each in accepting), "no worker accepts"
 
     def _check_left(self) -> None:
         for server in self._living():
             raise AssertionError(f"{server.pid} is left behind")
-        # Whoever keeps them ends, too, with what it was told and has not read.
+        # The fd store ends, too, with what it was sent and has not read.
         unsent = [self.kernel.files[fd] for fd in self._outbox._unsent.values() if fd >= 0]
         for file in (*self.store.values(), *unsent, self._line):
             file.drop()
@@ -750,4 +751,4 @@ class Handed(World):
             for each in address.listening:
                 assert each.foreign, f"socket {each.inode} of {each.name} is left behind"
                 refuses = each.refuses and not address.disturbed
-                assert not refuses, f"{each.name} of somebody else refuses"
+                assert not refuses, f"{each.name} of another process refuses"

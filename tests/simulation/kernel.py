@@ -34,7 +34,7 @@ from tests.simulation.ports import BIND_TO_DEVICE, HUP, IN, SHUT, Address, Liste
 OUT = select.EPOLLOUT
 #: Charged to the sender for a message with one descriptor; see system/channel.py.
 CHARGE = 768
-#: What a message to workers is as long as; on its way to the keeper a connection is a copy.
+#: What a message to workers is as long as; on its way to the fd store a connection is a copy.
 HEADER = 16
 _SIGNALS = signal.valid_signals()
 _SLOT = 64 * 1024 * 1024
@@ -246,7 +246,7 @@ class Kernel:
         self.limit = self.room  # now
         self.bound: dict[str, Datagrams] = {}
         self.addresses: dict[Any, Address] = {}  # by what a socket is bound to
-        self.binds_to_devices = True  # whoever asks for it (Linux 5.7)
+        self.binds_to_devices = True  # any process may (Linux 5.7)
         self.somaxconn = socket.SOMAXCONN  # whatever listen() asks for
         self.group_signals = True  # a pidfd leads to its group (Linux 6.9)
         self.signals = 0  # sent to workers
@@ -348,7 +348,7 @@ class Kernel:
                 close=self.close,
                 dup=self._dup,
                 open=self._open,
-                listdir=lambda path: [],  # /proc is closed: those that nobody reaps stay
+                listdir=lambda path: [],  # /proc is closed: those that are not reaped stay
                 scandir=lambda path: nullcontext(()),
                 read=self._read,
                 pipe2=self._pipe2,

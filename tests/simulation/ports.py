@@ -1,4 +1,4 @@
-"""Listening sockets of the simulated kernel: where a new client comes to, and who waits there.
+"""Listening sockets of the simulated kernel: where a new client gets to and waits.
 
 Source: inet_shutdown() in net/ipv4/af_inet.c, tcp_disconnect() in net/ipv4/tcp.c;
 __inet_hash() and inet_lhash2_lookup() in net/ipv4/inet_hashtables.c; net/core/sock_reuseport.c;
@@ -38,14 +38,14 @@ class Address:
         self.path_inode = 0  # and the file of that name, where it is a path
         #: A worker has done something to a socket, and that is not mended yet.
         self.disturbed = False
-        self.clients: dict[int, Connection] = {}  # whoever has begun to connect, until closed
+        self.clients: dict[int, Connection] = {}  # those that have begun to connect, until closed
         self.inodes = count(1)
-        #: A configuration that is tried has added it: nobody who comes is promised anything yet.
+        #: A configuration that is tried has added it: no client is promised anything yet.
         self.served = True
-        #: No configuration that was read has removed it: nobody who comes is refused.
+        #: No configuration that was read has removed it: no client is refused.
         self.kept = True
         self.added = 0  # how often, later
-        self.harm = 0  # of workers, when it was removed: who waits may be lost by more of that
+        self.harm = 0  # of workers, when it was removed: its clients may be lost by more of that
 
     @property
     def is_path(self) -> bool:
@@ -65,7 +65,7 @@ class Address:
         return f"unix:{self.name}".replace("\0", "@")
 
     def for_new(self, number: int = 0) -> Listening | None:
-        """Return the socket that a client comes to who connects now; None: it is refused."""
+        """Return the socket that a client gets to that connects now; None: it is refused."""
         if not self.by_number:
             return None if self.file is None or self.file.refuses else self.file
         found = self._chosen(number)
@@ -84,11 +84,11 @@ class Address:
         return self.group[number % len(self.group)]
 
     def order(self) -> dict[int, int]:
-        """What sock_diag tells of those that listen: inode -> how they were shut down."""
+        """What sock_diag reports of listening sockets: inode -> how they were shut down."""
         return {each.inode: each.mask for each in self.listening}
 
     def unread(self, accepted: bool) -> dict[bytes, bool]:
-        """What sock_diag tells of clients whom nobody has heard -> whether they are silent."""
+        """What sock_diag reports of unread clients -> whether they are silent."""
         left_out = [each for one in self.listening for each in one.backlog] if accepted else []
         return {
             b"%d" % each.number: not each.said and each.established
@@ -106,7 +106,7 @@ class Listening(File):
     """A socket that listens, or is to, with its backlog."""
 
     def __init__(self, address: Address) -> None:
-        """address: nobody's, until it is bound."""
+        """address: not taken until it is bound."""
         super().__init__()
         self.address = address
         self.inode = next(address.inodes)
@@ -114,8 +114,8 @@ class Listening(File):
         self.handshakes: deque[Connection] = deque()  # under way
         self.listens = False
         self.mask = 0  # of what shutdown() has ended
-        self.filtered = False  # nobody new comes in
-        self.locked = False  # whoever has attached a filter does not let others change it
+        self.filtered = False  # no new client comes in
+        self.locked = False  # its filter is locked against changes by others
         self.reuseport = False
         self.options: dict[tuple[int, int], Any] = {}
         self.room = socket.SOMAXCONN
@@ -123,7 +123,7 @@ class Listening(File):
         self.astray = False  # and now it has another one
         self.nonblocking = True
         self.used = False  # some worker has had it: from then on its flags are theirs
-        self.foreign = False  # it was passed in, and whoever did so changes them, too
+        self.foreign = False  # it was passed in, and its owner changes them, too
         self.accepted = 0
         self.sent: dict[str, int] = {}  # the place of the last one sent on, by address
 
@@ -133,7 +133,7 @@ class Listening(File):
 
     @property
     def refuses(self) -> bool:
-        """Whether nobody new comes in."""
+        """Whether no new client comes in."""
         shut = bool(self.mask & 1) and not self.address.by_number
         return self.filtered or self.elsewhere or shut
 
@@ -188,7 +188,7 @@ class Listening(File):
             raise failure(errno.EADDRINUSE)
 
     def set_flags(self, nonblocking: bool) -> None:
-        """Have accept() wait or not, for all who have it."""
+        """Have accept() wait or not, for all processes that have it."""
         assert not self.used or self.foreign, "the flags of living workers are changed"
         self.nonblocking = nonblocking
 
@@ -226,7 +226,7 @@ class Listening(File):
             self.astray = self.port_zero
 
     def _leave(self) -> None:
-        """Whoever waits is reset; and the last one of the group takes its place."""
+        """Waiting clients are reset; and the last one of the group takes its place."""
         self.listens = False
         address = self.address
         if self in address.listening:

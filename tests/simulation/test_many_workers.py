@@ -36,15 +36,15 @@ class Quiet(World):
 
     UNUSUAL = False
 
-    def __init__(self, workers: int, keeper: str) -> None:
+    def __init__(self, workers: int, fd_store: str) -> None:
         super().__init__(seed=1, steps=0)
-        self.keeper = keeper
+        self.fd_store = fd_store
         self.settings = replace(
             self.settings,
             workers=workers,
             policy=Policy(),
             ready_after_s=None,
-            guarded=keeper == "guard",
+            guarded=fd_store == "guard",
         )
         self._faulty = self._deadly = 0.0
         self._to_come = [self._reload, self._crash_all]
@@ -140,8 +140,8 @@ def test_settings_that_were_read_again_are_not_written_down_at_each_step(
     assert sum(each.count(b'"c":"Settings"') for each in written) == 1
 
 
-@pytest.mark.parametrize("keeper", ["guard", "systemd", "nobody"])
-def test_eight_times_the_workers_take_eight_times_the_steps(keeper: str) -> None:
-    few, many = (steps_of(Quiet(workers, keeper)) for workers in (FEW, MANY))
+@pytest.mark.parametrize("fd_store", ["guard", "systemd", "none"])
+def test_eight_times_the_workers_take_eight_times_the_steps(fd_store: str) -> None:
+    few, many = (steps_of(Quiet(workers, fd_store)) for workers in (FEW, MANY))
 
     assert many < few * MANY / FEW * SLACK

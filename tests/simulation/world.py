@@ -8,7 +8,7 @@ users.  The log, the output, the resident process around the supervisor and the 
 stand-ins.
 
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
-happen (clients, workers, signals, time, whoever keeps its descriptors), and in the middle of
+happen (clients, workers, signals, time, the guard or fd store), and in the middle of
 any system call something may happen too, the call may fail, or the protector be killed.
 The guard may be killed as well: then the protector goes on without one, and its own kill
 after that is the end of all but what workers have been sent.
@@ -156,7 +156,7 @@ class Worker:
         self.ended = False
         self.reaped = False
         self.orphan = False  # no child of the protector that runs now
-        self.gone = False  # reaped, by whomever
+        self.gone = False  # reaped, by any process
         self.result = (os.CLD_EXITED, 0)
         read.take()
         line.take()
@@ -196,7 +196,7 @@ class Worker:
         assert connection.came_by is not None
         index = wire.HEADER.unpack_from(message[0])[2]
         assert self.listeners[index : index + 1] == [connection.came_by.told], "it is not told of"
-        # Killed before the keeper or the state knew that it was out of our hands, it is sent
+        # Killed before the guard, the fd store or the state knew that it had been sent, it is sent
         # again by the next program: a fault upon a fault, and a known weakness.
         assert connection.excuse or not connection.taken_by, f"{connection} is delivered twice"
         assert connection.excuse or connection.in_queues == 0, f"{connection} is in two queues"
@@ -328,7 +328,7 @@ class World:
         pick = self._random.choice
         self.kernel.group_signals = pick((True, True, False))
         self.kernel.binds_to_devices = seed % 3 != 0
-        self.keeper = pick(("nobody", "guard", "guard", "systemd"))
+        self.fd_store = pick(("none", "guard", "guard", "systemd"))
         self._listening: list[Listening] = []
         self._listed: set[str] = (
             set()
@@ -351,7 +351,7 @@ class World:
         if self._lame_ducks:
             self._let_stops_wait(unusual((0.0, 0.5)))
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
-        self._deadly = pick((0.0, 0.02, 0.1)) if self.keeper != "nobody" else 0.0
+        self._deadly = pick((0.0, 0.02, 0.1)) if self.fd_store != "none" else 0.0
         self._gap = pick(self.GAPS)
         self.workers: list[Any] = []
         self._processes: dict[int, Any] = {}
@@ -359,7 +359,7 @@ class World:
         self._deploy_works = True
         self.store: dict[str, File] = {}
         self._told: deque[bytes] = deque()  # by the guard, how processes have ended
-        self._line = pair()[1]  # the keeper's end
+        self._line = pair()[1]  # the guard's or systemd's end
         self._calm = False
         self._meanwhile = False
         self._stopped = False
@@ -374,7 +374,7 @@ class World:
         self._held: set[Connection] = set()  # by the protector that was killed
         self._lost_by_kill = 0
         self._harm = 0  # what has befallen workers
-        self._unkept = False  # a program was killed that had not told all
+        self._unkept = False  # a program was killed that had not sent all
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         """Bind what there is to listen on, and choose the settings."""
@@ -387,7 +387,7 @@ class World:
             workers=pick((1, 1, 2, 3)),
             ready_after_s=pick((None, None, None, 1.0)),
             queue=pick((6, 12, 64, 256)),
-            guarded=self.keeper == "guard",
+            guarded=self.fd_store == "guard",
             secret="x",
         )
 
@@ -415,7 +415,7 @@ class World:
         self.settings = replace(self.settings, policy=policy)
 
     def _pass_in(self) -> None:
-        """Have the first listener be somebody's who goes on listening."""
+        """Have the first listener be another process's that goes on listening."""
         one, *others = self.settings.listeners
         listeners = (replace(one, foreign=True), *others)
         self.settings = replace(self.settings, listeners=listeners)
@@ -504,7 +504,7 @@ class World:
         given = {name: kernel.install(each) for name, each in self._to_give().items()}
         self._state = Memory()
         given[inherited.STATE] = kernel.install(self._state)
-        if self.keeper != "nobody":  # it has passed on what it keeps
+        if self.fd_store != "none":  # it has passed on what it keeps
             self.store = {name: kernel.files[fd] for name, fd in given.items()}
             for file in self.store.values():
                 file.take()
@@ -531,14 +531,14 @@ class World:
                 except OSError as error:
                     if not self._starting:
                         raise
-                    # It ends, and says why; whoever keeps the descriptors starts another.
+                    # It ends, and says why; the guard or systemd starts another.
                     self._say(f"the protector cannot start: {error}")
                     if self.unguarded:
                         self._end_of_all("cannot start without a guard")
                         return
-                    if self.keeper == "nobody" and not self.upgrades:
+                    if self.fd_store == "none" and not self.upgrades:
                         return
-                    assert self.keeper != "nobody", "an upgrade has ended it all"
+                    assert self.fd_store != "none", "an upgrade has ended it all"
                     given = self._after_kill()
                     kept = set(given)
         self._check_the_end()
@@ -554,7 +554,7 @@ class World:
         self._loop = Loop()
         self._only_what_was_found(self._loop)
         line: Any = None
-        if self.keeper != "nobody" and inherited.GUARD not in given:
+        if self.fd_store != "none" and inherited.GUARD not in given:
             ours, self._line = pair()
             self._line.take()
             given[inherited.GUARD] = kernel.install(ours)
@@ -643,14 +643,14 @@ class World:
         return (snapshot.settings.current if snapshot is not None else None) or self.settings
 
     def _only_what_was_found(self, loop: Loop) -> None:
-        """See to it that no callback is told of what another had at its number."""
+        """See to it that no callback gets events of what another had at its number."""
         watch = loop.watch
 
         def watched(fd: int, callback: Callable[[], None], events: int = IN) -> None:
             file = self.kernel.file(fd)
 
             def called() -> None:
-                assert self._found.get(fd) is file, f"told of what had descriptor {fd} before"
+                assert self._found.get(fd) is file, f"got events of what had descriptor {fd} before"
                 callback()
 
             watch(fd, called, events)
@@ -667,13 +667,13 @@ class World:
         for fd in set(kernel.files) - set(descriptors.values()):
             file = kernel.files[fd]
             if isinstance(file, Running):
-                file.process.orphan = True  # of a child that nobody knows of any more
+                file.process.orphan = True  # of a child that is not known any more
             kernel.forget(fd)
         kernel.wake = None
         return descriptors
 
     def _after_kill(self) -> dict[str, int]:
-        """Let the kernel close everything, and the keeper start another program."""
+        """Let the kernel close everything, and the guard or systemd start another program."""
         kernel = self.kernel
         kernel.dead = False
         copies = set(self._outbox._unsent.values())
@@ -683,8 +683,8 @@ class World:
             if isinstance(file, Connection) and fd not in copies
         }
         passed_on = [*self.store.values(), *(f for _, files in self._line.queue for f in files)]
-        in_hand = held.difference(each for each in passed_on if isinstance(each, Connection))
-        assert len(in_hand) <= 1, f"in the protector's own hands: {in_hand}"
+        undelivered = held.difference(each for each in passed_on if isinstance(each, Connection))
+        assert len(undelivered) <= 1, f"undelivered: {undelivered}"
         for connection in held:  # it may be kept, and the state not know of it yet
             connection.excuse = BY_KILL
         if self._supervisor is not None and not self._everything_is_kept():
@@ -710,7 +710,7 @@ class World:
         return {name: kernel.install(file) for name, file in self.store.items()}
 
     def _end_of_all(self, why: str) -> None:
-        """Nobody starts another program: what waits is lost, workers finish what they have."""
+        """No other program is started: what waits is lost, workers finish what they have."""
         self._why_lost = why
         self.kernel.dead = False
         self.kernel.end_of_process()
@@ -738,7 +738,7 @@ class World:
                             each.excuse = why
 
     def _everything_is_kept(self) -> bool:
-        """Whether the keeper has, or will have read, all that the protector holds."""
+        """Whether the fd store has, or will have read, all that the protector holds."""
         assert self._supervisor is not None
         wanted = self._supervisor.effects.descriptors().keys()
         return not self._outbox._unsent and wanted <= self._store.kept
@@ -769,7 +769,7 @@ class World:
         """Number a process, where numbers are few as one that is gone with all of its group."""
         if self._few_numbers:
             free = [pid for pid, each in self._processes.items() if self._is_free(each.leader)]
-            # Rather one that somebody here may still take for the one that is gone.
+            # Rather one that may still be taken here for the one that is gone.
             open_yet = {f.process.pid for f in self.kernel.files.values() if isinstance(f, Running)}
             free = [pid for pid in free if pid in open_yet] or free
             if free:
@@ -793,7 +793,7 @@ class World:
         came_by = connection.came_by.told
         before = source.sent.get(came_by, 0)
         if connection.kept_back:
-            return  # who stood behind it was left there, and need not wait for it
+            return  # those behind it were left there, and need not wait for it
         assert before < connection.place, f"{connection} comes after later ones"
         source.sent[came_by] = connection.place
 
@@ -801,10 +801,10 @@ class World:
         other = self._reason() or connection.excuse or self._of_reading(connection)
         why = self._why_lost or other
         if why == BY_KILL and connection not in self._held:
-            why = other or why  # the keeper has let go of what had been closed before
+            why = other or why  # the fd store has dropped what had been closed before
         if not why or (why == BY_KILL and not self.ACCEPTS):
             raise AssertionError(f"{connection} is lost")
-        # What an earlier kill has lost may have been kept until now, with nobody knowing of it.
+        # What an earlier kill has lost may have been kept until now without being known.
         if why == BY_KILL:
             self._lost_by_kill += connection in self._held or not connection.excuse
         self._say(f"  {connection} is lost: {why}")
@@ -820,8 +820,8 @@ class World:
         if address.served and address.kept:
             return ""
         if not address.served:
-            return "nobody has served that address yet, or does any more"
-        # Others than those who have been told of it do not serve who has come by it.
+            return "no generation has served that address yet, or does any more"
+        # Generations that do not know it do not serve clients that have come by it.
         return "removed" if self._harmed > address.harm or not self.ACCEPTS else ""
 
     @property
@@ -928,13 +928,13 @@ class World:
             (self._hup, 20 + 20 * self.settings.origin.configured),
             (self._more, 6),
             (self._fewer, 6),
-            (self._upgrade, 5 if self.keeper != "nobody" else 0),
+            (self._upgrade, 5 if self.fd_store != "none" else 0),
             (self._scarce, 5),
             (self._plenty, 15),
             (self._deploy, 6),
             (self._term, 1 if self.seed % 4 == 0 else 0),
             (self._int, 1 if self.seed % 8 == 0 else 0),
-            (self._unguard, 3 if self.seed % 6 == 2 and self.keeper == "guard" else 0),
+            (self._unguard, 3 if self.seed % 6 == 2 and self.fd_store == "guard" else 0),
             (self._children_ended, 10 * self._few_numbers),
             (self._scale, 20 * self._many),
             (self._lame_duck, 5 * self._lame_ducks),
@@ -956,7 +956,7 @@ class World:
         for _ in range(self._random.randrange(5, 40)):
             self._connect()
 
-    def _somebody(self) -> Worker | None:
+    def _active_worker(self) -> Worker | None:
         """A living worker that does something."""
         if not self.workers:
             return None
@@ -968,19 +968,19 @@ class World:
         return None if worker.hangs else worker
 
     def _take(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and not worker.leaving and (found := worker.take()) and self._note:
             self._note(f"{worker.pid} takes {found}")
 
     def _take_all(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and not worker.told and not worker.line.no_receive:
             self._say(f"{worker.pid} takes all {len(worker.read.queue)}")
             while worker.take():
                 pass
 
     def _finish(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and worker.connections:
             self.delivered += 1
             worker.connections.pop().drop()
@@ -990,7 +990,7 @@ class World:
         often, pauses, pause = self.TIME
         seconds = self._random.choice(pauses) if chance < often else pause
         if "look" in self._loop._timers:
-            seconds = min(seconds, 1.0)  # who looks for orphans does not hang
+            seconds = min(seconds, 1.0)  # a process that looks for orphans does not hang
         if "orphans-end" in self._loop._timers:
             seconds = min(seconds, 1.0)  # nor do we stand still for half a minute at the very end
         self.kernel.clock_ns += int(seconds * 1e9 * (1 + chance))
@@ -1007,7 +1007,7 @@ class World:
         return True
 
     def _become_ready(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and not worker.ready:
             retires = b"\nX_SOCKETPROTECTOR_RETIRE=1" if self._chance() < 0.5 else b""
             worker.ready = self._say_ready(worker, retires)  # else it waits for room
@@ -1026,7 +1026,7 @@ class World:
             for part in filter(None, (text[:half], text[half:])):
                 end.send(part, ())
         except OSError:  # a real one would be killed by SIGPIPE
-            assert not self._is_heard(worker), f"{worker.pid} speaks, and nobody hears it"
+            assert not self._is_heard(worker), f"{worker.pid} speaks, and is not heard"
             self._end(worker, os.CLD_KILLED, signal.SIGPIPE)
         else:
             if self._chance() < 0.5:
@@ -1042,7 +1042,7 @@ class World:
         return worker.pid in {each.pid for each in records if not each.orphaned}
 
     def _ack(self, pid: int) -> bool:
-        """Say it by the control socket; return whether anybody was there."""
+        """Say it by the control socket; return whether it was open."""
         if self._starting or self._supervisor is None or self.kernel.wake is None:
             return False
         acked = self._supervisor.effects.pool.acked
@@ -1052,7 +1052,7 @@ class World:
 
     def _obey(self) -> None:
         """A worker that has been asked to go goes, after its last connection."""
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker and worker.leaving:
             if worker.connections:
                 self.delivered += 1
@@ -1066,12 +1066,12 @@ class World:
         worker.end(code, status)
 
     def _crash(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker:
             self._end(worker, os.CLD_KILLED, signal.SIGSEGV)
 
     def _hang(self) -> None:
-        if worker := self._somebody():
+        if worker := self._active_worker():
             worker.hangs = True
 
     def _go_on(self) -> None:
@@ -1079,14 +1079,14 @@ class World:
             self._random.choice(self.workers).hangs = False
 
     def _shut_channel(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if worker:
             self._say(f"{worker.pid} shuts its channel down")
             self._harm += 1
             worker.read.shutdown(self._random.choice((socket.SHUT_RD, socket.SHUT_RDWR)))
 
     def _nonsense(self) -> None:
-        worker = self._somebody()
+        worker = self._active_worker()
         if not worker:
             return
         match self._random.randrange(6):
@@ -1164,7 +1164,7 @@ class World:
             return
         self._say("the guard is killed")
         self.unguarded = 1
-        self.keeper = "nobody"
+        self.fd_store = "none"
         self._line.drop()
         kept, self.store = self.store, {}
         for file in kept.values():
@@ -1181,25 +1181,25 @@ class World:
         self._deploy_works = self._chance() < 0.6
 
     def _keep(self) -> None:
-        """Whoever keeps descriptors reads what it was told; the guard reaps."""
+        """The guard or systemd reads what it was sent; the guard reaps."""
         for data, files in self._read_line():
             fields = dict(line.split("=", 1) for line in data.decode().split("\n"))
             name = fields.get("FDNAME", "")
             if "FDSTORE" in fields:
                 assert len(files) == 1
                 assert name not in self.store, f"{name} is kept twice"
-                self._say(f"the keeper keeps {name}")
+                self._say(f"the fd store keeps {name}")
                 self.store[name] = files[0]
                 files[0].take()
             elif "FDSTOREREMOVE" in fields and name in self.store:
-                self._say(f"the keeper drops {name}")
+                self._say(f"the fd store drops {name}")
                 self.store.pop(name).drop()
             for each in files:
                 each.drop()
         for worker in self.workers:
             if worker.orphan and worker.ended and not worker.gone:
                 worker.gone = True
-                if self.keeper == "guard" and not self._line.peer.is_closed:
+                if self.fd_store == "guard" and not self._line.peer.is_closed:
                     code, status = worker.result
                     said = status << 8 if code == os.CLD_EXITED else status
                     self._line.send(b"%d %d" % (worker.pid, said), ())
@@ -1221,7 +1221,7 @@ class World:
         self.kernel.quiet_calls = 1 << 62
 
     def _calm_turn(self, due: int | None) -> list[tuple[int, int]]:
-        """Everybody does at once what is to be done; time passes only when nothing is."""
+        """All do at once what is to be done; time passes only when nothing is."""
         kernel = self.kernel
         assert kernel.epoll is not None
         self._calm_turns += 1
@@ -1233,7 +1233,7 @@ class World:
         if due is not None:
             kernel.clock_ns = max(kernel.clock_ns, due)
             return self._wake([])
-        if self._zombie() is not None:  # so the kernel has told of it
+        if self._zombie() is not None:  # so the kernel has reported it
             self._children_ended()
             return self._wake(kernel.epoll.told())
         if self._tempt():
@@ -1279,16 +1279,16 @@ class World:
         assert protector is not None
         act = protector.effects
         held = [each for each in self.kernel.files.values() if type(each) is Connection]
-        if held:  # a copy may be on its way to the keeper
+        if held:  # a copy may be on its way to the fd store
             copies = set(self._outbox._unsent.values())
             files = self.kernel.files.items()
             held = [each for fd, each in files if type(each) is Connection and fd not in copies]
         # Of each listener that is removed there may be one.
         hands = len(act.forwarder.undelivered.waiting)
-        assert len(held) == hands, f"{held} in hand"
+        assert len(held) == hands, f"{held} undelivered"
         for each in held:
-            assert each.excuse or each.in_queues == 0, f"{each} is in hand and in a queue"
-            assert each.excuse or not each.taken_by, f"{each} is in hand and was delivered"
+            assert each.excuse or each.in_queues == 0, f"{each} is undelivered and in a queue"
+            assert each.excuse or not each.taken_by, f"{each} is undelivered and was delivered"
         self._look_at_places(act)
         if self.turns % 16 == 0:
             self._check_descriptors()
@@ -1323,7 +1323,7 @@ class World:
             for fd, file in self.kernel.files.items()
             if fd not in known and file is not epoll and file is not self.kernel.wake
         }
-        assert not left, f"descriptors that nobody knows: {left}"
+        assert not left, f"unknown descriptors: {left}"
 
     def _check_fleet(self, fleet: Fleet, act: Effects) -> None:
         for phase in (Phase.STARTING, Phase.SETTLING, Phase.SERVING):
@@ -1342,7 +1342,7 @@ class World:
             policy = fleet.policy_of(fleet.to_open is Next.FRESH)
             before = [g for g in fleet.generations if g.quiescing or g.phase is Phase.ABANDONED]
             to_come = fleet.to_open and (policy.stop_first or before)
-            assert waits or to_come, "nobody will ever serve"
+            assert waits or to_come, "no generation will ever serve"
 
     def _check_rest(self) -> None:
         """All goes well and nothing is to be done any more: so all must be done."""
@@ -1359,7 +1359,7 @@ class World:
             self._check_serving(serving.number)
 
     def _check_waiting(self) -> None:
-        """Nobody waits any more."""
+        """No client waits any more."""
         assert self._supervisor is not None
         stopping = self._supervisor.fleet.stopping
         for each in self._listening:

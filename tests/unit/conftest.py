@@ -1,4 +1,4 @@
-"""`story`: a fleet that is told events, one at a time, and the actions it answered with."""
+"""`story`: a fleet that gets events, one at a time, and the actions it answered with."""
 
 from __future__ import annotations
 

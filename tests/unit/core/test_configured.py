@@ -163,7 +163,7 @@ def test_a_stop_lets_what_settles_serve_to_the_end_with_its_settings(configured:
     assert ForgetSettings() not in actions
 
 
-def test_what_was_read_waits_until_nobody_else_starts(configured: Story) -> None:
+def test_what_was_read_waits_until_no_other_generation_starts(configured: Story) -> None:
     story = configured
     story.and_also(ReloadRequested(), ChannelBroken(1))
     assert story.starting == {2}
@@ -207,7 +207,7 @@ def test_the_first_start_has_read_the_file_already(story: Story) -> None:
     assert ReadSettings() not in story.when(ReloadRequested())
 
 
-def test_whoever_goes_on_reads_again_what_was_being_read() -> None:
+def test_a_program_that_resumes_reads_again_what_was_being_read() -> None:
     fleet = Fleet(configured=True, reading=True, served=True)
 
     assert resume(fleet, {}) == (RouteTo(None), ReadSettings())

@@ -76,7 +76,7 @@ def test_without_an_option_a_stop_begins_at_once(story: Story) -> None:
     assert story.when(StopRequested()) == STOPS
 
 
-def test_a_start_that_is_stopped_tells_nobody(story: Story) -> None:
+def test_a_start_that_is_stopped_announces_nothing(story: Story) -> None:
     story.given(POLICY).and_also(Launched())
 
     story.when(StopRequested())
@@ -167,7 +167,7 @@ def test_a_reload_that_is_not_over_in_time_is_called_off(story: Story) -> None:
     assert story.serving == {1}
 
 
-def test_where_nobody_can_come_any_more_it_ends_as_was_asked(story: Story) -> None:
+def test_where_no_client_can_connect_any_more_it_ends_as_was_asked(story: Story) -> None:
     story.given_serving(POLICY).and_also(StopRequested())
 
     first, *_ = story.when(ListenersLost())

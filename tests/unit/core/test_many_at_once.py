@@ -168,7 +168,7 @@ def test_a_reload_opens_its_generation_before_the_one_that_serves_has_grown(stor
     assert {a.generation for a in turned(story) if isinstance(a, Spawn)} == {2}
 
 
-def test_who_has_died_is_replaced_before_a_generation_that_starts_has_all(story: Story) -> None:
+def test_a_dead_worker_is_replaced_before_a_generation_that_starts_has_all(story: Story) -> None:
     served_by(story, 1)
     story.when_at_once(ScaleRequested(to=THOUSANDS))
     story.when_at_once(ReloadRequested())

@@ -330,7 +330,7 @@ def test_stop_first_starts_the_new_generation_when_the_old_one_is_gone(story: St
     ]
 
 
-def test_stop_first_lets_an_old_generation_hear_whom_it_has_accepted(story: Story) -> None:
+def test_stop_first_lets_an_old_generation_read_the_clients_it_has_accepted(story: Story) -> None:
     story.given_serving(replace(STOP_FIRST, workers_accept=True))
 
     assert story.when(ReloadRequested()) == [

@@ -280,7 +280,7 @@ def test_a_stop_closes_the_listeners_again(story: Story) -> None:
     assert CloseListeners(quick=True) in resume(story.fleet, {})
 
 
-def test_a_timer_nobody_remembers_is_over_at_once(story: Story) -> None:
+def test_a_timer_that_the_state_does_not_have_is_over_at_once(story: Story) -> None:
     story.given_serving().and_also(ReloadRequested())
 
     assert StartTimer(Deadline(TimerKind.START, 2), 0.0) in resume(story.fleet, {})

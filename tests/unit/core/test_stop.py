@@ -56,7 +56,7 @@ def test_a_graceful_stop_serves_what_has_connected_and_waits_for_the_workers(
     assert story.when(StopRequested()) == []
 
 
-def test_where_nobody_can_come_any_more_it_ends_in_order_and_as_failed(story: Story) -> None:
+def test_where_no_client_can_connect_any_more_it_ends_in_order_and_as_failed(story: Story) -> None:
     story.given_serving()
 
     assert story.when(ListenersLost()) == [
@@ -111,7 +111,7 @@ def test_a_worker_of_a_stop_is_not_replaced_while_another_takes_what_waits(story
     assert story.when(WorkerExited(1, CRASHED, waiting=3)) == []
 
 
-def test_a_generation_that_was_told_to_end_gets_no_worker_more(story: Story) -> None:
+def test_a_generation_that_was_told_to_end_gets_no_more_workers(story: Story) -> None:
     story.given_serving(Policy(drain_timeout_s=9.0)).and_also(ReloadRequested(), WorkerReady(2))
     story.when_over(TimerKind.DRAIN, 1)
     story.and_also(StopRequested(), BacklogEmptied())

@@ -35,7 +35,7 @@ OLD = "older than 1 h"
 
 
 def scaled(story: Story, change: int) -> list[Action]:
-    """Scale, which is told first; return what else is done."""
+    """Scale, which is reported first; return what else is done."""
     told, *others = story.when(ScaleRequested(change))
     assert told == Report(ReportKind.SCALED, reason=f"{story.fleet.workers_wanted} workers")
     return others
@@ -234,7 +234,7 @@ def test_scaling_while_settling_waits_for_its_outcome(story: Story) -> None:
     assert story.when_over(TimerKind.SETTLE, 2)[-2] == Spawn(2, worker=3, slot=1)
 
 
-def test_scaling_while_nobody_serves_holds_for_the_next_generation(story: Story) -> None:
+def test_scaling_while_no_generation_serves_holds_for_the_next_one(story: Story) -> None:
     story.given_serving(Policy(stop_first=True)).and_also(ReloadRequested())
 
     assert scaled(story, +1) == []
@@ -386,7 +386,7 @@ def test_one_that_hangs_while_it_retires_is_ended_at_once(story: Story) -> None:
 
 
 def test_one_that_hangs_does_not_outlive_a_replacement_that_comes_to_nothing(story: Story) -> None:
-    """The generation drains meanwhile, so nobody starts another."""
+    """The generation drains meanwhile, so no other worker is started."""
     story.given_serving()
     replaced(story, hung=True)
     story.and_also(ReloadRequested(), WorkerReady(3))
@@ -404,7 +404,7 @@ def test_one_on_its_way_in_or_out_is_not_replaced(story: Story) -> None:
     assert story.when(ReplaceRequested(77, OLD)) == []
 
 
-def test_what_drains_already_needs_no_replacement_and_nobody_is_told_each_second(
+def test_what_drains_already_needs_no_replacement_and_is_not_reported_each_second(
     story: Story,
 ) -> None:
     story.given_serving().and_also(ReloadRequested(), WorkerReady(2))

@@ -114,8 +114,8 @@ class World:
         self.listeners = "open"
         self.held = False
         self.opens_fail = False  # from now on
-        self.owed: tuple[Event, ...] = ()  # what must still be told
-        self.reader = False  # somebody reads the configuration
+        self.owed: tuple[Event, ...] = ()  # events that are still to be sent
+        self.reader = False  # a reader of the configuration runs
         self.read = False  # what it says is kept, and not used yet
         self.exited = False
         self.highest_generation = 0
@@ -198,11 +198,11 @@ class World:
                 self.route = number
             case Quiesce(number):
                 assert self.fleet.policy.workers_accept
-                assert self.channels[number] == "open", "parts twice, or what is not there"
-                assert self.route != number, "parts, and gets who comes"
+                assert self.channels[number] == "open", "quiesces twice, or what is not there"
+                assert self.route != number, "quiesces, and gets new clients"
                 # It may be gone, and the next one be opened, before this event is answered.
                 coming = self.fleet.to_open or self.fleet.incoming
-                assert self.route or coming, "parts, and nobody else gets who comes"
+                assert self.route or coming, "quiesces, and no other generation gets new clients"
                 self.channels[number] = "quiescing"
             case Drain(number):
                 assert self.channels[number] in ("open", "quiescing"), "drained twice"
@@ -236,7 +236,7 @@ class World:
                 assert self.reader or self.read, "nothing to forget"
                 self.reader = self.read = False
             case Exit():
-                assert not self.reader, "somebody reads on"
+                assert not self.reader, "a reader is still running"
                 assert not self.read
                 left = (self.processes, self.channels, self.timers, self.route)
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
@@ -276,7 +276,7 @@ class World:
             assert not fleet.incoming
             assert not fleet.reload_wanted
         elif fleet.served:
-            self.check_somebody_serves_or_will()
+            self.check_one_serves_or_will()
         if fleet.stopping is Stop.GRACEFUL and not self.exited:
             assert self.runs(TimerKind.STOP)
         if fleet.stopping is Stop.QUICK:
@@ -312,7 +312,7 @@ class World:
         assert self.runs(TimerKind.START, number) == (phase is Phase.STARTING and begun)
         assert self.runs(TimerKind.SETTLE, number) == (phase is Phase.SETTLING)
         coming = phase is Phase.STARTING and self.runs(TimerKind.TURN)
-        assert generation.workers or coming, "nobody is left in it, and it is not released"
+        assert generation.workers or coming, "no worker is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
         assert len(slots) == len(set(slots))
         if phase is Phase.ABANDONED:
@@ -336,14 +336,14 @@ class World:
         assert (worker.state is State.ORPHANED) == (number in self.orphaned)
         waits = self.runs(TimerKind.WORKER_RESPAWN, number)
         assert not (worker.alive and waits)
-        assert worker.alive or waits or self.runs(TimerKind.TURN), "nobody is ever started there"
+        assert worker.alive or waits or self.runs(TimerKind.TURN), "no worker is ever started there"
         last_word = (
             self.runs(TimerKind.WORKER_KILL, number) or number in self.killed or generation.ending
         )
         if worker.state is State.STARTING and generation.phase is not Phase.STARTING:
             assert self.runs(TimerKind.WORKER_START, number) or last_word
         if worker.hung and not any(w.replaces == number for w in generation.workers):
-            assert last_word, "it hangs, and nobody comes to take its place"
+            assert last_word, "it hangs, and no replacement comes"
         if worker.state in LEAVING and self.fleet.policy.drain_timeout_s:
             # One that left before a reload changed the limit has its generation's.
             drains = self.runs(TimerKind.DRAIN, generation.number)
@@ -354,11 +354,11 @@ class World:
         abandoned = self.fleet.policy.workers_accept and generation.phase is Phase.ABANDONED
         return generation.quiescing or abandoned
 
-    def check_somebody_serves_or_will(self) -> None:
+    def check_one_serves_or_will(self) -> None:
         fleet = self.fleet
         if fleet.route or fleet.incoming or self.runs(TimerKind.OPEN):
             return
-        assert fleet.to_open, "nobody serves, and nobody ever will"
+        assert fleet.to_open, "no generation serves, and none ever will"
         policy = fleet.policy_of(fleet.to_open is Next.FRESH)
         if any(self.is_in_the_place_of_the_next(each) for each in fleet.generations):
             return
@@ -476,7 +476,7 @@ class World:
     # -- how it all ends -----------------------------------------------------
 
     def let_time_pass(self, *, all_goes_well: bool = False) -> None:
-        """What must be told is told, who was told to go is gone, every timer is over.
+        """Events that are due are sent, workers told to go are gone, every timer is over.
 
         all_goes_well: from now on commands exist, and workers are ready in time.
         """

@@ -1,4 +1,4 @@
-"""A control socket that says what a test tells it to: docs/control.md, without a protector."""
+"""A control socket that answers as a test wants: docs/control.md, without a protector."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class Fake:
         return {}
 
     def following(self) -> list[Connection]:
-        """Whoever follows events."""
+        """Clients that follow events."""
         return [each for each in list(self._connections) if each.follows]
 
     def forget(self, connection: Connection) -> None:

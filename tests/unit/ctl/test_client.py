@@ -21,7 +21,7 @@ Says = Callable[[bytes], str]
 
 @pytest.fixture
 def says(tmp_path: Path) -> Iterator[Says]:
-    """A server that says the same to whoever connects, and hangs up."""
+    """A server that says the same to each client, and hangs up."""
     ends: list[Callable[[], None]] = []
 
     def start(what: bytes) -> str:
@@ -113,7 +113,7 @@ def test_a_line_without_end_is_not_kept(says: Says, monkeypatch: pytest.MonkeyPa
         client.request("status")
 
 
-def test_no_answer_is_told_in_time(fake: Fake) -> None:
+def test_no_answer_is_reported_in_time(fake: Fake) -> None:
     fake.answers["status"] = lambda *_: None
 
     with (
@@ -124,7 +124,7 @@ def test_no_answer_is_told_in_time(fake: Fake) -> None:
     assert not isinstance(told.value, ConnectionLost)
 
 
-def test_a_cut_connection_is_told_apart(fake: Fake) -> None:
+def test_a_cut_connection_is_an_error_of_its_own(fake: Fake) -> None:
     with Client(str(fake.path)) as client:
         client.request("status")
         fake.cut_all()

@@ -104,7 +104,7 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
         assert found[0].waiting_bytes == 3
 
 
-def test_what_is_no_connection_to_a_listener_is_nobodys_business(stack: ExitStack) -> None:
+def test_what_is_no_connection_to_a_listener_is_not_shown(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 
     assert connections.look([owner(os.getpid())], ["tcp:0.0.0.0:1", "unix:@x"], now=1.0) == ([], [])
@@ -145,7 +145,7 @@ def test_a_worker_that_has_ended_meanwhile_is_left_out() -> None:
     assert connections.look([owner(process.pid), owner(0)], ["tcp:0.0.0.0:1"], now=1.0) == ([], [])
 
 
-def test_a_worker_of_another_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_of_another_user_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def no(_: object) -> str:
         raise PermissionError
 

@@ -20,7 +20,7 @@ Fakes = Callable[[str], Fake]
 
 
 def dead(path: Path) -> None:
-    """A socket file that nobody listens at."""
+    """A socket file without a listener."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
 
@@ -151,7 +151,7 @@ def test_by_path_however_long(tmp_path: Path, folder: Path, ctl: Ctl) -> None:
 
 
 def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
-    # SO_PEERCRED of all fakes is this process; so the pid of another tells that it is status.
+    # SO_PEERCRED of all fakes is this process; so the pid of another shows that it is status's.
     web, api = fakes("web"), fakes("api")
     web.status["pid"], api.status["pid"] = 1, os.getppid()
     pid_file = tmp_path / "pid"
@@ -175,7 +175,7 @@ def test_by_pid_file(fakes: Fakes, tmp_path: Path, ctl: Ctl) -> None:
         ("1", 1, "no control socket of process 1 in "),
     ],
 )
-def test_a_pid_file_that_leads_nowhere_is_told(
+def test_a_pid_file_that_leads_nowhere_is_reported(
     content: str | None, status: int, words: str, fake: Fake, tmp_path: Path, ctl: Ctl
 ) -> None:
     if content is not None:
@@ -195,7 +195,7 @@ def test_only_one_way_at_a_time(ctl: Ctl) -> None:
     assert said.err == "socketprotectorctl: --name and --control: only one of them\n"
 
 
-def test_who_is_meant_may_stand_behind_the_command(fakes: Fakes, ctl: Ctl) -> None:
+def test_the_protector_may_be_named_after_the_command(fakes: Fakes, ctl: Ctl) -> None:
     web, other = fakes("web"), fakes("other")
 
     assert ctl("status", "--name", "web", "--json").status == 0
@@ -238,6 +238,6 @@ def test_list_of_none(folder: Path, ctl: Ctl) -> None:
     assert ctl("--name", "x", "list").status == 2
 
 
-def test_the_client_tells_who_listens(fake: Fake) -> None:
+def test_the_client_knows_which_process_listens(fake: Fake) -> None:
     with Client(str(fake.path)) as client:
         assert client.peer_pid == os.getpid()

@@ -1,4 +1,4 @@
-"""scale, lame-duck, hold, replace, kill, stop, upgrade, log-level, and how mistakes are told."""
+"""scale, lame-duck, hold, replace, kill, stop, upgrade, log-level, and how errors are reported."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_status_and_list_tell_of_a_lame_duck(
     assert " lame duck " in ctl("list").out
 
 
-def test_status_tells_what_runs(fake: Fake, ctl: Ctl) -> None:
+def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(
         generation(8, "draining", worker(14, 4712), accepted=None, active=None, wait_us=None),
         generation(9, "serving", worker(15, 4713), worker(16, 4714, "starting")),
@@ -205,7 +205,7 @@ def test_events_follow_waits_for_a_protector_that_is_yet_to_come(folder: Path) -
     lines.join()
 
 
-def test_events_of_a_name_that_nobody_has_may_be_mistyped(folder: Path, ctl: Ctl) -> None:
+def test_events_of_an_unknown_name_are_an_error(folder: Path, ctl: Ctl) -> None:
     said = ctl("--name", "web", "events", "--follow")
 
     assert said.status == 1

@@ -207,7 +207,9 @@ def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
         assert len(asked) == (1 if heard else 2)
 
 
-def test_nobody_who_comes_back_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
+def test_a_protector_that_does_not_come_back_is_status_1(
+    fake: Fake, ctl: Ctl, monkeypatch: Any
+) -> None:
     monkeypatch.setattr("socketprotector.ctl.client.RETURN_S", 0.2)
     reloading(fake, lambda _: threading.Thread(target=fake.end).start())
 
@@ -284,7 +286,7 @@ def test_drained_waits_for_the_end_of_the_old_generations(fake: Fake, ctl: Ctl) 
     assert said.err == "drained 0/2 workers\ndrained 2/2 workers\n"
 
 
-def test_drained_that_takes_too_long_says_who_is_left(fake: Fake, ctl: Ctl) -> None:
+def test_drained_that_takes_too_long_says_which_workers_are_left(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         fake.status["generations"] = [generation(9), generation(8, "draining", worker(14, 77))]
         connection.event("reloaded", generation=9)
@@ -317,7 +319,7 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
     assert err.seen[-1] == "interrupted: it goes on; only the waiting has ended"
 
 
-def test_json_tells_the_outcome(fake: Fake, ctl: Ctl) -> None:
+def test_json_has_the_outcome(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda c: c.event("reload-failed", generation=9, reason="\x7f", last_words=""))
 
     said = ctl("reload", "--json")
@@ -355,7 +357,7 @@ def test_a_refusal_is_status_100(fake: Fake, ctl: Ctl) -> None:
     assert (said.status, said.err) == (100, "socketprotectorctl: no reload while stopping\n")
 
 
-def test_a_user_who_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) -> None:
+def test_a_user_that_may_not_ask_is_refused_in_json_too(fake: Fake, ctl: Ctl) -> None:
     def answer(_: Connection, __: Message) -> Message:
         raise Refusing("denied", "not for this user")
 

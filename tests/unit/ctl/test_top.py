@@ -147,7 +147,7 @@ def test_rates_and_waits_are_those_of_the_interval() -> None:
     drawn({}, rates, 80, 24)
 
 
-def test_where_nobody_counts_there_is_no_rate() -> None:
+def test_where_connections_are_not_counted_there_is_no_rate() -> None:
     rates = Rates()
     for second in (0, 1, 2):
         rates.take(status(now=100.0 + second, forwarded=None, lost=None))

@@ -48,7 +48,7 @@ def test_reading_the_configuration_is_reloading(story: Story) -> None:
     assert phase_of(story.fleet) == "reloading"
 
 
-def test_with_nobody_to_serve_it_is_waiting(story: Story) -> None:
+def test_without_a_generation_that_serves_it_is_waiting(story: Story) -> None:
     story.given_serving()
     story.when(ChannelBroken(1))
     assert phase_of(story.fleet) == "waiting"

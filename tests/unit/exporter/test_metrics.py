@@ -187,7 +187,7 @@ def test_what_was_forwarded_does_not_go_back_when_a_protector_comes_back() -> No
     assert begun_anew.value("connections_accepted_total") == 3
 
 
-def test_a_worker_that_counts_backwards_takes_nobody_along() -> None:
+def test_a_worker_that_counts_backwards_does_not_reduce_the_total() -> None:
     one = Collected()
     one.see(status(generation(7, accepted=100)))
     one.see(status(generation(7, accepted=3)))

@@ -63,7 +63,7 @@ def test_a_scrape_has_every_instance(exporter: Start, fakes: Callable[[str], Fak
     assert values["socketprotector_connections_accepted_total", "shop"] == 7
 
 
-def test_openmetrics_is_spoken_to_who_asks_for_it(
+def test_openmetrics_is_spoken_to_clients_that_ask_for_it(
     exporter: Start, fakes: Callable[[str], Fake]
 ) -> None:
     fakes("web")
@@ -86,9 +86,9 @@ def test_an_instance_that_is_dead_or_hangs_is_down_and_the_others_are_up(
     released = threading.Event()
     slow = fakes("slow")
     slow.answers["status"] = lambda _, __: {} if released.wait(DEADLINE_S) else None
-    with socket.socket(socket.AF_UNIX) as nobody_accepts:
-        nobody_accepts.bind(str(runtime / "stopped.control"))
-        nobody_accepts.listen(0)
+    with socket.socket(socket.AF_UNIX) as unaccepting:
+        unaccepting.bind(str(runtime / "stopped.control"))
+        unaccepting.listen(0)
         one = exporter("--name", "web", "--name", "dead", "--name", "slow", "--name", "stopped",
                        "--name", "missing")  # fmt: skip
         values = scraped(one)
@@ -162,7 +162,7 @@ def test_one_instance_does_not_wait_for_another_that_hangs(
     assert not asked.is_set()
 
 
-def test_where_nobody_is_to_be_found_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_protector_is_found_it_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
     assert ProtectorCollector().unready() == ["no protector has a control socket"]
@@ -204,14 +204,14 @@ def test_an_instance_is_called_by_its_name_and_its_listener_where_two_have_one(
     assert ups >= {"shop", "web:80", "web:81"}  # others may run on this machine
 
 
-def test_what_is_not_there_is_said_in_one_line(exporter: Start) -> None:
+def test_what_is_missing_is_reported_in_one_line(exporter: Start) -> None:
     code, kind, body = get(f"{exporter().address}/elsewhere")
 
     assert (code, body) == (404, "not here; there is /metrics, /healthz, /readyz, /readyz/NAME\n")
     assert kind.startswith("text/plain")
 
 
-def test_clients_that_say_nothing_hold_nobody_up(
+def test_clients_that_say_nothing_hold_no_other_client_up(
     exporter: Start, fakes: Callable[[str], Fake]
 ) -> None:
     fakes("web")
@@ -260,7 +260,7 @@ def test_it_speaks_tls(
     one = exporter("--tls-cert", cert, "--tls-key", key)
     assert one.address.startswith("https://")
     port = int(one.address.rpartition(":")[2])
-    with socket.create_connection(("127.0.0.1", port)):  # who never shakes hands
+    with socket.create_connection(("127.0.0.1", port)):  # a client that never does a TLS handshake
         trusting = ssl.create_default_context(cafile=str(cert))
         code, _, body = get(f"{one.address}/metrics", tls=trusting)
     assert code == 200

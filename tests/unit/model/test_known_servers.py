@@ -1,4 +1,4 @@
-"""Which servers are known by their command, and what is said of a program that takes nobody."""
+"""Which servers are known by their command, and what is said of a program that takes no client."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
         ("", "127.0.0.1:8000", "it listens on 127.0.0.1:8000 by itself; a program that binds"),
     ],
 )
-def test_what_is_known_of_a_program_that_takes_nobody_is_said(
+def test_what_is_known_of_a_program_that_takes_no_client_is_said(
     said: str, listens: str | None, advice: str
 ) -> None:
     told = known_servers.advice(PROGRAM, said=said, listens=lambda: listens)
@@ -74,7 +74,7 @@ def test_nothing_is_said_of_another_handoff(mode: HandoffMode) -> None:
 
 
 @pytest.mark.parametrize("argv", [("uvicorn", "app:app"), ("./daemon", "80")])
-def test_one_that_was_handed_the_socket_and_binds_it_is_told_to_take_it_over(
+def test_the_advice_for_one_that_binds_the_socket_it_was_handed_is_to_take_it_over(
     argv: tuple[str, ...],
 ) -> None:
     program = replace(PROGRAM, argv=argv, handoff="listener")
@@ -122,7 +122,7 @@ def lacks(
         ("./daemon", (), None),
     ],
 )
-def test_a_known_server_that_would_only_seem_to_serve_is_told_what_it_lacks(
+def test_the_advice_for_a_known_server_that_would_only_seem_to_serve_is_what_it_lacks(
     command: str, variables: tuple[str, ...], said: str | None
 ) -> None:
     told = lacks(command, *variables)
@@ -134,7 +134,7 @@ def test_a_known_server_that_would_only_seem_to_serve_is_told_what_it_lacks(
 @pytest.mark.parametrize(
     "command", ["uvicorn --fd 3 app", "gunicorn --preload app", "hypercorn --bind fd://3 app"]
 )
-def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_told_so(
+def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_warned_of(
     command: str,
 ) -> None:
     told = lacks(command, after_s=1.0)
@@ -146,7 +146,7 @@ def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_to
 
 
 @pytest.mark.parametrize("name", known_servers.KNOWN)
-def test_a_known_server_that_is_handed_connections_is_told_at_once(name: str) -> None:
+def test_a_known_server_that_is_handed_connections_is_warned_of_at_once(name: str) -> None:
     told = lacks(f"{name} app", mode=handoff_modes.CONNECTION)
 
     assert told is not None
@@ -198,7 +198,7 @@ def test_a_known_server_gets_a_line_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("advice", ["", "it listens on 127.0.0.1:9090 by itself; ..."])
-def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice: str) -> None:
+def test_a_program_that_has_taken_a_client_is_not_told_to_start_otherwise(advice: str) -> None:
     """It may listen elsewhere, too: for its metrics."""
     said = known_servers.hint(PROGRAM, taken_from=True, advice=lambda: advice)
 
@@ -207,7 +207,7 @@ def test_a_program_that_has_taken_somebody_is_not_told_to_start_otherwise(advice
     assert "listen" not in said
 
 
-def test_a_program_that_never_took_anybody_is_told_what_is_known_or_what_it_may_want() -> None:
+def test_a_program_that_never_took_a_client_is_told_what_is_known_or_what_it_may_want() -> None:
     piped = replace(PROGRAM, handoff="stdio")
 
     assert known_servers.hint(PROGRAM, taken_from=False, advice=lambda: "known") == "known"

@@ -1,4 +1,4 @@
-"""What a server is told of the listening sockets that it is handed, and what it says back."""
+"""How a server learns of the listening sockets that it is handed, and what it says back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_listeners_have_the_numbers_from_3_on_and_removed_ones_none() -> None:
     assert listen_fds.descriptors(SETTINGS.listeners) == {0: 3, 2: 4, 3: 5}
 
 
-def test_each_protocol_is_told_its_own_way() -> None:
+def test_each_protocol_is_announced_its_own_way() -> None:
     assert listen_fds.listener_variables(SETTINGS.listeners) == {
         "LISTEN_FDS": "3",
         "LISTEN_FDNAMES": "http:admin:81",

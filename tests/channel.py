@@ -149,7 +149,7 @@ class Channel:
             except BlockingIOError:
                 pass
 
-    def starts_unheard(self, *command: str | Path, env: dict[str, str] | None = None) -> Worker:
+    def starts_unread(self, *command: str | Path, env: dict[str, str] | None = None) -> Worker:
         """Start one that finds no room when it says READY=1; there is some once it has tried to."""
         self.fill()
         worker = self.spawn(*command, env=env)
@@ -177,8 +177,8 @@ class Channel:
                     one.ready_lines += message.split("\n")
 
     def hear(self) -> tuple[int, str]:
-        """The next that was said by sd_notify, and by whom."""
-        assert select.select([self.notify], [], [], DEADLINE_S)[0], "nobody says anything"
+        """The next sd_notify message -> (pid of its sender, text)."""
+        assert select.select([self.notify], [], [], DEADLINE_S)[0], "no message came"
         message, control, _, _ = self.notify.recvmsg(4096, socket.CMSG_SPACE(12))
         pid, _, _ = struct.unpack("3i", control[0][2])
         return pid, message.decode()
@@ -202,7 +202,7 @@ class Channel:
         return client
 
     def connect_only(self, listener: int = 0) -> Client:
-        """A client whose connection nobody has accepted yet."""
+        """A client whose connection is not accepted yet."""
         one = self.listeners[listener]
         return self.client(one.getsockname())
 
@@ -237,13 +237,13 @@ class Channel:
         self.sender.sendmsg([header + state], rights)
 
     def queued(self) -> int:
-        """How many connections nobody has taken yet."""
+        """How many connections no worker has taken yet."""
         size = array.array("i", [0])
         fcntl.ioctl(self.reader.fileno(), termios.FIONREAD, size)
         return size[0] // wire.HEADER.size
 
     def send_again(self) -> None:
-        """Send again what stands in the queue, as a protector does while nobody takes it.
+        """Send again what stands in the queue, as a protector does while no worker takes it.
 
         The kernel wakes one who waits there, and that one may be full by now.
         """
@@ -271,12 +271,12 @@ class Channel:
 
 
 def name(listener: socket.socket) -> str:
-    """The name of a listener as workers are told it."""
+    """The name of a listener as workers get it."""
     address = listener.getsockname()
     return f"unix:{address}" if isinstance(address, str) else f"tcp:{address[0]}:{address[1]}"
 
 
 def waits_for_room(pid: int) -> bool:
-    """Whether a thread of this process sleeps until somebody reads what it has sent."""
+    """Whether a thread of this process sleeps until what it has sent is read."""
     places = ("unix_wait_for_peer", "poll_schedule_timeout")
     return any(each.startswith(places) for each in sleeps_in(pid))

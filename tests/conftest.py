@@ -93,10 +93,11 @@ def protector(
 
 @pytest.fixture
 def free_port() -> Iterator[Callable[[], int]]:
-    """Choose ports of 127.0.0.1 that nobody else gets before the test has ended.
+    """Choose ports of 127.0.0.1 that no other process gets before the test has ended.
 
-    A bound socket that does not listen keeps each: the system gives it to nobody who asks for
-    any port, and lets in who names it, as SO_REUSEADDR is set on both sides.
+    A bound socket that does not listen keeps each: the system does not give it to a
+    process that asks for any port, and lets one that names it have it, as SO_REUSEADDR is set
+    on both sides.
     """
     kept: list[socket.socket] = []
 

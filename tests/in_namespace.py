@@ -2,7 +2,7 @@
 
     in_namespace.py COMMAND [ARG...]     says "here" on stdout, goes on at a line on stdin
 
-Whoever has started it writes the maps meanwhile (tests/namespaces.py).
+The process that has started it writes the maps meanwhile (tests/namespaces.py).
 """
 
 import ctypes

@@ -20,7 +20,7 @@ from tests.running import ROOT
 
 #: Inside are 0 to 65535, `nobody` among them; all other users of the host have no number there.
 MAP = "0 100000 65536"
-#: Who is that on the host: some user that nobody there knows.
+#: A user of the host that is not mapped in there.
 STRANGER = 54_321
 _PROGRAM = Path(__file__).parent / "in_namespace.py"
 
@@ -40,11 +40,11 @@ def in_user_namespace(
     users: the maps of users and groups; "" writes none.  through: executes it, before it is there.
     """
     with subprocess.Popen(
-        [*through, everybodys_python()[0], _PROGRAM, *command],
+        [*through, any_users_python()[0], _PROGRAM, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=stderr,
-        env={**os.environ, "PYTHONPATH": everybodys_python()[1], **(environment or {})},
+        env={**os.environ, "PYTHONPATH": any_users_python()[1], **(environment or {})},
         bufsize=0,
         start_new_session=True,
     ) as process:
@@ -78,22 +78,22 @@ def may(user: str, *words: str, **environment: str) -> bool:
 
 
 @cache
-def everybodys_python() -> tuple[str, str]:
-    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
+def any_users_python() -> tuple[str, str]:
+    """A Python that any user can execute, and the PYTHONPATH with which it runs the command."""
     readable = [entry for entry in sys.path if entry and may("nobody", "test", "-r", entry)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])
     imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         if shutil.which(candidate) and may("nobody", candidate, "-c", imports, PYTHONPATH=path):
             return candidate, path
-    pytest.skip("NOT CHECKED: no Python here with which nobody can run the command")
+    pytest.skip("NOT CHECKED: no Python here with which the user nobody can run the command")
 
 
 @contextmanager
 def of_user(uid: int, code: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """Run a Python program as another user, in no group of ours; it is killed at the end."""
     with subprocess.Popen(
-        [everybodys_python()[0], "-I", "-c", code, *arguments],
+        [any_users_python()[0], "-I", "-c", code, *arguments],
         user=uid,
         group=uid,
         extra_groups=[],

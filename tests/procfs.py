@@ -107,7 +107,7 @@ def running(program: str, pids: Iterable[int]) -> list[int]:
 def environment_of(pid: int) -> dict[str, str]:
     """What a process began with.  Empty where it was forked and has not executed anything yet.
 
-    Raises PermissionError, too, where it is somebody else's, and while it ends.
+    Raises PermissionError, too, where it is another user's, and while it ends.
     """
     text = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "surrogateescape")
     return dict(each.split("=", 1) for each in text.split("\0") if "=" in each)

@@ -1,4 +1,4 @@
-"""The run that a log tells of: which generations and workers there were, line by line.
+"""The run that a log records: which generations and workers there were, line by line.
 
 Pure: lines in, what was so after each of them out.
 """
@@ -15,7 +15,7 @@ from socketprotector.model.log_format import is_own
 
 @dataclass
 class Told:
-    """A generation, as far as the log tells."""
+    """A generation, as far as the log shows."""
 
     phase: str
     workers: dict[int, int] = field(default_factory=dict)  # number -> pid

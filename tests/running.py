@@ -78,7 +78,7 @@ class Ended:
 class Lines:
     """What a pipe says, line by line, read by a thread; tests wait for a line.
 
-    Whoever looks takes in first what was written by then, so that what was said before a fact is
+    Each look takes in first what was written by then, so that what was said before a fact is
     there once the fact is known: the thread may be late.
     """
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the folders are the layers; and what never reaches the resident process."""
+"""Which folder may import which: they are the layers; what the resident process never loads."""
 
 from __future__ import annotations
 
@@ -225,8 +225,8 @@ def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str)
     assert taken <= {f"ctl.{each}" for each in ASKING}
 
 
-#: Modules of the client library for one framework each, which nobody else imports; and the
-#: command, which imports the servers only when there is something to serve.
+#: Modules of the client library for one framework each, which no other module imports; and
+#: the command, which imports the servers only when there is something to serve.
 GLUE = {
     "anyio": {"anyio"},
     "gevent": {"gevent"},
@@ -258,7 +258,7 @@ def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None
 
 #: stdio's pool and the adapter of legacy are workers, but need no more of it either.
 @pytest.mark.parametrize("module", MODULES)
-def test_nobody_takes_from_the_client_library_more_than_the_wire_format(module: str) -> None:
+def test_no_module_imports_more_of_the_client_library_than_the_wire_format(module: str) -> None:
     taken = {
         name
         for base, names in names_of(MODULES[module])

@@ -1,4 +1,4 @@
-"""A client who gets no answer yet: its kernel tries again until somebody does answer."""
+"""A client that gets no answer yet: its kernel tries again until the server answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Unanswered:
         assert self.socket.connect_ex(address) == errno.EINPROGRESS
 
     def tries_again(self) -> None:
-        """Wait until nobody has answered what was sent first, for a second."""
+        """Wait until what was sent first has had no answer for a second."""
         eventually(lambda: self._retransmits() > 0, "another try")
 
     def _retransmits(self) -> int:
@@ -32,8 +32,8 @@ class Unanswered:
         return info[_RETRANSMITS]
 
     def connects(self) -> None:
-        """Wait until somebody has answered; raises OSError where it was refused."""
-        assert select.select([], [self.socket], [], DEADLINE_S)[1], "nobody answers"
+        """Wait until the server has answered; raises OSError where it was refused."""
+        assert select.select([], [self.socket], [], DEADLINE_S)[1], "no answer"
         error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, "refused")

@@ -34,7 +34,7 @@ class Connection:
         self._socket.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n{end}\r\n".encode())
 
     def answer(self) -> int:
-        """Return the pid of who answers.  Raises OSError, EOFError or ValueError."""
+        """Return the pid of the worker that answers.  Raises OSError, EOFError or ValueError."""
         status = self._file.readline()
         if not status:
             raise EOFError("no answer")
@@ -74,7 +74,7 @@ class Connection:
         return found
 
     def ask(self, path: str = "/", *, last: bool = False) -> int:
-        """Send a request, and return the pid of who answers."""
+        """Send a request, and return the pid of the worker that answers."""
         self.send(path, last=last)
         return self.answer()
 

@@ -33,7 +33,7 @@ _PTRACE_SEIZE = 0x4206
 
 @contextmanager
 def traced(pid: int) -> Iterator[None]:
-    """Have somebody trace a process and do nothing more.
+    """Have another process trace one and do nothing more.
 
     While this lasts a killed process stays unreaped: its parent waits, as for one that waits for a
     disk.  Source: ptrace(2).

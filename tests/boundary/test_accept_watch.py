@@ -1,4 +1,4 @@
-"""Whether somebody who waits is accepted: what is asked, and when; the clock is moved by hand."""
+"""Whether waiting clients are accepted: what is asked, and when; the clock is moved by hand."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def come(world: World, line: Line, index: int = 0) -> None:
         world.untaken.came(index)
 
 
-def test_a_generation_that_never_accepted_is_told_of_once(world: World) -> None:
+def test_a_generation_that_never_accepted_is_reported_once(world: World) -> None:
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S - 0.5)
     assert world.said == []
@@ -81,7 +81,7 @@ def test_a_generation_that_never_accepted_is_told_of_once(world: World) -> None:
     assert world.untaken.seconds == pytest.approx(1000 + NEVER_TAKEN_S)
 
 
-def test_one_that_has_accepted_is_told_of_later_and_otherwise(world: World) -> None:
+def test_one_that_has_accepted_is_reported_later_and_in_other_words(world: World) -> None:
     come(world, frozenset({A}))
     world.lines = {0: ()}
     world.pass_time(FIRST_LOOK_S)
@@ -95,7 +95,7 @@ def test_one_that_has_accepted_is_told_of_later_and_otherwise(world: World) -> N
     assert what == [1, True, frozenset({0})]
 
 
-def test_one_that_is_busy_is_not_told_of(world: World) -> None:
+def test_one_that_is_busy_is_not_reported(world: World) -> None:
     come(world, frozenset({A}))
     for each in range(200):
         world.lines = {0: frozenset({bytes([each]), bytes([each + 1])})}
@@ -104,14 +104,14 @@ def test_one_that_is_busy_is_not_told_of(world: World) -> None:
     assert world.untaken.seconds is None
 
 
-def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_nobody(world: World) -> None:
+def test_one_that_had_its_turn_before_is_not_said_to_have_accepted_none(world: World) -> None:
     world.untaken.begin(before_us=True)
     come(world, frozenset({A}))
     world.pass_time(LOOK_S + UNTAKEN_S)
     assert [ever for _, _, ever, _ in world.said] == [True]
 
 
-def test_another_generation_begins_anew(world: World) -> None:
+def test_another_generation_starts_afresh(world: World) -> None:
     come(world, frozenset({A}))
     world.pass_time(FIRST_LOOK_S + NEVER_TAKEN_S)
     world.untaken.begin(before_us=False)
@@ -122,7 +122,7 @@ def test_another_generation_begins_anew(world: World) -> None:
     assert len(world.said) == 2
 
 
-def test_a_listener_that_is_left_alone_beside_one_that_is_served_is_told_of(world: World) -> None:
+def test_a_listener_that_is_ignored_beside_one_that_is_served_is_reported(world: World) -> None:
     come(world, (), 0)
     come(world, frozenset({C}), 1)
     world.pass_time(2 * FIRST_LOOK_S + NEVER_TAKEN_S)
@@ -130,7 +130,7 @@ def test_a_listener_that_is_left_alone_beside_one_that_is_served_is_told_of(worl
     assert what == [1, False, frozenset({1})]
 
 
-def test_where_the_kernel_does_not_tell_nothing_is_said(world: World) -> None:
+def test_where_the_kernel_does_not_say_nothing_is_reported(world: World) -> None:
     for _ in range(10):
         come(world, frozenset({A}))
         world.lines = {}
@@ -139,7 +139,9 @@ def test_where_the_kernel_does_not_tell_nothing_is_said(world: World) -> None:
     assert world.untaken.seconds is None
 
 
-def test_nobody_is_asked_for_while_nobody_comes_and_little_while_all_is_well(world: World) -> None:
+def test_the_kernel_is_not_asked_while_no_client_comes_and_seldom_while_all_is_well(
+    world: World,
+) -> None:
     world.pass_time(600.0)
     assert world.asked == 0
 
@@ -149,11 +151,11 @@ def test_nobody_is_asked_for_while_nobody_comes_and_little_while_all_is_well(wor
     assert world.asked <= 600 / LOOK_S + 2
 
 
-# -- what the kernel tells ---------------------------------------------------------
+# -- what the kernel reports -------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-def test_who_waits_is_known_until_he_is_accepted(
+def test_a_waiting_client_is_known_until_it_is_accepted(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as listener, ExitStack() as clients:
@@ -172,7 +174,7 @@ def test_who_waits_is_known_until_he_is_accepted(
         assert not stands(all_wait, now)
 
 
-def test_who_waits_elsewhere_on_the_same_port_is_another_ones_affair() -> None:
+def test_clients_waiting_elsewhere_on_the_same_port_are_not_counted() -> None:
     with listening(socket.AF_INET, "127.0.0.1") as listener, socket.socket() as other:
         other.bind(("127.0.0.2", listener.getsockname()[1]))
         other.listen()
@@ -181,7 +183,7 @@ def test_who_waits_elsewhere_on_the_same_port_is_another_ones_affair() -> None:
             assert unaccepted(listener) == frozenset()
 
 
-def test_who_waits_at_a_unix_socket_is_known_and_who_gives_up_is_not_taken_for_accepted(
+def test_clients_waiting_at_a_unix_socket_are_known_and_those_that_give_up_are_not_accepted(
     tmp_path: Path,
 ) -> None:
     with socket.socket(socket.AF_UNIX) as listener, ExitStack() as clients:

@@ -140,7 +140,7 @@ def test_the_path_of_a_unix_socket_is_no_port(tmp_path: Path, free_port: Callabl
         each.discard()
 
 
-def test_who_asks_for_what_this_process_has_is_not_told_to_stop_it() -> None:
+def test_for_an_address_this_process_has_the_advice_is_not_to_stop_it() -> None:
     with socket.create_server(("127.0.0.1", 0)) as ours:
         text = f"127.0.0.1:{ours.getsockname()[1]}"
         with pytest.raises(SystemRefused, match="another listener of this protector has it"):
@@ -239,7 +239,7 @@ def test_a_folder_is_locked_for_one_at_a_time(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
-def test_who_keeps_a_folder_locked_does_not_hang_a_start(
+def test_a_process_that_keeps_a_folder_locked_does_not_hang_a_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socketprotector.system.dir_lock._LOCK_S", 0.01)

@@ -88,7 +88,7 @@ def test_ready_is_success(waiting: Waiting) -> None:
         assert protector.poll() is None
 
 
-def test_a_failure_is_told_once_the_process_has_ended(waiting: Waiting) -> None:
+def test_a_failure_is_reported_once_the_process_has_ended(waiting: Waiting) -> None:
     with resident() as protector:
         waiting.hears(pid=protector.pid)
         waiting.hears(failed="two\nlines", status=3)
@@ -108,7 +108,7 @@ def test_words_may_come_in_pieces(waiting: Waiting) -> None:
     assert waiting.ends() == (111, "SocketProtector: why\n")
 
 
-def test_an_end_without_a_word_is_told(waiting: Waiting) -> None:
+def test_an_end_without_a_word_is_reported(waiting: Waiting) -> None:
     waiting.line.close()
 
     status, said = waiting.ends()

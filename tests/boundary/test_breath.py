@@ -41,7 +41,7 @@ SPAWN_S = 0.001
 
 
 class Away:
-    """Effects that take time, and note for how long nobody looked at the clients."""
+    """Effects that take time, and note for how long no client was looked at."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -181,7 +181,7 @@ def test_while_600_workers_are_adopted_clients_are_looked_after(
     assert away.unfed_s < LONGEST_S
 
 
-def test_a_worker_that_is_not_adopted_yet_is_known_to_whoever_goes_on_meanwhile() -> None:
+def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_meanwhile() -> None:
     named = inherited.Named()
     settings = SimpleNamespace(
         secret="",

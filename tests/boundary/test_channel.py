@@ -129,7 +129,7 @@ def test_a_worker_that_shuts_it_down_is_seen_and_takes_nothing_away(
 
 
 @pytest.mark.parametrize("how", [socket.SHUT_WR])
-def test_a_worker_that_shuts_its_useless_side_harms_nobody(channel: Channel, how: int) -> None:
+def test_a_worker_that_shuts_its_useless_side_does_no_harm(channel: Channel, how: int) -> None:
     channel.read.shutdown(how)
 
     send(channel, 1)
@@ -138,7 +138,7 @@ def test_a_worker_that_shuts_its_useless_side_harms_nobody(channel: Channel, how
 
 
 def test_a_worker_cannot_put_anything_in_our_way(channel: Channel) -> None:
-    """It would be an ECONNRESET for whoever takes next once our end is closed."""
+    """It would be an ECONNRESET for the next worker that takes once our end is closed."""
     send(channel, 1)
 
     with pytest.raises(BrokenPipeError):

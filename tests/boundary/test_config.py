@@ -1,4 +1,4 @@
-"""The configuration file: what it may say, and how each mistake is told."""
+"""The configuration file: what it may say, and how each mistake is reported."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
         assert dataclasses.replace(one, settings=same, config=None) != plain_asked, key
 
 
-def test_a_former_name_works_and_is_told_once(read: Reader) -> None:
+def test_a_former_name_works_and_is_reported_once(read: Reader) -> None:
     listen = 'listen = "1"\n'
     asked = read(f'{COMMAND}{listen}max-requests = "1000+-50"\n')
     limits = asked.settings.worker_limits
@@ -240,7 +240,7 @@ def test_help_is_the_same_without_docstrings() -> None:
 # -- mistakes -------------------------------------------------------------------
 
 
-def test_every_mistake_is_told_with_its_line(read: Reader) -> None:
+def test_every_mistake_is_reported_with_its_line(read: Reader) -> None:
     said = read.mistakes(
         """workers = 0
 start_timeout = "x"
@@ -334,13 +334,13 @@ memory = 2
         ("[[limit]]\nnice = 3\n", "line 1: limit: must be a table"),
     ],
 )
-def test_a_mistake_is_told_with_what_is_allowed(read: Reader, text: str, said: str) -> None:
+def test_a_mistake_is_reported_with_what_is_allowed(read: Reader, text: str, said: str) -> None:
     (line,) = read.mistakes(text)
 
     assert line.startswith(said)
 
 
-def test_what_is_no_text_is_told_with_its_line(read: Reader) -> None:
+def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
     read.path.write_bytes(b"a = 1\nb = '\xff'\n")
 
     with pytest.raises(UsageError, match=r"web\.toml line 2: not UTF-8"):
@@ -358,7 +358,7 @@ def test_what_is_no_text_is_told_with_its_line(read: Reader) -> None:
         (["--config", "/dev/null", "--nonsense"], "No such option"),
     ],
 )
-def test_what_is_missing_is_told(words: list[str], said: str) -> None:
+def test_what_is_missing_is_reported(words: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         cli.ask(words)
 

@@ -28,7 +28,7 @@ from socketprotector.system.loop import Loop
 from tests.boundary.conftest import Turns
 from tests.running import DEADLINE_S
 
-GROUP = 54_321  # nobody's, and nobody needs to know it
+GROUP = 54_321  # no user is in it, and it needs no name
 NOBODY = 65_534
 ANOTHER_USER = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"
@@ -214,7 +214,7 @@ def test_requests_in_one_packet_are_answered_in_order_and_one_a_turn(desk: Desk)
 
     assert caller.hear(50) == [ok("status", n) for n in range(50)]
     turns = [turn for turn, _ in desk.asked]
-    assert len(set(turns[1:])) == 49  # everybody else came in between
+    assert len(set(turns[1:])) == 49  # every other client came in between
 
     caller.send(b'"command":"status"}\n')
     assert caller.hear() == [ok("status", 50)]
@@ -264,14 +264,14 @@ def test_a_line_may_be_so_long_and_no_longer(desk: Desk) -> None:
     assert len(desk.asked) == 1
 
 
-# -- who reads too little ----------------------------------------------------------
+# -- clients that read too little -------------------------------------------------
 
 
 def say_much(client: Client, request: Request) -> None:
     client.say(answer(request.id, {"much": "x" * 300_000}))
 
 
-def test_who_reads_no_answers_is_asked_nothing_more_until_it_does(desk: Desk) -> None:
+def test_a_client_that_reads_no_answers_gets_no_more_until_it_does(desk: Desk) -> None:
     asked: list[Request] = []
 
     def count(client: Client, request: Request) -> None:
@@ -288,7 +288,7 @@ def test_who_reads_no_answers_is_asked_nothing_more_until_it_does(desk: Desk) ->
     assert len(asked) == 20
 
 
-def test_who_lets_an_answer_too_many_lie_is_ended(desk: Desk) -> None:
+def test_a_client_with_too_many_unread_answers_is_ended(desk: Desk) -> None:
     def say_too_much(client: Client, request: Request) -> None:
         for _ in range(20):
             client.say(b"x" * 99_999 + b"\n")
@@ -302,7 +302,7 @@ def test_who_lets_an_answer_too_many_lie_is_ended(desk: Desk) -> None:
     assert len(caller.got) < UNREAD_BYTES
 
 
-def test_who_never_reads_is_ended_after_a_while(
+def test_a_client_that_never_reads_is_ended_after_a_while(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "IDLE_S", 0.1)
@@ -316,7 +316,7 @@ def test_who_never_reads_is_ended_after_a_while(
 # -- events --------------------------------------------------------------------------
 
 
-def test_events_go_to_whoever_follows_and_to_nobody_else(desk: Desk) -> None:
+def test_events_go_only_to_clients_that_follow_them(desk: Desk) -> None:
     follower, other = desk.call(b'{"v":1,"command":"events"}\n'), desk.call(STATUS)
     assert follower.hear() == [ok("events")]
     assert other.hear() == [ok()]
@@ -332,7 +332,7 @@ def test_events_go_to_whoever_follows_and_to_nobody_else(desk: Desk) -> None:
     assert follower.hear() == [ok()]
 
 
-def test_events_that_nobody_reads_are_left_out_and_counted(desk: Desk) -> None:
+def test_events_that_a_client_does_not_read_are_left_out_and_counted(desk: Desk) -> None:
     reader, sleeper = (desk.call(b'{"v":1,"command":"events"}\n') for _ in range(2))
     for each in (reader, sleeper):
         each.hear()
@@ -357,7 +357,7 @@ def test_events_that_nobody_reads_are_left_out_and_counted(desk: Desk) -> None:
     assert (second["event"], "dropped" in second) == ("drained", False)
 
 
-def test_a_follower_that_has_gone_is_told_nothing(desk: Desk) -> None:
+def test_a_follower_that_has_gone_is_sent_nothing(desk: Desk) -> None:
     follower = desk.call(b'{"v":1,"command":"events"}\n')
     follower.hear()
     follower.socket.close()
@@ -387,7 +387,7 @@ def test_so_many_clients_and_no_more_until_one_leaves(desk: Desk) -> None:
     assert callers[100].hear() == [ok()]
 
 
-def test_who_asks_nothing_is_ended_and_half_a_line_is_nothing(
+def test_a_client_that_asks_nothing_is_ended_and_half_a_line_is_nothing(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "IDLE_S", 0.1)
@@ -408,7 +408,7 @@ def test_who_asks_nothing_is_ended_and_half_a_line_is_nothing(
     assert desk.clients == 0
 
 
-def test_who_asks_or_follows_stays(
+def test_a_client_that_asks_or_follows_stays(
     turns: Turns, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk.ticked = turns.tick
@@ -426,7 +426,7 @@ def test_who_asks_or_follows_stays(
     assert follower.hear()[0]["event"] == "ready"
 
 
-# -- who is heard ------------------------------------------------------------------------
+# -- which users are heard ----------------------------------------------------------------
 
 
 def as_nobody(desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -458,7 +458,7 @@ def as_nobody(desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = ()) -> 
 
 
 @ANOTHER_USER
-def test_a_stranger_is_told_so_and_ended(desk: Desk) -> None:
+def test_a_stranger_gets_the_reason_and_is_ended(desk: Desk) -> None:
     refused = as_nobody(desk)
 
     assert (refused["code"], refused["error"]) == ("denied", "not for this user")
@@ -474,7 +474,7 @@ def test_a_member_of_the_group_is_heard_whichever_of_its_groups_that_is(place: P
         assert as_nobody(desk, groups=(1, 2, GROUP)) == ok()
         assert as_nobody(desk)["code"] == "denied"
         assert as_nobody(desk, groups=(1, GROUP + 1))["code"] == "denied"
-        # More than there is room for: then nobody can tell.
+        # More than there is room for: then it cannot be told.
         assert as_nobody(desk, groups=tuple(range(1, 2000)))["code"] == "denied"
         assert as_nobody(desk, group=GROUP, groups=tuple(range(1, 2000))) == ok()
         assert desk.call(STATUS).hear() == [ok()]
@@ -499,7 +499,7 @@ def test_out_of_descriptors_it_accepts_by_a_timer_and_does_not_spin(
             os.dup(0)
         assert scarce.value.errno == errno.EMFILE
         desk.turns_until(
-            lambda: desk.listener.fileno() not in desk.loop._callbacks, "nobody listens"
+            lambda: desk.listener.fileno() not in desk.loop._callbacks, "no listener is watched"
         )
         for _ in range(3):  # it tries again, and gives up again
             due = desk.loop.due(("control", "again"))

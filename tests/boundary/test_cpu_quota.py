@@ -17,7 +17,7 @@ CPU = Path("/sys/fs/cgroup/cpu")
 
 
 class System:
-    """What /proc tells a process, and the cgroup folders that it tells of."""
+    """What /proc shows a process, and the cgroup folders that it names."""
 
     def __init__(self, folder: Path) -> None:
         self.proc = folder / "proc"
@@ -25,7 +25,7 @@ class System:
         self.proc.mkdir()
         self.mount.mkdir()
 
-    def tells(self, path: str, *, new: bool, root: str = "/") -> Quota:
+    def shows(self, path: str, *, new: bool, root: str = "/") -> Quota:
         line = f"0::{path}" if new else f"4:cpuacct,cpu:{path}\n3:cpuset:/elsewhere\n0::/"
         kind = "cgroup2 cgroup2 rw" if new else "cgroup cgroup rw,cpu,cpuacct"
         (self.proc / "cgroup").write_text(line + "\n")
@@ -50,8 +50,8 @@ def system(tmp_path: Path) -> System:
 def test_without_a_quota_nothing_limits_it(system: System) -> None:
     system.allows("/a", cpu_max="max 100000")
 
-    assert system.tells("/a", new=True).processors() == math.inf
-    assert system.tells("/not/there", new=True).processors() == math.inf
+    assert system.shows("/a", new=True).processors() == math.inf
+    assert system.shows("/not/there", new=True).processors() == math.inf
 
 
 def test_the_smallest_quota_counts_also_one_further_up(system: System) -> None:
@@ -59,24 +59,26 @@ def test_the_smallest_quota_counts_also_one_further_up(system: System) -> None:
     system.allows("/slice/unit", cpu_max="300000 200000")
     system.allows("/slice/other", cpu_max="10000 100000")
 
-    assert system.tells("/slice/unit", new=True).processors() == 0.5
+    assert system.shows("/slice/unit", new=True).processors() == 0.5
 
 
 def test_what_it_says_now_counts(system: System) -> None:
     system.allows("/a", cpu_max="50000 100000")
-    quota = system.tells("/a", new=True)
+    quota = system.shows("/a", new=True)
     assert quota.processors() == 0.5
     system.allows("/a", cpu_max="max 100000")
     assert quota.processors() == math.inf
 
 
-def test_who_is_moved_into_another_group_has_the_quota_of_that_one(system: System) -> None:
+def test_a_process_that_is_moved_into_another_group_has_the_quota_of_that_one(
+    system: System,
+) -> None:
     system.allows("/a", cpu_max="max 100000")
     system.allows("/b", cpu_max="50000 100000")
-    quota = system.tells("/a", new=True)
+    quota = system.shows("/a", new=True)
     assert quota.processors() == math.inf
 
-    system.tells("/b", new=True)
+    system.shows("/b", new=True)
 
     assert quota.processors() == 0.5
 
@@ -85,15 +87,15 @@ def test_of_the_older_kind(system: System) -> None:
     system.allows("/a", cpu_cfs_quota_us="150000", cpu_cfs_period_us="100000")
     system.allows("/a/b", cpu_cfs_quota_us="-1", cpu_cfs_period_us="100000")
 
-    assert system.tells("/a/b", new=False).processors() == 1.5
+    assert system.shows("/a/b", new=False).processors() == 1.5
 
 
 @pytest.mark.parametrize("root", ["/docker/4f1", "/"], ids=["its own root", "a path of outside"])
 def test_in_a_container_the_mount_begins_at_its_own_group(system: System, root: str) -> None:
     system.allows("/", cpu_max="25000 100000", cpu_cfs_quota_us="25000", cpu_cfs_period_us="100000")
 
-    assert system.tells("/docker/4f1", new=True, root=root).processors() == 0.25
-    assert system.tells("/docker/4f1", new=False, root=root).processors() == 0.25
+    assert system.shows("/docker/4f1", new=True, root=root).processors() == 0.25
+    assert system.shows("/docker/4f1", new=False, root=root).processors() == 0.25
 
 
 def test_where_nothing_can_be_read_there_is_none(tmp_path: Path) -> None:

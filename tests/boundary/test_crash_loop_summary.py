@@ -105,7 +105,7 @@ def story(monkeypatch: pytest.MonkeyPatch) -> Iterator[Story]:
 LIFE = ["spawned", "worker-ready", "exited", "exited"]
 
 
-def test_the_first_deaths_are_told_as_they_are_and_then_a_count(story: Story) -> None:
+def test_the_first_deaths_are_logged_as_they_are_and_then_a_count(story: Story) -> None:
     story.live_and_die(SHOWN)
     assert story.events() == LIFE * SHOWN
     assert story.loop.timers == {}
@@ -191,7 +191,7 @@ def test_workers_that_are_never_ready_and_told_to_go_are_a_loop(story: Story) ->
     assert story.events() == ["spawned", "signalled", "exited", "exited"] * SHOWN
 
 
-def test_who_is_told_to_go_in_the_middle_of_a_loop_is_told_of(story: Story) -> None:
+def test_a_worker_that_is_told_to_go_in_the_middle_of_a_loop_is_logged(story: Story) -> None:
     story.live_and_die(SHOWN + 2)
     worker = story.spawn()
     story.ready(worker)
@@ -211,7 +211,7 @@ def test_each_place_is_counted_for_itself(story: Story) -> None:
     assert story.events() == LIFE * SHOWN * 3
 
 
-def test_a_stop_tells_the_rest_and_what_comes_after_it(story: Story) -> None:
+def test_a_stop_logs_the_rest_and_what_comes_after_it(story: Story) -> None:
     story.live_and_die(SHOWN + 2)
     worker = story.spawn()
     story.events()
@@ -238,7 +238,7 @@ def test_the_end_of_the_generation_ends_the_loop(story: Story) -> None:
     assert story.seen[1]["how"] == "exited with status 0"
 
 
-def test_a_worker_that_cannot_be_spawned_is_folded_too(story: Story) -> None:
+def test_a_worker_that_cannot_be_spawned_is_suppressed_too(story: Story) -> None:
     for _ in range(SHOWN + 4):
         story.say("exited", generation=1, reason="cannot start: No such file")
         story.loop.pass_time(1)
@@ -249,7 +249,7 @@ def test_a_worker_that_cannot_be_spawned_is_folded_too(story: Story) -> None:
     assert story.seen[0]["reason"] == "cannot start: No such file"
 
 
-def test_of_workers_that_cannot_be_spawned_so_many_are_told_for_each_place(story: Story) -> None:
+def test_of_workers_that_cannot_be_spawned_so_many_are_logged_for_each_slot(story: Story) -> None:
     for slot in range(3):
         story.spawn(slot=slot)
     story.events()
@@ -259,7 +259,7 @@ def test_of_workers_that_cannot_be_spawned_so_many_are_told_for_each_place(story
     assert story.events() == ["exited"] * 3 * SHOWN
 
 
-def test_workers_of_an_earlier_program_are_told_as_they_are(story: Story) -> None:
+def test_workers_of_an_earlier_program_are_logged_as_they_are(story: Story) -> None:
     for worker in range(1, SHOWN * 3):
         story.say("exited", generation=1, worker=worker, how="exited with status 1")
         story.say("exited", generation=1, reason="exited with status 1")
@@ -267,7 +267,7 @@ def test_workers_of_an_earlier_program_are_told_as_they_are(story: Story) -> Non
     assert story.events() == ["exited"] * 2 * (SHOWN * 3 - 1)
 
 
-def test_generations_that_are_retried_one_after_the_other_are_folded(story: Story) -> None:
+def test_generations_that_are_retried_one_after_the_other_are_suppressed(story: Story) -> None:
     def fail(generation: int) -> None:
         worker = story.spawn(generation)
         story.say("exited", generation=generation, worker=worker, how="exited with status 1")
@@ -301,7 +301,7 @@ def test_generations_that_are_retried_one_after_the_other_are_folded(story: Stor
     assert story.loop.timers == {}
 
 
-def test_a_generation_that_breaks_again_and_again_is_folded(story: Story) -> None:
+def test_a_generation_that_breaks_again_and_again_is_suppressed(story: Story) -> None:
     for generation in range(1, SHOWN + 3):
         worker = story.spawn(generation)
         story.ready(worker, generation)

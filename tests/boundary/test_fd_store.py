@@ -1,4 +1,4 @@
-"""What is asked of whoever keeps our descriptors, and what a guard makes of it."""
+"""What the guard or systemd is asked to keep, and what a guard makes of it."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_the_last_words_of_one_that_had_not_read_everything_are_heard(
     line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
 ) -> None:
     ours, theirs = line
-    theirs.send(b"X_EXITED=1 0")  # never read: whoever closes then resets the line
+    theirs.send(b"X_EXITED=1 0")  # never read: a close then resets the line
     store = Store(Outbox(lambda again: None, ours))
     store.sync({"sp.a": files[0]})
     ours.send(b"EXIT_STATUS=7")
@@ -126,7 +126,7 @@ def test_while_the_guard_is_behind_nothing_is_lost_nor_waited_for(
     outbox.close()
 
 
-def test_what_is_dropped_before_the_guard_was_told_is_closed_at_once(
+def test_what_is_dropped_before_the_guard_has_it_is_closed_at_once(
     line: tuple[socket.socket, socket.socket], guard: Guard, files: list[int]
 ) -> None:
     again: Again = []
@@ -205,7 +205,7 @@ def test_what_there_is_no_room_for_is_left_out_until_there_is(
     assert kept(guard) == {"sp.b": file(1), "sp.c": file(2)}
 
 
-def test_how_much_room_there_is_is_told_by_systemd() -> None:
+def test_how_much_room_there_is_comes_from_systemd() -> None:
     assert room_of({"FDSTORE": "512"}, 524_288) == 512
     assert room_of({}, 524_288) == room_of({"FDSTORE": "many"}, 524_288) == 524_288 - 64
 

@@ -229,7 +229,7 @@ class World:
         self.emptied = 0
         self.troubles: list[tuple[str, str]] = []
         self.channels: list[FakeChannel] = []
-        self.dead: list[int] = []  # listeners that somebody has shut down
+        self.dead: list[int] = []  # listeners that were shut down
         self.untaken: list[float] = []
         self.loses = True
         self.on_broken: Callable[[], None] = lambda: None
@@ -316,7 +316,7 @@ def test_an_accept_that_fails_is_tried_again_by_a_timer(world: World, code: int)
         waits += world.loop.pass_time()
         world.turn(1)
     assert waits == [min(FIRST_WAIT_S * 2**n, LAST_WAIT_S) for n in range(8)]
-    assert world.troubles == [("accept", os.strerror(code))]  # told once
+    assert world.troubles == [("accept", os.strerror(code))]  # reported once
     assert channel.taken() == [1]
 
 
@@ -359,7 +359,7 @@ def test_it_is_idle_since_the_last_client_unless_one_waits(world: World) -> None
     assert world.forwarder.idle_s == 0
 
 
-def test_where_several_come_at_once_nobody_is_awaited(
+def test_where_several_come_at_once_there_is_no_busy_polling(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socketprotector.daemon.acceptor.BUSY_NS", 10**18)
@@ -370,7 +370,7 @@ def test_where_several_come_at_once_nobody_is_awaited(
 
 
 def wake_ups_and_accepts(world: World, waiting: int) -> tuple[int, int]:
-    """Have so many wait at once; return what it took until nobody waits."""
+    """Have so many wait at once; return what it took until none waits."""
     listener = world.listeners[0]
     listener.backlog.extend(range(waiting))
     before, wake_ups = listener.accepts.calls, 0
@@ -387,7 +387,7 @@ def test_as_many_as_wait_are_taken_in_one_go(world: World, monkeypatch: pytest.M
 
     wake_ups_and_accepts(world, 3)  # close together
 
-    assert wake_ups_and_accepts(world, BURST - 1) == (1, BURST)  # the last one finds nobody
+    assert wake_ups_and_accepts(world, BURST - 1) == (1, BURST)  # the last one finds none
     assert wake_ups_and_accepts(world, 64) == (2, 64)
     assert world.forwarder.forwarded == 3 + BURST - 1 + 64
 
@@ -409,7 +409,7 @@ def test_each_connection_is_counted_once_also_where_it_has_to_wait(world: World)
     assert world.forwarder.forwarded == 3
 
 
-def test_who_comes_alone_costs_one_wake_up_and_one_accept(
+def test_a_single_client_costs_one_wake_up_and_one_accept(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.forwarder.route_to(world.channel())
@@ -446,7 +446,7 @@ def test_a_send_that_fails_is_tried_again_by_a_timer(world: World, code: int) ->
 
 
 @pytest.mark.parametrize("code", sorted(BROKEN), ids=name)
-def test_a_broken_channel_is_told_once_and_the_one_in_hand_goes_first_to_the_next(
+def test_a_broken_channel_is_reported_once_and_the_undelivered_one_goes_first_to_the_next(
     world: World, code: int
 ) -> None:
     first, second = world.channel(), world.channel()
@@ -500,7 +500,7 @@ def test_a_full_channel_stops_accepting_until_there_is_room(world: World) -> Non
     assert channel.taken() == [4, 5]
 
 
-def test_the_one_in_hand_goes_first_to_whoever_serves_then(world: World) -> None:
+def test_the_undelivered_one_goes_first_to_the_next_route(world: World) -> None:
     full, new = world.channel(room=1), world.channel()
     world.forwarder.route_to(full)
     world.listeners[0].backlog.extend([0, 1, 2])
@@ -542,7 +542,7 @@ def test_a_watch_that_fails_is_tried_again_by_a_timer(world: World, code: int, n
 def test_whatever_call_fails_nothing_is_lost_and_nothing_leaks(
     world: World, code: int, call: str, nth: int
 ) -> None:
-    """Five to a first channel, a reload, five more: all must come out, in whoever's queue."""
+    """Five to a first channel, a reload, five more: all must come out, in either queue."""
     old, new = world.channel(), world.channel()
     faults = {
         "accept": [world.listeners[0].accepts],
@@ -572,7 +572,7 @@ def test_whatever_call_fails_nothing_is_lost_and_nothing_leaks(
 # -- taking back ------------------------------------------------------------------------
 
 
-def test_what_nobody_has_taken_goes_to_the_new_route_oldest_first(world: World) -> None:
+def test_connections_no_worker_has_taken_go_to_the_new_route_oldest_first(world: World) -> None:
     old, new = world.channel(), world.channel()
     world.forwarder.route_to(old)
     world.listeners[0].backlog.extend(range(5))
@@ -595,7 +595,7 @@ def test_what_finds_no_room_in_the_new_channel_stays_with_the_old_workers(world:
     world.forwarder.route_to(new)
     world.forwarder.drain(old)
 
-    assert (new.depth(), old.taken(), old.ended) == (2, [3, 4], True)  # and 2 is in hand
+    assert (new.depth(), old.taken(), old.ended) == (2, [3, 4], True)  # and 2 is undelivered
     assert new.taken() == [0, 1]
     world.loop.wake(new)
     assert new.taken() == [2]
@@ -723,7 +723,7 @@ def test_a_graceful_close_takes_what_has_connected_first(world: World) -> None:
 
 
 def test_a_graceful_close_keeps_both_of_two_listeners_apart_in_a_full_channel() -> None:
-    """The second must not overwrite the connection that the first has in hand."""
+    """The second must not overwrite the undelivered connection of the first."""
     world = World(listeners=3)
     channel = world.channel(room=1)
     for listener in world.listeners:
@@ -758,8 +758,8 @@ def test_a_listener_that_was_shut_down_is_not_waited_for_once_it_is_empty(world:
     assert channel.taken() == [1]
 
 
-def test_a_graceful_close_is_over_at_once_where_the_listener_is_somebody_elses() -> None:
-    """Who goes on listening has those who come, and there may be no end of them."""
+def test_a_graceful_close_is_over_at_once_where_the_listener_is_another_processs() -> None:
+    """A process that goes on listening gets new clients, and there may be no end of them."""
     world = World()
     world.listeners[0].settings = ListenerSettings("tcp:127.0.0.1:80", foreign=True)
     channel = world.channel()
@@ -774,7 +774,7 @@ def test_a_graceful_close_is_over_at_once_where_the_listener_is_somebody_elses()
     world.forwarder.close()
 
 
-def test_a_graceful_close_accepts_no_more_from_one_of_somebody_elses_beside_ours() -> None:
+def test_a_graceful_close_accepts_no_more_from_another_processs_listener_beside_ours() -> None:
     world = World(listeners=2)
     world.listeners[0].settings = ListenerSettings("tcp:127.0.0.1:80", foreign=True)
     channel = world.channel()
@@ -812,7 +812,7 @@ def test_a_graceful_close_has_an_end_where_new_clients_cannot_be_refused(
     assert world.listeners[0].closed
 
 
-def test_a_listener_that_somebody_has_shut_down_is_told_of_and_not_asked_again(
+def test_a_listener_that_was_shut_down_is_reported_and_not_asked_again(
     world: World,
 ) -> None:
     channel = world.channel()
@@ -841,7 +841,7 @@ def test_one_that_listens_is_not_taken_for_shut_down_because_of_an_error(world: 
 
 @pytest.mark.parametrize("how", [errno.EINVAL, errno.EAGAIN], ids=name)
 def test_one_that_listens_again_is_accepted_from_as_before(world: World, how: int) -> None:
-    """A UNIX one finds nobody and hangs up."""
+    """A UNIX one finds no client and hangs up."""
     world.loses = False
     channel = world.channel()
     world.forwarder.route_to(channel)
@@ -897,7 +897,7 @@ def test_a_header_says_listener_and_time(world: World) -> None:
     channel.close()
 
 
-# -- those whom nobody takes -------------------------------------------------------
+# -- those that no worker takes ---------------------------------------------------
 
 
 def waiting(world: World, *clients: int) -> Any:
@@ -929,7 +929,9 @@ def test_a_queue_that_moves_is_left_alone(world: World) -> None:
     assert channel.takes.calls == 2
 
 
-def test_who_stands_still_is_sent_again_in_order_later_and_later(world: World) -> None:
+def test_a_queue_that_stands_still_is_sent_again_in_order_at_growing_intervals(
+    world: World,
+) -> None:
     channel = waiting(world, 1, 2, 3)
     world.loop.look()
     sent = channel.sends.calls
@@ -971,7 +973,7 @@ def test_a_descriptor_is_to_spare_again_once_there_are_some(world: World) -> Non
 
 @pytest.mark.parametrize("call", ["sends", "takes"])
 @pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
-def test_nobody_is_lost_while_being_sent_again(world: World, call: str, code: int) -> None:
+def test_no_connection_is_lost_while_being_sent_again(world: World, call: str, code: int) -> None:
     channel = waiting(world, 1, 2, 3)
     world.loop.look()
 
@@ -1000,7 +1002,7 @@ def looked(world: World, clock: Callable[[float], None], seconds: float) -> None
     world.loop.look()
 
 
-def test_where_nobody_was_ever_taken_that_is_said_once_after_a_while(
+def test_where_no_connection_was_ever_taken_that_is_said_once_after_a_while(
     world: World, clock: Callable[[float], None]
 ) -> None:
     channel = waiting(world, 1, 2)
@@ -1022,7 +1024,7 @@ def test_where_nobody_was_ever_taken_that_is_said_once_after_a_while(
 
 
 @pytest.mark.parametrize("rest", [0, 1])
-def test_where_somebody_was_taken_before_it_takes_longer_to_be_said(
+def test_where_a_connection_was_taken_before_it_takes_longer_to_be_said(
     world: World, clock: Callable[[float], None], rest: int
 ) -> None:
     channel = waiting(world, *range(1 + rest))
@@ -1039,7 +1041,7 @@ def test_where_somebody_was_taken_before_it_takes_longer_to_be_said(
     assert len(world.untaken) == 1
 
 
-def test_one_that_has_taken_is_not_said_to_have_taken_nobody_though_nobody_looked_meanwhile(
+def test_one_that_has_taken_is_not_said_to_have_taken_none_though_no_look_was_in_between(
     world: World, clock: Callable[[float], None]
 ) -> None:
     """Two came at once, and the one worker is busy with the first for long."""
@@ -1055,7 +1057,7 @@ def test_one_that_has_taken_is_not_said_to_have_taken_nobody_though_nobody_looke
     assert channel.taken_from
 
 
-def test_those_who_were_given_to_it_by_the_generation_before_are_not_taken_by_it(
+def test_connections_given_to_it_by_the_generation_before_do_not_count_as_taken_by_it(
     world: World, clock: Callable[[float], None]
 ) -> None:
     old, new = waiting(world, 1, 2), world.channel()

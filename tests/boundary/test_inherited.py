@@ -1,4 +1,4 @@
-"""The door: descriptors that are left for the next program, and what it finds."""
+"""Inherited fds: descriptors that are left for the next program, and what it finds."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_thousands_of_names_go_through() -> None:
 
 
 @needs_many
-def test_a_gap_among_thousands_is_nobodys() -> None:
+def test_a_gap_among_thousands_is_left_out() -> None:
     holed = f"(lambda files: (os.close(files.pop('sp.worker.0.line')), files)[1])({MAKE_MANY})"
     seen = shown(LEAVE, holed)
 
@@ -151,7 +151,7 @@ def test_a_gap_among_thousands_is_nobodys() -> None:
 
 @needs_many
 def test_thousands_of_names_go_through_the_guard() -> None:
-    """It gets them at the door, and leaves them at the door for the protector."""
+    """It inherits them, and leaves them to the protector as inherited fds."""
     through = (sys.executable, "-I", "-S", guard.__file__)
     # A protector that ends before it has accepted is the end of the guard.
     seen = shown(LEAVE, MAKE_MANY, *through, status=guard.FAILED)

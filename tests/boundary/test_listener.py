@@ -1,4 +1,4 @@
-"""How a listening socket ends: nobody new, but everybody who has connected."""
+"""How a listening socket ends: no new clients, but all that have connected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def on_file(path: Path) -> Listener:
 @pytest.mark.parametrize(
     ("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")]
 )
-def test_nobody_new_gets_in_but_who_has_connected_is_accepted(
+def test_no_new_client_gets_in_but_one_that_has_connected_is_accepted(
     family: socket.AddressFamily, host: str
 ) -> None:
     listener, address = on_tcp(family, host)
@@ -80,7 +80,7 @@ def test_a_unix_socket_refuses_new_ones_and_keeps_the_queue(tmp_path: Path) -> N
     listener.close()
 
 
-def test_closing_removes_its_file_and_nobody_elses(tmp_path: Path) -> None:
+def test_closing_removes_its_own_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     first = on_file(path)
     path.unlink()
@@ -92,7 +92,7 @@ def test_closing_removes_its_file_and_nobody_elses(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_closing_tells_clients_that_wait_even_if_a_copy_is_open_elsewhere() -> None:
+def test_closing_refuses_clients_even_if_a_copy_is_open_elsewhere() -> None:
     listener, address = on_tcp(socket.AF_INET, "127.0.0.1")
     copy = os.dup(listener.fileno())
 
@@ -103,7 +103,7 @@ def test_closing_tells_clients_that_wait_even_if_a_copy_is_open_elsewhere() -> N
     os.close(copy)
 
 
-# -- one that somebody has shut down ----------------------------------------------------
+# -- one that was shut down -------------------------------------------------------------
 
 HOW = [socket.SHUT_RD, socket.SHUT_RDWR]
 
@@ -113,8 +113,8 @@ def shared(listen: str, *, second: bool = True) -> Listener:
     host, _, port = listen.rpartition(":")
     words = Listen(listen, port=int(port), host=host.strip("[]"))
     [bound] = bind_all([words], 40, notice=print)
-    twins = reuseport.make(bound.socket) if second else None
-    fd = twins.detach() if twins is not None else -1
+    sibling = reuseport.make(bound.socket) if second else None
+    fd = sibling.detach() if sibling is not None else -1
     made = Listener(bound.socket.detach(), 0, bound.settings, shared=True, sibling=fd)
     made.note()
     return made
@@ -200,7 +200,7 @@ def test_clients_come_to_the_side_that_is_meant_whichever_has_listened_last(list
         listener.socket_for(dead).shutdown(socket.SHUT_RDWR)
         assert listener.listen_again(dead)
         listener.steer(1 - dead)
-    # A worker does both, and nobody tells of it.
+    # A worker does both, and the kernel does not report it.
     listener.socket.shutdown(socket.SHUT_RDWR)
     listener.socket.listen(40)
     listener.steer(0)
@@ -222,7 +222,7 @@ def test_one_that_has_left_the_group_by_an_option_comes_back_at_a_switch(
     listener.close()
 
 
-def test_nobody_comes_to_one_that_listens_again_while_the_other_is_meant() -> None:
+def test_no_client_gets_to_one_that_listens_again_while_the_other_is_steered_to() -> None:
     listener = shared("127.0.0.1:0")
     listener.steer(1)
     listener.socket.shutdown(socket.SHUT_RDWR)
@@ -232,7 +232,7 @@ def test_nobody_comes_to_one_that_listens_again_while_the_other_is_meant() -> No
     listener.close()
 
 
-def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
+def test_where_the_kernel_does_not_report_who_listens_our_own_calls_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: object) -> dict[int, int]:
@@ -249,7 +249,7 @@ def test_where_the_kernel_does_not_tell_who_listens_our_own_calls_say_it(
     listener.close()
 
 
-def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_steered_by_a_guess(
+def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_steered_by_a_guess(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fails(*_: object) -> dict[int, int]:
@@ -272,7 +272,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_steered_by_a_gues
 
 
 def test_one_that_comes_back_on_another_port_is_bound_anew_to_its_own() -> None:
-    """As an older version has bound it, or whoever passes it in."""
+    """As an older version has bound it, or the process that passes it in."""
     made = socket.socket()
     made.bind(("127.0.0.1", 0))
     made.listen(40)
@@ -329,7 +329,7 @@ def test_one_of_two_is_bound_anew_beside_the_other(socket_number: int) -> None:
 
 
 @pytest.mark.parametrize("socket_number", [0, 1])
-def test_where_one_of_two_cannot_be_had_anew_the_other_is_for_both(socket_number: int) -> None:
+def test_where_one_of_two_cannot_be_bound_anew_the_other_serves_both(socket_number: int) -> None:
     listener = shared("127.0.0.1:0")
     other = listener.socket_for(1 - socket_number).fileno()
 

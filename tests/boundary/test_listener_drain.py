@@ -135,7 +135,7 @@ def taken(channel: Channel) -> list[int]:
 
 
 def heard(channel: Channel) -> list[int]:
-    """What those say who wait in a channel, oldest first."""
+    """What the clients queued in a channel have sent, oldest first."""
     found: list[int] = []
     while (each := channel.take_back()) is not None:
         with socket.socket(fileno=each[1]) as connection:
@@ -210,7 +210,7 @@ def test_a_channel_that_was_drained_by_an_earlier_program_as_well_is_emptied_onc
     assert world.old.closed
 
 
-def test_what_nobody_is_left_for_is_counted_as_lost(world: World) -> None:
+def test_a_connection_that_no_generation_is_left_for_is_counted_as_lost(world: World) -> None:
     world.forwarder.route_to(world.old)
     for index in (0, 1, 0):
         world.connect(index)
@@ -243,7 +243,7 @@ def test_what_a_generation_that_is_gone_has_left_goes_to_another_that_knows_the_
     before.close()
 
 
-def test_who_waits_at_a_removed_listener_goes_to_the_channel_that_is_ended_after_it(
+def test_clients_waiting_at_a_removed_listener_go_to_the_channel_that_is_ended_after_it(
     world: World,
 ) -> None:
     world.forwarder.route_to(world.new)
@@ -281,7 +281,9 @@ def test_a_full_channel_is_waited_for(world: World) -> None:
     small.close()
 
 
-def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: World) -> None:
+def test_an_undelivered_one_for_the_old_generation_is_not_given_to_the_new_one(
+    world: World,
+) -> None:
     small = world.channel({0, 1}, queue=6)
     room = small.capacity()
     world.forwarder.route_to(small)
@@ -303,7 +305,7 @@ def test_one_in_hand_for_the_old_generation_is_not_given_to_the_new_one(world: W
     small.close()
 
 
-def test_one_in_hand_for_want_of_memory_goes_first_where_its_listener_is_removed(
+def test_an_undelivered_one_for_want_of_memory_goes_first_where_its_listener_is_removed(
     world: World,
 ) -> None:
     """As when a generation is rolled back that alone knew it."""
@@ -321,7 +323,7 @@ def test_one_in_hand_for_want_of_memory_goes_first_where_its_listener_is_removed
     assert world.forwarder.forwarded == 3
 
 
-def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
+def test_a_client_parked_for_a_generation_without_the_route_outlives_the_program(
     world: World,
 ) -> None:
     small = world.channel({0, 1}, queue=6)
@@ -350,7 +352,7 @@ def test_whoever_waits_for_a_generation_without_the_route_outlives_the_program(
 
 
 def left(world: World, before: Channel, clients: int) -> None:
-    """Have a generation leave so many who came by listener 1, whom only the one before knows."""
+    """Have a generation leave so many clients of listener 1, which only the old one knows."""
     world.forwarder.route_to(world.old)
     world.connect(1, clients)
     world.turn()
@@ -362,7 +364,7 @@ def left(world: World, before: Channel, clients: int) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["send", "write down"])
-def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
+def test_clients_parked_for_another_generation_get_to_it_in_their_order(
     world: World, trouble: str
 ) -> None:
     """Also where one could not be sent, or that it would be could not be written down."""
@@ -380,7 +382,7 @@ def test_those_who_wait_for_another_generation_come_to_it_in_their_order(
     before.close()
 
 
-def test_one_that_cannot_be_put_back_for_want_of_memory_is_sent_later_and_that_is_told(
+def test_one_that_cannot_be_put_back_for_want_of_memory_is_sent_later_and_that_is_reported(
     world: World,
 ) -> None:
     world.forwarder.route_to(world.old)
@@ -394,13 +396,13 @@ def test_one_that_cannot_be_put_back_for_want_of_memory_is_sent_later_and_that_i
     world.forwarder.drain(world.old)
     world.turn(4 * QUIET_S)
 
-    # What it was not come to is left to those who have it, as where there is no room.
+    # What was not reached is left to the workers that have it, as where there is no room.
     assert taken(world.new) + taken(world.old) == [0, 1, 0, 1]
     assert world.troubles == [("sendmsg", os.strerror(errno.ENOBUFS))]
     assert world.forwarder.lost == 0
 
 
-def test_nobody_is_waited_for_where_the_generation_is_gone_or_broken(world: World) -> None:
+def test_a_draining_listener_waits_for_no_generation_that_is_gone_or_broken(world: World) -> None:
     world.forwarder.route_to(world.new)
     world.forwarder.remove(world.listeners[1], world.old)
     world.forwarder.drain(world.old)
@@ -411,7 +413,7 @@ def test_nobody_is_waited_for_where_the_generation_is_gone_or_broken(world: Worl
     assert world.old.closed
 
 
-def test_a_channel_that_is_shut_down_ends_the_emptying(world: World) -> None:
+def test_a_channel_that_is_shut_down_ends_the_draining_listener(world: World) -> None:
     world.connect(1)
     world.forwarder.route_to(world.new)
     world.old.read.shutdown(socket.SHUT_RDWR)
@@ -442,7 +444,7 @@ def test_one_that_lets_new_ones_in_is_closed_in_the_end(
         assert came < 1000
 
 
-def test_who_waits_is_served_however_slowly_where_nobody_new_gets_in(
+def test_waiting_clients_are_served_however_slowly_where_no_new_ones_get_in(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socketprotector.daemon.listener_drain.LAST_S", 0.0)
@@ -460,7 +462,7 @@ def test_who_waits_is_served_however_slowly_where_nobody_new_gets_in(
     small.close()
 
 
-def test_a_listener_of_somebody_else_is_only_let_go(world: World) -> None:
+def test_a_listener_of_another_process_is_only_released(world: World) -> None:
     foreign = world.listener(2, foreign=True)
     copy = socket.socket(fileno=os.dup(foreign.fileno()))
     world.forwarder.add(foreign)
@@ -474,7 +476,7 @@ def test_a_listener_of_somebody_else_is_only_let_go(world: World) -> None:
     copy.close()
 
 
-def test_one_in_hand_by_a_listener_of_somebody_else_is_sent_when_that_was_let_go(
+def test_an_undelivered_one_of_another_processs_listener_is_sent_when_that_was_released(
     world: World,
 ) -> None:
     foreign = world.listener(2, foreign=True)
@@ -497,7 +499,7 @@ def test_one_in_hand_by_a_listener_of_somebody_else_is_sent_when_that_was_let_go
     assert taken(small) == [2]
     assert world.forwarder.lost == 0
     assert small.write.fileno() < 0
-    copy.accept()[0].close()  # who came after that is its owner's
+    copy.accept()[0].close()  # a client that came after that is its owner's
     copy.close()
     small.close()
 

@@ -94,7 +94,7 @@ def test_lines_that_would_block_are_dropped_and_counted(pipe: tuple[int, int]) -
     assert os.get_blocking(send), "the workers' description is as it was"
 
 
-def test_a_pipe_that_may_not_be_opened_again_holds_nobody_up_either(
+def test_a_pipe_that_may_not_be_opened_again_does_not_block_either(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another user's: it is written to by the description that all share."""
@@ -120,9 +120,9 @@ def test_a_reader_that_is_gone_is_no_trouble() -> None:
     receive, send = os.pipe()
     with log_to(send) as log:
         os.close(receive)
-        log.write("info", "unheard")
+        log.write("info", "unread")
         log.reopen()
-        log.write("info", "unheard")
+        log.write("info", "unread")
     os.close(send)
 
 
@@ -155,7 +155,7 @@ def test_a_terminal_is_written_to(pipe: tuple[int, int]) -> None:
     os.close(ours)
 
 
-def test_observers_are_told_from_info_on_whatever_is_written(pipe: tuple[int, int]) -> None:
+def test_observers_get_lines_from_info_on_whatever_is_written(pipe: tuple[int, int]) -> None:
     receive, send = pipe
     told: list[tuple[str, str, dict[str, object]]] = []
     with log_to(send, "error", prioritized=True) as log:
@@ -237,7 +237,7 @@ def test_a_terminal_has_colour_and_the_words_stay_whole(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_who_wants_no_colour_gets_none(
+def test_without_colour_if_the_user_wants_none(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     assert "\x1b" not in shown_on_a_terminal(monkeypatch, **environment)
@@ -256,5 +256,5 @@ def test_who_wants_no_colour_gets_none(
         ("", False),
     ],
 )
-def test_its_own_lines_are_told_from_those_of_workers(line: str, own: bool) -> None:
+def test_its_own_lines_can_be_told_from_those_of_workers(line: str, own: bool) -> None:
     assert is_own(line) is own

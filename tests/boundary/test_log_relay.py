@@ -128,7 +128,7 @@ def test_to_syslog_it_takes_whatever_comes_and_ends_with_its_last_writer(
     assert told.ask(1) == data[-log_relay.TAIL_BYTES :]
     told.line.close()
     os.close(send)
-    assert told.process.poll() is None  # somebody may still write
+    assert told.process.poll() is None  # another process may still write
     os.close(worker)
 
     assert told.process.wait(DEADLINE_S) == 0
@@ -193,13 +193,13 @@ def test_for_the_journal_the_priority_stays_in_front(start: Start, file: int) ->
     assert written(file) == b"<4>[1 11] three\n[1 11] four\n"
 
 
-def test_a_pipe_that_is_told_of_again_is_the_same(start: Start, file: int) -> None:
+def test_a_pipe_that_is_announced_again_is_the_same(start: Start, file: int) -> None:
     told = start("lines", file)
     pipe, again = told.pipe(1, 1, 11), told.pipe(1, 1, 11)
     os.write(pipe, b"one\n")
     assert told.ask(1) == b"one\n"
     with pytest.raises(BrokenPipeError):
-        os.write(again, b"nobody reads that\n")
+        os.write(again, b"never read\n")
     for fd in (pipe, again):
         os.close(fd)
 
@@ -222,13 +222,13 @@ def test_last_words_are_one_s_own_and_known_after_its_end(start: Start, file: in
         assert words.endswith(b"worker %d, line 999\n" % number)
         assert b"worker %d" % (number + 1) not in words
     assert told.ask(99) == b""
-    assert told.ask(3) == told.ask(3)  # whoever asks again is told again
+    assert told.ask(3) == told.ask(3)  # a second question gets the same answer
 
     assert told.end() == 0
     assert written(file).count(b"\n") == 8000
 
 
-def test_lines_go_where_it_is_told_from_then_on(start: Start, file: int, tmp_path: Path) -> None:
+def test_lines_go_to_the_new_file_from_then_on(start: Start, file: int, tmp_path: Path) -> None:
     told = start("lines", file)
     pipe = told.pipe(1, 1, 11)
     os.write(pipe, b"before\n")
@@ -255,7 +255,7 @@ def test_a_place_that_takes_nothing_does_not_end_it(start: Start) -> None:
     assert told.end() == 0
 
 
-def test_one_who_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> None:
+def test_a_client_that_asks_and_does_not_read_does_not_hold_it_up(start: Start) -> None:
     receive, send = os.pipe()
     out = Lines(receive)
     told = start("lines", send)
@@ -325,7 +325,7 @@ def test_lines_that_follow_one_another_are_passed_on_together(
     ]
 
 
-def test_who_writes_very_much_does_not_wait_for_the_relay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_of_very_much_does_not_wait_for_the_relay(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     here = log_relay.Relay(theirs.detach(), "lines", prefixed=False)
     gathered: list[float] = []

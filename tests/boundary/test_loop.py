@@ -66,7 +66,7 @@ def test_a_descriptor_unwatched_by_another_callback_of_the_same_wake_up_is_not_c
     assert called == [1]
 
 
-def test_a_number_that_is_used_again_is_not_told_of_what_had_it_before(loop: Loop) -> None:
+def test_a_number_that_is_used_again_gets_no_event_of_what_had_it_before(loop: Loop) -> None:
     """Both are found ready by one wait; the first to be called closes the other for a new one."""
     ends = [os.pipe2(os.O_NONBLOCK) for _ in range(2)]
     quiet = os.pipe2(os.O_NONBLOCK)
@@ -76,7 +76,7 @@ def test_a_number_that_is_used_again_is_not_told_of_what_had_it_before(loop: Loo
         try:
             told.append(os.read(quiet[0], 1))
         except BlockingIOError:
-            told.append("told of what the old one had")
+            told.append("got an event of the old one")
         stop(loop)
 
     def speak() -> None:
@@ -96,7 +96,7 @@ def test_a_number_that_is_used_again_is_not_told_of_what_had_it_before(loop: Loo
 
     loop.run()
 
-    assert told == ["old", b"a"]  # of its own it is told
+    assert told == ["old", b"a"]  # it gets its own events
     for fd in (*ends[0], *ends[1], *quiet):
         os.close(fd)
 

@@ -16,9 +16,9 @@ def run(program: str) -> str:
 
 def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
     said = run(
-        "from socketprotector import __main__ as lean\n"
+        "from socketprotector import __main__ as lazy\n"
         "import sys\n"
-        "lean.defer('inspect')\n"
+        "lazy.defer('inspect')\n"
         "import inspect\n"
         "print('dis' in sys.modules)\n"
         "def f(a: int) -> str: ...\n"
@@ -33,17 +33,17 @@ def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
 
 def test_a_module_that_is_there_is_not_deferred() -> None:
     assert run(
-        "from socketprotector import __main__ as lean\nimport json\n"
-        "lean.defer('json')\nprint(json.dumps(1))"
+        "from socketprotector import __main__ as lazy\nimport json\n"
+        "lazy.defer('json')\nprint(json.dumps(1))"
     )
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="dataclasses uses more of inspect there")
 def test_the_resident_process_never_needs_inspect() -> None:
     said = run(
-        "from socketprotector import __main__ as lean\n"
+        "from socketprotector import __main__ as lazy\n"
         "import sys\n"
-        "lean.defer('inspect')\n"
+        "lazy.defer('inspect')\n"
         "import socketprotector.daemon.resident\n"
         "print('dis' in sys.modules)\n"
     )

@@ -1,4 +1,4 @@
-"""The private folder of notify sockets: where it is, who gets in, what is left of dead ones."""
+"""The private folder of notify sockets: its path, its users, what is left of dead ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def folder(place: Path) -> Iterator[NotifyFolder]:
     one.discard()
 
 
-def test_it_is_ours_and_nobody_else_may_list_it(folder: NotifyFolder, place: Path) -> None:
+def test_it_is_ours_and_no_other_user_may_list_it(folder: NotifyFolder, place: Path) -> None:
     found = os.stat(folder.path)
 
     assert Path(folder.path).parent == place
@@ -115,7 +115,7 @@ def test_a_stranger_cannot_find_a_socket_in_it_nor_fill_it(folder: NotifyFolder)
 
 
 @needs_root
-def test_whoever_was_told_the_name_may_speak(folder: NotifyFolder) -> None:
+def test_any_process_that_was_given_the_name_may_speak(folder: NotifyFolder) -> None:
     notify = NotifySocket.make(f"{folder.path}/{SECRET}-1", OURS)
     says = (
         "import socket, sys; s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM);"
@@ -164,7 +164,7 @@ def test_what_a_killed_one_has_left_is_removed_by_the_next_start(place: Path) ->
         each.discard()
 
 
-def test_it_lives_as_long_as_anybody_holds_its_descriptor(place: Path) -> None:
+def test_it_lives_as_long_as_any_process_holds_its_descriptor(place: Path) -> None:
     folder = made(settings())
     guards = os.dup(folder.fd)
     os.close(folder.fd)
@@ -218,7 +218,7 @@ def test_where_its_lock_is_taken_meanwhile_another_one_is_made(
 
 
 def refused(found: Settings) -> str:
-    """What is told where none can be made; by --check in the same words."""
+    """What is reported where none can be made; by --check in the same words."""
     notices: list[str] = []
     notify_dir.make(found, notices.append, dry=True)
     assert notify_dir.make(found, notices.append) is None

@@ -26,7 +26,7 @@ def test_the_relay_writes_what_it_reads(tmp_path: Path) -> None:
                 stdout=file,
                 pass_fds=[theirs.fileno()],
             )
-        ours.close()  # it stays as long as somebody may ask it for last words
+        ours.close()  # it stays as long as a client may ask it for last words
         relay.communicate(b"a line\n", DEADLINE_S)
 
     assert (relay.returncode, log.read_text()) == (0, "a line\n")

@@ -17,7 +17,7 @@ from socketprotector.system.loop import Loop
 from socketprotector.system.orphans import Orphans
 from tests.boundary.ending import settle, until
 
-#: Nobody's who runs the same tests beside this one: these kill what they find.
+#: Differs from that of a second run of these tests beside this one: they kill what they find.
 ADDRESS = f"@a-test-of-orphans-{os.getpid()}"
 
 
@@ -44,7 +44,7 @@ def found() -> list[int]:
     return pids
 
 
-def test_those_with_the_address_are_found_and_nobody_else() -> None:
+def test_processes_with_the_address_are_found_and_no_others() -> None:
     with living({"NOTIFY_SOCKET": ADDRESS}) as ours, living({"NOTIFY_SOCKET": ADDRESS + "x"}):
         assert found() == [ours]
     assert found() == []
@@ -125,7 +125,7 @@ def test_what_twenty_failed_workers_have_left_is_found_in_one_look(loop: Loop, l
         looks(loop, log) as (found, counted),
         living({"NOTIFY_SOCKET": f"{ADDRESS}-3"}) as one,
         living({"NOTIFY_SOCKET": f"{ADDRESS}-17"}) as other,
-        living({"NOTIFY_SOCKET": f"{ADDRESS}-nobody"}),
+        living({"NOTIFY_SOCKET": f"{ADDRESS}-another"}),
     ):
         for number in range(20):
             found.end(f"{ADDRESS}-{number}")
@@ -165,7 +165,7 @@ def test_what_ignores_TERM_is_killed_when_its_time_is_over(loop: Loop, log: Log)
         assert stubborn.wait(30) == -signal.SIGKILL
 
 
-def test_a_look_that_hangs_is_given_up_and_holds_up_nobody(
+def test_a_look_that_hangs_is_given_up_and_holds_nothing_up(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one at a process whose memory is locked."""
@@ -207,16 +207,16 @@ def test_a_look_under_way_is_ended_before_another_program_begins_one(loop: Loop,
         found.end(ADDRESS)
         until(loop, lambda: counted == [1])
         found.stop_looking()
-        assert found.left == (ADDRESS,)  # it is told of what there is to look for
+        assert found.left == (ADDRESS,)  # the caller learns what there is to look for
         found.go_on()
         until(loop, lambda: bool(log.said))
         assert done(loop, found)
 
 
-def test_nothing_of_ours_is_open_in_who_looks(
+def test_nothing_of_ours_is_open_in_the_process_that_looks(
     loop: Loop, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A connection in hand, for one, must end for its client when the worker closes it."""
+    """An undelivered connection, for one, must end for its client when the worker closes it."""
     receive, send = os.pipe()
     monkeypatch.setattr(orphans, "_carrying", lambda wanted: signal.pause())
     with looks(loop, log) as (found, counted):

@@ -1,4 +1,4 @@
-"""Whom the protector believes where a user's number may stand for many: real namespaces."""
+"""Which users the protector trusts where a number may stand for many: real namespaces."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from socketprotector.system.peer_credentials import (
 from tests.namespaces import (
     MAP,
     STRANGER,
-    everybodys_python,
+    any_users_python,
     in_user_namespace,
     needs_root,
     of_user,
@@ -45,7 +45,7 @@ for line in sys.stdin:
         one.take()
     print(found, flush=True)
 """
-#: Accepts one client after the other as this user, and says whom it lets in.
+#: Accepts one client after the other as this user, and says which it lets in.
 CONTROLS = """
 import os, socket, sys
 from socketprotector.daemon.control.server import ControlServer
@@ -82,7 +82,7 @@ one.recv(1)
 
 
 def python(code: str, *arguments: str) -> tuple[str, ...]:
-    return (everybodys_python()[0], "-c", code, *arguments)
+    return (any_users_python()[0], "-c", code, *arguments)
 
 
 def speak(uid: int, address: str) -> None:
@@ -97,7 +97,7 @@ def address() -> str:
 
 @pytest.fixture
 def open_folder(monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which everybody may make a socket."""
+    """A folder in which any user may make a socket."""
     return Path(os.environ["XDG_RUNTIME_DIR"])
 
 
@@ -112,7 +112,7 @@ def test_outside_of_namespaces_each_number_stands_for_one_user() -> None:
 @pytest.mark.parametrize(
     "users", ["", "0 100000 1", MAP], ids=["none", "without nobody", "with nobody"]
 )
-def test_where_some_users_have_no_number_the_one_they_share_is_nobodys(users: str) -> None:
+def test_where_some_users_are_unmapped_the_overflow_user_is_not_trusted(users: str) -> None:
     with in_user_namespace(*python(ASKS), users=users) as process:
         assert read_line(process) == "[0, 1] [0, 1]"
 
@@ -137,7 +137,7 @@ def test_a_stranger_is_not_taken_for_nobody_on_an_abstract_name(address: str) ->
 
 
 @needs_root
-def test_nobody_is_heard_on_a_path_that_only_he_was_told(open_folder: Path) -> None:
+def test_the_user_nobody_is_heard_on_a_path_that_only_it_was_given(open_folder: Path) -> None:
     path = str(open_folder / os.urandom(12).hex())
     with in_user_namespace(*python(HEARS, path, str(OVERFLOW))) as process:
         assert read_line(process) == path
@@ -179,7 +179,7 @@ def connected(uid: int, path: str) -> Iterator[None]:
     ],
     ids=["stranger", "nobody", "root", "another"],
 )
-def test_who_connects_is_known_by_what_cannot_be_mistaken(
+def test_a_user_that_connects_is_known_by_what_cannot_be_mistaken(
     let_in: Callable[[int], str], uid: int, said: str
 ) -> None:
     assert let_in(uid) == said
@@ -195,7 +195,7 @@ def test_a_strangers_group_is_not_taken_for_nogroup(open_folder: Path) -> None:
             assert read_line(process) == "False"
 
 
-def test_who_has_ended_may_not_be_signalled() -> None:
+def test_a_process_that_has_ended_may_not_be_signalled() -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind("")
     listener.listen()

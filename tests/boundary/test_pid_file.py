@@ -37,7 +37,7 @@ def test_it_is_whole_locked_and_removed(tmp_path: Path) -> None:
     assert holder(theirs) is None
 
 
-def test_it_is_replaced_when_nobody_holds_it(tmp_path: Path) -> None:
+def test_it_is_replaced_when_no_process_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("1\n")
     ours = PidFile(str(path))

@@ -1,4 +1,4 @@
-"""Becoming somebody, in forked children that say what came of it; only as root."""
+"""Becoming another user, in forked children that say what came of it; only as root."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.boundary.ending import SHELL, children, end_of, is_open, running
 pytestmark = [
     pytest.mark.usefixtures("in_root_directory"),
     pytest.mark.skipif(
-        os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
+        os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become another user"
     ),
 ]
 KEPT = "00000000000000e0"
@@ -81,7 +81,7 @@ def test_a_user_without_others_to_start_has_nothing_left() -> None:
     assert {found[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {NONE}
 
 
-def test_who_starts_others_keeps_three_and_passes_none_on() -> None:
+def test_a_process_that_starts_others_keeps_three_and_passes_none_on() -> None:
     found = in_a_child(keep_three)
 
     assert [found[name] for name in ("CapPrm", "CapEff", "CapBnd")] == [KEPT] * 3
@@ -122,7 +122,7 @@ def test_what_is_lent_is_taken_back() -> None:
     assert [found[name] for name in ("CapPrm", "CapInh", "CapAmb")] == [KEPT, NONE, NONE]
 
 
-def test_who_was_handed_over_can_do_nothing() -> None:
+def test_a_process_that_was_handed_over_can_do_nothing() -> None:
     def hand_over() -> None:
         keep_three()
         privileges.hand_over(B)
@@ -132,7 +132,7 @@ def test_who_was_handed_over_can_do_nothing() -> None:
         with pytest.raises(PermissionError):
             os.setgroups([0])
         with pytest.raises(PermissionError):
-            os.kill(os.getppid(), 0)  # not CONT: within a session anybody may send that
+            os.kill(os.getppid(), 0)  # not CONT: within a session any user may send that
 
     found = in_a_child(hand_over)
 
@@ -140,7 +140,7 @@ def test_who_was_handed_over_can_do_nothing() -> None:
     assert {found[name] for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")} == {NONE}
 
 
-def test_who_has_no_right_to_is_told_so() -> None:
+def test_without_the_right_the_reason_is_reported() -> None:
     def without() -> None:
         privileges.become(B, 0, starts_others=False)
         privileges.become(A, 0, starts_others=False)
@@ -212,7 +212,7 @@ def test_signals_begin_with_their_defaults_and_none_is_blocked() -> None:
     end_of(process)
 
     assert found["SigBlk:"] == NONE
-    # Signals 32 and 33 are the C library's own: whoever was spawned by it has them ignored.
+    # Signals 32 and 33 are the C library's own: a process that it has spawned has them ignored.
     assert int(found["SigIgn:"], 16) & ~(3 << 31) == 0
     assert is_open(0)
     assert SHELL.identity is None

@@ -36,7 +36,7 @@ def output_of(script: str, **given: object) -> str:
     return text
 
 
-def test_how_a_process_ended_is_told_once_it_has() -> None:
+def test_how_a_process_ended_is_known_once_it_has() -> None:
     receive, send = os.pipe()
     process = spawn(running("read line <&5; exit 3"), {}, {5: receive})
     os.close(receive)
@@ -182,7 +182,7 @@ def test_a_mortal_one_ends_with_its_group_when_we_end_in_whatever_way(how: str) 
         os.waitpid(parent, 0)
 
 
-def test_a_mortal_one_is_told_of_like_any_other_and_leaves_no_descriptor() -> None:
+def test_a_mortal_one_is_reported_like_any_other_and_leaves_no_descriptor() -> None:
     before = os.listdir("/proc/self/fd")
     process = spawn(running("exit 3"), {}, {}, mortal=True)
 
@@ -205,7 +205,7 @@ def test_signals_to_one_that_has_ended_do_nothing() -> None:
     process.close()
 
 
-def test_a_status_that_somebody_else_took_is_asked_for_there() -> None:
+def test_a_status_that_another_process_took_is_asked_for_there() -> None:
     process = spawn(running("exit 3"), {}, {})
     os.waitpid(process.pid, 0)
 
@@ -271,7 +271,7 @@ def test_what_is_not_there_or_not_executable_is_named(tmp_path: Path) -> None:
         resolve(["./"], str(tmp_path), "")
 
 
-def test_one_that_does_not_end_when_it_is_killed_holds_nobody_up(loop: Loop) -> None:
+def test_one_that_does_not_end_when_it_is_killed_holds_nothing_up(loop: Loop) -> None:
     """As one that waits for a disk; it is reaped when it ends, and the loop sleeps until then."""
     process = spawn(running("exec sleep 1000"), {}, {})
     with traced(process.pid):
@@ -308,7 +308,7 @@ def signals_groups() -> bool:
     not signals_groups(), reason="NOT CHECKED: before Linux 6.9 a group has only its number"
 )
 def test_a_group_is_killed_by_its_pidfd_not_by_a_number() -> None:
-    """One that was adopted is reaped by somebody else, and its number may be another's then."""
+    """One that was adopted is reaped by another process, and its number may be another's then."""
     receive, send = os.pipe()
     process = spawn(running("sleep 1000 & echo started >&5; wait"), {}, {5: send})
     os.close(send)
@@ -445,7 +445,7 @@ assert later.reap().how == "exited with status 4"
 gone, last = ended(1), ended(5)
 before = os.pidfd_open(gone)
 os.waitpid(gone, 0)
-# As if that number were used again while nobody was here, who goes on with both of them now.
+# As if that number had been used again between two programs, and both were adopted now.
 first, second = Process(last, before), Process(last, os.pidfd_open(last))
 try:
     first.reap()
@@ -458,7 +458,7 @@ assert not [pid for pid in strangers if os.path.exists(f"/proc/{{pid}}")]
 """
 
 
-def test_children_that_nobody_knows_are_reaped_and_those_of_others_here_left_to_them() -> None:
+def test_unknown_children_are_reaped_and_those_with_an_owner_are_left_to_it() -> None:
     """In a process of its own: this one has children that pytest knows."""
     code = ORPHANS.format(path=sys.path)
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

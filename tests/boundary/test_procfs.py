@@ -25,7 +25,7 @@ def test_an_address_is_known_on_which_one_of_several_processes_listens() -> None
 def test_of_processes_with_many_descriptors_so_many_are_looked_at_in_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The resident process asks: who connects would wait for as long as that takes."""
+    """The resident process asks: new clients would wait for as long as that takes."""
     looked: list[str] = []
     real = os.readlink
 

@@ -28,7 +28,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Checked:
-    """A worker's readiness, and what it has told."""
+    """A worker's readiness, and what it has reported."""
 
     def __init__(self, loop: Loop, command: str) -> None:
         self._loop = loop
@@ -48,7 +48,7 @@ class Checked:
         self.hangs: list[str] = []
 
     def watch(self, checked: Callable[[], Process], *, until_hangs: bool = False) -> None:
-        """Run the loop until it is ready, or until a check is told to hang."""
+        """Run the loop until it is ready, or until a check is reported to hang."""
         loop = self._loop
 
         def told(list_: list[str], what: str, *, last: bool) -> None:
@@ -58,7 +58,7 @@ class Checked:
 
         def never() -> None:
             loop.running = False
-            raise AssertionError("neither ready nor told to hang")
+            raise AssertionError("neither ready nor reported to hang")
 
         loop.call_after("never", DEADLINE_S, never)
         self.readiness.watch(
@@ -79,7 +79,7 @@ def at_end(fd: int) -> bool:
 
 
 @pytest.mark.usefixtures("soon")
-def test_a_check_that_hangs_is_killed_with_its_group_and_asked_again_and_told_once(
+def test_a_check_that_hangs_is_killed_with_its_group_and_asked_again_and_reported_once(
     loop: Loop, tmp_path: Path
 ) -> None:
     answers = tmp_path / "answers"
@@ -168,7 +168,7 @@ def test_a_check_that_hangs_ends_with_its_worker(loop: Loop) -> None:
 
 
 @pytest.mark.usefixtures("soon")
-def test_one_that_we_may_not_kill_any_more_is_told_and_left(
+def test_one_that_we_may_not_kill_any_more_is_reported_and_left(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As sudo, which becomes another user's in the place of the shell."""
@@ -214,5 +214,5 @@ def test_one_that_we_may_not_kill_any_more_is_told_and_left(
         ("", "sh"),
     ],
 )
-def test_only_the_program_of_a_check_is_told(command: str, program: str) -> None:
+def test_only_the_program_of_a_check_is_reported(command: str, program: str) -> None:
     assert program_of(command) == program

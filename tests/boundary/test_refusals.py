@@ -182,7 +182,7 @@ def test_a_host_that_does_not_resolve_is_refused(typed: Typed, mode: tuple[str, 
     assert typed.left() == []
 
 
-def test_an_address_that_is_nobodys_is_refused(typed: Typed) -> None:
+def test_an_address_that_no_interface_has_is_refused(typed: Typed) -> None:
     ended = typed("192.0.2.77:0", "--", "true")
 
     refused(ended, 111, "Cannot assign requested address", "freebind=1")

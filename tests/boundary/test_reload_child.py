@@ -124,7 +124,7 @@ def test_mistakes_come_back_line_by_line(loop: Loop, web: Web, dry: bool) -> Non
     ]
 
 
-def test_what_cannot_change_and_what_cannot_be_bound_are_told_together(
+def test_what_cannot_change_and_what_cannot_be_bound_are_reported_together(
     loop: Loop, web: Web, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -179,7 +179,7 @@ def test_whatever_becomes_of_it_there_is_an_answer(
     assert said in answer.failure
 
 
-def test_nobody_hears_of_one_that_is_called_off(loop: Loop, web: Web) -> None:
+def test_one_that_is_called_off_gives_no_answer(loop: Loop, web: Web) -> None:
     reader = ConfigReader(("/bin/sleep", "60"), loop, "reader")
     answers: list[ConfigAnswer] = []
     reader.read(web.settings, answers.append)

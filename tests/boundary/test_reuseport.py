@@ -67,7 +67,7 @@ def test_either_can_be_asked_to_steer(first: socket.socket) -> None:
         assert came((first, second), ("127.0.0.1",)) == (0, 12)
 
 
-def test_who_waits_already_stays_where_he_is(first: socket.socket) -> None:
+def test_a_client_that_waits_already_stays_where_it_is(first: socket.socket) -> None:
     second = reuseport.make(first)
     assert second is not None
     with second, socket.create_connection(first.getsockname()):
@@ -105,7 +105,7 @@ def test_as_many_may_wait(first: socket.socket) -> None:
         assert limits[0] == limits[1] == (40).to_bytes(4, "little")
 
 
-def test_who_asks_for_the_port_alone_does_not_get_it(first: socket.socket) -> None:
+def test_a_process_that_asks_for_the_port_alone_does_not_get_it(first: socket.socket) -> None:
     second = reuseport.make(first)
     assert second is not None
     with second, socket.socket() as other:
@@ -114,7 +114,9 @@ def test_who_asks_for_the_port_alone_does_not_get_it(first: socket.socket) -> No
             other.bind(first.getsockname())
 
 
-def test_a_stranger_of_the_same_user_who_asks_to_share_gets_nobody(first: socket.socket) -> None:
+def test_another_process_of_the_same_user_that_asks_to_share_gets_no_client(
+    first: socket.socket,
+) -> None:
     second = reuseport.make(first)
     assert second is not None
     with second, socket.socket() as other:
@@ -151,7 +153,7 @@ def test_where_the_system_has_none_nothing_is_left(
         assert accepted(first) == 1
 
 
-def test_nobody_new_gets_in_by_either(first: socket.socket) -> None:
+def test_no_new_client_gets_in_by_either(first: socket.socket) -> None:
     second = reuseport.make(first)
     assert second is not None
     with second:
@@ -164,7 +166,7 @@ def test_nobody_new_gets_in_by_either(first: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-def test_nobody_needs_a_privilege_to_let_nobody_new_in(
+def test_it_takes_no_privilege_to_let_no_new_client_in(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as one:
@@ -182,7 +184,7 @@ def test_nobody_needs_a_privilege_to_let_nobody_new_in(
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-def test_nobody_needs_a_privilege_to_have_clients_try_again_later(
+def test_it_takes_no_privilege_to_have_clients_try_again_later(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as one, ExitStack() as clients:
@@ -202,7 +204,7 @@ def test_nobody_needs_a_privilege_to_have_clients_try_again_later(
         assert came((one, one), hosts) == (12 + len(hosts), 0)
 
 
-def test_who_has_come_before_or_comes_to_the_other_one_notices_nothing(
+def test_clients_from_before_or_of_the_other_one_notice_nothing(
     first: socket.socket,
 ) -> None:
     second = reuseport.make(first)
@@ -239,7 +241,7 @@ def test_handshakes_that_are_under_way_finish() -> None:
             assert connection.recv(1) == b"x"
 
 
-def test_one_that_has_a_device_lets_nobody_new_in_either(first: socket.socket) -> None:
+def test_one_that_has_a_device_lets_no_new_client_in_either(first: socket.socket) -> None:
     first.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
     if os.geteuid() == 0:
         reuseport.refuse_new(first)
@@ -247,7 +249,7 @@ def test_one_that_has_a_device_lets_nobody_new_in_either(first: socket.socket) -
             socket.create_connection(first.getsockname())
 
 
-def test_nobody_comes_to_the_second_one_in_the_moment_when_it_begins_to_listen(
+def test_no_client_gets_to_the_second_one_at_the_moment_it_begins_to_listen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.socket() as one:
@@ -275,7 +277,7 @@ def test_a_second_one_needs_no_privilege() -> None:
 
 
 def _without_privileges(act: Callable[[], None]) -> None:
-    """Do it in a child, who is nobody where we are root."""
+    """Do it in a child, which becomes the user nobody where we are root."""
     if (pid := os.fork()) == 0:
         try:
             if os.geteuid() == 0:

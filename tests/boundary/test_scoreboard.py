@@ -44,7 +44,7 @@ def test_what_a_worker_counts_is_read(board: Board) -> None:
     assert found is not None
     assert (found.accepted, found.errors, sum(found.waits)) == (1, 1, 1)
     assert board.accepted_at(2) == {7: 99}
-    assert board.read(1) is None  # nobody is there
+    assert board.read(1) is None  # no worker is there
     board.clear(2)
     assert board.read(2) is None
     assert board.accepted_at(2) == {}
@@ -58,7 +58,7 @@ def test_places_beyond_the_last_are_not_counted(board: Board) -> None:
     board.clear(SLOTS)
 
 
-def test_nobody_can_resize_it_nor_take_that_back(board: Board) -> None:
+def test_it_cannot_be_resized_and_its_seals_cannot_be_removed(board: Board) -> None:
     for size in (0, wire.BOARD_BYTES, 2 * SLOTS * wire.BOARD_BYTES):
         with pytest.raises(PermissionError):
             os.ftruncate(board.fd, size)
@@ -86,7 +86,7 @@ def test_garbage_is_taken_with_a_limit(board: Board, record: memoryview) -> None
     assert set(found.waits) == {2**53}
 
 
-def test_nobody_has_more_open_than_were_taken(board: Board, record: memoryview) -> None:
+def test_no_more_connections_are_open_than_were_taken(board: Board, record: memoryview) -> None:
     record[wire.BOARD_STATE] = wire.BOARD_COUNTED
     record[wire.BOARD_ACCEPTED], record[wire.BOARD_ACTIVE] = 3, 4
 

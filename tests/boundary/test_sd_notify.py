@@ -13,7 +13,7 @@ import pytest
 
 from socketprotector.system.sd_notify import NotifySocket, Outbox, Systemd, parse
 
-STRANGERS = frozenset({54_321})  # nobody here
+STRANGERS = frozenset({54_321})  # no user has that number
 OURS = frozenset({os.getuid()})
 
 
@@ -98,7 +98,7 @@ def test_a_message_stays_until_it_is_taken(notify: NotifySocket) -> None:
     assert notify.hear(1) is None
 
 
-def test_who_is_not_the_worker_nor_a_known_user_says_nothing() -> None:
+def test_messages_of_neither_the_worker_nor_a_known_user_are_ignored() -> None:
     notify = NotifySocket.make("@socketprotector-test-" + os.urandom(8).hex(), STRANGERS)
     send(notify, b"READY=1")
     send(notify, b"READY=1")
@@ -179,7 +179,7 @@ def test_an_abstract_address_will_do(notify: NotifySocket, started: Callable[...
     assert heard(notify) == {"READY": "1"}
 
 
-def test_nobody_there_or_nobody_reading_holds_nothing_up(
+def test_a_missing_receiver_or_one_that_does_not_read_holds_nothing_up(
     tmp_path: Path, started: Callable[..., Systemd]
 ) -> None:
     started({}).send(READY="1")

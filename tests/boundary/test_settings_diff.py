@@ -22,7 +22,7 @@ SETTINGS = Settings(
 )
 
 
-#: Fields that no option decides alone: compared in another way, or nobody's wish.
+#: Fields that no option decides alone: compared in another way, or not settable.
 NO_OPTIONS = {
     *{"command", "listeners", "limits", "nice", "environment", "watch"},
     *{"ready", "ready_after_s", "ready_fd", "ready_check"},
@@ -42,7 +42,7 @@ def test_every_setting_is_an_options_or_known_to_be_none() -> None:
     assert sorted([*told, *NO_OPTIONS]) == sorted(there)
 
 
-def test_nothing_is_told_of_what_is_the_same() -> None:
+def test_nothing_is_reported_of_what_is_the_same() -> None:
     assert list(changes(SETTINGS, replace(SETTINGS))) == []
     assert list(forbidden(SETTINGS, replace(SETTINGS))) == []
 
@@ -80,7 +80,7 @@ def test_nothing_is_told_of_what_is_the_same() -> None:
         ),
     ],
 )
-def test_what_changes_is_told_in_a_line_each(new: Settings, said: list[str]) -> None:
+def test_what_changes_is_reported_in_a_line_each(new: Settings, said: list[str]) -> None:
     assert list(changes(SETTINGS, new)) == said
     assert list(forbidden(SETTINGS, new)) == []
 
@@ -91,7 +91,7 @@ def test_a_listener_that_was_removed_before_is_no_change() -> None:
     assert list(changes(gone, gone)) == []
 
 
-def test_what_cannot_change_is_told_apart() -> None:
+def test_what_cannot_change_is_reported_apart() -> None:
     old = replace(SETTINGS, identity=Identity("web", 33, 33, (33,)))
 
     assert list(forbidden(old, replace(old, identity=Identity("web", 33, 33, (33, 4))))) == []

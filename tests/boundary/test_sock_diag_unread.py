@@ -1,4 +1,4 @@
-"""Who has connected, or is about to, and has not been heard: as the kernel tells it."""
+"""Clients that have connected, or are about to, and were not read: as the kernel reports it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def port_of(one: socket.socket) -> int:
 
 
 def known(listener: socket.socket) -> dict[int, bool]:
-    """The ports of those whom nobody has heard, and whether they are silent."""
+    """The ports of clients that no server has read from -> whether they are silent."""
     found = unread(listener.family, port_of(listener))
     return {int.from_bytes(who[:2], "big"): silent for who, silent in found.items()}
 
@@ -64,7 +64,7 @@ def can_accept(listener: socket.socket, accepted: ExitStack) -> bool:
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
 @pytest.mark.parametrize("accepted", [True, False])
-def test_one_who_says_nothing_is_silent_until_he_speaks(
+def test_a_client_that_says_nothing_is_silent_until_it_speaks(
     family: int, host: str, both: bool, hosts: tuple[str, ...], accepted: bool
 ) -> None:
     with listening(family, host, both=both) as listener, ExitStack() as ends:
@@ -84,7 +84,7 @@ def test_one_who_says_nothing_is_silent_until_he_speaks(
         assert known(listener) == {}
 
 
-def test_those_who_are_still_to_be_accepted_may_be_left_out(first: socket.socket) -> None:
+def test_clients_that_are_still_to_be_accepted_may_be_left_out(first: socket.socket) -> None:
     family, port = first.family, port_of(first)
     with (
         socket.create_connection(first.getsockname()) as one,
@@ -102,26 +102,26 @@ def test_those_who_are_still_to_be_accepted_may_be_left_out(first: socket.socket
                 assert {*known(first)} == {port_of(one), port_of(another)}
 
 
-def test_one_who_only_hangs_up_is_known_until_that_is_read(first: socket.socket) -> None:
+def test_a_client_that_only_hangs_up_is_known_until_that_is_read(first: socket.socket) -> None:
     with socket.create_connection(first.getsockname()) as client, first.accept()[0] as server:
         client.shutdown(socket.SHUT_WR)
-        eventually(lambda: known(first) == {port_of(client): False}, "an end that nobody has read")
+        eventually(lambda: known(first) == {port_of(client): False}, "an end that was not read")
 
         assert server.recv(1) == b""
 
         assert known(first) == {}
 
 
-def test_those_who_are_gone_are_not_known(first: socket.socket) -> None:
+def test_clients_that_are_gone_are_not_known(first: socket.socket) -> None:
     client = socket.create_connection(first.getsockname())
     with first.accept()[0]:
         pass
     client.close()
 
-    eventually(lambda: known(first) == {}, "nobody")
+    eventually(lambda: known(first) == {}, "no client")
 
 
-def test_other_ports_clients_are_not_told(first: socket.socket) -> None:
+def test_other_ports_clients_are_not_listed(first: socket.socket) -> None:
     with (
         listening(V4, "127.0.0.1") as other,
         socket.create_connection(other.getsockname()),
@@ -140,7 +140,7 @@ def test_more_than_one_answer_holds_is_read(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(known(late)) == 150
 
 
-def test_a_kernel_that_tells_less_is_no_error(
+def test_a_kernel_that_reports_less_is_no_error(
     first: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_BYTES_RECEIVED_AT", 4096)

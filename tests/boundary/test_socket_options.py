@@ -1,4 +1,4 @@
-"""What stands behind the question mark of a TCP listener: on it, on whom it accepts, on its twin.
+"""Socket options after the `?` of a TCP listener: on it, its connections and its sibling.
 
 What the kernel answers, from real sockets.
 """
@@ -76,7 +76,7 @@ def accepted(bound: Bound) -> socket.socket:
     + [("[::1]:0?tos=0x10", IPV6, socket.IPV6_TCLASS, 0x10)],
     indirect=["bound"],
 )
-def test_who_is_accepted_has_it(bound: Bound, level: int, option: int, value: int) -> None:
+def test_an_accepted_connection_has_it(bound: Bound, level: int, option: int, value: int) -> None:
     with accepted(bound) as one:
         assert one.getsockopt(level, option) == value
 

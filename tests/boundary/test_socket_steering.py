@@ -34,7 +34,7 @@ ONE_S = struct.pack("ll", 1, 0)
 
 
 class Told:
-    """A log that keeps what it is told."""
+    """A log that keeps its events."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -155,7 +155,7 @@ def supersede(world: World) -> None:
     world.steering.quiesce(1)
 
 
-def test_the_next_generation_gets_the_other_side_and_nobody_before_its_turn(
+def test_the_next_generation_gets_the_other_socket_and_no_client_before_its_turn(
     reloaded: World,
 ) -> None:
     reloaded.connect()
@@ -168,7 +168,7 @@ def test_the_next_generation_gets_the_other_side_and_nobody_before_its_turn(
     assert reloaded.waiting() == [1]
 
 
-def test_where_nobody_accepts_the_next_one_serves_who_waits(world: World) -> None:
+def test_where_no_generation_accepts_the_next_one_serves_waiting_clients(world: World) -> None:
     world.connect()
     assert world.steering.free == 0
     world.steering.enter(1, 0)
@@ -180,7 +180,7 @@ def test_where_nobody_accepts_the_next_one_serves_who_waits(world: World) -> Non
     assert world.waiting() == [0]
 
 
-def test_where_nobody_is_to_accept_for_a_while_one_parts_from_who_comes_then(world: World) -> None:
+def test_one_quiesces_though_clients_come_while_no_other_generation_accepts(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
     world.connect()
@@ -196,7 +196,7 @@ def test_where_nobody_is_to_accept_for_a_while_one_parts_from_who_comes_then(wor
     assert world.steering.free == 1
 
 
-def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
+def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
@@ -219,7 +219,7 @@ def test_where_the_kernel_cannot_tell_for_the_moment_nobody_is_forgotten(
     assert reloaded.quiesced == [1]
 
 
-def test_one_parts_when_nobody_has_come_for_a_while(reloaded: World) -> None:
+def test_one_quiesces_when_no_client_has_come_for_a_while(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.pass_time(QUIET_S - 0.15)
     assert reloaded.quiesced == []
@@ -230,7 +230,7 @@ def test_one_parts_when_nobody_has_come_for_a_while(reloaded: World) -> None:
     assert reloaded.log.events == []
 
 
-def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> None:
+def test_a_waiting_client_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> None:
     reloaded.connect()
     supersede(reloaded)
     reloaded.pass_time(3 * QUIET_S)
@@ -244,9 +244,9 @@ def test_who_waits_is_waited_for_and_then_has_time_to_speak(reloaded: World) -> 
     assert reloaded.quiesced == [1]
 
 
-def test_who_waits_for_others_to_accept_him_holds_nobody_up(reloaded: World) -> None:
+def test_a_client_that_another_generation_must_accept_holds_nothing_up(reloaded: World) -> None:
     """As where the next one's workers crash again and again, and another reload is to help."""
-    reloaded.connect()  # to the one that parts
+    reloaded.connect()  # to the one that quiesces
     reloaded.unread = {b"his": False, b"theirs": False}
     reloaded.unaccepted = {b"his", b"theirs"}
     supersede(reloaded)
@@ -260,7 +260,7 @@ def test_who_waits_for_others_to_accept_him_holds_nobody_up(reloaded: World) -> 
     assert reloaded.quiesced == [1]
 
 
-def test_one_who_came_before_and_is_not_heard_is_waited_for_and_no_later_one(
+def test_an_unread_client_that_came_before_is_waited_for_and_no_later_one(
     reloaded: World,
 ) -> None:
     reloaded.unread = {b"slow": False}
@@ -277,7 +277,7 @@ def test_one_who_came_before_and_is_not_heard_is_waited_for_and_no_later_one(
     assert reloaded.quiesced == [1]
 
 
-def test_one_who_says_nothing_is_waited_for_a_little_longer(reloaded: World) -> None:
+def test_a_client_that_says_nothing_is_waited_for_a_little_longer(reloaded: World) -> None:
     reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S - 0.2)
@@ -288,11 +288,11 @@ def test_one_who_says_nothing_is_waited_for_a_little_longer(reloaded: World) -> 
     assert reloaded.quiesced == [1]
 
 
-def test_one_who_speaks_at_last_is_heard_out(reloaded: World) -> None:
+def test_a_client_that_speaks_at_last_is_waited_for_until_it_is_read(reloaded: World) -> None:
     reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S - 0.2)
-    reloaded.unread[b"silent"] = False  # and nobody reads it
+    reloaded.unread[b"silent"] = False  # and no worker reads it
     reloaded.pass_time(SILENT_S)
     assert reloaded.quiesced == []
 
@@ -302,7 +302,7 @@ def test_one_who_speaks_at_last_is_heard_out(reloaded: World) -> None:
     assert reloaded.quiesced == [1]
 
 
-def test_a_machine_that_stands_still_shortens_nobodys_time(reloaded: World) -> None:
+def test_a_machine_that_stands_still_shortens_no_clients_time(reloaded: World) -> None:
     reloaded.unread = {b"silent": True}
     supersede(reloaded)
     reloaded.pass_time(SILENT_S / 2)
@@ -334,10 +334,10 @@ def test_a_flood_of_handshakes_is_not_waited_for_for_ever(reloaded: World) -> No
     reloaded.pass_time(LAST_S + 0.3)
 
     assert reloaded.quiesced == [1]
-    assert reloaded.log.events == []  # nobody is left waiting
+    assert reloaded.log.events == []  # no client is left waiting
 
 
-def test_one_that_does_not_accept_has_its_time_and_is_told_of(reloaded: World) -> None:
+def test_one_that_does_not_accept_has_its_time_and_is_reported(reloaded: World) -> None:
     reloaded.connect()
     supersede(reloaded)
 
@@ -350,7 +350,7 @@ def test_one_that_does_not_accept_has_its_time_and_is_told_of(reloaded: World) -
     assert reloaded.stranded == 1
 
 
-def test_whoever_comes_where_nobody_accepts_is_told_of_soon(reloaded: World) -> None:
+def test_a_client_that_comes_where_no_worker_accepts_is_reported_soon(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.steering.leave(1)
     reloaded.pass_time(60)
@@ -376,7 +376,7 @@ def test_one_that_is_accepted_after_all_is_no_reason(reloaded: World) -> None:
     assert reloaded.stranded == 0
 
 
-def test_nothing_wakes_us_while_nobody_comes(reloaded: World) -> None:
+def test_nothing_wakes_us_while_no_client_comes(reloaded: World) -> None:
     supersede(reloaded)
     reloaded.steering.leave(1)
     reloaded.pass_time(5)
@@ -386,7 +386,7 @@ def test_nothing_wakes_us_while_nobody_comes(reloaded: World) -> None:
     assert reloaded.loop.due("steer") is None
 
 
-def test_in_vain_it_is_told_less_and_less_often(reloaded: World) -> None:
+def test_in_vain_it_is_reported_less_and_less_often(reloaded: World) -> None:
     """As where the generation that is started for them fails, again and again."""
     reloaded.connect()
     supersede(reloaded)
@@ -415,7 +415,7 @@ def test_the_generation_that_comes_for_them_ends_that(reloaded: World) -> None:
     assert reloaded.stranded == 1
 
 
-def test_until_the_kernel_is_told_the_old_one_goes_on(
+def test_until_the_kernel_steers_to_the_new_one_the_old_one_serves(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object) -> None:
@@ -437,7 +437,7 @@ def test_until_the_kernel_is_told_the_old_one_goes_on(
     assert reloaded.waiting() == [1]
 
 
-def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
+def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
     reloaded: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
@@ -450,7 +450,7 @@ def test_where_the_kernel_does_not_tell_of_handshakes_time_is_all_there_is(
     assert reloaded.quiesced == [1]
 
 
-def test_without_a_second_socket_one_parts_at_once(world: World) -> None:
+def test_without_a_second_socket_one_quiesces_at_once(world: World) -> None:
     plain = socket.create_server(("127.0.0.1", 0))
     kept, world.listeners = (
         world.listeners,
@@ -466,7 +466,7 @@ def test_without_a_second_socket_one_parts_at_once(world: World) -> None:
     world.listeners = kept
 
 
-def test_who_connects_to_a_new_listener_comes_to_the_generation_to_come(world: World) -> None:
+def test_clients_of_a_new_listener_go_to_the_next_generation(world: World) -> None:
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
 
@@ -476,7 +476,7 @@ def test_who_connects_to_a_new_listener_comes_to_the_generation_to_come(world: W
     assert world.waiting() == [1] == [world.steering.free]
 
 
-# -- a socket that somebody has shut down ------------------------------------------------
+# -- a socket that was shut down ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("socket_number", [0, 1])
@@ -495,7 +495,7 @@ def test_one_that_is_shut_down_listens_again_and_clients_come_where_they_should(
 
 
 @pytest.mark.parametrize("socket_number", [0, 1])
-def test_when_it_is_said_that_it_listens_again_clients_come_where_they_should_already(
+def test_when_listening_again_is_reported_clients_are_steered_right_already(
     reloaded: World, socket_number: int
 ) -> None:
     reloaded.steering.turn_to(socket_number)
@@ -516,7 +516,7 @@ def test_again_and_again_it_is_mended_ten_times_a_second_at_most(reloaded: World
     assert 5 <= reloaded.log.events.count("listens-again") <= 11
 
 
-def test_of_clients_that_come_to_who_accepts_the_first_alone_wakes_us(reloaded: World) -> None:
+def test_of_clients_of_an_accepting_generation_only_the_first_wakes_us(reloaded: World) -> None:
     seen: list[int] = []
     watch = reloaded.loop.watch
 
@@ -564,7 +564,7 @@ def test_one_whose_filter_is_locked_is_bound_anew_before_the_next_one_begins(
 
     assert reloaded.waiting() == [0]
     assert reloaded.bound == [reloaded.listener]
-    assert reloaded.stranded == 0  # who begins now has it
+    assert reloaded.stranded == 0  # one that begins now has it
 
 
 def test_where_clients_are_kept_out_of_one_for_all_they_are_let_in_by_the_next_generation(
@@ -625,7 +625,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     for _ in range(2):
         with suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
-    one.listen(5)  # by whoever has done that, or by a program that was killed then
+    one.listen(5)  # by the process that has done that, or by a program that was killed then
     assert not world.listener.is_sound(0)
 
     if begins == "started":
@@ -636,7 +636,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     assert world.listener.is_sound(0)
 
 
-def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
+def test_one_that_is_bound_anew_needs_a_generation_that_has_it(
     world: World, tmp_path: Path
 ) -> None:
     path = tmp_path / "s"
@@ -669,7 +669,7 @@ def test_one_that_is_bound_anew_wants_a_generation_that_has_it(
     assert (world.stranded, world.steering.unserved) == (3, frozenset())
 
 
-def test_one_that_nobody_can_have_anew_is_lost_and_told_of_once(world: World) -> None:
+def test_an_address_that_cannot_be_bound_again_is_lost_and_reported_once(world: World) -> None:
     made = socket.socket(socket.AF_UNIX)
     made.bind("")
     made.listen()
@@ -695,7 +695,7 @@ def test_at_a_stop_what_is_shut_down_stays_so(reloaded: World) -> None:
     assert not reloaded.listener.is_alive(0)
 
 
-def test_after_the_last_generation_who_comes_waits_on_the_other_side_for_the_next_start(
+def test_after_the_last_generation_clients_wait_at_the_other_socket_for_the_next_start(
     world: World,
 ) -> None:
     world.steering.enter(1, world.steering.free)
@@ -720,12 +720,12 @@ def test_after_the_last_generation_who_comes_waits_on_the_other_side_for_the_nex
     assert left == "sp.twin.0"
 
 
-def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_side(
+def test_the_last_generation_yields_when_the_one_before_it_has_left_the_other_socket(
     reloaded: World,
 ) -> None:
     supersede(reloaded)
     over: list[bool] = []
-    reloaded.unread = {b"somebody": False}
+    reloaded.unread = {b"client": False}
     reloaded.steering.quiesce_last(2, lambda: over.append(True))
     reloaded.connect()
     assert reloaded.waiting() == [1]
@@ -767,7 +767,7 @@ def supersede_library(world: World) -> None:
     world.steering.quiesce(1, reads_on=True)
 
 
-def test_one_that_reads_on_is_told_as_soon_as_nobody_waits(reloaded: World) -> None:
+def test_one_that_reads_on_is_told_to_finish_as_soon_as_no_client_waits(reloaded: World) -> None:
     reloaded.unread = {b"accepted, and not heard": False, b"silent": True}
     supersede_library(reloaded)
     assert reloaded.quiesced == []
@@ -777,7 +777,7 @@ def test_one_that_reads_on_is_told_as_soon_as_nobody_waits(reloaded: World) -> N
     assert reloaded.quiesced == [1]
 
 
-def test_it_accepts_those_first_who_have_come(reloaded: World) -> None:
+def test_it_first_accepts_the_clients_that_have_come(reloaded: World) -> None:
     reloaded.connect()
     supersede_library(reloaded)
     reloaded.pass_time(SILENT_S)
@@ -789,7 +789,7 @@ def test_it_accepts_those_first_who_have_come(reloaded: World) -> None:
     assert reloaded.quiesced == [1]
 
 
-def test_it_waits_for_those_who_were_about_to_connect_at_the_switch_and_no_later_ones(
+def test_it_waits_for_clients_that_were_connecting_at_the_switch_and_no_later_ones(
     reloaded: World,
 ) -> None:
     reloaded.shaking = {b"slow"}
@@ -830,7 +830,7 @@ def test_each_generation_has_a_mark_of_its_own(world: World) -> None:
     assert again == first  # nothing of the first is left
 
 
-def test_where_somebody_waits_who_came_to_another_one_nothing_is_known(world: World) -> None:
+def test_where_a_client_of_another_one_waits_nothing_is_known(world: World) -> None:
     first = world.steering.enter(1, 0)
     world.connect()
 
@@ -849,7 +849,7 @@ def test_with_too_many_generations_nothing_is_known(world: World) -> None:
     assert world.steering.enter(8, 0, taken) == ()
 
 
-def test_who_waits_at_its_own_socket_waits_for_a_generation(reloaded: World) -> None:
+def test_clients_at_a_generations_own_socket_are_counted_for_it(reloaded: World) -> None:
     reloaded.connect()
     reloaded.connect()
     assert [reloaded.steering.waiting(n) for n in (1, 2)] == [2, 0]
@@ -861,7 +861,9 @@ def test_who_waits_at_its_own_socket_waits_for_a_generation(reloaded: World) -> 
     assert [reloaded.steering.waiting(n) for n in (1, 2)] == [0, 1]
 
 
-def test_at_a_socket_of_two_generations_nobody_knows_for_whom_one_waits(reloaded: World) -> None:
+def test_at_a_socket_of_two_generations_it_is_unknown_for_which_a_client_waits(
+    reloaded: World,
+) -> None:
     reloaded.listener.go_on_without(1)
     reloaded.connect()
     assert [reloaded.steering.waiting(n) for n in (1, 2)] == [None, None]
@@ -894,7 +896,7 @@ def test_under_a_hold_new_clients_get_no_answer_and_come_in_after_it(reloaded: W
     assert reloaded.waiting() == [0]
 
 
-def test_a_reload_meanwhile_lets_nobody_in_either(reloaded: World) -> None:
+def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
     reloaded.steering.hold(True)
     supersede(reloaded)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:

@@ -138,7 +138,7 @@ def test_a_field_that_an_older_program_did_not_write_takes_its_default() -> None
 
 def test_a_field_that_this_program_does_not_know_is_dropped() -> None:
     written = json.loads(Codec([Thing, Colour]).encode(Thing(3, parts=(1, 2))))
-    written["f"]["weight"] = {"c": "Unheard", "f": {"of": {"e": "Neither", "v": 1}}}
+    written["f"]["weight"] = {"c": "Unknown", "f": {"of": {"e": "Neither", "v": 1}}}
 
     again = Codec([Thing, Colour]).decode(json.dumps(written).encode())
 

@@ -126,7 +126,7 @@ def connect(address: tuple[str, int] | str) -> socket.socket:
 
 
 def accepts(one: socket.socket, address: tuple[str, int] | str) -> bool:
-    """Whether a client who connects comes to it."""
+    """Whether a client that connects gets to it."""
     with connect(address) as client:
         client.sendall(b"x")  # some wait for that
         poll = select.poll()
@@ -137,7 +137,9 @@ def accepts(one: socket.socket, address: tuple[str, int] | str) -> bool:
     return True
 
 
-def test_the_same_socket_is_taken_with_all_who_wait_there(machine: Machine, port: int) -> None:
+def test_the_same_socket_is_taken_with_all_clients_that_wait_there(
+    machine: Machine, port: int
+) -> None:
     [before] = machine.start(f"127.0.0.1:{port}")
     number = inode(before.socket)
     with connect(("127.0.0.1", port)) as waiting:
@@ -243,7 +245,7 @@ def test_one_that_had_a_second_one_has_another_and_is_the_one_clients_come_to(
             assert accepts(one, ("127.0.0.1", port))
 
 
-def test_what_cannot_be_undone_is_bound_anew_and_said(machine: Machine, port: int) -> None:
+def test_what_cannot_be_undone_is_bound_anew_and_reported(machine: Machine, port: int) -> None:
     def lock(one: socket.socket) -> None:
         reuseport._attach(one, 26, reuseport._NO_NEW_CLIENTS)
         one.setsockopt(SOCKET, SO_LOCK_FILTER, 1)
@@ -255,7 +257,7 @@ def test_what_cannot_be_undone_is_bound_anew_and_said(machine: Machine, port: in
     assert f"127.0.0.1:{port}: bound anew" in machine.notices[0]
 
 
-def test_an_address_for_each_of_several_devices_is_bound_anew_and_said(
+def test_an_address_for_each_of_several_devices_is_bound_anew_and_reported(
     machine: Machine, port: int
 ) -> None:
     machine.start(f"127.0.0.1:{port}")
@@ -303,7 +305,7 @@ def test_a_path_keeps_its_file_and_has_the_rights_of_the_new_start(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: to give a file away takes root")
-def test_a_path_belongs_to_whom_the_new_start_says(machine: Machine, tmp_path: Path) -> None:
+def test_a_path_belongs_to_the_user_of_the_new_start(machine: Machine, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     machine.start(f"unix:{path}?user=7&group=8")
     for options, owner in (("?user=9", (9, os.getegid())), ("", (0, os.getegid()))):
@@ -353,7 +355,7 @@ def test_no_file_is_known_of_what_has_none(tmp_path: Path) -> None:
         assert file_of(one) == os.lstat(tmp_path / "socket").st_ino & 0xFFFFFFFF
 
 
-def test_the_store_is_told_of_new_names_after_all_that_is_over(
+def test_the_fd_store_gets_new_names_after_the_old_ones_are_removed(
     machine: Machine, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = str(tmp_path / "notify")

@@ -34,7 +34,7 @@ def test_connections() -> None:
 
     assert of(limits, accepted=999) == ""
     assert of(limits, accepted=1000) == "accepted 1000 connections, its limit is 1000"
-    assert of(limits, accepted=None) == ""  # nobody counts
+    assert of(limits, accepted=None) == ""  # not counted
 
 
 def share(key: str) -> int:

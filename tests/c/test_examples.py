@@ -84,7 +84,7 @@ def test_reloads_under_load_fail_nothing(protect: Start, program: tuple[str, ...
 def test_ready_is_heard_though_there_was_no_room_for_it(
     channel: Channel, program: tuple[str, ...]
 ) -> None:
-    worker = channel.starts_unheard(*program)
+    worker = channel.starts_unread(*program)
 
     assert sorted(worker.ready_lines) == sorted(["READY=1", wire.RETIRES_ON_RETURN])
 
@@ -124,7 +124,7 @@ def test_a_worker_too_many_leaves_when_its_line_ends(
     assert ask(("127.0.0.1", daemon.port)).endswith("] hello")
 
 
-def test_being_drained_is_told_from_being_retired(protect: Start, build: Build) -> None:
+def test_being_drained_can_be_told_from_being_retired(protect: Start, build: Build) -> None:
     daemon = protect("--workers", "2", "127.0.0.1:0", "--", build("probe", *SANITIZED))
 
     daemon.signal(signal.SIGTTOU)

@@ -82,7 +82,7 @@ def test_connections_come_with_their_listener_and_then_the_drain(
     assert worker.wait() == 0
 
 
-def test_a_listener_that_it_was_not_told_of_has_no_name(channel: Channel, build: Build) -> None:
+def test_a_listener_that_it_does_not_know_has_no_name(channel: Channel, build: Build) -> None:
     worker = probe(channel, build)
 
     client = channel.connect_only()
@@ -129,7 +129,7 @@ def test_a_message_of_another_kind_closes_its_connection_only(
     assert said[3:] == DRAINED
 
 
-def test_of_two_descriptors_none_stays_open_that_nobody_looks_for(
+def test_of_two_descriptors_in_one_message_the_unexpected_one_is_closed(
     channel: Channel, build: Build
 ) -> None:
     worker = probe(channel, build)

@@ -44,7 +44,7 @@ def send(
 
 
 def is_hung_up(pipe_read_end: int) -> bool:
-    """Whether nobody holds the write end of a pipe any more."""
+    """Whether no process holds the write end of a pipe any more."""
     os.set_blocking(pipe_read_end, False)
     try:
         return os.read(pipe_read_end, 1) == b""

@@ -79,7 +79,7 @@ def test_it_ends_with_the_last_file_made_from_it(listener: Listener) -> None:
     accept(listener).close()
 
 
-def test_it_ends_when_nobody_refers_to_it(listener: Listener) -> None:
+def test_it_ends_when_it_is_not_referenced(listener: Listener) -> None:
     connection = accept(listener)
     assert is_full(listener)
 
@@ -150,7 +150,7 @@ def test_a_closed_one_has_no_addresses(listener: Listener) -> None:
             ask()
 
 
-def test_its_family_is_asked_of_the_kernel_where_nobody_knows() -> None:
+def test_its_family_is_asked_of_the_kernel_where_it_is_unknown() -> None:
     one, other = socket.socketpair()
     with other, Connection(fileno=one.detach()) as made:
         assert (made.family, made.type) == (socket.AF_UNIX, socket.SOCK_STREAM)

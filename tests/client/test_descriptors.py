@@ -65,7 +65,7 @@ def test_room_is_what_the_limit_leaves(count: int, enough: bool) -> None:
 
 
 @pytest.mark.parametrize("answer", [0, OSError])
-def test_where_nobody_tells_there_is_no_room_for_a_row(
+def test_where_the_number_of_descriptors_is_unknown_there_is_no_room_for_a_row(
     monkeypatch: pytest.MonkeyPatch, answer: int | type[OSError]
 ) -> None:
     def stat(path: str) -> SimpleNamespace:

@@ -13,7 +13,7 @@ from tests.client.sharing import HOME, Sharing
 from tests.procfs import descriptors, sleeps_in, threads_of, watched_by
 from tests.running import eventually
 
-#: So often that it is soon, and so seldom that nobody asks within a test.
+#: So often that it is soon, and so seldom that it never comes within a test.
 SOON = {"WATCHDOG_USEC": "20000"}
 LATE = {"WATCHDOG_USEC": "7200000000"}
 EPOLLIN, EPOLLRDHUP = 0x1, 0x2000

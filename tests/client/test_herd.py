@@ -22,7 +22,7 @@ def all_wait(workers: list[Worker]) -> None:
 
 
 def served_by(channel: Channel) -> int:
-    """Connect, hear who serves, and see the end of it."""
+    """Connect, hear which worker serves, and see the end of it."""
     client = channel.connect()
     who = client.hear()
     assert client.hear() == ""
@@ -114,7 +114,7 @@ def test_one_idle_worker_wakes_for_a_connection_and_they_take_turns(
 
 
 @pytest.mark.parametrize("way", ["connections", "blocking", "listener", "aserve"])
-def test_who_is_at_its_limit_is_not_woken_in_the_place_of_an_idle_one(
+def test_a_worker_at_its_limit_is_not_woken_in_the_place_of_an_idle_one(
     channel: Channel, way: str
 ) -> None:
     workers = [

@@ -179,7 +179,7 @@ def test_one_on_a_path_removes_it_at_the_end(tmp_path: Path) -> None:
     assert not (tmp_path / "socket").exists()
 
 
-def test_http_server_answers_and_tells_its_clients_to_go_at_drain(channel: Channel) -> None:
+def test_http_server_answers_and_closes_keep_alive_connections_at_drain(channel: Channel) -> None:
     worker = channel.start("http_server.py", "0")
     host, port = channel.listeners[0].getsockname()
     client = http.client.HTTPConnection(host, port, timeout=30)

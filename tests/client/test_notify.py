@@ -137,7 +137,7 @@ def test_it_is_heard_when_the_path_is_gone(tmp_path: Path, monkeypatch: pytest.M
         assert [receiver.recv(99) for _ in range(2)] == [b"STATUS=well", b"WATCHDOG=1"]
 
 
-def test_who_comes_in_a_receivers_place_is_told(
+def test_a_new_receiver_at_the_same_path_is_notified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "notify"
@@ -147,7 +147,7 @@ def test_who_comes_in_a_receivers_place_is_told(
             receiver.bind(str(path))
             assert notify("READY=1")
             assert receiver.recv(99) == b"READY=1"
-        assert not notify("STATUS=nobody hears")
+        assert not notify("STATUS=not heard")
         path.unlink()
 
 

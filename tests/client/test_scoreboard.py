@@ -56,7 +56,7 @@ def test_a_worker_that_writes_says_so_at_once(record: Record) -> None:
     assert os.pread(record.fd, PLACE, 0) == bytes(PLACE)  # and nothing to the records of others
 
 
-def test_who_tells_of_nothing_does_not_say_that_it_is_nothing(record: Record) -> None:
+def test_a_worker_that_does_not_count_is_unknown_rather_than_zero(record: Record) -> None:
     record.board.leave_uncounted()
     assert record.word(wire.BOARD_STATE) == wire.BOARD_UNKNOWN
 

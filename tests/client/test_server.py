@@ -58,7 +58,7 @@ def test_the_parent_has_no_thread_when_it_forks(channel: Channel) -> None:
     assert len(threads_of(sharing.program.pid)) == 1
 
 
-def test_a_stop_serves_who_has_connected_and_nobody_new(channel: Channel) -> None:
+def test_a_stop_serves_clients_that_have_connected_and_no_new_ones(channel: Channel) -> None:
     sharing = Sharing(channel, "run", "1", "6", HOME)
     clients = [sharing.connect() for _ in range(40)]
     for client in clients:
@@ -126,7 +126,7 @@ def test_a_full_queue_leaves_the_rest_to_the_backlog(channel: Channel) -> None:
     for client in clients:
         client.say("hello")
 
-    # What the queue holds, one in hand, and no more of what it owns itself.
+    # What the queue holds, one undelivered, and no more of what it owns itself.
     assert len(descriptors(accepting)) <= 7
     sharing.signal(signal.SIGUSR1)
 

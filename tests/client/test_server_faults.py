@@ -48,7 +48,7 @@ def test_without_any_child_connections_wait(channel: Channel) -> None:
 
 
 @pytest.mark.parametrize("way", ["run", "by hand"])
-def test_a_killed_parent_ends_all_once_who_has_connected_is_served(
+def test_a_killed_parent_ends_all_once_connected_clients_are_served(
     channel: Channel, way: str
 ) -> None:
     sharing = Sharing(channel, *(["run", "1", "64"] if way == "run" else [way]), HOME)
@@ -135,7 +135,7 @@ def test_without_a_descriptor_clients_wait_in_the_backlog(channel: Channel) -> N
     assert channel.log.read_text().count("Too many") == 1
 
 
-def test_a_stop_waits_for_who_has_connected_while_there_is_no_descriptor(
+def test_a_stop_waits_for_connected_clients_while_there_is_no_descriptor(
     channel: Channel,
 ) -> None:
     sharing = Sharing(channel, "run", "1", "64", HOME)
@@ -164,7 +164,7 @@ def test_a_handler_that_raises_is_logged_and_its_child_goes_on(channel: Channel)
     assert "RuntimeError: asked to fail" in channel.log.read_text()
 
 
-def test_clients_that_reset_before_and_after_accept_cost_nobody_anything(
+def test_clients_that_reset_before_and_after_accept_cost_the_others_nothing(
     channel: Channel,
 ) -> None:
     sharing = Sharing(channel, "run", "0", "64", HOME)
@@ -188,7 +188,7 @@ def test_clients_that_reset_before_and_after_accept_cost_nobody_anything(
     assert sharing.connect().ask("hello") == "echo hello"
 
 
-def test_a_close_that_nobody_reads_does_not_wait() -> None:
+def test_a_close_that_no_client_reads_does_not_wait() -> None:
     server = SocketServer(HOME, queue=6)
     clients = [socket.create_connection(sockname_of(server.listeners[0])) for _ in range(30)]
 

@@ -1,4 +1,4 @@
-"""An event loop's epoll beside an intake's: the loop is told of both, and of nothing else."""
+"""An event loop's epoll beside an intake's: the loop gets the events of both, and no others."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def intake() -> Iterator[Intake]:
     one.close()
 
 
-def test_a_loop_is_told_of_its_own_descriptors_and_of_the_queue(intake: Intake) -> None:
+def test_a_loop_gets_the_events_of_its_own_descriptors_and_of_the_queue(intake: Intake) -> None:
     ours, theirs = socket.socketpair()
     with select.epoll() as epoll, ours, theirs:
         loop = SimpleNamespace(epoll=epoll)
@@ -55,7 +55,7 @@ def test_a_loop_is_told_of_its_own_descriptors_and_of_the_queue(intake: Intake) 
         assert loop.epoll is epoll
 
 
-def test_who_asks_for_one_event_is_told_once(intake: Intake) -> None:
+def test_a_loop_that_asks_for_one_event_gets_it_once(intake: Intake) -> None:
     with select.epoll() as epoll:
         beside = BesideEpoll(epoll, intake, intake.fileno())
         beside.register(intake.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
@@ -76,8 +76,8 @@ def test_a_loop_that_has_no_such_epoll_stays_as_it_is(intake: Intake) -> None:
     assert vars(loop) == {"epoll": other}
 
 
-def test_two_listeners_in_one_loop_both_are_told_of(intake: Intake) -> None:
-    """The first has the loop sleep in its own; the second is told of as before."""
+def test_two_listeners_in_one_loop_both_get_their_events(intake: Intake) -> None:
+    """The first has the loop sleep in its own; the second is reported as before."""
     source = Chosen(listen("127.0.0.1:0", 16), handed=False)
     second = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
     with select.epoll() as epoll:

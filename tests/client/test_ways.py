@@ -193,7 +193,7 @@ def test_connections_that_end_while_the_limit_is_reached_wake_the_worker(
 
 
 @pytest.mark.parametrize("program", ["serves.py", "streams.py"])
-def test_a_handler_that_fails_is_logged_and_harms_nobody_else(
+def test_a_handler_that_fails_is_logged_and_harms_no_other_client(
     channel: Channel, program: str
 ) -> None:
     channel.start(program)
@@ -209,7 +209,9 @@ def test_a_handler_that_fails_is_logged_and_harms_nobody_else(
 
 
 @pytest.mark.parametrize("program", [*SERVING, "threading_server.py"])
-def test_whoever_asked_is_told_once_when_the_drain_begins(channel: Channel, program: str) -> None:
+def test_a_program_that_asked_is_told_once_when_the_drain_begins(
+    channel: Channel, program: str
+) -> None:
     worker = channel.start(program, "--announce")
     client = channel.connect()
     assert client.ask("hello") == "echo hello"
@@ -256,7 +258,7 @@ def test_a_draining_worker_does_not_spin(channel: Channel, program: str) -> None
 
 
 @every_way
-def test_a_client_that_resets_while_queued_harms_nobody(channel: Channel, program: str) -> None:
+def test_a_client_that_resets_while_queued_does_no_harm(channel: Channel, program: str) -> None:
     gone = channel.connect()
     gone.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     gone.close()

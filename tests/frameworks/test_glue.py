@@ -47,7 +47,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_uvloop_is_refused_instead_of_serving_nobody() -> None:
+def test_uvloop_is_refused_instead_of_serving_no_client() -> None:
     pytest.importorskip("uvloop")
 
     done = python(UVLOOP)

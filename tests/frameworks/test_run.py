@@ -156,7 +156,7 @@ def test_a_draining_worker_answers_what_it_was_asked_and_closes_idle_connections
     ],
     ids=" ".join,
 )
-def test_it_tells_by_itself_what_kind_an_application_is(
+def test_it_finds_out_by_itself_what_kind_an_application_is(
     shapes: Path, marked_environment: dict[str, str], words: list[str]
 ) -> None:
     process = subprocess.Popen(
@@ -183,7 +183,7 @@ def test_a_client_that_has_just_connected_is_answered_by_a_draining_worker(
     address = "127.0.0.1", daemon.port
 
     with Connection(address) as fresh:
-        old = ask_once(address)  # who came later, so the first one was taken, too
+        old = ask_once(address)  # a later client, so the first one was taken, too
         daemon.reload()
         for _ in range(50):  # so long it looks again and again
             ask_once(address)
@@ -235,7 +235,7 @@ def test_with_the_listeners_themselves_it_is_reloaded_under_load(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_use_is_told_in_one_line(shapes: Path, words: list[str], complaint: str) -> None:
+def test_wrong_use_is_reported_in_one_line(shapes: Path, words: list[str], complaint: str) -> None:
     bind = [] if "--bind" in words else ["--bind", "127.0.0.1:0"]
 
     status, said = run(*bind, *words, cwd=shapes)
@@ -257,7 +257,7 @@ def test_without_a_protector_it_must_be_told_where_to_listen(shapes: Path) -> No
 
 @needs_both
 @pytest.mark.parametrize("app", ["asgi", "wsgi"])
-def test_an_address_that_is_taken_is_told_in_one_line(shapes: Path, app: str) -> None:
+def test_an_address_that_is_taken_is_reported_in_one_line(shapes: Path, app: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
 
@@ -268,7 +268,9 @@ def test_an_address_that_is_taken_is_told_in_one_line(shapes: Path, app: str) ->
 
 
 @pytest.mark.parametrize(("app", "server"), [("asgi", "uvicorn"), ("wsgi", "waitress")])
-def test_a_missing_extra_is_told_with_what_installs_it(shapes: Path, app: str, server: str) -> None:
+def test_a_missing_extra_is_reported_with_what_installs_it(
+    shapes: Path, app: str, server: str
+) -> None:
     # A folder of ours first on the path hides it, as if it were not there.
     (shapes / "sitecustomize.py").write_text(
         "import importlib.util as util\n"

@@ -7,7 +7,7 @@
  *
  *     never          never connects             exit=N      exits with N instead of connecting
  *     grandchild     a child of its own connects, and serves
- *     orphan         the same, and who had started that one has ended: nobody's child by then
+ *     orphan         the same, and its parent has ended: init's child by then
  *     session        leads a session of its own
  *     closes         reads one connection, serves it, closes its end, and stays
  *     leaves=N       reads one connection, serves it, and exits with N

@@ -51,7 +51,7 @@ def test_the_child_is_ready_when_it_has_connected_and_serves(legacy: Legacy) -> 
 
 def test_ready_is_heard_though_there_was_no_room_for_it(legacy: Legacy) -> None:
     command = ("setsid", *ADAPTER, *legacy.command())
-    worker = legacy.channel.starts_unheard(*command, env=legacy.environment)
+    worker = legacy.channel.starts_unread(*command, env=legacy.environment)
 
     assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
 
@@ -95,7 +95,9 @@ def test_a_drain_loses_nothing(legacy: Legacy) -> None:
     assert worker.wait() == 0
 
 
-def test_who_retires_answers_what_its_child_has_and_leaves_the_rest(legacy: Legacy) -> None:
+def test_an_adapter_that_retires_answers_what_its_child_has_and_leaves_the_rest(
+    legacy: Legacy,
+) -> None:
     worker = legacy.start("stuck")
     child = pid_after("connected", worker)
     clients = queue(legacy)
@@ -148,7 +150,7 @@ def test_two_workers_share_and_none_hoards(legacy: Legacy) -> None:
 
 
 @pytest.mark.parametrize("who", ["grandchild", "orphan", "session", "session grandchild"])
-def test_whom_the_child_has_started_may_connect(legacy: Legacy, who: str) -> None:
+def test_a_process_that_the_child_has_started_may_connect(legacy: Legacy, who: str) -> None:
     worker = legacy.start(*who.split())
     served_by = pid_after("connected", worker)
 
@@ -168,7 +170,7 @@ print(one.recv(1))
 
 
 @pytest.mark.parametrize("user", ["the same", "nobody"])
-def test_a_stranger_who_connects_first_gets_nothing(
+def test_a_stranger_that_connects_first_gets_nothing(
     legacy: Legacy, tmp_path: Path, user: str
 ) -> None:
     through = []
@@ -220,12 +222,14 @@ def test_the_second_of_two_that_start_waits_for_the_name(legacy: Legacy, tmp_pat
 
 
 def waits_in_line(port: int) -> bool:
-    """A connection to the turn's name that nobody has accepted is there besides its listener."""
+    """A connection to the turn's name that is not accepted is there besides its listener."""
     return Path("/proc/net/unix").read_text().count(f"@socketprotector.legacy.{port}\n") > 1
 
 
 @pytest.mark.parametrize("name", ["sock_srv_{}", "socketprotector.legacy.{}"])
-def test_a_name_that_somebody_else_has_is_waited_for_and_told_of(legacy: Legacy, name: str) -> None:
+def test_a_name_that_another_process_has_is_waited_for_and_reported(
+    legacy: Legacy, name: str
+) -> None:
     text = b"\0" + name.format(legacy.port).encode()
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(text.ljust(108, b"\0") if name.startswith("sock_") else text)
@@ -238,7 +242,7 @@ def test_a_name_that_somebody_else_has_is_waited_for_and_told_of(legacy: Legacy,
     assert legacy.log.count("\n") == 1
 
 
-def test_who_waits_for_the_name_can_be_told_to_leave(legacy: Legacy) -> None:
+def test_an_adapter_that_waits_for_the_name_can_be_told_to_leave(legacy: Legacy) -> None:
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(padded(legacy.port))
         other.listen()
@@ -264,7 +268,7 @@ def test_one_that_is_killed_while_it_holds_the_name_frees_it(legacy: Legacy) -> 
     ("words", "status"),
     [(("exit=7",), 7), (("exit=0",), 0)],
 )
-def test_a_child_that_ends_before_it_connects_is_told_of(
+def test_a_child_that_ends_before_it_connects_is_reported(
     legacy: Legacy, words: tuple[str, ...], status: int
 ) -> None:
     worker = legacy.spawn(*legacy.command(*words))

@@ -116,7 +116,7 @@ def test_at_a_reload_the_old_answers_what_it_was_sent_and_the_new_the_rest(
 
 
 def in_backlog_of(giver: Giver) -> int:
-    """How many connections nobody has accepted (tcpi_unacked of a listener, tcp(7))."""
+    """How many connections are not accepted yet (tcpi_unacked of a listener, tcp(7))."""
     info = giver.given[0][1].getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)
     return int.from_bytes(info[24:28], "little")
 
@@ -140,7 +140,7 @@ def test_a_daemon_that_is_killed_loses_what_it_was_sent_and_no_more(service: Ser
             each.close()
 
     assert answers.count("") <= MOST_UNREAD
-    # It serves as soon as it has connected, which may be told later.
+    # It serves as soon as it has connected, which may be reported later.
     daemon.log.wait_for("event=worker-ready generation=1 worker=2", after=mark)
     new = connected(daemon)[-1]
     assert [each for each in answers if each] == [f"[{new}] hello"] * (10 - answers.count(""))
@@ -228,7 +228,7 @@ def test_a_worker_that_dies_is_replaced_while_another_generation_starts(
 
 
 @pytest.fixture
-def for_everybody(original: Path) -> Iterator[Path]:
+def for_any_user(original: Path) -> Iterator[Path]:
     """The daemon where another user can execute it."""
     with tempfile.TemporaryDirectory(prefix="sp-") as folder:
         os.chmod(folder, 0o755)
@@ -236,15 +236,15 @@ def for_everybody(original: Path) -> Iterator[Path]:
 
 
 @pytest.mark.skipif(not is_root(), reason="NOT CHECKED: only root can start it as another user")
-def test_it_works_as_another_user(giver: Giver, for_everybody: Path) -> None:
-    service = Service(giver, for_everybody)
+def test_it_works_as_another_user(giver: Giver, for_any_user: Path) -> None:
+    service = Service(giver, for_any_user)
     path = [str(ROOT), str(ROOT / "client_lib")]
     code = f"import sys; sys.path[:0] = {path}; "
     code += "from socketprotector.programs.legacy.adapter import main; main()"
     python = "/usr/bin/python3"
     probe = [python, "-I", "-c", code]
     if subprocess.run(probe, user="nobody", cwd="/", capture_output=True).returncode != 2:
-        pytest.skip("NOT CHECKED: no Python here with which nobody can run the worker")
+        pytest.skip("NOT CHECKED: no Python here with which the user nobody can run the worker")
     daemon = service.start("--user", "nobody", adapter=(*probe, "--"))
 
     child = pid_in(ask(service.address))

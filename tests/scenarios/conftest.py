@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespaces import everybodys_python
+from tests.namespaces import any_users_python
 from tests.running import (
     Protector,
 )
@@ -94,13 +94,13 @@ def syslog(start: Start) -> Iterator[Syslog]:
 
 @pytest.fixture(scope="module")
 def python() -> tuple[str, str]:
-    """A Python that everybody can execute, and the PYTHONPATH with which it runs the command."""
-    return everybodys_python()
+    """A Python that any user can execute, and the PYTHONPATH with which it runs the command."""
+    return any_users_python()
 
 
 @pytest.fixture
 def command(start: Start, python: tuple[str, str]) -> Iterator[Command]:
-    """Its folder is A's, and everybody may look into it."""
+    """Its folder is A's, and any user may look into it."""
     with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
         folder = Path(name)
         folder.chmod(0o755)

@@ -14,7 +14,7 @@ import pytest
 
 from tests.namespaces import (
     STRANGER,
-    everybodys_python,
+    any_users_python,
     in_user_namespace,
     needs_root,
     of_user,
@@ -59,7 +59,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
 
 def address_of(pid: int) -> str:
     """The notify address of a worker."""
-    # Whoever has forked goes on before there is an environment.
+    # The parent goes on after the fork, before there is an environment.
     eventually(lambda: "NOTIFY_SOCKET" in environment_of(pid), "an environment")
     return environment_of(pid)["NOTIFY_SOCKET"]
 
@@ -97,7 +97,7 @@ def test_a_stranger_cannot_get_at_a_workers_socket(protector: Starter) -> None:
 def test_workers_of_every_user_are_heard_there(
     protector: Starter, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
-    python, path = everybodys_python()
+    python, path = any_users_python()
     tmp_path.chmod(0o755)
     says = (
         "import os, socket; socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto("
@@ -179,7 +179,7 @@ def test_a_worker_is_heard_on_its_path_after_an_upgrade(operated: Operating) -> 
     eventually(said, "its status")
 
 
-def test_a_folder_that_was_removed_keeps_nobody_from_starting(protector: Starter) -> None:
+def test_a_folder_that_was_removed_keeps_no_worker_from_starting(protector: Starter) -> None:
     daemon = protector("127.0.0.1:0", "--", *ECHO).ready()
     [folder] = folders()
     shutil.rmtree(folder)
@@ -228,7 +228,7 @@ def test_a_stranger_is_not_taken_for_nobody_in_a_user_namespace(
     nowhere: tuple[str, ...], marked_environment: dict[str, str]
 ) -> None:
     """The worst case: no folder, the host's network, and the number that strangers share."""
-    python, _ = everybodys_python()
+    python, _ = any_users_python()
     silent = ("sleep", "60")
     options = ("--user", "nobody", "--start-timeout", "60s", "--stop-timeout", "1s", "--no-control")
     words = (python, *COMMAND[1:], "-f", *options, "127.0.0.1:0", "--", *silent)
@@ -240,7 +240,7 @@ def test_a_stranger_is_not_taken_for_nobody_in_a_user_namespace(
         os.close(send)
         log = Lines(receive)
         pid = int(log.wait_for("event=spawned").rpartition("=")[2])
-        for user in (STRANGER, 100_000):  # who is root in there, and believed
+        for user in (STRANGER, 100_000):  # the second is root in there, and believed
             assert log.count("event=worker-ready") == 0
             with of_user(user, SAYS, address_of(pid)) as says:
                 assert says.wait() == 0

@@ -1,4 +1,4 @@
-"""Measure what docs/servers.md tells: python -m tests.servers [NAME...] [--reloads N]."""
+"""Measure what docs/servers.md says: python -m tests.servers [NAME...] [--reloads N]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Unmodified servers under --handoff listener, reloaded under load; docs/servers.md tells of each.
+"""Unmodified servers under --handoff listener, reloaded under load; see docs/servers.md.
 
 Each is started by its own command where that can take a listener.  That the new one is ready too
-early fails nobody: who comes then waits in its backlog.
+early fails no client: those that come then wait in its backlog.
 """
 
 from __future__ import annotations

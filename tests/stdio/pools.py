@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PROGRAMS = Path(__file__).parent / "programs"
-#: Tells its pid, then repeats what it is told; ends with its client.
+#: Says its pid, then echoes what it gets; ends with its client.
 TALKS = "echo $$; exec cat"
 #: How many programs its pool has, itself among them; then it waits for its client's end.
 COUNTS = "set -- $(cat /proc/$PPID/task/$PPID/children); echo $#; read line"

@@ -1,4 +1,4 @@
-"""Reload, stop, retire, TERM: programs finish, and whoever comes is served."""
+"""Reload, stop, retire, TERM: programs finish, and new clients are served."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_reload_lets_running_programs_finish(protector: Start, program: Releas
     daemon.stop()
 
 
-def test_reloads_under_load_fail_nobody(protector: Start) -> None:
+def test_reloads_under_load_fail_no_client(protector: Start) -> None:
     command = pool(6, ANSWERS, of=2, shell=True)
     daemon = protector("--workers", "2", "127.0.0.1:0", "--", *command).ready()
     load = Load(f"127.0.0.1:{daemon.port}", concurrency=8).start()
@@ -93,7 +93,7 @@ def test_a_reload_to_a_command_that_cannot_be_started_changes_nothing(
     daemon.stop()
 
 
-def test_stop_lets_programs_finish_and_serves_who_waits(protector: Start) -> None:
+def test_stop_lets_programs_finish_and_serves_waiting_clients(protector: Start) -> None:
     daemon = protector("127.0.0.1:0", "--", *pool(1, TALKS, shell=True)).ready()
     with Client(("127.0.0.1", daemon.port)) as first, Client(("127.0.0.1", daemon.port)) as second:
         assert first.hear()
@@ -155,10 +155,10 @@ def test_a_pool_that_retires_takes_no_more_and_finishes(channel: Channel) -> Non
     assert late.hear()
 
 
-def test_a_retiring_pool_leaves_nobody_waiting_beside_one_that_has_places(
+def test_a_retiring_pool_leaves_no_client_waiting_beside_one_that_has_places(
     channel: Channel, tmp_path: Path
 ) -> None:
-    """One of them is woken for a connection; it may be the one who leaves."""
+    """One of them is woken for a connection; it may be the one that leaves."""
     held = tmp_path / "held"
     late = str(PROGRAMS / "late.py")
     first = channel.start(sys.executable, late, held, *pool(1, TALKS, shell=True)[4:])
@@ -206,7 +206,7 @@ def test_the_programs_of_a_killed_pool_end_at_the_limits_of_others(protector: St
         os.kill(group, signal.SIGKILL)
         daemon.log.wait_for(rf"event=orphans generation=1 worker=1 group={group} ")
         assert client.ask("still there") == "still there"
-        assert daemon.log.count("event=signalled") == 0  # nobody tells them to finish
+        assert daemon.log.count("event=signalled") == 0  # they are not told to finish
 
         daemon.stop()
 

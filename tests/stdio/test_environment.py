@@ -18,7 +18,7 @@ def test_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client() -> None:
     assert said[b"REMOTE_ADDR"] == b"10.0.0.2"
 
 
-def test_a_link_local_client_is_told_with_its_interface() -> None:
+def test_a_link_local_client_is_given_with_its_interface() -> None:
     (index, name), *_ = socket.if_nameindex()
     there = ("fe80::2", 999, 0, index)
 

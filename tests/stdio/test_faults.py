@@ -30,7 +30,7 @@ def test_a_connection_waits_until_its_program_can_be_started(
     channel.start(*refusing(full, number, 4, "cat"))
     clients = [channel.connect() for _ in range(3)]
     eventually(lambda: full.read_text().count("\n") >= 3, "tries")
-    assert channel.queued() == 2  # nobody else is taken meanwhile
+    assert channel.queued() == 2  # no other client is taken meanwhile
 
     full.unlink()
 
@@ -104,7 +104,7 @@ def test_the_end_of_a_program_without_a_pidfd_is_seen(channel: Channel) -> None:
     assert worker.wait() == 0
 
 
-def test_what_is_no_connection_is_closed_and_said(channel: Channel) -> None:
+def test_what_is_no_connection_is_closed_and_reported(channel: Channel) -> None:
     channel.start(*pool(1, "cat"))
     other = channel.connect_only()
     channel.hand_off(version=9)
@@ -173,7 +173,7 @@ def test_a_wrong_call_is_answered_in_a_line(
     assert text.count("\n") == 1
 
 
-def test_by_hand_it_says_who_starts_it(channel: Channel) -> None:
+def test_by_hand_it_says_what_is_to_start_it(channel: Channel) -> None:
     worker = channel.spawn(*pool(4, "cat"), alone=True)
 
     assert worker.wait() == 2

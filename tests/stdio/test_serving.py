@@ -44,7 +44,7 @@ def test_more_than_so_many_never_run_at_once(protector: Start) -> None:
     daemon.stop()
 
 
-def test_who_waits_is_served_the_moment_a_program_ends(channel: Channel) -> None:
+def test_a_waiting_client_is_served_the_moment_a_program_ends(channel: Channel) -> None:
     channel.start(*pool(2, TALKS, shell=True))
     first, second = channel.connect(), channel.connect()
     assert first.hear()
@@ -138,7 +138,7 @@ def test_its_connection_blocks(protector: Start) -> None:
 
 
 @pytest.mark.parametrize(("host", "proto"), [("127.0.0.1", "TCP"), ("::1", "TCP6")])
-def test_the_environment_says_who_speaks(host: str, proto: str, protector: Start) -> None:
+def test_the_environment_has_the_client(host: str, proto: str, protector: Start) -> None:
     listen = f"[{host}]:0" if ":" in host else f"{host}:0"
     daemon = protector(
         listen,
@@ -169,7 +169,9 @@ def test_the_environment_says_who_speaks(host: str, proto: str, protector: Start
     daemon.stop()
 
 
-def test_an_address_of_the_machine_is_told_where_all_are_listened_on(protector: Start) -> None:
+def test_the_address_that_the_client_used_is_given_where_all_are_listened_on(
+    protector: Start,
+) -> None:
     daemon = protector("0.0.0.0:0", "--", *pool(4, "env")).ready()
 
     with Client(("127.0.0.2", daemon.port)) as client:
@@ -180,7 +182,7 @@ def test_an_address_of_the_machine_is_told_where_all_are_listened_on(protector: 
 
 
 @pytest.mark.parametrize("bound", ["", "/client", "@client"])
-def test_the_environment_says_who_speaks_over_a_unix_socket(
+def test_the_environment_has_the_client_of_a_unix_socket(
     bound: str, protector: Start, tmp_path: Path
 ) -> None:
     path = tmp_path / "a b%.sock"
@@ -268,7 +270,7 @@ def test_it_says_how_many_run(channel: Channel) -> None:
 
 
 def test_ready_is_heard_though_there_was_no_room_for_it(channel: Channel) -> None:
-    worker = channel.starts_unheard(*pool(1, "cat"))
+    worker = channel.starts_unread(*pool(1, "cat"))
 
     assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
 

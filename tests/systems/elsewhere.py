@@ -93,7 +93,7 @@ def own_mounts() -> None:
     _mount("none", "/", "", _MS_REC | _MS_PRIVATE)
 
 
-def interpreter_for_everybody() -> None:
+def interpreter_for_any_user() -> None:
     """Let every user reach this interpreter, which may be in root's home."""
     home = Path(sys.base_prefix)
     for folder in reversed(home.parents):
@@ -166,7 +166,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.no_proc or given.hidepid or given.no_shell or given.root:
         own_mounts()
-        interpreter_for_everybody()
+        interpreter_for_any_user()
     if given.hidepid:
         _mount("proc", "/proc", "proc", 0, "hidepid=2")
     if given.no_shell:

@@ -27,8 +27,8 @@ OTHER_USER = (*USER, "--worker-user", "daemon")
 
 
 @pytest.fixture
-def everybodys(tmp_path: Path) -> Path:
-    """A folder that belongs to the user dropped to, by a path that everybody may go."""
+def any_users(tmp_path: Path) -> Path:
+    """A folder that belongs to the user dropped to, by a path that any user may follow."""
     nobody = pwd.getpwnam("nobody")
     place = tmp_path / "nobodys"
     place.mkdir()
@@ -38,7 +38,7 @@ def everybodys(tmp_path: Path) -> Path:
     return place
 
 
-#: What can be seen, and by whom.
+#: What can be seen, and by which user.
 SIGHT = {
     "no /proc": (NO_PROC, ()),
     "no /proc, other users": (NO_PROC, OTHER_USER),
@@ -60,10 +60,10 @@ SIGHT = {
     ),
 )
 def test_a_whole_life(
-    everybodys: Path, marked_environment: dict[str, str], sight: str, mode: str
+    any_users: Path, marked_environment: dict[str, str], sight: str, mode: str
 ) -> None:
     through, options = SIGHT[sight]
-    lived(Surroundings(everybodys, marked_environment, through, mode=mode, options=options))
+    lived(Surroundings(any_users, marked_environment, through, mode=mode, options=options))
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_what_a_failed_worker_leaves_is_not_looked_for_and_that_is_said_once(
 def test_ctl_says_that_it_cannot_see_connections_instead_of_none(
     tmp_path: Path, marked_environment: dict[str, str], through: tuple[str, ...]
 ) -> None:
-    """Another user than root looks, or nobody could where there is no /proc."""
+    """Another user than root looks; without /proc no user could."""
     listening = Protector(
         ["--name", NAME, "--control-group", "nogroup", "127.0.0.1:0", "--", *MANY],
         marked_environment,
@@ -154,18 +154,18 @@ def test_the_guard_that_gives_up_removes_its_pid_file(
 
 @pytest.mark.parametrize("owner", ["user=nobody", "group=nogroup"])
 def test_a_unix_listener_and_a_log_file_get_their_owner(
-    everybodys: Path, marked_environment: dict[str, str], owner: str
+    any_users: Path, marked_environment: dict[str, str], owner: str
 ) -> None:
-    log = everybodys / "log"
+    log = any_users / "log"
     daemon = Protector(
-        [*USER, "--log-file", str(log), f"unix:{everybodys}/web?{owner}", "--", *MANY],
+        [*USER, "--log-file", str(log), f"unix:{any_users}/web?{owner}", "--", *MANY],
         marked_environment,
         through=NO_PROC,
     )
     try:
         eventually(lambda: log.exists() and "event=ready" in log.read_text(), "ready")
-        assert ask(str(everybodys / "web"))
-        found = (everybodys / "web").stat()
+        assert ask(str(any_users / "web"))
+        found = (any_users / "web").stat()
         kept = found.st_uid if owner.startswith("user") else found.st_gid
         assert kept == 65534
         assert log.stat().st_uid == pwd.getpwnam("nobody").pw_uid
@@ -175,7 +175,7 @@ def test_a_unix_listener_and_a_log_file_get_their_owner(
 
 
 def test_another_namespaces_proc_is_not_believed() -> None:
-    """Its numbers are of other processes: who is killed by them would be somebody else."""
+    """Its numbers are of other processes: a kill by number would hit one of those."""
     script = (
         "import os; from socketprotector.system import procfs;print(os.getpid(), procfs.is_ours())"
     )

@@ -60,7 +60,7 @@ def promise(name: str) -> Callable[[Check], Check]:
 
 
 def none_failed(load: Load, say: Say, what: str, allowed: int = 0) -> None:
-    """End the load, tell how it went; at most so many may have met a closed connection."""
+    """End the load, say how it went; at most so many may have met a closed connection."""
     load.end()
     say(f"{what}: {load.text()}")
     closed = load.failed["ConnectionResetError"] + load.failed["empty answer"]
@@ -81,7 +81,7 @@ def ended_in_order(service: Service) -> None:
     assert service.show("ActiveState") == "inactive"
     assert service.processes() == []
     assert service.stored == 0
-    eventually(lambda: is_refused(service.port), "a port that nobody listens on")
+    eventually(lambda: is_refused(service.port), "a port without a listener")
 
 
 # -- the shipped template ------------------------------------------------------
@@ -123,7 +123,7 @@ def _(say: Say) -> None:
         assert service.show("NRestarts") == "0"
 
 
-@promise("five reloads under load lose nobody, and who is connected stays with their worker")
+@promise("five reloads under load lose no client, and the connected stay with their worker")
 def _(say: Say) -> None:
     with Service("reload") as service, load_on(service.start()) as load:
         with closing(Held(service.port)) as held:
@@ -138,7 +138,7 @@ def _(say: Say) -> None:
         assert len(load.pids) == 6
 
 
-@promise("a broken release makes systemctl reload fail, says why, and loses nobody")
+@promise("a broken release makes systemctl reload fail, says why, and loses no client")
 def _(say: Say) -> None:
     release = Path("/opt/release")
     good = f"#!/bin/sh\nexec {ECHO}\n"
@@ -228,7 +228,7 @@ def _(say: Say) -> None:
         none_failed(load, say, "a worker killed", allowed=2)
 
 
-@promise("USR2 replaces the protector's program under the same pid, and loses nobody")
+@promise("USR2 replaces the protector's program under the same pid, and loses no client")
 def _(say: Say) -> None:
     with Service("upgrade") as service, load_on(service.start()) as load:
         with closing(Held(service.port)) as held:
@@ -280,12 +280,12 @@ def _restarts(name: str, command: str, options: str, say: Say) -> None:
         stopped_in_order(service)
 
 
-@promise("twenty restarts under load refuse and reset nobody, and a stop frees the port")
+@promise("twenty restarts under load refuse and reset no client, and a stop frees the port")
 def _(say: Say) -> None:
     _restarts("restarts", ECHO, "--workers 2", say)
 
 
-@promise("twenty restarts under load refuse and reset nobody where the workers accept")
+@promise("twenty restarts under load refuse and reset no client where the workers accept")
 def _(say: Say) -> None:
     _restarts("accepts", f"{PYTHON} {TESTS}/workers/accepts.py", LISTENER, say)
 
@@ -385,7 +385,7 @@ def _(say: Say) -> None:
         assert service.status()["restarts"] == 0
 
 
-@promise("a protector that hangs is killed by the watchdog and comes back, and loses nobody")
+@promise("a protector that hangs is killed by the watchdog and comes back, and loses no client")
 def _(say: Say) -> None:
     with (
         Service("hangs", drop_in=["WatchdogSec=10"]) as service,
@@ -454,7 +454,7 @@ def _(say: Say) -> None:
         service.kill()
         assert set(service.workers()) == first
         load.more()
-        gate.open("w").close()  # all who wait to read, read on
+        gate.open("w").close()  # all that wait to read, read on
         eventually(lambda: service.status_text == "generation 2 serves", "the reload", 1200)
         second = set(service.workers())
         assert len(second) == 600
@@ -472,7 +472,7 @@ def _(say: Say) -> None:
 
 @promise("a store that is full is said; what has no room does not outlive a kill, the service does")
 def _(say: Say) -> None:
-    # Before 254 systemd does not tell how much room there is.
+    # Before 254 systemd does not say how much room there is.
     told = [] if systemd_version() >= 254 else ["Environment=FDSTORE=15"]
     drop_in = ["FileDescriptorStoreMax=15", *told]
     with Service("full", options="--workers 4", drop_in=drop_in) as service:
@@ -556,10 +556,10 @@ def _is_awake(service: Service, wanted: bool, say: Say) -> bool:
     return times > 10 * _CLIENTS if wanted else times < 3 * _CLIENTS
 
 
-@promise("CPUQuota=50%: nobody is awaited awake; by systemctl set-property it changes at once")
+@promise("CPUQuota=50%: no busy polling; by systemctl set-property it changes at once")
 def _(say: Say) -> None:
     if os.cpu_count() == 1:
-        raise NotRun("this machine has one processor, and nobody waits awake on that")
+        raise NotRun("this machine has one processor, and there is no busy polling on that")
     with Service("quota", options="--busy-poll 10s", drop_in=["CPUQuota=50%"]) as service:
         service.start()
         assert _is_awake(service, False, say)
@@ -611,13 +611,13 @@ def _activated(
             service.reload()
             load.more()
             systemctl("stop", service.unit)
-            # systemd listens on, and starts it for the next one who comes.
+            # systemd listens on, and starts it for the next client.
             load.more()
             assert service.show("ActiveState") == "active"
             none_failed(load, say, "4 reloads, an upgrade, a SIGKILL, a restart, a stop", allowed=1)
 
 
-@promise("a port of a .socket unit loses nobody, not even at a restart")
+@promise("a port of a .socket unit loses no client, not even at a restart")
 def _(say: Say) -> None:
     _activated("socket", ECHO, "", say)
 
@@ -838,7 +838,7 @@ def _torment(service: Service, load: Load) -> None:
         load.more()
 
 
-@promise("listener handoff, asyncio server: reload, USR2 and SIGKILL of the protector lose nobody")
+@promise("listener handoff, asyncio server: reload, USR2, SIGKILL of the protector lose no client")
 def _(say: Say) -> None:
     with (
         Service("asyncio", ASYNCIO, f"{LISTENER} --workers 2") as service,
@@ -849,7 +849,7 @@ def _(say: Say) -> None:
         stopped_in_order(service)
 
 
-@promise("listener handoff, uvicorn: reload, USR2 and SIGKILL of the protector lose nobody")
+@promise("listener handoff, uvicorn: reload, USR2 and SIGKILL of the protector lose no client")
 def _(say: Say) -> None:
     command = (
         f"{PYTHON} -m uvicorn --loop asyncio --app-dir {SERVERS} --no-access-log"
@@ -863,7 +863,7 @@ def _(say: Say) -> None:
         none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
 
 
-@promise("listener handoff, gunicorn: reload, USR2 and SIGKILL of the protector lose nobody")
+@promise("listener handoff, gunicorn: reload, USR2 and SIGKILL of the protector lose no client")
 def _(say: Say) -> None:
     command = f"{PYTHON} -m gunicorn --workers 2 --chdir {SERVERS} wsgi_app:app"
     with (
@@ -874,9 +874,9 @@ def _(say: Say) -> None:
         none_failed(load, say, "2 reloads, an upgrade, a SIGKILL")
 
 
-@promise("listener handoff, a port of a .socket unit: each generation its socket, nobody is lost")
+@promise("listener handoff, a port of a .socket unit: each generation its socket, no client lost")
 def _(say: Say) -> None:
-    # As docs/systemd.md says: without it, who polls can hang in accept() while we are started anew.
+    # As docs/systemd.md says: without it a poll can end in a hanging accept() at our restart.
     _activated("handed", ASYNCIO, LISTENER, say, "NonBlocking=yes", sockets=2)
 
 
@@ -885,7 +885,7 @@ def _ended(pids: set[int]) -> bool:
 
 
 @promise(
-    "listener handoff, pre-fork server: the children of a killed master finish, and nobody is lost"
+    "listener handoff, pre-fork server: the children of a killed master finish, no client is lost"
 )
 def _(say: Say) -> None:
     with (
@@ -956,7 +956,7 @@ def _(say: Say) -> None:
                     allowed=2,
                 )
             assert names.ctl("stop", "--wait").returncode == 0
-            eventually(lambda: is_refused(port), "a port that nobody listens on")
+            eventually(lambda: is_refused(port), "a port without a listener")
         except AssertionError:
             say(Path("/run/guarded.log").read_text(encoding="utf-8", errors="replace"))
             raise

@@ -1,4 +1,4 @@
-"""Each system is booted once; what its checks said is told at the end, passed or not."""
+"""Each system is booted once; what its checks said is shown at the end, passed or not."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def eventually(fact: Callable[[], _T], what: str, deadline_s: float = DEADLINE_S
 
 
 def run(*words: str, deadline_s: float = 1200.0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end; whoever calls looks at its status."""
+    """Run a command to its end; the caller looks at its status."""
     return subprocess.run(
         words,
         stdin=subprocess.DEVNULL,
@@ -133,7 +133,7 @@ class Service:
         self.settings.write_text("".join(lines), encoding="utf-8")
 
     def write(self, path: str, *lines: str) -> None:
-        """Add a unit's file for as long as this lasts; tell systemd of it by daemon-reload."""
+        """Add a unit's file for as long as this lasts; announce it to systemd by daemon-reload."""
         file = UNITS / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -413,7 +413,7 @@ def waits_awake(pid: int, during: Callable[[], object]) -> int:
 
 
 def is_refused(port: int) -> bool:
-    """Whether nobody listens there."""
+    """Whether no process listens there."""
     try:
         socket.create_connection(("127.0.0.1", port), DEADLINE_S).close()
     except ConnectionRefusedError:

@@ -24,7 +24,7 @@ from tests.running import ROOT, Lines
 
 from .checks import CHECKS
 
-#: Nobody waits longer for one machine; what it has not said by then has failed.
+#: One machine is waited for no longer; what it has not said by then has failed.
 _LONGEST_S = 4 * 3600.0
 NEEDED = ("qemu-system-x86_64", "debootstrap", "mkfs.ext4", "unshare", "chroot", "gcc")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

@@ -1,4 +1,4 @@
-"""An unmodified server: accepts from the listeners that LISTEN_FDS tells of, and knows no channel.
+"""An unmodified server: accepts from the listeners that LISTEN_FDS names, and knows no channel.
 
     accepts.py [--ready notify|ack|yaml|path|N|never] [--gate FIFO] [WORD...]
 
@@ -26,7 +26,7 @@ for number in (signal.SIGTERM, signal.SIGQUIT):
     signal.signal(number, lambda *_: None)
 listeners = {}
 for fd in range(3, 3 + count):
-    os.set_blocking(fd, False)  # several share it: who comes second must not wait in accept()
+    os.set_blocking(fd, False)  # several share it: the second must not wait in accept()
     listeners[fd] = socket.socket(fileno=fd)
 
 

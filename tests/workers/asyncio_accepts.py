@@ -1,4 +1,4 @@
-"""An unmodified asyncio server on the listeners that LISTEN_FDS tells of: `[pid] line` for a line.
+"""An unmodified asyncio server on the listeners that LISTEN_FDS names: `[pid] line` for a line.
 
 TERM: no more accepting, an answer to who has asked, exit.
 """

@@ -1,4 +1,4 @@
-"""Becomes nobody before it says that it is ready."""
+"""Becomes the user nobody before it says that it is ready."""
 
 import os
 

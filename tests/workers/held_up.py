@@ -2,7 +2,7 @@
 
     python held_up.py GATE [the command's own arguments]
 
-It opens GATE (a FIFO) first, which waits for somebody at the other end.
+It opens GATE (a FIFO) first, which waits for a process at the other end.
 """
 
 import sys

@@ -29,7 +29,7 @@ def rights(fds: list[int]) -> list[tuple[int, int, array.array[int]]]:
 
 
 def until_heard() -> None:
-    """Wait until the protector has handled what was said: who ends before was never ready."""
+    """Wait until the protector has handled what was said: one that ends before was never ready."""
     heard, held = os.pipe()
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as line:
         line.sendmsg([b"BARRIER=1"], rights([held]), 0, ADDRESS)

@@ -1,6 +1,6 @@
 """Accepts from the listener it was handed, and does its worst to it, named by its argument.
 
-With a FIFO's path not before somebody has opened that.
+With a FIFO's path not before another process has opened that.
 
 Each connection is a line and an answer, `[pid] line`.  Only KILL ends it.
 """
@@ -53,7 +53,7 @@ def shuts_it_down_again_and_again() -> None:
 
 
 def listens_again() -> None:
-    """So it stands last in the group, without a word to anybody."""
+    """So it stands last in the group, without telling the protector."""
     LISTENER.shutdown(socket.SHUT_RDWR)
     LISTENER.listen(1)
 

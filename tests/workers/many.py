@@ -1,7 +1,7 @@
 """Serves many connections at once: `[pid] line` for each line.
 
-At end of file, and at TERM, it takes no more and finishes what it has.  `--silent`: somebody
-else says READY for it.
+At end of file, and at TERM, it takes no more and finishes what it has.  `--silent`: another
+process says READY for it.
 """
 
 import os

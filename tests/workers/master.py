@@ -31,7 +31,7 @@ def serve() -> None:
         signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # not before it is known
     listener = socket.socket(fileno=3)
-    listener.setblocking(False)  # several share it: who comes second must not wait in accept()
+    listener.setblocking(False)  # several share it: the second must not wait in accept()
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(ended, select.POLLIN)

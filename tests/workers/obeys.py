@@ -1,6 +1,6 @@
 """A worker on the client library that does what a line says; other lines come back.
 
-`fail`: the handler raises.  `hang`: nothing is done any more, by nobody where there is one
+`fail`: the handler raises.  `hang`: nothing is done any more, by the whole process if it has one
 thread.  `grow`: 64 MiB more are kept.  `deaf` as an argument: ABRT is ignored.  `--fork`:
 a child takes connections as well.
 """

@@ -16,7 +16,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
 os.close(send)
 poll = select.poll()
 poll.register(receive, 0)
-poll.poll()  # until nobody holds the other end
+poll.poll()  # until no process holds the other end
 os.write(2, b"passed\n")
 while taken := take():
     with taken[1] as client:

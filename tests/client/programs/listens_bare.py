@@ -1,4 +1,4 @@
-"""A Listener in a server that was never told about SIGTERM, in the main thread or not."""
+"""A Listener in a server that does not know about SIGTERM, in the main thread or not."""
 
 from __future__ import annotations
 

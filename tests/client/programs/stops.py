@@ -30,7 +30,7 @@ connection, _ = listener.accept()
 assert not accepts()  # as loops do until nothing is left
 signal.signal(signal.SIGUSR1, lambda *_: listener.stop_accepting())
 say("taken")
-readable(None)  # nobody comes any more: it is the signal
+readable(None)  # no client comes any more: it is the signal
 assert not accepts()
 say("drains" if draining() else "goes on")
 say("spins" if readable(0) else "sleeps")

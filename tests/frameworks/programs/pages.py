@@ -1,4 +1,4 @@
-"""What every program here answers: who it is, at once or when a gate opens.
+"""What every program here answers: its pid, at once or when a gate opens.
 
 `GET /` answers with the process's number.  `GET /PATH-OF-A-FIFO` first reads that to its end.
 """

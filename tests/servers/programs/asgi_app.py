@@ -1,4 +1,4 @@
-"""An ASGI application: each answer is the pid of who gives it, after WAIT_S."""
+"""An ASGI application: each answer is the pid of its process, after WAIT_S."""
 
 from __future__ import annotations
 

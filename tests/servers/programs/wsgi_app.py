@@ -1,4 +1,4 @@
-"""A WSGI application: each answer is the pid of who gives it, after WAIT_S."""
+"""A WSGI application: each answer is the pid of its process, after WAIT_S."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool on a system that has no pidfd left for anybody: no_pidfd.py OPTIONS... -- COMMAND..."""
+"""The pool on a system that has no pidfd left: no_pidfd.py OPTIONS... -- COMMAND..."""
 
 import errno
 import os

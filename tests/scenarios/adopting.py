@@ -1,4 +1,4 @@
-"""Protectors that are replaced or killed and go on: who it is now, and releases of it."""
+"""Protectors that are replaced or killed and go on: which process it is now, and releases of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.running import ROOT, WORKERS, Protector, eventually
 
 ROUNDS = rounds(5, 100)
 ECHO = (sys.executable, str(WORKERS / "echo.py"))
-NOBODY_ELSE = pytest.mark.skipif(
+AS_ANOTHER_USER = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: another user, which takes root"
 )
 
@@ -65,7 +65,7 @@ def revived(daemon: Protector, mark: int) -> int:
 
 
 def at_rest(daemon: Protector) -> None:
-    """Wait until it has done all that it was told before."""
+    """Wait until it has done all that it was asked before."""
     mark = daemon.signal(signal.SIGUSR1)
     daemon.log.wait_for("event=reopened", after=mark)
 

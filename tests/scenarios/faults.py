@@ -83,7 +83,7 @@ def listens(address: str) -> bool:
 
 
 def reload_unseen(process: subprocess.Popen[bytes], address: str) -> None:
-    """Reload, and wait until another worker answers: the log tells nothing here."""
+    """Reload, and wait until another worker answers: the log says nothing here."""
     before = ask(address).partition(" ")[0]
     process.send_signal(signal.SIGHUP)
     eventually(lambda: ask(address).partition(" ")[0] != before, "an answer by a new worker")

@@ -1,4 +1,4 @@
-"""Stand-ins for systemd: they pass descriptors, keep them, and listen to what they are told."""
+"""Stand-ins for systemd: they pass descriptors, keep them, and read their notify socket."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.running import (
 from tests.scenarios.tools import worker
 
 MANY = worker("many")
-#: Moves the descriptors 1000, 1001, ... to 3, 4, ..., tells whose they are, and executes.
+#: Moves the descriptors 1000, 1001, ... to 3, 4, ..., sets LISTEN_PID, and executes.
 PASS_STORED = """
 import os, resource, sys
 count = int(sys.argv[1])
@@ -129,7 +129,7 @@ def fd_above(fd: int) -> int:
 
 
 class Manager:
-    """Hears what a service says, as the service manager does, and remembers who said it."""
+    """Hears what a service says, as the service manager does, and remembers the sender."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -241,9 +241,9 @@ class Service:
         for place, name in enumerate(names):
             os.dup2(passed[name], 1000 + place, inheritable=True)
             high.append(1000 + place)
-        # Without it we are somebody who listens, but is not known to keep anything over a stop.
-        nobody_known = {"INVOCATION_ID": ""}
-        environment = {**nobody_known, **self.environment, "NOTIFY_SOCKET": self.address}
+        # Without it we are a listener that is not known to keep anything over a stop.
+        unknown = {"INVOCATION_ID": ""}
+        environment = {**unknown, **self.environment, "NOTIFY_SOCKET": self.address}
         if names:
             environment |= {"LISTEN_FDS": str(len(names)), "LISTEN_FDNAMES": ":".join(names)}
         python = COMMAND[0]

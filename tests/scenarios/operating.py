@@ -21,7 +21,7 @@ OBEYS = (sys.executable, str(WORKERS / "obeys.py"))
 
 
 def default_path(key: str) -> Path:
-    """Where the control socket is that nobody chose a place for."""
+    """Where the control socket is if no path was given."""
     return Path(os.environ["XDG_RUNTIME_DIR"]) / "socketprotector" / f"{key}.control"
 
 

@@ -29,7 +29,7 @@ exec "$@"
 
 
 class Syslog:
-    """Listens as syslogd does, and keeps what it is told."""
+    """Listens as syslogd does, and keeps what it gets."""
 
     def __init__(self, folder: Path) -> None:
         self.dev = folder / "dev.sh"

@@ -167,7 +167,7 @@ def tcp(address: str) -> tuple[str, int]:
 
 
 def told(address: tuple[str, int] | str) -> dict[str, Any]:
-    """What a worker that tells says of itself."""
+    """What the worker tells.py says of itself."""
     client: Client = Client(address)
     with client.socket, client.socket.makefile("rb") as lines:
         found: dict[str, Any] = json.loads(lines.readline())

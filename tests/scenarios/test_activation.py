@@ -1,4 +1,4 @@
-"""Socket activation: listening sockets that somebody else has opened and goes on with."""
+"""Socket activation: listening sockets that another process has opened and goes on with."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MANY = worker("many")
 
 
 class Steady:
-    """Clients who come one after the other, faster than any pause that is waited for."""
+    """Clients that come one after the other, faster than any pause that is waited for."""
 
     def __init__(self, port: int) -> None:
         self.address = ("127.0.0.1", port)
@@ -90,7 +90,7 @@ def test_a_socket_is_taken_by_its_name_and_listens_on_after_our_stop(giver: Give
 def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
     giver: Giver, mode: str
 ) -> None:
-    """The listener is somebody else's: who comes then is his, and he may be waiting for it."""
+    """The listener is another process's, which may be waiting for the clients that come then."""
     port = giver.tcp("web")
     words = ("--handoff", mode, "--ready", "notify", "--stop-timeout", "1h", "fd:web", "--")
     server = MANY if mode == "connection" else worker("accepts")
@@ -101,7 +101,7 @@ def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
         daemon.stop()
         assert still_listens(giver)
         second = giver.start(*words, *server).ready()
-        steady.wait_for(steady.answered + 50)  # those among them who have waited meanwhile
+        steady.wait_for(steady.answered + 50)  # those among them that have waited meanwhile
     second.stop()
 
     assert daemon.log.count("signal=KILL") == 0
@@ -231,7 +231,7 @@ def test_systemd_socket_activate_starts_it_with_the_first_client(
 
 
 def test_a_listener_that_workers_accept_from_is_common_to_two_generations(giver: Giver) -> None:
-    """Unless whoever has opened it lets others have its address."""
+    """Unless the process that has opened it lets others have its address."""
     port = giver.tcp("http")
     words = ("--handoff", "listener", "--ready", "notify", "fd:http", "--", *worker("accepts"))
     daemon = giver.start(*words).ready()
@@ -266,7 +266,7 @@ def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back
         assert still_listens(giver)
         assert listening(port) == 1
         second = giver.start(*SHARED).ready()
-        steady.wait_for(steady.answered + 20)  # those among them who have waited meanwhile
+        steady.wait_for(steady.answered + 20)  # those among them that have waited meanwhile
         assert listening(port) == 2
     second.stop()
 
@@ -293,7 +293,7 @@ def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_le
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: another user's socket; needs root")
-def test_a_second_socket_needs_the_user_who_has_opened_the_first(giver: Giver) -> None:
+def test_a_second_socket_needs_the_user_that_has_opened_the_first(giver: Giver) -> None:
     os.seteuid(65534)
     try:
         port = giver.tcp("web", reuse=True)

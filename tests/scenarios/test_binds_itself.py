@@ -1,4 +1,4 @@
-"""A program that binds its own port, under the handoff that one gets who says nothing."""
+"""A program that binds its own port, under the default handoff."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_start_that_is_doomed_says_so_at_once(start: Start, tmp_path: Path) ->
     assert "secret" not in start.log
 
 
-def test_one_that_uses_the_client_library_is_told_nothing(
+def test_one_that_uses_the_client_library_gets_no_advice(
     protector: Command, tmp_path: Path
 ) -> None:
     gunicorn = Path(sys.executable).with_name("gunicorn")
@@ -113,7 +113,7 @@ def test_one_that_uses_the_client_library_is_told_nothing(
         assert ("binds its own port" in daemon.log.text()) is told
 
 
-def test_a_server_without_a_word_of_its_own_is_told_what_takes_a_broken_release_back(
+def test_the_log_says_what_takes_a_broken_release_of_a_server_without_readiness_back(
     protector: Command,
 ) -> None:
     uvicorn = Path(sys.executable).with_name("uvicorn")
@@ -125,7 +125,7 @@ def test_a_server_without_a_word_of_its_own_is_told_what_takes_a_broken_release_
         assert ("is thought ready after 1 s, by a timer" in daemon.log.text()) is told
 
 
-def test_a_known_server_that_takes_no_socket_over_is_told_what_it_lacks(
+def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(
     protector: Command, tmp_path: Path
 ) -> None:
     uvicorn = Release(tmp_path / "uvicorn")
@@ -178,7 +178,7 @@ def _answers(daemon: Protector) -> bool:
         return client.recv(100).startswith(b"HTTP/1.")
 
 
-def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Command) -> None:
+def test_one_that_is_thought_ready_and_takes_no_client_is_reported(protector: Command) -> None:
     command = ("--name", "web", "--ready", "after:1ms", "127.0.0.1:0", "--", "sleep", "1000")
     daemon = protector(*command).ready()
     with socket.create_connection(("127.0.0.1", daemon.port)):
@@ -194,7 +194,7 @@ def test_one_that_is_thought_ready_and_takes_nobody_is_told_of(protector: Comman
 
 
 @pytest.mark.parametrize("kind", ["tcp", "unix"])
-def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
+def test_one_that_was_handed_the_socket_and_accepts_no_client_is_reported(
     protector: Command, tmp_path: Path, kind: str
 ) -> None:
     address = f"unix:{tmp_path}/s" if kind == "unix" else "127.0.0.1:0"
@@ -216,7 +216,7 @@ def test_one_that_was_handed_the_socket_and_accepts_nobody_is_told_of(
         assert "takes nobody" in run("list").out
 
 
-def test_one_of_two_sockets_that_a_server_leaves_alone_is_told_of(protector: Command) -> None:
+def test_one_of_two_sockets_that_a_server_ignores_is_reported(protector: Command) -> None:
     options = ("--handoff", "listener", "--ready", "after:1ms", "127.0.0.1:0", "127.0.0.1:0")
     first = "import socket; s = socket.socket(fileno=3)\nwhile True: s.accept()[0].close()"
     daemon = protector(*options, "--", sys.executable, "-c", first).ready()

@@ -83,7 +83,7 @@ def configured(protector: Starter, file: File) -> Callable[..., Protector]:
 
 
 def listens(address: Address) -> bool:
-    """Whether somebody can connect."""
+    """Whether a client can connect."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     with socket.socket(family) as client:
         client.settimeout(0.2)
@@ -248,13 +248,13 @@ def test_a_removed_listener_leaves_its_place_and_an_added_one_gets_another(
         ("unix", 3, "connection"),
         ("tcp", 30, "connection"),
         ("unix", 30, "connection"),
-        # Where workers accept nobody is sorted, and at a UNIX socket the kernel does not tell who
-        # waits: those whom the old ones do not accept within a second are lost (docs/handoff.md).
+        # Where workers accept no client is sorted, and at a UNIX socket the kernel does not say who
+        # waits: those that the old ones do not accept within a second are lost (docs/handoff.md).
         ("tcp", 30, "listener"),
     ],
     indirect=["handoff"],
 )
-def test_who_waits_at_a_removed_listener_is_served_by_those_who_know_it(
+def test_clients_waiting_at_a_removed_listener_are_served_by_workers_that_know_it(
     configured: Starter,
     file: File,
     tmp_path: Path,
@@ -286,7 +286,7 @@ def test_who_waits_at_a_removed_listener_is_served_by_those_who_know_it(
     for number, client in enumerate(waiting):
         assert client.hear() == f"[{old}] hello {number}"
         client.close()
-    eventually(lambda: not listens(address), "nobody listens there any more")
+    eventually(lambda: not listens(address), "no process listens there any more")
     staying[0].close()
     assert pid_in(ask(("127.0.0.1", daemon.port))) == spawned(daemon, 2)[0]
     daemon.log.wait_for("event=drained generation=1")
@@ -395,7 +395,7 @@ def test_a_generation_that_never_serves_takes_its_settings_and_listeners_along(
     file.command = TELLS
     file.says("workers = 3")
     daemon.reload()
-    # 1 was told to the one that failed.
+    # 1 was given to the one that failed.
     assert told(f"{tmp_path}/s")["listener"] == place(handoff, 2)
 
 
@@ -514,7 +514,7 @@ def test_a_kill_at_any_moment_of_a_reload_leaves_the_one_or_the_other(
     daemon.stop()
 
     failures = load.snapshot().failures
-    # Who was between accept and send; of those who accept for themselves, nobody.
+    # Those that were between accept and send; where workers accept, none.
     assert len(failures) <= (times if handoff == "connection" else 0), failures
 
 
@@ -538,7 +538,7 @@ class Gated:
         return daemon
 
     def through(self, daemon: Protector, pattern: str, mark: int) -> str:
-        """Let whoever comes to the gate through, until the protector says something."""
+        """Let all that come to the gate through, until the protector logs something."""
         return let_through(self.gate, daemon, pattern, mark)
 
 
@@ -563,7 +563,7 @@ def reading(daemon: Protector) -> int:
     return mark
 
 
-def test_who_goes_on_after_a_kill_reads_the_file_anew(gated: Gated) -> None:
+def test_a_program_that_resumes_after_a_kill_rereads_the_file(gated: Gated) -> None:
     daemon = gated.start("--guard")
     gated.file.says("workers = 2")
     mark = reading(daemon)
@@ -600,7 +600,7 @@ def test_a_socket_that_is_bound_anew_while_the_file_is_read_is_known_from_then_o
     assert not path.exists()
 
 
-def test_an_upgrade_while_the_file_is_read_reads_it_anew(gated: Gated) -> None:
+def test_an_upgrade_while_the_file_is_read_rereads_it(gated: Gated) -> None:
     daemon = gated.start()
     gated.file.says("workers = 2")
     mark = reading(daemon)
@@ -650,7 +650,7 @@ def test_what_was_read_outlives_the_protector_until_it_serves_or_fails(
         assert "event=reload-failed generation=2" in line
         assert ask(f"{tmp_path}/s").endswith("hello")
         eventually(lambda: not (tmp_path / "t").exists(), "the added socket's file is gone")
-    # It holds for whoever comes after, too.
+    # It holds for later clients, too.
     file.command = TELLS
     file.says("workers = 2")
     daemon.reload()

@@ -1,4 +1,4 @@
-"""The control socket of the real protector: what it says is true, what it is told is done."""
+"""The control socket of the real protector: answers are true, and commands are carried out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from socketprotector import __version__
 from socketprotector.model.control_requests import COMMANDS
 from tests.load import Load
 from tests.running import Client, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import NOBODY_ELSE, kill_protector, revived, served, upgrade
+from tests.scenarios.adopting import AS_ANOTHER_USER, kill_protector, revived, served, upgrade
 from tests.scenarios.operating import MANY, OBEYS, Line, Operated, Operating, default_path
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
@@ -214,7 +214,7 @@ def test_where_workers_with_the_library_accept_they_count_too(operated: Operatin
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
-def test_of_unmodified_servers_the_kernel_tells_who_is_served_and_who_waits(
+def test_of_unmodified_servers_the_kernel_counts_served_and_waiting_clients(
     operated: Operating,
 ) -> None:
     web = operated("--guard")
@@ -240,7 +240,7 @@ def test_of_unmodified_servers_the_kernel_tells_who_is_served_and_who_waits(
 
 
 @pytest.mark.parametrize("handoff", ["listener"], indirect=True)
-def test_where_workers_accept_nothing_is_told_of_connections_that_it_never_saw(
+def test_where_workers_accept_nothing_is_reported_of_connections_that_it_never_saw(
     operated: Operating,
 ) -> None:
     web = operated()
@@ -295,7 +295,7 @@ while select.select([channel], [], []):
 """
 
 
-def test_who_takes_from_the_channel_itself_is_not_said_to_have_taken_nothing(
+def test_a_worker_that_takes_from_the_channel_itself_is_not_said_to_have_taken_nothing(
     operated: Operating,
 ) -> None:
     web = operated(command=(sys.executable, "-c", OWN_LOOP))
@@ -396,7 +396,7 @@ def test_a_worker_that_ends_as_it_should_is_no_crash(operated: Operating) -> Non
     assert line.ask("crashes") == {"crashes": []}
 
 
-def test_where_connections_are_is_told(operated: Operating) -> None:
+def test_where_connections_are_is_shown(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "8"))
     began = web.status()["now"]
     line = web.line()
@@ -455,7 +455,7 @@ def test_a_hold_accepts_nothing_and_refuses_nothing_until_its_time_is_over(
         assert 0 < found["held_s"] <= 3
         assert until <= found["now"] + 3
         accepted = found["forwarded"]
-        eventually(lambda: web.status()["listeners"][0]["backlog"] > 0, "somebody who waits")
+        eventually(lambda: web.status()["listeners"][0]["backlog"] > 0, "a client that waits")
         held = line.status()
         assert held["forwarded"] == accepted or held["held_s"] is None
         line.event("released")
@@ -465,7 +465,7 @@ def test_a_hold_accepts_nothing_and_refuses_nothing_until_its_time_is_over(
     assert load.snapshot().failures == ()
 
 
-def test_a_hold_is_released_by_hand_and_begins_anew_when_asked_again(operated: Operating) -> None:
+def test_a_hold_is_released_by_hand_and_begins_again_when_asked(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
     line.ask("hold", seconds=0.2)
@@ -484,7 +484,7 @@ def test_a_hold_is_released_by_hand_and_begins_anew_when_asked_again(operated: O
     assert line.status()["held_s"] is None
 
 
-def test_a_stop_while_held_serves_who_has_connected(operated: Operating) -> None:
+def test_a_stop_while_held_serves_clients_that_have_connected(operated: Operating) -> None:
     web = operated()
     line = web.line(follows=True)
     address = web.address
@@ -570,7 +570,7 @@ def test_a_generation_is_replaced_by_one_of_the_same_program(
     web = operated(command=(str(current / "daemon"),))
     line = web.line(follows=True)
     current.unlink()
-    current.symlink_to("two")  # a deploy that nobody has reloaded
+    current.symlink_to("two")  # a deploy that was not reloaded
     with Load(f"127.0.0.1:{web.address[1]}", concurrency=8) as load:
         served(load)
 
@@ -652,7 +652,7 @@ def test_what_is_left_of_a_draining_generation_is_killed(operated: Operating) ->
 
         line.event("drained", generation=1)
         assert client.hear() == ""
-    assert line.status()["crashes"] == 0  # somebody wanted it
+    assert line.status()["crashes"] == 0  # it was asked for
 
 
 def test_the_log_says_more_and_less_as_it_is_told(operated: Operating, tmp_path: Path) -> None:
@@ -677,7 +677,7 @@ def test_the_log_says_more_and_less_as_it_is_told(operated: Operating, tmp_path:
     assert not [each for each in log.read_text()[mark:].splitlines() if " error " not in each]
 
 
-def test_logs_are_opened_anew(operated: Operating, tmp_path: Path) -> None:
+def test_logs_are_reopened(operated: Operating, tmp_path: Path) -> None:
     log = tmp_path / "log"
     web = operated("--log-file", log)
     log.rename(tmp_path / "log.1")
@@ -687,7 +687,7 @@ def test_logs_are_opened_anew(operated: Operating, tmp_path: Path) -> None:
     eventually(lambda: log.exists() and "event=reopened" in log.read_text(), "a new log")
 
 
-def test_a_quick_stop_waits_for_nobody(operated: Operating) -> None:
+def test_a_quick_stop_waits_for_no_client(operated: Operating) -> None:
     web = operated(command=(*OBEYS, "1"))
     with Client(web.address, "hello") as client:
         client.hear()
@@ -781,7 +781,7 @@ def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: St
         assert not default_path(key).exists()
 
 
-def test_a_name_that_is_too_long_for_a_socket_is_said(protector: Starter) -> None:
+def test_a_name_that_is_too_long_for_a_socket_is_reported(protector: Starter) -> None:
     daemon = protector("--name", "n" * 120, "127.0.0.1:0", "--", *MANY).ready()
 
     assert "no control socket: " in (said := daemon.log.wait_for("event=notice"))
@@ -831,7 +831,7 @@ def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
 @pytest.mark.parametrize(
     ("options", "key"), [(("--name", "web"), "web"), ((), os.path.basename(MANY[0]))]
 )
-def test_where_nobody_chose_a_place_it_goes_by_the_name_or_the_program(
+def test_where_no_path_was_given_it_is_named_after_the_name_or_the_program(
     protector: Starter, options: tuple[str, ...], key: str
 ) -> None:
     daemon = protector(*options, "127.0.0.1:0", "--", *MANY).ready()
@@ -847,9 +847,9 @@ def test_where_nobody_chose_a_place_it_goes_by_the_name_or_the_program(
     assert not path.exists()
 
 
-@NOBODY_ELSE
+@AS_ANOTHER_USER
 def test_root_s_outlives_the_login_that_started_it(protector: Starter) -> None:
-    """What is in the folder of a login is removed at its end, and nobody is asked."""
+    """What is in the folder of a login is removed at its end, without asking."""
     name, login = f"sp-test-{os.getpid()}", "/run/user/0"
     there = Path("/run/socketprotector", f"{name}.control")
     before = os.path.lexists(f"{login}/socketprotector")
@@ -873,7 +873,7 @@ def test_root_s_outlives_the_login_that_started_it(protector: Starter) -> None:
     assert not there.exists()
 
 
-@NOBODY_ELSE
+@AS_ANOTHER_USER
 def test_it_is_the_user_s_that_the_protector_becomes(operated: Operating, place: Path) -> None:
     sleeps = ("/bin/sh", "-c", "exec sleep 1000")  # which any user may execute
     web = operated("--user", "nobody", "--ready", "after:1ms", command=sleeps)
@@ -882,7 +882,7 @@ def test_it_is_the_user_s_that_the_protector_becomes(operated: Operating, place:
     assert web.status()["phase"] == "serving"  # root is heard, too
 
 
-@NOBODY_ELSE
+@AS_ANOTHER_USER
 def test_with_a_group_it_is_that_group_s_too(operated: Operating, place: Path) -> None:
     operated("--control-group", "games")
 
@@ -978,7 +978,7 @@ def test_all_that_is_known_outlives_the_program(operated: Operating, how: str) -
         else:
             os.kill(line.status()["pid"], signal.SIGKILL)
         while line.hear():
-            pass  # whoever was connected is ended
+            pass  # any connected client is ended
         line = web.line()
         found = line.status()
         assert found["restarts"] == restarts
@@ -1018,7 +1018,7 @@ def test_a_hold_outlives_the_program(operated: Operating) -> None:
         assert client.hear() == f"[{spawned(web.daemon)[0]}] hello"
 
 
-def test_an_upgrade_that_fails_is_told_and_nobody_is_ended(
+def test_an_upgrade_that_fails_is_reported_and_no_process_is_ended(
     operated: Operating, installation: Any, place: Path
 ) -> None:
     installation.add("two")

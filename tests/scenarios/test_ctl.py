@@ -344,7 +344,7 @@ def test_two_reloads_at_once_each_get_their_own_verdict(
 
 
 def verdict(daemon: Protector, generation: int) -> str:
-    """Wait for the line of the log that tells how a reload ended.
+    """Wait for the line of the log that says how a reload ended.
 
     A protector that is killed when it has written down that the generation serves, and has not
     said so yet, says it when it is back.
@@ -420,7 +420,7 @@ def test_scale(web: Start) -> None:
     assert run("scale", "-5").status in (0, 100)
 
 
-def test_hold_lasts_as_long_as_the_command_and_nobody_is_refused(
+def test_hold_lasts_as_long_as_the_command_and_no_client_is_refused(
     beside: Beside, web: Start
 ) -> None:
     daemon = web()
@@ -528,7 +528,7 @@ def test_stop_is_waited_for_though_the_protector_is_killed_in_the_middle(
 
 
 @EITHER_HANDOFF
-def test_stop_says_who_is_not_done_yet(beside: Beside, web: Start) -> None:
+def test_stop_says_which_workers_are_not_done_yet(beside: Beside, web: Start) -> None:
     daemon = web()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         client.hear()
@@ -569,7 +569,9 @@ def test_upgrade_that_works_and_one_that_stays_with_the_old(
 # -- connections, crashes, events, log ------------------------------------------------------
 
 
-def test_connections_tells_who_keeps_a_generation_alive(control: Path, protector: Start) -> None:
+def test_connections_shows_which_clients_keep_a_generation_alive(
+    control: Path, protector: Start
+) -> None:
     daemon = protector("--name", "web", "127.0.0.1:0", "--", *library_worker("echo")).ready()
     with Client(("127.0.0.1", daemon.port), "hello") as client:
         pid = pid_in(client.hear())
@@ -587,7 +589,7 @@ def test_connections_tells_who_keeps_a_generation_alive(control: Path, protector
         assert "generation 1 draining: 1 connection, oldest " in run("connections").out
 
 
-def test_crashes_tells_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
+def test_crashes_shows_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
     web("--log-file", tmp_path / "log")
     [pid] = [each["pid"] for each in state()["generations"][0]["workers"]]
     os.kill(pid, signal.SIGSEGV)
@@ -599,7 +601,7 @@ def test_crashes_tells_how_a_worker_failed(web: Start, tmp_path: Path) -> None:
     assert pid_in(ask(("127.0.0.1", port()))) != pid
 
 
-def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:
+def test_events_shows_what_the_log_has(beside: Beside, web: Start) -> None:
     web()
     running = beside("events", "--json")
     # It follows as soon as it is asked; that it is cannot be seen but by an event.
@@ -610,7 +612,7 @@ def test_events_tells_what_the_log_tells(beside: Beside, web: Start) -> None:
     def names() -> set[str]:
         return {json.loads(line)["event"] for line in running.out.seen[heard:]}
 
-    eventually(lambda: {"reloading", "route", "reloaded"} <= names(), "what a reload tells")
+    eventually(lambda: {"reloading", "route", "reloaded"} <= names(), "what a reload logs")
     running.process.send_signal(signal.SIGINT)
     assert running.wait() == 130
 

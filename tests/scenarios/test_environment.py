@@ -1,4 +1,4 @@
-"""What workers find in their environment: the caller's, who they are, and what is given to them."""
+"""What workers find in their environment: the caller's, their user's, and what is given to them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def environment(protector: Start, folder: Path, *options: str, **given: str) -> 
 
 @pytest.fixture
 def folder() -> Path:
-    """One that everybody can write to."""
+    """One that any user can write to."""
     return Path(os.environ["XDG_RUNTIME_DIR"])
 
 
@@ -52,7 +52,7 @@ def test_a_worker_of_another_user_finds_its_own_home_and_name(
 
 
 @needs_root
-def test_what_is_given_by_name_wins_over_who_it_is(protector: Start, folder: Path) -> None:
+def test_what_is_given_by_name_wins_over_what_the_user_has(protector: Start, folder: Path) -> None:
     found = environment(protector, folder, "--user", "games", "--env", "HOME=/srv/app")
 
     assert found["HOME"] == "/srv/app"
@@ -88,7 +88,7 @@ def test_a_command_is_looked_for_where_workers_look_for_it(
         (["--clear-env", "--keep-env", "COLOUR, NOT_THERE"], {"COLOUR"}),
     ],
 )
-def test_workers_get_no_more_of_the_callers_than_is_said(
+def test_workers_get_no_more_of_the_callers_than_is_asked_for(
     protector: Start, folder: Path, options: list[str], kept: set[str]
 ) -> None:
     found = environment(protector, folder, *options, "--env", "OWN=1", COLOUR="blue", SECRET="x")

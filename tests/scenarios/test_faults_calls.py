@@ -94,7 +94,7 @@ def test_without_a_process_for_the_relay_the_start_fails_in_one_line_and_leaves_
     assert "Traceback" not in start.log
 
 
-def test_without_a_process_for_the_relay_that_nobody_asked_for_it_starts_and_says_so(
+def test_without_a_process_for_a_relay_that_was_not_asked_for_it_starts_and_says_so(
     start: Start,
 ) -> None:
     environment = injected(start.folder / "fault.py", RELAY_FAILS)
@@ -168,7 +168,7 @@ def fail_once(daemon: Protector, flag: Path) -> int:
 def test_a_wait_that_fails_ends_the_protector_and_its_workers_finish(
     protector: Starter, tmp_path: Path, code: str, handoff: str
 ) -> None:
-    """Those that accept go on, with the port, until somebody ends them."""
+    """Those that accept go on, with the port, until they are ended by hand."""
     flag, pid_file = tmp_path / "flag", tmp_path / "pid"
     fault = injected(tmp_path / "fault", EPOLL_WAIT_FAILS.format(flag=str(flag), code=code))
     words = ("--pid-file", pid_file, "127.0.0.1:0", "--", *worker("many"))

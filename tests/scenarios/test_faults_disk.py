@@ -115,7 +115,7 @@ os.pwrite = pwrite
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EROFS"])
-def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_told_of(
+def test_without_its_guard_a_pid_file_that_cannot_be_rewritten_is_reported(
     protector: Callable[..., Protector], tmp_path: Path, code: str
 ) -> None:
     """Where a file that is rewritten takes new space, as on btrfs; or it was remounted."""
@@ -177,7 +177,7 @@ def test_on_a_full_disk_lines_are_dropped_and_counted_and_nothing_else_stops(
     assert daemon.wait() == 0
 
 
-def test_on_a_full_disk_the_relay_drops_lines_and_holds_up_nobody(
+def test_on_a_full_disk_the_relay_drops_lines_and_holds_no_worker_up(
     on_disk: Callable[..., Protector], new_disk: Callable[[str], Disk], tmp_path: Path
 ) -> None:
     disk = new_disk("512k")  # what still waits in the pipe then cannot fill it again

@@ -1,4 +1,4 @@
-"""What belongs to a user: as many processes as that user may have, and whom one may signal."""
+"""What belongs to a user: as many processes as it may have, and which ones it may signal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.running import Client, Protector, ask
-from tests.scenarios.tools import pid_in, spawned, watch_for_spinning, worker, worker_for_nobody
+from tests.scenarios.tools import pid_in, spawned, watch_for_spinning, worker, worker_for_any_user
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="NEEDS ROOT: becomes another user")
 needs_setpriv = pytest.mark.skipif(
@@ -72,7 +72,7 @@ def test_without_processes_a_reload_fails_a_respawn_backs_off_and_both_recover(
     own, other = lone_users
     users = ("--user", own, *(("--worker-user", other) if kind == "worker-user" else ()))
     daemon = Protector(
-        [*users, "--chdir", "/", "127.0.0.1:0", "--", *worker_for_nobody()],
+        [*users, "--chdir", "/", "127.0.0.1:0", "--", *worker_for_any_user()],
         marked_environment,
         through=("prlimit", "--nproc=3"),
     )
@@ -103,10 +103,10 @@ WITHOUT_CAP_KILL = ("setpriv", "--bounding-set", "-kill")
 
 
 @needs_setpriv
-def test_a_worker_that_may_not_be_signalled_is_told_of_and_waited_for(
+def test_a_worker_that_may_not_be_signalled_is_reported_and_waited_for(
     marked_environment: dict[str, str],
 ) -> None:
-    """It has become another user's, and we are no root to whom that is the same."""
+    """It has become another user's, and we are not root, which could signal it all the same."""
     limits = ("--drain-timeout", "0.1s", "--kill-timeout", "0.1s", "--stop-timeout", "0.1s")
     daemon = Protector(
         [*limits, "127.0.0.1:0", "--", *worker("drops_root")],
@@ -130,7 +130,7 @@ def test_a_worker_that_may_not_be_signalled_is_told_of_and_waited_for(
             held.ask()
             mark = daemon.signal(signal.SIGTERM)
             daemon.log.wait_for("event=cannot-signal worker=2 .*signal=KILL", after=mark)
-            assert daemon.process.poll() is None  # gone is who was seen to end
+            assert daemon.process.poll() is None  # only a worker that was seen to end is gone
         assert daemon.wait() == 0
     finally:
         daemon.end()

@@ -45,7 +45,7 @@ def test_the_wall_clock_decides_nothing() -> None:
     assert readers.keys() == {
         *("guard.py", "log.py", "log_format.py"),  # in the log
         *("effects.py", "generation.py", "post_mortem.py", "worker_spawn.py"),  # in the records
-        *("commands.py", "server.py", "status.py"),  # to whom asks
+        *("commands.py", "server.py", "status.py"),  # to the client
     }
     for name, tree in readers.items():
         decisions = (node for node in ast.walk(tree) if isinstance(node, ast.Compare))
@@ -61,7 +61,7 @@ def test_the_wall_clock_decides_nothing() -> None:
 
 @EITHER_HANDOFF
 def test_clients_wait_while_the_protector_is_stopped(protector: Start, handoff: str) -> None:
-    """Of workers that accept nobody waits."""
+    """At workers that accept no client waits."""
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     held = Client(("127.0.0.1", daemon.port))
     assert held.ask().endswith("hello")
@@ -168,7 +168,7 @@ def answers_through_reloads(daemon: Mute, address: str) -> None:
     daemon.stop()
 
 
-def test_a_full_pipe_that_nobody_reads_holds_nothing_up(
+def test_a_full_pipe_without_a_reader_holds_nothing_up(
     mute: Callable[..., Mute], tmp_path: Path
 ) -> None:
     receive, send = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

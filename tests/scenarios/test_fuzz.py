@@ -22,7 +22,7 @@ from tests.scenarios.adopting import Chance, served
 from tests.scenarios.operating import Operated, Operating
 
 INPUTS = rounds(4_000, 1_000_000)
-#: Of one client, before the next one has its turn: who asks nothing for 30 s is ended.
+#: Of one client, before the next one has its turn: one that asks nothing for 30 s is ended.
 BATCH = 25
 #: What may be asked at random.  `stop` and `upgrade` would end the test.
 ASKED = [

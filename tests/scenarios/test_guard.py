@@ -20,7 +20,7 @@ from tests.procfs import children_of, kinds_of, name_of, parent_of
 from tests.rounds import rounds
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
-    NOBODY_ELSE,
+    AS_ANOTHER_USER,
     ROUNDS,
     Chance,
     Installation,
@@ -78,7 +78,7 @@ def test_it_is_the_guard_that_is_started_and_named_in_the_pid_file(
 def test_a_protector_killed_again_and_again_under_load_loses_one_connection_a_time_at_most(
     guarded: Starter, tmp_path: Path, handoff: str
 ) -> None:
-    """Where workers accept, none: it has none in hand."""
+    """Where workers accept, none: it accepts none."""
     chance = Chance()
     daemon = guarded()
     at_rest(daemon)
@@ -188,7 +188,7 @@ def test_a_protector_that_lost_its_guard_after_it_was_adopted_replaces_workers_a
     assert wait_gone([pid]) == []
 
 
-def test_upgraded_after_it_lost_its_guard_it_still_waits_for_nobody_to_tell_how_workers_ended(
+def test_upgraded_after_it_lost_its_guard_it_still_does_not_wait_to_hear_how_workers_ended(
     installation: Installation,
 ) -> None:
     installation.change("one", "daemon/post_mortem", r"_STATUS_S = .*", "_STATUS_S = 1000.0")
@@ -393,7 +393,7 @@ def test_killed_before_anything_served_the_launcher_still_gets_its_verdict(
     start.stop()
 
 
-def test_killed_before_anything_served_a_failed_start_is_still_told(
+def test_killed_before_anything_served_a_failed_start_is_still_reported(
     start: Start, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate")
@@ -459,7 +459,7 @@ def test_upgraded_in_place_and_then_killed_it_goes_on(guarded: Starter, tmp_path
     daemon.stop()
 
 
-# --- a log that nobody reads ---------------------------------------------------
+# --- a log without a reader ----------------------------------------------------
 
 
 def full_pipe() -> tuple[int, int]:
@@ -491,7 +491,7 @@ def full_socket() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("full", [full_pipe, full_socket])
-def test_a_guard_whose_log_nobody_reads_still_restarts_and_passes_signals_on(
+def test_a_guard_whose_log_is_not_read_still_restarts_and_passes_signals_on(
     full: Callable[[], tuple[int, int]], marked_environment: dict[str, str], tmp_path: Path
 ) -> None:
     receive, send = full()
@@ -531,13 +531,13 @@ def test_a_guard_whose_log_nobody_reads_still_restarts_and_passes_signals_on(
 
 def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: Path) -> None:
     receive, send = full_pipe()
-    keeper = guard.Guard([], {guard.RELAY: send})
+    one = guard.Guard([], {guard.RELAY: send})
 
-    keeper.log("first", a=1)
-    keeper.log("second", a=1)
+    one.log("first", a=1)
+    one.log("second", a=1)
     os.read(receive, 1 << 20)
-    keeper.log("third", a=1)
-    keeper.log("fourth", a=1)
+    one.log("third", a=1)
+    one.log("fourth", a=1)
 
     lines = os.read(receive, 1 << 20).decode().splitlines()
     assert [line.partition(" event=")[2] for line in lines] == [
@@ -549,21 +549,21 @@ def test_a_line_that_the_guard_could_not_write_is_counted_in_the_next(tmp_path: 
     os.close(send)
 
 
-def test_how_workers_ended_is_told_once_a_protector_that_stood_still_reads_on() -> None:
+def test_how_workers_ended_is_reported_once_a_protector_that_stood_still_reads_on() -> None:
     ends = [b"X_EXITED=%d 0" % pid for pid in range(2000)]
-    keeper = guard.Guard([], {})
+    one = guard.Guard([], {})
     line, protectors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    keeper.line = line
+    one.line = line
 
     for each in ends:
-        keeper.statuses.append((0.0, each))
-        keeper.send_statuses()
-    assert keeper.sent < len(keeper.statuses), "there was room for all of them"
+        one.statuses.append((0.0, each))
+        one.send_statuses()
+    assert one.sent < len(one.statuses), "there was room for all of them"
     heard: list[bytes] = []
     protectors.settimeout(DEADLINE_S)
     while len(heard) < len(ends):
         heard.append(protectors.recv(100))
-        keeper.send_statuses()
+        one.send_statuses()
 
     assert heard == ends
     line.close()
@@ -690,7 +690,7 @@ def test_an_uncaught_exception_is_survived_and_its_traceback_logged(
 
 @pytest.fixture
 def python() -> str:
-    """A Python that `nobody` can execute too, new enough for the protector."""
+    """A Python that the user `nobody` can execute too, new enough for the protector."""
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         if not shutil.which(candidate):
             continue
@@ -708,10 +708,10 @@ def python() -> str:
         )
         if done.returncode == 0:
             return candidate
-    pytest.skip("NOT CHECKED: --guard with --user, for want of a Python that nobody can execute")
+    pytest.skip("NOT CHECKED: --guard with --user, for want of a Python that user nobody can run")
 
 
-@NOBODY_ELSE
+@AS_ANOTHER_USER
 def test_as_another_user_it_is_killed_and_goes_on_as_that_user(
     python: str, marked_environment: dict[str, str]
 ) -> None:

@@ -1,7 +1,7 @@
 """`--handoff listener`: a worker that does its worst to the listening socket that it was handed.
 
 Each attack is a function in tests/workers/hostile_listener.py.  After it releases that behave are
-loaded, and whoever connects is served by them.
+loaded, and all clients are served by them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IN_TIME_S = 5.0
 
 
 def served(address: tuple[str, int] | str) -> int:
-    """Ask until somebody answers, and return who; each try has its time."""
+    """Ask until a worker answers, and return its pid; each try has its time."""
     found: list[int] = []
 
     def answers() -> bool:
@@ -175,7 +175,7 @@ def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Serv
 
 
 def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
-    """It ends as failed, so that whoever supervises it can act, and has said why."""
+    """It ends as failed, so that its supervisor can act, and has logged why."""
     assert daemon.wait() == 111
     [line] = [line for line in daemon.log.seen if "event=listener-lost" in line]
     assert address in line
@@ -188,7 +188,7 @@ def told_and_ended(daemon: Protector, service: Service, address: str) -> None:
 def test_an_abstract_socket_that_it_shuts_down_ends_the_service_as_failed(
     protector: Starter, service: Service
 ) -> None:
-    """Its name is taken as long as anybody has it: a start after that has it anew."""
+    """Its name is taken as long as any process has it: a start after that binds it again."""
     name = f"unix:@sp-test-{os.getpid()}-{time.monotonic_ns()}"
     words = (*MODE, *QUICK, name, "--")
     attack = worker("hostile_listener", "shuts_it_down")

@@ -61,7 +61,7 @@ def here(daemon: Protector) -> tuple[str, int]:
     return "127.0.0.1", daemon.port
 
 
-# -- what a server is told -------------------------------------------------------
+# -- what a server is given -----------------------------------------------------
 
 
 def test_a_server_finds_its_listeners_as_each_of_the_protocols_says(
@@ -230,7 +230,7 @@ def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how
     assert daemon.log.count("event=exited") == 0
 
 
-def test_a_check_knows_whom_it_is_about(served_by: Starter, tmp_path: Path) -> None:
+def test_a_check_knows_which_worker_it_is_about(served_by: Starter, tmp_path: Path) -> None:
     asked = tmp_path / "asked"
     check = f"check:echo $SOCKETPROTECTOR_WORKER_PID >> {asked}"
     daemon = served_by("--ready", check)
@@ -299,7 +299,7 @@ def test_a_check_that_hangs_ends_with_its_worker(served_by: Starter, tmp_path: P
     assert wait_gone(hung) == []
 
 
-def test_a_check_that_hangs_is_asked_again_and_told_without_its_arguments(
+def test_a_check_that_hangs_is_asked_again_and_reported_without_its_arguments(
     protector: Starter, tmp_path: Path
 ) -> None:
     tries = tmp_path / "tries"
@@ -373,7 +373,7 @@ def test_an_upgrade_amid_a_check_checks_again(served_by: Starter, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_reloads_under_load_fail_nobody(served_by: Starter, workers: str) -> None:
+def test_reloads_under_load_fail_no_client(served_by: Starter, workers: str) -> None:
     daemon = served_by("--workers", workers, *FAST)
 
     with Load(f"127.0.0.1:{daemon.port}", concurrency=16) as load:
@@ -415,7 +415,7 @@ def test_another_signal_may_tell_it_to_finish(served_by: Starter) -> None:
     assert daemon.log.count("signal=QUIT") == 2
 
 
-def test_who_connects_while_no_worker_lives_is_served_by_the_next(
+def test_clients_that_connect_while_no_worker_lives_are_served_by_the_next(
     served_by: Starter, tmp_path: Path
 ) -> None:
     release = Release(tmp_path / "server")
@@ -435,7 +435,7 @@ def test_who_connects_while_no_worker_lives_is_served_by_the_next(
         each.close()
 
 
-def test_a_stop_serves_first_who_has_connected(served_by: Starter) -> None:
+def test_a_stop_first_serves_clients_that_have_connected(served_by: Starter) -> None:
     daemon = served_by(*FAST)
     pid = spawned(daemon)[0]
     os.kill(pid, signal.SIGSTOP)
@@ -496,7 +496,7 @@ def test_a_hold_of_a_unix_socket_is_refused_in_words(operated: Operating, tmp_pa
 
 
 def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operating) -> None:
-    """Nobody is refused, and nobody gets in before it is over."""
+    """No client is refused, and none gets in before it is over."""
     daemon = operated("--guard", *MODE, *FAST, command=SERVER)
     with Client(daemon.address) as early:
         early.ask()  # one worker that accepts: who has come is served
@@ -532,7 +532,7 @@ def test_a_hold_ends_with_its_time_and_at_a_stop(operated: Operating) -> None:
     daemon.daemon.stop()
 
 
-def test_one_that_is_killed_unguarded_leaves_nobody_on_hold(operated: Operating) -> None:
+def test_one_that_is_killed_unguarded_leaves_no_client_on_hold(operated: Operating) -> None:
     """Its servers go on, as without a hold."""
     daemon = operated(*MODE, *FAST, command=SERVER)
     daemon.line().ask("hold", seconds=3600)
@@ -572,8 +572,8 @@ def test_a_daemon_of_the_library_serves_from_listeners_too(served_by: Starter, n
     assert daemon.log.count("event=signalled") == 0
 
 
-def test_one_of_the_library_leaves_when_all_who_came_to_it_are_served(served_by: Starter) -> None:
-    """It is told on its line: whoever waited at its socket was accepted before, and finishes."""
+def test_one_of_the_library_leaves_when_all_its_clients_are_served(served_by: Starter) -> None:
+    """It is told on its line: clients waiting at its socket were accepted before, and finish."""
     daemon = served_by(*FAST, command=library_worker("echo"))
     old = spawned(daemon)[0]
     hold(old)
@@ -619,7 +619,7 @@ def test_those_of_the_library_end_with_an_unguarded_protector(served_by: Starter
     assert wait_gone([pid]) == []
 
 
-# -- who survives what ----------------------------------------------------------------
+# -- which process survives what ------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["ack", "9"])

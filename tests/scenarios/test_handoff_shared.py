@@ -1,4 +1,4 @@
-"""`--handoff listener`: what all who have a listening socket share stays as its workers have it.
+"""`--handoff listener`: what the holders of a listening socket share stays as its workers have it.
 
 The tests have a copy of the socket, too, and so see what the workers see.
 """
@@ -27,7 +27,7 @@ from tests.scenarios.tools import library_worker, pid_in, spawned, worker
 
 Starter = Callable[..., Protector]
 MODE = ("--handoff", "listener", "--ready", "notify")
-#: Both accept until nobody is there.
+#: Both accept until no client is left.
 SERVERS = {"asyncio": worker("asyncio_accepts"), "library": library_worker("asyncio_server")}
 #: Who replaces the protector under living workers.
 HOW = ("upgrade", "guard", "store")
@@ -135,7 +135,7 @@ def service(tmp_path: Path, marked_environment: dict[str, str]) -> Iterator[Serv
 def test_another_protector_leaves_no_server_hanging_in_accept(
     protector: Starter, service: Service, how: str, server: str
 ) -> None:
-    """O_NONBLOCK is every worker's: who polls and finds nobody must not wait in accept()."""
+    """O_NONBLOCK is shared by all workers: one that polls in vain must not wait in accept()."""
     replaced = Replaced(how, protector, service, SERVERS[server], "127.0.0.1:0")
     address = ("127.0.0.1", replaced.daemon.port)
     [pid] = spawned(replaced.daemon)
@@ -147,7 +147,7 @@ def test_another_protector_leaves_no_server_hanging_in_accept(
             for _ in range(3):
                 replaced.replace()
                 served(load)
-        for _ in range(4):  # one by one, so that each is followed by an accept() of nobody
+        for _ in range(4):  # one by one, so that each is followed by an accept() of none
             assert pid_in(ask(address)) == pid
             assert pid_in(kept.ask()) == pid
 
@@ -177,7 +177,7 @@ def test_all_that_a_server_has_set_stays_as_it_is(
 
 
 @pytest.mark.parametrize("server", list(SERVERS))
-def test_what_a_service_manager_sets_anew_is_put_back_as_living_workers_have_it(
+def test_what_a_service_manager_resets_is_put_back_as_living_workers_have_it(
     service: Service, server: str
 ) -> None:
     """systemd clears O_NONBLOCK of a .socket unit's descriptors at each start of the service."""

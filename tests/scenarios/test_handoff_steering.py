@@ -66,7 +66,7 @@ def answered(clients: list[Client]) -> set[int]:
     return {pid_in(each) for each in heard}
 
 
-def test_who_connects_after_a_reload_comes_to_the_new_one_alone(served_by: Starter) -> None:
+def test_clients_that_connect_after_a_reload_get_to_the_new_one_alone(served_by: Starter) -> None:
     daemon = served_by(listen="0")
 
     for generation in range(2, 6):
@@ -76,7 +76,7 @@ def test_who_connects_after_a_reload_comes_to_the_new_one_alone(served_by: Start
         assert {pid_in(ask(("::1", daemon.port))) for _ in range(30)} == {new}
 
 
-def test_who_has_connected_before_is_served_by_the_old_one(served_by: Starter) -> None:
+def test_clients_that_connected_before_are_served_by_the_old_one(served_by: Starter) -> None:
     daemon = served_by()
     old = spawned(daemon, 1)[0]
     stopped(old)
@@ -93,7 +93,7 @@ def test_who_has_connected_before_is_served_by_the_old_one(served_by: Starter) -
 
 
 #: A server that ends at once when it is told to, with all that it has not answered.  Each second
-#: connection, from the first on, it reads when somebody opens the FIFO, if it is given one.
+#: connection, from the first on, it reads when the test opens the FIFO, if it is given one.
 DROPS = (
     "import itertools, os, signal, socket, sys, threading\n"
     "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))\n"
@@ -120,12 +120,12 @@ def test_a_connection_that_was_accepted_has_time_to_say_what_it_wants(served_by:
 
         daemon.reload()
         other.reload()
-        assert wait_gone([soon_gone]) == []  # nobody has come to that one
+        assert wait_gone([soon_gone]) == []  # no client has come to that one
 
         assert pid_in(client.ask()) == old
 
 
-def test_what_was_accepted_is_read_before_the_old_one_is_told(
+def test_what_was_accepted_is_read_before_the_old_one_is_told_to_finish(
     served_by: Starter, tmp_path: Path
 ) -> None:
     gate = Gate(tmp_path / "gate")
@@ -186,7 +186,7 @@ def test_that_one_is_of_the_same_version_not_of_a_newer_one(
     stopped(old)
     with waiting(daemon, 3) as clients:
         daemon.reload()
-        variables.write_text("VERSION=nobody has asked for this one yet\n")
+        variables.write_text("VERSION=not asked for yet\n")
         os.kill(old, signal.SIGKILL)
         assert answered(clients) == {spawned(daemon, 3)[0]}
     daemon.log.wait_for("event=recovered generation=3")
@@ -195,7 +195,7 @@ def test_that_one_is_of_the_same_version_not_of_a_newer_one(
 
 
 @pytest.mark.slow
-def test_one_that_never_accepts_is_told_to_finish_and_others_serve_who_waits(
+def test_one_that_never_accepts_is_told_to_finish_and_others_serve_waiting_clients(
     served_by: Starter,
 ) -> None:
     daemon = served_by()
@@ -213,9 +213,7 @@ def test_one_that_never_accepts_is_told_to_finish_and_others_serve_who_waits(
     assert wait_gone([old]) == []
 
 
-def test_who_has_come_to_one_that_is_rolled_back_is_served(
-    served_by: Starter, tmp_path: Path
-) -> None:
+def test_clients_of_one_that_is_rolled_back_are_served(served_by: Starter, tmp_path: Path) -> None:
     release = Release(tmp_path / "server")
     release.becomes(*SERVER)
     daemon = served_by("--settle", "1h", command=(str(release.path),))
@@ -231,9 +229,7 @@ def test_who_has_come_to_one_that_is_rolled_back_is_served(
         assert answered(clients) == {spawned(daemon, 3)[0]}
 
 
-def test_one_that_is_rolled_back_serves_who_has_come_to_it(
-    served_by: Starter, tmp_path: Path
-) -> None:
+def test_one_that_is_rolled_back_serves_its_clients(served_by: Starter, tmp_path: Path) -> None:
     daemon = served_by("--settle", "1h", "--workers", "2")
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=route generation=2", after=mark)
@@ -250,8 +246,8 @@ def test_one_that_is_rolled_back_serves_who_has_come_to_it(
     assert wait_gone([other]) == []
 
 
-def test_a_release_that_never_serves_gets_nobody(served_by: Starter, tmp_path: Path) -> None:
-    """It accepts from the moment at which it stands, but nobody is sent there."""
+def test_a_release_that_never_serves_gets_no_client(served_by: Starter, tmp_path: Path) -> None:
+    """It accepts from the moment at which it runs, but no client is sent there."""
     release = Release(tmp_path / "server")
     release.becomes(*SERVER)
     daemon = served_by("--start-timeout", f"{FAIR_START_S}s", command=(str(release.path),))
@@ -270,7 +266,7 @@ def test_a_release_that_never_serves_gets_nobody(served_by: Starter, tmp_path: P
 
 
 @pytest.mark.parametrize("how", ["kill", "upgrade"])
-def test_another_protector_goes_on_with_who_parts(protector: Starter, how: str) -> None:
+def test_another_protector_resumes_with_one_that_quiesces(protector: Starter, how: str) -> None:
     guard = ("--guard",) if how == "kill" else ()
     daemon = protector(*guard, *MODE, "127.0.0.1:0", "--", *SERVER).ready()
     old = spawned(daemon)[0]
@@ -291,7 +287,7 @@ def test_another_protector_goes_on_with_who_parts(protector: Starter, how: str) 
     daemon.stop()
 
 
-def test_who_connects_to_a_listener_that_a_reload_adds_comes_to_the_first_that_knows_it(
+def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
     gate, config, port = Gate(tmp_path / "gate"), tmp_path / "web.toml", free_port()
@@ -318,7 +314,7 @@ def test_who_connects_to_a_listener_that_a_reload_adds_comes_to_the_first_that_k
     assert daemon.log.count("event=stranded|event=not-taken") == 0
 
 
-def test_a_stop_meanwhile_serves_who_waits_for_either(served_by: Starter) -> None:
+def test_a_stop_meanwhile_serves_clients_that_wait_for_either(served_by: Starter) -> None:
     daemon = served_by()
     old = spawned(daemon)[0]
     stopped(old)
@@ -338,7 +334,7 @@ def test_a_stop_meanwhile_serves_who_waits_for_either(served_by: Starter) -> Non
     assert daemon.wait() == 0
 
 
-def test_under_stop_first_the_next_one_serves_who_waits(served_by: Starter) -> None:
+def test_under_stop_first_the_next_one_serves_waiting_clients(served_by: Starter) -> None:
     daemon = served_by("--reload-order", "stop-first")
 
     for generation in (2, 3):

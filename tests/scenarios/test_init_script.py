@@ -188,7 +188,7 @@ def test_the_lines_of_the_file_are_the_environment_of_the_daemon_but_not_our_own
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_the_run_directory_is_the_users_and_so_is_the_daemon(machine: Machine) -> None:
-    # No Python: it may be installed where nobody cannot go.
+    # No Python: it may be installed where the user nobody cannot go.
     machine.configure(
         command="sleep 1000",
         USER="nobody",
@@ -261,7 +261,7 @@ def test_stop_says_when_the_end_does_not_come_in_time_and_kills_nothing(machine:
 
 
 @pytest.mark.parametrize("action", ["reload", "force-reload"])
-def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
+def test_a_reload_under_load_fails_no_client_and_says_that_it_worked(
     machine: Machine, action: str
 ) -> None:
     machine.configure(OPTIONS="--workers 2")
@@ -280,7 +280,7 @@ def test_a_reload_under_load_fails_nobody_and_says_that_it_worked(
     assert worker_of(address) not in old
 
 
-def test_a_reload_waits_for_nobody_who_is_still_being_served(machine: Machine) -> None:
+def test_a_reload_does_not_wait_for_clients_that_are_still_being_served(machine: Machine) -> None:
     machine.configure()
     address = machine.start()
     with Client(address) as held:
@@ -317,7 +317,7 @@ def test_without_a_control_socket_a_reload_is_a_signal(machine: Machine) -> None
 
 
 @pytest.mark.parametrize("broken", ["exit 3", "exec sleep 1000"], ids=["exits", "hangs"])
-def test_a_reload_to_a_release_that_does_not_start_is_told_and_the_old_one_serves_on(
+def test_a_reload_to_a_release_that_does_not_start_is_reported_and_the_old_one_serves_on(
     machine: Machine, broken: str
 ) -> None:
     daemon = release(machine, f"exec {ECHO}")
@@ -348,7 +348,7 @@ def test_a_reload_of_what_does_not_run_is_7(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("action", ["restart", "try-restart"])
-def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and_fails_nobody(
+def test_a_restart_with_the_settings_of_the_start_is_an_upgrade_and_a_reload_and_fails_no_client(
     machine: Machine, action: str
 ) -> None:
     file = machine.configure(OPTIONS="--workers 2")
@@ -450,7 +450,7 @@ def foreign() -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("content", ["dead", "foreign", "empty", "nonsense"])
-def test_a_stale_pid_file_deceives_nobody(
+def test_a_stale_pid_file_does_not_mislead(
     machine: Machine, foreign: subprocess.Popen[bytes], content: str
 ) -> None:
     gone = subprocess.Popen(["true"])
@@ -493,7 +493,7 @@ def test_a_killed_protector_is_dead_with_its_pid_file_left_and_starts_again(
     assert worker_of(machine.start())
 
 
-def test_a_release_that_does_not_start_is_told_with_its_reason_and_leaves_nothing(
+def test_a_release_that_does_not_start_is_reported_with_its_reason_and_leaves_nothing(
     machine: Machine,
 ) -> None:
     machine.configure(command=release(machine, "echo no such module >&2; exit 3"))

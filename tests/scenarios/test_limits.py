@@ -1,6 +1,6 @@
 """Workers that make room for another one: they hang, or have done enough.
 
-Whoever connects meanwhile is served, and nobody is refused.
+Clients that connect meanwhile are served, and none is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ASYNCIO = (sys.executable, str(WORKERS / "asyncio_server.py"))
 
 
 def in_order(web: Operated, *events: str) -> None:
-    """See that the log tells of these, in this order."""
+    """See that the log has these, in this order."""
     web.daemon.log.wait_for(events[-1])
     lines = iter(list(web.daemon.log.seen))
     for event in events:
@@ -94,7 +94,7 @@ def test_one_that_hangs_is_replaced_first_then_ended(operated: Operating) -> Non
 
 @EITHER_HANDOFF
 def test_one_that_hangs_with_its_first_client_is_replaced(operated: Operating) -> None:
-    """As a bad release does: the library has spoken before it takes anybody."""
+    """As a bad release does: the library has spoken before it takes any client."""
     web = operated("--watchdog", "2s", command=(*OBEYS, "1"))
     line = web.line(follows=True)
 
@@ -194,7 +194,7 @@ def test_what_was_said_while_the_protector_stood_still_counts(operated: Operatin
     [pid] = web.pids(1)
     say_watchdog(pid)
     hold(web.daemon.pid)
-    pass_time(5.0)  # the worker speaks, and nobody listens
+    pass_time(5.0)  # the worker speaks, and the protector does not listen
     say_watchdog(pid)
 
     web.daemon.signal(signal.SIGCONT)
@@ -204,7 +204,7 @@ def test_what_was_said_while_the_protector_stood_still_counts(operated: Operatin
 
 
 @EITHER_HANDOFF
-def test_who_never_spoke_is_not_waited_for(operated: Operating) -> None:
+def test_a_worker_that_never_spoke_is_not_waited_for(operated: Operating) -> None:
     web = operated("--watchdog", "100ms")
     line = web.line(follows=True)
     [pid] = web.pids(1)
@@ -249,7 +249,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
     ids=["connections", "age"],
 )
 @EITHER_HANDOFF
-def test_who_has_done_enough_is_replaced_under_load_and_nothing_fails(
+def test_a_worker_that_has_done_enough_is_replaced_under_load_and_nothing_fails(
     operated: Operating, limit: tuple[str, ...], reason: str
 ) -> None:
     web = operated(*limit, "--workers", "2", command=(*OBEYS, "4"))
@@ -285,7 +285,7 @@ def test_that_a_worker_does_not_count_is_said_once(operated: Operating) -> None:
 
 
 @EITHER_HANDOFF
-def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
+def test_a_worker_that_has_grown_too_large_finishes_what_it_has_and_is_replaced(
     operated: Operating,
 ) -> None:
     web = operated("--max-memory", "64M", command=(*OBEYS, "4"))
@@ -303,7 +303,7 @@ def test_who_has_grown_too_large_finishes_what_it_has_and_is_replaced(
 
 
 @EITHER_HANDOFF
-def test_who_cannot_be_asked_on_its_line_gets_term(operated: Operating) -> None:
+def test_a_worker_that_cannot_be_asked_on_its_line_gets_term(operated: Operating) -> None:
     web = operated("--max-age", "500ms")
     line = web.line(follows=True)
 

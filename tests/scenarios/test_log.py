@@ -81,7 +81,7 @@ def test_a_crash_loop_is_a_few_lines_and_a_count(
     assert sum(line == "out of luck" for line in daemon.log.seen) == starts(tmp_path)
 
 
-def test_at_level_debug_all_of_it_is_told(
+def test_at_level_debug_all_of_it_is_logged(
     looping: Callable[..., Protector], tmp_path: Path
 ) -> None:
     daemon = looping("--verbose")
@@ -139,7 +139,7 @@ def test_the_log_retells_the_run(protector: Start, tmp_path: Path, form: str) ->
     seen: list[dict[int, set[int]]] = []
 
     def after(phases: dict[int, str], wanted: int) -> None:
-        """Wait until the log tells so much, and the same of workers as the system does."""
+        """Wait until the log has so much, and says the same of workers as the system does."""
 
         def told() -> bool:
             run = retell(list(daemon.log.seen))

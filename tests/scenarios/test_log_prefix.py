@@ -1,4 +1,4 @@
-"""--log-prefix: whose line it is, whatever becomes of the protector, the relay, or who reads."""
+"""--log-prefix: whose line it is, whatever becomes of the protector, the relay or the reader."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_each_line_says_whose_it_is(talking: Starter) -> None:
         (new,) = spawned(daemon, 2)
         with client_of(daemon, "two"):
             daemon.log.wait_for(rf"^\[2 {new}\] two$")
-        # The old one is still serving somebody.
+        # The old one is still serving a client.
         client.say("three")
         daemon.log.wait_for(rf"^\[1 {pid}\] three$")
     daemon.stop()
@@ -59,7 +59,7 @@ def test_each_line_says_whose_it_is(talking: Starter) -> None:
     assert all(re.match(r"\[\d \d+\] |\d{4}-", line) for line in daemon.log.seen)
 
 
-def test_a_line_without_an_end_and_a_very_long_one_are_told(
+def test_a_line_without_an_end_and_a_very_long_one_are_logged(
     protector: Starter, tmp_path: Path
 ) -> None:
     release = Release(tmp_path / "daemon")
@@ -90,7 +90,9 @@ def test_last_words_are_those_of_the_one_that_failed(protector: Starter, tmp_pat
     daemon.stop()
 
 
-def test_an_upgrade_and_its_own_death_under_a_guard_harm_nobodys_output(talking: Starter) -> None:
+def test_an_upgrade_and_its_own_death_under_a_guard_harm_no_workers_output(
+    talking: Starter,
+) -> None:
     daemon = talking("--guard")
     with client_of(daemon, "one") as client:
         client.hear()
@@ -186,7 +188,7 @@ def test_to_syslog_the_priority_stays_in_front(start: Start, syslog: Syslog) -> 
 
 
 @pytest.mark.parametrize("make", [os.pipe, pty.openpty], ids=["pipe", "terminal"])
-def test_who_does_not_read_holds_up_neither_protector_nor_silent_workers(
+def test_a_reader_that_stands_still_holds_up_neither_protector_nor_silent_workers(
     start: Start, make: Callable[[], tuple[int, int]]
 ) -> None:
     receive, send = make()
@@ -201,7 +203,7 @@ def test_who_does_not_read_holds_up_neither_protector_nor_silent_workers(
                 loud.socket.send(b"x" * 1000 + b"\n")
         except BlockingIOError:
             pass
-        # What has nothing to do with that goes on: a new generation, and who says nothing.
+        # What has nothing to do with that goes on: a new generation, and workers that say nothing.
         process.send_signal(signal.SIGHUP)
         eventually(lambda: 2 in generations(start.environment[MARK]), "generation 2")
         with Client(f"{start.folder}/s") as silent:

@@ -38,7 +38,7 @@ def failures(start: Start) -> list[str]:
 
 
 def fail(start: Start, release: Release) -> str:
-    """Deploy a broken release; return how that was told."""
+    """Deploy a broken release; return how that was reported."""
     release.write(FAILS)
     before = len(failures(start))
     start.send(signal.SIGHUP)
@@ -108,7 +108,7 @@ def test_the_file_has_each_line_as_it_was_written(start: Start, form: str) -> No
 
 
 def test_a_killed_protector_costs_no_worker_its_output(start: Start) -> None:
-    """Nobody gets SIGPIPE: the relay reads on, until the last who writes has gone."""
+    """No process gets SIGPIPE: the relay reads on, until the last writer has gone."""
     release = Release(start.folder / "daemon.sh")
     release.becomes(*TALKS)
     start.up("unix:s", "--", release.path)
@@ -123,7 +123,7 @@ def test_a_killed_protector_costs_no_worker_its_output(start: Start) -> None:
     assert wait_gone([relay, pid]) == []
 
 
-def test_a_relay_that_is_stopped_is_continued_and_holds_nobody_up(start: Start) -> None:
+def test_a_relay_that_is_stopped_is_continued_and_holds_no_worker_up(start: Start) -> None:
     with talking(start), Client(f"{start.folder}/s", "one") as client:
         start.wait_for("(?m)^one$")
         relay = relay_of(start)
@@ -209,7 +209,7 @@ def test_an_upgrade_of_one_that_had_no_relay_gives_new_workers_one(start: Start)
         assert relays_of(start) == [relay]
 
 
-def test_a_worker_can_open_dev_stdout_anew(start: Start) -> None:
+def test_a_worker_can_reopen_dev_stdout(start: Start) -> None:
     """As nginx and php-fpm do, also as another user."""
     release = Release(start.folder / "daemon.sh")
     words = " ".join(TALKS)
@@ -219,7 +219,7 @@ def test_a_worker_can_open_dev_stdout_anew(start: Start) -> None:
     start.stop()
 
 
-def test_at_rest_the_relay_wakes_nobody(start: Start) -> None:
+def test_at_rest_the_relay_wakes_no_process(start: Start) -> None:
     with talking(start), Client(f"{start.folder}/s", "one") as client:
         start.wait_for("(?m)^one$")
         pids = (start.pid, relay_of(start))

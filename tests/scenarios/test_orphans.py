@@ -192,7 +192,7 @@ def test_a_failed_start_leaves_no_orphan(protector: Starter, tmp_path: Path) -> 
 
 
 def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> None:
-    """Who is in its group, and whoever has left that: a second TERM may mean: at once."""
+    """Those in its group, and those that have left it: a second TERM may mean: at once."""
     counts = (
         "trap 'echo $0 told >&2' TERM; echo $0 child=$$ >&2; while :; do sleep 1000 & wait; done"
     )
@@ -210,10 +210,10 @@ def test_what_a_failed_worker_leaves_is_told_once_to_end(protector: Starter) -> 
     assert daemon.log.count("event=left-behind .*signal=SIGTERM") >= 1
 
 
-# -- whoever reaps -----------------------------------------------------------------------
+# -- any process reaps -------------------------------------------------------------------
 
 
-def test_a_master_that_dies_after_its_protector_leaves_nobody_who_serves_an_old_version(
+def test_a_master_that_dies_after_its_protector_leaves_no_child_that_serves_an_old_version(
     protector: Starter, release: Release
 ) -> None:
     release.becomes(*PREFORK)
@@ -233,7 +233,7 @@ def test_a_master_that_dies_after_its_protector_leaves_nobody_who_serves_an_old_
     the_port_is_free(daemon)
 
 
-def test_a_master_that_dies_while_no_protector_lives_leaves_nobody_either(
+def test_a_master_that_dies_while_no_protector_lives_leaves_no_child_either(
     protector: Starter, release: Release
 ) -> None:
     release.becomes(*PREFORK)

@@ -15,7 +15,7 @@ from tests.procfs import children_of, state_of, wake_ups
 from tests.running import Client, Protector, ask, eventually
 from tests.scenarios.tools import pid_in, worker
 
-#: A namespace of its own, in which it is PID 1; it ends with who made it.
+#: A namespace of its own, in which it is PID 1; it ends with its maker.
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 SUBREAPER = (
     *(sys.executable, "-c"),
@@ -199,12 +199,12 @@ def test_the_first_process_is_upgraded_in_place(start: Start) -> None:
     assert daemon.wait() == 0
 
 
-# -- where nobody reaps ----------------------------------------------------------------
+# -- where orphans are not reaped --------------------------------------------------------
 
 
 @IN_CONTAINER
-def test_orphans_that_have_ended_and_that_nobody_reaps_are_gone(start: Start) -> None:
-    """The kernel counts them among their group until somebody does."""
+def test_orphans_that_have_ended_and_are_never_reaped_count_as_gone(start: Start) -> None:
+    """The kernel counts them among their group until they are reaped."""
     first = (
         *(sys.executable, "-c"),
         "import os, sys; pid = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ); "
@@ -219,7 +219,7 @@ def test_orphans_that_have_ended_and_that_nobody_reaps_are_gone(start: Start) ->
         client.ask()
         os.kill(master, signal.SIGKILL)
         daemon.log.wait_for("event=orphans generation=1 worker=1")
-    eventually(lambda: len(zombies(reaper)) == 2, "two that nobody reaps")
+    eventually(lambda: len(zombies(reaper)) == 2, "two that are not reaped")
 
     daemon.log.wait_for("event=orphans-gone generation=1 worker=1")
 

@@ -1,4 +1,4 @@
-"""Who runs as whom: read from /proc/PID/status of each process, through all that can happen."""
+"""Which process runs as which user: from /proc/PID/status, through all that can happen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.scenarios.tools import Release
 from tests.scenarios.users import A, B, Command
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become somebody else"
+    os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become another user"
 )
 
 KEPT = 1 << 5 | 1 << 6 | 1 << 7  # CAP_KILL, CAP_SETGID, CAP_SETUID
@@ -224,7 +224,7 @@ def test_a_worker_of_another_user_gets_what_every_worker_gets(command: Command) 
 def test_what_a_failed_worker_of_another_user_leaves_is_ended(
     command: Command, guarded: bool
 ) -> None:
-    """Its environment is closed to the protector; so somebody of that user's looks."""
+    """Its environment is closed to the protector; so a process of that user looks."""
     guard = ("--guard",) if guarded else ()
     once = ("--start-tries", "1", "--kill-timeout", "0.1s")
     words = ("unix:s", "--", *command.worker("detaches_itself"))
@@ -277,7 +277,7 @@ def test_no_new_privileges_makes_a_set_user_id_program_gain_nothing(command: Com
     assert said == [["0"], [str(pwd.getpwnam(A).pw_uid)]]
 
 
-def test_nothing_of_the_workers_environment_runs_with_the_right_to_become_anybody(
+def test_nothing_of_the_workers_environment_runs_with_the_right_to_become_any_user(
     command: Command,
 ) -> None:
     """A loader that follows LD_PRELOAD of an env file that the worker may write."""

@@ -1,4 +1,4 @@
-"""`systemctl restart` refuses nobody: listeners stay in systemd's store over a stop in order.
+"""`systemctl restart` refuses no client: listeners stay in systemd's store over a stop in order.
 
 systemd's part is played by the test (test_store.py); with the real one: `make test-vm`.
 """
@@ -64,7 +64,7 @@ def _more_than(count: int, now: Snapshot) -> bool:
 
 
 @EITHER_HANDOFF
-def test_restarts_under_load_refuse_and_reset_nobody(
+def test_restarts_under_load_refuse_and_reset_no_client(
     service: Service, handoff: str, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
@@ -86,7 +86,7 @@ def test_restarts_under_load_refuse_and_reset_nobody(
     assert not service.store
 
 
-def test_who_came_before_the_stop_is_served_by_the_old_and_who_comes_later_by_the_next(
+def test_clients_from_before_the_stop_are_served_by_the_old_and_later_ones_by_the_next(
     service: Service, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
@@ -94,11 +94,11 @@ def test_who_came_before_the_stop_is_served_by_the_old_and_who_comes_later_by_th
     first = service.start(*words)
     serves(service)
     [old] = spawned(first)
-    hold(old)  # so that who connects now is still in the queue at the stop
+    hold(old)  # so that clients that connect now are still in the queue at the stop
     before = [Client(("127.0.0.1", port), f"before {number}") for number in range(3)]
     first.signal(signal.SIGTERM)
     eventually(
-        lambda: "sp.channel.1.write" not in service.store, "that nobody is accepted any more"
+        lambda: "sp.channel.1.write" not in service.store, "that no client is accepted any more"
     )
     later = [Client(("127.0.0.1", port), f"later {number}") for number in range(3)]
     os.kill(old, signal.SIGCONT)
@@ -199,7 +199,7 @@ def test_the_way_in_which_connections_are_handed_over_may_change(
 
 
 @EITHER_HANDOFF
-def test_a_path_keeps_its_file_and_who_connects_meanwhile_waits(
+def test_a_path_keeps_its_file_and_clients_that_connect_meanwhile_wait(
     service: Service, handoff: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "socket"
@@ -217,7 +217,7 @@ def test_a_path_keeps_its_file_and_who_connects_meanwhile_waits(
     service.stop()
     with pytest.raises(ConnectionRefusedError):
         ask(str(path))
-    service.start(*words_of(handoff, f"unix:{path}"))  # nobody listens there: it is replaced
+    service.start(*words_of(handoff, f"unix:{path}"))  # no process listens there: it is replaced
     serves(service)
     assert pid_in(ask(str(path))) == spawned(service.main)[0]
 
@@ -268,7 +268,7 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
     # As if it had come no further: some of what it had removed is there still.
     said = [each["FDNAME"] for each in service.said if "FDSTOREREMOVE" in each]
     last = said[said.index("sp.settings") + 1 :]
-    assert {"sp.state", "sp.pidfile"} <= set(last), "it is known at once that nobody is to go on"
+    assert {"sp.state", "sp.pidfile"} <= set(last), "it is known at once that none is to resume"
     unsaid = last[-words_left:]
     for name, fd in before.items():
         if name in unsaid:
@@ -283,7 +283,7 @@ def test_one_that_is_killed_amid_its_last_words_has_left_its_listeners(
     assert second.log.count("event=adopted") == 0
 
 
-def test_one_whose_last_words_nobody_reads_in_time_has_left_its_listeners(
+def test_one_whose_last_words_are_not_read_in_time_has_left_its_listeners(
     service: Service, free_port: Callable[[], int]
 ) -> None:
     port = free_port()
@@ -317,7 +317,7 @@ def test_a_stop_that_is_killed_midway_is_gone_on_with_and_leaves_them(
         held.ask()
         first.signal(signal.SIGTERM)
         service.wait_for("STOPPING")
-        # Before that it accepts whoever has connected; and so does who goes on with the stop.
+        # Before that it accepts those that have connected; and so does one that resumes the stop.
         eventually(lambda: "sp.channel.1.write" not in service.store, "the end of accepting")
         later = Client(("127.0.0.1", port), "later")
         service.kill()
@@ -374,7 +374,7 @@ def test_a_socket_that_systemd_passes_itself_is_not_left_beside(
         assert passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
 
 
-def test_who_keeps_nothing_over_a_stop_is_not_relied_on(
+def test_a_manager_that_keeps_nothing_over_a_stop_is_not_relied_on(
     service: Service, free_port: Callable[[], int]
 ) -> None:
     """Others than systemd listen to sd_notify(), too; and a store can be full."""
@@ -389,7 +389,7 @@ def test_who_keeps_nothing_over_a_stop_is_not_relied_on(
             held.ask()
             first.signal(signal.SIGTERM)
             service.wait_for("STOPPING")
-            eventually(lambda: refused(port), "nobody new is let in")
+            eventually(lambda: refused(port), "no new client is let in")
             held.ask()
         assert first.wait() == 0
         wait_stored(service, set())

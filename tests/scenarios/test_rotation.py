@@ -112,7 +112,7 @@ def test_each_line_is_in_one_of_the_files_in_its_order(
     assert start.log_file.stat().st_mode & 0o777 == 0o640
 
 
-def test_after_a_rotation_nobody_writes_to_the_file_before(
+def test_after_a_rotation_no_process_writes_to_the_old_file(
     start: Start, logrotate: Logrotate
 ) -> None:
     """Worker, protector, guard, and the protector that the guard starts when that one is killed."""

@@ -1,6 +1,6 @@
 """Workers that die, hang, hold still or break what they share; clients that go away.
 
-Run one way is what is about the channel: its order, its sharing, its end (of a listener's end tells
+Run one way is what is about the channel: its order, its sharing, its end (for a listener's end see
 test_handoff_hostile.py), and that what comes out of it is what was accepted.
 """
 
@@ -225,7 +225,7 @@ def test_asyncio_workers_share_a_queue(protector: Start, gate: Gate) -> None:
     daemon.stop()
 
 
-def test_a_client_that_resets_before_it_is_accepted_harms_nobody(
+def test_a_client_that_resets_before_it_is_accepted_does_no_harm(
     protector: Start, gate: Gate
 ) -> None:
     daemon = protector("127.0.0.1:0", "--", *gate.before(*worker("many")))
@@ -244,7 +244,7 @@ def test_a_client_that_resets_before_it_is_accepted_harms_nobody(
 
 
 @EITHER_HANDOFF
-def test_a_client_that_resets_while_queued_harms_nobody(protector: Start, handoff: str) -> None:
+def test_a_client_that_resets_while_queued_does_no_harm(protector: Start, handoff: str) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     pid = the_worker(daemon)
     hold(pid)
@@ -320,7 +320,7 @@ def test_a_worker_sees_the_peers_own_address(protector: Start) -> None:
 
 
 def test_the_client_sees_the_end_that_the_worker_makes(protector: Start) -> None:
-    """Nobody keeps a copy of a connection that was handed over."""
+    """No process keeps a copy of a connection that was handed over."""
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
     with Client(("127.0.0.1", daemon.port)) as client:
         client.ask()

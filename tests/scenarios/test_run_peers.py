@@ -53,7 +53,7 @@ def test_node_21746_nothing_stays_behind_in_a_queue_whose_workers_all_died(
     release.path.unlink()
     for pid in spawned(daemon):
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: daemon.log.count("cannot start") >= 9, "nobody comes after them")
+    eventually(lambda: daemon.log.count("cannot start") >= 9, "no worker comes after them")
 
     release.becomes(*worker("many"))
     daemon.reload()
@@ -94,14 +94,14 @@ def test_node_v0_8746_a_busy_worker_fills_the_backlog_and_not_the_protector(
     before = len(descriptors(daemon.pid))
 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400)]
-    eventually(lambda: len(descriptors(daemon.pid)) == before + 1, "a full queue, one in hand")
+    eventually(lambda: len(descriptors(daemon.pid)) == before + 1, "a full queue, one undelivered")
 
     kinds_at_rest(daemon)
     woken = wake_ups(daemon.pid)
     more = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(400, 420)]
     assert in_backlog(daemon.port) > 350
-    assert len(descriptors(daemon.pid)) <= before + 1  # the one in hand
-    # Nobody is taken before there is room; the looks at whether a worker takes anything come twice
+    assert len(descriptors(daemon.pid)) <= before + 1  # the undelivered one
+    # None is taken before there is room; the looks at whether a worker takes anything come twice
     # as late each time, so that the machine's pace does not matter.
     assert wake_ups(daemon.pid) - woken < len(more) / 2
     os.kill(pid, signal.SIGCONT)
@@ -111,7 +111,7 @@ def test_node_v0_8746_a_busy_worker_fills_the_backlog_and_not_the_protector(
     daemon.stop()
 
 
-def test_node_v0_10427_nobody_is_refused_while_there_is_no_worker(
+def test_node_v0_10427_no_client_is_refused_while_there_is_no_worker(
     protector: Start, tmp_path: Path
 ) -> None:
     release = Release(tmp_path / "daemon")
@@ -120,7 +120,7 @@ def test_node_v0_10427_nobody_is_refused_while_there_is_no_worker(
     (pid,) = spawned(daemon)
     release.path.unlink()
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: daemon.log.count("cannot start") >= 4, "nobody comes after it")
+    eventually(lambda: daemon.log.count("cannot start") >= 4, "no worker comes after it")
 
     clients = [Client(("127.0.0.1", daemon.port), f"line {n}") for n in range(50)]
 

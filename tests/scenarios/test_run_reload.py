@@ -197,7 +197,7 @@ def test_hup_while_workers_crash_in_a_loop_starts_the_new_command_at_once(
         daemon.reload()
 
         # One that HUP has started.  Beside it one of the old generation may come up, whose back-off
-        # is just over; and of those who accept, one more is started where none does any more.
+        # is just over; and where workers accept, one more is started if none does any more.
         assert pid_in(waiting.hear()) in set(spawned(daemon)) - {first, *spawned(daemon, 1)}
     daemon.stop()
 

@@ -29,7 +29,7 @@ from tests.scenarios.tools import (
     spawned,
     watch_for_spinning,
     worker,
-    worker_for_nobody,
+    worker_for_any_user,
 )
 
 Start = Callable[..., Protector]
@@ -59,7 +59,7 @@ def test_emfile_in_the_protector_holds_connections_and_does_not_spin(protector: 
     daemon.stop()
 
 
-def test_emfile_where_workers_accept_costs_a_replacement_its_time_and_nobody_else(
+def test_emfile_where_workers_accept_costs_only_the_replacement_its_time(
     protector: Start,
 ) -> None:
     daemon = protector(*LISTENER, "127.0.0.1:0", "--", *worker("many")).ready()
@@ -163,7 +163,9 @@ def test_etoomanyrefs_as_another_user_holds_connections_and_does_not_spin(
     options = ("--user", "nobody", "--chdir", "/", "127.0.0.1:0")
     with ExitStack() as stack:
         daemon = Protector(
-            [*options, "--", *worker_for_nobody()], marked_environment, through=WITH_40_DESCRIPTORS
+            [*options, "--", *worker_for_any_user()],
+            marked_environment,
+            through=WITH_40_DESCRIPTORS,
         ).ready()
         stack.callback(daemon.end)
         (pid,) = spawned(daemon)
@@ -207,7 +209,7 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
     awake = wake_ups(daemon.pid)
     eventually(rests, "half a second without a wake-up")
     assert resting - awake <= 3  # to the end of its turn, for the look, for a late event
-    # --no-control: who has the same name looks whether the control socket of that name is alive.
+    # --no-control: another of the same name looks whether the control socket of that name is alive.
     silent = ("--no-control", "--start-timeout", "2s", "127.0.0.1:0")
     other = protector(*silent, "--", *worker("never_ready"))
 
@@ -221,7 +223,7 @@ def test_an_idle_protector_does_not_wake_up(protector: Start) -> None:
 @pytest.mark.timeout(300)
 @EITHER_HANDOFF
 def test_reload_after_reload_leaks_nothing(protector: Start, handoff: str) -> None:
-    """Where workers accept each takes a second, in which the old ones read who has come."""
+    """Where workers accept each takes a second, in which the old ones read their clients."""
     daemon = protector("127.0.0.1:0", "--", *worker("many")).ready()
 
     def settle() -> None:

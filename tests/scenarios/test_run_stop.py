@@ -30,7 +30,7 @@ def test_a_graceful_stop_finishes_what_is_served(
         mark = daemon.signal(number)
 
         daemon.log.wait_for("event=stopping", after=mark)
-        # The listeners are closed a moment later, when nobody has come any more.
+        # The listeners are closed a moment later, when no client has come any more.
         eventually(lambda: refused(daemon.port), "refused connections")
         assert client.ask("still") == f"[{spawned(daemon)[0]}] still"
     assert daemon.wait() == 0
@@ -82,7 +82,7 @@ def test_term_answers_what_waits_in_the_backlog_of_a_unix_socket(
 
 @EITHER_HANDOFF
 def test_term_with_several_full_listeners_loses_nothing(protector: Start, tmp_path: Path) -> None:
-    """Each listener in turn finds the channel full while a connection is in hand already."""
+    """Each listener in turn finds the channel full while a connection is undelivered already."""
     path = str(tmp_path / "socket")
     addresses = ("127.0.0.1:0", f"unix:{path}", "[::1]:0")
     daemon = protector("--queue", "6", *addresses, "--", *worker("in_order")).ready()

@@ -1,4 +1,4 @@
-"""What a worker is started with, how it says that it is ready, and who is believed."""
+"""What a worker is started with, how it says that it is ready, and which senders are believed."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_extend_timeout_gives_a_slow_start_more_time(protector: Start, tmp_path:
     daemon.stop()
 
 
-def test_nonsense_on_the_notify_socket_harms_nobody(protector: Start) -> None:
+def test_nonsense_on_the_notify_socket_does_no_harm(protector: Start) -> None:
     command = worker("says_nonsense")
     daemon = protector("127.0.0.1:0", "--", *command).ready()
     kinds = kinds_at_rest(daemon)

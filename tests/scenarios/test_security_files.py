@@ -1,4 +1,4 @@
-"""Links, FIFOs and other people's files where ours should be: nobody leads root astray."""
+"""Links, FIFOs and other users' files where ours should be: root follows none of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.running import ask
 from tests.scenarios.starting import MINIMAL, Start
 
 needs_root = pytest.mark.skipif(
-    os.geteuid() != 0, reason="NOT CHECKED: links against root; only root can be led astray"
+    os.geteuid() != 0, reason="NOT CHECKED: links against root; takes root"
 )
 NOBODY = pwd.getpwnam("nobody").pw_uid
 PRECIOUS = "root:x:0:0\n"
@@ -28,7 +28,7 @@ PRECIOUS = "root:x:0:0\n"
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Path]:
-    """A file of ours that nobody else may change; it is as it was afterwards."""
+    """A file of ours that no other user may change; it is as it was afterwards."""
     path = tmp_path / "victim.sh"
     path.write_text(PRECIOUS)
     path.chmod(0o644)
@@ -45,7 +45,7 @@ def victim(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def theirs(start: Start) -> Path:
-    """A folder that belongs to nobody, where a start is told to put its files."""
+    """A folder that belongs to the user nobody, where a start is to put its files."""
     folder = start.folder / "theirs.sh"
     folder.mkdir()
     os.chown(folder, NOBODY, -1)
@@ -131,7 +131,7 @@ def test_a_link_that_only_we_can_have_made_is_followed(start: Start) -> None:
 
 
 @pytest.mark.parametrize("folder", ["mine", "theirs.sh"])
-def test_a_fifo_that_nobody_reads_does_not_hold_the_start_up(start: Start, folder: str) -> None:
+def test_a_fifo_without_a_reader_does_not_hold_the_start_up(start: Start, folder: str) -> None:
     log = start.folder / ("fifo.sh" if folder == "mine" else f"{folder}/fifo")
     if folder != "mine":
         log.parent.mkdir()
@@ -143,7 +143,7 @@ def test_a_fifo_that_nobody_reads_does_not_hold_the_start_up(start: Start, folde
 
 
 @needs_root
-def test_a_link_that_comes_before_the_log_is_opened_anew_is_refused(
+def test_a_link_that_comes_before_the_log_is_reopened_is_refused(
     start: Start, theirs: Path, victim: Path
 ) -> None:
     start.log_file = theirs / "log"

@@ -91,7 +91,7 @@ def test_neither_argv_nor_log_nor_status_holds_a_secret(start: Start, manager: M
         assert secret not in watched.texts()
 
 
-def test_neither_the_probe_nor_the_relay_is_told_by_its_command_line(
+def test_neither_the_probe_nor_the_relay_gets_a_secret_by_its_command_line(
     start: Start, tmp_path: Path
 ) -> None:
     """Both run too shortly, or too quietly, to be looked at for sure: so their words are."""

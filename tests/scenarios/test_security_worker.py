@@ -1,7 +1,7 @@
 """A worker that is an enemy: what it does harms its own generation at most.
 
 Each attack is a function in tests/workers/hostile.py.  After it a release that behaves is
-loaded, and whoever connects is served.
+loaded, and all clients are served.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_a_hostile_worker_harms_its_own_generation_at_most(
 
 
 def test_nothing_of_it_is_kept(protector: Start, tmp_path: Path) -> None:
-    """Descriptors that it has sent are closed, and nobody is woken by them."""
+    """Descriptors that it has sent are closed, and no process is woken by them."""
     release = Release(tmp_path / "daemon")
     release.becomes(*worker("many"))
     daemon = protector(*QUICK, "127.0.0.1:0", "--", release.path).ready()
@@ -102,7 +102,7 @@ def test_nothing_of_it_is_kept(protector: Start, tmp_path: Path) -> None:
     daemon.stop()
 
 
-def test_what_it_says_is_said_to_nobody_else(protector: Start, tmp_path: Path) -> None:
+def test_what_it_says_is_passed_on_to_no_other_process(protector: Start, tmp_path: Path) -> None:
     """The protector sends nothing to the service manager in a worker's words."""
     manager = Manager(str(tmp_path / "notify"))
     try:

@@ -35,7 +35,7 @@ def mode(request: pytest.FixtureRequest) -> tuple[str, ...]:
 # -- before anything is started ------------------------------------------------
 
 
-def test_a_port_in_use_is_refused_with_the_name_of_who_has_it(
+def test_a_port_in_use_is_refused_with_the_name_of_the_process_that_has_it(
     start: Start, mode: tuple[str, ...]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -137,7 +137,7 @@ def test_a_worker_that_exits_at_once_is_reported_with_its_last_words(
     assert start.left() == []
 
 
-def test_a_worker_that_exits_at_once_where_nobody_can_read_back_says_where_to_look(
+def test_a_worker_that_exits_at_once_where_its_output_cannot_be_read_back_says_where_to_look(
     start: Start,
 ) -> None:
     ended = start("-f", "127.0.0.1:0", "--", *worker("dies_before_ready"))

@@ -189,7 +189,7 @@ def test_a_second_ctrl_c_does_not_cut_the_clean_up_short(start: Start) -> None:
 
 
 def test_ctrl_c_and_ready_may_cross(start: Start, gate: Path) -> None:
-    """Whoever wins: either it serves and the status is 0, or nothing is left of it."""
+    """Whichever wins: either it serves and the status is 0, or nothing is left of it."""
     with waiting(start, gate) as (process, held):
         os.write(held, b"go")
         process.send_signal(signal.SIGINT)

@@ -188,7 +188,7 @@ def test_the_backlog_is_what_was_asked_for(start: Start) -> None:
     start.stop()
 
 
-def test_a_backlog_above_what_the_kernel_allows_is_said(start: Start) -> None:
+def test_a_backlog_above_what_the_kernel_allows_is_reported(start: Start) -> None:
     most = int(Path("/proc/sys/net/core/somaxconn").read_text())
 
     ended = start.up("--backlog", str(most + 1), "127.0.0.1:0", "--", *MINIMAL)
@@ -295,7 +295,7 @@ def test_a_stale_socket_is_replaced(start: Start) -> None:
     assert start.left() == []
 
 
-def test_somebody_elses_socket_in_our_place_is_not_removed(start: Start) -> None:
+def test_another_processs_socket_in_our_place_is_not_removed(start: Start) -> None:
     start.up("unix:s", "--", *MINIMAL)
     path = start.folder / "s"
     path.unlink()

@@ -45,7 +45,7 @@ def test_output_of_a_detached_protector_goes_to_syslog(start: Start, syslog: Sys
     assert [left for left in start.left() if "process" in left] == []
 
 
-def test_a_relay_that_is_killed_breaks_nobodys_output_and_comes_back(
+def test_a_relay_that_is_killed_breaks_no_workers_output_and_comes_back(
     start: Start, syslog: Syslog
 ) -> None:
     ended = start("unix:s", "--", *TALKS, before=syslog.before)
@@ -80,7 +80,7 @@ def test_the_relay_lives_as_long_as_its_last_writer(start: Start, syslog: Syslog
     os.kill(protector, signal.SIGKILL)
     assert not wait_gone([protector])
 
-    # The worker goes on serving whom it has, and is heard.
+    # The worker goes on serving the clients it has, and is heard.
     client.say("two")
     syslog.wait_for("two$")
     assert relay_of(start) == relay
@@ -205,7 +205,7 @@ def test_a_relay_that_dies_where_no_descriptor_is_left_comes_back_with_one(
 def test_without_any_syslog_it_runs_all_the_same_and_its_lines_come_once_there_is_one(
     start: Start, syslog: Syslog
 ) -> None:
-    """As in a container, or at boot: said on the terminal, for nobody can read it in the log."""
+    """As in a container, or at boot: said on the terminal, as the log cannot be read there."""
     ended = start("unix:s", "--", *TALKS, before=syslog.before_it_comes)
     if ended.status == 77:
         pytest.skip("no mounts of one's own here")
@@ -242,7 +242,9 @@ def test_a_check_says_that_there_is_no_syslog_where_the_log_would_go_there(
     assert (beside.status, beside.warned, beside.err) == (0, False, ""), beside
 
 
-def test_a_file_at_dev_log_where_nobody_listens_is_no_syslog(start: Start, syslog: Syslog) -> None:
+def test_a_socket_file_at_dev_log_without_a_listener_is_no_syslog(
+    start: Start, syslog: Syslog
+) -> None:
     """A syslog that has ended, or a mount of it into a container that outlives it."""
     syslog.end()
 

@@ -70,7 +70,7 @@ def test_a_stale_one_is_replaced(start: Start, content: str) -> None:
     assert start.left() == []
 
 
-def test_somebody_elses_in_our_place_is_not_removed(start: Start) -> None:
+def test_another_processs_pid_file_in_our_place_is_not_removed(start: Start) -> None:
     start.up("unix:s", "--", *MINIMAL)
     pid = start.pid
     start.pid_file.unlink()

@@ -72,7 +72,7 @@ def test_standard_descriptors_may_be_closed_in_the_foreground(
     assert start.left() == []
 
 
-def test_it_starts_although_nobody_reads_what_it_says(start: Start) -> None:
+def test_it_starts_although_its_output_is_not_read(start: Start) -> None:
     receive, send = os.pipe()
     os.close(receive)
 
@@ -95,10 +95,10 @@ def test_a_failed_start_with_closed_descriptors_has_its_status(start: Start) -> 
 
 
 @pytest.mark.parametrize("mode", ["detached", "foreground"])
-def test_stray_descriptors_reach_nobody(start: Start, mode: str) -> None:
+def test_leaked_descriptors_reach_no_process(start: Start, mode: str) -> None:
     receive, send = os.pipe()
     high = fcntl.fcntl(send, fcntl.F_DUPFD, 200)
-    stray = os.readlink(f"/proc/self/fd/{send}")
+    leaked = os.readlink(f"/proc/self/fd/{send}")
     options = ("-f",) if mode == "foreground" else ()
     words = (*options, "--log-file", "log", "unix:s", "--", *TELLS)
     with start_of(start, *words, pass_fds=(send, high)) as process:
@@ -106,9 +106,9 @@ def test_stray_descriptors_reach_nobody(start: Start, mode: str) -> None:
         os.close(high)
         start.wait_for("event=ready")
         found = told(f"{start.folder}/s")
-        assert stray not in descriptors(start.pid).values()
+        assert leaked not in descriptors(start.pid).values()
         assert sorted(map(int, found["descriptors"])) == [0, 1, 2, 3, 4, 5]
-        assert os.read(receive, 1) == b"", "nobody has it any more"
+        assert os.read(receive, 1) == b"", "no process has it any more"
         if mode == "foreground":
             process.send_signal(signal.SIGTERM)
     os.close(receive)
@@ -291,7 +291,7 @@ def test_under_nohup_the_terminal_may_go_away(start: Start) -> None:
 
 
 def test_a_detached_protector_has_no_terminal_and_reloads_on_hup(start: Start) -> None:
-    """Also when HUP was ignored by who started it."""
+    """Also when HUP was ignored by the process that started it."""
     start.up("unix:s", "--", *MINIMAL, before=("nohup",))
 
     assert os.getsid(start.pid) != start.pid, "no session leader: it can get no terminal"
@@ -323,11 +323,11 @@ def test_stdin_may_be_a_socket(start: Start) -> None:
         assert ended.status == 0
         assert os.getsid(start.pid) != os.getsid(0)
         theirs.close()
-        assert ours.recv(1) == b"", "nobody holds the other end"
+        assert ours.recv(1) == b"", "no process holds the other end"
     start.stop()
 
 
-def test_whoever_waits_for_the_commands_output_gets_its_end(start: Start) -> None:
+def test_a_reader_of_the_commands_output_gets_its_end(start: Start) -> None:
     """`$(SocketProtector ...)` returns: the protector holds none of the caller's descriptors."""
     words = (*COMMAND, "--pid-file", "pid", "--log-file", "log", "unix:s", "--", *MINIMAL)
     ended = subprocess.run(

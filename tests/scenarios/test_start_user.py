@@ -22,12 +22,12 @@ from tests.procfs import status_of
 from tests.running import DEADLINE_S, ROOT, WORKERS, Ended, ask, eventually, wait_gone
 from tests.scenarios.starting import Start, told
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture(scope="session")
 def python() -> str:
-    """A Python that `nobody` can execute, with the workers here in reach."""
+    """A Python that the user `nobody` can execute, with the workers here in reach."""
     for candidate in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
         script = WORKERS / "tells.py"
         probe = (
@@ -42,11 +42,11 @@ def python() -> str:
         )
         if probe is not None and probe.returncode == 0:
             return candidate
-    pytest.skip("no Python here that nobody can execute")
+    pytest.skip("no Python here that the user nobody can execute")
 
 
 def may_run(path: str) -> bool:
-    """Whether nobody may execute a file."""
+    """Whether the user nobody may execute a file."""
     return (
         subprocess.run(
             ["/bin/sh", "-c", 'test -x "$0"', path], user="nobody", cwd="/", capture_output=True
@@ -80,7 +80,7 @@ def low_port() -> int:
 
 @pytest.fixture
 def theirs(start: Start) -> Iterator[Path]:
-    """A folder of nobody's, in which the test's files are."""
+    """A folder of the user nobody, in which the test's files are."""
     with tempfile.TemporaryDirectory(prefix="socketprotector-") as name:
         folder = Path(name)
         os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
@@ -288,12 +288,12 @@ def test_a_number_may_stand_for_the_user(start: Start, theirs: Path, python: str
     start.stop()
 
 
-# -- as somebody who is not root -----------------------------------------------
+# -- as a user other than root -------------------------------------------------
 
 
 @pytest.fixture
 def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
-    """Run the command as nobody, from a Python and modules that nobody can read."""
+    """Run the command as the user nobody, from a Python and modules that user can read."""
     readable = [entry for entry in sys.path if entry and may_run(entry)]
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "client_lib"), *readable])}
     imports = "import socketprotector.launch.cli, socketprotector.daemon.resident"
@@ -301,7 +301,7 @@ def as_nobody(start: Start, theirs: Path, python: str) -> Callable[..., Ended]:
         [python, "-c", imports], user="nobody", cwd="/", env=environment, capture_output=True
     )
     if probe.returncode != 0:
-        pytest.skip("no Python here with which nobody can run the command")
+        pytest.skip("no Python here with which the user nobody can run the command")
 
     def run(*words: str) -> Ended:
         return start(
@@ -330,7 +330,7 @@ def test_a_low_port_needs_the_right(
 
 
 @pytest.mark.parametrize("option", ["--user", "--group"])
-def test_who_is_not_root_cannot_become_somebody_else(
+def test_without_root_it_cannot_become_another_user(
     as_nobody: Callable[..., Ended], option: str
 ) -> None:
     ended = as_nobody(option, "0", "unix:s", "--", "true")
@@ -346,7 +346,7 @@ def test_a_nice_value_below_zero_needs_root(as_nobody: Callable[..., Ended]) -> 
     assert "--limit nice=-1: below 0 needs root" in ended.err
 
 
-def test_everybody_can_run_it_with_what_the_python_path_leads_to(
+def test_any_user_can_run_it_with_what_the_python_path_leads_to(
     start: Start, as_nobody: Callable[..., Ended], python: str
 ) -> None:
     """No root, nothing installed, no log file: the relay runs too."""
@@ -358,7 +358,7 @@ def test_everybody_can_run_it_with_what_the_python_path_leads_to(
     assert start.left() == []
 
 
-def test_a_port_in_use_is_refused_where_the_system_does_not_tell_by_whom(
+def test_a_port_in_use_is_refused_where_the_system_does_not_say_by_which_process(
     start: Start, as_nobody: Callable[..., Ended]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

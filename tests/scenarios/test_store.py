@@ -54,7 +54,7 @@ def test_killed_and_started_again_it_goes_on(service: Service) -> None:
     assert service.pid_file.read_text() == f"{second.pid}\n"
     assert service.pid_file.stat().st_ino == inode
 
-    os.kill(workers[0], signal.SIGKILL)  # no child of its own any more, and nobody to tell
+    os.kill(workers[0], signal.SIGKILL)  # no child of its own any more, and no guard to report it
     second.log.wait_for("event=worker-ready generation=1 worker=3")
     second.reload()
     assert wait_gone(workers) == []
@@ -69,7 +69,7 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     hold(pid)
     clients = [Client(("127.0.0.1", first.port), f"hello {number}") for number in range(20)]
 
-    eventually(lambda: "sp.hand.1" in service.store, "a connection in hand")
+    eventually(lambda: "sp.hand.1" in service.store, "an undelivered connection")
     service.kill()
     second = service.start(*words)
     second.log.wait_for("event=route")
@@ -211,7 +211,7 @@ def test_killed_while_it_stops_it_goes_on_to_stop(service: Service) -> None:
     shutil.which("strace") is None,
     reason="NOT CHECKED: strace is not installed (tools/install-packages strace)",
 )
-def test_told_to_stop_before_it_has_gone_on_it_goes_on_to_stop(service: Service) -> None:
+def test_a_program_told_to_stop_before_it_has_resumed_resumes_to_stop(service: Service) -> None:
     words = ("127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()
     with Client(("127.0.0.1", first.port)) as held:
@@ -219,7 +219,7 @@ def test_told_to_stop_before_it_has_gone_on_it_goes_on_to_stop(service: Service)
         service.wait_for("READY")
         service.kill()
 
-        # Nobody has blocked it for a process that systemd starts, and no handler stands yet.
+        # It is not blocked in a process that systemd starts, and no handler is installed yet.
         early = ("strace", "-D", "-qq", "-o", "/dev/null", "-e", "inject=chdir:signal=TERM:when=1")
         second = service.start(*words, under=early)
         service.wait_for("STOPPING")

@@ -200,7 +200,7 @@ def test_with_a_guard_a_killed_protector_is_not_missed(
 
 
 @pytest.mark.parametrize("killed", ["protector", "guard"])
-def test_who_has_the_port_keeps_the_next_one_from_starting(
+def test_a_process_that_has_the_port_keeps_the_next_one_from_starting(
     supervised: Starter, program: str, killed: str
 ) -> None:
     """The workers of a protector without a guard, or the protector of a guard."""
@@ -234,12 +234,12 @@ def test_workers_that_are_handed_connections_finish_and_end_with_a_killed_protec
         os.kill(daemon.protector(), signal.SIGKILL)
         daemon.ready(2)
         assert pid_in(held.ask("after")) == worker
-        assert nobody_reads(worker)
+        assert has_no_reader(worker)
         assert pid_in(ask(daemon.address)) == daemon.workers()[-1] != worker
     assert wait_gone([worker]) == []
 
 
-def nobody_reads(pid: int) -> bool:
+def has_no_reader(pid: int) -> bool:
     """Whether a process's stdout is a pipe without a reader."""
     fd = os.open(f"/proc/{pid}/fd/1", os.O_WRONLY)
     try:

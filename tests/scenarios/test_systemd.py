@@ -96,7 +96,7 @@ def test_ready_comes_with_main_pid_and_status_when_the_first_generation_serves(
     daemon.stop()
 
 
-def test_a_reload_is_told_with_its_time_and_then_ready_again(
+def test_a_reload_is_announced_with_its_time_and_then_ready_again(
     service: Callable[..., Protector], manager: Manager
 ) -> None:
     daemon = service()
@@ -149,7 +149,7 @@ def test_a_failed_start_is_never_ready_and_says_why(
     assert not [fields for fields in heard if "READY" in fields]
 
 
-def test_a_stop_is_told_with_the_time_it_may_need(
+def test_a_stop_is_announced_with_the_time_it_may_need(
     service: Callable[..., Protector], manager: Manager
 ) -> None:
     daemon = service("--stop-timeout", "100s", "--kill-timeout", "10s")
@@ -336,7 +336,7 @@ def test_a_notify_socket_that_is_gone_neither_blocks_nor_kills(
     daemon.stop()
 
 
-@pytest.mark.parametrize("address", ["@socketprotector-nobody-there", "/", "x" * 300, "vsock:2:9"])
+@pytest.mark.parametrize("address", ["@socketprotector-nothing-there", "/", "x" * 300, "vsock:2:9"])
 def test_a_notify_socket_that_was_never_there_neither_blocks_nor_kills(
     protector: Callable[..., Protector], address: str
 ) -> None:
@@ -346,7 +346,7 @@ def test_a_notify_socket_that_was_never_there_neither_blocks_nor_kills(
     daemon.stop()
 
 
-def test_when_it_detaches_it_says_who_the_main_process_is_and_feeds_the_watchdog(
+def test_when_it_detaches_it_says_which_is_the_main_process_and_feeds_the_watchdog(
     manager: Manager, marked_environment: dict[str, str], tmp_path: Path
 ) -> None:
     pid_file = tmp_path / "pid"
@@ -573,7 +573,7 @@ def test_a_start_by_the_unit_as_root_wants_to_be_told_so(unit: Unit) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: whose the folder is; needs root")
 def test_the_unit_needs_nothing_of_its_runtime_folder_but_to_be_there(unit: Unit) -> None:
     """It stays root's: at each ExecReload systemd gives it, with all in it, to the unit's user."""
-    # The interpreter is not one that `nobody` could run everywhere.
+    # The interpreter is not one that the user `nobody` could run everywhere.
     unit.settings('ready = "after:0.05s"', user="nobody", command=("/bin/sh", "-c", "cat <&3"))
     nobody = pwd.getpwnam("nobody").pw_uid
 
@@ -585,7 +585,7 @@ def test_the_unit_needs_nothing_of_its_runtime_folder_but_to_be_there(unit: Unit
     assert "notice" not in said, said
     assert "notify-socket-abstract" not in said, said
     assert unit.runtime.stat().st_uid == 0
-    # What it could not remove is in nobody's way: systemd does, unless it starts it again.
+    # What it could not remove does no harm: systemd removes it, unless it starts it again.
     process = unit.start()
     unit.manager.wait_for("READY")
     ended(process)

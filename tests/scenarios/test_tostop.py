@@ -33,7 +33,7 @@ LEADER = (sys.executable, "-c", IN_BACKGROUND)
 
 
 @pytest.mark.parametrize("guarded", [(), ("--guard",)], ids=["alone", "guarded"])
-def test_what_is_said_comes_to_the_terminal_and_stops_nobody(
+def test_what_is_said_comes_to_the_terminal_and_stops_no_process(
     start: Start, guarded: tuple[str, ...]
 ) -> None:
     words = (*guarded, "--workers", "2", "unix:s", "--", *MINIMAL)
@@ -51,7 +51,7 @@ def test_what_is_said_comes_to_the_terminal_and_stops_nobody(
     assert start.left() == []
 
 
-def test_a_killed_protector_is_told_of_by_the_guard(start: Start) -> None:
+def test_a_killed_protector_is_reported_by_the_guard(start: Start) -> None:
     with on_a_terminal(start, "--guard", "unix:s", "--", *MINIMAL, before=LEADER) as (
         process,
         terminal,
@@ -68,7 +68,7 @@ def test_a_killed_protector_is_told_of_by_the_guard(start: Start) -> None:
     assert start.left() == []
 
 
-def test_the_reason_of_a_failed_start_is_told_there(start: Start) -> None:
+def test_the_reason_of_a_failed_start_is_shown_there(start: Start) -> None:
     words = ("--log-file", "log", "unix:s", "--", "/bin/false")
     with on_a_terminal(start, *words, before=LEADER) as (process, terminal):
         terminal.read_until("exited with status 1 before it was ready")
@@ -76,14 +76,14 @@ def test_the_reason_of_a_failed_start_is_told_there(start: Start) -> None:
         terminal.close()
 
 
-def test_a_refusal_is_told_there(start: Start) -> None:
+def test_a_refusal_is_shown_there(start: Start) -> None:
     with on_a_terminal(start, "--no-such-option", before=LEADER) as (process, terminal):
         terminal.read_until("--no-such-option")
         assert process.wait(DEADLINE_S) == 2
         terminal.close()
 
 
-def test_nobody_spins_there(start: Start) -> None:
+def test_no_process_spins_there(start: Start) -> None:
     with on_a_terminal(start, "unix:s", "--", *MINIMAL, before=LEADER) as (process, terminal):
         terminal.read_until("event=ready")
         eventually(lambda: state_of(start.pid) == "S", "it sleeps")

@@ -376,12 +376,12 @@ def test_a_storm_of_signals_with_upgrades_in_it_ends_well(protector: Starter) ->
 # --- what else must come along ------------------------------------------------------
 
 
-def test_a_full_queue_and_the_connection_in_hand_survive(protector: Starter) -> None:
+def test_a_full_queue_and_the_undelivered_connection_survive(protector: Starter) -> None:
     daemon = protector("--queue", "6", "127.0.0.1:0", "--", *MANY).ready()
     [pid] = spawned(daemon)
     hold(pid)
     clients = [Client(("127.0.0.1", daemon.port), f"hello {number}") for number in range(20)]
-    # Six are queued, one is in hand, and the rest stays where it is.
+    # Six are queued, one is undelivered, and the rest stays where it is.
     eventually(lambda: in_backlog(daemon.port) == 13, "a full queue")
 
     upgraded(daemon)

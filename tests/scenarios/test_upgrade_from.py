@@ -123,7 +123,7 @@ def killed(daemon: Protector) -> None:
 
 
 @EITHER_HANDOFF
-def test_an_upgrade_and_reloads_under_load_fail_nobody(earlier: Earlier, handoff: str) -> None:
+def test_an_upgrade_and_reloads_under_load_fail_no_client(earlier: Earlier, handoff: str) -> None:
     """Where connections are handed over, by workers on the client library of the same code."""
     command = library_worker("echo") if handoff == "connection" else MANY
     daemon = earlier.start("--workers", "2", "127.0.0.1:0", "--", *command)
@@ -193,7 +193,7 @@ def guarded(earlier: Earlier, folder: Path) -> Protector:
 
 
 def goes_on_to_stop(daemon: Protector, load: Load, handoff: str, folder: Path) -> None:
-    """One kill has cost one connection at most, which was in hand; all that was there is gone."""
+    """One kill has cost one connection at most, the undelivered one; all that was there is gone."""
     failures = load.snapshot().failures
     assert len(failures) <= (1 if handoff == "connection" else 0), failures
     assert {failure.kind for failure in failures} <= {"reset", "empty"}

@@ -33,8 +33,8 @@ while taken := take():
 
 
 def put(path: Path, text: str) -> None:
-    """Put a file there whole, as one change: who is slow would see an empty one in between."""
-    new = path.parent.with_name(f"{path.parent.name}.{path.name}")  # where nobody watches
+    """Put a file there whole, as one change: a slow reader would see an empty one in between."""
+    new = path.parent.with_name(f"{path.parent.name}.{path.name}")  # outside what is watched
     new.write_text(text)
     new.rename(path)
 
@@ -133,7 +133,7 @@ def test_a_broken_release_shows_its_traceback_and_the_next_fix_is_taken(
     daemon.stop()
 
 
-def test_what_nobody_edits_is_ignored_and_so_are_its_own_files(
+def test_files_that_are_not_sources_are_ignored_and_so_are_its_own(
     watching: Starter, source: Source
 ) -> None:
     folder = source.folder
@@ -142,7 +142,7 @@ def test_what_nobody_edits_is_ignored_and_so_are_its_own_files(
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
     (folder / "pid").touch()
-    # Told of after all of these, which would have come with it at the latest.
+    # Reported after all of these, which would have come with it at the latest.
     after(daemon, lambda: source.save("two"))
 
     changed = daemon.log.wait_for("event=changed")

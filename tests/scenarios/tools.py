@@ -35,7 +35,7 @@ def library_worker(name: str, *arguments: str) -> tuple[str, ...]:
 
 
 class Gate:
-    """A FIFO that somebody waits to read; all go on when the test opens it."""
+    """A FIFO that processes wait to read; all go on when the test opens it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,18 +46,18 @@ class Gate:
         return ("/bin/sh", "-c", 'cat "$0" && exec "$@"', str(self.path), *command)
 
     def open(self) -> None:
-        """Let everybody through who waits now; waits until somebody does."""
+        """Let all that wait now through; waits until one does."""
         os.close(os.open(self.path, os.O_WRONLY))
 
     def let_through(self) -> None:
-        """Let everybody through who waits now, if somebody does."""
+        """Let all that wait now through, if any does."""
         try:
             os.close(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
         except OSError:
-            pass  # nobody
+            pass  # none waits
 
     def stay_open(self) -> None:
-        """Let everybody through, now and later."""
+        """Let all through, now and later."""
         os.unlink(self.path)
         self.path.touch()
 
@@ -107,7 +107,7 @@ def hold(pid: int) -> None:
 
 
 def kinds_at_rest(daemon: Protector) -> dict[str, int]:
-    """The same of a protector that has done all that it was told before."""
+    """The same of a protector that has done all that it was asked before."""
     mark = daemon.signal(signal.SIGUSR1)
     daemon.log.wait_for("event=reopened", after=mark)
     return kinds_of(daemon.pid)
@@ -138,8 +138,8 @@ def watch_for_spinning(pid: int, tries: int, daemon: Protector) -> None:
     assert cpu_s(pid) - cpu < max(0.1, SPIN_SHARE * passed), daemon.log.text()
 
 
-def worker_for_nobody() -> tuple[str, ...]:
-    """The command of the worker in_order.py with a Python that nobody may execute."""
+def worker_for_any_user() -> tuple[str, ...]:
+    """The command of the worker in_order.py with a Python that the user nobody may execute."""
     _, *rest = worker("in_order")
     for python in (sys.executable, "/usr/bin/python3"):
         check = [python, "-S", "-E", "-c", "import sys; open(sys.argv[1])", rest[-1]]

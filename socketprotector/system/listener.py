@@ -116,6 +116,14 @@ class Listener:
         return _bound_to(self.settings.address)[1]
 
     @property
+    def local_address(self) -> tuple[str, int]:
+        """Where a process of this machine reaches it."""
+        host, port = _bound_to(self.settings.address)
+        if host == "::" and self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+            return "::1", port
+        return ("127.0.0.1" if host in ("0.0.0.0", "::") else host), port
+
+    @property
     def has_sibling(self) -> bool:
         """Whether there are two sockets, so that two generations have one each."""
         return len(self.sockets) == 2
@@ -240,15 +248,19 @@ class Listener:
         if number == 0:  # a name stands for one descriptor for ever
             self._again[0] += 1
 
-    def steer(self, socket_number: int) -> None:
-        """Have new clients come to socket 0 or 1.  Raises OSError."""
+    def steer(self, socket_number: int, mark: reuseport.Mark | None = None) -> None:
+        """Have new clients come to socket 0 or 1, and those with a mark to the other one.
+
+        Raises OSError.
+        """
         member, failed = self._member(socket_number), OSError(errno.ENOTCONN, "it does not listen")
+        marked = (mark, self._member(1 - socket_number)) if mark is not None else None
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for number in (0, 1):  # a worker may have locked the filters of its own
             if self.is_alive(number):
                 try:
-                    reuseport.steer(self.socket_for(number), member)
+                    reuseport.steer(self.socket_for(number), member, marked)
                 except OSError as error:
                     failed = error
                 else:

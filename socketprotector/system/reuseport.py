@@ -4,24 +4,31 @@ Two consecutive generations accept from one socket each (daemon/socket_steering.
 1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
 The kernel runs it for each new connection.
 
+While a generation that serves nobody yet is asked (daemon/asking.py), the filter has more: it
+sends connections with a mark to that generation's socket.  The mark of IPv4 is a source address
+of 127/8 drawn at random, which no packet from a network may have; of IPv6, with its one loopback
+address, that and two header fields drawn at random.  Both stand in front of any options.
+
 Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
 other process can bind the port later without SO_REUSEPORT.
 
 A socket that was shut down has left the group; when it listens again it is the last member.
 
 Source: socket(7) for SO_REUSEPORT and SO_ATTACH_REUSEPORT_CBPF; reuseport_select_sock() and
-reuseport_detach_sock() in net/core/sock_reuseport.c.
+reuseport_detach_sock() in net/core/sock_reuseport.c; SKF_NET_OFF in linux/filter.h.
 """
 
 from __future__ import annotations
 
 import array
 import errno
+import os
 import socket
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
 
+from ..model.frozen import frozen
 from . import accept_marks
 from .cleanup import on_error
 
@@ -36,6 +43,11 @@ _NO_DEVICE = 0x7FFFFFFF
 _INSTRUCTION = struct.Struct("HBBI")
 _PROGRAM = struct.Struct("HP")
 _RETURN = 0x06
+_LOAD_WORD, _LOAD_HALF, _LOAD_BYTE = 0x20, 0x28, 0x30
+_AND, _SHIFT_RIGHT, _IF_EQUAL = 0x54, 0x74, 0x15
+#: Where the IP header begins, whatever is in front of it.
+_IP = 0x1_0000_0000 - 0x10_0000
+_IPV6_TRAFFIC_CLASS, _IPV6_HOPS = 67, 16
 #: Of linux/in.h and linux/in6.h; the socket module has no names for them.
 IP_FREEBIND = 15
 IP_MINTTL = 21
@@ -91,9 +103,11 @@ _TEXTS = (
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
 )
 _NAME_BYTES = 16
+#: A time that is over at once, and none.
+_SOON, _NEVER = struct.pack("ll", 0, 1), bytes(16)
 #: What the kernel begins with: no time-outs, no linger, and one byte is enough to tell of.
 _HARMLESS = (
-    (socket.SO_RCVTIMEO, bytes(16)),
+    (socket.SO_RCVTIMEO, _NEVER),
     (socket.SO_SNDTIMEO, bytes(16)),
     (socket.SO_LINGER, bytes(8)),
     (socket.SO_RCVLOWAT, 1),
@@ -149,6 +163,20 @@ def queue(listening: socket.socket) -> tuple[int, int]:
     info = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _QUEUE.size)
     waiting, limit = _QUEUE.unpack(info)
     return waiting, limit
+
+
+def discard_waiting(listening: socket.socket) -> None:
+    """Close all that wait to be accepted where no process accepts.  Raises OSError."""
+    waiting, _ = queue(listening)
+    if not waiting:
+        return
+    # Of all processes that have it the flag for not waiting would be; and so is this, for a moment.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _SOON)
+    try:
+        for _ in range(waiting):
+            listening.accept()[0].close()
+    finally:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _NEVER)
 
 
 def backlog(listening: socket.socket) -> int:
@@ -219,13 +247,79 @@ def _locks(one: socket.socket) -> int | None:
         return None  # an older kernel
 
 
-def steer(one: socket.socket, member: int) -> None:
+@frozen
+class Mark:
+    """What tells our own connections from all others; drawn anew for each generation."""
+
+    source: str  # the address that they come from
+    hops: int = 0  # these two of IPv6
+    traffic_class: int = 0
+
+    @classmethod
+    def draw(cls, family: int) -> Mark:
+        """Draw one for connections of a family."""
+        one, two, three = os.urandom(3)
+        if family == socket.AF_INET6:
+            # More hops than systems begin with (64, 128), and a class, of six bits.
+            return cls("::1", 129 + one % 126, (1 + two % 63) << 2)
+        return cls(f"127.{1 + one % 254}.{two}.{1 + three % 254}")
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        return socket.AF_INET6 if ":" in self.source else socket.AF_INET
+
+    @property
+    def options(self) -> tuple[tuple[int, int, int], ...]:
+        """What a socket needs for it beside its source: levels, options and values."""
+        if self.family == socket.AF_INET:
+            return ()
+        return (
+            (socket.IPPROTO_IPV6, _IPV6_HOPS, self.hops),
+            (socket.IPPROTO_IPV6, _IPV6_TRAFFIC_CLASS, self.traffic_class),
+        )
+
+    def put(self, one: socket.socket) -> None:
+        """Have a socket connect with it.  Raises OSError."""
+        for level, option, value in self.options:
+            one.setsockopt(level, option, value)
+        one.bind((self.source, 0))
+
+    def _checks(self) -> Sequence[tuple[int, int, int]]:
+        """Return what a packet with it has: how and from where to load it, and the value."""
+        source = struct.unpack("!4I" if ":" in self.source else "!I", self._packed())
+        if self.family == socket.AF_INET:
+            return ((_LOAD_WORD, 12, source[0]),)
+        words = ((_LOAD_WORD, 8 + 4 * at, word) for at, word in enumerate(source))
+        return ((_LOAD_BYTE, 7, self.hops), *words)
+
+    def _packed(self) -> bytes:
+        return socket.inet_pton(self.family, self.source)
+
+    def program(self, member: int, others: int) -> Sequence[tuple[int, int, int, int]]:
+        """Return the filter that selects a member for connections with it, another for others."""
+        of_ipv6 = self.family == socket.AF_INET6
+        begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8
+        # Version and traffic class are the first 12 bits; of IPv4 the length follows the version.
+        kept = 0x0FF if of_ipv6 else 0
+        found = [(_LOAD_HALF, 0, 0, _IP), (_SHIFT_RIGHT, 0, 0, 4), (_AND, 0, 0, 0xF00 | kept)]
+        checks = [(load, _IP + at, value) for load, at, value in self._checks()]
+        found.append((_IF_EQUAL, 0, 2 * len(checks) + 1, begins))
+        for left, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
+            found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * left + 1, value)]
+        return (*found, (_RETURN, 0, 0, member), (_RETURN, 0, 0, others))
+
+
+def steer(one: socket.socket, member: int, marked: tuple[Mark, int] | None = None) -> None:
     """Have clients that connect from now on come to one member of its group, counted from 0.
 
+    marked: and connections with a mark to another one.
     Members are in the order of listen(2), until one leaves: then the last one takes its position.
     Handshakes that are under way finish where they began.  Raises OSError.
     """
-    _attach(one, _SO_ATTACH_REUSEPORT_CBPF, ((_RETURN, 0, 0, member),))
+    program: Sequence[tuple[int, int, int, int]] = ((_RETURN, 0, 0, member),)
+    if marked is not None:
+        program = marked[0].program(marked[1], member)
+    _attach(one, _SO_ATTACH_REUSEPORT_CBPF, program)
 
 
 def refuse_new(listening: socket.socket) -> None:

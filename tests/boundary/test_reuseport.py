@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import select
+import shutil
 import socket
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from socketprotector.system import reuseport
 from tests.boundary.listening import KINDS, listening
+from tests.running import ROOT
 from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
@@ -57,6 +63,68 @@ def test_clients_come_to_the_one_that_is_meant(
             for place in (1, 0, 0, 1, 1, 0):
                 reuseport.steer(one, place)
                 assert came(pair, hosts) == ((0, 12) if place else (12, 0))
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+@pytest.mark.parametrize("meant", [0, 1])
+def test_a_mark_leads_to_the_other_one_and_nobody_else_goes_there(
+    family: int, host: str, both: bool, hosts: tuple[str, ...], meant: int
+) -> None:
+    with listening(family, host, both=both) as one:
+        second = reuseport.make(one)
+        assert second is not None
+        with second:
+            pair = one, second
+            for target in hosts:
+                mark = reuseport.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
+                reuseport.steer(one, 1 - meant, (mark, meant))
+                assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
+                for _ in range(5):
+                    with socket.socket(mark.family) as ours:
+                        mark.put(ours)
+                        ours.connect((target, one.getsockname()[1]))
+                        assert [accepted(each) for each in pair] == [1 - meant, meant]
+            reuseport.steer(one, 1 - meant)
+            assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or None in map(shutil.which, ("ip", "nsenter", "unshare")),
+    reason="NOT CHECKED: network namespaces take root, ip(8), nsenter(1) and unshare(1)",
+)
+def test_no_client_of_a_network_has_a_mark() -> None:
+    script = Path(__file__).with_name("remote_mark.py")
+    done = subprocess.run(
+        ["unshare", "--net", sys.executable, script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+    got_in, came, from_here = json.loads(done.stdout)
+    assert got_in == [20, 0]
+    assert came == [20, 0]
+    assert from_here == [0, 1]
+
+
+def test_marks_differ() -> None:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        assert len({reuseport.Mark.draw(family) for _ in range(40)}) > 30
+
+
+def test_what_waits_where_nobody_accepts_can_be_discarded(first: socket.socket) -> None:
+    first.setblocking(True)
+    with ExitStack() as clients:
+        ours = [
+            clients.enter_context(socket.create_connection(first.getsockname())) for _ in range(5)
+        ]
+        reuseport.discard_waiting(first)
+        reuseport.discard_waiting(first)
+        assert [each.recv(1) for each in ours] == [b""] * 5
+        assert first.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, 16) == bytes(16)
+    assert os.get_blocking(first.fileno())
 
 
 def test_either_can_be_asked_to_steer(first: socket.socket) -> None:

@@ -45,17 +45,18 @@ class Scoreboard:
             forking.register(self)
 
     def took(self, fd: int, accepted_at_ns: int) -> None:
-        """Count a connection that was taken."""
+        """Count a connection that was taken; not one of the protector's own, accepted at 0."""
         words = self._words
         if words is None:
             if self._parents is not None:
                 self._give_up()
             return
-        wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
-        bucket = wait_us.bit_length() if wait_us > 0 else 0
-        with self._lock:
-            words[_ACCEPTED] += 1
-            words[_WAITS + (bucket if bucket < _LAST_WAIT else _LAST_WAIT)] += 1
+        if accepted_at_ns:
+            wait_us = (time.monotonic_ns() - accepted_at_ns) // 1000
+            bucket = wait_us.bit_length() if wait_us > 0 else 0
+            with self._lock:
+                words[_ACCEPTED] += 1
+                words[_WAITS + (bucket if bucket < _LAST_WAIT else _LAST_WAIT)] += 1
         if fd < _DESCRIPTORS:
             words[_ACCEPTED_AT + fd] = accepted_at_ns
         self.count_open()

@@ -60,6 +60,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.open_failed(step, number, reason)
         case events.Quiesced(number):
             step.quiesced(number)
+        case events.Answered(number):
+            reload.answered(step, number)
         case events.Stranded():
             reload.renew(step)
         case events.ChannelBroken(number, served_s):
@@ -114,6 +116,7 @@ def _go_on(step: Step) -> None:
     _release_what_is_gone(step)
     reload.open_if_due(step)
     workers.reconcile(step)
+    reload.ask_if_complete(step)
     stop.exit_if_done(step)
 
 
@@ -145,6 +148,9 @@ def resume(
     for generation in fleet.all_of(Phase.DRAINING):
         order = events.Quiesce if generation.quiescing else events.Drain
         actions.append(order(generation.number))
+    starting = fleet.of(Phase.STARTING)
+    if starting and reload.is_asked(fleet, starting):
+        actions.append(events.Ask(starting.number))
     actions += undone
     if fleet.reading:
         actions.append(events.ReadSettings())

@@ -157,6 +157,13 @@ class Quiesced(Event):
 
 
 @frozen
+class Answered(Event):
+    """A generation that was asked has answered as it should."""
+
+    generation: int
+
+
+@frozen
 class Stranded(Event):
     """Clients wait where no generation accepts any more."""
 
@@ -260,6 +267,20 @@ class Retire(Action):
     """Have a worker finish: by the end of its RETURN line, or by the signal of its handoff."""
 
     worker: int
+
+
+@frozen
+class Ask(Action):
+    """Ask a generation, all of whose workers live, until it answers: `Answered`."""
+
+    generation: int
+
+
+@frozen
+class StopAsking(Action):
+    """Ask a generation no more; what it was asked and has not taken is forgotten."""
+
+    generation: int
 
 
 @frozen

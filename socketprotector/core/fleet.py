@@ -31,8 +31,8 @@ class Phase(Enum):
 #: diagram in ARCHITECTURE.md is drawn from them.  None: the generation is gone.
 PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
-        Phase.SERVING: "every worker is ready",
-        Phase.SETTLING: "the same, with --settle",
+        Phase.SERVING: "every worker is ready, or it has answered",
+        Phase.SETTLING: "the same, with --settle, or accepted and said nothing",
         Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, or stop",
     },
     Phase.SETTLING: {

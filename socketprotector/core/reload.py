@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..model.policy import PROVEN_S
+from ..model.policy import PROVEN_S, STANDBY_S
 from .backoff import backoff_s
-from .events import Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
-from .fleet import Candidate, Generation, Next, Phase, Policy
+from .events import Ask, Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
+from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step
 from .stop import stop_quickly
 
@@ -153,14 +153,55 @@ def _recover(step: Step, delay_s: float) -> None:
 def serve_if_ready(step: Step) -> None:
     """Let a starting generation serve that has all of its workers, each of them ready."""
     starting = step.fleet.of(Phase.STARTING)
-    if starting and len(starting.workers) >= step.fleet.wanted_in(starting) and starting.ready:
+    if starting is None or step.fleet.policy_of(starting.fresh).answer_decides:
+        return
+    if _is_complete(step.fleet, starting) and starting.ready:
         _all_ready(step, starting.number)
 
 
-def _all_ready(step: Step, number: int) -> None:
-    step.cancel(TimerKind.START, number)
+def _is_complete(fleet: Fleet, starting: Generation) -> bool:
+    return len(starting.workers) >= fleet.wanted_in(starting)
+
+
+def is_asked(fleet: Fleet, starting: Generation) -> bool:
+    """Whether a starting generation is being asked: all of its workers live."""
+    return fleet.policy_of(starting.fresh).asks and _is_complete(fleet, starting)
+
+
+def ask_if_complete(step: Step) -> None:
+    """Ask a starting generation that has all of its workers; again if it has got more since."""
+    starting = step.fleet.of(Phase.STARTING)
+    if starting is None or not is_asked(step.fleet, starting):
+        return
+    before = step.before.generation(starting.number)
+    as_it_was = before is not None and len(before.workers) == len(starting.workers)
+    if before is None or not (as_it_was and is_asked(step.before, before)):
+        step.do(Ask(starting.number))
+
+
+def answered(step: Step, number: int) -> None:
+    """Let a generation serve that has answered; what its workers say no longer matters."""
+    generation = step.fleet.generation(number)
+    if generation is None or generation.phase is not Phase.STARTING:
+        return
+    if not _is_complete(step.fleet, generation):
+        return  # more workers are wanted meanwhile; once they live, it is asked again
+    policy = step.fleet.policy_of(generation.fresh)
+    workers = (
+        each
+        if each.state is State.READY
+        else replace(each, state=State.READY, retires=policy.workers_accept)
+        for each in generation.workers
+    )
+    step.fleet = step.fleet.with_generation(replace(generation, workers=tuple(workers)))
+    _all_ready(step, number, standby_s=0.0 if policy.answer_decides else STANDBY_S)
+
+
+def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
+    """standby_s: for so long at least the one before can be switched back to."""
+    step.end_start(number)
     step.do(RouteTo(number))
-    settle_s = step.fleet.policy_of(step.fleet[number].fresh).settle_s
+    settle_s = max(standby_s, step.fleet.policy_of(step.fleet[number].fresh).settle_s)
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
         step.fleet = step.fleet.moved(number, Phase.SETTLING)
         step.start(TimerKind.SETTLE, number, settle_s)
@@ -202,8 +243,10 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
-    step.cancel(TimerKind.SETTLE if settles else TimerKind.START, number)
-    if settles:
+    if not settles:
+        step.end_start(number)
+    else:
+        step.cancel(TimerKind.SETTLE, number)
         step.do(RouteTo(serving.number if serving else None))
     if failed.fresh:
         step.forget_settings()

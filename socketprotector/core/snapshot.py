@@ -121,4 +121,5 @@ CODEC = Codec(
     renamed=RENAMED,
     rearranged={"Snapshot": _from_format_2},
     strict=settings.CLASSES,
+    added=settings.ADDED,
 )

@@ -16,12 +16,12 @@ READY_HINTS = {
     "after": "--ready after: is longer than --start-timeout",
     "legacy": "the daemon has not connected to the abstract socket sock_srv_PORT, as the library "
     "of the C++ SocketProtector does",
-    "any": "a worker says READY=1 to NOTIFY_SOCKET, sends einhorn's ACK, writes to {fd:ready}, or "
-    "is taken as ready by --ready after:1s",
+    "any": "a worker accepts a connection from the socket that it is handed, says READY=1 to "
+    "NOTIFY_SOCKET, sends einhorn's ACK or writes to {fd:ready}",
 }
 
 
 def not_ready(policy: Policy, advice: str) -> str:
     """Return the reason.  advice: what the daemon found out about the cause, or empty."""
-    hints = "; ".join(filter(None, (advice, READY_HINTS[policy.ready])))
+    hints = "; ".join(filter(None, (advice, READY_HINTS.get(policy.ready, ""))))
     return f"not ready within {policy.start_timeout_s:g} s; {hints}"

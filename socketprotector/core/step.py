@@ -29,6 +29,7 @@ from .events import (
     Signal,
     Spawn,
     StartTimer,
+    StopAsking,
     TimerKind,
     UseSettings,
     WorkerSignal,
@@ -103,6 +104,13 @@ class Step:
             self.start(TimerKind.WORKER_RETIRE, worker.number, self.fleet.policy.drain_timeout_s)
 
     # -- generations ---------------------------------------------------------
+
+    def end_start(self, number: int) -> None:
+        """A starting generation is ready, or is given up."""
+        generation = self.fleet[number]
+        self.cancel(TimerKind.START, number)
+        if self.fleet.policy_of(generation.fresh).asks:
+            self.do(StopAsking(number))
 
     def drain(self, number: int, timeout_s: float) -> None:
         """Let a generation finish what it has."""

@@ -118,11 +118,12 @@ def _call_off(step: Step, stop: Stop) -> None:
     settling = step.fleet.of(Phase.SETTLING)
     if stop is Stop.GRACEFUL and settling and settling.fresh:
         step.use_settings()  # it will serve to the end
-    step.forget_settings()
     starting = step.fleet.of(Phase.STARTING)
     if starting:
+        step.end_start(starting.number)
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
-        step.cancel(TimerKind.START, starting.number)
+    step.forget_settings()
+    if starting:
         step.end_generation(starting.number)
 
 

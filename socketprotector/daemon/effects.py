@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from .. import __version__
 from ..core.events import (
     Action,
+    Ask,
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
@@ -39,13 +41,15 @@ from ..core.events import (
     Signal,
     Spawn,
     StartTimer,
+    StopAsking,
     TimerKind,
     UseSettings,
 )
 from ..core.fleet import Fleet, LameDuck
 from ..core.snapshot import Snapshot
-from ..model import known_servers
+from ..model import known_servers, question
 from ..model.history import History
+from ..model.question import Question
 from ..model.records import Program, RunRecord
 from ..model.settings import Settings
 from ..model.text import headline
@@ -54,11 +58,14 @@ from ..system.loop import SHUT
 from ..system.program_spec import program_of
 from ..system.sd_notify import Systemd
 from .accept_counts import AcceptCounts
+from .asking import Asking
+from .check_probe import CheckProbes
 from .forwarder import Forwarder
 from .generation import Generations, OpenGeneration
 from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
 from .log_output import Output
+from .probe_port import ProbePort, Way, forget_probes
 from .runtime import Runtime
 from .socket_steering import SocketSteering
 from .start_report import StartReport
@@ -121,7 +128,12 @@ class Effects:
             accepts=not settings.mode.workers_accept,
         )
         self.pool = WorkerPool(
-            settings, runtime, output, remember=self._remember, listeners=self.forwarder.shared
+            settings,
+            runtime,
+            output,
+            remember=self._remember,
+            listeners=self.forwarder.shared,
+            probes=CheckProbes(runtime.loop, self._reach),
         )
         self.steering = SocketSteering(
             lambda: self.forwarder.listeners,
@@ -131,6 +143,12 @@ class Effects:
             untaken=self._say_untaken,
         )
         self._counts = AcceptCounts(lambda: self.forwarder.listeners)
+        self.asking = Asking(
+            runtime,
+            reach=self._reach,
+            answered=self.pool.answered,
+            not_asked=self.pool.not_asked,
+        )
         self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
             settings,
@@ -153,6 +171,10 @@ class Effects:
                 self.pool.signal(worker, kind)
             case Retire(worker):
                 self.pool.retire(worker)
+            case Ask(number) if number in self.generations:
+                self.asking.ask(self.generations[number])
+            case StopAsking():
+                self.asking.stop()
             case RouteTo(number):
                 self._route_to(number)
             case Quiesce(number):
@@ -169,6 +191,7 @@ class Effects:
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
                 generation = self.generations.release(number)
+                self._forget_probes(generation)
                 self._loop.unwatch(generation.channel.read.fileno())
                 self.forwarder.release(generation.channel)
                 self.steering.leave(number)
@@ -258,6 +281,7 @@ class Effects:
             live = self.live_settings
             settings = (fresh and live.record.candidate) or live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
+            self._refuse_unless_asked(program)
             made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
             try:
                 self.watch_channel(made)
@@ -295,6 +319,13 @@ class Effects:
             for each in others:
                 each.update_record(marks=())
 
+    def _refuse_unless_asked(self, program: Program) -> None:
+        """Raise ValueError for one that only an answer makes ready, and that cannot be asked."""
+        if program.ready in question.KINDS and program.mode.workers_accept:
+            name = question.read(program.ready_question).listener
+            if not self.steering.can_ask(name):
+                raise ValueError(question.refusal(program.ready_question, name or "each listener"))
+
     def watch_channel(self, generation: OpenGeneration) -> None:
         """See at once when a worker shuts it down: maybe none is left that takes what is queued.
 
@@ -302,6 +333,21 @@ class Effects:
         """
         number = generation.record.number
         self._loop.watch(generation.channel.read.fileno(), lambda: self._shut_down(number), SHUT)
+
+    def _reach(self, generation: OpenGeneration, asked: Question) -> Way | None:
+        """Make a way to a generation, None where there can be none.  Raises OSError."""
+        if generation.program.mode.workers_accept:
+            return self.steering.ask(generation.record.number, asked.listener)
+        channel = generation.channel
+        for each in self.forwarder.listeners:
+            if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
+                return ProbePort(self._loop, channel, each.index).way
+        return None
+
+    def _forget_probes(self, generation: OpenGeneration) -> None:
+        if not generation.record.serving_since:
+            with suppress(OSError):  # then a worker finds that there is nobody
+                forget_probes(generation.channel)
 
     def _route_to(self, number: int | None) -> None:
         generation = self.generations.get(number) if number is not None else None
@@ -311,6 +357,7 @@ class Effects:
             return
         again = generation.record.serving_since > 0.0
         if not again:
+            self._forget_probes(generation)
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.forwarder.route_to(generation.channel)
         self.steering.turn_to(generation.record.socket_number, again=again)
@@ -434,7 +481,10 @@ class Effects:
             self._note_due(deadline)
             # Else the program speaks with us, and it is not for want of READY=1.
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
-            advice = self.pool.advice(deadline.target) if silent else ""
+            advice = self.asking.last if deadline.wait is TimerKind.START else ""
+            if silent:
+                its = self.pool.advice(deadline.target, passes_over=bool(advice))
+                advice = "; ".join(filter(None, (advice, its)))
             self._post(DeadlinePassed(deadline, advice))
 
         run(seconds)
@@ -520,6 +570,8 @@ class Effects:
         Returns the names of the sockets that live on for the next start.
         """
         self.live_settings.stop_reading()
+        self.asking.stop()
+        self.pool.stop_checking()
         self.steering.end()
         left = self.forwarder.close(self.steering.current)
         self._log.write(

@@ -52,6 +52,8 @@ class Recovery:
         if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
             effects.steering.end()
         broken = self._adopt_generations()
+        if not (snapshot.fleet.held or snapshot.fleet.stopping):
+            effects.steering.hold(False)  # the end of one may not have been carried out
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
             if generation is not None and self.left.has(inherited.WORKER, record.number, "process"):
@@ -92,7 +94,10 @@ class Recovery:
                 continue
             if record.program.mode.workers_accept:
                 effects.steering.adopt(
-                    record.number, record.socket_number, quiescing=known.quiescing
+                    record.number,
+                    record.socket_number,
+                    had_turn=bool(record.serving_since),
+                    quiescing=known.quiescing,
                 )
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))

@@ -21,6 +21,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,8 +30,9 @@ from ..model.records import SteeringRecord
 from ..system import accept_marks, reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
-from ..system.sock_diag import Line, handshakes, unaccepted, unread
+from ..system.sock_diag import Line, end_of, handshakes, unaccepted, unread
 from .accept_watch import ASKING_SHARE, AcceptWatch
+from .probe_port import Way
 from .runtime import Runtime
 
 _LOOK_S = 0.1
@@ -71,6 +73,17 @@ class _Quiescing:
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
+def _waits(listening: socket.socket, client: socket.socket) -> bool:
+    """Whether a client of ours waits to be accepted; others may, too.  Raises OSError."""
+    if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise OSError(errno.ENOTCONN, "it does not listen")  # so it came to the other one
+    return _has_waiting(listening) and end_of(client, listening.family) in unaccepted(listening)
+
+
+def _has_waiting(listening: socket.socket) -> bool:
+    return reuseport.queue(listening)[0] > 0
+
+
 class SocketSteering:
     """Knows which generation accepts from which socket, and steers new clients."""
 
@@ -104,9 +117,16 @@ class SocketSteering:
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> socket number
+        self._had_turn: set[int] = set()  # of these, those that new clients have come to
+        #: Clients that were about to connect when the last generation had its turn, by listener.
+        self._connecting: dict[int, frozenset[bytes]] = {}
         self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
         self._held = False  # new clients get no answer, by request
+        #: Generations that were asked, which had no clients: what waits there is a question.
+        self._asked: dict[int, socket.socket] = {}
+        #: Of connections that come to another socket, and which: its generation is being asked.
+        self._question: tuple[reuseport.Mark, int] | None = None
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
@@ -115,12 +135,16 @@ class SocketSteering:
         """The socket number, 0 or 1, that the next generation gets."""
         return 1 - self.current if self.current in self._accepting.values() else self.current
 
-    def adopt(self, generation: int, socket_number: int, *, quiescing: bool = False) -> None:
+    def adopt(
+        self, generation: int, socket_number: int, *, had_turn: bool, quiescing: bool = False
+    ) -> None:
         """The workers of a generation have accepted there under an earlier program.
 
-        quiescing: it is going to, once more.
+        had_turn: new clients have come to it.  quiescing: it is going to, once more.
         """
         self._accepting[generation] = socket_number
+        if had_turn or socket_number == self.current:
+            self._had_turn.add(generation)
         if quiescing:  # a hold may be resumed before that
             self._quiescing[generation] = _Quiescing(time.monotonic(), lambda: None)
         for each in self._shared:  # that one may have been killed while it listened again
@@ -139,6 +163,8 @@ class SocketSteering:
         for each in self._shared:
             self._make_ready(each, socket_number)
         self._accepting[generation] = socket_number
+        if socket_number == self.current:
+            self._had_turn.add(generation)
         self._watch()
         try:
             return tuple(self._mark(each, socket_number, taken) for each in self._shared)
@@ -186,9 +212,55 @@ class SocketSteering:
                 return None
         return count
 
+    def ask(self, generation: int, name: str) -> Way | None:
+        """Have a generation reached that gets no new clients yet, by connections with a mark.
+
+        name: the listener's, "" for the first that has two sockets.  None: there is no such one.
+        The generation that gets the clients is reached without.  Raises OSError.
+        """
+        socket_number = self._accepting.get(generation)
+        if socket_number is None:
+            return None
+        found = self._askable(name)
+        if found is None:
+            return None
+        address, asked = found.local_address, found.socket_for(socket_number)
+        mark = None
+        if socket_number != self.current:
+            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+            mark = reuseport.Mark.draw(family)
+            self._question = mark, socket_number
+            if not _has_waiting(asked):
+                self._asked[generation] = asked
+            self._steer()
+            if not self._steered:  # they would come to the generation before, which answers
+                self._question = None
+                raise OSError(errno.EAGAIN, "new clients cannot be steered now")
+        waits = partial(_waits, asked)
+        return Way(address, mark, waits, partial(self._stop_asking, mark))
+
+    def can_ask(self, name: str) -> bool:
+        """Whether there is a listener that ask() takes."""
+        return self._askable(name) is not None
+
+    def _askable(self, name: str) -> Listener | None:
+        named = (each for each in self._pairs if name in ("", each.settings.name))
+        return next((each for each in named if not each.lost), None)
+
+    def _stop_asking(self, mark: reuseport.Mark | None) -> None:
+        """Nothing reaches the other socket any more."""
+        if self._question is not None and self._question[0] is mark:
+            self._question = None
+            self._steer()
+
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, or are gone."""
         self._accepting.pop(generation, None)
+        self._had_turn.discard(generation)
+        if (asked := self._asked.pop(generation, None)) is not None:
+            # It has had no clients, and its last questions must not look like some that wait.
+            with suppress(OSError):
+                reuseport.discard_waiting(asked)
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._quiescing.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
@@ -221,8 +293,14 @@ class SocketSteering:
 
     def turn_to(self, socket_number: int, *, again: bool = False) -> None:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
+        self._asked.clear()  # from now on clients come there
+        self._had_turn |= {each for each, n in self._accepting.items() if n == socket_number}
+        switched = socket_number != self.current
         self.current = socket_number
         self._steer()
+        for each in self._pairs if switched else ():
+            with suppress(OSError):
+                self._connecting[each.index] = handshakes(each.socket.family, each.port)
         self._watch()
         if socket_number in self._accepting.values():
             self.accept_watch.begin(before_us=again)
@@ -329,19 +407,34 @@ class SocketSteering:
         end meanwhile.  Raises OSError.
         """
         if not self._held or listener.settings.foreign:
-            listener.steer(socket_number)
+            listener.steer(socket_number, self._question)
             listener.answer_new()
             return
         idle = 1 - self.current
-        if listener.dropping is None and idle not in self._quiescing_at:
-            listener.drop_new(idle)
+        if listener.dropping is None and idle not in self._used:
+            if self._are_connecting(listener):
+                self._loop.call_after("hold", _STEER_AGAIN_S, self._steer)
+            else:
+                listener.drop_new(idle)
         door = listener.dropping
-        listener.steer(socket_number if door is None else door)
+        listener.steer(socket_number if door is None else door, self._question)
+
+    def _are_connecting(self, listener: Listener) -> bool:
+        """Whether a handshake is still under way that was when clients were last turned away."""
+        connecting = self._connecting.get(listener.index)
+        if connecting:
+            with suppress(OSError):
+                connecting &= handshakes(listener.socket.family, listener.port)
+            self._connecting[listener.index] = connecting
+        return bool(connecting)
 
     @property
-    def _quiescing_at(self) -> list[int]:
-        """The sockets at which handshakes may be under way that began before a switch."""
-        return [self._accepting[each] for each in self._quiescing]
+    def _used(self) -> list[int]:
+        """The sockets at which handshakes may be under way that began before a switch.
+
+        Of a generation that quiesces, and of one that is on standby while the next one settles.
+        """
+        return [self._accepting[each] for each in self._had_turn]
 
     # -- the one before ------------------------------------------------------------
 

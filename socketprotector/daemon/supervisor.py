@@ -197,8 +197,10 @@ class Supervisor:
         elif self.checkpoint.write():
             self.effects.live_settings.stop_reading()
             self.effects.pool.stop_checking()
+            self.effects.asking.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.pool.go_on_checking()
+            self.effects.asking.go_on()
             if self.fleet.reading:
                 self.effects.perform(ReadSettings())
         else:

@@ -20,22 +20,24 @@ from dataclasses import replace
 from socketprotector_client import wire
 
 from ..core.events import (
+    Answered,
     ReplaceRequested,
     TimeExtended,
     WorkerExited,
     WorkerReady,
     WorkerSignal,
 )
-from ..model import known_servers
+from ..model import known_servers, question
 from ..model.history import History
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
 from ..system.orphans import Orphans
-from ..system.process import End, spawn
+from ..system.process import End, Process, spawn
 from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
 from ..system.readiness import CHECK_LIMIT_S, check_program
 from ..system.sock_diag import address_of
+from .check_probe import CheckProbes
 from .generation import OpenGeneration
 from .log_output import Output
 from .post_mortem import PostMortem
@@ -45,6 +47,8 @@ from .worker_spawn import Worker, WorkerSpawner, named
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
+#: Where what connects reaches the generation that it is of.
+_PROBE = "SOCKETPROTECTOR_PROBE"
 #: So many descriptors of workers are looked at for one that listens: each takes microseconds.
 _LOOKED_AT = 1000
 #: What is kept of a STATUS= line.
@@ -71,8 +75,10 @@ class WorkerPool:
         *,
         remember: Callable[[Callable[[History], History]], None],
         listeners: Callable[[int], Mapping[int, int]],
+        probes: CheckProbes,
     ) -> None:
         """remember: changes the history by a function of it.  listeners: see WorkerSpawner."""
+        self._probes = probes
         loop, log, post = runtime.loop, runtime.log, runtime.post
         self._loop, self._log, self._post = loop, log, post
         self._workers: dict[int, Worker] = {}
@@ -227,6 +233,7 @@ class WorkerPool:
         """End what only this program knows of; the next one begins it anew."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
+        self._probes.all_over()
         self.orphans.stop_looking()
 
     def go_on_checking(self) -> None:
@@ -313,21 +320,38 @@ class WorkerPool:
     def _watch(self, number: int, worker: Worker) -> None:
         self._loop.watch(worker.process.pidfd, lambda: self._ended(number))
         self._loop.watch(worker.notify.fileno(), lambda: self._heard(number))
-        program = check_program(worker.generation.program)
+        program = worker.generation.program
         worker.readiness.watch(
             lambda by: self._is_ready(number, by),
-            lambda: spawn(program, {_WORKER_PID: str(worker.process.pid)}, {}, mortal=True),
-            lambda check: self._log.write(
-                "warning", "check-hangs", worker=number, check=check, for_s=CHECK_LIMIT_S
+            lambda: self._start_check(worker),
+            lambda name: self._log.write(
+                "warning", "check-hangs", worker=number, check=name, for_s=CHECK_LIMIT_S
             ),
             lambda: self._keep_descriptors(worker),
             known=worker.has_served,
+            asked=program.ready in question.ASKED and not worker.generation.record.serving_since,
         )
         self._workers[number] = worker
         self._records[number] = worker.record
         self._by_pid[worker.process.pid] = number
         self._keep_descriptors(worker)
         self._wait_for_word(number, worker)
+
+    def _start_check(self, worker: Worker) -> Process:
+        """Run the command of --ready check once.  Raises OSError or ValueError."""
+        variables = {_WORKER_PID: str(worker.process.pid)}
+        if address := self._probes.address(worker.generation):
+            variables[_PROBE] = address
+        return spawn(check_program(worker.generation.program), variables, {}, mortal=True)
+
+    def _checked(self, worker: Worker) -> None:
+        """A worker is not checked any more: when none of its generation is, its probe goes."""
+        generation = worker.record.generation
+        its = (each for each in self._workers.values() if each.record.generation == generation)
+        if worker.generation.program.ready == "check" and not any(
+            each.readiness.is_checked for each in its
+        ):
+            self._probes.over(generation)
 
     def _keep_descriptors(self, worker: Worker) -> None:
         """Have its descriptors kept that it has now, and no others."""
@@ -403,22 +427,47 @@ class WorkerPool:
         except OSError as error:
             self._hear_later(number, worker, error)
 
+    def answered(self, generation: int, by: str) -> None:
+        """A generation has: its workers are ready, unless one of them has ended meanwhile.
+
+        by: the kind of question.
+        """
+        its = [w for w in self._workers.items() if w[1].record.generation == generation]
+        if all(self._note_ready(number, worker, by) for number, worker in its):
+            self._post(Answered(generation))
+
+    def not_asked(self, generation: int) -> None:
+        """A generation cannot be asked: time tells whether its workers are ready."""
+        for worker in self._workers.values():
+            if worker.record.generation == generation and not worker.has_served:
+                worker.readiness.wait()
+
     def _is_ready(self, number: int, by: str, *, retires: bool = False) -> None:
         worker = self._workers.get(number)
         if worker is None or worker.record.ready_by or worker.has_served:
+            if worker is not None and retires:  # it has answered before it said so
+                self._note(worker, retires=True)
             return
+        if self._note_ready(number, worker, by, retires=retires):
+            self._post(WorkerReady(number, retires or worker.accepts))
+
+    def _note_ready(self, number: int, worker: Worker, by: str, *, retires: bool = False) -> bool:
+        """Note what says that a worker is ready; False: it has ended, so it must not serve."""
+        if worker.has_served:
+            return True
         self.spoken_with = self.spoken_with or by != "timer"
         worker.readiness.is_known()
+        self._checked(worker)
         if worker.process.has_ended():
-            self._note(worker, ready_by=by)  # it must not serve: its exit is handled next
-            return
+            self._note(worker, ready_by=by)  # its exit is handled next
+            return False
         self._note(worker, ready_at=time.monotonic(), ready_by=by, retires=retires)
         other = by if by != "notify" else None
         self._log.write(
             "info", "worker-ready", generation=worker.record.generation, worker=number, by=other
         )
         self._wait_for_word(number, worker)
-        self._post(WorkerReady(number, retires or worker.accepts))
+        return True
 
     def _ended(self, number: int) -> None:
         """Handle a worker's exit after its last messages."""
@@ -428,6 +477,7 @@ class WorkerPool:
         if end is None:
             return
         del self._workers[number], self._records[number]
+        self._checked(worker)
         # One that its parent has reaped, because we adopted it: its pid may be another worker's.
         if self._by_pid.get(worker.process.pid) == number:
             del self._by_pid[worker.process.pid]

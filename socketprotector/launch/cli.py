@@ -118,6 +118,7 @@ def _launch(asked: ParsedOptions) -> int:
         elif settings.policy.workers_accept:
             siblings = pair(bound, notices.append)
             bound += siblings.values()
+            preflight.check_siblings(settings, siblings.keys())
             named |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
         here = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)

@@ -13,9 +13,11 @@ from contextlib import suppress
 
 import click
 
+from ..model import question
 from ..model.duration import Duration, Value
 from ..model.errors import UsageError
 from ..model.frozen import frozen
+from ..model.handoff_modes import ALIVE_S
 from ..system.process import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}
@@ -31,6 +33,7 @@ class Ready:
     after_s: float | None = None
     fd: int = -1
     check: str = ""
+    question: str = ""
 
 
 def _ready(text: str) -> Ready:
@@ -43,7 +46,12 @@ def _ready(text: str) -> Ready:
         return Ready(kind, fd=int(rest))
     if kind == "check" and rest.strip():
         return Ready(kind, check=rest)
-    raise ValueError(f"{text!r}: write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s")
+    if kind in question.KINDS:
+        return Ready(question.read(text).kind, ALIVE_S, question=text)
+    raise ValueError(
+        f"{text!r}: write notify, ack, fd:N (3 to 1023), accept, http:/path, check:COMMAND or "
+        "after:1s"
+    )
 
 
 def _signal(text: str) -> int:
@@ -104,7 +112,7 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
-READY = Value("notify|ack|fd:N|check:CMD|after:TIME", _ready)
+READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
 SIGNAL = Value("SIGNAL", _signal, lambda number: signal.Signals(number).name.removeprefix("SIG"))
 PAIR = Value("NAME=VALUE", _pair)
 NAMES = Value("NAME,...", _names, lambda names: ",".join(names) or "none")

@@ -170,8 +170,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "workers", unset="1; 4 with --handoff stdio"),
         Option("ready", READY, "How a worker shows that it is ready.\n"
                "notify: it sends READY=1. ack: it sends einhorn's ACK. fd:N: it writes a line to "
-               "descriptor N. check:CMD: this command succeeds. after:TIME: it has lived for TIME.",
-               unset="notify; with --handoff listener what comes first of notify, ack, fd and 1 s"),
+               "descriptor N. accept: it accepts a connection. http:/PATH (https:/PATH): it "
+               "answers 200 to 399; more in docs/handoff.md, \"The question\". check:CMD: this "
+               "command succeeds. after:TIME: it has lived for TIME.",
+               unset="notify; with --handoff listener what comes first of notify, ack, fd and "
+               "accept"),
         Option("start-timeout", TIME_ABOVE_0, "Time allowed to become ready.",
                "policy.start_timeout_s", default="60s"),
         Option("start-tries", click.IntRange(1),

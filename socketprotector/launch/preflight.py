@@ -15,7 +15,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 
-from ..model import fd_budget, handoff_modes, listen_fds
+from ..model import fd_budget, handoff_modes, listen_fds, question
 from ..model.errors import SystemRefused, UsageError
 from ..model.settings import Settings
 from ..system import env_file, executable
@@ -121,6 +121,7 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
     placeholders = listen_fds.placeholders(settings.command)
     if placeholders and not settings.mode.workers_accept:
         raise UsageError(f"{placeholders[0]} in the command: {handoff_modes.NEEDS_LISTENER}")
+    check_question(settings, listens)
     for each in listens if settings.mode.knows_ports_alone else ():
         if each.path is not None:
             raise UsageError(f"{each.text}: --handoff legacy knows workers by their port; give one")
@@ -128,6 +129,38 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
         raise UsageError("--log-prefix is written by the log relay: leave out --no-log-relay")
     if settings.shell and len(settings.command) > 1:
         raise UsageError("--shell takes COMMAND as one word, in quotes: -- 'cat | tr a b'")
+
+
+def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
+    """Refuse a question that was asked for and that no listener can be asked."""
+    if not settings.policy.answer_decides:
+        return
+    asked = f"--ready {settings.ready_question}"
+    name = question.read(settings.ready_question).listener
+    mine = [each for each in listens if name in ("", each.name)]
+    if not mine:
+        names = ", ".join(each.name for each in listens)
+        raise UsageError(f"{asked}: no listener is called {name}; there is: {names}")
+    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
+        where = " ".join(each.text for each in mine)
+        raise UsageError(question.refusal(settings.ready_question, where))
+
+
+def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
+    """Refuse the same once it is known which sockets have a second one.
+
+    siblings: the indexes of those that have.
+    """
+    if settings.policy.answer_decides and settings.mode.workers_accept:
+        name = question.read(settings.ready_question).listener
+        mine = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
+        if not mine.keys() & siblings:
+            where = " ".join(each.text for each in mine.values())
+            raise UsageError(question.refusal(settings.ready_question, where))
+
+
+def _can_have_two_sockets(listen: Listen) -> bool:
+    return listen.path is None and "defer_accept" not in listen.options
 
 
 def check_descriptor_names(settings: Settings) -> None:

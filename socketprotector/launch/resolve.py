@@ -207,6 +207,7 @@ class OptionResolver:
             "ready_after_s": ready.after_s,
             "ready_fd": ready.fd,
             "ready_check": ready.check,
+            "ready_question": ready.question,
             "identity": identity,
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],

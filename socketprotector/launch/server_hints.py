@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from ..model import known_servers
 from ..model.handoff_modes import LISTENER, HandoffMode
-from ..model.listen_fds import ready_after_s
 from ..model.settings import Settings
 from . import options, preflight
 from .listen_spec import Listen
@@ -51,7 +50,7 @@ def of(settings: Settings, listens: Sequence[Listen], *, typed: bool) -> Iterato
         (f"{variable}={value}" for variable, value in environment.items()),
         mode=settings.mode,
         settles=settings.policy.settle_s > 0,
-        after_s=ready_after_s(settings),
+        after_s=settings.ready_after_s if settings.ready == "after" else None,
     )
     if found is None or (settings.mode.needs_library and _speaks(settings, environment)):
         return

@@ -40,6 +40,8 @@ def _ready(settings: Settings) -> str:
             return f"after:{settings.ready_after_s or 0:g}s"
         case "fd":
             return f"fd:{settings.ready_fd}"
+        case "http" | "https":
+            return settings.ready_question
         case kind:
             return kind
 

@@ -81,12 +81,14 @@ class Codec:
         renamed: Mapping[str, str] | None = None,
         rearranged: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
         strict: Collection[type] = (),
+        added: Collection[str] = (),
     ) -> None:
         """classes: the frozen dataclasses and enums that may occur, each of another name.
 
         renamed: `Class` or `Class.field` as an older program calls it, and today's name.
         rearranged: for the name of a class, what makes today's fields of those that were read.
         strict: a field that one of these does not have is refused, not dropped.
+        added: `Class.field` that older programs do not have: left out while it is at its default.
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
@@ -105,6 +107,12 @@ class Codec:
                 self._older[old] = self._classes[new]
         self._rearranged = rearranged or {}
         self._strict = strict
+        self._added: dict[type, dict[str, Any]] = {}
+        for each in added:
+            kind, _, name = each.partition(".")
+            known = self._classes[kind]
+            default = next(field.default for field in fields(known) if field.name == name)
+            self._added.setdefault(known, {})[name] = default
 
     def encode(self, value: object) -> bytes:
         """Return a value of these classes, tuples, frozensets and plain JSON as bytes.
@@ -192,8 +200,11 @@ class Codec:
         names = self._fields.get(type(value))
         if names is not None:
             parts = []
+            added = self._added.get(type(value), {})
             for name in names:
                 part = getattr(value, name)
+                if name in added and part == added[name]:
+                    continue
                 plain = _PLAIN.get(type(part)) or self._text
                 parts.append(f'"{name}":{plain(part)}')
             content = ",".join(parts)

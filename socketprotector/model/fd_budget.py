@@ -5,6 +5,7 @@ Pure.  docs/reliability.md, How many workers, has the same in words.
 
 from __future__ import annotations
 
+from . import question
 from .settings import Settings
 
 #: For all else: standard files, listeners, state, channels, guard, relay, and what a start takes.
@@ -16,7 +17,7 @@ def of_a_worker(settings: Settings) -> int:
     """Return how many descriptors one worker keeps: process, notify socket, line, what is asked."""
     ours = settings.log_file is not None or not settings.foreground
     relayed = settings.log_prefix or (ours and settings.log_relay)
-    acks = settings.ready in ("ack", "any")
+    acks = settings.ready in ("ack", *question.ASKED)
     return 3 + relayed + acks
 
 

@@ -50,6 +50,9 @@ class HandoffMode:
         return None
 
 
+#: Where a generation cannot be asked, or a worker joins one that serves, and says nothing: it is
+#: taken as ready when it has lived so long.
+ALIVE_S = 1.0
 NEEDS_LISTENER = "it needs --handoff listener"
 _DRAIN_SIGNAL = {"drain-signal": NEEDS_LISTENER}
 _SHELL = {"shell": "it needs --handoff stdio"}
@@ -62,7 +65,7 @@ LISTENER = HandoffMode(
     "listener",
     workers_accept=True,
     ready="any",
-    ready_after_s=1.0,
+    ready_after_s=ALIVE_S,
     refuses={**_SHELL, **_IDLE},
 )
 STDIO = HandoffMode(

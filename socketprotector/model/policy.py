@@ -5,10 +5,14 @@ Pure.  Separate from core/fleet.py, which imports events, because an event carri
 
 from __future__ import annotations
 
+from . import question
 from .frozen import frozen
 
 #: A worker (or generation) that served this long has proved itself; its death is not a quick one.
 PROVEN_S = 10.0
+#: A generation that is ready because it has accepted a connection, and said nothing, is replaced by
+#: the one before it if one of its workers dies this soon.
+STANDBY_S = 1.0
 #: With stop-first no generation serves while the old one drains: never without an end.
 STOP_FIRST_DRAIN_S = 30.0
 
@@ -29,6 +33,16 @@ class Policy:
     ready: str = "notify"  # what says that a worker is ready (settings.py): a failed start names it
     lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: none
     lame_duck_idle_s: float = 0.0  # the stop comes earlier when no client has come for so long
+
+    @property
+    def asks(self) -> bool:
+        """Whether a generation is asked as a client would ask it, before it gets the first one."""
+        return self.ready in question.ASKED
+
+    @property
+    def answer_decides(self) -> bool:
+        """Whether only the answer makes a generation ready, whatever its workers say."""
+        return self.ready in question.KINDS
 
     @property
     def drain_limit_s(self) -> float:

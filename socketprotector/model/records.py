@@ -35,6 +35,7 @@ class Program:
     ready_after_s: float | None = None
     ready_fd: int = -1
     ready_check: str = ""
+    ready_question: str = ""
     drain_signal: int = 15
     watchdog_s: float = 0.0
 

@@ -92,10 +92,13 @@ class Settings:
     pools: int = 1  # of stdio: processes that start programs, at most; one for each core
     drain_signal: int = 15  # of listener: what tells a worker to finish
     workers: int = 1
-    ready: str = "notify"  # what says so: notify, ack, fd, check, after (a timer), any
-    ready_after_s: float | None = None  # the timer of `after` and `any`
+    #: What says so: notify, ack, fd, check, after (a timer), any; accept, http and https, where the
+    #: generation is asked.
+    ready: str = "notify"
+    ready_after_s: float | None = None  # the timer of `after` and of those that are asked
     ready_fd: int = -1  # of fd: the number in the worker
     ready_check: str = ""  # of check: for /bin/sh
+    ready_question: str = ""  # of those that are asked: see model/question.py
     queue: int = 256
     busy_poll_s: float = 0.0002  # how long the next connection is waited for awake, if expected
     identity: Identity | None = None
@@ -154,7 +157,10 @@ class Settings:
 CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
 #: What was called otherwise by an older program: see codec.py.
 RENAMED = {"Limits.requests": "connections", "Limits.requests_spread": "spread"}
-_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES)
+#: So that an older program, which reads its configuration by this one, is refused only what it
+#: cannot do.
+ADDED = ("Settings.ready_question", "Policy.lame_duck_s", "Policy.lame_duck_idle_s")
+_CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES, added=ADDED)
 #: The classes of what format 2 has as objects without a name.
 _PARTS = {
     "listeners": "ListenerSettings",
@@ -174,6 +180,12 @@ def dump(settings: Settings, form: int = FORMAT) -> bytes:
     """
     if form < FORMAT:
         values = asdict(settings)
+        for kind, _, name in (each.partition(".") for each in ADDED):
+            mine, plain = values, asdict(Settings("", (), ""))
+            if kind == "Policy":
+                mine, plain = mine["policy"], plain["policy"]
+            if mine[name] == plain[name]:
+                del mine[name]
         former = {new: old.partition(".")[2] for old, new in RENAMED.items()}
         limits = values["worker_limits"]
         values["worker_limits"] = {former.get(name, name): limits[name] for name in limits}

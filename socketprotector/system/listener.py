@@ -248,13 +248,13 @@ class Listener:
         if number == 0:  # a name stands for one descriptor for ever
             self._again[0] += 1
 
-    def steer(self, socket_number: int, mark: reuseport.Mark | None = None) -> None:
-        """Have new clients come to socket 0 or 1, and those with a mark to the other one.
+    def steer(self, socket_number: int, question: tuple[reuseport.Mark, int] | None = None) -> None:
+        """Have new clients come to socket 0 or 1, and those with a mark maybe to another one.
 
         Raises OSError.
         """
         member, failed = self._member(socket_number), OSError(errno.ENOTCONN, "it does not listen")
-        marked = (mark, self._member(1 - socket_number)) if mark is not None else None
+        marked = (question[0], self._member(question[1])) if question is not None else None
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         for number in (0, 1):  # a worker may have locked the filters of its own

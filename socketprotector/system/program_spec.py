@@ -61,6 +61,7 @@ def program_of(settings: Settings) -> Program:
         ready_after_s=listen_fds.ready_after_s(settings),
         ready_fd=ready_fd,
         ready_check=settings.ready_check,
+        ready_question=settings.ready_question,
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )

@@ -3,7 +3,8 @@
 ack: einhorn's, a line on a socket that the environment names.  fd: a line on a descriptor whose
 number the worker knows, as with s6.  check: a command that succeeds, asked again where it fails
 or hangs.  after: a timer.  any: the first of READY=1, ack and fd, else the timer; without it where
-the server was given the number of fd.
+the server was given the number of fd.  accept, http and https: the same, for what a worker says
+counts where its generation is not asked any more; while it is, the timer does not run.
 
 A line that was offered stays open until it was used or the worker ends: one that is known to be
 ready by something else may write there later, and would be killed by SIGPIPE.
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
+from ..model import question
 from ..model.einhorn import ack
 from ..model.records import Program
 from .loop import Loop
@@ -35,7 +37,7 @@ CHECK_LIMIT_S = 10.0
 #: Names of descriptors; `line` is RETURN's (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: Kinds that a line brings.
-_BY_ACK, _BY_LINE, _BY_WORD = ("ack", "any"), ("fd", "any"), ("notify", "any")
+_BY_ACK, _BY_LINE, _BY_WORD = ((kind, *question.ASKED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
 #: The program in a check, behind what is set for it alone; None where the shell has to read that.
 _PROGRAM = re.compile(
@@ -107,6 +109,11 @@ class Readiness:
         """Whether einhorn's ACK counts."""
         return self._program.ready in _BY_ACK
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether a command is run again and again for it."""
+        return self._start_check is not None
+
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name."""
         return dict(self._lines)
@@ -119,10 +126,12 @@ class Readiness:
         changed: Callable[[], None],
         *,
         known: bool = False,
+        asked: bool = False,
     ) -> None:
         """Call back each time something says so, with what that is.  Raises OSError.
 
-        known: it is ready, and its lines are only to be read.  hangs: called once, with the check's
+        known: it is ready, and its lines are only to be read.  asked: its generation is, or will
+        be, so no timer says so.  hangs: called once, with the check's
         program, when it has run for CHECK_LIMIT_S.  changed: descriptors() has.
         """
         self._changed = changed
@@ -131,12 +140,17 @@ class Readiness:
         if known:
             return
         self._ready, self._hangs = ready, hangs
-        if self._program.ready_after_s is not None:
-            after_s = self._program.ready_after_s
-            self._loop.call_after((_AFTER, self._number), after_s, lambda: ready("timer"))
+        if not asked:
+            self.wait()
         if self._program.ready == _CHECK:
             self._start_check = start_check
             self.check()
+
+    def wait(self) -> None:
+        """Take it as ready, if nothing says so before, when it has lived as long as its timer."""
+        if self._program.ready_after_s is not None:
+            after_s = self._program.ready_after_s
+            self._loop.call_after((_AFTER, self._number), after_s, lambda: self._ready("timer"))
 
     def _hear(self, name: str, fd: int) -> None:
         try:

@@ -272,7 +272,8 @@ class Mark:
     def options(self) -> tuple[tuple[int, int, int], ...]:
         """What a socket needs for it beside its source: levels, options and values."""
         if self.family == socket.AF_INET:
-            return ()
+            # Under a hold others get no answer (docs/handoff.md).
+            return ((socket.IPPROTO_IP, socket.IP_TTL, 255),)
         return (
             (socket.IPPROTO_IPV6, _IPV6_HOPS, self.hops),
             (socket.IPPROTO_IPV6, _IPV6_TRAFFIC_CLASS, self.traffic_class),

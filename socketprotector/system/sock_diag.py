@@ -145,6 +145,15 @@ def _address(listening: socket.socket) -> bytes:
     return socket.inet_pton(listening.family, listening.getsockname()[0].partition("%")[0])
 
 
+def end_of(client: socket.socket, family: int) -> bytes:
+    """Return what tells a TCP client in the answers about a listener of a family."""
+    host, port = client.getsockname()[:2]
+    address = socket.inet_pton(client.family, host)
+    if client.family == socket.AF_INET and family == socket.AF_INET6:
+        address = bytes(10) + b"\xff\xff" + address
+    return bytes(port.to_bytes(2, "big") + address.ljust(16, b"\0"))
+
+
 def stands(before: Line, now: Line) -> bool:
     """Whether no client of a backlog was accepted since: all wait, or have disconnected."""
     if isinstance(before, tuple) and isinstance(now, tuple):

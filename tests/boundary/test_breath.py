@@ -198,6 +198,7 @@ def test_a_worker_that_is_not_adopted_yet_is_known_to_a_program_that_resumes_mea
         cast("Any", SimpleNamespace(named=named)),
         remember=lambda _: None,
         listeners=lambda _: {},
+        probes=cast("Any", None),
     )
     record = WorkerRecord(number=7, generation=1, pid=1, output_start=-1)
 

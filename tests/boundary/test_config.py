@@ -288,7 +288,8 @@ memory = 2
         'line 12: verbose: has no place in a file; write log-level = "debug"',
         "line 13: foreground: 'yes': must be true or false",
         "line 14: settle: 'soon' is no duration; write 500ms, 10s, 1h30m or seconds",
-        "line 15: ready: 'after:': write notify, ack, fd:N (3 to 1023), check:COMMAND or after:1s",
+        "line 15: ready: 'after:': write notify, ack, fd:N (3 to 1023), accept, http:/path, "
+        "check:COMMAND or after:1s",
         "line 16: log-level: 'loud' is not one of 'debug', 'info', 'warning', 'error'",
         "line 17: user: no-such-user: unknown user; see getent passwd",
         "line 18: start-tries: true: must be a whole number",

@@ -25,7 +25,7 @@ SETTINGS = Settings(
 #: Fields that no option decides alone: compared in another way, or not settable.
 NO_OPTIONS = {
     *{"command", "listeners", "limits", "nice", "environment", "watch"},
-    *{"ready", "ready_after_s", "ready_fd", "ready_check"},
+    *{"ready", "ready_after_s", "ready_fd", "ready_check", "ready_question"},
     *{"policy.workers_accept", "policy.ready"},
     *{"worker_limits.connections", "worker_limits.spread"},
     *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},

@@ -621,7 +621,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     if begins == "started":  # beside another one, on the same socket
         second.close()
         del world.listener.sockets[1]
-        world.steering.adopt(1, 0)
+        world.steering.adopt(1, 0, had_turn=True)
     for _ in range(2):
         with suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
@@ -631,7 +631,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     if begins == "started":
         world.steering.enter(2, 1)
     else:
-        world.steering.adopt(1, 0)
+        world.steering.adopt(1, 0, had_turn=True)
 
     assert world.listener.is_sound(0)
 

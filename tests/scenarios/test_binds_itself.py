@@ -118,7 +118,8 @@ def test_the_log_says_what_takes_a_broken_release_of_a_server_without_readiness_
 ) -> None:
     uvicorn = Path(sys.executable).with_name("uvicorn")
     command = ("--", uvicorn, "--fd", "3", "app:app")
-    for options, told in (((), True), (("--settle", "5s"), False)):
+    timed = ("--ready", "after:1s")
+    for options, told in ((timed, True), ((*timed, "--settle", "5s"), False), ((), False)):
         daemon = protector("--handoff", "listener", *options, "--check", "127.0.0.1:0", *command)
 
         assert daemon.wait() == 0

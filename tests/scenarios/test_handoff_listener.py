@@ -160,8 +160,8 @@ def test_names_in_the_command_and_the_environment_become_numbers(
 @pytest.mark.parametrize(
     ("options", "how", "said"),
     [
-        ((), "notify", "notify, ack or a line, else after 1 s (only a timer)"),
-        ((), "ack", "notify, ack or a line, else after 1 s (only a timer)"),
+        ((), "notify", "notify, ack, a line or accept"),
+        ((), "ack", "notify, ack, a line or accept"),
         ((), "{fd:ready}", "notify, ack or a line"),
         (("--ready", "ack"), "ack", "ack"),
         (("--ready", "ack"), "yaml", "ack"),
@@ -212,9 +212,10 @@ def test_a_server_that_says_nothing_is_ready_after_a_second(served_by: Starter) 
 @pytest.mark.parametrize("how", ["ack", "{fd:ready}"])
 def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how: str) -> None:
     """After the second in which others are thought ready, too, nothing it writes to is closed."""
-    gate = Gate(tmp_path / "gate")
+    gate, path = Gate(tmp_path / "gate"), str(tmp_path / "s")
     command = (*SERVER, "--ready", how, "--gate", gate.path)
-    daemon = protector(*MODE, "http=127.0.0.1:0", "--", *command)
+    # Where it can be asked, it would not be thought ready.
+    daemon = protector(*MODE, f"http=unix:{path}", "--", *command)
     if how == "ack":
         daemon.log.wait_for("event=worker-ready .*by=timer")
     else:
@@ -226,7 +227,7 @@ def test_one_that_says_it_late_serves_on(protector: Starter, tmp_path: Path, how
     gate.open()
     daemon.ready()
 
-    assert pid_in(ask(here(daemon))) == spawned(daemon)[0]
+    assert pid_in(ask(path)) == spawned(daemon)[0]
     assert daemon.log.count("event=exited") == 0
 
 

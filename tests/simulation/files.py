@@ -36,6 +36,12 @@ class File:
         pass
 
 
+class Question(File):
+    """What the protector asks a generation by; no client's, so nobody has to take it."""
+
+    taken = False
+
+
 class Connection(File):
     """One client's connection, and all that may be asked about it later."""
 

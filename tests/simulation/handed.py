@@ -30,7 +30,7 @@ from socketprotector.daemon.socket_steering import LAST_S
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
-from tests.simulation.files import Connection, File
+from tests.simulation.files import Connection, File, Question
 from tests.simulation.kernel import End
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, Voice, World
@@ -309,6 +309,12 @@ class Handed(World):
         self._say(f"a hold of {asked.seconds:g} s is asked for")
         self._loop.call_after("hold", 0.0, lambda: protector.runtime.post(asked))
         self._children_ended()  # so that it looks whose time has come
+
+    def _answers(self, generation: int, question: Question | None) -> bool:
+        """Whether somebody of a generation accepts."""
+        its = [each for each in self.workers if each.generation == generation]
+        living = (each for leader in its for each in leader.living)
+        return any(each.listening and not each.hangs for each in living)
 
     def _connect(self) -> None:
         self._connect_to(self._addresses[int(self._chance() * len(self._addresses))])

@@ -4,8 +4,8 @@ The real modules (decide, supervisor, effects, worker pool, forwarder, channel, 
 sd_notify, process, state_file, recovery, checkpoint) run against kernel.py.  For that, names like
 `os`, `socket`, `select` inside those modules are replaced while a simulation runs (`installed`
 below); besides them only what is found in the file system: a command, orphaned processes, maps of
-users.  The log, the output, the resident process around the supervisor and the upgrade's probe are
-stand-ins.
+users.  The log, the output, the resident process around the supervisor, the upgrade's probe and
+what asks a generation that starts are stand-ins.
 
 The protector's wait is where the world moves: when it polls, steps chosen by the seed
 happen (clients, workers, signals, time, the guard or fd store), and in the middle of
@@ -40,7 +40,13 @@ from socketprotector.core import workers
 from socketprotector.core.events import Deadline, LameDuckRequested, ScaleRequested, TimerKind
 from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
-from socketprotector.daemon import checkpoint, live_settings, resident, socket_steering
+from socketprotector.daemon import (
+    checkpoint,
+    effects,
+    live_settings,
+    resident,
+    socket_steering,
+)
 from socketprotector.daemon.checkpoint import Checkpoint
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.effects import Effects
@@ -65,7 +71,7 @@ from socketprotector.system.inherited import Inherited
 from socketprotector.system.loop import Loop
 from socketprotector.system.sd_notify import Outbox, Store, Systemd
 from socketprotector.system.state_file import StateFile
-from tests.simulation.files import Connection, File, failure
+from tests.simulation.files import Connection, File, Question, failure
 from tests.simulation.kernel import (
     FAULTS,
     Datagrams,
@@ -192,6 +198,10 @@ class Worker:
         message = self.read.receive()
         assert message is not None
         (connection,) = message[1]
+        if isinstance(connection, Question):
+            connection.taken = True
+            connection.drop()
+            return self.take()
         assert isinstance(connection, Connection)
         assert connection.came_by is not None
         index = wire.HEADER.unpack_from(message[0])[2]
@@ -284,6 +294,66 @@ class Reads:
     def call_off(self) -> None:
         self.busy = False
         self._loop.cancel(self._key)
+
+
+class Asks:
+    """In the place of asking.Asking: one question in the channel, or to whoever accepts.
+
+    It may fail to get there; and be one that cannot be asked at all.
+    """
+
+    def __init__(self, world: World, runtime: Runtime, answered: Any, not_asked: Any) -> None:
+        self._world, self._loop = world, runtime.loop
+        self._answered, self._not_asked = answered, not_asked
+        self._generation: Any = None
+        self._question: Question | None = None
+        self.last = ""
+
+    def ask(self, generation: Any) -> None:
+        self.stop()
+        self._generation = generation
+        self.go_on()
+
+    def stop(self) -> None:
+        self.suspend()
+        self._generation = None
+
+    def suspend(self) -> None:
+        self._loop.cancel("ask")
+        self._question = None
+
+    def go_on(self) -> None:
+        if self._generation is not None:
+            self._loop.call_after("ask", 0.2 * self._world._chance(), self._look)
+
+    def _look(self) -> None:
+        generation, world = self._generation, self._world
+        number = generation.record.number
+        if generation.program.ready == "any" and world._chance() < 0.1:
+            self._not_asked(number)
+        if world.ACCEPTS and self._question is None:
+            self._send(generation.channel)
+        if world._answers(number, self._question):
+            self.stop()
+            self._answered(number, "accept")
+        else:
+            self._loop.call_after("ask", 0.5, self._look)
+
+    def _send(self, channel: Any) -> None:
+        kernel = self._world.kernel
+        header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0)
+        question = Question()
+        try:
+            fd = kernel.install(question)
+        except OSError:
+            return
+        try:
+            channel.send(header, fd)
+            self._question = question
+        except OSError:
+            pass
+        finally:
+            kernel.close(fd)
 
 
 class World:
@@ -394,6 +464,8 @@ class World:
     def _unusual(self, settings: Settings, pick: Callable[[Any], Any]) -> Settings:
         """Have other settings in some lives."""
         ready = pick(("notify", "notify", "notify", "ack", "fd", "any", "any"))
+        if ready == "any" and self.seed % 2:
+            ready = "accept"
         settings = replace(settings, origin=Origin(configured=pick((False, False, True))))
         if ready == "notify":
             return settings
@@ -401,7 +473,8 @@ class World:
             settings,
             policy=replace(settings.policy, ready=ready),
             ready=ready,
-            ready_after_s=1.0 if ready == "any" else None,
+            ready_after_s=1.0 if ready in ("any", "accept") else None,
+            ready_question="accept" if ready == "accept" else "",
             ready_fd=READY_FD if ready == "fd" else pick((-1, READY_FD)),
         )
 
@@ -956,6 +1029,10 @@ class World:
         for _ in range(self._random.randrange(5, 40)):
             self._connect()
 
+    def _answers(self, generation: int, question: Question | None) -> bool:
+        """Whether a worker has taken what its generation was asked."""
+        return question is not None and question.taken
+
     def _active_worker(self) -> Worker | None:
         """A living worker that does something."""
         if not self.workers:
@@ -1016,7 +1093,7 @@ class World:
     def _say_ready(self, worker: Any, more: bytes = b"") -> bool:
         """Say READY=1, or the same in another way that counts; return whether it was said."""
         ready, lines = self.settings.ready, worker.voice.lines
-        if ready == "notify" or (ready == "any" and self._chance() < 0.5):
+        if ready == "notify" or (ready in ("any", "accept") and self._chance() < 0.5):
             return self._tell(worker, b"READY=1" + more)
         if ready != "fd" and not self._calm and self._chance() < 0.3:
             return self._ack(worker.pid)
@@ -1446,6 +1523,14 @@ def installed(world: World) -> Iterator[None]:
                 if hasattr(module, name):
                     put(module, name, getattr(kernel.modules, name))
         put(program_spec, "resolve", resolve)
+        put(effects.Effects, "_refuse_unless_asked", lambda *_: None)
+        put(
+            effects,
+            "Asking",
+            lambda runtime, *, reach, answered, not_asked: Asks(
+                world, runtime, answered, not_asked
+            ),
+        )
         put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
         put(listener, "listening", kernel.listening)

@@ -44,13 +44,14 @@ def phase_of(fleet: Fleet) -> str:
 
 def of_ready(settings: Settings) -> str:
     """Say what makes a worker ready."""
-    after = f"after {settings.ready_after_s or 0:g} s (only a timer)"
     match settings.ready:
         case "after":
-            return after
+            return f"after {settings.ready_after_s or 0:g} s (only a timer)"
         case "any":
-            said = "notify, ack or a line"
-            return said if ready_after_s(settings) is None else f"{said}, else {after}"
+            asked = ready_after_s(settings) is not None  # else it was given {fd:ready}
+            return "notify, ack, a line or accept" if asked else "notify, ack or a line"
+        case "http" | "https":
+            return settings.ready_question
         case "fd":
             return f"fd {settings.ready_fd}"
         case kind:
@@ -147,7 +148,8 @@ def _of_counts(counts: Counts | None) -> dict[str, int | None]:
     return {
         "accepted": counts.accepted,
         "active": counts.active,
-        "finished": counts.accepted - counts.active,
+        # What the protector asks is open, too, and not accepted from a client.
+        "finished": max(0, counts.accepted - counts.active),
         "errors": counts.errors,
     }
 

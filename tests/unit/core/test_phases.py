@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.core.events import (
+    Answered,
     BacklogEmptied,
     ChannelBroken,
     Deadline,
@@ -76,6 +77,7 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
     # That nothing could be opened can be known only after a stop has given the start up.
     (OpenFailed(2, "command not found"), {STARTING: None, ABANDONED: None}),
     (Quiesced(2), {}),
+    (Answered(2), {STARTING: SETTLING}),
     (Stranded(), {}),
     (ListenersLost(), {STARTING: ABANDONED, SETTLING: SERVING}),
     (ChannelBroken(2), {STARTING: ABANDONED, SETTLING: DRAINING, SERVING: DRAINING}),

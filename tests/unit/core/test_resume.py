@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from socketprotector.core.decide import decide, resume
 from socketprotector.core.events import (
     Action,
+    Ask,
     BacklogEmptied,
     CloseListeners,
     Deadline,
@@ -84,6 +85,7 @@ class KilledWorld(World):
         self.highest_generation = fleet.next_generation - 1
         self.timers = frozenset()
         self.held = False
+        self.in_question = None
         self.owed = ()
         known = {generation.number for generation in fleet.generations}
         self.channels = {
@@ -128,6 +130,8 @@ class KilledWorld(World):
                 self.listeners = "closed" if quick else "closing"
             case ReadSettings():
                 self.reader = True
+            case Ask(number):
+                self.in_question = number
             case StartTimer(deadline):
                 self.timers |= {deadline}
             case Drain() | Signal() | Retire():
@@ -136,7 +140,8 @@ class KilledWorld(World):
                 raise AssertionError(f"cannot be done twice: {action}")
 
     def seen(self) -> object:
-        return self.route, dict(self.channels), self.killed, self.listeners, self.timers
+        channels = dict(self.channels)
+        return self.route, channels, self.killed, self.listeners, self.timers, self.in_question
 
 
 choices = st.integers(0, 40).flatmap(

@@ -15,6 +15,8 @@ from socketprotector.core import workers
 from socketprotector.core.decide import decide
 from socketprotector.core.events import (
     Action,
+    Answered,
+    Ask,
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
@@ -50,6 +52,7 @@ from socketprotector.core.events import (
     Signal,
     Spawn,
     StartTimer,
+    StopAsking,
     StopRequested,
     Stranded,
     TimeExtended,
@@ -85,6 +88,10 @@ POLICIES = [
     Policy(workers_accept=True, stop_first=True),
     Policy(lame_duck_s=4.0, lame_duck_idle_s=1.0, settle_s=5.0),
     Policy(lame_duck_s=4.0, workers_accept=True, stop_first=True),
+    Policy(workers_accept=True, ready="any"),
+    Policy(workers_accept=True, ready="any", stop_first=True),
+    Policy(ready="http"),
+    Policy(ready="accept", settle_s=5.0, start_tries=1),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -113,6 +120,7 @@ class World:
         self.timers: frozenset[Deadline] = frozenset()
         self.listeners = "open"
         self.held = False
+        self.in_question: int | None = None  # the generation that is
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # events that are still to be sent
         self.reader = False  # a reader of the configuration runs
@@ -215,6 +223,13 @@ class World:
             case CloseListeners(quick):
                 assert self.listeners == "open" or (quick and self.listeners == "closing")
                 self.listeners = "closed" if quick else "closing"
+            case Ask(number):
+                assert self.channels[number] in ("open", "failed")
+                assert self.route != number, "it serves, and is asked whether it may"
+                self.in_question = number
+            case StopAsking(number):
+                assert self.in_question in (None, number), "another one is asked"
+                self.in_question = None
             case Hold(on):
                 assert self.held != on, "an order that changes nothing"
                 self.held = on
@@ -237,6 +252,7 @@ class World:
                 self.reader = self.read = False
             case Exit():
                 assert not self.reader, "a reader is still running"
+                assert self.in_question is None, "it is asked on"
                 assert not self.read
                 left = (self.processes, self.channels, self.timers, self.route)
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
@@ -269,6 +285,11 @@ class World:
         known = {worker.number for worker in fleet.alive()}
         assert set(self.processes) <= known, "a worker is forgotten"
 
+        starting = fleet.of(Phase.STARTING)
+        if starting is None or self.in_question not in (None, starting.number):
+            assert self.in_question is None, "what is asked does not start"
+        elif fleet.policy_of(starting.fresh).asks and not self.runs(TimerKind.TURN):
+            assert self.in_question == starting.number, "nobody asks it"
         assert fleet.reading == self.reader
         assert (fleet.candidate is not None) == self.read
         if fleet.stopping:
@@ -395,6 +416,12 @@ class World:
         for number in self.processes:
             yield WorkerReady(number)
             yield WorkerReady(number, retires=True)
+        if self.is_answering():
+            yield Answered(self.in_question or 0)
+
+    def is_answering(self) -> bool:
+        """Whether a generation is asked that could be opened."""
+        return self.in_question is not None and self.channels[self.in_question] == "open"
 
     def died(self) -> Iterator[Event]:
         for number in self.processes:
@@ -444,6 +471,8 @@ class World:
                 yield WorkerExited(number, DIED, waiting=3)
                 yield ReplaceRequested(number, "silent", hung=True)
         for number in range(self.highest_generation + 2):
+            if number != self.in_question and self.channels.get(number) != "failed":
+                yield Answered(number)
             if number not in self.channels:
                 yield KillRequested(number)
                 yield Quiesced(number)
@@ -492,6 +521,8 @@ class World:
         if all_goes_well:
             for number in [*self.processes]:
                 self.take(WorkerReady(number))
+            if self.is_answering():
+                self.take(Answered(self.in_question or 0))
         for number in [*self.processes]:
             found = self.fleet.find(number)
             assert found

@@ -90,6 +90,19 @@ def in_format_2(**values: object) -> bytes:
     return json.dumps({**json.loads(dump(PLAIN, 2)), **values}).encode()
 
 
+def test_what_an_older_program_does_not_know_is_left_out_unless_it_is_used() -> None:
+    """It reads its configuration by this one, and refuses what it does not know."""
+    plain = Settings("x", ("./daemon",), "/")
+    used = replace(plain, ready="http", ready_question="http:/healthz")
+
+    assert b"ready_question" not in dump(plain)
+    assert b"lame_duck" not in dump(plain)
+    assert b"ready_question" not in dump(plain, 2)
+    assert b"lame_duck" not in dump(plain, 2)
+    assert b'"ready_question":"http:/healthz"' in dump(used)
+    assert (load(dump(plain)), load(dump(used))) == (plain, used)
+
+
 def test_what_an_older_program_did_not_know_takes_its_default() -> None:
     older = {"name": "web", "command": ["./web"], "directory": "/srv", "policy": {"settle_s": 3.0}}
 

@@ -1,0 +1,106 @@
+"""Where --ready check:COMMAND reaches the generation that it is to check, with any client.
+
+Each has an address of loopback, while any of its workers is checked.  In its channel is what comes
+there; under --handoff listener a helper process forwards it (programs/asker.py), as no process but
+ours connects in a way by which the kernel knows which generation is meant.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ..model.question import Question
+from ..system.cleanup import on_error
+from ..system.helper import BackOff
+from ..system.loop import Loop
+from .asker_client import Asker
+from .generation import OpenGeneration
+from .probe_port import BACKLOG, Way
+
+_FORWARD = Question("forward")
+_FIRST_DELAY_S = 0.1
+_LAST_DELAY_S = 5.0
+
+
+class Forwarding:
+    """Keeps one process forwarding what comes to a socket of ours."""
+
+    def __init__(self, loop: Loop, way: Way) -> None:
+        """Raises OSError."""
+        self._loop, self._way = loop, way
+        self._asker: Asker | None = None
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+        self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        with on_error(self._listening.close):
+            self._listening.bind(("127.0.0.1", 0))
+            self._listening.listen(BACKLOG)
+        self._start()
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listening.getsockname()
+        return host, port
+
+    def close(self) -> None:
+        self._loop.cancel(self)
+        if self._asker is not None:
+            self._asker.close()
+        self._listening.close()
+
+    def _start(self) -> None:
+        try:
+            self._asker = Asker(
+                self._loop,
+                self._way,
+                _FORWARD,
+                heard=lambda why: None,
+                ended=self._ended,
+                listening=self._listening,
+            )
+        except OSError:
+            self._ended("")
+
+    def _ended(self, how: str) -> None:
+        self._asker = None
+        self._loop.call_after(self, self._back_off.wait_s(), self._start)
+
+
+@dataclass(slots=True, repr=False, eq=False)
+class CheckProbes:
+    """The addresses, by generation."""
+
+    loop: Loop
+    #: Makes a way to a generation, None where there can be none.  Raises OSError.
+    reach: Callable[[OpenGeneration, Question], Way | None]
+    _open: dict[int, tuple[Way, Forwarding | None]] = field(default_factory=dict)
+
+    def address(self, generation: OpenGeneration) -> str:
+        """Return where a generation is reached, "" where it cannot be.  Raises OSError."""
+        number = generation.record.number
+        found = self._open.get(number)
+        if found is None:
+            way = self.reach(generation, _FORWARD)
+            if way is None:
+                return ""
+            with on_error(way.close):
+                forwards = generation.program.mode.workers_accept
+                found = way, Forwarding(self.loop, way) if forwards else None
+            self._open[number] = found
+        way, forwarding = found
+        host, port = forwarding.address if forwarding is not None else way.address
+        return f"{host}:{port}"
+
+    def over(self, number: int) -> None:
+        """No worker of this generation is checked any more."""
+        way, forwarding = self._open.pop(number, (None, None))
+        if forwarding is not None:
+            forwarding.close()
+        if way is not None:
+            way.close()
+
+    def all_over(self) -> None:
+        """None is in this program."""
+        for number in tuple(self._open):
+            self.over(number)

@@ -1,0 +1,313 @@
+"""The process that asks by HTTP: good answers, and bad ones, each told in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from socketprotector.daemon import asker_client
+from socketprotector.programs import asker
+from tests.running import DEADLINE_S
+
+HTTP = b"HTTP/1.1 "
+Serve = Callable[[socket.socket], object]
+
+
+@contextmanager
+def serving(serve: Serve) -> Iterator[tuple[str, int]]:
+    """A server of one thread on a port of its own, until this is over."""
+    with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as kept:
+
+        def run() -> None:
+            with suppress(OSError):
+                while True:
+                    one, _ = listening.accept()
+                    kept.callback(one.close)
+                    with suppress(OSError):
+                        one.recv(65536)
+                        serve(one)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield listening.getsockname()
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def told(address: tuple[str, int], **words: object) -> bytes:
+    question = {"source": "", "options": (), "kind": "http", "host": "", "path": "/healthz"}
+    return json.dumps({**question, "address": address, "good": (200, 204), **words}).encode()
+
+
+def asked(serve: Serve, **words: object) -> str:
+    """Ask once, in this process."""
+    with serving(serve) as address:
+        return asker.Asked(told(address, **words)).ask()
+
+
+def says(*parts: bytes, close: bool = True) -> Serve:
+    def serve(one: socket.socket) -> None:
+        for part in parts:
+            one.sendall(part)
+        if close:
+            one.shutdown(socket.SHUT_RDWR)
+
+    return serve
+
+
+def drips(one: socket.socket) -> None:
+    """A byte now and then, for ever."""
+    for byte in b"HTTP/1.1 200 OK\r\nX: " + bytes(1 << 20):
+        one.sendall(bytes([byte]))
+        select.select([], [], [], 0.01)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asker, "LIMIT_S", 0.3)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (HTTP + b"200 OK\r\n\r\n",),
+        (b"HTTP/1.0 204 None\r\nX: y\r\n\r\n",),
+        (HTTP + b"100 Continue\r\n\r\n", HTTP + b"200 OK\r\nContent-Length: 3\r\n\r\nabc"),
+        (HTTP + b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"),
+        (HTTP + b"200 OK\r\nContent-Length: 100000000\r\n\r\n",),
+    ],
+)
+def test_a_good_status_is_a_good_answer(parts: Sequence[bytes]) -> None:
+    assert asked(says(*parts)) == ""
+    assert asked(says(*parts, close=False)) == ""
+
+
+@pytest.mark.parametrize(
+    ("serve", "why"),
+    [
+        (says(), "closed without an answer"),
+        (says(b"garbage\r\n\r\n"), 'no HTTP: "garbage"'),
+        (says(b"\x16\x03\x01\n"), 'no HTTP: "???"'),
+        (says(HTTP + b"200"), "closed within its header"),
+        (says(HTTP + b"200 OK\r\nContent-Le"), "closed within its header"),
+        (says(HTTP + b"200 OK\r\nX: y\r\n"), "closed within its header"),
+        (says(HTTP + b"100 Continue\r\n\r\n"), "closed within its header"),
+        (says(HTTP + b"200 OK\r\nX: " + b"y" * 100_000), "more than 64 KiB"),
+        (says(HTTP + b"200 OK\r\n" + b"X: y\r\n" * 200), 'no HTTP: "got more than 100 headers'),
+        (says((HTTP + b"100 Continue\r\n\r\n") * 5000), "more than 64 KiB"),
+        (says(HTTP + b"500 Oh\r\n\r\ndatabase \x00\ngone"), '500, "database ? gone"'),
+        (says(HTTP + b"503 Busy\r\n\r\n"), "503, Busy"),
+        (says(HTTP + b"503\r\n\r\n"), "503, no text"),
+        (says(HTTP + b"302 Found\r\nLocation: /x\r\n\r\n"), "302, Found"),
+        (
+            says(HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nlost\r\n", close=False),
+            '500, "lost"',
+        ),
+        (says(HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"), "500, Oh"),
+        (says(HTTP + b"500 Oh\r\n\r\n" + b"x" * 10_000_000), '500, "' + "x" * 100),
+    ],
+)
+def test_a_bad_answer_is_told_in_one_line(serve: Serve, why: str) -> None:
+    found = asked(serve)
+
+    assert found.startswith(f"GET /healthz: {why}")
+    assert "\n" not in found
+    assert len(found) < 300
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize(
+    "serve",
+    [
+        says(close=False),
+        says(HTTP + b"200 OK\r\n", close=False),
+        says(HTTP + b"100 Continue\r\n\r\n", close=False),
+        drips,
+    ],
+)
+def test_each_try_has_an_end(serve: Serve) -> None:
+    assert asked(serve) == "GET /healthz: no answer within 0.3 s"
+
+
+@pytest.mark.usefixtures("soon")
+def test_an_answer_that_has_no_end_is_told_by_its_status() -> None:
+    assert asked(says(HTTP + b"500 Oh\r\nContent-Length: 5\r\n\r\n", close=False)) == (
+        "GET /healthz: 500, Oh"
+    )
+
+
+def test_what_refuses_or_resets_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = listening.getsockname()
+    assert asker.Asked(told(address)).ask() == "GET /healthz: refused"
+
+    def reset(one: socket.socket) -> None:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        one.close()
+
+    assert asked(reset) == "GET /healthz: Connection reset by peer"
+
+
+def test_the_request_is_what_was_asked_for() -> None:
+    seen = []
+
+    def serve(one: socket.socket) -> None:
+        one.sendall(HTTP + b"200 OK\r\n\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(
+            target=lambda: asker.Asked(
+                told(listening.getsockname(), host="shop.example", path="/p?q=1")
+            ).ask()
+        )
+        thread.start()
+        one, _ = listening.accept()
+        with one:
+            seen = one.recv(65536).decode().split("\r\n")
+            serve(one)
+        thread.join()
+    assert seen[0] == "GET /p?q=1 HTTP/1.1"
+    assert "Host: shop.example" in seen
+    assert "Connection: close" in seen
+
+
+def test_https_is_asked_without_verification(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-subj",
+            "/CN=no.such.name",
+            "-keyout",
+            tmp_path / "key",
+            "-out",
+            tmp_path / "cert",
+            "-days",
+            "1",
+        ],
+        capture_output=True,
+        check=False,
+    )
+    if made.returncode:
+        pytest.skip("NOT CHECKED: openssl is not there")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with (
+                suppress(OSError),
+                context.wrap_socket(listening.accept()[0], server_side=True) as one,
+            ):
+                one.recv(65536)
+                one.sendall(HTTP + b"200 OK\r\n\r\n")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        assert asker.Asked(told(listening.getsockname(), kind="https")).ask() == ""
+        thread.join()
+    found = asked(says(HTTP + b"400 Bad\r\n\r\n"), kind="https")
+    assert found.startswith("GET /healthz: no TLS: ")
+
+
+# -- the process --------------------------------------------------------------------
+
+
+@contextmanager
+def process(question: bytes, *listening: socket.socket) -> Iterator[socket.socket]:
+    """Run it; gives our end of its line.  It ends with that."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(DEADLINE_S)
+    fds = (theirs.fileno(), *(each.fileno() for each in listening))
+    words = (sys.executable, "-I", "-S", asker_client._SCRIPT, *map(str, fds))
+    with ours, subprocess.Popen(words, pass_fds=fds) as running:
+        theirs.close()
+        ours.send(question)
+        yield ours
+        ours.close()
+        assert running.wait(DEADLINE_S) == 0
+
+
+def test_it_asks_until_it_is_ended() -> None:
+    answers = [HTTP + b"500 Oh\r\n\r\n"] * 2 + [HTTP + b"200 OK\r\n\r\n"] * 2
+
+    def serve(one: socket.socket) -> None:
+        says(answers.pop(0) if answers else HTTP + b"200 OK\r\n\r\n")(one)
+
+    with serving(serve) as address, process(told(address)) as line:
+        assert [line.recv(4096) for _ in range(4)] == [b"-GET /healthz: 500, Oh"] * 2 + [b"+"] * 2
+
+
+def test_it_ends_with_its_line_also_while_a_try_is_under_way() -> None:
+    came = threading.Event()
+
+    def serve(one: socket.socket) -> None:
+        came.set()
+
+    with serving(serve) as address, process(told(address)):
+        assert came.wait(DEADLINE_S)
+
+
+def test_it_forwards_what_comes_to_the_probe_address() -> None:
+    """Many at once, both ways, half-closed as they are."""
+    whole = os.urandom(300_000)
+
+    with socket.create_server(("127.0.0.1", 0)) as echo, ExitStack() as closing:
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    one, _ = echo.accept()
+                    threading.Thread(target=back, args=(one,)).start()
+
+        def back(one: socket.socket) -> None:
+            with one:
+                received = b""
+                while data := one.recv(65536):
+                    received += data
+                one.sendall(received[::-1])
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        closing.callback(thread.join)
+        closing.callback(echo.shutdown, socket.SHUT_RDWR)
+        probe = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+        closing.enter_context(process(told(echo.getsockname()), probe))
+        clients = [
+            closing.enter_context(socket.create_connection(probe.getsockname(), DEADLINE_S))
+            for _ in range(10)
+        ]
+        for each in clients:
+            each.sendall(whole)
+            each.shutdown(socket.SHUT_WR)
+        for each in clients:
+            with each.makefile("rb") as stream:
+                assert stream.read() == whole[::-1]
+
+
+def test_who_connects_to_what_does_not_listen_is_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        address = gone.getsockname()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as probe,
+        process(told(address), probe),
+        socket.create_connection(probe.getsockname(), DEADLINE_S) as client,
+    ):
+        assert client.recv(1) == b""

@@ -1,0 +1,74 @@
+"""What --ready accept, http: and https: may say, and which answers are good."""
+
+from __future__ import annotations
+
+import pytest
+
+from socketprotector.model.policy import Policy
+from socketprotector.model.question import Question, read
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("accept", Question("accept")),
+        ("http:/", Question("http", path="/")),
+        ("http:/healthz", Question("http", path="/healthz")),
+        ("https:/healthz?full=1", Question("https", path="/healthz?full=1")),
+        ("http:/p=204", Question("http", path="/p", status=204)),
+        ("http:/p?a=200=200", Question("http", path="/p?a=200", status=200)),
+        ("http:/p=2", Question("http", path="/p=2")),
+        ("http:/p=999", Question("http", path="/p=999")),
+        ("http://shop.example/p", Question("http", host="shop.example", path="/p")),
+        ("http://[::1]:80/p", Question("http", host="[::1]:80", path="/p")),
+        ("http:[web]/p", Question("http", listener="web", path="/p")),
+        (
+            "https:[web]//shop.example/p/=301",
+            Question("https", "web", "shop.example", "/p/", 301),
+        ),
+    ],
+)
+def test_each_part_of_it_may_be_said(text: str, question: Question) -> None:
+    assert read(text) == question
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "http",
+        "http:",
+        "http:p",
+        "http:/a b",
+        "http://host",
+        "http:[]/p",
+        "http:/ä",
+        "ftp:/p",
+        "http:/a\r\nX: y",
+        "accept:/p",
+        "http:[a]b/p",
+    ],
+)
+def test_nothing_else_may(text: str) -> None:
+    with pytest.raises(ValueError, match="write http:/path"):
+        read(text)
+
+
+def test_an_answer_is_good_as_load_balancers_have_it_or_as_it_was_asked_for() -> None:
+    assert {200, 204, 301, 399} <= set(read("http:/").good)
+    assert {100, 199, 400, 404, 500, 503}.isdisjoint(read("http:/").good)
+    assert read("http:/=503").good == (503,)
+
+
+def test_which_policies_ask_and_which_are_ready_by_the_answer_alone() -> None:
+    told = {
+        kind: (Policy(ready=kind).asks, Policy(ready=kind).answer_decides)
+        for kind in (*("notify", "ack", "fd", "check", "after", "any", "accept", "http", "https"),)
+    }
+
+    alone, beside, none = (True, True), (True, False), (False, False)
+    assert told == {
+        **dict.fromkeys(("notify", "ack", "fd", "check", "after"), none),
+        **dict.fromkeys(("accept", "http", "https"), alone),
+        "any": beside,
+    }

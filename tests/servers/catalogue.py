@@ -65,8 +65,6 @@ def _script(name: str) -> str:
     return str(_SCRIPTS / name)
 
 
-#: It says nothing, and starts so quickly.
-SOON = ("--ready", "after:200ms")
 #: The application says it when it has started.
 SAYS = ("--ready", "notify")
 
@@ -127,20 +125,19 @@ _ALL = (
     _command(
         "starlet",
         *("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
-        options=SOON,
         program="plackup",
     ),
     _command(
         "starman",
         *("starman", "--workers", "12", "app.psgi"),  # one for each connection that is kept
-        options=(*SOON, "--drain-signal", "QUIT"),
+        options=("--drain-signal", "QUIT"),
         program="starman",
     ),
     _command(
         "nginx",
         *("nginx", "-c", CONFIGURATION, "-e", "stderr"),
         listener="?nonblock=1",
-        options=(*SOON, "--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
+        options=("--env", "NGINX={fd:http};", "--drain-signal", "QUIT"),
         program="nginx",
         waits=True,
     ),

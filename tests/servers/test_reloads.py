@@ -40,6 +40,25 @@ def serve(protector: Start, tmp_path: Path, free_port: Callable[[], int]) -> Ser
     return start
 
 
+@tried(list(SERVERS.values()))
+@pytest.mark.parametrize("ready", ["accept", "http:/"])
+def test_each_can_be_asked(
+    protector: Start, tmp_path: Path, free_port: Callable[[], int], server: Server, ready: str
+) -> None:
+    server.needed()
+    words = server.arguments(tmp_path, free_port)
+    at = next(n for n, word in enumerate(words) if word.startswith("http="))
+    words[at:at] = ["--ready", ready]
+    daemon = protector(*words, WAIT_S=WAIT_S).ready()
+
+    daemon.reload()
+
+    with Traffic(("127.0.0.1", daemon.port), pause_s=PAUSE_S) as traffic:
+        traffic.wait_for(spawned(daemon)[-1])
+    assert not traffic.seen.failures
+    daemon.stop()
+
+
 class Outcome:
     """What clients have seen of reloads."""
 

@@ -23,6 +23,7 @@ from bench.reload_rows import draining, handed_reloads, reloads, switch
 from bench.rows import cpu, handed, idle, latency, rate
 from bench.stdio_rows import stdio
 from bench.survive_rows import handed_survive, handed_upgrade, lasting, survive, upgrade
+from bench.wait_rows import wait
 
 ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "rate": rate,
@@ -51,6 +52,7 @@ ROWS: dict[str, Callable[[Scale], list[Figure]]] = {
     "herd": herds,
     "hog": hog,
     "modes": modes,
+    "wait": wait,
 }
 
 

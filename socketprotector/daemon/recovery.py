@@ -93,12 +93,7 @@ class Recovery:
             if record.ended:
                 continue
             if record.program.mode.workers_accept:
-                effects.steering.adopt(
-                    record.number,
-                    record.socket_number,
-                    had_turn=bool(record.serving_since),
-                    quiescing=known.quiescing,
-                )
+                effects.steering.adopt(record.number, record.socket_number)
             if each.ended:  # its write end could not be stored in time
                 broken.append(ChannelBroken(record.number))
             else:

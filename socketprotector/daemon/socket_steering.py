@@ -117,12 +117,12 @@ class SocketSteering:
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> socket number
-        self._had_turn: set[int] = set()  # of these, those that new clients have come to
-        #: Clients that were about to connect when the last generation had its turn, by listener.
-        self._connecting: dict[int, frozenset[bytes]] = {}
         self._quiescing: dict[int, _Quiescing] = {}
         self._steered = True  # the kernel knows the current one
         self._held = False  # new clients get no answer, by request
+        # From then on no handshake is under way at the socket that gets no new clients.  An earlier
+        # program may have steered a moment ago.
+        self._settled_at = time.monotonic() + LAST_S
         #: Generations that were asked, which had no clients: what waits there is a question.
         self._asked: dict[int, socket.socket] = {}
         #: Of connections that come to another socket, and which: its generation is being asked.
@@ -135,18 +135,9 @@ class SocketSteering:
         """The socket number, 0 or 1, that the next generation gets."""
         return 1 - self.current if self.current in self._accepting.values() else self.current
 
-    def adopt(
-        self, generation: int, socket_number: int, *, had_turn: bool, quiescing: bool = False
-    ) -> None:
-        """The workers of a generation have accepted there under an earlier program.
-
-        had_turn: new clients have come to it.  quiescing: it is going to, once more.
-        """
+    def adopt(self, generation: int, socket_number: int) -> None:
+        """The workers of a generation have accepted there under an earlier program."""
         self._accepting[generation] = socket_number
-        if had_turn or socket_number == self.current:
-            self._had_turn.add(generation)
-        if quiescing:  # a hold may be resumed before that
-            self._quiescing[generation] = _Quiescing(time.monotonic(), lambda: None)
         for each in self._shared:  # that one may have been killed while it listened again
             if each.is_alive(socket_number) and not each.is_sound(socket_number):
                 self.mend(each, socket_number)
@@ -163,8 +154,6 @@ class SocketSteering:
         for each in self._shared:
             self._make_ready(each, socket_number)
         self._accepting[generation] = socket_number
-        if socket_number == self.current:
-            self._had_turn.add(generation)
         self._watch()
         try:
             return tuple(self._mark(each, socket_number, taken) for each in self._shared)
@@ -256,7 +245,6 @@ class SocketSteering:
     def leave(self, generation: int) -> None:
         """Its workers accept no more: they were told to finish, or are gone."""
         self._accepting.pop(generation, None)
-        self._had_turn.discard(generation)
         if (asked := self._asked.pop(generation, None)) is not None:
             # It has had no clients, and its last questions must not look like some that wait.
             with suppress(OSError):
@@ -264,14 +252,12 @@ class SocketSteering:
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._quiescing.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
-        if self._held:
-            self._steer()  # its socket may be the one that new clients are to come to
         self._watch()
 
     def hold(self, on: bool) -> None:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
         self._held = on
-        self._steer()
+        self._tell()
 
     def cannot_hold(self) -> str | None:
         """Say why no hold can be had; None: it can."""
@@ -294,13 +280,8 @@ class SocketSteering:
     def turn_to(self, socket_number: int, *, again: bool = False) -> None:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
         self._asked.clear()  # from now on clients come there
-        self._had_turn |= {each for each, n in self._accepting.items() if n == socket_number}
-        switched = socket_number != self.current
         self.current = socket_number
         self._steer()
-        for each in self._pairs if switched else ():
-            with suppress(OSError):
-                self._connecting[each.index] = handshakes(each.socket.family, each.port)
         self._watch()
         if socket_number in self._accepting.values():
             self.accept_watch.begin(before_us=again)
@@ -386,6 +367,11 @@ class SocketSteering:
         return [each for each in self._listeners() if each.has_sibling]
 
     def _steer(self) -> None:
+        """Steer new clients who may have come to the other socket until now."""
+        self._settled_at = time.monotonic() + LAST_S
+        self._tell()
+
+    def _tell(self) -> None:
         """Tell the kernel; until it is told they come to the other socket, whose workers go on."""
         try:
             for each in self._pairs:
@@ -398,7 +384,11 @@ class SocketSteering:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
         else:
             self._steered = True
-            self._loop.cancel("steer")
+            ours = (each for each in self._pairs if not each.settings.foreign)
+            if self._held and any(each.dropping is None for each in ours):
+                self._loop.call_after("steer", _LOOK_S, self._tell)
+            else:
+                self._loop.cancel("steer")
 
     def _steer_one(self, listener: Listener, socket_number: int) -> None:
         """Have new clients come to one of its sockets, or under a hold to one that drops them.
@@ -406,35 +396,32 @@ class SocketSteering:
         That is the one which had no clients when the hold began, whichever generations begin and
         end meanwhile.  Raises OSError.
         """
+        door = listener.dropping
         if not self._held or listener.settings.foreign:
             listener.steer(socket_number, self._question)
             listener.answer_new()
-            return
-        idle = 1 - self.current
-        if listener.dropping is None and idle not in self._used:
-            if self._are_connecting(listener):
-                self._loop.call_after("hold", _STEER_AGAIN_S, self._steer)
-            else:
-                listener.drop_new(idle)
-        door = listener.dropping
-        listener.steer(socket_number if door is None else door, self._question)
+        elif door is not None:
+            listener.steer(door, self._question)
+        else:
+            # First: who begins to connect after that does not begin there.
+            listener.steer(socket_number, self._question)
+            if self._is_settled(listener):
+                door = 1 - self.current
+                listener.drop_new(door)
+                listener.steer(door, self._question)
 
-    def _are_connecting(self, listener: Listener) -> bool:
-        """Whether a handshake is still under way that was when clients were last turned away."""
-        connecting = self._connecting.get(listener.index)
-        if connecting:
-            with suppress(OSError):
-                connecting &= handshakes(listener.socket.family, listener.port)
-            self._connecting[listener.index] = connecting
-        return bool(connecting)
+    def _is_settled(self, listener: Listener) -> bool:
+        """Whether all handshakes have ended that began before new clients came elsewhere.
 
-    @property
-    def _used(self) -> list[int]:
-        """The sockets at which handshakes may be under way that began before a switch.
-
-        Of a generation that quiesces, and of one that is on standby while the next one settles.
+        The generation that they came to need not quiesce: it may have crashed, and be gone.
         """
-        return [self._accepting[each] for each in self._had_turn]
+        if time.monotonic() >= self._settled_at:
+            return True
+        try:
+            # Of both sockets: sock_diag does not tell at which one.
+            return not handshakes(listener.socket.family, listener.port)
+        except OSError:
+            return False
 
     # -- the one before ------------------------------------------------------------
 
@@ -469,6 +456,8 @@ class SocketSteering:
             if waiting:
                 hint = "its workers do not accept; the next generation gets what waits"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
+            elif not late and socket_number != self.current:
+                self._settled_at = now
             del self._quiescing[generation]
             quiescing.over()
             return

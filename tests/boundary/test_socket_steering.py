@@ -621,7 +621,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     if begins == "started":  # beside another one, on the same socket
         second.close()
         del world.listener.sockets[1]
-        world.steering.adopt(1, 0, had_turn=True)
+        world.steering.adopt(1, 0)
     for _ in range(2):
         with suppress(OSError):
             one.shutdown(socket.SHUT_RDWR)
@@ -631,7 +631,7 @@ def test_no_generation_has_a_socket_whose_connections_are_shut_down(
     if begins == "started":
         world.steering.enter(2, 1)
     else:
-        world.steering.adopt(1, 0, had_turn=True)
+        world.steering.adopt(1, 0)
 
     assert world.listener.is_sound(0)
 
@@ -917,14 +917,52 @@ def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
 def test_one_whose_handshakes_may_be_under_way_is_not_made_deaf(reloaded: World) -> None:
     """Who connects there would inherit it, and never be heard."""
     supersede(reloaded)
+    reloaded.shaking = {b"begun before the switch"}
     reloaded.steering.hold(True)
     assert dropping(reloaded) == []
 
     reloaded.pass_time(QUIET_S + 0.3)
     assert reloaded.quiesced == [1]
-    reloaded.steering.leave(1)
 
     assert dropping(reloaded) == [0]
+
+
+def test_nor_is_one_whose_generation_has_crashed(reloaded: World) -> None:
+    """It is gone at once, without quiescing; handshakes with it go on."""
+    reloaded.steering.enter(2, 1)
+    reloaded.steering.turn_to(1)
+    reloaded.shaking = {b"begun before the crash"}
+    reloaded.steering.turn_to(0, again=True)
+    reloaded.steering.leave(2)
+
+    reloaded.steering.hold(True)
+    reloaded.pass_time(0.5)
+    assert dropping(reloaded) == []
+
+    reloaded.shaking.clear()
+    reloaded.pass_time(0.2)
+    assert dropping(reloaded) == [1]
+
+
+def test_a_hold_waits_for_no_handshake_that_never_ends(reloaded: World) -> None:
+    reloaded.steering.turn_to(1)
+    reloaded.steering.turn_to(0)
+    reloaded.shaking = {b"one that only scans for ports"}
+
+    reloaded.steering.hold(True)
+    assert dropping(reloaded) == []
+    reloaded.pass_time(LAST_S + 0.2)
+
+    assert dropping(reloaded) == [1]
+
+
+def test_nor_for_any_long_after_a_switch(reloaded: World) -> None:
+    reloaded.pass_time(LAST_S)
+    reloaded.shaking = {b"of the socket that goes on"}
+
+    reloaded.steering.hold(True)
+
+    assert dropping(reloaded) == [1]
 
 
 def test_a_hold_outlives_a_socket_that_is_shut_down(reloaded: World) -> None:

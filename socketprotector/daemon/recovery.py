@@ -53,7 +53,7 @@ class Recovery:
             effects.steering.end()
         broken = self._adopt_generations()
         if not (snapshot.fleet.held or snapshot.fleet.stopping):
-            effects.steering.hold(False)  # the end of one may not have been carried out
+            effects.steering.answer_new()  # the end of a hold may not have been carried out
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
             if generation is not None and self.left.has(inherited.WORKER, record.number, "process"):

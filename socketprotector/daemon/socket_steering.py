@@ -259,6 +259,16 @@ class SocketSteering:
         self._held = on
         self._tell()
 
+    def answer_new(self) -> None:
+        """Undo a hold of an earlier program.
+
+        Where new clients come to is as it left it: what is known of that may be from before a
+        switch, for it was killed.
+        """
+        for each in self._pairs:
+            with suppress(OSError):  # again at the next switch
+                each.answer_new()
+
     def cannot_hold(self) -> str | None:
         """Say why no hold can be had; None: it can."""
         for each in self._listeners():

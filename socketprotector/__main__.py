@@ -1,6 +1,6 @@
 """`SocketProtector` and `python -m socketprotector`: programs behind one name.
 
-Without our descriptors at the door this is the command line; with them it is the
+Without inherited descriptors of ours this is the command line; with them it is the
 resident process, which must not load what only the command line needs, or the one that reads
 a configuration again for it.
 """

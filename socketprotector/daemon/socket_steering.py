@@ -406,19 +406,19 @@ class SocketSteering:
         That is the one which had no clients when the hold began, whichever generations begin and
         end meanwhile.  Raises OSError.
         """
-        door = listener.dropping
+        dropping = listener.dropping
         if not self._held or listener.settings.foreign:
             listener.steer(socket_number, self._question)
             listener.answer_new()
-        elif door is not None:
-            listener.steer(door, self._question)
+        elif dropping is not None:
+            listener.steer(dropping, self._question)
         else:
             # First: who begins to connect after that does not begin there.
             listener.steer(socket_number, self._question)
             if self._is_settled(listener):
-                door = 1 - self.current
-                listener.drop_new(door)
-                listener.steer(door, self._question)
+                dropping = 1 - self.current
+                listener.drop_new(dropping)
+                listener.steer(dropping, self._question)
 
     def _is_settled(self, listener: Listener) -> bool:
         """Whether all handshakes have ended that began before new clients came elsewhere.

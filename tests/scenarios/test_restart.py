@@ -143,6 +143,8 @@ def test_a_quick_stop_leaves_them_too(
         held.ask()
         first.signal(number)
         service.wait_for("STOPPING")
+        # Before that it accepts those that have connected.
+        eventually(lambda: "sp.channel.1.write" not in service.store, "the end of accepting")
         later = Client(("127.0.0.1", port), "later")
         if number is signal.SIGTERM:
             first.signal(number)  # the second one is a quick one

@@ -1,0 +1,211 @@
+"""The Debian packages: built, looked at by lintian, and lived with on Debian 12 and 13.
+
+    make packages [DEBIAN_ROOTS=FOLDER]     (root; some minutes; the folder keeps the systems)
+
+Not collected by itself: the name is no test's.  They are built once, on Debian 12 or later.
+"""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.packages.debian_roots import debian_roots
+from tests.packages.dists import VERSION
+from tests.running import DEADLINE_S, ROOT
+
+HERE = Path(__file__).parent
+MODULES = "usr/lib/python3/dist-packages/socketprotector"
+#: Suites, with the version of their Python.
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}
+NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
+
+needs = {"dpkg-buildpackage": "dpkg-dev", "dh": "debhelper", "pybuild": "dh-python"}
+missing = [package for program, package in needs.items() if not shutil.which(program)]
+pytestmark = [
+    pytest.mark.skipif(bool(missing), reason=f"NOT CHECKED: apt-get install {' '.join(missing)}"),
+    pytest.mark.timeout(1800),
+]
+
+
+def run(*words: str | Path) -> str:
+    """Run a command that succeeds; return what it says."""
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages, as they are built from these sources."""
+    folder = tmp_path_factory.mktemp("deb")
+    run(ROOT / "packaging" / "build-deb", folder)
+    return folder
+
+
+def changed(package: Path, folder: Path, version: str, module: str, before: str, now: str) -> None:
+    """Make another version of a package, with something else in one of its modules."""
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name, "tree")
+        run("dpkg-deb", "-R", package, tree)
+        control = tree / "DEBIAN" / "control"
+        text = control.read_text(encoding="utf-8")
+        control.write_text(text.replace(f"{VERSION}-1", version), encoding="utf-8")
+        file = tree / MODULES / module
+        if file.exists():
+            text = file.read_text(encoding="utf-8")
+            assert before in text
+            file.write_text(text.replace(before, now, 1), encoding="utf-8")
+        run("dpkg-deb", "--root-owner-group", "-b", tree, folder)
+
+
+@pytest.fixture(scope="session")
+def packages(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of packages: `good`, `next` and `after`, each newer, and `broken`, the newest."""
+    root = tmp_path_factory.mktemp("packages")
+    said = f'__version__ = "{VERSION}"'
+    others = {
+        "next": ("0.1.1-1", "__init__.py", said, '__version__ = "0.1.1"'),
+        "after": ("0.1.2-1", "__init__.py", said, '__version__ = "0.1.2"'),
+        "broken": (
+            *("0.1.3-1", "daemon/resident.py", "def main() -> None:\n"),
+            'def main() -> None:\n    sys.exit("a broken release")\n',
+        ),
+    }
+    for which in ("good", *others):
+        (root / which).mkdir()
+        for package in built.glob("*.deb"):
+            if which == "good":
+                shutil.copy(package, root / which)
+            else:
+                changed(package, root / which, *others[which])
+    return root
+
+
+@pytest.mark.skipif(not shutil.which("lintian"), reason="NOT CHECKED: apt-get install lintian")
+def test_lintian_has_neither_errors_nor_warnings(built: Path) -> None:
+    [changes] = built.glob("*.changes")
+    words = ("--profile", "debian", "--fail-on", "error,warning", "--allow-root")
+
+    told = run("lintian", *words, changes)
+
+    assert not told.strip(), told
+
+
+def test_every_override_is_needed(built: Path) -> None:
+    [changes] = built.glob("*.changes")
+    told = run("lintian", "--profile", "debian", "--allow-root", "--show-overrides", changes)
+
+    assert "unused-override" not in told
+    for name in ("socketprotector", "python3-socketprotector-client"):
+        file = ROOT / "packaging" / "debian" / f"{name}.lintian-overrides"
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if not line.startswith("#"):
+                tag = line.split()[1]
+                assert f"O: {name}: {tag}" in told, line
+
+
+def test_they_have_what_an_operator_looks_for(built: Path) -> None:
+    [main] = built.glob("socketprotector_*.deb")
+    [client] = built.glob("python3-socketprotector-client_*.deb")
+    names = {line.split()[5] for line in run("dpkg-deb", "-c", main).splitlines()}
+
+    units = {path.name for path in (ROOT / "init.d").glob("*.s[oe][cr]*")}
+    assert "socketprotector@.socket" in units
+    examples = ("apparmor", "example.toml", "prometheus-rules.yml")
+    for each in (
+        *("/etc/init.d/socketprotector", "/etc/logrotate.d/socketprotector"),
+        "/etc/needrestart/conf.d/socketprotector.conf",
+        *(f"/usr/lib/systemd/system/{name}" for name in units),
+        *(f"/usr/share/doc/socketprotector/examples/{name}" for name in examples),
+        "/usr/share/bash-completion/completions/socketprotectorctl",
+        "/usr/share/zsh/vendor-completions/_socketprotectorctl",
+        "/usr/share/fish/vendor_completions.d/socketprotectorctl.fish",
+        *(f"/usr/share/man/man8/{n}.8.gz" for n in ("SocketProtector", "socketprotector-exporter")),
+        *(f"/usr/share/man/man1/{n}.1.gz" for n in ("SampleClient", "socketprotectorctl")),
+        *(f"/usr/bin/{n}" for n in ("SocketProtector", "socketprotector", "SampleClient")),
+    ):
+        assert f".{each}" in names, each
+    assert not [name for name in names if "site-packages" in name or name.endswith(".pyc")]
+    told = run("dpkg-deb", "-f", main, "Depends")
+    assert f"python3-socketprotector-client (= {VERSION}-1)" in told
+    assert "python3 (>= 3.11)" in told
+    for name in ("click", "daemon", "lockfile", "psutil", "rich"):
+        assert f"python3-{name}" in told
+    assert "./usr/bin/socketprotector-run" in run("dpkg-deb", "-c", client)
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="NOT CHECKED: apt-get install zsh")
+def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
+    [main] = built.glob("socketprotector_*.deb")
+    run("dpkg-deb", "-x", main, tmp_path / "root")
+    folder = tmp_path / "root" / "usr" / "share" / "zsh" / "vendor-completions"
+    settings = f"fpath=({folder} $fpath); autoload -Uz compinit; compinit -u -D; PS1='at> '\n"
+    (tmp_path / ".zshrc").write_text(settings)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {"ZDOTDIR": str(tmp_path), "TERM": "vt100", "HOME": str(tmp_path), "PATH": path}
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        ["zsh", "-d", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+    ) as shell:
+        os.close(theirs)
+        try:
+            shown(ours, b"at> ")
+            os.write(ours, b"socketprotectorctl rea\t")
+            shown(ours, b"ready")
+        finally:
+            shell.kill()
+            os.close(ours)
+
+
+def shown(terminal: int, text: bytes) -> None:
+    """Wait until a terminal shows a text."""
+    seen = b""
+    while text not in seen:
+        assert select.select([terminal], [], [], DEADLINE_S)[0], seen
+        seen += os.read(terminal, 65536)
+
+
+root_of = pytest.fixture(scope="session")(debian_roots)
+
+
+def lived(manager: str, root: Path, packages: Path) -> None:
+    words = (sys.executable, str(HERE / "life.py"), manager, str(root), str(packages))
+    told = run("unshare", *NAMESPACES, *words)
+
+    print(told)
+    assert told.endswith("LIVED\n")
+
+
+needs_a_root = pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("debootstrap"),
+    reason="NOT CHECKED: a system of its own takes root, and debootstrap",
+)
+
+
+@needs_a_root
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_whole_life_on(suite: str, root_of: Callable[[str], Path], packages: Path) -> None:
+    """Installed, started by the init script, reloaded, upgraded under load, removed, purged."""
+    root = root_of(suite)
+    assert f"Python {SUITES[suite]}." in run("chroot", root, "python3", "--version")
+
+    lived("deb", root, packages)
+
+
+@needs_a_root
+def test_beside_systemd_nothing_is_started_or_restarted(
+    root_of: Callable[[str], Path], packages: Path
+) -> None:
+    lived("systemd", root_of("bookworm"), packages)

@@ -1,0 +1,320 @@
+"""A package's life in a system of its own: installed, used, upgraded, removed, purged.
+
+    unshare --mount --net --pid --fork --mount-proc python life.py MANAGER ROOT FOLDER
+
+MANAGER is deb, rpm or pacman; systemd: deb, where a stand-in for systemctl notes what it is told.
+On the standard library alone.  ROOT is a Debian with what the package depends on; nothing is
+written into it.  FOLDER has the packages, a folder each: `good`, `next`; of deb `after` and
+`broken`, too.  Says each step; fails with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+MOUNT = Path("/mnt")
+UPPER = MOUNT / "upper"
+ROOT = MOUNT / "root"
+ADDRESS = ("127.0.0.1", 4321)
+INIT = "/etc/init.d/socketprotector"
+SETTINGS = """\
+SOCKETPROTECTOR_LISTEN="127.0.0.1:4321"
+SOCKETPROTECTOR_COMMAND="/usr/bin/SampleClient 4321"
+SOCKETPROTECTOR_USER=nobody
+SOCKETPROTECTOR_OPTIONS="--log-file /var/log/socketprotector/web.log --workers 2"
+"""
+
+
+def mount(root: Path) -> None:
+    """Put a layer over the system, which goes with the namespace, and whatever it needs."""
+    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", MOUNT], check=True)
+    for each in (UPPER, MOUNT / "work", ROOT):
+        each.mkdir()
+    layers = f"lowerdir={root},upperdir={UPPER},workdir={MOUNT / 'work'}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, ROOT], check=True)
+    subprocess.run(["mount", "-t", "proc", "proc", ROOT / "proc"], check=True)
+    for kind, folder in (("tmpfs", "run"), ("tmpfs", "tmp")):
+        subprocess.run(["mount", "-t", kind, "none", ROOT / folder], check=True)
+    subprocess.run(["mount", "--bind", "/dev", ROOT / "dev"], check=True)
+
+
+def inside(*words: str, status: int = 0) -> str:
+    """Run a command in the system; return what it says."""
+    return run("/usr/sbin/chroot", str(ROOT), *words, status=status)
+
+
+def run(*words: str, status: int = 0) -> str:
+    """Run a command, with an environment as root has it; return what it says."""
+    environment = {
+        "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        "DEBIAN_FRONTEND": "noninteractive",
+        "LANG": "C.UTF-8",
+    }
+    done = subprocess.run(
+        words,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        text=True,
+    )
+    print(f"$ {' '.join(words)}\n{done.stdout}", flush=True)
+    assert done.returncode == status, f"status {done.returncode}"
+    assert "Traceback" not in done.stdout or status
+    return done.stdout
+
+
+def ask() -> str:
+    with socket.create_connection(ADDRESS, 10) as client:
+        client.sendall(b"hello\n")
+        answer = client.makefile().readline()
+    assert re.fullmatch(r"\[\d+\] hello\n", answer), answer
+    return answer
+
+
+#: How each of the others installs and removes in another root; what the packages need is there
+#: under other names.
+OTHERS = {
+    "rpm": (
+        ("rpm", f"--root={ROOT}", "--nodeps", "-Uvh"),
+        ("rpm", f"--root={ROOT}", "--nodeps", "-e"),
+    ),
+    "pacman": (
+        ("pacman", f"--root={ROOT}", "--noconfirm", "--noprogressbar", "-Udd"),
+        ("pacman", f"--root={ROOT}", "--noconfirm", "-Rddn"),
+    ),
+}
+MANAGER, SYSTEM, FOLDER = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+
+
+class Load:
+    """Clients that come all the time; each that is not served is a failure."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.failed: list[str] = []
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._come) for _ in range(4)]
+
+    def _come(self) -> None:
+        while not self._over.wait(0.005):
+            try:
+                ask()
+                self.served += 1
+            except (OSError, AssertionError) as error:
+                self.failed.append(repr(error))
+
+    def __enter__(self) -> Load:
+        for each in self._threads:
+            each.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for each in self._threads:
+            each.join()
+
+
+def status() -> dict[str, object]:
+    words = ("socketprotectorctl", "--control", "/run/socketprotector/web/control")
+    found: dict[str, object] = json.loads(inside(*words, "status", "--json"))
+    return found
+
+
+def install(which: str) -> str:
+    """Install the packages of a folder, as apt does: both at once."""
+    place = ROOT / "tmp" / which
+    place.mkdir(exist_ok=True)
+    for each in (FOLDER / which).iterdir():
+        shutil.copy(each, place)
+    names = sorted(each.name for each in place.iterdir())
+    if MANAGER not in OTHERS:
+        return inside("dpkg", "-i", *(f"/tmp/{which}/{name}" for name in names))
+    return run(*OTHERS[MANAGER][0], *(str(place / name) for name in names))
+
+
+def upgrade_under_load(which: str) -> str:
+    """Install other packages while clients come; return what that says.  None of them fails."""
+    with Load() as load:
+        while load.served < 50 and not load.failed:
+            pass
+        told = install(which)
+        ask()
+    print(f"{which}: {load.served} clients served, {len(load.failed)} not", flush=True)
+    assert not load.failed, load.failed[:5]
+    return told
+
+
+def say_of_policy(policy: Path, status: int) -> None:
+    """Allow (104) or forbid (101) that packages start and stop services."""
+    policy.write_text(f"#!/bin/sh\nexit {status}\n")
+    policy.chmod(0o755)
+
+
+def left() -> list[str]:
+    """The paths in the layer that are named after us, and are no package manager's records."""
+    kept = (
+        "var/lib/dpkg",
+        "var/lib/rpm",
+        "var/lib/pacman",
+        "var/log/dpkg",
+        "var/log/pacman",
+        "var/cache",
+    )
+    found = []
+    for path in UPPER.rglob("*"):
+        name = str(path.relative_to(UPPER))
+        ours = re.search("socketprotector|sample_?client", name, re.I)
+        gone = path.is_char_device()  # how the layer notes what was removed
+        if ours and not gone and not name.startswith(kept):
+            found.append(name)
+    return found
+
+
+def live_as_deb() -> None:
+    told = install("good")
+    assert "warning" not in told.lower()
+    assert "socketprotector-status" in inside("getent", "group", "socketprotector-status")
+    inside(INIT, "status", status=3)  # nothing is configured, so nothing was started
+    assert not [*(ROOT / "run").glob("socketprotector/*")]
+
+    settings = ROOT / "etc/default/socketprotector.d"
+    settings.mkdir()
+    (settings / "web").write_text(SETTINGS)
+    (ROOT / "etc/socketprotector/web.toml").write_text("# for purge\n")
+    os.chown(ROOT / "var/log/socketprotector", 65534, 65534)
+    inside(INIT, "start", "web")
+    first = ask()
+    assert "generation 2 serves" in inside(INIT, "reload", "web")
+    assert ask() != first
+    inside("socketprotectorctl", "ready")
+    before = status()
+
+    told = upgrade_under_load("next")
+    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    after = status()
+    assert (after["pid"], after["version"]) == (before["pid"], "0.1.1")
+    assert after["route"] == before["route"]  # the same workers
+
+    policy = ROOT / "usr/sbin/policy-rc.d"
+    say_of_policy(policy, 101)
+    told = upgrade_under_load("after")
+    assert "policy-rc.d forbids it" in told
+    assert status()["restarts"] == after["restarts"]
+    policy.unlink()
+
+    told = upgrade_under_load("broken")
+    assert "broken release" in told
+    assert "warning: the protector at /run/socketprotector/web/control goes on" in told
+    assert "install ok installed" in inside("dpkg", "-s", "socketprotector")
+    ask()
+
+    # What mends it is taken, too.
+    told = upgrade_under_load("after")
+    assert f"upgraded: pid {before['pid']} runs 0.1.2" in told
+
+    script = (
+        ". /usr/share/bash-completion/completions/socketprotectorctl; "
+        "COMP_WORDS=(socketprotectorctl rea); COMP_CWORD=1; _socketprotectorctl_completion "
+        "socketprotectorctl; echo ${COMPREPLY[@]}"
+    )
+    assert inside("bash", "-c", script) == "ready\n"
+
+    say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
+    inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")
+    try:
+        ask()
+        raise SystemExit("removed, and it still serves")
+    except ConnectionRefusedError:
+        pass
+    assert not (ROOT / "usr/bin/SocketProtector").exists()
+    assert (ROOT / "etc/init.d/socketprotector").exists()  # a setting of the operator's, so far
+
+    inside("dpkg", "-P", "socketprotector", "python3-socketprotector-client")
+    assert not left(), left()
+    assert not [*(ROOT / "run").glob("socketprotector*")]
+    assert "socketprotector" not in (ROOT / "etc/group").read_text()
+
+
+def orders(told: Path) -> list[str]:
+    """What systemd was told but to read its units, which it was."""
+    lines = told.read_text().splitlines()
+    print(lines, flush=True)
+    others = [line for line in lines if not line.endswith("daemon-reload")]
+    assert len(others) < len(lines)
+    return others
+
+
+def live_as_deb_beside_systemd() -> None:
+    """What the package tells systemd: to read its units, and what to stop at the end; no more."""
+    (ROOT / "run/systemd/system").mkdir(parents=True)
+    systemctl = ROOT / "usr/bin/systemctl"
+    systemctl.write_text('#!/bin/sh\necho "$@" >>/tmp/told\n')
+    systemctl.chmod(0o755)
+    told = ROOT / "tmp/told"
+
+    install("good")
+    install("next")
+    assert orders(told) == []
+
+    told.unlink()
+    inside("dpkg", "-P", "socketprotector", "python3-socketprotector-client")
+    assert orders(told) == ["stop socketprotector*.service socketprotector*.socket"]
+    assert not left(), left()
+
+
+def live_as_other(client: str) -> None:
+    """On a Debian, which looks for modules of its own elsewhere, and without its init script."""
+    packages = f"/usr/lib/python3.{sys.version_info[1]}/site-packages\n"
+    (ROOT / "usr/lib/python3/dist-packages/other.pth").write_text(packages)
+    if not (ROOT / "usr/bin/python").exists():
+        (ROOT / "usr/bin/python").symlink_to("python3")
+    (ROOT / "var/lib/pacman").mkdir(exist_ok=True)
+    install("good")
+    control = "/run/socketprotector/web/control"
+    (ROOT / control[1:]).parent.mkdir(parents=True)
+    log = "/var/log/socketprotector/web.log"
+    where = ("--name", "web", "--control", control, "--log-file", log, "127.0.0.1:4321")
+    inside("SocketProtector", *where, "--", "SampleClient", "4321")
+    ask()
+    inside("socketprotectorctl", "ready")
+    before = status()
+
+    told = upgrade_under_load("next")
+
+    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    after = status()
+    assert (after["pid"], after["route"]) == (before["pid"], before["route"])
+    assert after["version"] == "0.1.1"
+    assert inside("socketprotector-run", "--help")
+    inside("socketprotectorctl", "stop")
+    (ROOT / log[1:]).unlink()
+    (ROOT / "run/socketprotector/web").rmdir()
+    run(*OTHERS[MANAGER][1], "socketprotector", client)
+    assert not left(), left()
+
+
+def main() -> None:
+    mount(SYSTEM)
+    if MANAGER == "deb":
+        live_as_deb()
+    elif MANAGER == "systemd":
+        live_as_deb_beside_systemd()
+    else:
+        python = {"rpm": "python3", "pacman": "python"}[MANAGER]
+        live_as_other(f"{python}-socketprotector-client")
+    print("LIVED", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Wheels and sdists: what is in them, that they are the same each time, and that they run.
+
+`make packages` looks at them with the tools of others (published.py).
+"""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from configparser import ConfigParser
+from email.message import Message
+from pathlib import Path
+
+import click
+import daemon as daemon_library
+import psutil
+import pytest
+
+from tests.packages.dists import EPOCH, NAMES, PROJECT, SDISTS, VERSION, WHEELS, build
+from tests.running import ROOT, Protector, ask
+
+MAIN, CLIENT = WHEELS
+PROGRAMS = {
+    *{"SocketProtector", "socketprotector", "socketprotectorctl", "socketprotector-exporter"},
+    "SampleClient",
+}
+
+
+@pytest.fixture(scope="module")
+def dists(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dists")
+    build(ROOT, folder)
+    return folder
+
+
+def content(wheel: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def names_in(sdist: Path) -> set[str]:
+    with tarfile.open(sdist) as archive:
+        return set(archive.getnames())
+
+
+def metadata(wheel: Path) -> Message:
+    [text] = [data for name, data in content(wheel).items() if name.endswith("/METADATA")]
+    return email.message_from_bytes(text)
+
+
+def tracked(*folders: str) -> set[str]:
+    """The files that belong to the project, those not committed yet among them; no folders."""
+    words = ("git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *folders)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in done.stdout.splitlines() if (ROOT / name).is_file()}
+
+
+def test_they_are_the_same_built_elsewhere_and_from_the_sdists(dists: Path, tmp_path: Path) -> None:
+    """What an sdist has is all that it takes; nothing of the machine gets into any of them."""
+    for name in SDISTS:
+        with tarfile.open(dists / name) as archive:
+            archive.extractall(tmp_path, filter="data")
+    project = tmp_path / f"socketprotector-{VERSION}"
+    own = tmp_path / f"socketprotector_client-{VERSION}"
+    shutil.rmtree(project / "client_lib")
+    own.rename(project / "client_lib")
+    again = tmp_path / "again"
+
+    build(project, again, umask=0o077, TZ="Pacific/Kiritimati", LC_ALL="C")
+
+    assert {each.name for each in again.iterdir()} == set(NAMES)
+    for name in WHEELS:
+        assert (again / name).read_bytes() == (dists / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_times_are_those_given_and_owners_nobodys(dists: Path, name: str) -> None:
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(dists / name) as archive:
+            times = {each.date_time for each in archive.infolist()}
+        assert times == {(2023, 11, 14, 22, 13, 20)}
+        return
+    with tarfile.open(dists / name) as archive:
+        for each in archive.getmembers():
+            found = (each.mtime, each.uid, each.gid, each.uname, each.gname)
+            assert found == (int(EPOCH), 0, 0, "", ""), each.name
+
+
+def test_the_wheel_has_one_package_with_the_sample_inside(dists: Path) -> None:
+    found = content(dists / MAIN)
+    about, data = f"socketprotector-{VERSION}.dist-info", f"socketprotector-{VERSION}.data"
+    modules = {name for name in found if not name.startswith((f"{about}/", f"{data}/"))}
+
+    sample = {f"socketprotector/{name}" for name in tracked("sample_client")}
+    assert sample
+    assert modules == tracked("socketprotector") | sample
+    assert "socketprotector/py.typed" in modules
+    pages = {Path(name).name for name in found if name.startswith(f"{data}/")}
+    assert pages == {path.name for path in (ROOT / "docs" / "man").iterdir()}
+
+
+def test_the_wheel_of_the_client_has_its_package_and_no_more(dists: Path) -> None:
+    about, data = (f"socketprotector_client-{VERSION}.{each}" for each in ("dist-info", "data"))
+    found = content(dists / CLIENT)
+    modules = {name for name in found if not name.startswith((f"{about}/", f"{data}/"))}
+
+    assert [name for name in found if name.startswith(f"{data}/")] == [
+        f"{data}/data/share/man/man1/socketprotector-run.1"
+    ]
+    folder = "client_lib/socketprotector_client"
+    assert {f"client_lib/{name}" for name in modules} == tracked(folder)
+    assert "socketprotector_client/py.typed" in modules
+
+
+def test_the_programs_are_there_under_their_names_of_old_and_in_lower_case(dists: Path) -> None:
+    found: dict[str, str] = {}
+    for name in WHEELS:
+        [text] = [d for n, d in content(dists / name).items() if n.endswith("/entry_points.txt")]
+        parser = ConfigParser()
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        parser.read_string(text.decode())
+        found |= dict(parser["console_scripts"])
+
+    assert set(found) == PROGRAMS | {"socketprotector-run"}
+    assert found["socketprotector"] == found["SocketProtector"]
+
+
+def test_the_sdists_have_all_that_the_repository_has(dists: Path) -> None:
+    main, client = (names_in(dists / name) for name in SDISTS)
+
+    wanted = {n for n in tracked() if not n.startswith((".ci/", ".github/"))}
+    top = f"socketprotector-{VERSION}"
+    assert main == {f"{top}/{name}" for name in (*wanted, "PKG-INFO")}
+    top = f"socketprotector_client-{VERSION}"
+    wanted = {name.removeprefix("client_lib/") for name in tracked("client_lib")}
+    # Which hatchling needs for leaving out what is ignored.
+    assert client - {f"{top}/.gitignore"} == {f"{top}/{name}" for name in (*wanted, "PKG-INFO")}
+
+
+@pytest.mark.parametrize("name", WHEELS)
+def test_each_link_of_the_long_description_leads_to_a_file_of_this_version(
+    dists: Path, name: str
+) -> None:
+    about = metadata(dists / name)
+    links = re.findall(r"\]\(([^)\s]+)\)", str(about.get_payload()))
+    source = f"{PROJECT['urls']['Source']}/blob/v{VERSION}/"
+
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert any(each.startswith(source) for each in links)
+    for each in links:
+        assert each.startswith(("https://", "#")), each
+        if each.startswith(source):
+            path = each.removeprefix(source).partition("#")[0]
+            assert (ROOT / path).exists(), each
+
+
+def test_the_links_of_the_repository_stay_relative() -> None:
+    for page in ("README.md", "client_lib/README.md"):
+        assert PROJECT["urls"]["Source"] not in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_installed_they_serve_and_uninstalled_nothing_is_left(
+    dists: Path, tmp_path: Path, marked_environment: dict[str, str]
+) -> None:
+    venv = tmp_path / "venv"
+    words = ("-m", "venv", "--without-pip", str(venv))
+    subprocess.run([sys.executable, *words], check=True)
+    before = files(venv)
+    python = str(venv / "bin" / "python")
+    pip = (sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check")
+    wheels = [str(dists / name) for name in WHEELS]
+    install = ("install", "--quiet", "--no-index", "--no-deps", "--no-compile", *wheels)
+    subprocess.run([*pip, *install], check=True)
+    # What they need is taken from here; they themselves are not there, which are editable here.
+    elsewhere = {
+        str(Path(str(each.__file__)).parents[1]) for each in (click, daemon_library, psutil)
+    }
+    environment = {
+        **marked_environment,
+        "PYTHONPATH": ":".join(elsewhere),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+
+    programs = {each.name for each in (venv / "bin").iterdir()}
+    assert programs >= PROGRAMS | {"socketprotector-run"}
+    for program in ("socketprotector", "socketprotectorctl"):
+        done = subprocess.run(
+            [venv / "bin" / program, "--version"],
+            env={**os.environ, **environment},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        assert VERSION in done.stdout
+    sample = str(venv / "bin" / "SampleClient")
+    daemon = Protector(
+        ["127.0.0.1:0", "--", sample, "0"],
+        environment,
+        command=(str(venv / "bin/socketprotector"),),
+    )
+    try:
+        assert re.fullmatch(r"\[\d+\] hello", ask(("127.0.0.1", daemon.ready().port)))
+        daemon.reload()
+        where = "import socketprotector as p, socketprotector_client as c; print(p, c)"
+        told = subprocess.run(
+            [python, "-P", "-c", where],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert told.stdout.count(str(venv)) == 2, told
+        daemon.stop()
+    finally:
+        daemon.end()
+
+    names = ("socketprotector", "socketprotector-client")
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", *names], check=True)
+    assert files(venv) == before
+
+
+def files(folder: Path) -> set[str]:
+    return {str(each) for each in folder.rglob("*") if not each.is_dir()}
+
+
+def test_the_profile_of_apparmor_holds_under_each_name_of_the_program() -> None:
+    """One that is not named would run unconfined."""
+    text = (ROOT / "init.d" / "apparmor").read_text(encoding="utf-8")
+    names = sorted(n for n, main in PROJECT["scripts"].items() if "protector.__main__:" in main)
+
+    attached = re.search(r"^profile socketprotector @{SOCKETPROTECTOR}/bin/{(.*?)} ", text, re.M)
+    assert attached
+    assert attached[1].split(",") == names == ["SocketProtector", "socketprotector"]
+
+
+def test_a_release_is_one_version_everywhere() -> None:
+    """What the release workflow asks before it builds anything."""
+    source = PROJECT["urls"]["Source"]
+    check = [sys.executable, str(ROOT / "tools" / "release_check.py")]
+
+    def told(*words: str) -> list[str]:
+        done = subprocess.run([*check, *words], capture_output=True, text=True)
+        assert done.returncode == (1 if done.stderr else 0)
+        return [line for line in done.stderr.splitlines() if "CHANGELOG" not in line]
+
+    assert told(f"v{VERSION}", source) == []
+    assert len(told(f"v{VERSION}", f"{source}-fork")) == 2
+    # Of both: the distribution's, the package's; of the main one what it needs, too.
+    assert len(told("v99.0", source)) == 5
+
+
+def test_a_clone_finds_the_sample_where_an_installed_one_does() -> None:
+    assert (ROOT / "socketprotector" / "sample_client").readlink() == Path("../sample_client")

@@ -1,0 +1,58 @@
+#!/usr/bin/env python3
+"""Say whether what is tagged can be released:  tools/release_check.py TAG REPOSITORY
+
+The tag is v and the version of both distributions, of both packages, and of a section of
+CHANGELOG.md; their links lead to that repository; the main one needs the client of this version.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def mistakes(tag: str, repository: str) -> list[str]:
+    """What does not agree, each in a line."""
+    found = []
+    version = tag.removeprefix("v")
+    if tag == version:
+        found.append(f"tag {tag}: write v in front of the version")
+    for name, package in ((".", "socketprotector"), ("client_lib", "socketprotector_client")):
+        folder = ROOT / name
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        what = project["name"]
+        if project["version"] != version:
+            found.append(f"{what}: version {project['version']} in pyproject.toml, tag {tag}")
+        told = re.search(
+            r'^__version__ = "([^"]+)"', (folder / package / "__init__.py").read_text(), re.M
+        )
+        if told and told[1] != version:
+            found.append(f"{what}: __version__ is {told[1]}, tag {tag}")
+        if project["urls"]["Source"].lower() != repository.lower():
+            found.append(f"{what}: urls.Source is {project['urls']['Source']}, not {repository}")
+        pinned = [each for each in project["dependencies"] if each.startswith("socketprotector-")]
+        if any(each != f"socketprotector-client=={version}" for each in pinned):
+            found.append(f"{what}: needs {pinned[0]}, not version {version}")
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    if not re.search(rf"^## \[?{re.escape(version)}\]?( |$)", changes, re.M):
+        found.append(f"CHANGELOG.md: no section {version}")
+    return found
+
+
+def main(words: list[str]) -> int:
+    """Print what does not agree."""
+    if len(words) != 2:
+        print("usage: tools/release_check.py TAG REPOSITORY", file=sys.stderr)
+        return 2
+    found = mistakes(*words)
+    for each in found:
+        print(f"release-check: {each}", file=sys.stderr)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

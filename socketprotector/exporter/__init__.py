@@ -1,6 +1,6 @@
-"""socketprotector-exporter: what control sockets say, as Prometheus metrics over HTTP.
+"""socketprotector-exporter: what control sockets say, as metrics for Prometheus and as a page.
 
 The protector has no HTTP server inside; the exporter is a separate process: if it dies, no service
 is affected.
-May import: ctl, model.
+May import: ctl, model, system.
 """

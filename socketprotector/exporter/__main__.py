@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -20,6 +21,8 @@ from ..model.text import escape
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
+#: What has a module from elsewhere, by its name.
+_EXTRAS = {"prometheus_client": "exporter", "starlette": "web", "uvicorn": "web"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -31,33 +34,64 @@ DEFAULT = "127.0.0.1:9517"
 @click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
 @click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
 @click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
+@click.option(
+    "--web",
+    metavar="HOST:PORT|PATH",
+    help="Show a page there, too: a loopback address, or a UNIX socket as /PATH?mode=0660.",
+)
+@click.option(
+    "--web-host",
+    multiple=True,
+    metavar="NAME",
+    help="A name by which a proxy of yours asks for the page; repeatable.",
+)
 @click.version_option(__version__, prog_name=NAME)
 def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
-    /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics."""
+    /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
+
+    With --web people see it live in a browser: docs/page.md."""
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")
+    if given["web_host"] and given["web"] is None:
+        raise UsageError("--web-host without --web: say where the page is to be, too")
     for name in given["name"]:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
     try:
         from .collector import ProtectorCollector
         from .http import Server
+
+        if given["web"] is not None:
+            from .web import Page
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "prometheus_client":
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
             raise
         raise UsageError(
-            "prometheus-client is not installed; pip install 'socketprotector[exporter]'"
+            f"{missing.replace('_', '-')} is not installed; "
+            f"pip install 'socketprotector[{_EXTRAS[missing]}]'"
         ) from error
     host, port = _address(given["listen"])
     tls = _tls(given["tls_cert"], given["tls_key"])
     # Each once: a name that is given twice would be two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
-    try:
-        server = Server((host, port), ProtectorCollector(names, paths), tls)
-    except OSError as error:
-        raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
-    with server:
+    instances = ProtectorCollector(names, paths)
+    with ExitStack() as opened:
+        page = None
+        if given["web"] is not None:
+            try:
+                page = Page(given["web"], given["web_host"], instances.paths)
+            except OSError as error:
+                raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
+            opened.callback(page.close)
+        try:
+            server = opened.enter_context(Server((host, port), instances, tls))
+        except OSError as error:
+            raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
+        if page is not None:
+            page.start()
+            _say(f"shows a page at {page.where}")
         shown, number = server.server_address[:2]
         shown = f"[{shown!s}]" if ":" in str(shown) else str(shown)
         _say(f"answers at {'https' if tls else 'http'}://{shown}:{number}/metrics")

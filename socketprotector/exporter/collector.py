@@ -10,11 +10,11 @@ from prometheus_client.registry import Collector
 
 from ..ctl import discovery
 from ..ctl.errors import NoProtector
-from ..ctl.fields import is_lame_duck, measure
+from ..ctl.fields import unhealthy, why_not_ready
 from ..ctl.query_all import SocketAnswer, ask_all
 from ..model.errors import UsageError
 from .counters import Counters
-from .metrics import MetricSet, serves
+from .metrics import MetricSet
 
 #: Far below the 10 s that Prometheus waits by itself.
 ANSWER_S = 2.0
@@ -28,7 +28,7 @@ def _by_name(name: str) -> str:
         return ""
 
 
-def _labels(found: Sequence[SocketAnswer]) -> list[str]:
+def labels(found: Sequence[SocketAnswer]) -> list[str]:
     """What to call instances: the path of the socket where nothing else tells two apart."""
     names = discovery.names(found)
     return [
@@ -68,15 +68,25 @@ class ProtectorCollector(Collector):
         """Query no instance when this is registered."""
         return list(MetricSet().families())
 
-    def unready(self, name: str = "") -> list[str]:
+    def paths(self) -> list[str]:
+        """Return the control sockets that were chosen, or all there are."""
+        named = [path for name in self._names if (path := _by_name(name))]
+        paths = self._paths if self._names or self._paths else discovery.sockets()
+        return list(dict.fromkeys([*named, *paths]))
+
+    def unready(self, name: str = "") -> tuple[list[str], list[str]]:
         """Return a line for each instance that was asked for and is not ready for clients.
 
-        name: of that one alone, which no other one delays.
+        And for each that is, and answers badly to --health.  name: of that one alone, which no
+        other one delays.
         """
         answers = self._ask_one(name) if name else self._ask()
         if not answers:
-            return ["no protector has a control socket"]
-        return [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
+            return ["no protector has a control socket"], []
+        unready = [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
+        ready = [(name, found.result) for name, found in answers if found and not _why_not(found)]
+        says = [(name, unhealthy(status)) for name, status in ready if status is not None]
+        return unready, [f"{name}: unhealthy: {why}" for name, why in says if why is not None]
 
     def _ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
         if self._paths and name not in self._names:  # what those are called only they can tell
@@ -92,18 +102,11 @@ class ProtectorCollector(Collector):
         others = [by_path[path] for path in paths]
         return [
             *zip(self._names, map(by_path.get, named), strict=True),
-            *zip(_labels(others), others, strict=True),
+            *zip(labels(others), others, strict=True),
         ]
 
 
 def _why_not(found: SocketAnswer | None) -> str:
     if found is None:
         return "there is no control socket"
-    status = found.result
-    if status is None:
-        return found.why
-    if is_lame_duck(status):
-        return "lame duck"
-    if measure(status, "held_s") is not None:
-        return "held"
-    return "" if serves(status) else str(status.get("phase"))
+    return found.why if found.result is None else why_not_ready(found.result)

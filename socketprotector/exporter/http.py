@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
+from ..model.text import escape
 from .collector import ProtectorCollector
 
 #: For a handshake, for a request, and for each answer.
@@ -26,6 +27,8 @@ CONNECTIONS = 64
 _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
 #: What the path of one instance's page begins with.
 _ONE = "/readyz/"
+#: Behind either: unhealthy is not ready.
+_HEALTH = "health"
 
 
 class Server(ThreadingHTTPServer):
@@ -83,24 +86,30 @@ class Handler(BaseHTTPRequestHandler):
     error_content_type = "text/plain; charset=utf-8"
 
     def do_GET(self) -> None:
-        match self.path.partition("?")[0]:
+        page, _, query = self.path.partition("?")
+        match page:
             case "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept") or "")
                 self._answer(HTTPStatus.OK, encode(self.server.registry), kind)
             case "/healthz":
                 self._say(HTTPStatus.OK, "ok")
             case "/readyz":
-                self._say_ready(self.server.instances.unready())
+                self._say_ready("", query)
             case page if page.startswith(_ONE) and page != _ONE:
-                self._say_ready(self.server.instances.unready(unquote(page.removeprefix(_ONE))))
+                self._say_ready(unquote(page.removeprefix(_ONE)), query)
             case _:
                 self._say(HTTPStatus.NOT_FOUND, f"not here; there is {_PAGES}")
 
     do_HEAD = do_GET
 
-    def _say_ready(self, unready: list[str]) -> None:
-        status = HTTPStatus.SERVICE_UNAVAILABLE if unready else HTTPStatus.OK
-        self._say(status, "\n".join(unready) or "ok")
+    def _say_ready(self, name: str, query: str) -> None:
+        unready, unhealthy = self.server.instances.unready(name)
+        # A bad answer may be that of all hosts at once: only who asks for it takes them all out.
+        counts = _HEALTH in query.split("&")
+        refused = unready or (counts and unhealthy)
+        status = HTTPStatus.SERVICE_UNAVAILABLE if refused else HTTPStatus.OK
+        # A name may be the client's own, and a reason what a worker has answered.
+        self._say(status, "\n".join(map(escape, (*unready, *unhealthy))) or "ok")
 
     def _say(self, status: HTTPStatus, text: str) -> None:
         self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8")

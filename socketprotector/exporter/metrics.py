@@ -18,7 +18,7 @@ from prometheus_client.core import HistogramMetricFamily as Histogram
 from prometheus_client.core import InfoMetricFamily as Info
 from prometheus_client.core import Metric
 
-from ..ctl.fields import Status, is_lame_duck, label, listed, measure
+from ..ctl.fields import Status, is_lame_duck, label, listed, measure, serves
 from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
@@ -41,6 +41,8 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "serving", "1 if new connections go to a generation."),
     (Gauge, "held", "1 if it accepts nothing because it was told so."),
     (Gauge, "lame_duck", "1 if it serves, and clients are to be sent elsewhere."),
+    (Gauge, "healthy", "1 if what serves answers well to --health, 0 if it does not."),
+    (Gauge, "health_failures", "Bad answers to it, since the last good one."),
     (Gauge, "guarded", "1 if a guard would start it again."),
     (Gauge, "generations", "Generations in each phase.", "phase"),
     (Gauge, "workers", "Workers in each state, of all generations.", "state"),
@@ -61,6 +63,8 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Gauge, "last_reload_successful", "1 if the last reload that has ended succeeded."),
     (Gauge, "last_reload_success_timestamp_seconds", "When one last did, since the epoch."),
 )
+#: What is not known has no value.
+_HEALTH = {"healthy": 1.0, "unhealthy": 0.0}
 #: Those whose value is a field of the status.
 _FIELDS = {
     "start_time_seconds": "started_at",
@@ -114,6 +118,11 @@ class MetricSet:
             self._put("held", instance, float(status["held_s"] is not None))
         if "lame_duck" in status:
             self._put("lame_duck", instance, float(is_lame_duck(status)))
+        health = status.get("health")
+        if isinstance(health, dict):
+            if (state := label(health, "state")) in _HEALTH:
+                self._put("healthy", instance, _HEALTH[state])
+            self._put("health_failures", instance, measure(health, "failures"))
         if isinstance(status.get("guarded"), bool):
             self._put("guarded", instance, float(status["guarded"]))
         generations = listed(status, "generations")
@@ -161,12 +170,6 @@ class MetricSet:
         counts = Counter(label(thing, by) for thing in things)
         for each in known:
             self._put(name, instance, float(counts[each]), each)
-
-
-def serves(status: Status) -> bool:
-    """Whether new connections go to a generation."""
-    stops = label(status, "phase") == "stopping" and not is_lame_duck(status)
-    return measure(status, "route") is not None and not stops
 
 
 def _sum(generations: Iterable[Status], name: str) -> float | None:

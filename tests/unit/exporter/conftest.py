@@ -38,6 +38,13 @@ class Exporter:
         assert found
         return found[1]
 
+    @property
+    def page(self) -> str:
+        """Where it shows the page: an address without the last slash, or the path of a socket."""
+        found = re.search(r"shows a page at (\S+?)/?$", self.said.wait_for("shows a page at"))
+        assert found
+        return found[1].removeprefix("unix:")
+
     def end(self) -> int:
         self.process.terminate()
         status = self.process.wait(DEADLINE_S)

@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.collector import ProtectorCollector
 from tests.running import DEADLINE_S
-from tests.unit.ctl.fake import Fake, listener, status
+from tests.unit.ctl.fake import Fake, health, listener, status
 from tests.unit.exporter.conftest import COMMAND, Exporter
 
 Start = Callable[..., Exporter]
@@ -146,8 +146,31 @@ def test_one_instance_is_ready_whatever_the_others_are(
     assert get(f"{one.address}/readyz/web?from=haproxy")[0] == 200
     assert get(f"{one.address}/readyz/shop")[::2] == (503, "shop: lame duck\n")
     assert get(f"{one.address}/readyz/a%20b")[::2] == (503, "a b: there is no control socket\n")
+    assert get(f"{one.address}/readyz/%1b[2J%0aok")[2].startswith(r"\x1b[2J\nok: ")
     assert get(f"{one.address}/readyz/")[0] == 404
     assert get(f"{one.address}/readyzweb")[0] == 404
+
+
+def test_a_bad_answer_to_health_is_told_and_counts_where_it_is_asked_for(
+    exporter: Start, fakes: Callable[[str], Fake]
+) -> None:
+    why = 'GET /healthz: 500, "database gone"'
+    fakes("web").status = status(health=health("unhealthy", why))
+    fakes("shop").status = status(health=health("healthy"), name="shop")
+    fakes("new").status = status(health=health("unknown"), name="new")
+    one = exporter("--name", "web", "--name", "shop", "--name", "new")
+    told = f"web: unhealthy: {why}\n"
+
+    assert get(f"{one.address}/readyz")[::2] == (200, told)
+    assert get(f"{one.address}/readyz/web")[::2] == (200, told)
+    assert get(f"{one.address}/readyz/web?health")[::2] == (503, told)
+    assert get(f"{one.address}/readyz?a=b&health")[::2] == (503, told)
+    assert get(f"{one.address}/readyz/shop?health")[::2] == (200, "ok\n")
+    assert get(f"{one.address}/readyz/new?health")[::2] == (200, "ok\n")
+    values = scraped(one)
+    found = {name: values.get(("socketprotector_healthy", name)) for name in ("web", "shop", "new")}
+    assert found == {"web": 0, "shop": 1, "new": None}
+    assert values["socketprotector_health_failures", "web"] == 3
 
 
 def test_one_instance_does_not_wait_for_another_that_hangs(
@@ -165,7 +188,7 @@ def test_one_instance_does_not_wait_for_another_that_hangs(
 def test_where_no_protector_is_found_it_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socketprotector.ctl.discovery.sockets", list)
 
-    assert ProtectorCollector().unready() == ["no protector has a control socket"]
+    assert ProtectorCollector().unready() == (["no protector has a control socket"], [])
 
 
 def test_counts_go_on_over_scrapes(exporter: Start, fakes: Callable[[str], Fake]) -> None:

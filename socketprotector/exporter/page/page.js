@@ -1,0 +1,392 @@
+// Shows what the exporter tells over server-sent events.  It sends nothing.
+// Texts come from workers and may be hostile: they are only ever set as text.
+"use strict";
+
+const STEPS = 120, EVENTS = 200, DENSE = 24;
+const $ = (id) => document.getElementById(id);
+const instances = new Map(); // id -> {data, card, points: Map of step -> [rate, active, p99], lanes}
+const eventKeys = new Set();
+let offset = 0, version = null, source = null, step = 0, filter = "";
+
+// -- words ---------------------------------------------------------------------
+
+const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
+const number = (n) => (n == null ? "–" : n < 10 ? fine.format(n) : whole.format(n));
+function wait(us) {
+  if (us == null) return "–";
+  if (us < 1000) return `${whole.format(us)} µs`;
+  if (us < 1e6) return `${us < 1e4 ? fine.format(us / 1e3) : whole.format(us / 1e3)} ms`;
+  return `${us < 1e7 ? fine.format(us / 1e6) : whole.format(us / 1e6)} s`;
+}
+function span(s) {
+  s = Math.max(0, Math.floor(s));
+  if (s < 100) return `${s} s`;
+  if (s < 6000) return `${Math.floor(s / 60)} min`;
+  if (s < 172800) return `${Math.floor(s / 3600)} h`;
+  return `${Math.floor(s / 86400)} d`;
+}
+const now = () => Date.now() / 1000 - offset;
+const clock = (at) => (at == null ? "" : new Date((at + offset) * 1000).toLocaleTimeString("en-GB"));
+function when(at) {
+  if (at == null) return "";
+  const day = new Date((at + offset) * 1000);
+  return day.toDateString() === new Date().toDateString() ? clock(at) : `${day.toLocaleDateString("en-CA")} ${clock(at)}`;
+}
+const SILENT = {
+  connecting: "connecting", dead: "not running", silent: "no answer", denied: "no permission",
+  gone: "connection ended", busy: "too many clients", "no protector": "not a protector",
+};
+
+// -- the document --------------------------------------------------------------
+
+function text(element, value) {
+  if (element.textContent !== value) element.textContent = value;
+}
+function set(element, name, value) {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}
+function made(tag, value, kind) {
+  const element = document.createElement(tag);
+  if (value !== undefined) element.textContent = value;
+  if (kind) element.className = kind;
+  return element;
+}
+const copy = (id) => $(id).content.firstElementChild.cloneNode(true);
+/** Ages are written anew each second. */
+function since(element, at, before) {
+  element.dataset.since = at == null ? "" : at;
+  element.dataset.before = before;
+  age(element);
+}
+function age(element) {
+  const at = element.dataset.since;
+  text(element, at === "" ? "" : element.dataset.before + span(now() - at));
+}
+
+function tone(data) {
+  if (data.why) return data.why === "connecting" ? "wait" : "bad";
+  if (data.phase === "waiting" || data.health === "unhealthy" || (data.failed && data.failed.last)) return "bad";
+  if (data.phase === "stopping" || data.notes.length) return "warn";
+  return data.phase === "serving" ? "good" : "busy";
+}
+function trouble(data) {
+  if (data.why) return SILENT[data.why] || data.why;
+  if (data.phase === "waiting") return "serves nobody";
+  if (data.health === "unhealthy") return "unhealthy";
+  if (data.failed && data.failed.last) return `release ${data.failed.generation} failed`;
+  return data.notes[0] || data.phase;
+}
+
+function draw(one) {
+  const { data, card } = one;
+  set(card, "data-tone", tone(data));
+  set(card, "data-health", data.health || "");
+  set(card, "data-phase", data.why ? "silent" : data.phase);
+  text(card.querySelector(".name"), data.name);
+  text(card.querySelector(".head .phase"), data.why ? SILENT[data.why] || data.why : data.phase);
+  card.querySelector(".figures").hidden = data.phase === undefined;
+  if (data.phase === undefined) return; // it has never answered
+  const where = card.querySelector(".where");
+  const words = [data.listens.slice(0, 3).join(" ") + (data.listens.length > 3 ? ` and ${data.listens.length - 3} more` : "")];
+  if (data.health === "healthy") words.push("healthy");
+  words.push(`pid ${data.pid}`, `version ${data.version}`);
+  if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
+  if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
+  since(where, data.started, words.join(" · ") + " · up ");
+  const notes = card.querySelector(".notes");
+  if (notes.textContent !== data.notes.join("")) notes.replaceChildren(...data.notes.map((note) => made("li", note)));
+  const values = card.querySelectorAll(".figures b");
+  text(values[0], number(data.rate));
+  text(values[1], number(data.active));
+  text(values[2], wait(data.p99));
+  drawLanes(one);
+  drawFailed(card.querySelector(".failed"), data);
+}
+
+function drawLanes(one) {
+  const list = one.card.querySelector(".lanes");
+  const left = new Set(one.lanes.keys());
+  one.data.lanes.forEach((lane, place) => {
+    let item = one.lanes.get(lane.number);
+    if (!item) one.lanes.set(lane.number, (item = copy("lane")));
+    left.delete(lane.number);
+    if (list.children[place] !== item) list.insertBefore(item, list.children[place] || null);
+    drawLane(item, lane, one.data);
+  });
+  for (const gone of left) {
+    one.lanes.get(gone).remove();
+    one.lanes.delete(gone);
+  }
+}
+
+function drawLane(item, lane, data) {
+  set(item, "data-phase", lane.phase);
+  text(item.querySelector(".number"), `generation ${lane.number}`);
+  text(item.querySelector(".phase"), lane.phase);
+  since(item.querySelector(".age"), lane.since, "");
+  const path = item.querySelector(".path");
+  text(path, lane.path.split("/").slice(-2).join("/")); // of /srv/app-8/daemon what tells releases apart
+  set(path, "title", lane.path);
+  const values = item.querySelectorAll(".numbers b");
+  const queue = lane.queue == null || data.limit == null || lane.phase !== "serving" ? number(lane.queue) : `${number(lane.queue)} / ${number(data.limit)}`;
+  [number(lane.rate), number(lane.active), queue, wait(lane.p50), wait(lane.p99)].forEach((value, place) => text(values[place], value));
+  const drain = item.querySelector(".drain");
+  drain.hidden = !lane.drain;
+  if (lane.drain) drawDrain(drain, lane);
+  drawWorkers(item.querySelector(".workers"), lane);
+}
+
+function drawDrain(drain, lane) {
+  const { left, of, what, by, more } = lane.drain;
+  const done = of ? Math.round((100 * (of - left)) / of) : 100;
+  const bar = drain.querySelector(".bar");
+  set(bar, "aria-valuenow", String(done));
+  set(bar, "aria-label", `generation ${lane.number} drained`);
+  bar.firstElementChild.style.width = `${done}%`;
+  let said = `${number(left)} of ${number(of)} ${what} left`;
+  if (by.length) said += `; kept alive by ${by.join(", ")}${more ? ` and ${more} more` : ""}`;
+  text(drain.querySelector("p"), said);
+}
+
+function drawWorkers(box, lane) {
+  const cells = box.querySelector(".cells");
+  const rest = lane.size - lane.workers.length;
+  while (cells.children.length > lane.workers.length) cells.lastElementChild.remove();
+  lane.workers.forEach(([, , state, active], place) => {
+    const cell = cells.children[place] && cells.children[place].tagName === "I" ? cells.children[place] : null;
+    const there = cell || cells.insertBefore(made("i"), cells.children[place] || null);
+    set(there, "data-state", state);
+    there.classList.toggle("active", active > 0);
+  });
+  if (rest > 0) cells.append(made("span", `and ${number(rest)} more`));
+  const states = new Map();
+  for (const [, , state] of lane.workers) states.set(state, (states.get(state) || 0) + 1);
+  const said = [...states].map(([state, count]) => `${count} ${state}`).join(", ");
+  set(cells, "aria-label", `${number(lane.size)} workers${said ? `: ${said}` : ""}${rest > 0 ? `, and ${rest} more` : ""}`);
+  box.lane = lane;
+  if (box.open) drawTable(box);
+  else if (!box.heard) {
+    box.heard = true;
+    box.addEventListener("toggle", () => box.open && drawTable(box));
+  }
+}
+
+function drawTable(box) {
+  const row = (worker) => {
+    const line = made("tr");
+    line.append(...worker.map((value, place) => made("td", place === 3 ? number(value) : String(value))));
+    return line;
+  };
+  box.querySelector("tbody").replaceChildren(...box.lane.workers.map(row));
+}
+
+function drawFailed(box, data) {
+  const failed = data.failed;
+  box.hidden = !failed;
+  if (!failed) return;
+  const key = `${failed.generation} ${failed.at} ${failed.last}`;
+  if (box.dataset.key !== key) {
+    box.dataset.key = key; // what the reader has opened or closed stays until there is another one
+    box.open = failed.last;
+  }
+  text(box.querySelector("summary"), `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`);
+  text(box.querySelector(".reason"), failed.reason);
+  const words = box.querySelector("pre");
+  words.hidden = !failed.words;
+  set(words, "aria-label", `last words of release ${failed.generation} of ${data.name}`);
+  text(words, failed.words);
+}
+
+const TITLES = ["connections a second", "active connections", "queue wait p99"];
+const SHOWN = [number, number, wait];
+function sparklines(one) {
+  one.card.querySelectorAll("svg").forEach((svg, column) => {
+    const values = [];
+    for (let at = step - STEPS + 1; at <= step; at++) {
+      const point = one.points.get(at);
+      values.push(point ? point[column] : null);
+    }
+    const known = values.filter((value) => value != null);
+    const most = Math.max(1, ...known);
+    let line = "", area = "", from = null;
+    values.forEach((value, x) => {
+      if (value != null) {
+        const y = (29 - (28 * value) / most).toFixed(1);
+        line += `${from == null ? "M" : "L"}${x} ${y}`;
+        area += from == null ? `M${x} 30L${x} ${y}` : `L${x} ${y}`;
+        if (from == null) from = x;
+      }
+      if (from != null && (value == null || x === STEPS - 1)) {
+        area += `L${value == null ? x - 1 : x} 30Z`;
+        if (value == null) from = null;
+      }
+    });
+    set(svg.children[0], "d", area);
+    set(svg.children[1], "d", line);
+    const said = known.length ? `now ${SHOWN[column](values.at(-1))}, at most ${SHOWN[column](most)}` : "not known";
+    set(svg, "aria-label", `${TITLES[column]}, ten minutes: ${said}`);
+  });
+}
+
+function summarize() {
+  const counts = new Map();
+  let rate = 0;
+  const wrong = [];
+  for (const { data, card } of instances.values()) {
+    const word = data.why ? SILENT[data.why] || data.why : data.phase;
+    counts.set(word, (counts.get(word) || 0) + 1);
+    rate += data.why ? 0 : data.rate || 0;
+    if (["bad", "warn"].includes(card.dataset.tone)) wrong.push(data);
+  }
+  const parts = [[instances.size, instances.size === 1 ? "instance" : "instances"], [rate, "connections/s"], ...[...counts].sort().map(([word, count]) => [count, word])];
+  const key = JSON.stringify(parts.map(([value, word]) => [number(value), word]));
+  const summary = $("summary");
+  if (summary.dataset.key !== key) {
+    summary.dataset.key = key;
+    summary.replaceChildren(...parts.map(([value, word]) => {
+      const item = made("li");
+      item.append(made("b", number(value)), ` ${word}`);
+      return item;
+    }));
+  }
+  wrong.sort(byName);
+  const list = $("attention").firstElementChild;
+  const troubles = JSON.stringify(wrong.map((data) => [data.id, data.name, trouble(data)]));
+  $("attention").hidden = !wrong.length;
+  if (list.dataset.key !== troubles) {
+    list.dataset.key = troubles;
+    list.replaceChildren(...wrong.map((data) => {
+      const item = made("li"), link = made("a");
+      link.href = `#i-${data.id}`;
+      link.append(made("b", data.name), " ", made("span", trouble(data)));
+      item.append(link);
+      return item;
+    }));
+  }
+  document.title = `${wrong.length ? `(${wrong.length}) ` : ""}${$("host").textContent || "SocketProtector"}`;
+  $("empty").hidden = instances.size > 0;
+  document.documentElement.toggleAttribute("data-dense", instances.size > DENSE);
+}
+
+const byName = (a, b) => a.name.localeCompare(b.name, "en", { numeric: true });
+function arrange() {
+  const sorted = [...instances.values()].sort((a, b) => byName(a.data, b.data));
+  sorted.forEach(({ card }, place) => {
+    if ($("cards").children[place] !== card) $("cards").insertBefore(card, $("cards").children[place] || null);
+  });
+  sift();
+}
+function sift() {
+  for (const { data, card } of instances.values()) card.hidden = !data.name.toLowerCase().includes(filter);
+}
+
+// -- what comes ----------------------------------------------------------------
+
+function take(one, points) {
+  if (!points || !points.step) return;
+  points.rate.forEach((_, place) => {
+    const point = [points.rate[place], points.active[place], points.p99[place]];
+    // What was seen before the exporter was started anew stays.
+    if (point.some((value) => value != null)) one.points.set(points.step - points.rate.length + 1 + place, point);
+  });
+  step = Math.max(step, points.step);
+  for (const at of one.points.keys()) if (at <= step - STEPS) one.points.delete(at);
+}
+
+function show(data) {
+  let one = instances.get(data.id);
+  const renamed = !one || one.data.name !== data.name;
+  if (!one) {
+    one = { card: copy("card"), points: new Map(), lanes: new Map() };
+    one.card.id = `i-${data.id}`;
+    instances.set(data.id, one);
+  }
+  one.data = data;
+  draw(one);
+  if (data.history) {
+    take(one, data.history);
+    delete data.history;
+    sparklines(one);
+  }
+  return renamed;
+}
+
+const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "nobody-takes", "healthy", "unhealthy"]);
+function tell(happened, live) {
+  const key = JSON.stringify(happened);
+  if (eventKeys.has(key)) return; // sent again after the connection was lost
+  eventKeys.add(key);
+  const item = made("li");
+  item.dataset.level = happened.level;
+  item.dataset.event = happened.event;
+  const time = made("time", clock(happened.at));
+  if (happened.at != null) time.dateTime = new Date(happened.at * 1000).toISOString();
+  item.append(time, made("bdi", happened.name), made("b", happened.event), made("span", happened.text, "text"));
+  item.key = key;
+  $("events").prepend(item);
+  while ($("events").children.length > EVENTS) {
+    eventKeys.delete($("events").lastElementChild.key);
+    $("events").lastElementChild.remove();
+  }
+  if (live && SAID.has(happened.event)) text($("said"), `${happened.name}: ${happened.event} ${happened.text}`);
+}
+
+function keep(ids) {
+  const there = new Set(ids);
+  for (const [id, { card }] of instances) {
+    if (!there.has(id)) {
+      card.remove();
+      instances.delete(id);
+    }
+  }
+}
+
+function link(state, words) {
+  set($("link"), "data-link", state);
+  text($("link"), words);
+}
+
+function connect() {
+  let live = false;
+  source = new EventSource("events");
+  source.addEventListener("hello", (message) => {
+    const hello = JSON.parse(message.data);
+    if (version !== null && version !== hello.version) location.reload(); // another exporter, another page
+    version = hello.version;
+    offset = Date.now() / 1000 - hello.now;
+    text($("host"), hello.host);
+    keep(hello.ids);
+    summarize();
+    link("live", "live");
+  });
+  source.addEventListener("state", (message) => {
+    const state = JSON.parse(message.data);
+    offset = Date.now() / 1000 - state.now;
+    if (state.ids) keep(state.ids);
+    let moved = false;
+    for (const data of state.instances) moved = show(data) || moved;
+    if (moved) arrange();
+    for (const [id, points] of Object.entries(state.points || {})) {
+      const one = instances.get(id);
+      if (one) {
+        take(one, points);
+        sparklines(one);
+      }
+    }
+    for (const happened of state.events) tell(happened, live);
+    live = true;
+    summarize();
+  });
+  source.onerror = () => {
+    link("lost", "connection lost, trying again");
+    if (source.readyState === EventSource.CLOSED) setTimeout(connect, 2000); // the answer was no
+  };
+}
+
+$("filter").addEventListener("input", () => {
+  filter = $("filter").value.trim().toLowerCase();
+  sift();
+});
+setInterval(() => document.querySelectorAll("[data-since]").forEach(age), 1000);
+connect();

@@ -1,0 +1,238 @@
+"""The page: what `--web` serves, to whom, and in a thread of its own.
+
+It is read-only for good: it answers GET and HEAD, takes no argument and asks instances for nothing
+but status and events.  Beside it runs /metrics (http.py), which needs none of this.
+
+Source: starlette.io; asgi.readthedocs.io; developer.mozilla.org for the headers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import os
+import re
+import socket
+import stat
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..model.errors import SystemRefused, UsageError
+from ..system.cleanup import on_error
+from .web_hub import Hub
+
+DEFAULT = "127.0.0.1:9433"
+VIEWERS = 64
+#: Connections; each viewer has one, and those of a browser that loads the page.
+_CONNECTIONS = 256
+#: A viewer that reads nothing for so long is gone.
+_UNREAD_MS = 60_000
+_BACKLOG = 64
+_FOLDER = Path(__file__).with_name("page")
+_FILES = {
+    "/": ("page.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/icon.svg": ("icon.svg", "image/svg+xml"),
+}
+#: How a browser that is on this machine calls it.  A page of another site that has its name resolve
+#: to 127.0.0.1 (DNS rebinding) comes with that site's name.
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+
+
+class _Guard:
+    """Refuses other hosts, and adds the headers to every answer."""
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = {*_LOOPBACK, *(each.lower() for each in hosts)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        app = self._app
+        if scope["type"] == "http":
+            hosts = Headers(scope=scope).getlist("host")
+            if len(hosts) != 1 or _name_in(hosts[0]) not in self._hosts:
+                app = PlainTextResponse(
+                    "not for this host name; call it localhost, or start it with --web-host NAME\n",
+                    403,
+                )
+        await app(scope, receive, send_with_headers)
+
+
+def _name_in(host: str) -> str:
+    """Return a Host header without its port."""
+    name, bracket, _ = host.partition("]")
+    return (name + bracket if host.startswith("[") else host.partition(":")[0]).lower()
+
+
+def application(hub: Hub, hosts: Sequence[str] = ()) -> ASGIApp:
+    """Return the page and its events as an ASGI application.
+
+    hosts: names by which it may be called, besides those of the loopback address.
+    """
+
+    async def events(request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        if hub.viewers >= VIEWERS:
+            return PlainTextResponse(f"{VIEWERS} viewers are there already\n", 503)
+        return StreamingResponse(hub.watch(), media_type="text/event-stream")
+
+    routes = [Route(path, _file(*file)) for path, file in _FILES.items()]
+    return _Guard(Starlette(routes=[*routes, Route("/events", events)]), hosts)
+
+
+def _file(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
+    content = (_FOLDER / name).read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=kind)
+
+    return answer
+
+
+class Page:
+    """A socket that listens, and a thread that serves the page there."""
+
+    def __init__(self, address: str, hosts: Sequence[str], find: Callable[[], list[str]]) -> None:
+        """Bind and listen.  Raises UsageError and OSError.
+
+        address: what `--web` was given; find: returns the control sockets, and may block.
+        """
+        self._hosts, self._find = hosts, find
+        self._path, self._socket = "", socket.socket()
+        if address.startswith(("/", "unix:")):
+            self._path, self._socket = _bind_unix(address)
+        else:
+            self._socket = _bind_tcp(address)
+
+    @property
+    def where(self) -> str:
+        """Where it answers, in words."""
+        if self._path:
+            return f"unix:{self._path}"
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+    def start(self) -> None:
+        """Serve for as long as the process lives."""
+        threading.Thread(target=self._run, name="page", daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more, and remove the socket file."""
+        self._socket.close()
+        if self._path:
+            try:
+                os.unlink(self._path)
+            except FileNotFoundError:
+                pass
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except BaseException:  # without the page it would only look as if all were well
+            traceback.print_exc()
+            os._exit(SystemRefused.status)
+
+    async def _serve(self) -> None:
+        hub = Hub(self._find)
+        config = uvicorn.Config(
+            application(hub, self._hosts),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_CONNECTIONS,
+        )
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(hub.run())
+            tasks.create_task(uvicorn.Server(config).serve(sockets=[self._socket]))
+
+
+def _bind_tcp(address: str) -> socket.socket:
+    host, colon, port = address.rpartition(":")
+    if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        raise UsageError(f"--web {address}: write {DEFAULT}, [::1]:9433 or /PATH?mode=0660")
+    host = "127.0.0.1" if host.lower() == "localhost" else host.strip("[]")
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback:
+        raise UsageError(
+            f"--web {address}: the page has no log-in, and last words may hold secrets, so it is "
+            "for 127.0.0.1, [::1] or a UNIX socket (/PATH?mode=0660) only; for others put your own "
+            "proxy with a log-in before it"
+        )
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    with on_error(made.close):
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What it accepts inherits that: a viewer that has gone to sleep keeps no place for ever.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_MS)
+        made.bind((host, int(port)))
+        made.listen(_BACKLOG)
+    return made
+
+
+def _bind_unix(address: str) -> tuple[str, socket.socket]:
+    """Bind a path; a socket file on which no process listens is replaced."""
+    path, _, query = address.removeprefix("unix:").partition("?")
+    options = dict(each.partition("=")[::2] for each in query.split("&") if each)
+    mode = options.pop("mode", "0600")
+    if options or not path.startswith("/") or not re.fullmatch(r"0?[0-7]{3}", mode):
+        raise UsageError(f"--web {address}: write an absolute path and its mode: /PATH?mode=0660")
+    made = socket.socket(socket.AF_UNIX)
+    with on_error(made.close):
+        _remove_stale(path)
+        # The mode must hold from the first moment, so the umask makes it: no other thread runs yet.
+        before = os.umask(0o777 & ~int(mode, 8))
+        try:
+            made.bind(path)
+        finally:
+            os.umask(before)
+        made.listen(_BACKLOG)
+    return path, made
+
+
+def _remove_stale(path: str) -> None:
+    """Remove a socket file that another exporter has left."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return  # bind() refuses it
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)

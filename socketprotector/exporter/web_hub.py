@@ -1,0 +1,275 @@
+"""Keeps one control connection to each instance, and tells viewers what has changed.
+
+However many viewers there are, an instance is asked once and each change is encoded once.  A viewer
+gets the newest state when it is ready for more: one that reads slowly holds nothing up, and nothing
+piles up for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
+
+from .. import __version__
+from ..ctl.client import LONGEST_LINE, VERSION, Message, connect
+from ..ctl.errors import NoProtector, RequestRefused
+from ..ctl.query_all import SocketAnswer
+from .collector import labels
+from .web_model import STEP_S, Instance, event_line
+
+#: How often an instance is asked for its status: while something changes and somebody looks, while
+#: nothing does, and while nobody looks (a step of the sparklines).
+BUSY_S, QUIET_S, UNSEEN_S = 1.0, 2.5, float(STEP_S)
+#: After an event: at once, but not for each of a hundred in a row.
+_EVENTFUL_S = 0.1
+_ANSWER_S = 2.0
+_LOOK_FOR_S = 2.0
+_RECONNECT_S, _RECONNECT_MOST_S = 0.1, 5.0
+EVENTS = 200
+#: Changes of this long are told together.
+_GATHER_S = 0.1
+#: So that both sides learn of a connection that has gone.
+_BEAT_S = 15.0
+#: Instances at a time for a new viewer.
+_PART = 8
+
+_EVENTS_PLEASE = json.dumps({"v": VERSION, "id": "events", "command": "events"}).encode() + b"\n"
+_STATUS_PLEASE = json.dumps({"v": VERSION, "id": "status", "command": "status"}).encode() + b"\n"
+
+
+class _Feed:
+    """An instance, its connection, and when it last changed."""
+
+    def __init__(self, path: str) -> None:
+        self.instance = Instance(path)
+        self.changed = 0
+        self.encoded = b""
+        self.task: asyncio.Task[None] | None = None
+
+
+class Hub:
+    """All instances, and whoever looks at them.  For one event loop."""
+
+    def __init__(self, find: Callable[[], list[str]]) -> None:
+        """find: returns the paths of control sockets; may block, and is called in a thread."""
+        self._find = find
+        self._feeds: dict[str, _Feed] = {}
+        self._change = 0  # counts all changes
+        self._listed = 0  # the one in which an instance came, went or got another name
+        self._ticked = 0
+        self._events: deque[tuple[int, bytes]] = deque(maxlen=EVENTS)
+        self._viewers: set[asyncio.Event] = set()
+
+    @property
+    def viewers(self) -> int:
+        return len(self._viewers)
+
+    async def run(self) -> None:
+        """Look for instances, and follow each; until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tick())
+            while True:
+                self._follow(await asyncio.to_thread(self._find), tasks)
+                await asyncio.sleep(_LOOK_FOR_S)
+
+    async def watch(self) -> AsyncIterator[bytes]:
+        """Yield server-sent events: all there is, then what changes."""
+        news = asyncio.Event()
+        self._viewers.add(news)
+        try:
+            seen = self._change
+            hello = {"version": __version__, "host": socket.gethostname(), "ids": self._ids()}
+            yield _message(b"hello", _json({**hello, "now": time.time()}))
+            for part in _parts(list(self._feeds.values()), _PART):
+                yield _message(b"state", _state(instances=map(_with_history, part)))
+            yield _message(b"state", _state(events=[line for _, line in self._events]))
+            while True:
+                try:
+                    async with asyncio.timeout(_BEAT_S):
+                        await news.wait()
+                except TimeoutError:
+                    yield b":\n\n"
+                    continue
+                await asyncio.sleep(_GATHER_S)
+                news.clear()
+                before, seen = seen, self._change
+                yield _message(b"state", self._since(before))
+        finally:
+            self._viewers.discard(news)
+
+    # -- telling -----------------------------------------------------------------
+
+    def _changed(self) -> int:
+        self._change += 1
+        for each in self._viewers:
+            each.set()
+        return self._change
+
+    def _since(self, change: int) -> bytes:
+        return _state(
+            instances=[feed.encoded for feed in self._feeds.values() if feed.changed > change],
+            events=[line for number, line in self._events if number > change],
+            ids=self._ids() if self._listed > change else None,
+            points=self._points() if self._ticked > change else None,
+        )
+
+    def _ids(self) -> list[str]:
+        return [feed.instance.id for feed in self._feeds.values()]
+
+    def _points(self) -> dict[str, Any]:
+        """The newest of each sparkline; short, as each viewer gets it every STEP_S."""
+        return {feed.instance.id: feed.instance.history.points(2) for feed in self._feeds.values()}
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(STEP_S)
+            self._ticked = self._changed()
+
+    def _show(self, feed: _Feed) -> None:
+        """Tell of an instance if it looks otherwise than before."""
+        encoded = _json(feed.instance.shown())
+        if encoded != feed.encoded:
+            feed.encoded, feed.changed = encoded, self._changed()
+
+    # -- following ---------------------------------------------------------------
+
+    def _follow(self, paths: Sequence[str], tasks: asyncio.TaskGroup) -> None:
+        """Begin with what is new, and forget what is gone."""
+        listed = list(self._feeds)
+        for path in set(listed) - set(paths):
+            task = self._feeds.pop(path).task
+            if task is not None:
+                task.cancel()
+        for path in paths:
+            if path not in self._feeds:
+                feed = self._feeds[path] = _Feed(path)
+                feed.task = tasks.create_task(self._keep(feed))
+        self._name()
+        if listed != list(self._feeds):
+            self._listed = self._changed()
+
+    def _name(self) -> None:
+        """Call each by its name; two that have the same are told apart."""
+        feeds = list(self._feeds.values())
+        found = [SocketAnswer(each.instance.path, each.instance.status) for each in feeds]
+        for feed, name in zip(feeds, labels(found), strict=True):
+            if name != feed.instance.name:
+                feed.instance.name = name
+                self._show(feed)
+
+    async def _keep(self, feed: _Feed) -> None:
+        """Stay connected to an instance; connect again where that ends."""
+        pause_s = _RECONNECT_S
+        while True:
+            try:
+                began = time.monotonic()
+                await self._hear(feed)
+                why = "gone"
+            except (NoProtector, RequestRefused) as error:
+                why = error.code
+            except (OSError, asyncio.LimitOverrunError):
+                why = "gone"
+            except Exception:  # a status that no protector would send
+                why = "no protector"
+            if time.monotonic() - began > _RECONNECT_MOST_S:
+                pause_s = _RECONNECT_S
+            feed.instance.lost(why)
+            self._show(feed)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _RECONNECT_MOST_S)
+
+    async def _hear(self, feed: _Feed) -> None:
+        """Ask an instance, and hear its events, until the connection ends."""
+        reader, writer = await asyncio.open_unix_connection(
+            sock=connect(feed.instance.path, 0), limit=LONGEST_LINE
+        )
+        try:
+            writer.write(_EVENTS_PLEASE + _STATUS_PLEASE)
+            asked_at, answered = time.monotonic(), False
+            due = asked_at + _ANSWER_S
+            while True:
+                try:
+                    async with asyncio.timeout(None if due == math.inf else due - time.monotonic()):
+                        line = await reader.readuntil()
+                except TimeoutError:
+                    if not answered:  # suspended, it may be; the answer comes when it goes on
+                        feed.instance.lost("silent")
+                        self._show(feed)
+                        due = math.inf
+                        continue
+                    writer.write(_STATUS_PLEASE)
+                    asked_at, answered = time.monotonic(), False
+                    due = asked_at + _ANSWER_S
+                    continue
+                except asyncio.IncompleteReadError:
+                    return
+                message = json.loads(line)
+                if "event" in message:
+                    self._heard(feed, message)
+                    if answered:
+                        due = min(due, max(time.monotonic(), asked_at + _EVENTFUL_S))
+                elif not message.get("ok"):
+                    raise RequestRefused(str(message.get("code")), str(message.get("error")))
+                elif message.get("id") == "status":
+                    before = feed.changed
+                    self._saw(feed, message["result"])
+                    answered = True
+                    due = asked_at + self._interval_s(changes=feed.changed != before)
+        finally:
+            writer.close()
+
+    def _interval_s(self, *, changes: bool) -> float:
+        if not self._viewers:
+            return UNSEEN_S
+        return BUSY_S if changes else QUIET_S
+
+    def _saw(self, feed: _Feed, status: Message) -> None:
+        first = feed.instance.status is None
+        feed.instance.see(status, time.monotonic(), time.time())
+        if first:
+            self._name()
+        self._show(feed)
+
+    def _heard(self, feed: _Feed, message: Message) -> None:
+        shown = {"id": feed.instance.id, "name": feed.instance.name, **event_line(message)}
+        self._events.append((self._changed(), _json(shown)))
+
+
+def _with_history(feed: _Feed) -> bytes:
+    return _json({**feed.instance.shown(), "history": feed.instance.history.points()})
+
+
+def _state(
+    instances: Iterable[bytes] = (),
+    events: Iterable[bytes] = (),
+    ids: list[str] | None = None,
+    points: dict[str, Any] | None = None,
+) -> bytes:
+    found = b'{"now":%.3f,"instances":[%b],"events":[%b]' % (
+        time.time(),
+        b",".join(instances),
+        b",".join(events),
+    )
+    if ids is not None:
+        found += b',"ids":' + _json(ids)
+    if points is not None:
+        found += b',"points":' + _json(points)
+    return found + b"}"
+
+
+def _message(event: bytes, data: bytes) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (event, data)
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
+def _parts(whole: list[_Feed], size: int) -> Iterable[list[_Feed]]:
+    return (whole[at : at + size] for at in range(0, len(whole), size))

@@ -1,0 +1,357 @@
+"""What the page shows of one instance, made of its statuses and events.
+
+Pure: times are arguments, and everything returned is JSON.  Texts of workers (reasons, last words,
+STATUS=) are cut and have no control characters; the page inserts them as text, never as HTML.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from ..ctl.fields import Status, is_lame_duck, label, listed, measure, number_in, text_in
+from ..model import text
+from ..model.waits import quantile_us
+
+#: Rates and waits are those of this long.
+WINDOW_S = 5.0
+#: Sparklines: ten minutes.
+STEP_S = 5
+POINTS = 120
+#: More workers than that are a number.
+CELLS = 96
+#: Of those that keep a draining generation alive.
+_NAMED = 4
+_LINE_CHARACTERS = 240
+#: The end of last words says what happened.
+_WORDS_CHARACTERS = 4000
+_BUCKETS = 32
+_GROWING = ("rate", "active", "p99")
+_PHASES = ("starting", "settling", "serving", "draining", "abandoned")
+_NOT_FIELDS = ("v", "event", "at", "level", "last_words")
+
+#: A generation, also of another protector at the same socket: its number begins anew there.
+_Key = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """What had been counted at a time, by generation: None where nothing is known."""
+
+    at: float
+    forwarded: float | None
+    taken: Mapping[_Key, float | None]
+    waits: Mapping[_Key, Sequence[int]]
+
+
+@dataclass(slots=True)
+class History:
+    """The last POINTS steps of STEP_S seconds; NaN where nothing is known."""
+
+    _step: int = 0
+    _values: dict[str, array[float]] = field(
+        default_factory=lambda: {name: array("d", [math.nan] * POINTS) for name in _GROWING}
+    )
+
+    def put(self, at: float, **values: float | None) -> None:
+        """Set the values of the step that `at` is in."""
+        step = int(at // STEP_S)
+        # After a gap, or if the clock was set back, nothing old may pass for new.
+        known = 0 <= step - self._step < POINTS
+        for missed in range(self._step + 1 if known else step - POINTS + 1, step):
+            self._set(missed, dict.fromkeys(_GROWING))
+        self._step = step
+        self._set(step, values)
+
+    def _set(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, column in self._values.items():
+            value = values[name]
+            column[step % POINTS] = math.nan if value is None else value
+
+    def points(self, last: int = POINTS) -> dict[str, Any]:
+        """Return the last so many steps, the oldest first, and which one is the newest."""
+        steps = range(self._step - last + 1, self._step + 1) if self._step else ()
+        found = {
+            name: [_rounded(column[step % POINTS]) for step in steps]
+            for name, column in self._values.items()
+        }
+        unknown = sum(1 for _ in takewhile(_are_unknown, zip(*found.values(), strict=True)))
+        return {"step": self._step, **{name: row[unknown:] for name, row in found.items()}}
+
+
+def _are_unknown(values: Iterable[float | None]) -> bool:
+    return all(value is None for value in values)
+
+
+def _rounded(value: float | None) -> float | int | None:
+    """Return a number of few characters."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(value) if value >= 10 else round(value, 1)
+
+
+class Instance:
+    """One control socket, living or not."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        #: The same after a restart, so that a page that stayed open recognizes it.
+        self.id = hashlib.blake2s(path.encode("utf-8", "replace"), digest_size=5).hexdigest()
+        self.name = path
+        self.history = History()
+        self.status: Status | None = None
+        self.why = "connecting"  # there is no status
+        self._shown: dict[str, Any] = {}
+        self._samples: deque[_Sample] = deque()
+        self._most: dict[_Key, tuple[float, int]] = {}  # connections, workers: as it began to drain
+        self._failed: dict[str, Any] | None = None
+
+    def lost(self, why: str) -> None:
+        """Take in that it does not answer; what it last said stays."""
+        self.why = why
+        self._samples.clear()
+
+    def see(self, status: Status, at: float, clock: float) -> None:
+        """Take in a status.  at: a monotonic time; clock: since the epoch."""
+        self.status, self.why = status, ""
+        sample = _sample(status, at)
+        if self._samples and _went_back(self._samples[-1], sample):
+            self._samples.clear()  # another protector's counts
+        self._samples.append(sample)
+        while len(self._samples) > 2 and self._samples[1].at <= at - WINDOW_S:
+            self._samples.popleft()
+        self._shown = self._see(status)
+        self.history.put(clock, **{name: self._shown[name] for name in _GROWING})
+
+    def shown(self) -> dict[str, Any]:
+        """Return all of it but the history."""
+        return {"id": self.id, "name": self.name, "why": self.why, **self._shown}
+
+    # -- making it ---------------------------------------------------------------
+
+    def _see(self, status: Status) -> dict[str, Any]:
+        generations = listed(status, "generations")
+        lanes = [self._lane(each) for each in generations]
+        living = {_key(each) for each in generations}
+        self._most = {key: most for key, most in self._most.items() if key in living}
+        waits = self._waits(living)
+        return {
+            "phase": _line(label(status, "phase") or "unknown"),
+            "notes": _notes(status),
+            "health": _health(status)[0],
+            "version": _line(text_in(status, "version")),
+            "pid": number_in(status, "pid"),
+            "started": measure(status, "started_at"),
+            "restarts": number_in(status, "restarts"),
+            "crashes": number_in(status, "crashes"),
+            "listens": [_line(text_in(each, "address")) for each in listed(status, "listeners")],
+            "rate": self._rate(lanes),
+            "active": _sum(lane["active"] for lane in lanes if lane["counts"]),
+            "queue": _sum(lane["queue"] for lane in lanes if lane["counts"]),
+            "limit": measure(status, "queue_limit"),
+            "backlog": _sum(measure(each, "backlog") for each in listed(status, "listeners")),
+            "p50": quantile_us(waits, 0.50),
+            "p99": quantile_us(waits, 0.99),
+            "lanes": sorted(lanes, key=lambda lane: -lane["number"]),
+            "failed": self._last_failure(status),
+        }
+
+    def _lane(self, generation: Status) -> dict[str, Any]:
+        key, phase = _key(generation), label(generation, "phase")
+        workers = listed(generation, "workers")
+        waits = self._waits([key])
+        since = {"draining": "draining_since_at", "serving": "serving_since_at"}
+        return {
+            "number": number_in(generation, "number"),
+            "phase": phase if phase in _PHASES else "unknown",
+            "since": measure(generation, since.get(phase or "", "opened_at")),
+            "path": _line(text_in(generation, "path")),
+            # Nothing was given to it yet, so there is nothing that it could not count.
+            "counts": phase not in ("starting", "abandoned"),
+            "rate": _rounded(self._difference(lambda sample: sample.taken.get(key))),
+            "active": measure(generation, "active"),
+            "queue": measure(generation, "queue"),
+            "untaken": measure(generation, "untaken_s"),
+            "p50": quantile_us(waits, 0.50),
+            "p99": quantile_us(waits, 0.99),
+            "ready": sum(label(each, "state") in ("ready", "retiring") for each in workers),
+            "size": len(workers),
+            "workers": [_cell(each) for each in workers[:CELLS]],
+            "drain": self._drain(key, generation, workers, drains=phase == "draining"),
+        }
+
+    def _drain(
+        self, key: _Key, generation: Status, workers: Sequence[Status], *, drains: bool
+    ) -> dict[str, Any] | None:
+        """How far a generation is, and who keeps it alive.
+
+        By its connections; by its workers where those are not counted.
+        """
+        active, most = measure(generation, "active"), self._most.get(key, (0.0, 0))
+        if not drains:  # from here on it can only become fewer
+            self._most[key] = active or 0.0, len(workers)
+            return None
+        self._most[key] = max(most[0], active or 0.0), max(most[1], len(workers))
+        left, most_of_them = (active, most[0]) if active is not None else (len(workers), most[1])
+        keeping = [each for each in workers if _keeps_alive(each)]
+        keeping.sort(key=lambda each: -(measure(each, "active") or 0.0))
+        return {
+            "left": left,
+            "of": max(left, most_of_them),
+            "what": "connections" if active is not None else "workers",
+            "by": [_keeper(each) for each in keeping[:_NAMED]],
+            "more": max(0, len(keeping) - _NAMED),
+        }
+
+    def _last_failure(self, status: Status) -> dict[str, Any] | None:
+        ended = [each for each in listed(status, "reloads") if label(each, "result") != "running"]
+        failed = [each for each in ended if label(each, "result") == "failed"]
+        if failed:
+            reason = text_in(failed[-1], "reason")
+            self._failed = {
+                "generation": number_in(failed[-1], "generation"),
+                "at": measure(failed[-1], "ended_at"),
+                "reason": _line(text.headline(reason)),
+                "words": words_of(reason.partition("\n")[2]),
+            }
+        if self._failed is None:
+            return None
+        return {**self._failed, "last": bool(failed) and failed[-1] is ended[-1]}
+
+    def _rate(self, lanes: Iterable[Mapping[str, Any]]) -> float | int | None:
+        """Connections a second: as the protector counts them, else as the workers do."""
+        forwarded = self._difference(lambda sample: sample.forwarded)
+        if forwarded is not None:
+            return _rounded(forwarded)
+        return _rounded(_sum(lane["rate"] for lane in lanes if lane["counts"]))
+
+    def _difference(self, of: Callable[[_Sample], float | None]) -> float | None:
+        """How much a count has grown a second, within the window; None where that is not known."""
+        known = [
+            (sample.at, value) for sample in self._samples if (value := of(sample)) is not None
+        ]
+        if len(known) < 2 or self._samples[-1].at != known[-1][0] or known[-1][0] <= known[0][0]:
+            return None
+        return max(0.0, (known[-1][1] - known[0][1]) / (known[-1][0] - known[0][0]))
+
+    def _waits(self, keys: Iterable[_Key]) -> list[int]:
+        """How many connections waited how long within the window, of all these generations."""
+        found = [0] * _BUCKETS
+        for key in keys:
+            known = [sample.waits[key] for sample in self._samples if key in sample.waits]
+            if len(known) > 1:
+                for bucket in range(_BUCKETS):
+                    found[bucket] += max(0, known[-1][bucket] - known[0][bucket])
+        return found
+
+
+def event_line(message: Status) -> dict[str, Any]:
+    """Return what the page shows of an event."""
+    fields = [
+        f"{_line(name)}={text.field(value)}"
+        for name, value in message.items()
+        if name not in _NOT_FIELDS and isinstance(value, str | int | float)
+    ]
+    return {
+        "at": measure(message, "at"),
+        "level": label(message, "level") or "info",
+        "event": _line(label(message, "event") or ""),
+        "text": _cut(" ".join(fields)),
+    }
+
+
+def words_of(last_words: str) -> str:
+    """Return the end of last words, in lines without control characters."""
+    words = last_words.strip("\n")[-_WORDS_CHARACTERS:]
+    return "\n".join(map(text.escape, words.replace("\t", "    ").split("\n")))
+
+
+def _notes(status: Status) -> list[str]:
+    """Return what an operator should know beside the phase."""
+    found = []
+    if measure(status, "held_s") is not None:
+        found.append("held: accepts nothing")
+    state, last = _health(status)
+    if state == "unhealthy":
+        found.append(_cut(f"unhealthy: {_line(last)}"))
+    if is_lame_duck(status):
+        found.append("lame duck: /readyz says 503")
+    for each in listed(status, "generations"):
+        if (untaken := measure(each, "untaken_s")) is not None:
+            number = number_in(each, "number")
+            found.append(f"generation {number}: a client has waited for {untaken:.0f} s")
+    return found
+
+
+def _health(status: Status) -> tuple[str, str]:
+    """Return what comes of --health: its state, which is empty without it, and the last answer."""
+    health = status.get("health")
+    if not isinstance(health, dict):
+        return "", ""
+    state = label(health, "state")
+    known = state in ("healthy", "unhealthy")
+    return str(state) if known else "unknown", text_in(health, "last")
+
+
+def _cell(worker: Status) -> list[Any]:
+    """Number, pid, state, connections, STATUS=."""
+    return [
+        number_in(worker, "number"),
+        number_in(worker, "pid"),
+        _line(label(worker, "state") or "unknown"),
+        measure(worker, "active"),
+        _cut(_line(text_in(worker, "status")), 80),
+    ]
+
+
+def _keeps_alive(worker: Status) -> bool:
+    # Unknown, or processes that an ended worker has left: it is that one's turn all the same.
+    return measure(worker, "active") != 0.0
+
+
+def _keeper(worker: Status) -> str:
+    pid, active = number_in(worker, "pid"), measure(worker, "active")
+    if label(worker, "state") == "orphaned":
+        return f"processes that worker {number_in(worker, 'number')} has left (ps -s {pid})"
+    known = "" if active is None else f": {active:.0f}"
+    return f"worker {number_in(worker, 'number')} (pid {pid}){known}"
+
+
+def _sample(status: Status, at: float) -> _Sample:
+    taken, waits = {}, {}
+    for each in listed(status, "generations"):
+        key = _key(each)
+        taken[key] = measure(each, "accepted")
+        waited = each.get("wait_us")
+        buckets = waited.get("buckets") if isinstance(waited, dict) else None
+        if isinstance(buckets, list) and len(buckets) == _BUCKETS:
+            waits[key] = [each if isinstance(each, int) else 0 for each in buckets]
+    return _Sample(at, measure(status, "forwarded"), taken, waits)
+
+
+def _went_back(before: _Sample, now: _Sample) -> bool:
+    return (now.forwarded or 0.0) < (before.forwarded or 0.0)
+
+
+def _key(generation: Status) -> _Key:
+    return measure(generation, "number") or 0.0, measure(generation, "opened_at") or 0.0
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    """Add up; None where one is not known, or there is none."""
+    found = list(values)
+    return sum(found) if found and None not in found else None  # type: ignore[arg-type]
+
+
+def _line(value: str) -> str:
+    return _cut(text.escape(value))
+
+
+def _cut(value: str, characters: int = _LINE_CHARACTERS) -> str:
+    return value if len(value) <= characters else value[: characters - 1] + "…"

@@ -1,0 +1,377 @@
+"""The page in Chromium: what a viewer sees of protectors that reload, fail, come and go.
+
+What decides is the order of events; the time from an event to the page is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from tests.browser.driver import Browser
+from tests.load import Load
+from tests.running import Client, Protector
+from tests.scenarios.tools import Release, library_worker
+from tests.unit.ctl.fake import Fake, generation, reload, status, worker
+from tests.unit.exporter.conftest import Exporter
+
+Fakes = Callable[[str], Fake]
+Starter = Callable[..., Exporter]
+Protectors = Callable[..., Protector]
+#: axe-core's axe.min.js; `make test-page` installs it.
+AXE = Path(os.environ.get("SOCKETPROTECTOR_AXE", "node_modules/axe-core/axe.min.js"))
+#: Where screenshots go: those of docs/page.md are made by `make test-page SHOTS=docs/images`.
+SHOTS = os.environ.get("SOCKETPROTECTOR_SHOTS")
+#: How long there is load before them: ten minutes fill the sparklines.
+LOADED_S = float(os.environ.get("SOCKETPROTECTOR_LOADED_S", "1"))
+WEB = ("--web", "127.0.0.1:0")
+DRAIN = "(document.querySelector('.drain:not([hidden]) p')?.textContent ?? '')"
+#: From code that is not the page's own: what last words and names may have in them.
+HOSTILE = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>&lt;b&gt;\u202e'
+TAB, ENTER = "\ue004", "\ue007"
+#: Phone, laptop, wall.
+SIZES = ((390, 844), (1280, 900), (3840, 2160))
+
+
+def card(name: str) -> str:
+    """An expression: the card of an instance."""
+    return (
+        "[...document.querySelectorAll('.card')]"
+        f".find(c => c.querySelector('.name').textContent === {json.dumps(name)})"
+    )
+
+
+def lane(name: str, number: int) -> str:
+    """An expression: the phase of a generation of an instance, as the page shows it."""
+    return (
+        f"[...({card(name)})?.querySelectorAll('.lane') ?? []].find(l => "
+        f"l.querySelector('.number').textContent === 'generation {number}')?.dataset.phase"
+    )
+
+
+def happened(event: str, name: str = "") -> str:
+    """An expression: whether the list of events has one of these."""
+    of = f" && e.querySelector('bdi').textContent === {json.dumps(name)}" if name else ""
+    is_one = f"e.dataset.event === {json.dumps(event)}{of}"
+    return f"[...document.querySelectorAll('#events li')].some(e => {is_one})"
+
+
+def seen(browser: Browser, exporter: Exporter, *names: str) -> None:
+    """Open the page, and wait for these instances."""
+    browser.open(f"{exporter.page}/")
+    for name in names:
+        browser.until(f"({card(name)})?.querySelector('.lane')", f"{name} on the page")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Release:
+    made = Release(tmp_path / "daemon")
+    made.becomes(*library_worker("obeys", "8"))
+    return made
+
+
+def started(
+    protector: Protectors, runtime: Path, name: str, release: Release, *more: str
+) -> Protector:
+    return protector(
+        *("--control", runtime / f"{name}.control", "--name", name, "--workers", "4"),
+        *("--log-prefix", *more, "127.0.0.1:0", "--", release.path),
+    ).ready()
+
+
+def violations(browser: Browser) -> list[str]:
+    """What axe-core finds wrong with the page as it is now."""
+    browser.run(AXE.read_text(encoding="utf-8") + "; window.axe = axe;")
+    found = browser.wait(
+        "const done = arguments[0];"
+        "axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map("
+        "v => v.id + ': ' + v.nodes.map(n => n.target + ' ' + n.failureSummary).join('; '))))"
+    )
+    assert isinstance(found, list)
+    return found
+
+
+def watch(browser: Browser, **wanted: str) -> None:
+    """Note when an expression is first true: `window.seen[name]`, in seconds since the epoch."""
+    looks = "".join(
+        f"if (!('{name}' in seen) && ({expression})) seen['{name}'] = Date.now() / 1000;"
+        for name, expression in wanted.items()
+    )
+    browser.run(
+        f"const seen = window.seen = {{}}; const look = () => {{ {looks} }};"
+        "new MutationObserver(look).observe(document.body,"
+        " {subtree: true, childList: true, attributes: true, characterData: true});"
+    )
+
+
+def test_a_reload_under_load_is_seen_in_its_order(
+    browser: Browser, exporter: Starter, protector: Protectors, runtime: Path, release: Release
+) -> None:
+    web = started(protector, runtime, "web", release)
+    one = exporter(*WEB, "--control", runtime / "web.control")
+    seen(browser, one, "web")
+    browser.until(f"{lane('web', 1)} === 'serving'")
+    watch(
+        browser,
+        reloading=happened("reloading"),
+        reloaded=happened("reloaded"),
+        serving=f"{lane('web', 2)} === 'serving'",
+    )
+    held = Client(("127.0.0.1", web.port), "kept")
+    held.hear()
+    with Load(f"127.0.0.1:{web.port}") as load:
+        web.reload()
+        browser.until("window.seen.reloaded && window.seen.serving", "the reload on the page")
+        browser.until(f"{lane('web', 1)} === 'draining'")
+    browser.until(f"{DRAIN}.startsWith('1 of ')")
+    assert "kept alive by worker" in browser.text(".drain:not([hidden]) p")
+    held.close()
+    browser.until(f"{lane('web', 1)} === undefined", "the old generation gone")
+
+    assert load.snapshot().failures == ()
+    times = browser.run("return window.seen")
+    assert times["reloading"] <= times["reloaded"]
+    at = browser.run(
+        "return [...document.querySelectorAll('#events li')]"
+        ".find(e => e.dataset.event === 'reloaded').querySelector('time').dateTime"
+    )
+    happened_at = datetime.fromisoformat(at).timestamp()
+    for name in ("reloaded", "serving"):
+        print(f"FIGURE {name}: {(times[name] - happened_at) * 1000:.0f} ms after its event")
+
+
+def test_a_broken_release_shows_its_last_words_as_text(
+    browser: Browser, exporter: Starter, protector: Protectors, runtime: Path, release: Release
+) -> None:
+    web = started(protector, runtime, "web", release)
+    seen(browser, exporter(*WEB, "--control", runtime / "web.control"), "web")
+    words = runtime / "words"
+    words.write_text(f"Traceback\n{HOSTILE}\nno module named payments\n", encoding="utf-8")
+    release.write(f"#!/bin/sh\ncat {words}\nexit 1\n")
+
+    web.signal(signal.SIGHUP)
+
+    browser.until("document.querySelector('.failed pre')?.textContent", "last words")
+    shown = browser.text(".failed pre")
+    assert "no module named payments" in shown
+    assert HOSTILE.replace("\u202e", "\\u202e") in shown
+    assert browser.run("return document.querySelector('.failed').open")
+    assert "release 2 failed" in browser.text("#attention")
+    assert browser.run("return document.querySelectorAll('img, pre *, #events script').length") == 0
+    assert browser.run("return window.hit") is None
+    # Even code that runs in the page cannot make elements of text: the browser refuses.
+    refused = (
+        "try { document.body.innerHTML = arguments[0]; return 'made' } catch (e) { return e.name }"
+    )
+    assert browser.run(refused, HOSTILE) == "TypeError"
+    assert browser.run(f"return {lane('web', 1)}") == "serving"
+
+    release.becomes(*library_worker("obeys", "8"))
+    web.reload()
+    browser.until("!document.querySelector('.failed').open", "the failure of before, closed")
+    browser.until("document.querySelector('#attention').hidden")
+
+
+def test_names_and_status_texts_are_text_too(
+    browser: Browser, exporter: Starter, fakes: Fakes
+) -> None:
+    fake = fakes("web")
+    hostile = {"name": HOSTILE, "version": HOSTILE, "phase": HOSTILE}
+    fake.status = status(
+        generation(8, "serving", worker(1, status=HOSTILE, state=HOSTILE), path=HOSTILE), **hostile
+    )
+    browser.open(f"{exporter(*WEB, '--control', fake.path).page}/")
+    browser.until("document.querySelector('.lane')")
+    fake.following()[0].event(HOSTILE, reason=HOSTILE, generation=HOSTILE)
+    browser.until("document.querySelector('#events li')")
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.until("document.querySelector('td')")
+
+    assert browser.text(".name").startswith("<img src=x")
+    assert browser.run("return document.querySelectorAll('img, body script').length") == 0
+    assert browser.run("return window.hit") is None
+
+
+@pytest.fixture
+def hundred(fakes: Fakes) -> list[Fake]:
+    made = [fakes(f"shop-{number:02}") for number in range(100)]
+    for number, each in enumerate(made):
+        workers = [worker(place, active=place % 2) for place in range(4)]
+        each.status["generations"] = [generation(8, "serving", *workers)]
+        if number % 10 == 3:
+            old = [worker(9, active=3), worker(10, active=0)]
+            each.status["generations"].append(generation(7, "draining", *old, active=3))
+    made[42].status["reloads"] = [reload(9, "failed", "exit 1; its last words:\nno such table")]
+    return made
+
+
+def test_a_hundred_instances_are_found_by_name_and_by_trouble(
+    browser: Browser, exporter: Starter, hundred: list[Fake]
+) -> None:
+    one = exporter(*WEB)
+    browser.open(f"{one.page}/")
+    browser.until("document.querySelectorAll('.card .lane').length >= 110", "all of them")
+
+    names = browser.run("return [...document.querySelectorAll('.name')].map(n => n.textContent)")
+    # Others may run on this machine, in /run.
+    ours = [each for each in names if each.startswith("shop-")]
+    assert ours == [f"shop-{number:02}" for number in range(100)]
+    assert names == sorted(names)
+    assert f"{len(names)} instances" in browser.text("#summary")
+    link = f'document.querySelector(`[href="#${{({card("shop-42")}).id}}"]`)'
+    assert browser.run(f"return {link}.textContent") == "shop-42 release 9 failed"
+    browser.run(f"{link}.click()")
+    focused = "return document.activeElement.querySelector('.name')?.textContent"
+    assert browser.run(focused) == "shop-42"
+    browser.run("document.querySelector('#filter').focus()")
+    browser.keys(*"shop-07")
+    shown = "[...document.querySelectorAll('.card')].filter(c => !c.hidden).length"
+    browser.until(f"{shown} === 1")
+
+    # What comes and goes has its place.
+    hundred[7].end()
+    browser.until(f"({card('shop-07')}).dataset.phase === 'silent'")
+    hundred[7].path.unlink()
+    browser.until(f"({card('shop-07')}) === undefined")
+
+
+def test_an_exporter_that_is_started_again_is_found_again(
+    browser: Browser, exporter: Starter, fakes: Fakes, free_port: Callable[[], int]
+) -> None:
+    fake, where = fakes("web"), f"127.0.0.1:{free_port()}"
+    first = exporter("--web", where)
+    seen(browser, first, "web")
+    browser.until("document.querySelector('#link').textContent === 'live'")
+    fake.following()[0].event("reloading")
+    browser.until(happened("reloading"))
+
+    assert first.end() == 0
+    browser.until("document.querySelector('#link').dataset.link === 'lost'")
+    assert "trying again" in browser.text("#link")
+    fake.status["restarts"] = 7
+    exporter("--web", where)
+
+    browser.until("document.querySelector('#link').textContent === 'live'")
+    browser.until(f"({card('web')}).textContent.includes('7 restarts')")
+    fake.following()[-1].event("reloaded", generation=9)
+    browser.until(happened("reloaded"))
+    assert browser.run(f"return {happened('reloading')}")  # of before
+
+
+def test_everything_is_reached_by_keys(browser: Browser, exporter: Starter, fakes: Fakes) -> None:
+    fake = fakes("web")
+    fake.status["reloads"] = [reload(9, "failed", "exit 1; its last words:\nno such table")]
+    seen(browser, exporter(*WEB, "--control", fake.path), "web")
+    browser.until("!document.querySelector('.failed').hidden")
+    browser.run("document.activeElement.blur()")
+    reached = []
+    for _ in range(12):
+        browser.keys(TAB)
+        reached.append(
+            browser.run(
+                "const e = document.activeElement ?? document.body; const near = e.parentElement;"
+                "return e.id || e.className || [e.tagName.toLowerCase(), near.className ||"
+                " near.closest('[id]')?.id].join(' ')"
+            )
+        )
+        if reached[-1] == "summary workers":
+            browser.keys(ENTER)
+            browser.until("document.querySelector('td')?.textContent === '14'", "the table")
+
+    wanted = ["skip", "filter", "a attention", "summary workers", "summary failed", "pre failed"]
+    places = [next((n for n, each in enumerate(reached) if each == w), None) for w in wanted]
+    assert None not in places, reached
+    assert places == sorted(places)  # type: ignore[type-var]
+    assert "events" in reached
+
+
+@pytest.mark.parametrize("dark", [True, False], ids=["dark", "light"])
+@pytest.mark.parametrize(("width", "height"), SIZES[:2])
+def test_axe_finds_nothing(
+    browser: Browser, exporter: Starter, hundred: list[Fake], width: int, height: int, dark: bool
+) -> None:
+    assert AXE.exists(), f"there is no {AXE}: npm install axe-core, or `make test-page`"
+    chosen = ("--control", hundred[3].path, "--control", hundred[42].path)
+    for words, cards in (((*WEB, *chosen), 2), (WEB, 100)):
+        one = exporter(*words)
+        browser.looks(width, height, dark=dark, mobile=width < 500)
+        browser.open(f"{one.page}/")
+        browser.until(f"document.querySelectorAll('.card .lane').length >= {cards}")
+        browser.run("document.querySelector('.workers').open = true")
+        hundred[3].following()[-1].event("reload-failed", reason="why", generation=2)
+        browser.until("document.querySelector('#events li')")
+        browser.devtools("Page.setBypassCSP", enabled=True)
+        assert violations(browser) == []
+        overflow = (
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert browser.run(overflow) == 0
+        one.end()
+
+
+def test_screenshots(
+    browser: Browser,
+    exporter: Starter,
+    protector: Protectors,
+    runtime: Path,
+    tmp_path: Path,
+) -> None:
+    """A reload that drains beside a broken one, in each size and scheme."""
+    folder = Path(SHOTS) if SHOTS else tmp_path
+    folder.mkdir(exist_ok=True)
+    names = ("api", "shop", "web")
+    sockets = [runtime / f"{name}.control" for name in names]
+    with ExitStack() as opened:
+        # What is seen of the paths says nothing of who made the pictures.
+        place = Path(opened.enter_context(TemporaryDirectory(prefix="app-")))
+        releases = [Release(place / name) for name in names]
+        for each in releases:
+            each.becomes(*library_worker("obeys", "8"))
+        api, shop, _ = (
+            started(protector, runtime, name, each)
+            for name, each in zip(names, releases, strict=True)
+        )
+        one = exporter(*WEB, *(word for path in sockets for word in ("--control", path)))
+        for served, rate in ((shop, 60.0), (api, 25.0)):
+            opened.enter_context(Load(f"127.0.0.1:{served.port}", rate_per_s=rate))
+        clients = [Client(("127.0.0.1", shop.port), "kept") for _ in range(9)]
+        for client in clients:
+            client.hear()
+            opened.callback(client.close)
+        time.sleep(LOADED_S)  # for sparklines that have something to show; it decides nothing
+        seen(browser, one, *names)
+        shop.reload()
+        browser.until(f"{lane('shop', 1)} === 'draining'")
+        for client in clients[:5]:
+            client.close()
+        releases[0].write(BROKEN)
+        api.signal(signal.SIGHUP)
+        browser.until("document.querySelector('.failed pre')?.textContent", "last words")
+        browser.until(f"{DRAIN}.startsWith('4 of ')")
+        for width, height in ((390, 1100), (1280, 800), (3840, 2160)):
+            for dark in (True, False):
+                browser.looks(width, height, dark=dark, mobile=width < 500)
+                path = folder / f"page-{width}-{'dark' if dark else 'light'}.webp"
+                browser.shot(path)
+                assert 5_000 < path.stat().st_size < 300_000
+                browser.shot(tmp_path / path.with_suffix(".png").name)
+
+
+BROKEN = r"""#!/bin/sh
+cat <<'END'
+Traceback (most recent call last):
+  File "/srv/api/app.py", line 12, in <module>
+    from payments import gateway
+ModuleNotFoundError: No module named 'payments'
+END
+exit 1
+"""

@@ -1,0 +1,160 @@
+"""Alert rules and dashboard, against what the exporter answers, by Prometheus's promtool."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from socketprotector.exporter.counters import BUCKETS, Counters
+from socketprotector.exporter.metrics import MetricSet
+from tests.running import ROOT
+from tests.unit.ctl.fake import generation, reload, status, worker
+
+RULES = ROOT / "init.d" / "prometheus-rules.yml"
+DASHBOARD = ROOT / "init.d" / "grafana-dashboard.json"
+promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None,
+    reason="NOT CHECKED: rules and dashboard; there is no promtool(1), of Debian's prometheus",
+)
+ALERTS = {
+    *("ProtectorDown", "Unhealthy", "ReloadFailed", "CrashLoop", "QueueFull", "StuckDrain"),
+    *("ConnectionsLost", "HeldTooLong"),
+}
+
+
+class _Families:
+    def __init__(self, families: list[Metric]) -> None:
+        self.families = families
+
+    def collect(self) -> list[Metric]:
+        return self.families
+
+
+def scrape(instances: dict[str, dict[str, Any]], totals: dict[str, Counters]) -> str:
+    """What /metrics answers."""
+    series = MetricSet()
+    for name, told in instances.items():
+        totals.setdefault(name, Counters()).see(told)
+        series.add(name, told, totals[name])
+    registry = CollectorRegistry()
+    registry.register(_Families([each for each in series.families() if each.samples]))
+    return generate_latest(registry).decode()
+
+
+def waits(count: int) -> dict[str, Any]:
+    return {"buckets": [count if bucket == 8 else 0 for bucket in range(BUCKETS)]}
+
+
+def recorded() -> tuple[str, str]:
+    """Two scrapes an hour apart: of one that is well, and of one with every trouble there is."""
+    totals: dict[str, Counters] = {}
+    found = []
+    for hour in (0, 1):
+        well = status(
+            generation(8, "serving", worker(1), accepted=100 + 9000 * hour, wait_us=waits(hour)),
+            forwarded=100 + 9000 * hour,
+            health={"asks": "http:/", "state": "healthy", "failures": 0},
+            reloads=[reload(8, "reloaded")],
+        )
+        draining = [generation(n, "draining", worker(n)) for n in range(4)]
+        serving = generation(8, "serving", worker(9), queue=270, lost=30 * hour)
+        ill = status(
+            *draining,
+            serving,
+            route=None,
+            crashes=60 * hour,
+            held_s=9.0,
+            health={"asks": "http:/", "state": "unhealthy", "failures": 5},
+            reloads=[reload(8, "failed", "why")],
+        )
+        found.append(scrape({"well": well, "ill": ill}, totals))
+    return found[0], found[1]
+
+
+def checked(*words: str | Path, given: str | None = None) -> None:
+    done = subprocess.run(
+        ["promtool", *words], input=given, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def expressions() -> list[str]:
+    """Those of the dashboard, with what Grafana puts in place of its variables."""
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    found = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    found += [each["expr"] for each in board["annotations"]["list"]]
+    return [each.replace("$instance", ".*").replace("$__rate_interval", "5m") for each in found]
+
+
+@promtool
+def test_a_scrape_is_as_prometheus_wants_it() -> None:
+    checked("check", "metrics", given=recorded()[1])
+
+
+@promtool
+def test_each_alert_is_raised_by_its_trouble_and_none_without(tmp_path: Path) -> None:
+    first, last = (
+        {
+            (sample.name, *sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+        for text in recorded()
+    )
+    series = []
+    for (name, *labels), value in last.items():
+        shown = ",".join(f"{label}={json.dumps(text)}" for label, text in labels)
+        before = first.get((name, *labels), 0.0)
+        series.append(
+            {"series": f"{name}{{{shown}}}", "values": f"{before}+{(value - before) / 60}x60"}
+        )
+    firing = [
+        {
+            "labels": f'{{alertname="{name}",alertstate="firing",instance="ill"}}',
+            "value": 1,
+        }
+        for name in sorted(ALERTS)
+    ]
+    without_more = 'max by (alertname, alertstate, instance) (ALERTS{alertstate="firing"})'
+    asked = {"expr": without_more, "eval_time": "50m", "exp_samples": firing}
+    told = {
+        "rule_files": [str(RULES)],
+        "evaluation_interval": "1m",
+        "tests": [{"interval": "1m", "input_series": series, "promql_expr_test": [asked]}],
+    }
+    path = tmp_path / "test.yml"
+    path.write_text(json.dumps(told))  # which is YAML, too
+
+    checked("check", "rules", RULES)
+    checked("test", "rules", path)
+
+
+@promtool
+def test_each_expression_of_the_dashboard_is_one(tmp_path: Path) -> None:
+    rules = [{"record": f"panel:{n}", "expr": each} for n, each in enumerate(expressions())]
+    path = tmp_path / "dashboard.yml"
+    path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+
+    checked("check", "rules", path)
+
+
+def test_rules_and_dashboard_name_metrics_and_labels_that_there_are() -> None:
+    there = set(re.findall(r"^(socketprotector_\w+)", recorded()[1], re.MULTILINE))
+    rules = RULES.read_text(encoding="utf-8")
+    for text in (rules, *expressions()):
+        # What is behind a colon is a recorded series' name, not a metric.
+        assert set(re.findall(r"socketprotector_\w+", text)) <= there
+    assert set(re.findall(r"alert: (\w+)", rules)) == ALERTS
+    board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    places = [tuple(panel["gridPos"][each] for each in "xyw") for panel in board["panels"]]
+    assert all(x + width <= 24 for x, _, width in places)

@@ -1,0 +1,294 @@
+"""How statuses and events become what the page shows: no socket, no clock."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as some
+
+from socketprotector.exporter.web_model import (
+    CELLS,
+    POINTS,
+    STEP_S,
+    History,
+    Instance,
+    event_line,
+    words_of,
+)
+from tests.unit.ctl.fake import generation, listener, reload, status, worker
+
+BEGAN = 1_000_000_000.0
+
+
+def waited(**counts: int) -> dict[str, Any]:
+    buckets = [0] * 32
+    for place, count in counts.items():
+        buckets[int(place[1:])] = count
+    return {"count": sum(buckets), "p50": 1, "p99": 1, "buckets": buckets}
+
+
+class Seen:
+    """An instance that is seen each second."""
+
+    def __init__(self) -> None:
+        self.instance = Instance("/run/socketprotector/web.control")
+        self.at = 0.0
+
+    def see(self, told: dict[str, Any], after_s: float = 1.0) -> dict[str, Any]:
+        self.at += after_s
+        self.instance.see(told, self.at, BEGAN + self.at)
+        return self.shown
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(self.instance.shown(), allow_nan=False))
+        return found
+
+    def lane(self, number: int) -> dict[str, Any]:
+        [found] = [each for each in self.shown["lanes"] if each["number"] == number]
+        assert isinstance(found, dict)
+        return found
+
+
+@pytest.fixture
+def seen() -> Seen:
+    return Seen()
+
+
+def test_before_the_first_answer_there_is_a_reason_and_nothing_else(seen: Seen) -> None:
+    assert set(seen.shown) == {"id", "name", "why"}
+    assert seen.shown["why"] == "connecting"
+
+
+def test_a_status_becomes_a_card(seen: Seen) -> None:
+    shown = seen.see(
+        status(
+            generation(7, "draining", worker(1), active=2, draining_since_at=150.0),
+            generation(8, "serving", worker(2), worker(3, state="starting"), active=5, queue=4),
+            restarts=2,
+            crashes=3,
+        )
+    )
+
+    assert (shown["phase"], shown["restarts"], shown["crashes"]) == ("serving", 2, 3)
+    assert (shown["active"], shown["queue"], shown["limit"], shown["backlog"]) == (7, 4, 278, 3)
+    assert shown["listens"] == ["tcp:0.0.0.0:4321"]
+    assert [lane["number"] for lane in shown["lanes"]] == [8, 7]  # the newest on top
+    assert (seen.lane(8)["ready"], seen.lane(8)["size"]) == (1, 2)
+    assert seen.lane(8)["workers"][1] == [3, 4712, "starting", 1, ""]
+    assert seen.lane(7)["since"] == 150.0
+
+
+def test_rates_are_what_was_counted_within_the_window(seen: Seen) -> None:
+    assert seen.see(status(generation(8, accepted=1000), forwarded=1000))["rate"] is None
+    for second in range(1, 5):
+        seen.see(status(generation(8, accepted=1000 + 50 * second), forwarded=1000 + 100 * second))
+    assert seen.shown["rate"] == 100
+    assert seen.lane(8)["rate"] == 50
+    for _ in range(10):
+        seen.see(status(generation(8, accepted=1200), forwarded=1400))
+    assert (seen.shown["rate"], seen.lane(8)["rate"]) == (0, 0)
+
+
+def test_where_the_protector_does_not_count_workers_do(seen: Seen) -> None:
+    for second in range(3):
+        seen.see(status(generation(8, accepted=30 * second), forwarded=None))
+    assert seen.shown["rate"] == 30
+    seen.see(status(generation(8, accepted=None), forwarded=None))
+    assert seen.shown["rate"] is None
+
+
+def test_a_new_protector_at_the_same_socket_counts_from_the_beginning(seen: Seen) -> None:
+    seen.see(status(forwarded=9000))
+    seen.see(status(forwarded=9100))
+    assert seen.see(status(forwarded=5, started_at=99.0))["rate"] is None
+    assert seen.see(status(forwarded=15, started_at=99.0))["rate"] == 10
+
+
+def test_what_came_while_it_did_not_answer_is_no_rate(seen: Seen) -> None:
+    seen.see(status(forwarded=0))
+    seen.see(status(forwarded=10))
+    seen.instance.lost("silent")
+    assert (seen.shown["why"], seen.shown["rate"]) == ("silent", 10)  # what was last known
+    shown = seen.see(status(forwarded=9000), after_s=60)
+    assert (shown["why"], shown["rate"]) == ("", None)
+
+
+def test_waits_are_those_within_the_window(seen: Seen) -> None:
+    seen.see(status(generation(8, wait_us=waited(b20=1000))))
+    assert (seen.shown["p50"], seen.shown["p99"]) == (None, None)
+    seen.see(status(generation(8, wait_us=waited(b20=1000, b4=98, b10=2))))
+    assert (seen.shown["p50"], seen.shown["p99"]) == (15, 1023)
+    assert (seen.lane(8)["p50"], seen.lane(8)["p99"]) == (15, 1023)
+    for _ in range(8):
+        seen.see(status(generation(8, wait_us=waited(b20=1000, b4=98, b10=2))))
+    assert seen.shown["p99"] is None
+
+
+def test_a_drain_is_as_far_as_its_connections_are_and_says_who_keeps_it_alive(seen: Seen) -> None:
+    busy = [worker(n, pid=100 + n, active=n) for n in range(7)]
+    seen.see(status(generation(7, "serving", *busy, active=21)))
+    assert seen.lane(7)["drain"] is None
+
+    drains = generation(7, "draining", *busy, active=21)
+    seen.see(status(drains, generation(8)))
+    assert (seen.lane(7)["drain"]["left"], seen.lane(7)["drain"]["of"]) == (21, 21)
+    left = [worker(1, pid=101, active=0), worker(3, pid=103, active=2), worker(5, pid=105)]
+    seen.see(status(generation(7, "draining", *left, active=3), generation(8)))
+
+    drain = seen.lane(7)["drain"]
+    assert (drain["left"], drain["of"], drain["what"]) == (3, 21, "connections")
+    assert drain["by"] == ["worker 3 (pid 103): 2", "worker 5 (pid 105): 1"]
+    assert drain["more"] == 0
+
+
+def test_a_drain_without_counts_is_as_far_as_its_workers_are(seen: Seen) -> None:
+    many = [worker(n, pid=n, active=None) for n in range(1, 7)]
+    seen.see(status(generation(7, "draining", *many, active=None), generation(8)))
+    orphans = worker(2, pid=2, state="orphaned", active=None)
+    seen.see(status(generation(7, "draining", many[0], orphans, active=None), generation(8)))
+
+    drain = seen.lane(7)["drain"]
+    assert (drain["left"], drain["of"], drain["what"]) == (2, 6, "workers")
+    assert drain["by"] == ["worker 1 (pid 1)", "processes that worker 2 has left (ps -s 2)"]
+
+
+def test_a_drain_that_is_first_seen_halfway_begins_there(seen: Seen) -> None:
+    seen.see(status(generation(7, "draining", active=4), generation(8)))
+    seen.see(status(generation(7, "draining", active=1), generation(8)))
+
+    assert (seen.lane(7)["drain"]["left"], seen.lane(7)["drain"]["of"]) == (1, 4)
+
+
+def test_a_failed_release_shows_its_last_words_and_whether_it_is_the_last_one(seen: Seen) -> None:
+    reason = "worker 5 exited with status 1; its last words:\nTraceback\n\tno module\x1b[31m\n"
+    assert seen.see(status(reloads=[reload(1, "reloaded")]))["failed"] is None
+
+    shown = seen.see(status(reloads=[reload(1, "reloaded"), reload(2, "failed", reason)]))
+    assert shown["failed"] == {
+        "generation": 2,
+        "at": 151.0,
+        "reason": "worker 5 exited with status 1",
+        "words": "Traceback\n    no module\\x1b[31m",
+        "last": True,
+    }
+    running = seen.see(status(reloads=[reload(2, "failed", reason), reload(3, "running")]))
+    assert running["failed"]["last"]
+    better = seen.see(status(reloads=[reload(2, "failed", reason), reload(3, "reloaded")]))
+    assert not better["failed"]["last"]
+    # A status has the last ten: it is remembered.
+    later = seen.see(status(reloads=[reload(n, "reloaded") for n in range(4, 14)]))
+    assert (later["failed"]["generation"], later["failed"]["last"]) == (2, False)
+
+
+def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
+    assert seen.see(status())["notes"] == []
+    notes = seen.see(
+        status(generation(8, untaken_s=31.2), held_s=9.0, lame_duck="on", phase="serving")
+    )["notes"]
+    assert notes == [
+        "held: accepts nothing",
+        "lame duck: /readyz says 503",
+        "generation 8: a client has waited for 31 s",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "last", "notes"),
+    [
+        ("healthy", "", []),
+        ("unhealthy", "answered 503\n", ["unhealthy: answered 503\\n"]),
+        ("unknown", "", []),
+        (3, "", []),
+    ],
+)
+def test_what_comes_of_health_is_shown(
+    seen: Seen, state: object, last: str, notes: list[str]
+) -> None:
+    assert seen.see(status(health=None))["health"] == ""
+    shown = seen.see(status(health={"asks": "http:/", "state": state, "last": last}))
+
+    assert shown["health"] == (state if isinstance(state, str) else "unknown")
+    assert shown["notes"] == notes
+
+
+def test_a_thousand_workers_are_some_cells_and_a_number(seen: Seen) -> None:
+    seen.see(status(generation(8, "serving", *[worker(n) for n in range(1000)])))
+
+    assert len(seen.lane(8)["workers"]) == CELLS
+    assert (seen.lane(8)["size"], seen.lane(8)["ready"]) == (1000, 1000)
+    assert len(json.dumps(seen.shown)) < 10_000
+
+
+def test_a_history_has_ten_minutes_and_gaps_where_nothing_is_known() -> None:
+    history = History()
+    assert history.points() == {"step": 0, "rate": [], "active": [], "p99": []}
+    first = int(BEGAN // STEP_S)
+    for step in (0, 1, 4):
+        history.put(BEGAN + step * STEP_S, rate=step + 0.26, active=step, p99=None)
+    found = history.points()
+    assert found["step"] == first + 4
+    assert found["rate"] == [0.3, 1.3, None, None, 4.3]
+    assert found["active"] == [0, 1, None, None, 4]
+    assert found["p99"] == [None] * 5
+    assert history.points(2)["rate"] == [4.3]
+
+    for step in range(5, 5 + 2 * POINTS):
+        history.put(BEGAN + step * STEP_S, rate=20.4, active=1.0, p99=1)
+    assert history.points()["rate"] == [20] * POINTS
+    # An hour of nothing, and a clock that is set back.
+    for seconds in (5000.0, -5000.0):
+        history.put(BEGAN + seconds, rate=7.0, active=1.0, p99=1)
+        assert history.points()["rate"] == [7]
+
+
+def test_an_event_is_a_line_without_its_last_words() -> None:
+    told = {
+        "v": 1,
+        "event": "reload-failed",
+        "at": 12.5,
+        "level": "error",
+        "generation": 2,
+        "reason": "exited with <b>1</b>\n",
+        "last_words": "secret",
+    }
+
+    assert event_line(told) == {
+        "at": 12.5,
+        "level": "error",
+        "event": "reload-failed",
+        "text": 'generation=2 reason="exited with <b>1</b>\\n"',
+    }
+    assert len(event_line({**told, "reason": "x" * 9000})["text"]) == 240
+
+
+def test_of_many_last_words_the_end_is_shown() -> None:
+    words = words_of("line\n" * 5000 + "the last\n")
+
+    assert words.endswith("line\nthe last")
+    assert len(words) <= 4000
+    assert words_of("\u202eevil\x00") == "\\u202eevil\\x00"
+
+
+def test_one_id_is_one_socket_s() -> None:
+    assert Instance("/a").id == Instance("/a").id != Instance("/b").id
+
+
+PLAIN = some.none() | some.booleans() | some.floats() | some.integers() | some.text(max_size=3)
+OBJECT = some.dictionaries(
+    some.sampled_from(sorted({*status(), *generation(1), *worker(1), *listener()})), PLAIN
+)
+JUNK = PLAIN | OBJECT | some.lists(PLAIN | OBJECT, max_size=3)
+
+
+@given(some.dictionaries(some.sampled_from(sorted(status())), JUNK), OBJECT)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_no_status_breaks_it(told: dict[str, Any], event: dict[str, Any]) -> None:
+    seen = Seen()
+    seen.see({**status(), **told})
+    seen.see({**status(), **told})
+    json.dumps(seen.instance.history.points(), allow_nan=False)
+    json.dumps(event_line(event), allow_nan=False)

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-debian test-musl test-vm lint format docs bench soak clean
+.PHONY: help install demo test test-all test-fast test-debian test-musl test-vm test-page wheels packages lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,16 @@ test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not
 	PYTHON=$(BIN)/python tools/musl-python $(MUSL)
 	MUSL_PYTHON=$(MUSL) $(BIN)/python -m pytest -v tests/systems/test_musl.py
 
+AXE := .axe/node_modules/axe-core
+LOADED_S ?= 1
+
+test-page: $(INSTALLED) ## try the page in headless Chromium, and its rules by promtool [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
+	tools/install-packages chromium chromium-driver fonts-dejavu-core prometheus
+	command -v npm >/dev/null || tools/install-packages npm
+	npm install --silent --no-audit --no-fund --no-save --prefix .axe axe-core@4.14.1
+	SOCKETPROTECTOR_AXE=$(AXE)/axe.min.js SOCKETPROTECTOR_SHOTS=$(abspath $(SHOTS)) SOCKETPROTECTOR_LOADED_S=$(LOADED_S) \
+		$(BIN)/python -m pytest -rs -s tests/browser tests/unit/exporter/test_monitoring.py
+
 test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY=bookworm]
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
@@ -56,11 +66,29 @@ test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
 	$(BIN)/python -m pytest -n 2 tests/test_imports.py tests/unit/model tests/unit/core tests/unit/system tests/unit/launch tests/unit/daemon
 
+wheels: $(INSTALLED) ## build wheel and sdist of both distributions into dist/, the same for the same commit
+	rm -rf dist
+	PYTHON=$(BIN)/python packaging/build-dists dist
+
+TOOLS := $(VENV)/packaging
+
+$(TOOLS)/.installed: packaging/requirements.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, install, use and remove it (minutes; DEBIAN_ROOTS=FOLDER keeps systems)
+	-tools/install-packages bash-completion debhelper debootstrap dh-python dpkg-dev lintian \
+		pybuild-plugin-pyproject python3-all python3-click python3-hatchling zsh
+	-tools/install-packages buildah libarchive-tools makepkg pacman-package-manager rpm rpmlint
+	$(BIN)/python -m pytest -v -rs tests/packages/published.py tests/packages/deb.py \
+		tests/packages/foreign.py tests/packages/image.py
+
 lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run tools/install-packages tools/musl-python tools/vm-root \
+	$(BIN)/shellcheck .ci/run packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
 		tools/vm-image $(wildcard init.d/socketprotector init.d/*.sh)
 
 format: $(INSTALLED) ## let ruff format and mend what it can
@@ -80,5 +108,5 @@ soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N],
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave
-	rm -rf $(VENV) $(MUSL) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
+	rm -rf $(VENV) $(MUSL) .axe dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

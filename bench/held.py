@@ -70,8 +70,8 @@ class NotingWorker(Worker):
         def noted() -> tuple[socket.socket, int] | None:
             taken = take()
             if taken is not None:
-                try:
-                    port = taken[0].getpeername()[1]
+                try:  # a question of the protector's, accepted at 0, may come from a client's port
+                    port = taken[0].getpeername()[1] if taken[1] else 0
                 except OSError:
                     port = 0  # reset already: no client can miss it
                 self._held[port] = 1

@@ -6,7 +6,8 @@
     gunicorn bench.listening:wsgi
 
 The first two echo lines as `[pid] line`; the applications answer with the path they were asked
-for, in the same form.  Nothing here is written for a protector but READY=1.
+for, in the same form, or with 500 where BENCH_WRONG is set.  Nothing here is written for a
+protector but READY=1.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from typing import Any
 from socketprotector_client.sd_notify import notify
 
 CHILDREN = 3
+_WRONG = bool(os.environ.get("BENCH_WRONG"))
 
 
 def answer(path: str) -> bytes:
     """Return what a request for `/hello-7` is answered with."""
+    if _WRONG:
+        return b"wrong\n"
     return f"[{os.getpid()}] {path.removeprefix('/')}\n".encode()
 
 
@@ -128,14 +132,17 @@ async def asgi(
             notify("READY=1")
     body = answer(scope["path"])
     headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send(
+        {"type": "http.response.start", "status": 500 if _WRONG else 200, "headers": headers}
+    )
     await send({"type": "http.response.body", "body": body})
 
 
 def wsgi(environ: dict[str, Any], start_response: Callable[..., object]) -> Iterable[bytes]:
     """Answer with the path."""
     body = answer(environ["PATH_INFO"])
-    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
+    status = "500 Internal Server Error" if _WRONG else "200 OK"
+    start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(body)))])
     return [body]
 
 

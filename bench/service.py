@@ -41,6 +41,8 @@ class Kind:
     name: str
     program: str  # what the shell executes; {held}: the folder where it notes what it holds
     options: tuple[str, ...] = ()
+    #: What it is asked, as --ready and as --health: what earlier code does not know.
+    question: str = "accept"
     listen: str = "127.0.0.1:0"
     http: bool = False  # it is asked by one HTTP request a connection
     scales: bool = True  # it loses nothing where a worker of a generation that serves is ended
@@ -51,7 +53,7 @@ class Kind:
         return "--handoff" in self.options
 
 
-_LISTENER = ("--handoff", "listener", "--ready", "notify")
+_LISTENER = ("--handoff", "listener")
 _PYTHON = shlex.quote(sys.executable)
 _SCRIPTS = Path(sys.executable).parent
 #: Unmodified servers take some connections in before they leave, unless all that is new comes to
@@ -66,6 +68,7 @@ SERVICES = {
             "uvicorn",
             f"{_SCRIPTS}/uvicorn --log-level warning --fd {{fd}} bench.listening:asgi",
             _LISTENER,
+            "http:/",
             http=True,
             scales=False,
         ),
@@ -73,6 +76,7 @@ SERVICES = {
             "gunicorn",
             f"{_SCRIPTS}/gunicorn --log-level warning --workers 2 --threads 4 bench.listening:wsgi",
             _LISTENER,
+            "http:/",
             http=True,
             scales=False,
         ),
@@ -191,7 +195,10 @@ class Service:
         self._earlier = earlier
         self._version = ""  # of the protector that last logged that it goes on
         self._folder = folder
-        self._options = ("--workers", str(workers), *kind.options, *options)
+        #: As long as it exists, --settle-check fails.
+        self.failing = folder / "failing"
+        ready = kind.question if earlier is None else "notify"
+        self._options = ("--workers", str(workers), *kind.options, "--ready", ready, *options)
         self._protector = 0
         self._read = 0
         self._held = folder / "held"
@@ -205,6 +212,7 @@ class Service:
         good = f"export PYTHONPATH={shlex.quote(packages)}\nexec {words}\n"
         releases = {
             "good": good,
+            "wrong": f"export BENCH_WRONG=1\n{good}",
             "exits": "exit 3\n",
             "hangs": "exec sleep 600\n",
             "not-executable": good,
@@ -341,6 +349,17 @@ class Service:
         if not pid or _stat(pid)[0] in ("", "Z"):
             raise Gone(f"{'guard' if self.guarded else 'protector'} {pid or self._protector}")
         os.kill(pid, number)
+
+    def try_release(self) -> None:
+        """Have the release started without giving it a client; nobody waits for the outcome."""
+        ctl = Path(sys.executable).with_name("socketprotectorctl")
+        words = (str(ctl), "--pid-file", str(self.pid_file), "reload", "--dry-run", "--timeout")
+        subprocess.Popen(
+            [*words, "10s"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
     def upgrade(self) -> None:
         """Ask for an upgrade, to this code from whatever runs.  Raises Gone."""

@@ -308,7 +308,9 @@ def show(soak: Soak, short: Snapshot, idle: Snapshot) -> bool:
         print(f"- {count} x {what}")
     print(
         f"\nwhat came of them: {events['reloaded']} reloaded, {events['reload-failed']} reloads "
-        f"failed, {events['upgrading']} upgraded, {events['upgrade-failed']} upgrades failed, "
+        f"failed, {events['not-answered']} bad answers, {events['dry-run-passed']} dry runs "
+        f"passed, {events['dry-run-failed']} failed, {events['upgrading']} upgraded, "
+        f"{events['upgrade-failed']} upgrades failed, "
         f"{events['adopted']} adopted, {events['protector-died']} protectors died, "
         f"{events['broken']} channels broken"
     )
@@ -418,9 +420,13 @@ def torment_one(
     become_sub_reaper()
 
     print(f"{kind.name}: seed {given.seed}", flush=True)
-    settle = random.Random(given.seed).choice(("0", "300ms"))
-    options = ("--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle)
+    settle = random.Random(f"{given.seed} {kind.name}").choice(("0", "300ms", "2s"))
+    options = ["--start-timeout", "6s", "--kill-timeout", "2s", "--settle", settle]
     folder = Path(tempfile.mkdtemp(prefix="socketprotector-soak-"))
+    if extracted is None:
+        options += ("--health", kind.question, "--health-every", "500ms")
+        if settle != "0":
+            options += ("--settle-check", f"check:test ! -e {folder}/failing")
     os.environ["XDG_RUNTIME_DIR"] = str(folder)  # the control socket goes there, too
     earlier = EarlierCode(folder, extracted) if extracted is not None else None
     service = Service(folder, kind, options, given.workers, earlier)

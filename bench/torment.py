@@ -46,6 +46,8 @@ class Torment:
             self._stop_relay: 2,
             self._few_descriptors: 1,
         }
+        if not service.from_earlier:
+            self._actions |= {self._dry_run: 3, self._wrong_once_settling: 2}
         if not service.kind.scales:
             del self._actions[self._scale]
 
@@ -141,7 +143,9 @@ class Torment:
         return "SIGKILL of the protector"
 
     def _bad_release(self) -> str:
-        name = self._random.choice(("exits", "hangs", "not-executable"))
+        kinds = ("exits", "hangs", "not-executable")
+        answers = self._service.kind.http and not self._service.from_earlier
+        name = self._random.choice((*kinds, "wrong") if answers else kinds)
         self._service.release(name)
         self._service.send(signal.SIGHUP)
 
@@ -151,6 +155,19 @@ class Torment:
 
         self._later(self._random.uniform(0.2, 3.0), back)
         return f"bad release ({name}) and back"
+
+    def _dry_run(self) -> str:
+        """Of the release that is there, which may be a bad one."""
+        self._service.try_release()
+        return "reload --dry-run"
+
+    def _wrong_once_settling(self) -> str:
+        self._service.failing.touch()
+        self._service.send(signal.SIGHUP)
+        self._later(
+            self._random.uniform(0.2, 3.0), lambda: self._service.failing.unlink(missing_ok=True)
+        )
+        return "reload whose --settle-check fails for a while"
 
     def _scale(self) -> str:
         up = self._random.random() < 0.5

@@ -19,6 +19,9 @@ from tests.channel import Channel
 from tests.procfs import GONE, children_of, descriptors, threads_of
 from tests.running import LISTENER, Protector, eventually, mark
 
+# Plugins of hypothesis, of which there are none, are looked for among all packages.
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"
+
 # Collecting makes some 500,000 objects that stay: looking for garbage among them was a third of
 # its time.
 gc.disable()

@@ -38,8 +38,9 @@ _EARLY = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "TZ")
 _MODULES = ("socketprotector", "socketprotector.ctl")
 #: socketprotectorctl for tests.
 CTL = str(Path(__file__).with_name("unit") / "ctl" / "alone.py")
-#: Loaded before the first fork.
+#: Loaded before the first fork; getaddrinfo() of a name loads the codec.
 _LOADED = (
+    "encodings.idna",
     "socketprotector.launch.cli",
     "socketprotector.launch.config_file",
     *(f"socketprotector.ctl.{each}" for each in ("orders", "queries", "reload", "top")),

@@ -72,6 +72,17 @@ def sleeps_in(pid: int) -> list[str]:
     return [Path(f"/proc/{pid}/task/{each}/wchan").read_text() for each in threads_of(pid)]
 
 
+def sleeps(pid: int, looks: int = 20) -> bool:
+    """Whether all threads of a process sleep, at each of some looks: one that spins does not."""
+    try:
+        states = [
+            status_of(pid, thread)["State"] for _ in range(looks) for thread in threads_of(pid)
+        ]
+    except GONE:
+        return False  # a thread has ended just now
+    return all(state.startswith("S") for state in states)
+
+
 def wake_ups(pid: int) -> int:
     """How often the threads of a process went to sleep by themselves so far."""
     return sum(int(status_of(pid, thread)["voluntary_ctxt_switches"]) for thread in threads_of(pid))

@@ -101,6 +101,8 @@ def tell(run: Run, said: Mapping[str, str]) -> None:
             run.become(number, "serving")
         case "reload-failed" | "start-failed" | "retrying" if told is not None:
             run.become(number, "draining" if told.phase == "settling" else "abandoned")
+        case "dry-run-passed" | "dry-run-failed" if told is not None:
+            run.become(number, "abandoned")
         case "channel-broken" if told is not None:
             run.become(number, "abandoned" if told.phase == "starting" else "draining")
         case "stopping":

@@ -43,7 +43,10 @@ def dotted(path: Path) -> str:
 
 MODULES = {dotted(path): path for path in sorted(DAEMON.rglob("*.py"))}
 #: A folder, those in it included.
-ROOMS = sorted({path.parent.name for path in DAEMON.glob("*/__init__.py")} - {"stdio"})
+#: The sample is a link to what stands beside it.
+ROOMS = sorted(
+    {path.parent.name for path in DAEMON.glob("*/__init__.py")} - {"stdio", "sample_client"}
+)
 
 
 def room_of(module: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import select
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from tests.running import DEADLINE_S, eventually
@@ -17,8 +18,12 @@ _STATE, _RETRANSMITS = 0, 2
 class Unanswered:
     """Begins to connect; owns its socket."""
 
-    def __init__(self, address: Any) -> None:
+    def __init__(
+        self, address: Any, prepare: Callable[[socket.socket], None] = lambda one: None
+    ) -> None:
+        """prepare: is given the socket before it begins."""
         self.socket = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        prepare(self.socket)
         self.socket.setblocking(False)
         assert self.socket.connect_ex(address) == errno.EINPROGRESS
 

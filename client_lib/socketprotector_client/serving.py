@@ -98,11 +98,15 @@ def serve(
 
 def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -> None:
     """As `serve`, from an intake; takes ownership of it."""
-    worker.ready()
     errors: List[BaseException] = []
+    # None takes before all have begun.  For the ninth thread of a process glibc opens
+    # /sys/devices/system/cpu/online for a moment (arena_get2() in malloc/arena.c), and where no
+    # other descriptor is free it would get the one that was given up for a connection.
+    all_begun = threading.Event()
 
     def work_elsewhere() -> None:
         try:
+            all_begun.wait()
             _serve_all(intake, handler)
         except BaseException as error:  # raised again below: it ends the service
             errors.append(error)
@@ -117,7 +121,9 @@ def serve_from(worker: Worker, intake: Intake, handler: Handler, threads: int) -
         if others:
             intake.share()
         for thread in others:
-            thread.start()
+            thread.start()  # returns when it has begun
+        worker.ready()
+        all_begun.set()
         try:
             _serve_all(intake, handler)
         except Exception as error:

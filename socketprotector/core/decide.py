@@ -36,6 +36,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.launched(step)
         case events.ReloadRequested():
             reload.reload_requested(step)
+        case events.DryRunRequested():
+            reload.dry_run_requested(step)
         case events.StopRequested(quick):
             stop.stop_requested(step, quick)
         case events.LameDuckRequested(on):
@@ -62,6 +64,8 @@ def _answer(step: Step, event: Event) -> None:
             step.quiesced(number)
         case events.Answered(number):
             reload.answered(step, number)
+        case events.SettleFailed(number, reason):
+            reload.settle_failed(step, number, reason)
         case events.Stranded():
             reload.renew(step)
         case events.ChannelBroken(number, served_s):
@@ -89,7 +93,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
             policy = step.fleet.policy_of(step.fleet[number].fresh)
             reload.fail(step, number, not_ready(policy, advice))
         case TimerKind.SETTLE:
-            reload.promote(step, number)
+            reload.settled(step, number)
         case TimerKind.DRAIN:
             step.end_generation(number)
         case TimerKind.KILL:
@@ -112,6 +116,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
 def _go_on(step: Step) -> None:
     """Do what has become possible; wherever nothing has, this changes nothing."""
     reload.serve_if_ready(step)
+    reload.call_off_dry_run(step)
     reload.begin_if_wanted(step)
     _release_what_is_gone(step)
     reload.open_if_due(step)
@@ -151,9 +156,12 @@ def resume(
     starting = fleet.of(Phase.STARTING)
     if starting and reload.is_asked(fleet, starting):
         actions.append(events.Ask(starting.number))
+    settling = fleet.of(Phase.SETTLING)
+    if settling and settling.checked:
+        actions.append(events.CheckSettling(settling.number))
     actions += undone
     if fleet.reading:
-        actions.append(events.ReadSettings())
+        actions.append(events.ReadSettings(fleet.dry_run))
     if fleet.stopping:
         quick = fleet.stopping is Stop.QUICK or not fleet.listeners_open
         actions.append(events.CloseListeners(quick))

@@ -59,6 +59,11 @@ class ReloadRequested(Event):
 
 
 @frozen
+class DryRunRequested(Event):
+    """The same was requested up to the switch, which is left out."""
+
+
+@frozen
 class StopRequested(Event):
     """A stop was requested; quick: without waiting for what is being served."""
 
@@ -161,6 +166,14 @@ class Answered(Event):
     """A generation that was asked has answered as it should."""
 
     generation: int
+
+
+@frozen
+class SettleFailed(Event):
+    """What a settling generation was asked shows that it must not go on; reason is for people."""
+
+    generation: int
+    reason: str
 
 
 @frozen
@@ -284,6 +297,23 @@ class StopAsking(Action):
 
 
 @frozen
+class CheckSettling(Action):
+    """Ask a generation that settles again and again, until a bad answer: `SettleFailed`.
+
+    The time of SETTLE is over only once a good one has come after it.
+    """
+
+    generation: int
+
+
+@frozen
+class StopChecking(Action):
+    """Ask that no more."""
+
+    generation: int
+
+
+@frozen
 class RouteTo(Action):
     """Give new connections to this generation; None: hold them."""
 
@@ -333,7 +363,12 @@ class CloseListeners(Action):
 
 @frozen
 class ReadSettings(Action):
-    """Have the configuration read again, for what is opened fresh from then on."""
+    """Have the configuration read again, for what is opened fresh from then on.
+
+    dry_run: that will get no client, of listeners that are added neither.
+    """
+
+    dry_run: bool = False
 
 
 @frozen
@@ -373,6 +408,9 @@ class ReportKind(Enum):
     RELOADED = "reloaded"
     RECOVERED = "recovered"  # the last good command serves again, after something failed
     RELOAD_FAILED = "reload-failed"
+    DRY_RUN = "dry-run"  # it begins
+    DRY_RUN_PASSED = "dry-run-passed"
+    DRY_RUN_FAILED = "dry-run-failed"
     START_FAILED = "start-failed"
     RETRYING = "retrying"
     LAME_DUCK = "lame-duck"  # a stop was requested, and begins later

@@ -33,11 +33,12 @@ PHASES: dict[Phase, dict[Phase | None, str]] = {
     Phase.STARTING: {
         Phase.SERVING: "every worker is ready, or it has answered",
         Phase.SETTLING: "the same, with --settle, or accepted and said nothing",
-        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, or stop",
+        Phase.ABANDONED: "a worker exited, was silent too long or broke the channel, a dry run was "
+        "over, or stop",
     },
     Phase.SETTLING: {
         Phase.SERVING: "lived as long as --settle, or stop",
-        Phase.DRAINING: "rolled back, or quick stop",
+        Phase.DRAINING: "a worker exited, --settle-check failed, or quick stop",
     },
     Phase.SERVING: {Phase.DRAINING: "superseded, channel broken, or stop"},
     Phase.DRAINING: {None: "last worker gone"},
@@ -93,6 +94,7 @@ class Generation:
     ending: bool = False  # was sent TERM by a deadline or stop; KILL follows
     quiescing: bool = False  # drains, and is told to finish once it has accepted its clients
     workers: tuple[Worker, ...] = ()
+    checked: bool = False  # settles, and is asked whether it does well
 
     @property
     def alive(self) -> tuple[Worker, ...]:
@@ -167,6 +169,7 @@ class Fleet:
     configured: bool = False  # a reload begins with reading the configuration again
     reading: bool = False  # that is being done
     candidate: Candidate | None = None  # what was read, until it serves or has failed
+    dry_run: bool = False  # what is read, opened or starting now is only tried, and never serves
 
     served: bool = False  # something has been ready once
     failed_starts: int = 0  # generations in a row that failed while nothing else served
@@ -193,6 +196,12 @@ class Fleet:
     def route(self) -> Generation | None:
         """The generation that gets new connections."""
         return self.of(Phase.SETTLING) or self.of(Phase.SERVING)
+
+    @property
+    def is_changing(self) -> bool:
+        """Whether a reload, a dry run or a replacement is under way, or will be."""
+        coming = self.incoming or self.to_open or self.candidate
+        return bool(coming or self.reload_wanted or self.reading)
 
     def policy_of(self, fresh: bool) -> Policy:
         """The policy for opening a generation, fresh or from the last good command."""

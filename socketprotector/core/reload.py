@@ -19,6 +19,8 @@ from .stop import stop_quickly
 
 #: The exit status of a start that failed (3: rolled back).
 START_FAILED = 3
+#: Why there is no dry run under that order.
+STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
 
 # -- what is to come ----------------------------------------------------------
@@ -37,6 +39,21 @@ def reload_requested(step: Step) -> None:
         step.fleet = replace(step.fleet, reload_wanted=True)
 
 
+def dry_run_requested(step: Step) -> None:
+    """Begin a reload that ends before its switch.
+
+    It is not remembered until it can begin: it is to say what a reload would do now.
+    """
+    fleet = step.fleet
+    if fleet.stop_requested or fleet.is_changing or not fleet.of(Phase.SERVING):
+        reason = "no dry run beside a reload or a stop, nor while none serves"
+        step.do(Report(ReportKind.REFUSED, reason=reason))
+        return
+    step.fleet = replace(fleet, dry_run=True)
+    step.do(Report(ReportKind.DRY_RUN, fleet.next_generation))
+    _read_or_begin(step)
+
+
 def renew_requested(step: Step) -> None:
     """Replace the serving generation by one of the same program, as a reload does."""
     if not renew(step):
@@ -48,8 +65,7 @@ def renew_requested(step: Step) -> None:
 def renew(step: Step) -> bool:
     """Begin that, unless a generation is coming anyway, or none serves."""
     fleet = step.fleet
-    busy = fleet.incoming or fleet.to_open or fleet.reload_wanted or fleet.reading
-    if not fleet.of(Phase.SERVING) or fleet.stopping or busy or fleet.candidate:
+    if not fleet.of(Phase.SERVING) or fleet.stopping or fleet.is_changing:
         return False
     step.do(Report(ReportKind.RELOADING))
     step.fleet = replace(fleet, to_open=Next.LAST_GOOD)
@@ -65,13 +81,17 @@ def begin_if_wanted(step: Step) -> None:
     if fleet.candidate:
         _begin(step)
     elif fleet.reload_wanted:
-        reads = fleet.configured and fleet.served
-        step.fleet = replace(fleet, reload_wanted=False, reading=reads)
+        step.fleet = replace(fleet, reload_wanted=False)
         step.do(Report(ReportKind.RELOADING))
-        if reads:
-            step.do(ReadSettings())
-        else:
-            _begin(step)
+        _read_or_begin(step)
+
+
+def _read_or_begin(step: Step) -> None:
+    if step.fleet.configured and step.fleet.served:
+        step.fleet = replace(step.fleet, reading=True)
+        step.do(ReadSettings(step.fleet.dry_run))
+    else:
+        _begin(step)
 
 
 def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
@@ -80,18 +100,56 @@ def settings_read(step: Step, policy: Policy, workers: int | None) -> None:
 
 
 def settings_failed(step: Step, reason: str) -> None:
-    """Report a failed reload.  It uses up a generation's number: clients wait for one."""
     if step.fleet.reading:
-        number = step.fleet.next_generation
-        step.fleet = replace(step.fleet, reading=False, next_generation=number + 1)
-        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
+        step.fleet = replace(step.fleet, reading=False)
+        _fail_unopened(step, reason)
+
+
+def _fail_unopened(step: Step, reason: str) -> None:
+    """Report that it failed.  It uses up a generation's number: clients wait for one."""
+    number = step.fleet.next_generation
+    step.fleet = replace(step.fleet, next_generation=number + 1)
+    _report_failure(step, number, reason)
+
+
+def _report_failure(step: Step, number: int, reason: str) -> None:
+    dry_run = step.fleet.dry_run
+    step.fleet = replace(step.fleet, dry_run=False)
+    news = ReportKind.DRY_RUN_FAILED if dry_run else ReportKind.RELOAD_FAILED
+    step.do(Report(news, number, reason))
+
+
+def call_off_dry_run(step: Step) -> None:
+    """Try nothing while no generation serves: the last good one is to do so again."""
+    fleet = step.fleet
+    if not fleet.dry_run or fleet.of(Phase.SERVING):
+        return
+    reason = "the generation that served has failed meanwhile"
+    starting = fleet.of(Phase.STARTING)
+    if starting:
+        fail(step, starting.number, reason)
+    else:
+        step.forget_settings()
+        _fail_unopened(step, reason)
 
 
 def _begin(step: Step) -> None:
+    if step.fleet.dry_run:
+        _begin_dry_run(step)
+        return
     # Where a back-off runs no generation serves: the reload must not wait for it.
     step.cancel(TimerKind.OPEN)
     step.fleet = replace(step.fleet, to_open=Next.FRESH, failed_starts=0)
     _make_room(step)
+
+
+def _begin_dry_run(step: Step) -> None:
+    """Change nothing but what is to come: what serves goes on, with what is known of it."""
+    if step.fleet.policy_of(fresh=True).stop_first:
+        step.forget_settings()
+        _fail_unopened(step, f"cannot be tried: {STOP_FIRST}")
+    else:
+        step.fleet = replace(step.fleet, to_open=Next.FRESH)
 
 
 def _make_room(step: Step) -> None:
@@ -199,19 +257,40 @@ def answered(step: Step, number: int) -> None:
 
 def _all_ready(step: Step, number: int, *, standby_s: float = 0.0) -> None:
     """standby_s: for so long at least the one before can be switched back to."""
+    if step.fleet.dry_run:
+        if standby_s > 0:  # it goes on until then, without clients: it may die soon
+            step.end_start(number)
+            step.start(TimerKind.SETTLE, number, standby_s)
+        elif Deadline(TimerKind.SETTLE, number) not in step.fleet.timers:
+            _pass_dry_run(step, number)
+        return
     step.end_start(number)
     step.do(RouteTo(number))
     settle_s = max(standby_s, step.fleet.policy_of(step.fleet[number].fresh).settle_s)
     if settle_s > 0 and step.fleet.of(Phase.SERVING):
-        step.fleet = step.fleet.moved(number, Phase.SETTLING)
-        step.start(TimerKind.SETTLE, number, settle_s)
+        step.settle(number, settle_s)
     else:
         promote(step, number)
+
+
+def settled(step: Step, number: int) -> None:
+    """A generation has lived long enough since it was ready."""
+    if step.fleet.dry_run:
+        _pass_dry_run(step, number)
+    else:
+        promote(step, number)
+
+
+def _pass_dry_run(step: Step, number: int) -> None:
+    _abandon(step, number)
+    step.fleet = replace(step.fleet, dry_run=False)
+    step.do(Report(ReportKind.DRY_RUN_PASSED, number))
 
 
 def promote(step: Step, number: int) -> None:
     """Make the generation that has the route the serving one; the one before it drains."""
     old = step.fleet.of(Phase.SERVING)
+    step.end_settling(number)
     step.fleet = step.fleet.moved(number, Phase.SERVING)
     fresh = step.fleet[number].fresh
     if fresh:
@@ -243,27 +322,39 @@ def fail(step: Step, number: int, reason: str, *, retry: bool = False) -> None:
     """
     serving, failed = step.fleet.of(Phase.SERVING), step.fleet[number]
     settles = failed.phase is Phase.SETTLING
-    if not settles:
-        step.end_start(number)
-    else:
-        step.cancel(TimerKind.SETTLE, number)
-        step.do(RouteTo(serving.number if serving else None))
-    if failed.fresh:
-        step.forget_settings()
     if settles:
+        step.end_settling(number)
+        step.do(RouteTo(serving.number if serving else None))
+        if failed.fresh:
+            step.forget_settings()
         step.drain(number, step.fleet.policy.drain_limit_s)
     else:
-        step.fleet = step.fleet.moved(number, Phase.ABANDONED)
-        step.end_generation(number)
+        _abandon(step, number)
     if not step.fleet.served:
         _first_start_failed(step, number, reason, retry=retry)
     elif serving or failed.fresh or settles:
-        step.do(Report(ReportKind.RELOAD_FAILED, number, reason))
+        _report_failure(step, number, reason)
         if not serving:  # its channel broke meanwhile
             _recover(step, 0.0)
     else:
         step.do(Report(ReportKind.RETRYING, number, reason))
         _recover(step, _count_failure(step))
+
+
+def settle_failed(step: Step, number: int, reason: str) -> None:
+    """Go back to the generation before it, as long as there is one."""
+    generation = step.fleet.generation(number)
+    if generation and generation.phase is Phase.SETTLING and step.fleet.of(Phase.SERVING):
+        fail(step, number, reason)
+
+
+def _abandon(step: Step, number: int) -> None:
+    """End a starting generation, which has had no client."""
+    step.end_start(number)
+    if step.fleet[number].fresh:
+        step.forget_settings()
+    step.fleet = step.fleet.moved(number, Phase.ABANDONED)
+    step.end_generation(number)
 
 
 def _count_failure(step: Step) -> float:

@@ -18,6 +18,7 @@ from dataclasses import replace
 from .events import (
     Action,
     CancelTimer,
+    CheckSettling,
     CloseListeners,
     Deadline,
     Drain,
@@ -30,6 +31,7 @@ from .events import (
     Spawn,
     StartTimer,
     StopAsking,
+    StopChecking,
     TimerKind,
     UseSettings,
     WorkerSignal,
@@ -109,8 +111,26 @@ class Step:
         """A starting generation is ready, or is given up."""
         generation = self.fleet[number]
         self.cancel(TimerKind.START, number)
+        self.cancel(TimerKind.SETTLE, number)
         if self.fleet.policy_of(generation.fresh).asks:
             self.do(StopAsking(number))
+
+    def settle(self, number: int, seconds: float) -> None:
+        """Keep the generation before it for so long, to go back to."""
+        checked = bool(self.fleet.policy_of(self.fleet[number].fresh).settle_check)
+        self.fleet = self.fleet.moved(number, Phase.SETTLING)
+        self.start(TimerKind.SETTLE, number, seconds)
+        if checked:
+            self.fleet = self.fleet.with_generation(replace(self.fleet[number], checked=True))
+            self.do(CheckSettling(number))
+
+    def end_settling(self, number: int) -> None:
+        """A settling generation is to stay, or is rolled back."""
+        self.cancel(TimerKind.SETTLE, number)
+        generation = self.fleet[number]
+        if generation.checked:
+            self.fleet = self.fleet.with_generation(replace(generation, checked=False))
+            self.do(StopChecking(number))
 
     def drain(self, number: int, timeout_s: float) -> None:
         """Let a generation finish what it has."""

@@ -61,7 +61,7 @@ def stop_gracefully(step: Step, reason: str = "") -> None:
     settling = step.fleet.of(Phase.SETTLING)
     old = step.fleet.of(Phase.SERVING)
     if settling:
-        step.cancel(TimerKind.SETTLE, settling.number)
+        step.end_settling(settling.number)
         step.fleet = step.fleet.moved(settling.number, Phase.SERVING)
         if old:
             step.drain(old.number, 0.0)
@@ -102,7 +102,7 @@ def stop_quickly(step: Step) -> None:
     step.close_listeners()
     for generation in step.fleet.generations:
         if generation.phase in (Phase.SERVING, Phase.SETTLING):
-            step.cancel(TimerKind.SETTLE, generation.number)
+            step.end_settling(generation.number)
             step.drain(generation.number, 0.0)
         step.end_generation(generation.number)
 
@@ -123,6 +123,7 @@ def _call_off(step: Step, stop: Stop) -> None:
         step.end_start(starting.number)
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
     step.forget_settings()
+    step.fleet = replace(step.fleet, dry_run=False)
     if starting:
         step.end_generation(starting.number)
 

@@ -51,10 +51,8 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
     told_to_end = Deadline(TimerKind.WORKER_KILL, worker.number) in step.fleet.timers
     for wait in (TimerKind.WORKER_START, TimerKind.WORKER_RETIRE, TimerKind.WORKER_KILL):
         step.cancel(wait, worker.number)
-    if event.orphans:
-        _orphaned(step, generation, worker, told_to_end=told_to_end)
-    else:
-        step.fleet = step.fleet.with_generation(generation.replaced(worker.number))
+    orphans = [Worker(worker.number, worker.slot, State.ORPHANED)] if event.orphans else []
+    step.fleet = step.fleet.with_generation(generation.replaced(worker.number, *orphans))
     if worker.state is State.ORPHANED:
         return  # its slot was filled, or given up, long ago
     replacement = _replacement(generation, worker.number)
@@ -70,17 +68,20 @@ def worker_exited(step: Step, event: WorkerExited) -> None:
         fail(step, generation.number, event.reason, retry=not event.detached)
     else:
         _take_over(step, worker.replaces)  # no other replacement is to come
+    for left in orphans:  # told last: where this rolls back, clients go elsewhere by then
+        _end_orphans(step, generation, worker, left, told_to_end=told_to_end)
 
 
-def _orphaned(step: Step, generation: Generation, worker: Worker, *, told_to_end: bool) -> None:
-    """Keep in its generation what a dead worker has left, and have it finish.
+def _end_orphans(
+    step: Step, generation: Generation, worker: Worker, left: Worker, *, told_to_end: bool
+) -> None:
+    """Have what a dead worker has left finish, at the limits of any other worker that leaves.
 
-    It ends at the limits of any other worker that leaves.
+    generation, worker: before it died.
     """
-    left = Worker(worker.number, worker.slot, State.ORPHANED)
-    step.fleet = step.fleet.with_generation(generation.replaced(left.number, left))
-    if generation.phase is Phase.STARTING:
-        return  # it is given up for that, with all that is left of it
+    ended_now = step.fleet[generation.number].ending and not generation.ending
+    if generation.phase is Phase.STARTING or ended_now:
+        return  # all that is left of it is ended
     if generation.ending:
         step.do(Signal(left.number, WorkerSignal.TERM))
     elif told_to_end or worker.state is State.STARTING:

@@ -123,7 +123,7 @@ def program(ctx: click.Context) -> None:
       1    no protector is there, or it was lost for good
       2    the command line is wrong
       3    reload, upgrade: the new version was not taken, the old one serves;
-           diff: the configuration is not valid
+           diff: the configuration is not valid; ready: it is not
       4    not done within --timeout; it may still come
       100  the protector refuses, or does not let this user ask
       130  interrupted

@@ -36,6 +36,13 @@ class NewVersionFailed(ControlError):
     result = "failed"
 
 
+class NotReady(ControlError):
+    """It is there, and clients are not to be sent to it."""
+
+    status = 3
+    result = "not ready"
+
+
 class TimedOut(ControlError):
     """The outcome may still come; --timeout is over."""
 

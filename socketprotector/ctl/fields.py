@@ -43,6 +43,29 @@ def is_lame_duck(status: Status) -> bool:
     return status.get("lame_duck") in ("on", "stopping")
 
 
+def serves(status: Status) -> bool:
+    """Whether new connections go to a generation."""
+    stops = text_in(status, "phase") == "stopping" and not is_lame_duck(status)
+    return measure(status, "route") is not None and not stops
+
+
+def why_not_ready(status: Status) -> str:
+    """Return why clients are not to be sent to it; empty if they are."""
+    if is_lame_duck(status):
+        return "lame duck"
+    if measure(status, "held_s") is not None:
+        return "held"
+    return "" if serves(status) else text_in(status, "phase") or "it does not serve"
+
+
+def unhealthy(status: Status) -> str | None:
+    """Return what an instance has answered that is unhealthy; None: it is not, or none knows."""
+    health = status.get("health")
+    if not isinstance(health, dict) or health.get("state") != "unhealthy":
+        return None
+    return text_in(health, "last")
+
+
 def label(message: Status, name: str) -> str | None:
     """Return a text that no metric's label makes too long; None where none is."""
     value = message.get(name)

@@ -1,4 +1,4 @@
-"""status, connections, crashes, diff, events, list: commands that change nothing."""
+"""status, ready, connections, crashes, diff, events, list: commands that change nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from . import discovery
 from .cli import Instance, command, complain, plural, say, say_json, say_last_words, tell
 from .client import Client, Message
 from .connections import AT_LEAST, AT_MOST, EXACT, Connection, HiddenWorker, addresses_of, look
-from .errors import ConnectionLost, NewVersionFailed, NoProtector, RequestRefused
-from .fields import is_lame_duck, listed, measure, number_in, text_in
+from .errors import ConnectionLost, NewVersionFailed, NoProtector, NotReady, RequestRefused
+from .fields import is_lame_duck, listed, measure, number_in, text_in, unhealthy, why_not_ready
 from .reload_progress import LEAVING
 
 _AGAIN_EVERY_S = 1.0
@@ -60,6 +60,23 @@ def status(instance: Instance, as_json: bool) -> None:
     )
     if any(listed(each, "workers") for each in listed(found, "generations")):
         render.show(render.line(), status_table.workers(found))
+
+
+@command(short_help="Whether clients may be sent to it, as exit status.")
+@click.option("--health", is_flag=True, help="What is unhealthy is not ready, either.")
+def ready(instance: Instance, health: bool, as_json: bool) -> None:
+    """Whether it is ready for clients, for probes: the exit status is 0, or 3 if it does not serve,
+    is held, or is a lame duck. As /readyz of the exporter says it."""
+    found = instance.request("status")
+    why, answer = why_not_ready(found), unhealthy(found)
+    if health and not why and answer is not None:
+        why = f"unhealthy: {answer}"
+    if as_json:
+        say_json({"ready": not why, "why": why or None})
+    if why:
+        raise NotReady(f"not ready: {why}")
+    if not as_json:
+        say(f"ready: generation {number_in(found, 'route')} serves")
 
 
 @command(short_help="List connections: peer, age, worker.")
@@ -254,6 +271,8 @@ def list_all(instance: Instance, living: bool, as_json: bool) -> None:
             phase = "takes nobody"
         elif is_lame_duck(state):
             phase = "lame duck"
+        elif unhealthy(state) is not None:
+            phase = "unhealthy"
         route = state.get("route")
         rows.append(
             (

@@ -20,7 +20,7 @@ from .cli import Instance, answer, command, say, say_json, tell
 from .client import Client, Message
 from .errors import ConnectionLost, ControlError, NewVersionFailed, NoProtector, TimedOut
 from .fields import listed, measure, number_in, text_in
-from .reload_progress import ProgressThrottle, Reload, Verdict, draining
+from .reload_progress import ProgressThrottle, Reload, Verdict, draining, tries
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
@@ -113,16 +113,29 @@ def _operation(instance: Instance, timeout_s: float, as_json: bool) -> Iterator[
 @command(short_help="Start the new version, and report the outcome.")
 @_WAIT
 @click.option("--drained", is_flag=True, help="Wait for the end of the old generations, too.")
+@click.option("--dry-run", is_flag=True, help="Start it and see it ready, then end it: no client.")
 @_TIMEOUT
-def reload(instance: Instance, wait: bool, drained: bool, timeout: float, as_json: bool) -> None:
+def reload(
+    instance: Instance, wait: bool, drained: bool, dry_run: bool, timeout: float, as_json: bool
+) -> None:
     """Start the new version beside the old one; it takes over when it is ready.
 
     Waits until the new generation serves and --settle is over, or is given up: then the exit
     status is 3, what served before serves on, and the reason is said.
+
+    With --dry-run it ends before it takes over, and the exit status is that of a reload.
     """
+    if dry_run and drained:
+        raise click.UsageError("--dry-run does not go with --drained: nothing is to drain")
     if not wait:
         if drained or timeout:
             raise click.UsageError("--no-wait goes with neither --drained nor --timeout")
+        if dry_run:
+            generation = number_in(instance.request("reload", dry_run=True), "generation")
+            words = f"generation {generation} will be tried; see status for the verdict"
+            asked = {"generation": generation, "result": "asked"}
+            answer(as_json, asked, f"dry run requested: {words}")
+            return
         generation = number_in(instance.request("reload"), "generation")
         words = f"generation {generation} will start; see status for the outcome"
         asked = {"generation": generation, "result": "asked"}
@@ -131,12 +144,19 @@ def reload(instance: Instance, wait: bool, drained: bool, timeout: float, as_jso
     with _operation(instance, timeout, as_json) as operation:
         before = operation.client.ask("status")
         old = operation.outcome["from"] = before.get("route")
-        promised = _ask_reload(operation.client, before)
+        promised = _ask_reload(operation.client, before, dry_run=dry_run)
         operation.outcome["generation"] = promised
-        found = _judged(operation, Reload(promised, before, operation.tell))
+        found = _judged(operation, Reload(promised, before, operation.tell, dry_run=dry_run))
         operation.outcome["generation"] = found.generation
+        if dry_run:
+            _gone(operation, found.generation)
         if not found.taken:
-            _given_up(operation, found)
+            _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
+        if dry_run:
+            serves = f"; generation {old} serves on" if isinstance(old, int) else ""
+            words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
+            operation.ends("passed", words)
+            return
         if drained:
             _drained(operation, found.generation)
         after = f", after generation {old}" if isinstance(old, int) else ""
@@ -144,21 +164,22 @@ def reload(instance: Instance, wait: bool, drained: bool, timeout: float, as_jso
         operation.ends("reloaded", f"reloaded: generation {found.generation} serves{after}{gone}")
 
 
-def _ask_reload(client: Client, before: Message) -> int:
+def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
     """Ask for it; where the connection ends before the answer, see whether it was heard."""
+    arguments = {"dry_run": True} if dry_run else {}
     try:
-        return number_in(client.request("reload"), "generation")
+        return number_in(client.request("reload", **arguments), "generation")
     except ConnectionLost:
         client.again()
-    newest = max(_reloads(before), default=0)
-    for number in _reloads(client.ask("status")):
+    newest = max(_tried(before, dry_run=dry_run), default=0)
+    for number in _tried(client.ask("status"), dry_run=dry_run):
         if number > newest:
             return number
-    return number_in(client.ask("reload"), "generation")
+    return number_in(client.ask("reload", **arguments), "generation")
 
 
-def _reloads(status: Message) -> list[int]:
-    return [number_in(each, "generation") for each in listed(status, "reloads")]
+def _tried(status: Message, *, dry_run: bool) -> list[int]:
+    return [number_in(each, "generation") for each in tries(status, dry_run=dry_run)]
 
 
 def _judged(operation: _Operation, watched: Reload) -> Verdict:
@@ -188,12 +209,21 @@ def _back(operation: _Operation, watched: Reload) -> None:
         raise NoProtector(f"generation {watched.generation} was not seen serving: {end}") from error
 
 
-def _given_up(operation: _Operation, found: Verdict) -> None:
+def _gone(operation: _Operation, generation: int) -> None:
+    """Wait until a generation that was tried has ended."""
+    while any(
+        number_in(each, "number") == generation
+        for each in listed(operation.client.ask("status"), "generations")
+    ):
+        operation.event(f"generation {generation} to end", "drained")
+
+
+def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
     """Raise what says why, with the last words of the worker that failed."""
     last_words = found.last_words or _last_words(operation.client, found.generation)
     operation.outcome["reason"] = found.reason or None
     operation.outcome["last_words"] = last_words or None
-    text = f"not reloaded: generation {found.generation} failed"
+    text = f"{what}: generation {found.generation} failed"
     if found.reason:
         text += f": {found.reason}"
     try:

@@ -18,6 +18,11 @@ from .fields import listed, number_in, text_in
 #: The phases of generations that get no connections any more.
 LEAVING = ("draining", "abandoned")
 _STARTING = ("starting", "settling")
+#: The events that are verdicts, and whether they are good.
+_VERDICTS = {"reloaded": True, "reload-failed": False}
+_DRY_RUN_VERDICTS = {"dry-run-passed": True, "dry-run-failed": False}
+#: The good results in a status.
+_GOOD = ("reloaded", "passed")
 #: Of more workers than this only each further part of so many is worth a line.
 _PARTS = 10
 
@@ -60,9 +65,18 @@ class _Generation:
 class Reload:
     """One reload that is waited for."""
 
-    def __init__(self, generation: int, status: Message, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        generation: int,
+        status: Message,
+        tell: Callable[[str], None],
+        *,
+        dry_run: bool = False,
+    ) -> None:
         """generation: what `reload` answered.  status: that before.  tell: shows a step."""
         self.generation = generation
+        self._dry_run = dry_run
+        self._events = _DRY_RUN_VERDICTS if dry_run else _VERDICTS
         self.verdict: Verdict | None = None
         self.stopping = False
         self._tell = tell
@@ -84,12 +98,10 @@ class Reload:
             self._stops()
         if self.verdict is not None or number < self.generation:
             return
+        if name in self._events:
+            reason, words = text_in(event, "reason"), text_in(event, "last_words")
+            self.verdict = Verdict(self._events[name], number, reason, words)
         match name:
-            case "reloaded":
-                self.verdict = Verdict(True, number)
-            case "reload-failed":
-                reason, words = text_in(event, "reason"), text_in(event, "last_words")
-                self.verdict = Verdict(False, number, reason, words)
             case "spawned":
                 self._starting(number)
             case "worker-ready":
@@ -107,13 +119,13 @@ class Reload:
             self._stops()
         reloads = [
             each
-            for each in listed(status, "reloads")
+            for each in tries(status, dry_run=self._dry_run)
             if number_in(each, "generation") >= self.generation
         ]
         for each in reloads:
-            if each.get("result") in ("reloaded", "failed"):
+            if each.get("result") in (*_GOOD, "failed"):
                 number, reason = number_in(each, "generation"), text_in(each, "reason")
-                self.verdict = Verdict(each["result"] == "reloaded", number, reason)
+                self.verdict = Verdict(each["result"] in _GOOD, number, reason)
                 return
         starting = [
             each
@@ -181,6 +193,14 @@ class Reload:
         if self._now.routed:
             return f"generation {self._now.number} to live as long as --settle"
         return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
+
+
+def tries(status: Message, *, dry_run: bool) -> list[Message]:
+    """Return the reloads that a status knows of, or the one dry run."""
+    if not dry_run:
+        return listed(status, "reloads")
+    last = status.get("dry_run")
+    return [last] if isinstance(last, dict) else []
 
 
 def draining(status: Message, before: float = math.inf) -> tuple[int, str]:

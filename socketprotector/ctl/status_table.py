@@ -24,6 +24,9 @@ def heading(status: Message) -> list[Text]:
         words.append(f"{restarts:,} {plural(restarts, 'restart')}")
     if status.get("guarded") is True:
         words.append("guarded")
+    health = status.get("health")
+    if isinstance(health, dict) and health.get("state") == "healthy":
+        words.append("healthy")
     name = Text(str(render.cell(text_in(status, "name"))), style="bold")
     phase = render.cell(text_in(status, "phase"))
     found = [Text.assemble(name, ": ", phase, ",", render.cell(", ".join(words)))]
@@ -37,10 +40,22 @@ def heading(status: Message) -> list[Text]:
         warnings.append(f"lame duck: /readyz says 503; accepts for another {span}, then stops")
     elif status.get("lame_duck") == "on":
         warnings.append("lame duck: /readyz says 503; serves on")
+    if isinstance(health, dict) and (says := _says(health, status.get("now"))):
+        warnings.append(says)
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
         warnings.append(f"generation {generation}: no worker has taken a waiting client for {span}")
     return [*found, *(Text(each, style="yellow") for each in warnings)]
+
+
+def _says(health: Message, now: object) -> str:
+    """Return what is worth a line of its own: a bad answer, or that there is none."""
+    state, last = text_in(health, "state"), text_in(health, "last")
+    if state == "unhealthy":
+        return f"unhealthy for {render.age_text(now, health.get('since_at'))}: {last}"
+    if last:
+        return f"health is {state}; last: {last}"
+    return ""
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:
@@ -136,6 +151,10 @@ def last_reload(status: Message) -> list[Text]:
         found.append(_reload("reload under way", reloads[-1], now))
     if ended:
         found.append(_reload("last reload", ended[-1], now))
+    dry_run = status.get("dry_run")
+    if isinstance(dry_run, dict):
+        running = dry_run.get("result") == "running"
+        found.append(_reload("dry run under way" if running else "last dry run", dry_run, now))
     if crashes := number_in(status, "crashes"):
         words = f"{crashes:,} {plural(crashes, 'crash', 'crashes')}"
         found.append(render.line(f"{words}: socketprotectorctl crashes"))

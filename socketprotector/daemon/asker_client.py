@@ -1,6 +1,7 @@
-"""Talks to the asker (programs/asker.py): one process for each question, gone after it.
+"""Talks to the asker (programs/asker.py).
 
-It is told by one message how the generation is reached and what to ask, and ends when its line is
+One that asks a generation that starts is told by one message how that is reached and what to ask.
+One that is kept (--health) is given a connection with each question.  Either ends when its line is
 closed: by us, or because we have ended.
 """
 
@@ -13,8 +14,9 @@ import sys
 from collections.abc import Callable
 
 from ..model.question import Question
+from ..system.channel import rights_of
 from ..system.cleanup import on_error
-from ..system.helper import HelperProcess
+from ..system.helper import BackOff, Ended, HelperProcess, Line
 from ..system.loop import Loop
 from .probe_port import Way
 
@@ -23,7 +25,9 @@ _SCRIPT = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "asker.py"
 )
 _LINE_FD, _LISTENING_FD = 3, 4
-_MESSAGE_BYTES = 4096
+#: Of one that is kept running.
+_FIRST_DELAY_S = 0.1
+_LAST_DELAY_S = 5.0
 
 
 class Asker:
@@ -32,58 +36,108 @@ class Asker:
     def __init__(
         self,
         loop: Loop,
-        way: Way,
-        asked: Question,
+        way: Way | None = None,
+        asked: Question | None = None,
         *,
         heard: Callable[[str], None],
         ended: Callable[[str], None],
+        late: Callable[[str], None] | None = None,
         listening: socket.socket | None = None,
     ) -> None:
         """Start it.  Raises OSError.
 
-        heard: called with why an answer was not good, "" for one that was.  ended: it has ended by
-        itself, and how.  listening: it is to forward what comes there instead.
+        way, asked: what it asks again and again; without, see ask().  heard: called with why an
+        answer was not good, "" for one that was.  late: called instead where none came in time.
+        ended: it has ended by itself, and how.  listening: it is to forward what comes there
+        instead.
         """
-        self._loop, self._heard, self._ended = loop, heard, ended
+        self._heard, self._ended, self._late = heard, ended, late or heard
         self._process: HelperProcess | None = None
+        self._number = 0  # of the last question, of those that are asked once
         argv: tuple[str, ...] = (sys.executable, "-I", "-S", _SCRIPT, str(_LINE_FD))
-        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._line, theirs = Line.make(loop, self._hear)
         descriptors = {_LINE_FD: theirs.fileno()}
         if listening is not None:
             argv, descriptors[_LISTENING_FD] = (*argv, str(_LISTENING_FD)), listening.fileno()
-        with on_error(self.close):
-            with theirs:
-                self._line.send(_told(way, asked), socket.MSG_DONTWAIT)
-                self._process = HelperProcess.start(argv, descriptors, loop, self._has_ended)
-            loop.watch(self._line.fileno(), self._hear)
+        with on_error(self.close), theirs:
+            if way is not None and asked is not None:
+                self._line.socket.send(_told(way, asked), socket.MSG_DONTWAIT)
+            self._process = HelperProcess.start(argv, descriptors, loop, self._has_ended)
+
+    def ask(self, connection: socket.socket, way: Way, asked: Question, limit_s: float) -> None:
+        """Have this asked once, by a connection that is being made; it stays the caller's.
+
+        What is said of an earlier one is not heard any more.  Raises OSError.
+        """
+        self._number += 1
+        told = [_told(way, asked, limit_s=limit_s, number=self._number)]
+        self._line.socket.sendmsg(told, [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 
     def close(self) -> None:
         """Let it end."""
-        self._loop.unwatch(self._line.fileno())
         self._line.close()
         if self._process is not None:
             self._process.close()
             self._process = None
 
-    def _hear(self) -> None:
-        while self._process is not None:
-            try:
-                data = self._line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
+    def discard(self) -> None:
+        """Kill it: it does not answer."""
+        if self._process is not None:
+            self._process.process.kill_group()
+
+    def _hear(self, text: str) -> None:
+        why = text[1:]
+        if self._number:
+            number, _, why = why.partition(" ")
+            if number != str(self._number):
                 return
-            except OSError:
-                data = b""
-            if not data:
-                self._loop.unwatch(self._line.fileno())
-                return  # its end comes by its pidfd
-            self._heard(data[1:].decode("utf-8", "replace"))
+        (self._late if text[:1] == "~" else self._heard)(why)
 
     def _has_ended(self, how: str) -> None:
         self.close()
         self._ended(how)
 
 
-def _told(way: Way, asked: Question) -> bytes:
+class KeptAsker:
+    """Keeps one running: started again, later each time in a row, where it has ended."""
+
+    def __init__(
+        self, loop: Loop, start: Callable[[Ended], Asker], ended: Ended = lambda how: None
+    ) -> None:
+        """start: starts one that calls back with how it has ended.  Raises OSError.
+
+        ended: called with that, or with why none could be started.
+        """
+        self._loop, self._start, self._tell = loop, start, ended
+        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+        #: The one that runs.
+        self.now: Asker | None = None
+        self._begin()
+
+    def close(self) -> None:
+        """Have none."""
+        self._loop.cancel(self)
+        if self.now is not None:
+            self.now.close()
+            self.now = None
+
+    def works(self) -> None:
+        """It does what it is for: the next one need not wait as long as the last."""
+        self._back_off.reset()
+
+    def _begin(self) -> None:
+        try:
+            self.now = self._start(self._ended)
+        except OSError as error:
+            self._ended(f"cannot be started: {error.strerror}")
+
+    def _ended(self, how: str) -> None:
+        self.now = None
+        self._loop.call_after(self, self._back_off.wait_s(), self._begin)
+        self._tell(how)
+
+
+def _told(way: Way, asked: Question, **more: object) -> bytes:
     mark = way.mark
     return json.dumps(
         {
@@ -94,5 +148,6 @@ def _told(way: Way, asked: Question) -> bytes:
             "host": asked.host,
             "path": asked.path,
             "good": asked.good,
+            **more,
         }
     ).encode()

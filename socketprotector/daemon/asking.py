@@ -60,6 +60,7 @@ class Asking:
         self._asker: Asker | None = None
         self._connection: socket.socket | None = None
         self._began = self._connected_at = 0.0
+        self._was_reset = False
         #: What the last answer was, for people: why it is not ready.
         self.last = ""
 
@@ -69,7 +70,7 @@ class Asking:
         program = generation.program
         if program.ready == "any" and program.ready_after_s is None:
             return  # it was given {fd:ready}
-        self._generation = generation
+        self._generation, self._was_reset = generation, False
         self._began = time.monotonic()
         self._begin()
 
@@ -187,19 +188,23 @@ class Asking:
         assert way is not None
         assert one is not None
         assert generation is not None
-        events = events_of(one, select.POLLIN | select.POLLOUT)
+        connected = bool(events_of(one, select.POLLOUT))
         failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed == errno.ECONNRESET:
+            # By what has accepted it, else it would have been refused; or because the listening
+            # socket was shut down, which is mended, and does not come twice in a row.
+            failed = 0 if self._was_reset else failed
+            self._was_reset = True
         try:
-            taken = bool(events & select.POLLOUT) and not way.waits(one)
+            taken = connected and not failed and not way.waits(one)
         except OSError as error:
             failed = error.errno or errno.EIO
         if failed:
             self._failed(failed)
-        elif taken or events & select.POLLIN:  # what accepts may have spoken first, or closed
+        elif taken:  # it may be closed already
             self.stop()
             self._answered(generation.record.number, "accept")
         else:
-            connected = events & select.POLLOUT
             if not connected and time.monotonic() - self._connected_at >= _CONNECTED_S:
                 self._give_up()
             host, port = way.address

@@ -13,15 +13,13 @@ from dataclasses import dataclass, field
 
 from ..model.question import Question
 from ..system.cleanup import on_error
-from ..system.helper import BackOff
+from ..system.helper import Ended
 from ..system.loop import Loop
-from .asker_client import Asker
+from .asker_client import Asker, KeptAsker
 from .generation import OpenGeneration
 from .probe_port import BACKLOG, Way
 
 _FORWARD = Question("forward")
-_FIRST_DELAY_S = 0.1
-_LAST_DELAY_S = 5.0
 
 
 class Forwarding:
@@ -30,13 +28,11 @@ class Forwarding:
     def __init__(self, loop: Loop, way: Way) -> None:
         """Raises OSError."""
         self._loop, self._way = loop, way
-        self._asker: Asker | None = None
-        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
         self._listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         with on_error(self._listening.close):
             self._listening.bind(("127.0.0.1", 0))
             self._listening.listen(BACKLOG)
-        self._start()
+        self._asker = KeptAsker(loop, self._start)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -44,27 +40,18 @@ class Forwarding:
         return host, port
 
     def close(self) -> None:
-        self._loop.cancel(self)
-        if self._asker is not None:
-            self._asker.close()
+        self._asker.close()
         self._listening.close()
 
-    def _start(self) -> None:
-        try:
-            self._asker = Asker(
-                self._loop,
-                self._way,
-                _FORWARD,
-                heard=lambda why: None,
-                ended=self._ended,
-                listening=self._listening,
-            )
-        except OSError:
-            self._ended("")
-
-    def _ended(self, how: str) -> None:
-        self._asker = None
-        self._loop.call_after(self, self._back_off.wait_s(), self._start)
+    def _start(self, ended: Ended) -> Asker:
+        return Asker(
+            self._loop,
+            self._way,
+            _FORWARD,
+            heard=lambda why: None,
+            ended=ended,
+            listening=self._listening,
+        )
 
 
 @dataclass(slots=True, repr=False, eq=False)

@@ -9,9 +9,9 @@ resume where another program stopped: recovery.py.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import replace
 
 from .. import __version__
@@ -21,6 +21,7 @@ from ..core.events import (
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
+    CheckSettling,
     CloseListeners,
     Deadline,
     DeadlinePassed,
@@ -42,6 +43,7 @@ from ..core.events import (
     Spawn,
     StartTimer,
     StopAsking,
+    StopChecking,
     TimerKind,
     UseSettings,
 )
@@ -53,6 +55,7 @@ from ..model.question import Question
 from ..model.records import Program, RunRecord
 from ..model.settings import Settings
 from ..model.text import headline
+from ..system.channel import Channel
 from ..system.listener import Listener
 from ..system.loop import SHUT
 from ..system.program_spec import program_of
@@ -62,17 +65,21 @@ from .asking import Asking
 from .check_probe import CheckProbes
 from .forwarder import Forwarder
 from .generation import Generations, OpenGeneration
+from .health import Health
 from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
 from .log_output import Output
-from .probe_port import ProbePort, Way, forget_probes
+from .probe_port import ProbePort, Way
+from .queue_watch import QueueWatch
 from .runtime import Runtime
+from .settle_check import SettleCheck
 from .socket_steering import SocketSteering
 from .start_report import StartReport
 from .worker_pool import WorkerPool, what_failed
 
 _LEVELS = {
     ReportKind.RELOAD_FAILED: "error",
+    ReportKind.DRY_RUN_FAILED: "warning",
     ReportKind.START_FAILED: "error",
     ReportKind.RETRYING: "warning",
     ReportKind.MANY_DRAINING: "warning",
@@ -81,12 +88,22 @@ _LEVELS = {
     ReportKind.BROKEN: "error",
 }
 _RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
+_DRY_RUN_RESULTS = {ReportKind.DRY_RUN_PASSED: "passed", ReportKind.DRY_RUN_FAILED: "failed"}
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = (Signal, Retire, StartTimer, UseSettings)
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
+_OF_RELOADS = (
+    ReportKind.RELOADING,
+    ReportKind.RELOADED,
+    ReportKind.RECOVERED,
+    ReportKind.RELOAD_FAILED,
+)
+#: How soon to look again whether a good answer has come after --settle.
+_SETTLE_AGAIN_S = 0.1
 #: From the last worker's end to our own, with time to spare.
 _TO_END_S = 5.0
+_LATE = "late"
 
 
 class Effects:
@@ -113,6 +130,7 @@ class Effects:
         self._stay = stay
         self._systemd = systemd
         self._start_report = start_report
+        self._is_stopping = False  # systemd has heard so
         self.generations = Generations()
         self._route: int | None = None
         self.last_good: Program | None = None  # what served last
@@ -127,13 +145,14 @@ class Effects:
             untaken=self._say_untaken,
             accepts=not settings.mode.workers_accept,
         )
+        probes = CheckProbes(runtime.loop, self._reach)
         self.pool = WorkerPool(
             settings,
             runtime,
             output,
             remember=self._remember,
             listeners=self.forwarder.shared,
-            probes=CheckProbes(runtime.loop, self._reach),
+            probes=probes,
         )
         self.steering = SocketSteering(
             lambda: self.forwarder.listeners,
@@ -142,12 +161,26 @@ class Effects:
             lost=self._listener_lost,
             untaken=self._say_untaken,
         )
-        self._counts = AcceptCounts(lambda: self.forwarder.listeners)
+        self._counts = AcceptCounts(
+            lambda: self.forwarder.listeners, lambda: self.health.tcp_connection
+        )
         self.asking = Asking(
             runtime,
             reach=self._reach,
             answered=self.pool.answered,
             not_asked=self.pool.not_asked,
+        )
+        self.settle_check = SettleCheck(
+            runtime,
+            reach=self._reach,
+            probes=probes,
+            paused=lambda: self.steering.holds and not self.forwarder.accepts,
+        )
+        self.health = Health(
+            runtime,
+            settings=lambda: self.live_settings.settings,
+            reach=self._reach_serving,
+            paused=lambda: self.steering.holds and not self.forwarder.accepts,
         )
         self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
@@ -175,6 +208,10 @@ class Effects:
                 self.asking.ask(self.generations[number])
             case StopAsking():
                 self.asking.stop()
+            case CheckSettling(number) if number in self.generations:
+                self.settle_check.begin(self.generations[number])
+            case StopChecking():
+                self.settle_check.stop()
             case RouteTo(number):
                 self._route_to(number)
             case Quiesce(number):
@@ -191,20 +228,21 @@ class Effects:
             case Release(number) if number in self.generations:
                 self._log.write("info", "drained", generation=number)
                 generation = self.generations.release(number)
-                self._forget_probes(generation)
                 self._loop.unwatch(generation.channel.read.fileno())
                 self.forwarder.release(generation.channel)
-                self.steering.leave(number)
+                self.steering.gone(number)
             case Hold(on):
                 self.forwarder.hold(on)
-                self.steering.hold(on)
-            case ReadSettings():
-                self.live_settings.read()
+                self.steering.turn_hold(on)
+            case ReadSettings(dry_run):
+                self.live_settings.read(dry_run=dry_run)
             case UseSettings():
                 self.live_settings.use()
+                self.health.settings_are()
             case ForgetSettings():
                 self.live_settings.forget()
             case CloseListeners(quick):
+                self.health.serves(None)
                 self._close_listeners(quick=quick)
             case StartTimer(deadline, seconds, True):
                 self._loop.extend(deadline, seconds)
@@ -269,7 +307,7 @@ class Effects:
             self._say_lame_duck()
         elif fleet.served and not fleet.stopping:
             self._say_ready("went on after a restart")
-            if fleet.incoming:
+            if fleet.incoming and not fleet.dry_run:
                 self._systemd.reloading()
         elif fleet.stopping:
             self._say_stopping()
@@ -277,11 +315,14 @@ class Effects:
     # -- generations ---------------------------------------------------------
 
     def _open(self, number: int, fresh: bool) -> None:
+        dry_run = self.run.history.is_dry_run
         try:
             live = self.live_settings
             settings = (fresh and live.record.candidate) or live.settings
             program = self.last_good if self.last_good and not fresh else program_of(settings)
             self._refuse_unless_asked(program)
+            if dry_run and (cannot := self.cannot_try()):
+                raise ValueError(f"cannot be tried: {cannot}")
             made = OpenGeneration.make(number, program, settings.queue, self.steering.free)
             try:
                 self.watch_channel(made)
@@ -292,7 +333,7 @@ class Effects:
         except (OSError, ValueError) as error:
             self._post(OpenFailed(number, what_failed(error)))
             return
-        if fresh and self.last_good is not None:
+        if fresh and self.last_good is not None and not dry_run:
             self._remember(lambda history: history.reload_began(number, time.time()))
         self.generations.known()  # here too: without an fd store nothing else asks
         self.generations[number] = made
@@ -313,7 +354,8 @@ class Effects:
         others = [each for each in self.generations.values() if each is not generation]
         taken = {mark for each in others for mark in each.record.marks}
         record = generation.record
-        marks = self.steering.enter(record.number, record.socket_number, taken)
+        self.steering.enter(record.number, record.socket_number)
+        marks = self._counts.enter(record.socket_number, taken)
         generation.update_record(marks=marks)
         if not marks:  # it may serve clients that came to another one, whose mark they have
             for each in others:
@@ -324,7 +366,17 @@ class Effects:
         if program.ready in question.KINDS and program.mode.workers_accept:
             name = question.read(program.ready_question).listener
             if not self.steering.can_ask(name):
-                raise ValueError(question.refusal(program.ready_question, name or "each listener"))
+                raise ValueError(
+                    question.refusal(f"--ready {program.ready_question}", name or "each listener")
+                )
+
+    def cannot_try(self) -> str | None:
+        """Say why a generation cannot be started without getting clients; None: it can."""
+        for each in self.forwarder.listeners:
+            if each.shared and not each.has_sibling:
+                address = each.settings.address
+                return f"{address} has one socket for all generations, which accept directly"
+        return None
 
     def watch_channel(self, generation: OpenGeneration) -> None:
         """See at once when a worker shuts it down: maybe none is left that takes what is queued.
@@ -338,30 +390,37 @@ class Effects:
         """Make a way to a generation, None where there can be none.  Raises OSError."""
         if generation.program.mode.workers_accept:
             return self.steering.ask(generation.record.number, asked.listener)
-        channel = generation.channel
+        beside = self.forwarder.queue if generation.record.number == self._route else None
+        return self._probe_port(generation.channel, asked, beside)
+
+    def _reach_serving(self, generation: OpenGeneration, asked: Question) -> Way | None:
+        """Make a way to the one that serves, None where there can be none.  Raises OSError."""
+        if generation.program.mode.workers_accept:
+            return self.steering.reach(asked.listener)
+        return self._probe_port(generation.channel, asked, beside=self.forwarder.queue)
+
+    def _probe_port(
+        self, channel: Channel, asked: Question, beside: QueueWatch | None = None
+    ) -> Way | None:
         for each in self.forwarder.listeners:
             if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
-                return ProbePort(self._loop, channel, each.index).way
+                return ProbePort(self._loop, channel, each.index, beside).way
         return None
-
-    def _forget_probes(self, generation: OpenGeneration) -> None:
-        if not generation.record.serving_since:
-            with suppress(OSError):  # then a worker finds that there is nobody
-                forget_probes(generation.channel)
 
     def _route_to(self, number: int | None) -> None:
         generation = self.generations.get(number) if number is not None else None
         self._route = number if generation is not None else None
         if generation is None:
+            self.health.serves(None)
             self.forwarder.route_to(None)
             return
         again = generation.record.serving_since > 0.0
         if not again:
-            self._forget_probes(generation)
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.forwarder.route_to(generation.channel)
         self.steering.turn_to(generation.record.socket_number, again=again)
         self._log.write("info", "route", generation=number)
+        self.health.serves(generation)
 
     def _route_broken(self) -> None:
         if self._route is not None:
@@ -382,6 +441,11 @@ class Effects:
 
     def _close_listeners(self, *, quick: bool) -> None:
         stay, route = self.they_stay, self._route
+        self._loop.cancel(_LATE)
+        late_s = 0.0 if quick or stay else self._late_s
+        if late_s > 0.0:
+            self._loop.call_after(_LATE, late_s, lambda: self._close_listeners(quick=False))
+            return
         if quick:
             self.steering.give_back()
         elif (stay or self.steering.share) and not self.forwarder.accepts and route is not None:
@@ -399,6 +463,12 @@ class Effects:
         if not stay:
             self.steering.end()  # else the next start has them, though a worker shuts them
         self.forwarder.close_listeners(quick=quick, stay=stay)
+
+    @property
+    def _late_s(self) -> float:
+        """For how long a graceful stop lets clients in that a hold has kept out."""
+        stop_s = self.live_settings.settings.policy.stop_timeout_s
+        return min(self.steering.hold.late_s, stop_s / 2 if stop_s else math.inf)
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
         """A listener gets no clients any more; if none does, our supervisor must act."""
@@ -461,10 +531,13 @@ class Effects:
         now = time.time()
         if report.news is ReportKind.STOPPING:
             self._remember(lambda history: history.called_off("it was told to stop", now))
-        result = _RESULTS.get(report.news)
-        if result is not None:
-            number, reason = report.generation, report.reason
+        number, reason = report.generation, report.reason
+        if report.news is ReportKind.DRY_RUN:
+            self._remember(lambda history: history.dry_run_began(number, now))
+        if (result := _RESULTS.get(report.news)) is not None:
             self._remember(lambda history: history.reload_ended(number, result, reason, now))
+        if (verdict := _DRY_RUN_RESULTS.get(report.news)) is not None:
+            self._remember(lambda history: history.dry_run_ended(number, verdict, reason, now))
 
     # -- time and news -------------------------------------------------------
 
@@ -477,6 +550,9 @@ class Effects:
             idle_s = self.forwarder.idle_s if deadline.wait is TimerKind.LAME_DUCK_IDLE else seconds
             if idle_s < seconds:
                 run(seconds - idle_s)
+                return
+            if deadline.wait is TimerKind.SETTLE and self.settle_check.awaits(deadline.target):
+                run(_SETTLE_AGAIN_S)
                 return
             self._note_due(deadline)
             # Else the program speaks with us, and it is not for want of READY=1.
@@ -515,6 +591,8 @@ class Effects:
         match report.news:
             case ReportKind.READY:
                 self._say_ready(serves)
+            case _ if self._is_stopping and report.news in _OF_RELOADS:
+                pass  # READY=1 and their status would contradict STOPPING=1
             case ReportKind.RELOADING:
                 self._systemd.reloading()
             case ReportKind.RELOADED | ReportKind.RECOVERED:
@@ -547,6 +625,7 @@ class Effects:
 
     def _say_stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """before_s: how long it is until the stop begins."""
+        self._is_stopping = True
         # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
         policy = self.live_settings.settings.policy
         status = f"stopping: {reason}" if reason else "stopping"
@@ -571,6 +650,8 @@ class Effects:
         """
         self.live_settings.stop_reading()
         self.asking.stop()
+        self.health.suspend()
+        self.settle_check.stop()
         self.pool.stop_checking()
         self.steering.end()
         left = self.forwarder.close(self.steering.current)

@@ -25,6 +25,7 @@ from ..system.listener import AGAIN, Listener
 from ..system.loop import WRITE
 from .acceptor import Acceptor
 from .listener_drain import LAST_S, QUIET_S, DrainingListeners
+from .probe_port import is_probe
 from .queue_watch import QueueWatch
 from .runtime import Runtime
 from .shortage import Shortage
@@ -199,7 +200,7 @@ class Forwarder:
         self._lost += self.undelivered.drop(lambda _: True)
         for channel, gone in self._leftovers.items():
             if gone:
-                self._lost += channel.depth()
+                self._lost += _clients_in(channel)
                 channel.close()
         self._leftovers.clear()
         self._shortage.close()
@@ -353,6 +354,8 @@ class Forwarder:
             header, fd = taken
             if fd < 0:
                 self._lost += 1
+            elif is_probe(header):
+                self._let_go(fd)  # it was for this generation
             elif strange and route is not None and not route.knows_of(listener_of(header)):
                 self._put_back(channel, header, fd)
             elif self._route is not None:
@@ -494,6 +497,20 @@ class Forwarder:
         """Stop watching its sockets, here and in socket_steering: they are about to be closed."""
         for each in listener.sockets:
             self._loop.unwatch(each.fileno())
+
+
+def _clients_in(channel: Channel) -> int:
+    """Take all out of a channel; return how many were clients."""
+    found = 0
+    try:
+        while taken := channel.take_back():
+            header, fd = taken
+            found += not is_probe(header)
+            if fd >= 0:
+                os.close(fd)
+    except OSError:  # out of memory: what is left is closed with the channel, and taken for clients
+        found += channel.depth()
+    return found
 
 
 def _lacks(route: Channel, channel: Channel) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from ..core.events import SettingsFailed, SettingsRead, UseSettings
 from ..core.snapshot import Snapshot
@@ -53,9 +54,12 @@ class LiveSettings:
         assert self.record.current is not None
         return self.record.current
 
-    def read(self) -> None:
-        """Have them read again; what comes of it is an event."""
-        self._reader.read(self.settings, self._were_read)
+    def read(self, *, dry_run: bool) -> None:
+        """Have them read again; what comes of it is an event.
+
+        dry_run: the generation that is to use them gets no clients, of added listeners neither.
+        """
+        self._reader.read(self.settings, partial(self._were_read, dry_run=dry_run))
 
     def compare(self, done: Callable[[ConfigAnswer], None]) -> bool:
         """Find out what a reload would change, and call back; False while that is going on."""
@@ -111,7 +115,7 @@ class LiveSettings:
 
     # -- inside ------------------------------------------------------------------
 
-    def _were_read(self, answer: ConfigAnswer) -> None:
+    def _were_read(self, answer: ConfigAnswer, *, dry_run: bool) -> None:
         old, new = self.settings, answer.settings
         if new is None:
             lines = answer.failure.split("\n")
@@ -120,17 +124,26 @@ class LiveSettings:
             more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
             self._post(SettingsFailed("\n".join((lines[0] + more, *lines[1:]))))
             return
+        shared = new.mode.workers_accept
+        added = [
+            Listener(fd, n, new.listeners[n], shared=shared, sibling=answer.siblings.get(n, -1))
+            for n, fd in answer.listeners.items()
+        ]
+        cannot = self._steering.hold.refusal(added) if self._steering.hold.on else None
+        if cannot is not None:
+            for each in added:
+                each.close()
+            self._post(SettingsFailed(f"on hold, and {cannot}; release it first"))
+            return
         for text in new.notices[len(old.notices) :]:
             self._log.write("warning", "notice", text=text)
         self._log.write("info", "configured", changes="; ".join(answer.changes) or "none")
         for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)
-        for index, fd in answer.listeners.items():
-            shared, sibling = new.mode.workers_accept, answer.siblings.get(index, -1)
-            listener = Listener(fd, index, new.listeners[index], shared=shared, sibling=sibling)
+        for listener in added:
             self._forwarder.add(listener)
-            self._steering.expect(listener)
+            self._steering.expect(listener, dry_run=dry_run)
         self._post(
             SettingsRead(new.policy, new.processes if new.processes != old.processes else None)
         )

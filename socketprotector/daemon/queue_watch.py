@@ -62,6 +62,11 @@ class QueueWatch:
         if self.runs:
             self.loop.call_after(_LOOK, self._look_s, self._look)
 
+    @property
+    def sent(self) -> int:
+        """How many the route was sent, from some moment on."""
+        return self.forwarded() + self.extra
+
     def untaken_s(self, channel: Channel) -> float | None:
         """Return for how long nothing was taken from a channel; None: not long enough to report."""
         if channel is not self._route or self._head is None:
@@ -91,7 +96,7 @@ class QueueWatch:
                 route.taken_from
                 or self._head is not None
                 or head is None
-                or self.forwarded() + self.extra > route.depth()
+                or self.sent > route.depth()
             )
             self._look_s, self._head_since = FIRST_LOOK_S, time.monotonic()
         self._head = head

@@ -52,8 +52,6 @@ class Recovery:
         if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
             effects.steering.end()
         broken = self._adopt_generations()
-        if not (snapshot.fleet.held or snapshot.fleet.stopping):
-            effects.steering.answer_new()  # the end of a hold may not have been carried out
         for record in snapshot.workers:
             generation = effects.generations.get(record.generation)
             if generation is not None and self.left.has(inherited.WORKER, record.number, "process"):

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from .. import __version__
@@ -33,6 +34,7 @@ from . import checkpoint
 from .checkpoint import Checkpoint
 from .control.commands import CommandHandler
 from .control.server import ControlServer
+from .control.status import counts_of
 from .effects import Effects
 from .event_queue import EventQueue
 from .log_output import Output
@@ -334,7 +336,7 @@ class _Resident:
             stay=self.parents.stays,
         )
         keeps = settings.worker_identity is not None
-        return Supervisor(
+        supervisor = Supervisor(
             Fleet(
                 policy=settings.policy,
                 workers_wanted=settings.processes,
@@ -350,6 +352,8 @@ class _Resident:
             terminal=terminal_of(settings.foreground),
             outlives_terminal=settings.outlives_terminal,
         )
+        effects.settle_check.counts = lambda: counts_of(supervisor.fleet, effects)
+        return supervisor
 
     def _descriptors(self) -> dict[str, int]:
         """The descriptors of the process itself, by name."""
@@ -392,6 +396,7 @@ class _Resident:
             supervisor.effects.pool.acked,
             uids=frozenset(uids),
             group=settings.control_group,
+            status_group=settings.status_group,
         )
         runtime.log.observe(control.tell)
         return control
@@ -440,11 +445,22 @@ def _listeners(
     for index, each in enumerate(settings):
         first, again = _newest(left.take(inherited.LISTENER, index))
         second, second_again = _newest(left.take(inherited.SIBLING, index))
+        third = left.take(inherited.RESERVED, index).get("", -1)
         if first >= 0:  # else it was closed already
             both = again, second_again
-            made.append(Listener(first, index, each, shared=shared, sibling=second, again=both))
-        elif second >= 0:
-            os.close(second)
+            made.append(
+                Listener(
+                    first, index, each, shared=shared, sibling=second, reserved=third, again=both
+                )
+            )
+            continue
+        for fd in (second, third):
+            if fd >= 0:
+                os.close(fd)
+    for listener in made:
+        if listener.has_sibling and listener.can_be_held:
+            with suppress(OSError):  # then there is no hold, and that is said if one is asked for
+                listener.reserve()
     ours = [each for each in made if not shared and not each.settings.foreign]
     for listener in [each for each in ours if not each.listens]:
         made.remove(listener)  # an earlier program was about to close it

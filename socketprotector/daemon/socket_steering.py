@@ -17,22 +17,24 @@ already do not have: for that there must be another generation.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 from ..core.events import Quiesced, Stranded
 from ..model.records import SteeringRecord
-from ..system import accept_marks, reuseport
+from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
-from ..system.sock_diag import Line, end_of, handshakes, unaccepted, unread
+from ..system.sock_diag import Line, end_of, handshakes, is_waiting, unaccepted, unread
 from .accept_watch import ASKING_SHARE, AcceptWatch
-from .probe_port import Way
+from .listener_hold import ListenerHold
+from .probe_port import Way, family_of
 from .runtime import Runtime
 
 _LOOK_S = 0.1
@@ -46,6 +48,8 @@ QUIET_S = 1.0
 SILENT_S = 3.0
 #: After that long a generation is told to finish even if it has not read from all of them.
 LAST_S = 10.0
+#: What is told to finish may accept for that long: gunicorn's threads look around once a second.
+LEAVES_S = 2.0
 _STEER_AGAIN_S = 0.5
 #: How often, at most, a generation is started for clients that no worker accepts.
 FIRST_RESCUE_S = 1.0
@@ -73,11 +77,16 @@ class _Quiescing:
     unread: dict[tuple[int, bytes], bool] | None = None
 
 
-def _waits(listening: socket.socket, client: socket.socket) -> bool:
+def _waits(listening: socket.socket, address: tuple[str, int], client: socket.socket) -> bool:
     """Whether a client of ours waits to be accepted; others may, too.  Raises OSError."""
     if not listening.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise OSError(errno.ENOTCONN, "it does not listen")  # so it came to the other one
-    return _has_waiting(listening) and end_of(client, listening.family) in unaccepted(listening)
+    if listening.family == socket.AF_UNIX:
+        return os.fstat(client.fileno()).st_ino in unaccepted(listening)
+    try:
+        return is_waiting(client, address, reuseport.device_of(listening))
+    except OSError:  # sock_diag is not there
+        return _has_waiting(listening)
 
 
 def _has_waiting(listening: socket.socket) -> bool:
@@ -117,16 +126,19 @@ class SocketSteering:
         self.unserved: frozenset[tuple[int, int]] = frozenset()
         self.current = 0  # to which new clients come
         self._accepting: dict[int, int] = {}  # generation -> socket number
+        #: Those that were told to finish and live on: the socket, and when.
+        self._leaving: dict[int, tuple[int, float]] = {}
         self._quiescing: dict[int, _Quiescing] = {}
+        self._expected: dict[int, int] = {}  # new listeners: which socket the next generation has
         self._steered = True  # the kernel knows the current one
-        self._held = False  # new clients get no answer, by request
-        # From then on no handshake is under way at the socket that gets no new clients.  An earlier
-        # program may have steered a moment ago.
-        self._settled_at = time.monotonic() + LAST_S
+        self._as_held = True  # and who is to get no answer
+        self.hold = ListenerHold(listeners)
         #: Generations that were asked, which had no clients: what waits there is a question.
         self._asked: dict[int, socket.socket] = {}
-        #: Of connections that come to another socket, and which: its generation is being asked.
-        self._question: tuple[reuseport.Mark, int] | None = None
+        #: Of connections that come to a socket whoever gets the clients: its generation is asked.
+        self._questions: dict[reuseport.Mark, int] = {}
+        #: Of those that serve: where questions came that no worker has taken, and their ends.
+        self._given_up: list[tuple[socket.socket, bytes]] = []
         self._rescue_s = FIRST_RESCUE_S
         self._rescued_at = 0.0
 
@@ -143,46 +155,12 @@ class SocketSteering:
                 self.mend(each, socket_number)
         self._watch()
 
-    def enter(
-        self, generation: int, socket_number: int, taken: Collection[tuple[int, int]] = ()
-    ) -> tuple[tuple[int, int], ...]:
-        """The workers of a generation, which are yet to be started, accept there.
-
-        taken: listeners and the marks of what other generations accept there.  Returns those of
-        this one (system/accept_marks.py); none where its connections cannot be told from others.
-        """
+    def enter(self, generation: int, socket_number: int) -> None:
+        """The workers of a generation, which are yet to be started, accept there."""
         for each in self._shared:
             self._make_ready(each, socket_number)
         self._accepting[generation] = socket_number
         self._watch()
-        try:
-            return tuple(self._mark(each, socket_number, taken) for each in self._shared)
-        except OSError:
-            return ()
-
-    def _mark(
-        self, listener: Listener, socket_number: int, taken: Collection[tuple[int, int]]
-    ) -> tuple[int, int]:
-        """Return a listener and the mark of what is accepted at one of its sockets.
-
-        Raises OSError where no process but a generation's own can be kept from having it.
-        """
-        if not listener.has_sibling:
-            raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
-        one, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        mark = accept_marks.mark_of(one)
-        if not mark or (listener.index, mark) in taken:
-            waiting = listener.has_waiting(socket_number)  # they have the mark of before
-            used = {
-                mark,
-                accept_marks.mark_of(other),
-                *(m for i, m in taken if i == listener.index),
-            }
-            mark = min(set(range(1, accept_marks.MARKS + 1)) - used, default=0)
-            accept_marks.mark(one, mark)
-            if waiting or not mark:
-                raise OSError(errno.EBUSY, "clients wait there, or there are too many generations")
-        return listener.index, mark
 
     def waiting(self, generation: int) -> int | None:
         """Return how many clients wait for a generation to accept them; None: it is not known."""
@@ -201,11 +179,39 @@ class SocketSteering:
                 return None
         return count
 
+    def reach(self, name: str) -> Way | None:
+        """Return how the generation that gets the clients is reached: as clients reach it.
+
+        name: the listener's, "" for the first.  None: there is no such one.
+        """
+        for each in self._shared:
+            if name in ("", each.settings.name):
+                asked = each.socket_for(self.current)
+                # As for ask(): so it never leaves this machine, where an address is another one's.
+                unix = asked.family == socket.AF_UNIX
+                address = each.local_address
+                mark = None if unix else reuseport.Mark.draw(family_of(address))
+                way = Way(address, mark, partial(_waits, asked, address), lambda: None)
+                if each.has_sibling:  # else the next generation takes it
+                    way.give_up = partial(self._give_up, asked)
+                return way
+        return None
+
+    def _give_up(self, asked: socket.socket, one: socket.socket) -> None:
+        self._given_up.append((asked, end_of(one, asked.family)))
+
+    @property
+    def holds(self) -> bool:
+        """Whether new clients get no answer."""
+        return self.hold.on
+
     def ask(self, generation: int, name: str) -> Way | None:
-        """Have a generation reached that gets no new clients yet, by connections with a mark.
+        """Have a generation reached, whoever gets the new clients, by connections with a mark.
 
         name: the listener's, "" for the first that has two sockets.  None: there is no such one.
-        The generation that gets the clients is reached without.  Raises OSError.
+        Also the generation that gets the clients: a hold does not keep the question out then, and
+        it never leaves this machine (the address may be another one's).  Raises OSError; EAGAIN
+        also while workers of an earlier one could answer.
         """
         socket_number = self._accepting.get(generation)
         if socket_number is None:
@@ -213,19 +219,21 @@ class SocketSteering:
         found = self._askable(name)
         if found is None:
             return None
+        for its, told_at in self._leaving.values():
+            if its == socket_number and time.monotonic() < told_at + LEAVES_S:
+                why = "workers that were told to finish may still accept from its socket"
+                raise OSError(errno.EAGAIN, why)
         address, asked = found.local_address, found.socket_for(socket_number)
-        mark = None
-        if socket_number != self.current:
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            mark = reuseport.Mark.draw(family)
-            self._question = mark, socket_number
-            if not _has_waiting(asked):
-                self._asked[generation] = asked
-            self._steer()
-            if not self._steered:  # they would come to the generation before, which answers
-                self._question = None
-                raise OSError(errno.EAGAIN, "new clients cannot be steered now")
-        waits = partial(_waits, asked)
+        while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
+            pass  # of IPv6 there are few
+        self._questions[mark] = socket_number
+        if socket_number != self.current and not _has_waiting(asked):
+            self._asked[generation] = asked
+        self._steer()
+        if not self._steered:  # they would come to the generation before, which answers
+            del self._questions[mark]
+            raise OSError(errno.EAGAIN, "new clients cannot be steered now")
+        waits = partial(_waits, asked, address)
         return Way(address, mark, waits, partial(self._stop_asking, mark))
 
     def can_ask(self, name: str) -> bool:
@@ -236,60 +244,59 @@ class SocketSteering:
         named = (each for each in self._pairs if name in ("", each.settings.name))
         return next((each for each in named if not each.lost), None)
 
-    def _stop_asking(self, mark: reuseport.Mark | None) -> None:
-        """Nothing reaches the other socket any more."""
-        if self._question is not None and self._question[0] is mark:
-            self._question = None
+    def _stop_asking(self, mark: reuseport.Mark) -> None:
+        """It is no more reached by this one."""
+        if self._questions.pop(mark, None) is not None:
             self._steer()
 
+    def gone(self, generation: int) -> None:
+        """It has no workers any more."""
+        self.leave(generation)
+        self._leaving.pop(generation, None)
+
     def leave(self, generation: int) -> None:
-        """Its workers accept no more: they were told to finish, or are gone."""
-        self._accepting.pop(generation, None)
+        """Its workers accept no more: they were told to finish, which takes each server a while."""
+        socket_number = self._accepting.pop(generation, None)
+        if socket_number is not None:
+            self._leaving[generation] = socket_number, time.monotonic()
         if (asked := self._asked.pop(generation, None)) is not None:
             # It has had no clients, and its last questions must not look like some that wait.
             with suppress(OSError):
                 reuseport.discard_waiting(asked)
+        if socket_number is not None and socket_number not in self._accepting.values():
+            self._discard_questions([each.socket_for(socket_number) for each in self._pairs])
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         if self._quiescing.pop(generation, None) is not None:
             self._loop.cancel(("quiesce", generation))
         self._watch()
 
-    def hold(self, on: bool) -> None:
+    def _discard_questions(self, sockets: Sequence[socket.socket]) -> None:
+        """Have none wait where no other client does: no generation is to be started for it."""
+        for one in sockets:
+            ours = {end for asked, end in self._given_up if asked is one}
+            with suppress(OSError):
+                if ours and reuseport.queue(one)[0] <= len(ours.intersection(unaccepted(one))):
+                    reuseport.discard_waiting(one)
+        self._given_up = [each for each in self._given_up if each[0] not in sockets]
+
+    def turn_hold(self, on: bool) -> None:
         """Leave new clients without an answer; their kernels try again, and come in after it."""
-        self._held = on
-        self._tell()
+        self.hold.turn(on)
+        self._steer()
 
-    def answer_new(self) -> None:
-        """Undo a hold of an earlier program.
+    def expect(self, listener: Listener, *, dry_run: bool) -> None:
+        """Steer the clients of a new listener to the generation that is to know it.
 
-        Where new clients come to is as it left it: what is known of that may be from before a
-        switch, for it was killed.
+        dry_run: that is to get none, so to the socket where they will never be accepted.
         """
-        for each in self._pairs:
-            with suppress(OSError):  # again at the next switch
-                each.answer_new()
-
-    def cannot_hold(self) -> str | None:
-        """Say why no hold can be had; None: it can."""
-        for each in self._listeners():
-            address = each.settings.address
-            if each.shared and each.settings.foreign:
-                return f"{address} was passed in, and its owner goes on listening there"
-            if each.shared and not each.has_sibling:
-                return f"{address} has one socket for all, from which workers accept directly"
-        return None
-
-    def expect(self, listener: Listener) -> None:
-        """Steer the clients of a new listener to the generation that is to know it."""
-        try:
-            if listener.has_sibling:
-                self._steer_one(listener, self.free)
-        except OSError:
-            pass  # it is tried again when that generation has its turn
+        if not dry_run:
+            self._expected[listener.index] = self.free
+        self._steer()
 
     def turn_to(self, socket_number: int, *, again: bool = False) -> None:
         """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
         self._asked.clear()  # from now on clients come there
+        self._expected.clear()
         self.current = socket_number
         self._steer()
         self._watch()
@@ -377,61 +384,42 @@ class SocketSteering:
         return [each for each in self._listeners() if each.has_sibling]
 
     def _steer(self) -> None:
-        """Steer new clients who may have come to the other socket until now."""
-        self._settled_at = time.monotonic() + LAST_S
-        self._tell()
-
-    def _tell(self) -> None:
         """Tell the kernel; until it is told they come to the other socket, whose workers go on."""
-        try:
-            for each in self._pairs:
-                owners = self._given_back and each.settings.foreign
-                self._steer_one(each, 0 if owners else self.current)
-        except OSError as error:
-            if self._steered:
-                self._log.write("error", "not-steered", error=error.strerror)
-            self._steered = False
+        not_steered: OSError | None = None
+        not_held: OSError | None = None
+        for each in self._listeners():
+            try:
+                socket_number = self._expected.get(each.index, self.current)
+                not_held = self._steer_one(each, socket_number) or not_held
+            except OSError as error:
+                not_steered = error
+        if not_steered is not None and self._steered:
+            self._log.write("error", "not-steered", error=not_steered.strerror)
+        if not_held is not None and self._as_held:
+            self._log.write("error", "not-held", error=not_held.strerror)
+        self._steered, self._as_held = not_steered is None, not_held is None
+        if self._steered and self._as_held:
+            self._loop.cancel("steer")
+        else:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
-        else:
-            self._steered = True
-            ours = (each for each in self._pairs if not each.settings.foreign)
-            if self._held and any(each.dropping is None for each in ours):
-                self._loop.call_after("steer", _LOOK_S, self._tell)
+
+    def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
+        """Have new clients come to one of its sockets, or during a hold get no answer.
+
+        Returns why it cannot be held now.  Raises OSError where clients come to the other socket.
+        """
+        if self._given_back and listener.settings.foreign:
+            socket_number = 0
+        not_held = None
+        if self.hold.on and listener.can_be_held:
+            try:
+                listener.steer(socket_number, self._questions, held=True)
+            except OSError as error:
+                not_held = error
             else:
-                self._loop.cancel("steer")
-
-    def _steer_one(self, listener: Listener, socket_number: int) -> None:
-        """Have new clients come to one of its sockets, or under a hold to one that drops them.
-
-        That is the one which had no clients when the hold began, whichever generations begin and
-        end meanwhile.  Raises OSError.
-        """
-        dropping = listener.dropping
-        if not self._held or listener.settings.foreign:
-            listener.steer(socket_number, self._question)
-            listener.answer_new()
-        elif dropping is not None:
-            listener.steer(dropping, self._question)
-        else:
-            # First: who begins to connect after that does not begin there.
-            listener.steer(socket_number, self._question)
-            if self._is_settled(listener):
-                dropping = 1 - self.current
-                listener.drop_new(dropping)
-                listener.steer(dropping, self._question)
-
-    def _is_settled(self, listener: Listener) -> bool:
-        """Whether all handshakes have ended that began before new clients came elsewhere.
-
-        The generation that they came to need not quiesce: it may have crashed, and be gone.
-        """
-        if time.monotonic() >= self._settled_at:
-            return True
-        try:
-            # Of both sockets: sock_diag does not tell at which one.
-            return not handshakes(listener.socket.family, listener.port)
-        except OSError:
-            return False
+                return None
+        listener.steer(socket_number, self._questions)
+        return not_held
 
     # -- the one before ------------------------------------------------------------
 
@@ -466,8 +454,6 @@ class SocketSteering:
             if waiting:
                 hint = "its workers do not accept; the next generation gets what waits"
                 self._log.write("warning", "not-taken", generation=generation, hint=hint)
-            elif not late and socket_number != self.current:
-                self._settled_at = now
             del self._quiescing[generation]
             quiescing.over()
             return

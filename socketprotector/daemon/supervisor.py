@@ -198,11 +198,15 @@ class Supervisor:
             self.effects.live_settings.stop_reading()
             self.effects.pool.stop_checking()
             self.effects.asking.suspend()
+            self.effects.settle_check.suspend()
+            self.effects.health.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
             self.effects.pool.go_on_checking()
             self.effects.asking.go_on()
+            self.effects.settle_check.go_on()
+            self.effects.health.go_on()
             if self.fleet.reading:
-                self.effects.perform(ReadSettings())
+                self.effects.perform(ReadSettings(self.fleet.dry_run))
         else:
             self.upgrade.failed(_NOT_KEPT)
         self._handing_over = False

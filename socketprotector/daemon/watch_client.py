@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ..core.events import ReloadRequested
 from ..model.settings import Settings
 from ..system import inherited
-from ..system.helper import BackOff, HelperProcess
+from ..system.helper import BackOff, HelperProcess, Line
 from ..system.process import Process
 from .runtime import Runtime
 
@@ -24,7 +24,6 @@ _SCRIPT = os.path.join(
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "programs", "file_watch.py"
 )
 _LINE_FD = 3
-_MESSAGE_BYTES = 4096
 _FIRST_DELAY_S = 1.0
 _LAST_DELAY_S = 60.0
 _FILES = "unix:/"
@@ -38,7 +37,7 @@ class FileWatch:
         self._runtime = runtime
         self._loop, self._log = runtime.loop, runtime.log
         self._process: HelperProcess | None = None
-        self._line: socket.socket | None = None
+        self._line: Line | None = None
         self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
         self._warned = False  # that one after the other ends
 
@@ -51,13 +50,12 @@ class FileWatch:
             if self._settings.watch and self._process is None and len(mine) == 2:
                 process = Process(int(pid), mine["process"])
                 self._process = HelperProcess(process, self._loop, self._ended)
-                self._line = socket.socket(fileno=mine["line"])
+                line = socket.socket(fileno=mine["line"])
+                self._line = Line(self._loop, line, self._handle)
             else:  # it was given away in part, or there is nothing to watch any more
                 for fd in mine.values():
                     os.close(fd)
-        if self._line is not None:
-            self._loop.watch(self._line.fileno(), self._hear)
-        elif self._settings.watch:
+        if self._line is None and self._settings.watch:
             self._spawn()
 
     def descriptors(self) -> dict[str, int]:
@@ -66,7 +64,7 @@ class FileWatch:
             return {}
         process = self._process.process
         mine = f"{inherited.WATCH}{process.pid}"
-        return {f"{mine}.process": process.pidfd, f"{mine}.line": self._line.fileno()}
+        return {f"{mine}.process": process.pidfd, f"{mine}.line": self._line.socket.fileno()}
 
     def close(self) -> None:
         """Watch no more."""
@@ -81,30 +79,15 @@ class FileWatch:
         ours = [file for file in files if file]
         argv = (sys.executable, "-P", _SCRIPT, str(_LINE_FD), *settings.watch, "--", *ours)
         try:
-            self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._line, theirs = Line.make(self._loop, self._handle)
             with theirs:
                 descriptors = {_LINE_FD: theirs.fileno()}
                 self._process = HelperProcess.start(argv, descriptors, self._loop, self._ended)
-            self._loop.watch(self._line.fileno(), self._hear)
         except OSError as error:
             self._forget()
             self._again(error.strerror or str(error))
             return
         self._runtime.persist()  # there are other descriptors now
-
-    def _hear(self) -> None:
-        """Handle all that it has said so far; its end comes by its pidfd."""
-        while self._line is not None:
-            try:
-                data = self._line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if not data:
-                self._loop.unwatch(self._line.fileno())
-                return
-            self._handle(data.decode("utf-8", "replace"))
 
     def _handle(self, text: str) -> None:
         match text[:1]:
@@ -122,7 +105,8 @@ class FileWatch:
         if self._process.proven:
             self._back_off.reset()
             self._warned = False
-        self._hear()
+        if self._line is not None:
+            self._line.hear()
         self._forget()
         self._runtime.persist()
         self._again(how)
@@ -130,7 +114,6 @@ class FileWatch:
     def _forget(self) -> None:
         """Close what is ours: then it ends."""
         if self._line is not None:
-            self._loop.unwatch(self._line.fileno())
             self._line.close()
             self._line = None
         if self._process is not None:

@@ -41,14 +41,13 @@ from .check_probe import CheckProbes
 from .generation import OpenGeneration
 from .log_output import Output
 from .post_mortem import PostMortem
+from .probe_port import PROBE
 from .runtime import Runtime
 from .worker_recycling import LimitWatch
 from .worker_spawn import Worker, WorkerSpawner, named
 
 #: So that --ready check:COMMAND can ask the right one: the port is the old ones', too.
 _WORKER_PID = "SOCKETPROTECTOR_WORKER_PID"
-#: Where what connects reaches the generation that it is of.
-_PROBE = "SOCKETPROTECTOR_PROBE"
 #: So many descriptors of workers are looked at for one that listens: each takes microseconds.
 _LOOKED_AT = 1000
 #: What is kept of a STATUS= line.
@@ -341,7 +340,7 @@ class WorkerPool:
         """Run the command of --ready check once.  Raises OSError or ValueError."""
         variables = {_WORKER_PID: str(worker.process.pid)}
         if address := self._probes.address(worker.generation):
-            variables[_PROBE] = address
+            variables[PROBE] = address
         return spawn(check_program(worker.generation.program), variables, {}, mortal=True)
 
     def _checked(self, worker: Worker) -> None:

@@ -13,7 +13,7 @@ from ..model.errors import SystemRefused
 from ..model.settings import Settings
 from ..system import control_path
 from .bind import Bound
-from .bind_unix import bind_unix
+from .bind_unix import admit_group, bind_unix
 from .listen_spec import Listen
 
 _BACKLOG = 64
@@ -73,10 +73,21 @@ def _bind(settings: Settings, path: str) -> Bound:
     options = {"mode": "0600"}
     if settings.identity is not None:
         options["user"] = str(settings.identity.uid)
-    if settings.control_group is not None:
-        options.update(mode="0660", group=str(settings.control_group))
+    groups = [each for each in (settings.control_group, settings.status_group) if each is not None]
+    if groups:
+        options.update(mode="0660", group=str(groups[0]))
     listen = Listen(path, path=path, options=options)
-    return Bound(*bind_unix(listen, path, _BACKLOG))
+    bound = Bound(*bind_unix(listen, path, _BACKLOG))
+    try:
+        for other in set(groups[1:]) - set(groups[:1]):
+            admit_group(bound.socket, path, other)
+    except OSError as error:
+        bound.discard()
+        raise SystemRefused(
+            f"--control-group and --status-group: {path} cannot be for both: {error.strerror}; "
+            "leave one out, or use a file system with ACLs"
+        ) from error
+    return bound
 
 
 def _is_taken(error: SystemRefused) -> bool:

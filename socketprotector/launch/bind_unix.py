@@ -9,6 +9,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 
 from ..model.errors import SystemRefused
 from ..model.settings import ListenerSettings
@@ -22,6 +23,8 @@ from .user_access import refuse_unwritable
 
 #: Of linux/fcntl.h.
 _AT_EMPTY_PATH = 0x1000
+#: Of linux/posix_acl.h, in the order in which a list has them.
+_ACL_USER_OBJ, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 0x01, 0x04, 0x08, 0x10, 0x20
 
 
 def bind_unix(
@@ -74,6 +77,32 @@ def _bind_path(
             found = _give(path, listen)
             sock.listen(backlog)  # still under the lock: it would look stale to the next
     return ListenerSettings(f"unix:{path}", found.st_dev, found.st_ino, backlog)
+
+
+def admit_group(sock: socket.socket, path: str, gid: int) -> None:
+    """Let one more group use the file of a socket that we have bound, by an access control list.
+
+    Raises OSError: the file system has none, or /proc is not there.  Source: acl(5);
+    linux/posix_acl_xattr.h.
+    """
+    read_write, nothing, no_id = 6, 0, 0xFFFFFFFF
+    entries = (
+        (_ACL_USER_OBJ, read_write, no_id),
+        (_ACL_GROUP_OBJ, read_write, no_id),
+        (_ACL_GROUP, read_write, gid),
+        (_ACL_MASK, read_write, no_id),
+        (_ACL_OTHER, nothing, no_id),
+    )
+    packed = b"".join(struct.pack("<HHI", *each) for each in entries)
+    file = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not is_file_of(sock, os.fstat(file)):
+            raise OSError(errno.EEXIST, "another file has replaced it")
+        os.setxattr(
+            f"/proc/self/fd/{file}", "system.posix_acl_access", struct.pack("<I", 2) + packed
+        )
+    finally:
+        os.close(file)
 
 
 def reapply_options(

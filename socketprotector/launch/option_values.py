@@ -54,6 +54,17 @@ def _ready(text: str) -> Ready:
     )
 
 
+def _health(text: str) -> str:
+    question.read_health(text)
+    return text
+
+
+def _settle_check(text: str) -> str:
+    """As it was written, but for a bare command, which becomes `check:COMMAND`."""
+    asked = question.read_settle_check(text)
+    return f"{question.CHECK}:{asked.path}" if asked.kind == question.CHECK else text
+
+
 def _signal(text: str) -> int:
     """`TERM`, `SIGTERM` or `term` -> 15."""
     try:
@@ -112,7 +123,9 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
+HEALTH = Value("http:PATH|accept|check:CMD", _health)
 READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
+SETTLE_CHECK = Value("check:CMD|http:PATH", _settle_check)
 SIGNAL = Value("SIGNAL", _signal, lambda number: signal.Signals(number).name.removeprefix("SIG"))
 PAIR = Value("NAME=VALUE", _pair)
 NAMES = Value("NAME,...", _names, lambda names: ",".join(names) or "none")

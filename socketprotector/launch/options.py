@@ -19,10 +19,12 @@ from ..model.log_format import FORMATS, LEVELS
 from ..model.settings import Identity
 from .option_values import (
     FLAG,
+    HEALTH,
     NAMES,
     OCTAL,
     PAIR,
     READY,
+    SETTLE_CHECK,
     SHARE,
     SIGNAL,
     SIZE,
@@ -149,6 +151,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("no-control", FLAG, "Have no control socket.", at_reload=STAYS),
         Option("control-group", TEXT, "Let members of this group use the control socket.",
                "control_group", STAYS, metavar="GROUP"),
+        Option("status-group", TEXT, "Let members of this group ask it for status and events.\n"
+               "They can change nothing: for monitoring, as by socketprotector-exporter.",
+               "status_group", STAYS, metavar="GROUP"),
         Option("watch", TEXT, "Reload when files below this path change. Repeatable.\n"
                "For development: docs/watch.md.", metavar="PATH", multiple=True, no_key=_LINE_ONLY),
         Option("version", FLAG, "Show the version and exit.", no_key=_LINE_ONLY,
@@ -184,6 +189,17 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "Replace a worker that sent WATCHDOG=1 and then nothing for this time; 0: never.\n"
                "The client library sends it from the loop that serves.",
                "watchdog_s", default="0"),
+        Option("health", HEALTH, "Ask the workers while they serve, and say what they answer.\n"
+               "http:/PATH, https:/PATH and accept are as with --ready; check:CMD runs a command. "
+               "The answer is in status, metrics, log and the exporter's /readyz, and nothing is "
+               "done about it: docs/handoff.md, \"Health\".", unset="nothing is asked"),
+        Option("health-every", TIME_ABOVE_0, "How often to ask that.",
+               "health_every_s", default="5s"),
+        Option("health-failures", click.IntRange(1, _MANY),
+               "Bad answers in a row after which they are unhealthy.",
+               "health_failures", default=3),
+        Option("health-timeout", TIME_ABOVE_0, "Time allowed for an answer.",
+               "health_timeout_s", default="2s"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"
                "As for the next two, its replacement starts first.\n"
@@ -203,6 +219,11 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("settle", TIME, "Keep the old generation on standby this long after the switch.\n"
                "If the new one fails within this time, the old one serves again.",
                "policy.settle_s", default="0"),
+        Option("settle-check", SETTLE_CHECK,
+               "Ask the new generation meanwhile; after a bad answer the old one serves again.\n"
+               "check:CMD, run every second, gets what is counted of both generations as JSON on "
+               "stdin, and decides by its exit status; http:/PATH (https:/PATH) is as with "
+               "--ready. See docs/handoff.md, \"While it settles\".", unset="nothing is asked"),
         Option("drain-signal", SIGNAL,
                "With --handoff listener: the signal that tells a worker to finish.\n"
                "One on the client library is told by the end of its line instead.",

@@ -133,17 +133,46 @@ def check_mode(settings: Settings, given: Collection[str], listens: Sequence[Lis
 
 def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
     """Refuse a question that was asked for and that no listener can be asked."""
+    if settings.health:
+        name = question.read_health(settings.health).listener
+        _asked_of(f"--health {settings.health}", name, listens)
     if not settings.policy.answer_decides:
         return
-    asked = f"--ready {settings.ready_question}"
     name = question.read(settings.ready_question).listener
+    mine = _asked_of(f"--ready {settings.ready_question}", name, listens)
+    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
+        where = " ".join(each.text for each in mine)
+        raise UsageError(question.refusal(settings.ready_question, where))
+
+
+def _asked_of(asked: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
+    """Return the listeners that are meant by a name.  Raises UsageError where none is."""
     mine = [each for each in listens if name in ("", each.name)]
     if not mine:
         names = ", ".join(each.name for each in listens)
         raise UsageError(f"{asked}: no listener is called {name}; there is: {names}")
+    return mine
+
+
+def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
+    """Refuse a question that would never be asked, or that no listener can be asked."""
+    policy = settings.policy
+    if not policy.settle_check:
+        return
+    if not policy.settle_s:
+        raise UsageError("--settle-check without --settle, the time in which it is asked")
+    if policy.stop_first:
+        raise UsageError("--settle-check with --reload-order stop-first: none stands by meanwhile")
+    asked = question.read_settle_check(policy.settle_check)
+    if asked.kind == question.CHECK:
+        if not os.access("/bin/sh", os.X_OK):
+            raise UsageError("--settle-check check: there is no /bin/sh to run it")
+        return
+    text = f"--settle-check {policy.settle_check}"
+    mine = _asked_of(text, asked.listener, listens)
     if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
         where = " ".join(each.text for each in mine)
-        raise UsageError(question.refusal(settings.ready_question, where))
+        raise UsageError(question.refusal(text, where))
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
@@ -156,7 +185,7 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
         mine = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
         if not mine.keys() & siblings:
             where = " ".join(each.text for each in mine.values())
-            raise UsageError(question.refusal(settings.ready_question, where))
+            raise UsageError(question.refusal(f"--ready {settings.ready_question}", where))
 
 
 def _can_have_two_sockets(listen: Listen) -> bool:

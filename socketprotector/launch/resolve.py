@@ -89,6 +89,8 @@ class OptionResolver:
             preflight.check_mode(settings, self._said(), listens)
         with self._about("workers"):
             preflight.check_workers(settings)
+        with self._about("settle_check"):
+            preflight.check_settle_check(settings, listens)
         with self._about("lame_duck_idle"):
             if given["lame_duck_idle"] and not given["lame_duck"]:
                 raise UsageError("--lame-duck-idle without --lame-duck, which it ends earlier")
@@ -191,7 +193,11 @@ class OptionResolver:
         called = os.path.basename("sh" if given["shell"] else [*command, ""][0])[:_NAME_CHARS]
         mode = MODES[given["handoff"]]
         ready = given["ready"] or Ready(mode.ready, mode.ready_after_s)
-        group = given["control_group"]
+        groups = {
+            field: users.gid_of(f"--{field.replace('_', '-')}", given[field])
+            for field in ("control_group", "status_group")
+            if given[field] is not None
+        }
         connections, spread = given["retire_after"]
         values = {each.field: given[str(each.name)] for each in OPTIONS if each.field}
         values |= {
@@ -200,6 +206,7 @@ class OptionResolver:
             "directory": directory,
             "policy.stop_first": given["reload_order"] == "stop-first",
             "policy.workers_accept": mode.workers_accept,
+            "policy.settle_check": given["settle_check"] or "",
             "policy.ready": mode.ready_hint or ready.kind,
             "pools": os.cpu_count() or 1,
             "workers": given["workers"] or mode.workers,
@@ -208,6 +215,7 @@ class OptionResolver:
             "ready_fd": ready.fd,
             "ready_check": ready.check,
             "ready_question": ready.question,
+            "health": given["health"] or "",
             "identity": identity,
             "worker_identity": worker_identity,
             "umask": umask if given["umask"] is None else given["umask"],
@@ -224,7 +232,7 @@ class OptionResolver:
             "outlives_terminal": signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
             "worker_limits.connections": connections,
             "worker_limits.spread": spread,
-            "control_group": group if group is None else users.gid_of("--control-group", group),
+            **groups,
             "secret": os.urandom(12).hex(),
             "origin": Origin(self._words, self.directory, umask, self.file is not None),
         }

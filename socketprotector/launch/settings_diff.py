@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
+from ..model import question
 from ..model.settings import Identity, ListenerSettings, Settings
 from .options import OPTIONS, STAYS
 
@@ -21,6 +22,8 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
     yield from _differs("ready", _ready(old), _ready(new))
     if old.ready_check != new.ready_check:
         yield "ready: another check"  # there may be something secret in it
+    yield from _question("health", old.health, new.health)
+    yield from _question("settle-check", old.policy.settle_check, new.policy.settle_check)
     yield from _differs("retire-after", _share(old), _share(new))
     yield from _command((*old.executed[:1], *old.command), (*new.executed[:1], *new.command))
     was, will = ({**dict(each.limits), "nice": each.nice} for each in (old, new))
@@ -44,6 +47,16 @@ def _ready(settings: Settings) -> str:
             return settings.ready_question
         case kind:
             return kind
+
+
+def _question(key: str, old: str, new: str) -> Iterator[str]:
+    """Of a command its kind alone."""
+    check = f"{question.CHECK}:"
+    if old != new and old.startswith(check) and new.startswith(check):
+        yield f"{key}: another check"
+    else:
+        was, will = (question.CHECK if e.startswith(check) else e or "none" for e in (old, new))
+        yield from _differs(key, was, will)
 
 
 def _share(settings: Settings) -> str:

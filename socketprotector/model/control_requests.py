@@ -65,7 +65,7 @@ _LEVEL: Kind = (
 #: Command -> the arguments it takes: exactly one of them, but for _OPTIONAL.
 COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "status": {},
-    "reload": {},
+    "reload": {"dry_run": _YES_OR_NO},
     "upgrade": {},
     "stop": {"quick": _YES_OR_NO},
     "lame-duck": {"on": _YES_OR_NO},
@@ -82,8 +82,10 @@ COMMANDS: Mapping[str, Mapping[str, Kind]] = {
     "events": {},
     "drain": {"generation": _NUMBER, "pid": _NUMBER},  # the name of `replace` until 1.0
 }
+#: For those who may look, and change nothing (--status-group).
+STATUS_COMMANDS = ("status", "events")
 #: Those that can do without.
-_OPTIONAL = ("stop", "connections")
+_OPTIONAL = ("reload", "stop", "connections")
 
 
 def parse(line: bytes) -> Request:

@@ -76,7 +76,9 @@ STDIO = HandoffMode(
     refuses={**_COUNTS, **_DRAIN_SIGNAL, **_READY},
     cannot={
         "scale": "under --handoff stdio --workers is how many programs run at once: "
-        "change it and reload"
+        "change it and reload",
+        "dry-run": "under --handoff stdio the first client starts the release, which can be asked "
+        "nothing before that",
     },
 )
 LEGACY = HandoffMode(

@@ -49,6 +49,7 @@ class History:
     reloads: tuple[Reload, ...] = ()
     crashes: tuple[Crash, ...] = ()
     crashed: int = 0  # in all
+    dry_run: Reload | None = None  # the last one; then passed or failed
 
     def with_crash(self, crash: Crash) -> History:
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
@@ -61,19 +62,32 @@ class History:
         )
         return replace(self, crashes=tuple(crashes))
 
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether one is under way."""
+        return self.dry_run is not None and self.dry_run.result == "running"
+
+    def dry_run_began(self, generation: int, at: float) -> History:
+        return replace(self, dry_run=Reload(generation, began_at=at))
+
+    def dry_run_ended(self, generation: int, result: str, reason: str, at: float) -> History:
+        began_at = self.dry_run.began_at if self.dry_run is not None else at
+        return replace(self, dry_run=Reload(generation, result, reason, began_at, at))
+
     def reload_began(self, generation: int, at: float) -> History:
         begun = Reload(generation, began_at=at)
         return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
 
     def called_off(self, reason: str, at: float) -> History:
         """Note that what is under way comes to nothing."""
-        ended = (
-            replace(each, result="failed", reason=reason, ended_at=at)
-            if each.result == "running"
-            else each
-            for each in self.reloads
-        )
-        return replace(self, reloads=tuple(ended))
+
+        def ended(each: Reload) -> Reload:
+            if each.result != "running":
+                return each
+            return replace(each, result="failed", reason=reason, ended_at=at)
+
+        dry_run = ended(self.dry_run) if self.dry_run is not None else None
+        return replace(self, reloads=tuple(map(ended, self.reloads)), dry_run=dry_run)
 
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note the outcome, also of a reload whose beginning was not recorded."""

@@ -76,9 +76,9 @@ KNOWN: Mapping[str, Server] = {
         rest="--max-workers=10 app.psgi",
     ),
     "starman": Server(
-        options="--ready after:2s --drain-signal QUIT",
+        options="--drain-signal QUIT",
         listen="0.0.0.0:8000",
-        rest="--workers 10 app.psgi",
+        rest="--preload-app --workers 10 app.psgi",
     ),
     "chaussette": Server(
         listen="web=127.0.0.1:8000",

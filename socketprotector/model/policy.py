@@ -33,6 +33,7 @@ class Policy:
     ready: str = "notify"  # what says that a worker is ready (settings.py): a failed start names it
     lame_duck_s: float = 0.0  # from a stop's request to the stop; 0: none
     lame_duck_idle_s: float = 0.0  # the stop comes earlier when no client has come for so long
+    settle_check: str = ""  # what a settling generation is asked: see question.py; "": nothing
 
     @property
     def asks(self) -> bool:

@@ -36,6 +36,7 @@ class Program:
     ready_fd: int = -1
     ready_check: str = ""
     ready_question: str = ""
+    settle_check: str = ""
     drain_signal: int = 15
     watchdog_s: float = 0.0
 

@@ -99,6 +99,10 @@ class Settings:
     ready_fd: int = -1  # of fd: the number in the worker
     ready_check: str = ""  # of check: for /bin/sh
     ready_question: str = ""  # of those that are asked: see model/question.py
+    health: str = ""  # what the generation that serves is asked: see model/question.py; "": nothing
+    health_every_s: float = 5.0
+    health_failures: int = 3  # bad answers in a row that make it unhealthy
+    health_timeout_s: float = 2.0
     queue: int = 256
     busy_poll_s: float = 0.0002  # how long the next connection is waited for awake, if expected
     identity: Identity | None = None
@@ -126,6 +130,7 @@ class Settings:
     worker_limits: Limits = field(default_factory=Limits)
     control: ListenerSettings | None = None  # the control socket
     control_group: int | None = None  # whose members may use it, too
+    status_group: int | None = None  # whose members may ask it for status and events
     secret: str = ""  # part of each worker's notify address, so that it cannot be guessed
     notify_folder: str = ""  # where these addresses are; "": they are abstract
     notices: tuple[str, ...] = ()  # lines for the operator at the start: for the log too
@@ -159,7 +164,17 @@ CLASSES = (Settings, ListenerSettings, Policy, Identity, Limits, Origin)
 RENAMED = {"Limits.requests": "connections", "Limits.requests_spread": "spread"}
 #: So that an older program, which reads its configuration by this one, is refused only what it
 #: cannot do.
-ADDED = ("Settings.ready_question", "Policy.lame_duck_s", "Policy.lame_duck_idle_s")
+ADDED = (
+    "Settings.ready_question",
+    "Settings.status_group",
+    "Settings.health",
+    "Settings.health_every_s",
+    "Settings.health_failures",
+    "Settings.health_timeout_s",
+    "Policy.settle_check",
+    "Policy.lame_duck_s",
+    "Policy.lame_duck_idle_s",
+)
 _CODEC = Codec(CLASSES, renamed=RENAMED, strict=CLASSES, added=ADDED)
 #: The classes of what format 2 has as objects without a name.
 _PARTS = {

@@ -1,13 +1,15 @@
 """The asker: asks a generation by HTTP whether it may serve.
 
 A process of its own, because http.client and ssl are not to stay in the protector, and what answers
-may do so badly or never.  It is given one question, says what came of each try, and ends with its
+may do so badly or never.  It is given questions, says what came of each try, and ends with its
 line, which is all that it knows of the protector.  Run as a script, on the standard library alone:
 
     python asker.py LINE
 
-LINE is the number of a SEQPACKET socket.  The first message there is the question, see `Asked`.
-What it says: `+` the answer was good; `-WHY` it was not.
+LINE is the number of a SEQPACKET socket.  Each message there is a question, see `Asked`: one that
+comes with a connection is asked once, by that; another one again and again.  What it says of each
+try: `+` the answer was good; `-WHY` it was not; `~WHY` there was none in time.  In front of WHY
+stands the number of a question that has one, and a space.
 
 Under --handoff listener it also forwards what comes to the probe address:
 
@@ -23,15 +25,15 @@ import http.client
 import io
 import json
 import os
+import select
 import signal
 import socket
-import ssl
 import sys
 import threading
 import time
 from typing import Any
 
-#: Each try.
+#: Each try, where the question does not say.
 LIMIT_S = 5.0
 #: The next try begins after a tenth of the time that it has taken so far, from the first to the
 #: second of these.
@@ -87,10 +89,10 @@ class Answering:
     """What http.client.HTTPResponse takes as a socket."""
 
     def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+        self._lines = Lines(answer)
 
     def makefile(self, mode: str) -> Lines:
-        return Lines(self._answer)
+        return self._lines
 
 
 class Asked:
@@ -98,11 +100,13 @@ class Asked:
 
     As the protector sends it: JSON with `address`, `source` and `options` (of the socket) of a
     connection that reaches the generation; and `kind`, `host`, `path` and `good`, all good
-    statuses.
+    statuses; and maybe a `number`, and `limit_s` of each try.
     """
 
     def __init__(self, text: bytes) -> None:
         self._told = json.loads(text)
+        self._limit_s: float = self._told.get("limit_s", LIMIT_S)
+        self._late = False
 
     def connect(self, limit_s: float) -> socket.socket:
         """Connect to the generation.  Raises OSError."""
@@ -121,43 +125,62 @@ class Asked:
             raise
         return one
 
-    def ask(self) -> str:
-        """Return why the answer is not good; "" if it is."""
-        until = time.monotonic() + LIMIT_S
+    def says(self, given: socket.socket | None = None) -> bytes:
+        """Ask, and return what to say of it."""
+        why = self.ask(given)
+        sign = "+" if not why else "~" if self._late else "-"
+        number = f"{self._told['number']} " if "number" in self._told else ""
+        return f"{sign}{number}{why}".encode()
+
+    def ask(self, given: socket.socket | None = None) -> str:
+        """Return why the answer is not good; "" if it is.
+
+        given: a connection, maybe not yet made.
+        """
+        until = time.monotonic() + self._limit_s
+        self._late = False
         try:
-            with self.connect(LIMIT_S) as plain:
+            with given or self.connect(self._limit_s) as plain:
+                _await_connected(plain, until)
                 why = self._fetch(plain, until)
         except TimeoutError:
-            why = f"no answer within {LIMIT_S:g} s"
+            self._late = True
+            why = f"no answer within {self._limit_s:g} s"
         except BadAnswer as error:
             why = str(error)
         except http.client.RemoteDisconnected:
             why = "closed without an answer"
         except http.client.HTTPException as error:
             why = f"no HTTP: {_shown(str(error) or type(error).__name__)}"
-        except ssl.SSLError as error:
-            why = f"no TLS: {error.reason or error.strerror}"
         except ConnectionRefusedError:
             why = "refused"
         except OSError as error:
             why = error.strerror or str(error)
+            if hasattr(error, "reason"):  # an SSLError
+                why = f"no TLS: {error.reason or why}"
+        except Exception as error:
+            # What the standard library makes of an odd host, say; or it has no ssl here.
+            why = f"cannot be asked: {_shown(str(error) or type(error).__name__)}"
         return f"GET {self._told['path']}: {why}" if why else ""
 
     def _fetch(self, plain: socket.socket, until: float) -> str:
         told = self._told
+        plain.settimeout(max(0.001, until - time.monotonic()))
         with self._secured(plain) as one:
-            host, port = told["address"]
-            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             header = (
                 f"GET {told['path']} HTTP/1.1",
-                f"Host: {told['host'] or address}",
+                f"Host: {told['host'] or _shown_address(*told['address'])}",
                 "User-Agent: SocketProtector",
                 "Accept: */*",
                 "Connection: close",
             )
             one.sendall("".join(f"{line}\r\n" for line in (*header, "")).encode("ascii"))
-            response = http.client.HTTPResponse(Answering(Answer(one, until)), method="GET")  # type: ignore[arg-type]
-            response.begin()
+            answering = Answering(Answer(one, until))
+            said: list[http.client.HTTPResponse] = []  # kept, as one that is not closes the rest
+            while not said or (100 <= said[-1].status < 200 and said[-1].status != 101):
+                said.append(http.client.HTTPResponse(answering, method="GET"))  # type: ignore[arg-type]
+                said[-1].begin()  # 103, say, comes before the answer
+            response = said[-1]
             if response.status in told["good"]:
                 return ""
             try:
@@ -165,31 +188,56 @@ class Asked:
             except (OSError, BadAnswer, http.client.HTTPException):
                 body = b""
             says = _shown(body.decode("utf-8", "replace").strip()) if body.strip() else ""
-            return f"{response.status}, {says or response.reason or 'no text'}"
+            return f"{response.status}, {says or _line(response.reason) or 'no text'}"
 
     def _secured(self, plain: socket.socket) -> socket.socket:
         if self._told["kind"] != "https":
             return plain
+        import ssl  # here: not every Python has it
+
         # It is our own: what is asked is whether it answers, not who it is.
-        context = ssl.create_default_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        return context.wrap_socket(plain, server_hostname=self._told["host"] or None)
+        host: str = self._told["host"]
+        name = "" if host.startswith("[") else host.partition(":")[0]  # without the port
+        name.encode("idna")  # one that is none is told here, before that has taken the socket
+        return context.wrap_socket(plain, server_hostname=name or None)
+
+
+def _await_connected(one: socket.socket, until: float) -> None:
+    """Raises OSError, TimeoutError where that takes too long."""
+    waiting = select.poll()
+    waiting.register(one.fileno(), select.POLLOUT)
+    if not waiting.poll(max(0.0, until - time.monotonic()) * 1000):
+        raise TimeoutError
+    if failed := one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(failed, os.strerror(failed))
+    one.settimeout(max(0.001, until - time.monotonic()))
+
+
+def _shown_address(host: str, port: int) -> str:
+    """Return what stands in the Host header."""
+    if not port:
+        return "localhost"  # it is a UNIX socket
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _shown(text: str) -> str:
+    return f'"{_line(text)}"'
+
+
+def _line(text: str) -> str:
     """Return one short line of what may be anything."""
-    line = " ".join(text.split())
-    shown = "".join(each if each.isprintable() else "?" for each in line[:_SHOWN])
-    return f'"{shown}"'
+    line = " ".join(text.split())[:_SHOWN]
+    return "".join(each if each.isprintable() else "?" for each in line)
 
 
 def ask_again_and_again(line: socket.socket, asked: Asked) -> None:
     """Say what each try has brought, for ever."""
     began = time.monotonic()
     while True:
-        why = asked.ask()
-        line.send(f"-{why}".encode() if why else b"+")
+        line.send(asked.says())
         for_s = time.monotonic() - began
         time.sleep(min(max(_FIRST_PAUSE_S, _PAUSE_SHARE * for_s), _LAST_PAUSE_S))
 
@@ -204,11 +252,10 @@ def forward(listening: socket.socket, asked: Asked) -> None:
         room.acquire()
         try:
             one, _ = listening.accept()
-        except OSError:
+            threading.Thread(target=_forward_one, args=(one, asked, room), daemon=True).start()
+        except (OSError, RuntimeError):  # the system is short of something
             room.release()
             time.sleep(_FIRST_PAUSE_S)
-            continue
-        threading.Thread(target=_forward_one, args=(one, asked, room), daemon=True).start()
 
 
 def _forward_one(one: socket.socket, asked: Asked, room: threading.BoundedSemaphore) -> None:
@@ -219,8 +266,8 @@ def _forward_one(one: socket.socket, asked: Asked, room: threading.BoundedSemaph
             back.start()
             _copy(one, other)
             back.join()
-    except OSError:
-        pass  # the generation does not listen, which whoever has connected sees
+    except (OSError, RuntimeError):
+        pass  # the generation does not listen, say, which whoever has connected sees
     finally:
         room.release()
 
@@ -245,19 +292,30 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     line = socket.socket(fileno=int(sys.argv[1]))
     line.set_inheritable(False)
-    asked = Asked(line.recv(_MOST_BYTES))
 
-    def work() -> None:
-        with contextlib.suppress(OSError):  # of the line: it has ended
+    def work(asked: Asked, given: socket.socket | None) -> None:
+        # Not for long: the line has ended; or there is no memory, and another process is due.
+        with contextlib.suppress(Exception):
             if len(sys.argv) > 2:
                 forward(socket.socket(fileno=int(sys.argv[2])), asked)
+            elif given is not None:
+                line.send(asked.says(given))
+                return
             else:
                 ask_again_and_again(line, asked)
+        os._exit(1)
 
-    threading.Thread(target=work, daemon=True).start()
-    while line.recv(1):
-        pass
-    os._exit(0)  # what is under way has nothing to finish
+    while True:
+        text, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 1)
+        if not text:
+            os._exit(0)  # what is under way has nothing to finish
+        given = socket.socket(fileno=fds[0]) if fds else None
+        try:
+            threading.Thread(target=work, args=(Asked(text), given), daemon=True).start()
+        except RuntimeError as error:
+            if given is None:
+                line.send(f"-the process that asks: {error}".encode())
+            os._exit(1)
 
 
 if __name__ == "__main__":

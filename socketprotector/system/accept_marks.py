@@ -13,7 +13,7 @@ import socket
 import sys
 from collections import Counter
 
-from .sock_diag import accepted
+from .sock_diag import accepted, end_of
 
 IP_BIND_ADDRESS_NO_PORT = 24
 IP_MULTICAST_ALL = 49
@@ -46,14 +46,18 @@ def mark_of(listening: socket.socket) -> int:
     return found ^ _unmarked(listening.family)
 
 
-def connections(listening: socket.socket) -> Counter[int]:
+def connections(
+    listening: socket.socket, but: socket.socket | None = None, *, waiting: bool = False
+) -> Counter[int]:
     """Return how many accepted connections at a socket's address processes have open, by mark.
 
-    Raises OSError where the kernel does not tell.
+    but: a client that does not count.  waiting: also clients that wait to be accepted.  Raises
+    OSError where the kernel does not tell.
     """
     unmarked = _unmarked(listening.family)
     counted: Counter[int] = Counter()
-    for options, count in accepted(listening).items():
+    its = end_of(but, listening.family) if but is not None else b""
+    for options, count in accepted(listening, its, waiting=waiting).items():
         told = int.from_bytes(options, "little")
         found = sum(bool(told & bit) << place for place, (_, bit) in enumerate(_BITS))
         counted[found ^ unmarked] += count

@@ -6,6 +6,7 @@ All are started, reaped and released here; the protocol with each is in the modu
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,6 +20,7 @@ from .process import Process, spawn
 
 _PROVEN_S = 60.0
 _LAST_BYTES = 4096
+_MESSAGE_BYTES = 4096
 
 #: Called with how one ended.
 Ended = Callable[[str], None]
@@ -136,6 +138,43 @@ class BackOff:
         """Return how long to wait this time."""
         wait_s, self._next_s = self._next_s, min(self._next_s * 2, self._longest_s)
         return wait_s
+
+
+class Line:
+    """Our end of a SEQPACKET socket, on which one of them says something with each message."""
+
+    def __init__(self, loop: Loop, one: socket.socket, heard: Callable[[str], None]) -> None:
+        """Take ownership of the socket.  Raises OSError, with the socket closed."""
+        self._loop, self._heard = loop, heard
+        self.socket = one
+        with on_error(one.close):
+            loop.watch(one.fileno(), self.hear)
+
+    @classmethod
+    def make(cls, loop: Loop, heard: Callable[[str], None]) -> tuple[Line, socket.socket]:
+        """Make one, and the end that is the process's.  Raises OSError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with on_error(theirs.close):
+            return cls(loop, ours, heard), theirs
+
+    def hear(self) -> None:
+        """Handle all that was said so far; the end of the process comes by its pidfd."""
+        while self.socket.fileno() >= 0:
+            try:
+                data = self.socket.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._loop.unwatch(self.socket.fileno())
+                return
+            self._heard(data.decode("utf-8", "replace"))
+
+    def close(self) -> None:
+        """Hear no more: the process ends, as its end of the line does."""
+        self._loop.unwatch(self.socket.fileno())
+        self.socket.close()
 
 
 def last_line(output: int) -> str:

@@ -22,6 +22,7 @@ TERMINAL = "sp.terminal"  # in the foreground: where the reason of a failed star
 PID_FILE = "sp.pidfile"  # holds the lock
 LISTENER = "sp.listener."  # and its index
 SIBLING = "sp.twin."  # the same: the other socket of its address, see reuseport.py
+RESERVED = "sp.reserved."  # the same: a third one, for a hold
 NOTIFY = "sp.notify"  # holds the lock of the folder of notify sockets
 STATE = "sp.state"
 GUARD = "sp.guard"  # the line to the guard

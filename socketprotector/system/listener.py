@@ -12,12 +12,12 @@ import errno
 import os
 import select
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 
 from ..model.settings import ListenerSettings
-from . import inherited, reuseport
+from . import accept_marks, inherited, reuseport
 from .cleanup import on_error
 from .dir_lock import give, locked
 from .polling import events_of
@@ -81,16 +81,20 @@ class Listener:
         *,
         shared: bool = False,
         sibling: int = -1,
+        reserved: int = -1,
         again: tuple[int, int] = (0, 0),
     ) -> None:
         """Adopt a bound, listening descriptor.  `index` is for life.
 
         shared: workers have it too, and accept from it: then it is theirs to the end.  sibling:
         another one for the same address (reuseport.py), so that two generations have one each.
-        again: how often each of the two was bound anew, which is part of its name.
+        reserved: a third one, which no worker gets: new clients come there during a hold.
+        again: how often each of the first two was bound anew, which is part of its name.
         """
         #: Socket 0, and where it has a reuseport sibling socket 1.
         self.sockets = [socket.socket(fileno=each) for each in (fd, sibling) if each >= 0]
+        self._again = list(again)
+        self._reserved = socket.socket(fileno=reserved) if reserved >= 0 else None
         self.shared = shared
         if not shared:
             # The process that passes it in may have changed that.  On one that workers share
@@ -99,7 +103,6 @@ class Listener:
             self.socket.setblocking(False)
         self.index = index
         self.settings = settings
-        self._again = list(again)
         self._backlog = settings.backlog or socket.SOMAXCONN
         self._last = 1  # which socket was the last to listen, as far as we know
         #: It gets no clients any more: it was shut down, and cannot be bound again.
@@ -117,7 +120,9 @@ class Listener:
 
     @property
     def local_address(self) -> tuple[str, int]:
-        """Where a process of this machine reaches it."""
+        """Where a process of this machine reaches it; of a UNIX socket path or @name, and 0."""
+        if self.socket.family == socket.AF_UNIX:
+            return self.settings.address.removeprefix("unix:"), 0
         host, port = _bound_to(self.settings.address)
         if host == "::" and self.socket.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             return "::1", port
@@ -140,24 +145,27 @@ class Listener:
     @property
     def listens(self) -> bool:
         """Whether it was not shut down yet."""
-        return bool(self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+        return _listens(self.socket)
 
     def descriptors(self) -> dict[str, int]:
         """Return what an adopter needs, by name.  A name stands for one descriptor for ever."""
         kinds = zip(
             (inherited.LISTENER, inherited.SIBLING), self.sockets, self._again, strict=False
         )
-        return {
+        found = {
             f"{kind}{self.index}{f'.{again}' if again else ''}": each.fileno()
             for kind, each, again in kinds
         }
+        if self._reserved is not None:
+            found[f"{inherited.RESERVED}{self.index}"] = self._reserved.fileno()
+        return found
 
     # -- one that was shut down ---------------------------------------------
 
     def is_alive(self, socket_number: int = 0) -> bool:
         """Whether clients can come to a socket, where it was bound."""
         one = self.socket_for(socket_number)
-        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        if not _listens(one):
             return False
         if one.family == socket.AF_UNIX:
             return not events_of(one, _CLIENT_OR_END) & (select.POLLRDHUP | select.POLLHUP)
@@ -194,6 +202,7 @@ class Listener:
         one = self.socket_for(socket_number)
         if one.family == socket.AF_UNIX:
             return False
+        self._end_silence()
         try:
             if self.has_sibling and self.is_alive(1 - socket_number):
                 # So that no client comes here before it is its turn.
@@ -223,6 +232,7 @@ class Listener:
         if one.family == socket.AF_UNIX:
             made = self._bind_path()
         else:
+            self._end_silence()
             _shut_down(one)  # else it would go on in the group as long as a process has a copy
             if other is one or other.getsockname()[1] != self.port:
                 # Alone, or its sibling has come back on another port.
@@ -233,6 +243,8 @@ class Listener:
                     raise OSError(errno.EOPNOTSUPP, "the other one waits for data")
                 made = sibling
                 self._last = socket_number % 2
+                with suppress(OSError):  # then its connections are not counted
+                    accept_marks.mark(made, accept_marks.mark_of(one))
         made.setblocking(os.get_blocking(one.fileno()))
         _shut_down(one)
         one.close()
@@ -241,6 +253,7 @@ class Listener:
 
     def go_on_without(self, socket_number: int) -> None:
         """Have the sibling alone, under both numbers."""
+        self._end_silence()
         number = socket_number % 2
         one = self.sockets.pop(number)
         _shut_down(one)
@@ -248,55 +261,115 @@ class Listener:
         if number == 0:  # a name stands for one descriptor for ever
             self._again[0] += 1
 
-    def steer(self, socket_number: int, question: tuple[reuseport.Mark, int] | None = None) -> None:
-        """Have new clients come to socket 0 or 1, and those with a mark maybe to another one.
+    def steer(
+        self,
+        socket_number: int,
+        marked: Mapping[reuseport.Mark, int] = reuseport.NO_MARKS,
+        *,
+        held: bool = False,
+    ) -> None:
+        """Have new clients come to socket 0 or 1, or where held get no answer.
 
-        Raises OSError.
+        marked: and those with a mark to a socket of their own.  Raises OSError.
         """
-        member, failed = self._member(socket_number), OSError(errno.ENOTCONN, "it does not listen")
-        marked = (question[0], self._member(question[1])) if question is not None else None
+        if not (self.has_sibling or held or self._silent):
+            return  # all come to the one there is
         for each in self.sockets:  # one without it takes all new clients, where it stands first
             each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        for number in (0, 1):  # a worker may have locked the filters of its own
-            if self.is_alive(number):
-                try:
-                    reuseport.steer(self.socket_for(number), member, marked)
-                except OSError as error:
-                    failed = error
-                else:
-                    return
+        if self._silent and (last := self._order()[-1]) is not self._silent:
+            self._end_silence()
+            if last is not None:
+                # A server has had it listen again meanwhile: no position is known any more.
+                self.listen_again(self.sockets.index(last))
+        to = self.socket_for(socket_number)
+        if held:
+            if not self._silent:
+                with suppress(OSError):  # so that none comes to it before it is silent
+                    self._steer_to(to, marked)
+            to = self._silence()
+        try:
+            self._steer_to(to, marked)
+        except PermissionError:  # servers have locked the filters of theirs
+            self._silence()
+            self._steer_to(to, marked)
+        if not held:
+            self._end_silence()
+
+    def _steer_to(self, to: socket.socket, marked: Mapping[reuseport.Mark, int]) -> None:
+        order, failed = self._order(), OSError(errno.ENOTCONN, "it does not listen")
+
+        def member(one: socket.socket) -> int:
+            return order.index(one) if one in order else 0
+
+        its = {mark: member(self.socket_for(number)) for mark, number in marked.items()}
+        for each in reversed(order):
+            if each is None:
+                continue
+            try:  # a server may have locked the filters of its own
+                reuseport.steer(each, member(to), its)
+            except OSError as error:
+                failed = error
+            else:
+                return
         raise failed
 
-    @property
-    def dropping(self) -> int | None:
-        """Which socket leaves new clients without an answer."""
-        found = (n for n, each in enumerate(self.sockets) if reuseport.drops_new(each))
-        return next(found, None)
+    # -- during a hold -------------------------------------------------------------
 
-    def drop_new(self, socket_number: int) -> None:
-        """Have a socket at which no handshake is under way leave new clients without an answer.
+    @property
+    def can_be_held(self) -> bool:
+        """Whether clients can be left without an answer, though workers accept."""
+        ours = self.shared and not self.settings.foreign and not self.lost
+        return ours and self.socket.family != socket.AF_UNIX
+
+    def reserve(self) -> socket.socket:
+        """Have the third socket, which takes the rights to bind the address.  Raises OSError."""
+        if self._reserved is None:
+            there = (each for n, each in enumerate(self.sockets) if self.is_alive(n))
+            one = next(there, self.socket)
+            self._reserved = reuseport.reserve(one, one.getsockname())
+        return self._reserved
+
+    @property
+    def _silent(self) -> socket.socket | None:
+        """The third one while it is in the group, always as the last to listen of it."""
+        return self._reserved if self._reserved and _listens(self._reserved) else None
+
+    def _silence(self) -> socket.socket:
+        if not self._silent:
+            reuseport.silence(self.reserve())
+        return self.reserve()
+
+    def _end_silence(self) -> None:
+        """Have it leave the group: others that listen again would come to stand before it."""
+        if self._silent:
+            _shut_down(self._silent)
+
+    def close_reserved(self) -> None:
+        """Let go of the third socket."""
+        if self._reserved is not None:
+            self._end_silence()  # a copy may be kept elsewhere
+            self._reserved.close()
+            self._reserved = None
+
+    # -- the group's members -------------------------------------------------------
+
+    def _order(self) -> list[socket.socket | None]:
+        """Return the members of the group, as they are counted; None for one that is not ours.
 
         Raises OSError.
         """
-        reuseport.drop_new(self.socket_for(socket_number))
-
-    def answer_new(self) -> None:
-        """Undo that.  Raises OSError."""
-        for each in self.sockets:
-            reuseport.answer_new(each)
-
-    def _member(self, socket_number: int) -> int:
-        """Return which member of the group a socket is.  Raises OSError where that is unknown."""
-        inodes = [os.fstat(each.fileno()).st_ino for each in self.sockets]
+        ours = self.sockets if self._last or not self.has_sibling else self.sockets[::-1]
+        if self._silent:
+            ours = [*ours, self._silent]
+        by_inode = {os.fstat(each.fileno()).st_ino: each for each in ours}
         try:
-            found = listening(self.socket.family, self.port)
-            ours = [each for each in found if each in inodes]
+            found = listening(self.socket.family, self.port, by_inode.keys())
         except OSError as error:
             if error.errno in SCARCE:
                 raise  # an earlier program may have known better than we do
-            ours = inodes if self._last else inodes[::-1]  # sock_diag is not there
-        wanted = inodes[socket_number % 2]
-        return ours.index(wanted) if wanted in ours else 0
+            return list(ours)  # sock_diag is not there
+        # None of them, where they are of another network namespace.
+        return [by_inode.get(each) for each in found] or list(ours)
 
     def _bind_path(self) -> socket.socket:
         """Bind a socket file in the place of ours.  Raises OSError."""
@@ -371,6 +444,7 @@ class Listener:
         remove_file(self.settings)
         if not self.settings.foreign and not self.shared:
             _shut_down(self.socket)
+        self.close_reserved()
         for each in self.sockets:
             each.close()
 
@@ -383,6 +457,7 @@ class Listener:
         if self.settings.foreign or not self.is_alive(socket_number):
             self.close()
             return ""
+        self.close_reserved()
         kept = self.socket_for(socket_number)
         name = next(name for name, fd in self.descriptors().items() if fd == kept.fileno())
         for each in self.sockets:
@@ -423,6 +498,10 @@ def _bound_to(address: str) -> tuple[str, int]:
 
 def _chown(fd: int, uid: int, gid: int) -> None:
     os.chown(f"/proc/self/fd/{fd}", uid, gid)  # ctypes, which needs no /proc, costs memory
+
+
+def _listens(one: socket.socket) -> bool:
+    return bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
 
 
 def _shut_down(one: socket.socket) -> None:

@@ -62,6 +62,7 @@ def program_of(settings: Settings) -> Program:
         ready_fd=ready_fd,
         ready_check=settings.ready_check,
         ready_question=settings.ready_question,
+        settle_check=settings.policy.settle_check,
         drain_signal=settings.drain_signal,
         watchdog_s=settings.watchdog_s,
     )

@@ -147,10 +147,10 @@ class Readiness:
             self.check()
 
     def wait(self) -> None:
-        """Take it as ready, if nothing says so before, when it has lived as long as its timer."""
-        if self._program.ready_after_s is not None:
-            after_s = self._program.ready_after_s
-            self._loop.call_after((_AFTER, self._number), after_s, lambda: self._ready("timer"))
+        """Take it as ready, if nothing says so before, after so long; said again, no later."""
+        after_s, timer = self._program.ready_after_s, (_AFTER, self._number)
+        if after_s is not None and self._loop.due(timer) is None:
+            self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
 
     def _hear(self, name: str, fd: int) -> None:
         try:

@@ -4,10 +4,15 @@ Two consecutive generations accept from one socket each (daemon/socket_steering.
 1 belong to one SO_REUSEPORT group; a one-instruction BPF filter selects the group member by index.
 The kernel runs it for each new connection.
 
-While a generation that serves nobody yet is asked (daemon/asking.py), the filter has more: it
+During a hold (daemon/listener_hold.py) the group has a third member, which answers no client.  No
+worker has it: without us it is gone, and the kernel, whose filter then names no member, gives each
+client to one of those that are left.
+
+While a generation is asked (daemon/asking.py), the filter has more: it
 sends connections with a mark to that generation's socket.  The mark of IPv4 is a source address
 of 127/8 drawn at random, which no packet from a network may have; of IPv6, with its one loopback
-address, that and two header fields drawn at random.  Both stand in front of any options.
+address, that with a traffic class drawn at random and the most hops, which no system begins with
+unless told to.  Both stand in front of any options.
 
 Socket 0 is bound without SO_REUSEPORT, so that a port in use is refused as usual, and no
 other process can bind the port later without SO_REUSEPORT.
@@ -25,7 +30,7 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from ..model.frozen import frozen
@@ -66,7 +71,7 @@ _NO_NEW_CLIENTS = (
     (_RETURN, 0, 0, 0xFFFFFFFF),  # pass
 )
 
-#: No packet has more left; systems let theirs begin with 64 or 128.
+#: No packet has more left; nearly all systems let theirs begin with 64 or 128.
 _MOST_TTL = 255
 
 #: What accepted connections inherit, or what the address is bound with.
@@ -103,6 +108,7 @@ _TEXTS = (
     (socket.IPPROTO_TCP, socket.TCP_CONGESTION),
 )
 _NAME_BYTES = 16
+NO_MARKS: Mapping[Mark, int] = {}
 #: A time that is over at once, and none.
 _SOON, _NEVER = struct.pack("ll", 0, 1), bytes(16)
 #: What the kernel begins with: no time-outs, no linger, and one byte is enough to tell of.
@@ -179,6 +185,11 @@ def discard_waiting(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _NEVER)
 
 
+def device_of(listening: socket.socket) -> int:
+    """Return the index of the device that it is bound to, 0: none.  Raises OSError."""
+    return listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX)
+
+
 def backlog(listening: socket.socket) -> int:
     """Return how many may wait to be accepted: the last listen() has said it.  Raises OSError."""
     return queue(listening)[1]
@@ -191,13 +202,19 @@ def rebind(
 
     other_mark: its connections are to be told from those of `one` (accept_marks.py).
     """
+    made = _bind_beside(one, address)
+    with on_error(made.close):
+        mark = accept_marks.mark_of(one)
+        _mark_if_can(made, (2 if mark != 2 else 1) if other_mark else mark)
+        made.listen(backlog)
+    return made
+
+
+def _bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
     made = socket.socket(one.family, socket.SOCK_STREAM)
     with on_error(made.close):
         _copy(one, made)
-        mark = accept_marks.mark_of(one)
-        _mark_if_can(made, (2 if mark != 2 else 1) if other_mark else mark)
         made.bind(address)
-        made.listen(backlog)
     return made
 
 
@@ -217,7 +234,7 @@ def let_in(listening: socket.socket) -> None:
 
     Raises OSError where the filter is locked, or we may not change the device.
     """
-    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+    if device_of(listening) == _NO_DEVICE:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is none
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
@@ -252,16 +269,14 @@ class Mark:
     """What tells our own connections from all others; drawn anew for each generation."""
 
     source: str  # the address that they come from
-    hops: int = 0  # these two of IPv6
-    traffic_class: int = 0
+    traffic_class: int = 0  # of IPv6
 
     @classmethod
     def draw(cls, family: int) -> Mark:
         """Draw one for connections of a family."""
         one, two, three = os.urandom(3)
         if family == socket.AF_INET6:
-            # More hops than systems begin with (64, 128), and a class, of six bits.
-            return cls("::1", 129 + one % 126, (1 + two % 63) << 2)
+            return cls("::1", (1 + one % 63) << 2)  # of six bits
         return cls(f"127.{1 + one % 254}.{two}.{1 + three % 254}")
 
     @property
@@ -271,11 +286,13 @@ class Mark:
     @property
     def options(self) -> tuple[tuple[int, int, int], ...]:
         """What a socket needs for it beside its source: levels, options and values."""
+        # Where all ports are in use, one that is connected elsewhere can be had.
+        late = socket.IPPROTO_IP, accept_marks.IP_BIND_ADDRESS_NO_PORT, 1
         if self.family == socket.AF_INET:
-            # Under a hold others get no answer (docs/handoff.md).
-            return ((socket.IPPROTO_IP, socket.IP_TTL, 255),)
+            return (late,)
         return (
-            (socket.IPPROTO_IPV6, _IPV6_HOPS, self.hops),
+            late,
+            (socket.IPPROTO_IPV6, _IPV6_HOPS, _MOST_TTL),
             (socket.IPPROTO_IPV6, _IPV6_TRAFFIC_CLASS, self.traffic_class),
         )
 
@@ -291,13 +308,13 @@ class Mark:
         if self.family == socket.AF_INET:
             return ((_LOAD_WORD, 12, source[0]),)
         words = ((_LOAD_WORD, 8 + 4 * at, word) for at, word in enumerate(source))
-        return ((_LOAD_BYTE, 7, self.hops), *words)
+        return ((_LOAD_BYTE, 7, _MOST_TTL), *words)
 
     def _packed(self) -> bytes:
         return socket.inet_pton(self.family, self.source)
 
-    def program(self, member: int, others: int) -> Sequence[tuple[int, int, int, int]]:
-        """Return the filter that selects a member for connections with it, another for others."""
+    def program(self, member: int) -> Sequence[tuple[int, int, int, int]]:
+        """Return what selects a member for connections with it; for others what follows does."""
         of_ipv6 = self.family == socket.AF_INET6
         begins = 6 << 8 | self.traffic_class if of_ipv6 else 4 << 8
         # Version and traffic class are the first 12 bits; of IPv4 the length follows the version.
@@ -307,20 +324,42 @@ class Mark:
         found.append((_IF_EQUAL, 0, 2 * len(checks) + 1, begins))
         for left, (load, at, value) in zip(reversed(range(len(checks))), checks, strict=True):
             found += [(load, 0, 0, at), (_IF_EQUAL, 0, 2 * left + 1, value)]
-        return (*found, (_RETURN, 0, 0, member), (_RETURN, 0, 0, others))
+        return (*found, (_RETURN, 0, 0, member))
 
 
-def steer(one: socket.socket, member: int, marked: tuple[Mark, int] | None = None) -> None:
+def steer(one: socket.socket, member: int, marked: Mapping[Mark, int] = NO_MARKS) -> None:
     """Have clients that connect from now on come to one member of its group, counted from 0.
 
-    marked: and connections with a mark to another one.
+    marked: and connections with a mark to a member of their own.
     Members are in the order of listen(2), until one leaves: then the last one takes its position.
     Handshakes that are under way finish where they began.  Raises OSError.
     """
-    program: Sequence[tuple[int, int, int, int]] = ((_RETURN, 0, 0, member),)
-    if marked is not None:
-        program = marked[0].program(marked[1], member)
-    _attach(one, _SO_ATTACH_REUSEPORT_CBPF, program)
+    program = [each for mark, its in marked.items() for each in mark.program(its)]
+    _attach(one, _SO_ATTACH_REUSEPORT_CBPF, (*program, (_RETURN, 0, 0, member)))
+
+
+def reserve(one: socket.socket, address: tuple[str, int]) -> socket.socket:
+    """Return one that can join its group, to leave clients without an answer: silence().
+
+    It is bound and does not listen.  Raises OSError, too where we may not bind the address.
+    """
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    made = _bind_beside(one, address)
+    with suppress(OSError):  # since 2026 kernels want CAP_NET_ADMIN for that on a TCP socket
+        _attach(made, _SO_ATTACH_FILTER, ((_RETURN, 0, 0, 0),))
+    return made
+
+
+def silence(reserved: socket.socket) -> None:
+    """Have it join its group as the last member; shutdown() ends that.  Raises OSError.
+
+    It drops what clients begin with, so their kernels try again.  Source: IP_MINTTL in ip(7),
+    tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for those that are let in by that.
+    """
+    reserved.setsockopt(socket.IPPROTO_IP, IP_MINTTL, _MOST_TTL)  # IPv6 sockets take IPv4, too
+    if reserved.family == socket.AF_INET6:
+        reserved.setsockopt(socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT, _MOST_TTL)
+    reserved.listen(0)
 
 
 def refuse_new(listening: socket.socket) -> None:
@@ -330,42 +369,13 @@ def refuse_new(listening: socket.socket) -> None:
     are under way finish, for their device is the one of the socket when they began.  A filter
     would do as well; but since 2026 kernels want CAP_NET_ADMIN for one on a TCP socket.
     """
-    if listening.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NO_DEVICE:
+    if device_of(listening) == _NO_DEVICE:
         return
     try:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NO_DEVICE)
     except OSError:
         # It has a device already, or the kernel is older than 5.7, which asks for CAP_NET_RAW.
         _attach(listening, _SO_ATTACH_FILTER, _NO_NEW_CLIENTS)
-
-
-def drop_new(listening: socket.socket) -> None:
-    """Leave new clients without an answer, so that their kernels try again later.  Raises OSError.
-
-    Needs no privilege, as a filter does.  What is accepted would inherit it: only for a socket at
-    which no handshake is under way.  Source: IP_MINTTL in ip(7), tcp_v4_rcv() in tcp_ipv4.c.
-    """
-    for level, option in _min_ttl(listening):
-        listening.setsockopt(level, option, _MOST_TTL)
-
-
-def drops_new(listening: socket.socket) -> bool:
-    """Return whether drop_new() holds, here or in an earlier program."""
-    return all(listening.getsockopt(*each) == _MOST_TTL for each in _min_ttl(listening))
-
-
-def answer_new(listening: socket.socket) -> None:
-    """Undo drop_new().  Raises OSError."""
-    if drops_new(listening):
-        for level, option in _min_ttl(listening):
-            listening.setsockopt(level, option, 0)
-
-
-def _min_ttl(one: socket.socket) -> tuple[tuple[int, int], ...]:
-    of_ipv4 = (socket.IPPROTO_IP, IP_MINTTL)  # of those that an IPv6 socket takes, too
-    if one.family == socket.AF_INET6:
-        return of_ipv4, (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
-    return (of_ipv4,)
 
 
 def _attach(to: socket.socket, option: int, program: Sequence[tuple[int, int, int, int]]) -> None:

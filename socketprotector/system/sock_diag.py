@@ -87,15 +87,19 @@ def unread(family: int, port: int, *, accepted: bool = False) -> dict[bytes, boo
     return found
 
 
-def listening(family: int, port: int) -> dict[int, int]:
+def listening(family: int, port: int, like: Collection[int] = ()) -> dict[int, int]:
     """Return the sockets that listen on a port, by inode, the last that began to at the end.
 
     Each with how accepted ones find themselves shut down (1: for reading, 2: for writing).
-    Raises OSError where it cannot be asked.
+    like: only those at the addresses and devices of these.  Raises OSError where it cannot be
+    asked.
     """
+    all_told = list(_tcp(family, port, 1 << _LISTEN))
+    places = {told[6:9:2] for told, _ in all_told if told[-1] in like}
     found: dict[int, int] = {}
-    for told, attributes in _tcp(family, port, 1 << _LISTEN):
-        found[told[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
+    for told, attributes in all_told:
+        if not like or told[6:9:2] in places:
+            found[told[-1]] = int.from_bytes(_attribute(attributes, _SHUTDOWN)[:1], "little")
     # The kernel puts each in front of the others; but those of IPv6 that share a port, behind.
     return found if family == socket.AF_INET6 else dict(reversed(found.items()))
 
@@ -117,6 +121,34 @@ def unaccepted(listening: socket.socket) -> Line:
     return frozenset(found)
 
 
+def is_waiting(client: socket.socket, server: tuple[str, int], device: int = 0) -> bool:
+    """Return whether a connection of ours to this machine is yet to be accepted.
+
+    Also of one whose handshake the server's side has not finished, though ours has
+    (TCP_DEFER_ACCEPT): it is in no queue.  For all of a port the kernel goes through the table of
+    all connections, 4 ms for one of 262,144 places; this one it looks up there.
+
+    device: to which the listener is bound, by its index.  Raises OSError where it cannot be asked.
+    """
+    family = client.family
+    (port, address), (ours, our_address) = (
+        (port.to_bytes(2, "big"), socket.inet_pton(family, host.partition("%")[0]).ljust(16, b"\0"))
+        for host, port in (server, client.getsockname()[:2])
+    )
+    asked = _ASKED.pack(
+        *(family, socket.IPPROTO_TCP, 0, 0, 0),
+        *(port, ours, address, our_address, device, _NO_COOKIE),
+    )
+    try:
+        ((told, _),) = _ask(asked, _TOLD, dump=False)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return False  # closed by now
+    state, inode = told[1], told[-1]  # of the socket that listens, where that is closed by now
+    return state == _SYN_RECV or (not inode and state in (_ESTABLISHED, _CLOSE_WAIT))
+
+
 def handshakes(family: int, port: int) -> frozenset[bytes]:
     """Return the clients of a port that are about to connect, by their own port and address.
 
@@ -125,15 +157,20 @@ def handshakes(family: int, port: int) -> frozenset[bytes]:
     return frozenset(told[5] + told[7] for told, _ in _tcp(family, port, 1 << _SYN_RECV))
 
 
-def accepted(listening: socket.socket) -> Counter[bytes]:
+def accepted(
+    listening: socket.socket, but: bytes = b"", *, waiting: bool = False
+) -> Counter[bytes]:
     """Return how many connections at a socket's address processes have open, by their options.
 
-    Raises OSError where it cannot be asked, or is not told (before Linux 5.10).
+    but: the end of a client that does not count, see end_of().  waiting: also those that wait to be
+    accepted.  Raises OSError where it cannot be asked, or is not told (before Linux 5.10).
     """
     address = _address(listening)
     found: Counter[bytes] = Counter()
     for told, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
-        if told[-1] and (not any(address) or told[6][: len(address)] == address):
+        if told[5] + told[7] == but:
+            continue
+        if (told[-1] or waiting) and (not any(address) or told[6][: len(address)] == address):
             found[_attribute(attributes, _OPTIONS)] += 1
     if b"" in found:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")

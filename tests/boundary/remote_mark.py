@@ -68,7 +68,7 @@ with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as other:
             second = reuseport.make(first)
             assert second is not None
             mark = reuseport.Mark.draw(socket.AF_INET)
-            reuseport.steer(first, 0, (mark, 1))
+            reuseport.steer(first, 0, {mark: 1})
             port = first.getsockname()[1]
             got_in = json.loads(run(*there, sys.executable, __file__, port, mark.source))
             came = [accepted(first), accepted(second)]

@@ -89,7 +89,9 @@ class Told:
         monkeypatch.setattr("time.monotonic", lambda: self.now)
         monkeypatch.setattr(accept_marks, "connections", self.connections)
 
-    def connections(self, listening: socket.socket) -> Counter[int]:
+    def connections(
+        self, listening: socket.socket, but: socket.socket | None = None, *, waiting: bool = False
+    ) -> Counter[int]:
         self.now += self.takes_s
         self.asked += 1
         found = self.says[(self.asked - 1) % len(self.says)]
@@ -148,3 +150,99 @@ def test_the_kernel_is_asked_for_a_tenth_of_the_time_at_most(
         told.now += 1.0
 
     assert 16 <= told.asked <= 22  # both listeners, once in ten seconds
+
+
+# -- whose connections are whose --------------------------------------------------------
+
+
+def has(told: Told, *marks: int) -> None:
+    """Have connections open of these marks."""
+    told.says = [dict.fromkeys(marks, 1) or {0: 1}]
+
+
+def test_each_generation_has_a_mark_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    told = Told(monkeypatch)
+    has(told)
+    counts = AcceptCounts(lambda: two[:1])
+    first = counts.enter(0, ())
+    second = counts.enter(1, first)
+    again = counts.enter(0, second)
+    third = counts.enter(1, {*second, *again})
+
+    assert len({*first, *second, *third}) == 3
+    assert again == first  # nothing of the first is left
+
+
+def test_where_a_client_of_another_one_waits_nothing_is_known(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    told = Told(monkeypatch)
+    has(told)
+    counts = AcceptCounts(lambda: two[:1])
+    first = counts.enter(0, ())
+    with socket.create_connection(two[0].socket.getsockname()):
+        assert counts.enter(0, first) == ()
+
+
+def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> None:
+    two[0].go_on_without(1)
+
+    assert AcceptCounts(lambda: two).enter(1, ()) == ()
+
+
+def test_with_too_many_generations_nothing_is_known(two: list[Listener]) -> None:
+    taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
+
+    assert AcceptCounts(lambda: two[:1]).enter(0, taken) == ()
+
+
+def test_a_mark_of_which_connections_are_open_is_nobody_elses(stack: ExitStack) -> None:
+    """A generation may be gone, or more than there are marks: each has a client for ever."""
+    one = listening(socket.AF_INET, "127.0.0.1")
+    other = reuseport.make(one)
+    assert other is not None
+    settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
+    its = Listener(one.detach(), 0, settings, shared=True, sibling=other.detach())
+    stack.callback(its.close)
+    counts = AcceptCounts(lambda: [its])
+    known: list[tuple[tuple[int, int], ...]] = []
+    for generation in range(2 * accept_marks.MARKS):
+        number = generation % 2
+        marks = counts.enter(number, ())  # whose marks are taken is not known any more
+        its.steer(number)
+        stack.enter_context(socket.create_connection(its.socket.getsockname()))
+        stack.enter_context(its.socket_for(number).accept()[0])
+        known.append(marks)
+    counts._again_at = 0.0
+
+    assert [counts.active(marks) for marks in known] == [1] * 7 + [None] * 7
+
+
+def test_where_the_kernel_does_not_tell_a_generation_has_no_mark(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    told = Told(monkeypatch)
+    told.says = [{}]
+
+    assert AcceptCounts(lambda: two[:1]).enter(0, ()) == ()
+
+
+def test_the_mark_of_clients_that_wait_elsewhere_is_given_to_none(stack: ExitStack) -> None:
+    """Who accepts them has it then: a generation that was started for them."""
+    one = listening(socket.AF_INET, "127.0.0.1")
+    other = reuseport.make(one)
+    assert other is not None
+    settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
+    its = Listener(one.detach(), 0, settings, shared=True, sibling=other.detach())
+    stack.callback(its.close)
+    counts = AcceptCounts(lambda: [its])
+    first = counts.enter(0, ())
+    stack.enter_context(socket.create_connection(its.socket.getsockname()))
+    assert counts.enter(0, first) == ()  # for him; and it is not known whose mark that is
+
+    found = counts.enter(1, {(0, accept_marks.mark_of(its.sockets[1]))})
+
+    assert found
+    assert not set(found) & set(first)

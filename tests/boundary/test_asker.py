@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -17,7 +18,10 @@ from pathlib import Path
 import pytest
 
 from socketprotector.daemon import asker_client
+from socketprotector.daemon.probe_port import Way
+from socketprotector.model.question import Question
 from socketprotector.programs import asker
+from socketprotector.system.loop import Loop
 from tests.running import DEADLINE_S
 
 HTTP = b"HTTP/1.1 "
@@ -88,6 +92,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
         (HTTP + b"100 Continue\r\n\r\n", HTTP + b"200 OK\r\nContent-Length: 3\r\n\r\nabc"),
         (HTTP + b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"),
         (HTTP + b"200 OK\r\nContent-Length: 100000000\r\n\r\n",),
+        (HTTP + b"103 Early Hints\r\nLink: </x>\r\n\r\n", HTTP + b"200 OK\r\n\r\n"),
     ],
 )
 def test_a_good_status_is_a_good_answer(parts: Sequence[bytes]) -> None:
@@ -111,6 +116,9 @@ def test_a_good_status_is_a_good_answer(parts: Sequence[bytes]) -> None:
         (says(HTTP + b"500 Oh\r\n\r\ndatabase \x00\ngone"), '500, "database ? gone"'),
         (says(HTTP + b"503 Busy\r\n\r\n"), "503, Busy"),
         (says(HTTP + b"503\r\n\r\n"), "503, no text"),
+        (says(HTTP + b"503 \x1b[2J\x00\r\n\r\n"), "503, ?[2J?"),
+        (says(HTTP + b"503 " + b"x" * 50_000 + b"\r\n\r\n"), "503, " + "x" * 120),
+        (says(HTTP + b"101 Switching\r\n\r\n"), "101, Switching"),
         (says(HTTP + b"302 Found\r\nLocation: /x\r\n\r\n"), "302, Found"),
         (
             says(HTTP + b"500 Oh\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nlost\r\n", close=False),
@@ -227,11 +235,34 @@ def test_https_is_asked_without_verification(tmp_path: Path) -> None:
     assert found.startswith("GET /healthz: no TLS: ")
 
 
+@pytest.mark.parametrize("host", ["", "[::1]:443", "no.such.name:443", "no.such.name"])
+def test_the_name_that_tls_asks_for_has_no_port(host: str) -> None:
+    found = asked(lambda one: one.sendall(b"garbage"), kind="https", host=host)
+
+    assert found.startswith("GET /healthz: no TLS: ")
+
+
+@pytest.mark.parametrize("host", [".example", "a..b", "x" * 64])
+def test_what_cannot_be_asked_at_all_is_told(host: str) -> None:
+    found = asked(says(), kind="https", host=host)
+
+    assert found.startswith("GET /healthz: cannot be asked: ")
+
+
+def test_without_the_ssl_module_http_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ssl", None)
+
+    assert asked(says(HTTP + b"200 OK\r\n\r\n")) == ""
+    assert "cannot be asked" in asked(says(), kind="https")
+    code = "import sys; sys.modules['ssl'] = None; import socketprotector.programs.asker"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 # -- the process --------------------------------------------------------------------
 
 
 @contextmanager
-def process(question: bytes, *listening: socket.socket) -> Iterator[socket.socket]:
+def process(question: bytes = b"", *listening: socket.socket) -> Iterator[socket.socket]:
     """Run it; gives our end of its line.  It ends with that."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.settimeout(DEADLINE_S)
@@ -239,7 +270,8 @@ def process(question: bytes, *listening: socket.socket) -> Iterator[socket.socke
     words = (sys.executable, "-I", "-S", asker_client._SCRIPT, *map(str, fds))
     with ours, subprocess.Popen(words, pass_fds=fds) as running:
         theirs.close()
-        ours.send(question)
+        if question:
+            ours.send(question)
         yield ours
         ours.close()
         assert running.wait(DEADLINE_S) == 0
@@ -253,6 +285,106 @@ def test_it_asks_until_it_is_ended() -> None:
 
     with serving(serve) as address, process(told(address)) as line:
         assert [line.recv(4096) for _ in range(4)] == [b"-GET /healthz: 500, Oh"] * 2 + [b"+"] * 2
+
+
+@pytest.mark.parametrize(
+    ("serve", "says"),
+    [
+        (says(HTTP + b"200 OK\r\n\r\n"), b"+7 "),
+        (says(HTTP + b"500 Oh\r\n\r\n"), b"-7 GET /healthz: 500, Oh"),
+        (says(close=False), b"~7 GET /healthz: no answer within 0.2 s"),
+    ],
+)
+def test_it_asks_once_by_a_connection_that_it_is_given(serve: Serve, says: bytes) -> None:
+    """Also while it is being made; and the next one as well."""
+    with serving(serve) as address, ExitStack() as closing:
+        question = told(address, limit_s=0.2, number=7)
+        line = closing.enter_context(process())
+        for _ in range(2):
+            one = closing.enter_context(socket.socket())
+            one.setblocking(False)
+            assert one.connect_ex(address) in (0, errno.EINPROGRESS)
+            socket.send_fds(line, [question], [one.fileno()])
+            assert line.recv(4096) == says
+
+
+def test_what_is_said_of_an_earlier_question_is_not_heard_any_more(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its generation may be gone."""
+    monkeypatch.chdir(".")  # to start a process changes it
+    heard: list[str] = []
+    came, answer = threading.Event(), threading.Event()
+
+    def hangs(one: socket.socket) -> None:
+        came.set()
+        assert answer.wait(DEADLINE_S)
+        says(HTTP + b"500 Oh\r\n\r\n")(one)
+
+    def hear(why: str) -> None:
+        heard.append(why)
+        loop.running = False
+
+    def ask(address: tuple[str, int]) -> None:
+        way = Way(address, None, lambda one: False, lambda: None)
+        with way.connecting() as one:
+            one.connect_ex(address)
+            client.ask(one, way, Question("http", path="/p"), DEADLINE_S)
+
+    client = asker_client.Asker(loop, heard=hear, ended=heard.append)
+    try:
+        with serving(hangs) as old, serving(says(HTTP + b"200 OK\r\n\r\n")) as new:
+            ask(old)
+            assert came.wait(DEADLINE_S)
+            ask(new)
+            answer.set()
+            loop.run()
+            assert heard == [""]
+            with serving(says(HTTP + b"503 Gone\r\n\r\n")) as newest:
+                ask(newest)
+                loop.running = True
+                loop.run()
+    finally:
+        assert client._process is not None
+        pid = client._process.process.pid
+        client.close()
+        os.waitpid(pid, 0)
+    assert heard == ["", "GET /p: 503, Gone"]
+
+
+def test_one_that_is_given_ends_while_a_question_is_under_way() -> None:
+    came = threading.Event()
+
+    def serve(one: socket.socket) -> None:
+        came.set()
+
+    with serving(serve) as address, process() as line, socket.create_connection(address) as one:
+        socket.send_fds(line, [told(address, limit_s=3600.0)], [one.fileno()])
+        assert came.wait(DEADLINE_S)
+
+
+@pytest.mark.parametrize("listening", [False, True])
+def test_one_that_can_have_no_thread_says_so_in_a_line_and_ends(listening: bool) -> None:
+    """Another one is started then."""
+    code = (
+        "import runpy, sys, threading\n"
+        "def start(self): raise RuntimeError('no more threads')\n"
+        "threading.Thread.start = start\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.settimeout(DEADLINE_S)
+    with ours, socket.create_server(("127.0.0.1", 0)) as probe:
+        fds = (theirs.fileno(), probe.fileno()) if listening else (theirs.fileno(),)
+        words = (sys.executable, "-c", code, asker_client._SCRIPT, *map(str, fds))
+        with subprocess.Popen(words, pass_fds=fds, stderr=subprocess.PIPE) as running:
+            theirs.close()
+            ours.send(told(probe.getsockname()))
+            assert ours.recv(4096) == b"-the process that asks: no more threads"
+            assert running.wait(DEADLINE_S) == 1
+            assert running.stderr is not None
+            assert running.stderr.read() == b""
 
 
 def test_it_ends_with_its_line_also_while_a_try_is_under_way() -> None:

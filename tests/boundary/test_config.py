@@ -31,6 +31,7 @@ workers = 3
 reload-order = "stop-first"
 ready = "after:1s"
 settle = 0.5
+settle-check = "http:/healthz"
 start-timeout = "10s"
 start-tries = 4
 drain-timeout = 120
@@ -43,12 +44,17 @@ backlog = 100
 queue = 512
 busy-poll = "1ms"
 watchdog = "10s"
+health = "http:/healthz"
+health-every = "1s"
+health-failures = 2
+health-timeout = "1s"
 retire-after = "1000+-50"
 max-memory = "500M"
 max-age = "1h"
 control = "c"
 no-control = true
 control-group = "nogroup"
+status-group = "games"
 user = "nobody"
 group = "nogroup"
 worker-user = "daemon"
@@ -168,6 +174,7 @@ def test_every_option_has_a_key_and_every_key_its_effect(read: Reader, tmp_path:
             "shell": 'handoff = "stdio"\n',
             "drain-signal": 'handoff = "listener"\n',
             "lame-duck-idle": 'lame-duck = "1h"\n',
+            "settle-check": 'settle = "5s"\n',
         }
         command = COMMAND if key != "shell" else f'command = ["{sys.executable}"]\n'
         one = read(f'{command}listen = "1"\n{needs.get(key, "")}{line}\n')
@@ -326,6 +333,10 @@ memory = 2
         ("config = 'x'\n", "line 1: config: has no place in a file; for the command line only"),
         ("group = 'no-such'\n", "line 1: group: no-such: unknown group; see getent group"),
         ("worker-user = 'x'\n", "line 1: worker-user: --worker-user needs --user, which "),
+        (
+            "settle-check = 'true'\n",
+            "line 1: settle-check: --settle-check without --settle, the time in which it is asked",
+        ),
         (
             "lame-duck-idle = 5\n",
             "line 1: lame-duck-idle: --lame-duck-idle without --lame-duck, which it ends earlier",

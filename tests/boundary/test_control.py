@@ -21,6 +21,7 @@ import pytest
 
 from socketprotector.daemon.control import server
 from socketprotector.daemon.control.server import CLIENTS, UNREAD_BYTES, Client, ControlServer
+from socketprotector.model import control_requests
 from socketprotector.model.control_requests import LINE_BYTES, Request, RequestError, answer
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.listener import Listener
@@ -39,7 +40,9 @@ STATUS = b'{"v":1,"command":"status"}\n'
 class Desk:
     """A control socket that answers every request with its command, and how often it turned."""
 
-    def __init__(self, path: Path, group: int | None = None) -> None:
+    def __init__(
+        self, path: Path, group: int | None = None, status_group: int | None = None
+    ) -> None:
         self.path = path
         self.loop = Loop()
         self.turn = 0
@@ -61,6 +64,7 @@ class Desk:
             lambda pid: self.acked.append(pid),
             uids=frozenset({os.getuid()}),
             group=group,
+            status_group=status_group,
         )
         # Always readable: called once a turn.
         self._ticks = os.eventfd(1)
@@ -429,8 +433,10 @@ def test_a_client_that_asks_or_follows_stays(
 # -- which users are heard ----------------------------------------------------------------
 
 
-def as_nobody(desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Ask from a process of user nobody; return what it heard."""
+def as_nobody(
+    desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = (), request: bytes = STATUS
+) -> dict[str, Any]:
+    """Ask from a process of user nobody; return what it heard, {} for the end alone."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
@@ -441,7 +447,7 @@ def as_nobody(desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = ()) -> 
             with socket.socket(socket.AF_UNIX) as client:
                 client.connect(str(desk.path))
                 try:
-                    client.sendall(STATUS)
+                    client.sendall(request)
                 except BrokenPipeError:
                     pass  # ended already; what it was told can still be read
                 os.write(send, client.makefile("rb").readline())
@@ -453,7 +459,7 @@ def as_nobody(desk: Desk, group: int = NOBODY, groups: tuple[int, ...] = ()) -> 
     os.waitpid(child, 0)
     os.close(ended)
     with open(receive, "rb") as said:
-        found: dict[str, Any] = json.loads(said.read())
+        found: dict[str, Any] = json.loads(said.read() or "{}")
     return found
 
 
@@ -478,6 +484,46 @@ def test_a_member_of_the_group_is_heard_whichever_of_its_groups_that_is(place: P
         assert as_nobody(desk, groups=tuple(range(1, 2000)))["code"] == "denied"
         assert as_nobody(desk, group=GROUP, groups=tuple(range(1, 2000))) == ok()
         assert desk.call(STATUS).hear() == [ok()]
+    finally:
+        desk.end()
+
+
+@ANOTHER_USER
+def test_a_member_of_the_status_group_may_look_and_change_nothing(place: Path) -> None:
+    desk = Desk(place, group=GROUP, status_group=GROUP + 1)
+
+    def ask(command: str, *groups: int) -> dict[str, Any]:
+        others: dict[str, dict[str, Any]] = {
+            "stop": {"quick": True},
+            "lame-duck": {"on": True},
+            "reload": {"dry_run": True},
+            "log-level": {"level": "info"},
+        }
+        first = list(control_requests.COMMANDS[command])[:1]
+        arguments = others.get(command, dict.fromkeys(first, 1))
+        asked = {"v": 1, "id": 3, "command": command, **arguments}
+        return as_nobody(desk, groups=groups, request=json.dumps(asked).encode() + b"\n")
+
+    try:
+        for command in control_requests.COMMANDS:
+            found = ask(command, GROUP + 1)
+            if command in ("status", "events"):
+                assert found == ok(command, 3)
+            else:
+                assert (found["id"], found["code"]) == (3, "denied")
+                assert found["error"] == (
+                    f"{command}: members of --status-group may use status and events only"
+                )
+        assert {request.command for _, request in desk.asked} == {"status", "events"}
+        # Nor may it say for a worker that this is ready.
+        ack = b'{"command":"worker:ack","pid":1}\n'
+        assert as_nobody(desk, groups=(GROUP + 1,), request=ack) == {}
+        assert desk.acked == []
+        assert as_nobody(desk, groups=(GROUP,), request=ack) == {}
+        assert desk.acked == [1]
+        # A member of both groups may do everything.
+        assert ask("reopen", GROUP, GROUP + 1) == ok("reopen", 3)
+        assert as_nobody(desk)["code"] == "denied"
     finally:
         desk.end()
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
 
 import pytest
+from socketprotector_client import wire
 
 from socketprotector.core.events import BacklogEmptied, Event
 from socketprotector.daemon.acceptor import BURST, STEADY
@@ -586,6 +587,48 @@ def test_connections_no_worker_has_taken_go_to_the_new_route_oldest_first(world:
     assert (new.taken(), old.ended) == ([0, 1, 2, 3, 4, 5, 6], True)
 
 
+def ask_in(channel: FakeChannel) -> int:
+    """Send a question of ours there; return our end of it."""
+    ours, theirs = os.pipe()
+    channel.send(wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0), theirs)
+    os.close(theirs)
+    return ours
+
+
+def test_a_question_that_no_worker_has_taken_goes_to_no_other_generation(world: World) -> None:
+    old, new = world.channel(), world.channel()
+    world.forwarder.route_to(old)
+    world.listeners[0].backlog.extend([0])
+    world.turn()
+    ours = ask_in(old)
+    world.listeners[0].backlog.extend([1])
+    world.turn()
+
+    world.forwarder.route_to(new)
+    world.forwarder.drain(old)
+
+    assert new.taken() == [0, 1]
+    assert os.read(ours, 1) == b""  # it was closed
+    assert world.forwarder.lost == 0
+    os.close(ours)
+
+
+def test_a_question_is_not_counted_as_lost(world: World) -> None:
+    gone = world.channel()
+    world.forwarder.route_to(gone)
+    world.listeners[0].backlog.extend([1])
+    world.turn()
+    ours = ask_in(gone)
+    world.forwarder.route_to(None)
+    world.forwarder.release(gone)
+
+    world.forwarder.close()
+
+    assert os.read(ours, 1) == b""
+    assert (world.forwarder.lost, gone.closed) == (1, True)
+    os.close(ours)
+
+
 def test_what_finds_no_room_in_the_new_channel_stays_with_the_old_workers(world: World) -> None:
     old, new = world.channel(), world.channel(room=2)
     world.forwarder.route_to(old)
@@ -676,6 +719,21 @@ def test_the_end_counts_what_could_not_be_delivered(world: World) -> None:
     assert (world.forwarder.lost, gone.closed, world.listeners[0].closed) == (2, True, True)
     assert world.loop.watched == {}
     assert full.depth() == 0
+
+
+@pytest.mark.parametrize("code", SCARCE, ids=name)
+def test_the_end_comes_though_what_is_left_cannot_be_looked_at(world: World, code: int) -> None:
+    gone = world.channel()
+    world.forwarder.route_to(gone)
+    world.listeners[0].backlog.extend([1, 2, 3])
+    world.turn()
+    world.forwarder.route_to(None)
+    world.forwarder.release(gone)
+    gone.takes.fail(code, after=1)
+
+    world.forwarder.close()
+
+    assert (world.forwarder.lost, gone.closed, gone.depth()) == (3, True, 0)
 
 
 def test_taking_back_works_with_the_reserve_alone() -> None:

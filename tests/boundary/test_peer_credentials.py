@@ -65,7 +65,7 @@ control = ControlServer(
 )
 print("listens", flush=True)
 for line in sys.stdin:
-    print(control._is_allowed(listener.socket.accept()[0]), flush=True)
+    print(bool(control._commands_for(listener.socket.accept()[0])), flush=True)
 """
 SPEAKS = """
 import socket, sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,21 @@ def at_end(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(DEADLINE_S * 1000)) and os.read(fd, 1) == b""
+
+
+def test_a_timer_that_is_waited_for_again_is_not_put_off(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = replace(Checked(loop, "").program, ready="any", ready_after_s=1.0)
+    awaited = Readiness(program, {}, loop, 7)
+    awaited.wait()
+    [due] = [loop.due(key) for key in loop._timers]
+    monkeypatch.setattr("time.monotonic", lambda: 1e12)
+
+    awaited.wait()
+
+    assert [loop.due(key) for key in loop._timers] == [due]
+    awaited.close()
 
 
 @pytest.mark.usefixtures("soon")

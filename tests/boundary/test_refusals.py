@@ -21,12 +21,14 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become 
 
 OPTIONS = (
     *("--pid-file", "--foreground", "--verbose", "--help", "--version", "--workers"),
-    *("--reload-order", "--ready", "--settle", "--start-timeout", "--start-tries"),
+    *("--reload-order", "--ready", "--settle", "--settle-check"),
+    *("--start-timeout", "--start-tries"),
     *("--drain-timeout", "--max-draining", "--stop-timeout", "--kill-timeout", "--backlog"),
     *("--queue", "--user", "--group", "--chdir", "--umask", "--limit", "--env", "--env-file"),
     *("--log-file", "--log-level", "--name", "--check"),
 )
 LISTENER = ("--handoff", "listener")
+SETTLES = ("--settle", "5s", "--settle-check")
 
 
 def refused(ended: Ended, status: int, *said: str) -> None:
@@ -69,6 +71,20 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
         (["--settle", "soon", "0", "--", "true"], "write 500ms, 10s, 1h30m or seconds"),
         (["--settle", "-1s", "0", "--", "true"], "write 500ms"),
         (["--settle", "nan", "0", "--", "true"], "write 500ms"),
+        (["--settle-check", "true", "0", "--", "true"], "--settle-check without --settle"),
+        (
+            [*SETTLES, "true", "--reload-order", "stop-first", "0", "--", "true"],
+            "--settle-check with --reload-order stop-first: none stands by",
+        ),
+        ([*SETTLES, "http:x", "0", "--", "true"], "write http:/path"),
+        ([*SETTLES, "accept", "0", "--", "true"], "'accept' is for --ready"),
+        ([*SETTLES, "after:1s", "0", "--", "true"], "'after:1s' is for --ready"),
+        ([*SETTLES, "check: ", "0", "--", "true"], "there is no command"),
+        ([*SETTLES, "http:[web]/x", "0", "--", "true"], "no listener is called web"),
+        (
+            [*SETTLES, "http:/x", *LISTENER, "unix:s", "--", "true"],
+            "--settle-check http:/x: old and new generation accept from the same socket of unix:s",
+        ),
         (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),
         (["--start-tries", "0", "0", "--", "true"], "--start-tries"),
         (["--ready", "soon", "0", "--", "true"], "write notify, ack, fd:N"),

@@ -19,7 +19,7 @@ import pytest
 
 from socketprotector.system import reuseport
 from tests.boundary.listening import KINDS, listening
-from tests.running import ROOT
+from tests.running import DEADLINE_S, ROOT
 from tests.unanswered import Unanswered
 
 Pair = tuple[socket.socket, socket.socket]
@@ -77,7 +77,7 @@ def test_a_mark_leads_to_the_other_one_and_nobody_else_goes_there(
             pair = one, second
             for target in hosts:
                 mark = reuseport.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
-                reuseport.steer(one, 1 - meant, (mark, meant))
+                reuseport.steer(one, 1 - meant, {mark: meant})
                 assert came(pair, hosts) == ((0, 12) if meant == 0 else (12, 0))
                 for _ in range(5):
                     with socket.socket(mark.family) as ours:
@@ -111,7 +111,27 @@ def test_no_client_of_a_network_has_a_mark() -> None:
 
 def test_marks_differ() -> None:
     for family in (socket.AF_INET, socket.AF_INET6):
-        assert len({reuseport.Mark.draw(family) for _ in range(40)}) > 30
+        assert len({reuseport.Mark.draw(family) for _ in range(40)}) > 15
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_one_with_a_mark_comes_in_where_new_clients_are_left_without_an_answer(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with (
+        listening(family, host, both=both) as one,
+        reuseport.reserve(one, one.getsockname()) as silent,
+    ):
+        reuseport.silence(silent)
+        for target in hosts:
+            mark = reuseport.Mark.draw(socket.AF_INET6 if ":" in target else socket.AF_INET)
+            reuseport.steer(silent, 1, {mark: 0})
+            with socket.socket(mark.family) as ours:
+                mark.put(ours)
+                assert ours.getsockname()[1] == 0, "it takes a port that others cannot have"
+                ours.settimeout(DEADLINE_S)
+                ours.connect((target, one.getsockname()[1]))
+                assert accepted(one) == 1
 
 
 def test_what_waits_where_nobody_accepts_can_be_discarded(first: socket.socket) -> None:
@@ -252,47 +272,108 @@ def test_it_takes_no_privilege_to_let_no_new_client_in(
 
 
 @pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
-def test_it_takes_no_privilege_to_have_clients_try_again_later(
+def test_each_of_several_marks_leads_to_its_own_one(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as one:
+        second = reuseport.make(one)
+        assert second is not None
+        with second:
+            of = socket.AF_INET6 if ":" in hosts[0] else socket.AF_INET
+            marks = {reuseport.Mark.draw(of): n % 2 for n in range(4)}
+            reuseport.steer(one, 0, marks)
+            for mark, meant in marks.items():
+                with socket.socket(mark.family) as ours:
+                    mark.put(ours)
+                    ours.connect((hosts[0], one.getsockname()[1]))
+                    assert [accepted(each) for each in (one, second)] == [1 - meant, meant]
+            assert came((one, second), hosts) == (12, 0)
+
+
+def _from_next_door(client: socket.socket) -> None:
+    """Have its packets come with as many hops left as there can be."""
+    if client.family == socket.AF_INET6:
+        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 255)
+    else:
+        client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 255)
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_clients_get_no_answer_and_try_again_and_those_from_before_notice_nothing(
     family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
     with listening(family, host, both=both) as one, ExitStack() as clients:
-        assert not reuseport.drops_new(one)
-        _without_privileges(lambda: reuseport.drop_new(one))
-        assert reuseport.drops_new(one)
-        port = one.getsockname()[1]
-        waiting = [clients.enter_context(Unanswered((each, port))) for each in hosts]
-        for each in waiting:
-            each.tries_again()
-        assert accepted(one) == 0
+        address, port = one.getsockname(), one.getsockname()[1]
+        early = clients.enter_context(socket.create_connection((hosts[0], port)))
+        begun = clients.enter_context(one.accept()[0])
+        silent = clients.enter_context(reuseport.reserve(one, address))
+        assert came((one, one), hosts) == (12, 0)
+        for _ in range(2):
+            reuseport.silence(silent)
+            reuseport.steer(silent, 1)
+            places = [(each, port) for each in hosts]
+            waiting = [clients.enter_context(Unanswered(each)) for each in places]
+            if os.geteuid() == 0:
+                waiting += [clients.enter_context(Unanswered(n, _from_next_door)) for n in places]
+            for each in waiting:
+                each.tries_again()
+            assert reuseport.queue(silent)[0] == 0
+            early.sendall(b"x")
+            assert begun.recv(1) == b"x"
+            assert accepted(one) == 0
 
-        _without_privileges(lambda: reuseport.answer_new(one))
-        assert not reuseport.drops_new(one)
-        for each in waiting:
-            each.connects()
-        assert came((one, one), hosts) == (12 + len(hosts), 0)
+            reuseport.steer(silent, 0)
+            silent.shutdown(socket.SHUT_RDWR)
+            for each in waiting:
+                each.connects()
+            assert came((one, one), hosts) == (12 + len(waiting), 0)
 
 
-def test_clients_from_before_or_of_the_other_one_notice_nothing(
-    first: socket.socket,
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_it_takes_no_privilege_to_have_clients_try_again_later(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
 ) -> None:
+    def hold() -> None:
+        with listening(family, host, both=both) as one, ExitStack() as clients:
+            address = one.getsockname()
+            silent = clients.enter_context(reuseport.reserve(one, address))
+            reuseport.silence(silent)
+            reuseport.steer(silent, 1)
+            found = [clients.enter_context(Unanswered((n, address[1]))) for n in hosts]
+            for each in found:
+                each.tries_again()
+            reuseport.steer(silent, 0)
+            silent.shutdown(socket.SHUT_RDWR)
+            for each in found:
+                each.connects()
+
+    _without_privileges(hold)
+
+
+@pytest.mark.parametrize("left", [(0,), (1,), (0, 1)])
+def test_without_the_silent_one_clients_come_to_those_that_are_left(
+    first: socket.socket, left: tuple[int, ...]
+) -> None:
+    """As where we are killed: then a socket lives on that workers have."""
     second = reuseport.make(first)
     assert second is not None
-    with second, socket.create_connection(first.getsockname()) as early:
-        reuseport.steer(first, 1)
-        reuseport.drop_new(first)
-        assert came((second, second), ("127.0.0.1",)) == (12, 0)
-        connection, _ = first.accept()
-        with connection:
-            early.sendall(b"x")
-            assert connection.recv(1) == b"x"
-
-
-def test_what_a_server_has_set_itself_is_not_undone(first: socket.socket) -> None:
-    first.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 64)
-
-    reuseport.answer_new(first)
-
-    assert first.getsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL) == 64
+    with second:
+        silent = reuseport.reserve(first, first.getsockname())
+        reuseport.silence(silent)
+        reuseport.steer(silent, 2)
+        address, pair = first.getsockname(), (first, second)
+        with Unanswered(address) as late:
+            late.tries_again()
+            for number, each in enumerate(pair):
+                if number not in left:
+                    each.close()
+            silent.close()
+            late.connects()
+            there = [pair[number] for number in left]
+            with ExitStack() as clients:
+                for _ in range(12):
+                    clients.enter_context(socket.create_connection(address))
+                assert sum(accepted(each) for each in there) == 13
 
 
 def test_handshakes_that_are_under_way_finish() -> None:

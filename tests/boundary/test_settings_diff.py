@@ -26,7 +26,7 @@ SETTINGS = Settings(
 NO_OPTIONS = {
     *{"command", "listeners", "limits", "nice", "environment", "watch"},
     *{"ready", "ready_after_s", "ready_fd", "ready_check", "ready_question"},
-    *{"policy.workers_accept", "policy.ready"},
+    *{"health", "policy.workers_accept", "policy.ready", "policy.settle_check"},
     *{"worker_limits.connections", "worker_limits.spread"},
     *{"pools", "nofile_soft", "batch", "outlives_terminal", "secret", "notify_folder"},
     *{"control", "notices", "origin"},
@@ -47,11 +47,22 @@ def test_nothing_is_reported_of_what_is_the_same() -> None:
     assert list(forbidden(SETTINGS, replace(SETTINGS))) == []
 
 
+def test_another_check_is_told_without_its_secrets() -> None:
+    old, new = (replace(SETTINGS, health=f"check:curl {key}") for key in ("s3cret", "secr3t"))
+    assert list(changes(old, new)) == ["health: another check"]
+
+
 @pytest.mark.parametrize(
     ("new", "said"),
     [
         (replace(SETTINGS, workers=4), ["workers: 1 -> 4"]),
         (replace(SETTINGS, ready="after", ready_after_s=1.0), ["ready: notify -> after:1s"]),
+        (replace(SETTINGS, health="http:/p"), ["health: none -> http:/p"]),
+        (replace(SETTINGS, health="check:curl s3cret"), ["health: none -> check"]),
+        (
+            replace(SETTINGS, policy=Policy(settle_check="check:curl -u s3cret")),
+            ["settle-check: none -> check"],
+        ),
         (replace(SETTINGS, umask=0o077), ["umask: 0022 -> 0077"]),
         (replace(SETTINGS, env_file="/x"), ["env-file: none -> /x"]),
         (replace(SETTINGS, command=("/srv/new",)), ["command: /srv/web -> /srv/new"]),

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 import pytest
 
 from socketprotector.system import sock_diag as module
-from socketprotector.system.sock_diag import unread
+from socketprotector.system.reuseport import device_of
+from socketprotector.system.sock_diag import is_waiting, unread
 from tests.boundary.listening import KINDS, listening
 from tests.running import eventually
 
@@ -52,6 +53,47 @@ def test_a_client_is_known_from_his_first_packet_until_he_is_read(
         made[0].sendall(b"words")
         eventually(lambda: can_accept(listener, clients), "one that is through")
         assert known(listener) == {port_of(each): False for each in made}
+
+
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_one_client_of_many_is_known_to_wait_until_he_is_accepted(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as listener, ExitStack() as ends:
+        for target in hosts:
+            address = target, port_of(listener)
+            first, ours = (ends.enter_context(socket.create_connection(address)) for _ in range(2))
+            assert is_waiting(ours, address)
+            assert can_accept(listener, ends)
+            assert not is_waiting(first, address)
+            ours.shutdown(socket.SHUT_WR)
+            assert is_waiting(ours, address)
+            with listener.accept()[0]:
+                assert not is_waiting(ours, address)
+            assert not is_waiting(ours, address), "closed by now"
+
+
+def test_one_whose_listener_is_bound_to_a_device_waits_too() -> None:
+    with socket.socket() as listener:
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+        except PermissionError:
+            pytest.skip("NOT CHECKED: to bind to a device takes root before Linux 5.7")
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        address = listener.getsockname()
+        with socket.create_connection(address) as ours:
+            assert is_waiting(ours, address, device_of(listener))
+            with listener.accept()[0]:
+                assert not is_waiting(ours, address, device_of(listener))
+
+
+def test_one_whose_handshake_the_server_has_not_finished_waits(first: socket.socket) -> None:
+    """It is in no queue, though its own side is through."""
+    address = "127.0.0.1", port_of(first)
+    first.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
+    with socket.create_connection(address) as ours:
+        assert is_waiting(ours, address)
 
 
 def can_accept(listener: socket.socket, accepted: ExitStack) -> bool:

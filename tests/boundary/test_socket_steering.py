@@ -20,14 +20,16 @@ from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.socket_steering import (
     FIRST_RESCUE_S,
     LAST_S,
+    LEAVES_S,
     QUIET_S,
     SILENT_S,
     SocketSteering,
 )
 from socketprotector.model.settings import ListenerSettings
-from socketprotector.system import accept_marks, reuseport
+from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
 from socketprotector.system.loop import READ, Loop
+from tests.running import DEADLINE_S
 from tests.unanswered import Unanswered
 
 ONE_S = struct.pack("ll", 1, 0)
@@ -153,6 +155,34 @@ def reloaded(world: World) -> World:
 def supersede(world: World) -> None:
     world.steering.turn_to(1)
     world.steering.quiesce(1)
+
+
+@pytest.mark.parametrize("clients", [0, 1])
+def test_a_question_that_is_given_up_is_discarded_unless_a_client_waits_too(
+    reloaded: World, clients: int
+) -> None:
+    """No generation is started for it; for a client one is."""
+    way = reloaded.steering.reach("")
+    assert way is not None
+    with way.connecting() as ours:
+        assert ours.connect_ex(way.address) in (0, errno.EINPROGRESS)
+        for _ in range(clients):
+            reloaded.connect()
+        assert way.waits(ours)
+        way.give_up(ours)
+    reloaded.steering.turn_to(1)
+    assert reloaded.waiting() == [0]
+
+    reloaded.steering.leave(1)
+
+    assert reloaded.waiting() == ([0] if clients else [])
+
+
+def test_one_that_asks_never_leaves_this_machine(world: World) -> None:
+    way = world.steering.reach("")
+    assert way is not None
+    with way.connecting() as ours:
+        assert ours.getsockname()[0].startswith("127.")
 
 
 def test_the_next_generation_gets_the_other_socket_and_no_client_before_its_turn(
@@ -470,10 +500,34 @@ def test_clients_of_a_new_listener_go_to_the_next_generation(world: World) -> No
     world.steering.enter(1, 0)
     world.steering.turn_to(0)
 
-    world.steering.expect(world.listener)
+    world.steering.expect(world.listener, dry_run=False)
     world.connect()
 
     assert world.waiting() == [1] == [world.steering.free]
+
+
+def test_they_do_so_too_once_the_next_generation_is_asked(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.expect(world.listener, dry_run=False)
+    world.steering.enter(2, world.steering.free)
+
+    way = world.steering.ask(2, "")
+    assert way is not None
+    way.close()
+    world.connect()
+
+    assert world.waiting() == [1] == [1 - world.steering.current]
+
+
+def test_and_where_no_worker_accepts_if_that_is_only_tried(world: World) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+
+    world.steering.expect(world.listener, dry_run=True)
+    world.connect()
+
+    assert world.waiting() == [0] == [world.steering.current]
 
 
 # -- a socket that was shut down ---------------------------------------------------------
@@ -814,39 +868,40 @@ def test_it_waits_for_half_a_handshake_no_longer_than_others(reloaded: World) ->
     assert reloaded.quiesced == [1]
 
 
-# -- whose connections are whose --------------------------------------------------------
+# -- asked before its turn ---------------------------------------------------------------
 
 
-def test_each_generation_has_a_mark_of_its_own(world: World) -> None:
-    steering = world.steering
-    first = steering.enter(1, 0)
-    second = steering.enter(2, 1, taken=first)
-    steering.leave(1)
-    again = steering.enter(3, 0, taken=second)
-    steering.leave(2)
-    third = steering.enter(4, 1, taken={*second, *again})
-
-    assert len({*first, *second, *third}) == 3
-    assert again == first  # nothing of the first is left
+def left(world: World) -> SocketSteering:
+    """Generation 3 starts at the socket of 1, which was told to finish a moment ago."""
+    supersede(world)
+    world.steering.leave(1)
+    world.steering.enter(3, world.steering.free)
+    return world.steering
 
 
-def test_where_a_client_of_another_one_waits_nothing_is_known(world: World) -> None:
-    first = world.steering.enter(1, 0)
-    world.connect()
+def test_none_is_asked_while_one_before_it_may_answer_in_its_place(reloaded: World) -> None:
+    steering = left(reloaded)
+    with pytest.raises(BlockingIOError, match="may still accept"):
+        steering.ask(3, "")
 
-    assert world.steering.enter(2, 0, taken=first) == ()
+    reloaded.now += LEAVES_S
+    way = steering.ask(3, "")
+
+    assert way is not None
+    way.close()
 
 
-def test_with_a_socket_that_all_share_nothing_is_known(world: World) -> None:
-    world.listener.go_on_without(1)
+def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
+    steering = left(reloaded)
+    steering.gone(1)
 
-    assert world.steering.enter(1, 0) == ()
+    way = steering.ask(3, "")
+
+    assert way is not None
+    way.close()
 
 
-def test_with_too_many_generations_nothing_is_known(world: World) -> None:
-    taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
-
-    assert world.steering.enter(8, 0, taken) == ()
+# -- who waits for whom -----------------------------------------------------------------
 
 
 def test_clients_at_a_generations_own_socket_are_counted_for_it(reloaded: World) -> None:
@@ -875,29 +930,33 @@ def test_at_a_socket_of_two_generations_it_is_unknown_for_which_a_client_waits(
 # -- a hold -------------------------------------------------------------------------
 
 
-def dropping(world: World) -> list[int]:
-    """The sockets that leave new clients without an answer."""
-    return [n for n in (0, 1) if reuseport.drops_new(world.listener.socket_for(n))]
+def on_hold(world: World, on: bool = True) -> None:
+    world.steering.turn_hold(on)
+
+
+def there_are(world: World) -> int:
+    """How many sockets listen at its address."""
+    return len(sock_diag.listening(socket.AF_INET, world.listener.port))
 
 
 def test_under_a_hold_new_clients_get_no_answer_and_come_in_after_it(reloaded: World) -> None:
     reloaded.connect()
-    reloaded.steering.hold(True)
+    on_hold(reloaded)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
         late.tries_again()
         assert reloaded.waiting() == [0]
         reloaded.accept(0)
         assert reloaded.waiting() == []
 
-        reloaded.steering.hold(False)
+        on_hold(reloaded, False)
         late.connects()
 
-    assert dropping(reloaded) == []
+    assert there_are(reloaded) == 2
     assert reloaded.waiting() == [0]
 
 
 def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
-    reloaded.steering.hold(True)
+    on_hold(reloaded)
     supersede(reloaded)
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
         late.tries_again()
@@ -907,106 +966,313 @@ def test_a_reload_meanwhile_lets_no_client_in_either(reloaded: World) -> None:
         reloaded.steering.enter(3, reloaded.steering.free)
         assert reloaded.waiting() == []
 
-        reloaded.steering.hold(False)
+        on_hold(reloaded, False)
         late.connects()
 
-    assert dropping(reloaded) == []
     assert reloaded.waiting() == [1]
 
 
-def test_one_whose_handshakes_may_be_under_way_is_not_made_deaf(reloaded: World) -> None:
-    """Who connects there would inherit it, and never be heard."""
+def test_a_handshake_under_way_at_a_switch_before_it_ends_well(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not waited for: no worker's socket is any different."""
     supersede(reloaded)
     reloaded.shaking = {b"begun before the switch"}
-    reloaded.steering.hold(True)
-    assert dropping(reloaded) == []
-
-    reloaded.pass_time(QUIET_S + 0.3)
-    assert reloaded.quiesced == [1]
-
-    assert dropping(reloaded) == [0]
-
-
-def test_nor_is_one_whose_generation_has_crashed(reloaded: World) -> None:
-    """It is gone at once, without quiescing; handshakes with it go on."""
-    reloaded.steering.enter(2, 1)
-    reloaded.steering.turn_to(1)
-    reloaded.shaking = {b"begun before the crash"}
-    reloaded.steering.turn_to(0, again=True)
-    reloaded.steering.leave(2)
-
-    reloaded.steering.hold(True)
-    reloaded.pass_time(0.5)
-    assert dropping(reloaded) == []
-
-    reloaded.shaking.clear()
-    reloaded.pass_time(0.2)
-    assert dropping(reloaded) == [1]
+    on_hold(reloaded)
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        on_hold(reloaded, False)
+        late.connects()
+    assert reloaded.waiting() == [1]
 
 
-def test_a_hold_waits_for_no_handshake_that_never_ends(reloaded: World) -> None:
-    reloaded.steering.turn_to(1)
-    reloaded.steering.turn_to(0)
-    reloaded.shaking = {b"one that only scans for ports"}
+@pytest.mark.parametrize("generation", [1, 2])
+def test_a_generation_can_be_asked_amid_a_hold(reloaded: World, generation: int) -> None:
+    """Also the one that the clients come to, when it has to be started anew."""
+    on_hold(reloaded)
+    way = reloaded.steering.ask(generation, "")
+    assert way is not None
+    with socket.socket() as ours:
+        assert way.mark is not None
+        way.mark.put(ours)
+        ours.settimeout(DEADLINE_S)
+        ours.connect(way.address)
 
-    reloaded.steering.hold(True)
-    assert dropping(reloaded) == []
-    reloaded.pass_time(LAST_S + 0.2)
-
-    assert dropping(reloaded) == [1]
-
-
-def test_nor_for_any_long_after_a_switch(reloaded: World) -> None:
-    reloaded.pass_time(LAST_S)
-    reloaded.shaking = {b"of the socket that goes on"}
-
-    reloaded.steering.hold(True)
-
-    assert dropping(reloaded) == [1]
+        assert reloaded.waiting() == [generation - 1]
+        assert way.waits(ours)
+        reloaded.accept(generation - 1)
+        assert not way.waits(ours)
+    way.close()
+    on_hold(reloaded, False)
 
 
-def test_a_hold_outlives_a_socket_that_is_shut_down(reloaded: World) -> None:
-    reloaded.steering.hold(True)
-    for number in (1, 0):
+@pytest.mark.parametrize("numbers", [(1, 0), (0, 1), (0, 0), (1,)])
+def test_a_hold_outlives_a_socket_that_is_shut_down(
+    reloaded: World, numbers: tuple[int, ...]
+) -> None:
+    on_hold(reloaded)
+    for number in numbers:
         reloaded.listener.socket_for(number).shutdown(socket.SHUT_RDWR)
         reloaded.pass_time(0.3)
 
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
         late.tries_again()
         assert reloaded.waiting() == []
-        reloaded.steering.hold(False)
+        on_hold(reloaded, False)
+        late.connects()
+    assert reloaded.waiting() == [0]
+    reloaded.steering.turn_to(1)
+    reloaded.connect()
+    assert reloaded.waiting() == [0, 1]
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1,), (0, 1), (1, 0), (1, 0, 1)])
+@pytest.mark.parametrize("meant", [0, 1])
+def test_one_that_its_server_has_had_listen_again_is_found(
+    reloaded: World, numbers: tuple[int, ...], meant: int
+) -> None:
+    """Before we could see that it was shut down: so its position in the group is not known."""
+    on_hold(reloaded)
+    for number in numbers:
+        one = reloaded.listener.socket_for(number)
+        one.shutdown(socket.SHUT_RDWR)
+        one.listen()
+    reloaded.steering.turn_to(meant)
+
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        on_hold(reloaded, False)
+        late.connects()
+    assert reloaded.waiting() == [meant]
+
+
+def test_without_sock_diag_a_hold_begins_and_ends(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> dict[int, int]:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("socketprotector.system.listener.listening", fails)
+    reloaded.listener.socket_for(0).shutdown(socket.SHUT_RDWR)
+    reloaded.pass_time(0.3)  # so it has become the last
+    on_hold(reloaded)
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        on_hold(reloaded, False)
         late.connects()
     assert reloaded.waiting() == [0]
 
 
-def test_another_program_ends_a_hold_of_which_it_knows_no_more(reloaded: World) -> None:
-    reloaded.steering.hold(True)
-    runtime = Runtime(reloaded.loop, cast("Any", reloaded.log), reloaded.post, lambda: True)
+@pytest.mark.parametrize("copies", [True, False])
+def test_another_program_ends_a_hold_of_which_it_knows_no_more(
+    reloaded: World, copies: bool
+) -> None:
+    """Also while the fd store has a copy of the socket still."""
+    on_hold(reloaded)
+    fds = {name: os.dup(fd) for name, fd in reloaded.listener.descriptors().items()}
+    listener = Listener(
+        fds.pop("sp.listener.0"),
+        0,
+        reloaded.listener.settings,
+        shared=True,
+        sibling=fds.pop("sp.twin.0"),
+        reserved=fds.pop("sp.reserved.0"),
+    )
+    assert fds == {}
+    if copies:
+        reloaded.listeners.append(listener)
+    else:
+        reloaded.listener.close()
+        reloaded.listeners[:] = [listener]
     other = SocketSteering(
-        lambda: reloaded.listeners,
-        runtime,
+        lambda: [listener],
+        Runtime(reloaded.loop, cast("Any", reloaded.log), reloaded.post, lambda: True),
         bound=lambda listener: None,
         lost=lambda listener, why: None,
         untaken=lambda *said: None,
     )
     other.adopt_record(reloaded.steering.record())
+    reloaded.listener = listener
 
     other.turn_to(0, again=True)
 
     reloaded.connect()
-    assert (dropping(reloaded), reloaded.waiting()) == ([], [0])
+    assert reloaded.waiting() == [0]
+    assert there_are(reloaded) == 2
 
 
-def test_what_has_no_second_socket_of_ours_cannot_be_held(world: World, tmp_path: Path) -> None:
-    assert world.steering.cannot_hold() is None
+def test_another_program_that_knows_no_hold_lets_clients_in(reloaded: World) -> None:
+    """An older one: it closes what it does not know."""
+    on_hold(reloaded)
+    address = reloaded.listener.socket.getsockname()
+    with Unanswered(address) as late:
+        late.tries_again()
+        reloaded.listener.close_reserved()
+        for number in (1, 0):
+            reuseport.steer(reloaded.listener.socket, number)
+            reloaded.connect()
+            assert reloaded.waiting() == [number]
+            reloaded.accept(number)
+        late.connects()
+
+
+@pytest.mark.parametrize("locked", [(0,), (1,), (0, 1)])
+def test_servers_that_lock_their_filters_neither_prevent_a_hold_nor_keep_one(
+    reloaded: World, locked: tuple[int, ...]
+) -> None:
+    on_hold(reloaded)
+    for number in locked:
+        reloaded.listener.socket_for(number).setsockopt(socket.SOL_SOCKET, 44, 1)  # SO_LOCK_FILTER
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        reloaded.steering.turn_to(1)
+        on_hold(reloaded, False)
+        late.connects()
+    assert reloaded.waiting() == [1]
+    on_hold(reloaded)
+    reloaded.steering.turn_to(0)
+    on_hold(reloaded, False)
+    reloaded.connect()
+    assert reloaded.waiting() == [0, 1]
+    assert (there_are(reloaded), reloaded.log.events) == (2, [])
+
+
+def test_nor_do_they_prevent_a_switch(reloaded: World) -> None:
+    for number in (0, 1):
+        reloaded.listener.socket_for(number).setsockopt(socket.SOL_SOCKET, 44, 1)
+
+    supersede(reloaded)
+
+    reloaded.connect()
+    assert reloaded.waiting() == [1]
+    assert (there_are(reloaded), reloaded.log.events) == (2, [])
+
+
+def test_one_listener_that_fails_keeps_none_of_the_others_on_hold(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fails:
+        index, lost, shared, has_sibling, can_be_held = 1, False, True, False, True
+
+        def steer(self, *_: object, **__: object) -> None:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    for fails_first in (True, False):
+        fails = cast("Any", Fails())
+        its = [fails, reloaded.listener] if fails_first else [reloaded.listener, fails]
+        monkeypatch.setattr(reloaded.steering, "_listeners", lambda its=its: its)
+        on_hold(reloaded)
+        with Unanswered(reloaded.listener.socket.getsockname()) as late:
+            late.tries_again()
+            on_hold(reloaded, False)
+            late.connects()
+        reloaded.accept(0)
+        assert reloaded.log.events == ["not-steered"]
+    monkeypatch.undo()
+
+
+def test_where_no_silent_socket_can_be_had_clients_are_served_until_it_can(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as short:
+        short.setattr("socketprotector.system.reuseport.reserve", fails)
+        found = reloaded.steering.hold.cannot()
+        assert found == f"{reloaded.listener.settings.address}: Too many open files"
+        on_hold(reloaded)
+        reloaded.connect()
+        assert reloaded.waiting() == [0]
+        reloaded.pass_time(2.0)
+        assert reloaded.log.events == ["not-held"]
+        supersede(reloaded)  # which waits for no hold
+        reloaded.accept(0)
+        reloaded.pass_time(QUIET_S + 0.3)
+        assert reloaded.quiesced == [1]
+    reloaded.pass_time(1.0)
+
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+
+
+def test_one_socket_for_all_generations_is_held_too(world: World) -> None:
+    """As with ?defer_accept, and where the second one could not be bound anew."""
+    world.listener.go_on_without(1)
+    assert world.steering.hold.cannot() is None
+    for _ in range(2):
+        on_hold(world)
+        with Unanswered(world.listener.socket.getsockname()) as late:
+            late.tries_again()
+            assert world.waiting() == []
+            on_hold(world, False)
+            late.connects()
+        world.accept(0)
+    assert there_are(world) == 1
+
+
+def test_questions_of_two_generations_do_not_meet(reloaded: World) -> None:
+    ways = [reloaded.steering.ask(generation, "") for generation in (1, 2)]
+    for meant, way in enumerate(ways):
+        assert way is not None
+        assert way.mark is not None
+        with socket.socket() as ours:
+            way.mark.put(ours)
+            ours.connect(way.address)
+            assert reloaded.waiting() == [meant]
+            reloaded.accept(meant)
+        way.close()
+        reloaded.connect()
+        reloaded.accept(0)
+
+
+def test_what_is_not_ours_alone_cannot_be_held(world: World, tmp_path: Path) -> None:
+    assert world.steering.hold.cannot() is None
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(str(tmp_path / "s"))
         unix.listen()
         settings = ListenerSettings(f"unix:{tmp_path / 's'}")
         world.listeners.append(Listener(os.dup(unix.fileno()), 1, settings, shared=True))
-    assert world.steering.cannot_hold() == (
+    assert world.steering.hold.cannot() == (
         f"unix:{tmp_path / 's'} has one socket for all, from which workers accept directly"
     )
     world.listener.settings = replace(world.listener.settings, foreign=True)
     cannot = f"{world.listener.settings.address} was passed in, and its owner goes on listening"
-    assert (world.steering.cannot_hold() or "").startswith(cannot)
+    assert (world.steering.hold.cannot() or "").startswith(cannot)
+    world.listeners[0].lost = world.listeners[1].lost = True
+    assert world.steering.hold.cannot() is None
+
+
+def test_those_that_tried_meanwhile_may_come_for_as_long_again_and_a_second(
+    reloaded: World,
+) -> None:
+    hold = reloaded.steering.hold
+    assert hold.late_s == 0.0
+    on_hold(reloaded)
+    reloaded.now += 1.0
+    on_hold(reloaded)  # asked for again, as each second of `socketprotectorctl hold`
+    reloaded.now += 1.5
+    on_hold(reloaded, False)
+    assert hold.late_s == pytest.approx(3.5)
+    reloaded.now += 3.0
+    on_hold(reloaded, False)
+    assert hold.late_s == pytest.approx(0.5)
+    reloaded.now += 1.0
+    assert hold.late_s == 0.0
+    on_hold(reloaded)
+    reloaded.now += 3600.0
+    on_hold(reloaded, False)
+    assert hold.late_s == pytest.approx(10.0)
+
+
+def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "unaccepted", None)  # which the kernel does then
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(address := listener.getsockname()) as client,
+    ):
+        assert module._waits(listener, address, client)
+        with listener.accept()[0]:
+            assert not module._waits(listener, address, client)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from enum import Enum
 from itertools import pairwise
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from socketprotector.core.fleet import Fleet, Generation, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
+from socketprotector.model.frozen import init_of
 from socketprotector.model.records import ForwarderRecord, WorkerRecord
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
@@ -28,8 +30,19 @@ texts = st.text(st.characters(exclude_categories=()), max_size=8)
 st.register_type_strategy(str, texts)
 st.register_type_strategy(float, st.floats(allow_nan=False))
 
-snapshots = st.from_type(Snapshot)
-values = st.one_of(*(st.from_type(each) for each in CLASSES))
+
+def with_parameters(made: Any) -> None:
+    """Have hypothesis see of which fields a value is made."""
+    made.__init__ = init_of(made)
+    made.__init__.__annotations__ = get_type_hints(made)
+
+
+for _each in CLASSES:
+    if is_dataclass(_each):
+        with_parameters(_each)
+# Made by the tests that take from them: each process of `pytest -n` collects all tests.
+snapshots = st.deferred(lambda: st.from_type(Snapshot))
+values = st.deferred(lambda: st.one_of(*(st.from_type(each) for each in CLASSES)))
 
 
 @pytest.fixture

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from socketprotector_client.address import listen
+from socketprotector_client.connection import Connection
 from socketprotector_client.descriptors import has_room
+from socketprotector_client.errors import Drained
+from socketprotector_client.intake import Intake
+from socketprotector_client.scoreboard import Scoreboard
+from socketprotector_client.serving import serve_from
+from socketprotector_client.source import ListenSource
+from socketprotector_client.worker import Worker
 
 from tests.channel import Channel
 from tests.procfs import descriptors
@@ -101,6 +110,31 @@ def test_no_connection_is_taken_while_the_program_itself_holds_all_descriptors(
         assert client.hear() == "echo hello"
         client.close()
     assert "lost" not in channel.log.read_text()
+
+
+def test_a_pool_takes_no_connection_before_all_its_threads_have_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For the ninth the C library opens a file, and would get what is given up for a client."""
+    begun: list[int] = []
+    said: list[str] = []
+
+    class Noting(Intake):
+        def get(self, timeout_s: float | None = None) -> Connection | None:
+            names = [each.name for each in threading.enumerate()]
+            begun.append(sum(name.startswith("serve-") for name in names))
+            raise Drained
+
+    source = ListenSource(listen("127.0.0.1:0", 1), handed=False)
+    monkeypatch.setattr(Worker, "ready", lambda _: said.append(f"ready with {len(begun)}"))
+    worker = Worker({})
+    try:
+        serve_from(worker, Noting(source, worker.drain, 1, {}, Scoreboard(-1, 0)), print, 16)
+    finally:
+        source.close()
+
+    assert begun[0] == 15
+    assert said == ["ready with 0"]
 
 
 def test_every_descriptor_named_in_the_environment_is_close_on_exec(channel: Channel) -> None:

@@ -30,6 +30,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/containers.md": ("curl", "nsenter"),
     "docs/control.md": (),
     "docs/handoff.md": ("curl", "uvicorn"),
+    "docs/install.md": (),
     "docs/internals/soak.md": ("make",),
     "docs/legacy.md": ("curl",),
     "docs/load-balancers.md": ("curl", "haproxy"),
@@ -40,6 +41,7 @@ RUN: dict[str, tuple[str, ...]] = {
         "systemd-socket-activate",
     ),
     "docs/operating.md": ("script",),
+    "docs/page.md": ("curl", "systemctl"),
     "docs/proxy-protocol.md": ("curl", "haproxy", "gunicorn"),
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),

@@ -16,10 +16,12 @@ from tests.running import (
     Protector,
 )
 from tests.scenarios.adopting import Installation
+from tests.scenarios.asking import Asked
 from tests.scenarios.managers import Service
 from tests.scenarios.operating import MANY, Operated, Operating
 from tests.scenarios.output import Syslog
 from tests.scenarios.starting import Start
+from tests.scenarios.tools import Gate, Release
 from tests.scenarios.users import A, Command
 
 
@@ -111,3 +113,18 @@ def command(start: Start, python: tuple[str, str]) -> Iterator[Command]:
         yield Command(start, python)
         start.end()
         print(start.log)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+@pytest.fixture
+def release(tmp_path: Path) -> Release:
+    return Release(tmp_path / "release")
+
+
+@pytest.fixture
+def asked(tmp_path: Path, release: Release) -> Asked:
+    return Asked(tmp_path, release)

@@ -9,7 +9,6 @@ in test_handoff_listener.py and test_handoff_steering.py.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import resource
@@ -17,7 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +34,7 @@ from tests.scenarios.adopting import (
     served,
     upgrade,
 )
+from tests.scenarios.config_file import File
 from tests.scenarios.starting import TELLS, Start, told
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, hold, no_more_open, pid_in, spawned, worker
 
@@ -48,23 +48,6 @@ OUTLIVES = [
 ]
 EACH = [*itertools.product(("kill", "upgrade"), (True, False), ("connection", "listener"))]
 Starter = Callable[..., Protector]
-
-
-class File:
-    """A configuration file, with a few keys that most tests want."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.listens: list[str] = ["127.0.0.1:0"]
-        self.command: Iterable[str] = MANY
-
-    def says(self, keys: str = "", tables: str = "") -> File:
-        """Put a new file in place of the old one, never half-written."""
-        words, listens = json.dumps([*self.command]), json.dumps(self.listens)
-        new = self.path.with_suffix(".new")
-        new.write_text(f"{keys}\nlisten = {listens}\ncommand = {words}\n{tables}\n")
-        new.rename(self.path)
-        return self
 
 
 @pytest.fixture

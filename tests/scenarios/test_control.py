@@ -890,6 +890,55 @@ def test_with_a_group_it_is_that_group_s_too(operated: Operating, place: Path) -
     assert place.stat().st_gid == 60
 
 
+@AS_ANOTHER_USER
+@pytest.mark.parametrize("both", [False, True])
+def test_members_of_the_status_group_see_a_reload_and_may_not_ask_for_one(
+    operated: Operating, place: Path, both: bool
+) -> None:
+    control = ["--control-group", "games"] if both else []
+    web = operated(*control, "--status-group", "nogroup")
+    place.parent.chmod(0o755)
+
+    def said_to(gid: int, *commands: str) -> list[dict[str, Any]]:
+        lines = "".join(json.dumps({"v": 1, "command": each}) + "\n" for each in commands)
+        done = subprocess.run(
+            [sys.executable, "-c", SPEAKS_TO_CONTROL, str(place), str(gid), str(NOBODY)],
+            input=lines,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return [json.loads(each) for each in done.stdout.splitlines()]
+
+    status, events, reload = said_to(65_534, "status", "events", "reload")
+    assert status["result"]["phase"] == "serving"
+    assert events["ok"]
+    assert (reload["ok"], reload["code"]) == (False, "denied")
+    assert web.status()["route"] == 1
+    if both:
+        assert said_to(60, "reopen")[0]["ok"]
+        web.daemon.log.wait_for("event=reopened")
+    assert mode_of(place) == 0o660
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        said_to(1, "status")  # another group
+    assert "PermissionError" in refused.value.stderr
+
+
+#: As a user and group: sends its input, and says a line for each.
+SPEAKS_TO_CONTROL = """
+import os, socket, sys
+path, gid, uid = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+os.setgroups([gid])
+os.setgid(1 if gid != 1 else 2)
+os.setuid(uid)
+with socket.socket(socket.AF_UNIX) as one, one.makefile("rb") as lines:
+    one.connect(path)
+    for line in sys.stdin:
+        one.sendall(line.encode())
+        print(lines.readline().decode(), end="")
+"""
+
+
 def test_a_stale_one_is_replaced(operated: Operating, place: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(place))

@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 
 from socketprotector.launch import cli
-from tests import forked
 from tests.load import Load
 from tests.rounds import rounds
-from tests.running import DEADLINE_S, Client, Lines, Protector, ask, eventually, wait_gone
+from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import (
     Chance,
     Installation,
@@ -27,6 +26,7 @@ from tests.scenarios.adopting import (
     revived,
     upgrade,
 )
+from tests.scenarios.running_ctl import Running
 from tests.scenarios.tools import (
     EITHER_HANDOFF,
     Gate,
@@ -36,7 +36,7 @@ from tests.scenarios.tools import (
     spawned,
     worker,
 )
-from tests.unit.ctl.conftest import COMMAND, run
+from tests.unit.ctl.conftest import run
 
 Start = Callable[..., Protector]
 MANY = worker("many")
@@ -80,32 +80,6 @@ def web(control: Path, protector: Start, release: Release) -> Start:
         return daemon
 
     return start
-
-
-class Running:
-    """A ctl that runs beside the test."""
-
-    def __init__(self, *arguments: str) -> None:
-        out, out_send = os.pipe()
-        err, err_send = os.pipe()
-        self.process = forked.popen([*COMMAND, *arguments], stdout=out_send, stderr=err_send)
-        os.close(out_send)
-        os.close(err_send)
-        self.out, self.err = Lines(out), Lines(err)
-
-    def end(self) -> None:
-        """Whatever the test left."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.out.join()
-        self.err.join()
-
-    def wait(self) -> int:
-        status = self.process.wait(DEADLINE_S)
-        self.out.join()
-        self.err.join()
-        return status
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_the_wall_clock_decides_nothing() -> None:
     assert readers.keys() == {
         *("guard.py", "log.py", "log_format.py"),  # in the log
         *("effects.py", "generation.py", "post_mortem.py", "worker_spawn.py"),  # in the records
-        *("commands.py", "server.py", "status.py"),  # to the client
+        *("commands.py", "health.py", "server.py", "status.py"),  # to the client
     }
     for name, tree in readers.items():
         decisions = (node for node in ast.walk(tree) if isinstance(node, ast.Compare))

@@ -11,6 +11,8 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,12 +110,17 @@ def test_one_that_does_it_without_end_does_not_keep_the_protector_busy(protector
     attack = worker("hostile_listener", "shuts_it_down_again_and_again")
     daemon = protector(*MODE, *QUICK, "127.0.0.1:0", "--", *attack).ready()
     daemon.log.wait_for("event=listens-again")
-    began, before = time.monotonic(), wake_ups(daemon.pid)
+    before, begins = wake_ups(daemon.pid), len(daemon.log.seen)
     for _ in range(3):
         daemon.log.wait_for("event=listens-again", after=len(daemon.log.seen))
-    rate = (wake_ups(daemon.pid) - before) / (time.monotonic() - began)
+    woken = wake_ups(daemon.pid) - before
 
-    assert rate < 50  # of some hundred a second that it does it
+    again = [line for line in daemon.log.seen[begins:] if "event=listens-again" in line]
+    assert woken <= 5 * (len(again) + 1)
+    times = [datetime.fromisoformat(line.partition(" ")[0]) for line in again]
+    # The worker does it each hundredth of a second.
+    apart = [(later - one).total_seconds() for one, later in pairwise(times)]
+    assert min(apart) > 0.09, apart
     daemon.signal(signal.SIGINT)
     assert daemon.wait() == 0
 

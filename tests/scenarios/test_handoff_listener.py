@@ -32,7 +32,7 @@ from tests.scenarios.adopting import (
     upgrade,
 )
 from tests.scenarios.faults import injected
-from tests.scenarios.operating import Operating
+from tests.scenarios.operating import Line, Operating
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Gate, Release, hold, library_worker, pid_in, spawned, worker
 from tests.unanswered import Unanswered
@@ -520,7 +520,7 @@ def test_a_hold_lasts_through_a_reload_an_upgrade_and_a_crash(operated: Operatin
     assert daemon.daemon.log.count("event=stranded|event=not-steered") == 0
 
 
-def test_a_hold_ends_with_its_time_and_at_a_stop(operated: Operating) -> None:
+def test_a_hold_ends_with_its_time(operated: Operating) -> None:
     daemon = operated(*MODE, *FAST, command=SERVER)
     daemon.line().ask("hold", seconds=1.5)
     with Unanswered(daemon.address) as late:
@@ -529,23 +529,82 @@ def test_a_hold_ends_with_its_time_and_at_a_stop(operated: Operating) -> None:
         assert late.hear().endswith(" hello")
     assert daemon.status()["held_s"] is None
 
-    daemon.line().ask("hold", seconds=3600)
-    daemon.daemon.stop()
 
-
-def test_one_that_is_killed_unguarded_leaves_no_client_on_hold(operated: Operating) -> None:
-    """Its servers go on, as without a hold."""
+def test_a_stop_lets_those_in_that_a_hold_has_kept_out(operated: Operating) -> None:
     daemon = operated(*MODE, *FAST, command=SERVER)
     daemon.line().ask("hold", seconds=3600)
     with Unanswered(daemon.address) as late:
         late.tries_again()
+        mark = daemon.daemon.signal(signal.SIGTERM)
+        daemon.daemon.log.wait_for("event=stopping", after=mark)
+        late.connects()
+        late.say("hello")
+        assert late.hear().endswith(" hello")
+    assert daemon.daemon.wait() == 0
+
+
+def test_a_second_signal_waits_for_none_of_them(operated: Operating) -> None:
+    daemon = operated(*MODE, *FAST, "--stop-timeout", "1h", command=SERVER)
+    line = daemon.line(follows=True)
+    line.ask("hold", seconds=3600)
+    line.event("held")
+    for _ in range(2):
+        mark = daemon.daemon.signal(signal.SIGTERM)
+        daemon.daemon.log.wait_for("event=signal signal=SIGTERM", after=mark)
+
+    assert daemon.daemon.wait() == 0
+
+
+@pytest.mark.parametrize("reloads", [0, 1, 2])
+def test_one_that_is_killed_unguarded_leaves_no_client_on_hold(
+    operated: Operating, reloads: int
+) -> None:
+    """Its servers go on, as without a hold."""
+    daemon = operated(*MODE, *FAST, command=SERVER)
+    address = daemon.address
+    daemon.line().ask("hold", seconds=3600)
+    with Unanswered(address) as late:
+        late.tries_again()
+        for generation in range(1, reloads + 1):
+            daemon.daemon.reload()
+            assert wait_gone(spawned(daemon.daemon, generation)) == []
         os.kill(daemon.daemon.pid, signal.SIGKILL)
         late.connects()
         late.say("hello")
         assert late.hear().endswith(" hello")
-    [pid] = spawned(daemon.daemon)
+    [pid] = spawned(daemon.daemon, reloads + 1)
+    assert {pid_in(ask(address)) for _ in range(20)} == {pid}
     os.kill(pid, signal.SIGTERM)
     assert wait_gone([pid]) == []
+
+
+def test_what_cannot_be_held_is_not_added_during_a_hold(protector: Starter, tmp_path: Path) -> None:
+    config, added = tmp_path / "web.toml", tmp_path / "s"
+    words = ", ".join(f'"{word}"' for word in SERVER)
+
+    def write(listen: str) -> None:
+        new = tmp_path / "new"
+        new.write_text(
+            f'handoff = "listener"\nready = "notify"\nlisten = [{listen}]\ncommand = [{words}]\n'
+        )
+        new.rename(config)
+
+    write('"127.0.0.1:0"')
+    daemon = protector("--config", config, "--control", tmp_path / "control").ready()
+    with Line(tmp_path / "control") as line:
+        line.ask("hold", seconds=3600)
+        write(f'"127.0.0.1:0", "unix:{added}"')
+        mark = daemon.signal(signal.SIGHUP)
+        said = daemon.log.wait_for("event=reload-failed", after=mark)
+        line.ask("release")
+
+    assert (
+        f"on hold, and unix:{added} has one socket for all, from which workers accept directly; "
+        "release it first"
+    ) in said
+    assert not added.exists()
+    daemon.reload()
+    assert ask(str(added)).endswith(" hello")
 
 
 # -- daemons that use the client library ------------------------------------------------

@@ -247,6 +247,27 @@ def test_systemd_hears_of_it_with_the_time_of_all_that_is_to_come(
     assert daemon.wait() == 0
 
 
+def test_systemd_hears_of_no_reload_any_more(
+    protector: Starter, manager: Manager, tmp_path: Path
+) -> None:
+    released = tmp_path / "released"
+    later = f"[ $SOCKETPROTECTOR_GENERATION = 1 ] || until [ -e {released} ]; do sleep 0.02; done"
+    slow = ("/bin/sh", "-c", f'{later}; exec "$@"', "sh", *MANY)
+    daemon = protector(*LONG, "127.0.0.1:0", "--", *slow, NOTIFY_SOCKET=manager.address).ready()
+    manager.wait_for("READY")
+    daemon.signal(signal.SIGHUP)
+    manager.wait_for("RELOADING")
+    told(daemon)
+    assert manager.hear()["STOPPING"] == "1"
+
+    released.touch()
+    daemon.log.wait_for("event=reloaded ")
+    daemon.signal(signal.SIGTERM)
+
+    assert manager.hear()["STATUS"] == "stopping"
+    assert daemon.wait() == 0
+
+
 # -- behind HAProxy --------------------------------------------------------------
 
 

@@ -322,6 +322,14 @@ class Life:
         self._after("event=reload-failed", lambda: self.daemon.signal(signal.SIGHUP))
         config.write_text(good)
 
+    def dry_run(self) -> None:
+        """Refused where workers accept from one socket, and beside a reload."""
+        verdict = "event=dry-run-(passed|failed)"
+        before = self.count(verdict)
+        self.control.send("reload", dry_run=True)
+        if self.control.answer()["ok"]:
+            eventually(lambda: self.count(verdict) > before, verdict)
+
     def upgrade(self) -> None:
         self._after("event=(adopted|upgrade-failed)", lambda: self.daemon.signal(signal.SIGUSR2))
         self.control.close()
@@ -385,7 +393,7 @@ class Life:
 ACTS = {
     "look": 40, "connect": 40, "more": 6, "fewer": 6, "kill_worker": 8, "reload": 12,
     "bad_reload": 6, "rotate": 6, "hold": 6, "other_settings": 3, "bad_settings": 2,
-    "unexecutable": 2, "diff": 3, "upgrade": 2, "hold_relay": 2,
+    "unexecutable": 2, "diff": 3, "dry_run": 3, "upgrade": 2, "hold_relay": 2,
 }  # fmt: skip
 
 
@@ -429,7 +437,11 @@ def config(mode: str, release: Release) -> str:
             "workers = 2",
             f'handoff = "{mode}"',
             f'ready = "check:{IS_GOOD}"' if mode == "listener" else 'ready = "notify"',
+            'health = "http:/"',
+            'health-every = "100ms"',
             'kill-timeout = "1s"',
+            'settle = "200ms"',
+            'settle-check = "cat; echo it does well"',
             "",
         )
     )

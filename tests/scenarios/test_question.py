@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -13,66 +14,15 @@ from pathlib import Path
 import pytest
 
 from tests.load import Load
-from tests.procfs import children_of
-from tests.running import DEADLINE_S, FAIR_START_S, WORKERS, Protector, ask, eventually, wait_gone
+from tests.running import FAIR_START_S, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.operating import Operating
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, spawned, worker
 
 Starter = Callable[..., Protector]
-#: With site, which has the client library.
-ANSWERS = (sys.executable, str(WORKERS / "answers.py"))
 SHORT = ("--start-timeout", f"{FAIR_START_S}s")
 GONE = '500, "database gone"'
-
-
-class Asked:
-    """A release that answers to /healthz what a file says."""
-
-    def __init__(self, folder: Path, release: Release) -> None:
-        self.says, self.release = folder / "says", release
-        self.good()
-        self.becomes()
-
-    def good(self) -> None:
-        self._say("200 fine")
-
-    def bad(self) -> None:
-        self._say("500 database gone")
-
-    def silent(self) -> None:
-        self._say("")
-
-    def becomes(self, *options: str | Path) -> None:
-        self.release.becomes(*ANSWERS, str(self.says), *map(str, options))
-
-    def _say(self, text: str) -> None:
-        new = self.says.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.rename(self.says)
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
-
-
-@pytest.fixture
-def release(tmp_path: Path) -> Release:
-    return Release(tmp_path / "release")
-
-
-@pytest.fixture
-def asked(tmp_path: Path, release: Release) -> Asked:
-    return Asked(tmp_path, release)
-
-
-def get(port: int, path: str = "/") -> str:
-    """The body of an answer."""
-    with socket.create_connection(("127.0.0.1", port), DEADLINE_S) as client:
-        client.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-        with client.makefile("rb") as stream:
-            return stream.read().partition(b"\r\n\r\n")[2].decode().strip()
 
 
 def reload_failed(daemon: Protector) -> str:
@@ -81,19 +31,6 @@ def reload_failed(daemon: Protector) -> str:
     line = daemon.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
     assert "event=reload-failed" in line
     return line
-
-
-def askers(daemon: Protector) -> list[int]:
-    """The processes that ask, or forward what is asked."""
-    found = []
-    for pid in children_of(daemon.pid):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if b"asker.py" in words:
-            found.append(pid)
-    return found
 
 
 # -- the default of --handoff listener -----------------------------------------------
@@ -343,6 +280,41 @@ def test_the_worker_that_says_ready_is_not_ready_before_the_answer(
     assert not any("event=route" in line for line in daemon.log.seen[mark:])
     asked.good()
     daemon.log.wait_for("event=reloaded generation=2", after=mark)
+    daemon.stop()
+
+
+def test_a_connection_that_waits_for_data_was_not_accepted(
+    protector: Starter, asked: Asked
+) -> None:
+    """It is not in the queue; the option stays for the generation after the next."""
+    words = ("--handoff", "listener", "--ready", "accept", *SHORT, "127.0.0.1:0")
+    daemon = protector(*words, "--", asked.release.path).ready()
+    asked.becomes("--defers", "--never")
+
+    assert "was accepted by no worker" in reload_failed(daemon)
+    daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_one_that_resets_what_it_accepts_has_accepted(protector: Starter, asked: Asked) -> None:
+    asked.becomes("--resets")
+    daemon = protector("--ready", "accept", "127.0.0.1:0", "--", asked.release.path).ready()
+    daemon.reload()
+    daemon.stop()
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or shutil.which("unshare") is None,
+    reason="NOT CHECKED: a network namespace takes root and unshare(1)",
+)
+def test_where_it_cannot_be_connected_to_time_tells_by_default(
+    marked_environment: dict[str, str],
+) -> None:
+    words = ("--handoff", "listener", "0.0.0.0:0", "--", *worker("accepts", "--ready", "never"))
+    alone = ("unshare", "--net")  # without a loopback that is up
+    daemon = Protector(words, marked_environment, through=alone).ready()
+
+    daemon.log.wait_for("event=worker-ready generation=1 worker=1 by=timer")
     daemon.stop()
 
 

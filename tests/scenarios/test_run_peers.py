@@ -33,9 +33,8 @@ def test_node_3551_no_request_is_lost_when_workers_restart(protector: Start) -> 
         daemon.reload()
         worker_number += 4
 
-    seen = load.stop()
-    assert seen.failures == ()
-    assert len(seen.pids) > 4
+    load.wait_for(lambda now: len(now.pids) > 4)
+    assert load.stop().failures == ()
     daemon.stop()
 
 

@@ -20,7 +20,9 @@ import pytest
 
 from tests.procfs import status_of
 from tests.running import DEADLINE_S, ROOT, WORKERS, Ended, ask, eventually, wait_gone
+from tests.scenarios.operating import Line
 from tests.scenarios.starting import Start, told
+from tests.unanswered import Unanswered
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
@@ -120,6 +122,28 @@ def test_everything_runs_as_that_user_from_before_the_first_worker(
     assert sorted(resident["Groups"]) == groups
     start.stop()
     assert start.left() == [], "it could remove what it made as root"
+
+
+def test_a_port_that_only_root_may_bind_can_be_held(
+    start: Start, theirs: Path, python: str
+) -> None:
+    """The socket for that is bound before."""
+    address, control = ("127.0.0.1", low_port()), theirs / "control"
+    words = ("--handoff", "listener", "--control", control, f"127.0.0.1:{address[1]}")
+    server = (python, "-S", "-E", str(WORKERS / "accepts.py"))
+    ended = start.up("--user", "nobody", *words, "--", *server)
+    assert ended.status == 0, ended.err
+    with Line(control) as line:
+        for _ in range(2):
+            line.ask("hold", seconds=3600)
+            with Unanswered(address) as late:
+                late.tries_again()
+                line.ask("release")
+                late.connects()
+                late.say("hello")
+                assert late.hear().endswith(" hello")
+    start.stop()
+    assert start.left() == []
 
 
 def test_the_order_is_bind_then_pid_file_then_drop_then_workers(

@@ -12,8 +12,9 @@ import pytest
 from tests.load import Load
 from tests.procfs import children_of, kinds_of
 from tests.running import Client, ask, eventually, wait_gone
-from tests.scenarios.adopting import ROUNDS, Chance, served
+from tests.scenarios.adopting import ROUNDS, Chance, at_rest, served
 from tests.scenarios.managers import MANY, OWN, Service, of_generation, wait_stored
+from tests.scenarios.operating import Line
 from tests.scenarios.tools import EITHER_HANDOFF, Gate, Release, hold, pid_in, spawned
 
 
@@ -187,6 +188,54 @@ def test_killed_during_a_reload_the_new_generation_takes_over(
     gate.open()
     assert service.wait_for("READY")["STATUS"] == "generation 2 serves"
     assert pid_in(ask(("127.0.0.1", port))) == new
+    second.stop()
+
+
+def test_killed_during_a_dry_run_it_goes_on_with_that_and_switches_to_nothing(
+    service: Service, tmp_path: Path
+) -> None:
+    release = Release(tmp_path / "daemon")
+    release.becomes(*MANY)
+    control = tmp_path / "control"
+    words = ("--control", control, "127.0.0.1:0", "--", release.path)
+    first = service.start(*words).ready()
+    [old], port = spawned(first), first.port
+    gate = Gate(tmp_path / "gate")
+    release.becomes(*gate.before(*MANY))
+    with Line(control) as line:
+        line.ask("reload", dry_run=True)
+    wait_stored(service, OWN | {"sp.control"} | of_generation(1, 1) | of_generation(2, 2))
+    at_rest(first)
+
+    service.kill()
+    second = service.start(*words)
+
+    second.log.wait_for("event=route generation=1")
+    gate.open()
+    second.log.wait_for("event=dry-run-passed generation=2")
+    second.log.wait_for("event=drained generation=2")
+    assert pid_in(ask(("127.0.0.1", port))) == old
+    second.stop()
+
+
+def test_killed_while_a_generation_settles_it_asks_on(service: Service, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    settles = ("--settle", "60s", "--settle-check", f"! test -e {bad}")
+    words = (*settles, "127.0.0.1:0", "--", *MANY)
+    first = service.start(*words).ready()
+    [old], port = spawned(first), first.port
+    first.signal(signal.SIGHUP)
+    first.log.wait_for("event=route generation=2")
+    wait_stored(service, OWN | of_generation(1, 1) | of_generation(2, 2))
+    at_rest(first)
+
+    service.kill()
+    second = service.start(*words)
+    second.log.wait_for("event=route generation=2")
+    bad.touch()
+
+    second.log.wait_for("event=reload-failed generation=2 reason=.*--settle-check: sh: exited")
+    assert pid_in(ask(("127.0.0.1", port))) == old
     second.stop()
 
 

@@ -662,6 +662,7 @@ def test_needrestart_restarts_none_of_the_units() -> None:
         "socketprotector@.service",
         "socketprotector@.socket",
         "socketprotector-exporter.service",
+        "socketprotector-page.service",
     ],
 )
 def test_systemd_finds_nothing_wrong_with_the_units(unit: str, tmp_path: Path) -> None:
@@ -701,7 +702,10 @@ EXPOSURE = 3.0
     shutil.which("systemd-analyze") is None,
     reason="NOT CHECKED: the units' exposure, by systemd-analyze security, which is not installed",
 )
-@pytest.mark.parametrize("unit", ["socketprotector.service", "socketprotector@.service"])
+@pytest.mark.parametrize(
+    "unit",
+    ["socketprotector.service", "socketprotector@.service", "socketprotector-page.service"],
+)
 def test_the_units_are_as_closed_as_the_document_says(unit: str) -> None:
     done = subprocess.run(
         [

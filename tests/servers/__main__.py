@@ -1,61 +1,47 @@
-"""Measure what docs/servers.md says: python -m tests.servers [NAME...] [--reloads N]."""
+"""Try the unmodified servers, and write what clients have seen into the table of docs/servers.md.
+
+python -m tests.servers [NAME...] [--trial TITLE]... [--jobs N]; all other cells stay as they are.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
-import time
-from pathlib import Path
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from bench.processes import free_port
-from tests.running import Protector, mark
-from tests.scenarios.tools import spawned
+from tests.servers import table
 from tests.servers.catalogue import SERVERS
-from tests.web import Traffic
+from tests.servers.cell import cell
+from tests.servers.trials import TRIALS
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.servers", description=__doc__)
-    parser.add_argument("names", nargs="*", default=list(SERVERS))
-    parser.add_argument("--reloads", type=int, default=20)
-    parser.add_argument("--wait", default="0.005")
-    parser.add_argument("--clients", type=int, default=8, help="of each kind")
-    parser.add_argument("--late", type=float, default=2.0, help="seconds before a first request")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(SERVERS))
+    parser.add_argument("--trial", action="append", choices=list(TRIALS))
+    parser.add_argument("--jobs", type=int, default=3, help="trials at a time")
     given = parser.parse_args()
-    for name in given.names:
-        measure(name, given.reloads, given.wait, given.clients, given.late)
-
-
-def measure(name: str, reloads: int, wait_s: str, clients: int, late_s: float) -> None:
-    with tempfile.TemporaryDirectory(prefix="sp-") as folder, mark() as marks:
-        os.environ["XDG_RUNTIME_DIR"] = folder
-        protector = Protector(
-            SERVERS[name].arguments(Path(folder), free_port), {**marks, "WAIT_S": wait_s}
-        )
-        began = time.monotonic()
-        try:
-            address = "127.0.0.1", protector.ready().port
-            with (
-                Traffic(address, clients=clients, pause_s=0.0) as single,
-                Traffic(address, kept=True, clients=clients, pause_s=0.01) as kept,
-                Traffic(address, clients=clients, pause_s=0.0, late_s=late_s) as late,
-            ):
-                single.wait_for(spawned(protector)[-1])
-                for _ in range(reloads):
-                    protector.reload()
-                    single.wait_for(spawned(protector)[-1])
-            protector.stop()
-        finally:
-            protector.end()
-            if protector.process.returncode or os.environ.get("SHOW_LOG"):
-                print(protector.log.text())
-    used = os.times()
-    cpu_s = used.children_user + used.children_system
-    print(f"{name}: {time.monotonic() - began:.1f} s, CPU of all so far {cpu_s:.1f} s")
-    for kind, seen in (("single", single.seen), ("kept", kept.seen), ("late", late.seen)):
-        print(f"  {kind}: {seen.answers.total()} answers, ends {seen.ends}, {dict(seen.failures)}")
+    names, titles = given.names or list(SERVERS), given.trial or list(TRIALS)
+    status = 0
+    # A process each: of the control socket's folder, and of what a trial may leave.
+    with ProcessPoolExecutor(
+        given.jobs, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
+        tried = {
+            pool.submit(cell, name, title): (name, title) for title in titles for name in names
+        }
+        for each in as_completed(tried):
+            name, title = tried[each]
+            found, why = each.result()
+            print(f"{name}, {title}: {found or 'FAILED'}\n{why}", end="", flush=True)
+            if found:
+                text = table.PAGE.read_text(encoding="utf-8")
+                table.PAGE.write_text(table.write(text, {name: {title: found}}), encoding="utf-8")
+            else:
+                status = 1
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 import sysconfig
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 PROGRAMS = Path(__file__).parent / "programs"
-#: In a command: the path of nginx' configuration.
+#: In a command: the path of nginx' configuration, which is its release.
 CONFIGURATION = "nginx.conf"
 _PYTHON = sys.executable
 _SCRIPTS = Path(sysconfig.get_path("scripts"))
@@ -26,6 +27,26 @@ WAIT_S = "0.005"
 PAUSE_S = 0.02
 
 
+class Release:
+    """What a server reads when it starts: the file that RELEASE names; nginx: its configuration."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        """Write it, a good one.  text: with STATUS for what it answers."""
+        self._path, self._text = path, text
+        self.answers(200)
+
+    def answers(self, status: int) -> None:
+        """Let the next one answer so, to everything."""
+        new = self._path.with_suffix(".new")
+        new.write_text(self._text.replace("STATUS", str(status)), encoding="utf-8")
+        new.rename(self._path)
+
+    def hangs(self) -> None:
+        """Let the next one wait for its file for ever, as on a file system that has gone away."""
+        self._path.unlink()
+        os.mkfifo(self._path)
+
+
 @dataclass(frozen=True)
 class Server:
     """One of them."""
@@ -33,25 +54,41 @@ class Server:
     name: str
     command: tuple[str, ...]  # run in PROGRAMS
     options: tuple[str, ...] = ()  # of ours
+    ready: tuple[str, ...] = ()  # of ours, too: --ready
     module: str = ""  # the Python module that must be there
     program: str = ""  # or the program; from a Debian package
     listener: str = ""  # options of ours
+    tells: bool = False  # that it is ready, by itself, where it is not asked
     waits: bool = False  # for the first request of each connection that it has accepted
 
-    def arguments(self, folder: Path, free_port: Callable[[], int]) -> list[str]:
-        """Ours.  folder, free_port: for a configuration that must name the port."""
-        port = 0
+    def deployed(
+        self,
+        folder: Path,
+        free_port: Callable[[], int],
+        *options: str,
+        ready: tuple[str, ...] | None = None,
+    ) -> tuple[list[str], Release]:
+        """Our arguments, and the release that they start.
+
+        folder: for the release.  free_port: where that must name the port.  options: more of ours.
+        ready: instead of its own.
+        """
+        port, text, path = 0, "STATUS\n", folder / "release"
         command = self.command
         if CONFIGURATION in command:
             port = free_port()
             text = (PROGRAMS / "nginx.conf").read_text(encoding="utf-8")
-            made = folder / "nginx.conf"
-            made.write_text(
-                text.replace("PORT", str(port)).replace("FOLDER", str(folder)), encoding="utf-8"
-            )
-            command = tuple(str(made) if word == CONFIGURATION else word for word in command)
-        ours = ["--handoff", "listener", *self.options, "--chdir", str(PROGRAMS)]
-        return [*ours, f"http=127.0.0.1:{port}{self.listener}", "--", *command]
+            text = text.replace("PORT", str(port)).replace("FOLDER", str(folder))
+            command = tuple(str(path) if word == CONFIGURATION else word for word in command)
+        ready = self.ready if ready is None else ready
+        ours = ["--handoff", "listener", *self.options, *ready, *options]
+        ours += ["--env", f"RELEASE={path}", "--chdir", str(PROGRAMS)]
+        words = [*ours, f"http=127.0.0.1:{port}{self.listener}", "--", *command]
+        return words, Release(path, text)
+
+    def arguments(self, folder: Path, free_port: Callable[[], int]) -> list[str]:
+        """Those of a release that stays as it is."""
+        return self.deployed(folder, free_port)[0]
 
     def needed(self) -> None:
         """Skip where it is not installed."""
@@ -77,43 +114,45 @@ def _command(name: str, *command: str, **more: Any) -> Server:
 def _program(name: str, *words: str, **more: Any) -> Server:
     """A small program around it, beside this file."""
     command = (_PYTHON, f"{name}_server.py", *words)
-    return Server(f"{name}-program", command, SAYS, module=name, **more)
+    return Server(f"{name}-program", command, ready=SAYS, module=name, **more)
 
 
 _ALL = (
     _command(
         "uvicorn",
         *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "uvloop", "asgi_app:app"),
-        options=SAYS,
+        ready=SAYS,
         module="uvicorn",
     ),
     _command(
         "uvicorn-asyncio",
         *(_script("uvicorn"), "--fd", "{fd:http}", "--loop", "asyncio", "asgi_app:app"),
-        options=SAYS,
+        ready=SAYS,
         module="uvicorn",
     ),
     _command(
         "gunicorn",
         *(_script("gunicorn"), "--preload", "--workers", "2", "wsgi_app:app"),
         module="gunicorn",
+        tells=True,
     ),
     _command(
         "gunicorn-threads",
         *(_script("gunicorn"), "--preload", "--threads", "4", "wsgi_app:app"),
         module="gunicorn",
+        tells=True,
     ),
     _command(
         "hypercorn",
         *(_script("hypercorn"), "--bind", "fd://{fd:http}", "--workers", "0", "asgi_app:app"),
-        options=SAYS,
+        ready=SAYS,
         module="hypercorn",
     ),
     _command(
         "hypercorn-uvloop",
         *(_script("hypercorn"), "-k", "uvloop", "--bind", "fd://{fd:http}"),
         *("--workers", "0", "asgi_app:app"),
-        options=SAYS,
+        ready=SAYS,
         module="hypercorn",
     ),
     _program("aiohttp", "{fd:http}"),
@@ -121,7 +160,13 @@ _ALL = (
     _program("waitress", "{fd:http}"),
     _program("twisted"),
     _program("granian", "{fd:http}"),
-    _command("node", "node", "http.js", "{fd:http}", "{fd:ready}", program="node", waits=True),
+    _command(
+        "node",
+        *("node", "http.js", "{fd:http}", "{fd:ready}"),
+        program="node",
+        tells=True,
+        waits=True,
+    ),
     _command(
         "starlet",
         *("plackup", "--server", "Starlet", "--max-workers", "4", "app.psgi"),
@@ -129,7 +174,8 @@ _ALL = (
     ),
     _command(
         "starman",
-        *("starman", "--workers", "12", "app.psgi"),  # one for each connection that is kept
+        # One process for each connection that is kept.
+        *("starman", "--preload-app", "--workers", "12", "app.psgi"),
         options=("--drain-signal", "QUIT"),
         program="starman",
     ),

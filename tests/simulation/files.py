@@ -57,10 +57,11 @@ class Connection(File):
         self.kept_back = False  # it could not be put back where it was taken from, and comes later
         self.excuse = ""  # why it may be lost
         self.established = False  # its handshake is over
-        self.begun_s = 0.0  # when the client began to connect
         self.said = False  # the client has sent its words
         self.said_at = 0  # in turns of the protector's loop
         self.heard = False  # and a server has read them
+        self.late = False  # it was accepted by a worker that had been told to finish
+        self.mark = 0  # of the socket that it has come to
         self.address = address  # where it is looked for by sock_diag
         self.came_by: Address | None = address
         self.added = address.added if address is not None else 0

@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import socket
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -31,7 +32,7 @@ from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited
 from tests.simulation.files import Connection, File, Question
-from tests.simulation.kernel import End
+from tests.simulation.kernel import End, Socket
 from tests.simulation.ports import Address, Listening
 from tests.simulation.world import BACKLOG, POLICIES, Voice, World
 
@@ -98,6 +99,7 @@ class Server:
             return None
         connection = waiting[int(chance * len(waiting))].backlog.popleft()
         connection.taken_by.append(self.pid)
+        connection.late = self.told or self.leader.told
         self.connections.append(connection)
         return connection
 
@@ -303,7 +305,8 @@ class Handed(World):
         protector = self._supervisor
         if self._starting or protector is None or self.kernel.wake is None:
             return
-        if protector.effects.steering.cannot_hold() is not None:
+        effects = protector.effects
+        if effects.steering.hold.refusal(effects.forwarder.listeners) is not None:
             return
         asked = HoldRequested(self._random.choice((0.5, 3.0, 15.0)))
         self._say(f"a hold of {asked.seconds:g} s is asked for")
@@ -334,7 +337,6 @@ class Handed(World):
         self._check_socket(address, to)
         self.connections += 1
         connection = Connection(self.connections, self._connection_lost, address)
-        connection.begun_s = self.kernel.clock_ns / 1e9
         connection.take()
         if address.disturbed or to.locked:
             connection.excuse = MISCHIEF
@@ -348,8 +350,8 @@ class Handed(World):
 
     def _establish(self, to: Listening, connection: Connection) -> None:
         connection.established = True
-        late = self.kernel.clock_ns / 1e9 - connection.begun_s >= LAST_S
-        assert late or connection.excuse or not to.drops, f"{connection} would never be heard"
+        connection.mark = to.mark
+        assert not to.drops, f"{connection} would never be accepted"
         if self._chance() < 0.8:
             self._says(connection)
         if to.address.by_number and to.mask:  # it finds itself shut down
@@ -420,6 +422,7 @@ class Handed(World):
         server = self._one()
         if server and self._accepts(server) and (found := server.accept(self._chance())):
             self._say(f"{server.pid} accepts {found}")
+            self._check_counted(server, found)
 
     def _take_all(self) -> None:
         server = self._one()
@@ -584,6 +587,9 @@ class Handed(World):
         self._why_lost = why
         self.kernel.dead = False
         self.kernel.end_of_process()
+        for address in self._addresses:
+            found = {address.for_new(number) for number in range(8)}
+            assert not any(to is not None and to.drops for to in found), "it stays on hold"
         for worker in self.workers:
             worker.voice.close()
         self._serve_all_clients()
@@ -717,12 +723,48 @@ class Handed(World):
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
 
+    def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
+        self.kernel.enter("sock_diag")
+        file = self.kernel.file(which.fileno())
+        assert isinstance(file, Listening)
+        found = [each for server in self._living() for each in server.connections]
+        for one in file.address.listening if waiting else ():
+            found += one.backlog
+        return Counter(each.mark for each in found if each.address is file.address)
+
+    def _check_counted(self, server: Server, connection: Connection) -> None:
+        """What tells a generation's connections tells no other's.
+
+        Unless its servers go on accepting though they were told to finish.
+        """
+        if self._supervisor is None or self._meanwhile or connection.late:
+            return
+        act, mine = self._supervisor.effects, server.leader.generation
+        for listener in act.forwarder.listeners:
+            address = self._at(listener.settings.address)
+            if address is not connection.address or address.disturbed:
+                continue
+            mark = listener.index, connection.mark
+            its = [n for n, each in act.generations.items() if mark in each.record.marks]
+            assert its in ([], [mine]), f"{connection} of {mine} is counted for {its}"
+            if its:
+                others = (each for each in self._living() if each.leader.generation != mine)
+                same = [
+                    each
+                    for other in others
+                    for each in other.connections
+                    if each.address is address and each.mark == connection.mark and not each.late
+                ]
+                assert not same, f"{same} are counted for {mine}"
+
     def _check_dropped(self, address: Address) -> None:
-        """A client gets no answer under a hold alone."""
+        """A client gets no answer under a hold alone, or until a program has resumed after it."""
         if self._supervisor is None or self._meanwhile or self._calm or address.disturbed:
             return
-        steering = self._supervisor.effects.steering
-        assert steering._held or not steering._steered, f"{address.name} does not answer"
+        act = self._supervisor.effects
+        if act._route is None or not act.steering._steered:
+            return
+        assert act.steering.hold.on, f"{address.name} does not answer"
 
     def _check_waiting(self) -> None:
         stopping = self._supervisor is not None and self._supervisor.fleet.stopping

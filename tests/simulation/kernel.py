@@ -23,7 +23,7 @@ import stat
 import struct
 import termios
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
@@ -511,7 +511,7 @@ class Kernel:
 
     # -- what the protector's modules do by several calls ------------------------
 
-    def listening(self, family: int, port: int) -> dict[int, int]:
+    def listening(self, family: int, port: int, like: Collection[int] = ()) -> dict[int, int]:
         """In the place of sock_diag.listening()."""
         self.enter("sock_diag")
         return self.addresses["h", port].order()

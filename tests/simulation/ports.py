@@ -12,14 +12,21 @@ import select
 import socket
 from collections import deque
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
+from socketprotector.system import accept_marks
 from tests.simulation.files import Connection, File, failure
 
 IN, SHUT, HUP = select.EPOLLIN, select.EPOLLRDHUP, select.EPOLLHUP
 #: Options that Python has no names for.
 ATTACH_FILTER, DETACH_FILTER, STEER, BIND_TO_DEVICE = 26, 27, 51, 62
 IP_MINTTL = 21
+#: What is set of those that are marks, as long as no process has changed it.
+_SET: dict[int, tuple[int, ...]] = {
+    socket.AF_INET: (socket.IP_MULTICAST_LOOP, accept_marks.IP_MULTICAST_ALL),
+    socket.AF_INET6: (socket.IP_MULTICAST_LOOP,),
+    socket.AF_UNIX: (),
+}
 _MASK = {socket.SHUT_RD: 1, socket.SHUT_WR: 2, socket.SHUT_RDWR: 3}
 #: Where a socket comes back that was bound as port 0 and shut down.
 ASTRAY = ("h", 60_000)
@@ -69,7 +76,7 @@ class Address:
         if not self.by_number:
             return None if self.file is None or self.file.refuses else self.file
         found = self._chosen(number)
-        return None if found is None or found.filtered else found
+        return None if found is None or (found.filtered and not found.drops) else found
 
     def _chosen(self, number: int) -> Listening | None:
         found = [each for each in self.listening if not each.elsewhere]
@@ -278,5 +285,13 @@ class Listening(File):
                 return int(self.listens)
             case socket.SOL_SOCKET, socket.SO_REUSEPORT:
                 return int(self.reuseport)
-        found = self.options.get((level, option), 0)
+        unset = int(level == socket.IPPROTO_IP and option in _SET[self.family])
+        found = self.options.get((level, option), unset)
         return found if isinstance(found, int) else 0
+
+    getsockopt = get
+
+    @property
+    def mark(self) -> int:
+        """What the connections that it accepts are told by."""
+        return accept_marks.mark_of(cast("Any", self))

@@ -37,7 +37,15 @@ from typing import Any, cast
 from socketprotector_client import wire
 
 from socketprotector.core import workers
-from socketprotector.core.events import Deadline, LameDuckRequested, ScaleRequested, TimerKind
+from socketprotector.core.events import (
+    Deadline,
+    DryRunRequested,
+    Event,
+    LameDuckRequested,
+    ScaleRequested,
+    SettleFailed,
+    TimerKind,
+)
 from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
 from socketprotector.core.snapshot import Snapshot
 from socketprotector.daemon import (
@@ -59,6 +67,7 @@ from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
+    accept_marks,
     inherited,
     listener,
     orphans,
@@ -307,6 +316,7 @@ class Asks:
         self._answered, self._not_asked = answered, not_asked
         self._generation: Any = None
         self._question: Question | None = None
+        self._dies = random.Random(f"asker {world.seed}").random
         self.last = ""
 
     def ask(self, generation: Any) -> None:
@@ -331,29 +341,79 @@ class Asks:
         number = generation.record.number
         if generation.program.ready == "any" and world._chance() < 0.1:
             self._not_asked(number)
-        if world.ACCEPTS and self._question is None:
-            self._send(generation.channel)
+        if not world._calm and self._dies() < 0.1:
+            self._question = None  # what had asked has died: its connection is closed, if taken too
+        elif world.ACCEPTS and self._question is None:
+            self._question = asked_in(generation.channel, world.kernel)
         if world._answers(number, self._question):
             self.stop()
             self._answered(number, "accept")
         else:
             self._loop.call_after("ask", 0.5, self._look)
 
-    def _send(self, channel: Any) -> None:
-        kernel = self._world.kernel
-        header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0)
-        question = Question()
-        try:
-            fd = kernel.install(question)
-        except OSError:
-            return
-        try:
-            channel.send(header, fd)
-            self._question = question
-        except OSError:
-            pass
-        finally:
-            kernel.close(fd)
+
+def asked_in(channel: Any, kernel: Kernel) -> Question | None:
+    """Put a question into a channel, as daemon/probe_port.py does; None where that fails."""
+    header = wire.HEADER.pack(wire.VERSION, wire.KIND_CONNECTION, 0, 0, 0)
+    question = Question()
+    try:
+        fd = kernel.install(question)
+    except OSError:
+        return None
+    try:
+        channel.send(header, fd)
+    except OSError:
+        return None
+    finally:
+        kernel.close(fd)
+    return question
+
+
+class Checks:
+    """In the place of settle_check.SettleCheck: answers come by chance; in the end good ones."""
+
+    def __init__(self, world: World, runtime: Runtime) -> None:
+        self._world, self._loop, self._post = world, runtime.loop, runtime.post
+        self._generation: Any = None
+        self._good = self._is_last = False
+
+    def begin(self, generation: Any) -> None:
+        self.stop()
+        if generation.program.settle_check:
+            self._generation = generation
+            self._good = self._is_last = False
+            self.go_on()
+
+    def stop(self) -> None:
+        self.suspend()
+        self._generation = None
+
+    def suspend(self) -> None:
+        self._loop.cancel("settle-check")
+
+    def go_on(self) -> None:
+        if self._generation is not None:
+            self._loop.call_after("settle-check", self._world._chance(), self._answer)
+
+    def awaits(self, number: int) -> bool:
+        if self._generation is None or self._generation.record.number != number:
+            return False
+        if not self._is_last:
+            self._is_last, self._good = True, False
+        return not self._good
+
+    def _answer(self) -> None:
+        if self._world.ACCEPTS:
+            asked_in(self._generation.channel, self._world.kernel)  # among its clients
+        if not self._world._calm and self._world._chance() < 0.15:
+            number = self._generation.record.number
+            self.stop()
+            self._world.events["settle-failed"] += 1
+            self._post(SettleFailed(number, "GET /: 500"))
+        else:
+            self._good = True
+            self._world.events["settle-answered"] += 1
+            self.go_on()
 
 
 class World:
@@ -420,6 +480,10 @@ class World:
         self._lame_ducks = unusual((False, False, True))
         if self._lame_ducks:
             self._let_stops_wait(unusual((0.0, 0.5)))
+        self._dry_runs = unusual((False, False, True))
+        if unusual((False, False, True)):
+            self._have_settling_checked()
+        self._tried: set[int] = set()  # generations that only dry runs have opened
         self._faulty = pick((0.0, 0.3, 0.6))  # how much of what interferes is a fault
         self._deadly = pick((0.0, 0.02, 0.1)) if self.fd_store != "none" else 0.0
         self._gap = pick(self.GAPS)
@@ -487,6 +551,10 @@ class World:
         )
         self.settings = replace(self.settings, policy=policy)
 
+    def _have_settling_checked(self) -> None:
+        policy = replace(self.settings.policy, settle_s=5.0, settle_check="http:/")
+        self.settings = replace(self.settings, policy=policy)
+
     def _pass_in(self) -> None:
         """Have the first listener be another process's that goes on listening."""
         one, *others = self.settings.listeners
@@ -529,6 +597,7 @@ class World:
             pick(POLICIES),
             workers_accept=old.policy.workers_accept,
             ready=old.policy.ready,
+            settle_check=old.policy.settle_check,
             lame_duck_s=old.policy.lame_duck_s,
             lame_duck_idle_s=old.policy.lame_duck_idle_s,
         )
@@ -782,6 +851,10 @@ class World:
         kernel.limit = max(kernel.limit, len(self.store) + 12)
         return {name: kernel.install(file) for name, file in self.store.items()}
 
+    def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
+        """In the place of accept_marks.connections()."""
+        raise NotImplementedError
+
     def _end_of_all(self, why: str) -> None:
         """No other program is started: what waits is lost, workers finish what they have."""
         self._why_lost = why
@@ -1011,6 +1084,7 @@ class World:
             (self._children_ended, 10 * self._few_numbers),
             (self._scale, 20 * self._many),
             (self._lame_duck, 5 * self._lame_ducks),
+            (self._dry_run, 60 * self._dry_runs),
         ]
 
     def _connect(self) -> None:
@@ -1217,12 +1291,18 @@ class World:
 
     def _lame_duck(self) -> None:
         """A client of the control socket has balancers told, or takes that back."""
+        self._request("lame-duck", LameDuckRequested(self._chance() < 0.5))
+
+    def _dry_run(self) -> None:
+        """A client of the control socket wants to know whether a reload would succeed."""
+        self._request("dry-run", DryRunRequested())
+
+    def _request(self, key: str, asked: Event) -> None:
         protector = self._supervisor
         if self._starting or protector is None or self.kernel.wake is None:
             return
-        asked = LameDuckRequested(self._chance() < 0.5)
         self._say(f"{asked}")
-        self._loop.call_after("lame-duck", 0.0, lambda: protector.runtime.post(asked))
+        self._loop.call_after(key, 0.0, lambda: protector.runtime.post(asked))
         self._children_ended()  # so that it looks whose time has come
 
     def _upgrade(self) -> None:
@@ -1408,6 +1488,10 @@ class World:
         running = {key for key in self._loop._timers if isinstance(key, Deadline)}
         assert running == fleet.timers, f"timers: {running} {fleet.timers}"
         route = fleet.route
+        starting = fleet.of(Phase.STARTING)
+        if fleet.dry_run and starting:
+            self._tried.add(starting.number)
+        assert route is None or route.number not in self._tried, "what was only tried serves"
         assert act._route == (route.number if route else None), "another route"
         lame_duck = fleet.lame_duck is not LameDuck.OFF
         assert not (lame_duck and act.forwarder._closing), "it does not accept any more"
@@ -1531,8 +1615,10 @@ def installed(world: World) -> Iterator[None]:
                 world, runtime, answered, not_asked
             ),
         )
+        put(effects, "SettleCheck", lambda runtime, **_: Checks(world, runtime))
         put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
-        put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[0][3]))
+        put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
+        put(accept_marks, "connections", world.accepted)
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)

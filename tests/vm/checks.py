@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import subprocess
+import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
@@ -261,6 +262,40 @@ def _(say: Say) -> None:
         # Who came after TERM has waited, for it could be a restart.
         told = load.failed["ConnectionRefusedError"] + load.failed["ConnectionResetError"]
         assert load.failures == told, load.text()
+        ended_in_order(service)
+
+
+@promise("a stop with a lame duck serves those who come meanwhile; systemd waits for it")
+def _(say: Say) -> None:
+    with (
+        Service(
+            "lame",
+            options="--lame-duck 60s --stop-timeout 5s",
+            drop_in=["TimeoutStopSec=20s"],  # which EXTEND_TIMEOUT_USEC= makes longer
+        ) as service,
+        load_on(service.start()) as load,
+    ):
+        assert service.processes()
+        began_s = time.monotonic()
+        stopping = subprocess.Popen(["systemctl", "stop", service.unit])
+        eventually(lambda: "lame duck" in service.status_text, "that it is one")
+        load.more(20)
+        assert stopping.poll() is None
+        none_failed(load, say, "a lame duck")
+        assert stopping.wait(300) == 0
+        say(f"systemctl stop took {time.monotonic() - began_s:.0f} s")
+        ended_in_order(service)
+
+
+@promise("where it is stopped again, a lame duck ends")
+def _(say: Say) -> None:
+    with Service("again", options="--lame-duck 1h") as service:
+        service.start()
+        assert service.processes()
+        stopping = subprocess.Popen(["systemctl", "stop", service.unit])
+        eventually(lambda: "lame duck" in service.status_text, "that it is one")
+        service.signal(signal.SIGTERM)
+        assert stopping.wait(300) == 0
         ended_in_order(service)
 
 

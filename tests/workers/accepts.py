@@ -4,20 +4,24 @@
 
 Each connection is a line and an answer: `env NAME`, `fds`, `words`, `wait FIFO`, else `[pid] line`.
 TERM and QUIT: no more accepting, an answer to who is connected, exit.
+
+For modules that stand for others see plain.py.
 """
 
-import argparse
+import _signal as signal
+import _socket as socket
 import os
 import select
-import signal
-import socket
 import sys
 
-options = argparse.ArgumentParser()
-options.add_argument("--ready", default="notify")
-options.add_argument("--gate")
-options.add_argument("words", nargs="*")
-given = options.parse_args()
+words = sys.argv[1:]
+given = {"--ready": "notify", "--gate": ""}
+for name in given:
+    if name in words:
+        at = words.index(name)
+        given[name] = words[at + 1]
+        del words[at : at + 2]
+words = words[words[:1] == ["--"] :]
 
 count = int(os.environ["LISTEN_FDS"]) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
 ended, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -33,8 +37,9 @@ for fd in range(3, 3 + count):
 def say_ready(how: str) -> None:
     pid = os.getpid()
     if how == "notify":
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
+        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
+        notify.close()
     elif how == "ack":
         line = b'{"command":"worker:ack", "pid":%d}\n' % pid
         os.write(int(os.environ["EINHORN_SOCK_FD"]), line)
@@ -42,10 +47,11 @@ def say_ready(how: str) -> None:
         line = b"---%%0Acommand: worker:ack%%0Apid: %d%%0A\n" % pid
         os.write(int(os.environ["EINHORN_SOCK_FD"]), line)
     elif how == "path":
-        with socket.socket(socket.AF_UNIX) as told_there:
-            told_there.connect(os.environ["EINHORN_SOCK_PATH"])
-            told_there.sendall(b'{"command":"worker:ack", "pid":%d}\n' % pid)
-            assert told_there.recv(1) == b""
+        told_there = socket.socket(socket.AF_UNIX)
+        told_there.connect(os.environ["EINHORN_SOCK_PATH"])
+        told_there.sendall(b'{"command":"worker:ack", "pid":%d}\n' % pid)
+        assert told_there.recv(1) == b""
+        told_there.close()
     elif how.isdigit():
         os.write(int(how), b"up\n")
         os.close(int(how))
@@ -58,7 +64,7 @@ def answer(line: str) -> str:
     if word == "fds":
         return " ".join(sorted(os.listdir("/proc/self/fd"), key=int))
     if word == "words":
-        return " ".join(given.words)
+        return " ".join(words)
     if word == "wait":
         with open(rest, "rb") as gate:
             gate.read()
@@ -66,16 +72,18 @@ def answer(line: str) -> str:
 
 
 def serve(client: socket.socket) -> None:
-    with client, client.makefile("rw") as stream:
-        line = stream.readline()
-        if line:
-            stream.write(answer(line.rstrip("\n")) + "\n")
+    line = b""
+    while not line.endswith(b"\n") and (data := client.recv(65536)):
+        line += data
+    if line:
+        client.sendall((answer(line.decode().rstrip("\n")) + "\n").encode())
+    client.close()
 
 
-if given.gate:
-    with open(given.gate, "rb") as gate:
+if given["--gate"]:
+    with open(given["--gate"], "rb") as gate:
         gate.read()
-say_ready(given.ready)
+say_ready(given["--ready"])
 poll = select.poll()
 for fd in (ended, *listeners):
     poll.register(fd, select.POLLIN)
@@ -85,8 +93,7 @@ while True:
         sys.exit(0)
     for fd in ready:
         try:
-            client, _ = listeners[fd].accept()
+            connection, _ = listeners[fd]._accept()  # type: ignore[attr-defined]
         except BlockingIOError:
             continue
-        client.setblocking(True)
-        serve(client)
+        serve(socket.socket(fileno=connection))

@@ -1,11 +1,12 @@
 """Speaks HTTP, under --handoff listener without the client library and else with it.
 
-    answers.py SAYS [--never] [--dies GATE]
+    answers.py SAYS [--never] [--dies GATE] [--defers] [--resets]
 
 SAYS is a file: what stands there, as `500 database gone`, is the answer to /healthz, read anew each
 time; as long as it is empty or not there, none is given.  Every other path is `200 [pid]`.  A
 request for /healthz is printed, with where it came from.  --never: connections are not accepted at
-all.  --dies: it exits with status 7 when GATE, a FIFO, can be read.
+all.  --dies: it exits with status 7 when GATE, a FIFO, can be read.  --defers: it sets
+TCP_DEFER_ACCEPT, as some servers do.  --resets: it resets each connection that it accepts.
 """
 
 import argparse
@@ -20,11 +21,16 @@ options = argparse.ArgumentParser()
 options.add_argument("says", type=Path)
 options.add_argument("--never", action="store_true")
 options.add_argument("--dies")
+options.add_argument("--defers", action="store_true")
+options.add_argument("--resets", action="store_true")
 given = options.parse_args()
 
 
 def answer(one: socket.socket, address: object) -> None:
     try:
+        if given.resets:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            return
         request = one.recv(65536).decode("latin-1")
         if not request:
             return
@@ -51,6 +57,9 @@ def die(gate: str) -> None:
 
 if given.dies:
     threading.Thread(target=die, args=(given.dies,), daemon=True).start()
+if given.defers:
+    with socket.socket(fileno=os.dup(3)) as listening:
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
 while given.never:
     signal.pause()
 if "LISTEN_FDS" in os.environ:

@@ -1,6 +1,6 @@
 """Serves one connection at a time, and stays at end of file; TERM ends it."""
 
-import signal
+import _signal as signal
 
 from plain import answer, say, take
 

@@ -1,6 +1,6 @@
 """Serves one connection at a time, and neither end of file nor TERM makes it leave."""
 
-import signal
+import _signal as signal
 
 from plain import answer, say, take
 

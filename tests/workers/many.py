@@ -4,10 +4,10 @@ At end of file, and at TERM, it takes no more and finishes what it has.  `--sile
 process says READY for it.
 """
 
+import _signal as signal
+import _socket as socket
 import os
 import select
-import signal
-import socket
 import sys
 
 from plain import SOURCES, say, take

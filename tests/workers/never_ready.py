@@ -1,5 +1,5 @@
 """Lives, and never says that it is ready."""
 
-import signal
+import _signal as signal
 
 signal.pause()

@@ -2,19 +2,33 @@
 
 Those that take connections do so either way: from the channel, or where there is none
 (`--handoff listener`) from the listening sockets themselves, until TERM.
+
+Thousands of them are started.  So here are the modules that `socket` and `signal` are built on:
+those two, with what they import, are half of a start.
 """
 
+import _signal as signal
+import _socket as socket
 import os
 import select
-import signal
-import socket
 import sys
 
+
+class Socket(socket.socket):
+    """One that `with` closes."""
+
+    def __enter__(self) -> "Socket":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 if "SOCKETPROTECTOR_CHANNEL" in os.environ:
-    CHANNEL = socket.socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
+    CHANNEL = Socket(fileno=int(os.environ["SOCKETPROTECTOR_CHANNEL"]))
     LISTENERS = []
 else:
-    LISTENERS = [socket.socket(fileno=3 + n) for n in range(int(os.environ["LISTEN_FDS"]))]
+    LISTENERS = [Socket(fileno=3 + n) for n in range(int(os.environ["LISTEN_FDS"]))]
     for each in LISTENERS:
         os.set_blocking(each.fileno(), False)  # others accept there, too, and may be faster
 #: Where connections come from.
@@ -24,31 +38,31 @@ _told: list[int] = []  # a pipe that says that TERM has come
 
 def say(message: bytes) -> None:
     """Tell the protector something, such as READY=1."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+    with Socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         notify.sendto(message, os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
 
 
-def take(flags: int = 0) -> tuple[bytes, socket.socket] | None:
+def take(flags: int = 0) -> tuple[bytes, Socket] | None:
     """Wait for a connection and return (header, socket); None when there is to be no more."""
     if LISTENERS:
         return _accept() if flags & socket.MSG_DONTWAIT else _wait_and_accept()
     header, control, _, _ = CHANNEL.recvmsg(16, socket.CMSG_LEN(4), flags)
     if not header:
         return None
-    return header, socket.socket(fileno=int.from_bytes(control[0][2], sys.byteorder))
+    return header, Socket(fileno=int.from_bytes(control[0][2], sys.byteorder))
 
 
-def _accept() -> tuple[bytes, socket.socket]:
+def _accept() -> tuple[bytes, Socket]:
     for place, each in enumerate(LISTENERS):
         try:
-            client, _ = each.accept()
+            fd, _ = each._accept()  # type: ignore[attr-defined]
         except BlockingIOError:
             continue
-        return bytes((0, 0, place & 255, place >> 8)).ljust(16, b"\0"), client
+        return bytes((0, 0, place & 255, place >> 8)).ljust(16, b"\0"), Socket(fileno=fd)
     raise BlockingIOError
 
 
-def _wait_and_accept() -> tuple[bytes, socket.socket] | None:
+def _wait_and_accept() -> tuple[bytes, Socket] | None:
     if not _told:
         _told.extend(os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC))
         signal.set_wakeup_fd(_told[1])
@@ -66,7 +80,7 @@ def _wait_and_accept() -> tuple[bytes, socket.socket] | None:
     return None
 
 
-def answer(client: socket.socket) -> None:
+def answer(client: Socket) -> None:
     """Answer each line with `[pid] line` until the client has closed."""
     while data := client.recv(65536):
         client.sendall(b"[%d] %s" % (os.getpid(), data))

@@ -19,4 +19,5 @@ def serve(client: socket.socket) -> None:
 
 say(b"READY=1")
 while taken := take():
-    threading.Thread(target=serve, args=(taken[1],)).start()
+    client = socket.socket(fileno=taken[1].detach())
+    threading.Thread(target=serve, args=(client,)).start()

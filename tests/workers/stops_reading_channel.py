@@ -1,6 +1,6 @@
 """Says that it is ready and never takes a connection; leaves at TERM."""
 
-import signal
+import _signal as signal
 
 from plain import say
 

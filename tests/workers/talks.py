@@ -20,5 +20,6 @@ def serve(client: socket.socket) -> None:
 say(b"READY=1")
 threads = []
 while taken := take():
-    threads.append(threading.Thread(target=serve, args=(taken[1],)))
+    client = socket.socket(fileno=taken[1].detach())
+    threads.append(threading.Thread(target=serve, args=(client,)))
     threads[-1].start()

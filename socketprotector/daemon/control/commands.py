@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ... import __version__
 from ...core.events import (
     Deadline,
+    DryRunRequested,
     HoldReleased,
     HoldRequested,
     KillRequested,
@@ -25,6 +26,7 @@ from ...core.events import (
     TimerKind,
 )
 from ...core.fleet import Fleet, Phase, State
+from ...core.reload import STOP_FIRST
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
 from ..config_reader import ConfigAnswer
@@ -110,6 +112,7 @@ class CommandHandler:
             "control": settings.control.address.removeprefix("unix:") if settings.control else None,
             "handoff": settings.handoff,
             "ready": status.of_ready(settings),
+            "health": status.of_health(effects.health),
             "command": [os.path.basename(settings.executed[0])],
             "log_level": self.runtime.log.level,
             "forwarded": effects.forwarded,
@@ -117,6 +120,7 @@ class CommandHandler:
             "queue_limit": route.channel.capacity() if route and queued else None,
             "listeners": [status.of_listener(each) for each in effects.forwarder.listeners],
             "generations": status.of_generations(fleet, effects),
+            "dry_run": asdict(history.dry_run) if history.dry_run is not None else None,
             "reloads": status.plain(history.reloads),
             "crashes": history.crashed,
         }
@@ -155,10 +159,28 @@ class CommandHandler:
 
     # -- doing -------------------------------------------------------------------
 
-    def do_reload(self) -> Mapping[str, Any]:
+    def do_reload(self, dry_run: bool = False) -> Mapping[str, Any]:
         fleet = self.supervisor.fleet
+        if dry_run:
+            self._refuse_dry_run(fleet)
+            self.runtime.post(DryRunRequested())
+            return {"generation": fleet.next_generation}
         self.runtime.post(ReloadRequested())
         return {"generation": fleet.next_generation}
+
+    def _refuse_dry_run(self, fleet: Fleet) -> None:
+        settings = self._effects.live_settings.settings
+        cannot = settings.mode.cannot.get("dry-run") or self._effects.cannot_try()
+        if settings.policy.stop_first:
+            cannot = STOP_FIRST
+        elif fleet.dry_run:
+            cannot = "one is under way; try again after it"
+        elif fleet.is_changing:
+            cannot = "a reload is under way; try again after it"
+        elif fleet.of(Phase.SERVING) is None:
+            cannot = "no generation serves; reload instead"
+        if cannot:
+            raise RequestError("refused", f"no dry run: {cannot}")
 
     def do_upgrade(self) -> Mapping[str, Any]:
         # Later, so that the answer is sent before this program is another one.
@@ -186,7 +208,7 @@ class CommandHandler:
         return {"workers": wanted}
 
     def do_hold(self, seconds: float) -> Mapping[str, Any]:
-        cannot = self._effects.steering.cannot_hold()
+        cannot = self._effects.steering.hold.cannot()
         if cannot is not None:
             raise RequestError("refused", f"hold is unavailable: {cannot}")
         self.runtime.post(HoldRequested(seconds))
@@ -207,7 +229,7 @@ class CommandHandler:
             raise RequestError("unknown", f"there is no generation {generation}")
         if found.phase in _ENDING:
             raise RequestError("refused", f"generation {generation} drains already; kill ends it")
-        if found.phase is not Phase.SERVING or fleet.incoming or fleet.to_open:
+        if found.phase is not Phase.SERVING or fleet.is_changing:
             raise RequestError("refused", "a reload is under way; try again after it")
         self.runtime.post(RenewRequested())
         return {"generation": generation}

@@ -12,11 +12,11 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
 from ...model import control_requests
-from ...model.control_requests import Request, RequestError
+from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, RequestError
 from ...model.einhorn import ack
 from ...system.listener import AGAIN, Listener
 from ...system.loop import READ, WRITE, Loop
@@ -43,6 +43,7 @@ class Client:
     sock: socket.socket
     server: ControlServer
     loop: Loop
+    may: Collection[str]  # the commands that it may give
     follows: bool = False  # it wants to hear events
     _awaited: int = 0  # what its descriptor is watched for; 0: it is not
     _received: bytearray = field(default_factory=bytearray)
@@ -200,6 +201,8 @@ class ControlServer:
     #: Users that are heard, besides members of the group.
     uids: frozenset[int]
     group: int | None
+    #: Whose members may look, and change nothing.
+    status_group: int | None = None
     _clients: dict[int, Client] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -224,10 +227,16 @@ class ControlServer:
         pid = ack(line)
         if pid is not None:
             client.close()
-            self.acked(pid)
+            if client.may is COMMANDS:
+                self.acked(pid)
             return
         try:
-            self.handle(client, control_requests.parse(line))
+            request = control_requests.parse(line)
+            if request.command not in client.may:
+                may = " and ".join(client.may)
+                why = f"{request.command}: members of --status-group may use {may} only"
+                raise RequestError("denied", why, request.id)
+            self.handle(client, request)
         except RequestError as wrong:
             client.say(control_requests.refusal(wrong))
 
@@ -252,8 +261,8 @@ class ControlServer:
                 self.loop.unwatch(self.listener.fileno())
                 self._listen_later()
             return
-        client = Client(sock, self, self.loop)
-        if not self._is_allowed(sock):
+        client = Client(sock, self, self.loop, self._commands_for(sock))
+        if not client.may:
             wrong = RequestError("denied", "not for this user")
         elif len(self._clients) >= CLIENTS:
             wrong = RequestError("busy", f"{CLIENTS} clients are connected already")
@@ -264,18 +273,24 @@ class ControlServer:
         client.end(control_requests.refusal(wrong))
         client.close()
 
-    def _is_allowed(self, sock: socket.socket) -> bool:
+    def _commands_for(self, sock: socket.socket) -> Collection[str]:
+        """Return the commands that a new client may give: none to a stranger."""
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-            _, uid, gid = _CREDENTIALS.unpack(found)
-            if uid in unmistakable_users(self.uids):
-                return True
-            if uid in self.uids and may_be_signalled(sock):
-                return True
-            wanted = unmistakable_groups(() if self.group is None else (self.group,))
-            if not wanted or gid in wanted:
-                return bool(wanted)
-            groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
         except OSError:
-            return False  # more groups than there is room for
-        return not wanted.isdisjoint(each for (each,) in struct.iter_unpack("I", groups))
+            return ()
+        _, uid, gid = _CREDENTIALS.unpack(found)
+        if uid in unmistakable_users(self.uids):
+            return COMMANDS
+        if uid in self.uids and may_be_signalled(sock):
+            return COMMANDS
+        groups = {gid}
+        try:
+            more = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES)
+            groups.update(each for (each,) in struct.iter_unpack("I", more))
+        except OSError:
+            pass  # more groups than there is room for
+        for group, commands in ((self.group, COMMANDS), (self.status_group, STATUS_COMMANDS)):
+            if group is not None and group in unmistakable_groups({group}) & groups:
+                return commands
+        return ()

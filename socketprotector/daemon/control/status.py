@@ -20,11 +20,17 @@ from ...system import reuseport
 from ...system.listener import Listener
 from ..effects import Effects
 from ..generation import OpenGeneration
+from ..health import Health
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+#: What a command that decides about a generation is told of it, besides how many workers it has.
+_COUNTED = (
+    *("number", "phase", "serving_since_at", "queue"),
+    *("accepted", "active", "finished", "errors", "lost", "wait_us"),
+)
 #: In what state a worker may have connections.
 _WITH_CONNECTIONS = (State.READY, State.RETIRING, State.ORPHANED)
 
@@ -37,7 +43,7 @@ def phase_of(fleet: Fleet) -> str:
         return "starting"
     if fleet.of(Phase.SETTLING):
         return "settling"
-    if fleet.of(Phase.STARTING) or fleet.to_open or fleet.reload_wanted or fleet.reading:
+    if fleet.reload_wanted or (fleet.is_changing and not fleet.dry_run):
         return "reloading" if fleet.route else "waiting"
     return "serving" if fleet.route else "waiting"
 
@@ -56,6 +62,20 @@ def of_ready(settings: Settings) -> str:
             return f"fd {settings.ready_fd}"
         case kind:
             return kind
+
+
+def of_health(health: Health) -> dict[str, Any] | None:
+    """Say what the generation that serves answers; None: nothing is asked."""
+    if not health.asks:
+        return None
+    return {
+        "asks": health.asks,
+        "state": health.state,
+        "since_at": health.since_at,
+        "last": health.last,
+        "failures": health.failures,
+        "answered_at": health.answered_at,
+    }
 
 
 def of_listener(listener: Listener) -> dict[str, Any]:
@@ -85,6 +105,14 @@ def of_generations(fleet: Fleet, effects: Effects) -> list[dict[str, Any]]:
         for each in fleet.generations
         if each.number in effects.generations  # else it could not be opened
     ]
+
+
+def counts_of(fleet: Fleet, effects: Effects) -> dict[int, dict[str, Any]]:
+    """Say what is counted of each generation, by its number: for --settle-check."""
+    return {
+        each["number"]: {name: each[name] for name in _COUNTED} | {"workers": len(each["workers"])}
+        for each in of_generations(fleet, effects)
+    }
 
 
 def _of_generation(

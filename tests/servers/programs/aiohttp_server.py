@@ -9,13 +9,14 @@ import sys
 
 from aiohttp import web
 from ready import ready
+from release import STATUS
 
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
 
 
 async def answer(request: web.Request) -> web.Response:
     await asyncio.sleep(WAIT_S)
-    return web.Response(text=f"{os.getpid()}\n")
+    return web.Response(text=f"{os.getpid()}\n", status=STATUS)
 
 
 app = web.Application()

@@ -2,9 +2,11 @@
 use strict;
 use warnings;
 
+open my $release, '<', $ENV{RELEASE} or die "$ENV{RELEASE}: $!";
+my $status = 0 + <$release>;
 my $wait = $ENV{WAIT_S} || 0;
 sub {
     select undef, undef, undef, $wait if $wait;
     my $body = "$$\n";
-    return [200, ['Content-Length' => length $body], [$body]];
+    return [$status, ['Content-Length' => length $body], [$body]];
 };

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ready import ready
+from release import STATUS
 
 BODY = f"{os.getpid()}\n".encode()
 WAIT_S = float(os.environ.get("WAIT_S", "0"))
@@ -26,5 +27,5 @@ async def app(
         return
     await asyncio.sleep(WAIT_S)
     length = [(b"content-length", str(len(BODY)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": length})
+    await send({"type": "http.response.start", "status": STATUS, "headers": length})
     await send({"type": "http.response.body", "body": BODY})

@@ -12,6 +12,7 @@ import socket
 import sys
 
 from ready import ready
+from release import STATUS
 from tornado.httpserver import HTTPServer
 from tornado.web import Application, RequestHandler
 
@@ -34,6 +35,7 @@ class Answer(RequestHandler):
 
     async def get(self) -> None:
         await asyncio.sleep(WAIT_S)
+        self.set_status(STATUS)
         await self.finish(f"{os.getpid()}\n")
 
 

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 from ready import ready
+from release import STATUS
 from twisted.internet import defer, reactor, task
 from twisted.internet.endpoints import serverFromString
 from twisted.web.resource import Resource
@@ -29,6 +30,7 @@ class Answer(Resource):
         Answer.under_way += 1
         request.notifyFinish().addBoth(self.done)
         request.setHeader("Content-Type", "text/plain")
+        request.setResponseCode(STATUS)
         loop.callLater(WAIT_S, self.answer, request)
         return NOT_DONE_YET
 

@@ -15,6 +15,7 @@ from socketprotector.core.events import (
     BacklogEmptied,
     ChannelBroken,
     DeadlinePassed,
+    DryRunRequested,
     Event,
     Launched,
     Quiesced,
@@ -96,8 +97,9 @@ def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
 
 
 def next_events(world: World) -> Iterator[Event]:
-    """The eleven kinds of events that matter, about the oldest and the newest there is."""
+    """The twelve kinds of events that matter, about the oldest and the newest there is."""
     yield from (ReloadRequested(), StopRequested(), StopRequested(quick=True))
+    yield DryRunRequested()
     yield from (ScaleRequested(+1), ScaleRequested(-1), BacklogEmptied())
     yield from world.owed
     processes = [*world.processes]

@@ -20,6 +20,7 @@ from socketprotector.core.events import (
     ReloadRequested,
     Report,
     ReportKind,
+    Retire,
     RouteTo,
     Signal,
     Spawn,
@@ -249,6 +250,21 @@ def test_a_worker_that_dies_while_settling_gives_the_route_back(story: Story) ->
     ]
     assert (story.serving, story.draining) == ({1}, {2})
     assert story.when(WorkerExited(4, "exited with status 0")) == [Release(2)]
+
+
+def test_what_a_dead_worker_has_left_is_told_to_finish_once_the_route_is_given_back(
+    story: Story,
+) -> None:
+    story.given_serving(replace(SETTLE, workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2, retires=True))
+
+    assert story.when(WorkerExited(2, CRASHED, orphans=True)) == [
+        CancelTimer(Deadline(TimerKind.SETTLE, 2)),
+        RouteTo(1),
+        Quiesce(2),
+        Report(ReportKind.RELOAD_FAILED, 2, CRASHED),
+        Retire(2),
+    ]
 
 
 def test_a_channel_that_breaks_while_settling_gives_the_route_back(story: Story) -> None:

@@ -15,6 +15,7 @@ from socketprotector.core.events import (
     Action,
     Ask,
     BacklogEmptied,
+    CheckSettling,
     CloseListeners,
     Deadline,
     DeadlinePassed,
@@ -85,7 +86,7 @@ class KilledWorld(World):
         self.highest_generation = fleet.next_generation - 1
         self.timers = frozenset()
         self.held = False
-        self.in_question = None
+        self.in_question = self.checked = None
         self.owed = ()
         known = {generation.number for generation in fleet.generations}
         self.channels = {
@@ -132,6 +133,8 @@ class KilledWorld(World):
                 self.reader = True
             case Ask(number):
                 self.in_question = number
+            case CheckSettling(number):
+                self.checked = number
             case StartTimer(deadline):
                 self.timers |= {deadline}
             case Drain() | Signal() | Retire():
@@ -141,7 +144,8 @@ class KilledWorld(World):
 
     def seen(self) -> object:
         channels = dict(self.channels)
-        return self.route, channels, self.killed, self.listeners, self.timers, self.in_question
+        asked = self.in_question, self.checked
+        return self.route, channels, self.killed, self.listeners, self.timers, asked
 
 
 choices = st.integers(0, 40).flatmap(

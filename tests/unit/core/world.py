@@ -20,10 +20,12 @@ from socketprotector.core.events import (
     BacklogEmptied,
     CancelTimer,
     ChannelBroken,
+    CheckSettling,
     CloseListeners,
     Deadline,
     DeadlinePassed,
     Drain,
+    DryRunRequested,
     Event,
     Exit,
     ForgetSettings,
@@ -49,10 +51,12 @@ from socketprotector.core.events import (
     ScaleRequested,
     SettingsFailed,
     SettingsRead,
+    SettleFailed,
     Signal,
     Spawn,
     StartTimer,
     StopAsking,
+    StopChecking,
     StopRequested,
     Stranded,
     TimeExtended,
@@ -92,6 +96,8 @@ POLICIES = [
     Policy(workers_accept=True, ready="any", stop_first=True),
     Policy(ready="http"),
     Policy(ready="accept", settle_s=5.0, start_tries=1),
+    Policy(settle_s=5.0, settle_check="http:/"),
+    Policy(workers_accept=True, ready="any", settle_s=5.0, settle_check="check:true"),
 ]
 #: Calm rounds after which everything must have come to rest: a kill follows a TERM follows
 #: a drain follows a start, each a round, and a few of these one after another.
@@ -102,6 +108,7 @@ TURN = Deadline(TimerKind.TURN)
 #: What a configuration may change to.
 OTHER_POLICIES = (
     Policy(settle_s=5.0),
+    Policy(settle_s=5.0, settle_check="http:/"),
     Policy(stop_first=True),
     Policy(drain_timeout_s=9.0, max_draining=1),
 )
@@ -121,6 +128,8 @@ class World:
         self.listeners = "open"
         self.held = False
         self.in_question: int | None = None  # the generation that is
+        self.checked: int | None = None  # the settling generation that is asked
+        self.tried: frozenset[int] = frozenset()  # generations that were opened by a dry run
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # events that are still to be sent
         self.reader = False  # a reader of the configuration runs
@@ -203,6 +212,7 @@ class World:
             case RouteTo(number):
                 assert self.route != number, "an order that changes nothing"
                 assert self.channels[number or 0] == "open", "routed to what cannot take it"
+                assert number not in self.tried, "clients for what was only to be tried"
                 self.route = number
             case Quiesce(number):
                 assert self.fleet.policy.workers_accept
@@ -230,6 +240,13 @@ class World:
             case StopAsking(number):
                 assert self.in_question in (None, number), "another one is asked"
                 self.in_question = None
+            case CheckSettling(number):
+                assert self.checked is None, "two are asked at once"
+                assert self.route == number, "it has no clients, and is asked how it does"
+                self.checked = number
+            case StopChecking(number):
+                assert self.checked == number
+                self.checked = None
             case Hold(on):
                 assert self.held != on, "an order that changes nothing"
                 self.held = on
@@ -253,6 +270,7 @@ class World:
             case Exit():
                 assert not self.reader, "a reader is still running"
                 assert self.in_question is None, "it is asked on"
+                assert self.checked is None
                 assert not self.read
                 left = (self.processes, self.channels, self.timers, self.route)
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
@@ -286,10 +304,17 @@ class World:
         assert set(self.processes) <= known, "a worker is forgotten"
 
         starting = fleet.of(Phase.STARTING)
+        if fleet.dry_run:
+            self.check_dry_run(starting)
         if starting is None or self.in_question not in (None, starting.number):
             assert self.in_question is None, "what is asked does not start"
+        elif self.runs(TimerKind.SETTLE, starting.number):
+            pass  # it has answered
         elif fleet.policy_of(starting.fresh).asks and not self.runs(TimerKind.TURN):
             assert self.in_question == starting.number, "nobody asks it"
+        settling = fleet.of(Phase.SETTLING)
+        assert self.checked == (settling.number if settling and settling.checked else None)
+        assert [g for g in fleet.generations if g.checked] in ([], [settling])
         assert fleet.reading == self.reader
         assert (fleet.candidate is not None) == self.read
         if fleet.stopping:
@@ -303,6 +328,17 @@ class World:
         if fleet.stopping is Stop.QUICK:
             assert all(generation.ending for generation in fleet.generations)
             assert self.listeners == "closed"
+
+    def check_dry_run(self, starting: Generation | None) -> None:
+        """It is one thing at a time, and beside a generation that serves."""
+        fleet = self.fleet
+        assert fleet.of(Phase.SERVING)
+        assert not fleet.stopping
+        if starting is not None:
+            self.tried |= {starting.number}
+        else:
+            assert fleet.reading or fleet.to_open is Next.FRESH
+        assert bool(starting) + fleet.reading + bool(fleet.to_open) == 1
 
     def is_about_something(self, deadline: Deadline) -> bool:
         match deadline.wait:
@@ -330,8 +366,11 @@ class World:
         assert drains == (phase is Phase.DRAINING)
         assert generation.quiescing == (self.channels[number] == "quiescing")
         begun = bool(generation.workers) or not self.runs(TimerKind.TURN)
-        assert self.runs(TimerKind.START, number) == (phase is Phase.STARTING and begun)
-        assert self.runs(TimerKind.SETTLE, number) == (phase is Phase.SETTLING)
+        proven = phase is Phase.STARTING and self.fleet.dry_run
+        proven = proven and self.runs(TimerKind.SETTLE, number)
+        starts = phase is Phase.STARTING and begun and not proven
+        assert self.runs(TimerKind.START, number) == starts or (proven and begun)
+        assert self.runs(TimerKind.SETTLE, number) == (phase is Phase.SETTLING or proven)
         coming = phase is Phase.STARTING and self.runs(TimerKind.TURN)
         assert generation.workers or coming, "no worker is left in it, and it is not released"
         slots = [w.slot for w in generation.workers if w.state is not State.ORPHANED]
@@ -393,6 +432,7 @@ class World:
     def asked(self) -> Iterator[Event]:
         yield ReloadRequested()
         yield ReloadRequested()
+        yield DryRunRequested()
         yield ScaleRequested(-1)
         if self.fleet.workers_wanted < 4:
             yield ScaleRequested(+1)
@@ -450,6 +490,8 @@ class World:
         yield from (Quiesced(n) for n, state in self.channels.items() if state == "quiescing")
         if self.listeners == "closing":
             yield BacklogEmptied()
+        if self.checked is not None:
+            yield SettleFailed(self.checked, "GET /: 500")
         if self.reader:
             yield from self.read_again()
 
@@ -471,6 +513,8 @@ class World:
                 yield WorkerExited(number, DIED, waiting=3)
                 yield ReplaceRequested(number, "silent", hung=True)
         for number in range(self.highest_generation + 2):
+            if number != self.checked:
+                yield SettleFailed(number, "too late")
             if number != self.in_question and self.channels.get(number) != "failed":
                 yield Answered(number)
             if number not in self.channels:
@@ -551,8 +595,15 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
             assert set(serving.workers) <= set(route.workers)
     if ReportKind.RELOAD_FAILED in news:
         assert (before.policy, before.workers_wanted) == (after.policy, after.workers_wanted)
+    if before.dry_run:
+        check_dry_run_step(before, after, news, actions)
     if UseSettings() in actions:
         assert ReportKind.RELOADED in news or after.stopping, "used before it serves"
+    if isinstance(event, SettleFailed) and actions:
+        assert serving
+        back = actions.index(RouteTo(serving.number))
+        drained = (Drain(event.generation), Quiesce(event.generation))
+        assert back < min(actions.index(each) for each in drained if each in actions)
     lost_route = RouteTo(None) in actions
     read = event.policy.stop_first if isinstance(event, SettingsRead) else False
     stop_first = before.policy_of(True).stop_first or before.policy.stop_first or read
@@ -566,6 +617,22 @@ def check_step(before: Fleet, event: Event, after: Fleet, actions: tuple[Action,
     assert before.served <= after.served
     if Open(after.next_generation - 1, False) in actions:
         assert before.served, "there is no last good command yet"
+
+
+def check_dry_run_step(
+    before: Fleet, after: Fleet, news: list[ReportKind], actions: tuple[Action, ...]
+) -> None:
+    """What a dry run leaves as it was, whatever comes of it."""
+    assert not {ReportKind.RELOADED, ReportKind.RELOAD_FAILED} & {*news}
+    verdicts = news.count(ReportKind.DRY_RUN_PASSED) + news.count(ReportKind.DRY_RUN_FAILED)
+    assert verdicts == (before.dry_run and not after.dry_run and not after.stopping)
+    if ReportKind.DRY_RUN_PASSED in news:
+        assert before.route == after.route
+        assert not any(isinstance(each, RouteTo | UseSettings | Drain) for each in actions)
+        assert before.failed_starts == after.failed_starts
+    if verdicts:
+        assert (before.policy, before.workers_wanted) == (after.policy, after.workers_wanted)
+        assert after.candidate is None
 
 
 @pytest.fixture(autouse=True, scope="module")

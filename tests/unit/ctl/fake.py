@@ -73,7 +73,7 @@ def listener(address: str = "tcp:0.0.0.0:4321", **more: Any) -> Message:
 
 
 def reload(number: int, result: str, reason: str = "") -> Message:
-    """A reload of a status."""
+    """A reload of a status, or its dry run."""
     return {
         "generation": number,
         "result": result,
@@ -114,6 +114,17 @@ def owner(pid: int, **more: Any) -> Message:
     }
 
 
+def health(state: str, last: str = "") -> Message:
+    return {
+        "asks": "http:/healthz",
+        "state": state,
+        "since_at": 140.0,
+        "last": last,
+        "failures": 3 if last else 0,
+        "answered_at": 199.0,
+    }
+
+
 def status(*generations: Message, **more: Any) -> Message:
     """A status; one serving generation unless others are given."""
     there = list(generations) or [generation(8, "serving", worker(14))]
@@ -133,6 +144,7 @@ def status(*generations: Message, **more: Any) -> Message:
         "handoff": "connection",
         "control": "/run/x",
         "ready": "notify",
+        "health": None,
         "command": ["./daemon"],
         "log_level": "info",
         "workers_wanted": 1,
@@ -143,6 +155,7 @@ def status(*generations: Message, **more: Any) -> Message:
         "reload_wanted": False,
         "listeners": [listener()],
         "generations": there,
+        "dry_run": None,
         "reloads": [],
         "crashes": 0,
         **more,

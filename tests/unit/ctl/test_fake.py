@@ -53,12 +53,15 @@ def test_the_fake_answers_as_a_real_protector(
         eventually(lambda: status()["crashes"] == 1, "the crash")
         daemon.reload()
         eventually(lambda: len(status()["generations"]) == 1, "the new generation alone")
+        client.request("reload", dry_run=True)
+        eventually(lambda: status()["dry_run"]["result"] == "passed", "the dry run")
+        eventually(lambda: len(status()["generations"]) == 1, "the end of what was tried")
 
         real = status()
         crashes = client.request("crashes")["crashes"]
         workers = client.request("connections")["workers"]
 
-    made = fake.status(reloads=[fake.reload(8, "reloaded")])
+    made = fake.status(reloads=[fake.reload(8, "reloaded")], dry_run=fake.reload(9, "passed"))
     owners = [fake.owner(4712, accepted_at_by_fd={})]
     assert differences(real, made) == []
     assert differences(crashes, [fake.crash()], "crashes") == []

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
+from socketprotector_client import run
 
 from socketprotector.ctl import __main__  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
+from socketprotector.exporter import __main__ as exporter
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
 from tests.running import ROOT
@@ -19,7 +22,11 @@ from tests.running import ROOT
 PAGES = {
     "socketprotectorctl.1": program,
     "SocketProtector.8": cli.COMMAND,
+    "socketprotector-exporter.8": exporter._command,
 }
+#: Where all are, of other programs, too.
+FOLDERS = (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
+FILES = {path.name: path for folder in FOLDERS for path in folder.iterdir()}
 
 
 def text_of(page: str) -> str:
@@ -62,9 +69,28 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))) <= known
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_it_renders_without_a_warning(page: str, tmp_path: Path) -> None:
-    path = str(ROOT / "docs" / "man" / page)
+def test_every_program_has_a_page() -> None:
+    programs = set()
+    for folder in (ROOT, ROOT / "client_lib"):
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        programs |= set(project["scripts"])
+
+    assert {Path(name).stem for name in FILES} == programs
+
+
+def test_that_of_run_has_its_options() -> None:
+    text = FILES["socketprotector-run.1"].read_text(encoding="utf-8").replace("\\-", "-")
+    words = set(re.findall(r"--[a-z]+", run._parser().format_help()))
+
+    assert words <= set(re.findall(r"--[a-z]+", text))
+
+
+@pytest.mark.parametrize("page", sorted(FILES))
+def test_it_renders_without_a_warning(page: str) -> None:
+    path = str(FILES[page])
+    if linked := re.fullmatch(r"\.so man\d/(.+)\n", FILES[page].read_text(encoding="utf-8")):
+        assert linked[1] in FILES
+        return
     if shutil.which("groff"):
         command = ["groff", "-man", "-ww", "-Tutf8", path]
     elif shutil.which("mandoc"):

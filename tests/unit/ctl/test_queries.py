@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -21,6 +22,7 @@ from tests.unit.ctl.fake import (
     Refusing,
     crash,
     generation,
+    health,
     reload,
     status,
     worker,
@@ -46,6 +48,37 @@ def test_status_and_list_tell_of_a_lame_duck(
 
     assert ctl("status").out.splitlines()[1] == told
     assert " lame duck " in ctl("list").out
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (
+            health("unhealthy", 'GET /healthz: 500, "database gone"'),
+            'unhealthy for 1m: GET /healthz: 500, "database gone"',
+        ),
+        (
+            health("unknown", "not asked: the process that asks was killed by SIGKILL"),
+            "health is unknown; last: not asked: the process that asks was killed by SIGKILL",
+        ),
+        (
+            health("healthy", "busy: no worker has taken the question yet"),
+            "health is healthy; last: busy: no worker has taken the question yet",
+        ),
+    ],
+)
+def test_status_and_list_tell_of_health(found: Message, told: str, fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(health=found)
+
+    assert ctl("status").out.splitlines()[1] == told
+    assert (" unhealthy " in ctl("list").out) == told.startswith("unhealthy")
+
+
+def test_what_is_healthy_is_told_in_a_word(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(health=health("healthy"))
+
+    assert ctl("status").out.splitlines()[0].endswith(", healthy")
+    assert " serving " in ctl("list").out
 
 
 def test_status_shows_what_runs(fake: Fake, ctl: Ctl) -> None:
@@ -136,6 +169,46 @@ def test_colours_only_on_a_terminal_and_not_with_no_color(fake: Fake) -> None:
     assert "\x1b[32m" in terminal("status")
     assert "\x1b[32m" not in terminal("status", NO_COLOR="1")
     assert "\x1b" not in run("status").out
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({}, ""),
+        ({"lame_duck": "on"}, "lame duck"),
+        ({"phase": "stopping", "lame_duck": "stopping"}, "lame duck"),
+        ({"held_s": 3.0}, "held"),
+        ({"phase": "stopping"}, "stopping"),
+        ({"phase": "starting", "route": None}, "starting"),
+        ({"phase": 7, "route": None}, "it does not serve"),
+    ],
+)
+def test_ready_is_an_exit_status(more: Message, why: str, fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(**more)
+
+    said, as_json = ctl("ready"), ctl("ready", "--json")
+
+    if why:
+        assert said == Ended(3, "", f"socketprotectorctl: not ready: {why}\n")
+    else:
+        assert said == Ended(0, "ready: generation 8 serves\n", "")
+    assert as_json.status == said.status
+    assert json.loads(as_json.out) == {"ready": not why, "why": why or None}
+
+
+def test_what_is_unhealthy_is_not_ready_where_that_is_asked_for(fake: Fake, ctl: Ctl) -> None:
+    fake.status = status(health=health("unhealthy", "GET /: 500, gone"))
+
+    assert ctl("ready").status == 0
+    said = ctl("ready", "--health")
+    assert said == Ended(3, "", "socketprotectorctl: not ready: unhealthy: GET /: 500, gone\n")
+    fake.status = status(health=health("unknown"))
+    assert ctl("ready", "--health").status == 0
+
+
+def test_ready_of_none_is_status_1(folder: Path, ctl: Ctl) -> None:
+    assert ctl("ready").status == 1
+    assert ctl("--name", "web", "ready").status == 1
 
 
 def test_crashes(fake: Fake, ctl: Ctl) -> None:

@@ -128,6 +128,78 @@ def test_a_release_that_is_given_up_is_status_3_with_the_reason_and_the_last_wor
     )
 
 
+# -- a dry run -------------------------------------------------------------------------
+
+
+def test_a_dry_run_that_passes_is_status_0_once_what_was_tried_is_gone(
+    fake: Fake, ctl: Ctl
+) -> None:
+    def then(connection: Connection) -> None:
+        connection.event("dry-run", generation=9)
+        connection.event("spawned", generation=9, worker=15, pid=1)
+        connection.event("worker-ready", generation=9, worker=15)
+        fake.status["generations"].append(generation(9, "abandoned", worker(15)))
+        connection.event("dry-run-passed", generation=9)
+        threading.Timer(0.3, gone, [connection]).start()
+
+    def gone(connection: Connection) -> None:
+        del fake.status["generations"][-1]
+        connection.event("drained", generation=9)
+
+    reloading(fake, then)
+
+    assert ctl("reload", "--dry-run") == Ended(
+        0,
+        "would reload: generation 9 was ready, and is ended; generation 8 serves on\n",
+        "generation 9 is starting\nready 1/1\n",
+    )
+    assert {"command": "reload", "dry_run": True} in fake.asked
+    assert len(fake.status["generations"]) == 1
+
+
+def test_one_that_fails_is_status_3_as_its_reload_would_be(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        connection.event("reload-failed", generation=9, reason="not this")
+        connection.event(
+            "dry-run-failed", generation=9, reason="exited with status 1", last_words="no database"
+        )
+
+    reloading(fake, then)
+
+    said = ctl("reload", "--dry-run")
+
+    assert (said.status, said.out) == (3, "")
+    assert said.err == (
+        "socketprotectorctl: not ready to reload: generation 9 failed: exited with status 1; "
+        "generation 8 serves on\n  | no database\n"
+    )
+
+
+@pytest.mark.parametrize(("result", "status"), [("passed", 0), ("failed", 3)])
+def test_its_verdict_is_in_the_status_after_an_upgrade(
+    fake: Fake, ctl: Ctl, result: str, status: int
+) -> None:
+    def then(connection: Connection) -> None:
+        fake.status["dry_run"] = reload(9, result, "no" if status else "")
+        fake.status["reloads"] = [reload(10, "reloaded")]  # another one, meanwhile
+        connection.cut()
+
+    reloading(fake, then)
+
+    assert ctl("reload", "--dry-run").status == status
+
+
+def test_one_that_was_heard_is_not_requested_twice(fake: Fake, ctl: Ctl) -> None:
+    def heard(connection: Connection, asked: Message) -> None:
+        fake.status["dry_run"] = reload(9, "passed")
+        connection.cut()
+
+    fake.answers["reload"] = heard
+
+    assert ctl("reload", "--dry-run").status == 0
+    assert fake.commands().count("reload") == 1
+
+
 def test_what_became_of_an_earlier_reload_is_no_verdict(fake: Fake, ctl: Ctl) -> None:
     fake.status = status(
         generation(8, "serving", worker(14)), generation(9, "starting"), phase="reloading"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, field, replace
+
+import pytest
 
 from socketprotector.model.frozen import frozen
 
@@ -33,6 +35,29 @@ class _One:
     """A single field."""
 
     x: object
+
+
+@frozen
+class _Kept:
+    """A field whose default is made for each."""
+
+    kept: list[int] = field(default_factory=list)
+    x: int = 0
+
+
+def test_each_has_a_default_of_its_own_where_that_is_made() -> None:
+    one, other = _Kept(), _Kept(x=1)
+    one.kept.append(1)
+    assert (one.kept, other.kept, _Kept([2]).kept) == ([1], [], [2])
+
+
+@pytest.mark.parametrize(("values", "named"), [((), {}), ((1, 2, 3), {}), ((1,), {"z": 2})])
+def test_the_first_and_each_later_one_is_refused_where_the_fields_are_wrong(
+    values: tuple[int, ...], named: dict[str, int]
+) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"__init__\(\)"):
+            _Point(*values, **named)
 
 
 def test_values_of_one_class_are_equal_by_their_fields() -> None:

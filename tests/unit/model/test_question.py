@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from socketprotector.model.policy import Policy
-from socketprotector.model.question import Question, read
+from socketprotector.model.question import Question, read, read_health
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_which_policies_ask_and_which_are_ready_by_the_answer_alone() -> None:
         **dict.fromkeys(("accept", "http", "https"), alone),
         "any": beside,
     }
+
+
+def test_health_is_asked_the_same_and_by_a_command() -> None:
+    assert read_health("accept") == Question("accept")
+    assert read_health("http:/p=204") == Question("http", path="/p", status=204)
+    assert read_health("check:curl -f :/ x") == Question("check", path="curl -f :/ x")
+
+
+@pytest.mark.parametrize("text", ["", "check:", "check: ", "notify", "http:x", "after:1s"])
+def test_what_else_health_is_given_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="accept or check:COMMAND"):
+        read_health(text)

@@ -31,7 +31,13 @@ texts = st.text(
     max_size=8,
 )
 numbers = st.floats(allow_nan=False)
-identities = st.builds(Identity, user=texts, groups=st.lists(st.integers()).map(tuple))
+identities = st.builds(
+    Identity,
+    uid=st.integers(),
+    gid=st.integers(),
+    user=texts,
+    groups=st.lists(st.integers()).map(tuple),
+)
 whole = st.builds(
     Settings,
     name=texts,

@@ -33,6 +33,7 @@ class ConfigAnswer:
     settings: Settings | None = None
     listeners: dict[int, int] = field(default_factory=dict)  # place -> descriptor
     siblings: dict[int, int] = field(default_factory=dict)  # the same: see system/reuseport.py
+    reserved: dict[int, int] = field(default_factory=dict)  # the same: for a hold
     changes: tuple[str, ...] = ()
 
 
@@ -160,6 +161,7 @@ class ConfigReader:
             changes=self._lines("differences"),
             listeners=self._take_heard("listener "),
             siblings=self._take_heard("twin "),
+            reserved=self._take_heard("reserved "),
         )
 
     def _lines(self, name: str) -> tuple[str, ...]:
@@ -194,5 +196,6 @@ def _text(fd: int) -> str:
 
 def _discard_answer(answer: ConfigAnswer) -> None:
     """Close what came: it is waited for no more."""
-    for fd in (*answer.listeners.values(), *answer.siblings.values()):
-        os.close(fd)
+    for each in (answer.listeners, answer.siblings, answer.reserved):
+        for fd in each.values():
+            os.close(fd)

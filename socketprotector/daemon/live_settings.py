@@ -126,7 +126,14 @@ class LiveSettings:
             return
         shared = new.mode.workers_accept
         added = [
-            Listener(fd, n, new.listeners[n], shared=shared, sibling=answer.siblings.get(n, -1))
+            Listener(
+                fd,
+                n,
+                new.listeners[n],
+                shared=shared,
+                sibling=answer.siblings.get(n, -1),
+                reserved=answer.reserved.get(n, -1),
+            )
             for n, fd in answer.listeners.items()
         ]
         cannot = self._steering.hold.refusal(added) if self._steering.hold.on else None

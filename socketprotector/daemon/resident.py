@@ -13,7 +13,6 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from .. import __version__
@@ -457,10 +456,6 @@ def _listeners(
         for fd in (second, third):
             if fd >= 0:
                 os.close(fd)
-    for listener in made:
-        if listener.has_sibling and listener.can_be_held:
-            with suppress(OSError):  # then there is no hold, and that is said if one is asked for
-                listener.reserve()
     ours = [each for each in made if not shared and not each.settings.foreign]
     for listener in [each for each in ours if not each.listens]:
         made.remove(listener)  # an earlier program was about to close it

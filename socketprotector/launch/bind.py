@@ -12,6 +12,7 @@ import errno
 import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from ..model.errors import Refusal, SystemRefused, UsageError
@@ -124,6 +125,23 @@ def pair(bound: Sequence[Bound], notice: Callable[[str], None]) -> dict[int, Bou
         if sibling is not None:
             sibling.setblocking(os.get_blocking(each.socket.fileno()))
             found[place] = Bound(sibling, each.settings)
+    return found
+
+
+def reserve(bound: Iterable[Bound]) -> dict[int, Bound]:
+    """Bind what new clients come to during a hold; return it by index (daemon/listener_hold.py).
+
+    The caller owns it.  Where there is none, a hold says why.  Now, because later we may be another
+    user: who may not have a port below 1024, and can share no address with sockets of this user
+    (SO_REUSEPORT in socket(7)).
+    """
+    found = {}
+    for place, each in enumerate(bound):
+        if each.settings.foreign or each.socket.family == socket.AF_UNIX:
+            continue
+        with suppress(OSError):
+            third = reuseport.reserve(each.socket, each.socket.getsockname())
+            found[place] = Bound(third, each.settings)
     return found
 
 

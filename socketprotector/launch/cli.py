@@ -29,7 +29,7 @@ from . import (
     server_hints,
     stored_listeners,
 )
-from .bind import bind_all, discard_all, pair
+from .bind import bind_all, discard_all, pair, reserve
 from .bind_control import default_path
 from .resolve import OptionResolver, ParsedOptions
 from .start import launch
@@ -117,9 +117,11 @@ def _launch(asked: ParsedOptions) -> int:
             notify_dir.make(settings, notices.append, dry=True)
         elif settings.policy.workers_accept:
             siblings = pair(bound, notices.append)
-            bound += siblings.values()
+            reserved = reserve(bound)
+            bound += (*siblings.values(), *reserved.values())
             preflight.check_siblings(settings, siblings.keys())
             named |= {f"{inherited.SIBLING}{index}": each for index, each in siblings.items()}
+            named |= {f"{inherited.RESERVED}{index}": each for index, each in reserved.items()}
         here = check or not (settings.foreground and settings.log_file is None)
         terminal = os.isatty(STDERR)
         said = notices if here else []  # else its log has them, on the same terminal

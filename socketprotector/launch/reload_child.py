@@ -6,6 +6,7 @@ records, each with a descriptor:
 
     listener N    a socket that was added, bound and listening, and its index
     twin N        the second one of that address, if there is one
+    reserved N    a third one, which does not listen, if there is one
     differences   a memfd with what the new settings change, line by line (not `changes`: an older
                   resident process would take the reading for one that was only to say that)
     settings      a memfd with the new settings: the last one of a reload
@@ -26,7 +27,7 @@ from ..model.settings import ListenerSettings, Settings, dump, format_of, load
 from ..system import inherited
 from ..system.cleanup import on_error
 from . import preflight, server_hints
-from .bind import Bound, addresses_of, bind_all, discard_all, pair
+from .bind import Bound, addresses_of, bind_all, discard_all, pair, reserve
 from .cli import ask
 from .listen_spec import Listen
 from .resolve import ParsedOptions
@@ -86,10 +87,11 @@ def _answer(
         for index, each in enumerate(bound, added):
             _send(line, f"listener {index}", each.socket.fileno())
         if new.policy.workers_accept:
-            siblings = pair(bound, notices.append)
-            bound += siblings.values()
-            for index, each in siblings.items():
-                _send(line, f"twin {added + index}", each.socket.fileno())
+            siblings, reserved = pair(bound, notices.append), reserve(bound)
+            bound += (*siblings.values(), *reserved.values())
+            for kind, found in (("twin", siblings), ("reserved", reserved)):
+                for index, each in found.items():
+                    _send(line, f"{kind} {added + index}", each.socket.fileno())
         _send(line, "differences", _memfd("\n".join(changes(running, new)).encode()))
         new = replace(new, notices=tuple(notices))
         _send(line, "settings", _memfd(dump(new, form)))

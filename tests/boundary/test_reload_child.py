@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,29 @@ def test_it_answers_with_settings_and_the_listeners_that_were_added(
     with socket.socket(fileno=fd) as added:
         assert added.getsockname() == f"{tmp_path}/s"
         assert added.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+
+
+def test_where_workers_accept_each_address_has_three_sockets_of_which_two_listen(
+    loop: Loop, web: Web, tmp_path: Path
+) -> None:
+    """The third one is for a hold; a UNIX address has but one."""
+    web.says('handoff = "listener"\nlisten = "127.0.0.1:0"\n')
+    asked = cli.ask(["--config", str(web.path)])
+    assert asked is not None
+    running = replace(asked.settings, listeners=web.settings.listeners)
+    web.says(f'handoff = "listener"\nlisten = ["127.0.0.1:0", "127.0.0.2:0", "unix:{tmp_path}/s"]\n')
+
+    answer = read(loop, running)
+
+    assert answer.settings is not None, answer
+    assert [*answer.siblings] == [*answer.reserved] == [1]
+    found = [each[1] for each in (answer.listeners, answer.siblings, answer.reserved)]
+    with ExitStack() as stack:
+        stack.callback(os.close, answer.listeners[2])
+        sockets = [stack.enter_context(socket.socket(fileno=fd)) for fd in found]
+        assert len({each.getsockname() for each in sockets}) == 1
+        listens = [each.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for each in sockets]
+        assert listens == [1, 1, 0]
 
 
 def test_asked_only_what_would_change_it_binds_nothing(

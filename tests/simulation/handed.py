@@ -166,6 +166,7 @@ class Handed(World):
 
     def _choose(self, pick: Callable[[Any], Any]) -> Settings:
         self._seconds: dict[Listening, Listening] = {}
+        self._thirds: dict[Listening, Listening] = {}
         self._has_stopped = False  # an earlier program
         self._impatient = random.Random(f"clients {self.seed}").random() < 0.3
         self._tempted = 0
@@ -196,6 +197,9 @@ class Handed(World):
         second = self._seconds.get(self._listening[-1])
         if second is not None:
             found.siblings[index] = self.kernel.install(second)
+        third = self._thirds.get(self._listening[-1])
+        if third is not None:
+            found.reserved[index] = self.kernel.install(third)
         return its
 
     def _bind_one(
@@ -217,6 +221,8 @@ class Handed(World):
         elif kind in ("tcp", "tcp6", "zero"):
             one.port_zero = kind == "zero"
             self._seconds[one] = self._bind_second(one)
+        if one.address.by_number and not one.foreign:
+            self._thirds[one] = self._bind_third(one)
         return ListenerSettings(address, device=1 if inode else 0, inode=inode, foreign=one.foreign)
 
     def _bind_second(self, first: Listening) -> Listening:
@@ -229,12 +235,21 @@ class Handed(World):
         first.address.steered = 0
         return second
 
+    def _bind_third(self, first: Listening) -> Listening:
+        first.reuseport = True
+        third = Listening(first.address)
+        third.reuseport = True
+        third.bind(first.address)
+        return third
+
     def _to_give(self) -> dict[str, File]:
-        firsts = ((n, one) for n, one in enumerate(self._listening) if one in self._seconds)
-        return {
-            **super()._to_give(),
-            **{f"{inherited.SIBLING}{n}": self._seconds[one] for n, one in firsts},
-        }
+        found = super()._to_give()
+        for n, one in enumerate(self._listening):
+            if one in self._seconds:
+                found[f"{inherited.SIBLING}{n}"] = self._seconds[one]
+            if one in self._thirds:
+                found[f"{inherited.RESERVED}{n}"] = self._thirds[one]
+        return found
 
     # -- what the kernel asks --------------------------------------------------------
 

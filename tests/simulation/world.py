@@ -614,7 +614,7 @@ class World:
 
     def _add(self, index: int, pick: Callable[[Any], Any], found: ConfigAnswer) -> ListenerSettings:
         """Bind one more listener, maybe where one was that was removed.  Raises OSError."""
-        if len(self.kernel.files) + 2 > self.kernel.limit:
+        if len(self.kernel.files) + 3 > self.kernel.limit:
             raise failure(errno.EMFILE)
         its = self._bind_one(self._random.randrange(8), pick, self.ADDED)
         one = self._listening[-1]

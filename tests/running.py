@@ -133,8 +133,14 @@ class Lines:
 
     def wait_for(self, pattern: str, *, after: int = 0, deadline_s: float = DEADLINE_S) -> str:
         """Return the first line, from index `after` on, in which the pattern is found."""
+        found = self.look_for(pattern, after=after, within_s=deadline_s)
+        assert found is not None, f"no line like {pattern!r} in:\n{self.text()}"
+        return found
+
+    def look_for(self, pattern: str, *, after: int = 0, within_s: float) -> str | None:
+        """Return that line as soon as it is there; None: it did not come in that time."""
         wanted = re.compile(pattern)
-        until = time.monotonic() + deadline_s
+        until = time.monotonic() + within_s
         at = after
         with self._news:
             while True:
@@ -145,7 +151,7 @@ class Lines:
                 at = max(after, len(seen))
                 left = until - time.monotonic()
                 if self._ended or left <= 0:
-                    raise AssertionError(f"no line like {pattern!r} in:\n{self.text()}")
+                    return None
                 self._news.wait(left)
 
     def count(self, pattern: str) -> int:

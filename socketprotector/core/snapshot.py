@@ -17,6 +17,7 @@ from ..model.records import (
     Counts,
     ForwarderRecord,
     GenerationRecord,
+    HoldRecord,
     Program,
     RunRecord,
     SettingsRecord,
@@ -56,7 +57,7 @@ CLASSES = (
     *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop),
     *(Worker, Retire, WorkerSignal, Signal, UseSettings),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
-    *(SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
+    *(HoldRecord, SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,
 )
 #: Classes and fields (`Class`, `Class.field`) that an older program calls otherwise.

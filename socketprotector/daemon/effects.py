@@ -418,7 +418,9 @@ class Effects:
         if not again:
             generation.update_record(serving_since=time.monotonic(), served_at=time.time())
         self.forwarder.route_to(generation.channel)
-        self.steering.turn_to(generation.record.socket_number, again=again)
+        self.steering.turn_to(
+            generation.record.socket_number, again=again, knows=generation.channel.knows_of
+        )
         self._log.write("info", "route", generation=number)
         self.health.serves(generation)
 

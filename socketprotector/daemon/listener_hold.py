@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from ..system.listener import Listener
+from ..model.records import HoldRecord
+from ..system.listener import SCARCE, Listener
 
 #: A client tries again after as long as it has tried, and a second; for those that have tried for
 #: longer than this a stop does not stay open.
@@ -23,23 +24,29 @@ class ListenerHold:
     """Whether there is one, and who may still be trying after it."""
 
     listeners: Callable[[], Sequence[Listener]]
-    on: bool = False
-    _began_at: float = 0.0
-    _tried_until: float = 0.0
+    #: What another program would have to know.
+    record: HoldRecord = field(default_factory=HoldRecord)
+
+    @property
+    def on(self) -> bool:
+        """Whether there is one."""
+        return self.record.began_at > 0.0
 
     def turn(self, on: bool) -> None:
         """Begin or end it; to be told to the kernel."""
-        now = time.monotonic()
+        now, tried_until = time.monotonic(), self.record.tried_until
         if on and not self.on:
-            self._began_at = now
-        elif self.on and not on and any(each.can_be_held for each in self.listeners()):
-            self._tried_until = now + min(now - self._began_at + 1.0, _LAST_S)
-        self.on = on
+            self.record = HoldRecord(now, tried_until)
+        elif self.on and not on:
+            if any(each.can_be_held for each in self.listeners()):
+                its_s = min(now - self.record.began_at + 1.0, _LAST_S)
+                tried_until = max(tried_until, now + its_s)
+            self.record = HoldRecord(tried_until=tried_until)
 
     @property
     def late_s(self) -> float:
         """For how long clients that it has kept out may come yet."""
-        return max(0.0, self._tried_until - time.monotonic())
+        return max(0.0, self.record.tried_until - time.monotonic())
 
     def cannot(self) -> str | None:
         """Say why there can be none; None: there can."""
@@ -50,7 +57,9 @@ class ListenerHold:
                 if each.can_be_held:
                     each.reserve()
             except OSError as error:
-                return f"{each.settings.address}: {error.strerror}"
+                why = f"{each.settings.address}: {error.strerror}"
+                # Else it would have been bound at the start, maybe by another user.
+                return why if error.errno in SCARCE else f"{why}; possible after a restart"
         return refused
 
     def refusal(self, listeners: Iterable[Listener]) -> str | None:

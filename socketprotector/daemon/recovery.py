@@ -48,7 +48,7 @@ class Recovery:
         """
         effects, snapshot = self.effects, self.snapshot
         effects.flags.adopt(snapshot.nonblocking)  # first: a worker may be about to accept
-        effects.steering.adopt_record(snapshot.steering)
+        effects.steering.adopt_record(snapshot.steering, held=snapshot.fleet.held)
         if snapshot.fleet.stopping and not effects.they_stay:  # what is shut down, we may have
             effects.steering.end()
         broken = self._adopt_generations()

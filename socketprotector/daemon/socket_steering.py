@@ -129,7 +129,8 @@ class SocketSteering:
         #: Those that were told to finish and live on: the socket, and when.
         self._leaving: dict[int, tuple[int, float]] = {}
         self._quiescing: dict[int, _Quiescing] = {}
-        self._expected: dict[int, int] = {}  # new listeners: which socket the next generation has
+        #: Listeners that the generation whose turn it is does not know: where their clients wait.
+        self._expected: dict[int, int] = {}
         self._steered = True  # the kernel knows the current one
         self._as_held = True  # and who is to get no answer
         self.hold = ListenerHold(listeners)
@@ -289,14 +290,24 @@ class SocketSteering:
 
         dry_run: that is to get none, so to the socket where they will never be accepted.
         """
-        if not dry_run:
-            self._expected[listener.index] = self.free
+        self._expected[listener.index] = self.current if dry_run else self.free
         self._steer()
 
-    def turn_to(self, socket_number: int, *, again: bool = False) -> None:
-        """Have new clients come to socket 0 or 1.  again: its generation had its turn before."""
+    def turn_to(
+        self,
+        socket_number: int,
+        *,
+        again: bool = False,
+        knows: Callable[[int], bool] = lambda index: False,
+    ) -> None:
+        """Have new clients come to socket 0 or 1.
+
+        again: its generation had its turn before.  knows: whether it knows a listener, by index.
+        """
         self._asked.clear()  # from now on clients come there
-        self._expected.clear()
+        there = {each.index for each in self._listeners()}
+        for index in [each for each in self._expected if each not in there or knows(each)]:
+            del self._expected[index]
         self.current = socket_number
         self._steer()
         self._watch()
@@ -305,12 +316,36 @@ class SocketSteering:
 
     def record(self) -> SteeringRecord:
         """Return what another program would have to know."""
-        return SteeringRecord(self.current, tuple(self.unserved))
+        return SteeringRecord(
+            self.current,
+            tuple(self.unserved),
+            tuple(self._expected.items()),
+            tuple((generation, *its) for generation, its in self._leaving.items()),
+            self.hold.record,
+        )
 
-    def adopt_record(self, record: SteeringRecord) -> None:
-        """Go on with what an earlier program had told the kernel."""
+    def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
+        """Go on with what an earlier program had told the kernel.
+
+        held: there is to be a hold, which it may not have come to begin, or to end.
+        """
         self.current = record.socket_number
         self.unserved = frozenset(record.unserved)
+        self._expected = dict(record.expected)
+        self._leaving = {generation: (its, at) for generation, its, at in record.leaving}
+        if record.hold is not None:
+            self.hold.record = record.hold
+        else:
+            self._end_older_hold()
+        if not held:
+            self.hold.turn(on=False)
+
+    def _end_older_hold(self) -> None:
+        """Have all sockets answer: it went by what now only the third one of each address does."""
+        for each in self._shared:
+            for one in () if each.settings.foreign else each.sockets:
+                with suppress(OSError):
+                    reuseport.answer_all(one)
 
     def quiesce(self, generation: int, *, reads_on: bool = False) -> None:
         """Say when a generation whose turn is over has accepted and read from all its clients.
@@ -389,8 +424,7 @@ class SocketSteering:
         not_held: OSError | None = None
         for each in self._listeners():
             try:
-                socket_number = self._expected.get(each.index, self.current)
-                not_held = self._steer_one(each, socket_number) or not_held
+                not_held = self._steer_one(each, self._number_for(each)) or not_held
             except OSError as error:
                 not_steered = error
         if not_steered is not None and self._steered:
@@ -402,6 +436,10 @@ class SocketSteering:
             self._loop.cancel("steer")
         else:
             self._loop.call_after("steer", _STEER_AGAIN_S, self._steer)
+
+    def _number_for(self, listener: Listener) -> int:
+        """Return to which of its sockets new clients come, or after a hold."""
+        return self._expected.get(listener.index, self.current)
 
     def _steer_one(self, listener: Listener, socket_number: int) -> OSError | None:
         """Have new clients come to one of its sockets, or during a hold get no answer.
@@ -565,7 +603,7 @@ class SocketSteering:
         }
         if not there:
             # While no generation accepts at all, or where the next one will, clients wait for that.
-            return not self._accepting or number == self.current
+            return not self._accepting or number == self._number_for(listener)
         return any((generation, listener.index) not in self.unserved for generation in there)
 
     def _watch(self) -> None:
@@ -608,7 +646,8 @@ class SocketSteering:
 
     def _lines_of(self, in_vain: Sequence[tuple[Listener, int]]) -> list[tuple[Listener, int]]:
         """Return the sockets that new clients are steered to and workers accept from."""
-        found = [(each, self.current % len(each.sockets)) for each in self._shared]
+        known = [each for each in self._shared if each.index not in self._expected]
+        found = [(each, self.current % len(each.sockets)) for each in known]
         return [each for each in found if each not in in_vain]
 
     def _lines(self) -> dict[int, Line]:

@@ -115,11 +115,22 @@ class ForwarderRecord:
 
 
 @frozen
+class HoldRecord:
+    """A hold where workers accept, and those that it has kept out."""
+
+    began_at: float = 0.0  # 0: there is none
+    tried_until: float = 0.0  # clients of this one, or of one before, try to connect until then
+
+
+@frozen
 class SteeringRecord:
     """Which socket of each address gets new clients, and which generations lack one."""
 
     socket_number: int = 0
     unserved: tuple[tuple[int, int], ...] = ()  # a generation, and a listener without its socket
+    expected: tuple[tuple[int, int], ...] = ()  # a listener of a candidate, and where its clients go
+    leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
+    hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
 
 
 @frozen

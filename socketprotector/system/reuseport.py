@@ -221,9 +221,10 @@ def _bind_beside(one: socket.socket, address: tuple[str, int]) -> socket.socket:
 def reset(listening: socket.socket) -> None:
     """Take away what a server may have left that would harm the one that accepts after it.
 
-    What let_in() does; and time-outs and linger, which accepted connections inherit.
-    Raises OSError.
+    What let_in() does; time-outs and linger, which accepted connections inherit; and how much TTL
+    packets must have left, which keeps clients out, too.  Raises OSError.
     """
+    answer_all(listening)
     for option, value in _HARMLESS:
         listening.setsockopt(socket.SOL_SOCKET, option, value)
     let_in(listening)
@@ -238,6 +239,19 @@ def let_in(listening: socket.socket) -> None:
         listening.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, 0)
     with suppress(FileNotFoundError):  # there is none
         listening.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
+
+
+def answer_all(listening: socket.socket) -> None:
+    """Undo what has it drop what clients begin with, as that of silence().  Raises OSError."""
+    for level, option in _least_ttl(listening):
+        listening.setsockopt(level, option, 0)
+
+
+def _least_ttl(one: socket.socket) -> Sequence[tuple[int, int]]:
+    """Return the options that say how much TTL packets must have left, for each protocol."""
+    if one.family == socket.AF_INET6:  # which takes clients of IPv4, too
+        return (socket.IPPROTO_IP, IP_MINTTL), (socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT)
+    return ((socket.IPPROTO_IP, IP_MINTTL),) if one.family == socket.AF_INET else ()
 
 
 def reapply_options(used: socket.socket, fresh: socket.socket) -> None:
@@ -356,9 +370,8 @@ def silence(reserved: socket.socket) -> None:
     It drops what clients begin with, so their kernels try again.  Source: IP_MINTTL in ip(7),
     tcp_v4_rcv() in tcp_ipv4.c; sk_acceptq_is_full() in sock.h for those that are let in by that.
     """
-    reserved.setsockopt(socket.IPPROTO_IP, IP_MINTTL, _MOST_TTL)  # IPv6 sockets take IPv4, too
-    if reserved.family == socket.AF_INET6:
-        reserved.setsockopt(socket.IPPROTO_IPV6, IPV6_MINHOPCOUNT, _MOST_TTL)
+    for level, option in _least_ttl(reserved):
+        reserved.setsockopt(level, option, _MOST_TTL)
     reserved.listen(0)
 
 

@@ -350,6 +350,22 @@ def test_it_takes_no_privilege_to_have_clients_try_again_later(
     _without_privileges(hold)
 
 
+@pytest.mark.parametrize(("family", "host", "both", "hosts"), KINDS)
+def test_no_generation_begins_with_a_socket_that_an_earlier_one_has_silenced(
+    family: int, host: str, both: bool, hosts: tuple[str, ...]
+) -> None:
+    with listening(family, host, both=both) as one:
+        reuseport.silence(one)  # as any process can that has it
+        with ExitStack() as clients:
+            places = [(each, one.getsockname()[1]) for each in hosts]
+            waiting = [clients.enter_context(Unanswered(each)) for each in places]
+            for each in waiting:
+                each.tries_again()
+            reuseport.reset(one)
+            for each in waiting:
+                each.connects()
+
+
 @pytest.mark.parametrize("left", [(0,), (1,), (0, 1)])
 def test_without_the_silent_one_clients_come_to_those_that_are_left(
     first: socket.socket, left: tuple[int, ...]

@@ -16,6 +16,7 @@ import pytest
 
 from socketprotector.core.events import Event, Quiesced, Stranded
 from socketprotector.daemon import socket_steering as module
+from socketprotector.daemon.queue_watch import NEVER_TAKEN_S
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.socket_steering import (
     FIRST_RESCUE_S,
@@ -25,6 +26,7 @@ from socketprotector.daemon.socket_steering import (
     SILENT_S,
     SocketSteering,
 )
+from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
 from socketprotector.system.listener import Listener
@@ -80,13 +82,41 @@ class World:
         self.listener = Listener(fds[0], 0, settings, shared=True, sibling=fds[1])
         self.listeners = [self.listener]
         self.clients: list[socket.socket] = []
-        self.steering = SocketSteering(
+        self.steering = self._made()
+
+    def _made(self) -> SocketSteering:
+        return SocketSteering(
             lambda: self.listeners,
             Runtime(self.loop, cast("Any", self.log), self.post, lambda: True),
             bound=self.bound.append,
             lost=lambda listener, why: self.lost.append(listener),
             untaken=lambda *said: self.untaken.append(said),
         )
+
+    def resume(
+        self, *accepting: tuple[int, int], held: bool = False, record: SteeringRecord | None = None
+    ) -> None:
+        """Have another program go on, with generations and their sockets; the first one serves.
+
+        record: of the program before, if that was an older one.
+        """
+        before, self.steering = self.steering, self._made()
+        self.steering.adopt_record(record or before.record(), held=held)
+        for generation, socket_number in accepting:
+            self.steering.adopt(generation, socket_number)
+        if held:
+            self.steering.turn_hold(True)
+        for _, socket_number in accepting[:1]:
+            self.steering.turn_to(socket_number, again=True)
+
+    def add(self) -> Listener:
+        """Another listener, with one socket for all generations."""
+        made = socket.socket(socket.AF_UNIX)
+        made.bind("")
+        made.listen()
+        address = f"unix:@{made.getsockname()[1:].decode()}"
+        self.listeners.append(Listener(made.detach(), 1, ListenerSettings(address), shared=True))
+        return self.listeners[-1]
 
     def ask(self, family: int, port: int, *, accepted: bool) -> dict[bytes, bool]:
         self.asked += 1
@@ -530,6 +560,49 @@ def test_and_where_no_worker_accepts_if_that_is_only_tried(world: World) -> None
     assert world.waiting() == [0] == [world.steering.current]
 
 
+def test_another_program_steers_the_clients_of_a_new_listener_as_the_one_before(
+    world: World,
+) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.expect(world.listener, dry_run=False)
+    world.steering.enter(2, 1)
+
+    world.resume((1, 0), (2, 1))
+    world.connect()
+    assert world.waiting() == [1]
+
+    world.steering.turn_to(1, knows=lambda index: True)
+    world.steering.enter(3, 0)
+    world.steering.turn_to(0, knows=lambda index: True)  # and a later one gets the others
+    world.connect()
+    assert world.waiting() == [0, 1]
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_clients_that_wait_for_one_that_is_to_know_their_listener_are_none_that_it_neglects(
+    world: World, dry_run: bool
+) -> None:
+    """Neither is another generation started for them."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    for each in (world.listener, world.add()):
+        world.steering.expect(each, dry_run=dry_run)
+    world.connect()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect("\0" + world.listeners[1].settings.address.removeprefix("unix:@"))
+        world.pass_time(2 * NEVER_TAKEN_S)
+        assert (world.untaken, world.stranded, world.log.events) == ([], 0, [])
+
+        world.steering.enter(2, 1)
+        world.pass_time(2 * NEVER_TAKEN_S)
+        assert (world.untaken, world.stranded, world.log.events) == ([], 0, [])
+
+        world.steering.turn_to(1, knows=lambda index: True)  # it does neglect them
+        world.pass_time(2 * NEVER_TAKEN_S)
+        assert [said[1] for said in world.untaken] == [1 if dry_run else 2]
+
+
 # -- a socket that was shut down ---------------------------------------------------------
 
 
@@ -891,6 +964,19 @@ def test_none_is_asked_while_one_before_it_may_answer_in_its_place(reloaded: Wor
     way.close()
 
 
+def test_nor_by_another_program(reloaded: World) -> None:
+    left(reloaded)
+    reloaded.resume((2, 1), (3, 0))
+    with pytest.raises(BlockingIOError, match="may still accept"):
+        reloaded.steering.ask(3, "")
+
+    reloaded.now += LEAVES_S
+    way = reloaded.steering.ask(3, "")
+
+    assert way is not None
+    way.close()
+
+
 def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
     steering = left(reloaded)
     steering.gone(1)
@@ -1091,7 +1177,7 @@ def test_another_program_ends_a_hold_of_which_it_knows_no_more(
         lost=lambda listener, why: None,
         untaken=lambda *said: None,
     )
-    other.adopt_record(reloaded.steering.record())
+    other.adopt_record(reloaded.steering.record(), held=False)
     reloaded.listener = listener
 
     other.turn_to(0, again=True)
@@ -1263,6 +1349,55 @@ def test_those_that_tried_meanwhile_may_come_for_as_long_again_and_a_second(
     reloaded.now += 3600.0
     on_hold(reloaded, False)
     assert hold.late_s == pytest.approx(10.0)
+
+
+def test_a_shorter_hold_takes_no_time_from_those_that_tried_during_one_before(
+    reloaded: World,
+) -> None:
+    for seconds in (8.0, 0.5):
+        on_hold(reloaded)
+        reloaded.now += seconds
+        on_hold(reloaded, False)
+    assert reloaded.steering.hold.late_s == pytest.approx(9.0 - 0.5)
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_another_program_knows_for_how_long_they_have_tried(reloaded: World, held: bool) -> None:
+    """held: the one before did not come to end it."""
+    on_hold(reloaded)
+    reloaded.now += 4.0
+    if held:
+        reloaded.resume((1, 0), held=True)
+        reloaded.now += 2.0
+        on_hold(reloaded, False)
+        assert reloaded.steering.hold.late_s == pytest.approx(7.0)
+        reloaded.now += 1.0
+    reloaded.resume((1, 0))
+    assert not reloaded.steering.holds
+    assert reloaded.steering.hold.late_s == pytest.approx(6.0 if held else 5.0)
+
+
+@pytest.mark.parametrize("silenced", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_hold_of_an_older_program_ends_with_it(
+    reloaded: World, silenced: tuple[int, ...], held: bool
+) -> None:
+    """That silenced the sockets of workers.  held: this one is to go on with it."""
+    for number in silenced:
+        one = reloaded.listener.socket_for(number)
+        one.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 255)
+    reloaded.steering.turn_to(silenced[0])
+    with Unanswered(reloaded.listener.socket.getsockname()) as late:
+        late.tries_again()
+        reloaded.resume((1, 0), (2, 1), held=held, record=SteeringRecord(0))
+        if held:
+            assert there_are(reloaded) == 3
+            on_hold(reloaded, False)
+        late.connects()
+    assert reloaded.waiting() == [0]
+    supersede(reloaded)
+    reloaded.connect()
+    assert reloaded.waiting() == [0, 1]
 
 
 def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_through(

@@ -531,12 +531,14 @@ def test_a_hold_ends_with_its_time(operated: Operating) -> None:
 
 
 def test_a_stop_lets_those_in_that_a_hold_has_kept_out(operated: Operating) -> None:
+    """Also when the protector is replaced meanwhile."""
     daemon = operated(*MODE, *FAST, command=SERVER)
     daemon.line().ask("hold", seconds=3600)
     with Unanswered(daemon.address) as late:
         late.tries_again()
         mark = daemon.daemon.signal(signal.SIGTERM)
         daemon.daemon.log.wait_for("event=stopping", after=mark)
+        assert "adopted" in upgrade(daemon.daemon)
         late.connects()
         late.say("hello")
         assert late.hear().endswith(" hello")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -255,9 +254,9 @@ def test_a_release_that_never_serves_gets_no_client(served_by: Starter, tmp_path
     mark = daemon.signal(signal.SIGHUP)
     spawned(daemon, 2)
     pids = set()
-    while not any("event=reload-failed" in line for line in daemon.log.seen[mark:]):
+    # Within that time, so that asking does not take a whole processor.
+    while not daemon.log.look_for("event=reload-failed", after=mark, within_s=0.01):
         pids.add(pid_in(ask(here(daemon))))
-        time.sleep(0.01)  # so that asking does not take a whole processor
 
     assert pids == {spawned(daemon, 1)[0]}
     release.becomes(*SERVER)
@@ -290,6 +289,7 @@ def test_another_protector_resumes_with_one_that_quiesces(protector: Starter, ho
 def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it(
     protector: Starter, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
+    """Also when the protector is replaced meanwhile."""
     gate, config, port = Gate(tmp_path / "gate"), tmp_path / "web.toml", free_port()
 
     def write(listen: str, command: tuple[str, ...]) -> None:
@@ -305,9 +305,11 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     write(f'"127.0.0.1:0", "127.0.0.1:{port}"', (*SERVER, "--gate", str(gate.path)))
     mark = daemon.signal(signal.SIGHUP)
     new = spawned(daemon, 2)[0]
-    with Client(("127.0.0.1", port), "hello") as client:
-        gate.open()
-        assert pid_in(client.hear()) == new
+    with Client(("127.0.0.1", port), "hello") as early:
+        assert "adopted" in upgrade(daemon)
+        with Client(("127.0.0.1", port), "hello") as late:
+            gate.open()
+            assert [pid_in(each.hear()) for each in (early, late)] == [new, new]
     daemon.log.wait_for("event=reloaded", after=mark)
     assert pid_in(ask(("127.0.0.1", port))) == new
     assert wait_gone(spawned(daemon, 1)) == []

@@ -8,8 +8,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 from socketprotector.system import reuseport
 
@@ -47,11 +45,12 @@ def accepted(listening: socket.socket) -> int:
         count += 1
 
 
-with subprocess.Popen(["unshare", "--net", "sleep", "1000"]) as other:
+STAYS = ("unshare", "--net", "sh", "-c", "echo; exec sleep 1000")
+
+with subprocess.Popen(STAYS, stdout=subprocess.PIPE) as other:
     try:
-        own = Path("/proc/self/ns/net").readlink()
-        while Path(f"/proc/{other.pid}/ns/net").readlink() == own:
-            time.sleep(0.01)
+        assert other.stdout is not None
+        other.stdout.readline()  # now it is there
         there = ("nsenter", "--target", other.pid, "--net")
         run(
             "ip", "link", "add", "here", "type", "veth", "peer", "name", "there", "netns", other.pid

@@ -3,9 +3,8 @@
 Each address has two sockets, 0 and 1, in one SO_REUSEPORT group (system/reuseport.py).  Of two
 generations that follow each other each has its own.  A program in the kernel steers new clients to
 the current generation, as soon as it is ready.  So the generation before it gets
-no new clients: it quiesces, which means that it accepts the clients in its own backlog and reads
-their first bytes, before it is told to finish.  A server that is told earlier closes connections
-that it has just accepted.
+no new clients: it quiesces (quiescing.py) before it is told to finish.  A server that is told
+earlier closes connections that it has just accepted.
 
 A listener without a second socket is common to both generations.
 
@@ -23,7 +22,6 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 from ..core.events import Quiesced, Stranded
@@ -31,23 +29,13 @@ from ..model.records import SteeringRecord
 from ..system import reuseport
 from ..system.listener import SCARCE, Listener
 from ..system.loop import READ, SHUT
-from ..system.sock_diag import Line, end_of, handshakes, is_waiting, unaccepted, unread
-from .accept_watch import ASKING_SHARE, AcceptWatch
+from ..system.sock_diag import Line, end_of, is_waiting, unaccepted
+from .accept_watch import AcceptWatch
 from .listener_hold import ListenerHold
 from .probe_port import Way, family_of
+from .quiescing import Quiescing
 from .runtime import Runtime
 
-_LOOK_S = 0.1
-#: The same where the workers read from all that they have accepted before they leave: only those
-#: who are about to connect are waited for.
-_LOOK_SOON_S = 0.01
-_SOON_LOOKS = 2
-#: For how long all clients that had come must have been read from.
-QUIET_S = 1.0
-#: How long to wait for clients that have connected and send nothing.
-SILENT_S = 3.0
-#: After that long a generation is told to finish even if it has not read from all of them.
-LAST_S = 10.0
 #: What is told to finish may accept for that long: gunicorn's threads look around once a second.
 LEAVES_S = 2.0
 _STEER_AGAIN_S = 0.5
@@ -60,21 +48,6 @@ _MEND = "steering-mend"
 _MEND_AGAIN_S = 0.1
 #: Another socket cannot be had now, and can be later.
 _LATER = SCARCE | {errno.EBUSY}
-
-
-@dataclass(slots=True, repr=False, eq=False)
-class _Quiescing:
-    """A generation that gets no new clients any more."""
-
-    began: float
-    over: Callable[[], None]
-    # Counted in looks, not seconds: while the machine was suspended no worker could read.
-    looks: int = 0
-    quiet_looks: int = 0
-    common: Sequence[Listener] = ()  # without a second socket, and maybe with a backlog
-    reads_on: bool = False  # told to finish, its workers read from all that they have accepted
-    # Clients that had come before, and whether each is silent; None: yet to be asked for.
-    unread: dict[tuple[int, bytes], bool] | None = None
 
 
 def _waits(listening: socket.socket, address: tuple[str, int], client: socket.socket) -> bool:
@@ -128,7 +101,7 @@ class SocketSteering:
         self._accepting: dict[int, int] = {}  # generation -> socket number
         #: Those that were told to finish and live on: the socket, and when.
         self._leaving: dict[int, tuple[int, float]] = {}
-        self._quiescing: dict[int, _Quiescing] = {}
+        self._quiescing = Quiescing(runtime, own=self._own, still_come=self._still_come)
         #: Listeners that the generation whose turn it is does not know: where their clients wait.
         self._expected: dict[int, int] = {}
         self._steered = True  # the kernel knows the current one
@@ -267,8 +240,7 @@ class SocketSteering:
         if socket_number is not None and socket_number not in self._accepting.values():
             self._discard_questions([each.socket_for(socket_number) for each in self._pairs])
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
-        if self._quiescing.pop(generation, None) is not None:
-            self._loop.cancel(("quiesce", generation))
+        self._quiescing.end(generation)
         self._watch()
 
     def _discard_questions(self, sockets: Sequence[socket.socket]) -> None:
@@ -356,7 +328,7 @@ class SocketSteering:
             self._post(Quiesced(generation))
             return
         over = partial(self._post, Quiesced(generation))
-        self._begin(generation, _Quiescing(time.monotonic(), over, reads_on=reads_on))
+        self._quiescing.begin(generation, self._accepting[generation], over, reads_on=reads_on)
 
     def quiesce_last(self, generation: int, over: Callable[[], None]) -> None:
         """Call back when the last generation has accepted all that came to it before.
@@ -367,10 +339,9 @@ class SocketSteering:
         self.give_back()
         socket_number = self._accepting.get(generation, 0)
         common = [each for each in self._shared if not each.has_sibling]
-        quiescing = _Quiescing(time.monotonic(), over, common=common)
         self.accept_watch.end()
         if generation in self._accepting and (self._own(socket_number) or common):
-            self._begin(generation, quiescing)
+            self._quiescing.begin(generation, socket_number, over, common=common)
         else:
             over()
 
@@ -390,17 +361,16 @@ class SocketSteering:
         owners = self._given_back and socket_number == 0
         return [each for each in self._pairs if not (owners and each.settings.foreign)]
 
-    def _begin(self, generation: int, quiescing: _Quiescing) -> None:
-        self._quiescing[generation] = quiescing
-        self._look(generation)
+    def _still_come(self, generation: int) -> bool:
+        """Say whether new clients come to it, or have until now.
 
-    def _yield(self, generation: int) -> bool:
-        """Have new clients wait at a socket from which no worker accepts, if there is one."""
+        They wait at a socket from which no worker accepts, if there is one.
+        """
         socket_number = self._accepting[generation]
         if socket_number == self.current and 1 - socket_number not in self._accepting.values():
             self.turn_to(1 - socket_number)  # where they wait for a generation that is yet to come
             return True
-        return False
+        return not self._steered
 
     def end(self) -> None:
         """The listeners are about to be closed: what is shut down now may stay so."""
@@ -458,71 +428,6 @@ class SocketSteering:
                 return None
         listener.steer(socket_number, self._questions)
         return not_held
-
-    # -- the one before ------------------------------------------------------------
-
-    def _look(self, generation: int) -> None:
-        quiescing, socket_number = self._quiescing[generation], self._accepting[generation]
-        now = time.monotonic()
-        turned = self._yield(generation)  # first: who comes after that is not among these
-        quiescing.common = [each for each in quiescing.common if each.has_waiting()]
-        own = self._own(socket_number)
-        waiting = any(each.has_waiting(socket_number) for each in own) or bool(quiescing.common)
-        if not self._steered or turned:  # they still come here, or have
-            quiescing.began, quiescing.looks, quiescing.unread = now, 0, None
-        unread = quiescing.unread
-        if unread is None:
-            # sock_diag knows the port, not the socket: it counts clients of the other one, too.
-            # Of these only accepted ones matter: a backlog there is the other generation's.
-            unread = self._ask(quiescing, own, accepted=not waiting)
-        elif unread and (still := self._ask(quiescing, own, accepted=not waiting)) is not None:
-            unread = {client: still[client] for client in unread if client in still}
-        quiescing.unread = unread
-        quiescing.looks += 1
-        quiescing.quiet_looks += 1
-        if waiting or not self._steered or unread is None or not all(unread.values()):
-            quiescing.quiet_looks = 0
-        if quiescing.reads_on:
-            quiet = quiescing.quiet_looks >= _SOON_LOOKS
-        else:
-            quiet = quiescing.quiet_looks * _LOOK_S > QUIET_S
-        awaited = unread and quiescing.looks * _LOOK_S < SILENT_S
-        late = now - quiescing.began >= LAST_S
-        if late or (quiet and not awaited):
-            if waiting:
-                hint = "its workers do not accept; the next generation gets what waits"
-                self._log.write("warning", "not-taken", generation=generation, hint=hint)
-            del self._quiescing[generation]
-            quiescing.over()
-            return
-        asking_s = time.monotonic() - now
-        look_s = _LOOK_SOON_S if quiescing.reads_on else _LOOK_S
-        delay_s = max(look_s, asking_s / ASKING_SHARE)
-        self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
-
-    def _ask(
-        self, quiescing: _Quiescing, pairs: Sequence[Listener], *, accepted: bool
-    ) -> dict[tuple[int, bytes], bool] | None:
-        """Return the clients at these addresses that were not read from, and whether each is
-        silent; none where the kernel does not tell.
-
-        accepted: without those in a backlog.  Of one that reads on, those about to connect.
-
-        None where it could not be asked just now.
-        """
-        found: dict[tuple[int, bytes], bool] = {}
-        for each in pairs:
-            try:
-                if quiescing.reads_on:
-                    known = dict.fromkeys(handshakes(each.socket.family, each.port), False)
-                else:
-                    known = unread(each.socket.family, each.port, accepted=accepted)
-            except OSError as error:
-                if error.errno in SCARCE:
-                    return None
-                continue  # sock_diag is not there: QUIET_S is far longer than most take
-            found.update(((each.index, client), silent) for client, silent in known.items())
-        return found
 
     # -- a socket that was shut down ---------------------------------------------------
 

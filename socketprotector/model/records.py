@@ -128,7 +128,9 @@ class SteeringRecord:
 
     socket_number: int = 0
     unserved: tuple[tuple[int, int], ...] = ()  # a generation, and a listener without its socket
-    expected: tuple[tuple[int, int], ...] = ()  # a listener of a candidate, and where its clients go
+    expected: tuple[
+        tuple[int, int], ...
+    ] = ()  # a listener of a candidate, and where its clients go
     leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
     hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
 

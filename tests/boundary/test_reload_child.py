@@ -102,7 +102,9 @@ def test_where_workers_accept_each_address_has_three_sockets_of_which_two_listen
     asked = cli.ask(["--config", str(web.path)])
     assert asked is not None
     running = replace(asked.settings, listeners=web.settings.listeners)
-    web.says(f'handoff = "listener"\nlisten = ["127.0.0.1:0", "127.0.0.2:0", "unix:{tmp_path}/s"]\n')
+    web.says(
+        f'handoff = "listener"\nlisten = ["127.0.0.1:0", "127.0.0.2:0", "unix:{tmp_path}/s"]\n'
+    )
 
     answer = read(loop, running)
 

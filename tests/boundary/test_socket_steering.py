@@ -15,17 +15,11 @@ from typing import Any, cast
 import pytest
 
 from socketprotector.core.events import Event, Quiesced, Stranded
-from socketprotector.daemon import socket_steering as module
+from socketprotector.daemon import quiescing, socket_steering
 from socketprotector.daemon.queue_watch import NEVER_TAKEN_S
+from socketprotector.daemon.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.runtime import Runtime
-from socketprotector.daemon.socket_steering import (
-    FIRST_RESCUE_S,
-    LAST_S,
-    LEAVES_S,
-    QUIET_S,
-    SILENT_S,
-    SocketSteering,
-)
+from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, SocketSteering
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
@@ -65,8 +59,8 @@ class World:
         self.lost: list[Listener] = []
         self.untaken: list[tuple[float, int, bool, str]] = []
         self.shaking: set[bytes] = set()  # clients who are about to connect
-        monkeypatch.setattr(module, "unread", self.ask)
-        monkeypatch.setattr(module, "handshakes", lambda *_: frozenset(self.shaking))
+        monkeypatch.setattr(quiescing, "unread", self.ask)
+        monkeypatch.setattr(quiescing, "handshakes", lambda *_: frozenset(self.shaking))
         # By its number, as launch/bind.py does.
         with socket.socket() as chooser:
             chooser.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -263,16 +257,16 @@ def test_where_the_kernel_cannot_tell_for_the_moment_no_client_is_forgotten(
         raise OSError(errno.EMFILE, "Too many open files")
 
     reloaded.unread = {b"slow": False}
-    monkeypatch.setattr(module, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(2 * QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(module, "unread", reloaded.ask)
+    monkeypatch.setattr(quiescing, "unread", reloaded.ask)
     reloaded.pass_time(2 * QUIET_S)
-    monkeypatch.setattr(module, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread", fails)
     reloaded.pass_time(2 * QUIET_S)
     assert reloaded.quiesced == []
-    monkeypatch.setattr(module, "unread", reloaded.ask)
+    monkeypatch.setattr(quiescing, "unread", reloaded.ask)
     reloaded.unread = {}
     reloaded.pass_time(2 * QUIET_S)
 
@@ -503,7 +497,7 @@ def test_where_the_kernel_does_not_report_handshakes_only_time_counts(
     def fails(*_: object, accepted: bool) -> dict[bytes, bool]:
         raise OSError(errno.ENOENT, "no sock_diag")
 
-    monkeypatch.setattr(module, "unread", fails)
+    monkeypatch.setattr(quiescing, "unread", fails)
     supersede(reloaded)
     reloaded.pass_time(QUIET_S + 0.3)
 
@@ -1377,16 +1371,11 @@ def test_another_program_knows_for_how_long_they_have_tried(reloaded: World, hel
     assert reloaded.steering.hold.late_s == pytest.approx(6.0 if held else 5.0)
 
 
-@pytest.mark.parametrize("silenced", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("held", [True, False])
-def test_a_hold_of_an_older_program_ends_with_it(
-    reloaded: World, silenced: tuple[int, ...], held: bool
-) -> None:
+def test_a_hold_of_an_older_program_ends_with_it(reloaded: World, held: bool) -> None:
     """That silenced the sockets of workers.  held: this one is to go on with it."""
-    for number in silenced:
-        one = reloaded.listener.socket_for(number)
+    for one in reloaded.listener.sockets:
         one.setsockopt(socket.IPPROTO_IP, reuseport.IP_MINTTL, 255)
-    reloaded.steering.turn_to(silenced[0])
     with Unanswered(reloaded.listener.socket.getsockname()) as late:
         late.tries_again()
         reloaded.resume((1, 0), (2, 1), held=held, record=SteeringRecord(0))
@@ -1403,11 +1392,11 @@ def test_a_hold_of_an_older_program_ends_with_it(
 def test_for_a_question_that_waits_not_all_connections_of_the_system_are_gone_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(module, "unaccepted", None)  # which the kernel does then
+    monkeypatch.setattr(socket_steering, "unaccepted", None)  # which the kernel does then
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(address := listener.getsockname()) as client,
     ):
-        assert module._waits(listener, address, client)
+        assert socket_steering._waits(listener, address, client)
         with listener.accept()[0]:
-            assert not module._waits(listener, address, client)
+            assert not socket_steering._waits(listener, address, client)

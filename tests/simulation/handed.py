@@ -27,7 +27,7 @@ from socketprotector_client import wire
 from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
 from socketprotector.daemon.config_reader import ConfigAnswer
-from socketprotector.daemon.socket_steering import LAST_S
+from socketprotector.daemon.quiescing import LAST_S
 from socketprotector.model.listen_fds import FIRST_FD
 from socketprotector.model.settings import ListenerSettings, Settings
 from socketprotector.system import inherited

@@ -52,6 +52,7 @@ from socketprotector.daemon import (
     checkpoint,
     effects,
     live_settings,
+    quiescing,
     resident,
     socket_steering,
 )
@@ -1622,8 +1623,8 @@ def installed(world: World) -> Iterator[None]:
         put(listener, "listening", kernel.listening)
         put(listener, "locked", kernel.locked)
         put(listener, "give", kernel.give)
-        put(socket_steering, "unread", kernel.unread)
-        put(socket_steering, "handshakes", kernel.handshakes)
+        put(quiescing, "unread", kernel.unread)
+        put(quiescing, "handshakes", kernel.handshakes)
         put(socket_steering, "unaccepted", kernel.unaccepted)
         put(process, "_fork", kernel.fork)
         put(orphans, "Look", look)

@@ -1,0 +1,150 @@
+"""When a generation whose turn is over has accepted and read from all its clients.
+
+It gets no new clients any more, and may have some that it has not accepted, or not read from: a
+server that is told to finish closes those.  The kernel tells which there are (sock_diag); it is
+asked again and again, at most a tenth of our time.  Where it does not tell, only time counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ..system.listener import SCARCE, Listener
+from ..system.sock_diag import handshakes, unread
+from .accept_watch import ASKING_SHARE
+from .runtime import Runtime
+
+_LOOK_S = 0.1
+#: The same where the workers read from all that they have accepted before they leave: only those
+#: who are about to connect are waited for.
+_LOOK_SOON_S = 0.01
+_SOON_LOOKS = 2
+#: For how long all clients that had come must have been read from.
+QUIET_S = 1.0
+#: How long to wait for clients that have connected and send nothing.
+SILENT_S = 3.0
+#: After that long a generation is told to finish even if it has not read from all of them.
+LAST_S = 10.0
+
+
+@dataclass(slots=True, repr=False, eq=False)
+class _Generation:
+    """One that gets no new clients any more."""
+
+    socket_number: int
+    over: Callable[[], None]
+    common: Sequence[Listener]  # without a second socket, and maybe with a backlog
+    reads_on: bool  # told to finish, its workers read from all that they have accepted
+    began: float
+    # Counted in looks, not seconds: while the machine was suspended no worker could read.
+    looks: int = 0
+    quiet_looks: int = 0
+    # Clients that had come before, and whether each is silent; None: yet to be asked for.
+    unread: dict[tuple[int, bytes], bool] | None = None
+
+
+class Quiescing:
+    """The generations of which that is awaited."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        own: Callable[[int], Sequence[Listener]],
+        still_come: Callable[[int], bool],
+    ) -> None:
+        """own: the listeners whose socket of a number gets no new clients while the other one does.
+
+        still_come: keeps new clients from a generation, and says whether some have come until now.
+        """
+        self._loop, self._log = runtime.loop, runtime.log
+        self._own, self._still_come = own, still_come
+        self._generations: dict[int, _Generation] = {}
+
+    def begin(
+        self,
+        generation: int,
+        socket_number: int,
+        over: Callable[[], None],
+        *,
+        common: Sequence[Listener] = (),
+        reads_on: bool = False,
+    ) -> None:
+        """Call back when it has accepted and read from all; reads_on: when it has accepted them.
+
+        socket_number: where it accepts.  common: and these, which have one socket for all.
+        """
+        self._generations[generation] = _Generation(
+            socket_number, over, common, reads_on, began=time.monotonic()
+        )
+        self._look(generation)
+
+    def end(self, generation: int) -> None:
+        """It accepts no more: nothing is to be waited for."""
+        if self._generations.pop(generation, None) is not None:
+            self._loop.cancel(("quiesce", generation))
+
+    def _look(self, generation: int) -> None:
+        its, now = self._generations[generation], time.monotonic()
+        still_come = self._still_come(generation)  # first: who comes after that is not among these
+        its.common = [each for each in its.common if each.has_waiting()]
+        own = self._own(its.socket_number)
+        waiting = any(each.has_waiting(its.socket_number) for each in own) or bool(its.common)
+        if still_come:
+            its.began, its.looks, its.unread = now, 0, None
+        left = its.unread
+        if left is None:
+            # sock_diag knows the port, not the socket: it counts clients of the other one, too.
+            # Of these only accepted ones matter: a backlog there is the other generation's.
+            left = self._ask(its, own, accepted=not waiting)
+        elif left and (still := self._ask(its, own, accepted=not waiting)) is not None:
+            left = {client: still[client] for client in left if client in still}
+        its.unread = left
+        its.looks += 1
+        its.quiet_looks += 1
+        if waiting or still_come or left is None or not all(left.values()):
+            its.quiet_looks = 0
+        if its.reads_on:
+            quiet = its.quiet_looks >= _SOON_LOOKS
+        else:
+            quiet = its.quiet_looks * _LOOK_S > QUIET_S
+        awaited = left and its.looks * _LOOK_S < SILENT_S
+        late = now - its.began >= LAST_S
+        if late or (quiet and not awaited):
+            if waiting:
+                hint = "its workers do not accept; the next generation gets what waits"
+                self._log.write("warning", "not-taken", generation=generation, hint=hint)
+            del self._generations[generation]
+            its.over()
+            return
+        asking_s = time.monotonic() - now
+        look_s = _LOOK_SOON_S if its.reads_on else _LOOK_S
+        delay_s = max(look_s, asking_s / ASKING_SHARE)
+        self._loop.call_after(("quiesce", generation), delay_s, partial(self._look, generation))
+
+    def _ask(
+        self, its: _Generation, pairs: Sequence[Listener], *, accepted: bool
+    ) -> dict[tuple[int, bytes], bool] | None:
+        """Return the clients at these addresses that were not read from, and whether each is
+        silent; none where the kernel does not tell.
+
+        accepted: without those in a backlog.  Of one that reads on, those about to connect.
+
+        None where it could not be asked just now.
+        """
+        found: dict[tuple[int, bytes], bool] = {}
+        for each in pairs:
+            try:
+                if its.reads_on:
+                    known = dict.fromkeys(handshakes(each.socket.family, each.port), False)
+                else:
+                    known = unread(each.socket.family, each.port, accepted=accepted)
+            except OSError as error:
+                if error.errno in SCARCE:
+                    return None
+                continue  # sock_diag is not there: QUIET_S is far longer than most take
+            found.update(((each.index, client), silent) for client, silent in known.items())
+        return found

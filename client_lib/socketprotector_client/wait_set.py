@@ -19,6 +19,8 @@ from typing import Iterable, Optional
 from .system import Socket, epoll
 
 _EVENTS_AT_ONCE = 8
+#: epoll_wait(2) takes milliseconds as a C int, 24.8 days; a program may have given any time.
+LONGEST_WAIT_S = 86_400.0
 
 
 class WaitSet:
@@ -34,7 +36,9 @@ class WaitSet:
         return self._epoll.fileno()
 
     def wait(self, timeout_s: Optional[float]) -> list[int]:
-        """Return those that are readable or at their end, after timeout_s none."""
+        """Return those that are readable or at their end, after timeout_s, or a day, none."""
+        if timeout_s is not None and timeout_s > LONGEST_WAIT_S:
+            timeout_s = LONGEST_WAIT_S
         return [fd for fd, _ in self._epoll.poll(timeout_s, _EVENTS_AT_ONCE)]
 
     def add(self, fds: Iterable[int], events: int = select.EPOLLIN) -> None:

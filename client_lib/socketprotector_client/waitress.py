@@ -17,6 +17,7 @@ from waitress import create_server, wasyncore
 from .address import ListenAddress
 from .listener import Listener
 from .process import on_drain
+from .wait_set import LONGEST_WAIT_S
 
 # A client that has just connected, or just read an answer, gets its next request through in
 # this time, hence not 0.  waitress looks once a second.
@@ -70,7 +71,7 @@ class _Loop:
                 ours, others = self._intake.sleep(timeout)
                 found = self._epoll.poll(0) if others else []
             else:
-                ours, found = False, self._epoll.poll(timeout)
+                ours, found = False, self._epoll.poll(min(timeout, LONGEST_WAIT_S))
             for fd, flags in found:
                 if fd in map:
                     wasyncore.readwrite(map[fd], flags)

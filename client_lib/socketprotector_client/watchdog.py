@@ -20,15 +20,16 @@ from typing import Callable, Mapping
 
 from . import forking
 from .sd_notify import notify
+from .wait_set import LONGEST_WAIT_S
 
 
 def interval_s(environ: Mapping[str, str]) -> float:
-    """Return how often to speak: half of what is allowed; 0 without a watchdog."""
+    """Return how often to speak: half of what is allowed, or oftener; 0 without a watchdog."""
     usec = environ.get("WATCHDOG_USEC", "")
     pid = environ.get("WATCHDOG_PID", "") or str(os.getpid())
     if not usec.isdecimal() or pid != str(os.getpid()):
         return 0.0
-    return int(usec) / 2_000_000
+    return min(int(usec) / 2_000_000, LONGEST_WAIT_S)  # of sleep(): 292 years
 
 
 class Watchdog:

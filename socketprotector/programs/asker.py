@@ -35,6 +35,8 @@ from typing import Any
 
 #: Each try, where the question does not say.
 LIMIT_S = 5.0
+#: And at most: sockets take milliseconds as a C int, 24.8 days, and an operator may give any time.
+_LONGEST_S = 86_400.0
 #: The next try begins after a tenth of the time that it has taken so far, from the first to the
 #: second of these.
 _FIRST_PAUSE_S = 0.05
@@ -105,7 +107,7 @@ class Asked:
 
     def __init__(self, text: bytes) -> None:
         self._told = json.loads(text)
-        self._limit_s: float = self._told.get("limit_s", LIMIT_S)
+        self._limit_s: float = min(self._told.get("limit_s", LIMIT_S), _LONGEST_S)
         self._late = False
 
     def connect(self, limit_s: float) -> socket.socket:

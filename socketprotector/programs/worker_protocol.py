@@ -21,6 +21,8 @@ _CONTROL_BYTES = socket.CMSG_LEN(4)
 _HEADER, _HEADER_BYTES = wire.HEADER.unpack, wire.HEADER.size
 _FD = struct.Struct("i").unpack
 _NO_CONNECTION = (-1, 0, 0)
+#: poll(2) takes milliseconds as a C int, 24.8 days, and an operator may give any time.
+_LONGEST_S = 86_400.0
 #: The exit status where a system call failed, or the command cannot be started.
 FAILED = 111
 
@@ -45,8 +47,8 @@ class Notifier:
         self._address = os.fsencode("\0" + address[1:] if address[:1] == "@" else address)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) if address else None
         usec = environ.get("WATCHDOG_USEC", "")
-        #: How often WATCHDOG=1 is to be said: half of what is allowed; 0: it is not.
-        self.watchdog_s = int(usec) / 2_000_000 if usec.isdecimal() else 0.0
+        #: How often WATCHDOG=1 is to be said: half of what is allowed, or oftener; 0: it is not.
+        self.watchdog_s = min(int(usec) / 2_000_000, _LONGEST_S) if usec.isdecimal() else 0.0
 
     def ready(self) -> None:
         """Say so, waiting for room: a worker that does not is killed after --start-timeout."""

@@ -27,6 +27,9 @@ SHUT = select.EPOLLRDHUP
 _STALE = 64
 #: How much one wait returns at most (Python asks for FD_SETSIZE - 1).
 _FOUND_AT_ONCE = 1023
+#: No wait is longer: epoll_wait(2) takes milliseconds as a C int, 24.8 days, and an operator may
+#: give any time.  A wake-up at which nothing is due costs nothing.
+LONGEST_WAIT_S = 86_400.0
 _COMING = "loop-coming"
 #: How often to ask whether there is processor time to spare: an operator may change that.
 _ASK_NS = 2_000_000_000
@@ -119,7 +122,7 @@ class Loop:
         self._coming.clear()
 
     def _until_due(self) -> float | None:
-        """Return the seconds until the next timer: 0 if it is due, None without one.
+        """Return how many seconds to wait for the next timer: 0 if it is due, None without one.
 
         What was watched since the last wait is called back for from here on.
         """
@@ -132,7 +135,7 @@ class Loop:
             due, count, key = heap[0]
             timer = self._timers.get(key)
             if timer is not None and timer[1] == count:
-                return max(0.0, due - self._asked_at)
+                return min(max(0.0, due - self._asked_at), LONGEST_WAIT_S)
             heapq.heappop(heap)  # cancelled
         return None
 

@@ -151,6 +151,15 @@ def test_each_try_has_an_end(serve: Serve) -> None:
 
 
 @pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("limit_s", [30 * 86_400.0, 999_999_999.0])
+def test_an_answer_may_take_longer_than_the_kernel_can_wait(limit_s: float) -> None:
+    """poll(2) and a socket's time-out take 24.8 days at most."""
+    good = says(HTTP + b"200 OK\r\nContent-Length: 0\r\n\r\n")
+    assert asked(good, limit_s=limit_s) == ""
+    with serving(good) as address, socket.create_connection(address) as given:
+        assert asker.Asked(told(address, limit_s=limit_s)).ask(given) == ""
+
+
 def test_an_answer_that_has_no_end_is_told_by_its_status() -> None:
     assert asked(says(HTTP + b"500 Oh\r\nContent-Length: 5\r\n\r\n", close=False)) == (
         "GET /healthz: 500, Oh"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
 
+from socketprotector.system import loop as loop_module
 from socketprotector.system.loop import READ, WRITE, Loop
 from tests.boundary.conftest import Turns
 
@@ -405,3 +408,28 @@ def test_a_timer_that_is_due_is_not_awaited_by_asking(pipe: tuple[int, int]) -> 
     loop.run()  # else it would take a thousand seconds
 
     loop.close()
+
+
+@pytest.mark.parametrize("seconds", [30 * 86_400.0, 999_999_999.0, math.inf])
+def test_a_timer_may_be_further_off_than_the_kernel_can_wait(
+    loop: Loop, pipe: tuple[int, int], seconds: float
+) -> None:
+    """epoll_wait(2) takes 24.8 days at most."""
+    receive, send = pipe
+    os.write(send, b"a")
+    loop.watch(receive, lambda: stop(loop), READ)
+    loop.call_after("late", seconds, lambda: pytest.fail("it was not due"))
+
+    loop.run()
+
+
+def test_a_wait_that_ends_before_its_timer_is_due_goes_on(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "LONGEST_WAIT_S", 0.001)
+    due = time.monotonic() + 0.02
+    loop.call_after("end", 0.02, lambda: stop(loop))
+
+    loop.run()
+
+    assert time.monotonic() >= due

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 import pytest
-from socketprotector_client import Listener
+from socketprotector_client import Listener, wait_set, watchdog
 from socketprotector_client import intake as intake_module
 from socketprotector_client.address import listen
 from socketprotector_client.drain_state import Drain
@@ -88,3 +89,34 @@ def test_a_connection_that_ends_while_the_limit_is_being_reached_is_noticed(
         for one in (*taken, third):
             one.close()
     intake.close()
+
+
+@pytest.mark.parametrize("seconds", [30 * 86_400.0, 999_999_999.0])
+def test_a_connection_may_be_waited_for_longer_than_the_kernel_can(
+    source: ListenSource, seconds: float
+) -> None:
+    """epoll_wait(2) takes 24.8 days at most."""
+    intake = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    with socket.create_connection(source.sockname):
+        connection = intake.get(seconds)
+
+        assert connection is not None
+        connection.close()
+    intake.close()
+
+
+def test_a_wait_that_the_kernel_ends_early_goes_on(
+    source: ListenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wait_set, "LONGEST_WAIT_S", 0.001)
+    intake = Intake(source, Drain(()), 2, {}, Scoreboard(-1, 0))
+    until = time.monotonic() + 0.02
+
+    assert intake.get(0.02) is None
+    assert time.monotonic() >= until
+    intake.close()
+
+
+def test_a_watchdog_of_centuries_is_fed() -> None:
+    """systemd's infinity is 584,000 years, and sleep() takes 292."""
+    assert watchdog.interval_s({"WATCHDOG_USEC": str(2**64 - 1)}) == wait_set.LONGEST_WAIT_S

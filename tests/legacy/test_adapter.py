@@ -392,6 +392,13 @@ def test_the_watchdog_is_fed(legacy: Legacy) -> None:
     os.kill(worker.pid, signal.SIGCONT)
 
 
+def test_a_watchdog_may_be_longer_than_the_kernel_can_wait(legacy: Legacy) -> None:
+    """poll(2) takes 24.8 days at most."""
+    legacy.start(WATCHDOG_USEC=str(60 * 86_400_000_000))
+    assert legacy.channel.notify.recv(100) == b"WATCHDOG=1"
+    assert legacy.channel.connect().ask("hello")
+
+
 def test_the_channels_flags_are_left_alone(legacy: Legacy) -> None:
     legacy.start()
     legacy.channel.connect().ask("hello")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.seen import Snapshot
+from socketprotector.launch.options import OPTIONS
+from socketprotector.model.duration import Duration
 from tests.load import Load
 from tests.procfs import state_of
 from tests.rounds import rounds
@@ -286,6 +288,28 @@ def test_a_worker_that_dies_while_settling_is_rolled_back_with_what_is_queued_fo
         assert pid_in(reply) == spawned(daemon, 1)[0]
         assert reply.endswith(f" line {number}")
         client.close()
+    daemon.stop()
+
+
+def test_a_time_may_be_longer_than_the_kernel_can_wait(protector: Start) -> None:
+    """epoll_wait(2) takes 24.8 days at most; this is the longest that an option takes."""
+    times = (
+        word
+        for option in OPTIONS
+        # With --max-age there is something to look at now and then, and no long wait.
+        if isinstance(option.kind, Duration) and option.key != "max-age"
+        for word in (f"--{option.key}", "999999999")
+    )
+    words = (*times, "--health", "accept", "127.0.0.1:0", "--", *worker("many"))
+    daemon = protector(*words).ready()
+    daemon.log.wait_for("event=healthy generation=1")
+
+    mark = daemon.signal(HUP)
+    daemon.log.wait_for("event=route generation=2", after=mark)
+    with Client(("127.0.0.1", daemon.port)) as client:
+        assert pid_in(client.ask()) in spawned(daemon, 2)
+    mark = daemon.signal(TERM)
+    daemon.log.wait_for("event=lame-duck ", after=mark)
     daemon.stop()
 
 

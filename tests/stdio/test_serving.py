@@ -275,6 +275,20 @@ def test_ready_is_heard_though_there_was_no_room_for_it(channel: Channel) -> Non
     assert worker.ready_lines == ["READY=1", wire.RETIRES_ON_RETURN]
 
 
+@pytest.mark.parametrize("days", [60, 11_574])
+def test_it_says_that_it_is_alive_however_seldom_it_is_asked(channel: Channel, days: int) -> None:
+    """epoll_wait(2) takes 24.8 days at most."""
+    worker = channel.start(
+        *pool(4, TALKS, shell=True), env={"WATCHDOG_USEC": str(days * 86_400_000_000)}
+    )
+    client = channel.connect()
+    assert client.hear()
+    channel.end_channel()
+
+    client.close()
+    assert worker.wait() == 0
+
+
 def test_it_says_that_it_is_alive_if_asked(channel: Channel) -> None:
     worker = channel.start(*pool(4, TALKS, shell=True), env={"WATCHDOG_USEC": "20000"})
     client = channel.connect()

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..model.backoff import backoff_s
 from ..model.policy import PROVEN_S, STANDBY_S
-from .backoff import backoff_s
 from .events import Ask, Deadline, Open, ReadSettings, Report, ReportKind, RouteTo, TimerKind
 from .fleet import Candidate, Fleet, Generation, Next, Phase, Policy, State
 from .step import Step

@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import count, islice
 from operator import attrgetter
 
+from ..model.backoff import backoff_s
 from ..model.policy import PROVEN_S
-from .backoff import backoff_s
 from .events import (
     Deadline,
     Report,

@@ -25,6 +25,7 @@ if not __package__:  # executed by its path: the package that it is in is not on
     sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 # Modules that import little themselves: a test holds it.
 from socketprotector.model import log_format
+from socketprotector.model.backoff import backoff_s
 from socketprotector.system import inherited, pid_file_removal, signals
 from socketprotector.system.terminal import put_at_once
 
@@ -33,9 +34,8 @@ NAME = "SocketProtector"
 PID_FILE_OPTION = "--pid-file="
 #: The way to syslog, where that is where lines go.
 RELAY = f"{inherited.RELAY}write"
-#: Waits between two starts of a protector that dies before it accepts.
-FIRST_WAIT_S = 0.1
-LAST_WAIT_S = 10
+#: No client of a protector waits longer for the next one; what it has served for counts.
+LAST_WAIT_S = 10.0
 #: Its exit status when the protector cannot be started at all (errors.SystemRefused).
 FAILED = 111
 #: How workers ended is sent to the next protector, too, where the one before may not have read it.
@@ -68,11 +68,11 @@ class Guard:
         self.store = store
         self.line: socket.socket | None = None
         self.pid = 0  # of the protector, 0 while none runs
-        self.accepted = False  # this protector has said READY
+        self.accepted_at: float | None = None  # when this protector said READY
         self.first = True  # this protector is
         self.verdict: int | None = None  # the exit status it said it will have
         self.finish = 0  # the signal that has workers that accept finish
-        self.wait_s: float = 0
+        self.deaths = 0  # in a row, of protectors that died by themselves and soon
         self.due: float | None = None  # when to start the next one
         self.untaken: list[int] = []  # signals that no protector has said it took
         self.stopping = False  # a stop was taken
@@ -86,7 +86,7 @@ class Guard:
     def start(self) -> None:
         """Start a protector with all that is in the store."""
         self.due = None
-        self.accepted = self.began = False
+        self.accepted_at, self.began = None, False
         theirs = None
         # Blocked until its handlers stand: a signal in between waits, it does not kill.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -97,6 +97,7 @@ class Guard:
                 self._become({**self.store, inherited.GUARD: theirs.fileno()})
         except OSError as error:  # no more descriptors, or processes
             self.close_line()
+            self.deaths += 1
             self.start_later("guard-cannot-start", error=str(error.strerror))
             return
         finally:
@@ -112,12 +113,13 @@ class Guard:
         self.sent = 0
         self.send_statuses()
 
-    def start_later(self, event: str, **why: str) -> None:
-        """Start the next one, later each time in a row that none has accepted."""
-        if not self.accepted:
-            self.wait_s = min(max(self.wait_s * 2, FIRST_WAIT_S), LAST_WAIT_S)
-        self.log(event, **why, again_in_s=self.wait_s)
-        self.due = time.monotonic() + self.wait_s
+    def start_later(self, event: str, served_s: float = 0.0, **why: str | float) -> None:
+        """Start the next one: later each time in a row, less what the last one has served."""
+        wait_s = max(0.0, min(backoff_s(self.deaths), LAST_WAIT_S) - served_s)
+        if self.deaths > 1:
+            why["in_a_row"] = self.deaths
+        self.log(event, **why, again_in_s=round(wait_s, 2) or 0)
+        self.due = time.monotonic() + wait_s
 
     def _become(self, descriptors: dict[str, int]) -> None:
         """Be the protector; never returns."""
@@ -145,7 +147,7 @@ class Guard:
         code = os.waitstatus_to_exitcode(status)
         how = f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
         # Of the first only: after it something may be served, by workers that live on.
-        if code >= 0 and self.first and not self.accepted:
+        if code >= 0 and self.first and self.accepted_at is None:
             self.give_up(f"{how} before it ever accepted", code or FAILED)
         stops = any(number in signals.STOPS for number in self.untaken)
         if stops and code >= 0 and not self.began:
@@ -153,7 +155,14 @@ class Guard:
             # that accept are told.
             self.give_up(f"{how} when it was to stop", code or FAILED)
         self.first = False
-        self.start_later("protector-died", protector=how)
+        self.deaths += 1
+        served_s = 0.0
+        if self.accepted_at is not None:
+            served_s = time.monotonic() - self.accepted_at
+            # KILL comes from without, and says nothing of the next one.
+            if served_s >= LAST_WAIT_S or code == -signal.SIGKILL:
+                self.deaths = 0
+        self.start_later("protector-died", served_s, protector=how)
 
     # -- what it says ----------------------------------------------------------
 
@@ -202,9 +211,8 @@ class Guard:
             os.close(fd)
         if "FDSTOREREMOVE" in said:
             self.forget(name)
-        if said.get("READY") == "1":
-            self.accepted = True
-            self.wait_s = 0
+        if said.get("READY") == "1" and self.accepted_at is None:
+            self.accepted_at = time.monotonic()
         if "X_FINISH" in said:
             self.finish = int(said["X_FINISH"])
         if "EXIT_STATUS" in said:

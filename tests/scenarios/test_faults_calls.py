@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from socketprotector.core.backoff import backoff_s
+from socketprotector.model.backoff import backoff_s
 from tests.procfs import state_of
 from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_gone
 from tests.scenarios.adopting import revived, upgrade

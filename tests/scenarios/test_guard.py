@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -614,6 +615,35 @@ def test_one_that_dies_at_once_is_started_later_and_later_until_it_recovers(
     daemon.log.wait_for("event=protector-died .* again_in_s=0$", after=mark)
     revived(daemon, mark)
     daemon.stop()
+
+
+def test_one_that_dies_soon_after_it_has_served_is_started_later_and_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    one = guard.Guard([], {})
+    one.first = False
+    lines: list[dict[str, object]] = []
+    monkeypatch.setattr(one, "log", lambda event, **fields: lines.append(fields))
+
+    def waits(status: int = 1 << 8, served_s: float = 0.001) -> float:
+        """Return how long it waits after one that served so long and ended like this."""
+        one.accepted_at = None
+        one.take({"READY": "1"}, -1)
+        now[0] += served_s
+        one.take({"READY": "1"}, -1)  # after a reload
+        one.ended(status)
+        assert one.due is not None
+        return round(one.due - now[0], 2)
+
+    assert [waits() for _ in range(11)] == [0, 0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10]
+    assert lines[-1] == {"protector": "exited with status 1", "in_a_row": 11, "again_in_s": 10.0}
+    assert waits(signal.SIGSEGV, served_s=4.0) == 6
+    assert waits(served_s=10.0) == 0
+    assert [waits() for _ in range(3)] == [0, 0, 0.1]
+    assert [waits(signal.SIGKILL) for _ in range(20)] == [0] * 20, "one that was killed is well"
+    assert lines[-1] == {"protector": "killed by signal 9", "again_in_s": 0}
 
 
 def test_term_in_the_back_off_stops_in_order_if_the_protector_is_well_again(

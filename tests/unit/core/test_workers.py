@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from socketprotector.core.backoff import backoff_s
 from socketprotector.core.events import (
     Action,
     CancelTimer,
@@ -28,6 +27,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Policy
+from socketprotector.model.backoff import backoff_s
 from tests.unit.conftest import Story
 
 CRASHED = "killed by SIGSEGV"

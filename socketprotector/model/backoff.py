@@ -1,7 +1,7 @@
 """Back-off: one accident costs nothing, and a program that cannot live costs the machine little.
 
-So the first quick deaths, of a slot's workers or of generations, are followed by the next try at
-once, and later ones by a longer wait each time.
+So the first quick deaths, of a slot's workers, of generations, or of a guarded protector, are
+followed by the next try at once, and later ones by a longer wait each time.
 """
 
 from __future__ import annotations

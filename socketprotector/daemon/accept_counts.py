@@ -1,6 +1,7 @@
 """How many connections each generation has open that accepts them itself, as the kernel tells.
 
-For `status`: what a generation accepts has a mark of its own (system/accept_marks.py).  To ask the
+For `status`: what a generation accepts has a mark of its own (system/accept_marks.py); what it
+accepts with NO_MARK is counted for none, and takes nothing from the counts of others.  To ask the
 kernel takes at most ASKING_SHARE of our time, however many connections there are and however often
 we are asked; in between the answer of before is given again.
 """
@@ -12,11 +13,15 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..system import accept_marks
 from ..system.listener import Listener
 from .accept_watch import ASKING_SHARE
+
+#: Of generations for which there was no mark of their own.
+NO_MARK = 0
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -36,7 +41,8 @@ class AcceptCounts:
         """Have what is accepted at a socket, 0 or 1, by a generation that is yet to be started told
         from all else; return the marks, with the indices of their listeners.
 
-        taken: those of other generations.  None where its connections cannot be told from others.
+        taken: those of other generations.  Empty where it may accept connections that have the mark
+        of another one, which is not to be told from it any more.
         """
         shared = [each for each in self.listeners() if each.shared and not each.lost]
         try:
@@ -49,24 +55,40 @@ class AcceptCounts:
     ) -> tuple[int, int]:
         """Return a listener and the mark of what is accepted at one of its sockets.
 
-        Raises OSError where no process but a generation's own can be kept from having it.
+        Raises OSError where what is accepted there may have the mark of another generation.
         """
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
+        one = listener.socket_for(socket_number)
+        before = accept_marks.mark_of(one)
+        used = {its for index, its in taken if index == listener.index} - {NO_MARK}
+        mark = NO_MARK
+        with suppress(OSError):  # no descriptor to ask with, say, or the kernel does not tell
+            mark = self._unused(listener, socket_number, used)
+        accept_marks.mark(one, mark)
+        if mark != before and listener.has_waiting(socket_number):
+            # They have the mark of before, whoever accepts them.
+            accept_marks.mark(one, NO_MARK)
+            if before in used:
+                raise OSError(errno.EBUSY, "clients wait there with the mark of another generation")
+            mark = NO_MARK
+        return listener.index, mark
+
+    def _unused(self, listener: Listener, socket_number: int, used: Collection[int]) -> int:
+        """Return a mark that is nobody's, the socket's own if it can be; NO_MARK: there is none.
+
+        used: those of generations that are known.  Raises OSError.
+        """
         one, other = (listener.socket_for(n) for n in (socket_number, 1 - socket_number))
-        waiting = listener.has_waiting(socket_number)  # they have the mark of before
         # Also those of generations that are gone, or of which they are not known any more: a
         # process may have left its group, or have passed a connection on.
         found = self._found[listener.index] = accept_marks.connections(one, self.ours())
-        used = {its for index, its in taken if index == listener.index} | found.keys()
         mark = accept_marks.mark_of(one)
-        if not mark or mark in used:
-            used |= {accept_marks.mark_of(other), *accept_marks.connections(one, waiting=True)}
-            mark = min(set(range(1, accept_marks.MARKS + 1)) - used, default=0)
-            accept_marks.mark(one, mark)
-            if waiting or not mark:
-                raise OSError(errno.EBUSY, "clients wait there, or there are too many generations")
-        return listener.index, mark
+        if mark != NO_MARK and mark not in {*used, *found}:
+            return mark
+        waiting = accept_marks.connections(one, waiting=True)
+        all_used = {*used, *found, *waiting, accept_marks.mark_of(other)}
+        return min(set(range(1, accept_marks.MARKS + 1)) - all_used, default=NO_MARK)
 
     def active(self, marks: Collection[tuple[int, int]]) -> int | None:
         """Return how many connections of these marks processes have open; None: it is not known.
@@ -75,7 +97,7 @@ class AcceptCounts:
         """
         if marks and time.monotonic() >= self._again_at:
             self._ask()
-        if not marks or any(index not in self._found for index, _ in marks):
+        if not marks or any(mark == NO_MARK or index not in self._found for index, mark in marks):
             return None
         return sum(self._found[index][mark] for index, mark in marks)
 

@@ -170,7 +170,9 @@ def accepted(
     for told, attributes in _tcp(listening.family, listening.getsockname()[1], _OPEN):
         if told[5] + told[7] == but:
             continue
-        if (told[-1] or waiting) and (not any(address) or told[6][: len(address)] == address):
+        # Without an inode are those that wait, and those that no process has open any more.
+        counts = told[-1] or (waiting and told[1] in (_ESTABLISHED, _CLOSE_WAIT))
+        if counts and (not any(address) or told[6][: len(address)] == address):
             found[_attribute(attributes, _OPTIONS)] += 1
     if b"" in found:
         raise OSError(errno.EOPNOTSUPP, "the kernel does not tell")

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from socketprotector.daemon.accept_counts import AcceptCounts
+from socketprotector.daemon.accept_counts import NO_MARK, AcceptCounts
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import accept_marks, reuseport
 from socketprotector.system.listener import Listener
@@ -192,23 +192,25 @@ def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> N
     assert AcceptCounts(lambda: two).enter(1, ()) == ()
 
 
-def test_with_too_many_generations_nothing_is_known(two: list[Listener]) -> None:
+def test_with_too_many_generations_no_more_is_known_of_the_last(two: list[Listener]) -> None:
+    """And the others are not forgotten, as with ()."""
     taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
+    counts = AcceptCounts(lambda: two[:1])
+    marks = counts.enter(0, taken)
 
-    assert AcceptCounts(lambda: two[:1]).enter(0, taken) == ()
+    assert marks == ((0, NO_MARK),)
+    assert counts.active(marks) is None
+    assert counts.enter(1, marks) not in ((), marks), "the next one is known again"
 
 
-def test_a_mark_of_which_connections_are_open_is_nobody_elses(stack: ExitStack) -> None:
+def test_a_mark_of_which_connections_are_open_is_nobody_elses(
+    stack: ExitStack, two: list[Listener]
+) -> None:
     """A generation may be gone, or more than there are marks: each has a client for ever."""
-    one = listening(socket.AF_INET, "127.0.0.1")
-    other = reuseport.make(one)
-    assert other is not None
-    settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
-    its = Listener(one.detach(), 0, settings, shared=True, sibling=other.detach())
-    stack.callback(its.close)
+    its = two[0]
     counts = AcceptCounts(lambda: [its])
     known: list[tuple[tuple[int, int], ...]] = []
-    for generation in range(2 * accept_marks.MARKS):
+    for generation in range(64):
         number = generation % 2
         marks = counts.enter(number, ())  # whose marks are taken is not known any more
         its.steer(number)
@@ -217,26 +219,59 @@ def test_a_mark_of_which_connections_are_open_is_nobody_elses(stack: ExitStack) 
         known.append(marks)
     counts._again_at = 0.0
 
-    assert [counts.active(marks) for marks in known] == [1] * 7 + [None] * 7
+    assert [counts.active(marks) for marks in known] == [1] * 7 + [None] * 57
 
 
-def test_where_the_kernel_does_not_tell_a_generation_has_no_mark(
+def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
+    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+) -> None:
+    """There may be no descriptor to ask it with, for that moment."""
+    told = Told(monkeypatch)
+    has(told)
+    counts = AcceptCounts(lambda: two[:1])
+    first = counts.enter(0, ())
+    told.says = [{}]
+    second = counts.enter(1, first)
+    again = counts.enter(0, {*first, *second})
+    has(told, *(mark for _, mark in first))
+    counts._again_at = 0.0
+
+    assert second == again == ((0, NO_MARK),)
+    assert [counts.active(marks) for marks in (first, second, again)] == [1, None, None]
+
+
+def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_mark(
     monkeypatch: pytest.MonkeyPatch, two: list[Listener]
 ) -> None:
     told = Told(monkeypatch)
-    told.says = [{}]
+    has(told)
+    counts = AcceptCounts(lambda: two[:1])
+    first = counts.enter(0, ())
+    second = counts.enter(1, first)
+    has(told, *(mark for _, mark in first))  # a connection of the first is left
+    with socket.create_connection(two[0].socket.getsockname()):
+        assert counts.enter(0, second) == ((0, NO_MARK),)
 
-    assert AcceptCounts(lambda: two[:1]).enter(0, ()) == ()
+
+def test_one_that_no_process_has_open_any_more_does_not_wait(stack: ExitStack) -> None:
+    """It waits for its client's end, for up to a minute, and has no options any more."""
+    one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))
+    accept_marks.mark(one, 3)
+    for accepted in accept(stack, one, "127.0.0.1", 2):
+        accepted.close()
+    stack.enter_context(socket.create_connection(one.getsockname()))  # waits
+    ended = stack.enter_context(socket.create_connection(one.getsockname()))  # so does this
+    ended.shutdown(socket.SHUT_WR)
+
+    assert accept_marks.connections(one) == Counter()
+    assert accept_marks.connections(one, waiting=True) == Counter({3: 2})
 
 
-def test_the_mark_of_clients_that_wait_elsewhere_is_given_to_none(stack: ExitStack) -> None:
+def test_the_mark_of_clients_that_wait_elsewhere_is_given_to_none(
+    stack: ExitStack, two: list[Listener]
+) -> None:
     """Who accepts them has it then: a generation that was started for them."""
-    one = listening(socket.AF_INET, "127.0.0.1")
-    other = reuseport.make(one)
-    assert other is not None
-    settings = ListenerSettings(f"tcp:127.0.0.1:{one.getsockname()[1]}")
-    its = Listener(one.detach(), 0, settings, shared=True, sibling=other.detach())
-    stack.callback(its.close)
+    its = two[0]
     counts = AcceptCounts(lambda: [its])
     first = counts.enter(0, ())
     stack.enter_context(socket.create_connection(its.socket.getsockname()))

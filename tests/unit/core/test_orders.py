@@ -6,6 +6,7 @@ What must hold after each event is in world.py.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, note, settings
@@ -22,13 +23,15 @@ from socketprotector.core.events import (
     ReloadRequested,
     ReplaceRequested,
     ScaleRequested,
+    SettingsRead,
     StopRequested,
+    TimerKind,
     WorkerExited,
     WorkerReady,
 )
 from socketprotector.core.fleet import Phase, Policy
 from tests.rounds import rounds
-from tests.unit.core.world import DIED, POLICIES, ROUNDS, World
+from tests.unit.core.world import DIED, POLICIES, ROUNDS, TURN, World
 
 #: All orders of so many events after the first READY are tried.
 DEPTH = rounds(4, 6)
@@ -94,6 +97,58 @@ def test_when_all_goes_well_again_one_generation_serves_with_all_its_workers(
         assert serving.ready
         assert len(serving.workers) == world.fleet.workers_wanted
         assert not world.timers
+
+
+def take_all(world: World, *happened: Event) -> None:
+    """Take these, and let the loop turn after each."""
+    for event in happened:
+        world.take(event)
+        while world.runs(TimerKind.TURN):
+            world.take(DeadlinePassed(TURN))
+
+
+@pytest.mark.parametrize("quiesces", [True, False])
+def test_what_left_without_a_limit_gets_that_of_a_reload_with_its_generation(
+    quiesces: bool,
+) -> None:
+    """A random order that was seen once."""
+    policy = Policy(workers_accept=quiesces)
+    world = World(policy, configured=True)
+    take_all(
+        world,
+        Launched(),
+        WorkerReady(1),
+        WorkerExited(1, DIED, orphans=True),
+        ReloadRequested(),
+        SettingsRead(replace(policy, drain_timeout_s=9.0), None),
+        WorkerReady(3),
+    )
+    if quiesces:
+        assert world.fleet[1].quiescing
+        world.take(Quiesced(1))
+
+    assert world.runs(TimerKind.DRAIN, 1)
+
+
+def test_what_drains_without_a_limit_goes_on_so_after_a_reload_with_one() -> None:
+    world = World(Policy(), configured=True)
+    limited = Policy(drain_timeout_s=9.0)
+    take_all(
+        world,
+        Launched(),
+        WorkerReady(1),
+        WorkerExited(1, DIED, orphans=True),
+        ReloadRequested(),
+        SettingsRead(Policy(), None),
+        WorkerReady(3),
+        ReloadRequested(),
+        SettingsRead(limited, None),
+        WorkerReady(4),
+    )
+
+    assert world.fleet.policy == limited
+    assert not world.runs(TimerKind.DRAIN, 1)
+    assert world.runs(TimerKind.DRAIN, 2)
 
 
 def next_events(world: World) -> Iterator[Event]:

@@ -123,6 +123,7 @@ class World:
         self.killed: frozenset[int] = frozenset()
         self.orphaned: frozenset[int] = frozenset()  # of these what they had started is left
         self.channels: dict[int, str] = {}  # of each generation: open, failed or drained
+        self.unlimited: frozenset[int] = frozenset()  # may drain for ever, or until a stop is over
         self.route: int | None = None
         self.timers: frozenset[Deadline] = frozenset()
         self.listeners = "open"
@@ -226,6 +227,8 @@ class World:
                 assert self.channels[number] in ("open", "quiescing"), "drained twice"
                 assert self.route != number, "drained while it gets new connections"
                 self.channels[number] = "drained"
+                if self.fleet.stopping or not self.fleet.policy.drain_limit_s:
+                    self.unlimited |= {number}
             case Release(number):
                 assert self.route != number
                 assert number not in [p.generation for p in self.processes.values()]
@@ -405,8 +408,13 @@ class World:
         if worker.hung and not any(w.replaces == number for w in generation.workers):
             assert last_word, "it hangs, and no replacement comes"
         if worker.state in LEAVING and self.fleet.policy.drain_timeout_s:
-            # One that left before a reload changed the limit has its generation's.
-            drains = self.runs(TimerKind.DRAIN, generation.number)
+            # One that left before a reload changed the limit has its generation's, as soon as that
+            # is told to finish.
+            drains = (
+                self.runs(TimerKind.DRAIN, generation.number)
+                or generation.quiescing
+                or generation.number in self.unlimited
+            )
             assert self.runs(TimerKind.WORKER_RETIRE, number) or drains or last_word
 
     def is_in_the_place_of_the_next(self, generation: Generation) -> bool:

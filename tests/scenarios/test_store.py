@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ def test_killed_and_started_again_it_goes_on(service: Service) -> None:
 
 
 def test_what_was_queued_with_workers_that_stand_still_is_served(service: Service) -> None:
+    """But the one that it may have in hand: it has not written that down, or sends it again."""
     words = ("--queue", "6", "127.0.0.1:0", "--", *MANY)
     first = service.start(*words).ready()
     [pid] = spawned(first)
@@ -76,9 +78,15 @@ def test_what_was_queued_with_workers_that_stand_still_is_served(service: Servic
     second.log.wait_for("event=route")
     os.kill(pid, signal.SIGCONT)
 
+    lost = 0
     for number, client in enumerate(clients):
-        assert client.hear() == f"[{pid}] hello {number}"
+        reply = ""
+        with suppress(ConnectionResetError):
+            reply = client.hear()
+        assert reply in (f"[{pid}] hello {number}", "")
+        lost += not reply
         client.close()
+    assert lost <= 1
     wait_stored(service, OWN | of_generation(1, 1))
     second.stop()
 

@@ -1,9 +1,10 @@
 """python -m bench.rolling: replace protectors one by one behind HAProxy, and count what fails.
 
-Each server of HAProxy is a protector, whose `/readyz/NAME` it asks the exporter for; each with
-another lag, from none up to --lag.  One at a time is told to stop (TERM), awaited and started
-anew, while clients ask over HTTP: half of them over connections that they keep, half with a new one
-for each request.  HAProxy tries nothing a second time, so a client that is refused is a failure.
+Each server of HAProxy is a protector, whose `/readyz/NAME` it asks the exporter for, or the
+exporter's agent (--agent); each with another lag, from none up to --lag.  One at a time is told to
+stop (TERM), awaited and started anew, while clients ask over HTTP: half of them over connections
+that they keep, half with a new one for each request.  HAProxy tries nothing a second time, so a
+client that is refused is a failure.
 """
 
 from __future__ import annotations
@@ -50,14 +51,17 @@ defaults
     timeout server 1m
 listen web
     bind 127.0.0.1:{port}
+"""
+_BY_HTTP = """\
     option httpchk
     http-check send meth GET uri-lf /readyz/%[srv_name]
     http-check expect status 200
 """
 _SERVER = (
-    "    server {name} 127.0.0.1:{port} check port {ask} {lag} rise 1 fastinter {every}ms "
-    "downinter 100ms\n"
+    "    server {name} 127.0.0.1:{port} check {lag} rise 1 fastinter {every}ms downinter 100ms"
 )
+_ASKS = " port {ask}\n"
+_ASKS_AGENT = ' agent-check agent-port {ask} agent-inter {every}ms agent-send "{name}\\n"\n'
 _PROGRAMS = Path(sysconfig.get_path("scripts"))
 #: Connections in a queue, to workers on the library; or a listener, to a server of its own.
 WORKERS: dict[str, tuple[str, ...]] = {
@@ -108,14 +112,17 @@ class Balanced:
         lags_s: Sequence[float],
         *options: str,
         handoff: str = "connection",
+        agent: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """Start all and wait until HAProxy sends clients to each.
 
         lags_s: for each server how late HAProxy is to see that it is not ready.  options: of the
-        protectors.  Raises CannotMeasure.
+        protectors.  agent: HAProxy asks the agent, beside a check that connects.  Raises
+        CannotMeasure.
         """
         self._folder = folder
+        self._agent = agent
         self._options = ("--handoff", handoff, *options)
         self._worker = WORKERS[handoff]
         self._environment = {
@@ -124,7 +131,7 @@ class Balanced:
             "XDG_RUNTIME_DIR": str(folder),
         }
         self._log = (folder / "log").open("wb")
-        self._ports = [Reserved() for _ in range(len(lags_s) + 2)]
+        self._ports = [Reserved() for _ in range(len(lags_s) + 3)]
         self._others: list[subprocess.Popen[bytes]] = []
         self.servers: list[Server] = []
         try:
@@ -144,17 +151,20 @@ class Balanced:
         return (self._folder / "log").read_text(errors="replace")
 
     def _start(self, lags_s: Sequence[float]) -> None:
-        _, ask, *ports = (each.number for each in self._ports)
+        _, ask, agent, *ports = (each.number for each in self._ports)
         for number, (lag_s, port) in enumerate(zip(lags_s, ports, strict=True)):
             name = f"s{number}"
             self.servers.append(Server(name, lag_s, port, self._protector(name, port)))
         exporter = str(_PROGRAMS / "socketprotector-exporter")
-        self._others.append(self._run(exporter, "--listen", f"127.0.0.1:{ask}"))
+        listens = ("--listen", f"127.0.0.1:{ask}", "--agent", f"127.0.0.1:{agent}")
+        self._others.append(self._run(exporter, *listens))
         text = _CONFIGURATION.format(folder=self._folder, port=self.port)
+        text += "" if self._agent else _BY_HTTP
+        asked, line = (agent, _SERVER + _ASKS_AGENT) if self._agent else (ask, _SERVER + _ASKS)
         for each in self.servers:
             every = max(SOON_MS, int(each.lag_s * 1000 / FALL))
             lag = f"inter {every}ms fall {FALL if each.lag_s else 1}"
-            text += _SERVER.format(name=each.name, port=each.port, ask=ask, lag=lag, every=every)
+            text += line.format(name=each.name, port=each.port, ask=asked, lag=lag, every=every)
         path = self._folder / "haproxy.cfg"
         path.write_text(text)
         # HAProxy takes all servers for ready until it has asked them.
@@ -181,8 +191,13 @@ class Balanced:
 
     # -- what HAProxy sees -----------------------------------------------------
 
+    @property
+    def out(self) -> str:
+        """The state of a server that gets no more clients, and serves on."""
+        return "DRAIN" if self._agent else "DOWN"
+
     def state(self, server: Server) -> str:
-        """Return UP or DOWN, or "" where HAProxy does not answer yet."""
+        """Return UP, DRAIN or DOWN, or "" where HAProxy does not answer yet."""
         with socket.socket(socket.AF_UNIX) as line:
             try:
                 line.connect(str(self._folder / "haproxy.sock"))
@@ -194,7 +209,8 @@ class Balanced:
         for row in rows:
             found = dict(zip(names, row, strict=False))
             if found["svname"] == server.name:
-                return found["status"].split()[0]  # "UP 1/3" is on its way to DOWN
+                # "UP 1/3" is on its way to DOWN; "DOWN (agent)"
+                return found["status"].split()[0]
         return ""
 
     def wait_for(self, server: Server, state: str) -> None:
@@ -314,6 +330,7 @@ def main() -> int:
     parser.add_argument("--lame-duck", default="10s", metavar="TIME", help="0: none")
     parser.add_argument("--lag", type=float, default=8.0, metavar="S", help="the longest one")
     parser.add_argument("--servers", type=int, default=5, metavar="N")
+    parser.add_argument("--agent", action="store_true", help="HAProxy asks the agent")
     parser.add_argument("--handoff", choices=WORKERS, default="connection")
     given = parser.parse_args()
     lags_s = [number * given.lag / (given.servers - 1) for number in range(given.servers)]
@@ -322,14 +339,16 @@ def main() -> int:
         options = ("--lame-duck", given.lame_duck)
         begun_s = time.monotonic()
         with (
-            Balanced(Path(folder), lags_s, *options, handoff=given.handoff) as balanced,
+            Balanced(
+                Path(folder), lags_s, *options, handoff=given.handoff, agent=given.agent
+            ) as balanced,
             Clients(balanced.port) as clients,
         ):
             for number in range(given.replacements):
                 server = balanced.servers[number % given.servers]
                 told_s = time.monotonic()
                 balanced.tell(server)
-                balanced.wait_for(server, "DOWN")
+                balanced.wait_for(server, balanced.out)
                 seen_out_s[server.lag_s].append(time.monotonic() - told_s)
                 balanced.start_again(server)
                 print(
@@ -340,7 +359,8 @@ def main() -> int:
             clients.stop()
         spent_s = time.monotonic() - begun_s
     print(f"{machine()}; {given.replacements} replacements in {spent_s:.0f} s, --lame-duck "
-          f"{given.lame_duck}, --handoff {given.handoff}\n")  # fmt: skip
+          f"{given.lame_duck}, --handoff {given.handoff}"
+          f"{', by the agent' if given.agent else ''}\n")  # fmt: skip
     for lag_s, found in seen_out_s.items():
         if found:
             print(f"a lag of {lag_s:g} s: HAProxy sends no more after {max(found):.1f} s at most")

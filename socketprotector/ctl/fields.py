@@ -50,11 +50,13 @@ def serves(status: Status) -> bool:
 
 
 def why_not_ready(status: Status) -> str:
-    """Return why clients are not to be sent to it; empty if they are."""
+    """Return why clients are not to be sent to it; empty if they are.
+
+    A hold is no reason: its clients wait and are served, and a hold of all hosts at once would
+    leave a balancer without any.
+    """
     if is_lame_duck(status):
         return "lame duck"
-    if measure(status, "held_s") is not None:
-        return "held"
     return "" if serves(status) else text_in(status, "phase") or "it does not serve"
 
 

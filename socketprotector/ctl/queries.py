@@ -66,7 +66,7 @@ def status(instance: Instance, as_json: bool) -> None:
 @click.option("--health", is_flag=True, help="What is unhealthy is not ready, either.")
 def ready(instance: Instance, health: bool, as_json: bool) -> None:
     """Whether it is ready for clients, for probes: the exit status is 0, or 3 if it does not serve,
-    is held, or is a lame duck. As /readyz of the exporter says it."""
+    or is a lame duck. One that is held is ready. As /readyz of the exporter says it."""
     found = instance.request("status")
     why, answer = why_not_ready(found), unhealthy(found)
     if health and not why and answer is not None:

@@ -10,7 +10,7 @@ import math
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import click
@@ -18,14 +18,24 @@ import click
 from ..model.duration import Duration
 from .cli import Instance, answer, command, say, say_json, tell
 from .client import Client, Message
-from .errors import ConnectionLost, ControlError, NewVersionFailed, NoProtector, TimedOut
+from .errors import (
+    ConnectionLost,
+    ControlError,
+    NewVersionFailed,
+    NoProtector,
+    RequestRefused,
+    TimedOut,
+)
 from .fields import listed, measure, number_in, text_in
-from .reload_progress import ProgressThrottle, Reload, Verdict, draining, tries
+from .reload_progress import Losses, ProgressThrottle, Reload, Verdict, draining, tries
 
 #: How often status is asked for while no event comes: this also finds a protector that hangs.
 _LOOK_EVERY_S = 1.0
 #: A guard keeps the socket while it restarts a protector that died; one that has ended is gone.
 _GONE_S = 0.2
+
+#: What `reload --json` says besides the result and waited_s; null where it is not known.
+_OUTCOME = ("name", "from", "generation", "reason", "last_words", "lost")
 
 _WAIT = click.option("--wait/--no-wait", default=True, help="Wait for the outcome, or return.")
 _TIMEOUT = click.option(
@@ -38,8 +48,10 @@ class _Operation:
 
     client: Client
 
-    def __init__(self, timeout_s: float, as_json: bool) -> None:
-        self.outcome: Message = {}  # what --json prints
+    def __init__(self, timeout_s: float, as_json: bool, fields: Sequence[str] = ()) -> None:
+        """fields: of what --json prints, besides the result; null until they are known."""
+        self.outcome: Message = {"result": None, **dict.fromkeys(fields)}
+        self.losses: Losses | None = None
         self._as_json = as_json
         self._timeout_s = timeout_s
         self._until = time.monotonic() + timeout_s if timeout_s else math.inf
@@ -62,6 +74,13 @@ class _Operation:
             raise TimedOut(f"not within {self._timeout_s:g} s: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
 
+    def hear(self, timeout_s: float) -> Message | None:
+        """Return the next event, or None.  Raises ConnectionLost."""
+        event = self.client.event(timeout_s)
+        if event is not None and self.losses is not None:
+            self.losses.heard(event)
+        return event
+
     def event(self, waits_for: str, *names: str) -> Message | None:
         """Wait for an event of these names.  Raises NoProtector, TimedOut.
 
@@ -69,7 +88,7 @@ class _Operation:
         """
         until = time.monotonic() + self.slice_s(waits_for)
         try:
-            while (event := self.client.event(max(0.0, until - time.monotonic()))) is not None:
+            while (event := self.hear(max(0.0, until - time.monotonic()))) is not None:
                 if event.get("event") in names:
                     return event
         except ConnectionLost:
@@ -86,15 +105,17 @@ class _Operation:
 
 
 @contextmanager
-def _operation(instance: Instance, timeout_s: float, as_json: bool) -> Iterator[_Operation]:
+def _operation(
+    instance: Instance, timeout_s: float, as_json: bool, *fields: str
+) -> Iterator[_Operation]:
     """Connect for an operation.  With --json, print its outcome in any case."""
-    operation, begun = _Operation(timeout_s, as_json), time.monotonic()
+    operation, begun = _Operation(timeout_s, as_json, fields), time.monotonic()
     outcome = operation.outcome
     try:
         with instance.client(events=True) as operation.client:
             yield operation
     except ControlError as error:
-        outcome.setdefault("reason", str(error))
+        outcome["reason"] = outcome.get("reason") or str(error).partition("\n")[0]
         outcome["result"] = error.result
         raise
     except KeyboardInterrupt:
@@ -103,7 +124,7 @@ def _operation(instance: Instance, timeout_s: float, as_json: bool) -> Iterator[
         raise
     finally:
         outcome["waited_s"] = round(time.monotonic() - begun, 3)
-        if as_json and "result" in outcome:
+        if as_json and outcome["result"] is not None:
             say_json(outcome)
 
 
@@ -141,8 +162,10 @@ def reload(
         asked = {"generation": generation, "result": "asked"}
         answer(as_json, asked, f"reload requested: {words}")
         return
-    with _operation(instance, timeout, as_json) as operation:
+    with _operation(instance, timeout, as_json, *_OUTCOME) as operation:
         before = operation.client.ask("status")
+        operation.losses = Losses(before)
+        operation.outcome["name"] = before.get("name")
         old = operation.outcome["from"] = before.get("route")
         promised = _ask_reload(operation.client, before, dry_run=dry_run)
         operation.outcome["generation"] = promised
@@ -151,21 +174,43 @@ def reload(
         if dry_run:
             _gone(operation, found.generation)
         if not found.taken:
+            _count_losses(operation)
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
             serves = f"; generation {old} serves on" if isinstance(old, int) else ""
             words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
+            _count_losses(operation)
             operation.ends("passed", words)
             return
         if drained:
             _drained(operation, found.generation)
+        _count_losses(operation)
         after = f", after generation {old}" if isinstance(old, int) else ""
         gone = "; nothing older is left" if drained else ""
         operation.ends("reloaded", f"reloaded: generation {found.generation} serves{after}{gone}")
 
 
+def _count_losses(operation: _Operation) -> None:
+    """Note how many connections were lost since the reload was asked for."""
+    if operation.losses is None:
+        return
+    try:
+        after = operation.client.ask("status")
+        while operation.hear(0.0) is not None:  # those that came before that answer
+            pass
+    except ControlError:
+        return
+    operation.outcome["lost"] = operation.losses.count(after)
+
+
 def _ask_reload(client: Client, before: Message, *, dry_run: bool) -> int:
     """Ask for it; where the connection ends before the answer, see whether it was heard."""
+    if dry_run and "dry_run" not in before:
+        raise RequestRefused(
+            "unknown",
+            f"{before.get('name')} runs version {before.get('version')}, which has no dry run; "
+            "nothing was tried (socketprotectorctl upgrade, once a newer one is installed)",
+        )
     arguments = {"dry_run": True} if dry_run else {}
     try:
         return number_in(client.request("reload", **arguments), "generation")
@@ -185,7 +230,7 @@ def _tried(status: Message, *, dry_run: bool) -> list[int]:
 def _judged(operation: _Operation, watched: Reload) -> Verdict:
     while watched.verdict is None:
         try:
-            event = operation.client.event(operation.slice_s(watched.waits_for()))
+            event = operation.hear(operation.slice_s(watched.waits_for()))
             if event is not None:
                 watched.heard(event)
             else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from .cli import plural
 from .client import Message
-from .fields import listed, number_in, text_in
+from .fields import listed, measure, number_in, text_in
 
 #: The phases of generations that get no connections any more.
 LEAVING = ("draining", "abandoned")
@@ -193,6 +193,31 @@ class Reload:
         if self._now.routed:
             return f"generation {self._now.number} to live as long as --settle"
         return f"generation {self._now.number} to be ready ({self._share(self._now)} workers are)"
+
+
+class Losses:
+    """How many connections were lost since a status, by the protector and by workers."""
+
+    def __init__(self, before: Message) -> None:
+        """before: the status then; events are heard from then on."""
+        self._before = before
+        self._by_workers = 0
+
+    def heard(self, event: Message) -> None:
+        """Take an event."""
+        if event.get("event") == "exited":
+            self._by_workers += number_in(event, "lost")
+
+    def count(self, after: Message) -> int | None:
+        """Return how many, with the status now; None where one of both does not know."""
+        before = self._before
+        by_protector = measure(before, "lost"), measure(after, "lost")
+        if None in by_protector or before.get("restarts") != after.get("restarts"):
+            return None  # then events may have been missed
+        counted = [*listed(before, "generations"), *listed(after, "generations")]
+        if any(each.get("serving_since_at") and each.get("lost") is None for each in counted):
+            return None
+        return number_in(after, "lost") - number_in(before, "lost") + self._by_workers
 
 
 def tries(status: Message, *, dry_run: bool) -> list[Message]:

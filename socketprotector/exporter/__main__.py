@@ -9,6 +9,7 @@ import signal
 import socket
 import ssl
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -35,6 +36,11 @@ _EXTRAS = {"prometheus_client": "exporter", "starlette": "web", "uvicorn": "web"
 @click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
 @click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
 @click.option(
+    "--agent",
+    metavar="HOST:PORT",
+    help="Answer HAProxy's agent-check there, too: whether to send clients to an instance.",
+)
+@click.option(
     "--web",
     metavar="HOST:PORT|PATH",
     help="Show a page there, too: a loopback address, or a UNIX socket as /PATH?mode=0660.",
@@ -50,6 +56,7 @@ def _command(**given: Any) -> int:
     """Answer Prometheus with what the protectors on this machine say of themselves:
     /metrics, /healthz, /readyz, /readyz/NAME.  docs/metrics.md lists the metrics.
 
+    With --agent it says to HAProxy when to drain an instance: docs/load-balancers.md.
     With --web people see it live in a browser: docs/page.md."""
     if given["all_instances"] and (given["name"] or given["control"]):
         raise UsageError("--all with --name or --control: leave one of them out")
@@ -59,6 +66,7 @@ def _command(**given: Any) -> int:
         if "/" in name or name in ("", ".", ".."):
             raise UsageError(f"--name {name!r}: a name, not a path; for a path use --control")
     try:
+        from .agent import Agent
         from .collector import ProtectorCollector
         from .http import Server
 
@@ -72,7 +80,8 @@ def _command(**given: Any) -> int:
             f"{missing.replace('_', '-')} is not installed; "
             f"pip install 'socketprotector[{_EXTRAS[missing]}]'"
         ) from error
-    host, port = _address(given["listen"])
+    address = _address("--listen", given["listen"])
+    ask_at = None if given["agent"] is None else _address("--agent", given["agent"])
     tls = _tls(given["tls_cert"], given["tls_key"])
     # Each once: a name that is given twice would be two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
@@ -86,28 +95,33 @@ def _command(**given: Any) -> int:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
             opened.callback(page.close)
         try:
-            server = opened.enter_context(Server((host, port), instances, tls))
+            server = opened.enter_context(Server(address, instances, tls))
         except OSError as error:
             raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
+        if ask_at is not None:
+            try:
+                agent = opened.enter_context(Agent(ask_at, instances))
+            except OSError as error:
+                raise SystemRefused(f"--agent {given['agent']}: {error.strerror}") from error
+            threading.Thread(target=agent.serve_forever, name="agent", daemon=True).start()
+            _say(f"answers agent-checks at {agent.where}")
         if page is not None:
             page.start()
             _say(f"shows a page at {page.where}")
-        shown, number = server.server_address[:2]
-        shown = f"[{shown!s}]" if ":" in str(shown) else str(shown)
-        _say(f"answers at {'https' if tls else 'http'}://{shown}:{number}/metrics")
+        _say(f"answers at {'https' if tls else 'http'}://{server.where}/metrics")
         server.serve_forever()
     return 0
 
 
-def _address(text: str) -> tuple[str, int]:
+def _address(option: str, text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-        raise UsageError(f"--listen {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
+        raise UsageError(f"{option} {text}: write HOST:PORT, as in {DEFAULT} or [::]:9517")
     try:
         found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", int(port), 0, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "no name"
-        raise UsageError(f"--listen {text}: {why}; give an address of this machine") from error
+        raise UsageError(f"{option} {text}: {why}; give an address of this machine") from error
     return str(found[0][4][0]), int(port)
 
 

@@ -80,7 +80,7 @@ class ProtectorCollector(Collector):
         And for each that is, and answers badly to --health.  name: of that one alone, which no
         other one delays.
         """
-        answers = self._ask_one(name) if name else self._ask()
+        answers = self.ask_one(name) if name else self._ask()
         if not answers:
             return ["no protector has a control socket"], []
         unready = [f"{name}: {why}" for name, found in answers if (why := _why_not(found))]
@@ -88,7 +88,11 @@ class ProtectorCollector(Collector):
         says = [(name, unhealthy(status)) for name, status in ready if status is not None]
         return unready, [f"{name}: unhealthy: {why}" for name, why in says if why is not None]
 
-    def _ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+    def ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+        """Ask the chosen instance of that name, which no other one delays.
+
+        Returns its name and answer, or None where there is no such control socket.
+        """
         if self._paths and name not in self._names:  # what those are called only they can tell
             return [each for each in self._ask() if each[0] == name] or [(name, None)]
         path = _by_name(name) if name in self._names or not self._names else ""

@@ -1,16 +1,13 @@
 """Answers over HTTP or HTTPS: /metrics, /healthz, /readyz, /readyz/NAME.
 
-A client that connects and sends nothing delays no other: each connection has a thread, a limit of
-time, and is one of a limited number.  Source: ssl, http.server.
+Source: ssl, http.server.
 """
 
 from __future__ import annotations
 
-import socket
 import ssl
-import threading
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,11 +16,9 @@ from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
 from ..model.text import escape
+from .bounded import BoundedServer
 from .collector import ProtectorCollector
 
-#: For a handshake, for a request, and for each answer.
-CONNECTION_S = 10.0
-CONNECTIONS = 64
 _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
 #: What the path of one instance's page begins with.
 _ONE = "/readyz/"
@@ -31,49 +26,22 @@ _ONE = "/readyz/"
 _HEALTH = "health"
 
 
-class Server(ThreadingHTTPServer):
+class Server(BoundedServer, HTTPServer):
     """Listens; a thread for each connection."""
 
     def __init__(
         self, address: tuple[str, int], instances: ProtectorCollector, tls: ssl.SSLContext | None
     ) -> None:
         """Bind and listen.  Raises OSError."""
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.instances = instances
         self.registry = CollectorRegistry()
         self.registry.register(instances)
         self._tls = tls
-        self._free = threading.BoundedSemaphore(CONNECTIONS)
         super().__init__(address, Handler)
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take it unless too many are there."""
-        return self._free.acquire(blocking=False)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Give it a thread of its own."""
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no more threads
-            self._free.release()
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one connection; the handshake, too, is this thread's."""
-        try:
-            request.settimeout(CONNECTION_S)
-            if self._tls is not None:
-                try:
-                    request = self._tls.wrap_socket(request, server_side=True)
-                except OSError:  # no TLS, or not in time
-                    request.close()
-                    return
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore it: a client has gone away."""
+    def handshake(self, request: Any) -> Any:
+        """Do that of TLS.  Raises OSError: no TLS, or not in time."""
+        return request if self._tls is None else self._tls.wrap_socket(request, server_side=True)
 
 
 class Handler(BaseHTTPRequestHandler):

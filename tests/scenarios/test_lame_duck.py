@@ -271,23 +271,39 @@ def test_systemd_hears_of_no_reload_any_more(
 # -- behind HAProxy --------------------------------------------------------------
 
 
-@pytest.mark.skipif(not shutil.which("haproxy"), reason="NOT CHECKED: there is no haproxy")
+haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="NOT CHECKED: there is no haproxy")
+
+
+@haproxy
 @pytest.mark.parametrize("handoff", WORKERS)
 def test_behind_haproxy_no_request_fails(
     tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str], handoff: str
 ) -> None:
     folder = tmp_path_factory.mktemp("x")  # short: a control socket's path has 107 bytes
-    with (
-        Balanced(
-            folder, (0.0, 1.0), *LONG, handoff=handoff, environment=marked_environment
-        ) as balanced,
-        Clients(balanced.port, per_second=100.0) as clients,
-    ):
+    with Balanced(
+        folder, (0.0, 1.0), *LONG, handoff=handoff, environment=marked_environment
+    ) as balanced:
+        _replaced_in_turn(balanced)
+
+
+@haproxy
+def test_behind_haproxy_that_asks_the_agent_no_request_fails(
+    tmp_path_factory: pytest.TempPathFactory, marked_environment: dict[str, str]
+) -> None:
+    folder = tmp_path_factory.mktemp("x")
+    with Balanced(
+        folder, (0.0, 1.0), *LONG, agent=True, environment=marked_environment
+    ) as balanced:
+        _replaced_in_turn(balanced)
+
+
+def _replaced_in_turn(balanced: Balanced) -> None:
+    with Clients(balanced.port, per_second=100.0) as clients:
         for server in balanced.servers * rounds(1, 5):
             balanced.tell(server)
             with socket.create_connection(("127.0.0.1", server.port)):
                 pass  # it accepts
-            balanced.wait_for(server, "DOWN")
+            balanced.wait_for(server, balanced.out)
             before = clients.answered
             balanced.tell(server)  # a second time: now it may stop
             balanced.start_again(server)

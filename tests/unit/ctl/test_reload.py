@@ -391,6 +391,25 @@ def test_interrupted_it_waits_no_longer_and_claims_nothing(
     assert err.seen[-1] == "interrupted: it goes on; only the waiting has ended"
 
 
+#: What a deployment tool reads, whatever the result is: each field is there, and null if unknown.
+OUTCOME = {
+    "name": "web",
+    "result": "reloaded",
+    "from": 8,
+    "generation": 9,
+    "reason": None,
+    "last_words": None,
+    "lost": 0,
+}
+
+
+def outcome(said: Ended) -> Message:
+    """The one line, without how long it took."""
+    told: Message = json.loads(said.out)
+    assert told.pop("waited_s") >= 0
+    return told
+
+
 def test_json_has_the_outcome(fake: Fake, ctl: Ctl) -> None:
     reloading(fake, lambda c: c.event("reload-failed", generation=9, reason="\x7f", last_words=""))
 
@@ -398,15 +417,76 @@ def test_json_has_the_outcome(fake: Fake, ctl: Ctl) -> None:
 
     assert said.status == 3
     assert "\x7f" not in said.out
-    told = json.loads(said.out)
-    assert told.pop("waited_s") >= 0
-    assert told == {
-        "from": 8,
-        "generation": 9,
-        "reason": "\x7f",
-        "last_words": None,
-        "result": "failed",
+    assert outcome(said) == {**OUTCOME, "result": "failed", "reason": "\x7f"}
+
+
+def test_json_of_a_good_one_has_the_same_fields(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("reloaded", generation=9))
+
+    said = ctl("reload", "--json")
+
+    assert (said.status, said.err) == (0, "")
+    assert outcome(said) == OUTCOME
+
+
+def test_json_has_the_last_words(fake: Fake, ctl: Ctl) -> None:
+    reloading(
+        fake,
+        lambda c: c.event("reload-failed", generation=9, reason="exited", last_words="no\nbase"),
+    )
+
+    told = outcome(ctl("reload", "--json"))
+
+    assert told == {**OUTCOME, "result": "failed", "reason": "exited", "last_words": "no\nbase"}
+
+
+def test_json_of_one_that_was_refused_has_the_same_fields(fake: Fake, ctl: Ctl) -> None:
+    said = ctl("reload", "--json")  # the stand-in knows no reload
+
+    assert said.status == 100
+    assert outcome(said) == {
+        **OUTCOME,
+        "result": "refused",
+        "generation": None,
+        "reason": "unknown command 'reload'",
+        "lost": None,
     }
+
+
+@pytest.mark.parametrize(
+    ("more", "lost"),
+    [
+        ({}, 5),  # 2 by a worker, 3 by the protector
+        ({"lost": None}, None),  # workers accept
+        ({"restarts": 1}, None),  # what was lost in between is not known
+        ({"generations": [generation(9, lost=None)]}, None),  # without the client library
+    ],
+)
+def test_json_counts_the_connections_that_were_lost(
+    fake: Fake, ctl: Ctl, more: Message, lost: int | None
+) -> None:
+    fake.status["lost"] = 4
+
+    def then(connection: Connection) -> None:
+        connection.event("exited", generation=8, worker=14, lost=2)
+        fake.status.update({"generations": [generation(9)], "lost": 7, **more})
+        connection.event("reloaded", generation=9)
+
+    reloading(fake, then)
+
+    assert outcome(ctl("reload", "--json")) == {**OUTCOME, "lost": lost}
+
+
+def test_a_protector_that_has_no_dry_run_is_not_asked_for_one(fake: Fake, ctl: Ctl) -> None:
+    del fake.status["dry_run"]
+
+    said = ctl("reload", "--dry-run")
+
+    assert (said.status, said.out) == (100, "")
+    assert said.err.startswith(
+        "socketprotectorctl: web runs version 0.1.0, which has no dry run; nothing was tried"
+    )
+    assert "reload" not in fake.commands()
 
 
 def test_no_wait_says_that_it_was_asked(fake: Fake, ctl: Ctl) -> None:

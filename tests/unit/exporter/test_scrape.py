@@ -117,7 +117,7 @@ def test_ready_means_that_every_instance_serves(
     shop.status = status(route=None, phase="starting")
     assert get(f"{one.address}/readyz")[::2] == (503, "shop: starting\n")
     shop.status = status(held_s=3.5)
-    assert get(f"{one.address}/readyz")[::2] == (503, "shop: held\n")
+    assert get(f"{one.address}/readyz")[::2] == (200, "ok\n"), "a hold of all is no outage"
     shop.status = status(lame_duck="on")
     assert get(f"{one.address}/readyz")[::2] == (503, "shop: lame duck\n")
     shop.status = status(lame_duck="stopping", phase="stopping")
@@ -307,6 +307,8 @@ def test_it_speaks_tls(
         (["--listen", "9517"], "write HOST:PORT"),
         (["--listen", "127.0.0.1:99999"], "write HOST:PORT"),
         (["--listen", "192.0.2.1:0"], "--listen 192.0.2.1:0: "),
+        (["--agent", "9518"], "--agent 9518: write HOST:PORT"),
+        (["--listen", "127.0.0.1:0", "--agent", "192.0.2.1:0"], "--agent 192.0.2.1:0: "),
         (["--tls-key", "k"], "give the certificate too"),
         (["--tls-cert", "/nowhere"], "--tls-cert /nowhere: No such file"),
         (["--tls-cert", __file__], "no PEM certificate"),

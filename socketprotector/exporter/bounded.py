@@ -1,0 +1,67 @@
+"""A server that no client can exhaust: a thread for each connection, and a limit of both.
+
+A client that connects and sends nothing delays no other: each connection has a thread, a limit of
+time, and is one of a limited number; one too many is closed at once.  Source: socketserver.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from socketserver import BaseRequestHandler, TCPServer, ThreadingMixIn
+from typing import Any
+
+#: For a handshake, for a request, and for each answer.
+CONNECTION_S = 10.0
+CONNECTIONS = 64
+
+
+class BoundedServer(ThreadingMixIn, TCPServer):
+    """Listens; a thread for each connection."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
+        """Bind and listen.  Raises OSError."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(address, handler)
+
+    @property
+    def where(self) -> str:
+        """The address that it has got, as HOST:PORT."""
+        host, port = self.server_address[:2]
+        return f"[{host!s}]:{port}" if ":" in str(host) else f"{host!s}:{port}"
+
+    def handshake(self, request: Any) -> Any:
+        """Return what to talk to a client over.  Raises OSError."""
+        return request
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take it unless too many are there."""
+        return self._free.acquire(blocking=False)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give it a thread of its own."""
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no more threads
+            self._free.release()
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one connection; the handshake, too, is this thread's."""
+        try:
+            request.settimeout(CONNECTION_S)
+            try:
+                request = self.handshake(request)
+            except OSError:
+                request.close()
+                return
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Ignore it: a client has gone away."""

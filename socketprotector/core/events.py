@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
 
 

@@ -12,7 +12,7 @@ from dataclasses import field, replace
 from enum import Enum
 from operator import attrgetter
 
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy as Policy
 from .events import Deadline
 

@@ -11,8 +11,8 @@ from dataclasses import field
 
 from ..model import settings
 from ..model.codec import Codec
-from ..model.frozen import frozen
 from ..model.history import Crash, History, Reload
+from ..model.lazy_dataclass import frozen
 from ..model.records import (
     Counts,
     ForwarderRecord,

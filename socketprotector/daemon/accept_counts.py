@@ -14,8 +14,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ..model.lazy_dataclass import mutable
 from ..system import accept_marks
 from ..system.listener import Listener
 from .accept_watch import ASKING_SHARE
@@ -24,7 +25,7 @@ from .accept_watch import ASKING_SHARE
 NO_MARK = 0
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class AcceptCounts:
     """Asks for all generations at once."""
 

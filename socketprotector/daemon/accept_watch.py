@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 
+from ..model.lazy_dataclass import mutable
 from ..system.loop import Loop
 from ..system.sock_diag import Line, stands
 from .queue_watch import NEVER_TAKEN_S, UNTAKEN_S
@@ -25,7 +26,7 @@ ASKING_SHARE = 0.1
 _LOOK = "untaken"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class AcceptWatch:
     """Watches over the generation that new clients come to."""
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 
 from socketprotector_client import wire
 
+from ..model.lazy_dataclass import mutable
 from ..system.channel import SEND_FLAGS, Channel, rights_of
 from ..system.listener import Listener, accept_of
 from ..system.loop import Loop
@@ -29,7 +30,7 @@ BURST = 32
 STEADY = 8
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Acceptor:
     """Watches listeners, and sends what it accepts to one channel."""
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ..model.lazy_dataclass import mutable
 from ..model.question import Question
 from ..system.cleanup import on_error
 from ..system.helper import Ended
@@ -54,7 +55,7 @@ class Forwarding:
         )
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class CheckProbes:
     """The addresses, by generation."""
 

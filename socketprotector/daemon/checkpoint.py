@@ -9,10 +9,10 @@ however many there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from ..core.snapshot import CODEC, Snapshot
 from ..model.codec import DecodeError, refusal
+from ..model.lazy_dataclass import mutable
 from ..system import inherited
 from ..system.log import Log
 from ..system.sd_notify import Store
@@ -22,7 +22,7 @@ from .effects import Effects
 _FULL = "workers that come now do not outlive us; docs/reliability.md, How many workers"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Checkpoint:
     """Writes down, after each step, where another program could go on."""
 

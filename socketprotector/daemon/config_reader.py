@@ -11,8 +11,9 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ..model.lazy_dataclass import mutable
 from ..model.settings import Settings, SettingsError, dump, load
 from ..system import inherited
 from ..system.helper import HelperProcess, last_line
@@ -25,7 +26,7 @@ _MOST_BYTES = 16 * 1024 * 1024
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class ConfigAnswer:
     """What was read, or why it cannot be had.  The receiver owns the descriptors."""
 
@@ -37,7 +38,7 @@ class ConfigAnswer:
     changes: tuple[str, ...] = ()
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class ConfigReader:
     """One reading at a time."""
 

@@ -15,9 +15,9 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from ..core.events import BacklogEmptied
+from ..model.lazy_dataclass import mutable
 from ..model.records import ForwarderRecord
 from ..system.channel import BROKEN, Channel
 from ..system.inherited import Inherited
@@ -37,7 +37,7 @@ LOOKS = 16
 _QUIET = "forwarder-quiet"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class _Closing:
     """A graceful close: clients that have connected are served, then no more are accepted."""
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from socketprotector_client import wire
 
+from ..model.lazy_dataclass import mutable
 from ..model.records import Counts, GenerationRecord, Program
 from ..system import inherited
 from ..system.channel import Channel
 from ..system.scoreboard import Board
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class OpenGeneration:
     """Owns the channel and the scoreboard."""
 

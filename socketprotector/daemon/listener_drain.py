@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from functools import partial
 
 from socketprotector_client import wire
 
+from ..model.lazy_dataclass import mutable
 from ..system.channel import BROKEN, Channel
 from ..system.listener import AGAIN, Listener, accept_of
 from ..system.loop import Loop
@@ -27,7 +27,7 @@ LAST_S = 10.0
 BURST = 64
 
 
-@dataclass(slots=True, eq=False)
+@mutable
 class _Draining:
     """A listener that is drained."""
 

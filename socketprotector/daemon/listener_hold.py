@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ..model.lazy_dataclass import mutable
 from ..model.records import HoldRecord
 from ..system.listener import SCARCE, Listener
 
@@ -19,7 +20,7 @@ from ..system.listener import SCARCE, Listener
 _LAST_S = 10.0
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class ListenerHold:
     """Whether there is one, and who may still be trying after it."""
 

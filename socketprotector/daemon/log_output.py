@@ -11,9 +11,10 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ..model import text
+from ..model.lazy_dataclass import mutable
 from ..model.log_format import is_own
 from ..model.settings import Settings
 from ..system import inherited
@@ -33,7 +34,7 @@ _WRITE = f"{inherited.RELAY}write"
 _REOPENED = 0o622
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Opened:
     """What a worker is started with to write to."""
 

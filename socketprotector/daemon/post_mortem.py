@@ -12,12 +12,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 from functools import partial
 
 from ..core.events import WorkerExited
 from ..model import known_servers
 from ..model.history import Crash, History
+from ..model.lazy_dataclass import mutable
 from ..model.records import WorkerRecord
 from ..model.text import LAST_WORDS
 from ..system.orphans import Orphans
@@ -34,7 +35,7 @@ _REAP_AGAIN_S = 0.1
 _STATUS_S = 1.0
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class PostMortem:
     """Looks into the end of each worker."""
 

@@ -13,10 +13,10 @@ import errno
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from socketprotector_client import wire
 
+from ..model.lazy_dataclass import mutable
 from ..system import reuseport
 from ..system.channel import Channel
 from ..system.cleanup import on_error
@@ -33,7 +33,7 @@ BACKLOG = 16
 _ACCEPT_AGAIN_S = 0.1
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Way:
     """How one is reached: where to connect to, and as whom."""
 

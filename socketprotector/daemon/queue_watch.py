@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 
+from ..model.lazy_dataclass import mutable
 from ..system.channel import Channel
 from ..system.loop import Loop
 
@@ -27,7 +28,7 @@ UNTAKEN_S = 30.0
 _LOOK = "forwarder-look"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class QueueWatch:
     """Looks at the queue from the first send until it is empty."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
+from ..model.lazy_dataclass import mutable
 from ..system.listener import SCARCE, Listener
 from ..system.sock_diag import handshakes, unread
 from .accept_watch import ASKING_SHARE
@@ -30,7 +30,7 @@ SILENT_S = 3.0
 LAST_S = 10.0
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class _Generation:
     """One that gets no new clients any more."""
 

@@ -9,11 +9,12 @@ event, and the store may have one that the state does not mention, which is clos
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from ..core.events import ChannelBroken, Event, OpenFailed, WorkerExited
 from ..core.fleet import Phase, State
 from ..core.snapshot import Snapshot
+from ..model.lazy_dataclass import mutable
 from ..model.records import WorkerRecord
 from ..system import inherited
 from ..system.inherited import Inherited
@@ -28,7 +29,7 @@ _WITHOUT_CHANNEL = {"process", "notify"}
 _WITH_CHANNEL = _WITHOUT_CHANNEL | {"line"}
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Recovery:
     """One time, at the start of a program."""
 

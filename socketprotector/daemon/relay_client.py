@@ -22,7 +22,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..programs import log_relay
 from ..system import inherited
 from ..system.cleanup import on_error

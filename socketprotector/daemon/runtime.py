@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ..core.events import Event
+from ..model.lazy_dataclass import mutable
 from ..system.log import Log
 from ..system.loop import Loop
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Runtime:
     """The same for all parts; none of them owns it."""
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 
+from ..model.lazy_dataclass import mutable
 from ..system.helper import BackOff
 from .runtime import Runtime
 
@@ -23,7 +24,7 @@ LAST_WAIT_S = 0.5
 _RETRY = "forwarder-retry"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Shortage:
     """Owns the reserve, and the timer after which there is another try."""
 

@@ -13,7 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 
 from ..core.decide import decide, resume
 from ..core.events import (
@@ -31,6 +31,7 @@ from ..core.events import (
 )
 from ..core.fleet import Fleet
 from ..model import fd_budget
+from ..model.lazy_dataclass import mutable
 from ..system import signals
 from ..system.polling import events_of
 from ..system.process import reap_orphans
@@ -56,7 +57,7 @@ _LAST_REAP_S = 1.0
 _NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Supervisor:
     """Owns the fleet: no other module changes it."""
 

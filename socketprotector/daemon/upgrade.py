@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY
 
 from .. import __version__
+from ..model.lazy_dataclass import mutable
 from ..system import inherited, privileges
 from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
@@ -27,7 +28,7 @@ _ANSWER = b"ok "
 _TIMER = "probe"
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Upgrade:
     """One upgrade at a time: probe, then exec."""
 

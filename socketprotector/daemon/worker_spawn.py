@@ -19,11 +19,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import count
 
 from socketprotector_client import wire
 
+from ..model.lazy_dataclass import mutable
 from ..model.listen_fds import FIRST_FD, worker_variables
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
@@ -37,7 +38,7 @@ from .generation import OpenGeneration, known
 from .log_output import Output
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Worker:
     """One process, and what it speaks with us by."""
 
@@ -108,7 +109,7 @@ def _of_the_library(
     return descriptors, told
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class WorkerSpawner:
     """Starts workers, and takes over those of an earlier program."""
 

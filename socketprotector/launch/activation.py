@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import chain, repeat
 
 from ..model.errors import UsageError
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import inherited
 from .bind import Bound, canonical

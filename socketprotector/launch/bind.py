@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.settings import ListenerSettings
 from ..system import reuseport
 from ..system.cleanup import on_error

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from ..model.errors import UsageError
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from . import socket_options
 from .option_values import octal
 

@@ -21,7 +21,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.settings import Settings
 from ..system import control_path
 from ..system.sd_notify import remove_folder

@@ -16,8 +16,8 @@ import click
 from ..model import question
 from ..model.duration import Duration, Value
 from ..model.errors import UsageError
-from ..model.frozen import frozen
 from ..model.handoff_modes import ALIVE_S
+from ..model.lazy_dataclass import frozen
 from ..system.process import RLIMITS
 
 _SIZES = {"K": 1024, "M": 1024**2, "G": 1024**3}

@@ -16,8 +16,8 @@ import click
 from click.core import ParameterSource
 
 from ..model.errors import UsageError
-from ..model.frozen import frozen
 from ..model.handoff_modes import MODES, HandoffMode
+from ..model.lazy_dataclass import frozen
 from ..model.policy import Policy
 from ..model.settings import Limits, Origin, Settings
 from ..system.cpu_quota import scheduler

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from ..model.errors import UsageError
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..system.reuseport import IP_FREEBIND, IPV6_TRANSPARENT
 from .option_values import TIME
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import field
 
-from .frozen import frozen
+from .lazy_dataclass import frozen
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

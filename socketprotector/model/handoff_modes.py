@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import field
 
-from .frozen import frozen
+from .lazy_dataclass import frozen
 
 
 @frozen

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .frozen import frozen
+from .lazy_dataclass import frozen
 
 #: The last so many are remembered.
 RELOADS, CRASHES = 10, 20

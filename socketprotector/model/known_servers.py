@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from .frozen import frozen
 from .handoff_modes import LISTENER, HandoffMode
+from .lazy_dataclass import frozen
 from .records import Program
 
 _PAGE = "docs/servers.md"

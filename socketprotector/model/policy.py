@@ -6,7 +6,7 @@ Pure.  Separate from core/fleet.py, which imports events, because an event carri
 from __future__ import annotations
 
 from . import question
-from .frozen import frozen
+from .lazy_dataclass import frozen
 
 #: A worker (or generation) that served this long has proved itself; its death is not a quick one.
 PROVEN_S = 10.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from .frozen import frozen
+from .lazy_dataclass import frozen
 
 #: A command, which --health runs again and again.
 CHECK = "check"

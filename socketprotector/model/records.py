@@ -10,9 +10,9 @@ from dataclasses import field
 
 from socketprotector_client import wire
 
-from .frozen import frozen
 from .handoff_modes import MODES, HandoffMode
 from .history import History
+from .lazy_dataclass import frozen
 from .settings import Identity, Settings
 
 

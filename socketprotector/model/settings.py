@@ -13,8 +13,8 @@ import json
 from dataclasses import asdict, field
 
 from .codec import FORMAT, Codec, DecodeError, NewerError, decoding, newer_format, refusal
-from .frozen import frozen
 from .handoff_modes import MODES, HandoffMode
+from .lazy_dataclass import frozen
 from .policy import Policy
 
 TYPE_CHECKING = False

@@ -18,8 +18,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from ..model.lazy_dataclass import mutable
 from ..model.policy import PROVEN_S
 from .loop import Loop
 
@@ -51,7 +52,7 @@ _REPEATED_BY_GENERATIONS = (*_REPEATED, *_FAILURES, "route", "recovered", "drain
 _VERDICTS = ("ready", "reloaded", "reload-failed", "start-failed")
 
 
-@dataclass(slots=True)
+@mutable
 class _CrashLoop:
     """The deaths in a row of one slot, or of generations."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 from ..model import text
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from ..model.records import Program
 from . import privileges, procfs
 from .cleanup import on_error

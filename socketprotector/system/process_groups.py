@@ -18,9 +18,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
+from ..model.lazy_dataclass import mutable
 from ..model.records import WorkerRecord
 from . import inherited, procfs
 from .log import Log
@@ -46,7 +47,7 @@ _CENSUS_COST = 20
 _CENSUS_SLICE = 50
 
 
-@dataclass(slots=True)
+@mutable
 class _Group:
     """The state of one process group."""
 

@@ -33,7 +33,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from ..model.frozen import frozen
+from ..model.lazy_dataclass import frozen
 from . import accept_marks
 from .cleanup import on_error
 

@@ -146,11 +146,13 @@ class World:
         self.loop.running = False
 
     def pass_time(self, seconds: float) -> None:
-        """In small steps, as the loop's timers see it."""
+        """As the loop's timers see it: from one that is due to the next."""
         until = self.now + seconds
+        due = self.now
         while self.now < until:
-            self.now = min(self.now + 0.01, until)
+            self.now = min(max(self.now + 0.01, due), until)
             self.turn()
+            due = min((each for each, _, _ in self.loop._timers.values()), default=until)
 
     def close(self) -> None:
         for each in self.clients:

@@ -19,7 +19,7 @@ from socketprotector.core.fleet import Fleet, Generation, Worker
 from socketprotector.core.snapshot import CLASSES, CODEC, Snapshot
 from socketprotector.daemon import checkpoint
 from socketprotector.model.codec import FORMAT, Codec, DecodeError, NewerError
-from socketprotector.model.frozen import init_of
+from socketprotector.model.lazy_dataclass import init_of
 from socketprotector.model.records import ForwarderRecord, WorkerRecord
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from ... import __version__
 from ...core.events import (
@@ -29,6 +29,7 @@ from ...core.fleet import Fleet, Phase, State
 from ...core.reload import STOP_FIRST
 from ...model import control_requests
 from ...model.control_requests import Request, RequestError
+from ...model.lazy_dataclass import mutable
 from ..config_reader import ConfigAnswer
 from ..effects import Effects
 from ..runtime import Runtime
@@ -46,7 +47,7 @@ _NOT_WHILE_STOPPING = ("reload", "upgrade", "lame-duck", "scale", "hold", "repla
 _ENDING = (Phase.DRAINING, Phase.ABANDONED)
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class CommandHandler:
     """Answers requests for a supervisor."""
 

@@ -13,11 +13,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, field
 
 from ...model import control_requests
 from ...model.control_requests import COMMANDS, STATUS_COMMANDS, Request, RequestError
 from ...model.einhorn import ack
+from ...model.lazy_dataclass import mutable
 from ...system.listener import AGAIN, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
@@ -36,7 +37,7 @@ _AGAIN_S = 0.5
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class Client:
     """One connection.  Answers are sent by say()."""
 
@@ -187,7 +188,7 @@ class Client:
         self.loop.call_after(("control-idle", self.sock.fileno()), IDLE_S, idle)
 
 
-@dataclass(slots=True, repr=False, eq=False)
+@mutable
 class ControlServer:
     """Listens on the control socket, which it owns."""
 

@@ -60,6 +60,15 @@ def why_not_ready(status: Status) -> str:
     return "" if serves(status) else text_in(status, "phase") or "it does not serve"
 
 
+def standing_dry_run(status: Status) -> Status | None:
+    """Return the last dry run that has ended; None where a reload has begun since."""
+    dry_run = status.get("dry_run")
+    if not isinstance(dry_run, dict) or label(dry_run, "result") not in ("passed", "failed"):
+        return None
+    begun = max((number_in(each, "generation") for each in listed(status, "reloads")), default=0)
+    return dry_run if number_in(dry_run, "generation") > begun else None
+
+
 def unhealthy(status: Status) -> str | None:
     """Return what an instance has answered that is unhealthy; None: it is not, or none knows."""
     health = status.get("health")

@@ -26,6 +26,7 @@ from dataclasses import replace
 from ..model import question
 from ..model.question import Question
 from ..model.settings import Settings
+from ..system import readiness
 from ..system.helper import Ended
 from ..system.polling import events_of
 from ..system.process import Process, spawn
@@ -88,10 +89,8 @@ class Health:
 
     @property
     def asks(self) -> str:
-        """What is asked; of a command its program alone, and "" if nothing is."""
-        text = self._settings().health
-        kind, _, command = text.partition(":")
-        return f"{kind}:{program_of(command)}" if kind == question.CHECK else text
+        """What is asked, as `status` says it; "": nothing."""
+        return readiness.asks(self._settings().health)
 
     @property
     def tcp_connection(self) -> socket.socket | None:

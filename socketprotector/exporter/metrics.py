@@ -18,7 +18,7 @@ from prometheus_client.core import HistogramMetricFamily as Histogram
 from prometheus_client.core import InfoMetricFamily as Info
 from prometheus_client.core import Metric
 
-from ..ctl.fields import Status, is_lame_duck, label, listed, measure, serves
+from ..ctl.fields import Status, is_lame_duck, label, listed, measure, serves, standing_dry_run
 from .counters import BUCKETS, RESULTS, Counters
 
 PHASES = ("starting", "serving", "reloading", "settling", "stopping", "waiting")
@@ -61,6 +61,7 @@ _FAMILIES: tuple[tuple[Any, ...], ...] = (
     (Histogram, "wait_seconds", "From accept to being taken by a worker; there is no sum."),
     (Total, "reloads", "Reloads that have ended.", "result"),
     (Gauge, "last_reload_successful", "1 if the last reload that has ended succeeded."),
+    (Gauge, "last_dry_run_successful", "1 if the last dry run passed; until the next reload."),
     (Gauge, "last_reload_success_timestamp_seconds", "When one last did, since the epoch."),
 )
 #: What is not known has no value.
@@ -107,6 +108,9 @@ class MetricSet:
         if totals.last_result is not None:
             succeeded = float(totals.last_result == "reloaded")
             self._put("last_reload_successful", instance, succeeded)
+        if (dry_run := standing_dry_run(status)) is not None:
+            passed = float(label(dry_run, "result") == "passed")
+            self._put("last_dry_run_successful", instance, passed)
         success = "last_reload_success_timestamp_seconds"
         self._put(success, instance, totals.last_success_at)
 

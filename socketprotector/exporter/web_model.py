@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
-from ..ctl.fields import Status, is_lame_duck, label, listed, measure, number_in, text_in
+from ..ctl.fields import (
+    Status,
+    is_lame_duck,
+    label,
+    listed,
+    measure,
+    number_in,
+    standing_dry_run,
+    text_in,
+)
 from ..model import text
 from ..model.waits import quantile_us
 
@@ -34,6 +43,12 @@ _WORDS_CHARACTERS = 4000
 _BUCKETS = 32
 _GROWING = ("rate", "active", "p99")
 _PHASES = ("starting", "settling", "serving", "draining", "abandoned")
+#: Since when a generation is in a phase; in the others, since it was opened.
+_SINCE = {
+    "serving": "serving_since_at",
+    "settling": "serving_since_at",
+    "draining": "draining_since_at",
+}
 _NOT_FIELDS = ("v", "event", "at", "level", "last_words")
 
 #: A generation, also of another protector at the same socket: its number begins anew there.
@@ -137,7 +152,11 @@ class Instance:
 
     def _see(self, status: Status) -> dict[str, Any]:
         generations = listed(status, "generations")
-        lanes = [self._lane(each) for each in generations]
+        notes = _notes_of_generations(status)
+        lanes = [
+            self._lane(each, *notes.get(number_in(each, "number"), ("", "")))
+            for each in generations
+        ]
         living = {_key(each) for each in generations}
         self._most = {key: most for key, most in self._most.items() if key in living}
         waits = self._waits(living)
@@ -160,17 +179,19 @@ class Instance:
             "p99": quantile_us(waits, 0.99),
             "lanes": sorted(lanes, key=lambda lane: -lane["number"]),
             "failed": self._last_failure(status),
+            "tried": _tried(status),
         }
 
-    def _lane(self, generation: Status) -> dict[str, Any]:
+    def _lane(self, generation: Status, shown_as: str, note: str) -> dict[str, Any]:
+        """shown_as: instead of its phase; note: what that means for it."""
         key, phase = _key(generation), label(generation, "phase")
         workers = listed(generation, "workers")
         waits = self._waits([key])
-        since = {"draining": "draining_since_at", "serving": "serving_since_at"}
         return {
             "number": number_in(generation, "number"),
-            "phase": phase if phase in _PHASES else "unknown",
-            "since": measure(generation, since.get(phase or "", "opened_at")),
+            "phase": shown_as or (phase if phase in _PHASES else "unknown"),
+            "note": note,
+            "since": measure(generation, _SINCE.get(phase or "", "opened_at")),
             "path": _line(text_in(generation, "path")),
             # Nothing was given to it yet, so there is nothing that it could not count.
             "counts": phase not in ("starting", "abandoned"),
@@ -213,13 +234,7 @@ class Instance:
         ended = [each for each in listed(status, "reloads") if label(each, "result") != "running"]
         failed = [each for each in ended if label(each, "result") == "failed"]
         if failed:
-            reason = text_in(failed[-1], "reason")
-            self._failed = {
-                "generation": number_in(failed[-1], "generation"),
-                "at": measure(failed[-1], "ended_at"),
-                "reason": _line(text.headline(reason)),
-                "words": words_of(reason.partition("\n")[2]),
-            }
+            self._failed = _verdict(failed[-1])
         if self._failed is None:
             return None
         return {**self._failed, "last": bool(failed) and failed[-1] is ended[-1]}
@@ -251,6 +266,48 @@ class Instance:
         return found
 
 
+def _verdict(reload: Status) -> dict[str, Any]:
+    """Return how a reload or a dry run has ended."""
+    reason = text_in(reload, "reason")
+    return {
+        "generation": number_in(reload, "generation"),
+        "at": measure(reload, "ended_at"),
+        "reason": _line(text.headline(reason)),
+        "words": words_of(reason.partition("\n")[2]),
+    }
+
+
+def _tried(status: Status) -> dict[str, Any] | None:
+    """Return what came of the last dry run, until there is a reload."""
+    dry_run = standing_dry_run(status)
+    if dry_run is None:
+        return None
+    return {**_verdict(dry_run), "passed": label(dry_run, "result") == "passed"}
+
+
+def _notes_of_generations(status: Status) -> dict[int, tuple[str, str]]:
+    """Return, by its number, what a generation is shown as instead of its phase, and what it is in.
+
+    In a dry run it gets no client; while a new one settles, the one before it stands by.
+    """
+    found = {}
+    dry_run = status.get("dry_run")
+    if isinstance(dry_run, dict):
+        found[number_in(dry_run, "generation")] = "", "dry run: it gets no client"
+    generations = listed(status, "generations")
+    settling = [each for each in generations if label(each, "phase") == "settling"]
+    for new in settling:
+        olds = [each for each in generations if label(each, "phase") == "serving"]
+        check = _cut(_line(text_in(new, "settle_check")), 80)
+        note = f"--settle-check asks {check}" if check else ""
+        for old in olds:
+            number = number_in(old, "number")
+            found[number] = "standby", "gets new clients again if the new one fails"
+            note += f"{'; ' if note else ''}generation {number} stands by"
+        found[number_in(new, "number")] = "", note
+    return found
+
+
 def event_line(message: Status) -> dict[str, Any]:
     """Return what the page shows of an event."""
     fields = [
@@ -278,8 +335,8 @@ def _notes(status: Status) -> list[str]:
     if measure(status, "held_s") is not None:
         found.append("held: accepts nothing")
     state, last = _health(status)
-    if state == "unhealthy":
-        found.append(_cut(f"unhealthy: {_line(last)}"))
+    if state == "unhealthy" or (state == "unknown" and last):
+        found.append(_cut(f"{'health ' if state == 'unknown' else ''}{state}: {_line(last)}"))
     if is_lame_duck(status):
         found.append("lame duck: /readyz says 503")
     for each in listed(status, "generations"):

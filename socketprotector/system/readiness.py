@@ -248,6 +248,12 @@ def program_of(command: str) -> str:
     return found[1] if found else "sh"
 
 
+def asks(text: str) -> str:
+    """Return what --health or --settle-check asks, for people; of a command its program alone."""
+    kind, _, command = text.partition(":")
+    return f"{kind}:{program_of(command)}" if kind == _CHECK else text
+
+
 def check_program(program: Program) -> Program:
     """Return what runs --ready check's command: as the worker runs, by the shell."""
     argv = ("sh", "-c", program.ready_check)

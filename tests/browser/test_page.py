@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.browser.driver import Browser
 from tests.load import Load
 from tests.running import Client, Protector
 from tests.scenarios.tools import Release, library_worker
-from tests.unit.ctl.fake import Fake, generation, reload, status, worker
+from tests.unit.ctl.fake import Fake, generation, health, reload, status, worker
 from tests.unit.exporter.conftest import Exporter
 
 Fakes = Callable[[str], Fake]
@@ -181,6 +182,43 @@ def test_a_broken_release_shows_its_last_words_as_text(
     browser.until("document.querySelector('#attention').hidden")
 
 
+def test_dry_run_settling_and_health_are_seen(
+    browser: Browser, exporter: Starter, fakes: Fakes
+) -> None:
+    fake = fakes("web")
+    serving, tried = generation(8, "serving", worker(1)), generation(9, "starting", worker(2))
+    seen(browser, exporter(*WEB, "--control", fake.path), "web")
+
+    def happens(event: str, told: dict[str, Any]) -> None:
+        fake.status = {**told, "name": "web"}
+        fake.following()[-1].event(event)
+
+    happens("dry-run", status(serving, tried, dry_run=reload(9, "running")))
+    note = "[...document.querySelectorAll('.lane .note')].map(n => n.textContent).join('|')"
+    browser.until(f"{note} === 'dry run: it gets no client|'")
+    failed = reload(9, "failed", "exit 1; its last words:\nno such table")
+    happens("dry-run-failed", status(serving, dry_run=failed))
+    browser.until("document.querySelector('.tried pre')?.textContent === 'no such table'")
+    assert "dry run 9 failed" in browser.text(".tried summary")
+    assert browser.run("return document.querySelector('#attention').hidden")  # what serves is well
+    happens("dry-run-passed", status(serving, dry_run=reload(10, "passed")))
+    browser.until("document.querySelector('.tried').hidden")
+    assert "dry run 10 passed" in browser.text(".where")
+
+    new = generation(11, "settling", worker(3), settle_check="http:/healthz")
+    told = status(serving, new, phase="settling", reloads=[reload(11, "running")])
+    happens("route", told)
+    browser.until(f"{lane('web', 8)} === 'standby' && {lane('web', 11)} === 'settling'")
+    assert "--settle-check asks http:/healthz" in browser.run(f"return {note}")
+    happens("unhealthy", status(health=health("unhealthy", "GET /healthz: 500")))
+    browser.until("document.querySelector('#attention').textContent === 'web unhealthy'")
+    assert browser.text(".notes") == "unhealthy: GET /healthz: 500"
+    happens("health-unknown", status(health=health("unknown", "busy: no worker")))
+    browser.until(
+        "document.querySelector('.notes').textContent === 'health unknown: busy: no worker'"
+    )
+
+
 def test_names_and_status_texts_are_text_too(
     browser: Browser, exporter: Starter, fakes: Fakes
 ) -> None:
@@ -295,7 +333,7 @@ def test_everything_is_reached_by_keys(browser: Browser, exporter: Starter, fake
 
 
 @pytest.mark.parametrize("dark", [True, False], ids=["dark", "light"])
-@pytest.mark.parametrize(("width", "height"), SIZES[:2])
+@pytest.mark.parametrize(("width", "height"), SIZES)
 def test_axe_finds_nothing(
     browser: Browser, exporter: Starter, hundred: list[Fake], width: int, height: int, dark: bool
 ) -> None:

@@ -16,7 +16,7 @@ from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
 from ...model.waits import quantile_us
-from ...system import reuseport
+from ...system import readiness, reuseport
 from ...system.listener import Listener
 from ..effects import Effects
 from ..generation import OpenGeneration
@@ -141,6 +141,7 @@ def _of_generation(
         "path": opened.program.path,
         "queue": effects.waiting(generation.number),
         "untaken_s": effects.untaken_s(generation.number),
+        "settle_check": readiness.asks(opened.program.settle_check),
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
         "active": active,

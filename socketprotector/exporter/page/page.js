@@ -89,7 +89,8 @@ function draw(one) {
   if (data.phase === undefined) return; // it has never answered
   const where = card.querySelector(".where");
   const words = [data.listens.slice(0, 3).join(" ") + (data.listens.length > 3 ? ` and ${data.listens.length - 3} more` : "")];
-  if (data.health === "healthy") words.push("healthy");
+  if (data.health && data.health !== "unhealthy") words.push(data.health === "healthy" ? "healthy" : "health unknown");
+  if (data.tried && data.tried.passed) words.push(`dry run ${data.tried.generation} passed`);
   words.push(`pid ${data.pid}`, `version ${data.version}`);
   if (data.restarts) words.push(`${data.restarts} ${data.restarts === 1 ? "restart" : "restarts"}`);
   if (data.crashes) words.push(`${data.crashes} ${data.crashes === 1 ? "crash" : "crashes"}`);
@@ -101,7 +102,9 @@ function draw(one) {
   text(values[1], number(data.active));
   text(values[2], wait(data.p99));
   drawLanes(one);
-  drawFailed(card.querySelector(".failed"), data);
+  const { failed, tried } = data;
+  drawVerdict(card.querySelector(".failed"), failed, failed && `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`, data.name);
+  drawVerdict(card.querySelector(".tried"), tried && !tried.passed && { ...tried, last: true }, tried && `dry run ${tried.generation} failed at ${when(tried.at)}`, data.name);
 }
 
 function drawLanes(one) {
@@ -128,6 +131,7 @@ function drawLane(item, lane, data) {
   const path = item.querySelector(".path");
   text(path, lane.path.split("/").slice(-2).join("/")); // of /srv/app-8/daemon what tells releases apart
   set(path, "title", lane.path);
+  text(item.querySelector(".note"), lane.note);
   const values = item.querySelectorAll(".numbers b");
   const queue = lane.queue == null || data.limit == null || lane.phase !== "serving" ? number(lane.queue) : `${number(lane.queue)} / ${number(data.limit)}`;
   [number(lane.rate), number(lane.active), queue, wait(lane.p50), wait(lane.p99)].forEach((value, place) => text(values[place], value));
@@ -181,8 +185,7 @@ function drawTable(box) {
   box.querySelector("tbody").replaceChildren(...box.lane.workers.map(row));
 }
 
-function drawFailed(box, data) {
-  const failed = data.failed;
+function drawVerdict(box, failed, title, name) {
   box.hidden = !failed;
   if (!failed) return;
   const key = `${failed.generation} ${failed.at} ${failed.last}`;
@@ -190,11 +193,11 @@ function drawFailed(box, data) {
     box.dataset.key = key; // what the reader has opened or closed stays until there is another one
     box.open = failed.last;
   }
-  text(box.querySelector("summary"), `release ${failed.generation} failed at ${when(failed.at)}${failed.last ? "" : ", a later one serves"}`);
+  text(box.querySelector("summary"), title);
   text(box.querySelector(".reason"), failed.reason);
   const words = box.querySelector("pre");
   words.hidden = !failed.words;
-  set(words, "aria-label", `last words of release ${failed.generation} of ${data.name}`);
+  set(words, "aria-label", `last words of release ${failed.generation} of ${name}`);
   text(words, failed.words);
 }
 
@@ -312,7 +315,7 @@ function show(data) {
   return renamed;
 }
 
-const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "nobody-takes", "healthy", "unhealthy"]);
+const SAID = new Set(["reloaded", "reload-failed", "start-failed", "recovered", "crash-loop", "stopped", "lame-duck", "held", "nobody-takes", "healthy", "unhealthy", "health-unknown", "dry-run-passed", "dry-run-failed"]);
 function tell(happened, live) {
   const key = JSON.stringify(happened);
   if (eventKeys.has(key)) return; // sent again after the connection was lost

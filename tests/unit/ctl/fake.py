@@ -49,6 +49,7 @@ def generation(number: int, phase: str = "serving", *workers: Message, **more: A
         "path": "/srv/daemon",
         "queue": 0,
         "untaken_s": None,
+        "settle_check": "",
         "accepted": 120,
         "active": 3,
         "finished": 117,

@@ -106,6 +106,17 @@ def test_a_lame_duck_serves() -> None:
     assert Collected().see(status()).value("lame_duck") == 0
 
 
+def test_a_dry_run_counts_until_the_next_reload() -> None:
+    def told(*reloads: dict[str, Any], result: str) -> float | None:
+        seen = Collected().see(status(dry_run=reload(9, result), reloads=list(reloads)))
+        return seen.value("last_dry_run_successful")
+
+    before, after = reload(8, "reloaded"), reload(10, "running")
+    assert (told(before, result="failed"), told(before, result="passed")) == (0, 1)
+    assert (told(before, result="running"), told(before, after, result="failed")) == (None, None)
+    assert Collected().see(status()).value("last_dry_run_successful") is None
+
+
 def test_what_is_not_known_is_absent() -> None:
     unknown: dict[str, Any] = dict.fromkeys(("accepted", "active", "finished", "errors", "wait_us"))
     seen = Collected().see(

@@ -25,9 +25,13 @@ promtool = pytest.mark.skipif(
     shutil.which("promtool") is None,
     reason="NOT CHECKED: rules and dashboard; there is no promtool(1), of Debian's prometheus",
 )
+#: Which are raised by what ails each instance of recorded().
 ALERTS = {
-    *("ProtectorDown", "Unhealthy", "ReloadFailed", "CrashLoop", "QueueFull", "StuckDrain"),
-    *("ConnectionsLost", "HeldTooLong"),
+    "ill": {
+        *("ProtectorDown", "Unhealthy", "ReloadFailed", "CrashLoop", "QueueFull", "StuckDrain"),
+        *("ConnectionsLost", "HeldTooLong"),
+    },
+    "unasked": {"HealthUnknown"},
 }
 
 
@@ -55,7 +59,9 @@ def waits(count: int) -> dict[str, Any]:
 
 
 def recorded() -> tuple[str, str]:
-    """Two scrapes an hour apart: of one that is well, and of one with every trouble there is."""
+    """Two scrapes an hour apart: of one that is well, one whose health is unknown, and one with
+    every other trouble there is.
+    """
     totals: dict[str, Counters] = {}
     found = []
     for hour in (0, 1):
@@ -75,8 +81,13 @@ def recorded() -> tuple[str, str]:
             held_s=9.0,
             health={"asks": "http:/", "state": "unhealthy", "failures": 5},
             reloads=[reload(8, "failed", "why")],
+            dry_run=reload(9, "failed", "why"),
         )
-        found.append(scrape({"well": well, "ill": ill}, totals))
+        unasked = status(
+            health={"asks": "http:/", "state": "unknown", "failures": 0},
+            reloads=[reload(8, "reloaded")],
+        )
+        found.append(scrape({"well": well, "ill": ill, "unasked": unasked}, totals))
     return found[0], found[1]
 
 
@@ -119,10 +130,11 @@ def test_each_alert_is_raised_by_its_trouble_and_none_without(tmp_path: Path) ->
         )
     firing = [
         {
-            "labels": f'{{alertname="{name}",alertstate="firing",instance="ill"}}',
+            "labels": f'{{alertname="{name}",alertstate="firing",instance="{instance}"}}',
             "value": 1,
         }
-        for name in sorted(ALERTS)
+        for instance, names in ALERTS.items()
+        for name in sorted(names)
     ]
     without_more = 'max by (alertname, alertstate, instance) (ALERTS{alertstate="firing"})'
     asked = {"expr": without_more, "eval_time": "50m", "exp_samples": firing}
@@ -153,7 +165,7 @@ def test_rules_and_dashboard_name_metrics_and_labels_that_there_are() -> None:
     for text in (rules, *expressions()):
         # What is behind a colon is a recorded series' name, not a metric.
         assert set(re.findall(r"socketprotector_\w+", text)) <= there
-    assert set(re.findall(r"alert: (\w+)", rules)) == ALERTS
+    assert set(re.findall(r"alert: (\w+)", rules)) == set().union(*ALERTS.values())
     board = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
     places = [tuple(panel["gridPos"][each] for each in "xyw") for panel in board["panels"]]

@@ -202,6 +202,7 @@ def test_what_an_operator_should_know_is_noted(seen: Seen) -> None:
         ("healthy", "", []),
         ("unhealthy", "answered 503\n", ["unhealthy: answered 503\\n"]),
         ("unknown", "", []),
+        ("unknown", "not asked: no process", ["health unknown: not asked: no process"]),
         (3, "", []),
     ],
 )
@@ -213,6 +214,49 @@ def test_what_comes_of_health_is_shown(
 
     assert shown["health"] == (state if isinstance(state, str) else "unknown")
     assert shown["notes"] == notes
+
+
+def test_what_is_tried_gets_no_client_and_its_verdict_stands_until_a_reload(seen: Seen) -> None:
+    serving, tried = generation(8, "serving", worker(1)), generation(9, "starting", worker(2))
+    assert seen.see(status())["tried"] is None
+
+    seen.see(status(serving, tried, dry_run=reload(9, "running")))
+    assert (seen.lane(9)["note"], seen.lane(8)["note"]) == ("dry run: it gets no client", "")
+    assert seen.shown["tried"] is None
+
+    reason = "worker 2 exited with status 1; its last words:\nTraceback"
+    failed = reload(9, "failed", reason)
+    shown = seen.see(status(serving, dry_run=failed, reloads=[reload(8, "reloaded")]))
+    assert shown["tried"] == {
+        "generation": 9,
+        "at": 151.0,
+        "reason": "worker 2 exited with status 1",
+        "words": "Traceback",
+        "passed": False,
+    }
+    assert (shown["failed"], shown["notes"]) == (None, [])  # what serves is well
+    assert seen.see(status(dry_run=reload(10, "passed")))["tried"]["passed"]
+    shown = seen.see(status(dry_run=failed, reloads=[reload(10, "running")]))
+    assert shown["tried"] is None
+
+
+@pytest.mark.parametrize(
+    ("check", "note"),
+    [
+        ("", "generation 7 stands by"),
+        ("http:/", "--settle-check asks http:/; generation 7 stands by"),
+    ],
+)
+def test_while_one_settles_the_one_before_stands_by(seen: Seen, check: str, note: str) -> None:
+    new = generation(8, "settling", worker(2), serving_since_at=160.0, settle_check=check)
+    seen.see(status(generation(7, "serving", worker(1)), new, phase="settling", route=8))
+
+    assert (seen.lane(7)["phase"], seen.lane(8)["phase"]) == ("standby", "settling")
+    assert (seen.lane(8)["since"], seen.lane(8)["note"]) == (160.0, note)
+    assert seen.lane(7)["note"] == "gets new clients again if the new one fails"
+    # The old one has failed meanwhile: there is none to go back to.
+    seen.see(status(new, phase="settling", route=8))
+    assert "stands by" not in seen.lane(8)["note"]
 
 
 def test_a_thousand_workers_are_some_cells_and_a_number(seen: Seen) -> None:

@@ -59,8 +59,12 @@ test-page: $(INSTALLED) ## try the page in headless Chromium, and its rules by p
 	SOCKETPROTECTOR_AXE=$(AXE)/axe.min.js SOCKETPROTECTOR_SHOTS=$(abspath $(SHOTS)) SOCKETPROTECTOR_LOADED_S=$(LOADED_S) \
 		$(BIN)/python -m pytest -rs -s tests/browser tests/unit/exporter/test_monitoring.py
 
-test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY=bookworm]
+#: What builds the Debian packages.
+DEB_TOOLS := bash-completion debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all python3-click python3-hatchling
+
+test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY='bookworm and package and not 5.10']
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev
+	-tools/install-packages $(DEB_TOOLS)
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
 
 test-fast: $(INSTALLED) ## run the tests of the model, the core and the imports (seconds)
@@ -78,8 +82,7 @@ $(TOOLS)/.installed: packaging/requirements.txt | $(INSTALLED)
 	@touch $@
 
 packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, install, use and remove it (minutes; DEBIAN_ROOTS=FOLDER keeps systems)
-	-tools/install-packages bash-completion debhelper debootstrap dh-python dpkg-dev lintian \
-		pybuild-plugin-pyproject python3-all python3-click python3-hatchling zsh
+	-tools/install-packages $(DEB_TOOLS) debootstrap fish lintian zsh
 	-tools/install-packages buildah libarchive-tools makepkg pacman-package-manager rpm rpmlint
 	$(BIN)/python -m pytest -v -rs tests/packages/published.py tests/packages/deb.py \
 		tests/packages/foreign.py tests/packages/image.py

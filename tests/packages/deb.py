@@ -13,84 +13,42 @@ import select
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.packages import debs
 from tests.packages.debian_roots import debian_roots
+from tests.packages.debs import run
 from tests.packages.dists import VERSION
 from tests.running import DEADLINE_S, ROOT
 
 HERE = Path(__file__).parent
-MODULES = "usr/lib/python3/dist-packages/socketprotector"
 #: Suites, with the version of their Python.
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
 
-needs = {"dpkg-buildpackage": "dpkg-dev", "dh": "debhelper", "pybuild": "dh-python"}
-missing = [package for program, package in needs.items() if not shutil.which(program)]
 pytestmark = [
-    pytest.mark.skipif(bool(missing), reason=f"NOT CHECKED: apt-get install {' '.join(missing)}"),
+    pytest.mark.skipif(bool(debs.missing()), reason=f"NOT CHECKED: {debs.missing()}"),
     pytest.mark.timeout(1800),
 ]
-
-
-def run(*words: str | Path) -> str:
-    """Run a command that succeeds; return what it says."""
-    done = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The packages, as they are built from these sources."""
     folder = tmp_path_factory.mktemp("deb")
-    run(ROOT / "packaging" / "build-deb", folder)
+    debs.build(folder)
     return folder
-
-
-def changed(package: Path, folder: Path, version: str, module: str, before: str, now: str) -> None:
-    """Make another version of a package, with something else in one of its modules."""
-    with tempfile.TemporaryDirectory() as name:
-        tree = Path(name, "tree")
-        run("dpkg-deb", "-R", package, tree)
-        control = tree / "DEBIAN" / "control"
-        text = control.read_text(encoding="utf-8")
-        control.write_text(text.replace(f"{VERSION}-1", version), encoding="utf-8")
-        file = tree / MODULES / module
-        if file.exists():
-            text = file.read_text(encoding="utf-8")
-            assert before in text
-            file.write_text(text.replace(before, now, 1), encoding="utf-8")
-        run("dpkg-deb", "--root-owner-group", "-b", tree, folder)
 
 
 @pytest.fixture(scope="session")
 def packages(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of packages: `good`, `next` and `after`, each newer, and `broken`, the newest."""
-    root = tmp_path_factory.mktemp("packages")
-    said = f'__version__ = "{VERSION}"'
-    others = {
-        "next": ("0.1.1-1", "__init__.py", said, '__version__ = "0.1.1"'),
-        "after": ("0.1.2-1", "__init__.py", said, '__version__ = "0.1.2"'),
-        "broken": (
-            *("0.1.3-1", "daemon/resident.py", "def main() -> None:\n"),
-            'def main() -> None:\n    sys.exit("a broken release")\n',
-        ),
-    }
-    for which in ("good", *others):
-        (root / which).mkdir()
-        for package in built.glob("*.deb"):
-            if which == "good":
-                shutil.copy(package, root / which)
-            else:
-                changed(package, root / which, *others[which])
-    return root
+    """Folders of packages, as debs.versions() makes them."""
+    folder = tmp_path_factory.mktemp("packages")
+    debs.versions(built, folder)
+    return folder
 
 
 @pytest.mark.skipif(not shutil.which("lintian"), reason="NOT CHECKED: apt-get install lintian")
@@ -169,6 +127,35 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
             os.close(ours)
 
 
+@pytest.mark.skipif(not shutil.which("fish"), reason="NOT CHECKED: apt-get install fish")
+def test_fish_completes(built: Path, tmp_path: Path) -> None:
+    [main] = built.glob("socketprotector_*.deb")
+    run("dpkg-deb", "-x", main, tmp_path / "root")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {
+        "HOME": str(tmp_path),
+        "TERM": "dumb",
+        "PATH": path,
+        "LANG": "C.UTF-8",
+        "XDG_DATA_DIRS": f"{tmp_path}/root/usr/share:/usr/share",
+    }
+
+    def completed(words: str) -> list[str]:
+        done = subprocess.run(
+            ["fish", "--command", f"complete --do-complete '{words}'"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=True,
+            text=True,
+        )
+        return [line.partition("\t")[0] for line in done.stdout.splitlines()]
+
+    assert completed("socketprotectorctl rel") == ["release", "reload"]
+    assert "--dry-run" in completed("socketprotectorctl reload --d")
+
+
 def shown(terminal: int, text: bytes) -> None:
     """Wait until a terminal shows a text."""
     seen = b""
@@ -196,7 +183,7 @@ needs_a_root = pytest.mark.skipif(
 
 @needs_a_root
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_whole_life_on(suite: str, root_of: Callable[[str], Path], packages: Path) -> None:
+def test_a_whole_life_on(suite: str, root_of: Callable[..., Path], packages: Path) -> None:
     """Installed, started by the init script, reloaded, upgraded under load, removed, purged."""
     root = root_of(suite)
     assert f"Python {SUITES[suite]}." in run("chroot", root, "python3", "--version")
@@ -206,6 +193,13 @@ def test_a_whole_life_on(suite: str, root_of: Callable[[str], Path], packages: P
 
 @needs_a_root
 def test_beside_systemd_nothing_is_started_or_restarted(
-    root_of: Callable[[str], Path], packages: Path
+    root_of: Callable[..., Path], packages: Path
 ) -> None:
     lived("systemd", root_of("bookworm"), packages)
+
+
+@needs_a_root
+def test_unattended_upgrades_and_needrestart_restart_nothing(
+    root_of: Callable[..., Path], packages: Path
+) -> None:
+    lived("unattended", root_of("bookworm", "needrestart", "unattended-upgrades"), packages)

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -38,11 +37,7 @@ from .guest import (
     systemd_version,
     waits_awake,
 )
-
-Say = Callable[[str], None]
-Check = Callable[[Say], None]
-
-CHECKS: dict[str, Check] = {}
+from .promises import Say, promise
 
 ASYNCIO = f"{PYTHON} {PROGRAMS}/asyncio_server.py"
 #: bench/many.c: 600 of them fit into the machine.
@@ -50,14 +45,6 @@ SMALL = "/opt/many"
 PREFORK = f"{PYTHON} {PROGRAMS}/prefork.py 3"
 LISTENER = "--handoff listener --ready notify"
 SERVERS = "/opt/tests/servers/programs"
-
-
-def promise(name: str) -> Callable[[Check], Check]:
-    def register(check: Check) -> Check:
-        CHECKS[name] = check
-        return check
-
-    return register
 
 
 def none_failed(load: Load, say: Say, what: str, allowed: int = 0) -> None:

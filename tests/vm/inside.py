@@ -19,8 +19,9 @@ import tty
 from collections.abc import Callable
 from typing import Any
 
-from . import checks
+from .catalogue import CHECKS
 from .guest import NotRun, run
+from .promises import Say
 
 #: A check that takes longer than all its own deadlines should: the others come nevertheless.
 _LONGEST_S = 1500
@@ -38,7 +39,7 @@ def main() -> None:
     signal.signal(signal.SIGALRM, _too_long)
     say(system=_system())
     wanted = _wanted()
-    for name, check in checks.CHECKS.items():
+    for name, check in CHECKS.items():
         if name in wanted:
             say(began=name)
             say(check=name, **_outcome(check, lambda text: say(saying=text)))
@@ -49,7 +50,7 @@ def _wanted() -> set[str]:
     """Return the names that `checks=` on the kernel's command line asks for, by their numbers."""
     with open("/proc/cmdline", encoding="ascii") as words:
         [asked] = [word for word in words.read().split() if word.startswith("checks=")]
-    names = list(checks.CHECKS)
+    names = list(CHECKS)
     return {names[int(number)] for number in asked.partition("=")[2].split(",") if number}
 
 
@@ -57,7 +58,7 @@ def _too_long(*_: object) -> None:
     raise TimeoutError(f"it took more than {_LONGEST_S} s")
 
 
-def _outcome(check: Callable[[checks.Say], None], tell: checks.Say) -> dict[str, Any]:
+def _outcome(check: Callable[[Say], None], tell: Say) -> dict[str, Any]:
     said: list[str] = []
 
     def say(text: str) -> None:

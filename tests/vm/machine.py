@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.packages import debs
 from tests.running import ROOT, Lines
 
-from .checks import CHECKS
+from .catalogue import CHECKS, PACKAGED
 
 #: One machine is waited for no longer; what it has not said by then has failed.
 _LONGEST_S = 4 * 3600.0
@@ -90,12 +91,15 @@ def boot(system: System, wanted: Iterable[str]) -> Said:
     said = Said()
     began = time.monotonic()
     with _alone(cache()) as folder, tempfile.TemporaryDirectory(prefix="sp-vm-") as made:
-        root, image = folder / system.suite, Path(made, "disk")
+        root, image, packages = folder / system.suite, Path(made, "disk"), Path(made, "packages")
         try:
+            if PACKAGED.intersection(names) and not debs.missing():
+                debs.build(Path(made, "built"))
+                debs.versions(Path(made, "built"), packages)
             _tool("vm-root", root, system.suite, *system.others)
-            _tool("vm-image", root, image)
+            _tool("vm-image", root, image, packages)
             _run(system, root, image, numbers, said)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AssertionError) as error:
             said.trouble = str(error)
     said.took_s = time.monotonic() - began
     return said

@@ -14,18 +14,27 @@ NEEDS = "python3,python3-click,python3-daemon,python3-lockfile,python3-psutil,py
 NEEDS = f"{NEEDS},python3-venv"
 
 
-def debian_roots() -> Iterator[Callable[[str], Path]]:
-    """Yield what returns the root of a suite; nothing may be written into it.  For a fixture."""
+def debian_roots() -> Iterator[Callable[..., Path]]:
+    """Yield what returns the root of a suite; nothing may be written into it.  For a fixture.
+
+    Of packages that are named, too, it makes one that has them.
+    """
     kept = os.environ.get("DEBIAN_ROOTS")
     with tempfile.TemporaryDirectory(prefix="debian-") as folder:
         roots = Path(kept).absolute() if kept else Path(folder)
 
-        def root_of(suite: str) -> Path:
-            root, begun = roots / suite, roots / f"{suite}.begun"
+        def root_of(suite: str, *more: str) -> Path:
+            name = "+".join((suite, *more))
+            root, begun = roots / name, roots / f"{name}.begun"
             if not root.exists():
                 shutil.rmtree(begun, ignore_errors=True)
                 begun.parent.mkdir(parents=True, exist_ok=True)
-                words = ("--variant=minbase", f"--include={NEEDS}", suite, str(begun))
+                words = (
+                    "--variant=minbase",
+                    f"--include={','.join((NEEDS, *more))}",
+                    suite,
+                    str(begun),
+                )
                 subprocess.run(["debootstrap", *words], check=True, stdout=subprocess.DEVNULL)
                 begun.rename(root)
             return root

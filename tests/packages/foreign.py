@@ -136,13 +136,13 @@ def test_rpmlint_finds_neither_errors_nor_warnings(rpms: Path) -> None:
 
 
 @needs("rpmbuild", "rpm")
-def test_a_whole_life_as_rpm(root_of: Callable[[str], Path], rpms: Path) -> None:
+def test_a_whole_life_as_rpm(root_of: Callable[..., Path], rpms: Path) -> None:
     assert len([*(rpms / "good").iterdir()]) == 2
     lived("rpm", root_of(SUITE), rpms)
 
 
 @needs("makepkg", "pacman")
-def test_a_whole_life_under_pacman(root_of: Callable[[str], Path], archives: Path) -> None:
+def test_a_whole_life_under_pacman(root_of: Callable[..., Path], archives: Path) -> None:
     assert len([*(archives / "good").iterdir()]) == 2
     lived("pacman", root_of(SUITE), archives)
 

@@ -104,7 +104,7 @@ class Image:
 
 @pytest.fixture(scope="session")
 def image(
-    root_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    root_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Image]:
     folder = tmp_path_factory.mktemp("image")
     made = Image(root_of("bookworm"), folder)

@@ -2,7 +2,8 @@
 
     unshare --mount --net --pid --fork --mount-proc python life.py MANAGER ROOT FOLDER
 
-MANAGER is deb, rpm or pacman; systemd: deb, where a stand-in for systemctl notes what it is told.
+MANAGER is deb, rpm or pacman; systemd: deb, where a stand-in for systemctl notes what it is told;
+unattended: deb, upgraded by unattended-upgrades beside needrestart, which ROOT has then.
 On the standard library alone.  ROOT is a Debian with what the package depends on; nothing is
 written into it.  FOLDER has the packages, a folder each: `good`, `next`; of deb `after` and
 `broken`, too.  Says each step; fails with a traceback.
@@ -10,6 +11,7 @@ written into it.  FOLDER has the packages, a folder each: `good`, `next`; of deb
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -18,18 +20,20 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 MOUNT = Path("/mnt")
 UPPER = MOUNT / "upper"
 ROOT = MOUNT / "root"
-ADDRESS = ("127.0.0.1", 4321)
+PORT = 4321
 INIT = "/etc/init.d/socketprotector"
+UPGRADE = "/usr/lib/socketprotector/upgrade-running"
 SETTINGS = """\
-SOCKETPROTECTOR_LISTEN="127.0.0.1:4321"
-SOCKETPROTECTOR_COMMAND="/usr/bin/SampleClient 4321"
+SOCKETPROTECTOR_LISTEN="127.0.0.1:{port}"
+SOCKETPROTECTOR_COMMAND="/usr/bin/SampleClient {port}"
 SOCKETPROTECTOR_USER=nobody
-SOCKETPROTECTOR_OPTIONS="--log-file /var/log/socketprotector/web.log --workers 2"
+SOCKETPROTECTOR_OPTIONS="--log-file /var/log/socketprotector/{name}.log --workers 2"
 """
 
 
@@ -74,8 +78,8 @@ def run(*words: str, status: int = 0) -> str:
     return done.stdout
 
 
-def ask() -> str:
-    with socket.create_connection(ADDRESS, 10) as client:
+def ask(port: int = PORT) -> str:
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
         client.sendall(b"hello\n")
         answer = client.makefile().readline()
     assert re.fullmatch(r"\[\d+\] hello\n", answer), answer
@@ -125,10 +129,28 @@ class Load:
             each.join()
 
 
-def status() -> dict[str, object]:
-    words = ("socketprotectorctl", "--control", "/run/socketprotector/web/control")
+def status(control: str = "web/control") -> dict[str, object]:
+    words = ("socketprotectorctl", "--control", f"/run/socketprotector/{control}")
     found: dict[str, object] = json.loads(inside(*words, "status", "--json"))
     return found
+
+
+def start_by_script(name: str, port: int = PORT) -> None:
+    """Start an instance as its operator does, by the init script."""
+    settings = ROOT / "etc/default/socketprotector.d"
+    settings.mkdir(exist_ok=True)
+    (settings / name).write_text(SETTINGS.format(name=name, port=port))
+    os.chown(ROOT / "var/log/socketprotector", 65534, 65534)
+    inside(INIT, "start", name)
+
+
+def start_by_hand(name: str, port: int, *through: str, files: Sequence[str] = ()) -> None:
+    """Start one from a shell.
+
+    through: what executes it, as another user for instance; files: options that say where they are.
+    """
+    where = ("--name", name, "--log-file", f"/tmp/{name}.log", *files, f"127.0.0.1:{port}")
+    inside(*through, "SocketProtector", *where, "--", "SampleClient", str(port))
 
 
 def install(which: str) -> str:
@@ -143,12 +165,12 @@ def install(which: str) -> str:
     return run(*OTHERS[MANAGER][0], *(str(place / name) for name in names))
 
 
-def upgrade_under_load(which: str) -> str:
+def upgrade_under_load(which: str, by: Callable[[str], str] = install) -> str:
     """Install other packages while clients come; return what that says.  None of them fails."""
     with Load() as load:
         while load.served < 50 and not load.failed:
             pass
-        told = install(which)
+        told = by(which)
         ask()
     print(f"{which}: {load.served} clients served, {len(load.failed)} not", flush=True)
     assert not load.failed, load.failed[:5]
@@ -188,29 +210,43 @@ def live_as_deb() -> None:
     inside(INIT, "status", status=3)  # nothing is configured, so nothing was started
     assert not [*(ROOT / "run").glob("socketprotector/*")]
 
-    settings = ROOT / "etc/default/socketprotector.d"
-    settings.mkdir()
-    (settings / "web").write_text(SETTINGS)
     (ROOT / "etc/socketprotector/web.toml").write_text("# for purge\n")
-    os.chown(ROOT / "var/log/socketprotector", 65534, 65534)
-    inside(INIT, "start", "web")
+    start_by_script("web")
     first = ask()
     assert "generation 2 serves" in inside(INIT, "reload", "web")
     assert ask() != first
     inside("socketprotectorctl", "ready")
     before = status()
+    # Another one of root's, and one of a user's who is logged in.
+    start_by_hand("hand", 4322)
+    session = ROOT / "run/user/65534"
+    session.mkdir(parents=True)
+    os.chown(session, 65534, 65534)
+    user = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    start_by_hand("own", 4323, *user, "env", "XDG_RUNTIME_DIR=/run/user/65534")
 
     told = upgrade_under_load("next")
     assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    own = "/run/user/65534/socketprotector/own.control"
+    assert f"notice: a user's own: the protector at {own} goes on" in told
+    assert status("hand.control")["version"] == "0.1.1"
+    inside("socketprotectorctl", "--name", "hand", "stop")
+    inside(*user, "socketprotectorctl", "--control", own, "upgrade")
+    inside(*user, "socketprotectorctl", "--control", own, "stop")
+    shutil.rmtree(ROOT / "run/user")
     after = status()
     assert (after["pid"], after["version"]) == (before["pid"], "0.1.1")
     assert after["route"] == before["route"]  # the same workers
 
     policy = ROOT / "usr/sbin/policy-rc.d"
+    forbids = "policy-rc.d forbids to restart socketprotector: the protector at"
     say_of_policy(policy, 101)
-    told = upgrade_under_load("after")
-    assert "policy-rc.d forbids it" in told
+    assert forbids in upgrade_under_load("after")
+    say_of_policy(policy, 106)  # something else instead
+    assert forbids in inside(UPGRADE)
     assert status()["restarts"] == after["restarts"]
+    say_of_policy(policy, 105)  # it does not know
+    assert f"upgraded: pid {before['pid']} runs 0.1.2" in inside(UPGRADE)
     policy.unlink()
 
     told = upgrade_under_load("broken")
@@ -219,9 +255,11 @@ def live_as_deb() -> None:
     assert "install ok installed" in inside("dpkg", "-s", "socketprotector")
     ask()
 
-    # What mends it is taken, too.
-    told = upgrade_under_load("after")
-    assert f"upgraded: pid {before['pid']} runs 0.1.2" in told
+    # The version of before instead, and then one that is two versions newer.
+    for which, version in (("good", "0.1.0"), ("after", "0.1.2")):
+        told = upgrade_under_load(which)
+        assert f"upgraded: pid {before['pid']} runs {version}" in told
+    assert status()["route"] == before["route"]
 
     script = (
         ". /usr/share/bash-completion/completions/socketprotectorctl; "
@@ -232,11 +270,7 @@ def live_as_deb() -> None:
 
     say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
     inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")
-    try:
-        ask()
-        raise SystemExit("removed, and it still serves")
-    except ConnectionRefusedError:
-        pass
+    assert_refused(PORT)
     assert not (ROOT / "usr/bin/SocketProtector").exists()
     assert (ROOT / "etc/init.d/socketprotector").exists()  # a setting of the operator's, so far
 
@@ -246,31 +280,124 @@ def live_as_deb() -> None:
     assert "socketprotector" not in (ROOT / "etc/group").read_text()
 
 
+#: Notes what it is told.  `web` is an instance of the unit, as far as this one knows.
+SYSTEMCTL = """\
+#!/bin/sh
+echo "$@" >>/tmp/told
+case $1 in
+    list-units) echo "socketprotector@web.service loaded active running -" ;;
+    --quiet) [ "$3" = socketprotector@web.service ] ;;
+    stop) socketprotectorctl --name web stop ;;
+esac
+"""
+#: Of one that its operator wants to be left alone.
+POLICY = """\
+#!/bin/sh
+case $1 in
+    socketprotector@web.service) exit 101 ;;
+    *) exit 104 ;;
+esac
+"""
+
+
 def orders(told: Path) -> list[str]:
-    """What systemd was told but to read its units, which it was."""
+    """What systemd was told but to read its units, which it was; and no questions."""
     lines = told.read_text().splitlines()
     print(lines, flush=True)
     others = [line for line in lines if not line.endswith("daemon-reload")]
     assert len(others) < len(lines)
-    return others
+    return [line for line in others if not line.startswith(("list-units", "--quiet is-active"))]
 
 
 def live_as_deb_beside_systemd() -> None:
     """What the package tells systemd: to read its units, and what to stop at the end; no more."""
     (ROOT / "run/systemd/system").mkdir(parents=True)
-    systemctl = ROOT / "usr/bin/systemctl"
-    systemctl.write_text('#!/bin/sh\necho "$@" >>/tmp/told\n')
-    systemctl.chmod(0o755)
+    for path, text in (("usr/bin/systemctl", SYSTEMCTL), ("usr/sbin/policy-rc.d", POLICY)):
+        (ROOT / path).write_text(text)
+        (ROOT / path).chmod(0o755)
     told = ROOT / "tmp/told"
-
     install("good")
-    install("next")
+    # One that the unit has started, and one of the init script, which is not systemd's.
+    place = "/run/socketprotector/web"
+    (ROOT / place[1:]).mkdir(parents=True)
+    files = ("--control", f"{place}/control", "--pid-file", f"{place}/pid")
+    start_by_hand("web", PORT, files=files)
+    start_by_script("shop", 4322)
+
+    said = install("next")
+
     assert orders(told) == []
+    assert "policy-rc.d forbids to restart socketprotector@web.service" in said
+    assert (status()["version"], status("shop/control")["version"]) == ("0.1.0", "0.1.1")
 
     told.unlink()
+    inside("dpkg", "-r", "socketprotector")
+    assert orders(told) == []  # the policy forbids that, too
+    ask()
+    assert_refused(4322)
+
+    install("next")
+    (ROOT / "usr/sbin/policy-rc.d").unlink()
+    told.unlink()
     inside("dpkg", "-P", "socketprotector", "python3-socketprotector-client")
-    assert orders(told) == ["stop socketprotector*.service socketprotector*.socket"]
+    assert orders(told) == ["stop socketprotector@web.service"]
+    assert_refused(PORT)
     assert not left(), left()
+
+
+def repository(which: str) -> None:
+    """Make the packages of a folder those that apt knows, and no others."""
+    place = ROOT / "repository"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(FOLDER / which, place)
+    index = subprocess.run(
+        ["dpkg-scanpackages", "--multiversion", "."], cwd=place, capture_output=True, check=True
+    ).stdout
+    (place / "Packages").write_bytes(index)
+    (place / "Release").write_text(
+        "Origin: SocketProtector\nSuite: stable\nSHA256:\n"
+        f" {hashlib.sha256(index).hexdigest()} {len(index)} Packages\n"
+    )
+    (ROOT / "etc/apt/sources.list").write_text("deb [trusted=yes] file:/repository ./\n")
+    inside("apt-get", "update")
+
+
+def upgrade_unattended(which: str) -> str:
+    repository(which)
+    # `a`: restart whatever uses what was replaced, as on recent Ubuntu.
+    told = inside("env", "NEEDRESTART_MODE=a", "unattended-upgrade", "--verbose")
+    return told + (ROOT / "var/log/unattended-upgrades/unattended-upgrades-dpkg.log").read_text(
+        encoding="utf-8"
+    )
+
+
+def live_as_deb_unattended() -> None:
+    """The protector is upgraded by the package, and neither of the two restarts it."""
+    ours = 'Unattended-Upgrade::Origins-Pattern { "origin=SocketProtector"; };\n'
+    (ROOT / "etc/apt/apt.conf.d/99ours").write_text(ours)
+    install("good")
+    start_by_script("web")
+    before = status()
+
+    told = upgrade_under_load("next", by=upgrade_unattended)
+
+    assert f"upgraded: pid {before['pid']} runs 0.1.1" in told
+    said = inside("needrestart", "-v", "-r", "a")
+    assert re.search(r"socketprotector", said, re.I), "needrestart does not see it at all"
+    after = status()
+    assert (after["pid"], after["route"], after["restarts"]) == (before["pid"], before["route"], 1)
+
+    told = upgrade_under_load("broken", by=upgrade_unattended)
+    assert "warning: the protector at /run/socketprotector/web/control goes on" in told
+    inside(INIT, "stop", "web")
+
+
+def assert_refused(port: int) -> None:
+    try:
+        ask(port)
+    except ConnectionRefusedError:
+        return
+    raise AssertionError("removed, and it still serves")
 
 
 def live_as_other(client: str) -> None:
@@ -310,6 +437,8 @@ def main() -> None:
         live_as_deb()
     elif MANAGER == "systemd":
         live_as_deb_beside_systemd()
+    elif MANAGER == "unattended":
+        live_as_deb_unattended()
     else:
         python = {"rpm": "python3", "pacman": "python"}[MANAGER]
         live_as_other(f"{python}-socketprotector-client")

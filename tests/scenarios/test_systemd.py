@@ -638,10 +638,11 @@ foreach my $rc (@ARGV) {
 )
 def test_needrestart_restarts_none_of_the_units() -> None:
     units = ["socketprotector.service", "socketprotector@web.service"]
+    script = "socketprotector"  # of init.d
     others = ["socketprotector-exporter.service", "ssh.service", "my-socketprotector.service"]
 
     done = subprocess.run(
-        ["perl", "-we", NEEDRESTART, UNITS / "needrestart.conf", *units, *others],
+        ["perl", "-we", NEEDRESTART, UNITS / "needrestart.conf", *units, script, *others],
         capture_output=True,
         text=True,
         check=True,

@@ -72,6 +72,14 @@ def test_the_workflow_is_one_that_github_understands() -> None:
     said(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", file)
 
 
+def test_the_workflow_gives_no_more_away_than_it_has_to() -> None:
+    """By zizmor: rights, credentials, injected text, and actions that are pinned to a commit."""
+    file = ROOT / ".github" / "workflows" / "release.yml"
+    told = said(TOOLS / "zizmor", "--offline", "--no-progress", "--color=never", file)
+
+    assert "No findings to report" in told, told
+
+
 def test_the_example_is_one_that_compose_understands() -> None:
     file = ROOT / "packaging" / "compose.yaml"
     said(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)

@@ -254,5 +254,25 @@ def test_a_release_is_one_version_everywhere() -> None:
     assert len(told("v99.0", source)) == 5
 
 
+def test_the_repository_has_one_address() -> None:
+    """Formats that cannot refer to pyproject.toml have it written out; no other file does."""
+    source = PROJECT["urls"]["Source"]
+    host, _, name = source.rsplit("/", 2)
+    written = re.compile(rf"{re.escape(host)}/[\w.-]+/{name}\b")
+    found = {
+        path: set(written.findall((ROOT / path).read_text(encoding="utf-8", errors="ignore")))
+        for path in tracked()
+    }
+
+    assert {path: names for path, names in found.items() if names} == {
+        path: {source}
+        for path in (
+            *("pyproject.toml", "client_lib/pyproject.toml", "packaging/Containerfile"),
+            *("packaging/arch/PKGBUILD", "packaging/debian/control"),
+            "packaging/rpm/socketprotector.spec",
+        )
+    }
+
+
 def test_a_clone_finds_the_sample_where_an_installed_one_does() -> None:
     assert (ROOT / "socketprotector" / "sample_client").readlink() == Path("../sample_client")

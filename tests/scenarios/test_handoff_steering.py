@@ -16,7 +16,7 @@ import pytest
 
 from tests.procfs import listening, state_of
 from tests.running import FAIR_START_S, Client, Protector, ask, eventually, wait_gone
-from tests.scenarios.adopting import kill_protector, revived, upgrade
+from tests.scenarios.adopting import at_rest, kill_protector, revived, upgrade
 from tests.scenarios.starting import Start
 from tests.scenarios.tools import Gate, Release, pid_in, spawned, worker
 
@@ -307,6 +307,7 @@ def test_clients_of_a_listener_that_a_reload_adds_get_to_the_first_that_knows_it
     new = spawned(daemon, 2)[0]
     with Client(("127.0.0.1", port), "hello") as early:
         assert "adopted" in upgrade(daemon)
+        at_rest(daemon)
         with Client(("127.0.0.1", port), "hello") as late:
             gate.open()
             assert [pid_in(each.hear()) for each in (early, late)] == [new, new]

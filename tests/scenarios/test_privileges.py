@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import pytest
 from tests.namespaces import may
 from tests.procfs import children_of, running, status_of
 from tests.running import COMMAND, ask, eventually, wait_gone
+from tests.scenarios.operating import Line
 from tests.scenarios.starting import told
 from tests.scenarios.tools import Release
 from tests.scenarios.users import A, B, Command
+from tests.unanswered import Unanswered
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="NOT CHECKED: privileges; only root can become another user"
@@ -234,6 +237,34 @@ def test_what_a_failed_worker_of_another_user_leaves_is_ended(
     assert ended.status == 3
     assert "event=left-behind" in command.start.log
     assert command.start.left() == []
+
+
+def test_another_user_can_hold_the_clients_of_addresses_that_root_has_bound(
+    command: Command,
+) -> None:
+    """Only sockets of one user share an address, and under a guard all else runs as that user."""
+    control = command.start.folder / "control"
+    words = (
+        "--handoff",
+        "listener",
+        "--control",
+        control,
+        "127.0.0.1:0",
+        "127.0.0.1:0?defer_accept=1",
+    )
+    command.up("--user", A, "--guard", *words, "--", *command.worker("accepts"))
+    with Line(control) as line, ExitStack() as clients:
+        there = [each["address"].rpartition(":")[2] for each in line.status()["listeners"]]
+        line.ask("hold", seconds=3600)
+        found = [clients.enter_context(Unanswered(("127.0.0.1", int(port)))) for port in there]
+        for each in found:
+            each.tries_again()
+        line.ask("release")
+        for each in found:
+            each.connects()
+            each.say("hello")
+            assert each.hear().endswith(" hello")
+    command.start.stop()
 
 
 def test_root_cannot_be_had_back(command: Command) -> None:

@@ -124,15 +124,14 @@ def test_everything_runs_as_that_user_from_before_the_first_worker(
     assert start.left() == [], "it could remove what it made as root"
 
 
-@pytest.mark.parametrize(("guard", "how"), [((), ""), (("--guard",), "?defer_accept=1")])
 def test_a_port_that_only_root_may_bind_can_be_held(
-    start: Start, theirs: Path, python: str, guard: tuple[str, ...], how: str
+    start: Start, theirs: Path, python: str
 ) -> None:
     """The socket for that is bound before."""
     address, control = ("127.0.0.1", low_port()), theirs / "control"
-    words = ("--handoff", "listener", "--control", control, f"127.0.0.1:{address[1]}{how}")
+    words = ("--handoff", "listener", "--control", control, f"127.0.0.1:{address[1]}")
     server = (python, "-S", "-E", str(WORKERS / "accepts.py"))
-    ended = start.up("--user", "nobody", *guard, *words, "--", *server)
+    ended = start.up("--user", "nobody", *words, "--", *server)
     assert ended.status == 0, ended.err
     with Line(control) as line:
         for _ in range(2):

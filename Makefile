@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-fast test-debian test-musl test-vm test-page wheels packages lint format docs bench soak clean
+.PHONY: help install demo recording test test-all test-fast test-debian test-musl test-vm test-page wheels packages lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,8 @@ $(INSTALLED): pyproject.toml client_lib/pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check -e client_lib -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## protect the sample client, reload it under load, show that nothing fails (15 s)
-	@$(BIN)/python -m bench.demo
+demo: $(INSTALLED) ## show what it does: releases and kills under load, and how many connections fail (20 s)
+	@$(BIN)/SocketProtector demo
 
 CHOSEN := --once
 
@@ -86,6 +86,14 @@ packages: $(INSTALLED) $(TOOLS)/.installed ## build each package, look at it, in
 	-tools/install-packages buildah libarchive-tools makepkg pacman-package-manager rpm rpmlint
 	$(BIN)/python -m pytest -v -rs tests/packages/published.py tests/packages/deb.py \
 		tests/packages/foreign.py tests/packages/image.py
+
+CAST := docs/images/demo.cast
+
+recording: $(INSTALLED) $(TOOLS)/.installed ## record the demo in a terminal, and draw README's picture of it
+	PATH="$(abspath $(BIN)):$$PATH" TERM=xterm-256color SHELL=/bin/sh $(TOOLS)/bin/asciinema rec --quiet --overwrite --cols 80 --rows 24 \
+		--command 'SocketProtector demo' $(CAST)
+	@# Frames of 0.4 s and more, which is half of the size; at the end 6 s for reading how many have failed.
+	$(TOOLS)/bin/termtosvg-ng render $(CAST) $(CAST:.cast=.svg) --min-frame-duration 400 --loop-delay 6000 --template window_frame --theme powershell
 
 lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .

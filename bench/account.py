@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bench.seen import Failure
+from socketprotector.demo.seen import Failure
 
 Victim = Literal["worker", "protector", "guard"]
 

@@ -24,14 +24,12 @@ from bench.account import Kill, Victim
 from bench.earlier import EarlierCode
 from bench.held import held_ports
 from bench.processes import descendants, resident_kib
+from socketprotector.demo.kill import accepted_by
 
 ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
 _NAME = "SocketProtector"
 _DIES_S = 10.0
-_STOPS_S = 1.0
-#: The state of a listening socket in /proc/net/tcp.
-_LISTENS = "0A"
 
 
 @dataclass(frozen=True)
@@ -150,20 +148,6 @@ def _children(pid: int) -> list[int]:
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _accepted(pid: int) -> frozenset[int]:
-    """Return the ports of the clients that a process holds, which SIGSTOP was sent to."""
-    until_s = time.monotonic() + _STOPS_S
-    while _stat(pid)[0] not in ("T", "Z", "") and time.monotonic() < until_s:
-        time.sleep(0.001)
-    inodes = {each[8:-1] for each in open_files(pid) if each.startswith("socket:[")}
-    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    return frozenset(
-        int(row[2].rpartition(":")[2], 16)
-        for row in rows
-        if row[9] in inodes and row[3] != _LISTENS
-    )
 
 
 class Service:
@@ -383,14 +367,14 @@ class Service:
             held: frozenset[int] = frozenset()
             if victim == "worker" and self.kind.accepts:
                 signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-                held = _accepted(pid)
+                held = accepted_by(pid)
             before_s = time.monotonic()
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             after_s = time.monotonic()
             poll = select.poll()  # select() takes no descriptor above 1023
             poll.register(pidfd, select.POLLIN)
             ended = poll.poll(_DIES_S * 1000)
-        except ProcessLookupError:
+        except (FileNotFoundError, ProcessLookupError):
             return None
         finally:
             os.close(pidfd)

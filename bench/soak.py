@@ -30,8 +30,6 @@ from pathlib import Path
 from bench.account import Account, account
 from bench.earlier import EarlierCode, NoSuchCommit, extract, resolve
 from bench.figures import machine
-from bench.load import Load
-from bench.seen import KINDS, Failure, Snapshot
 from bench.service import (
     SERVICES,
     Gone,
@@ -45,6 +43,8 @@ from bench.service import (
     size_of,
 )
 from bench.torment import Torment
+from socketprotector.demo.load import Load
+from socketprotector.demo.seen import KINDS, Failure, Snapshot
 
 WORKERS = 2
 #: Idle connections say a line every PAUSE_S and live for LINES of them: about a minute, which

@@ -2,7 +2,7 @@
 
 Without inherited descriptors of ours this is the command line; with them it is the
 resident process, which must not load what only the command line needs, or the one that reads
-a configuration again for it.
+a configuration again for it.  `demo` as the first word, which is no LISTEN, is the demo.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ def main() -> None:
 
         gc.enable()
         resident.main()
+    elif sys.argv[1:2] == ["demo"]:
+        from .demo import cli as demo
+
+        sys.exit(demo.main(sys.argv[2:]))
     else:
         from .launch import cli
 

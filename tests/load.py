@@ -1,4 +1,4 @@
-"""The load of the tests: bench/load.py's, but no faster than a test needs.
+"""The load of the tests: socketprotector/demo/load.py's, but no faster than a test needs.
 
 As fast as the machine can it would take the processors from the tests beside it, and say no more:
 what is looked for are failures, not figures.  `make test-all` lets it run free.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench import load
-from bench.load import Snapshot
+from socketprotector.demo import load
+from socketprotector.demo.load import Snapshot
 from tests.rounds import rounds
 
 __all__ = ["GAP_S", "Load", "Snapshot"]

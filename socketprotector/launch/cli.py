@@ -81,6 +81,8 @@ COMMAND = _Command(
     the protector's own program; TTIN, TTOU one worker more, one fewer.
 
     TIME is 500ms, 10s, 1h30m, 1d or plain seconds.
+
+    SocketProtector demo shows in 20 seconds what it does.
     """,
     add_help_option=False,
     context_settings={"show_default": True},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.account import LATE_S, SOON_S, Kill, account
-from bench.seen import Failure, Kind
+from socketprotector.demo.seen import Failure, Kind
 
 
 def failure(

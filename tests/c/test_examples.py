@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from socketprotector_client import wire
 
-from bench.seen import Snapshot
+from socketprotector.demo.seen import Snapshot
 from tests.c.building import PLAIN, SANITIZED, Build, working_valgrind
 from tests.channel import Channel
 from tests.load import Load

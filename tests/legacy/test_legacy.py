@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.seen import Snapshot
+from socketprotector.demo.seen import Snapshot
 from tests.legacy.conftest import is_root, padded
 from tests.load import Load
 from tests.procfs import parent_of

@@ -24,7 +24,7 @@ costly = pytest.mark.costly
 #: Those of which each block is run here, and what that takes beside ourselves.
 RUN: dict[str, tuple[str, ...]] = {
     "CONTRIBUTING.md": ("make",),
-    "README.md": ("make", "curl", "gunicorn", "script"),
+    "README.md": ("curl", "gunicorn", "script"),
     "docs/config.md": (),
     "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/containers.md": ("curl", "nsenter"),
@@ -46,6 +46,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/servers.md": (
         *("curl", "gunicorn", "hypercorn", "nginx", "node", "plackup", "starman", "uvicorn"),
     ),
+    "docs/start.md": (),
     "docs/stdio.md": (),
     "docs/systemd.md": ("systemctl",),
     "docs/tls.md": ("openssl", "curl", "haproxy", "stunnel", "gunicorn", "uvicorn"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.seen import Snapshot
+from socketprotector.demo.seen import Snapshot
 from socketprotector.launch.options import OPTIONS
 from socketprotector.model.duration import Duration
 from tests.load import Load

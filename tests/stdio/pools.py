@@ -10,7 +10,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 TALKS = "echo $$; exec cat"
 #: How many programs its pool has, itself among them; then it waits for its client's end.
 COUNTS = "set -- $(cat /proc/$PPID/task/$PPID/children); echo $#; read line"
-#: Answers one line as bench.load expects it.
+#: Answers one line as socketprotector.demo.load expects it.
 ANSWERS = 'read line; echo "[$$] $line"'
 
 

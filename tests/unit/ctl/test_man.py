@@ -14,6 +14,7 @@ from socketprotector_client import run
 
 from socketprotector.ctl import __main__  # noqa: F401 -- adds the commands
 from socketprotector.ctl.cli import program
+from socketprotector.demo import cli as demo
 from socketprotector.exporter import __main__ as exporter
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
@@ -24,6 +25,8 @@ PAGES = {
     "SocketProtector.8": cli.COMMAND,
     "socketprotector-exporter.8": exporter._command,
 }
+#: Options that are spoken of there, beside those of the page's own command.
+OTHERS = {"SocketProtector.8": demo._command}
 #: Where all are, of other programs, too.
 FOLDERS = (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
 FILES = {path.name: path for folder in FOLDERS for path in folder.iterdir()}
@@ -48,7 +51,7 @@ def options_of(command: click.Command) -> set[str]:
 def test_every_option_and_command_has_its_place(page: str) -> None:
     words = set(re.findall(r"[\w?-]+", text_of(page)))
     command = PAGES[page]
-    wanted = options_of(command)
+    wanted = options_of(command) | (options_of(OTHERS[page]) if page in OTHERS else set())
     shown = {n: c for n, c in getattr(command, "commands", {}).items() if not c.hidden}
     for name, each in shown.items():
         wanted |= {name, *options_of(each)}
@@ -64,6 +67,7 @@ def test_every_long_option_that_is_named_exists(page: str) -> None:
         known |= options_of(each)
     known |= {f"--{each.former}" for each in OPTIONS if each.former}
     # Those of the other program are spoken of, too.
+    known |= options_of(OTHERS[page]) if page in OTHERS else set()
     known |= options_of(cli.COMMAND) | {"--control", "--control-group", "--no-control"}
 
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text_of(page))) <= known

@@ -1,6 +1,6 @@
 """What a load has seen: failures by kind and time, latencies, which worker answered.
 
-Values only; nothing here opens, waits or counts by itself.  bench.load fills it.
+Values only; nothing here opens, waits or counts by itself.  load.py fills it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Kind = Literal["refused", "reset", "timed_out", "empty", "wrong", "local"]
 KINDS: tuple[Kind, ...] = ("refused", "reset", "timed_out", "empty", "wrong", "local")
@@ -89,37 +89,34 @@ class Snapshot:
             ),
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return what the command prints, ready for json."""
-        return {
-            "connections": self.connections,
-            **self.failed,
-            "failed": len(self.failures),
-            "backlog_full": self.backlog_full,
-            "p50_us": self.latency_us(0.5),
-            "p99_us": self.latency_us(0.99),
-            "p999_us": self.latency_us(0.999),
-            "max_us": self.latency_us(1.0),
-            "pids": self.pids,
-            "failures": [[f.kind, f.at_s, f.detail] for f in self.failures],
-        }
+
+@dataclass(frozen=True)
+class Kill:
+    """A SIGKILL at `at_s` (CLOCK_MONOTONIC), and the ports of the clients that the process held."""
+
+    at_s: float
+    held: frozenset[int]
+
+    def has_ended(self, failure: Failure) -> bool:
+        """Whether a connection failed because the process that held it was killed.
+
+        Refused, timed out and wrong are never excused by a kill, nor is a connection that was
+        begun after it, whose port may have been another's before.
+        """
+        return (
+            failure.kind in ("reset", "empty")
+            and failure.port in self.held
+            and failure.started_s <= self.at_s
+        )
 
 
 def split_by_kills(
-    failures: Iterable[Failure], kills_s: Iterable[float], within_s: float = 0.5
+    failures: Iterable[Failure], kills: Iterable[Kill]
 ) -> tuple[list[Failure], list[Failure]]:
-    """Divide failures into (what a killed worker held, all others).
-
-    A killed worker held it if the connection was reset or ended empty within `within_s` after a
-    kill; take each time of `kills_s` (time.monotonic) before the signal is sent.  Refused, timed
-    out and wrong never count as held: no kill excuses them.
-    """
-    kills = list(kills_s)
-    held: list[Failure] = []
+    """Divide failures into (those of connections that a killed process held, all others)."""
+    known = list(kills)
+    ended: list[Failure] = []
     others: list[Failure] = []
     for failure in failures:
-        excused = failure.kind in ("reset", "empty") and any(
-            0 <= failure.at_s - kill <= within_s for kill in kills
-        )
-        (held if excused else others).append(failure)
-    return held, others
+        (ended if any(each.has_ended(failure) for each in known) else others).append(failure)
+    return ended, others

@@ -1,4 +1,4 @@
-"""A load client that counts every failure by kind, for the tests and the demo.
+"""A load client that counts every failure by kind, for the demo and the tests.
 
 It holds many line conversations in one thread of its own: connect, send `hello N`,
 expect a reply that ends with the same line (`[pid] hello N`), close.  No failure is
@@ -10,15 +10,13 @@ tell what that worker held (`split_by_kills`) from what the protector lost.
         load.wait_for(lambda now: new_pid in now.pids)
     assert not load.snapshot().failures
 
-bench/load.c is the one for measuring: it costs a third of this one.
+bench/load.c, in the repository, is the one for measuring: it costs a third of this one.
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import heapq
-import json
 import os
 import re
 import select
@@ -29,9 +27,9 @@ from array import array
 from collections.abc import Callable
 from typing import Any, Self
 
-from bench.seen import BUCKETS, KINDS, Failure, Kind, Snapshot, bucket_of, split_by_kills
+from .seen import BUCKETS, KINDS, Failure, Kind, Snapshot, bucket_of
 
-__all__ = ["KINDS", "Failure", "Kind", "Load", "Snapshot", "parse_address", "split_by_kills"]
+__all__ = ["KINDS", "Failure", "Kind", "Load", "Snapshot", "parse_address"]
 
 #: What is left becomes "local" (out of ports or descriptors): the client's own fault,
 #: counted all the same, for a run with such failures has measured nothing.
@@ -385,36 +383,3 @@ class Load:
         now_s = time.monotonic()
         self._failures.append(Failure(kind, now_s, started_s, pid, detail, port))
         self._next_begin_s = max(self._next_begin_s, now_s + AFTER_FAILURE_S)
-
-
-def main() -> None:
-    """Run a load from the command line; one line of JSON; status 1 if anything failed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.load", description=main.__doc__)
-    parser.add_argument("address", help="HOST:PORT, [HOST6]:PORT, unix:/path or unix:@name")
-    parser.add_argument("-c", "--concurrency", type=int, default=8)
-    parser.add_argument("-t", "--seconds", type=float, default=5.0)
-    parser.add_argument("-n", "--count", type=int)
-    parser.add_argument("--rate", type=float, help="connections/s at most")
-    parser.add_argument("--timeout", type=float, default=10.0)
-    parser.add_argument("--lines", type=int, default=1)
-    parser.add_argument("--pause", type=float, default=0.0)
-    parser.add_argument("--until-eof", action="store_true")
-    given = parser.parse_args()
-    load = Load(
-        given.address, concurrency=given.concurrency, rate_per_s=given.rate, lines=given.lines,
-        timeout_s=given.timeout, pause_s=given.pause, until_eof=given.until_eof, count=given.count,
-    ).start()  # fmt: skip
-    try:
-        if given.count is None:
-            time.sleep(given.seconds)
-            whole = load.stop()
-        else:
-            whole = load.join()
-    except KeyboardInterrupt:
-        whole = load.stop()
-    print(json.dumps(whole.as_dict()))
-    raise SystemExit(1 if whole.failures else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,138 @@
+"""The command line of the demo; what it starts and makes is gone when it ends.
+
+Every error is one line: what, where, how to fix it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from ..model.duration import Duration
+from ..model.errors import Refusal, SystemRefused
+from ..model.text import escape
+from .protected import Protected, free_name, lay_out
+from .screen import Screen
+from .story import NotAsPromised, Story
+
+NAME = "SocketProtector demo"
+FAILED, INTERRUPTED = 1, 130
+_LOG_LINES = 20
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+YOUR_TURN = "Now yours, say: SocketProtector -f --handoff listener 8000 -- gunicorn app:app"
+
+
+@click.command(
+    context_settings={"help_option_names": ["-h", "-?", "--help"], "show_default": True},
+    # No docstring: `python -OO` has none.
+    help="""Show in 20 seconds what SocketProtector does.
+
+    A small server runs behind it, and clients connect all the time, while a new release is
+    deployed, then a broken one, a worker is killed, and SocketProtector itself.  All connections
+    that fail are counted.
+
+    It needs neither root nor a free port that is known before, and leaves nothing behind.
+
+    Exit status: 0: no connection failed; 1: some have, or something else went wrong; 130:
+    interrupted.
+    """,
+)
+@click.option("--pause", default="3s", type=Duration(), help="How long each step is shown.")
+def _command(pause: float) -> int:
+    return _run(pause)
+
+
+class _Stops:
+    """INT, TERM and HUP raise KeyboardInterrupt; while they are held back, when they no longer are.
+
+    Not by a signal mask: what is started then would inherit it.
+    """
+
+    def __init__(self) -> None:
+        self._held = self._came = False
+        for number in _STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._stop)
+
+    def _stop(self, _: int, __: FrameType | None) -> None:
+        self._came = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+    def hold(self) -> None:
+        """From now on they only are noted."""
+        self._held = True
+
+    def release(self) -> None:
+        """From now on they interrupt.  Raises KeyboardInterrupt if one has come meanwhile."""
+        self._held = False
+        if self._came:
+            raise KeyboardInterrupt
+
+
+def _run(pause_s: float) -> int:
+    """Show the demo; return its exit status.  Raises Refusal."""
+    stops, screen = _Stops(), Screen()
+    protected, name = None, free_name()
+    stops.hold()
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-"))
+    except OSError as error:
+        raise SystemRefused(f"cannot make a folder: {error}; TMPDIR names another place") from error
+    try:
+        lay_out(folder)
+        protected = Protected(folder, name)
+        stops.release()
+        with screen.running():
+            good = Story(screen, protected, pause_s).tell()
+        screen.say(YOUR_TURN if good else _log(protected))
+        return 0 if good else FAILED
+    except KeyboardInterrupt:
+        screen.say("interrupted: all that was started is being ended")
+        return INTERRUPTED
+    except NotAsPromised as error:
+        screen.say(f"Not as promised: {error}", "bold red")
+        assert protected is not None
+        screen.say(_log(protected))
+        return FAILED
+    except OSError as error:
+        raise SystemRefused(f"{error}") from error
+    finally:
+        stops.hold()
+        if protected is not None:
+            protected.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _log(protected: Protected) -> str:
+    """Return the end of its log, for people."""
+    lines = "\n".join(f"  {escape(line)}" for line in protected.said(_LOG_LINES))
+    return f"The end of its log:\n{lines}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Show the demo, or what may be asked of it; return the exit status."""
+    try:
+        return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".").replace("\n", " ")
+        return _refused(f"{message}; see {NAME} --help", error.exit_code)
+    except Refusal as error:
+        return _refused(str(error), error.status)
+    except subprocess.TimeoutExpired as error:
+        return _refused(f"what it started has not ended within {error.timeout:g} s", FAILED)
+    except (click.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+
+
+def _refused(why: str, status: int) -> int:
+    print(f"{NAME}: {escape(why)}", file=sys.stderr)
+    return status

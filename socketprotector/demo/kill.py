@@ -1,0 +1,74 @@
+"""Kills a process in such a way that what it held is known: stopped, looked at, killed.
+
+So a connection that ended with its process is told from one that was lost, by its port and not
+by the time.
+
+Source: proc(5): `fd`, `net/tcp` and `task/TID/stat`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from .seen import Kill
+
+_STOPS_S = 1.0
+#: A thread that runs nothing any more: stopped, traced, or at its end.
+_STILL = (b"T", b"t", b"Z", b"X")
+_LISTENS = "0A"
+
+
+def kill(pid: int) -> Kill:
+    """Send KILL to a process; return when, and what it held.
+
+    Raises OSError where it is gone, or /proc does not show it.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        held = accepted_by(pid)
+    finally:
+        at_s = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+    return Kill(at_s, held)
+
+
+def accepted_by(pid: int) -> frozenset[int]:
+    """Return the ports of the TCP clients whose connections a process has open, of IPv4 and here.
+
+    SIGSTOP was sent to it, and its threads are waited for, a second at most.  Raises OSError where
+    it is gone, or /proc does not show it.
+    """
+    until_s = time.monotonic() + _STOPS_S
+    while _runs(pid) and time.monotonic() < until_s:
+        time.sleep(0.001)
+    inodes = set()
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            target = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    with open("/proc/net/tcp", encoding="ascii") as table:
+        next(table)  # the headings
+        rows = (line.split() for line in table)
+        return frozenset(
+            int(row[2].rpartition(":")[2], 16)
+            for row in rows
+            if row[9] in inodes and row[3] != _LISTENS
+        )
+
+
+def _runs(pid: int) -> bool:
+    """Whether a thread of a process runs.  Raises OSError where there is no such process."""
+    for thread in os.listdir(f"/proc/{pid}/task"):
+        try:
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+                state = file.read().rpartition(b")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended
+        if state not in _STILL:
+            return True
+    return False

@@ -1,0 +1,119 @@
+"""What the demo counts as failed, and what ended with a process that was killed."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from socketprotector.ctl import discovery
+from socketprotector.demo.kill import kill
+from socketprotector.demo.load import Load
+from socketprotector.demo.protected import Protected, free_name
+from socketprotector.demo.screen import Screen
+from socketprotector.demo.seen import Failure, Kill, split_by_kills
+from socketprotector.demo.story import Story
+from socketprotector.launch import listen_spec
+from socketprotector.model.errors import UsageError
+
+KILL = Kill(10.0, frozenset({4000}))
+#: Begun before the kill by a client of a port that the process held, and reset.
+HELD = Failure("reset", 10.1, 9.5, None, "", 4000)
+
+
+def failing(**other: object) -> Failure:
+    return Failure(**{**{n: getattr(HELD, n) for n in HELD.__dataclass_fields__}, **other})
+
+
+def test_what_a_killed_process_held_ended_with_it() -> None:
+    assert split_by_kills([HELD], [KILL]) == ([HELD], [])
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pytest.param(failing(port=4001), id="of another port"),
+        pytest.param(failing(started_s=10.05), id="begun after it, from the same port"),
+        *(pytest.param(failing(kind=k), id=k) for k in ("refused", "timed_out", "wrong", "local")),
+    ],
+)
+def test_no_kill_excuses_any_other(failure: Failure) -> None:
+    assert split_by_kills([failure], [KILL]) == ([], [failure])
+
+
+def test_a_kill_knows_the_clients_of_the_process_and_no_others() -> None:
+    holding = (
+        "import os, socket\n"
+        "server = socket.create_server(('127.0.0.1', 0))\n"
+        "print(server.getsockname()[1], flush=True)\n"
+        "taken = server.accept()[0]\n"
+        "print(flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        with socket.create_connection(address) as taken:
+            process.stdout.readline()
+            with socket.create_connection(address):  # it waits to be accepted
+                found = kill(process.pid)
+            assert process.wait() == -signal.SIGKILL
+            assert found.held == {taken.getsockname()[1]}
+
+
+def test_one_that_is_gone_cannot_be_killed() -> None:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    with pytest.raises(ProcessLookupError):
+        kill(process.pid)
+
+
+@pytest.fixture
+def told() -> io.StringIO:
+    return io.StringIO()
+
+
+def of(told: io.StringIO) -> Story:
+    nothing: Protected = None  # type: ignore[assignment]  # what is asked here needs none
+    return Story(Screen(Console(file=told, width=80)), nothing, 0.0)
+
+
+def test_it_says_how_many_have_failed_and_how(told: io.StringIO) -> None:
+    story = of(told)
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{bound.getsockname()[1]}"
+        story._loads = [Load(address, concurrency=1, count=3).start()]
+
+        assert not story._verdict()
+
+    lines = told.getvalue().splitlines()
+    assert lines[-1] == "0 connections, 3 failed"
+    assert lines.count("refused: [Errno 111] Connection refused") == 3
+
+
+def test_where_nothing_was_served_nothing_was_shown(told: io.StringIO) -> None:
+    assert not of(told)._verdict()
+
+
+def test_no_listener_is_called_as_the_demo_is() -> None:
+    with pytest.raises(UsageError):
+        listen_spec.parse("demo", os.sep)
+
+
+def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(discovery, "everything", list)
+    monkeypatch.setattr(discovery, "names", lambda _: names)
+
+    assert free_name() == "demo"
+    names.append("demo")
+    assert free_name() == f"demo-{os.getpid()}"

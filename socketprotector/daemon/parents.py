@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from ..model.text import status_of
 from ..system import inherited
 from ..system.loop import Loop
+from ..system.polling import read_now
 from ..system.sd_notify import WATCHDOG, Outbox, Store, Systemd, parse, room_of
 
 _MESSAGE_BYTES = 4096
@@ -67,12 +68,9 @@ class Parents:
         self, loop: Loop, learned: Callable[[int, bool, str], None], gone: Callable[[], None]
     ) -> None:
         assert self.line is not None
-        try:
-            data = self.line.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        data = read_now(self.line.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
+        if data is None:
             return
-        except OSError:
-            data = b""
         if not data:
             loop.unwatch(self.line.fileno())
             self.guard.close()

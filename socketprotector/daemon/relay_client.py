@@ -27,7 +27,7 @@ from ..programs import log_relay
 from ..system import inherited
 from ..system.cleanup import on_error
 from ..system.helper import BackOff, HelperProcess
-from ..system.polling import events_of
+from ..system.polling import events_of, read_now
 from ..system.process import Process
 from .runtime import Runtime
 
@@ -337,12 +337,9 @@ class LogRelay:
     def _hear(self) -> None:
         if self._line is None:
             return
-        try:
-            data = self._line.recv(_ANSWER_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        data = read_now(self._line.recv, _ANSWER_BYTES, socket.MSG_DONTWAIT)
+        if data is None:
             return
-        except OSError:
-            data = b""
         if not data:
             self._loop.unwatch(self._line.fileno())  # it dies, which its pidfd tells
             return

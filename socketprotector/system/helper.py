@@ -16,6 +16,7 @@ from ..model.records import Program
 from . import inherited
 from .cleanup import on_error
 from .loop import Loop
+from .polling import read_now
 from .process import Process, spawn
 
 _PROVEN_S = 60.0
@@ -160,12 +161,9 @@ class Line:
     def hear(self) -> None:
         """Handle all that was said so far; the end of the process comes by its pidfd."""
         while self.socket.fileno() >= 0:
-            try:
-                data = self.socket.recv(_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            data = read_now(self.socket.recv, _MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            if data is None:
                 return
-            except OSError:
-                data = b""
             if not data:
                 self._loop.unwatch(self.socket.fileno())
                 return
@@ -180,6 +178,5 @@ class Line:
 def last_line(output: int) -> str:
     """Return the last line that was written to a file, in words where there is none."""
     size = os.fstat(output).st_size
-    last = os.pread(output, _LAST_BYTES, max(0, size - _LAST_BYTES)).decode("utf-8", "replace")
-    lines = last.strip().splitlines()
-    return text.escape(lines[-1]) if lines else "it said nothing"
+    last = os.pread(output, _LAST_BYTES, max(0, size - _LAST_BYTES))
+    return text.last_line(last) or "it said nothing"

@@ -1,4 +1,4 @@
-"""What a descriptor is ready for at this moment: poll(2) that does not wait."""
+"""What a descriptor is ready for at this moment, and has: calls that do not wait."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import select
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from socket import socket
+    from typing import Any
 
 
 def events_of(one: int | socket, wanted: int) -> int:
@@ -15,3 +17,17 @@ def events_of(one: int | socket, wanted: int) -> int:
     poll.register(one, wanted)
     found = poll.poll(0)
     return found[0][1] if found else 0
+
+
+def read_now(read: Callable[..., bytes], *arguments: Any) -> bytes | None:
+    """Return what `read`, which does not wait, finds.
+
+    b"": the end, also where whoever wrote there has ended in a bad way.  None: nothing yet, as
+    after a wake-up for a number that was another's before.
+    """
+    try:
+        return read(*arguments)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""

@@ -22,6 +22,7 @@ from ...model.lazy_dataclass import mutable
 from ...system.listener import AGAIN, Listener
 from ...system.loop import READ, WRITE, Loop
 from ...system.peer_credentials import may_be_signalled, unmistakable_groups, unmistakable_users
+from ...system.polling import read_now
 
 CLIENTS = 256
 IDLE_S = 30.0
@@ -97,12 +98,9 @@ class Client:
             self.sock.close()
 
     def _read(self) -> None:
-        try:
-            data = self.sock.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        data = read_now(self.sock.recv, _READ_BYTES, socket.MSG_DONTWAIT)
+        if data is None:
             return
-        except OSError:
-            data = b""
         if not data:
             self.close()
             return

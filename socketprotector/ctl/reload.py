@@ -11,7 +11,7 @@ import os
 import select
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import click
 
@@ -95,10 +95,14 @@ class _Operation:
             self.again(waits_for)
         return None
 
-    def again(self, waits_for: str) -> None:
-        """Connect again.  Raises NoProtector, or TimedOut if the time was too short for it."""
+    def again(self, waits_for: str, *, stopping: bool = False) -> None:
+        """Connect again.  Raises NoProtector, or TimedOut if the time was too short for it.
+
+        stopping: it is being stopped, so none is likely to come back.
+        """
+        most_s = _GONE_S if stopping else math.inf
         try:
-            self.client.again(max(0.1, self._until - time.monotonic()))
+            self.client.again(min(most_s, max(0.1, self._until - time.monotonic())))
         except NoProtector:
             self.slice_s(waits_for)
             raise
@@ -169,15 +173,17 @@ def reload(
         old = operation.outcome["from"] = before.get("route")
         promised = _ask_reload(operation.client, before, dry_run=dry_run)
         operation.outcome["generation"] = promised
-        found = _judged(operation, Reload(promised, before, operation.tell, dry_run=dry_run))
+        watched = Reload(promised, before, operation.tell, dry_run=dry_run)
+        found = _judged(operation, watched)
         operation.outcome["generation"] = found.generation
         if dry_run:
-            _gone(operation, found.generation)
+            _gone(operation, watched, found.generation)
         if not found.taken:
             _count_losses(operation)
             _given_up(operation, found, "not ready to reload" if dry_run else "not reloaded")
         if dry_run:
-            serves = f"; generation {old} serves on" if isinstance(old, int) else ""
+            goes_on = isinstance(old, int) and not watched.stopping
+            serves = f"; generation {old} serves on" if goes_on else ""
             words = f"would reload: generation {found.generation} was ready, and is ended{serves}"
             _count_losses(operation)
             operation.ends("passed", words)
@@ -234,7 +240,7 @@ def _judged(operation: _Operation, watched: Reload) -> Verdict:
             if event is not None:
                 watched.heard(event)
             else:
-                watched.looked(operation.client.ask("status"))
+                watched.looked(operation.client.request("status"))
         except ConnectionLost:
             _back(operation, watched)
         except NoProtector:  # it is there, and does not answer
@@ -243,24 +249,52 @@ def _judged(operation: _Operation, watched: Reload) -> Verdict:
     return watched.verdict
 
 
+def _hear_the_rest(client: Client, watched: Reload) -> None:
+    """Take what had come before the connection was cut."""
+    with suppress(ConnectionLost):
+        while event := client.event(0.0):
+            watched.heard(event)
+
+
 def _back(operation: _Operation, watched: Reload) -> None:
+    _hear_the_rest(operation.client, watched)
+    if watched.verdict is not None:
+        return
     if not watched.stopping:
         operation.tell("the connection was cut: an upgrade or a crash; connecting again")
     try:
-        operation.again(watched.waits_for())
-        watched.looked(operation.client.ask("status"))
+        operation.again(watched.waits_for(), stopping=watched.stopping)
+        client = operation.client
+        look = client.request if watched.stopping else client.ask
+        watched.looked(look("status"))
     except NoProtector as error:
         end = "it was stopped" if watched.stopping else str(error)
-        raise NoProtector(f"generation {watched.generation} was not seen serving: {end}") from error
+        serves = "ready" if watched.dry_run else "serving"
+        raise NoProtector(
+            f"generation {watched.generation} was not seen {serves}: {end}"
+        ) from error
 
 
-def _gone(operation: _Operation, generation: int) -> None:
-    """Wait until a generation that was tried has ended."""
-    while any(
-        number_in(each, "number") == generation
-        for each in listed(operation.client.ask("status"), "generations")
-    ):
-        operation.event(f"generation {generation} to end", "drained")
+def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
+    """Wait until a generation that was tried has ended, or its protector has."""
+    waits_for = f"generation {generation} to end"
+    while True:
+        try:
+            status = operation.client.request("status")
+            watched.looked(status)
+            there = listed(status, "generations")
+            if all(number_in(each, "number") != generation for each in there):
+                return
+            while event := operation.client.event(operation.slice_s(waits_for)):
+                watched.heard(event)
+                if event.get("event") == "drained":
+                    break
+        except ConnectionLost:
+            _hear_the_rest(operation.client, watched)
+            try:
+                operation.again(waits_for, stopping=watched.stopping)
+            except NoProtector:
+                return
 
 
 def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
@@ -272,10 +306,11 @@ def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
     if found.reason:
         text += f": {found.reason}"
     try:
-        route = operation.client.ask("status").get("route")
+        status = operation.client.request("status")
     except ControlError:
-        route = None
-    if isinstance(route, int):
+        status = {}
+    route = status.get("route")
+    if isinstance(route, int) and status.get("phase") != "stopping":
         text += f"; generation {route} serves on"
     raise NewVersionFailed(text + _quoted(last_words))
 
@@ -283,7 +318,7 @@ def _given_up(operation: _Operation, found: Verdict, what: str) -> None:
 def _last_words(client: Client, generation: int) -> str:
     """Look for them where a cut connection has lost the event."""
     try:
-        crashes = listed(client.ask("crashes"), "crashes")
+        crashes = listed(client.request("crashes"), "crashes")
     except ControlError:
         return ""
     for each in reversed(crashes):

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..model.text import headline
 from .cli import plural
 from .client import Message
 from .fields import listed, measure, number_in, text_in
@@ -75,7 +76,7 @@ class Reload:
     ) -> None:
         """generation: what `reload` answered.  status: that before.  tell: shows a step."""
         self.generation = generation
-        self._dry_run = dry_run
+        self.dry_run = dry_run
         self._events = _DRY_RUN_VERDICTS if dry_run else _VERDICTS
         self.verdict: Verdict | None = None
         self.stopping = False
@@ -111,21 +112,23 @@ class Reload:
 
     def looked(self, status: Message) -> None:
         """Take a status: all that missed events would have said."""
-        if self.verdict is not None:
-            return
-        self._wanted = number_in(status, "workers_wanted") or self._wanted
         self._phase = str(status.get("phase"))
         if self._phase == "stopping":
             self._stops()
+        if self.verdict is not None:
+            return
+        self._wanted = number_in(status, "workers_wanted") or self._wanted
         reloads = [
             each
-            for each in tries(status, dry_run=self._dry_run)
+            for each in tries(status, dry_run=self.dry_run)
             if number_in(each, "generation") >= self.generation
         ]
         for each in reloads:
             if each.get("result") in (*_GOOD, "failed"):
                 number, reason = number_in(each, "generation"), text_in(each, "reason")
-                self.verdict = Verdict(each["result"] in _GOOD, number, reason)
+                last_words = reason.partition("\n")[2]
+                taken = each["result"] in _GOOD
+                self.verdict = Verdict(taken, number, headline(reason), last_words)
                 return
         starting = [
             each

@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from socketprotector.ctl import client
 from socketprotector.ctl.reload_progress import Reload
 from tests.running import DEADLINE_S, Ended, Lines
 from tests.unit.ctl.conftest import COMMAND
@@ -189,6 +191,46 @@ def test_its_verdict_is_in_the_status_after_an_upgrade(
     assert ctl("reload", "--dry-run").status == status
 
 
+def test_its_last_words_are_in_that_too(fake: Fake, ctl: Ctl) -> None:
+    def then(connection: Connection) -> None:
+        reason = "exited with status 1; its last words:\nno database"
+        fake.status["dry_run"] = reload(9, "failed", reason)
+        connection.cut()
+
+    reloading(fake, then)
+
+    assert ctl("reload", "--dry-run").err.endswith(
+        "not ready to reload: generation 9 failed: exited with status 1; generation 8 serves on\n"
+        "  | no database\n"
+    )
+
+
+@pytest.mark.parametrize(("result", "status"), [("passed", 0), ("failed", 3)])
+@pytest.mark.parametrize("early", [True, False])
+def test_a_stop_after_its_verdict_ends_what_was_tried_too(
+    fake: Fake, ctl: Ctl, result: str, status: int, early: bool
+) -> None:
+    """And is not waited for as a crash is, after which another protector comes."""
+
+    def then(connection: Connection) -> None:
+        fake.status["generations"].append(generation(9, "abandoned", worker(15)))
+        if early:
+            connection.event("stopping")
+        connection.event(f"dry-run-{result}", generation=9, reason="called off")
+        if not early:
+            connection.event("stopping")
+        threading.Thread(target=fake.end).start()
+
+    reloading(fake, then)
+    began = time.monotonic()
+
+    said = ctl("reload", "--dry-run")
+
+    assert said.status == status, said
+    assert "serves on" not in said.out + said.err
+    assert time.monotonic() - began < client.RETURN_S
+
+
 def test_one_that_was_heard_is_not_requested_twice(fake: Fake, ctl: Ctl) -> None:
     def heard(connection: Connection, asked: Message) -> None:
         fake.status["dry_run"] = reload(9, "passed")
@@ -291,19 +333,20 @@ def test_a_protector_that_does_not_come_back_is_status_1(
     assert "generation 9 was not seen serving: the protector did not come back" in said.err
 
 
-def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl, monkeypatch: Any) -> None:
+def test_a_stop_in_the_middle_is_status_1(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
         connection.event("stopping")
         fake.status["phase"] = "stopping"
         threading.Thread(target=fake.end).start()
 
-    monkeypatch.setattr("socketprotector.ctl.client.RETURN_S", 0.2)
     reloading(fake, then)
+    began = time.monotonic()
 
     said = ctl("reload")
 
     assert said.status == 1
     assert "generation 9 was not seen serving: it was stopped" in said.err
+    assert time.monotonic() - began < client.RETURN_S
 
 
 def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl) -> None:

@@ -123,6 +123,8 @@ FLAG = click.BOOL
 TEXT = click.STRING
 TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
+#: Of what is asked again and again: each question is a connection, or a process.
+TIME_EACH = Duration(least_s=0.1)
 HEALTH = Value("http:PATH|accept|check:CMD", _health)
 READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
 SETTLE_CHECK = Value("check:CMD|http:PATH", _settle_check)

@@ -31,6 +31,7 @@ from .option_values import (
     TEXT,
     TIME,
     TIME_ABOVE_0,
+    TIME_EACH,
 )
 
 #: What a reload that reads a file does with another value, where it is not said in words.
@@ -193,7 +194,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
                "http:/PATH, https:/PATH and accept are as with --ready; check:CMD runs a command. "
                "The answer is in status, metrics, log and the exporter's /readyz, and nothing is "
                "done about it: docs/handoff.md, \"Health\".", unset="nothing is asked"),
-        Option("health-every", TIME_ABOVE_0, "How often to ask that.",
+        Option("health-every", TIME_EACH, "How often to ask that; 100ms or more.",
                "health_every_s", default="5s"),
         Option("health-failures", click.IntRange(1, _MANY),
                "Bad answers in a row after which they are unhealthy.",

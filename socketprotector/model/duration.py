@@ -39,9 +39,9 @@ class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 
 class Duration(Value):
     """`500ms`, `10s`, `1h30m`, `1d` or plain seconds."""
 
-    def __init__(self, *, zero: bool = True) -> None:
+    def __init__(self, *, zero: bool = True, least_s: float = 0.0) -> None:
         super().__init__("TIME", self.read, "{:g} s".format)
-        self._zero = zero
+        self._zero, self._least_s = zero, least_s
 
     def read(self, text: str) -> float:
         """Return seconds.  Raises ValueError with what may be written instead."""
@@ -51,6 +51,8 @@ class Duration(Value):
             raise ValueError(f"{text!r} is no duration; write 500ms, 10s, 1h30m or seconds")
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")
+        if seconds < self._least_s:
+            raise ValueError(f"{text!r}: it must be {self._least_s * 1000:g}ms or more")
         return seconds
 
 

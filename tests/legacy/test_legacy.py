@@ -64,10 +64,10 @@ def service(giver: Giver, original: Path) -> Service:
 
 def test_it_is_asked_while_it_serves(service: Service) -> None:
     """By a connection, and by HTTP, which that daemon does not speak."""
-    daemon = service.start("--health", "accept", "--health-every", "50ms")
+    daemon = service.start("--health", "accept", "--health-every", "100ms")
     daemon.log.wait_for("event=healthy generation=1")
     daemon.stop()
-    daemon = service.start("--health", "http:/", "--health-every", "50ms")
+    daemon = service.start("--health", "http:/", "--health-every", "100ms")
     daemon.log.wait_for("event=unhealthy generation=1 reason=.*no HTTP")
     daemon.stop()
 

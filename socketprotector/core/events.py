@@ -251,11 +251,13 @@ class WorkerSignal(Enum):
 class Open(Action):
     """Make a generation's channel; fresh: resolve the command anew, else take the last good.
 
+    dry_run: it is to get no client, and is ended when it is ready.
     Where this cannot be done its Spawns are left out, and OpenFailed is the answer.
     """
 
     generation: int
     fresh: bool
+    dry_run: bool = False
 
 
 @frozen

@@ -195,7 +195,7 @@ def open_if_due(step: Step) -> None:
         next_generation=number + 1,
         to_open=None,
     )
-    step.do(Open(number, fresh))  # its workers follow: workers.reconcile()
+    step.do(Open(number, fresh, fleet.dry_run))  # its workers follow: workers.reconcile()
 
 
 def _recover(step: Step, delay_s: float) -> None:

@@ -24,12 +24,24 @@ from ..model.records import (
     SteeringRecord,
     WorkerRecord,
 )
-from .events import Deadline, Retire, Signal, TimerKind, UseSettings, WorkerSignal
+from .events import (
+    Deadline,
+    Report,
+    ReportKind,
+    Retire,
+    Signal,
+    TimerKind,
+    UseSettings,
+    WorkerSignal,
+)
 from .fleet import Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop, Worker
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+#: What another program has to do that finds it ordered, as the fleet does not tell.
+Undone = Signal | Retire | UseSettings | Report
 
 
 @frozen
@@ -37,7 +49,7 @@ class Snapshot:
     """Made of the records that their owners keep; each gets its own back."""
 
     fleet: Fleet
-    unfinished: tuple[Signal | Retire | UseSettings, ...] = ()  # ordered; maybe not carried out
+    unfinished: tuple[Undone, ...] = ()  # ordered; maybe not carried out
     timers: tuple[tuple[Deadline, float], ...] = ()  # and when each runs out
     generations: tuple[GenerationRecord, ...] = ()
     last_good: Program | None = None  # what served last, to be opened again
@@ -55,7 +67,7 @@ class Snapshot:
 #: All classes that a Snapshot is made of.
 CLASSES = (
     *(Deadline, TimerKind, Candidate, Fleet, Generation, LameDuck, Next, Phase, State, Stop),
-    *(Worker, Retire, WorkerSignal, Signal, UseSettings),
+    *(Worker, Retire, WorkerSignal, Signal, UseSettings, Report, ReportKind),
     *(Program, Counts, GenerationRecord, WorkerRecord, ForwarderRecord, SteeringRecord),
     *(HoldRecord, SettingsRecord, RunRecord, Crash, History, Reload, Snapshot),
     *settings.CLASSES,

@@ -18,6 +18,8 @@ from .step import Step
 
 #: The exit status of a stop because no client could connect any more (errors.SystemRefused).
 LISTENERS_LOST = 111
+#: What becomes of a reload or a dry run that is under way.
+CALLED_OFF = "called off: the protector stops"
 
 
 def stop_requested(step: Step, quick: bool) -> None:
@@ -123,7 +125,10 @@ def _call_off(step: Step, stop: Stop) -> None:
         step.end_start(starting.number)
         step.fleet = step.fleet.moved(starting.number, Phase.ABANDONED)
     step.forget_settings()
-    step.fleet = replace(step.fleet, dry_run=False)
+    if step.fleet.dry_run:
+        number = starting.number if starting else step.fleet.next_generation
+        step.fleet = replace(step.fleet, dry_run=False)
+        step.do(Report(ReportKind.DRY_RUN_FAILED, number, CALLED_OFF))
     if starting:
         step.end_generation(starting.number)
 

@@ -70,11 +70,14 @@ def standing_dry_run(status: Status) -> Status | None:
 
 
 def unhealthy(status: Status) -> str | None:
-    """Return what an instance has answered that is unhealthy; None: it is not, or none knows."""
+    """Return the last bad answer of an instance that is unhealthy; None: it is not, or none knows.
+
+    What comes of a question later may be nobody's answer: it is busy.
+    """
     health = status.get("health")
     if not isinstance(health, dict) or health.get("state") != "unhealthy":
         return None
-    return text_in(health, "last")
+    return text_in(health, "reason") or text_in(health, "last")
 
 
 def label(message: Status, name: str) -> str | None:

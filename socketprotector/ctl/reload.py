@@ -201,7 +201,7 @@ def _count_losses(operation: _Operation) -> None:
     if operation.losses is None:
         return
     try:
-        after = operation.client.ask("status")
+        after = operation.client.request("status")
         while operation.hear(0.0) is not None:  # those that came before that answer
             pass
     except ControlError:
@@ -249,15 +249,15 @@ def _judged(operation: _Operation, watched: Reload) -> Verdict:
     return watched.verdict
 
 
-def _hear_the_rest(client: Client, watched: Reload) -> None:
+def _hear_the_rest(operation: _Operation, watched: Reload) -> None:
     """Take what had come before the connection was cut."""
     with suppress(ConnectionLost):
-        while event := client.event(0.0):
+        while event := operation.hear(0.0):
             watched.heard(event)
 
 
 def _back(operation: _Operation, watched: Reload) -> None:
-    _hear_the_rest(operation.client, watched)
+    _hear_the_rest(operation, watched)
     if watched.verdict is not None:
         return
     if not watched.stopping:
@@ -285,12 +285,12 @@ def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
             there = listed(status, "generations")
             if all(number_in(each, "number") != generation for each in there):
                 return
-            while event := operation.client.event(operation.slice_s(waits_for)):
+            while event := operation.hear(operation.slice_s(waits_for)):
                 watched.heard(event)
                 if event.get("event") == "drained":
                     break
         except ConnectionLost:
-            _hear_the_rest(operation.client, watched)
+            _hear_the_rest(operation, watched)
             try:
                 operation.again(waits_for, stopping=watched.stopping)
             except NoProtector:

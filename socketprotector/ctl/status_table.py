@@ -9,7 +9,7 @@ from ..model.text import headline
 from . import render
 from .cli import plural
 from .client import Message
-from .fields import listed, number_in, text_in
+from .fields import listed, number_in, text_in, unhealthy
 from .render import Row
 
 _GENERATIONS = "GEN PHASE AGE READY QUEUE ACTIVE ACCEPTED ERRORS LOST WAIT-P50 P99"
@@ -40,7 +40,7 @@ def heading(status: Message) -> list[Text]:
         warnings.append(f"lame duck: /readyz says 503; accepts for another {span}, then stops")
     elif status.get("lame_duck") == "on":
         warnings.append("lame duck: /readyz says 503; serves on")
-    if isinstance(health, dict) and (says := _says(health, status.get("now"))):
+    if says := _says(status):
         warnings.append(says)
     for generation, seconds in untaken(status):
         span = render.duration_text(seconds)
@@ -48,14 +48,17 @@ def heading(status: Message) -> list[Text]:
     return [*found, *(Text(each, style="yellow") for each in warnings)]
 
 
-def _says(health: Message, now: object) -> str:
-    """Return what is worth a line of its own: a bad answer, or that there is none."""
-    state, last = text_in(health, "state"), text_in(health, "last")
-    if state == "unhealthy":
-        return f"unhealthy for {render.age_text(now, health.get('since_at'))}: {last}"
-    if last:
-        return f"health is {state}; last: {last}"
-    return ""
+def _says(status: Message) -> str:
+    """Return what of --health is worth a line of its own: a bad answer, or that there is none."""
+    health = status.get("health")
+    if not isinstance(health, dict):
+        return ""
+    last = text_in(health, "last")
+    if (why := unhealthy(status)) is not None:
+        later = f"; last: {last}" if last not in ("", why) else ""
+        age = render.age_text(status.get("now"), health.get("since_at"))
+        return f"unhealthy for {age}: {why}{later}"
+    return f"health is {text_in(health, 'state')}; last: {last}" if last else ""
 
 
 def untaken(status: Message) -> list[tuple[int, float]]:

@@ -28,6 +28,8 @@ _LINE_FD, _LISTENING_FD = 3, 4
 #: Of one that is kept running.
 _FIRST_DELAY_S = 0.1
 _LAST_DELAY_S = 5.0
+#: The same where a release waits for it.
+_LAST_DELAY_SOON_S = 1.0
 
 
 class Asker:
@@ -102,17 +104,38 @@ class KeptAsker:
     """Keeps one running: started again, later each time in a row, where it has ended."""
 
     def __init__(
-        self, loop: Loop, start: Callable[[Ended], Asker], ended: Ended = lambda how: None
+        self,
+        loop: Loop,
+        start: Callable[[Ended], Asker],
+        ended: Ended = lambda how: None,
+        *,
+        last_delay_s: float = _LAST_DELAY_S,
     ) -> None:
         """start: starts one that calls back with how it has ended.  Raises OSError.
 
         ended: called with that, or with why none could be started.
         """
         self._loop, self._start, self._tell = loop, start, ended
-        self._back_off = BackOff(_FIRST_DELAY_S, _LAST_DELAY_S)
+        self._back_off = BackOff(_FIRST_DELAY_S, last_delay_s)
         #: The one that runs.
         self.now: Asker | None = None
         self._begin()
+
+    @classmethod
+    def repeating(
+        cls, loop: Loop, way: Way, asked: Question, heard: Callable[[str], None], ended: Ended
+    ) -> KeptAsker:
+        """Keep one that asks this again and again; heard: see Asker."""
+
+        def answered(why: str) -> None:
+            kept.works()
+            heard(why)
+
+        def start(ended: Ended) -> Asker:
+            return Asker(loop, way, asked, heard=answered, ended=ended)
+
+        kept = cls(loop, start, ended, last_delay_s=_LAST_DELAY_SOON_S)
+        return kept
 
     def close(self) -> None:
         """Have none."""

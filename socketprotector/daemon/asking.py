@@ -20,11 +20,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..model import question
-from ..model.question import Question
+from ..model.errors import what_failed
 from ..system.polling import events_of
-from .asker_client import Asker
+from .asker_client import KeptAsker
 from .generation import OpenGeneration
-from .probe_port import Way
+from .probe_port import Reach, Way
 from .runtime import Runtime
 
 _TIMER = "ask"
@@ -43,21 +43,20 @@ class Asking:
         self,
         runtime: Runtime,
         *,
-        reach: Callable[[OpenGeneration, Question], Way | None],
+        reach: Reach,
         answered: Callable[[int, str], None],
         not_asked: Callable[[int], None],
     ) -> None:
-        """reach: makes a way to a generation, None where there can be none.  Raises OSError.
+        """answered: a generation has, to this kind of question.
 
-        answered: a generation has, to this kind of question.  not_asked: it cannot be asked, and
-        need not be.
+        not_asked: it cannot be asked, and need not be.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._reach = reach
         self._answered, self._not_asked = answered, not_asked
         self._generation: OpenGeneration | None = None
         self._way: Way | None = None
-        self._asker: Asker | None = None
+        self._asker: KeptAsker | None = None
         self._connection: socket.socket | None = None
         self._began = self._connected_at = 0.0
         self._was_reset = False
@@ -104,7 +103,7 @@ class Asking:
         try:
             self._way = self._reach(generation, asked)
         except OSError as error:
-            self._again(f"cannot be asked: {error.strerror}", self._begin)
+            self._again(f"cannot be asked: {what_failed(error)}", self._begin)
             return
         if self._way is None:
             self.last = "cannot be asked: there is one socket for it and the one before"
@@ -114,7 +113,7 @@ class Asking:
         else:
             self._send_asker(asked)
 
-    def _send_asker(self, asked: Question) -> None:
+    def _send_asker(self, asked: question.Question) -> None:
         way, generation = self._way, self._generation
         assert way is not None
         assert generation is not None
@@ -127,15 +126,10 @@ class Asking:
                 self._answered(generation.record.number, asked.kind)
 
         def ended(how: str) -> None:
-            self._asker = None
-            self._again(f"the process that asks {how}", lambda: self._send_asker(asked))
+            self._is_not_ready(f"the process that asks {how}")
 
         self.last = self.last or f"GET {asked.path}: not answered yet"
-        try:
-            self._asker = Asker(self._loop, way, asked, heard=heard, ended=ended)
-        except OSError as error:
-            why = f"the process that asks cannot be started: {error.strerror}"
-            self._again(why, lambda: self._send_asker(asked))
+        self._asker = KeptAsker.repeating(self._loop, way, asked, heard, ended)
 
     def _is_not_ready(self, why: str) -> None:
         """Remember the last answer, and log it where it is another one."""
@@ -159,16 +153,12 @@ class Asking:
         self._loop.call_after(_TIMER, delay_s, what)
 
     def _connect(self) -> None:
-        assert self._way is not None
-        mark, address = self._way.mark, self._way.address
+        way = self._way
+        assert way is not None
         self._connected_at = time.monotonic()
         try:
-            family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-            one = self._connection = socket.socket(family, socket.SOCK_STREAM)
-            one.setblocking(False)
-            if mark is not None:
-                mark.put(one)
-            failed = one.connect_ex(address)
+            one = self._connection = way.connecting()
+            failed = one.connect_ex(way.target)
         except OSError as error:
             failed = error.errno or errno.EIO
         if failed not in (0, errno.EINPROGRESS):

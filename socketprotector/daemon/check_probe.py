@@ -1,6 +1,6 @@
-"""Where --ready check:COMMAND reaches the generation that it is to check, with any client.
+"""Where a command of --ready check: or --settle-check reaches the generation that it is to check.
 
-Each has an address of loopback, while any of its workers is checked.  In its channel is what comes
+With any client: each has an address of loopback, while it is checked.  In its channel is what comes
 there; under --handoff listener a helper process forwards it (programs/asker.py), as no process but
 ours connects in a way by which the kernel knows which generation is meant.
 """
@@ -8,7 +8,6 @@ ours connects in a way by which the kernel knows which generation is meant.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from dataclasses import field
 
 from ..model.lazy_dataclass import mutable
@@ -18,7 +17,7 @@ from ..system.helper import Ended
 from ..system.loop import Loop
 from .asker_client import Asker, KeptAsker
 from .generation import OpenGeneration
-from .probe_port import BACKLOG, Way
+from .probe_port import BACKLOG, Reach, Way
 
 _FORWARD = Question("forward")
 
@@ -60,8 +59,7 @@ class CheckProbes:
     """The addresses, by generation."""
 
     loop: Loop
-    #: Makes a way to a generation, None where there can be none.  Raises OSError.
-    reach: Callable[[OpenGeneration, Question], Way | None]
+    reach: Reach
     _open: dict[int, tuple[Way, Forwarding | None]] = field(default_factory=dict)
 
     def address(self, generation: OpenGeneration) -> str:

@@ -48,8 +48,10 @@ from ..core.events import (
     UseSettings,
 )
 from ..core.fleet import Fleet, LameDuck
-from ..core.snapshot import Snapshot
+from ..core.snapshot import Snapshot, Undone
+from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
+from ..model.errors import what_failed
 from ..model.history import History
 from ..model.question import Question
 from ..model.records import Program, RunRecord
@@ -75,7 +77,7 @@ from .runtime import Runtime
 from .settle_check import SettleCheck
 from .socket_steering import SocketSteering
 from .start_report import StartReport
-from .worker_pool import WorkerPool, what_failed
+from .worker_pool import WorkerPool
 
 _LEVELS = {
     ReportKind.RELOAD_FAILED: "error",
@@ -90,7 +92,7 @@ _LEVELS = {
 _RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
 _DRY_RUN_RESULTS = {ReportKind.DRY_RUN_PASSED: "passed", ReportKind.DRY_RUN_FAILED: "failed"}
 #: Actions that another program has to know of while they are not carried out.
-RECORDED = (Signal, Retire, StartTimer, UseSettings)
+RECORDED = Undone | StartTimer
 #: News of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 _OF_RELOADS = (
@@ -170,12 +172,7 @@ class Effects:
             answered=self.pool.answered,
             not_asked=self.pool.not_asked,
         )
-        self.settle_check = SettleCheck(
-            runtime,
-            reach=self._reach,
-            probes=probes,
-            paused=lambda: self.steering.holds and not self.forwarder.accepts,
-        )
+        self.settle_check = SettleCheck(runtime, self._reach, probes)
         self.health = Health(
             runtime,
             settings=lambda: self.live_settings.settings,
@@ -196,8 +193,8 @@ class Effects:
     def perform(self, action: Action) -> None:
         """Carry out one action.  What fails comes back as an event."""
         match action:
-            case Open(number, fresh):
-                self._open(number, fresh)
+            case Open(number, fresh, dry_run):
+                self._open(number, fresh, dry_run=dry_run)
             case Spawn(number, worker, slot) if number in self.generations:
                 self.pool.spawn(worker, slot, self.generations[number])
             case Signal(worker, kind):
@@ -271,7 +268,7 @@ class Effects:
         ordered = [(a.deadline, now + a.seconds) for a in actions if isinstance(a, StartTimer)]
         return Snapshot(
             fleet=fleet,
-            unfinished=tuple(a for a in actions if isinstance(a, Signal | Retire | UseSettings)),
+            unfinished=tuple(a for a in actions if isinstance(a, Undone)),
             timers=(*self._due.values(), *ordered),
             generations=self.generations.records(),
             last_good=self.last_good,
@@ -314,8 +311,7 @@ class Effects:
 
     # -- generations ---------------------------------------------------------
 
-    def _open(self, number: int, fresh: bool) -> None:
-        dry_run = self.run.history.is_dry_run
+    def _open(self, number: int, fresh: bool, *, dry_run: bool) -> None:
         try:
             live = self.live_settings
             settings = (fresh and live.record.candidate) or live.settings
@@ -532,7 +528,7 @@ class Effects:
     def _remember_reload(self, report: Report) -> None:
         now = time.time()
         if report.news is ReportKind.STOPPING:
-            self._remember(lambda history: history.called_off("it was told to stop", now))
+            self._remember(lambda history: history.called_off(CALLED_OFF, now))
         number, reason = report.generation, report.reason
         if report.news is ReportKind.DRY_RUN:
             self._remember(lambda history: history.dry_run_began(number, now))
@@ -559,7 +555,9 @@ class Effects:
             self._note_due(deadline)
             # Else the program speaks with us, and it is not for want of READY=1.
             silent = deadline.wait is TimerKind.START and not self.pool.spoken_with
-            advice = self.asking.last if deadline.wait is TimerKind.START else ""
+            advice = ""
+            if deadline.wait is TimerKind.START:
+                advice = self.asking.last or self.pool.check_says(deadline.target)
             if silent:
                 its = self.pool.advice(deadline.target, passes_over=bool(advice))
                 advice = "; ".join(filter(None, (advice, its)))
@@ -587,7 +585,7 @@ class Effects:
             last_words=last_words or None,
         )
         self._remember_reload(report)
-        if report.news in _SUCCESS:
+        if report.news in _SUCCESS and report.generation in self.generations:
             self.last_good = self.generations[report.generation].program
         serves = f"generation {report.generation} serves"
         match report.news:

@@ -21,19 +21,17 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 
 from ..model import question
+from ..model.errors import what_failed
 from ..model.question import Question
 from ..model.settings import Settings
-from ..system import readiness
+from ..system.check_command import CheckCommand, shown
 from ..system.helper import Ended
 from ..system.polling import events_of
-from ..system.process import Process, spawn
-from ..system.readiness import program_of
 from .asker_client import Asker, KeptAsker
 from .generation import OpenGeneration
-from .probe_port import PROBE, Way
+from .probe_port import PROBE, Reach, Way
 from .runtime import Runtime
 
 #: What is known of the generation.  Of one that has just begun to serve nothing is.
@@ -56,11 +54,12 @@ class Health:
         runtime: Runtime,
         *,
         settings: Callable[[], Settings],
-        reach: Callable[[OpenGeneration, Question], Way | None],
+        reach: Reach,
         paused: Callable[[], bool],
     ) -> None:
-        """settings: those that hold.  reach: makes a way to a generation that serves, None where
-        there can be none; raises OSError.  paused: whether none can be asked for the moment.
+        """settings: those that hold.  reach: to the generation that serves.
+
+        paused: whether it cannot be asked for the moment.
         """
         self._loop, self._log = runtime.loop, runtime.log
         self._settings, self._reach, self._paused = settings, reach, paused
@@ -72,7 +71,7 @@ class Health:
         # Of the question that is under way, or that no worker has taken yet.
         self._way: Way | None = None
         self._connection: socket.socket | None = None
-        self._command: Process | None = None
+        self._command: CheckCommand | None = None
         self._until = 0.0
         self._busy = False
         self._reset()
@@ -82,15 +81,16 @@ class Health:
         self.since_at = time.time()
         #: What came of the last question, in words; "": a good answer, or none was asked yet.
         self.last = ""
-        #: How many answers were bad, since the last good one.
+        #: How many answers were bad, since the last good one, and the last of them.
         self.failures = 0
+        self.reason = ""
         self.answered_at: float | None = None
         self._missed = 0  # in a row
 
     @property
     def asks(self) -> str:
         """What is asked, as `status` says it; "": nothing."""
-        return readiness.asks(self._settings().health)
+        return shown(self._settings().health)
 
     @property
     def tcp_connection(self) -> socket.socket | None:
@@ -159,8 +159,7 @@ class Health:
         try:
             self._send()
         except (OSError, ValueError) as error:
-            why = (error.strerror if isinstance(error, OSError) else "") or str(error)
-            self._could_not(why)
+            self._could_not(what_failed(error))
 
     def _send(self) -> None:
         """Raises OSError or ValueError where it cannot be asked."""
@@ -234,8 +233,7 @@ class Health:
             self._connection.close()
             self._connection = None
         if self._command is not None:
-            self._loop.unwatch(self._command.pidfd)
-            self._command.discard()
+            self._command.close()
             self._command = None
         if self._way is not None:
             self._way.close()
@@ -279,34 +277,33 @@ class Health:
 
     def _run(self, generation: OpenGeneration, way: Way, command: str) -> None:
         """Raises OSError or ValueError."""
-        program = replace(generation.program, path="/bin/sh", argv=("sh", "-c", command))
-        self._command = run = spawn(program, {PROBE: way.text}, {}, mortal=True)
-        self._loop.watch(run.pidfd, self._command_ended)
-        limit_s = self._settings().health_timeout_s
-        self._loop.call_after(_LIMIT, limit_s, lambda: self._is_bad(f"not over in {limit_s:g} s"))
 
-    def _command_ended(self) -> None:
-        result = self._command.reap() if self._command is not None else None
-        if result is None or self._command is None:
-            return
-        with suppress(PermissionError):  # what it has left in the background
-            self._command.kill_group()
-        if result.clean:
-            self._is_good()
-        else:
-            self._is_bad(result.how)
+        def over(why: str) -> None:
+            if why:
+                self._is_bad(why)
+            else:
+                self._is_good()
+
+        self._command = CheckCommand(
+            self._loop,
+            generation.program,
+            command,
+            {PROBE: way.text},
+            over=over,
+            late=over,
+            limit_s=self._settings().health_timeout_s,
+        )
 
     # -- what came of it ---------------------------------------------------------
 
     def _is_good(self) -> None:
         self._is_answered("")
-        self.failures = 0
+        self.reason, self.failures = "", 0
         self._becomes(HEALTHY)
 
     def _is_bad(self, why: str) -> None:
-        if self._command is not None:
-            why = f"{program_of(self._asked.path)}: {why}"
         self._is_answered(why)
+        self.reason = why
         self.failures += 1
         if self.failures >= self._settings().health_failures:
             self._becomes(UNHEALTHY)

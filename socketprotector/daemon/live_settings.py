@@ -144,7 +144,11 @@ class LiveSettings:
             return
         for text in new.notices[len(old.notices) :]:
             self._log.write("warning", "notice", text=text)
-        self._log.write("info", "configured", changes="; ".join(answer.changes) or "none")
+        self._log.write(
+            "info",
+            "dry-run-configured" if dry_run else "configured",
+            changes="; ".join(answer.changes) or "none",
+        )
         for index, its in enumerate(old.listeners):  # bound anew while that was read, maybe
             new = _with_file(new, index, its)
         self.record = SettingsRecord(old, new)

@@ -17,12 +17,14 @@ from collections.abc import Callable
 from socketprotector_client import wire
 
 from ..model.lazy_dataclass import mutable
+from ..model.question import Question
 from ..system import reuseport
 from ..system.channel import Channel
 from ..system.cleanup import on_error
 from ..system.listener import AGAIN
 from ..system.loop import Loop
 from ..system.polling import events_of
+from .generation import OpenGeneration
 from .queue_watch import QueueWatch
 
 #: Where a command that asks is told of it.
@@ -74,6 +76,10 @@ class Way:
             if self.mark is not None:
                 self.mark.put(one)
         return one
+
+
+#: Makes a way to a generation; None where there can be none.  Raises OSError.
+Reach = Callable[[OpenGeneration, Question], Way | None]
 
 
 def family_of(address: tuple[str, int]) -> int:

@@ -19,7 +19,7 @@ from .. import __version__
 from ..core.events import StopRequested
 from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
-from ..model.errors import Refusal, SystemRefused
+from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
 from ..system import executable, inherited, pid_file_removal, privileges, process
 from ..system.cpu_quota import Quota, processors
@@ -44,7 +44,6 @@ from .start_report import StartReport
 from .supervisor import Supervisor, terminal_of
 from .upgrade import Upgrade
 from .watch_client import FileWatch
-from .worker_pool import what_failed
 
 #: How soon to try again where a manager's socket was full.
 _AGAIN_S = 0.1

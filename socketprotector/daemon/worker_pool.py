@@ -9,7 +9,6 @@ socket.  A program that replaces this one in between receives it again.
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import socket
@@ -28,14 +27,15 @@ from ..core.events import (
     WorkerSignal,
 )
 from ..model import known_servers, question
+from ..model.errors import what_failed
 from ..model.history import History
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
+from ..system.check_command import LIMIT_S, CheckCommand, first_program
 from ..system.orphans import Orphans
-from ..system.process import End, Process, spawn
+from ..system.process import End
 from ..system.process_groups import Groups
 from ..system.procfs import sockets_of
-from ..system.readiness import CHECK_LIMIT_S, check_program
 from ..system.sock_diag import address_of
 from .check_probe import CheckProbes
 from .generation import OpenGeneration
@@ -130,6 +130,11 @@ class WorkerPool:
             listens=lambda: address_of(sockets_of(pids, _LOOKED_AT) - handed),
             passes_over=passes_over,
         )
+
+    def check_says(self, generation: int) -> str:
+        """Return what came of the last check of a worker that is not ready; "" without one."""
+        its = (w for w in self._workers.values() if w.record.generation == generation)
+        return next((w.readiness.last for w in its if w.readiness.last), "")
 
     # -- orders --------------------------------------------------------------
 
@@ -322,9 +327,20 @@ class WorkerPool:
         program = worker.generation.program
         worker.readiness.watch(
             lambda by: self._is_ready(number, by),
-            lambda: self._start_check(worker),
-            lambda name: self._log.write(
-                "warning", "check-hangs", worker=number, check=name, for_s=CHECK_LIMIT_S
+            lambda over, late: self._start_check(worker, over, late),
+            lambda why: self._log.write(
+                "warning",
+                "check-hangs",
+                worker=number,
+                check=first_program(program.ready_check),
+                for_s=LIMIT_S,
+            ),
+            lambda why: self._log.write(
+                "info",
+                "not-answered",
+                generation=worker.record.generation,
+                worker=number,
+                reason=why,
             ),
             lambda: self._keep_descriptors(worker),
             known=worker.has_served,
@@ -336,12 +352,23 @@ class WorkerPool:
         self._keep_descriptors(worker)
         self._wait_for_word(number, worker)
 
-    def _start_check(self, worker: Worker) -> Process:
+    def _start_check(
+        self, worker: Worker, over: Callable[[str], None], late: Callable[[str], None]
+    ) -> CheckCommand:
         """Run the command of --ready check once.  Raises OSError or ValueError."""
+        program = worker.generation.program
         variables = {_WORKER_PID: str(worker.process.pid)}
         if address := self._probes.address(worker.generation):
             variables[PROBE] = address
-        return spawn(check_program(worker.generation.program), variables, {}, mortal=True)
+        return CheckCommand(
+            self._loop,
+            program,
+            program.ready_check,
+            variables,
+            over=over,
+            late=late,
+            limit_s=LIMIT_S,
+        )
 
     def _checked(self, worker: Worker) -> None:
         """A worker is not checked any more: when none of its generation is, its probe goes."""
@@ -487,14 +514,3 @@ class WorkerPool:
         self._loop.cancel(("hear", number))
         self._loop.cancel(("word", number))
         self._post(self._post_mortem.close(worker, end, spoken_with=self.spoken_with))
-
-
-def what_failed(error: Exception) -> str:
-    """Say an error's cause and the file it is about."""
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
-        return f"{error.strerror}: raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit)"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error)

@@ -24,6 +24,7 @@ from ..ctl.fields import (
     number_in,
     standing_dry_run,
     text_in,
+    unhealthy,
 )
 from ..model import text
 from ..model.waits import quantile_us
@@ -163,7 +164,7 @@ class Instance:
         return {
             "phase": _line(label(status, "phase") or "unknown"),
             "notes": _notes(status),
-            "health": _health(status)[0],
+            "health": _health(status),
             "version": _line(text_in(status, "version")),
             "pid": number_in(status, "pid"),
             "started": measure(status, "started_at"),
@@ -334,9 +335,10 @@ def _notes(status: Status) -> list[str]:
     found = []
     if measure(status, "held_s") is not None:
         found.append("held: accepts nothing")
-    state, last = _health(status)
-    if state == "unhealthy" or (state == "unknown" and last):
-        found.append(_cut(f"{'health ' if state == 'unknown' else ''}{state}: {_line(last)}"))
+    if (why := unhealthy(status)) is not None:
+        found.append(_cut(f"unhealthy: {_line(why)}"))
+    elif _health(status) == "unknown" and (last := text_in(status["health"], "last")):
+        found.append(_cut(f"health unknown: {_line(last)}"))
     if is_lame_duck(status):
         found.append("lame duck: /readyz says 503")
     for each in listed(status, "generations"):
@@ -346,14 +348,13 @@ def _notes(status: Status) -> list[str]:
     return found
 
 
-def _health(status: Status) -> tuple[str, str]:
-    """Return what comes of --health: its state, which is empty without it, and the last answer."""
+def _health(status: Status) -> str:
+    """Return the state that --health says; empty without it."""
     health = status.get("health")
     if not isinstance(health, dict):
-        return "", ""
-    state = label(health, "state")
-    known = state in ("healthy", "unhealthy")
-    return str(state) if known else "unknown", text_in(health, "last")
+        return ""
+    state = text_in(health, "state")
+    return state if state in ("healthy", "unhealthy") else "unknown"
 
 
 def _cell(worker: Status) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class Refusal(Exception):
     """One clear line for the operator: what, with which, and what to do."""
@@ -23,3 +25,14 @@ class SystemRefused(Refusal):
 
 class AlreadyRunning(Refusal):
     """A living protector holds the pid file (or the socket) already."""
+
+
+def what_failed(error: Exception) -> str:
+    """Say an error's cause and the file it is about."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        return f"{error.strerror}: raise the hard limit (ulimit -Hn, LimitNOFILE= of a unit)"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)

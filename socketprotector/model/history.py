@@ -52,6 +52,9 @@ class History:
     dry_run: Reload | None = None  # the last one; then passed or failed
 
     def with_crash(self, crash: Crash) -> History:
+        """Add one; not what a dry run finds out, which is in its verdict: nothing served there."""
+        if self.dry_run is not None and self.dry_run.generation == crash.generation:
+            return self
         return replace(self, crashes=(*self.crashes, crash)[-CRASHES:], crashed=self.crashed + 1)
 
     def with_last_words(self, worker: int, last_words: str) -> History:
@@ -61,11 +64,6 @@ class History:
             for each in self.crashes
         )
         return replace(self, crashes=tuple(crashes))
-
-    @property
-    def is_dry_run(self) -> bool:
-        """Whether one is under way."""
-        return self.dry_run is not None and self.dry_run.result == "running"
 
     def dry_run_began(self, generation: int, at: float) -> History:
         return replace(self, dry_run=Reload(generation, began_at=at))
@@ -79,15 +77,14 @@ class History:
         return replace(self, reloads=(*self.reloads, begun)[-RELOADS:])
 
     def called_off(self, reason: str, at: float) -> History:
-        """Note that what is under way comes to nothing."""
-
-        def ended(each: Reload) -> Reload:
-            if each.result != "running":
-                return each
-            return replace(each, result="failed", reason=reason, ended_at=at)
-
-        dry_run = ended(self.dry_run) if self.dry_run is not None else None
-        return replace(self, reloads=tuple(map(ended, self.reloads)), dry_run=dry_run)
+        """Note that the reload which is under way comes to nothing."""
+        reloads = (
+            replace(each, result="failed", reason=reason, ended_at=at)
+            if each.result == "running"
+            else each
+            for each in self.reloads
+        )
+        return replace(self, reloads=tuple(reloads))
 
     def reload_ended(self, generation: int, result: str, reason: str, at: float) -> History:
         """Note the outcome, also of a reload whose beginning was not recorded."""

@@ -20,6 +20,12 @@ def escape(text: str) -> str:
     )
 
 
+def last_line(written: bytes) -> str:
+    """Return the last line of what a program has written, safe to show; empty if there is none."""
+    lines = written.decode("utf-8", "replace").strip().splitlines()
+    return escape(lines[-1]) if lines else ""
+
+
 def headline(reason: str) -> str:
     """Return a reason without the last words that follow it."""
     return reason.partition("\n")[0].removesuffix(LAST_WORDS)

@@ -15,35 +15,29 @@ Source: einhorn.py; s6's notification-fd.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
 
 from ..model import question
 from ..model.einhorn import ack
+from ..model.errors import what_failed
 from ..model.records import Program
+from .check_command import CheckCommand
 from .loop import Loop
-from .process import Process
+from .polling import read_now
 
 #: Both kinds of line are short; a longer one is cut.
 _LINE_BYTES = 4096
 #: How soon after a check that failed the next one begins.
 CHECK_EVERY_S = 0.25
-#: A check that takes longer hangs: it asks a server that does not answer, and the next one may fare
-#: better.  Twice the time that a resolver gives a name server (resolv.conf(5)).
-CHECK_LIMIT_S = 10.0
 #: Names of descriptors; `line` is RETURN's (daemon/worker_pool.py).
 _ACK, _NEWLINE = "ack", "newline"
 #: Kinds that a line brings.
 _BY_ACK, _BY_LINE, _BY_WORD = ((kind, *question.ASKED) for kind in ("ack", "fd", "notify"))
 _CHECK, _AFTER = "check", "after"
-#: The program in a check, behind what is set for it alone; None where the shell has to read that.
-_PROGRAM = re.compile(
-    r"""\s*(?:[A-Za-z_]\w*=(?:'[^']*'|"[^"\\$`]*"|[^\s'"\\$`;&|<>()]*)\s+)*"""
-    r"""(?:exec\s+)?(?:[\w.+@/-]*/)?([\w.+][\w.+-]*)(?=[\s;&|<>]|$)"""
-)
+#: Starts a check, with what is to be called when it is over, and before that if it hangs.
+StartCheck = Callable[[Callable[[str], None], Callable[[str], None]], CheckCommand]
 
 
 class Readiness:
@@ -62,10 +56,13 @@ class Readiness:
             os.set_blocking(fd, False)  # our end alone is this: the worker's is another description
         self._ready: Callable[[str], None] = _nothing
         self._hangs: Callable[[str], None] = _nothing
+        self._fails: Callable[[str], None] = _nothing
         self._changed: Callable[[], None] | None = None
         self._heard: dict[str, bytes] = {}
-        self._start_check: Callable[[], Process] | None = None  # where one is to be run
-        self._check: Process | None = None
+        self._start_check: StartCheck | None = None  # where one is to be run
+        self._check: CheckCommand | None = None
+        #: What came of the last check that has failed, for people.
+        self.last = ""
 
     @classmethod
     @contextmanager
@@ -121,8 +118,9 @@ class Readiness:
     def watch(
         self,
         ready: Callable[[str], None],
-        start_check: Callable[[], Process],
+        start_check: StartCheck,
         hangs: Callable[[str], None],
+        fails: Callable[[str], None],
         changed: Callable[[], None],
         *,
         known: bool = False,
@@ -131,15 +129,15 @@ class Readiness:
         """Call back each time something says so, with what that is.  Raises OSError.
 
         known: it is ready, and its lines are only to be read.  asked: its generation is, or will
-        be, so no timer says so.  hangs: called once, with the check's
-        program, when it has run for CHECK_LIMIT_S.  changed: descriptors() has.
+        be, so no timer says so.  hangs, fails: called for the first check that does, with why.
+        changed: descriptors() has.
         """
         self._changed = changed
         for name, fd in self._lines.items():
             self._loop.watch(fd, lambda name=name, fd=fd: self._hear(name, fd))  # type: ignore[misc]
         if known:
             return
-        self._ready, self._hangs = ready, hangs
+        self._ready, self._hangs, self._fails = ready, hangs, fails
         if not asked:
             self.wait()
         if self._program.ready == _CHECK:
@@ -153,12 +151,9 @@ class Readiness:
             self._loop.call_after(timer, after_s, lambda: self._ready("timer"))
 
     def _hear(self, name: str, fd: int) -> None:
-        try:
-            data = os.read(fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
-        except BlockingIOError:
-            return  # a wake-up for a number that was another's before
-        except OSError:
-            data = b""  # reset: it has closed its end
+        data = read_now(os.read, fd, _LINE_BYTES) if self._lines.get(name) == fd else b""
+        if data is None:
+            return
         heard = (self._heard.get(name, b"") + data)[-_LINE_BYTES:]
         *whole, self._heard[name] = heard.split(b"\n")
         said = bool(whole) if name == _NEWLINE else any(ack(each) is not None for each in whole)
@@ -182,52 +177,40 @@ class Readiness:
         if self._start_check is None:
             return
         try:
-            self._check = self._start_check()
-            self._loop.watch(self._check.pidfd, self._check_ended)
-        except (OSError, ValueError):
-            self.stop_check()
-            self._check_again()
-        else:
-            self._loop.call_after((_CHECK, self._number), CHECK_LIMIT_S, self._check_hangs)
+            self._check = self._start_check(self._check_over, self._check_hangs)
+        except (OSError, ValueError) as error:
+            self._check_over(f"the check cannot be started: {what_failed(error)}")
 
-    def _check_again(self) -> None:
+    def _check_over(self, why: str) -> None:
+        self.stop_check()
+        if not why:
+            self._ready(_CHECK)
+            return
+        self.last = why
+        fails, self._fails = self._fails, _nothing
+        fails(why)
         self._loop.call_after((_CHECK, self._number), CHECK_EVERY_S, self.check)
 
-    def _check_hangs(self) -> None:
-        """Kill it; its end, which is not waited for here, has the next one begin."""
-        if self._check is None or self._check.has_ended():
-            return
+    def _check_hangs(self, why: str) -> None:
+        """It was killed; its end, which is not waited for here, has the next one begin."""
         hangs, self._hangs = self._hangs, _nothing
-        hangs(program_of(self._program.ready_check))
-        with suppress(PermissionError):  # it has become another user's, and is waited for
-            self._check.kill_group()
-
-    def _check_ended(self) -> None:
-        result = self._check.reap() if self._check is not None else None
-        if result is None or self._check is None:
-            return
-        with suppress(PermissionError):  # it has become another user's
-            self._check.kill_group()  # what it has left in the background: there are many checks
-        self.stop_check()
-        if result.clean:
-            self._ready(_CHECK)
-        else:
-            self._check_again()
+        self._fails = _nothing  # once is enough
+        hangs(why)
 
     def stop_check(self) -> None:
         """End the check that is under way: its result would be lost."""
         self._loop.cancel((_CHECK, self._number))
         if self._check is not None:
-            self._loop.unwatch(self._check.pidfd)
-            self._check.discard()
+            self._check.close()
             self._check = None
 
     def is_known(self) -> None:
         """The worker is ready; what it still says of that is read, and means nothing."""
         self.stop_check()
         self._loop.cancel((_AFTER, self._number))
-        self._ready = self._hangs = _nothing
+        self._ready = self._hangs = self._fails = _nothing
         self._start_check = None
+        self.last = ""
 
     def close(self) -> None:
         """Nothing more is to be heard."""
@@ -240,21 +223,3 @@ class Readiness:
 
 def _nothing(said: str) -> None:
     """It is known already, or not watched yet."""
-
-
-def program_of(command: str) -> str:
-    """Return which program a shell's command runs first: in the rest there may be secrets."""
-    found = _PROGRAM.match(command)
-    return found[1] if found else "sh"
-
-
-def asks(text: str) -> str:
-    """Return what --health or --settle-check asks, for people; of a command its program alone."""
-    kind, _, command = text.partition(":")
-    return f"{kind}:{program_of(command)}" if kind == _CHECK else text
-
-
-def check_program(program: Program) -> Program:
-    """Return what runs --ready check's command: as the worker runs, by the shell."""
-    argv = ("sh", "-c", program.ready_check)
-    return replace(program, path="/bin/sh", argv=argv)

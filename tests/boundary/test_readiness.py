@@ -12,27 +12,27 @@ import pytest
 
 from socketprotector.model.records import Program
 from socketprotector.system import readiness
+from socketprotector.system.check_command import CheckCommand
 from socketprotector.system.loop import Loop
-from socketprotector.system.process import Process, spawn
-from socketprotector.system.readiness import Readiness, check_program, program_of
+from socketprotector.system.process import Process
+from socketprotector.system.readiness import Readiness
 from tests.boundary.ending import settle
 from tests.running import DEADLINE_S, wait_gone
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks hang after less, and are asked again sooner."""
-    monkeypatch.setattr(readiness, "CHECK_LIMIT_S", 0.2)
+    """Checks are asked again sooner."""
     monkeypatch.setattr(readiness, "CHECK_EVERY_S", 0.01)
 
 
 class Checked:
     """A worker's readiness, and what it has reported."""
 
-    def __init__(self, loop: Loop, command: str) -> None:
-        self._loop = loop
+    def __init__(self, loop: Loop, command: str, limit_s: float = 0.2) -> None:
+        self._loop, self._limit_s = loop, limit_s
         self.program = Program(
             path="/bin/sh",
             argv=("sh",),
@@ -47,8 +47,26 @@ class Checked:
         self.readiness = Readiness(self.program, {}, loop, 1)
         self.ready: list[str] = []
         self.hangs: list[str] = []
+        self.fails: list[str] = []
+        self.pids: list[int] = []
+        self.before_each: Callable[[], None] = lambda: None
 
-    def watch(self, checked: Callable[[], Process], *, until_hangs: bool = False) -> None:
+    def start(self, over: Callable[[str], None], late: Callable[[str], None]) -> CheckCommand:
+        self.before_each()
+        check = CheckCommand(
+            self._loop,
+            self.program,
+            self.program.ready_check,
+            {},
+            over=over,
+            late=late,
+            limit_s=self._limit_s,
+        )
+        assert check._process is not None
+        self.pids.append(check._process.pid)
+        return check
+
+    def watch(self, *, until_hangs: bool = False) -> None:
         """Run the loop until it is ready, or until a check is reported to hang."""
         loop = self._loop
 
@@ -64,19 +82,30 @@ class Checked:
         loop.call_after("never", DEADLINE_S, never)
         self.readiness.watch(
             lambda by: told(self.ready, by, last=not until_hangs),
-            checked,
+            self.start,
             lambda what: told(self.hangs, what, last=until_hangs),
+            self.fails.append,
             lambda: None,
         )
         loop.run()
         loop.cancel("never")
 
 
-def at_end(fd: int) -> bool:
-    """Wait for the end of a pipe: of all processes that could write to it."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(DEADLINE_S * 1000)) and os.read(fd, 1) == b""
+class Lives:
+    """A FIFO that each process of a check has open, as long as it lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lives"
+        os.mkfifo(self.path)
+        self._read = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def wait(self) -> None:
+        """Wait for the end of all of them."""
+        poll = select.poll()
+        poll.register(self._read, select.POLLIN)
+        assert poll.poll(DEADLINE_S * 1000)
+        assert os.read(self._read, 1) == b"", "a process of a check lives on"
+        os.close(self._read)
 
 
 def test_a_timer_that_is_waited_for_again_is_not_put_off(
@@ -94,141 +123,100 @@ def test_a_timer_that_is_waited_for_again_is_not_put_off(
     awaited.close()
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_check_that_hangs_is_killed_with_its_group_and_asked_again_and_reported_once(
     loop: Loop, tmp_path: Path
 ) -> None:
-    answers = tmp_path / "answers"
-    checked = Checked(loop, f"test -e {answers} && exit; sleep 1000 & wait")
-    receive, send = os.pipe()
-    tries: list[int] = []
+    lives, answers = Lives(tmp_path), tmp_path / "answers"
+    checked = Checked(loop, f"test -e {answers} && exit; exec 5>{lives.path}; sleep 1000 & wait")
+    checked.before_each = lambda: answers.touch() if len(checked.pids) == 3 else None
 
-    def check() -> Process:
-        if len(tries) == 3:
-            answers.touch()
-        process = spawn(check_program(checked.program), {}, {5: send})
-        tries.append(process.pid)
-        return process
+    checked.watch()
 
-    checked.watch(check)
-
-    os.close(send)
-    assert at_end(receive), "a process of a check lives on"
-    assert (checked.ready, checked.hangs) == (["check"], ["test"])
-    assert len(tries) >= 4
+    lives.wait()
+    assert checked.ready == ["check"]
+    assert checked.hangs == ["test: no answer within 0.2 s"]
+    assert checked.fails == []  # that was said
+    assert len(checked.pids) >= 4
     settle(loop)
-    assert wait_gone(tries) == []
+    assert wait_gone(checked.pids) == []
     checked.readiness.close()
-    os.close(receive)
 
 
-@pytest.mark.usefixtures("soon")
 def test_what_a_check_leaves_in_the_background_ends_with_it(loop: Loop, tmp_path: Path) -> None:
-    answers = tmp_path / "answers"
-    checked = Checked(loop, f"sleep 1000 & test -e {answers}")
-    receive, send = os.pipe()
-    tries: list[int] = []
+    lives, answers = Lives(tmp_path), tmp_path / "answers"
+    checked = Checked(loop, f"exec 5>{lives.path}; sleep 1000 & test -e {answers}", 60.0)
+    checked.before_each = lambda: answers.touch() if len(checked.pids) == 3 else None
 
-    def check() -> Process:
-        if len(tries) == 3:
-            answers.touch()
-        process = spawn(check_program(checked.program), {}, {5: send})
-        tries.append(process.pid)
-        return process
+    checked.watch()
 
-    checked.watch(check)
-
-    os.close(send)
-    assert at_end(receive), "a process of a check lives on"
-    assert (checked.ready, len(tries)) == (["check"], 4)
+    lives.wait()
+    assert (checked.ready, len(checked.pids)) == (["check"], 4)
     checked.readiness.close()
-    os.close(receive)
 
 
 def test_a_check_that_has_ended_in_time_does_not_hang_however_late_that_is_seen(
-    loop: Loop, monkeypatch: pytest.MonkeyPatch
+    loop: Loop,
 ) -> None:
-    monkeypatch.setattr(readiness, "CHECK_LIMIT_S", 0.0)
-    checked = Checked(loop, "true")
-    tries: list[int] = []
+    checked = Checked(loop, "true", 0.0)
 
-    def check() -> Process:
-        process = spawn(check_program(checked.program), {}, {})
-        tries.append(process.pid)
+    def ended(over: Callable[[str], None], late: Callable[[str], None]) -> CheckCommand:
+        check = Checked.start(checked, over, late)
+        assert check._process is not None
         poll = select.poll()
-        poll.register(process.pidfd, select.POLLIN)
+        poll.register(check._process.pidfd, select.POLLIN)
         assert poll.poll(DEADLINE_S * 1000)
-        return process
+        return check
 
-    checked.watch(check)
+    checked.start = ended  # type: ignore[method-assign]
 
-    assert (checked.ready, checked.hangs, len(tries)) == (["check"], [], 1)
+    checked.watch()
+
+    assert (checked.ready, checked.hangs, len(checked.pids)) == (["check"], [], 1)
     checked.readiness.close()
 
 
-@pytest.mark.usefixtures("soon")
 def test_a_check_that_hangs_ends_with_its_worker(loop: Loop) -> None:
     checked = Checked(loop, "exec sleep 1000")
-    tries: list[Process] = []
 
-    def check() -> Process:
-        tries.append(spawn(check_program(checked.program), {}, {}))
-        return tries[-1]
-
-    checked.watch(check, until_hangs=True)
+    checked.watch(until_hangs=True)
     checked.readiness.close()
 
     settle(loop)
-    assert not any(os.path.exists(f"/proc/{each.pid}") for each in tries)
+    assert wait_gone(checked.pids) == []
     assert loop.due(("check", 1)) is None
 
 
-@pytest.mark.usefixtures("soon")
 def test_one_that_we_may_not_kill_any_more_is_reported_and_left(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As sudo, which becomes another user's in the place of the shell."""
-    checked = Checked(loop, "exec sudo -u postgres pg_isready")
-    process = spawn(check_program(Checked(loop, "exec sleep 1000").program), {}, {})
+    checked = Checked(loop, "exec sleep 1000")
 
     def may_not(self: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     with monkeypatch.context() as patched:
         patched.setattr(Process, "kill_group", may_not)
-        checked.watch(lambda: process, until_hangs=True)
+        checked.watch(until_hangs=True)
         checked.readiness.close()
 
-    assert checked.hangs == ["sudo"]
-    os.kill(process.pid, 9)
+    assert checked.hangs == ["sleep: no answer within 0.2 s"]
     settle(loop)
+    assert wait_gone(checked.pids) == []  # by its lifeline: it is our own user's
 
 
-@pytest.mark.parametrize(
-    ("command", "program"),
-    [
-        ("curl -fsS http://user:secret@localhost/ready", "curl"),
-        ("/usr/local/bin/check-it --token=secret", "check-it"),
-        ("./a.out", "a.out"),
-        ("true", "true"),
-        ("true;echo secret", "true"),
-        ("PGPASSWORD=secret psql -c 'select 1'", "psql"),
-        ("exec pg_isready -q", "pg_isready"),
-        ("A=1 B='se cret' C=\"se cret\" /bin/psql secret", "psql"),
-        # Here only the shell knows.
-        ("PASSWORD=secret", "sh"),
-        ("A=$(cat secret) psql", "sh"),
-        ('A="$(cat secret)" psql', "sh"),
-        ("A=se\\ cret psql", "sh"),
-        ("'se cret' now", "sh"),
-        ("-secret", "sh"),
-        ("$SECRET/psql", "sh"),
-        ("secret$SECRET", "sh"),
-        ("secret=", "sh"),
-        ("secret() { true; }", "sh"),
-        ("(secret)", "sh"),
-        ("", "sh"),
-    ],
-)
-def test_only_the_program_of_a_check_is_reported(command: str, program: str) -> None:
-    assert program_of(command) == program
+def test_why_a_check_fails_is_said_once_and_the_last_reason_is_kept(
+    loop: Loop, tmp_path: Path
+) -> None:
+    tries = tmp_path / "tries"
+    command = f"echo >>{tries}; n=$(wc -l <{tries}); echo try $n; exit $((n < 4))"
+    checked = Checked(loop, command, 60.0)
+    last: list[str] = []
+    checked.before_each = lambda: last.append(checked.readiness.last)
+
+    checked.watch()
+
+    assert checked.fails == ["echo: exited with status 1: try 1"]
+    assert last == ["", *(f"echo: exited with status 1: try {n}" for n in (1, 2, 3))]
+    assert checked.ready == ["check"]
+    checked.readiness.close()

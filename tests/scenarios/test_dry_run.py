@@ -132,6 +132,7 @@ def test_a_release_that_would_not_serve_is_what_a_failed_reload_is(
     assert "generation 1 serves on" in said.err
     assert what_serves(one) == before
     assert one.status()["dry_run"]["result"] == "failed"
+    assert one.status()["crashes"] == 0
     one.daemon.stop()
 
 
@@ -225,6 +226,8 @@ def test_the_file_is_tried_with_what_it_adds_and_nothing_of_it_stays(
             assert answered == b"", "a client came to what was only tried"
 
         assert what_serves(one) == before
+        assert "event=configured" not in one.daemon.log.text()
+        one.daemon.log.wait_for("event=dry-run-configured changes=")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", added))
         assert wait_gone([new], 0.0) == []
@@ -380,7 +383,12 @@ def test_a_stop_ends_it(waiting: Waiting, beside: Callable[..., Running]) -> Non
 
     one.daemon.stop()
 
-    assert trying.wait() in (1, 3)
+    assert trying.wait() == 3
+    said = trying.err.text().splitlines()[-1]
+    assert said.endswith(
+        "not ready to reload: generation 2 failed: called off: the protector stops"
+    )
+    one.daemon.log.wait_for("event=dry-run-failed generation=2 reason=.called off")
     assert wait_gone(tried) == []
 
 

@@ -308,8 +308,8 @@ def test_a_check_that_hangs_is_asked_again_and_reported_without_its_arguments(
     sooner = injected(
         tmp_path / "sooner",
         "if resident():\n"
-        "    from socketprotector.system import readiness\n"
-        "    readiness.CHECK_LIMIT_S = 0.5\n",
+        "    from socketprotector.system import check_command\n"
+        "    check_command.LIMIT_S = 0.5\n",
     )
     daemon = protector(
         *MODE, "--ready", f"check:PASSWORD=secret; {hangs}", "127.0.0.1:0", "--", *SERVER, **sooner

@@ -18,13 +18,13 @@ from tests.scenarios.adopting import kill_protector, revived, upgrade
 from tests.scenarios.asking import Asked, askers, get
 from tests.scenarios.managers import Giver
 from tests.scenarios.operating import Operated, Operating
-from tests.scenarios.tools import EITHER_HANDOFF, Gate, worker
+from tests.scenarios.tools import EITHER_HANDOFF, Gate
 
 Starter = Callable[..., Protector]
 HTTP = "http:/healthz"
 GONE = 'GET /healthz: 500, "database gone"'
 #: Asked in a row, so that no test waits.
-OFTEN = ("--health-every", "50ms")
+OFTEN = ("--health-every", "100ms")
 
 
 class Watched:
@@ -178,7 +178,7 @@ def test_a_reload_begins_anew_and_may_change_what_is_asked(
     write("")
     daemon = protector("--config", config, "--ready", "accept").ready()
     assert askers(daemon) == []
-    write(f'health = "{HTTP}"\nhealth-every = "50ms"')
+    write(f'health = "{HTTP}"\nhealth-every = "100ms"')
     mark = daemon.signal(signal.SIGHUP)
     daemon.log.wait_for("event=configured .*health: none -> http:/healthz", after=mark)
     daemon.log.wait_for("event=healthy generation=2", after=mark)
@@ -272,7 +272,7 @@ def test_a_command_asks_where_it_is_told(watched: Callable[..., Watched], asked:
 def test_a_command_that_hangs_is_ended(watched: Callable[..., Watched], gate: Gate) -> None:
     one = watched(f"check:cat {gate.path}", "--health-timeout", "100ms")
 
-    one.until(state="unhealthy", last="cat: not over in 0.1 s")
+    one.until(state="unhealthy", last="cat: no answer within 0.1 s")
     left = children_of(one.daemon.pid)
     one.daemon.stop()
     assert wait_gone(left) == []
@@ -340,22 +340,3 @@ def test_a_program_for_each_connection_is_asked(operated: Operating, tmp_path: P
     says.write_text("503 gone")
     one.until(state="unhealthy", last="GET /healthz: 503, gone")
     one.daemon.stop()
-
-
-@pytest.mark.parametrize(
-    ("words", "why"),
-    [
-        (("--health", "http:[web]/x", "http=0"), "no listener is called web; there is: http"),
-        (("--health", "http:x", "0"), "write http:/path"),
-        (("--health", "check:", "0"), "or check:COMMAND"),
-        (("--health", "notify", "0"), "accept or check:COMMAND"),
-        (("--health-every", "0", "0"), "above 0"),
-    ],
-)
-def test_what_cannot_be_asked_is_refused(
-    protector: Starter, words: tuple[str, ...], why: str
-) -> None:
-    daemon = protector(*words, "--", *worker("accepts"))
-
-    assert daemon.wait() == 2
-    assert why in daemon.log.text()

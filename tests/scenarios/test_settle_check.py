@@ -137,6 +137,20 @@ def test_a_bad_answer_gives_the_clients_back_to_the_one_that_stands_by(
 
 
 @EITHER_HANDOFF
+def test_a_hold_makes_no_difference(operated: Operating, asked: Asked) -> None:
+    one = operated(*LONG, *HTTP, command=(str(asked.release.path),))
+    mark = settling(one.daemon)
+    with one.line() as line:
+        line.ask("hold", seconds=1000)
+
+        asked.bad()
+
+        assert "--settle-check: GET /healthz: 500" in rolled_back(one.daemon, mark)
+        line.ask("stop", quick=True)
+    one.daemon.wait()
+
+
+@EITHER_HANDOFF
 def test_a_command_decides_by_its_own_measure_and_no_client_fails(
     protector: Starter, release: Release, check: Check
 ) -> None:

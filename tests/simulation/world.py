@@ -43,7 +43,6 @@ from socketprotector.core.events import (
     Event,
     LameDuckRequested,
     ScaleRequested,
-    SettleFailed,
     TimerKind,
 )
 from socketprotector.core.fleet import Fleet, LameDuck, Next, Phase, Policy, State, Stop
@@ -63,9 +62,11 @@ from socketprotector.daemon.event_queue import EventQueue
 from socketprotector.daemon.log_output import Opened
 from socketprotector.daemon.recovery import Recovery
 from socketprotector.daemon.runtime import Runtime
+from socketprotector.daemon.settle_check import SettleCheck
 from socketprotector.daemon.start_report import StartReport
 from socketprotector.daemon.supervisor import Supervisor
 from socketprotector.model import text
+from socketprotector.model.history import History
 from socketprotector.model.settings import ListenerSettings, Origin, Settings
 from socketprotector.system import (
     accept_marks,
@@ -370,51 +371,25 @@ def asked_in(channel: Any, kernel: Kernel) -> Question | None:
     return question
 
 
-class Checks:
-    """In the place of settle_check.SettleCheck: answers come by chance; in the end good ones."""
+class Checks(SettleCheck):
+    """Answers come by chance; in the end good ones."""
 
-    def __init__(self, world: World, runtime: Runtime) -> None:
-        self._world, self._loop, self._post = world, runtime.loop, runtime.post
-        self._generation: Any = None
-        self._good = self._is_last = False
+    def __init__(self, world: World, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._world = world
 
-    def begin(self, generation: Any) -> None:
-        self.stop()
-        if generation.program.settle_check:
-            self._generation = generation
-            self._good = self._is_last = False
-            self.go_on()
-
-    def stop(self) -> None:
-        self.suspend()
-        self._generation = None
-
-    def suspend(self) -> None:
-        self._loop.cancel("settle-check")
-
-    def go_on(self) -> None:
-        if self._generation is not None:
-            self._loop.call_after("settle-check", self._world._chance(), self._answer)
-
-    def awaits(self, number: int) -> bool:
-        if self._generation is None or self._generation.record.number != number:
-            return False
-        if not self._is_last:
-            self._is_last, self._good = True, False
-        return not self._good
+    def _ask(self) -> None:
+        self._loop.call_after("settle-check", self._world._chance(), self._answer)
 
     def _answer(self) -> None:
+        assert self._generation is not None
         if self._world.ACCEPTS:
             asked_in(self._generation.channel, self._world.kernel)  # among its clients
-        if not self._world._calm and self._world._chance() < 0.15:
-            number = self._generation.record.number
-            self.stop()
-            self._world.events["settle-failed"] += 1
-            self._post(SettleFailed(number, "GET /: 500"))
-        else:
-            self._good = True
-            self._world.events["settle-answered"] += 1
-            self.go_on()
+        bad = not self._world._calm and self._world._chance() < 0.15
+        self._world.events["settle-failed" if bad else "settle-answered"] += 1
+        self._heard("GET /: 500" if bad else "")
+        if not bad:
+            self._ask()
 
 
 class World:
@@ -1494,6 +1469,7 @@ class World:
             self._tried.add(starting.number)
         assert route is None or route.number not in self._tried, "what was only tried serves"
         assert act._route == (route.number if route else None), "another route"
+        self._check_history(fleet, act.run.history)
         lame_duck = fleet.lame_duck is not LameDuck.OFF
         assert not (lame_duck and act.forwarder._closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader
@@ -1505,6 +1481,14 @@ class World:
             before = [g for g in fleet.generations if g.quiescing or g.phase is Phase.ABANDONED]
             to_come = fleet.to_open and (policy.stop_first or before)
             assert waits or to_come, "no generation will ever serve"
+
+    def _check_history(self, fleet: Fleet, history: History) -> None:
+        """Whoever waits for a verdict must not wait for ever."""
+        tried = history.dry_run is not None and history.dry_run.result == "running"
+        assert tried == fleet.dry_run, f"of a dry run {history.dry_run} is said"
+        running = {each.generation for each in history.reloads if each.result == "running"}
+        coming = {each.number for each in (fleet.incoming,) if each is not None}
+        assert running <= coming, f"of reloads {history.reloads} is said"
 
     def _check_rest(self) -> None:
         """All goes well and nothing is to be done any more: so all must be done."""
@@ -1616,7 +1600,7 @@ def installed(world: World) -> Iterator[None]:
                 world, runtime, answered, not_asked
             ),
         )
-        put(effects, "SettleCheck", lambda runtime, **_: Checks(world, runtime))
+        put(effects, "SettleCheck", lambda *parts: Checks(world, *parts))
         put(live_settings, "ConfigReader", lambda _, loop, key: Reads(world, loop, key))
         put(reuseport, "_attach", lambda to, option, code: to.attach(option, code[-1][3]))
         put(accept_marks, "connections", world.accepted)

@@ -16,7 +16,8 @@ from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
 from ...model.waits import quantile_us
-from ...system import readiness, reuseport
+from ...system import reuseport
+from ...system.check_command import shown
 from ...system.listener import Listener
 from ..effects import Effects
 from ..generation import OpenGeneration
@@ -73,6 +74,7 @@ def of_health(health: Health) -> dict[str, Any] | None:
         "state": health.state,
         "since_at": health.since_at,
         "last": health.last,
+        "reason": health.reason,
         "failures": health.failures,
         "answered_at": health.answered_at,
     }
@@ -141,7 +143,7 @@ def _of_generation(
         "path": opened.program.path,
         "queue": effects.waiting(generation.number),
         "untaken_s": effects.untaken_s(generation.number),
-        "settle_check": readiness.asks(opened.program.settle_check),
+        "settle_check": shown(opened.program.settle_check),
         "lost": opened.record.lost if total is not None else None,
         **_of_counts(total),
         "active": active,

@@ -43,6 +43,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Fleet, Next, Policy
 from socketprotector.core.reload import STOP_FIRST
+from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from tests.unit.conftest import Story
 
@@ -79,7 +80,7 @@ def test_it_begins_as_a_reload_does(story: Story) -> None:
 
     assert story.when(DryRunRequested()) == [
         BEGUN,
-        Open(2, fresh=True),
+        Open(2, fresh=True, dry_run=True),
         Spawn(2, 3, 0),
         Spawn(2, 4, 1),
         StartTimer(START_2, 60.0),
@@ -161,7 +162,9 @@ def test_what_was_read_is_forgotten(configured: Story) -> None:
     assert story.when(DryRunRequested()) == [BEGUN, ReadSettings(dry_run=True)]
     assert ReadSettings(dry_run=True) in resume(story.fleet, {})
 
-    assert Open(2, fresh=True) in story.when(SettingsRead(Policy(drain_timeout_s=7.0), 2))
+    assert Open(2, fresh=True, dry_run=True) in story.when(
+        SettingsRead(Policy(drain_timeout_s=7.0), 2)
+    )
     story.when(WorkerReady(2))
     actions = story.when(WorkerReady(3))
 
@@ -242,9 +245,11 @@ def test_where_workers_accept_it_begins_once_they_have_gone(story: Story) -> Non
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_a_stop_calls_it_off(story: Story, quick: bool) -> None:
-    story.given_serving().and_also(DryRunRequested(), StopRequested(quick))
+    actions = story.given_serving().and_also(DryRunRequested()).when(StopRequested(quick))
 
+    assert failed(CALLED_OFF) in actions
     assert not story.fleet.dry_run
+    assert failed(CALLED_OFF) not in story.when(StopRequested(quick))
     assert Signal(2, WorkerSignal.TERM) not in story.when(WorkerReady(2))
     assert not story.starting
 

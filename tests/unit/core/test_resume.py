@@ -27,6 +27,7 @@ from socketprotector.core.events import (
     Quiesce,
     ReadSettings,
     ReloadRequested,
+    Report,
     Retire,
     RouteTo,
     SettingsFailed,
@@ -110,7 +111,7 @@ class KilledWorld(World):
             self.check()
 
     def resumed(self, undone: tuple[Action, ...]) -> tuple[Action, ...]:
-        told = [each for each in undone if isinstance(each, Signal | Retire)]
+        told = [each for each in undone if isinstance(each, Signal | Retire | Report)]
         return resume(self.fleet, dict.fromkeys(self.fleet.timers, 5.0), told)
 
     def again(self, action: Action) -> None:
@@ -137,6 +138,8 @@ class KilledWorld(World):
                 self.checked = number
             case StartTimer(deadline):
                 self.timers |= {deadline}
+            case Report():
+                self.perform(action)
             case Drain() | Signal() | Retire():
                 pass
             case _:

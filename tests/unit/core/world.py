@@ -105,6 +105,7 @@ ROUNDS = 12
 
 DIED = "exited with status 1"
 TURN = Deadline(TimerKind.TURN)
+OF_DRY_RUNS = (ReportKind.DRY_RUN, ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED)
 #: What a configuration may change to.
 OTHER_POLICIES = (
     Policy(settle_s=5.0),
@@ -131,6 +132,7 @@ class World:
         self.in_question: int | None = None  # the generation that is
         self.checked: int | None = None  # the settling generation that is asked
         self.tried: frozenset[int] = frozenset()  # generations that were opened by a dry run
+        self.said_tried = False  # that one is being tried
         self.opens_fail = False  # from now on
         self.owed: tuple[Event, ...] = ()  # events that are still to be sent
         self.reader = False  # a reader of the configuration runs
@@ -178,7 +180,8 @@ class World:
 
     def perform(self, action: Action) -> None:
         match action:
-            case Open(number):
+            case Open(number, _, dry_run):
+                self.tried |= {number} if dry_run else set()
                 assert number > self.highest_generation, "a generation's number is never used twice"
                 assert "quiescing" not in self.channels.values(), (
                     "three would accept from two sockets"
@@ -279,8 +282,8 @@ class World:
                 assert left == ({}, {}, frozenset(), None), f"left at Exit: {left}"
                 assert self.listeners == "closed"
                 self.exited = True
-            case Report():
-                pass
+            case Report(news) if news in OF_DRY_RUNS:
+                self.said_tried = news is ReportKind.DRY_RUN
 
     # -- what holds at all times ---------------------------------------------
 
@@ -307,6 +310,7 @@ class World:
         assert set(self.processes) <= known, "a worker is forgotten"
 
         starting = fleet.of(Phase.STARTING)
+        assert self.said_tried == fleet.dry_run, "who waits for a dry run's verdict waits for ever"
         if fleet.dry_run:
             self.check_dry_run(starting)
         if starting is None or self.in_question not in (None, starting.number):
@@ -338,7 +342,7 @@ class World:
         assert fleet.of(Phase.SERVING)
         assert not fleet.stopping
         if starting is not None:
-            self.tried |= {starting.number}
+            assert starting.number in self.tried
         else:
             assert fleet.reading or fleet.to_open is Next.FRESH
         assert bool(starting) + fleet.reading + bool(fleet.to_open) == 1
@@ -633,7 +637,7 @@ def check_dry_run_step(
     """What a dry run leaves as it was, whatever comes of it."""
     assert not {ReportKind.RELOADED, ReportKind.RELOAD_FAILED} & {*news}
     verdicts = news.count(ReportKind.DRY_RUN_PASSED) + news.count(ReportKind.DRY_RUN_FAILED)
-    assert verdicts == (before.dry_run and not after.dry_run and not after.stopping)
+    assert verdicts == (before.dry_run and not after.dry_run)
     if ReportKind.DRY_RUN_PASSED in news:
         assert before.route == after.route
         assert not any(isinstance(each, RouteTo | UseSettings | Drain) for each in actions)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from socketprotector.model.history import CRASHES, RELOADS, Crash, History, Reload
 
 
@@ -66,3 +68,13 @@ def test_a_stop_ends_what_is_under_way() -> None:
     stopped = done.reload_began(3, 3.0).called_off("it was told to stop", 4.0)
 
     assert stopped.reloads == (*done.reloads, Reload(3, "failed", "it was told to stop", 3.0, 4.0))
+
+
+def test_a_crash_in_a_dry_run_is_none_of_what_serves() -> None:
+    crashed = crash(7)
+    history = History().dry_run_began(crashed.generation, 1.0)
+
+    assert history.with_crash(crashed) is history
+    assert history.with_crash(replace(crashed, generation=2)).crashed == 1
+    verdict = history.dry_run_ended(crashed.generation, "failed", "exited with status 1", 2.0)
+    assert verdict.with_crash(crashed) is verdict

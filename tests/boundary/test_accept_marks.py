@@ -160,12 +160,22 @@ def has(told: Told, *marks: int) -> None:
     told.says = [dict.fromkeys(marks, 1) or {0: 1}]
 
 
-def test_each_generation_has_a_mark_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
-) -> None:
-    told = Told(monkeypatch)
-    has(told)
-    counts = AcceptCounts(lambda: two[:1])
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """A kernel that says that no connection is open."""
+    made = Told(monkeypatch)
+    has(made)
+    return made
+
+
+@pytest.fixture
+def counts(two: list[Listener]) -> AcceptCounts:
+    """Those of a single listener."""
+    return AcceptCounts(lambda: two[:1])
+
+
+@pytest.mark.usefixtures("told")
+def test_each_generation_has_a_mark_of_its_own(counts: AcceptCounts) -> None:
     first = counts.enter(0, ())
     second = counts.enter(1, first)
     again = counts.enter(0, second)
@@ -175,12 +185,10 @@ def test_each_generation_has_a_mark_of_its_own(
     assert again == first  # nothing of the first is left
 
 
+@pytest.mark.usefixtures("told")
 def test_where_a_client_of_another_one_waits_nothing_is_known(
-    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+    counts: AcceptCounts, two: list[Listener]
 ) -> None:
-    told = Told(monkeypatch)
-    has(told)
-    counts = AcceptCounts(lambda: two[:1])
     first = counts.enter(0, ())
     with socket.create_connection(two[0].socket.getsockname()):
         assert counts.enter(0, first) == ()
@@ -192,10 +200,9 @@ def test_with_a_socket_that_all_share_nothing_is_known(two: list[Listener]) -> N
     assert AcceptCounts(lambda: two).enter(1, ()) == ()
 
 
-def test_with_too_many_generations_no_more_is_known_of_the_last(two: list[Listener]) -> None:
+def test_with_too_many_generations_no_more_is_known_of_the_last(counts: AcceptCounts) -> None:
     """And the others are not forgotten, as with ()."""
     taken = {(0, mark) for mark in range(1, accept_marks.MARKS + 1)}
-    counts = AcceptCounts(lambda: two[:1])
     marks = counts.enter(0, taken)
 
     assert marks == ((0, NO_MARK),)
@@ -204,11 +211,10 @@ def test_with_too_many_generations_no_more_is_known_of_the_last(two: list[Listen
 
 
 def test_a_mark_of_which_connections_are_open_is_nobody_elses(
-    stack: ExitStack, two: list[Listener]
+    stack: ExitStack, counts: AcceptCounts, two: list[Listener]
 ) -> None:
     """A generation may be gone, or more than there are marks: each has a client for ever."""
     its = two[0]
-    counts = AcceptCounts(lambda: [its])
     known: list[tuple[tuple[int, int], ...]] = []
     for generation in range(64):
         number = generation % 2
@@ -223,12 +229,9 @@ def test_a_mark_of_which_connections_are_open_is_nobody_elses(
 
 
 def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_from_others(
-    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+    told: Told, counts: AcceptCounts
 ) -> None:
     """There may be no descriptor to ask it with, for that moment."""
-    told = Told(monkeypatch)
-    has(told)
-    counts = AcceptCounts(lambda: two[:1])
     first = counts.enter(0, ())
     told.says = [{}]
     second = counts.enter(1, first)
@@ -241,11 +244,8 @@ def test_a_generation_that_begins_while_the_kernel_does_not_tell_takes_nothing_f
 
 
 def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_mark(
-    monkeypatch: pytest.MonkeyPatch, two: list[Listener]
+    told: Told, counts: AcceptCounts, two: list[Listener]
 ) -> None:
-    told = Told(monkeypatch)
-    has(told)
-    counts = AcceptCounts(lambda: two[:1])
     first = counts.enter(0, ())
     second = counts.enter(1, first)
     has(told, *(mark for _, mark in first))  # a connection of the first is left
@@ -268,11 +268,10 @@ def test_one_that_no_process_has_open_any_more_does_not_wait(stack: ExitStack) -
 
 
 def test_the_mark_of_clients_that_wait_elsewhere_is_given_to_none(
-    stack: ExitStack, two: list[Listener]
+    stack: ExitStack, counts: AcceptCounts, two: list[Listener]
 ) -> None:
     """Who accepts them has it then: a generation that was started for them."""
     its = two[0]
-    counts = AcceptCounts(lambda: [its])
     first = counts.enter(0, ())
     stack.enter_context(socket.create_connection(its.socket.getsockname()))
     assert counts.enter(0, first) == ()  # for him; and it is not known whose mark that is

@@ -24,7 +24,6 @@ from tests.packages.debs import run
 from tests.packages.dists import VERSION
 from tests.running import DEADLINE_S, ROOT
 
-HERE = Path(__file__).parent
 #: Suites, with the version of their Python.
 SUITES = {"bookworm": "3.11", "trixie": "3.13"}
 NAMESPACES = ("--mount", "--net", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -168,7 +167,7 @@ root_of = pytest.fixture(scope="session")(debian_roots)
 
 
 def lived(manager: str, root: Path, packages: Path) -> None:
-    words = (sys.executable, str(HERE / "life.py"), manager, str(root), str(packages))
+    words = (sys.executable, "-m", "tests.packages.life", manager, str(root), str(packages))
     told = run("unshare", *NAMESPACES, *words)
 
     print(told)

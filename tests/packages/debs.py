@@ -38,7 +38,7 @@ def missing() -> str:
 def run(*words: str | Path) -> str:
     """Run a command that succeeds; return what it says."""
     done = subprocess.run(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
     return done.stdout

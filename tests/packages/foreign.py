@@ -23,7 +23,6 @@ from tests.packages.debian_roots import debian_roots
 from tests.packages.dists import EPOCH, VERSION
 from tests.running import ROOT
 
-HERE = Path(__file__).parent
 TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / "bin"
 NEXT = "0.1.1"
 #: The Debian whose Python is the one that the packages are built with.
@@ -121,7 +120,7 @@ def archives(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lived(manager: str, root: Path, folder: Path) -> None:
-    words = (sys.executable, HERE / "life.py", manager, root, folder)
+    words = (sys.executable, "-m", "tests.packages.life", manager, root, folder)
     told = run("unshare", *NAMESPACES, *words)
     print(told)
     assert told.endswith("LIVED\n")

@@ -1,6 +1,7 @@
-"""A package's life in a system of its own: installed, used, upgraded, removed, purged.
+r"""A package's life in a system of its own: installed, used, upgraded, removed, purged.
 
-    unshare --mount --net --pid --fork --mount-proc python life.py MANAGER ROOT FOLDER
+    unshare --mount --net --pid --fork --mount-proc \
+        python -m tests.packages.life MANAGER ROOT FOLDER
 
 MANAGER is deb, rpm or pacman; systemd: deb, where a stand-in for systemctl notes what it is told;
 unattended: deb, upgraded by unattended-upgrades beside needrestart, which ROOT has then.
@@ -19,9 +20,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tests.steady import Steady
 
 MOUNT = Path("/mnt")
 UPPER = MOUNT / "upper"
@@ -101,34 +103,6 @@ OTHERS = {
 MANAGER, SYSTEM, FOLDER = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 
 
-class Load:
-    """Clients that come all the time; each that is not served is a failure."""
-
-    def __init__(self) -> None:
-        self.served = 0
-        self.failed: list[str] = []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._come) for _ in range(4)]
-
-    def _come(self) -> None:
-        while not self._over.wait(0.005):
-            try:
-                ask()
-                self.served += 1
-            except (OSError, AssertionError) as error:
-                self.failed.append(repr(error))
-
-    def __enter__(self) -> Load:
-        for each in self._threads:
-            each.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for each in self._threads:
-            each.join()
-
-
 def status(control: str = "web/control") -> dict[str, object]:
     words = ("socketprotectorctl", "--control", f"/run/socketprotector/{control}")
     found: dict[str, object] = json.loads(inside(*words, "status", "--json"))
@@ -167,13 +141,14 @@ def install(which: str) -> str:
 
 def upgrade_under_load(which: str, by: Callable[[str], str] = install) -> str:
     """Install other packages while clients come; return what that says.  None of them fails."""
-    with Load() as load:
-        while load.served < 50 and not load.failed:
+    with Steady(ask, 0.005) as clients:
+        while clients.answered < 50 and not clients.failures:
             pass
         told = by(which)
         ask()
-    print(f"{which}: {load.served} clients served, {len(load.failed)} not", flush=True)
-    assert not load.failed, load.failed[:5]
+    answered, failures = clients.answered, clients.failures
+    print(f"{which}: {answered} clients served, {len(failures)} not", flush=True)
+    assert not failures, failures[:5]
     return told
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,43 +17,25 @@ from tests.running import DEADLINE_S, Client, Protector, ask, eventually, wait_g
 from tests.scenarios.adopting import upgrade
 from tests.scenarios.managers import Giver
 from tests.scenarios.tools import pid_in, spawned, worker
+from tests.steady import Steady
 
 MANY = worker("many")
 
 
-class Steady:
-    """Clients that come one after the other, faster than any pause that is waited for."""
+def steady(port: int) -> Steady:
+    """Clients that come faster than any pause that is waited for."""
 
-    def __init__(self, port: int) -> None:
-        self.address = ("127.0.0.1", port)
-        self.answered = 0
-        self.failures: list[str] = []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(4)]
+    def hello() -> None:
+        reply = ask(("127.0.0.1", port))
+        assert reply.endswith("hello"), reply
 
-    def _run(self) -> None:
-        while not self._over.is_set():
-            try:
-                reply = ask(self.address)
-            except OSError as error:
-                reply = str(error)
-            if reply.endswith("hello"):
-                self.answered += 1
-            else:
-                self.failures.append(reply)
+    return Steady(hello)
 
-    def wait_for(self, count: int) -> None:
-        eventually(lambda: self.answered >= count or bool(self.failures), "more answers")
 
-    def __enter__(self) -> Steady:
-        for each in self._threads:
-            each.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for each in self._threads:
-            each.join()
+def served(clients: Steady, more: int) -> None:
+    """Wait until so many more have been answered."""
+    count = clients.answered + more
+    eventually(lambda: clients.answered >= count or bool(clients.failures), "more answers")
 
 
 @pytest.fixture
@@ -96,16 +77,16 @@ def test_a_stop_under_steady_load_does_not_wait_for_an_end_of_clients(
     server = MANY if mode == "connection" else worker("accepts")
     daemon = giver.start(*words, *server).ready()
 
-    with Steady(port) as steady:
-        steady.wait_for(50)
+    with steady(port) as clients:
+        served(clients, 50)
         daemon.stop()
         assert still_listens(giver)
         second = giver.start(*words, *server).ready()
-        steady.wait_for(steady.answered + 50)  # those among them that have waited meanwhile
+        served(clients, 50)  # those among them that have waited meanwhile
     second.stop()
 
     assert daemon.log.count("signal=KILL") == 0
-    assert steady.failures == []
+    assert clients.failures == []
 
 
 def test_a_quick_stop_does_not_shut_it_down_either(giver: Giver) -> None:
@@ -257,21 +238,21 @@ def test_with_reuseport_each_generation_has_a_socket_and_the_owner_gets_all_back
     daemon = giver.start(*SHARED).ready()
     assert listening(port) == 2
 
-    with Steady(port) as steady:
+    with steady(port) as clients:
         for _ in range(reloads):
-            steady.wait_for(steady.answered + 20)
+            served(clients, 20)
             daemon.reload()
-        steady.wait_for(steady.answered + 20)
+        served(clients, 20)
         daemon.stop()
         assert still_listens(giver)
         assert listening(port) == 1
         second = giver.start(*SHARED).ready()
-        steady.wait_for(steady.answered + 20)  # those among them that have waited meanwhile
+        served(clients, 20)  # those among them that have waited meanwhile
         assert listening(port) == 2
     second.stop()
 
     assert "no second socket" not in daemon.log.text() + second.log.text()
-    assert steady.failures == []
+    assert clients.failures == []
 
 
 def test_a_second_socket_is_not_made_beside_one_that_an_earlier_protector_has_left(

@@ -26,6 +26,7 @@ from socketprotector_client import wire
 
 from socketprotector.core.events import HoldRequested
 from socketprotector.core.fleet import Phase, State
+from socketprotector.daemon.accept_counts import NO_MARK
 from socketprotector.daemon.config_reader import ConfigAnswer
 from socketprotector.daemon.quiescing import LAST_S
 from socketprotector.model.listen_fds import FIRST_FD
@@ -732,11 +733,27 @@ class Handed(World):
         assert act.steering.current == act.generations[act._route].record.socket_number
         listeners = {each.settings.address: each for each in act.forwarder.listeners}
         its = listeners.get(address.told)
-        if its is None or not address.served:
+        if its is None:
             return
-        wanted = self.kernel.file(its.socket_for(act.steering.current).fileno())
+        number: int | None = act.steering.current
+        if not address.served:
+            number = self._number_of_the_tried(its.index)
+        if number is None:
+            return
+        wanted = self.kernel.file(its.socket_for(number).fileno())
         told = f"{address.steered} of {[each.inode for each in address.group]}"
         assert to is wanted, f"a client comes to socket {to.inode} of {to.name}: {told}"
+
+    def _number_of_the_tried(self, index: int) -> int | None:
+        """Return which socket of a new listener the generation has that is the first to know it.
+
+        None: there is none yet, or its turn came.
+        """
+        assert self._supervisor is not None
+        act, starting = self._supervisor.effects, self._supervisor.fleet.of(Phase.STARTING)
+        opened = act.generations.get(starting.number) if starting is not None else None
+        known = opened is not None and opened.channel.knows_of(index)
+        return opened.record.socket_number if opened is not None and known else None
 
     def accepted(self, which: Socket, but: object = None, *, waiting: bool = False) -> Counter[int]:
         self.kernel.enter("sock_diag")
@@ -754,6 +771,8 @@ class Handed(World):
         """
         if self._supervisor is None or self._meanwhile or connection.late:
             return
+        if connection.mark == NO_MARK:
+            return  # it is counted for none
         act, mine = self._supervisor.effects, server.leader.generation
         for listener in act.forwarder.listeners:
             address = self._at(listener.settings.address)

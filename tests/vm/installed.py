@@ -230,7 +230,6 @@ def _(say: Say) -> None:
             systemctl("enable", service.unit)
             with load_on(service.start()) as load, closing(Held(service.port)) as held:
                 first = held.ask()
-                assert "/usr/bin/SocketProtector" in service.show("ExecStart")
                 with _page(), closing(_Viewer()) as viewer:
                     viewer.until("packaged", why="", phase="serving")
                 service.reload()

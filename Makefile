@@ -52,12 +52,13 @@ test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not
 AXE := .axe/node_modules/axe-core
 LOADED_S ?= 1
 
-test-page: $(INSTALLED) ## try the page in headless Chromium, and its rules by promtool [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
+test-page: $(INSTALLED) ## try the page in headless Chromium, its rules by promtool, and what it costs [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
 	tools/install-packages chromium chromium-driver fonts-dejavu-core prometheus
 	command -v npm >/dev/null || tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix .axe axe-core@4.14.1
 	SOCKETPROTECTOR_AXE=$(AXE)/axe.min.js SOCKETPROTECTOR_SHOTS=$(abspath $(SHOTS)) SOCKETPROTECTOR_LOADED_S=$(LOADED_S) \
 		$(BIN)/python -m pytest -rs -s tests/browser tests/unit/exporter/test_monitoring.py
+	$(BIN)/python -m bench.page 10
 
 #: What builds the Debian packages.
 DEB_TOOLS := bash-completion debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all python3-click python3-hatchling

@@ -200,7 +200,7 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
 @pytest.mark.parametrize(
     ("ready", "hint"),
     [
-        ("check:exit 1", "the command of --ready check: did not succeed"),
+        ("check:echo gone; exit 1", "echo: exited with status 1: gone; the command of --ready"),
         ("ack", "a worker sends einhorn's ACK"),
         ("fd:3", "a worker writes a line to the descriptor of --ready fd:N"),
         ("after:30s", "--ready after: is longer than --start-timeout"),

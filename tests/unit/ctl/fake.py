@@ -115,12 +115,13 @@ def owner(pid: int, **more: Any) -> Message:
     }
 
 
-def health(state: str, last: str = "") -> Message:
+def health(state: str, last: str = "", reason: str = "") -> Message:
     return {
         "asks": "http:/healthz",
         "state": state,
         "since_at": 140.0,
         "last": last,
+        "reason": reason or (last if state == "unhealthy" else ""),
         "failures": 3 if last else 0,
         "answered_at": 199.0,
     }

@@ -58,6 +58,10 @@ def test_status_and_list_tell_of_a_lame_duck(
             'unhealthy for 1m: GET /healthz: 500, "database gone"',
         ),
         (
+            health("unhealthy", "busy: no worker has taken the question yet", "GET /: 500, gone"),
+            "unhealthy for 1m: GET /: 500, gone; last: busy: no worker has taken the question yet",
+        ),
+        (
             health("unknown", "not asked: the process that asks was killed by SIGKILL"),
             "health is unknown; last: not asked: the process that asks was killed by SIGKILL",
         ),
@@ -198,7 +202,7 @@ def test_ready_is_an_exit_status(more: Message, why: str, fake: Fake, ctl: Ctl) 
 
 
 def test_what_is_unhealthy_is_not_ready_where_that_is_asked_for(fake: Fake, ctl: Ctl) -> None:
-    fake.status = status(health=health("unhealthy", "GET /: 500, gone"))
+    fake.status = status(health=health("unhealthy", "busy: none yet", "GET /: 500, gone"))
 
     assert ctl("ready").status == 0
     said = ctl("ready", "--health")

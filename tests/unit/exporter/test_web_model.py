@@ -216,6 +216,12 @@ def test_what_comes_of_health_is_shown(
     assert shown["notes"] == notes
 
 
+def test_the_reason_is_the_last_bad_answer_though_the_next_question_waits(seen: Seen) -> None:
+    found = {"asks": "http:/", "state": "unhealthy", "last": "busy: none", "reason": "GET /: 500"}
+
+    assert seen.see(status(health=found))["notes"] == ["unhealthy: GET /: 500"]
+
+
 def test_what_is_tried_gets_no_client_and_its_verdict_stands_until_a_reload(seen: Seen) -> None:
     serving, tried = generation(8, "serving", worker(1)), generation(9, "starting", worker(2))
     assert seen.see(status())["tried"] is None

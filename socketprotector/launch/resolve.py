@@ -158,6 +158,8 @@ class OptionResolver:
         words, folder = tuple(self._behind), self.directory
         if not words and self.file is not None:
             words, folder = self.file.command, self.file.folder
+        if self._given["shell"]:
+            return words  # it is no path, whatever it says
         name = words[0] if words else ""
         return (os.path.join(folder, name) if "/" in name else name, *words[1:]) if words else ()
 

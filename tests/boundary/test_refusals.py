@@ -470,6 +470,15 @@ def test_check_takes_a_name_that_stands_for_one_listener(typed: Typed) -> None:
     assert typed.left() == []
 
 
+def test_what_is_for_the_shell_is_no_path(typed: Typed) -> None:
+    text = "read line; printf HTTP/1.0"
+
+    ended = typed("--check", "--handoff", "stdio", "--shell", "127.0.0.1:0", "--", text)
+
+    assert (ended.status, ended.err) == (0, "")
+    assert f"would start {text} on " in ended.out
+
+
 def test_check_says_why_it_would_not_start(typed: Typed) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

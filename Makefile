@@ -33,7 +33,8 @@ test: $(INSTALLED) ## run each test in one combination (installs compilers, inte
 	@# and each of pytest's all tests: so both are compiled first.  (What cannot be collected fails below.)
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 8 --maxschedchunk 2 $(CHOSEN) tests
+	@# Many at once: most of a test is waiting.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many
 test-all: CHOSEN :=

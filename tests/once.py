@@ -3,7 +3,7 @@
 Which one: that whose values were met least in its file so far, so that a file's tests take
 handoffs, servers, kinds of listener in turns.  The same are chosen in every run, and by every
 process of one.  Tests within one process cost little and are run whole, as are pages, which have
-no common parts; but for those that are marked `costly`.
+no common parts.  None is run that is marked `costly`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ def chosen(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Return those to run."""
     tests: dict[object, list[pytest.Item]] = {}
     for item in items:
-        tests.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
+        if item.get_closest_marker("costly") is None:
+            tests.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
     met: Counter[object] = Counter()
     keep: set[pytest.Item] = set()
     for each in tests.values():
         if each[0].path.relative_to(_ROOT).parts[0] in _RUN_WHOLE:
-            keep.update(item for item in each if item.get_closest_marker("costly") is None)
+            keep.update(each)
             continue
         one = min(each, key=lambda item: sum(met[value] for value in _values(item)))
         met.update(_values(one))

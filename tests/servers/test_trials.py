@@ -1,4 +1,8 @@
-"""What docs/servers.md promises of each unmodified server, tried with each; and its table."""
+"""What docs/servers.md promises of each unmodified server, tried with each; and its table.
+
+What is `costly` is tried with a server of the tests each time: in tests/scenarios, test_question,
+test_dry_run, test_settle_check and test_lame_duck.
+"""
 
 from __future__ import annotations
 
@@ -51,22 +55,27 @@ def test_a_release_that_answers_500_gets_no_client(at: Place) -> None:
     assert not trials.answers_500(at).failures
 
 
+@pytest.mark.costly
 def test_a_release_that_never_accepts_gets_no_client(at: Place) -> None:
     assert not trials.never_accepts(at).failures
 
 
+@pytest.mark.costly
 def test_clients_of_a_release_that_dies_at_once_go_back(at: Place) -> None:
     trials.dies(at)
 
 
+@pytest.mark.costly
 def test_a_release_that_is_tried_gets_no_client(at: Place) -> None:
     assert not trials.dry_run(at).failures
 
 
+@pytest.mark.costly
 def test_a_release_that_is_found_out_while_it_settles_loses_its_clients(at: Place) -> None:
     trials.settle_check(at)
 
 
+@pytest.mark.costly
 def test_a_lame_duck_serves_all_who_come(at: Place) -> None:
     assert not trials.lame_duck(at).failures
 

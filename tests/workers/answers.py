@@ -9,26 +9,29 @@ all.  --dies: it exits with status 7 when GATE, a FIFO, can be read.  --defers: 
 TCP_DEFER_ACCEPT, as some servers do.  --resets: it resets each connection that it accepts.
 """
 
-import argparse
 import os
 import select
 import signal
 import socket
+import sys
 import threading
-from pathlib import Path
 
-options = argparse.ArgumentParser()
-options.add_argument("says", type=Path)
-options.add_argument("--never", action="store_true")
-options.add_argument("--dies")
-options.add_argument("--defers", action="store_true")
-options.add_argument("--resets", action="store_true")
-given = options.parse_args()
+# Without argparse and pathlib, which are half of its start.
+says, *options = sys.argv[1:]
+dies = options[options.index("--dies") + 1] if "--dies" in options else None
+
+
+def said() -> str:
+    try:
+        with open(says, encoding="utf-8") as file:
+            return file.read().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def answer(one: socket.socket, address: object) -> None:
     try:
-        if given.resets:
+        if "--resets" in options:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             return
         request = one.recv(65536).decode("latin-1")
@@ -38,10 +41,10 @@ def answer(one: socket.socket, address: object) -> None:
         status, _, text = f"200 [{os.getpid()}]".partition(" ")
         if path.startswith("/healthz"):
             print("asked by", address, flush=True)
-            while not (said := given.says.read_text().strip() if given.says.exists() else ""):
+            while not (found := said()):
                 if select.select([one], [], [], 0.05)[0]:
                     return  # it has waited for long enough
-            status, _, text = said.partition(" ")
+            status, _, text = found.partition(" ")
         one.sendall(f"HTTP/1.1 {status} -\r\n\r\n{text}\n".encode())
     except OSError:
         pass  # it has left
@@ -55,12 +58,12 @@ def die(gate: str) -> None:
     os._exit(7)
 
 
-if given.dies:
-    threading.Thread(target=die, args=(given.dies,), daemon=True).start()
-if given.defers:
+if dies is not None:
+    threading.Thread(target=die, args=(dies,), daemon=True).start()
+if "--defers" in options:
     with socket.socket(fileno=os.dup(3)) as listening:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 30)
-while given.never:
+while "--never" in options:
     signal.pause()
 if "LISTEN_FDS" in os.environ:
     listening = socket.socket(fileno=3)

@@ -350,6 +350,8 @@ def live_as_deb_unattended() -> None:
     """The protector is upgraded by the package, and neither of the two restarts it."""
     ours = 'Unattended-Upgrade::Origins-Pattern { "origin=SocketProtector"; };\n'
     (ROOT / "etc/apt/apt.conf.d/99ours").write_text(ours)
+    # No init runs here, so invoke-rc.d would do nothing by itself.
+    say_of_policy(ROOT / "usr/sbin/policy-rc.d", 104)
     install("good")
     start_by_script("web")
     before = status()

@@ -5,6 +5,7 @@ Every error is one line: what, where, how to fix it.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from .story import NotAsPromised, Story
 NAME = "SocketProtector demo"
 FAILED, INTERRUPTED = 1, 130
 _LOG_LINES = 20
+#: So that the path of a control socket below it has 107 bytes at most: unix(7).
+_DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 YOUR_TURN = "Now yours, say: SocketProtector -f --handoff listener 8000 -- gunicorn app:app"
 
@@ -84,7 +87,7 @@ def _run(pause_s: float) -> int:
     protected, name = None, free_name()
     stops.hold()
     try:
-        folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-"))
+        folder = Path(tempfile.mkdtemp(prefix="socketprotector-demo-", dir=_place()))
     except OSError as error:
         raise SystemRefused(f"cannot make a folder: {error}; TMPDIR names another place") from error
     try:
@@ -110,6 +113,12 @@ def _run(pause_s: float) -> int:
         if protected is not None:
             protected.end()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place() -> str:
+    """Return where its folder is to be: where others are, unless that is too deep for a socket."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= _DEEPEST else "/tmp"
 
 
 def _log(protected: Protected) -> str:

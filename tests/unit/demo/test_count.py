@@ -8,11 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from rich.console import Console
 
 from socketprotector.ctl import discovery
+from socketprotector.demo import cli
 from socketprotector.demo.kill import kill
 from socketprotector.demo.load import Load
 from socketprotector.demo.protected import Protected, free_name
@@ -117,3 +119,10 @@ def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert free_name() == "demo"
     names.append("demo")
     assert free_name() == f"demo-{os.getpid()}"
+
+
+def test_its_folder_is_not_too_deep_for_a_control_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "x" * 39)
+    assert cli._place() == "/" + "x" * 39
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/" + "x" * 40)
+    assert cli._place() == "/tmp"

@@ -17,24 +17,22 @@ NEEDS = f"{NEEDS},python3-venv"
 def debian_roots() -> Iterator[Callable[..., Path]]:
     """Yield what returns the root of a suite; nothing may be written into it.  For a fixture.
 
-    Of packages that are named, too, it makes one that has them.
+    Of packages that are named, too, it makes one that has them; clean: one that has none but those
+    that each Debian has.
     """
     kept = os.environ.get("DEBIAN_ROOTS")
     with tempfile.TemporaryDirectory(prefix="debian-") as folder:
         roots = Path(kept).absolute() if kept else Path(folder)
 
-        def root_of(suite: str, *more: str) -> Path:
-            name = "+".join((suite, *more))
+        def root_of(suite: str, *more: str, clean: bool = False) -> Path:
+            name = "+".join((f"{suite}-clean" if clean else suite, *more))
             root, begun = roots / name, roots / f"{name}.begun"
             if not root.exists():
                 shutil.rmtree(begun, ignore_errors=True)
                 begun.parent.mkdir(parents=True, exist_ok=True)
-                words = (
-                    "--variant=minbase",
-                    f"--include={','.join((NEEDS, *more))}",
-                    suite,
-                    str(begun),
-                )
+                packages = ",".join(more if clean else (NEEDS, *more))
+                include = [f"--include={packages}"] if packages else []
+                words = ("--variant=minbase", *include, suite, str(begun))
                 subprocess.run(["debootstrap", *words], check=True, stdout=subprocess.DEVNULL)
                 begun.rename(root)
             return root

@@ -184,6 +184,13 @@ def test_uvx_runs_it_by_its_name(
     assert "LISTEN" in told
 
 
+def test_uvx_shows_the_demo(no_other_index: dict[str, str]) -> None:
+    uvx = (str(TOOLS / "uvx"), "--quiet", "--python", sys.executable)
+    told = said(*uvx, "socketprotector", "demo", "--pause", "100ms", **no_other_index)
+
+    assert re.search(r"^[\d,]+ connections, 0 failed$", told, re.MULTILINE), told
+
+
 def test_uv_installs_it_and_takes_it_away(
     tmp_path: Path, no_other_index: dict[str, str], marked_environment: dict[str, str]
 ) -> None:

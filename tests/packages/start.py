@@ -1,0 +1,100 @@
+"""The first five minutes of docs/start.md on a Debian that has nothing yet.
+
+    unshare --mount --pid --fork --mount-proc python -m tests.packages.start clean ROOT FOLDER
+
+ROOT is a Debian without anything that the packages need; nothing is written into it.  FOLDER has
+the packages.  Each command is the page's own; says how long the first three took.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from tests.packages import life
+from tests.pages import page
+from tests.running import ROOT as SOURCES
+
+_NEW_NETWORK = 0x40000000  # CLONE_NEWNET
+_COMMANDS = 3
+
+
+class Command:
+    """A line of the page: what is run, its exit status, and what is said by its block."""
+
+    def __init__(self, line: str) -> None:
+        self.line, _, remark = (each.strip() for each in line.partition("  # "))
+        status = re.match(r"exit status (\d+)", remark)
+        self.status = int(status[1]) if status else 0
+        self.shown: list[str] = []
+
+
+def say_of_apt(root: Path) -> None:
+    """Let apt-get there reach what it reaches here."""
+    told = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, check=True)
+    (root / "etc/apt/apt.conf.d/99here").write_bytes(told.stdout)
+    for name in ("resolv.conf", "hosts"):
+        shutil.copy(f"/etc/{name}", root / "etc")
+
+
+def commands() -> list[Command]:
+    """Return the page's commands from "Do it" on."""
+    text = (SOURCES / "docs" / "start.md").read_text(encoding="utf-8")
+    begins = text[: text.index("## Do it")].count("\n")
+    found, told = list[Command](), list[Command]()
+    for block in page.blocks(SOURCES / "docs" / "start.md"):
+        if block.line <= begins:
+            continue
+        if block.is_text:
+            told[-1].shown += block.text.strip().splitlines()
+        else:
+            told = [Command(line) for line in block.text.splitlines()]
+            found += told
+    return found
+
+
+def demo() -> None:
+    """The demo beside that, by one who is not root and can write nowhere else."""
+    as_nobody = ("/usr/sbin/chroot", "--userspec=65534:65534", str(life.ROOT))
+    words = (*as_nobody, "SocketProtector", "demo", "--pause", "100ms")
+    environment = {"PATH": "/usr/bin:/bin", "LANG": "C"}
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    print(done.stdout, flush=True)
+    assert re.search(r"^[\d,]+ connections, 0 failed$", done.stdout, re.MULTILINE)
+    assert not [*(life.ROOT / "tmp").glob("socketprotector*")]
+
+
+def main() -> None:
+    """Do what the page says."""
+    life.mount(life.SYSTEM)
+    say_of_apt(life.ROOT)
+    for each in life.FOLDER.glob("*.deb"):
+        shutil.copy(each, life.ROOT / "root")
+    life.inside("apt-get", "update", "-qq")  # as it is where somebody works
+    found = commands()
+    assert len(found) > _COMMANDS, found
+    begun_s, heard = time.monotonic(), list[str]()
+    for number, command in enumerate(found, 1):
+        if number == 2:  # the network was for apt-get: no port is taken from others
+            assert ctypes.CDLL(None, use_errno=True).unshare(_NEW_NETWORK) == 0
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+        said = life.inside("sh", "-c", f"cd /root && {command.line}", status=command.status)
+        heard += said.splitlines()
+        for shown in command.shown:
+            assert any(page.is_like(shown, line) for line in heard), shown
+        if number == _COMMANDS:
+            took_s = time.monotonic() - begun_s
+            print(f"a clean Debian, and a broken release not taken: {took_s:.0f} s", flush=True)
+        if 2 <= number < len(found):
+            life.ask(8000)
+        if number == _COMMANDS:
+            demo()
+    print("LIVED", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo recording test test-all test-fast test-debian test-musl test-vm test-page wheels packages lint format docs bench soak clean
+.PHONY: help install demo recording test test-all test-fast test-debian test-musl test-vm test-page test-fleet fleet-demo wheels packages lint format docs bench soak clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,12 +97,27 @@ recording: $(INSTALLED) $(TOOLS)/.installed ## record the demo in a terminal, an
 	@# Frames of 0.4 s and more, which is half of the size; at the end 6 s for reading how many have failed.
 	$(TOOLS)/bin/termtosvg-ng render $(CAST) $(CAST:.cast=.svg) --min-frame-duration 400 --loop-delay 6000 --template window_frame --theme powershell
 
+FLEET := $(VENV)/fleet
+
+$(FLEET)/.installed: deploy/requirements.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(FLEET)
+	$(FLEET)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+test-fleet: $(INSTALLED) $(FLEET)/.installed ## release to five namespaced hosts behind HAProxy by Ansible, and parse deploy/ (root; minutes) [FLEET_RELEASES=20]
+	-tools/install-packages haproxy iproute2 nginx-light openssh-client openssh-server util-linux
+	$(BIN)/python -m pytest -v -rs tests/fleet/test_files.py tests/fleet/rolling.py tests/fleet/failures.py
+
+fleet-demo: $(INSTALLED) $(FLEET)/.installed ## show releases to five hosts under load, a bad one stopped at its first host (root; two minutes)
+	-tools/install-packages haproxy iproute2 openssh-client openssh-server util-linux
+	@$(BIN)/python -m tests.fleet.demo
+
 lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
-		tools/vm-image $(wildcard init.d/socketprotector init.d/*.sh)
+		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .

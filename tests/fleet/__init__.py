@@ -1,0 +1,1 @@
+"""Hosts with networks of their own, sshd, HAProxy and Ansible: `make test-fleet`."""

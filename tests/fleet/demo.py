@@ -1,0 +1,82 @@
+"""make fleet-demo: releases to five hosts under load, a bad one stopped at its first host.
+
+Five namespaces with a protector, an exporter and sshd each; HAProxy and clients in a sixth, and
+Ansible in a seventh.  Nothing of it is on the machine's own network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from bench.processes import CannotMeasure
+from tests.fleet.hosts import NEEDED, TOOLS, Fleet, Load, fleet
+
+
+def _missing() -> list[str]:
+    """Return what this needs and does not find."""
+    missing = [f"{each} (Debian's package has it)" for each in NEEDED if shutil.which(each) is None]
+    if os.geteuid() != 0:
+        missing.append("root, for namespaces")
+    if not (TOOLS / "ansible-playbook").exists():
+        missing.append(f"ansible-playbook in {TOOLS} (make fleet-demo installs it)")
+    return missing
+
+
+def _row(five: Fleet, load: Load, what: str, version: str) -> tuple[str, ...]:
+    """Release, and return a row of the table."""
+    before, begun_s = load.told(), time.monotonic()
+    print(f"\n$ ./release -e version={version}      # {what}", flush=True)
+    status, said = five.release(version)
+    seconds = time.monotonic() - begun_s
+    after = load.told()
+    for line in said.splitlines():
+        if "does not take" in line or "no such table" in line:
+            print(f"    {line.strip()}")
+    print(f"    exit status {status}; the hosts serve {' '.join(five.versions)}")
+    asked, failed = after.answered - before.answered, len(after.failures) - len(before.failures)
+    touched = sum(
+        version in each.run("ls", "/srv/web/releases").stdout.split() for each in five.hosts
+    )
+    return (what, f"{touched} of {five.SIZE}", f"{seconds:.0f} s", f"{asked:,}", f"{failed} failed")
+
+
+def main() -> int:
+    """Show it; 1 if a request has failed, 2 if something is missing."""
+    if missing := _missing():
+        print("NOT SHOWN: this needs\n  " + "\n  ".join(missing), file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="fleet-") as folder:
+        options = ("--settle", "1s", "--settle-check", "http:/healthz")
+        print("five hosts, HAProxy, sshd, Ansible: starting", flush=True)
+        with fleet(Path(folder), *options) as five:
+            load = Load(five.balancer, 100)
+            rows = [
+                _row(five, load, "a good release", "2"),
+                _row(five, load, "the same again", "2"),
+                _row(five, load, "a bad release", "bad"),
+                _row(five, load, "another good one", "3"),
+            ]
+            told = load.told()
+            load.end()
+    heads = ("release", "hosts that got it", "took", "requests", "")
+    widths = [max(len(each[at]) for each in (heads, *rows)) for at in range(len(heads))]
+    print()
+    for row in (heads, *rows):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print(f"\n{told.answered:,} requests, {len(told.failures)} failed; the longest took "
+          f"{told.longest_s * 1000:.0f} ms")  # fmt: skip
+    return 1 if told.failures else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except CannotMeasure as error:
+        sys.exit(f"NOT SHOWN: {error}")

@@ -1,0 +1,154 @@
+"""Releases to five hosts behind HAProxy by Ansible: what fails in the middle, and what comes of it.
+
+make test-fleet     (root; minutes)
+
+Not collected by itself: the name is no test's.  No test lets a timing decide.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.earlier import NoSuchCommit, extract
+from tests.fleet import needs
+from tests.fleet.hosts import Fleet, Host, Load, Machine, fleet, wait
+
+pytestmark = needs.marks
+
+#: The last one whose protector has no dry run.
+WITHOUT_DRY_RUN = "e583429"
+#: So many clients ask at once: each can have had one request on a host that dies.
+CLIENTS = 8
+
+
+@pytest.fixture
+def five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Five hosts with a long settle."""
+    options = ("--settle", "8s", "--settle-check", "http:/healthz")
+    with fleet(tmp_path_factory.mktemp("fleet"), *options) as found:
+        yield found
+
+
+def settles(host: Host) -> bool:
+    return bool(host.status["phase"] == "settling")
+
+
+def test_a_release_that_fails_under_load_is_taken_back_and_the_play_stops(five: Fleet) -> None:
+    load = Load(five.balancer, 100)
+
+    status, said = five.release("late")
+
+    assert status == 2, said
+    assert "host1 does not take late: " in said
+    assert "the cache is full" in said
+    assert five.versions == ["1"] * five.SIZE
+    assert [each.reloads for each in five.hosts] == [["failed"], [], [], [], []]
+    assert load.told().failures == []
+    load.end()
+
+
+def test_hosts_finish_their_own_verdict_when_the_operators_machine_dies(five: Fleet) -> None:
+    load = Load(five.balancer, 100)
+    first, *others = five.hosts
+    five.releasing("2")
+    wait(lambda: settles(first), "it is in the middle of the first one")
+
+    five.operator.die()
+
+    wait(lambda: first.reloads == ["reloaded"], "its own verdict")
+    assert five.versions == ["2", "1", "1", "1", "1"]
+    assert not any("2" in each.run("ls", "/srv/web/releases").stdout for each in others)
+
+    five.operator = Machine(five.network, "operator2", "10.0.0.3", five.folder / "operator2.log")
+    five.machines.append(five.operator)
+    status, said = five.release("2")
+
+    assert status == 0, said
+    assert five.versions == ["2"] * five.SIZE
+    assert [each.reloads for each in five.hosts] == [["reloaded"]] * five.SIZE
+    assert load.told().failures == []
+    load.end()
+
+
+def test_a_play_stops_at_a_host_that_dies_and_only_what_that_held_is_lost(five: Fleet) -> None:
+    load = Load(five.balancer, 100)
+    first, second, *others = five.hosts
+    releasing = five.releasing("2")
+    wait(lambda: settles(second), "it is in the middle of the second one")
+
+    second.die()
+    said, _ = releasing.communicate(timeout=300)
+
+    assert releasing.returncode != 0, said
+    assert "host2" in said
+    assert "UNREACHABLE" in said
+    assert first.version == "2"
+    assert [each.version for each in others] == ["1"] * len(others)
+    wait(lambda: five.state(second) == "DOWN", "HAProxy has seen it")
+    lost = load.told()
+    assert len(lost.failures) <= CLIENTS, lost.failures
+    wait(lambda: load.told().answered > lost.answered + 100, "all others are served")
+    assert load.told().failures == lost.failures
+    print(f"{len(lost.failures)} lost of {lost.answered}")
+    load.end()
+
+
+def test_a_host_whose_exporter_dies_stays_in_rotation(five: Fleet) -> None:
+    load = Load(five.balancer, 100)
+    host = five.hosts[3]
+    host.signal(host.exporter, signal.SIGKILL)
+    wait(lambda: five.agent(host).startswith("L4"), "HAProxy has missed it")
+    forwarded = host.status["forwarded"]
+
+    assert five.state(host) == "UP"
+    # Connections that HAProxy keeps are used again and again: it makes new ones after some seconds.
+    wait(lambda: host.status["forwarded"] > forwarded, "it gets clients")
+
+    assert load.told().failures == []
+    host.export()
+    wait(lambda: five.agent(host).startswith("L7OK"), "HAProxy hears of it again")
+    load.end()
+
+
+def test_a_stop_and_a_start_of_each_host_fails_no_request(five: Fleet) -> None:
+    load = Load(five.balancer, 100)
+    for host in five.hosts[:2]:
+        host.signal(host.protector, signal.SIGTERM)
+        wait(lambda host=host: five.state(host) == "DRAIN", "it is drained")  # type: ignore[misc]
+        host.protector.wait(60)
+        host.protect()
+        wait(lambda host=host: five.state(host) == "UP", "it is back")  # type: ignore[misc]
+
+    assert load.told().failures == []
+    load.end()
+
+
+def test_a_host_with_an_older_protector_is_named_and_nothing_is_guessed(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    try:
+        extract(WITHOUT_DRY_RUN, tmp_path)
+    except NoSuchCommit as error:
+        pytest.skip(f"NOT CHECKED: {error}")
+    code = f"{tmp_path}:{tmp_path / 'client_lib'}"
+
+    def code_of(number: int) -> str:
+        return code if number == 2 else ""
+
+    with fleet(tmp_path_factory.mktemp("fleet"), "--settle", "1s", code_of=code_of) as five:
+        status, said = five.release("2")
+
+        assert status == 2, said
+        assert "host2 does not take 2: web runs version" in said
+        assert "has no dry run; nothing was tried" in said
+        assert five.versions == ["2", "1", "1", "1", "1"]
+
+        without = json.dumps({"socketprotector_release_dry_run": False})
+        status, said = five.release("2", "-e", without)
+        assert status == 0, said
+        assert five.versions == ["2"] * five.SIZE

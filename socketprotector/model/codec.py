@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from enum import Enum
 
 TYPE_CHECKING = False
@@ -92,9 +92,9 @@ class Codec:
         """
         self._classes: Mapping[str, type] = {each.__name__: each for each in classes}
         self._fields: dict[type, tuple[str, ...]] = {
-            each: tuple(field.name for field in fields(each))
+            each: each.__match_args__
             for each in self._classes.values()
-            if is_dataclass(each)
+            if hasattr(each, "__match_args__")
         }
         # By today's name of the class, and the field's old one.
         self._renamed: dict[str, dict[str, str]] = {}

@@ -3,12 +3,13 @@
 `@dataclass` compiles its functions in each process anew: six of an immutable class, a millisecond,
 and the resident process has a hundred classes.  No client is accepted while a new program starts,
 at an upgrade or after a kill.  So how values are compared, hashed and shown is here once, for all
-of them; and `__init__` is compiled with the second object of a class: of most there is one or none.
+of them; `__init__` is compiled with the second object of a class, of most there is one or none; and
+what `dataclasses` wants to know of a class is found out when it first asks.
 """
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field
 from operator import attrgetter
 
 TYPE_CHECKING = False
@@ -25,10 +26,35 @@ else:
 
 @dataclass_transform(eq_default=False, field_specifiers=(field,))
 def mutable(cls: type[_T]) -> type[_T]:
-    """Have the annotated fields as slots, set by `__init__`; to be written above the class."""
-    made: Any = dataclass(slots=True, init=False, repr=False, eq=False)(cls)
-    made.__init__ = _first
-    return made  # type: ignore[no-any-return]
+    """Have the annotated fields as slots, set by `__init__`; to be written above the class.
+
+    There are no inherited fields, and field() is for a default_factory alone.
+    """
+    names = positional = tuple(cls.__annotations__)
+    body: Any = {**vars(cls)}
+    for name in ("__dict__", "__weakref__"):
+        body.pop(name, None)
+    if "_" in names:  # KW_ONLY
+        at = names.index("_")
+        positional, names = names[:at], names[:at] + names[at + 1 :]
+    defaults = {name: body.pop(name) for name in names if name in body}
+    body |= {"__slots__": names, "__match_args__": positional, "__init__": _first}
+    body |= {"_defaults": defaults, "__dataclass_fields__": _Fields()}
+    make: Any = type(cls)
+    return make(cls.__name__, cls.__bases__, body)  # type: ignore[no-any-return]
+
+
+class _Fields:
+    """Stands for the fields of a class, as `dataclasses` keeps them, until they are asked for."""
+
+    __slots__ = ()
+
+    def __get__(self, one: object, cls: Any) -> Any:
+        body = {"__doc__": "Has one, or it would be made.", "__module__": cls.__module__}
+        body |= {"__annotations__": cls.__annotations__, **cls._defaults}
+        plain: Any = dataclass(init=False, repr=False, eq=False)(type(cls.__name__, (), body))
+        cls.__dataclass_fields__ = plain.__dataclass_fields__
+        return cls.__dataclass_fields__
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
@@ -39,7 +65,7 @@ def frozen(cls: type[_T]) -> type[_T]:
     """
     made: Any = mutable(cls)
     #: Takes all fields at once.
-    made._of = attrgetter(*([each.name for each in fields(made)] or ["__class__"]))
+    made._of = attrgetter(*(made.__slots__ or ["__class__"]))
     made.__eq__, made.__hash__, made.__repr__ = _equal, _hash, _show
     return made  # type: ignore[no-any-return]
 
@@ -47,16 +73,16 @@ def frozen(cls: type[_T]) -> type[_T]:
 def _first(self: Any, *values: Any, **named: Any) -> None:
     cls: Any = type(self)
     cls.__init__ = _second
-    positional = [each.name for each in fields(cls) if not each.kw_only]
-    given = {**dict(zip(positional, values, strict=False)), **named}
+    given = {**dict(zip(cls.__match_args__, values, strict=False)), **named}
     wrong = len(given) < len(values) + len(named)
-    for each in fields(cls):
-        if each.default_factory is not MISSING and each.name not in given:
-            value: Any = each.default_factory()
-        else:
-            value = given.pop(each.name, each.default)
+    for name in cls.__slots__:
+        value: Any = given.pop(name, MISSING)
+        if value is MISSING:
+            value = cls._defaults.get(name, MISSING)
+            if isinstance(value, Field):
+                value = value.default_factory()  # type: ignore[operator]
         wrong |= value is MISSING
-        setattr(self, each.name, value)
+        setattr(self, name, value)
     if wrong or given:
         init_of(cls)(self, *values, **named)  # raises what Python says of such arguments
     elif hasattr(cls, "__post_init__"):
@@ -71,20 +97,19 @@ def _second(self: Any, *values: Any, **named: Any) -> None:
 
 def init_of(cls: type) -> Any:
     """Compile what sets the fields of a class, as a dataclass has it."""
-    parameters, by_name, lines = ["self"], ["*"], ["pass"]
+    made: Any = cls
+    parameters, lines = ["self"], ["pass"]
     known: dict[str, Any] = {}
-    for each in fields(cls):
-        name = value = each.name
-        required = each.default is MISSING and each.default_factory is MISSING
-        to = by_name if each.kw_only else parameters
-        to.append(name if required else f"{name}=_default_{name}")
-        known[f"_default_{name}"] = each.default
-        if each.default_factory is not MISSING:
-            known[f"_make_{name}"] = each.default_factory
+    for number, name in enumerate(made.__slots__):
+        value = name
+        if number == len(made.__match_args__):
+            parameters.append("*")
+        parameters.append(f"{name}=_default_{name}" if name in made._defaults else name)
+        default = known[f"_default_{name}"] = made._defaults.get(name)
+        if isinstance(default, Field):
+            known[f"_make_{name}"] = default.default_factory
             value = f"_make_{name}() if {name} is _default_{name} else {name}"
         lines.append(f"self.{name} = {value}")
-    if len(by_name) > 1:
-        parameters += by_name
     if hasattr(cls, "__post_init__"):
         lines.append("self.__post_init__()")
     exec(f"def __init__({', '.join(parameters)}):\n " + "\n ".join(lines), known)
@@ -102,5 +127,5 @@ def _hash(self: Any) -> int:
 
 
 def _show(self: Any) -> str:
-    shown = ", ".join(f"{each.name}={getattr(self, each.name)!r}" for each in fields(self))
+    shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.__slots__)
     return f"{self.__class__.__qualname__}({shown})"

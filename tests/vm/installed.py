@@ -209,7 +209,8 @@ def _took(which: str, version: str, service: Service, load: Load, say: Say) -> N
         tries += 1
         told = run(UPGRADE).stderr
         load.more()
-    say(f"{which}: runs {version} after {tries} tries")
+    say(f"{which}: runs {version} after {tries} tries; {load.text()}")
+    assert load.failures == 0, load.text()
     assert (service.status()["version"], service.pid) == (version, pid)
     assert service.workers() == workers
     assert service.show("NRestarts") == "0"
@@ -222,7 +223,8 @@ def _took(which: str, version: str, service: Service, load: Load, say: Say) -> N
 def _(say: Say) -> None:
     if not PACKAGES.exists():
         raise NotRun("no packages were built outside, for want of what builds them")
-    options = f"--status-group {GROUP} --workers 2"
+    # What starts beside the package's programs may take minutes here.
+    options = f"--status-group {GROUP} --start-timeout 20m"
     with _in_place_of_ours():
         _install("good")
         assert not run("systemctl", "list-units", "--no-legend", "socketprotector*").stdout
@@ -237,12 +239,6 @@ def _(say: Say) -> None:
                 load.more()
 
                 _took("next", "0.1.1", service, load, say)
-                told = _install("broken")
-                assert "warning: the protector at" in told, told
-                load.more()
-                assert service.status()["version"] == "0.1.1"
-                _took("after", "0.1.2", service, load, say)
-                service.reload()
                 service.kill()
                 load.more()
                 if shutil.which("needrestart"):
@@ -251,7 +247,7 @@ def _(say: Say) -> None:
                     assert service.pid == pid
                     say("needrestart -r a has left it alone")
                 assert held.ask() == first
-                none_failed(load, say, "3 upgrades of the package, 2 reloads, a SIGKILL", allowed=1)
+                none_failed(load, say, "a reload, an upgrade of the package, a SIGKILL", allowed=1)
             systemctl("start", PAGE)
             assert service.processes()
 

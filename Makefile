@@ -112,19 +112,31 @@ fleet-demo: $(INSTALLED) $(FLEET)/.installed ## show releases to five hosts unde
 	-tools/install-packages haproxy iproute2 openssh-client openssh-server util-linux
 	@$(BIN)/python -m tests.fleet.demo
 
-lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck
+lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck, tables of the documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
 		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
+	$(BIN)/python tools/reference.py --check
 
 format: $(INSTALLED) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(INSTALLED) ## write the tables of options in docs/reference.md and the manual page anew
+DOCS := $(VENV)/docs
+SITE := build/site
+
+$(DOCS)/.installed: tools/site/requirements.txt | $(INSTALLED)
+	$(BIN)/python -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+docs: $(INSTALLED) $(DOCS)/.installed ## write tables and man page anew from the code, and build the documents as a site in build/site
 	$(BIN)/python tools/reference.py
+	rm -rf $(SITE) build/doctrees
+	$(DOCS)/bin/python -m sphinx -n -W --keep-going -q -d build/doctrees -c tools/site . $(SITE)
+	$(BIN)/python -m pytest -q tests/pages/built_site.py
 
 bench: $(INSTALLED) ## measure and print the table of figures (some minutes; installs a C compiler)
 	tools/install-packages gcc libc6-dev
@@ -136,5 +148,5 @@ soak: $(INSTALLED) ## torment a loaded service at random for MINUTES=3 [SEED=N],
 	$(BIN)/python -m bench.soak $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 clean: ## remove .venv and what tools leave
-	rm -rf $(VENV) $(MUSL) .axe dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
+	rm -rf $(VENV) $(MUSL) .axe build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/load bench/stamp
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

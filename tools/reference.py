@@ -1,25 +1,35 @@
 #!/usr/bin/env python3
-"""Write the tables of options into docs/reference.md and the manual page, from launch/options.py.
+"""Write the tables of the documents that say what the code is: options, events, metrics, ...
 
-tools/reference.py            (what stands between their `options` marks; `make docs`)
-tools/reference.py --check    (write nothing; status 1 where a page says something else)
+tools/reference.py            (what stands between the marks in PAGES; `make docs`)
+tools/reference.py --check    (write nothing; status 1 where a page differs; `make lint`)
+
+Of some tables only the last column is written by people: what a row means.  Its first one has
+names, which are those that the code has, no more and no fewer; the columns between are made of
+the code.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import click
+import code_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from socketprotector.exporter.metrics import MetricSet  # noqa: E402
 from socketprotector.launch.option_values import FLAG, TEXT, TIME  # noqa: E402
 from socketprotector.launch.options import GROUPS, STAYS, Option  # noqa: E402
+from socketprotector.model import control_requests  # noqa: E402
 from socketprotector.model.duration import Value  # noqa: E402
 from socketprotector.model.handoff_modes import MODES  # noqa: E402
+from socketprotector.system import signals  # noqa: E402
 
 #: Which modes refuse an option, by its name.
 REFUSING = {
@@ -79,8 +89,8 @@ def written(option: Option) -> str:
     return "" if option.kind is FLAG else str(option.metavar)
 
 
-def markdown() -> str:
-    """The tables of the reference."""
+def options(text: str) -> str:
+    """The tables of options in the reference."""
     found = []
     for title, group in GROUPS.items():
         found.append(f"### {title}\n")
@@ -108,8 +118,8 @@ def roff(text: str) -> str:
     return re.sub(r"(?<!\w)-", r"\\-", text.replace("\\", r"\e").replace("`", ""))
 
 
-def manual() -> str:
-    """The sections of the manual page."""
+def manual_options(text: str) -> str:
+    """The same for the manual page."""
     found = []
     for title, group in GROUPS.items():
         found.append(f".SS {title}")
@@ -124,27 +134,152 @@ def manual() -> str:
     return "\n".join(found) + "\n"
 
 
-#: What stands in a page, and between which marks.
-PAGES = {
-    ROOT / "docs" / "reference.md": (markdown, "<!-- options -->\n", "<!-- /options -->\n"),
-    ROOT / "docs" / "man" / "SocketProtector.8": (manual, '.\\" options\n', '.\\" /options\n'),
-}
+class Wrong(Exception):
+    """What people have to mend in a page."""
+
+
+def cells(row: str) -> list[str]:
+    return [each.strip() for each in re.split(r"(?<!\\)\|", row)[1:-1]]
+
+
+def filled(text: str, facts: Mapping[str, tuple[str, ...]]) -> str:
+    """Return tables with the columns behind the first one made anew, but for the last one.
+
+    Raises Wrong where their names are not those of the facts.
+    """
+    lines, named, is_body = [], [], False
+    for line in text.splitlines():
+        is_body = line.startswith("|") and (is_body or line.startswith("|---"))
+        if is_body and not line.startswith("|---"):
+            first, *_, meaning = cells(line)
+            names = re.findall(r"[\w-]+", first.partition("(")[0])
+            if unknown := [each for each in names if each not in facts]:
+                raise Wrong(f"the code has no {', '.join(unknown)}")
+            columns = zip(*(facts[each] for each in names), strict=True)
+            made = [", ".join(unique(each.split(", ") for each in column)) for column in columns]
+            line = f"| {' | '.join([first, *made, meaning])} |".replace("|  |", "| |")
+            named += names
+        lines.append(line + "\n")
+    if left := sorted(facts.keys() - set(named)):
+        raise Wrong(f"no row for {', '.join(left)}: add it, with what it means")
+    return "".join(lines)
+
+
+def unique(lists: Iterable[list[str]]) -> list[str]:
+    """Each of them once, in order, without empty ones."""
+    return [*dict.fromkeys(each for found in lists for each in found if each)]
+
+
+def events(text: str) -> str:
+    return filled(
+        text,
+        {
+            event: (", ".join(levels), ", ".join(f"`{each}`" for each in fields))
+            for event, (levels, fields) in code_facts.log_events().items()
+        },
+    )
+
+
+def metrics(text: str) -> str:
+    found = ["| metric | type | more labels | |", "|---|---|---|---|"]
+    for family in MetricSet().families():
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        labels = ", ".join(f"`{each}`" for each in family._labelnames[1:])  # type: ignore[attr-defined]
+        meaning = LONG.sub(lambda each: f"`{each[0]}`", family.documentation.removesuffix("."))
+        found.append(f"| `{name}` | {family.type} | {labels} | {meaning} |".replace("|  |", "| |"))
+    return "\n".join(found) + "\n"
+
+
+def commands(text: str) -> str:
+    def arguments(command: str, taken: Mapping[str, control_requests.Kind]) -> str:
+        optional = ", optional" if command in control_requests._OPTIONAL else ""
+        return " or ".join(f"`{name}` ({kind}{optional})" for name, (kind, _) in taken.items())
+
+    return filled(
+        text,
+        {name: (arguments(name, taken),) for name, taken in control_requests.COMMANDS.items()},
+    )
+
+
+def signal_names(text: str) -> str:
+    names = [signal.Signals(each).name.removeprefix("SIG") for each in signals.TO_THE_PROTECTOR]
+    return filled(text, dict.fromkeys(names, ()))
+
+
+def statuses(text: str) -> str:
+    return filled(text, dict.fromkeys(map(str, code_facts.exit_statuses()), ()))
+
+
+def environment(text: str) -> str:
+    return filled(text, dict.fromkeys(code_facts.environment(), ()))
+
+
+def manual_table(mark: str) -> Callable[[str], str]:
+    """A table of the reference as a list of the manual page."""
+
+    def made(text: str) -> str:
+        table = between(REFERENCE.read_text(encoding="utf-8"), f"<!-- {mark} -->\n")
+        found = []
+        for row in table.splitlines()[2:]:
+            first, meaning = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", each) for each in cells(row))
+            found += [".TP", f".B {roff(first)}", roff(meaning[0].upper() + meaning[1:]) + "."]
+        return "\n".join(found) + "\n"
+
+    return made
+
+
+REFERENCE = ROOT / "docs" / "reference.md"
+MANUAL = ROOT / "docs" / "man" / "SocketProtector.8"
+#: What stands between the marks `NAME` and `/NAME` of a page; made of what stands there now.  The
+#: manual page is last, since it repeats the reference.
+PAGES: tuple[tuple[Path, str, Callable[[str], str]], ...] = (
+    (REFERENCE, "options", options),
+    (REFERENCE, "signals", signal_names),
+    (REFERENCE, "statuses", statuses),
+    (REFERENCE, "environment", environment),
+    (ROOT / "docs" / "log.md", "events", events),
+    (ROOT / "docs" / "metrics.md", "metrics", metrics),
+    (ROOT / "docs" / "control.md", "commands", commands),
+    (MANUAL, "options", manual_options),
+    (MANUAL, "signals", manual_table("signals")),
+    (MANUAL, "statuses", manual_table("statuses")),
+    (MANUAL, "environment", manual_table("environment")),
+)
+
+
+def marks(path: Path, mark: str) -> tuple[str, str]:
+    if path == MANUAL:
+        return f'.\\" {mark}\n', f'.\\" /{mark}\n'
+    return f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
+
+
+def between(text: str, begin: str) -> str:
+    return text.partition(begin)[2].partition(begin.replace("<!-- ", "<!-- /"))[0]
 
 
 def main(words: list[str]) -> int:
     """Write the pages, or say which are to be written."""
     status = 0
-    for path, (make, begin, end) in PAGES.items():
+    for path, mark, make in PAGES:
+        name = path.relative_to(ROOT)
         text = path.read_text(encoding="utf-8")
+        begin, end = marks(path, mark)
         before, _, rest = text.partition(begin)
-        _, _, after = rest.partition(end)
-        assert after, f"{path}: no marks"
-        made = f"{before}{begin}{make()}{end}{after}"
-        if words == ["--check"] and made != text:
-            print(f"{path.relative_to(ROOT)} differs from launch/options.py: make docs")
+        now, _, after = rest.partition(end)
+        assert after, f"{name}: no marks for {mark}"
+        try:
+            made = make(now)
+        except Wrong as wrong:
+            print(f"{name}, table of {mark}: {wrong}", file=sys.stderr)
             status = 1
-        elif made != text:
-            path.write_text(made, encoding="utf-8")
+            continue
+        if made == now:
+            continue
+        if words == ["--check"]:
+            print(f"{name}: the table of {mark} differs from the code: make docs", file=sys.stderr)
+            status = 1
+        else:
+            path.write_text(f"{before}{begin}{made}{end}{after}", encoding="utf-8")
     return status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import os
+import re
 import shlex
 import signal
 import socket
@@ -272,3 +273,24 @@ def test_nothing_is_read_or_written_out_of_place(channel: Channel, build: Build)
 
     assert worker.read_rest()[-4:] == ["error EPROTO", *DRAINED]
     assert worker.wait() == 0, channel.log.read_text()
+
+
+def test_the_program_of_its_readme_serves(channel: Channel, tmp_path: Path) -> None:
+    header = SOURCES["echo_epoll"].parent.parent / "socketprotector.h"
+    text = header.with_name("README.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```c\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "main.c").write_text(f"void serve(int client);\n{shown}")
+    (tmp_path / "serve.c").write_text(
+        "#include <unistd.h>\nvoid serve(int client);\n"
+        'void serve(int client) { (void)!write(client, "hello\\n", 6); }\n'
+    )
+    program = tmp_path / "program"
+    command = [installed("gcc"), "-std=c99", *STRICT, "-D_GNU_SOURCE", f"-I{header.parent}"]
+    subprocess.run([*command, tmp_path / "main.c", tmp_path / "serve.c", "-o", program], check=True)
+    worker = channel.start(program)
+    client = channel.connect()
+
+    assert client.hear() == "hello"
+    client.close()
+    channel.end_channel()
+    assert worker.wait() == 0

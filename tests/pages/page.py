@@ -16,6 +16,8 @@ A block between ``` is, by the words behind these:
                     what /bin/sh is to run it has to understand
 
 A command whose line ends in `# exit status 3` ends with that, the others with 0.
+
+A line `<!-- not run: WHY -->` before a block says why it is only to be looked at.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from shlex import quote
 _FENCE = re.compile(r"^```(.*)$")
 _INDENTED = re.compile(r"^    (?=\S)")
 _NAMED = re.compile(r"^(?:#!.*\n)?(?:#|//) (\S+)\n")
+_NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
 _STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
 
 
@@ -41,11 +44,15 @@ _NOT_HERE = {
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a page; kind: the words behind ```, "" for what is indented."""
+    """A piece of a page; kind: the words behind ```, "" for what is indented.
+
+    why: why it is not run; "" for what is.
+    """
 
     line: int
     kind: str
     text: str
+    why: str = ""
 
     @property
     def is_run(self) -> bool:
@@ -78,11 +85,19 @@ def blocks(path: Path) -> list[Block]:
     """Return all of a page, in its order."""
     found: list[Block] = []
     kind: str | None = None
-    began, taken = 0, list[str]()
+    began, taken, why = 0, list[str](), ""
     lines = path.read_text(encoding="utf-8").split("\n")
     for number, line in enumerate([*lines, ""], 1):
         fence = _FENCE.match(line)
-        if kind is None and fence is None and not _INDENTED.match(line):
+        # A paragraph, or an entry of a list, may go on with spaces before it.
+        is_block = fence or (_INDENTED.match(line) and lines[number - 2][:4] in ("", "<!--"))
+        if kind is None and not is_block:
+            if marked := _NOT_RUN.match(line):
+                why = marked[1]
+            else:
+                assert not why or line[:4] in ("", "<!--"), (
+                    f"{path}:{number}: no block after this: {why}"
+                )
             continue
         if kind is None:
             kind, began, taken = (fence[1] or "plain") if fence else "", number, []
@@ -91,14 +106,15 @@ def blocks(path: Path) -> list[Block]:
         if kind == "":
             taken.append(_INDENTED.sub("", line))
             if not lines[number : number + 1] or not _INDENTED.match(lines[number]):
-                found.append(Block(began, "", "\n".join(taken) + "\n"))
-                kind = None
+                found.append(Block(began, "", "\n".join(taken) + "\n", why))
+                kind, why = None, ""
         elif fence is not None:
-            found.append(Block(began, kind, "".join(f"{each}\n" for each in taken)))
-            kind = None
+            found.append(Block(began, kind, "".join(f"{each}\n" for each in taken), why))
+            kind, why = None, ""
         else:
             taken.append(line)
     assert kind is None, f"{path}: a block that does not end"
+    assert not why, f"{path}: no block after this: {why}"
     return found
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import page
+from tests.pages import links, page
 from tests.pages.page import Block
 from tests.running import ROOT
 
 HERE = Path(__file__).parent
-DOCS = ROOT / "docs"
 costly = pytest.mark.costly
 #: Those of which each block is run here, and what that takes beside ourselves.
 RUN: dict[str, tuple[str, ...]] = {
@@ -59,15 +58,8 @@ ELSEWHERE = {
     "docs/coming-from.md": "tests/scenarios/test_coming_from.py runs all lines that are ours",
     "docs/fleet.md": "tests/fleet/rolling.py and what is beside it run what it shows",
     "docs/frameworks.md": "tests/frameworks/test_document.py runs each program and command",
-}
-#: What is only to be looked at, by its first line.
-NOT_RUN = {
-    ("README.md", "clients --->"): "a drawing",
-    ("docs/log.md", "warning event=crash-loop generation=1 slot=0"): "takes a minute; test_log.py",
-    ("docs/protocol.md", "READY=1"): "one message; tests/client/test_notify.py",
-    ("docs/reference.md", "SocketProtector [OPTIONS] LISTEN..."): "the synopsis",
-    ("docs/internals/soak.md", "seed 30, 30 minutes; 2 cores"): "the report of an hour",
-    ("docs/internals/soak.md", "simulation, 8 minutes:"): "the rest of it",
+    "client_lib/README.md": "tests/client/test_readme.py runs each program",
+    "client_lib/c/README.md": "tests/c/test_header.py runs the program, test_examples.py the rest",
 }
 NAMESPACES = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 PAGE_S = 120.0
@@ -142,23 +134,29 @@ def found(program: str) -> bool:
     return bool(shutil.which(program) or (Path(sys.executable).parent / program).exists())
 
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in links.PAGES)
 
 
-@pytest.mark.parametrize("name", sorted({*PAGES, *RUN} - set(ELSEWHERE)))
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_on_a_page_is_only_to_be_looked_at(name: str) -> None:
-    left = []
-    for block in blocks(name):
-        known = block.is_run or block.is_judged or block.file or block.is_text
-        if name not in RUN or not known:
-            left.append(block.text)
-    listed = [first for page_of, first in NOT_RUN if page_of == name]
+    found = blocks(name)
+    left = [] if name in ELSEWHERE else found
+    if name in RUN:
+        left = [
+            each
+            for each in found
+            if not (each.is_run or each.is_judged or each.file or each.is_text)
+        ]
 
-    for text in left:
-        assert text.startswith(tuple(listed)), f"neither run nor a file nor what was said: {text}"
-    for first in listed:
-        assert any(text.startswith(first) for text in left), f"is not there: {first}"
-    assert name not in RUN or any(block.is_run for block in blocks(name))
+    for block in left:
+        assert block.why, f"{name}:{block.line}: neither run nor a file nor what was said"
+        print(f"{name}:{block.line}: not run: {block.why}")
+    assert not [each.why for each in found if each not in left and each.why], "it is run"
+    assert name not in RUN or any(block.is_run for block in found)
+    for named in re.findall(
+        r"\btests/[\w/]+\.py\b|\btest_\w+\.py\b", " ".join(each.why for each in left)
+    ):
+        assert [*ROOT.glob(f"tests/**/{Path(named).name}")], named
 
 
 def test_what_is_left_out_is_there() -> None:
@@ -167,23 +165,7 @@ def test_what_is_left_out_is_there() -> None:
         assert (ROOT / reason.split()[0]).exists(), reason
 
 
-@pytest.mark.parametrize("name", sorted({*PAGES, *RUN, "SECURITY.md"}))
-def test_its_links_lead_somewhere(name: str) -> None:
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for target, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
-        path = (ROOT / name).parent / target if target else ROOT / name
-        if "://" not in target:
-            assert path.exists(), target
-            assert not heading or heading in headings(path), f"{target}#{heading}"
-
-
-def headings(path: Path) -> set[str]:
-    """What links may have behind `#`, as GitHub makes it."""
-    found = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in found}
-
-
-@pytest.mark.parametrize("name", sorted({*PAGES, *RUN}))
+@pytest.mark.parametrize("name", PAGES)
 def test_each_test_that_it_names_exists(name: str) -> None:
     paths = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
     for named in re.findall(r"`((?:tests/[\w/]+|test_\w+)\.py)`", (ROOT / name).read_text()):

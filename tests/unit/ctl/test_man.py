@@ -105,3 +105,12 @@ def test_it_renders_without_a_warning(page: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("page", FILES)
+def test_the_site_knows_each_macro(page: str) -> None:
+    """Its parser is ours, and an error of it would be seen by `make docs` alone."""
+    known = re.findall(r"def _do_(\w+)", (ROOT / "tools/site/man_page.py").read_text())
+    used = re.findall(r"^\.(\w+)", FILES[page].read_text(encoding="utf-8"), re.MULTILINE)
+
+    assert {each for each in used if set(each) - set("BIR")} <= {*known, "so"}

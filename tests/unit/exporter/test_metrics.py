@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from socketprotector.exporter.counters import BUCKETS, Counters
 from socketprotector.exporter.metrics import MetricSet
 from tests.unit.ctl.fake import generation, listener, reload, status, worker
-
-DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 class Collected:
@@ -241,22 +238,6 @@ def test_no_status_breaks_it(told: dict[str, Any]) -> None:
     seen = Collected().see({**status(), **told}).see({**status(), **told})
 
     list(text_string_to_metric_families(seen.text))
-
-
-def test_the_documents_list_is_that_of_the_code() -> None:
-    documented = re.findall(
-        r"^\| `(socketprotector_\w+)` \| (\w+) \| ([^|]*) \|", DOCUMENT.read_text(), re.MULTILINE
-    )
-    there = [
-        (
-            family.name + {"counter": "_total", "info": "_info"}.get(family.type, ""),
-            family.type,
-            ", ".join(f"`{each}`" for each in family._labelnames[1:]),  # type: ignore[attr-defined]
-        )
-        for family in MetricSet().families()
-    ]
-
-    assert documented == there
 
 
 def test_no_label_grows_without_an_end() -> None:

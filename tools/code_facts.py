@@ -1,0 +1,189 @@
+"""What the code says of itself, for the tables of the documents (tools/reference.py).
+
+Read from the source, because none of it is a table there: which events are logged, with which level
+and fields, and which environment variables are read.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from socketprotector.core.events import ReportKind  # noqa: E402
+from socketprotector.daemon import effects  # noqa: E402
+from socketprotector.model.errors import Refusal  # noqa: E402
+from socketprotector.model.log_format import LEVELS  # noqa: E402
+
+PACKAGE = ROOT / "socketprotector"
+#: What Effects._report() writes for each Report.
+_OF_REPORTS = ("generation", "reason", "last_words")
+#: It repeats what the lines that it stands for had.
+_OF_CRASH_LOOPS = (
+    *("generation", "slot", "deaths", "untold", "for_s", "worker", "how", "lost", "reason"),
+    *("last_words", "ago_s"),
+)
+#: Programs that stand as workers: what they read is for workers (docs/protocol.md).
+_WORKERS = ("programs/stdio", "programs/legacy", "programs/worker_protocol.py")
+
+#: What a program of ours tells itself by.
+_OWN = {"SOCKETPROTECTOR_WATCHED_ANEW"}
+
+Events = dict[str, tuple[list[str], list[str]]]
+
+
+def _sources() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _texts(node: ast.expr) -> list[str]:
+    """A text, or both of `"adopted" if snapshot else "start"`."""
+    if isinstance(node, ast.IfExp):
+        return [*_texts(node.body), *_texts(node.orelse)]
+    return [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+
+
+def _fields(call: ast.Call, function: ast.AST) -> list[str]:
+    """The names that a call is given, those of a `**fields` made right before it included."""
+    found = []
+    for keyword in call.keywords:
+        if keyword.arg is not None:
+            found.append(keyword.arg)
+            continue
+        for node in ast.walk(function):
+            if (
+                isinstance(node, ast.Assign)
+                and isinstance(node.value, ast.Dict)
+                and ast.dump(node.targets[0]).replace("Store", "Load") == ast.dump(keyword.value)
+            ):
+                found += [text for key in node.value.keys if key for text in _texts(key)]
+            elif (
+                isinstance(node, ast.Subscript)
+                and isinstance(node.ctx, ast.Store)
+                and ast.dump(node.value) == ast.dump(keyword.value)
+            ):
+                found += _texts(node.slice)
+    return found
+
+
+def log_events() -> Events:
+    """Event -> its levels and its fields, as they stand in calls: write("info", "ready", ...)."""
+    found: Events = {}
+
+    def add(event: str, levels: list[str], fields: list[str]) -> None:
+        known = found.setdefault(event, ([], []))
+        for have, more in zip(known, (levels, fields), strict=True):
+            have += [each for each in more if each not in have]
+
+    later: list[str] = []
+    started: list[str] = []
+    for path, module in _sources():
+        functions = [node for node in ast.walk(module) if isinstance(node, ast.FunctionDef)]
+        for function in functions:
+            # A method that writes for others: what it adds to what they say.
+            adds = [
+                _fields(call, function)
+                for call in ast.walk(function)
+                if _is_call(call, "write") and isinstance(call.args[0], ast.Name)
+            ]
+            for call in ast.walk(module) if adds else ():
+                if _is_call(call, function.name) and set(levels := _texts(call.args[0])) & set(
+                    LEVELS
+                ):
+                    for event in _texts(call.args[1]):
+                        add(event, levels, adds[0])
+            for call in ast.walk(function):
+                if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                    continue
+                if path.name == "guard.py" and call.func.attr in ("log", "start_later"):
+                    if function.name == "start_later":
+                        later = _fields(call, function)
+                    for event in _texts(call.args[0]):
+                        add(event, ["warning"], _fields(call, function))
+                        if call.func.attr == "start_later":
+                            started.append(event)
+                elif call.func.attr in ("write", "_write") and len(call.args) > 1:
+                    levels = _texts(call.args[0])
+                    if set(levels) & set(LEVELS):
+                        for event in _texts(call.args[1]):
+                            add(event, levels, _fields(call, function))
+    for event in started:
+        add(event, [], later)
+    for news in ReportKind:
+        add(news.value, [effects._LEVELS.get(news, "info")], list(_OF_REPORTS))
+    add("crash-loop", [], list(_OF_CRASH_LOOPS))
+    return found
+
+
+def _is_call(node: ast.AST, name: str) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == name
+        and len(node.args) > 1
+    )
+
+
+def exit_statuses() -> set[int]:
+    """Those of SocketProtector: of its errors, and of the first start."""
+    from socketprotector.core.reload import START_FAILED
+    from socketprotector.launch import await_verdict
+    from socketprotector.launch import cli as _  # noqa: F401 -- all errors that there are
+
+    def statuses(kind: type[Refusal]) -> set[int]:
+        below = [each for each in kind.__subclasses__() if ".ctl." not in each.__module__]
+        return {kind.status}.union(*map(statuses, below))
+
+    return {0, START_FAILED, await_verdict._INTERRUPTED} | statuses(Refusal)
+
+
+def environment() -> set[str]:
+    """The environment variables that SocketProtector itself reads."""
+    found: set[str] = set()
+    for path, module in _sources():
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(_WORKERS):
+            for function in ast.walk(module):
+                if isinstance(function, ast.FunctionDef):
+                    for key in _keys(function):
+                        found.update(_values(key, function, name))
+    return found - _OWN
+
+
+def _is_environment(node: ast.expr) -> bool:
+    return ast.unparse(node).rpartition(".")[2] in ("environ", "environment")
+
+
+def _keys(function: ast.FunctionDef) -> Iterator[ast.expr]:
+    """What stands for a name in environ.get(NAME), environ[NAME] and NAME in environ."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("get", "pop") and _is_environment(node.func.value):
+                yield node.args[0]
+        elif isinstance(node, ast.Subscript) and _is_environment(node.value):
+            if isinstance(node.ctx, ast.Load):
+                yield node.slice
+        elif isinstance(node, ast.Compare) and _is_environment(node.comparators[0]):
+            yield node.left
+
+
+def _values(key: ast.expr, function: ast.FunctionDef, module: str) -> set[str]:
+    """The names that a key can be: a text, a constant of the module, or each of several."""
+    if isinstance(key, ast.Constant):
+        return {str(key.value)}
+    for node in ast.walk(function):
+        if isinstance(node, ast.comprehension) and ast.unparse(node.target) == ast.unparse(key):
+            key = node.iter
+    its = "socketprotector." + module.removesuffix(".py").replace("/", ".")
+    scope = vars(importlib.import_module(its.removesuffix(".__init__")))
+    try:
+        value = eval(compile(ast.Expression(key), module, "eval"), scope)
+    except NameError:
+        return set()  # an argument: who calls it has the name
+    return {value} if isinstance(value, str) else set(value)

@@ -1,0 +1,128 @@
+"""What Sphinx is told to make the documents a site: `make docs` builds it in build/site.
+
+The pages are the Markdown files of the repository, as GitHub shows them; nothing in them is
+Sphinx's own.  What a site needs beside that is put into their text here, as it is read:
+
+* docs/index.md is a list of links for each shelf; behind each list comes the same as a table of
+  contents, for the sidebar;
+* `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
+* a link to a folder leads into the repository, because a site has no folders;
+* the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import posixpath
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "client_lib"), str(Path(__file__).parent)]
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+project = "SocketProtector"
+version = release = PROJECT["version"]
+html_title = f"SocketProtector {release}"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "man_page"]
+root_doc = "docs/index"
+include_patterns = [
+    "*.md",
+    *("bench/README.md", "client_lib/README.md", "client_lib/c/README.md"),
+    *("docs/*.md", "docs/internals/*.md"),
+    *("docs/man/*.[18]", "client_lib/man/*.1"),
+]
+#: socketprotector.8 is another name of SocketProtector.8.
+exclude_patterns = [".*", "build", "dist", "docs/man/socketprotector.8"]
+
+myst_heading_anchors = 6
+highlight_language = "text"
+# They would make a dash of the two of an option.
+smartquotes = False
+# Docstrings are plain text with `names`.
+default_role = "code"
+autodoc_member_order = "bysource"
+# Names of the standard library: there is no network to look them up.  And what only a checker of
+# types sees.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!socketprotector_client\b).*"),
+    (r"py:class", r"socketprotector_client\.process\.Has.*"),
+]
+
+html_theme = "furo"
+templates_path = ["templates"]
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+# For those who open the folder's first page.
+html_additional_pages = {"index": "first.html"}
+html_copy_source = False
+html_show_copyright = False
+html_show_sphinx = False
+html_use_index = False
+html_domain_indices = False
+html_theme_options = {"top_of_page_buttons": []}
+
+_SHELF = re.compile(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+_ENTRY = re.compile(r"^\* \[([^\]]*)\]\(([^)#]*)\)", re.MULTILINE)
+_AUTODOC = re.compile(r"^<!-- autodoc (\w+) -->$", re.MULTILINE)
+_LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)\)")
+#: Lexers of the same name would stumble over these, or there is none.
+_PLAIN = re.compile(
+    r"^```(?:apparmor|conf|control|haproxy|json status|line|mermaid|message|postinst|report)"
+    r"(?: ours)?$",
+    re.MULTILINE,
+)
+
+
+def _with_shelves(text: str) -> str:
+    def shelf(found: re.Match[str]) -> str:
+        entries = [
+            f"{name} <{posixpath.splitext(path)[0]}>" for name, path in _ENTRY.findall(found[2])
+        ]
+        tree = ["```{toctree}", ":hidden:", f":caption: {found[1]}", "", *entries, "```", ""]
+        return found[0].rstrip("\n") + "\n\n" + "\n".join(tree) + "\n"
+
+    return _SHELF.sub(shelf, text)
+
+
+def _documented(found: re.Match[str]) -> str:
+    """What a module makes public: functions, then classes, then errors."""
+    module = importlib.import_module(found[1])
+    sorts: dict[str, list[str]] = {"function": [], "class": [], "exception": []}
+    for name in module.__all__:
+        its = getattr(module, name)
+        sort = "function" if not isinstance(its, type) else "class"
+        sorts["exception" if sort == "class" and issubclass(its, Exception) else sort].append(name)
+    lines = ["```{eval-rst}", f".. module:: {found[1]}", ""]
+    for sort, names in sorts.items():
+        for name in names:
+            lines.append(f".. auto{sort}:: {found[1]}.{name}")
+            lines += ["   :members:", ""] if sort == "class" else [""]
+    return "\n".join([*lines, "```"])
+
+
+def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
+    path = Path(app.env.doc2path(docname))
+    if path.suffix != ".md":
+        return
+
+    def outside(found: re.Match[str]) -> str:
+        target = (path.parent / found[2]).resolve()
+        if not target.is_dir():
+            return found[0]
+        kept = target.relative_to(ROOT).as_posix()
+        return f"[{found[1]}]({PROJECT['urls']['Source']}/tree/main/{kept})"
+
+    text = _PLAIN.sub("```text", _LINK.sub(outside, source[0]))
+    if docname == root_doc:
+        text = _with_shelves(text)
+    source[0] = _AUTODOC.sub(_documented, text)
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", _prepare)

@@ -53,7 +53,7 @@ test-musl: $(INSTALLED) ## build a CPython with musl in MUSL=.musl, if it is not
 AXE := .axe/node_modules/axe-core
 LOADED_S ?= 1
 
-test-page: $(INSTALLED) ## try the page in headless Chromium, its rules by promtool, and what it costs [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
+test-page: docs ## try the page and the site of the documents in headless Chromium, its rules by promtool, and what it costs [SHOTS=FOLDER LOADED_S=600: screenshots after that load]
 	tools/install-packages chromium chromium-driver fonts-dejavu-core prometheus
 	command -v npm >/dev/null || tools/install-packages npm
 	npm install --silent --no-audit --no-fund --no-save --prefix .axe axe-core@4.14.1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import re
 import subprocess
 import tempfile
@@ -24,6 +25,8 @@ _FLAGS = (
 )
 #: axe looks at each element of a hundred cards, on a machine that does other things, too.
 _SCRIPT_S = 4 * DEADLINE_S
+#: axe-core's axe.min.js; `make test-page` installs it.
+_AXE = Path(os.environ.get("SOCKETPROTECTOR_AXE", "node_modules/axe-core/axe.min.js"))
 
 
 class Browser:
@@ -121,3 +124,15 @@ class Browser:
         quality = {"quality": 82} if path.suffix == ".webp" else {}
         found = self.devtools("Page.captureScreenshot", format=path.suffix[1:], **quality)
         path.write_bytes(base64.b64decode(found["data"]))
+
+    def violations(self) -> list[str]:
+        """Return what axe-core finds wrong with the page as it is now."""
+        assert _AXE.exists(), f"there is no {_AXE}: npm install axe-core, or `make test-page`"
+        self.run(_AXE.read_text(encoding="utf-8") + "; window.axe = axe;")
+        found = self.wait(
+            "const done = arguments[0];"
+            "axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map("
+            "v => v.id + ': ' + v.nodes.map(n => n.target + ' ' + n.failureSummary).join('; '))))"
+        )
+        assert isinstance(found, list)
+        return found

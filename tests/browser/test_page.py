@@ -28,8 +28,6 @@ from tests.unit.exporter.conftest import Exporter
 Fakes = Callable[[str], Fake]
 Starter = Callable[..., Exporter]
 Protectors = Callable[..., Protector]
-#: axe-core's axe.min.js; `make test-page` installs it.
-AXE = Path(os.environ.get("SOCKETPROTECTOR_AXE", "node_modules/axe-core/axe.min.js"))
 #: Where screenshots go: those of docs/page.md are made by `make test-page SHOTS=docs/images`.
 SHOTS = os.environ.get("SOCKETPROTECTOR_SHOTS")
 #: How long there is load before them: ten minutes fill the sparklines.
@@ -87,18 +85,6 @@ def started(
         *("--control", runtime / f"{name}.control", "--name", name, "--workers", "4"),
         *("--log-prefix", *more, "127.0.0.1:0", "--", release.path),
     ).ready()
-
-
-def violations(browser: Browser) -> list[str]:
-    """What axe-core finds wrong with the page as it is now."""
-    browser.run(AXE.read_text(encoding="utf-8") + "; window.axe = axe;")
-    found = browser.wait(
-        "const done = arguments[0];"
-        "axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.map("
-        "v => v.id + ': ' + v.nodes.map(n => n.target + ' ' + n.failureSummary).join('; '))))"
-    )
-    assert isinstance(found, list)
-    return found
 
 
 def watch(browser: Browser, **wanted: str) -> None:
@@ -338,7 +324,6 @@ def test_everything_is_reached_by_keys(browser: Browser, exporter: Starter, fake
 def test_axe_finds_nothing(
     browser: Browser, exporter: Starter, hundred: list[Fake], width: int, height: int, dark: bool
 ) -> None:
-    assert AXE.exists(), f"there is no {AXE}: npm install axe-core, or `make test-page`"
     chosen = ("--control", hundred[3].path, "--control", hundred[42].path)
     for words, cards in (((*WEB, *chosen), 2), (WEB, 100)):
         one = exporter(*words)
@@ -349,7 +334,7 @@ def test_axe_finds_nothing(
         hundred[3].following()[-1].event("reload-failed", reason="why", generation=2)
         browser.until("document.querySelector('#events li')")
         browser.devtools("Page.setBypassCSP", enabled=True)
-        assert violations(browser) == []
+        assert browser.violations() == []
         overflow = (
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )

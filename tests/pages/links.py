@@ -17,6 +17,13 @@ PAGES = sorted(
         *(ROOT / "bench").glob("*.md"),
     }
 )
+#: .so: another name of a page that is there.
+MANUALS = sorted(
+    path
+    for folder in (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
+    for path in folder.iterdir()
+    if not path.read_text(encoding="utf-8").startswith(".so ")
+)
 SHELVES = ["Start", "How-to", "Reference", "Explanation"]
 _BLOCK = re.compile(r"^```.*?^```$|^(?:    .*\n)+", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`+[^`\n]+`+")

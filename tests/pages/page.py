@@ -17,7 +17,8 @@ A block between ``` is, by the words behind these:
 
 A command whose line ends in `# exit status 3` ends with that, the others with 0.
 
-A line `<!-- not run: WHY -->` before a block says why it is only to be looked at.
+A line `<!-- not run: WHY -->` before a block says why it is only to be looked at.  What stands
+between .EX and .EE of a manual page is `sh`, and the line is `.\\" not run: WHY` there.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def blocks(path: Path) -> list[Block]:
     found: list[Block] = []
     kind: str | None = None
     began, taken, why = 0, list[str](), ""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    text = path.read_text(encoding="utf-8")
+    lines = (text if path.suffix == ".md" else _of_manual(text)).split("\n")
     for number, line in enumerate([*lines, ""], 1):
         fence = _FENCE.match(line)
         # A paragraph, or an entry of a list, may go on with spaces before it.
@@ -116,6 +118,13 @@ def blocks(path: Path) -> list[Block]:
     assert kind is None, f"{path}: a block that does not end"
     assert not why, f"{path}: no block after this: {why}"
     return found
+
+
+def _of_manual(text: str) -> str:
+    """Return a manual page's examples as Markdown, each in its line."""
+    text = re.sub(r'^\.\\" (not run: .*)$', r"<!-- \1 -->", text, flags=re.MULTILINE)
+    text = re.sub(r"^\.EX$", "```sh", text, flags=re.MULTILINE)
+    return re.sub(r"^\.EE$", "```", text, flags=re.MULTILINE).replace("\\-", "-")
 
 
 def script(page: list[Block]) -> str:

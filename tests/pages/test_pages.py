@@ -24,6 +24,7 @@ costly = pytest.mark.costly
 RUN: dict[str, tuple[str, ...]] = {
     "CONTRIBUTING.md": ("make",),
     "README.md": ("curl", "gunicorn", "script"),
+    "client_lib/man/socketprotector-run.1": ("socketprotector-run",),
     "docs/config.md": (),
     "docs/confinement.md": ("apparmor_parser", "semanage", "restorecon", "systemctl"),
     "docs/containers.md": ("curl", "nsenter"),
@@ -35,6 +36,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/load-balancers.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
     "docs/metrics.md": ("curl",),
+    "docs/man/SocketProtector.8": (),
     "docs/moving.md": (
         *("curl", "gunicorn", "plackup", "start_server", "supervisord", "systemctl"),
         "systemd-socket-activate",
@@ -134,7 +136,7 @@ def found(program: str) -> bool:
     return bool(shutil.which(program) or (Path(sys.executable).parent / program).exists())
 
 
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in links.PAGES)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*links.PAGES, *links.MANUALS])
 
 
 @pytest.mark.parametrize("name", PAGES)

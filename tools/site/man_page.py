@@ -150,6 +150,9 @@ class ManPage(Parser):
             self._text = nodes.paragraph()
             self._place().append(self._text)
 
+    def _do_br(self, rest: str) -> None:
+        self._do_IP("")
+
     def _place(self) -> nodes.Element:
         """Return where a paragraph goes that is no term."""
         return self._sections[-1] if self._terms is None else self._terms[-1][1]

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from socketprotector.core.events import ReportKind  # noqa: E402
-from socketprotector.daemon import effects  # noqa: E402
+from socketprotector.daemon import reports  # noqa: E402
 from socketprotector.model.errors import Refusal  # noqa: E402
 from socketprotector.model.log_format import LEVELS  # noqa: E402
 
 PACKAGE = ROOT / "socketprotector"
-#: What Effects._report() writes for each Report.
+#: What Reports.write() writes for each Report.
 _OF_REPORTS = ("generation", "reason", "last_words")
 #: It repeats what the lines that it stands for had.
 _OF_CRASH_LOOPS = (
@@ -116,7 +116,7 @@ def log_events() -> Events:
     for event in started:
         add(event, [], later)
     for news in ReportKind:
-        add(news.value, [effects._LEVELS.get(news, "info")], list(_OF_REPORTS))
+        add(news.value, [reports._LEVELS.get(news, "info")], list(_OF_REPORTS))
     add("crash-loop", [], list(_OF_CRASH_LOOPS))
     return found
 

@@ -3,8 +3,9 @@
 Where a program is killed in the middle of an action, the next one repeats it: each can be carried
 out twice, but for those that make something (Open, Spawn), which are written down at once.
 
-Generations are in generation.py, workers in worker_pool.py, connections in forwarder.py.  How they
-resume where another program stopped: recovery.py.
+Generations are in generation.py, workers in worker_pool.py, connections in forwarder.py; what is
+said of them, and remembered: reports.py.  How they resume where another program stopped:
+recovery.py.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 from .. import __version__
 from ..core.events import (
@@ -47,16 +47,13 @@ from ..core.events import (
     TimerKind,
     UseSettings,
 )
-from ..core.fleet import Fleet, LameDuck
+from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot, Undone
-from ..core.stop import CALLED_OFF
 from ..model import known_servers, question
 from ..model.errors import what_failed
-from ..model.history import History
 from ..model.question import Question
-from ..model.records import Program, RunRecord
+from ..model.records import Program
 from ..model.settings import Settings
-from ..model.text import headline
 from ..system.channel import Channel
 from ..system.listener import Listener
 from ..system.loop import SHUT
@@ -73,38 +70,19 @@ from .live_settings import LiveSettings
 from .log_output import Output
 from .probe_port import ProbePort, Way
 from .queue_watch import QueueWatch
+from .reports import Reports
 from .runtime import Runtime
 from .settle_check import SettleCheck
 from .socket_steering import SocketSteering
 from .start_report import StartReport
 from .worker_pool import WorkerPool
 
-_LEVELS = {
-    ReportKind.RELOAD_FAILED: "error",
-    ReportKind.DRY_RUN_FAILED: "warning",
-    ReportKind.START_FAILED: "error",
-    ReportKind.RETRYING: "warning",
-    ReportKind.MANY_DRAINING: "warning",
-    ReportKind.REFUSED: "warning",
-    ReportKind.EXITED: "warning",
-    ReportKind.BROKEN: "error",
-}
-_RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
-_DRY_RUN_RESULTS = {ReportKind.DRY_RUN_PASSED: "passed", ReportKind.DRY_RUN_FAILED: "failed"}
 #: Actions that another program has to know of while they are not carried out.
 RECORDED = Undone | StartTimer
-#: News of a generation that has proved itself, where that is asked for.
+#: Reports of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
-_OF_RELOADS = (
-    ReportKind.RELOADING,
-    ReportKind.RELOADED,
-    ReportKind.RECOVERED,
-    ReportKind.RELOAD_FAILED,
-)
 #: How soon to look again whether a good answer has come after --settle.
 _SETTLE_AGAIN_S = 0.1
-#: From the last worker's end to our own, with time to spare.
-_TO_END_S = 5.0
 _LATE = "late"
 
 
@@ -130,15 +108,14 @@ class Effects:
         self._loop, self._log = runtime.loop, runtime.log
         self._post = runtime.post
         self._stay = stay
-        self._systemd = systemd
-        self._start_report = start_report
-        self._is_stopping = False  # systemd has heard so
+        self.reports = Reports(
+            runtime.log, systemd, start_report, policy=lambda: self.live_settings.settings.policy
+        )
         self.generations = Generations()
         self._route: int | None = None
         self.last_good: Program | None = None  # what served last
         self._due: dict[Deadline, tuple[Deadline, float]] = {}  # when each timer runs out
         self.exit_status: int | None = None
-        self.run = RunRecord(started_at=time.time())
         self.forwarder = Forwarder(
             runtime,
             listeners,
@@ -152,7 +129,7 @@ class Effects:
             settings,
             runtime,
             output,
-            remember=self._remember,
+            remember=self.reports.remember,
             listeners=self.forwarder.shared,
             probes=probes,
         )
@@ -250,7 +227,9 @@ class Effects:
                 self._loop.cancel(deadline)
                 self._note_due(deadline)
             case Report():
-                self._report(action)
+                if action.news in _SUCCESS and action.generation in self.generations:
+                    self.last_good = self.generations[action.generation].program
+                self.reports.write(action)
             case Exit(status):
                 self.exit_status = status
                 self.pool.orphans.when_ended(self._stop_running)
@@ -278,7 +257,7 @@ class Effects:
             steering=self.steering.record(),
             nonblocking=self.flags.record(),
             settings=self.live_settings.record,
-            run=self.run,
+            run=self.reports.run,
             log_level=self._log.level,
             version=__version__,
         )
@@ -290,24 +269,6 @@ class Effects:
     def own_descriptors(self) -> dict[str, int]:
         """Return those that are not one worker's: as few as there are generations."""
         return {**self.forwarder.descriptors(), **self.generations.descriptors()}
-
-    def adopt_run(self, record: RunRecord, log_level: str) -> None:
-        """Go on, in what is told of the run, where another program stopped."""
-        started_at = record.started_at or self.run.started_at
-        self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
-        if log_level:
-            self._log.set_level(log_level)
-
-    def welcome(self, fleet: Fleet) -> None:
-        """Say again what the program before may not have come to say."""
-        if fleet.lame_duck is LameDuck.STOPPING:
-            self._say_lame_duck()
-        elif fleet.served and not fleet.stopping:
-            self._say_ready("went on after a restart")
-            if fleet.incoming and not fleet.dry_run:
-                self._systemd.reloading()
-        elif fleet.stopping:
-            self._say_stopping()
 
     # -- generations ---------------------------------------------------------
 
@@ -330,7 +291,7 @@ class Effects:
             self._post(OpenFailed(number, what_failed(error)))
             return
         if fresh and self.last_good is not None and not dry_run:
-            self._remember(lambda history: history.reload_began(number, time.time()))
+            self.reports.remember(lambda history: history.reload_began(number, time.time()))
         self.generations.known()  # here too: without an fd store nothing else asks
         self.generations[number] = made
         if program.mode.workers_accept:
@@ -470,10 +431,7 @@ class Effects:
 
     def _listener_lost(self, listener: Listener, reason: str) -> None:
         """A listener gets no clients any more; if none does, our supervisor must act."""
-        address = listener.settings.address
-        hint = "a worker has shut it down; a restart is needed to have it again"
-        self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
-        self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
+        self.reports.listener_lost(listener.settings.address, reason)
         if all(each.lost for each in self.forwarder.listeners):
             self._post(ListenersLost())
 
@@ -520,24 +478,7 @@ class Effects:
             ),
         )
 
-    # -- what is remembered for people -----------------------------------------
-
-    def _remember(self, change: Callable[[History], History]) -> None:
-        self.run = replace(self.run, history=change(self.run.history))
-
-    def _remember_reload(self, report: Report) -> None:
-        now = time.time()
-        if report.news is ReportKind.STOPPING:
-            self._remember(lambda history: history.called_off(CALLED_OFF, now))
-        number, reason = report.generation, report.reason
-        if report.news is ReportKind.DRY_RUN:
-            self._remember(lambda history: history.dry_run_began(number, now))
-        if (result := _RESULTS.get(report.news)) is not None:
-            self._remember(lambda history: history.reload_ended(number, result, reason, now))
-        if (verdict := _DRY_RUN_RESULTS.get(report.news)) is not None:
-            self._remember(lambda history: history.dry_run_ended(number, verdict, reason, now))
-
-    # -- time and news -------------------------------------------------------
+    # -- time, and the end ---------------------------------------------------
 
     def _start_timer(self, deadline: Deadline, seconds: float) -> None:
         def run(left_s: float) -> None:
@@ -573,65 +514,8 @@ class Effects:
         else:
             self._due[deadline] = deadline, due
 
-    def _report(self, report: Report) -> None:
-        """Tell the log, systemd and the launcher."""
-        first_line = headline(report.reason)
-        _, _, last_words = report.reason.partition("\n")
-        self._log.write(
-            _LEVELS.get(report.news, "info"),
-            report.news.value,
-            generation=report.generation or None,
-            reason=first_line or None,
-            last_words=last_words or None,
-        )
-        self._remember_reload(report)
-        if report.news in _SUCCESS and report.generation in self.generations:
-            self.last_good = self.generations[report.generation].program
-        serves = f"generation {report.generation} serves"
-        match report.news:
-            case ReportKind.READY:
-                self._say_ready(serves)
-            case _ if self._is_stopping and report.news in _OF_RELOADS:
-                pass  # READY=1 and their status would contradict STOPPING=1
-            case ReportKind.RELOADING:
-                self._systemd.reloading()
-            case ReportKind.RELOADED | ReportKind.RECOVERED:
-                self._systemd.send(READY="1", STATUS=serves)
-            case ReportKind.RELOAD_FAILED:
-                # There is no word for "failed": ready again, and why in the status.
-                self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
-            case ReportKind.START_FAILED:
-                self._systemd.send(STATUS=f"start failed: {first_line}")
-                self._start_report.failure = report.reason
-            case ReportKind.LAME_DUCK:
-                self._say_lame_duck()
-            case ReportKind.LAME_DUCK_ON:
-                self._systemd.send(STATUS="lame duck: serves on, and is not ready for more")
-            case ReportKind.LAME_DUCK_OFF:
-                self._systemd.send(STATUS="ready again, after a lame duck")
-            case ReportKind.STOPPING:
-                self._say_stopping(first_line)
-
     def _stop_running(self) -> None:
         self._loop.running = False
-
-    def _say_ready(self, status: str) -> None:
-        self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=status)
-        self._start_report.started()
-
-    def _say_lame_duck(self) -> None:
-        seconds = self.live_settings.settings.policy.lame_duck_s
-        self._say_stopping(f"lame duck, accepts for up to {seconds:g} s", before_s=seconds)
-
-    def _say_stopping(self, reason: str = "", before_s: float = 0.0) -> None:
-        """before_s: how long it is until the stop begins."""
-        self._is_stopping = True
-        # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
-        policy = self.live_settings.settings.policy
-        status = f"stopping: {reason}" if reason else "stopping"
-        seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S
-        usec = str(int(seconds * 1_000_000))
-        self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=usec)
 
     @property
     def forwarded(self) -> int | None:

@@ -64,7 +64,7 @@ class Recovery:
         effects.last_good = proven.program if proven is not None else snapshot.last_good
         for address in snapshot.orphans:
             effects.pool.orphans.end(address)
-        effects.adopt_run(snapshot.run, snapshot.log_level)
+        effects.reports.adopt(snapshot.run, snapshot.log_level)
         effects.forwarder.adopt(snapshot.forwarder, self.left)
         self.left.close()
         effects.live_settings.adopt(snapshot)

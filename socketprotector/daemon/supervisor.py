@@ -108,7 +108,7 @@ class Supervisor:
             self.queue.add(events)
             self._breathe()
         self._act()
-        self.effects.welcome(self.fleet)
+        self.effects.reports.welcome(self.fleet)
         self._working = False
         self._work()
 

@@ -1469,7 +1469,7 @@ class World:
             self._tried.add(starting.number)
         assert route is None or route.number not in self._tried, "what was only tried serves"
         assert act._route == (route.number if route else None), "another route"
-        self._check_history(fleet, act.run.history)
+        self._check_history(fleet, act.reports.run.history)
         lame_duck = fleet.lame_duck is not LameDuck.OFF
         assert not (lame_duck and act.forwarder._closing), "it does not accept any more"
         looked_after = {each.number for each in act.pool.records()}  # with what outlives a leader

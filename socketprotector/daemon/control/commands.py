@@ -93,7 +93,7 @@ class CommandHandler:
         settings = effects.live_settings.settings
         route = effects.generations.get(fleet.route.number) if fleet.route else None
         queued = route is not None and not route.program.mode.workers_accept
-        history = effects.run.history
+        history = effects.reports.run.history
         return {
             "version": __version__,
             "now": time.time(),
@@ -107,8 +107,8 @@ class CommandHandler:
             "name": settings.name,
             "pid": os.getpid(),
             "main_pid": os.getppid() if effects.pool.guarded else os.getpid(),
-            "started_at": effects.run.started_at,
-            "restarts": effects.run.restarts,
+            "started_at": effects.reports.run.started_at,
+            "restarts": effects.reports.run.restarts,
             "guarded": effects.pool.guarded,
             "control": settings.control.address.removeprefix("unix:") if settings.control else None,
             "handoff": settings.handoff,
@@ -140,7 +140,7 @@ class CommandHandler:
         }
 
     def do_crashes(self) -> Mapping[str, Any]:
-        return {"crashes": status.plain(self._effects.run.history.crashes)}
+        return {"crashes": status.plain(self._effects.reports.run.history.crashes)}
 
     def _compare(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""
@@ -186,7 +186,7 @@ class CommandHandler:
     def do_upgrade(self) -> Mapping[str, Any]:
         # Later, so that the answer is sent before this program is another one.
         self.runtime.loop.call_after("upgrade-asked", 0.0, self.supervisor.begin_upgrade)
-        return {"from": __version__, "starts": self._effects.run.restarts + 1}
+        return {"from": __version__, "starts": self._effects.reports.run.restarts + 1}
 
     def do_stop(self, quick: bool = False) -> Mapping[str, Any]:
         self.runtime.loop.call_after(

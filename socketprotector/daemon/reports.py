@@ -1,0 +1,159 @@
+"""Carries out `Report`: says what has happened to the log, to systemd and to the launching process.
+
+And keeps it for people: the history, which the next program goes on with.  What is said here
+decides nothing.  systemd is told READY=1 and RELOADING=1 only until it has heard STOPPING=1, which
+they would contradict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..core.events import Report, ReportKind
+from ..core.fleet import Fleet, LameDuck
+from ..core.stop import CALLED_OFF
+from ..model.history import History
+from ..model.policy import Policy
+from ..model.records import RunRecord
+from ..model.text import headline
+from ..system.log import Log
+from ..system.sd_notify import Systemd
+from .start_report import StartReport
+
+_LEVELS = {
+    ReportKind.RELOAD_FAILED: "error",
+    ReportKind.DRY_RUN_FAILED: "warning",
+    ReportKind.START_FAILED: "error",
+    ReportKind.RETRYING: "warning",
+    ReportKind.MANY_DRAINING: "warning",
+    ReportKind.REFUSED: "warning",
+    ReportKind.EXITED: "warning",
+    ReportKind.BROKEN: "error",
+}
+_RESULTS = {ReportKind.RELOADED: "reloaded", ReportKind.RELOAD_FAILED: "failed"}
+_DRY_RUN_RESULTS = {ReportKind.DRY_RUN_PASSED: "passed", ReportKind.DRY_RUN_FAILED: "failed"}
+_OF_RELOADS = (
+    ReportKind.RELOADING,
+    ReportKind.RELOADED,
+    ReportKind.RECOVERED,
+    ReportKind.RELOAD_FAILED,
+)
+#: From the last worker's end to our own, with time to spare.
+_TO_END_S = 5.0
+
+
+class Reports:
+    """What has happened, for people and for those who started us."""
+
+    def __init__(
+        self,
+        log: Log,
+        systemd: Systemd,
+        start_report: StartReport,
+        *,
+        policy: Callable[[], Policy],
+    ) -> None:
+        """policy: returns the current one, for how long a stop may take."""
+        self._log = log
+        self._systemd = systemd
+        self._start_report = start_report
+        self._policy = policy
+        self._is_stopping = False  # systemd has heard so
+        self.run = RunRecord(started_at=time.time())
+
+    def adopt(self, record: RunRecord, log_level: str) -> None:
+        """Go on, in what is told of the run, where another program stopped."""
+        started_at = record.started_at or self.run.started_at
+        self.run = replace(record, started_at=started_at, restarts=record.restarts + 1)
+        if log_level:
+            self._log.set_level(log_level)
+
+    def welcome(self, fleet: Fleet) -> None:
+        """Say again what the program before may not have come to say."""
+        if fleet.lame_duck is LameDuck.STOPPING:
+            self._lame_duck()
+        elif fleet.served and not fleet.stopping:
+            self._ready("went on after a restart")
+            if fleet.incoming and not fleet.dry_run:
+                self._systemd.reloading()
+        elif fleet.stopping:
+            self._stopping()
+
+    def remember(self, change: Callable[[History], History]) -> None:
+        """Change the history, which is written with the next state."""
+        self.run = replace(self.run, history=change(self.run.history))
+
+    def write(self, report: Report) -> None:
+        """Tell the log, the history, systemd and the launching process."""
+        first_line = headline(report.reason)
+        _, _, last_words = report.reason.partition("\n")
+        self._log.write(
+            _LEVELS.get(report.news, "info"),
+            report.news.value,
+            generation=report.generation or None,
+            reason=first_line or None,
+            last_words=last_words or None,
+        )
+        self._remember_reload(report)
+        serves = f"generation {report.generation} serves"
+        match report.news:
+            case ReportKind.READY:
+                self._ready(serves)
+            case _ if self._is_stopping and report.news in _OF_RELOADS:
+                pass  # READY=1 and their status would contradict STOPPING=1
+            case ReportKind.RELOADING:
+                self._systemd.reloading()
+            case ReportKind.RELOADED | ReportKind.RECOVERED:
+                self._systemd.send(READY="1", STATUS=serves)
+            case ReportKind.RELOAD_FAILED:
+                # There is no word for "failed": ready again, and why in the status.
+                self._systemd.send(READY="1", STATUS=f"reload failed: {first_line}")
+            case ReportKind.START_FAILED:
+                self._systemd.send(STATUS=f"start failed: {first_line}")
+                self._start_report.failure = report.reason
+            case ReportKind.LAME_DUCK:
+                self._lame_duck()
+            case ReportKind.LAME_DUCK_ON:
+                self._systemd.send(STATUS="lame duck: serves on, and is not ready for more")
+            case ReportKind.LAME_DUCK_OFF:
+                self._systemd.send(STATUS="ready again, after a lame duck")
+            case ReportKind.STOPPING:
+                self._stopping(first_line)
+
+    def listener_lost(self, address: str, reason: str) -> None:
+        """Say that a listener gets no clients any more."""
+        hint = "a worker has shut it down; a restart is needed to have it again"
+        self._log.write("error", "listener-lost", listen=address, error=reason, hint=hint)
+        self._systemd.send(STATUS=f"nobody can connect to {address} any more: it was shut down")
+
+    def _remember_reload(self, report: Report) -> None:
+        now = time.time()
+        if report.news is ReportKind.STOPPING:
+            self.remember(lambda history: history.called_off(CALLED_OFF, now))
+        number, reason = report.generation, report.reason
+        if report.news is ReportKind.DRY_RUN:
+            self.remember(lambda history: history.dry_run_began(number, now))
+        if (result := _RESULTS.get(report.news)) is not None:
+            self.remember(lambda history: history.reload_ended(number, result, reason, now))
+        if (verdict := _DRY_RUN_RESULTS.get(report.news)) is not None:
+            self.remember(lambda history: history.dry_run_ended(number, verdict, reason, now))
+
+    def _ready(self, status: str) -> None:
+        self._systemd.send(READY="1", MAINPID=str(self._systemd.pid), STATUS=status)
+        self._start_report.started()
+
+    def _lame_duck(self) -> None:
+        seconds = self._policy().lame_duck_s
+        self._stopping(f"lame duck, accepts for up to {seconds:g} s", before_s=seconds)
+
+    def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
+        """before_s: how long it is until the stop begins."""
+        self._is_stopping = True
+        # More time than its own TimeoutStopSec may allow: ours is the one to be kept.
+        policy = self._policy()
+        status = f"stopping: {reason}" if reason else "stopping"
+        seconds = before_s + policy.stop_timeout_s + policy.kill_timeout_s + _TO_END_S
+        usec = str(int(seconds * 1_000_000))
+        self._systemd.send(STOPPING="1", STATUS=status, EXTEND_TIMEOUT_USEC=usec)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.model import handoff_modes
+from tests.together import together
 
 ROOT = Path(__file__).parents[1]
 DAEMON = ROOT / "socketprotector"
@@ -102,7 +103,7 @@ def modules_of(package: Path) -> list[str]:
     return sorted(path.stem for path in package.glob("*.py"))
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name)])
+@together("module", [name for name in MODULES if room_of(name)])
 def test_a_module_imports_from_the_folders_that_its_own_names(module: str) -> None:
     room = room_of(module)
     taken = {room_of(other) for other in siblings(module)}
@@ -110,7 +111,7 @@ def test_a_module_imports_from_the_folders_that_its_own_names(module: str) -> No
     assert taken <= {"", room, *may_import(room)}
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@together("room", ROOMS)
 def test_a_folder_names_no_more_than_it_needs(room: str) -> None:
     taken = {room_of(o) for m in MODULES if room_of(m) == room for o in siblings(m)}
 
@@ -142,14 +143,14 @@ def test_beside_the_folders_there_is_only_what_is_executed_by_name() -> None:
     assert beside == {"", "__main__", "legacy", "relay", "stdio", "stdio.__main__", "watch"}
 
 
-@pytest.mark.parametrize("room", [name for name in MODULES if MODULES[name].stem == "__init__"])
+@together("room", [name for name in MODULES if MODULES[name].stem == "__init__"])
 def test_a_folder_says_what_lives_there_in_five_lines(room: str) -> None:
     told = ast.get_docstring(ast.parse(MODULES[room].read_text())) or ""
 
     assert 1 <= len(told.splitlines()) <= 5
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) in ("core", "model")])
+@together("module", [m for m in MODULES if room_of(m) in ("core", "model")])
 def test_what_decides_knows_no_clock_process_socket_or_logger(module: str) -> None:
     found = {
         base.partition(".")[0]
@@ -187,7 +188,7 @@ def names_a_mode(node: ast.AST) -> bool:
     return False
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "model.handoff_modes"])
+@together("module", [m for m in MODULES if m != "model.handoff_modes"])
 def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: str) -> None:
     found: list[ast.AST] = []
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
@@ -202,7 +203,7 @@ def test_a_handoff_mode_is_asked_what_it_can_do_and_never_for_its_name(module: s
     assert not found, [f"{module}:{getattr(each, 'lineno', 0)}" for each in found]
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("programs.")])
+@together("module", [m for m in MODULES if m.startswith("programs.")])
 def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> None:
     path = MODULES[module]
 
@@ -213,7 +214,7 @@ def test_a_program_of_its_own_needs_only_the_standard_library(module: str) -> No
 ASKING = ("client", "discovery", "errors", "fields", "query_all")
 
 
-@pytest.mark.parametrize("name", ASKING)
+@together("name", ASKING)
 def test_what_asks_a_control_socket_needs_only_the_standard_library(name: str) -> None:
     own = {each for each in siblings(f"ctl.{name}") if room_of(each) == "ctl"} - {"ctl"}
 
@@ -221,7 +222,7 @@ def test_what_asks_a_control_socket_needs_only_the_standard_library(name: str) -
     assert own <= {f"ctl.{each}" for each in ASKING}
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if room_of(m) == "exporter"])
+@together("module", [m for m in MODULES if room_of(m) == "exporter"])
 def test_the_exporter_takes_of_the_others_what_asks_control_sockets(module: str) -> None:
     taken = {each for each in siblings(module) if room_of(each) == "ctl"}
 
@@ -240,14 +241,14 @@ GLUE = {
 }
 
 
-@pytest.mark.parametrize("module", modules_of(CLIENT))
+@together("module", modules_of(CLIENT))
 def test_the_client_library_needs_nothing_but_the_standard_library(module: str) -> None:
     allowed = {"socketprotector_client"} | GLUE.get(module, set())
 
     assert strangers(CLIENT / f"{module}.py") <= set(sys.stdlib_module_names) | allowed
 
 
-@pytest.mark.parametrize("module", modules_of(CLIENT))
+@together("module", modules_of(CLIENT))
 def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None:
     taken = {
         base.split(".")[2]
@@ -260,7 +261,7 @@ def test_only_the_command_imports_what_is_for_one_framework(module: str) -> None
 
 
 #: stdio's pool and the adapter of legacy are workers, but need no more of it either.
-@pytest.mark.parametrize("module", MODULES)
+@together("module", MODULES)
 def test_no_module_imports_more_of_the_client_library_than_the_wire_format(module: str) -> None:
     taken = {
         name

@@ -17,9 +17,10 @@ from socketprotector.launch.bind import bind_all
 from socketprotector.launch.listen_spec import Listen, parse
 from socketprotector.model.errors import Refusal, SystemRefused, UsageError
 from socketprotector.system.dir_lock import locked
+from tests.together import together
 
 
-@pytest.mark.parametrize(
+@together(
     ("text", "meaning"),
     [
         ("4321", Listen("4321", 4321)),
@@ -61,7 +62,7 @@ def test_an_argument_is_read(text: str, meaning: Listen) -> None:
     assert parse(text, "/here") == meaning
 
 
-@pytest.mark.parametrize(
+@together(
     "text",
     [
         *("", ":80", "*:80", "::1:80", "host", "host:", "host:http", "65536", "-1", "80 "),

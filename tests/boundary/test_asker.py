@@ -23,6 +23,7 @@ from socketprotector.model.question import Question
 from socketprotector.programs import asker
 from socketprotector.system.loop import Loop
 from tests.running import DEADLINE_S
+from tests.together import together
 
 HTTP = b"HTTP/1.1 "
 Serve = Callable[[socket.socket], object]
@@ -84,7 +85,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asker, "LIMIT_S", 0.3)
 
 
-@pytest.mark.parametrize(
+@together(
     "parts",
     [
         (HTTP + b"200 OK\r\n\r\n",),
@@ -100,7 +101,7 @@ def test_a_good_status_is_a_good_answer(parts: Sequence[bytes]) -> None:
     assert asked(says(*parts, close=False)) == ""
 
 
-@pytest.mark.parametrize(
+@together(
     ("serve", "why"),
     [
         (says(), "closed without an answer"),

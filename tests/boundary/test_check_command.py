@@ -15,6 +15,7 @@ from socketprotector.system.loop import Loop
 from socketprotector.system.polling import read_now
 from tests.boundary.ending import SHELL, settle
 from tests.running import DEADLINE_S, wait_gone
+from tests.together import together
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
@@ -160,7 +161,7 @@ def test_one_that_cannot_be_started_leaves_nothing(loop: Loop) -> None:
         )
 
 
-@pytest.mark.parametrize(
+@together(
     ("command", "program"),
     [
         ("curl -fsS http://user:secret@localhost/ready", "curl"),

@@ -14,6 +14,7 @@ from socketprotector.launch import cli, preflight
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.resolve import ParsedOptions
 from socketprotector.model.errors import UsageError
+from tests.together import together
 
 ROOT = Path(__file__).parents[2]
 COMMAND = f'command = ["{sys.executable}", "-V"]\n'
@@ -313,7 +314,7 @@ memory = 2
     ]
 
 
-@pytest.mark.parametrize(
+@together(
     ("text", "said"),
     [
         ("listen = [\n", "line 1: not TOML: Invalid value"),
@@ -359,7 +360,7 @@ def test_what_is_no_text_is_reported_with_its_line(read: Reader) -> None:
         cli.ask(["--config", str(read.path)])
 
 
-@pytest.mark.parametrize(
+@together(
     ("words", "said"),
     [
         (["--config", "/no/such"], "--config /no/such: No such file or directory"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from socketprotector.system import env_file
+from tests.together import together
 
 
 def test_lines_are_assignments() -> None:
@@ -29,7 +30,7 @@ def test_lines_are_assignments() -> None:
     }
 
 
-@pytest.mark.parametrize("line", ["A", "=1", "9A=1", "A B=1", "A='x", 'A="', "A='x\"", "\u00e4=1"])
+@together("line", ["A", "=1", "9A=1", "A B=1", "A='x", 'A="', "A='x\"", "\u00e4=1"])
 def test_a_mistake_is_reported_with_its_line(line: str) -> None:
     with pytest.raises(ValueError, match=r"^file line 2: "):
         env_file.parse(f"GOOD=1\n{line}\n", "file")

@@ -12,6 +12,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import pytest
@@ -33,6 +34,7 @@ from socketprotector.model.settings import ListenerSettings
 from socketprotector.system.channel import BROKEN, Channel, rights_of
 from socketprotector.system.listener import AGAIN, Listener
 from socketprotector.system.loop import Loop
+from tests.together import together
 
 FD = struct.Struct("i")
 SCARCE = [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS]
@@ -275,14 +277,22 @@ class World:
         return any(listener.fileno() in self.loop.watched for listener in self.listeners)
 
 
+@contextmanager
+def a_world() -> Iterator[World]:
+    made = World()
+    try:
+        yield made
+    finally:
+        made.forwarder.close()
+        for channel in made.channels:
+            channel.close()
+    assert made.loop.timers == {}
+
+
 @pytest.fixture
 def world() -> Iterator[World]:
-    made = World()
-    yield made
-    made.forwarder.close()
-    for channel in made.channels:
-        channel.close()
-    assert made.loop.timers == {}
+    with a_world() as made:
+        yield made
 
 
 # -- accept ---------------------------------------------------------------------------
@@ -537,37 +547,38 @@ def test_a_watch_that_fails_is_tried_again_by_a_timer(world: World, code: int, n
 # -- the n-th call fails ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN], ids=name)
-@pytest.mark.parametrize("call", ["accept", "sendmsg", "recvmsg"])
-@pytest.mark.parametrize("nth", range(8))
+@together("code", [*SCARCE, *UNFORESEEN, errno.EAGAIN])
+@together("call", ["accept", "sendmsg", "recvmsg"])
+@together("nth", range(8))
 def test_whatever_call_fails_nothing_is_lost_and_nothing_leaks(
-    world: World, code: int, call: str, nth: int
+    code: int, call: str, nth: int
 ) -> None:
     """Five to a first channel, a reload, five more: all must come out, in either queue."""
-    old, new = world.channel(), world.channel()
-    faults = {
-        "accept": [world.listeners[0].accepts],
-        "sendmsg": [old.sends, new.sends],
-        "recvmsg": [old.takes],
-    }[call]
-    for each in faults:
-        each.fail(code, after=nth)
-    world.forwarder.route_to(old)
-    world.listeners[0].backlog.extend(range(5))
-    world.turn()
-
-    world.forwarder.route_to(new)
-    world.forwarder.drain(old)
-    world.listeners[0].backlog.extend(range(5, 10))
-    for _ in range(10):
+    with a_world() as world:
+        old, new = world.channel(), world.channel()
+        faults = {
+            "accept": [world.listeners[0].accepts],
+            "sendmsg": [old.sends, new.sends],
+            "recvmsg": [old.takes],
+        }[call]
+        for each in faults:
+            each.fail(code, after=nth)
+        world.forwarder.route_to(old)
+        world.listeners[0].backlog.extend(range(5))
         world.turn()
-        world.loop.wake(old)
-        world.loop.wake(new)
-        world.loop.pass_time()
 
-    assert sorted(old.taken() + new.taken()) == list(range(10))
-    assert world.forwarder.lost == 0
-    assert world.accepting
+        world.forwarder.route_to(new)
+        world.forwarder.drain(old)
+        world.listeners[0].backlog.extend(range(5, 10))
+        for _ in range(10):
+            world.turn()
+            world.loop.wake(old)
+            world.loop.wake(new)
+            world.loop.pass_time()
+
+        assert sorted(old.taken() + new.taken()) == list(range(10))
+        assert world.forwarder.lost == 0
+        assert world.accepting
 
 
 # -- taking back ------------------------------------------------------------------------

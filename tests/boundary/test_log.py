@@ -16,6 +16,7 @@ import pytest
 
 from socketprotector.model.log_format import is_own
 from socketprotector.system.log import Log
+from tests.together import together
 
 
 @contextmanager
@@ -243,7 +244,7 @@ def test_without_colour_if_the_user_wants_none(
     assert "\x1b" not in shown_on_a_terminal(monkeypatch, **environment)
 
 
-@pytest.mark.parametrize(
+@together(
     ("line", "own"),
     [
         ("2026-01-02T03:04:05.678Z info event=ready generation=1", True),

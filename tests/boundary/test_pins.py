@@ -9,11 +9,11 @@ import re
 import tomllib
 from dataclasses import dataclass
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.running import ROOT
+from tests.together import together
 
 FILE = ROOT / "requirements" / "release.txt"
 #: Several versions of CPython and no other system: the markers that may matter.
@@ -56,7 +56,7 @@ def applies(requirement: Requirement) -> bool:
     return marker is None or any(marker.evaluate(dict(each)) for each in SURROUNDINGS)
 
 
-@pytest.mark.parametrize("requirement", wanted(), ids=str)
+@together("requirement", wanted())
 def test_what_the_projects_need_is_pinned_to_a_version_that_they_take(
     requirement: Requirement,
 ) -> None:

@@ -22,6 +22,7 @@ from socketprotector.system.privileges import become
 from socketprotector.system.process import Process, spawn
 from tests.boundary.ending import SHELL, end_of, is_open, running, settle, traced, until
 from tests.running import eventually
+from tests.together import together
 
 pytestmark = pytest.mark.usefixtures("in_root_directory")
 
@@ -91,7 +92,7 @@ def test_descriptors_may_change_places() -> None:
     end_of(process)
 
 
-@pytest.mark.parametrize(
+@together(
     "broken",
     [
         {"path": "/nowhere/at/all"},

@@ -16,6 +16,7 @@ import pytest
 
 from tests.boundary.conftest import Typed
 from tests.running import Ended
+from tests.together import together
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 
@@ -56,7 +57,7 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
 # -- words ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@together(
     ("words", "said"),
     [
         ([], "no LISTEN"),
@@ -234,7 +235,7 @@ def test_udp_is_refused_in_one_honest_line(typed: Typed, words: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@together(
     ("options", "said"),
     [
         ("mode=9", "octal, like 0660"),
@@ -365,7 +366,7 @@ def test_a_symbolic_link_for_a_pid_file_is_not_followed(typed: Typed) -> None:
 # -- handoff modes -------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@together(
     ("words", "said"),
     [
         (("1", "--", "true", "{fd:web}"), "{fd:web}: no listener has this name; there is: "),
@@ -426,7 +427,7 @@ def test_check_refuses_a_name_as_a_start_does(
     assert typed.left() == []
 
 
-@pytest.mark.parametrize(
+@together(
     ("words", "said"),
     [
         (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 
-import pytest
-
 from socketprotector.launch.options import OPTIONS
 from socketprotector.launch.settings_diff import changes, forbidden
 from socketprotector.model.policy import Policy
 from socketprotector.model.settings import Identity, Limits, ListenerSettings, Settings
+from tests.together import together
 
 WEB, OTHER = ListenerSettings("tcp:0.0.0.0:80"), ListenerSettings("unix:/run/x")
 SETTINGS = Settings(
@@ -52,7 +51,7 @@ def test_another_check_is_told_without_its_secrets() -> None:
     assert list(changes(old, new)) == ["health: another check"]
 
 
-@pytest.mark.parametrize(
+@together(
     ("new", "said"),
     [
         (replace(SETTINGS, workers=4), ["workers: 1 -> 4"]),

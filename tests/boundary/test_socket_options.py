@@ -17,6 +17,7 @@ from socketprotector.launch.listen_spec import parse
 from socketprotector.model.errors import SystemRefused, UsageError
 from socketprotector.system import reuseport
 from socketprotector.system.listener import Listener, accept_of
+from tests.together import together
 
 SOCKET, TCP, IP, IPV6 = (
     socket.SOL_SOCKET,
@@ -118,7 +119,7 @@ def test_a_second_socket_for_the_address_has_what_the_first_has(bound: Bound) ->
             assert second.getsockopt(IPV6, socket.IPV6_TCLASS) == 0x10
 
 
-@pytest.mark.parametrize(
+@together(
     ("asked", "what"),
     [
         ("nodelay=2", "nodelay must be 0 or 1"),

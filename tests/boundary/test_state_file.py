@@ -24,6 +24,7 @@ from socketprotector.model.records import ForwarderRecord, WorkerRecord
 from socketprotector.system import state_file
 from socketprotector.system.state_file import StateError, StateFile
 from tests.rounds import rounds
+from tests.together import together
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
@@ -172,7 +173,7 @@ def test_an_unknown_field_of_a_strict_class_is_a_newer_program_s() -> None:
         Codec([Thing], strict=[Thing]).decode(b'{"c":"Thing","f":{"size":3,"weight":1}}')
 
 
-@pytest.mark.parametrize(
+@together(
     "written",
     [
         b"",
@@ -213,7 +214,7 @@ def test_nothing_but_a_decode_error_comes_of_any_json(anything: object) -> None:
         pass
 
 
-@pytest.mark.parametrize("value", [object(), [1], {"a": 1}, {1}, Thing])
+@together("value", [object(), [1], {"a": 1}, {1}, Thing])
 def test_what_could_not_be_read_back_is_not_written(value: object) -> None:
     with pytest.raises(TypeError, match="is no part of the state"):
         Codec([]).encode(value)

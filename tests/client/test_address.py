@@ -19,11 +19,13 @@ from socketprotector_client.address import (
     sockname_of,
 )
 
+from tests.together import together
+
 V4, V6, UNIX = socket.AF_INET, socket.AF_INET6, socket.AF_UNIX
 ANY = [Endpoint(V4, ("0.0.0.0", 4321)), Endpoint(V6, ("::", 4321))]
 
 
-@pytest.mark.parametrize(
+@together(
     ("address", "expected"),
     [
         (4321, [ANY]),
@@ -49,7 +51,7 @@ def test_every_form_of_address_is_understood(
     assert resolve(address) == expected
 
 
-@pytest.mark.parametrize("address", ["", "localhost", "host:port", "1:70000", "unix:", "-1", -1])
+@together("address", ["", "localhost", "host:port", "1:70000", "unix:", "-1", -1])
 def test_anything_else_is_refused_in_clear_words(address: ListenAddress) -> None:
     with pytest.raises(ValueError, match="cannot listen on"):
         resolve(address)

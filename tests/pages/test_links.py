@@ -6,10 +6,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
-
 from tests.pages import links
 from tests.running import ROOT
+from tests.together import together
 
 INDEX = ROOT / "docs" / "index.md"
 NAMED = re.compile(r"(?<![\w/.-])((?:docs|client_lib|bench)/[\w/-]+\.md)\b")
@@ -19,12 +18,12 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", links.PAGES, ids=name)
+@together("page", links.PAGES)
 def test_its_links_lead_somewhere(page: Path) -> None:
     assert not links.broken(page, page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
+@together(
     ("link", "leads"),
     [
         ("docs/log.md", True),
@@ -42,7 +41,7 @@ def test_its_links_lead_somewhere(page: Path) -> None:
         ("https://example.org/#x", True),
     ],
 )
-@pytest.mark.parametrize("way", ["[a]({})", '![a]({} "title")', "[a]: {}", '<a href="{}">'])
+@together("way", ["[a]({})", '![a]({} "title")', "[a]: {}", '<a href="{}">'])
 def test_a_link_that_leads_nowhere_is_found(link: str, leads: bool, way: str) -> None:
     page = "# Here\n## Here & there\n## Here\n## With `code` and [link](docs/log.md)\n"
 

@@ -17,6 +17,7 @@ import pytest
 from tests.pages import links, page
 from tests.pages.page import Block
 from tests.running import ROOT
+from tests.together import together
 
 HERE = Path(__file__).parent
 costly = pytest.mark.costly
@@ -139,7 +140,7 @@ def found(program: str) -> bool:
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*links.PAGES, *links.MANUALS])
 
 
-@pytest.mark.parametrize("name", PAGES)
+@together("name", PAGES)
 def test_nothing_on_a_page_is_only_to_be_looked_at(name: str) -> None:
     found = blocks(name)
     left = [] if name in ELSEWHERE else found
@@ -167,7 +168,7 @@ def test_what_is_left_out_is_there() -> None:
         assert (ROOT / reason.split()[0]).exists(), reason
 
 
-@pytest.mark.parametrize("name", PAGES)
+@together("name", PAGES)
 def test_each_test_that_it_names_exists(name: str) -> None:
     paths = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")}
     for named in re.findall(r"`((?:tests/[\w/]+|test_\w+)\.py)`", (ROOT / name).read_text()):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
-import pytest
-
 from socketprotector.programs.stdio.environment import Environments, path_of, tcp, unix
+from tests.together import together
 
 
 def test_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client() -> None:
@@ -34,7 +33,7 @@ def test_a_name_that_no_variable_can_hold_is_left_out() -> None:
     assert b"REMOTE_ADDR" not in said
 
 
-@pytest.mark.parametrize(
+@together(
     ("word", "path"),
     [
         ("unix:/run/x.sock", b"/run/x.sock"),

@@ -39,6 +39,7 @@ from socketprotector.core.events import (
     WorkerReady,
 )
 from socketprotector.core.fleet import PHASES, Phase, Policy
+from tests.together import together
 from tests.unit.conftest import Story
 
 ROOT = Path(__file__).parents[3]
@@ -106,11 +107,12 @@ ANSWERS: list[tuple[Event, dict[Phase, Phase | None]]] = [
 ]
 
 
-@pytest.mark.parametrize("phase", Phase, ids=lambda phase: str(phase.value))
-@pytest.mark.parametrize(("event", "answers"), ANSWERS, ids=lambda value: repr(value)[:60])
+@together("phase", Phase)
+@together(("event", "answers"), ANSWERS)
 def test_every_event_is_answered_in_every_phase(
-    story: Story, phase: Phase, event: Event, answers: dict[Phase, Phase | None]
+    phase: Phase, event: Event, answers: dict[Phase, Phase | None]
 ) -> None:
+    story = Story()
     story.given_serving(Policy(settle_s=5.0))
     story.and_also(ReloadRequested(), *HISTORIES[phase])
     assert story.numbers(phase) >= {2}
@@ -129,15 +131,18 @@ def test_no_event_is_missing_from_the_answers() -> None:
     assert {e.deadline.wait for e in events if isinstance(e, DeadlinePassed)} == set(TimerKind)
 
 
-@pytest.mark.parametrize("event", [event for event, _ in ANSWERS], ids=lambda e: repr(e)[:60])
-def test_events_about_what_never_was_are_answered_too(story: Story, event: Event) -> None:
+@together("event", [event for event, _ in ANSWERS])
+def test_events_about_what_never_was_are_answered_too(event: Event) -> None:
+    story = Story()
+
     story.when(event)
 
     assert story.fleet.generation(2) is None
 
 
-@pytest.mark.parametrize("phase", Phase, ids=lambda phase: str(phase.value))
-def test_a_generation_moves_only_along_the_table(story: Story, phase: Phase) -> None:
+@together("phase", Phase)
+def test_a_generation_moves_only_along_the_table(phase: Phase) -> None:
+    story = Story()
     story.given_serving(Policy(settle_s=5.0))
     story.and_also(ReloadRequested(), *HISTORIES[phase])
 

@@ -28,6 +28,7 @@ from socketprotector.core.events import (
 )
 from socketprotector.core.fleet import Policy
 from socketprotector.model.backoff import backoff_s
+from tests.together import together
 from tests.unit.conftest import Story
 
 CRASHED = "killed by SIGSEGV"
@@ -99,7 +100,7 @@ def test_each_slot_counts_its_own_quick_deaths(story: Story) -> None:
     assert Spawn(1, worker=5, slot=1) in story.when(WorkerExited(2, CRASHED))
 
 
-@pytest.mark.parametrize(
+@together(
     ("deaths", "seconds"),
     [(0, 0.0), (2, 0.0), (3, 0.1), (4, 0.2), (12, 51.2), (13, 60.0), (5000, 60.0)],
 )

@@ -19,6 +19,7 @@ from socketprotector.exporter import __main__ as exporter
 from socketprotector.launch import cli
 from socketprotector.launch.options import OPTIONS
 from tests.running import ROOT
+from tests.together import together
 
 PAGES = {
     "socketprotectorctl.1": program,
@@ -107,7 +108,7 @@ def test_it_renders_without_a_warning(page: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("page", FILES)
+@together("page", FILES)
 def test_the_site_knows_each_macro(page: str) -> None:
     """Its parser is ours, and an error of it would be seen by `make docs` alone."""
     known = re.findall(r"def _do_(\w+)", (ROOT / "tools/site/man_page.py").read_text())

@@ -13,6 +13,7 @@ import pytest
 
 from socketprotector.ctl import orders
 from tests.running import DEADLINE_S, Ended, Lines, eventually
+from tests.together import together
 from tests.unit.ctl.conftest import COMMAND
 from tests.unit.ctl.fake import Connection, Fake, Message, Refusing, generation, status, worker
 
@@ -31,7 +32,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
     assert fake.asked == [{"command": "scale", **asked}] * 2
 
 
-@pytest.mark.parametrize(
+@together(
     ("arguments", "told"),
     [
         (["scale"], "Missing argument 'N|+N|-N'; see socketprotectorctl scale --help"),

@@ -14,6 +14,7 @@ import pytest
 
 from socketprotector.ctl import render
 from tests.running import DEADLINE_S, Ended, Lines, eventually
+from tests.together import together
 from tests.unit.ctl.conftest import COMMAND, run
 from tests.unit.ctl.fake import (
     Connection,
@@ -300,7 +301,7 @@ def test_a_reader_that_has_read_enough_is_no_failure(fake: Fake) -> None:
     assert (process.returncode, err) == (0, b"")
 
 
-@pytest.mark.parametrize(
+@together(
     ("seconds", "shown"),
     [(0, "0.0s"), (9.96, "10.0s"), (59, "59s"), (60, "1m"), (3725, "1h2m"), (90061, "1d1h")],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from socketprotector.exporter.agent import READY_S, Told, advise
 from tests.running import DEADLINE_S
+from tests.together import together
 from tests.unit.ctl.fake import Fake, status
 from tests.unit.exporter.conftest import Exporter
 
@@ -100,7 +101,7 @@ def test_a_hold_is_ready_for_its_clients_wait() -> None:
     assert told((0, {}), (100, {"held_s": 3.0})) == ["up ready 100%", "up 100%"]
 
 
-@pytest.mark.parametrize("phase", ["no such phase", "x\ny", "a" * 99, 7, None])
+@together("phase", ["no such phase", "x\ny", "a" * 99, 7, None])
 def test_the_word_is_a_word_whatever_the_status_says(phase: object) -> None:
     assert told((0, {"phase": phase, "route": None})) == ["down #not-serving"]
 

@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.collector import ProtectorCollector
 from tests.running import DEADLINE_S
+from tests.together import together
 from tests.unit.ctl.fake import Fake, health, listener, status
 from tests.unit.exporter.conftest import COMMAND, Exporter
 
@@ -299,7 +300,7 @@ def test_it_speaks_tls(
     assert get(f"{one.address}/healthz", tls=trusting)[0] == 200
 
 
-@pytest.mark.parametrize(
+@together(
     ("arguments", "words"),
     [
         (["--all", "--name", "x"], "leave one of them out"),

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.running import DEADLINE_S, eventually
+from tests.together import together
 from tests.unit.ctl.fake import Fake, Refusing, generation, reload, status, worker
 from tests.unit.exporter.conftest import COMMAND, Exporter
 
@@ -136,9 +137,7 @@ def refused(*arguments: str) -> tuple[int, str]:
 # -- who gets it ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "address", ["0.0.0.0:9433", "[::]:9433", ":9433", "192.0.2.1:9433", "example.org:9433"]
-)
+@together("address", ["0.0.0.0:9433", "[::]:9433", ":9433", "192.0.2.1:9433", "example.org:9433"])
 def test_an_address_that_others_reach_is_refused_in_words(address: str) -> None:
     code, said = refused("--web", address)
 
@@ -148,7 +147,7 @@ def test_an_address_that_others_reach_is_refused_in_words(address: str) -> None:
     assert "put your own proxy with a log-in before it" in said
 
 
-@pytest.mark.parametrize(
+@together(
     ("words", "wanted"),
     [
         (("--web", "127.0.0.1"), "write 127.0.0.1:9433"),

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 
-import pytest
-
 from socketprotector.launch import server_hints
 from socketprotector.launch.listen_spec import parse
 from socketprotector.model import handoff_modes
+from tests.together import together
 
 _LISTEN = re.compile(r"(?:[\w.]+[=:])?\d{4}")
 _LISTENER = "SocketProtector --handoff listener"
@@ -21,7 +20,7 @@ def line(typed: str, mode: handoff_modes.HandoffMode = handoff_modes.CONNECTION)
     return server_hints.line(words, [parse(each, "/") for each in texts], mode)
 
 
-@pytest.mark.parametrize(
+@together(
     ("typed", "made"),
     [
         (
@@ -56,7 +55,7 @@ def test_the_line_has_what_was_typed_and_what_the_server_wants(typed: str, made:
     assert line(typed) == f"{_LISTENER} {made}"
 
 
-@pytest.mark.parametrize(
+@together(
     "typed",
     [
         "8000 -- ./daemon",

@@ -21,6 +21,7 @@ from socketprotector.model.control_requests import (
     refusal,
 )
 from tests.rounds import rounds
+from tests.together import together
 
 NUMBERS = st.integers(1, 2**31)
 #: Command -> arguments that it takes.
@@ -112,7 +113,7 @@ def refused_or_taken(data: bytes) -> None:
     json.loads(told, parse_constant=pytest.fail)
 
 
-@pytest.mark.parametrize(
+@together(
     ("data", "code", "words"),
     [
         (b"", "invalid", "a line is one JSON object: Expecting value: line 1 column 1 (char 0)"),
@@ -184,8 +185,8 @@ def test_each_mistake_has_its_words(data: bytes, code: str, words: str) -> None:
     assert len(str(refused)) < 400
 
 
-@pytest.mark.parametrize("request_id", [None, 7, "web-1", True, 1.5, "é" * 64, "\ud800"])
-@pytest.mark.parametrize("mistake", [{"v": 2}, {"command": "scael"}, {"to": 0}, {"x": 1}])
+@together("request_id", [None, 7, "web-1", True, 1.5, "é" * 64, "\ud800"])
+@together("mistake", [{"v": 2}, {"command": "scael"}, {"to": 0}, {"x": 1}])
 def test_the_id_comes_back_with_a_mistake(request_id: object, mistake: dict[str, Any]) -> None:
     refused = wrong(line(**{"id": request_id, "command": "scale", **mistake}))
 
@@ -200,9 +201,7 @@ def test_the_id_comes_back_with_a_mistake(request_id: object, mistake: dict[str,
     }
 
 
-@pytest.mark.parametrize(
-    "request_id", ["x" * 65, 10**64, [], {}, [7], float("nan"), float("inf"), float("-inf")]
-)
+@together("request_id", ["x" * 65, 10**64, [], {}, [7], float("nan"), float("inf"), float("-inf")])
 def test_an_id_that_could_not_be_brought_back_is_refused_without(request_id: object) -> None:
     refused = wrong(line(command="status", id=request_id))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from socketprotector.model.duration import Duration
+from tests.together import together
 
 
-@pytest.mark.parametrize(
+@together(
     ("text", "seconds"),
     [
         ("1h30m", 5400),
@@ -32,7 +33,7 @@ def test_units_are_added_up(text: str, seconds: float) -> None:
     assert Duration().read(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(
+@together(
     "text",
     [
         *("", "h", "soon", "nan", "inf", "-1s", "1e9"),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from socketprotector.model import fd_budget
 from socketprotector.model.policy import Policy
 from socketprotector.model.settings import Settings
+from tests.together import together
 
 NO_LIMIT = -1
 
@@ -17,7 +16,7 @@ def settings(**given: Any) -> Settings:
     return Settings("web", ("./daemon",), "/", **{"foreground": True, **given})
 
 
-@pytest.mark.parametrize(
+@together(
     ("given", "each"),
     [
         ({}, 3),
@@ -29,7 +28,6 @@ def settings(**given: Any) -> Settings:
         ({"handoff": "listener", "ready": "any"}, 4),
         ({"ready": "ack"}, 4),
     ],
-    ids=repr,
 )
 def test_a_worker_takes_what_it_is_asked_for_by(given: dict[str, Any], each: int) -> None:
     assert fd_budget.of_a_worker(settings(**given)) == each

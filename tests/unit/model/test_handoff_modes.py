@@ -13,6 +13,7 @@ from socketprotector.model.handoff_modes import (
     HandoffMode,
 )
 from socketprotector.model.settings import Settings, SettingsError, dump, load
+from tests.together import together
 
 
 def test_a_mode_is_found_by_the_name_that_settings_have() -> None:
@@ -31,7 +32,7 @@ def test_a_command_needs_the_library_where_it_takes_from_the_queue_itself() -> N
     assert [each for each in MODES.values() if each.needs_library] == [CONNECTION]
 
 
-@pytest.mark.parametrize(
+@together(
     ("mode", "option"),
     [
         (CONNECTION, "drain-signal"),

@@ -10,11 +10,12 @@ import pytest
 from socketprotector.model import handoff_modes, known_servers, listen_fds
 from socketprotector.model.handoff_modes import HandoffMode
 from socketprotector.model.records import Program
+from tests.together import together
 
 PROGRAM = Program("x", ("./daemon", "80"), "/", (), 0, (), 0)
 
 
-@pytest.mark.parametrize(
+@together(
     ("command", "name"),
     [
         ("gunicorn app", "gunicorn"),
@@ -35,7 +36,7 @@ def test_a_server_is_known_by_the_name_of_its_command(command: str, name: str | 
     assert known_servers.known(shlex.split(command)) == name
 
 
-@pytest.mark.parametrize("name", known_servers.KNOWN)
+@together("name", known_servers.KNOWN)
 def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name: str) -> None:
     words = shlex.split(known_servers.line(name))
     listens, command = words[: words.index("--")], words[words.index("--") + 1 :]
@@ -46,7 +47,7 @@ def test_what_is_to_be_copied_starts_that_server_with_names_that_there_are(name:
     assert {each[4:-1] for each in asked} <= given
 
 
-@pytest.mark.parametrize(
+@together(
     ("said", "listens", "advice"),
     [
         ("", None, ""),
@@ -99,7 +100,7 @@ def lacks(
     )
 
 
-@pytest.mark.parametrize(
+@together(
     ("command", "variables", "said"),
     [
         ("uvicorn app:app", (), "nothing tells uvicorn of the socket"),
@@ -145,7 +146,7 @@ def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_wa
     assert lacks("haproxy -f haproxy.cfg", after_s=1.0) is None
 
 
-@pytest.mark.parametrize("name", known_servers.KNOWN)
+@together("name", known_servers.KNOWN)
 def test_a_known_server_that_is_handed_connections_is_warned_of_at_once(name: str) -> None:
     told = lacks(f"{name} app", mode=handoff_modes.CONNECTION)
 
@@ -163,7 +164,7 @@ def test_one_that_is_rolled_back_when_it_cannot_be_loaded_lacks_nothing() -> Non
     assert lacks("uvicorn app", settles=True) is not None
 
 
-@pytest.mark.parametrize("name", known_servers.KNOWN)
+@together("name", known_servers.KNOWN)
 def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
     words = shlex.split(known_servers.line(name))
     at = words.index("--")
@@ -181,7 +182,7 @@ def test_a_line_to_be_copied_lacks_nothing(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", known_servers.KNOWN)
+@together("name", known_servers.KNOWN)
 def test_what_to_add_is_what_the_line_to_be_copied_has(name: str) -> None:
     server, told = known_servers.KNOWN[name], known_servers.to_add(name)
 

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 import pytest
 
 from socketprotector.model.lazy_dataclass import frozen, mutable
+from tests.together import together
 
 
 @frozen
@@ -75,7 +76,7 @@ class _Standard:
 LIKE = 3
 
 
-@pytest.mark.parametrize(
+@together(
     ("values", "named"),
     [
         ((1,), {"c": 3}),

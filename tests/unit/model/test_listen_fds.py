@@ -9,6 +9,7 @@ import pytest
 from socketprotector.model import einhorn, listen_fds
 from socketprotector.model.listen_fds import PlaceholderError
 from socketprotector.model.settings import ListenerSettings, Settings
+from tests.together import together
 
 HTTP = ListenerSettings("tcp:[::]:80", text="http=80", name="http")
 ADMIN = ListenerSettings("unix:/run/a", text="admin=unix:/run/a", name="admin")
@@ -38,7 +39,7 @@ def test_each_protocol_is_announced_its_own_way() -> None:
     assert listen_fds.listener_variables([replace(HTTP, name="a:b")])["LISTEN_FDNAMES"] == "a_b"
 
 
-@pytest.mark.parametrize(
+@together(
     ("word", "becomes"),
     [
         ("{fd:http}", "3"),
@@ -55,7 +56,7 @@ def test_a_name_becomes_a_number(word: str, becomes: str) -> None:
     assert listen_fds.fill([word], SETTINGS.listeners, 9) == (becomes,)
 
 
-@pytest.mark.parametrize(
+@together(
     ("word", "said"),
     [
         ("{fd:web}", "there is: http, admin, 81; write NAME=LISTEN, as in web=4321"),
@@ -88,7 +89,7 @@ def test_a_line_that_says_ready_has_a_number_where_it_is_asked_for() -> None:
     assert listen_fds.ready_fd(replace(asked, handoff="connection")) == -1
 
 
-@pytest.mark.parametrize(
+@together(
     ("line", "pid"),
     [
         (b'{"command":"worker:ack", "pid":12}', 12),

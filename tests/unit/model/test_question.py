@@ -6,9 +6,10 @@ import pytest
 
 from socketprotector.model.policy import Policy
 from socketprotector.model.question import Question, read, read_health
+from tests.together import together
 
 
-@pytest.mark.parametrize(
+@together(
     ("text", "question"),
     [
         ("accept", Question("accept")),
@@ -32,7 +33,7 @@ def test_each_part_of_it_may_be_said(text: str, question: Question) -> None:
     assert read(text) == question
 
 
-@pytest.mark.parametrize(
+@together(
     "text",
     [
         "",
@@ -80,7 +81,7 @@ def test_health_is_asked_the_same_and_by_a_command() -> None:
     assert read_health("check:curl -f :/ x") == Question("check", path="curl -f :/ x")
 
 
-@pytest.mark.parametrize("text", ["", "check:", "check: ", "notify", "http:x", "after:1s"])
+@together("text", ["", "check:", "check: ", "notify", "http:x", "after:1s"])
 def test_what_else_health_is_given_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="accept or check:COMMAND"):
         read_health(text)

@@ -24,6 +24,7 @@ from socketprotector.model.settings import (
     load,
 )
 from tests.rounds import rounds
+from tests.together import together
 
 #: What a name of a file or a variable can be: bytes that are no UTF-8 too.
 texts = st.text(
@@ -128,7 +129,7 @@ def test_the_limits_of_an_older_program_have_their_former_names() -> None:
     assert json.loads(dump(read, 2))["worker_limits"] == older
 
 
-@pytest.mark.parametrize(
+@together(
     ("data", "why"),
     [
         (

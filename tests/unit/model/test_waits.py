@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from socketprotector.model.waits import quantile_us
+from tests.together import together
 
 
-@pytest.mark.parametrize(
+@together(
     ("waits", "share", "found"),
     [
         ((), 0.5, None),

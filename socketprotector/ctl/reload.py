@@ -375,14 +375,14 @@ def _upgraded(operation: _Operation, before: Message) -> Message:
     """Wait until the new program answers; return its status."""
     waits_for = "the new program to say that it can take over"
     while True:
-        event = operation.event(waits_for, "upgraded", "upgrade-failed")
-        if event is not None and event["event"] == "upgrade-failed":
+        event = operation.event(waits_for, "upgrade-failed")
+        if event is not None:
             raise NewVersionFailed(
                 f"not upgraded: {before.get('version')} goes on: {text_in(event, 'reason')}"
                 + _quoted(text_in(event, "last_words"))
             )
         status = operation.client.ask("status")
-        if event is not None or number_in(status, "restarts") > number_in(before, "restarts"):
+        if number_in(status, "restarts") > number_in(before, "restarts"):
             return status
 
 

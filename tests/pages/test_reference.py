@@ -88,3 +88,17 @@ def test_variables_are_found_by_every_way_to_name_them(tools: ModuleType) -> Non
 
 def test_exit_statuses_are_those_of_the_errors(tools: ModuleType) -> None:
     assert tools.code_facts.exit_statuses() == {0, 2, 3, 100, 111, 130}
+
+
+def test_socketprotectorctl_waits_for_no_event_that_is_never_logged(tools: ModuleType) -> None:
+    awaited = set[str]()
+    for path in (ROOT / "socketprotector/ctl").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("operation.event"):
+                _, *names = map(ast.unparse, node.args)  # the first is what it waits for
+                awaited.update(name.strip("'") for name in names)
+            if isinstance(node, ast.Match) and ast.unparse(node.subject) == "name":
+                awaited.update(ast.unparse(case.pattern).strip("'") for case in node.cases)
+
+    assert {"upgrade-failed", "drained", "route"} <= awaited
+    assert awaited <= tools.code_facts.log_events().keys()

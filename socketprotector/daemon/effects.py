@@ -439,7 +439,7 @@ class Effects:
         """Return how many connections wait for a generation's workers; None: it is not known."""
         generation = self.generations[number]
         if generation.program.mode.workers_accept:
-            return self.steering.waiting(number)
+            return self.steering.waiting(number, generation.channel.knows_of)
         return generation.channel.depth()
 
     def active(self, number: int) -> int | None:

@@ -136,12 +136,18 @@ class SocketSteering:
         self._accepting[generation] = socket_number
         self._watch()
 
-    def waiting(self, generation: int) -> int | None:
-        """Return how many clients wait for a generation to accept them; None: it is not known."""
+    def waiting(self, generation: int, knows: Callable[[int], bool]) -> int | None:
+        """Return how many clients wait for a generation to accept them; None: it is not known.
+
+        knows: whether its workers have a listener, by index.  At one that only a later generation
+        is to have, or that is tried, clients may wait at the socket with its number, too.
+        """
         if generation not in self._accepting:
             return 0
         number, count = self._accepting[generation], 0
         for each in self._shared:
+            if not knows(each.index):
+                continue
             place = number % len(each.sockets)
             if sum(its % len(each.sockets) == place for its in self._accepting.values()) > 1:
                 return None

@@ -6,20 +6,23 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from socketprotector.core.events import Event, Quiesced, Stranded
 from socketprotector.daemon import quiescing, socket_steering
+from socketprotector.daemon.effects import Effects
 from socketprotector.daemon.queue_watch import NEVER_TAKEN_S
 from socketprotector.daemon.quiescing import LAST_S, QUIET_S, SILENT_S
 from socketprotector.daemon.runtime import Runtime
 from socketprotector.daemon.socket_steering import FIRST_RESCUE_S, LEAVES_S, SocketSteering
+from socketprotector.model import handoff_modes
 from socketprotector.model.records import SteeringRecord
 from socketprotector.model.settings import ListenerSettings
 from socketprotector.system import reuseport, sock_diag
@@ -986,27 +989,58 @@ def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
 # -- who waits for whom -----------------------------------------------------------------
 
 
+def queue_of(world: World, knows: Mapping[int, Container[int]]) -> Callable[[int], int | None]:
+    """Return what status says of generations.  knows: their numbers, and indices of listeners."""
+    generations = {
+        number: SimpleNamespace(
+            program=SimpleNamespace(mode=handoff_modes.LISTENER),
+            channel=SimpleNamespace(knows_of=indices.__contains__),
+        )
+        for number, indices in knows.items()
+    }
+    effects = SimpleNamespace(generations=generations, steering=world.steering)
+    return lambda number: Effects.waiting(cast("Effects", effects), number)
+
+
 def test_clients_at_a_generations_own_socket_are_counted_for_it(reloaded: World) -> None:
+    its = queue_of(reloaded, {1: range(1), 2: range(1)})
     reloaded.connect()
     reloaded.connect()
-    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [2, 0]
+    assert [its(n) for n in (1, 2)] == [2, 0]
 
     supersede(reloaded)
     reloaded.connect()
-    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [2, 1]
+    assert [its(n) for n in (1, 2)] == [2, 1]
     reloaded.steering.leave(1)
-    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [0, 1]
+    assert [its(n) for n in (1, 2)] == [0, 1]
 
 
 def test_at_a_socket_of_two_generations_it_is_unknown_for_which_a_client_waits(
     reloaded: World,
 ) -> None:
+    its = queue_of(reloaded, {1: range(1), 2: range(1)})
     reloaded.listener.go_on_without(1)
     reloaded.connect()
-    assert [reloaded.steering.waiting(n) for n in (1, 2)] == [None, None]
+    assert [its(n) for n in (1, 2)] == [None, None]
 
     reloaded.steering.leave(1)
-    assert reloaded.steering.waiting(2) == 1
+    assert its(2) == 1
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_clients_at_a_listener_are_counted_for_no_generation_that_does_not_know_it(
+    world: World, dry_run: bool
+) -> None:
+    """One that is tried, or that the next generation is to have, whatever there is of that."""
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    its = queue_of(world, {1: range(0), 2: range(1)})
+    world.steering.expect(world.listener, dry_run=dry_run)
+    world.connect()
+    assert [its(1), its(2)] == [0, 0]
+
+    world.steering.enter(2, 1)
+    assert [its(1), its(2)] == [0, 0 if dry_run else 1]
 
 
 # -- a hold -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import atexit
 import ctypes
 import fcntl
 import gc
+import importlib
 import json
 import os
 import platform
@@ -35,7 +36,14 @@ _CLONE_PARENT = 0x00008000
 _SYSCALL = {"x86_64": 56}.get(platform.machine())
 #: What an interpreter reads before it runs anything, or its dynamic linker.
 _EARLY = ("PYTHON", "LD_", "LC_", "LANG", "MALLOC_", "TZ")
-_MODULES = ("socketprotector", "socketprotector.ctl")
+#: What may be forked, and what is loaded before its first fork beside what all have.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "socketprotector": (),
+    "socketprotector.ctl": (),
+    "socketprotector.exporter": tuple(
+        f"socketprotector.exporter.{each}" for each in ("agent", "http", "web")
+    ),
+}
 #: socketprotectorctl for tests.
 CTL = str(Path(__file__).with_name("unit") / "ctl" / "alone.py")
 #: Loaded before the first fork; getaddrinfo() of a name loads the codec.
@@ -180,20 +188,30 @@ def _become(message: dict[str, Any], descriptors: Sequence[int]) -> None:
         runpy.run_path(words[1], run_name="__main__")
 
 
+def _load(names: Sequence[str]) -> None:
+    """Import what is not there yet, and keep the collector off its pages, which forks share."""
+    new = [name for name in names if name not in sys.modules]
+    for name in new:
+        importlib.import_module(name)
+    if new:
+        gc.collect()
+        gc.freeze()
+
+
 def main() -> None:
     """Fork for each message, until the other end is closed."""
-    for name in _LOADED:
-        __import__(name)
-    gc.collect()
-    gc.freeze()
+    _load(_LOADED)
     requests = socket.socket(fileno=int(sys.argv[1]))
     while True:
         data, descriptors, _, _ = socket.recv_fds(requests, _MESSAGE_BYTES, 64)
         if not data:
             return
+        message = json.loads(data)
+        if message["argv"][1] == "-m":
+            _load(_MODULES[message["argv"][2]])
         pid = _fork()
         if pid == 0:
-            _become(json.loads(data), descriptors)
+            _become(message, descriptors)
             return
         for fd in descriptors:
             os.close(fd)

@@ -9,7 +9,8 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 
 from tests.simulation.handed import Handed
 from tests.simulation.world import World
@@ -36,7 +37,9 @@ def main() -> int:
         command = [sys.executable, "-m", "tests.simulation", *sys.argv[1:]]
         os.execve(sys.executable, command, {**os.environ, "PYTHONHASHSEED": "0"})
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("--seed", type=int, help="replay this one, and trace it")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", help="replay this one, and trace it; or these"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of one life")
     parser.add_argument("--first", type=int, default=1, help="the first seed of many")
     parser.add_argument("--total", type=int, default=1_000_000, help="steps in all")
@@ -44,13 +47,14 @@ def main() -> int:
     parser.add_argument("--handoff", choices=(*KINDS, "any"), default="any", help=HANDOFF)
     parser.add_argument("--verbose", action="store_true", help="with tracebacks")
     arguments = parser.parse_args()
-    if arguments.seed is not None:
-        life(arguments.seed, arguments.steps, arguments.handoff, print).live()
+    if arguments.seed is not None and len(arguments.seed) == 1:
+        life(arguments.seed[0], arguments.steps, arguments.handoff, print).live()
         return 0
-    began, seed, done = time.process_time(), arguments.first, 0
+    began, done = time.process_time(), 0
     ends = time.monotonic() + (arguments.minutes or 0.0) * 60
     seen: Counter[str] = Counter()
     events: Counter[str] = Counter()
+    tried: list[int] = []
     failed: list[int] = []
 
     def goes_on() -> bool:
@@ -58,7 +62,14 @@ def main() -> int:
             return False
         return done < arguments.total if arguments.minutes is None else time.monotonic() < ends
 
-    while goes_on():
+    def chosen() -> Iterator[int]:
+        yield from arguments.seed or ()
+        following = count(arguments.first)
+        while arguments.seed is None and goes_on():
+            yield next(following)
+
+    for seed in chosen():
+        tried.append(seed)
         world = life(seed, arguments.steps, arguments.handoff)
         try:
             world.live()
@@ -72,9 +83,8 @@ def main() -> int:
         seen.update(turns=world.turns, upgrades=world.upgrades, unguarded=world.unguarded)
         events.update(world.events)
         seen.update({f"lost: {why}": count for why, count in world.lost.items()})
-        seed += 1
     took = time.process_time() - began
-    print(f"{done} steps, seeds {arguments.first} to {seed - 1}, {took:.0f} s of CPU")
+    print(f"{done} steps, seeds {tried[0]} to {tried[-1]}, {took:.0f} s of CPU")
     if arguments.verbose:
         print(dict(events.most_common()))
     print(f"{done / took:.0f} steps/s; {dict(seen)}; failed: {failed}")

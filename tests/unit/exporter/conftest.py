@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import DEADLINE_S, Lines
+from tests import forked
+from tests.running import DEADLINE_S, Ended, Lines
 from tests.unit.ctl.fake import Fake
 
 COMMAND = (sys.executable, "-m", "socketprotector.exporter")
@@ -22,7 +23,7 @@ class Exporter:
 
     def __init__(self, *arguments: str | Path, environment: dict[str, str]) -> None:
         receive, send = os.pipe()
-        self.process = subprocess.Popen(
+        self.process = forked.popen(
             [*COMMAND, "--listen", "127.0.0.1:0", *map(str, arguments)],
             stdin=subprocess.DEVNULL,
             stdout=send,
@@ -50,6 +51,19 @@ class Exporter:
         status = self.process.wait(DEADLINE_S)
         self.said.join()
         return status
+
+
+def run(*arguments: str) -> Ended:
+    """Run the program until it ends by itself, as where it refuses something."""
+    with forked.popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return Ended(process.returncode, out, err)
 
 
 @pytest.fixture

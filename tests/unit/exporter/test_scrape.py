@@ -22,7 +22,7 @@ from socketprotector.exporter.collector import ProtectorCollector
 from tests.running import DEADLINE_S
 from tests.together import together
 from tests.unit.ctl.fake import Fake, health, listener, status
-from tests.unit.exporter.conftest import COMMAND, Exporter
+from tests.unit.exporter.conftest import Exporter, run
 
 Start = Callable[..., Exporter]
 Values = dict[tuple[str, str], float]
@@ -318,13 +318,13 @@ def test_it_speaks_tls(
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True)
+    ended = run(*arguments)
 
-    assert done.returncode in (2, 111)
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("socketprotector-exporter: ")
-    assert words in done.stderr
+    assert ended.status in (2, 111)
+    assert ended.out == ""
+    assert len(ended.lines) == 1
+    assert ended.err.startswith("socketprotector-exporter: ")
+    assert words in ended.err
 
 
 def test_without_prometheus_client_it_says_what_to_install() -> None:

@@ -20,7 +20,7 @@ import pytest
 from tests.running import DEADLINE_S, eventually
 from tests.together import together
 from tests.unit.ctl.fake import Fake, Refusing, generation, reload, status, worker
-from tests.unit.exporter.conftest import COMMAND, Exporter
+from tests.unit.exporter.conftest import COMMAND, Exporter, run
 
 Fakes = Callable[[str], Fake]
 Starter = Callable[..., Exporter]
@@ -124,14 +124,8 @@ Look = Callable[[Exporter], Viewer]
 
 
 def refused(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [*COMMAND, "--listen", "127.0.0.1:0", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=DEADLINE_S,
-    )
-    return done.returncode, done.stderr
+    ended = run("--listen", "127.0.0.1:0", *arguments)
+    return ended.status, ended.err
 
 
 # -- who gets it ---------------------------------------------------------------

@@ -21,7 +21,7 @@ from ..core.fleet import Fleet
 from ..core.snapshot import Snapshot
 from ..model.errors import Refusal, SystemRefused, what_failed
 from ..model.settings import ListenerSettings, Settings, SettingsError, load
-from ..system import executable, inherited, pid_file_removal, privileges, process
+from ..system import executable, inherited, pid_file_removal, privileges, process, signals
 from ..system.cpu_quota import Quota, processors
 from ..system.inherited import Inherited
 from ..system.listener import Listener
@@ -57,7 +57,9 @@ def main() -> None:
     descriptors = inherited.receive()
     if inherited.PROBE in descriptors:
         sys.exit(_probe(descriptors))
-    sys.exit(run(descriptors, command))
+    status = run(descriptors, command)
+    signals.block()
+    sys.exit(status)
 
 
 def _probe(descriptors: dict[str, int]) -> int:

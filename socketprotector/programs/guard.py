@@ -296,6 +296,13 @@ class Guard:
 
     def run(self) -> None:
         """Serve until the protector has ended for good; leaves by SystemExit."""
+        try:
+            self.serve()
+        finally:
+            signals.block()
+
+    def serve(self) -> None:
+        """Do so; an exit may still be given another status by a signal."""
         receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         self.start()
         while True:

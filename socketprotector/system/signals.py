@@ -30,5 +30,14 @@ def catch(numbers: Iterable[int]) -> int:
     return receive
 
 
+def block() -> None:
+    """Have none of them decide how this process ends.
+
+    To be called last: as Python ends it gives each signal its default effect back, and one that
+    comes then would be the exit status.  Source: CPython's _PySignal_Fini.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, TO_THE_PROTECTOR)
+
+
 def _is_in_the_pipe(number: int, frame: object) -> None:
     """Do nothing: without a handler the signal would have its default effect."""

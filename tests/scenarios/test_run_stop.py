@@ -152,6 +152,18 @@ def test_a_second_term_is_quick(protector: Start) -> None:
     assert daemon.log.count('how="was killed by SIGKILL"') == 1
 
 
+@pytest.mark.parametrize("guard", [(), ("--guard",)], ids=["alone", "guarded"])
+def test_a_term_amid_the_exit_is_not_its_status(protector: Start, guard: tuple[str, ...]) -> None:
+    daemon = protector(*guard, "127.0.0.1:0", "--", *worker("many")).ready()
+
+    mark = daemon.signal(TERM)
+    daemon.log.wait_for("event=stopped", after=mark)
+    while daemon.process.poll() is None:
+        daemon.signal(TERM)
+
+    assert daemon.wait() == 0
+
+
 @EITHER_HANDOFF
 def test_int_is_quick(protector: Start, handoff: str) -> None:
     daemon = protector("127.0.0.1:0", "--", *worker("ignores_end_of_file")).ready()

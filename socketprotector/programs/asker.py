@@ -308,7 +308,10 @@ def main() -> None:
         os._exit(1)
 
     while True:
-        text, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 1)
+        try:
+            text, fds, _, _ = socket.recv_fds(line, _MOST_BYTES, 1)
+        except ConnectionResetError:  # its other end was closed before what we said was read
+            text, fds = b"", []
         if not text:
             os._exit(0)  # what is under way has nothing to finish
         given = socket.socket(fileno=fds[0]) if fds else None

@@ -407,6 +407,15 @@ def test_it_ends_with_its_line_also_while_a_try_is_under_way() -> None:
         assert came.wait(DEADLINE_S)
 
 
+def test_it_ends_in_silence_also_where_what_it_has_said_is_never_read(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with serving(says(HTTP + b"500 Oh\r\n\r\n")) as address, process(told(address)) as line:
+        line.recv(4096, socket.MSG_PEEK)
+
+    assert capfd.readouterr().err == ""
+
+
 def test_it_forwards_what_comes_to_the_probe_address() -> None:
     """Many at once, both ways, half-closed as they are."""
     whole = os.urandom(300_000)

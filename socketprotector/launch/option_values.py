@@ -125,6 +125,8 @@ TIME = Duration()
 TIME_ABOVE_0 = Duration(zero=False)
 #: Of what is asked again and again: each question is a connection, or a process.
 TIME_EACH = Duration(least_s=0.1)
+#: Below this a machine that is busy for a moment would be the answer.
+TIME_TO_ANSWER = Duration(least_s=0.01)
 HEALTH = Value("http:PATH|accept|check:CMD", _health)
 READY = Value("notify|ack|fd:N|accept|http:PATH|check:CMD|after:TIME", _ready)
 SETTLE_CHECK = Value("check:CMD|http:PATH", _settle_check)

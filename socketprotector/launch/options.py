@@ -32,6 +32,7 @@ from .option_values import (
     TIME,
     TIME_ABOVE_0,
     TIME_EACH,
+    TIME_TO_ANSWER,
 )
 
 #: What a reload that reads a file does with another value, where it is not said in words.
@@ -199,7 +200,7 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("health-failures", click.IntRange(1, _MANY),
                "Bad answers in a row after which they are unhealthy.",
                "health_failures", default=3),
-        Option("health-timeout", TIME_ABOVE_0, "Time allowed for an answer.",
+        Option("health-timeout", TIME_TO_ANSWER, "Time allowed for an answer; 10ms or more.",
                "health_timeout_s", default="2s"),
         Option("retire-after", SHARE,
                "Replace a worker after N connections, varied by up to J; 0: never.\n"

@@ -147,7 +147,7 @@ class CheckCommand:
 def first_program(command: str) -> str:
     """Return which program a shell's command runs first: in the rest there may be secrets."""
     found = _PROGRAM.match(command)
-    return found[1] if found else "sh"
+    return found[1] if found and found[1] != "exec" else "sh"  # exec alone: only redirections
 
 
 def shown(question: str) -> str:

@@ -181,6 +181,7 @@ def test_one_that_cannot_be_started_leaves_nothing(loop: Loop) -> None:
         ("-secret", "sh"),
         ("$SECRET/psql", "sh"),
         ("secret$SECRET", "sh"),
+        ("exec >&- ; secret", "sh"),
         ("secret=", "sh"),
         ("secret() { true; }", "sh"),
         ("(secret)", "sh"),

@@ -91,6 +91,7 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
         (["--health", "check:", "0", "--", "true"], "or check:COMMAND"),
         (["--health", "notify", "0", "--", "true"], "accept or check:COMMAND"),
         (["--health-every", "99ms", "0", "--", "true"], "'99ms': it must be 100ms or more"),
+        (["--health-timeout", "1ms", "0", "--", "true"], "'1ms': it must be 10ms or more"),
         (["--health-every", "0", "0", "--", "true"], "'0': it must be 100ms or more"),
         (["--start-timeout", "0", "0", "--", "true"], "must be above 0"),
         (["--start-tries", "0", "0", "--", "true"], "--start-tries"),

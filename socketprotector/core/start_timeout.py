@@ -6,6 +6,7 @@ The reason of a start that was not ready in time: "not ready within 60 s; ...".
 from __future__ import annotations
 
 from ..model.policy import Policy
+from ..model.text import in_units
 
 #: What to check, for each kind of readiness (--ready).
 READY_HINTS = {
@@ -24,4 +25,4 @@ READY_HINTS = {
 def not_ready(policy: Policy, advice: str) -> str:
     """Return the reason.  advice: what the daemon found out about the cause, or empty."""
     hints = "; ".join(filter(None, (advice, READY_HINTS.get(policy.ready, ""))))
-    return f"not ready within {policy.start_timeout_s:g} s; {hints}"
+    return f"not ready within {in_units(policy.start_timeout_s)}; {hints}"

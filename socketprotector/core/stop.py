@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ..model.text import in_units
 from .events import CloseListeners, Exit, Hold, Report, ReportKind, RouteTo, TimerKind
 from .fleet import LameDuck, Phase, Stop
 from .step import Step
@@ -40,7 +41,9 @@ def _begin_lame_duck(step: Step) -> None:
     policy = step.fleet.policy
     release_hold(step)  # what waits in the backlog is to be taken
     step.fleet = replace(step.fleet, lame_duck=LameDuck.STOPPING, reload_wanted=False)
-    step.do(Report(ReportKind.LAME_DUCK, reason=f"accepts for another {policy.lame_duck_s:g} s"))
+    step.do(
+        Report(ReportKind.LAME_DUCK, reason=f"accepts for another {in_units(policy.lame_duck_s)}")
+    )
     step.start(TimerKind.LAME_DUCK, 0, policy.lame_duck_s)
     if policy.lame_duck_idle_s > 0:
         step.start(TimerKind.LAME_DUCK_IDLE, 0, policy.lame_duck_idle_s)

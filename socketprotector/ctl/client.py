@@ -21,6 +21,7 @@ import time
 from collections import deque
 from typing import Any
 
+from ..model.text import in_units
 from ..system.cleanup import on_error
 from .errors import ConnectionLost, NoProtector, RequestRefused
 
@@ -71,8 +72,9 @@ class Client:
                 return
             except NoProtector as error:
                 if left_s <= _TRY_EVERY_S:
+                    within = in_units(round(limit_s, 1))
                     raise NoProtector(
-                        f"the protector did not come back within {limit_s:g} s ({error})"
+                        f"the protector did not come back within {within} ({error})"
                     ) from error
             time.sleep(_TRY_EVERY_S)
 
@@ -120,7 +122,7 @@ class Client:
         result = self.answer(until)
         if result is None:
             raise NoProtector(
-                f"{self.path}: no answer to {command!r} within {within_s:g} s; "
+                f"{self.path}: no answer to {command!r} within {in_units(round(within_s, 1))}; "
                 "is the protector stopped or starting?",
                 "silent",
             )

@@ -13,6 +13,7 @@ import click
 
 from ..model.duration import Duration
 from ..model.errors import UsageError
+from ..model.text import in_units
 from .cli import NAME, Instance, answer, command, plural, say, tell
 from .client import Client, Message
 from .errors import ControlError, RequestRefused
@@ -77,7 +78,7 @@ def hold(instance: Instance, seconds: float | None, as_json: bool) -> None:
     """
     if seconds is not None:
         result = instance.request("hold", seconds=seconds)
-        answer(as_json, result, f"on hold for {seconds:g} s; release ends it earlier")
+        answer(as_json, result, f"on hold for {in_units(seconds)}; release ends it earlier")
         return
     with instance.client() as client, _asked_to_end() as ended:
         result = client.ask("hold", seconds=_HOLD_EACH_S)
@@ -95,7 +96,7 @@ def _release(client: Client) -> None:
     try:
         client.ask("release")
     except ControlError:
-        tell(f"could not release; it ends by itself within {_HOLD_EACH_S:g} s")
+        tell(f"could not release; it ends by itself within {in_units(_HOLD_EACH_S)}")
 
 
 @contextmanager

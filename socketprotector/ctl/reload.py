@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import click
 
 from ..model.duration import Duration
+from ..model.text import in_units
 from .cli import Instance, answer, command, say, say_json, tell
 from .client import Client, Message
 from .errors import (
@@ -71,7 +72,7 @@ class _Operation:
         """Return how long to wait for the next thing.  Raises TimedOut."""
         left_s = self._until - time.monotonic()
         if left_s <= 0:
-            raise TimedOut(f"not within {self._timeout_s:g} s: still waits for {waits_for}")
+            raise TimedOut(f"not within {in_units(self._timeout_s)}: still waits for {waits_for}")
         return min(left_s, _LOOK_EVERY_S)
 
     def hear(self, timeout_s: float) -> Message | None:
@@ -445,7 +446,7 @@ def _stopping(operation: _Operation) -> None:
             left = words or "the protector"
             seconds = measure(status, "lame_duck_s")
             if seconds is not None and not told:
-                operation.tell(f"lame duck: accepts for another {seconds:.0f} s")
+                operation.tell(f"lame duck: accepts for another {in_units(round(seconds))}")
                 told = True
             if words and shown.is_news(workers, words):
                 operation.tell(f"waits for {words}")

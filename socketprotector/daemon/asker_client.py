@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 
 from ..model.question import Question
+from ..model.text import in_units
 from ..system.channel import rights_of
 from ..system.cleanup import on_error
 from ..system.helper import BackOff, Ended, HelperProcess, Line
@@ -72,7 +73,8 @@ class Asker:
         What is said of an earlier one is not heard any more.  Raises OSError.
         """
         self._number += 1
-        told = [_told(way, asked, limit_s=limit_s, number=self._number)]
+        limit = {"limit_s": limit_s, "limit": in_units(limit_s)}
+        told = [_told(way, asked, **limit, number=self._number)]
         self._line.socket.sendmsg(told, [rights_of(connection.fileno())], socket.MSG_DONTWAIT)
 
     def close(self) -> None:

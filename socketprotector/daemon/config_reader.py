@@ -15,6 +15,7 @@ from dataclasses import field
 
 from ..model.lazy_dataclass import mutable
 from ..model.settings import Settings, SettingsError, dump, load
+from ..model.text import in_units
 from ..system import inherited
 from ..system.helper import HelperProcess, last_line
 from ..system.loop import Loop
@@ -128,7 +129,7 @@ class ConfigReader:
                 self._heard[data.decode("ascii", "replace")] = fd
 
     def _too_late(self, limit_s: float) -> None:
-        self._failure = f"the configuration was not read within {limit_s:g} s"
+        self._failure = f"the configuration was not read within {in_units(limit_s)}"
         if self._process is not None:
             self._process.process.kill_group()
 

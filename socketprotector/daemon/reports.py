@@ -17,7 +17,7 @@ from ..core.stop import CALLED_OFF
 from ..model.history import History
 from ..model.policy import Policy
 from ..model.records import RunRecord
-from ..model.text import headline
+from ..model.text import headline, in_units
 from ..system.log import Log
 from ..system.sd_notify import Systemd
 from .start_report import StartReport
@@ -146,7 +146,7 @@ class Reports:
 
     def _lame_duck(self) -> None:
         seconds = self._policy().lame_duck_s
-        self._stopping(f"lame duck, accepts for up to {seconds:g} s", before_s=seconds)
+        self._stopping(f"lame duck, accepts for up to {in_units(seconds)}", before_s=seconds)
 
     def _stopping(self, reason: str = "", before_s: float = 0.0) -> None:
         """before_s: how long it is until the stop begins."""

@@ -21,6 +21,7 @@ from ..core.events import SettleFailed
 from ..model import question
 from ..model.errors import what_failed
 from ..model.question import Question
+from ..model.text import in_units
 from ..system.check_command import LIMIT_S, CheckCommand
 from .asker_client import KeptAsker
 from .check_probe import CheckProbes
@@ -114,7 +115,7 @@ class SettleCheck:
     def _is_late(self) -> None:
         asks = self._asker is not None and self._asker.now is not None
         why = "" if asks else self._cannot
-        self._is_bad(why or f"no answer within {LIMIT_S:g} s")
+        self._is_bad(why or f"no answer within {in_units(LIMIT_S)}")
 
     def _heard(self, why: str) -> None:
         if why:

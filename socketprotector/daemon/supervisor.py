@@ -32,6 +32,7 @@ from ..core.events import (
 from ..core.fleet import Fleet
 from ..model import fd_budget
 from ..model.lazy_dataclass import mutable
+from ..model.text import in_units
 from ..system import signals
 from ..system.polling import events_of
 from ..system.process import reap_orphans
@@ -223,7 +224,7 @@ class Supervisor:
             )
         elif now >= give_up_at:
             self.upgrade.failed(
-                f"the guard or systemd has not read on for {_BEHIND_S:g} s: it hangs"
+                f"the guard or systemd has not read on for {in_units(_BEHIND_S)}: it hangs"
             )
             return
         self.runtime.loop.call_after(_HAND_OVER, _AGAIN_S, lambda: self._hand_over(give_up_at))

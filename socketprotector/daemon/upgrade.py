@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY
 
 from .. import __version__
 from ..model.lazy_dataclass import mutable
+from ..model.text import in_units
 from ..system import inherited, privileges
 from ..system.helper import HelperProcess, last_line
 from ..system.log import Log
@@ -58,7 +59,7 @@ class Upgrade:
                 self.log.write("info", "upgrading", version=version)
                 ready()
                 return
-            how = f"did not answer in {PROBE_S:g} s" if late else how
+            how = f"did not answer in {in_units(PROBE_S)}" if late else how
             self.failed(f"the new program {how}: {last}")
 
         opened = ExitStack()

@@ -31,6 +31,7 @@ from ..model.errors import what_failed
 from ..model.history import History
 from ..model.records import WorkerRecord
 from ..model.settings import Settings
+from ..model.text import in_units
 from ..system.check_command import LIMIT_S, CheckCommand, first_program
 from ..system.orphans import Orphans
 from ..system.process import End
@@ -401,7 +402,7 @@ class WorkerPool:
                 self._heard(number)  # it may have said so while we were too busy to read
                 if self._loop.due(("word", number)) is not None:
                     return
-                reason = f"no WATCHDOG=1 for {limit_s:g} s"
+                reason = f"no WATCHDOG=1 for {in_units(limit_s)}"
                 self._log.write("error", "hangs", worker=number, reason=reason)
                 self._post(ReplaceRequested(number, reason, hung=True))
 

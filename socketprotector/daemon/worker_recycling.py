@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from ..core.events import ReplaceRequested
 from ..model.settings import Limits, Settings
+from ..model.text import in_units
 from ..system import procfs
 from .runtime import Runtime
 from .worker_spawn import Worker
@@ -94,7 +95,7 @@ def exceeded(
     accepted: connections it has taken, None where they are not counted.
     """
     if limits.age_s and age_s >= limits.age_s:
-        return f"older than {limits.age_s:g} s"
+        return f"older than {in_units(limits.age_s)}"
     if limits.connections and accepted is not None:
         # Not hash(): it differs from one program to the next.
         spread = binascii.crc32(key.encode()) % (2 * limits.spread + 1)

@@ -19,7 +19,7 @@ import click
 
 from ..model.duration import Duration
 from ..model.errors import Refusal, SystemRefused
-from ..model.text import escape
+from ..model.text import escape, in_units
 from .protected import Protected, free_name, lay_out
 from .screen import Screen
 from .story import NotAsPromised, Story
@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     except Refusal as error:
         return _refused(str(error), error.status)
     except subprocess.TimeoutExpired as error:
-        return _refused(f"what it started has not ended within {error.timeout:g} s", FAILED)
+        return _refused(f"what it started has not ended within {in_units(error.timeout)}", FAILED)
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
 

@@ -11,6 +11,7 @@ from operator import attrgetter
 
 from ..model import question
 from ..model.settings import Identity, ListenerSettings, Settings
+from ..model.text import in_units
 from .options import OPTIONS, STAYS
 
 RESTART = "needs a restart"
@@ -40,7 +41,7 @@ def changes(old: Settings, new: Settings) -> Iterator[str]:
 def _ready(settings: Settings) -> str:
     match settings.ready:
         case "after":
-            return f"after:{settings.ready_after_s or 0:g}s"
+            return f"after:{in_units(settings.ready_after_s or 0.0)}"
         case "fd":
             return f"fd:{settings.ready_fd}"
         case "http" | "https":

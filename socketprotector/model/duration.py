@@ -1,5 +1,7 @@
 """Durations as people write them on a command line: of the daemon, and of socketprotectorctl.
 
+How one is shown: text.in_units, which the resident process has without click.
+
 Other kinds of value, which the daemon alone has, are in launch/option_values.py.
 """
 
@@ -11,12 +13,11 @@ from typing import Any
 
 import click
 
-_UNITS = {"us": 0.000_001, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+from .text import UNITS_US, in_units
+
+_UNITS = {unit: us / 1_000_000 for unit, us in UNITS_US.items()}
 #: Several units, the greatest first, each once.
-_LARGEST_FIRST = sorted(_UNITS, key=_UNITS.__getitem__, reverse=True)
-_SEVERAL = re.compile(
-    "(?=.)" + "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _LARGEST_FIRST)
-)
+_SEVERAL = re.compile("(?=.)" + "".join(rf"(?:([0-9]+(?:\.[0-9]+)?){unit})?" for unit in _UNITS))
 
 
 class Value(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1.3 (Debian 12)
@@ -40,7 +41,7 @@ class Duration(Value):
     """`500ms`, `10s`, `1h30m`, `1d` or plain seconds."""
 
     def __init__(self, *, zero: bool = True, least_s: float = 0.0) -> None:
-        super().__init__("TIME", self.read, "{:g} s".format)
+        super().__init__("TIME", self.read, in_units)
         self._zero, self._least_s = zero, least_s
 
     def read(self, text: str) -> float:
@@ -52,17 +53,17 @@ class Duration(Value):
         if seconds == 0 and not self._zero:
             raise ValueError("it must be above 0")
         if seconds < self._least_s:
-            raise ValueError(f"{text!r}: it must be {self._least_s * 1000:g}ms or more")
+            raise ValueError(f"{text!r}: it must be {in_units(self._least_s)} or more")
         return seconds
 
 
 def _seconds(text: str) -> float:
     """Return what a duration is in seconds; -1: it is none."""
     if several := _SEVERAL.fullmatch(text):
-        parts = zip(several.groups("0"), _LARGEST_FIRST, strict=True)
-        return sum(float(number) * _UNITS[unit] for number, unit in parts)
+        parts = zip(several.groups("0"), _UNITS.values(), strict=True)
+        return sum(float(number) * seconds for number, seconds in parts)
     # Whatever else float() takes, before one unit or none.
-    unit = next((u for u in _UNITS if text.endswith(u)), "")
+    unit = next((u for u in reversed(_UNITS) if text.endswith(u)), "")
     try:
         return float(text.removesuffix(unit)) * _UNITS.get(unit, 1.0)
     except ValueError:

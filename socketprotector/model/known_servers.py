@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from .handoff_modes import LISTENER, HandoffMode
 from .lazy_dataclass import frozen
 from .records import Program
+from .text import in_units
 
 _PAGE = "docs/servers.md"
 
@@ -190,7 +191,7 @@ def lacks(
         )
     if after_s is not None:
         return (
-            f"{name} is thought ready after {after_s:g} s, by a timer, so a reload takes an "
+            f"{name} is thought ready after {in_units(after_s)}, by a timer, so a reload takes an "
             "application that cannot be loaded, too, if it takes longer to fail"
         )
     return None

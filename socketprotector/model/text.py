@@ -1,4 +1,4 @@
-"""Words for people: how a process ended, and text that is safe to show.
+"""Words for people: how a process ended, how long a time is, and text that is safe to show.
 
 Pure.  Whatever comes from a worker or a client is escaped before it reaches a
 terminal or a log, so that it cannot forge a line or drive a terminal.
@@ -8,6 +8,16 @@ from __future__ import annotations
 
 #: Ends the first line of a reason that has a worker's last words in the lines after it.
 LAST_WORDS = "; its last words:"
+
+#: The units of times, the greatest first, in microseconds.
+UNITS_US = {
+    "d": 86_400_000_000,
+    "h": 3_600_000_000,
+    "m": 60_000_000,
+    "s": 1_000_000,
+    "ms": 1000,
+    "us": 1,
+}
 
 
 def escape(text: str) -> str:
@@ -37,6 +47,21 @@ def field(value: object) -> str:
     if text and text.isprintable() and not any(mark in text for mark in ' "=\\'):
         return text
     return '"' + escape(text.replace("\\", "\\\\")).replace('"', '\\"') + '"'
+
+
+def in_units(seconds: float) -> str:
+    """Return a time as an operator writes it: 30d, 1h30m, 2.5s, 500ms; to the microsecond."""
+    left = round(seconds * UNITS_US["s"])
+    parts = []
+    for unit in ("d", "h", "m"):
+        count, left = divmod(left, UNITS_US[unit])
+        parts += [f"{count}{unit}"] * bool(count)
+    unit = "s"
+    if not parts and 0 < left < UNITS_US["s"]:
+        unit = "ms" if left >= UNITS_US["ms"] else "us"
+    if left or not parts:
+        parts.append(f"{left / UNITS_US[unit]:f}".rstrip("0").rstrip(".") + unit)
+    return "".join(parts)
 
 
 def ended(exited: bool, status: int, *, dumped: bool = False) -> str:

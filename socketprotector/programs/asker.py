@@ -102,12 +102,13 @@ class Asked:
 
     As the protector sends it: JSON with `address`, `source` and `options` (of the socket) of a
     connection that reaches the generation; and `kind`, `host`, `path` and `good`, all good
-    statuses; and maybe a `number`, and `limit_s` of each try.
+    statuses; and maybe a `number`, and `limit_s` of each try, which is `limit` in words.
     """
 
     def __init__(self, text: bytes) -> None:
         self._told = json.loads(text)
         self._limit_s: float = min(self._told.get("limit_s", LIMIT_S), _LONGEST_S)
+        self._limit: str = self._told.get("limit", f"{LIMIT_S:.0f}s")
         self._late = False
 
     def connect(self, limit_s: float) -> socket.socket:
@@ -147,7 +148,7 @@ class Asked:
                 why = self._fetch(plain, until)
         except TimeoutError:
             self._late = True
-            why = f"no answer within {self._limit_s:g} s"
+            why = f"no answer within {self._limit}"
         except BadAnswer as error:
             why = str(error)
         except http.client.RemoteDisconnected:

@@ -105,7 +105,7 @@ class CheckCommand:
     def _is_late(self, limit_s: float) -> None:
         if self._process is None or self._process.has_ended():
             return  # that is handled next
-        self._why_late = f"{self._program}: no answer within {limit_s:g} s"
+        self._why_late = f"{self._program}: no answer within {text.in_units(limit_s)}"
         with suppress(PermissionError):  # it has become another user's
             self._process.kill_group()
         self._late(self._why_late)

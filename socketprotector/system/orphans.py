@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from ..model.settings import Identity
+from ..model.text import in_units
 from . import privileges, procfs
 from .cleanup import on_error
 from .log import Log
@@ -209,7 +210,7 @@ class Look:
         with theirs, on_error(self._line.close), on_error(loop.unwatch, fd):
             loop.watch(fd, self._hear)
             self._process = Process.forked(lambda: _tell(theirs, wanted, identity))
-        hangs = f"the look at /proc took longer than {_LOOK_S:g} s"
+        hangs = f"the look at /proc took longer than {in_units(_LOOK_S)}"
         loop.call_after(_LIMIT, _LOOK_S, lambda: self._end(hangs))
 
     def _hear(self) -> None:

@@ -148,7 +148,8 @@ def test_a_bad_answer_is_told_in_one_line(serve: Serve, why: str) -> None:
     ],
 )
 def test_each_try_has_an_end(serve: Serve) -> None:
-    assert asked(serve) == "GET /healthz: no answer within 0.3 s"
+    late = asked(serve, limit_s=0.3, limit="300ms")
+    assert late == "GET /healthz: no answer within 300ms"
 
 
 @pytest.mark.usefixtures("soon")
@@ -302,13 +303,13 @@ def test_it_asks_until_it_is_ended() -> None:
     [
         (says(HTTP + b"200 OK\r\n\r\n"), b"+7 "),
         (says(HTTP + b"500 Oh\r\n\r\n"), b"-7 GET /healthz: 500, Oh"),
-        (says(close=False), b"~7 GET /healthz: no answer within 0.2 s"),
+        (says(close=False), b"~7 GET /healthz: no answer within 200ms"),
     ],
 )
 def test_it_asks_once_by_a_connection_that_it_is_given(serve: Serve, says: bytes) -> None:
     """Also while it is being made; and the next one as well."""
     with serving(serve) as address, ExitStack() as closing:
-        question = told(address, limit_s=0.2, number=7)
+        question = told(address, limit_s=0.2, limit="200ms", number=7)
         line = closing.enter_context(process())
         for _ in range(2):
             one = closing.enter_context(socket.socket())

@@ -118,7 +118,7 @@ def test_one_that_writes_without_end_takes_little_of_our_time(
     began = time.monotonic()
     run = Run(loop, "yes", 0.2)
 
-    assert run.wait() == "yes: no answer within 0.2 s"
+    assert run.wait() == "yes: no answer within 200ms"
     run.command.close()
 
     assert 1 < len(reads) < 5 + (time.monotonic() - began) / check_command._READ_EVERY_S
@@ -132,11 +132,11 @@ def test_what_goes_on_writing_elsewhere_does_not_keep_us(loop: Loop) -> None:
 
 def test_one_that_is_late_is_killed_and_its_end_says_why(loop: Loop) -> None:
     run = Run(loop, "sleep 1000", 0.05)
-    assert run.wait() == "sleep: no answer within 0.05 s"
+    assert run.wait() == "sleep: no answer within 50ms"
 
     run.wait()
 
-    assert (run.late, run.said) == (["sleep: no answer within 0.05 s"],) * 2
+    assert (run.late, run.said) == (["sleep: no answer within 50ms"],) * 2
     assert wait_gone([run.pid]) == []
 
 

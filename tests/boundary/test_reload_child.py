@@ -193,7 +193,7 @@ def test_an_address_that_is_bound_already_is_kept_whatever_it_is_called_now(
             ("/bin/sh", "-c", r"printf 'one\n\033[31mred\n' >&2"),
             r"exited with status 0: \x1b[31mred",
         ),
-        (("/bin/sleep", "60"), "the configuration was not read within 0.2 s"),
+        (("/bin/sleep", "60"), "the configuration was not read within 200ms"),
     ],
 )
 def test_whatever_becomes_of_it_there_is_an_answer(

@@ -68,11 +68,11 @@ def test_another_check_is_told_without_its_secrets() -> None:
         (replace(SETTINGS, command=("/srv/web", "s3cret")), ["command: other arguments"]),
         (
             replace(SETTINGS, policy=Policy(settle_s=0.5, stop_first=True)),
-            ["reload-order: start-first -> stop-first", "settle: 0 s -> 0.5 s"],
+            ["reload-order: start-first -> stop-first", "settle: 0s -> 500ms"],
         ),
         (
             replace(SETTINGS, worker_limits=Limits(connections=9, spread=2, age_s=60.0)),
-            ["max-age: 0 s -> 60 s", "retire-after: never -> 9+-2"],
+            ["max-age: 0s -> 1m", "retire-after: never -> 9+-2"],
         ),
         (replace(SETTINGS, drain_signal=3), ["drain-signal: TERM -> QUIT"]),
         (replace(SETTINGS, keep_env=("A", "B")), ["keep-env: all -> A,B"]),

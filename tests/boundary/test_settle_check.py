@@ -92,7 +92,7 @@ def test_a_commands_time_begins_with_it_and_not_with_the_last_answer(
 def test_one_that_takes_too_long_is_killed(loop: Loop) -> None:
     settling = Settling(loop, "sleep 1000", lambda *_: None)
 
-    assert settling.fails() == "sleep: no answer within 0.3 s"
+    assert settling.fails() == "sleep: no answer within 300ms"
 
 
 @pytest.mark.usefixtures("soon")
@@ -118,5 +118,5 @@ def test_what_could_not_be_asked_at_first_is_no_reason_later(
             raise OSError(errno.EMFILE, "Too many open files")
         return WAY
 
-    assert Settling(loop, "http:/", later).fails() == "no answer within 0.3 s"
+    assert Settling(loop, "http:/", later).fails() == "no answer within 300ms"
     assert len(tries) == 3

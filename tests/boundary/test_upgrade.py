@@ -20,7 +20,7 @@ DEADLINE_S = 20.0
 @pytest.mark.parametrize(
     ("command", "limit_s", "why"),
     [
-        ("exec sleep 60", 0.5, "the new program did not answer in 0.5 s: it said nothing"),
+        ("exec sleep 60", 0.5, "the new program did not answer in 500ms: it said nothing"),
         ("echo no >&2; exit 3", DEADLINE_S, "the new program exited with status 3: no"),
     ],
     ids=["silent", "ended"],

@@ -26,7 +26,7 @@ def test_age() -> None:
     limits = Limits(age_s=60.0)
 
     assert of(limits, age_s=59.9) == ""
-    assert of(limits, age_s=60.0) == "older than 60 s"
+    assert of(limits, age_s=60.0) == "older than 1m"
 
 
 def test_connections() -> None:

@@ -123,7 +123,7 @@ def test_the_log_says_what_takes_a_broken_release_of_a_server_without_readiness_
         daemon = protector("--handoff", "listener", *options, "--check", "127.0.0.1:0", *command)
 
         assert daemon.wait() == 0
-        assert ("is thought ready after 1 s, by a timer" in daemon.log.text()) is told
+        assert ("is thought ready after 1s, by a timer" in daemon.log.text()) is told
 
 
 def test_the_log_says_what_a_known_server_that_takes_no_socket_over_lacks(

@@ -112,7 +112,7 @@ def test_it_is_in_no_count(watched: Callable[..., Watched], asked: Asked) -> Non
     for _ in range(3):
         get(one.one.address[1])
     asked.silent()  # so that a question is under way
-    one.until(last="GET /healthz: no answer within 2 s")
+    one.until(last="GET /healthz: no answer within 2s")
 
     found = one.one.status()
     [generation] = found["generations"]
@@ -159,7 +159,7 @@ def test_a_server_that_takes_it_and_hangs_is_unhealthy(
     asked.silent()
     one = watched(HTTP, "--health-timeout", "100ms")
 
-    one.until(state="unhealthy", last="GET /healthz: no answer within 0.1 s")
+    one.until(state="unhealthy", last="GET /healthz: no answer within 100ms")
     one.daemon.stop()
 
 
@@ -272,7 +272,7 @@ def test_a_command_asks_where_it_is_told(watched: Callable[..., Watched], asked:
 def test_a_command_that_hangs_is_ended(watched: Callable[..., Watched], gate: Gate) -> None:
     one = watched(f"check:cat {gate.path}", "--health-timeout", "100ms")
 
-    one.until(state="unhealthy", last="cat: no answer within 0.1 s")
+    one.until(state="unhealthy", last="cat: no answer within 100ms")
     left = children_of(one.daemon.pid)
     one.daemon.stop()
     assert wait_gone(left) == []

@@ -46,7 +46,7 @@ def test_clients_are_served_after_term_until_its_time_is_over(operated: Operatin
         served(load)
         early.hear()
         assert line.ask("stop") == {}
-        assert "accepts for another 3600 s" in line.event("lame-duck")["reason"]
+        assert "accepts for another 1h" in line.event("lame-duck")["reason"]
 
         served(load, 50)
         status = line.status()
@@ -236,7 +236,7 @@ def test_systemd_hears_of_it_with_the_time_of_all_that_is_to_come(
 
     first = manager.hear()
     assert first["STOPPING"] == "1"
-    assert first["STATUS"] == "stopping: lame duck, accepts for up to 1000 s"
+    assert first["STATUS"] == "stopping: lame duck, accepts for up to 16m40s"
     assert int(first["EXTEND_TIMEOUT_USEC"]) > 1_110_000_000
 
     daemon.signal(signal.SIGTERM)

@@ -244,7 +244,7 @@ def replaced(line: Line, count: int) -> list[dict[str, Any]]:
     ("limit", "reason"),
     [
         (("--retire-after", "100+-30"), r"accepted \d+ connections, its limit is ([7-9]|1[0-3])\d"),
-        (("--max-age", "1s"), "older than 1 s"),
+        (("--max-age", "1s"), "older than 1s"),
     ],
     ids=["connections", "age"],
 )

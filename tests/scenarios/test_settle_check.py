@@ -273,7 +273,7 @@ def test_one_that_hangs_is_killed_and_is_a_bad_answer(
 
     line = rolled_back(daemon, mark)
 
-    assert "--settle-check: echo: no answer within 10 s" in line
+    assert "--settle-check: echo: no answer within 10s" in line
     assert wait_gone([int(pid.read_text())]) == []
     daemon.stop()
 

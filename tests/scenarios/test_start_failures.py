@@ -190,7 +190,7 @@ def test_a_worker_that_is_never_ready_is_reported_with_what_ready_means(
 
     assert ended.status == 3, ended
     last = ended.lines[-1]
-    assert last.startswith("SocketProtector: not ready within 0.3 s; ")
+    assert last.startswith("SocketProtector: not ready within 300ms; ")
     for hint in ("READY=1", "socketprotector_client"):
         assert hint in last
     assert "after:" not in last
@@ -214,7 +214,7 @@ def test_what_is_said_of_one_that_is_never_ready_speaks_of_what_was_to_say_so(
     ended = start(*mode, *timed, "--", *worker("never_ready"))
 
     assert ended.status == 3, ended
-    assert re.search(f"not ready within 0.3 s; {hint}", ended.lines[-1])
+    assert re.search(f"not ready within 300ms; {hint}", ended.lines[-1])
     assert "READY=1" not in ended.lines[-1]
     assert start.left() == []
 
@@ -226,7 +226,7 @@ def test_a_worker_that_is_never_ready_and_deaf_is_killed(start: Start) -> None:
         *("--start-timeout", "100ms", "--kill-timeout", "100ms", "127.0.0.1:0", "--", *command)
     )
 
-    refused(ended, 3, "not ready within 0.1 s")
+    refused(ended, 3, "not ready within 100ms")
     assert start.left() == []
 
 

@@ -15,6 +15,7 @@ from ...core.fleet import Fleet, Generation, Phase, State, Worker
 from ...model.listen_fds import ready_after_s
 from ...model.records import Counts, WorkerRecord
 from ...model.settings import Settings
+from ...model.text import in_units
 from ...model.waits import quantile_us
 from ...system import reuseport
 from ...system.check_command import shown
@@ -53,7 +54,7 @@ def of_ready(settings: Settings) -> str:
     """Say what makes a worker ready."""
     match settings.ready:
         case "after":
-            return f"after {settings.ready_after_s or 0:g} s (only a timer)"
+            return f"after {in_units(settings.ready_after_s or 0.0)} (only a timer)"
         case "any":
             asked = ready_after_s(settings) is not None  # else it was given {fd:ready}
             return "notify, ack, a line or accept" if asked else "notify, ack or a line"

@@ -41,7 +41,7 @@ STOPS = [
     CloseListeners(quick=False),
     StartTimer(Deadline(TimerKind.STOP), 30.0),
 ]
-BEGUN = Report(ReportKind.LAME_DUCK, reason="accepts for another 10 s")
+BEGUN = Report(ReportKind.LAME_DUCK, reason="accepts for another 10s")
 LAME_DUCK = Deadline(TimerKind.LAME_DUCK)
 IDLE = Deadline(TimerKind.LAME_DUCK_IDLE)
 

@@ -149,7 +149,7 @@ def test_the_last_answer_is_told_when_it_was_not_ready_in_time(story: Story) -> 
 
     actions = story.when(DeadlinePassed(START_2, answer))
 
-    reason = f"not ready within 60 s; {answer}"
+    reason = f"not ready within 1m; {answer}"
     assert actions[0] == StopAsking(2)
     assert Report(ReportKind.RELOAD_FAILED, 2, reason) in actions
     assert story.serving == {1}

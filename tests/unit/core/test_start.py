@@ -99,7 +99,7 @@ def test_a_first_start_that_takes_too_long_is_not_tried_again(story: Story) -> N
     assert story.when_over(TimerKind.START, 1) == [
         Signal(1, WorkerSignal.TERM),
         StartTimer(Deadline(TimerKind.KILL, 1), 5.0),
-        Report(ReportKind.START_FAILED, 1, f"not ready within 60 s; {READY_HINTS['notify']}"),
+        Report(ReportKind.START_FAILED, 1, f"not ready within 1m; {READY_HINTS['notify']}"),
         CloseListeners(quick=True),
     ]
     assert story.when(WorkerExited(1, "killed by SIGTERM")) == [

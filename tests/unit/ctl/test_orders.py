@@ -89,7 +89,7 @@ def test_hold_for_a_time_returns_at_once(fake: Fake, ctl: Ctl) -> None:
     fake.answers["hold"] = lambda *_: {"until_at": 1.0}
 
     assert ctl("hold", "--for", "2m30s") == Ended(
-        0, "on hold for 150 s; release ends it earlier\n", ""
+        0, "on hold for 2m30s; release ends it earlier\n", ""
     )
     assert fake.asked == [{"command": "hold", "seconds": 150.0}]
 
@@ -271,7 +271,7 @@ def test_stop_says_once_for_how_long_it_still_accepts(
 
     said = ctl("stop")
 
-    assert said == Ended(0, "stopped: web\n", "lame duck: accepts for another 10 s\n")
+    assert said == Ended(0, "stopped: web\n", "lame duck: accepts for another 10s\n")
 
 
 def test_stop_that_takes_too_long_is_status_4(

@@ -278,7 +278,7 @@ def test_an_upgrade_in_the_middle_only_means_to_look_into_status(fake: Fake, ctl
 
 def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl: Ctl) -> None:
     def then(connection: Connection) -> None:
-        fake.status["reloads"] = [reload(9, "failed", "not ready within 1 s")]
+        fake.status["reloads"] = [reload(9, "failed", "not ready within 1s")]
         crashes = [crash(generation=9, last_words="no database\n")]
         fake.answers["crashes"] = lambda *_: {"crashes": crashes}
         connection.cut()
@@ -288,7 +288,7 @@ def test_a_crash_in_the_middle_does_not_make_a_failure_a_success(fake: Fake, ctl
     said = ctl("reload")
 
     assert said.status == 3
-    assert "failed: not ready within 1 s; generation 8 serves on\n  | no database\n" in said.err
+    assert "failed: not ready within 1s; generation 8 serves on\n  | no database\n" in said.err
 
 
 def test_a_request_that_was_cut_off_is_asked_again_unless_it_was_heard(
@@ -360,7 +360,7 @@ def test_a_timeout_is_status_4_and_says_what_is_waited_for(fake: Fake, ctl: Ctl)
 
     assert said.status == 4
     assert said.err.endswith(
-        "not within 2 s: still waits for generation 9 to be ready (0/1 workers are)\n"
+        "not within 2s: still waits for generation 9 to be ready (0/1 workers are)\n"
     )
 
 

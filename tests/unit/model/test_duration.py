@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 
 from socketprotector.model.duration import Duration
+from socketprotector.model.text import in_units
+from tests.running import ROOT
 from tests.together import together
 
 
@@ -49,3 +53,36 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_nothing_at_all_is_refused_where_0_means_nothing() -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         Duration(zero=False).read("0m0s")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("0s", "1us", "20us", "1.5ms", "100ms", "500ms", "999.999ms", "1s", "2.5s", "59s", "1m"),
+        *("1m0.5s", "1m30s", "1h", "1h30m", "1h0.25s", "1d", "1d1s", "1d2h3m4.005006s", "30d"),
+        *("11574d1h46m39s", "11574d1h46m39.999999s"),
+    ],
+)
+def test_they_are_shown_as_an_operator_writes_them(written: str) -> None:
+    assert in_units(Duration().read(written)) == written
+
+
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(0, "0s"), (1e-7, "0s"), (0.1 + 0.2, "300ms"), (59.999_999_9, "1m"), (86_400, "1d")],
+)
+def test_to_the_microsecond(seconds: float, written: str) -> None:
+    assert in_units(seconds) == written
+
+
+def test_no_text_has_a_number_that_may_get_an_exponent() -> None:
+    """2.592e+06 s is how `:g` writes 30 days."""
+    found = [
+        f"{path.name}: {ast.unparse(node)}"
+        for path in (ROOT / "socketprotector").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FormattedValue) and node.format_spec is not None
+        if ast.unparse(node.format_spec).rstrip("'").endswith("g")
+    ]
+
+    assert not found

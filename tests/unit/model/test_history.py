@@ -26,9 +26,9 @@ def test_a_reload_runs_and_then_has_an_outcome() -> None:
     assert begun.reloads == (Reload(2, began_at=10.0),)
     assert begun.reloads[0].result == "running"
 
-    ended = begun.reload_ended(2, "failed", "not ready within 60 s", 70.0)
+    ended = begun.reload_ended(2, "failed", "not ready within 1m", 70.0)
 
-    assert ended.reloads == (Reload(2, "failed", "not ready within 60 s", 10.0, 70.0),)
+    assert ended.reloads == (Reload(2, "failed", "not ready within 1m", 10.0, 70.0),)
 
 
 def test_the_last_reloads_are_kept() -> None:

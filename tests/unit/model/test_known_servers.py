@@ -141,7 +141,7 @@ def test_one_that_loads_an_application_while_a_timer_says_that_it_is_ready_is_wa
     told = lacks(command, after_s=1.0)
 
     assert told is not None
-    assert "is thought ready after 1 s, by a timer" in told
+    assert "is thought ready after 1s, by a timer" in told
     assert lacks(command, after_s=1.0, settles=True) is None
     assert lacks("haproxy -f haproxy.cfg", after_s=1.0) is None
 

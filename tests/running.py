@@ -266,18 +266,27 @@ class Protector:
         self.process.wait()
 
 
+#: By mark: the processes that were there before it.  To read the environment of each one of a
+#: machine was most of what a test costs in its own process; no number comes again within a test.
+_before: dict[str, set[str]] = {}
+
+
+def _processes() -> set[str]:
+    return {name for name in os.listdir("/proc") if name.isdigit()}
+
+
 def marked(mark: str) -> list[int]:
     """The living processes that carry a test's mark in their environment."""
     wanted = f"{MARK}={mark}".encode()
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if wanted in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
+    for name in _processes() - _before[mark]:
+        try:
+            with open(f"/proc/{name}/environ", "rb", buffering=0) as file:
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(name))
+        except OSError:
+            continue
+    return sorted(found)
 
 
 def wait_gone(pids: Sequence[int], deadline_s: float = DEADLINE_S) -> list[int]:
@@ -388,8 +397,10 @@ def ask(address: Address, line: str = "hello", timeout_s: float = DEADLINE_S) ->
 def mark() -> Iterator[dict[str, str]]:
     """An environment that marks what a test starts; at the end nothing with it may live."""
     value = uuid.uuid4().hex
+    _before[value] = _processes()
     yield {MARK: value}
     left = wait_gone(marked(value))
+    del _before[value]
     shown = []
     for pid in left:
         try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import email
+import fcntl
 import os
 import re
 import shutil
@@ -34,9 +35,17 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def dists(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dists")
-    build(ROOT, folder)
-    return folder
+    """All of them, built once for all processes of `pytest -n`, which share a folder."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    made = folder / "dists"
+    with open(folder / "dists.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            build(ROOT, folder / "dists.part")
+            (folder / "dists.part").rename(made)
+    return made
 
 
 def content(wheel: Path) -> dict[str, bytes]:
@@ -184,7 +193,7 @@ def test_installed_they_serve_and_uninstalled_nothing_is_left(
     environment = {
         **marked_environment,
         "PYTHONPATH": ":".join(elsewhere),
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled"),
     }
 
     programs = {each.name for each in (venv / "bin").iterdir()}

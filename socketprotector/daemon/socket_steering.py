@@ -86,6 +86,7 @@ class SocketSteering:
         """
         self._listeners = listeners
         self._loop, self._log, self._post = runtime.loop, runtime.log, runtime.post
+        self._persist = runtime.persist
         self._bound = bound
         self._lost = lost
         self._say_untaken = untaken
@@ -107,8 +108,9 @@ class SocketSteering:
         self._steered = True  # the kernel knows the current one
         self._as_held = True  # and who is to get no answer
         self.hold = ListenerHold(listeners)
-        #: Generations that were asked, which had no clients: what waits there is a question.
-        self._asked: dict[int, socket.socket] = {}
+        #: Listeners and socket numbers to which no client comes: what waits there is a question, of
+        #: this program or one before.
+        self._asked: set[tuple[int, int]] = set()
         #: Of connections that come to a socket whoever gets the clients: its generation is asked.
         self._questions: dict[reuseport.Mark, int] = {}
         #: Of those that serve: where questions came that no worker has taken, and their ends.
@@ -207,8 +209,11 @@ class SocketSteering:
         while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
             pass  # of IPv6 there are few
         self._questions[mark] = socket_number
-        if socket_number != self.current and not _has_waiting(asked):
-            self._asked[generation] = asked
+        place = found.index, socket_number
+        no_clients = socket_number != self._number_for(found) and not _has_waiting(asked)
+        if no_clients and place not in self._asked:
+            self._asked.add(place)
+            self._persist()  # before the first one: the next program finds it, if we are killed
         self._steer()
         if not self._steered:  # they would come to the generation before, which answers
             del self._questions[mark]
@@ -239,15 +244,22 @@ class SocketSteering:
         socket_number = self._accepting.pop(generation, None)
         if socket_number is not None:
             self._leaving[generation] = socket_number, time.monotonic()
-        if (asked := self._asked.pop(generation, None)) is not None:
-            # It has had no clients, and its last questions must not look like some that wait.
-            with suppress(OSError):
-                reuseport.discard_waiting(asked)
+        self._discard_asked()
         if socket_number is not None and socket_number not in self._accepting.values():
             self._discard_questions([each.socket_for(socket_number) for each in self._pairs])
         self.unserved = frozenset(each for each in self.unserved if each[0] != generation)
         self._quiescing.end(generation)
         self._watch()
+
+    def _discard_asked(self) -> None:
+        """Have no question look like a client, where no worker accepts and no client has come."""
+        left = {each for each in self._asked if each[1] not in self._accepting.values()}
+        self._asked -= left
+        for each in self._pairs:
+            for number in (0, 1):
+                if (each.index, number) in left and each in self._own(number):
+                    with suppress(OSError):
+                        reuseport.discard_waiting(each.socket_for(number))
 
     def _discard_questions(self, sockets: Sequence[socket.socket]) -> None:
         """Have none wait where no other client does: no generation is to be started for it."""
@@ -282,11 +294,13 @@ class SocketSteering:
 
         again: its generation had its turn before.  knows: whether it knows a listener, by index.
         """
-        self._asked.clear()  # from now on clients come there
         there = {each.index for each in self._listeners()}
         for index in [each for each in self._expected if each not in there or knows(each)]:
             del self._expected[index]
         self.current = socket_number
+        # From now on clients come there.
+        self._asked -= {(each.index, self._number_for(each)) for each in self._listeners()}
+        self._discard_asked()  # an earlier program may not have come to it
         self._steer()
         self._watch()
         if socket_number in self._accepting.values():
@@ -300,6 +314,7 @@ class SocketSteering:
             tuple(self._expected.items()),
             tuple((generation, *its) for generation, its in self._leaving.items()),
             self.hold.record,
+            tuple(self._asked),
         )
 
     def adopt_record(self, record: SteeringRecord, *, held: bool) -> None:
@@ -311,6 +326,7 @@ class SocketSteering:
         self.unserved = frozenset(record.unserved)
         self._expected = dict(record.expected)
         self._leaving = {generation: (its, at) for generation, its, at in record.leaving}
+        self._asked = set(record.asked)
         if record.hold is not None:
             self.hold.record = record.hold
         else:

@@ -133,6 +133,7 @@ class SteeringRecord:
     ] = ()  # a listener of a candidate, and where its clients go
     leaving: tuple[tuple[int, int, float], ...] = ()  # told to finish: with its socket, and when
     hold: HoldRecord | None = None  # None: of a program whose hold silenced workers' own sockets
+    asked: tuple[tuple[int, int], ...] = ()  # listeners and sockets: only questions wait there
 
 
 @frozen

@@ -79,16 +79,21 @@ class World:
         self.listener = Listener(fds[0], 0, settings, shared=True, sibling=fds[1])
         self.listeners = [self.listener]
         self.clients: list[socket.socket] = []
+        self.written: SteeringRecord | None = None
         self.steering = self._made()
 
     def _made(self) -> SocketSteering:
         return SocketSteering(
             lambda: self.listeners,
-            Runtime(self.loop, cast("Any", self.log), self.post, lambda: True),
+            Runtime(self.loop, cast("Any", self.log), self.post, self.persist),
             bound=self.bound.append,
             lost=lambda listener, why: self.lost.append(listener),
             untaken=lambda *said: self.untaken.append(said),
         )
+
+    def persist(self) -> bool:
+        self.written = self.steering.record()
+        return True
 
     def resume(
         self, *accepting: tuple[int, int], held: bool = False, record: SteeringRecord | None = None
@@ -130,6 +135,15 @@ class World:
 
     def connect(self) -> None:
         self.clients.append(socket.create_connection(self.listener.socket.getsockname()))
+
+    def put_question(self, generation: int) -> None:
+        """Ask a generation and leave it at that, as one that is killed then."""
+        way = self.steering.ask(generation, "")
+        assert way is not None
+        ours = way.connecting()
+        self.clients.append(ours)
+        assert ours.connect_ex(way.target) in (0, errno.EINPROGRESS)
+        assert way.waits(ours)
 
     def accept(self, socket_number: int) -> None:
         self.listener.socket_for(socket_number).accept()[0].close()
@@ -1120,6 +1134,68 @@ def test_a_generation_can_be_asked_amid_a_hold(reloaded: World, generation: int)
         assert not way.waits(ours)
     way.close()
     on_hold(reloaded, False)
+
+
+@pytest.mark.parametrize("goes_on", ["asks", "looks", "does not know it"])
+def test_what_a_killed_program_has_asked_is_no_client_to_the_next_one(
+    reloaded: World, goes_on: str
+) -> None:
+    """Else a generation that failed its dry run is started again for it."""
+    reloaded.put_question(2)
+    known = [(1, 0)] if goes_on == "does not know it" else [(1, 0), (2, 1)]
+    reloaded.resume(*known, record=reloaded.written)  # of before its question
+    if goes_on == "asks":
+        reloaded.put_question(2)
+
+    reloaded.steering.gone(2)
+    reloaded.pass_time(2 * FIRST_RESCUE_S)
+
+    assert reloaded.waiting() == []
+    assert reloaded.stranded == 0
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_client_that_has_come_where_one_was_asked_is_never_discarded(
+    reloaded: World, resumed: bool
+) -> None:
+    reloaded.put_question(2)
+    reloaded.steering.turn_to(1)  # it serves for a moment
+    reloaded.connect()
+    reloaded.steering.turn_to(0)
+    if resumed:
+        reloaded.resume((1, 0), (2, 1))
+    reloaded.steering.gone(2)
+
+    assert reloaded.waiting() == [1]
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_nor_one_of_a_listener_that_only_the_asked_one_has(world: World, resumed: bool) -> None:
+    world.steering.enter(1, 0)
+    world.steering.turn_to(0)
+    world.steering.expect(world.listener, dry_run=False)
+    world.steering.enter(2, world.steering.free)
+    world.put_question(2)
+    world.connect()
+    if resumed:
+        world.resume((1, 0), (2, 1))
+    world.steering.gone(2)
+
+    assert world.waiting() == [1]
+
+
+def test_nor_one_that_its_owner_is_to_accept(reloaded: World) -> None:
+    reloaded.listener.settings = replace(reloaded.listener.settings, foreign=True)
+    reloaded.steering.turn_to(1)
+    reloaded.steering.leave(1)
+    reloaded.steering.gone(1)
+    reloaded.steering.enter(3, 0)
+    reloaded.put_question(3)
+    reloaded.steering.give_back()
+    reloaded.connect()
+    reloaded.steering.gone(3)
+
+    assert reloaded.waiting() == [0]
 
 
 @pytest.mark.parametrize("numbers", [(1, 0), (0, 1), (0, 0), (1,)])

@@ -392,6 +392,13 @@ def test_a_stop_ends_it(waiting: Waiting, beside: Callable[..., Running]) -> Non
     assert wait_gone(tried) == []
 
 
+def not_accepted(port: int) -> int:
+    """How many connections wait to be accepted at a port, by all of its sockets (proc(5))."""
+    lines = [each.split() for each in Path("/proc/net/tcp").read_text("ascii").splitlines()[1:]]
+    listen = f"{port:04X}", "0A"
+    return sum(int(each[4][-8:], 16) for each in lines if (each[1][-4:], each[3]) == listen)
+
+
 @EITHER_HANDOFF
 @pytest.mark.parametrize("how", ["upgrade", "kill"])
 @pytest.mark.parametrize("good", [True, False], ids=["good", "bad"])
@@ -400,13 +407,16 @@ def test_another_protector_goes_on_with_it(
     release: Release,
     gate: Gate,
     beside: Callable[..., Running],
+    handoff: str,
     how: str,
     good: bool,
 ) -> None:
-    one = operated("--guard", command=(str(release.path),))
+    one = operated("--guard", "--ready", "accept", command=(str(release.path),))
     old = pid_in(ask(one.address))
     release.becomes(*gate.before(*(MANY if good else ("/bin/sh", "-c", "exit 3"))))
     trying = begun(one, beside(one))
+    asked = handoff == "listener"
+    eventually(lambda: not_accepted(one.address[1]) == asked, "a question waits at its socket")
 
     if how == "upgrade":
         assert "event=adopted" in upgrade(one.daemon)
@@ -417,6 +427,8 @@ def test_another_protector_goes_on_with_it(
     gate.open()
 
     assert trying.wait() == (0 if good else 3), trying.err.text()
+    one.daemon.log.wait_for("event=drained generation=2")
+    assert not_accepted(one.address[1]) == 0, "for a client, another generation would be started"
     assert pid_in(ask(one.address)) == old
     assert one.status()["route"] == 1
     assert one.status()["reloads"] == []

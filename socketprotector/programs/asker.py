@@ -107,8 +107,10 @@ class Asked:
 
     def __init__(self, text: bytes) -> None:
         self._told = json.loads(text)
-        self._limit_s: float = min(self._told.get("limit_s", LIMIT_S), _LONGEST_S)
-        self._limit: str = self._told.get("limit", f"{LIMIT_S:.0f}s")
+        limit_s: float = self._told.get("limit_s", LIMIT_S)
+        self._limit_s = min(limit_s, _LONGEST_S)
+        words: str = self._told.get("limit", f"{LIMIT_S:.0f}s")
+        self._limit = words if limit_s <= _LONGEST_S else "1d"
         self._late = False
 
     def connect(self, limit_s: float) -> socket.socket:

@@ -162,6 +162,12 @@ def test_an_answer_may_take_longer_than_the_kernel_can_wait(limit_s: float) -> N
         assert asker.Asked(told(address, limit_s=limit_s)).ask(given) == ""
 
 
+def test_a_try_that_is_cut_short_says_for_how_long_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asker, "_LONGEST_S", 0.2)  # of a day
+    late = asked(says(close=False), limit_s=30 * 86_400.0, limit="30d")
+    assert late == "GET /healthz: no answer within 1d"
+
+
 def test_an_answer_that_has_no_end_is_told_by_its_status() -> None:
     assert asked(says(HTTP + b"500 Oh\r\nContent-Length: 5\r\n\r\n", close=False)) == (
         "GET /healthz: 500, Oh"

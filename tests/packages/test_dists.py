@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import email
-import fcntl
 import os
 import re
 import shutil
@@ -23,6 +22,7 @@ import daemon as daemon_library
 import psutil
 import pytest
 
+from tests.c.building import alone_in, shared_folder
 from tests.packages.dists import EPOCH, NAMES, PROJECT, SDISTS, VERSION, WHEELS, build
 from tests.running import ROOT, Protector, ask
 
@@ -35,16 +35,13 @@ PROGRAMS = {
 
 @pytest.fixture(scope="module")
 def dists(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All of them, built once for all processes of `pytest -n`, which share a folder."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    made = folder / "dists"
-    with open(folder / "dists.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    """All of them, built once for all processes of `pytest -n`."""
+    shared = shared_folder(tmp_path_factory)
+    made, unfinished = shared / "dists", shared / "dists.new"
+    with alone_in(shared):
         if not made.exists():
-            build(ROOT, folder / "dists.part")
-            (folder / "dists.part").rename(made)
+            build(ROOT, unfinished)
+            unfinished.rename(made)
     return made
 
 

@@ -26,11 +26,15 @@ Start = Callable[..., Protector]
 def test_the_wall_clock_decides_nothing() -> None:
     """It may jump: so it is only read for people, and compared with nothing."""
     wall = {"time.time", "time.localtime", "time.gmtime", "time.strftime", "datetime.now"}
+    last = {"CLOCK_REALTIME", *(each.rpartition(".")[2] for each in wall)}
 
     def reads(tree: ast.AST) -> bool:
         return any(
-            ast.unparse(node) in wall
-            or (isinstance(node, ast.Attribute) and node.attr == "CLOCK_REALTIME")
+            (
+                isinstance(node, ast.Attribute)
+                and node.attr in last
+                and (node.attr == "CLOCK_REALTIME" or ast.unparse(node) in wall)
+            )
             or (isinstance(node, ast.ImportFrom) and node.module == "time")
             for node in ast.walk(tree)
         )

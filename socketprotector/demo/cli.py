@@ -30,7 +30,11 @@ _LOG_LINES = 20
 #: So that the path of a control socket below it has 107 bytes at most: unix(7).
 _DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-YOUR_TURN = "Now yours, say: SocketProtector -f --handoff listener 8000 -- gunicorn app:app"
+#: Wrapped like all that it says; the words to copy are README's.
+YOUR_TURN = (
+    "Now yours, say: "
+    "SocketProtector -f --handoff listener --ready notify 8000 -- gunicorn --preload app:app"
+)
 
 
 @click.command(

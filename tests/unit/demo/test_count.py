@@ -22,6 +22,7 @@ from socketprotector.demo.screen import Screen
 from socketprotector.demo.seen import Failure, Kill, split_by_kills
 from socketprotector.demo.story import Story
 from socketprotector.launch import listen_spec
+from socketprotector.model import handoff_modes, known_servers
 from socketprotector.model.errors import UsageError
 
 KILL = Kill(10.0, frozenset({4000}))
@@ -109,6 +110,17 @@ def test_where_nothing_was_served_nothing_was_shown(told: io.StringIO) -> None:
 def test_no_listener_is_called_as_the_demo_is() -> None:
     with pytest.raises(UsageError):
         listen_spec.parse("demo", os.sep)
+
+
+def test_of_the_command_line_it_ends_with_nothing_is_warned() -> None:
+    options, _, command = cli.YOUR_TURN.partition(" -- ")
+
+    assert "--handoff listener" in options
+    assert "--ready notify" in options  # so no timer says that it is ready
+    told = known_servers.lacks(
+        command.split(), (), mode=handoff_modes.LISTENER, settles=False, after_s=None
+    )
+    assert told is None
 
 
 def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

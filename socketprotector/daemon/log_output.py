@@ -150,12 +150,19 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Say where a worker's words are when they are not known here."""
+        """Say where a worker's words are when they are not known here.
+
+        Whoever reads that may sit at another terminal than the one that has them.
+        """
         if self._log_file is not None:
             return f"see {self._log_file}"
         if self._to_syslog:
             return "see syslog"
-        return "see the journal" if is_journal() else "see above for what it said"
+        if is_journal():
+            return "see the journal"
+        place = "the terminal" if os.isatty(_STDERR) else "stderr"
+        kept = "" if self._relayed else "; --log-prefix keeps what workers say"
+        return f"what it said is on {place} of SocketProtector -f{kept}"
 
 
 def _lines(data: bytes) -> str:

@@ -305,7 +305,9 @@ GROUPS: Mapping[str, Sequence[Option]] = {
         Option("log-format", click.Choice(FORMATS), "Format of each line.\n"
                "text: key=value, in colour on a terminal unless NO_COLOR is set. json: one object "
                "a line.", "log_format", STAYS, default="text"),
-        Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].",
+        Option("log-prefix", FLAG, "Begin each line of a worker with [GENERATION PID].\n"
+               "Then the last words of one that failed are known with -f and in the journal, too "
+               "(docs/log.md).",
                "log_prefix", STAYS),
         Option("no-log-relay", FLAG, "Let workers write to the log file or to syslog themselves.\n"
                "Then those that run go on with the old file after a rotation, and the last words "

@@ -144,7 +144,9 @@ def test_a_worker_that_exits_at_once_where_its_output_cannot_be_read_back_says_w
 
     assert ended.status == 3
     assert "exited with status 1 before it was ready" in ended.lines[-1]
-    assert "see above for what it said" in ended.lines[-1]
+    assert ended.lines[-1].endswith(
+        "; what it said is on stderr of SocketProtector -f; --log-prefix keeps what workers say"
+    )
 
 
 def test_control_characters_in_last_words_are_escaped(start: Start) -> None:

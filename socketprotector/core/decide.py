@@ -66,6 +66,8 @@ def _answer(step: Step, event: Event) -> None:
             reload.answered(step, number)
         case events.SettleFailed(number, reason):
             reload.settle_failed(step, number, reason)
+        case events.HandingOver():
+            reload.call_off_dry_run(step, reload.UPGRADED)
         case events.Stranded():
             reload.renew(step)
         case events.ChannelBroken(number, served_s):
@@ -116,7 +118,7 @@ def _deadline_passed(step: Step, deadline: Deadline, advice: str) -> None:
 def _go_on(step: Step) -> None:
     """Do what has become possible; wherever nothing has, this changes nothing."""
     reload.serve_if_ready(step)
-    reload.call_off_dry_run(step)
+    reload.try_nothing_unserved(step)
     reload.begin_if_wanted(step)
     _release_what_is_gone(step)
     reload.open_if_due(step)

@@ -177,6 +177,11 @@ class SettleFailed(Event):
 
 
 @frozen
+class HandingOver(Event):
+    """Another program is to go on, which may be an older one that knows of no dry run."""
+
+
+@frozen
 class Stranded(Event):
     """Clients wait where no generation accepts any more."""
 

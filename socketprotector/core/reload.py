@@ -19,6 +19,8 @@ from .stop import stop_quickly
 
 #: The exit status of a start that failed (3: rolled back).
 START_FAILED = 3
+#: What becomes of a dry run when the program is replaced.
+UPGRADED = "called off: the protector is being upgraded"
 #: Why there is no dry run under that order.
 STOP_FIRST = "with --reload-order stop-first the old workers end before the new ones start"
 
@@ -119,17 +121,22 @@ def _report_failure(step: Step, number: int, reason: str) -> None:
     step.do(Report(news, number, reason))
 
 
-def call_off_dry_run(step: Step) -> None:
+def try_nothing_unserved(step: Step) -> None:
     """Try nothing while no generation serves: the last good one is to do so again."""
-    fleet = step.fleet
-    if not fleet.dry_run or fleet.of(Phase.SERVING):
+    if not step.fleet.of(Phase.SERVING):
+        call_off_dry_run(step, "the generation that served has failed meanwhile")
+
+
+def call_off_dry_run(step: Step, reason: str) -> None:
+    if not step.fleet.dry_run:
         return
-    reason = "the generation that served has failed meanwhile"
-    starting = fleet.of(Phase.STARTING)
+    starting = step.fleet.of(Phase.STARTING)
     if starting:
         fail(step, starting.number, reason)
     else:
         step.forget_settings()
+        if step.fleet.to_open is Next.FRESH:
+            step.fleet = replace(step.fleet, to_open=None)
         _fail_unopened(step, reason)
 
 

@@ -2,6 +2,9 @@
 
 Pure data.  Its classes are what the state is written in, by name: one that is renamed must still be
 read (RENAMED), and so must what is arranged otherwise than before (_from_format_2).
+
+An older program can be started again, too: it leaves out a field that it does not know, but cannot
+read a class or a value that it does not know.  So what is new has a field of its own.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 #: What another program has to do that finds it ordered, as the fleet does not tell.
-Undone = Signal | Retire | UseSettings | Report
+Undone = Signal | Retire | UseSettings
 
 
 @frozen
@@ -62,6 +65,7 @@ class Snapshot:
     run: RunRecord = field(default_factory=RunRecord)
     log_level: str = ""  # asked for meanwhile
     version: str = ""  # of the program that wrote this
+    unsaid: tuple[Report, ...] = ()  # ordered like what is unfinished
 
 
 #: All classes that a Snapshot is made of.

@@ -277,12 +277,20 @@ def _back(operation: _Operation, watched: Reload) -> None:
 
 
 def _gone(operation: _Operation, watched: Reload, generation: int) -> None:
-    """Wait until a generation that was tried has ended, or its protector has."""
+    """Wait until a generation that was tried has ended, or its protector has.
+
+    Raises NewVersionFailed where it serves: an older protector has taken that for a reload.
+    """
     waits_for = f"generation {generation} to end"
     while True:
         try:
             status = operation.client.request("status")
             watched.looked(status)
+            if status.get("route") == generation:
+                raise NewVersionFailed(
+                    f"generation {generation} serves: version {status.get('version')}, which goes "
+                    "on, has no dry run, and has reloaded"
+                )
             there = listed(status, "generations")
             if all(number_in(each, "number") != generation for each in there):
                 return

@@ -78,7 +78,7 @@ from .start_report import StartReport
 from .worker_pool import WorkerPool
 
 #: Actions that another program has to know of while they are not carried out.
-RECORDED = Undone | StartTimer
+RECORDED = Undone | Report | StartTimer
 #: Reports of a generation that has proved itself, where that is asked for.
 _SUCCESS = (ReportKind.READY, ReportKind.RELOADED, ReportKind.RECOVERED)
 #: How soon to look again whether a good answer has come after --settle.
@@ -260,6 +260,7 @@ class Effects:
             run=self.reports.run,
             log_level=self._log.level,
             version=__version__,
+            unsaid=tuple(a for a in actions if isinstance(a, Report)),
         )
 
     def descriptors(self) -> dict[str, int]:

@@ -18,6 +18,7 @@ from dataclasses import KW_ONLY, field
 from ..core.decide import decide, resume
 from ..core.events import (
     Action,
+    HandingOver,
     Hold,
     Launched,
     Open,
@@ -102,7 +103,7 @@ class Supervisor:
         self._working = True  # what comes back meanwhile waits until all of it stands again
         now = time.monotonic()
         left_s = {each: due - now for each, due in snapshot.timers}
-        self._order(resume(self.fleet, left_s, snapshot.unfinished))
+        self._order(resume(self.fleet, left_s, (*snapshot.unfinished, *snapshot.unsaid)))
         self.queue.add(recovery.adopt())
         self._act(Hold, RouteTo)  # so that no client has to wait for what follows
         for events in recovery.adopt_workers():
@@ -187,6 +188,8 @@ class Supervisor:
 
         give_up_at: where the guard or systemd was waited for before.
         """
+        if self.fleet.dry_run:
+            self.runtime.post(HandingOver())
         if not self.checkpoint.store.flushed:  # the next program relies on that
             self._hand_over_later(give_up_at)
             return

@@ -400,15 +400,13 @@ def not_accepted(port: int) -> int:
 
 
 @EITHER_HANDOFF
-@pytest.mark.parametrize("how", ["upgrade", "kill"])
 @pytest.mark.parametrize("good", [True, False], ids=["good", "bad"])
-def test_another_protector_goes_on_with_it(
+def test_another_protector_goes_on_with_it_after_a_kill(
     operated: Operating,
     release: Release,
     gate: Gate,
     beside: Callable[..., Running],
     handoff: str,
-    how: str,
     good: bool,
 ) -> None:
     one = operated("--guard", "--ready", "accept", command=(str(release.path),))
@@ -418,10 +416,7 @@ def test_another_protector_goes_on_with_it(
     asked = handoff == "listener"
     eventually(lambda: not_accepted(one.address[1]) == asked, "a question waits at its socket")
 
-    if how == "upgrade":
-        assert "event=adopted" in upgrade(one.daemon)
-    else:
-        revived(one.daemon, kill_protector(one.daemon))
+    revived(one.daemon, kill_protector(one.daemon))
     assert pid_in(ask(one.address)) == old
     assert one.status()["dry_run"]["result"] == "running"
     gate.open()
@@ -432,6 +427,28 @@ def test_another_protector_goes_on_with_it(
     assert pid_in(ask(one.address)) == old
     assert one.status()["route"] == 1
     assert one.status()["reloads"] == []
+    one.daemon.stop()
+
+
+@EITHER_HANDOFF
+def test_an_upgrade_calls_it_off(waiting: Waiting, beside: Callable[..., Running]) -> None:
+    """To an older version, which knows of no dry run, it would be a reload."""
+    one = waiting.one
+    trying = begun(one, beside(one))
+    tried = spawned(one.daemon, 2)
+
+    assert "event=adopted" in upgrade(one.daemon)
+
+    assert trying.wait() == 3
+    said = trying.err.text().splitlines()[-1]
+    assert "generation 2 failed: called off: the protector is being upgraded" in said
+    assert wait_gone(tried) == []
+    one.daemon.log.wait_for("event=drained generation=2")
+    assert not_accepted(one.address[1]) == 0
+    assert pid_in(ask(one.address)) == waiting.old
+    status = one.status()
+    assert (status["route"], status["reloads"]) == (1, [])
+    assert status["dry_run"]["result"] == "failed"
     one.daemon.stop()
 
 

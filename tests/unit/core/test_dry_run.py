@@ -17,6 +17,7 @@ from socketprotector.core.events import (
     DryRunRequested,
     Event,
     ForgetSettings,
+    HandingOver,
     LameDuckRequested,
     Launched,
     Open,
@@ -42,7 +43,7 @@ from socketprotector.core.events import (
     WorkerSignal,
 )
 from socketprotector.core.fleet import Fleet, Next, Policy
-from socketprotector.core.reload import STOP_FIRST
+from socketprotector.core.reload import STOP_FIRST, UPGRADED
 from socketprotector.core.stop import CALLED_OFF
 from socketprotector.model.policy import STANDBY_S
 from tests.unit.conftest import Story
@@ -252,6 +253,39 @@ def test_a_stop_calls_it_off(story: Story, quick: bool) -> None:
     assert failed(CALLED_OFF) not in story.when(StopRequested(quick))
     assert Signal(2, WorkerSignal.TERM) not in story.when(WorkerReady(2))
     assert not story.starting
+
+
+def test_an_upgrade_calls_it_off_for_the_next_program_may_know_of_none(story: Story) -> None:
+    story.given_serving().and_also(DryRunRequested())
+
+    actions = story.when(HandingOver())
+
+    assert actions[-1] == failed(UPGRADED)
+    assert Signal(2, WorkerSignal.TERM) in actions
+    assert not story.fleet.dry_run
+    story.and_also(WorkerExited(2, "ended"))
+    assert story.when(HandingOver()) == []
+    assert story.starting == set()
+
+
+def test_also_before_it_is_opened(configured: Story) -> None:
+    before = configured.fleet
+    configured.and_also(DryRunRequested())
+    actions = configured.when(HandingOver())
+
+    assert failed(UPGRADED) in actions
+    assert ForgetSettings() in actions
+    assert configured.when(SettingsRead(Policy(), 2)) == []
+    as_before(configured, before)
+
+
+def test_and_while_it_waits_for_those_that_still_accept(story: Story) -> None:
+    story.given_serving(Policy(workers_accept=True))
+    story.and_also(ReloadRequested(), WorkerReady(2), DryRunRequested())
+    assert story.fleet.to_open is Next.FRESH
+
+    assert story.when(HandingOver()) == [replace(failed(UPGRADED), generation=3)]
+    assert story.fleet.to_open is None
 
 
 def test_a_stop_in_its_last_second_leaves_no_timer(story: Story) -> None:

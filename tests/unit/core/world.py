@@ -29,6 +29,7 @@ from socketprotector.core.events import (
     Event,
     Exit,
     ForgetSettings,
+    HandingOver,
     Hold,
     HoldReleased,
     HoldRequested,
@@ -455,6 +456,7 @@ class World:
         yield LameDuckRequested(False)
         yield RenewRequested()
         yield Stranded()
+        yield HandingOver()
         yield from map(KillRequested, self.channels)
         for number in self.processes:
             yield ReplaceRequested(number, "too old")

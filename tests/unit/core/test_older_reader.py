@@ -1,0 +1,49 @@
+"""What an older program can make of a state: it leaves out fields that it does not know, no more.
+
+A guard or systemd may start one after a kill, and an upgrade may be to one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, get_args, get_type_hints
+
+from socketprotector.core.snapshot import Snapshot
+from socketprotector.model import settings
+
+#: Fields that were added since, each with what older programs do not know.
+ADDED = {"Snapshot.unsaid", "SteeringRecord.hold"}
+#: Classes and values that all programs know which read format 3.
+KNOWN = """
+Candidate Counts Crash Deadline Fleet ForwarderRecord Generation GenerationRecord History
+LameDuck.off LameDuck.on LameDuck.stopping Next.fresh Next.last-good Phase.abandoned
+Phase.draining Phase.serving Phase.settling Phase.starting Program Reload Retire RunRecord
+SettingsRecord Signal Snapshot State.orphaned State.ready State.retiring State.starting
+State.waiting SteeringRecord Stop.graceful Stop.quick TimerKind.drain TimerKind.hold
+TimerKind.kill TimerKind.lame-duck TimerKind.lame-duck-idle TimerKind.open TimerKind.settle
+TimerKind.start TimerKind.stop TimerKind.turn TimerKind.worker-kill TimerKind.worker-respawn
+TimerKind.worker-retire TimerKind.worker-start UseSettings Worker WorkerRecord WorkerSignal.ABRT
+WorkerSignal.KILL WorkerSignal.TERM
+"""
+
+
+def found_in(kind: Any, seen: set[Any]) -> Iterator[str]:
+    """Yield the names of classes and values that may be in a state, where older programs look."""
+    for each in get_args(kind):
+        yield from found_in(each, seen)
+    if not isinstance(kind, type) or kind in seen or kind in settings.CLASSES:
+        return  # settings that it does not know it refuses in words
+    seen.add(kind)
+    if issubclass(kind, Enum):
+        yield from (f"{kind.__name__}.{each.value}".replace(" ", "-") for each in kind)
+    elif is_dataclass(kind):
+        yield kind.__name__
+        for name, inside in get_type_hints(kind).items():
+            if f"{kind.__name__}.{name}" not in ADDED:
+                yield from found_in(inside, seen)
+
+
+def test_there_is_nothing_in_older_fields_that_an_older_program_cannot_read() -> None:
+    assert {*found_in(Snapshot, set())} - {*KNOWN.split()} == set()

@@ -37,30 +37,40 @@ def defer(name: str) -> None:
     sys.modules.setdefault(name, _Later(name))
 
 
+def _loaded() -> None:
+    """Look for garbage from now on, and only among what is made from now on."""
+    gc.freeze()
+    gc.enable()
+
+
 def main() -> None:
     """Run the one or the other, and exit with its status."""
+    # What is imported stays: to look for garbage among it took a quarter of a start, and most of
+    # the end.
+    gc.disable()
     if inherited.is_for_reader():
         from .launch import reload_child
 
+        _loaded()
         sys.exit(reload_child.main())
     if inherited.is_ours():
         defer("inspect")
         # Until its handlers stand a signal waits: it would end this program, and its workers go
         # on alone. The others who execute us have blocked them; systemd blocks nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        # What is imported stays: to look for garbage among it took a quarter of the start.
-        gc.disable()
         from .daemon import resident
 
-        gc.enable()
+        _loaded()
         resident.main()
     elif sys.argv[1:2] == ["demo"]:
         from .demo import cli as demo
 
+        _loaded()
         sys.exit(demo.main(sys.argv[2:]))
     else:
         from .launch import cli
 
+        _loaded()
         sys.exit(cli.main(sys.argv[1:]))
 
 

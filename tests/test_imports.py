@@ -306,6 +306,21 @@ def test_a_program_that_stays_beside_the_protector_stays_small(name: str) -> Non
     assert not {each.partition(".")[0] for each in loaded} & (own | {"socket"})
 
 
+@pytest.mark.parametrize(
+    ("asked", "module"), [("is_ours", "daemon.resident"), ("is_for_reader", "launch.reload_child")]
+)
+def test_garbage_is_looked_for_but_not_among_what_is_imported(asked: str, module: str) -> None:
+    code = f"""import gc, sys
+from socketprotector import __main__ as program
+import socketprotector.{module} as does
+program.inherited.{asked} = lambda: True
+does.main = lambda: print(gc.isenabled(), gc.get_freeze_count() > 1000)
+program.main()"""
+    command = [sys.executable, "-c", code]
+
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "True True\n"
+
+
 def test_no_test_module_is_imported() -> None:
     """What two of them need has a module of its own, where the next one looks for it."""
     found = [

@@ -656,7 +656,7 @@ def test_a_file_that_takes_too_long_to_read_is_a_failed_reload(gated: Gated) -> 
     gated.file.says(f'start-timeout = "{FAIR_START_S}s"')
     daemon = gated.start()
 
-    assert f"the configuration was not read within {FAIR_START_S} s" in failed_reload(daemon)
+    assert f"the configuration was not read within {FAIR_START_S}s" in failed_reload(daemon)
     gated.through(daemon, "event=reloaded", reading(daemon))
 
 

@@ -8,11 +8,14 @@ a configuration again for it.  `demo` as the first word, which is no LISTEN, is 
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 from types import ModuleType
 
 from .system import inherited
+
+_INTERRUPTED = 130
 
 
 class _Later(ModuleType):
@@ -63,6 +66,9 @@ def main() -> None:
         _loaded()
         resident.main()
     elif sys.argv[1:2] == ["demo"]:
+        # What it loads first takes a moment, and can be cut off without a trace of it.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
         from .demo import cli as demo
 
         _loaded()

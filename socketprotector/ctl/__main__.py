@@ -14,6 +14,7 @@ import click
 from click.shell_completion import ShellComplete, get_completion_class
 
 from ..model.errors import Refusal
+from ..model.text import in_one_line
 from . import orders, queries, reload, top
 from .cli import NAME, Instance, Interrupted, OutputClosed, command, complain, program, say_json
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Interrupted, click.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
+        message = in_one_line(error.format_message())
         context = getattr(error, "ctx", None)
         complain(f"{message}; see {context.command_path if context else NAME} --help")
         return error.exit_code

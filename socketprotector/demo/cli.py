@@ -6,6 +6,7 @@ Every error is one line: what, where, how to fix it.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,13 +20,15 @@ import click
 
 from ..model.duration import Duration
 from ..model.errors import Refusal, SystemRefused
-from ..model.text import escape, in_units
+from ..model.text import escape, in_one_line, in_units
 from .protected import Protected, free_name, lay_out
 from .screen import Screen
 from .story import NotAsPromised, Story
 
 NAME = "SocketProtector demo"
 FAILED, INTERRUPTED = 1, 130
+#: With fewer, fewer clients come than are announced: it was tried with 64 and with 128.
+_DESCRIPTORS = 128
 _LOG_LINES = 20
 #: So that the path of a control socket below it has 107 bytes at most: unix(7).
 _DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
@@ -48,8 +51,8 @@ YOUR_TURN = (
 
     It needs neither root nor a free port that is known before, and leaves nothing behind.
 
-    Exit status: 0: no connection failed; 1: some have, or something else went wrong; 130:
-    interrupted.
+    Exit status: 0: no connection failed; 1: some have, or it did not do what it promises; 111:
+    this machine lacks something, and the message says what; 130: interrupted.
     """,
 )
 @click.option("--pause", default="3s", type=Duration(), help="How long each step is shown.")
@@ -87,6 +90,11 @@ class _Stops:
 
 def _run(pause_s: float) -> int:
     """Show the demo; return its exit status.  Raises Refusal."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= descriptors < _DESCRIPTORS:
+        raise SystemRefused(
+            f"{descriptors} open files are too few to show anything: ulimit -n {_DESCRIPTORS}"
+        )
     stops, screen = _Stops(), Screen()
     protected, name = None, free_name()
     stops.hold()
@@ -136,7 +144,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
+        message = in_one_line(error.format_message())
         return _refused(f"{message}; see {NAME} --help", error.exit_code)
     except Refusal as error:
         return _refused(str(error), error.status)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from ..ctl.client import Message
 from ..ctl.fields import number_in
+from ..model.errors import SystemRefused
 from ..model.text import escape
 from ..system.cleanup import on_error
 from .kill import kill
@@ -29,6 +30,11 @@ PER_S = 500
 CONCURRENCY = 16
 #: Clients that stay for 2.5 s, so that each reload finds some that are being served.
 LASTING = 6
+#: A port that was used is free again after a second: tcp_tw_reuse, of loopback.
+NEEDS = (
+    f"they need the loopback interface up, and {2 * PER_S:,} free local ports "
+    "(sysctl net.ipv4.ip_local_port_range)"
+)
 SHOW_EVERY_S = 1.0
 #: For a start, or a return, on a machine that is short of everything.
 LIMIT_S = 60.0
@@ -54,7 +60,10 @@ class Story:
         self._drawn_s, self._drawn = time.monotonic(), 0
 
     def tell(self) -> bool:
-        """Tell all of it; return whether no connection failed.  Raises NotAsPromised."""
+        """Tell all of it; return whether no connection failed.
+
+        Raises NotAsPromised, and SystemRefused where this machine lacks what the clients need.
+        """
         with ExitStack() as opened:
             opened.callback(self._hurry)
             self._start(opened)
@@ -132,7 +141,7 @@ class Story:
 
     def _verdict(self) -> bool:
         whole = [load.join() for load in self._loads]
-        ended, failed = split_by_kills(_failures(whole), self._kills)
+        ended, failed = self._split(whole)
         connections = sum(each.connections for each in whole)
         self._screen.say()
         for each in failed[:_FAILURES_SHOWN]:
@@ -216,7 +225,7 @@ class Story:
         now = [load.snapshot() for load in self._loads]
         since = [a.since(b) for a, b in zip(now, self._shown, strict=True)]
         self._shown = now
-        ended, failed = split_by_kills(_failures(since), self._kills)
+        ended, failed = self._split(since)
         slowest_ms = max(each.latency_us(1.0) for each in since) / 1000
         text = f"{sum(each.connections for each in since):,} connections, {len(failed)} failed"
         text += f"; the slowest was answered after {slowest_ms:.0f} ms"
@@ -227,6 +236,17 @@ class Story:
     def _hurry(self) -> None:
         for load in self._loads:
             load.hurry()
+
+    def _split(self, loads: list[Snapshot]) -> tuple[list[Failure], list[Failure]]:
+        """Return the failures (of connections that a killed process held, all others).
+
+        Raises SystemRefused if one is the clients' own: then the rest would not say anything.
+        """
+        failures = [failure for load in loads for failure in load.failures]
+        for each in failures:
+            if each.kind == "local":
+                raise SystemRefused(f"this machine cannot make the clients: {each.detail}; {NEEDS}")
+        return split_by_kills(failures, self._kills)
 
     # -- what is shown -----------------------------------------------------------
 
@@ -247,14 +267,10 @@ class Story:
             return
         now = [load.snapshot() for load in self._loads]
         count = sum(each.connections for each in now)
-        _, failed = split_by_kills(_failures(now), self._kills)
+        _, failed = self._split(now)
         per_s = (count - self._drawn) / since_s
         self._drawn_s, self._drawn = self._drawn_s + since_s, count
-        self._screen.now(f"{per_s:,.0f} connections/s   {count:,} so far   {len(failed)} failed")
-
-
-def _failures(loads: list[Snapshot]) -> list[Failure]:
-    return [failure for load in loads for failure in load.failures]
+        self._screen.now(f"{len(failed)} failed   {count:,} so far   {per_s:,.0f} connections/s")
 
 
 def _ended(failures: list[Failure]) -> str:

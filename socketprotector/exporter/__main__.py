@@ -18,7 +18,7 @@ import click
 
 from .. import __version__
 from ..model.errors import Refusal, SystemRefused, UsageError
-from ..model.text import escape
+from ..model.text import escape, in_one_line
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as error:
         return error.exit_code
     except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
+        message = in_one_line(error.format_message())
         _say(f"{message}; see --help")
         return error.exit_code
     except Refusal as error:

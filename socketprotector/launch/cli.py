@@ -17,6 +17,7 @@ import click
 from ..model import known_servers
 from ..model.errors import Refusal, UsageError
 from ..model.settings import ListenerSettings, Settings
+from ..model.text import in_one_line
 from ..system import inherited, signals
 from ..system.cleanup import on_error
 from ..system.terminal import STDERR, STDOUT, tell
@@ -161,7 +162,7 @@ def ask(
             words, prog_name="SocketProtector", standalone_mode=False, obj=resolver
         )
     except click.ClickException as error:
-        message = error.format_message().rstrip(".").replace("\n", " ")
+        message = in_one_line(error.format_message())
         raise UsageError(f"{message}; see --help") from error
     return found if isinstance(found, ParsedOptions) else None  # else it is a status
 

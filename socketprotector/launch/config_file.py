@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from ..model.errors import UsageError
+from ..model.text import in_one_line
 from ..system import env_file
 from . import toml_lines
 from .option_values import FLAG, TIME
@@ -194,7 +195,7 @@ class ConfigFile:
         try:
             option.kind.convert(value, None, None)
         except click.ClickException as error:
-            self.mistake(where, error.message.rstrip(".").replace("\n", " "))
+            self.mistake(where, in_one_line(error.message))
             return False
         return True
 

@@ -36,6 +36,11 @@ def last_line(written: bytes) -> str:
     return escape(lines[-1]) if lines else ""
 
 
+def in_one_line(text: str) -> str:
+    """Return a text of several lines, as click says what may be chosen, in one without its stop."""
+    return " ".join(line.strip() for line in text.splitlines()).rstrip(".")
+
+
 def headline(reason: str) -> str:
     """Return a reason without the last words that follow it."""
     return reason.partition("\n")[0].removesuffix(LAST_WORDS)

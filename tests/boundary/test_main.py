@@ -31,6 +31,29 @@ def test_a_deferred_module_is_loaded_at_its_first_use() -> None:
     assert said == "False\n(a: int) -> str\nTrue\nTrue True\n"
 
 
+def test_ctrl_c_while_the_demo_is_loaded_is_the_status_of_one_that_was_interrupted() -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os, signal, sys\n"
+            "from socketprotector import __main__ as ours\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, path, target=None):\n"
+            "        if name == 'socketprotector.demo.cli':\n"
+            "            os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder())\n"
+            "sys.argv[1:] = ['demo', '--help']\n"
+            "ours.main()\n",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
 def test_a_module_that_is_there_is_not_deferred() -> None:
     assert run(
         "from socketprotector import __main__ as lazy\nimport json\n"

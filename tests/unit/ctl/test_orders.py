@@ -47,6 +47,7 @@ def test_scale(written: str, asked: Message, fake: Fake, ctl: Ctl) -> None:
         (["hold", "--for", "soon"], "'soon' is no duration; write 500ms, 10s, 1h30m or seconds"),
         (["relaod"], "No such command 'relaod'"),
         (["completion", "tcsh"], "'tcsh' is not one of 'bash', 'zsh', 'fish'"),
+        (["completion"], "Choose from: bash, zsh, fish; see"),
         (["status", "--jsno"], "No such option"),
         ([], "no command; there are completion, connections"),
         (["top"], "top: needs a terminal; use status, or top --json"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -23,7 +25,7 @@ from socketprotector.demo.seen import Failure, Kill, split_by_kills
 from socketprotector.demo.story import Story
 from socketprotector.launch import listen_spec
 from socketprotector.model import handoff_modes, known_servers
-from socketprotector.model.errors import UsageError
+from socketprotector.model.errors import SystemRefused, UsageError
 
 KILL = Kill(10.0, frozenset({4000}))
 #: Begun before the kill by a client of a port that the process held, and reset.
@@ -101,6 +103,42 @@ def test_it_says_how_many_have_failed_and_how(told: io.StringIO) -> None:
     lines = told.getvalue().splitlines()
     assert lines[-1] == "0 connections, 3 failed"
     assert lines.count("refused: [Errno 111] Connection refused") == 3
+
+
+def test_what_its_clients_lack_on_this_machine_is_no_failure_of_what_they_connect_to(
+    told: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = of(told)
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EADDRNOTAVAIL)
+    story._loads = [Load("127.0.0.1:1", concurrency=1, count=1).start()]
+    story._loads[0].join()
+
+    with pytest.raises(SystemRefused, match=r"Cannot assign .*local ports"):
+        story._verdict()
+    story._drawn_s = 0.0
+    with pytest.raises(SystemRefused, match="loopback"):
+        story._show()  # at once
+
+
+def test_it_asks_for_the_descriptors_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 1024))
+
+    with pytest.raises(SystemRefused, match=r"64 .*ulimit -n 128"):
+        cli._run(0.0)
+
+
+def test_how_many_have_failed_is_seen_on_a_narrow_terminal() -> None:
+    shown = io.StringIO()
+    screen = Screen(Console(file=shown, width=30, force_terminal=True, _environ={}))
+    story = Story(screen, None, 0.0)  # type: ignore[arg-type]
+    story._drawn_s = 0.0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        story._loads = [Load(f"127.0.0.1:{server.getsockname()[1]}", concurrency=1, count=0)]
+        story._loads[0].start().join()
+        with screen.running():
+            story._show()
+
+    assert "0 failed" in shown.getvalue()
 
 
 def test_where_nothing_was_served_nothing_was_shown(told: io.StringIO) -> None:

@@ -178,6 +178,8 @@ def _tcp(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
 def _unix(path: str, addresses: set[str]) -> Iterator[tuple[int, _Socket]]:
     waiting = unread_unix()
     for words in _lines(path):
+        if len(words) < 7 or not words[6].isdecimal():
+            continue  # the rest of a name that has a line break in it, which anyone may give
         state, inode = words[5], words[6]
         name = " ".join(words[7:])  # a path may have blanks in it
         if state == _CONNECTED and name in addresses:

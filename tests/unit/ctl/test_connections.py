@@ -104,6 +104,20 @@ def test_a_unix_socket_whose_path_has_a_blank(stack: ExitStack, tmp_path: Path) 
         assert found[0].waiting_bytes == 3
 
 
+@pytest.mark.parametrize("rest", ["", "a b c d e f g h"])
+def test_a_line_break_in_the_name_of_somebodys_socket_is_no_row(
+    rest: str, stack: ExitStack, tmp_path: Path
+) -> None:
+    other = stack.enter_context(socket.socket(socket.AF_UNIX))
+    other.bind(f"\0{tmp_path.name}-{os.getpid()}\n{rest}")
+    path = str(tmp_path / "socket")
+    pair(stack, socket.AF_UNIX, path)
+
+    found, _ = connections.look([owner(os.getpid())], [f"unix:{path}"], 100.0)
+
+    assert [each.local for each in found] == [f"unix:{path}"]
+
+
 def test_what_is_no_connection_to_a_listener_is_not_shown(stack: ExitStack) -> None:
     pair(stack, socket.AF_INET, ("127.0.0.1", 0))
 

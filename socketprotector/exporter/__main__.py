@@ -22,8 +22,8 @@ from ..model.text import escape, in_one_line
 
 NAME = "socketprotector-exporter"
 DEFAULT = "127.0.0.1:9517"
-#: What has a module from elsewhere, by its name.
-_EXTRAS = {"prometheus_client": "exporter", "starlette": "web", "uvicorn": "web"}
+#: What the extra `web` installs; `exporter` has the first only.
+_FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -74,11 +74,11 @@ def _command(**given: Any) -> int:
             from .web import Page
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        if missing not in _FROM_ELSEWHERE:
             raise
+        extra = "exporter" if given["web"] is None else "web"
         raise UsageError(
-            f"{missing.replace('_', '-')} is not installed; "
-            f"pip install 'socketprotector[{_EXTRAS[missing]}]'"
+            f"{missing.replace('_', '-')} is not installed; pip install 'socketprotector[{extra}]'"
         ) from error
     address = _address("--listen", given["listen"])
     ask_at = None if given["agent"] is None else _address("--agent", given["agent"])

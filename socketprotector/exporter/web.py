@@ -99,12 +99,19 @@ def application(hub: Hub, hosts: Sequence[str] = ()) -> ASGIApp:
     hosts: names by which it may be called, besides those of the loopback address.
     """
 
-    async def events(request: Request) -> Response:
+    async def events(request: Request) -> ASGIApp:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
+        return to_viewer
+
+    async def to_viewer(scope: Scope, receive: Receive, send: Send) -> None:
+        # Nothing is awaited between the two: of many that come at once each one counts.
         if hub.viewers >= VIEWERS:
-            return PlainTextResponse(f"{VIEWERS} viewers are there already\n", 503)
-        return StreamingResponse(hub.watch(), media_type="text/event-stream")
+            refusal = PlainTextResponse(f"{VIEWERS} viewers are there already\n", 503)
+            return await refusal(scope, receive, send)
+        with hub.viewer() as news:
+            answer = StreamingResponse(hub.watch(news), media_type="text/event-stream")
+            await answer(scope, receive, send)
 
     routes = [Route(path, _file(*file)) for path, file in _FILES.items()]
     return _Guard(Starlette(routes=[*routes, Route("/events", events)]), hosts)
@@ -133,14 +140,17 @@ class Page:
             self._path, self._socket = _bind_unix(address)
         else:
             self._socket = _bind_tcp(address)
+            self._hosts = (*hosts, _name_in(self._netloc))  # any of 127.0.0.0/8
 
     @property
     def where(self) -> str:
         """Where it answers, in words."""
-        if self._path:
-            return f"unix:{self._path}"
+        return f"unix:{self._path}" if self._path else f"http://{self._netloc}/"
+
+    @property
+    def _netloc(self) -> str:
         host, port = self._socket.getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+        return f"{f'[{host}]' if ':' in host else host}:{port}"
 
     def start(self) -> None:
         """Serve for as long as the process lives."""

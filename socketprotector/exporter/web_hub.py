@@ -13,7 +13,8 @@ import math
 import socket
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from .. import __version__
@@ -78,30 +79,35 @@ class Hub:
                 self._follow(await asyncio.to_thread(self._find), tasks)
                 await asyncio.sleep(_LOOK_FOR_S)
 
-    async def watch(self) -> AsyncIterator[bytes]:
-        """Yield server-sent events: all there is, then what changes."""
+    @contextmanager
+    def viewer(self) -> Iterator[asyncio.Event]:
+        """Count one more viewer.  Yields what is set when there is something to tell."""
         news = asyncio.Event()
         self._viewers.add(news)
         try:
-            seen = self._change
-            hello = {"version": __version__, "host": socket.gethostname(), "ids": self._ids()}
-            yield _message(b"hello", _json({**hello, "now": time.time()}))
-            for part in _parts(list(self._feeds.values()), _PART):
-                yield _message(b"state", _state(instances=map(_with_history, part)))
-            yield _message(b"state", _state(events=[line for _, line in self._events]))
-            while True:
-                try:
-                    async with asyncio.timeout(_BEAT_S):
-                        await news.wait()
-                except TimeoutError:
-                    yield b":\n\n"
-                    continue
-                await asyncio.sleep(_GATHER_S)
-                news.clear()
-                before, seen = seen, self._change
-                yield _message(b"state", self._since(before))
+            yield news
         finally:
             self._viewers.discard(news)
+
+    async def watch(self, news: asyncio.Event) -> AsyncIterator[bytes]:
+        """Yield server-sent events for a viewer: all there is, then what changes."""
+        seen = self._change
+        hello = {"version": __version__, "host": socket.gethostname(), "ids": self._ids()}
+        yield _message(b"hello", _json({**hello, "now": time.time()}))
+        for part in _parts(list(self._feeds.values()), _PART):
+            yield _message(b"state", _state(instances=map(_with_history, part)))
+        yield _message(b"state", _state(events=[line for _, line in self._events]))
+        while True:
+            try:
+                async with asyncio.timeout(_BEAT_S):
+                    await news.wait()
+            except TimeoutError:
+                yield b":\n\n"
+                continue
+            await asyncio.sleep(_GATHER_S)
+            news.clear()
+            before, seen = seen, self._change
+            yield _message(b"state", self._since(before))
 
     # -- telling -----------------------------------------------------------------
 

@@ -61,8 +61,10 @@ def bind_control(settings: Settings, notice: Callable[[str], None]) -> Bound | N
         else:
             if called != settings.name:
                 notice(
-                    f"another protector is called {settings.name}: for socketprotectorctl this one "
-                    f"is --name {called}; --name gives it a name of its own"
+                    f"another protector is called {settings.name}: socketprotectorctl --name "
+                    f"{settings.name} is refused for both now, in that one's ExecReload= too; this "
+                    f"one is --name {called}, and that one --name {settings.name}:PORT (see "
+                    "socketprotectorctl list); start one with another --name"
                 )
             return bound
     notice(f"no control socket: {why}; see --control")

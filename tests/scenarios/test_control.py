@@ -773,7 +773,8 @@ def test_two_of_a_name_are_told_apart_by_the_port_and_that_is_said(protector: St
 
     said = second.log.wait_for("event=notice")
     assert f"another protector is called {name}: " in said
-    assert f"--name {name}:{second.port};" in said
+    assert f"--name {name} is refused for both now" in said
+    assert f"this one is --name {name}:{second.port}, and that one --name {name}:PORT (see " in said
     assert first.log.count("event=notice") == 0
     for daemon, key in ((first, name), (second, f"{name}:{second.port}")):
         with Line(default_path(key)) as line:
@@ -822,7 +823,7 @@ def test_each_of_a_name_can_be_operated_though_their_files_are_called_alike(
     daemons = [protector("--name", "web", f"unix:{path}", "--", *MANY).ready() for path in paths]
 
     keys = ["web", "web:s", f"web:{paths[2]}".replace("/", "_")]
-    assert f"--name web:{paths[2]};" in daemons[2].log.wait_for("event=notice")
+    assert f"--name web:{paths[2]}, and" in daemons[2].log.wait_for("event=notice")
     for daemon, key in zip(daemons, keys, strict=True):
         with Line(default_path(key)) as line:
             assert line.status()["pid"] == daemon.pid

@@ -327,9 +327,12 @@ def test_bad_input_is_one_line(arguments: list[str], words: str) -> None:
     assert words in ended.err
 
 
-def test_without_prometheus_client_it_says_what_to_install() -> None:
+@together(("words", "extra"), [((), "exporter"), (("--web", "127.0.0.1:0"), "web")])
+def test_without_prometheus_client_it_says_what_to_install(
+    words: tuple[str, ...], extra: str
+) -> None:
     program = (
-        "import sys; sys.modules['prometheus_client'] = None; sys.argv[1:] = [];"
+        f"import sys; sys.modules['prometheus_client'] = None; sys.argv[1:] = {words};"
         "from socketprotector.exporter.__main__ import main; sys.exit(main())"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -337,5 +340,5 @@ def test_without_prometheus_client_it_says_what_to_install() -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "socketprotector-exporter: prometheus-client is not installed; "
-        "pip install 'socketprotector[exporter]'\n"
+        f"pip install 'socketprotector[{extra}]'\n"
     )

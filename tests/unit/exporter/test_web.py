@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -11,12 +12,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
+from socketprotector.exporter.web import VIEWERS, application
+from socketprotector.exporter.web_hub import Hub
 from tests.running import DEADLINE_S, eventually
 from tests.together import together
 from tests.unit.ctl.fake import Fake, Refusing, generation, reload, status, worker
@@ -197,10 +201,13 @@ def test_a_file_that_is_no_socket_is_left_alone(runtime: Path) -> None:
 
 
 def test_only_names_of_this_machine_are_answered(exporter: Starter) -> None:
-    one = exporter(*WEB, "--web-host", "page.example.org")
-    port = one.page.rpartition(":")[2]
+    one = exporter("--web", "127.2.3.4:0", "--web-host", "page.example.org")
+    own = one.page.removeprefix("http://").rstrip("/")
+    assert own.startswith("127.2.3.4:")
+    port = own.rpartition(":")[2]
+    ours = ("localhost", f"127.0.0.1:{port}", "[::1]:9", "LOCALHOST:1", "page.example.org", own)
 
-    for host in ("localhost", f"127.0.0.1:{port}", "[::1]:9", "LOCALHOST:1", "page.example.org"):
+    for host in ours:
         for path in (*FILES, "/none"):
             assert ask(one, path, host=host)[0] == (404 if path == "/none" else 200)
     for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1"):
@@ -379,6 +386,38 @@ def test_too_many_viewers_are_told_so(exporter: Starter, fakes: Fakes, viewer: L
 
     assert (code, body) == (503, b"64 viewers are there already\n")
     assert ask(one, "/")[0] == 200
+
+
+def test_of_many_viewers_that_come_at_once_no_more_are_served_either() -> None:
+    async def come_at_once(count: int) -> list[int]:
+        hub = Hub(list)
+        page, told = application(hub), asyncio.Queue[int]()
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "GET", "path": "/events", "headers": headers}
+
+        async def stay() -> NoReturn:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def told_them(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                told.put_nowait(message["status"])
+
+        async def come() -> None:
+            await page(dict(scope), stay, told_them)
+
+        viewers = [asyncio.create_task(come()) for _ in range(count)]
+        codes = [await told.get() for _ in viewers]
+        assert hub.viewers == VIEWERS
+        for each in viewers:
+            each.cancel()
+        await asyncio.wait(viewers)
+        assert hub.viewers == 0
+        return codes
+
+    codes = asyncio.run(asyncio.wait_for(come_at_once(VIEWERS + 26), DEADLINE_S))
+
+    assert Counter(codes) == {200: VIEWERS, 503: 26}
 
 
 def test_a_lost_connection_is_shown_and_made_again(

@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from ..model import known_servers
-from ..model.errors import Refusal, UsageError
+from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.settings import ListenerSettings, Settings
 from ..model.text import in_one_line
 from ..system import inherited, signals
@@ -95,6 +95,8 @@ COMMAND = _Command(
 def _launch(asked: ParsedOptions) -> int:
     """Bind and go on to a resident process; or only say whether that could be done."""
     settings, check, listens = asked.settings, asked.check, asked.listens
+    if not os.path.isfile(__file__):  # Python runs no file of a wheel on PYTHONPATH, as guard.py
+        raise SystemRefused("it is in an archive, of which parts cannot be run: install it")
     kernel_calls.check()
     preflight.check_pid_file(settings.pid_file, check=check)
     preflight.check_log_file(settings.log_file)

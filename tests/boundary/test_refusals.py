@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 
+from socketprotector.launch import cli
 from tests.boundary.conftest import Typed
 from tests.running import Ended
 from tests.together import together
@@ -52,6 +53,12 @@ def test_help_names_every_option(typed: Typed, words: str) -> None:
     assert ended.status == 0
     assert "LISTEN... -- COMMAND [ARG...]" in ended.out
     assert [option for option in OPTIONS if option not in ended.out] == []
+
+
+def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "__file__", "/srv/socketprotector.whl/socketprotector/launch/cli.py")
+
+    refused(typed("127.0.0.1:0", "--", "true"), 111, "in an archive.* install it")
 
 
 # -- words ---------------------------------------------------------------------

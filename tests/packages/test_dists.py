@@ -107,8 +107,14 @@ def test_the_wheel_has_one_package_with_the_sample_inside(dists: Path) -> None:
     assert sample
     assert modules == tracked("socketprotector") | sample
     assert "socketprotector/py.typed" in modules
-    pages = {Path(name).name for name in found if name.startswith(f"{data}/")}
-    assert pages == {path.name for path in (ROOT / "docs" / "man").iterdir()}
+    pages = (ROOT / "docs" / "man").iterdir()
+    shared = {f"man/man{path.suffix[1:]}/{path.name}" for path in pages}
+    # What the documents say to copy from init.d/, for those who have no clone.
+    shared |= {f"doc/socketprotector/examples/{Path(name).name}" for name in tracked("init.d")}
+    assert "doc/socketprotector/examples/socketprotector@.service" in shared
+    assert {name for name in found if name.startswith(f"{data}/")} == {
+        f"{data}/data/share/{name}" for name in shared
+    }
 
 
 def test_the_wheel_of_the_client_has_its_package_and_no_more(dists: Path) -> None:

@@ -49,8 +49,9 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.ids: set[str] = set()
         self.captions: list[str] = []
+        self.link_texts: list[str] = []
         self.language = ""
-        self._in_caption = False
+        self._in_caption = self._in_link = False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -59,13 +60,21 @@ class Page(HTMLParser):
         self.loads += [given[name] for name in given if (tag, name) in LOADED]
         if tag == "a" and "href" in given:
             self.links.append(given["href"])
+        if tag == "a":
+            self.link_texts.append("")
+            self._in_link = True
         if tag == "html":
             self.language = given.get("lang", "")
         self._in_caption = given.get("class") == "caption-text" or (
             tag == "span" and "caption-text" in given.get("class", "")
         )
 
+    def handle_endtag(self, tag: str) -> None:
+        self._in_link = self._in_link and tag != "a"
+
     def handle_data(self, data: str) -> None:
+        if self._in_link:
+            self.link_texts[-1] += data
         if self._in_caption:
             self.captions.append(data)
             self._in_caption = False
@@ -125,6 +134,17 @@ def test_every_link_within_it_leads_somewhere(pages: dict[Path, Page]) -> None:
     print(f"{tried} links")
     assert not wrong
     assert tried > 2000
+
+
+def test_links_say_what_a_page_is_about_and_not_its_file(pages: dict[Path, Page]) -> None:
+    files = {
+        f"{path.relative_to(SITE)}: {text}"
+        for path, page in pages.items()
+        for text in page.link_texts
+        if text.endswith(".md")
+    }
+
+    assert not files
 
 
 def test_each_page_has_the_four_shelves(pages: dict[Path, Page]) -> None:

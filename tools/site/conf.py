@@ -7,6 +7,7 @@ Sphinx's own.  What a site needs beside that is put into their text here, as it 
   contents, for the sidebar;
 * `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
 * a link to a folder leads into the repository, because a site has no folders;
+* a link that GitHub's readers see as the page's file (`[log.md](log.md)`) has that page's title;
 * the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text.
 """
 
@@ -71,6 +72,8 @@ _SHELF = re.compile(r"^## ([^\n]*)\n(.*?)(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 _ENTRY = re.compile(r"^\* \[([^\]]*)\]\(([^)#]*)\)", re.MULTILINE)
 _AUTODOC = re.compile(r"^<!-- autodoc (\w+) -->$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)\)")
+_NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(#[^)\s]*)?\)")
+_TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 #: Lexers of the same name would stumble over these, or there is none.
 _PLAIN = re.compile(
     r"^```(?:apparmor|conf|control|haproxy|json status|line|mermaid|message|postinst|report)"
@@ -128,7 +131,12 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         kept = target.relative_to(ROOT).as_posix()
         return f"[{found[1]}]({PROJECT['urls']['Source']}/tree/main/{kept})"
 
-    text = _PLAIN.sub("```text", _LINK.sub(outside, source[0]))
+    def titled(found: re.Match[str]) -> str:
+        title = _TITLE.search((path.parent / found[1]).read_text(encoding="utf-8"))
+        return f"[{title[1]}]({found[1]}{found[2] or ''})" if title else found[0]
+
+    text = _NAMED_BY_FILE.sub(titled, _LINK.sub(outside, source[0]))
+    text = _PLAIN.sub("```text", text)
     if docname == root_doc:
         text = _with_shelves(text)
     source[0] = _AUTODOC.sub(_documented, text)

@@ -15,7 +15,7 @@ _UP = re.compile(r"\r?\n(?:\x1b\[\?25h)?\r\x1b\[1A")
 #: What is not said each time: what a terminal shows for a moment; how far socketprotectorctl has
 #: come, where that takes a while; whether a process held a connection when it was killed.
 _AT_TIMES = re.compile(
-    r"[\d,]+ connections/s +[\d,]+ so far +\d+ failed"
+    r"\d+ failed +[\d,]+ so far +[\d,]+ connections/s"
     r"|generation \d+ is starting|ready \d/\d|switched: new connections go to generation \d+"
     r"|waits for generation \d+ \([^)]*\)"
     r"|\(?\d+ more (?:was|were) in the process that was killed, and ended with it\)?"

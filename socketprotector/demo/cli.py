@@ -33,11 +33,10 @@ _LOG_LINES = 20
 #: So that the path of a control socket below it has 107 bytes at most: unix(7).
 _DEEPEST = 107 - len("/socketprotector-demo-12345678/socketprotector/demo-1234567.control")
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: Wrapped like all that it says; the words to copy are README's.
-YOUR_TURN = (
-    "Now yours, say: "
-    "SocketProtector -f --handoff listener --ready notify 8000 -- gunicorn --preload app:app"
-)
+#: README's line, which can be copied from a terminal of 80 columns.
+YOUR_TURN = """\
+Now yours, say: SocketProtector -f --handoff listener --ready notify 8000 \\
+  -- gunicorn --preload app:app"""
 
 
 @click.command(

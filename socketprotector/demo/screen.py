@@ -34,13 +34,16 @@ class Screen:
                 self._live = None
 
     def say(self, text: str = "", style: str = "", indent: int = 0) -> None:
-        """Write a text; what does not fit goes on below it."""
+        """Write a text of one line or more; what does not fit goes on below it."""
         begin = " " * indent
-        lines = [begin + text]
+        lines = [begin + line for line in text.split("\n")]
         if self._console.is_terminal:
-            lines = textwrap.wrap(
-                text, self._console.width, initial_indent=begin, subsequent_indent=begin
-            ) or [""]
+            width = self._console.width
+            lines = [
+                part
+                for line in lines
+                for part in textwrap.wrap(line, width, subsequent_indent=begin) or [""]
+            ]
         for line in lines:
             self._console.print(Text(line, style=style), soft_wrap=True)
 

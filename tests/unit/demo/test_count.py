@@ -151,7 +151,7 @@ def test_no_listener_is_called_as_the_demo_is() -> None:
 
 
 def test_of_the_command_line_it_ends_with_nothing_is_warned() -> None:
-    options, _, command = cli.YOUR_TURN.partition(" -- ")
+    options, _, command = cli.YOUR_TURN.replace("\\\n ", "").partition(" -- ")
 
     assert "--handoff listener" in options
     assert "--ready notify" in options  # so no timer says that it is ready
@@ -159,6 +159,14 @@ def test_of_the_command_line_it_ends_with_nothing_is_warned() -> None:
         command.split(), (), mode=handoff_modes.LISTENER, settles=False, after_s=None
     )
     assert told is None
+
+
+def test_that_command_line_can_be_copied_from_a_terminal() -> None:
+    shown = io.StringIO()
+
+    Screen(Console(file=shown, width=80, force_terminal=True, _environ={})).say(cli.YOUR_TURN)
+
+    assert shown.getvalue() == f"{cli.YOUR_TURN}\n"
 
 
 def test_its_name_is_none_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

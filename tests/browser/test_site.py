@@ -37,13 +37,13 @@ def test_a_page_fits_and_axe_finds_nothing(
 
 def test_its_search_finds_pages_from_a_folder(browser: Browser) -> None:
     browser.open((SITE / "search.html").as_uri() + "?q=shared+queue")
-    browser.until("document.querySelectorAll('#search-results li a').length > 1")
+    # It lists them one after the other.
+    browser.until("document.querySelector('#search-results li a[href*=why-one-queue]') !== null")
 
     found = browser.run(
         "return [...document.querySelectorAll('#search-results li a')].map(a => a.pathname)"
     )
 
-    assert str(SITE / "docs" / "why-one-queue.html") in found
     assert all(Path(each).exists() for each in found)
 
 

@@ -50,6 +50,7 @@ class Away:
         self.looked_at_s = self.fed_at_s = self.now_s
         self.longest_s = self.unfed_s = self.turn_s = 0.0
         self.forwarder = SimpleNamespace(look=self.look)
+        self.reports = SimpleNamespace(welcome=lambda _: None)
 
     def monotonic(self) -> float:
         return self.now_s
@@ -80,9 +81,6 @@ class Away:
             self.turn_s = max(self.turn_s, self.now_s - began_s)
             began_s = self.now_s
             protector.runtime.post(DeadlinePassed(turn))
-
-    def welcome(self, fleet: Fleet) -> None:
-        pass
 
 
 class Found:

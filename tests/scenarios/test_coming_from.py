@@ -207,17 +207,6 @@ def test_every_section_shows_the_old_line_and_ours_and_says_what_differs() -> No
         assert "*Gained:*" in rest and "*Different:*" in rest, section  # noqa: PT018
 
 
-def test_the_links_lead_somewhere() -> None:
-    anchors = {
-        re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-")
-        for title in re.findall(r"^##? (.*)$", TEXT, re.MULTILINE)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", TEXT):
-        path, _, anchor = target.partition("#")
-        assert not path or (ROOT / "docs" / path).exists(), target
-        assert not anchor or anchor in anchors, target
-
-
 def test_a_stand_in_that_is_not_given_its_socket_does_not_start() -> None:
     """So that a line without its placeholder or variable fails here."""
     for name in ("chaussette", "gunicorn", "plackup", "worker", "nginx"):

@@ -77,7 +77,7 @@ def test_reloads_under_load_lose_no_connection(protector: Start) -> None:
     ("fault", "reason"),
     [
         ("exits", "cannot read the configuration"),
-        ("hangs", f"not ready within {FAIR_START_S} s"),
+        ("hangs", f"not ready within {FAIR_START_S}s"),
         ("is missing", "No such file"),
         ("is not executable", "not executable"),
         ("is no program", "Exec format error"),

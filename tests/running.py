@@ -228,6 +228,10 @@ class Protector:
     def reload(self) -> None:
         """Reload, and wait until the new generation serves."""
         mark = self.signal(signal.SIGHUP)
+        self.log.wait_for(r"event=(reloading|reload-failed)\b", after=mark)
+        # What was said before is of another one: of a protector that was killed as it said so.
+        while not re.search(r"event=(reloading|reload-failed)\b", self.log.seen[mark]):
+            mark += 1
         line = self.log.wait_for(r"event=(reloaded|reload-failed)\b", after=mark)
         assert "event=reloaded" in line, self.log.text()
 

@@ -24,6 +24,7 @@ from ..core.events import (
     Open,
     ReadSettings,
     ReloadRequested,
+    Report,
     ReportKind,
     RouteTo,
     ScaleRequested,
@@ -56,6 +57,11 @@ _BREATH_S = 0.005
 #: How soon to look again behind a child that another object here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
+#: What ends a reload or a dry run.
+_VERDICTS = (
+    *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
+    *(ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED),
+)
 _NOT_KEPT = "the state cannot be written, or the guard or systemd is behind"
 
 
@@ -158,8 +164,12 @@ class Supervisor:
             self._unfinished.popleft()
             if self._recorded and self._recorded[0] is action:
                 self._recorded.popleft()
-            if isinstance(action, Open | Spawn):
-                self.runtime.persist()  # it cannot be repeated: what was made must be known
+            # It cannot be repeated: what was made must be known; and a verdict, said twice, would
+            # be taken for that of another reload.
+            if isinstance(action, Open | Spawn) or (
+                isinstance(action, Report) and action.news in _VERDICTS
+            ):
+                self.runtime.persist()
             self._breathe()
 
     def _breathe(self) -> None:

@@ -20,12 +20,12 @@ COMMAND = (sys.executable, forked.CTL)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where control sockets are looked for."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    """Where control sockets are looked for; short, because a socket's path has 107 bytes."""
+    run = Path(os.environ["XDG_RUNTIME_DIR"])
     monkeypatch.setattr("socketprotector.system.control_path.SYSTEM", str(tmp_path / "system"))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    made = tmp_path / "run" / "socketprotector"
-    made.mkdir(parents=True)
+    made = run / "socketprotector"
+    made.mkdir()
     return made
 
 

@@ -24,16 +24,20 @@ demo: $(INSTALLED) ## show what it does: releases and kills under load, and how 
 
 CHOSEN := --once
 
-test: $(INSTALLED) ## run each test in one combination (installs compilers, interpreters and servers)
+# And each of pytest's processes all tests.  (What cannot be collected fails below.)
+COLLECTED := $(VENV)/.collected
+
+$(COLLECTED): $(INSTALLED) $(shell find tests -name '*.py')
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
+	@touch $@
+
+test: $(INSTALLED) $(COLLECTED) ## run each test in one combination (installs compilers, interpreters and servers)
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
 	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
-	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports,
-	@# and each of pytest's all tests: so both are compiled first.  (What cannot be collected fails below.)
+	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --collect-only -qq tests >/dev/null || true
-	@# Many at once: most of a test is waiting.
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) tests
 
 test-all: export SOCKETPROTECTOR_ROUNDS = many

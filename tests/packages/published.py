@@ -228,4 +228,5 @@ def test_pip_installs_both_into_a_fresh_environment_and_takes_them_away(
     left = [
         each for each in venv.rglob("*") if re.search("socketprotector|sample", each.name, re.I)
     ]
-    assert not left
+    # pip removes a folder that it has emptied, and not the one around that.
+    assert not [each for each in left if not each.is_dir() or any(each.iterdir())]

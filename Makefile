@@ -35,7 +35,7 @@ test: $(INSTALLED) $(COLLECTED) ## run each test in one combination (installs co
 	-tools/install-packages gcc g++ libc6-dev valgrind libc6-dbg perl ruby
 	-tools/install-packages nodejs nginx-light starlet starman strace util-linux
 	-tools/install-packages apparmor curl haproxy iproute2 libserver-starter-perl logrotate openssl policycoreutils-python-utils stunnel4
-	-tools/install-packages python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
+	-tools/install-packages jq netcat-openbsd python3-click python3-daemon python3-psutil python3-rich python3-prometheus-client
 	@# Where PYTHONDONTWRITEBYTECODE is set, each of thousands of processes would compile all it imports.
 	@$(BIN)/python -m compileall -q -j 0 client_lib sample_client socketprotector tests
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 12 --maxschedchunk 2 $(CHOSEN) tests

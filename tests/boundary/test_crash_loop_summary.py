@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from socketprotector.model.backoff import backoff_s
+from socketprotector.model.log_format import as_text
 from socketprotector.model.policy import PROVEN_S
 from socketprotector.system import crash_loop_summary
 from socketprotector.system.crash_loop_summary import (
@@ -17,6 +19,8 @@ from socketprotector.system.crash_loop_summary import (
     Fields,
 )
 from socketprotector.system.loop import Loop
+from tests.pages import page
+from tests.running import ROOT
 
 
 class Clock(Loop):
@@ -127,6 +131,23 @@ def test_the_first_deaths_are_logged_as_they_are_and_then_a_count(story: Story) 
             "reason": "exited with status 1",
         }
     ]
+
+
+def test_the_log_of_a_daemon_that_dies_at_once_has_the_line_of_the_document(story: Story) -> None:
+    lines = set[str]()
+    for deaths in range(1, 13):
+        worker = story.spawn()
+        story.loop.pass_time(0.1)
+        story.ready(worker)
+        story.end(worker, how="exited with status 7")
+        story.loop.pass_time(backoff_s(deaths))
+        lines |= {
+            as_text("warning", event, fields, 0.0).partition(" ")[2]
+            for event, fields in story.written
+        }
+
+    [shown] = [each.text for each in page.blocks(ROOT / "docs/log.md") if each.kind == "line"]
+    assert shown in lines, sorted(each for each in lines if "crash-loop" in each)
 
 
 def test_the_intervals_grow_and_no_timer_runs_without_need(story: Story) -> None:

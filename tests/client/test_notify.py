@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from socketprotector_client import notify, sd_notify, wire
 
-from tests.running import DEADLINE_S, eventually
+from tests.pages import page
+from tests.running import DEADLINE_S, ROOT, eventually
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +53,13 @@ def test_lines_and_fields_travel_in_one_datagram(receiver: socket.socket) -> Non
     assert notify("READY=1", wire.RETIRES_ON_RETURN, status="warm", watchdog=1)
 
     assert receiver.recv(4096) == (b"READY=1\nX_SOCKETPROTECTOR_RETIRE=1\nSTATUS=warm\nWATCHDOG=1")
+
+
+def test_a_worker_that_retires_says_what_the_document_shows(receiver: socket.socket) -> None:
+    [shown] = [each for each in page.blocks(ROOT / "docs/protocol.md") if each.kind == "message"]
+    assert notify("READY=1", wire.RETIRES_ON_RETURN)
+
+    assert receiver.recv(4096).decode() == shown.text.strip()
 
 
 def test_a_line_end_in_a_value_does_not_make_another_assignment(receiver: socket.socket) -> None:

@@ -12,13 +12,15 @@ A block between ``` is, by the words behind these:
     json status     what `web` says of itself when the page ends: the same names are in it
     text            what the block before has said: each line, `...` stands for anything
     text terminal   the same of the terminal before, when the page ends
+    line, message   a line of the log, a worker's message: a test of its own takes it from here
+    drawing         nothing that could be run, as mermaid; and report, what a long run has said
     another one     a file, whose first line (the second, behind #!) names it: `# /etc/web.toml`;
                     what /bin/sh is to run it has to understand
 
 A command whose line ends in `# exit status 3` ends with that, the others with 0.
 
-A line `<!-- not run: WHY -->` before a block says why it is only to be looked at.  What stands
-between .EX and .EE of a manual page is `sh`, and the line is `.\\" not run: WHY` there.
+What stands between .EX and .EE of a manual page is `sh`; with `.\\" terminal` before it,
+`sh terminal`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,6 @@ from shlex import quote
 _FENCE = re.compile(r"^```(.*)$")
 _INDENTED = re.compile(r"^    (?=\S)")
 _NAMED = re.compile(r"^(?:#!.*\n)?(?:#|//) (\S+)\n")
-_NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
 _STATUS = re.compile(r"^(.*?)\s+# exit status (\d+)\b.*$", re.MULTILINE)
 
 
@@ -45,15 +46,11 @@ _NOT_HERE = {
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a page; kind: the words behind ```, "" for what is indented.
-
-    why: why it is not run; "" for what is.
-    """
+    """A piece of a page; kind: the words behind ```, "" for what is indented."""
 
     line: int
     kind: str
     text: str
-    why: str = ""
 
     @property
     def is_run(self) -> bool:
@@ -66,6 +63,17 @@ class Block:
     @property
     def is_judged(self) -> bool:
         return self.kind.removeprefix("sh ") in _NOT_HERE
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is nothing that could be run; a command is not hidden in it."""
+        begin = (line.strip("$ ").partition(" ")[0] for line in self.text.split("\n"))
+        return self.kind in ("drawing", "mermaid", "report") and _PROGRAMS.isdisjoint(begin)
+
+    @property
+    def taker(self) -> str | None:
+        """The test that takes it from the page."""
+        return _TAKERS.get(self.kind)
 
     @property
     def file(self) -> str | None:
@@ -86,20 +94,13 @@ def blocks(path: Path) -> list[Block]:
     """Return all of a page, in its order."""
     found: list[Block] = []
     kind: str | None = None
-    began, taken, why = 0, list[str](), ""
+    began, taken = 0, list[str]()
     text = path.read_text(encoding="utf-8")
     lines = (text if path.suffix == ".md" else _of_manual(text)).split("\n")
     for number, line in enumerate([*lines, ""], 1):
         fence = _FENCE.match(line)
         # A paragraph, or an entry of a list, may go on with spaces before it.
-        is_block = fence or (_INDENTED.match(line) and lines[number - 2][:4] in ("", "<!--"))
-        if kind is None and not is_block:
-            if marked := _NOT_RUN.match(line):
-                why = marked[1]
-            else:
-                assert not why or line[:4] in ("", "<!--"), (
-                    f"{path}:{number}: no block after this: {why}"
-                )
+        if kind is None and not fence and not (_INDENTED.match(line) and not lines[number - 2]):
             continue
         if kind is None:
             kind, began, taken = (fence[1] or "plain") if fence else "", number, []
@@ -108,23 +109,23 @@ def blocks(path: Path) -> list[Block]:
         if kind == "":
             taken.append(_INDENTED.sub("", line))
             if not lines[number : number + 1] or not _INDENTED.match(lines[number]):
-                found.append(Block(began, "", "\n".join(taken) + "\n", why))
-                kind, why = None, ""
+                found.append(Block(began, "", "\n".join(taken) + "\n"))
+                kind = None
         elif fence is not None:
-            found.append(Block(began, kind, "".join(f"{each}\n" for each in taken), why))
-            kind, why = None, ""
+            found.append(Block(began, kind, "".join(f"{each}\n" for each in taken)))
+            kind = None
         else:
             taken.append(line)
     assert kind is None, f"{path}: a block that does not end"
-    assert not why, f"{path}: no block after this: {why}"
     return found
 
 
 def _of_manual(text: str) -> str:
     """Return a manual page's examples as Markdown, each in its line."""
-    text = re.sub(r'^\.\\" (not run: .*)$', r"<!-- \1 -->", text, flags=re.MULTILINE)
+    text = re.sub(r'^\.\\" terminal\n\.EX$', "\n```sh terminal", text, flags=re.MULTILINE)
     text = re.sub(r"^\.EX$", "```sh", text, flags=re.MULTILINE)
-    return re.sub(r"^\.EE$", "```", text, flags=re.MULTILINE).replace("\\-", "-")
+    text = re.sub(r"^\.EE$", "```", text, flags=re.MULTILINE)
+    return text.replace("\\-", "-").replace("\\e", "\\")
 
 
 def script(page: list[Block]) -> str:
@@ -193,6 +194,14 @@ make() { command make --dry-run "$@"; }"""
 _END = "+++ the end of the page"
 _EOF = "END-OF-THE-FILE"
 _RUN = {"sh", "sh terminal", "sh tree", "control", "json status"}
+_TAKERS = {
+    "line": "tests/boundary/test_crash_loop_summary.py",
+    "message": "tests/client/test_notify.py",
+}
+_PROGRAMS = {
+    *("SocketProtector", "socketprotector", "socketprotectorctl", "socketprotector-run"),
+    *("apt-get", "curl", "make", "pip", "python", "sudo", "systemctl", "uvx"),
+}
 #: Each is what one terminal has shown.
 _SCREENS = "/run/screen-"
 

@@ -76,8 +76,8 @@ _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 #: Lexers of the same name would stumble over these, or there is none.
 _PLAIN = re.compile(
-    r"^```(?:apparmor|conf|control|haproxy|json status|line|mermaid|message|postinst|report)"
-    r"(?: ours)?$",
+    r"^```(?:apparmor|conf|control|drawing|haproxy|json status|line|mermaid|message|postinst"
+    r"|report)(?: ours)?$",
     re.MULTILINE,
 )
 #: What axe-core finds wrong with the theme: keys must reach what scrolls, headings have a level,

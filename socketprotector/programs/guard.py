@@ -257,6 +257,8 @@ class Guard:
         if number == signal.SIGCHLD:
             self.reap()
             return
+        if number in signals.STOPS:
+            self.deaths = 0  # whatever they were of: a stop is not to wait for the next one
         if self.pid:
             os.kill(self.pid, number)
         else:
@@ -295,14 +297,10 @@ class Guard:
         self.sent -= over
 
     def run(self) -> None:
-        """Serve until the protector has ended for good; leaves by SystemExit."""
-        try:
-            self.serve()
-        finally:
-            signals.block()
+        """Serve until the protector has ended for good; leaves by SystemExit.
 
-    def serve(self) -> None:
-        """Do so; an exit may still be given another status by a signal."""
+        After that a signal may still change the exit status: see signals.block().
+        """
         receive = signals.catch((*signals.TO_THE_PROTECTOR, signal.SIGCHLD))
         self.start()
         while True:
@@ -361,7 +359,10 @@ def main() -> None:
             file.write(NAME)
     except OSError:
         pass  # no /proc: the name is a courtesy
-    Guard(command, store, json=json, pid_file_path=path).run()
+    try:
+        Guard(command, store, json=json, pid_file_path=path).run()
+    finally:
+        signals.block()
 
 
 if __name__ == "__main__":

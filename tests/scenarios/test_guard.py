@@ -646,6 +646,28 @@ def test_one_that_dies_soon_after_it_has_served_is_started_later_and_later(
     assert lines[-1] == {"protector": "killed by signal 9", "again_in_s": 0}
 
 
+def test_a_stop_that_the_protector_did_not_come_to_take_is_for_the_next_one_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "kill", lambda pid, number: None)
+    one = guard.Guard([], {})
+    one.first = False
+    one.deaths = 20
+    monkeypatch.setattr(one, "log", lambda event, **fields: None)
+
+    def dies() -> float:
+        one.ended(signal.SIGSEGV)
+        assert one.due is not None
+        return round(one.due - now, 2)
+
+    one.pid = 1234
+    one.signalled(signal.SIGTERM)
+
+    assert [dies() for _ in range(4)] == [0, 0, 0.1, 0.2]
+
+
 def test_term_in_the_back_off_stops_in_order_if_the_protector_is_well_again(
     broken: Installation, tmp_path: Path
 ) -> None:

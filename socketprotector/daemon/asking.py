@@ -17,7 +17,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from ..model import question
 from ..model.errors import what_failed
@@ -55,8 +55,8 @@ class Asking:
         self._reach = reach
         self._answered, self._not_asked = answered, not_asked
         self._generation: OpenGeneration | None = None
+        self._opened = ExitStack()  # the way, and who asks by it
         self._way: Way | None = None
-        self._asker: KeptAsker | None = None
         self._connection: socket.socket | None = None
         self._began = self._connected_at = 0.0
         self._was_reset = False
@@ -82,12 +82,8 @@ class Asking:
         """Ask no more in this program; the next one begins anew."""
         self._loop.cancel(_TIMER)
         self._disconnect()
-        if self._asker is not None:
-            self._asker.close()
-            self._asker = None
-        if self._way is not None:
-            self._way.close()
-            self._way = None
+        self._opened.close()
+        self._way = None
 
     def go_on(self) -> None:
         """There was no next one."""
@@ -108,7 +104,9 @@ class Asking:
         if self._way is None:
             self.last = "cannot be asked: there is one socket for it and the one before"
             self._give_up()
-        elif asked.kind == "accept":
+            return
+        self._opened.callback(self._way.close)
+        if asked.kind == "accept":
             self._connect()
         else:
             self._send_asker(asked)
@@ -129,7 +127,8 @@ class Asking:
             self._is_not_ready(f"the process that asks {how}")
 
         self.last = self.last or f"GET {asked.path}: not answered yet"
-        self._asker = KeptAsker.repeating(self._loop, way, asked, heard, ended)
+        asker = KeptAsker.repeating(self._loop, way, asked, heard, ended)
+        self._opened.callback(asker.close)
 
     def _is_not_ready(self, why: str) -> None:
         """Remember the last answer, and log it where it is another one."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from ..core.events import SettleFailed
 from ..model import question
@@ -26,7 +27,7 @@ from ..system.check_command import LIMIT_S, CheckCommand
 from .asker_client import KeptAsker
 from .check_probe import CheckProbes
 from .generation import OpenGeneration
-from .probe_port import PROBE, Reach, Way
+from .probe_port import PROBE, Reach
 from .runtime import Runtime
 
 TYPE_CHECKING = False
@@ -49,9 +50,8 @@ class SettleCheck:
         self.counts: Callable[[], Mapping[int, Mapping[str, Any]]] = dict
         self._generation: OpenGeneration | None = None
         self._asked = Question("")
-        self._way: Way | None = None
+        self._opened = ExitStack()  # what was asked last: by whom, and how it is reached
         self._asker: KeptAsker | None = None
-        self._command: CheckCommand | None = None
         self._good = False  # the last answer; of one that is to be the last of all, that
         self._is_last = False
         self._cannot = ""  # why it cannot be asked now
@@ -74,7 +74,7 @@ class SettleCheck:
         """Ask no more in this program; the next one begins anew."""
         self._loop.cancel(_NEXT)
         self._loop.cancel(_LIMIT)
-        self._forget()
+        self._opened.close()
         if self._generation is not None:
             self._probes.over(self._generation.record.number)
 
@@ -104,7 +104,7 @@ class SettleCheck:
             else:
                 self._send_asker(generation)
         except (OSError, ValueError) as error:
-            self._forget()
+            self._opened.close()
             self._cannot = what_failed(error)
             self._loop.call_after(_NEXT, _AGAIN_S, self._ask)
 
@@ -130,31 +130,21 @@ class SettleCheck:
         self.stop()
         self._post(SettleFailed(generation.record.number, f"--settle-check: {why}"))
 
-    def _forget(self) -> None:
-        """What was asked last is over."""
-        if self._asker is not None:
-            self._asker.close()
-            self._asker = None
-        if self._way is not None:
-            self._way.close()
-            self._way = None
-        if self._command is not None:
-            self._command.close()
-            self._command = None
-
     # -- by HTTP -----------------------------------------------------------------
 
     def _send_asker(self, generation: OpenGeneration) -> None:
         """Raises OSError where it cannot be reached now."""
-        self._way = way = self._reach(generation, self._asked)
+        way = self._reach(generation, self._asked)
         if way is None:
             self._is_bad("there is one socket for it and the one before, so none can be asked")
             return
+        self._opened.callback(way.close)
 
         def ended(how: str) -> None:
             self._cannot = f"the process that asks {how}"
 
         self._asker = KeptAsker.repeating(self._loop, way, self._asked, self._heard, ended)
+        self._opened.callback(self._asker.close)
 
     # -- by a command ------------------------------------------------------------
 
@@ -164,12 +154,12 @@ class SettleCheck:
         next_at = time.monotonic() + _EVERY_S
 
         def over(why: str) -> None:
-            self._command = None
+            self._opened.close()
             self._heard(why)
             if not why:
                 self._loop.call_after(_NEXT, max(0.0, next_at - time.monotonic()), self._ask)
 
-        self._command = CheckCommand(
+        command = CheckCommand(
             self._loop,
             generation.program,
             self._asked.path,
@@ -179,6 +169,7 @@ class SettleCheck:
             limit_s=LIMIT_S,
             told=self._text(generation.record.number),
         )
+        self._opened.callback(command.close)
         self._loop.cancel(_LIMIT)  # it has its own
 
     def _text(self, number: int) -> bytes:

@@ -156,6 +156,9 @@ class Effects:
             reach=self._reach_serving,
             paused=lambda: self.steering.holds and not self.forwarder.accepts,
         )
+        self._askers: tuple[WorkerPool | Asking | SettleCheck | Health, ...] = (
+            *(self.pool, self.asking, self.settle_check, self.health),
+        )
         self.flags = ListenerFlags(lambda: self.forwarder.listeners, runtime)
         self.live_settings = LiveSettings(
             settings,
@@ -270,6 +273,17 @@ class Effects:
     def own_descriptors(self) -> dict[str, int]:
         """Return those that are not one worker's: as few as there are generations."""
         return {**self.forwarder.descriptors(), **self.generations.descriptors()}
+
+    def suspend(self) -> None:
+        """Ask and read nothing more in this program; the next one begins anew."""
+        self.live_settings.stop_reading()
+        for each in self._askers:
+            each.suspend()
+
+    def go_on(self) -> None:
+        """There was no next one: ask again."""
+        for each in self._askers:
+            each.go_on()
 
     # -- generations ---------------------------------------------------------
 
@@ -533,11 +547,7 @@ class Effects:
 
         Returns the names of the sockets that live on for the next start.
         """
-        self.live_settings.stop_reading()
-        self.asking.stop()
-        self.health.suspend()
-        self.settle_check.stop()
-        self.pool.stop_checking()
+        self.suspend()
         self.steering.end()
         left = self.forwarder.close(self.steering.current)
         self._log.write(

@@ -57,8 +57,10 @@ _BREATH_S = 0.005
 #: How soon to look again behind a child that another object here reaps; later each time in a row.
 _FIRST_REAP_S = 0.01
 _LAST_REAP_S = 1.0
-#: What ends a reload or a dry run.
-_VERDICTS = (
+#: What cannot be repeated, so that the state tells at once that it was done: what was made must be
+#: known; and a verdict, said twice, would be taken for that of another reload.
+_WRITTEN_AT_ONCE = (
+    *(Open, Spawn),
     *(ReportKind.RELOADED, ReportKind.RECOVERED, ReportKind.RELOAD_FAILED),
     *(ReportKind.DRY_RUN_PASSED, ReportKind.DRY_RUN_FAILED),
 )
@@ -164,11 +166,8 @@ class Supervisor:
             self._unfinished.popleft()
             if self._recorded and self._recorded[0] is action:
                 self._recorded.popleft()
-            # It cannot be repeated: what was made must be known; and a verdict, said twice, would
-            # be taken for that of another reload.
-            if isinstance(action, Open | Spawn) or (
-                isinstance(action, Report) and action.news in _VERDICTS
-            ):
+            kind = action.news if isinstance(action, Report) else type(action)
+            if kind in _WRITTEN_AT_ONCE:
                 self.runtime.persist()
             self._breathe()
 
@@ -210,16 +209,9 @@ class Supervisor:
         if self.effects.exit_status is not None:
             pass  # nothing is left to go on with
         elif self.checkpoint.write():
-            self.effects.live_settings.stop_reading()
-            self.effects.pool.stop_checking()
-            self.effects.asking.suspend()
-            self.effects.settle_check.suspend()
-            self.effects.health.suspend()
+            self.effects.suspend()
             self.upgrade.execute(self.checkpoint.descriptors())
-            self.effects.pool.go_on_checking()
-            self.effects.asking.go_on()
-            self.effects.settle_check.go_on()
-            self.effects.health.go_on()
+            self.effects.go_on()
             if self.fleet.reading:
                 self.effects.perform(ReadSettings(self.fleet.dry_run))
         else:

@@ -234,14 +234,14 @@ class WorkerPool:
         self._log.write("info", "signalled", worker=worker.record.number, signal=name)
         return True
 
-    def stop_checking(self) -> None:
+    def suspend(self) -> None:
         """End what only this program knows of; the next one begins it anew."""
         for worker in self._workers.values():
             worker.readiness.stop_check()
         self._probes.all_over()
         self.orphans.stop_looking()
 
-    def go_on_checking(self) -> None:
+    def go_on(self) -> None:
         """There was no next one."""
         for worker in self._workers.values():
             worker.readiness.check()

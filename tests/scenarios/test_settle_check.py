@@ -263,19 +263,22 @@ def test_of_much_that_it_says_the_last_line_is_the_reason(
     daemon.stop()
 
 
-def test_one_that_hangs_is_killed_and_is_a_bad_answer(
-    protector: Starter, release: Release, tmp_path: Path
-) -> None:
-    pid = tmp_path / "pid"
-    words = (*LONG, "--settle-check", f"echo $$ > {pid}; sleep 1000")
-    daemon = protector(*words, "127.0.0.1:0", "--", release.path).ready()
-    mark = settling(daemon)
+@pytest.fixture
+def hanging(protector: Starter, release: Release, tmp_path: Path) -> Protector:
+    """A protector whose check hangs; `pid` of this folder has its pid."""
+    hangs = f"echo $$ > {tmp_path / 'pid'}; sleep 1000"
+    words = (*LONG, "--settle-check", hangs, "127.0.0.1:0", "--", release.path)
+    return protector(*words).ready()
 
-    line = rolled_back(daemon, mark)
+
+def test_one_that_hangs_is_killed_and_is_a_bad_answer(hanging: Protector, tmp_path: Path) -> None:
+    mark = settling(hanging)
+
+    line = rolled_back(hanging, mark)
 
     assert "--settle-check: echo: no answer within 10s" in line
-    assert wait_gone([int(pid.read_text())]) == []
-    daemon.stop()
+    assert wait_gone([int((tmp_path / "pid").read_text())]) == []
+    hanging.stop()
 
 
 def test_the_last_word_is_a_good_answer_however_short_the_time(
@@ -337,18 +340,16 @@ def test_an_asker_that_dies_is_followed_by_another(protector: Starter, asked: As
 
 
 def test_a_stop_ends_it_and_the_new_one_serves_to_the_end(
-    protector: Starter, release: Release, tmp_path: Path
+    hanging: Protector, tmp_path: Path
 ) -> None:
     pid = tmp_path / "pid"
-    words = (*LONG, "--settle-check", f"echo $$ > {pid}; sleep 1000")
-    daemon = protector(*words, "127.0.0.1:0", "--", release.path).ready()
-    settling(daemon)
+    settling(hanging)
     eventually(lambda: pid.exists() and bool(pid.read_text()), "the check")
 
-    daemon.stop()
+    hanging.stop()
 
     assert wait_gone([int(pid.read_text())]) == []
-    assert "event=reload-failed" not in daemon.log.text()
+    assert "event=reload-failed" not in hanging.log.text()
 
 
 def test_from_the_answer_to_the_switch(

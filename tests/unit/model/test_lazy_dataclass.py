@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
+from typing import Any
 
 import pytest
 
@@ -39,10 +40,9 @@ class _One:
     x: object
 
 
-def _part() -> Callable[..., object]:
-    """A class of which there is no object yet; what its fields make of them is in `x`."""
+def _plain() -> type[Any]:
+    """A class whose fields are yet to be made; what they make of them is in `x`."""
 
-    @mutable
     class Part:
         a: int
         b: list[int] = field(default_factory=list)
@@ -57,21 +57,13 @@ def _part() -> Callable[..., object]:
     return Part
 
 
-@dataclass(slots=True)
-class _Standard:
-    """The same as the standard library has it."""
-
-    a: int
-    b: list[int] = field(default_factory=list)
-    _: KW_ONLY
-    c: int
-    d: int = 4
-    x: tuple[object, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.x = self.a, self.b, self.c, self.d
+def _part() -> Callable[..., Any]:
+    """One of which there is no object yet."""
+    return mutable(_plain())
 
 
+#: The same as the standard library has it.
+_STANDARD = dataclass(slots=True)(_plain())
 #: From how many objects of a class on each is made in the same way.
 LIKE = 3
 
@@ -94,18 +86,18 @@ def test_the_first_and_each_later_one_is_made_as_a_dataclass_is_or_refused(
 ) -> None:
     part = _part()
     try:
-        wanted = _Standard(*values, **named).x  # type: ignore[arg-type]
+        wanted = _STANDARD(*values, **named).x
     except TypeError:
         for _ in range(LIKE):
             with pytest.raises(TypeError, match=r"__init__\(\)"):
                 part(*values, **named)
     else:
-        assert [part(*values, **named).x for _ in range(LIKE)] == LIKE * [wanted]  # type: ignore[attr-defined]
+        assert [part(*values, **named).x for _ in range(LIKE)] == LIKE * [wanted]
 
 
 def test_each_has_a_default_of_its_own_where_that_is_made() -> None:
     part = _part()
-    made = [part(1, c=3).b for _ in range(LIKE)]  # type: ignore[attr-defined]
+    made = [part(1, c=3).b for _ in range(LIKE)]
     for n, each in enumerate(made):
         each.append(n)
     assert made == [[n] for n in range(LIKE)]

@@ -310,6 +310,22 @@ def wait_gone(pids: Sequence[int], deadline_s: float = DEADLINE_S) -> list[int]:
     return left
 
 
+def output_of(*words: str | Path, cwd: str | Path = ROOT, **environment: str) -> str:
+    """Run a command that succeeds; return what it has said, on stdout and stderr."""
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
 def eventually(fact: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
     """Wait for a fact that nothing announces (a number in /proc), looking ever less often."""
     until = time.monotonic() + deadline_s

@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from socketserver import BaseRequestHandler
 
@@ -68,9 +69,14 @@ def advise(before: Told | None, status: Status, now_s: float) -> tuple[Told, str
 class Agent(BoundedServer):
     """Answers HAProxy's agent-checks."""
 
-    def __init__(self, address: tuple[str, int], instances: ProtectorCollector) -> None:
+    def __init__(
+        self,
+        address: tuple[str, int],
+        instances: ProtectorCollector,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Bind and listen.  Raises OSError."""
-        self._instances = instances
+        self._instances, self._clock = instances, clock
         self._told: dict[str, Told] = {}  # by the path of the control socket
         self._alone = threading.Lock()
         super().__init__(address, _Handler)
@@ -82,7 +88,7 @@ class Agent(BoundedServer):
             return ""
         path = found[0].path
         with self._alone:
-            self._told[path], line = advise(self._told.get(path), found[0].result, time.monotonic())
+            self._told[path], line = advise(self._told.get(path), found[0].result, self._clock())
         return line
 
 

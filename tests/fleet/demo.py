@@ -78,5 +78,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except CannotMeasure as error:
+    except (AssertionError, CannotMeasure) as error:
         sys.exit(f"NOT SHOWN: {error}")

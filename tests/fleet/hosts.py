@@ -7,13 +7,13 @@ the addresses are those of deploy/.  Source: ip-netns(8), unshare(1), nsenter(1)
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bench.processes import CannotMeasure
-from tests.running import ROOT
+from tests.running import ROOT, eventually
 
 DEPLOY = ROOT / "deploy"
 TOOLS = Path(os.environ.get("FLEET_TOOLS", ROOT / ".venv" / "fleet")) / "bin"
@@ -43,13 +43,8 @@ exec sleep infinity
 """
 
 
-def wait(fact: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    """Look until a fact holds.  Raises CannotMeasure after a while."""
-    until_s = time.monotonic() + limit_s
-    while not fact():
-        if time.monotonic() > until_s:
-            raise CannotMeasure(f"never came: {what}")
-        time.sleep(0.05)
+#: Wait for a fact.  Five hosts start, and Ansible works, for longer than one process does.
+wait = functools.partial(eventually, deadline_s=LIMIT_S)
 
 
 def _do(*words: str | Path) -> None:
@@ -308,7 +303,7 @@ UsePAM no
 PermitRootLogin prohibit-password
 PasswordAuthentication no
 Subsystem sftp internal-sftp
-SetEnv PATH={PATH}
+SetEnv PATH={PATH} TMPDIR=/run
 """
         )
         faults = {"bad": "broken", "late": "late 5"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.fleet.hosts import DEPLOY, TOOLS
-from tests.running import ROOT
+from tests.running import ROOT, output_of
 
 KUBERNETES = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 ANSIBLE = DEPLOY / "ansible"
@@ -37,20 +37,11 @@ def tool(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"NOT CHECKED: there is no {name}")
 
 
-def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+def run(program: str, *words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """Run one of the tools, which succeeds; return what it says."""
     path = f"{TOOLS}:{os.environ['PATH']}:/usr/sbin"
-    done = subprocess.run(
-        [str(shutil.which(words[0], path=path)), *words[1:]],
-        cwd=cwd,
-        env={**os.environ, "PATH": path, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    found = shutil.which(program, path=path)
+    return output_of(str(found), *words, cwd=cwd, PATH=path, **environment)
 
 
 @tool("haproxy")

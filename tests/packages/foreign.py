@@ -8,10 +8,10 @@ and makepkg and in a Debian's root: on Fedora and on Arch Linux themselves it is
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import pytest
 
 from tests.packages.debian_roots import debian_roots
 from tests.packages.dists import EPOCH, VERSION
-from tests.running import ROOT
+from tests.running import ROOT, output_of
 
 TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / "bin"
 NEXT = "0.1.1"
@@ -35,21 +35,8 @@ def needs(*programs: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"NOT CHECKED: there is no {missing}")
 
 
-def run(*words: str | Path, cwd: Path = ROOT, **environment: str) -> str:
-    """Run a command that succeeds; return what it says."""
-    done = subprocess.run(
-        words,
-        cwd=cwd,
-        env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
+#: Run a command that succeeds; return what it says.
+run = functools.partial(output_of, SOURCE_DATE_EPOCH=EPOCH)
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="NOT CHECKED: a system of its own takes root"),

@@ -13,7 +13,6 @@ import http.server
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.packages.dists import EPOCH, NAMES, VERSION, WHEELS, build
-from tests.running import ROOT, Protector, ask
+from tests.running import ROOT, Protector, ask, output_of
 
 TOOLS = Path(os.environ.get("PACKAGING_TOOLS", ROOT / ".venv" / "packaging")) / "bin"
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
@@ -40,56 +39,41 @@ def dists(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def said(*words: str | Path, **environment: str) -> str:
-    """Run one of the tools; return what it says.  It succeeds."""
-    done = subprocess.run(
-        words,
-        env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        check=False,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
-
-
 def test_twine_finds_nothing(dists: Path) -> None:
-    told = said(TOOLS / "twine", "check", "--strict", *(dists / name for name in NAMES))
+    told = output_of(TOOLS / "twine", "check", "--strict", *(dists / name for name in NAMES))
 
     assert told.count("PASSED") == len(NAMES), told
 
 
 def test_check_wheel_contents_finds_nothing(dists: Path) -> None:
-    told = said(TOOLS / "check-wheel-contents", *(dists / name for name in WHEELS))
+    told = output_of(TOOLS / "check-wheel-contents", *(dists / name for name in WHEELS))
 
     assert told.count("OK") == len(WHEELS), told
 
 
 def test_the_workflow_is_one_that_github_understands() -> None:
     file = ROOT / ".github" / "workflows" / "release.yml"
-    said(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", file)
+    output_of(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", file)
 
 
 def test_the_workflow_gives_no_more_away_than_it_has_to() -> None:
     """By zizmor: rights, credentials, injected text, and actions that are pinned to a commit."""
     file = ROOT / ".github" / "workflows" / "release.yml"
-    told = said(TOOLS / "zizmor", "--offline", "--no-progress", "--color=never", file)
+    told = output_of(TOOLS / "zizmor", "--offline", "--no-progress", "--color=never", file)
 
     assert "No findings to report" in told, told
 
 
 def test_the_example_is_one_that_compose_understands() -> None:
     file = ROOT / "packaging" / "compose.yaml"
-    said(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
+    output_of(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", file)
 
 
 def test_build_makes_the_same_from_the_sdists(dists: Path, tmp_path: Path) -> None:
     """As an index's users build them: each in an environment that has the backend alone."""
     for folder in (ROOT, ROOT / "client_lib"):
         words = ("--outdir", tmp_path, "--no-isolation", folder)
-        said(TOOLS / "python", "-m", "build", *words, SOURCE_DATE_EPOCH=EPOCH)
+        output_of(TOOLS / "python", "-m", "build", *words, SOURCE_DATE_EPOCH=EPOCH)
 
     for name in WHEELS:
         assert (tmp_path / name).read_bytes() == (dists / name).read_bytes(), name
@@ -101,8 +85,8 @@ def needed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("needed")
     pinned = str(ROOT / "requirements" / "release.txt")
     into = ("--no-deps", "--dest", str(folder), "--only-binary", ":all:")
-    said(*PIP, "download", *into, "--require-hashes", "-r", pinned)
-    said(*PIP, "download", *into, "pip")
+    output_of(*PIP, "download", *into, "--require-hashes", "-r", pinned)
+    output_of(*PIP, "download", *into, "pip")
     return folder
 
 
@@ -167,7 +151,7 @@ def test_uv_runs_it_from_the_wheel(
     main, client = (str(dists / name) for name in WHEELS)
     words = ("tool", "run", "--python", sys.executable, "--with", client, "--from", main)
 
-    told = said(TOOLS / "uv", *words, "socketprotector", "--version", **no_other_index)
+    told = output_of(TOOLS / "uv", *words, "socketprotector", "--version", **no_other_index)
 
     assert VERSION in told
 
@@ -176,17 +160,17 @@ def test_uvx_runs_it_by_its_name(
     no_other_index: dict[str, str], marked_environment: dict[str, str]
 ) -> None:
     uvx = (str(TOOLS / "uvx"), "--quiet", "--python", sys.executable)
-    told = said(
+    told = output_of(
         *uvx, "--from", "socketprotector", "socketprotectorctl", "--version", **no_other_index
     )
     assert VERSION in told
-    told = said(*uvx, "socketprotector", "--help", **no_other_index)
+    told = output_of(*uvx, "socketprotector", "--help", **no_other_index)
     assert "LISTEN" in told
 
 
 def test_uvx_shows_the_demo(no_other_index: dict[str, str]) -> None:
     uvx = (str(TOOLS / "uvx"), "--quiet", "--python", sys.executable)
-    told = said(*uvx, "socketprotector", "demo", "--pause", "100ms", **no_other_index)
+    told = output_of(*uvx, "socketprotector", "demo", "--pause", "100ms", **no_other_index)
 
     assert re.search(r"^[\d,]+ connections, 0 failed$", told, re.MULTILINE), told
 
@@ -195,9 +179,11 @@ def test_uv_installs_it_and_takes_it_away(
     tmp_path: Path, no_other_index: dict[str, str], marked_environment: dict[str, str]
 ) -> None:
     uv, folder = str(TOOLS / "uv"), tmp_path / "bin"
-    said(uv, "tool", "install", "--python", sys.executable, "socketprotector", **no_other_index)
+    output_of(
+        uv, "tool", "install", "--python", sys.executable, "socketprotector", **no_other_index
+    )
     served((str(folder / "socketprotector"),), str(folder / "SampleClient"), marked_environment)
-    said(uv, "tool", "uninstall", "socketprotector", **no_other_index)
+    output_of(uv, "tool", "uninstall", "socketprotector", **no_other_index)
 
     assert not [*folder.iterdir()]
 
@@ -206,9 +192,9 @@ def test_pipx_installs_it_and_takes_it_away(
     tmp_path: Path, no_other_index: dict[str, str], marked_environment: dict[str, str]
 ) -> None:
     pipx, folder = str(TOOLS / "pipx"), tmp_path / "bin"
-    said(pipx, "install", "--python", sys.executable, "socketprotector", **no_other_index)
+    output_of(pipx, "install", "--python", sys.executable, "socketprotector", **no_other_index)
     served((str(folder / "socketprotector"),), str(folder / "SampleClient"), marked_environment)
-    said(pipx, "uninstall", "socketprotector", **no_other_index)
+    output_of(pipx, "uninstall", "socketprotector", **no_other_index)
 
     assert not [*folder.iterdir()]
 
@@ -217,13 +203,13 @@ def test_pip_installs_both_into_a_fresh_environment_and_takes_them_away(
     tmp_path: Path, no_other_index: dict[str, str], marked_environment: dict[str, str]
 ) -> None:
     venv = tmp_path / "venv"
-    said(sys.executable, "-m", "venv", venv)
+    output_of(sys.executable, "-m", "venv", venv)
     python, programs = str(venv / "bin" / "python"), venv / "bin"
-    said(python, "-m", "pip", "install", "--quiet", "socketprotector", **no_other_index)
-    assert "No broken" in said(python, "-m", "pip", "check", **no_other_index)
+    output_of(python, "-m", "pip", "install", "--quiet", "socketprotector", **no_other_index)
+    assert "No broken" in output_of(python, "-m", "pip", "check", **no_other_index)
     served((str(programs / "SocketProtector"),), str(programs / "SampleClient"), marked_environment)
     names = ("socketprotector", "socketprotector-client")
-    said(python, "-m", "pip", "uninstall", "--quiet", "--yes", *names, **no_other_index)
+    output_of(python, "-m", "pip", "uninstall", "--quiet", "--yes", *names, **no_other_index)
 
     left = [
         each for each in venv.rglob("*") if re.search("socketprotector|sample", each.name, re.I)

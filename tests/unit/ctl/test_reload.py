@@ -505,6 +505,24 @@ def test_json_has_the_last_words(fake: Fake, ctl: Ctl) -> None:
     assert told == {**OUTCOME, "result": "failed", "reason": "exited", "last_words": "no\nbase"}
 
 
+def test_json_has_a_reason_of_one_line_where_the_protector_gives_none(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("reload-failed", generation=9, last_words="no\nbase"))
+
+    told = outcome(ctl("reload", "--json"))
+
+    reason = "not reloaded: generation 9 failed; generation 8 serves on"
+    assert told == {**OUTCOME, "result": "failed", "reason": reason, "last_words": "no\nbase"}
+
+
+def test_json_of_a_dry_run_has_the_same_fields(fake: Fake, ctl: Ctl) -> None:
+    reloading(fake, lambda c: c.event("dry-run-passed", generation=9))
+
+    said = ctl("reload", "--dry-run", "--json")
+
+    assert (said.status, said.err) == (0, "")
+    assert outcome(said) == {**OUTCOME, "result": "passed"}
+
+
 def test_json_of_one_that_was_refused_has_the_same_fields(fake: Fake, ctl: Ctl) -> None:
     said = ctl("reload", "--json")  # the stand-in knows no reload
 

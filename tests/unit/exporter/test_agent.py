@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from socketprotector.exporter.agent import READY_S, Told, advise
+from socketprotector.ctl.query_all import SocketAnswer
+from socketprotector.exporter.agent import READY_S, Agent, Told, advise
 from tests.running import DEADLINE_S
+from tests.scenarios.starting import needs_ipv6
 from tests.together import together
 from tests.unit.ctl.fake import Fake, status
 from tests.unit.exporter.conftest import Exporter
@@ -106,13 +110,51 @@ def test_the_word_is_a_word_whatever_the_status_says(phase: object) -> None:
     assert told((0, {"phase": phase, "route": None})) == ["down #not-serving"]
 
 
+class Said:
+    """Instances that answer, without a process."""
+
+    def __init__(self) -> None:
+        self.status = {"web": status(), "shop": status(name="shop")}
+
+    def ask_one(self, name: str) -> list[tuple[str, SocketAnswer | None]]:
+        return [(name, SocketAnswer(f"/run/{name}", self.status.get(name), why="dead"))]
+
+
+@pytest.fixture
+def agent() -> Iterator[Agent]:
+    """One in this process, whose clock stands at `now_s`, and which no limit of time helps on."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("socketprotector.exporter.agent.CONNECTION_S", 3600.0)
+        patched.setattr("socketprotector.exporter.bounded.CONNECTION_S", 3600.0)
+        with Agent(("127.0.0.1", 0), Said(), lambda: Clock.now_s) as made:  # type: ignore[arg-type]
+            Clock.now_s = 1000.0
+            serving = threading.Thread(target=made.serve_forever, args=(0.01,))
+            serving.start()
+            yield made
+            made.shutdown()
+            serving.join()
+
+
+class Clock:
+    now_s = 0.0
+
+
+def test_what_haproxy_was_told_is_remembered_of_each_instance(agent: Agent) -> None:
+    assert agent.answer("web") == "up ready 100%"
+    Clock.now_s += READY_S
+
+    assert agent.answer("web") == "up 100%"
+    assert agent.answer("shop") == "up ready 100%"
+    assert agent.answer("web") == "up 100%"
+
+
 # -- over the socket ---------------------------------------------------------------
 
 
 def agent_of(exporter: Exporter) -> tuple[str, int]:
     found = re.search(r"agent-checks at (\S+):(\d+)$", exporter.said.wait_for("agent-checks at"))
     assert found
-    return found[1], int(found[2])
+    return found[1].strip("[]"), int(found[2])
 
 
 def check(agent: tuple[str, int], sent: bytes) -> bytes:
@@ -123,29 +165,49 @@ def check(agent: tuple[str, int], sent: bytes) -> bytes:
         return b"".join(iter(lambda: line.recv(4096), b""))
 
 
+def at(agent: Agent) -> tuple[str, int]:
+    return "127.0.0.1", agent.server_address[1]
+
+
+def test_a_client_that_says_nothing_delays_no_other(agent: Agent) -> None:
+    with socket.create_connection(at(agent), DEADLINE_S):
+        assert check(at(agent), b"web\n") == b"up ready 100%\n"
+
+
+def test_a_name_that_does_not_end_is_not_read_to_its_end(agent: Agent) -> None:
+    with socket.create_connection(at(agent), DEADLINE_S) as line:
+        line.sendall(b"w" * 300)  # it says no more, and goes on listening
+
+        with contextlib.suppress(ConnectionResetError):  # of what was not read
+            assert line.recv(4096) == b""
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:0", pytest.param("[::1]:0", marks=needs_ipv6)])
 def test_the_name_that_is_sent_picks_the_instance(
-    exporter: Start, fakes: Callable[[str], Fake]
+    exporter: Start, fakes: Callable[[str], Fake], address: str
 ) -> None:
     fakes("web")
     fakes("shop").status = status(name="shop", **DUCK)
+    fakes("\u00fc web").status["name"] = "\u00fc web"
     fakes("dead").end()
-    agent = agent_of(exporter("--agent", "127.0.0.1:0"))
+    agent = agent_of(exporter("--agent", address))
 
-    with socket.create_connection(agent):  # one that says nothing delays no other
-        assert check(agent, b"web\n") == b"up ready 100%\n"
-        assert check(agent, b"shop\n") == b"up drain\n"
-        fakes("late").status["name"] = "late"
-        assert check(agent, b"late\r\n") == b"up ready 100%\n"
-        for no_answer in (
-            b"dead\n",
-            b"nowhere\n",
-            b"../web\x00\n",
-            b"web",
-            b"\n",
-            b"",
-            b"w" * 400,
-        ):
-            assert check(agent, no_answer) == b"", no_answer
+    assert check(agent, b"web\n") == b"up ready 100%\n"
+    assert check(agent, b"shop\n") == b"up drain\n"
+    assert check(agent, "\u00fc web\n".encode()) == b"up ready 100%\n"
+    fakes("late").status["name"] = "late"
+    assert check(agent, b"late\r\n") == b"up ready 100%\n"
+    for no_answer in (
+        b"dead\n",
+        b"nowhere\n",
+        b"../web\x00\n",
+        b"web",
+        b"\n",
+        b"",
+        b"\xff\n",
+        b"*\n",
+    ):
+        assert check(agent, no_answer) == b"", no_answer
 
 
 def test_one_that_does_not_answer_keeps_what_haproxy_knows(

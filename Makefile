@@ -69,7 +69,7 @@ test-page: docs ## try the page and the site of the documents in headless Chromi
 DEB_TOOLS := bash-completion debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all python3-click python3-hatchling
 
 test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY='bookworm and package and not 5.10']
-	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev
+	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev haproxy iproute2
 	-tools/install-packages $(DEB_TOOLS)
 	$(BIN)/python -m pytest -s tests/vm $(if $(ONLY),-k '$(ONLY)')
 

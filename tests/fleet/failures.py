@@ -89,7 +89,7 @@ def test_a_play_stops_at_a_host_that_dies_and_only_what_that_held_is_lost(five: 
     assert "UNREACHABLE" in said
     assert first.version == "2"
     assert [each.version for each in others] == ["1"] * len(others)
-    wait(lambda: five.state(second) == "DOWN", "HAProxy has seen it")
+    wait(lambda: five.balancer.state(second.name) == "DOWN", "HAProxy has seen it")
     lost = load.told()
     assert len(lost.failures) <= CLIENTS, lost.failures
     wait(lambda: load.told().answered > lost.answered + 100, "all others are served")
@@ -102,16 +102,16 @@ def test_a_host_whose_exporter_dies_stays_in_rotation(five: Fleet) -> None:
     load = Load(five.balancer, 100)
     host = five.hosts[3]
     host.signal(host.exporter, signal.SIGKILL)
-    wait(lambda: five.agent(host).startswith("L4"), "HAProxy has missed it")
+    wait(lambda: five.balancer.agent(host.name).startswith("L4"), "HAProxy has missed it")
     forwarded = host.status["forwarded"]
 
-    assert five.state(host) == "UP"
+    assert five.balancer.state(host.name) == "UP"
     # Connections that HAProxy keeps are used again and again: it makes new ones after some seconds.
     wait(lambda: host.status["forwarded"] > forwarded, "it gets clients")
 
     assert load.told().failures == []
     host.export()
-    wait(lambda: five.agent(host).startswith("L7OK"), "HAProxy hears of it again")
+    wait(lambda: five.balancer.agent(host.name).startswith("L7OK"), "HAProxy hears of it again")
     load.end()
 
 
@@ -119,10 +119,10 @@ def test_a_stop_and_a_start_of_each_host_fails_no_request(five: Fleet) -> None:
     load = Load(five.balancer, 100)
     for host in five.hosts[:2]:
         host.signal(host.protector, signal.SIGTERM)
-        wait(lambda host=host: five.state(host) == "DRAIN", "it is drained")  # type: ignore[misc]
+        wait(lambda host=host: five.balancer.state(host.name) == "DRAIN", "it is drained")  # type: ignore[misc]
         host.protector.wait(60)
         host.protect()
-        wait(lambda host=host: five.state(host) == "UP", "it is back")  # type: ignore[misc]
+        wait(lambda host=host: five.balancer.state(host.name) == "UP", "it is back")  # type: ignore[misc]
 
     assert load.told().failures == []
     load.end()

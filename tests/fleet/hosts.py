@@ -14,7 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +86,12 @@ class Network:
         _do("ip", "-n", space, "address", "add", f"{address}/24", "dev", "eth0")
         _do("ip", "-n", space, "link", "set", "eth0", "up")
         return space
+
+    def tap(self, name: str) -> str:
+        """Connect a tap device of that name to the bridge; return the namespace that it is in."""
+        _do("ip", "-n", self._switch, "tuntap", "add", "dev", name, "mode", "tap")
+        _do("ip", "-n", self._switch, "link", "set", name, "master", "bridge", "up")
+        return self._switch
 
     def unplug(self, name: str) -> None:
         """Take a machine's link away: from then on nothing comes from it, not even an end."""
@@ -190,15 +196,14 @@ class Load:
 
 
 class Host(Machine):
-    """A machine with a protector, its exporter and sshd."""
+    """A machine with a protector and its exporter."""
 
     def serve(self, folder: Path, options: tuple[str, ...], code: str = "") -> None:
-        """Start all, with release 1.  code: the PYTHONPATH of another version of the protector."""
+        """Start both, with release 1.  code: the PYTHONPATH of another version of the protector."""
         self._options, self._code = options, code
         self.release(folder, "1")
         self.protect()
         self.export()
-        self.start("/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config")
 
     def protect(self) -> None:
         """Start the protector, and wait until it serves."""
@@ -244,6 +249,50 @@ class Host(Machine):
         return [each["result"] for each in self.status["reloads"]]
 
 
+class Balancer(Machine):
+    """A machine with HAProxy, by deploy/haproxy.cfg."""
+
+    def balance(self, path: Path, changes: Mapping[str, str]) -> None:
+        """Start it.  path: for its file.  changes: what stands there in the place of what."""
+        text = (DEPLOY / "haproxy.cfg").read_text()
+        for given, other in changes.items():
+            assert given in text, given
+            text = text.replace(given, other)
+        path.write_text(text)
+        self.haproxy = self.start("haproxy", "-W", "-db", "-f", path)
+
+    def state(self, server: str) -> str:
+        """What it has of a server: UP, DRAIN, DOWN; "" where it does not answer yet."""
+        return self.figures(server).get("status", "").split(" ")[0]
+
+    def agent(self, server: str) -> str:
+        """What came of the last agent-check: L7OK, L4CON, ..."""
+        return self.figures(server).get("agent_status", "")
+
+    def figures(self, server: str) -> dict[str, str]:
+        """All that it says of a server, by the names of HAProxy's `show stat`."""
+        program = (
+            "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy.sock');"
+            "s.sendall(b'show stat -1 4 -1\\n');"
+            "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
+        )
+        said = self.run("/usr/bin/python3", "-I", "-c", program).stdout
+        names, *rows = ([*csv.reader(said.splitlines())]) or [[]]
+        found = [dict(zip(names, row, strict=False)) for row in rows if row]
+        return next((each for each in found if each["svname"] == server), {})
+
+
+def releases(folder: Path) -> None:
+    """Write releases 1 to 3 there, and two that fail."""
+    faults = {"bad": "broken", "late": "late 5"}
+    for version in ("1", "2", "3", *faults):
+        daemon = folder / "releases" / version / "daemon"
+        daemon.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, str(HERE / "web.py"), version, *faults.get(version, "").split()]
+        daemon.write_text(f"#!/bin/sh\nexec {shlex.join(words)}\n")
+        daemon.chmod(0o755)
+
+
 class Fleet:
     """Five hosts behind HAProxy, and the operator's machine with Ansible: deploy/ as it stands."""
 
@@ -252,8 +301,9 @@ class Fleet:
     def __init__(self, folder: Path, network: Network, options: tuple[str, ...]) -> None:
         self.folder, self.network, self.options = folder, network, options
         self._keys()
+        releases(folder)
         self.operator = Machine(network, "operator", "10.0.0.2", folder / "operator.log")
-        self.balancer = Machine(network, "balancer", "10.0.0.1", folder / "balancer.log")
+        self.balancer = Balancer(network, "balancer", "10.0.0.1", folder / "balancer.log")
         self.hosts: list[Host] = []
         self.machines: list[Machine] = [self.operator, self.balancer]
 
@@ -261,9 +311,11 @@ class Fleet:
         """Start all hosts and the balancer.  code_of: of a host's protector, for an older one."""
         for number in range(1, self.SIZE + 1):
             self.add(number, code_of(number))
-        self.haproxy = self.balancer.start("haproxy", "-W", "-db", "-f", self._balancer_file())
+        # Shorter times for a host that is dead.
+        shorter = {"server 1m": "server 5s", "connect 5s": "connect 1s"}
+        self.balancer.balance(self.folder / "haproxy.cfg", shorter)
         for host in self.hosts:
-            wait(lambda host=host: self.state(host) == "UP", f"{host.name} UP")  # type: ignore[misc]
+            wait(lambda host=host: self.balancer.state(host.name) == "UP", f"{host.name} UP")  # type: ignore[misc]
 
     def add(self, number: int, code: str = "") -> Host:
         """Start a host."""
@@ -272,6 +324,7 @@ class Fleet:
         self.machines.append(host)
         self.hosts.append(host)
         host.serve(self.folder, self.options, code)
+        host.start("/usr/sbin/sshd", "-D", "-e", "-f", self.folder / "sshd_config")
         return host
 
     def close(self) -> None:
@@ -279,16 +332,6 @@ class Fleet:
         for each in self.machines:
             if each._unshare.returncode is None:
                 each.end()
-
-    def _balancer_file(self) -> Path:
-        """deploy/haproxy.cfg, with shorter times for a host that is dead."""
-        text = (DEPLOY / "haproxy.cfg").read_text()
-        for given, shorter in (("server 1m", "server 5s"), ("connect 5s", "connect 1s")):
-            assert f"timeout {given}" in text
-            text = text.replace(f"timeout {given}", f"timeout {shorter}")
-        path = self.folder / "haproxy.cfg"
-        path.write_text(text)
-        return path
 
     def _keys(self) -> None:
         for name in ("host", "operator"):
@@ -306,37 +349,6 @@ Subsystem sftp internal-sftp
 SetEnv PATH={PATH} TMPDIR=/run
 """
         )
-        faults = {"bad": "broken", "late": "late 5"}
-        for version in ("1", "2", "3", *faults):
-            daemon = self.folder / "releases" / version / "daemon"
-            daemon.parent.mkdir(parents=True, exist_ok=True)
-            words = [
-                sys.executable,
-                str(HERE / "web.py"),
-                version,
-                *faults.get(version, "").split(),
-            ]
-            daemon.write_text(f"#!/bin/sh\nexec {shlex.join(words)}\n")
-            daemon.chmod(0o755)
-
-    def state(self, host: Host) -> str:
-        """What HAProxy has of it: UP, DRAIN, DOWN."""
-        return self._stat(host).get("status", "").split(" ")[0]
-
-    def agent(self, host: Host) -> str:
-        """What came of HAProxy's last agent-check: L7OK, L4CON, ..."""
-        return self._stat(host).get("agent_status", "")
-
-    def _stat(self, host: Host) -> dict[str, str]:
-        program = (
-            "import socket; s = socket.socket(socket.AF_UNIX); s.connect('/run/haproxy.sock');"
-            "s.sendall(b'show stat -1 4 -1\\n');"
-            "print(b''.join(iter(lambda: s.recv(65536), b'')).decode())"
-        )
-        said = self.balancer.run("/usr/bin/python3", "-I", "-c", program).stdout
-        names, *rows = ([*csv.reader(said.splitlines())]) or [[]]
-        found = [dict(zip(names, row, strict=False)) for row in rows if row]
-        return next((each for each in found if each["svname"] == host.name), {})
 
     def releasing(self, version: str, *words: str) -> subprocess.Popen[Any]:
         """Begin a release, as an operator does."""

@@ -95,7 +95,7 @@ def test_a_release_goes_on_while_the_balancer_is_reloaded(five: Fleet, load: Loa
     releasing = five.releasing(version)
     wait(lambda: five.hosts[0].version == version, "the first one")
 
-    five.balancer.signal(five.haproxy, signal.SIGUSR2)
+    five.balancer.signal(five.balancer.haproxy, signal.SIGUSR2)
     said, _ = releasing.communicate(timeout=300)
 
     assert releasing.returncode == 0, said

@@ -90,19 +90,30 @@ def boot(system: System, wanted: Iterable[str]) -> Said:
     numbers = ",".join(str(names.index(each)) for each in wanted)
     said = Said()
     began = time.monotonic()
-    with _alone(cache()) as folder, tempfile.TemporaryDirectory(prefix="sp-vm-") as made:
-        root, image, packages = folder / system.suite, Path(made, "disk"), Path(made, "packages")
-        try:
-            if PACKAGED.intersection(names) and not debs.missing():
-                debs.build(Path(made, "built"))
-                debs.versions(Path(made, "built"), packages)
-            _tool("vm-root", root, system.suite, *system.others)
-            _tool("vm-image", root, image, packages)
+    try:
+        with disk(system, packaged=bool(PACKAGED.intersection(names))) as (root, image):
             _run(system, root, image, numbers, said)
-        except (OSError, ValueError, AssertionError) as error:
-            said.trouble = str(error)
+    except (OSError, ValueError, AssertionError) as error:
+        said.trouble = str(error)
     said.took_s = time.monotonic() - began
     return said
+
+
+@contextmanager
+def disk(system: System, *, packaged: bool) -> Iterator[tuple[Path, Path]]:
+    """Build the system; yield its folder and an image of it, which goes with this.
+
+    packaged: with the Debian packages on it, where they can be built.  Raises OSError, ValueError,
+    AssertionError.
+    """
+    with _alone(cache()) as folder, tempfile.TemporaryDirectory(prefix="sp-vm-") as made:
+        root, image, packages = folder / system.suite, Path(made, "disk"), Path(made, "packages")
+        if packaged and not debs.missing():
+            debs.build(Path(made, "built"))
+            debs.versions(Path(made, "built"), packages)
+        _tool("vm-root", root, system.suite, *system.others)
+        _tool("vm-image", root, image, packages)
+        yield root, image
 
 
 @contextmanager
@@ -129,35 +140,44 @@ def _tool(name: str, *words: str | Path) -> None:
         raise ValueError(f"{name} {done.returncode}: {done.stderr}")
 
 
-def _command(system: System, root: Path, image: Path, console: Path, checks: str) -> list[str]:
+def qemu(system: System, root: Path, image: Path, words: Iterable[str]) -> list[str]:
+    """Return the command of its machine, whose second serial line is our stdin and stdout.
+
+    words: for its kernel.  The console is in a file beside the image.  Raises ValueError.
+    """
     kernels = sorted((root / "boot").glob(f"vmlinuz-{system.kernel}*"))
     if not kernels:
         raise ValueError(f"{system.suite} has no kernel {system.kernel}*")
     kernel = kernels[-1]
     initrd = kernel.with_name(kernel.name.replace("vmlinuz", "initrd.img"))
-    words = [
+    all_words = [
         *("root=/dev/vda", "rw", "console=ttyS0", "quiet", "panic=-1"),
-        *("systemd.unit=tests.target", f"checks={checks}"),
         # What guards a kernel against its processes is of no use here, and with an emulated
         # processor each system call would cost several times as much.
         *("mitigations=off", "audit=0", "apparmor=0"),
+        *words,
     ]
     return [
         *("qemu-system-x86_64", "-accel", "tcg,tb-size=512", "-cpu", system.processor),
-        *("-smp", str(system.processors), "-m", "1536", "-nodefaults", "-no-reboot"),
+        *("-smp", str(system.processors), "-m", "1536", "-nodefaults"),
         *("-display", "none", "-kernel", str(kernel), "-initrd", str(initrd)),
-        *("-append", " ".join(words)),
+        *("-append", " ".join(all_words)),
         *("-drive", f"file={image},format=raw,if=virtio,cache=unsafe"),
-        *("-chardev", f"file,id=console,path={console}", "-serial", "chardev:console"),
+        *("-chardev", f"file,id=console,path={console(image)}", "-serial", "chardev:console"),
         *("-chardev", "stdio,id=said,signal=off", "-serial", "chardev:said"),
     ]
 
 
+def console(image: Path) -> Path:
+    """Return the file with what the machine of that image says on its console."""
+    return image.with_name("console")
+
+
 def _run(system: System, root: Path, image: Path, checks: str, said: Said) -> None:
-    console = image.with_name("console")
+    words = ("systemd.unit=tests.target", f"checks={checks}")
     receive, send = os.pipe()
     with subprocess.Popen(
-        _command(system, root, image, console, checks),
+        [*qemu(system, root, image, words), "-no-reboot"],
         stdin=subprocess.DEVNULL,
         stdout=send,
         stderr=subprocess.STDOUT,
@@ -169,7 +189,7 @@ def _run(system: System, root: Path, image: Path, checks: str, said: Said) -> No
             if said.done:
                 machine.wait(_LONGEST_S / 40)
         except (AssertionError, subprocess.TimeoutExpired) as error:
-            last = console.read_text(encoding="utf-8", errors="replace")[-8000:]
+            last = console(image).read_text(encoding="utf-8", errors="replace")[-8000:]
             said.trouble = f"{error}\n--- console ---\n{last}"
         finally:
             machine.kill()

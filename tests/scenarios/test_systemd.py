@@ -615,6 +615,22 @@ def test_the_two_units_differ_in_the_instance_alone() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("unit", "earlier"),
+    [
+        ("socketprotector@.service", "socketprotector-exporter.service"),
+        ("socketprotector@.service", "socketprotector-page.service"),
+        ("socketprotector-exporter.service", "network-online.target"),
+        ("socketprotector-page.service", "network-online.target"),
+    ],
+)
+def test_a_shutdown_stops_a_unit_before_what_its_lame_duck_is_heard_by(
+    unit: str, earlier: str
+) -> None:
+    # The other way round than the start.  With a real systemd: tests/vm/test_fleet.py.
+    assert earlier in " ".join(settings_of(unit)["After"]).split()
+
+
 #: As needrestart 3.6 reads a file of conf.d, and asks about each unit.
 NEEDRESTART = r"""
 my %nrconf = (override_rc => {});

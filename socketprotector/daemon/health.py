@@ -146,6 +146,12 @@ class Health:
 
     def _ask(self) -> None:
         self._loop.call_after(_TIMER, self._settings().health_every_s, self._ask)
+        if self._command is not None and self._command.is_late:
+            # It lives on: as another user's, or waiting for a disk.  No other is started beside it.
+            if self._loop.due(_LIMIT) is None:
+                limit_s = self._settings().health_timeout_s
+                self._loop.call_after(_LIMIT, limit_s, lambda: self._is_bad(self.reason))
+            return
         under_way = self._connection is not None or self._command is not None
         if self._paused() or (under_way and not self._busy):
             return
@@ -224,6 +230,7 @@ class Health:
             if self._way is not None and self._connection is not None and self._waits():
                 self._way.give_up(self._connection)
         self._forget()
+        self._close_command()
 
     def _forget(self) -> None:
         """The question is over, whatever came of it."""
@@ -232,12 +239,16 @@ class Health:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._command is not None:
-            self._command.close()
-            self._command = None
+        if self._command is not None and not self._command.is_late:
+            self._close_command()
         if self._way is not None:
             self._way.close()
             self._way = None
+
+    def _close_command(self) -> None:
+        if self._command is not None:
+            self._command.close()
+            self._command = None
 
     # -- the asker ---------------------------------------------------------------
 
@@ -279,6 +290,10 @@ class Health:
         """Raises OSError or ValueError."""
 
         def over(why: str) -> None:
+            command, self._command = self._command, None
+            if command is not None and command.is_late:
+                self._forget()  # that was its answer
+                return
             if why:
                 self._is_bad(why)
             else:
@@ -290,7 +305,7 @@ class Health:
             command,
             {PROBE: way.text},
             over=over,
-            late=over,
+            late=self._is_bad,
             limit_s=self._settings().health_timeout_s,
         )
 

@@ -70,7 +70,7 @@ class CheckCommand:
             assert self._process is not None
             loop.watch(self._process.pidfd, self._ended)
             loop.watch(self._output, self._hear)
-            loop.call_after(self, limit_s, lambda: self._is_late(limit_s))
+            loop.call_after(self, limit_s, lambda: self._time_is_over(limit_s))
 
     def _start(self, shell: Program, variables: Mapping[str, str], told: bytes) -> None:
         self._output, write = os.pipe2(os.O_CLOEXEC)
@@ -102,7 +102,12 @@ class CheckCommand:
             os.close(self._output)
             self._output = -1
 
-    def _is_late(self, limit_s: float) -> None:
+    @property
+    def is_late(self) -> bool:
+        """Whether it was killed, as it had not ended in time; it may live on."""
+        return bool(self._why_late)
+
+    def _time_is_over(self, limit_s: float) -> None:
         if self._process is None or self._process.has_ended():
             return  # that is handled next
         self._why_late = f"{self._program}: no answer within {text.in_units(limit_s)}"

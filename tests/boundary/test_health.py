@@ -1,0 +1,59 @@
+"""--health by a command: how many there are at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from socketprotector.daemon.health import UNHEALTHY, Health
+from socketprotector.daemon.runtime import Runtime
+from socketprotector.system.loop import Loop
+from socketprotector.system.process import Process
+from tests.boundary.ending import SHELL, children, settle, until
+
+pytestmark = pytest.mark.usefixtures("in_root_directory")
+
+
+def asked(loop: Loop, command: str) -> Health:
+    """Return what is known of generation 1, which is asked by this command."""
+    log = SimpleNamespace(write=lambda *_, **__: None)
+    its = SimpleNamespace(
+        health=f"check:{command}", health_every_s=0.02, health_failures=3, health_timeout_s=0.1
+    )
+    way = SimpleNamespace(text="127.0.0.1:1", close=lambda: None)
+    health = Health(
+        Runtime(loop, cast("Any", log), lambda _: None, lambda: True),
+        settings=lambda: cast("Any", its),
+        reach=lambda *_: cast("Any", way),
+        paused=lambda: False,
+    )
+    program = replace(SHELL, environment=(("PATH", os.environ["PATH"]),))
+    generation = SimpleNamespace(program=program, record=SimpleNamespace(number=1))
+    health.serves(cast("Any", generation))
+    return health
+
+
+def test_beside_one_that_cannot_be_killed_no_other_is_started(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has become another user's.  As long as it lives there is no answer, which is a bad one."""
+
+    def anothers(process: Process) -> None:
+        raise PermissionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Process, "kill_group", anothers)
+        health = asked(loop, "exec sleep 1000")
+        until(loop, lambda: health.failures >= 5)
+        assert (health.state, health.last) == (UNHEALTHY, "sleep: no answer within 100ms")
+        [first] = children()
+
+        os.kill(first, signal.SIGKILL)
+        until(loop, lambda: children() not in ({first}, set()))
+    health.suspend()
+    settle(loop)

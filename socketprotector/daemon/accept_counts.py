@@ -61,16 +61,15 @@ class AcceptCounts:
         if not listener.has_sibling:
             raise OSError(errno.EOPNOTSUPP, "all generations accept from it")
         one = listener.socket_for(socket_number)
-        before = accept_marks.mark_of(one)
         used = {its for index, its in taken if index == listener.index} - {NO_MARK}
         mark = NO_MARK
         with suppress(OSError):  # no descriptor to ask with, say, or the kernel does not tell
             mark = self._unused(listener, socket_number, used)
-        accept_marks.mark(one, mark)
-        if mark != before and listener.has_waiting(socket_number):
-            # They have the mark of before, whoever accepts them.
-            accept_marks.mark(one, NO_MARK)
-            if before in used:
+        had = accept_marks.mark(one, mark, used)
+        if had and listener.has_waiting(socket_number):
+            # They have one of those, whoever accepts them.
+            had |= accept_marks.mark(one, NO_MARK, used)
+            if not had.isdisjoint(used):
                 raise OSError(errno.EBUSY, "clients wait there with the mark of another generation")
             mark = NO_MARK
         return listener.index, mark

@@ -12,6 +12,8 @@ from __future__ import annotations
 import socket
 import sys
 from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import permutations
 
 from .sock_diag import accepted, end_of
 
@@ -28,13 +30,26 @@ _BITS = (
 MARKS = (1 << len(_BITS)) - 1
 
 
-def mark(listening: socket.socket, number: int) -> None:
-    """Have what a socket accepts from now on be of this mark.  Raises OSError."""
-    unmarked = _unmarked(listening.family)
-    for place, (option, _) in enumerate(_BITS):
+def mark(
+    listening: socket.socket, number: int, but: Collection[int] = frozenset()
+) -> frozenset[int]:
+    """Have what a socket accepts from now on be of this mark.  Raises OSError.
+
+    One option is set after the other, and a client may come in between.  Returns the marks that
+    it had until then: in between none of `but`, if there is an order in which that can be.
+    """
+    unmarked, before = _unmarked(listening.family), mark_of(listening)
+    changed = [place for place in range(len(_BITS)) if (before ^ number) >> place & 1]
+
+    def had(order: Sequence[int]) -> frozenset[int]:
+        steps = range(len(order))
+        return frozenset(before ^ sum(1 << place for place in order[:step]) for step in steps)
+
+    order = min(permutations(changed), key=lambda order: len(had(order).intersection(but)))
+    for place in order:
         value = (number ^ unmarked) >> place & 1
-        if listening.getsockopt(socket.IPPROTO_IP, option) != value:
-            listening.setsockopt(socket.IPPROTO_IP, option, value)
+        listening.setsockopt(socket.IPPROTO_IP, _BITS[place][0], value)
+    return had(order)
 
 
 def mark_of(listening: socket.socket) -> int:

@@ -253,6 +253,28 @@ def test_whose_client_waits_is_not_known_where_only_the_gone_had_that_mark(
         assert counts.enter(0, second) == ((0, NO_MARK),)
 
 
+def test_one_that_came_between_two_options_is_counted_for_no_generation(
+    told: Told, counts: AcceptCounts, two: list[Listener]
+) -> None:
+    accept_marks.mark(two[0].socket, 1)
+    has(told, 1)  # of one that is gone
+    taken = {(0, its) for its in (2, 3, 4, 5, 7)}
+    with socket.create_connection(two[0].socket.getsockname()):
+        assert counts.enter(0, taken) == (), "on the way from 1 to 6 it has one of the others"
+
+
+def test_on_its_way_a_socket_has_no_mark_that_is_anothers_if_it_can_be(stack: ExitStack) -> None:
+    one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))
+    accept_marks.mark(one, 3)
+
+    assert accept_marks.mark(one, 0, {2}) == {3, 1}
+    accept_marks.mark(one, 3)
+    assert accept_marks.mark(one, 0, {1}) == {3, 2}
+    assert accept_marks.mark(one, 0) == set()
+    assert accept_marks.mark(one, 7, {1, 2, 3, 4, 6}) & {1, 2, 3, 4, 6}
+    assert accept_marks.mark_of(one) == 7
+
+
 def test_one_that_no_process_has_open_any_more_does_not_wait(stack: ExitStack) -> None:
     """It waits for its client's end, for up to a minute, and has no options any more."""
     one = stack.enter_context(listening(socket.AF_INET, "127.0.0.1"))

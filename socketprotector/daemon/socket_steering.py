@@ -206,14 +206,14 @@ class SocketSteering:
                 why = "workers that were told to finish may still accept from its socket"
                 raise OSError(errno.EAGAIN, why)
         address, asked = found.local_address, found.socket_for(socket_number)
-        while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
-            pass  # of IPv6 there are few
-        self._questions[mark] = socket_number
         place = found.index, socket_number
         no_clients = socket_number != self._number_for(found) and not _has_waiting(asked)
         if no_clients and place not in self._asked:
             self._asked.add(place)
             self._persist()  # before the first one: the next program finds it, if we are killed
+        while (mark := reuseport.Mark.draw(family_of(address))) in self._questions:
+            pass  # of IPv6 there are few
+        self._questions[mark] = socket_number
         self._steer()
         if not self._steered:  # they would come to the generation before, which answers
             del self._questions[mark]

@@ -1000,6 +1000,30 @@ def test_one_is_asked_once_that_has_gone(reloaded: World) -> None:
     way.close()
 
 
+def test_of_a_question_that_cannot_be_put_the_kernel_keeps_nothing(
+    reloaded: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is tried again and again; and of IPv6 there are few marks."""
+    with monkeypatch.context() as patched:
+        patched.setattr(reuseport, "queue", raising(errno.ENOBUFS, "no buffer"))
+        with pytest.raises(OSError, match="no buffer"):
+            reloaded.steering.ask(2, "")
+    marked: list[Mapping[reuseport.Mark, int]] = []
+    monkeypatch.setattr(reuseport, "steer", lambda one, member, marks: marked.append(marks))
+
+    reloaded.steering.turn_to(0, again=True)
+
+    assert marked
+    assert not any(marked)
+
+
+def raising(number: int, text: str) -> Callable[..., None]:
+    def fails(*_: object) -> None:
+        raise OSError(number, text)
+
+    return fails
+
+
 # -- who waits for whom -----------------------------------------------------------------
 
 

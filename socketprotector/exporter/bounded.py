@@ -21,6 +21,9 @@ class BoundedServer(ThreadingMixIn, TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
+    # socketserver's own 5 are soon full: HAProxy checks all its servers at the same moment, and a
+    # connection that finds no place is made a second later, when the check has been given up.
+    request_queue_size = CONNECTIONS
 
     def __init__(self, address: tuple[str, int], handler: type[BaseRequestHandler]) -> None:
         """Bind and listen.  Raises OSError."""

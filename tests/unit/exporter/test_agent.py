@@ -13,6 +13,7 @@ import pytest
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.exporter.agent import READY_S, Agent, Told, advise
+from socketprotector.exporter.bounded import CONNECTIONS
 from tests.running import DEADLINE_S
 from tests.scenarios.starting import needs_ipv6
 from tests.together import together
@@ -167,6 +168,14 @@ def check(agent: tuple[str, int], sent: bytes) -> bytes:
 
 def at(agent: Agent) -> tuple[str, int]:
     return "127.0.0.1", agent.server_address[1]
+
+
+def test_as_many_can_ask_at_the_same_moment_as_are_answered() -> None:
+    with contextlib.ExitStack() as opened:
+        agent = opened.enter_context(Agent(("127.0.0.1", 0), Said()))  # type: ignore[arg-type]
+
+        for _ in range(CONNECTIONS):  # it does not accept yet
+            opened.enter_context(socket.create_connection(at(agent), DEADLINE_S))
 
 
 def test_a_client_that_says_nothing_delays_no_other(agent: Agent) -> None:

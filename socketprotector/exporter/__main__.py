@@ -5,6 +5,7 @@ Every error is one line: what, where, how to fix it.
 
 from __future__ import annotations
 
+import ipaddress
 import signal
 import socket
 import ssl
@@ -35,6 +36,11 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 @click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
 @click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
 @click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
+@click.option(
+    "--token",
+    metavar="FILE",
+    help="Answer /metrics to those who bring what is in there (Authorization: Bearer).",
+)
 @click.option(
     "--agent",
     metavar="HOST:PORT",
@@ -83,6 +89,8 @@ def _command(**given: Any) -> int:
     address = _address("--listen", given["listen"])
     ask_at = None if given["agent"] is None else _address("--agent", given["agent"])
     tls = _tls(given["tls_cert"], given["tls_key"])
+    if given["token"] is not None:
+        _check_token(given["token"], given["listen"], address[0], tls)
     # Each once: a name that is given twice would be two series with the same labels.
     names, paths = tuple(dict.fromkeys(given["name"])), tuple(dict.fromkeys(given["control"]))
     instances = ProtectorCollector(names, paths)
@@ -95,7 +103,7 @@ def _command(**given: Any) -> int:
                 raise SystemRefused(f"--web {given['web']}: {error.strerror or error}") from error
             opened.callback(page.close)
         try:
-            server = opened.enter_context(Server(address, instances, tls))
+            server = opened.enter_context(Server(address, instances, tls, given["token"]))
         except OSError as error:
             raise SystemRefused(f"--listen {given['listen']}: {error.strerror}") from error
         if ask_at is not None:
@@ -147,6 +155,18 @@ def _tls(cert: str | None, key: str | None) -> ssl.SSLContext | None:
             f"{said}: no PEM certificate with the key that belongs to it, without a password"
         ) from error
     return context
+
+
+def _check_token(file: str, listen: str, host: str, tls: ssl.SSLContext | None) -> None:
+    """Refuse a token that cannot be used, or that others would read on its way."""
+    from .token_file import read_token
+
+    if tls is None and not ipaddress.ip_address(host).is_loopback:
+        raise UsageError(
+            f"--token {file}: others could read the token on its way to {listen}; give --tls-cert, "
+            "or listen on a loopback address behind your own proxy"
+        )
+    read_token("--token", file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

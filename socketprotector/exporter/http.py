@@ -5,6 +5,7 @@ Source: ssl, http.server.
 
 from __future__ import annotations
 
+import hmac
 import ssl
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,9 +16,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .. import __version__
+from ..model.errors import UsageError
 from ..model.text import escape
 from .bounded import BoundedServer
 from .collector import ProtectorCollector
+from .token_file import read_token
 
 _PAGES = "/metrics, /healthz, /readyz, /readyz/NAME"
 #: What the path of one instance's page begins with.
@@ -30,10 +33,18 @@ class Server(BoundedServer, HTTPServer):
     """Listens; a thread for each connection."""
 
     def __init__(
-        self, address: tuple[str, int], instances: ProtectorCollector, tls: ssl.SSLContext | None
+        self,
+        address: tuple[str, int],
+        instances: ProtectorCollector,
+        tls: ssl.SSLContext | None,
+        token: str | None = None,
     ) -> None:
-        """Bind and listen.  Raises OSError."""
+        """Bind and listen.  Raises OSError.
+
+        token: the file with what a client has to bring for /metrics; None: nothing.
+        """
         self.instances = instances
+        self.token = token
         self.registry = CollectorRegistry()
         self.registry.register(instances)
         self._tls = tls
@@ -56,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         page, _, query = self.path.partition("?")
         match page:
+            case "/metrics" if self._is_refused():
+                pass
             case "/metrics":
                 encode, kind = choose_encoder(self.headers.get("Accept") or "")
                 self._answer(HTTPStatus.OK, encode(self.server.registry), kind)
@@ -70,6 +83,21 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
+    def _is_refused(self) -> bool:
+        """Answer a client that has not brought the token; the other pages are for balancers."""
+        if self.server.token is None:
+            return False
+        try:
+            wanted = f"Bearer {read_token('--token', self.server.token)}"
+        except UsageError:
+            self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the file of --token cannot be used any more")
+            return True
+        brought = self.headers.get("Authorization") or ""
+        if hmac.compare_digest(brought.encode("utf-8", "replace"), wanted.encode()):
+            return False
+        self._say(HTTPStatus.UNAUTHORIZED, "give the token", ("WWW-Authenticate", "Bearer"))
+        return True
+
     def _say_ready(self, name: str, query: str) -> None:
         unready, unhealthy = self.server.instances.unready(name)
         # A bad answer may be that of all hosts at once: only who asks for it takes them all out.
@@ -79,11 +107,15 @@ class Handler(BaseHTTPRequestHandler):
         # A name may be the client's own, and a reason what a worker has answered.
         self._say(status, "\n".join(map(escape, (*unready, *unhealthy))) or "ok")
 
-    def _say(self, status: HTTPStatus, text: str) -> None:
-        self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8")
+    def _say(self, status: HTTPStatus, text: str, *headers: tuple[str, str]) -> None:
+        self._answer(status, f"{text}\n".encode(), "text/plain; charset=utf-8", *headers)
 
-    def _answer(self, status: HTTPStatus, body: bytes, kind: str) -> None:
+    def _answer(
+        self, status: HTTPStatus, body: bytes, kind: str, *headers: tuple[str, str]
+    ) -> None:
         self.send_response(status)
+        for header in headers:
+            self.send_header(*header)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()

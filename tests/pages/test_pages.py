@@ -37,7 +37,7 @@ RUN: dict[str, tuple[str, ...]] = {
     "docs/legacy.md": ("curl",),
     "docs/load-balancers.md": ("curl", "haproxy"),
     "docs/log.md": ("logrotate",),
-    "docs/metrics.md": ("curl",),
+    "docs/metrics.md": ("curl", "openssl"),
     "docs/man/SampleClient.1": ("nc", "script"),
     "docs/man/SocketProtector.8": (),
     "docs/man/socketprotectorctl.1": ("jq", "script"),

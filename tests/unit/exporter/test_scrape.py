@@ -19,6 +19,8 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from socketprotector.exporter.collector import ProtectorCollector
+from socketprotector.exporter.token_file import read_token
+from socketprotector.model.errors import UsageError
 from tests.running import DEADLINE_S
 from tests.together import together
 from tests.unit.ctl.fake import Fake, health, listener, status
@@ -29,10 +31,14 @@ Values = dict[tuple[str, str], float]
 
 
 def get(
-    address: str, accept: str = "text/plain", tls: ssl.SSLContext | None = None
+    address: str,
+    accept: str = "text/plain",
+    tls: ssl.SSLContext | None = None,
+    authorization: str = "",
 ) -> tuple[int, str, str]:
     """Return status, content type and body."""
-    request = urllib.request.Request(address, headers={"Accept": accept})
+    headers = {"Accept": accept, "Authorization": authorization}
+    request = urllib.request.Request(address, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=DEADLINE_S, context=tls) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read().decode()
@@ -300,9 +306,78 @@ def test_it_speaks_tls(
     assert get(f"{one.address}/healthz", tls=trusting)[0] == 200
 
 
+def test_a_token_is_wanted_for_metrics_and_may_change(
+    exporter: Start,
+    fakes: Callable[[str], Fake],
+    certificate: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    fakes("web")
+    cert, key = certificate
+    token = tmp_path / "token"
+    token.touch(0o640)
+    token.write_text("old\n")
+    chosen = ("--name", "web", "--tls-cert", cert, "--tls-key", key, "--token", token)
+    address = exporter(*chosen).address
+    trusting = ssl.create_default_context(cafile=str(cert))
+
+    def ask(page: str, authorization: str = "") -> tuple[int, str]:
+        code, _, body = get(f"{address}{page}", tls=trusting, authorization=authorization)
+        return code, body
+
+    refused = (401, "give the token\n")
+    for wrong in (
+        "",
+        "Bearer",
+        "Bearer new",
+        "bearer old",
+        "Basic old",
+        "Bearer old x",
+        "Bearer é",
+    ):
+        assert ask("/metrics", wrong) == refused, wrong
+    assert 'socketprotector_up{instance="web"} 1.0' in ask("/metrics", "Bearer old")[1]
+    # What balancers ask has no more in it than before, and they have no token.
+    assert ask("/healthz") == ask("/readyz") == ask("/readyz/web") == (200, "ok\n")
+
+    token.write_text("new")
+    assert ask("/metrics", "Bearer old") == refused
+    assert ask("/metrics", "Bearer new")[0] == 200
+    token.unlink()
+    assert ask("/metrics", "Bearer new")[0] == 503
+
+
+@together(
+    ("content", "mode", "wanted"),
+    [
+        ("s3cret", 0o644, "every user may open it; chmod o= "),
+        ("", 0o600, "no token; write one word there"),
+        ("two words", 0o600, "no token; write one word there"),
+        ("\x1b[2J", 0o600, "no token; write one word there"),
+        (None, 0o600, "No such file or directory"),
+    ],
+)
+def test_a_file_without_a_token_is_refused(
+    tmp_path: Path, content: str | None, mode: int, wanted: str
+) -> None:
+    file = tmp_path / "token"
+    file.unlink(missing_ok=True)
+    if content is not None:
+        file.touch(mode)
+        file.write_text(content)
+
+    with pytest.raises(UsageError) as refused:
+        read_token("--token", str(file))
+
+    assert str(refused.value).startswith(f"--token {file}: {wanted}")
+    assert "s3cret" not in str(refused.value)
+
+
 @together(
     ("arguments", "words"),
     [
+        (["--listen", "0.0.0.0:0", "--token", "/t"], "others could read the token on its way"),
+        (["--token", "/nowhere"], "--token /nowhere: No such file"),
         (["--all", "--name", "x"], "leave one of them out"),
         (["--name", "a/b"], "a name, not a path"),
         (["--listen", "9517"], "write HOST:PORT"),

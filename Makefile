@@ -66,7 +66,7 @@ test-page: docs ## try the page and the site of the documents in headless Chromi
 	$(BIN)/python -m bench.page 10
 
 #: What builds the Debian packages.
-DEB_TOOLS := bash-completion debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all python3-click python3-hatchling
+DEB_TOOLS := debhelper dh-python dpkg-dev pybuild-plugin-pyproject python3-all python3-click python3-hatchling
 
 test-vm: $(INSTALLED) ## test under real systemds in an emulated machine (root; half an hour a system and more) [ONLY='bookworm and package and not 5.10']
 	-tools/install-packages qemu-system-x86 debootstrap e2fsprogs gcc libc6-dev haproxy iproute2
@@ -120,7 +120,7 @@ lint: $(INSTALLED) ## ruff check and format, mypy --strict, shellcheck, tables o
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck .ci/run packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
+	$(BIN)/shellcheck .ci/run packaging/build-completions packaging/build-dists packaging/build-deb packaging/upgrade-running tools/install-packages tools/musl-python tools/vm-root \
 		tools/vm-image deploy/ansible/release $(wildcard init.d/socketprotector init.d/*.sh)
 	$(BIN)/python tools/reference.py --check
 

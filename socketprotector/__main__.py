@@ -2,7 +2,8 @@
 
 Without inherited descriptors of ours this is the command line; with them it is the
 resident process, which must not load what only the command line needs, or the one that reads
-a configuration again for it.  `demo` as the first word, which is no LISTEN, is the demo.
+a configuration again for it.  `demo` as the first word, which is no LISTEN, is the demo; a shell
+that completes a line names itself in a variable.
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def main() -> None:
 
         _loaded()
         sys.exit(demo.main(sys.argv[2:]))
+    elif "_SOCKETPROTECTOR_COMPLETE" in os.environ:
+        from .demo.cli import command
+        from .launch import completion
+
+        sys.exit(completion.main(command))
     else:
         from .launch import cli
 

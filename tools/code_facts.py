@@ -31,8 +31,8 @@ _OF_CRASH_LOOPS = (
 #: Programs that stand as workers: what they read is for workers (docs/protocol.md).
 _WORKERS = ("programs/stdio", "programs/legacy", "programs/worker_protocol.py")
 
-#: What a program of ours tells itself by.
-_OWN = {"SOCKETPROTECTOR_WATCHED_ANEW"}
+#: What a program of ours tells itself by; or its completion, in a shell.
+_OWN = {"SOCKETPROTECTOR_WATCHED_ANEW", "_SOCKETPROTECTOR_COMPLETE"}
 
 Events = dict[str, tuple[list[str], list[str]]]
 

@@ -21,18 +21,27 @@ from .cli import NAME, Instance, Interrupted, OutputClosed, command, complain, p
 #: Each has added its commands to the program.
 COMMANDS = (orders, queries, reload, top)
 INTERRUPTED = 130
-_COMPLETE = "_SOCKETPROTECTORCTL_COMPLETE"
+#: Those whose lines a shell can complete: they answer it by their own options.
+PROGRAMS = ("SocketProtector", "socketprotector", NAME, "socketprotector-exporter")
 
 
 @command(short_help="Print the script that completes in a shell.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-def completion(instance: Instance, shell: str, as_json: bool) -> None:
-    """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)"."""
+@click.argument("of", nargs=-1, type=click.Choice(PROGRAMS), metavar="[PROGRAM]...")
+def completion(instance: Instance, shell: str, of: Sequence[str], as_json: bool) -> None:
+    """Print the script for a shell, as in: eval "$(socketprotectorctl completion bash)".
+
+    It is for all of SocketProtector's programs, or for those that are named.
+    """
     _ = instance
     found = get_completion_class(shell)
     assert found is not None
-    # Not the class's own source(): that of bash runs a bash to look at its version.
-    script = ShellComplete.source(found(program, {}, NAME, _COMPLETE))
+    scripts = []
+    for name in of or PROGRAMS:
+        asks = f"_{name.replace('-', '_')}_COMPLETE".upper()
+        # Not the class's own source(): that of bash runs a bash to look at its version.
+        scripts.append(ShellComplete.source(found(program, {}, name, asks)))
+    script = "\n".join(scripts)
     if as_json:
         say_json({"shell": shell, "script": script})
     else:

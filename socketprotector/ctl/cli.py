@@ -67,10 +67,6 @@ class Instance:
             return client.request(command, **arguments)
 
 
-def _known_names(_: click.Context, __: click.Parameter, begun: str) -> list[str]:
-    return [name for name in discovery.names(discovery.everything()) if name.startswith(begun)]
-
-
 def _take(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Take an instance option, before the command or behind it."""
     if value is None:
@@ -93,7 +89,7 @@ def _instance_options(function: Function, *, hidden: bool = False) -> Function:
             f"--{name}",
             metavar=metavar,
             type=click.Path() if metavar else None,
-            shell_complete=None if metavar else _known_names,
+            shell_complete=None if metavar else lambda _, __, begun: discovery.running(begun),
             hidden=hidden,
             expose_value=False,
             callback=_take,

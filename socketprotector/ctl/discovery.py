@@ -51,6 +51,11 @@ def by_name(name: str) -> str:
     raise NoProtector(f"--name {name}: no protector of that name in {where()}; there is {known}")
 
 
+def running(begun: str) -> list[str]:
+    """Return the names of instances that run, for one who has begun to type one."""
+    return [name for name in names(everything()) if name.startswith(begun)]
+
+
 def names(found: Sequence[SocketAnswer]) -> list[str]:
     """Return what each is called: its name, with its listener where several have that name.
 

@@ -55,7 +55,7 @@ Now yours, say: SocketProtector -f --handoff listener --ready notify 8000 \\
     """,
 )
 @click.option("--pause", default="3s", type=Duration(), help="How long each step is shown.")
-def _command(pause: float) -> int:
+def command(pause: float) -> int:
     return _run(pause)
 
 
@@ -141,7 +141,7 @@ def _log(protected: Protected) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Show the demo, or what may be asked of it; return the exit status."""
     try:
-        return int(_command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
+        return int(command.main(arguments, prog_name=NAME, standalone_mode=False) or 0)
     except click.ClickException as error:
         message = in_one_line(error.format_message())
         return _refused(f"{message}; see {NAME} --help", error.exit_code)

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from .. import __version__
+from ..ctl import discovery
 from ..model.errors import Refusal, SystemRefused, UsageError
 from ..model.text import escape, in_one_line
 
@@ -28,14 +29,29 @@ _FROM_ELSEWHERE = ("prometheus_client", "starlette", "uvicorn")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("--name", multiple=True, help="The instance of that --name; repeatable.")
-@click.option("--control", multiple=True, metavar="PATH", help="The one with this control socket.")
+@click.option(
+    "--name",
+    multiple=True,
+    shell_complete=lambda _, __, begun: discovery.running(begun),
+    help="The instance of that --name; repeatable.",
+)
+@click.option(
+    "--control",
+    multiple=True,
+    metavar="PATH",
+    type=click.Path(),
+    help="The one with this control socket.",
+)
 @click.option(
     "--all", "all_instances", is_flag=True, help="All instances, later ones too.  [default]"
 )
 @click.option("--listen", default=DEFAULT, metavar="HOST:PORT", help="Address to listen on.")
-@click.option("--tls-cert", metavar="FILE", help="PEM, with the chain: answer over HTTPS.")
-@click.option("--tls-key", metavar="FILE", help="Its key, if that is in a file of its own.")
+@click.option(
+    "--tls-cert", metavar="FILE", type=click.Path(), help="PEM, with the chain: answer over HTTPS."
+)
+@click.option(
+    "--tls-key", metavar="FILE", type=click.Path(), help="Its key, if that is in a file of its own."
+)
 @click.option(
     "--token",
     metavar="FILE",

@@ -48,7 +48,7 @@ class _Command(click.Command):
 
 def _read_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Take the file's values as defaults."""
-    if value is not None:
+    if value is not None and not ctx.resilient_parsing:
         from .config_file import ConfigFile  # with tomllib: only for those who have one
 
         ctx.obj.file = ConfigFile(os.path.join(ctx.obj.directory, value))

@@ -7,6 +7,10 @@ that of the field, resolve.py makes it.
 
 from __future__ import annotations
 
+import grp
+import pwd
+import re
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +46,16 @@ _ONE_DASH = ("pid-file", "foreground", "verbose")
 _LINE_ONLY = "for the command line only"
 #: More is a mistake, and would not fit the system calls.
 _MANY = 1_000_000
+#: Values that this system has names for, by what stands for them in --help.
+_NAMED: Mapping[str, Callable[[], list[str]]] = {
+    "USER": lambda: [each.pw_name for each in pwd.getpwall()],
+    "GROUP": lambda: [each.gr_name for each in grp.getgrall()],
+    "SIGNAL": lambda: [
+        each.name.removeprefix("SIG")
+        for each in signal.Signals
+        if each not in (signal.SIGKILL, signal.SIGSTOP)
+    ],
+}
 
 
 class Option(click.Option):
@@ -104,6 +118,17 @@ class Option(click.Option):
             opts = {str(self.name): opts[self.former]}
         return super().consume_value(ctx, opts)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[Any]:
+        """Return what may stand behind it, by what stands for that in --help."""
+        from click.shell_completion import CompletionItem
+
+        shown = self.metavar or ""
+        if shown in ("FILE", "PATH", "DIR"):
+            return [CompletionItem(incomplete, type="dir" if shown == "DIR" else "file")]
+        words = _NAMED[shown]() if shown in _NAMED else re.findall(r"\b[a-z]+\b(?!:)", shown)
+        found = [CompletionItem(word) for word in words if word.startswith(incomplete)]
+        return found or super().shell_complete(ctx, incomplete)
+
     def shown(self, value: Any) -> str:
         """Return a value of the field for people."""
         if self._show is not None:
@@ -118,7 +143,7 @@ def _says(text: Callable[[click.Context], str]) -> Mapping[str, Any]:
     """Return what makes an option one that says something and ends the command."""
 
     def say(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-        if value:
+        if value and not ctx.resilient_parsing:
             click.echo(text(ctx))
             ctx.exit()
 

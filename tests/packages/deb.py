@@ -20,7 +20,7 @@ import pytest
 
 from tests.packages import debs
 from tests.packages.debian_roots import debian_roots
-from tests.packages.debs import run
+from tests.packages.debs import COMPLETED, run
 from tests.packages.dists import VERSION
 from tests.running import DEADLINE_S, ROOT
 
@@ -80,15 +80,16 @@ def test_they_have_what_an_operator_looks_for(built: Path) -> None:
 
     units = {path.name for path in (ROOT / "init.d").glob("*.s[oe][cr]*")}
     assert "socketprotector@.socket" in units
+    completed = [line.split()[0] for line in COMPLETED]
     examples = ("apparmor", "example.toml", "prometheus-rules.yml")
     for each in (
         *("/etc/init.d/socketprotector", "/etc/logrotate.d/socketprotector"),
         "/etc/needrestart/conf.d/socketprotector.conf",
         *(f"/usr/lib/systemd/system/{name}" for name in units),
         *(f"/usr/share/doc/socketprotector/examples/{name}" for name in examples),
-        "/usr/share/bash-completion/completions/socketprotectorctl",
-        "/usr/share/zsh/vendor-completions/_socketprotectorctl",
-        "/usr/share/fish/vendor_completions.d/socketprotectorctl.fish",
+        *(f"/usr/share/bash-completion/completions/{n}" for n in completed),
+        *(f"/usr/share/zsh/vendor-completions/_{n}" for n in completed),
+        *(f"/usr/share/fish/vendor_completions.d/{n}.fish" for n in completed),
         *(f"/usr/share/man/man8/{n}.8.gz" for n in ("SocketProtector", "socketprotector-exporter")),
         *(f"/usr/share/man/man1/{n}.1.gz" for n in ("SampleClient", "socketprotectorctl")),
         *(f"/usr/bin/{n}" for n in ("SocketProtector", "socketprotector", "SampleClient")),
@@ -119,8 +120,10 @@ def test_zsh_completes_at_the_first_tab(built: Path, tmp_path: Path) -> None:
         os.close(theirs)
         try:
             shown(ours, b"at> ")
-            os.write(ours, b"socketprotectorctl rea\t")
-            shown(ours, b"ready")
+            for begun, word in COMPLETED.items():
+                os.write(ours, f"{begun}\t".encode())
+                shown(ours, f"{word} ".encode())
+                os.write(ours, b"\x15")
         finally:
             shell.kill()
             os.close(ours)
@@ -151,7 +154,10 @@ def test_fish_completes(built: Path, tmp_path: Path) -> None:
         )
         return [line.partition("\t")[0] for line in done.stdout.splitlines()]
 
+    for begun, word in COMPLETED.items():
+        assert completed(begun) == [word]
     assert completed("socketprotectorctl rel") == ["release", "reload"]
+    assert completed("SocketProtector --config /usr/share/ma") == ["/usr/share/man/"]
     assert "--dry-run" in completed("socketprotectorctl reload --d")
 
 

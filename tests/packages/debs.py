@@ -13,6 +13,13 @@ from pathlib import Path
 from tests.packages.dists import VERSION
 from tests.running import ROOT
 
+#: Begun lines of our programs, and the one word that each may go on with.
+COMPLETED = {
+    "SocketProtector --gua": "--guard",
+    "socketprotector dem": "demo",
+    "socketprotectorctl rea": "ready",
+    "socketprotector-exporter --tls-c": "--tls-cert",
+}
 _MODULES = "usr/lib/python3/dist-packages/socketprotector"
 #: What builds them, and the packages that have it.
 _NEEDED = {"dpkg-buildpackage": "dpkg-dev", "dh": "debhelper", "pybuild": "dh-python"}

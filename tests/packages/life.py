@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.packages.debs import COMPLETED
 from tests.steady import Steady
 
 MOUNT = Path("/mnt")
@@ -236,12 +237,13 @@ def live_as_deb() -> None:
         assert f"upgraded: pid {before['pid']} runs {version}" in told
     assert status()["route"] == before["route"]
 
-    script = (
-        ". /usr/share/bash-completion/completions/socketprotectorctl; "
-        "COMP_WORDS=(socketprotectorctl rea); COMP_CWORD=1; _socketprotectorctl_completion "
-        "socketprotectorctl; echo ${COMPREPLY[@]}"
-    )
-    assert inside("bash", "-c", script) == "ready\n"
+    for line, word in COMPLETED.items():
+        name = line.split()[0]
+        script = (
+            f". /usr/share/bash-completion/completions/{name}; COMP_WORDS=({line}); COMP_CWORD=1; "
+            f"_{name.replace('-', '_')}_completion {name}; echo ${{COMPREPLY[@]}}"
+        )
+        assert inside("bash", "-c", script) == f"{word}\n"
 
     say_of_policy(policy, 104)  # no init runs here, so invoke-rc.d would do nothing by itself
     inside("dpkg", "-r", "socketprotector", "python3-socketprotector-client")

@@ -27,7 +27,7 @@ PAGES = {
     "socketprotector-exporter.8": exporter._command,
 }
 #: Options that are spoken of there, beside those of the page's own command.
-OTHERS = {"SocketProtector.8": demo._command}
+OTHERS = {"SocketProtector.8": demo.command}
 #: Where all are, of other programs, too.
 FOLDERS = (ROOT / "docs" / "man", ROOT / "client_lib" / "man")
 FILES = {path.name: path for folder in FOLDERS for path in folder.iterdir()}

@@ -353,7 +353,13 @@ def test_upgrade_that_stays_with_the_old_is_status_3_with_the_probes_words(
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell: str, fake: Fake, ctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "_SOCKETPROTECTORCTL_COMPLETE" in ctl("completion", shell).out
+    told = ctl("completion", shell).out
+
+    for name in ("SocketProtector", "socketprotector", "socketprotectorctl"):
+        assert f"_{name.upper()}_COMPLETE" in told
+        assert f"_{name}_completion" in told
+    assert "_socketprotector_exporter_completion" in told
+    assert "_SOCKETPROTECTOR_COMPLETE" not in ctl("completion", shell, "socketprotectorctl").out
 
 
 def test_completion_knows_names_and_generations(fake: Fake) -> None:

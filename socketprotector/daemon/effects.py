@@ -125,6 +125,7 @@ class Effects:
             accepts=not settings.mode.workers_accept,
         )
         probes = CheckProbes(runtime.loop, self._reach)
+        self.output = output
         self.pool = WorkerPool(
             settings,
             runtime,

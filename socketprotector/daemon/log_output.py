@@ -150,19 +150,24 @@ class Output:
             done("")
 
     def where_to_look(self) -> str:
-        """Say where a worker's words are when they are not known here.
+        """Say where a worker's words are when they are not known here, and what would keep them.
 
         Whoever reads that may sit at another terminal than the one that has them.
         """
-        if self._log_file is not None:
-            return f"see {self._log_file}"
-        if self._to_syslog:
-            return "see syslog"
-        if is_journal():
-            return "see the journal"
-        place = "the terminal" if os.isatty(_STDERR) else "stderr"
         kept = "" if self._relayed else "; --log-prefix keeps what workers say"
+        if self._log_file is not None:
+            return f"see {self._log_file}{kept}"
+        if self._to_syslog:
+            return f"see syslog{kept}"
+        if is_journal():
+            return f"see the journal{kept}"
+        place = "the terminal" if os.isatty(_STDERR) else "stderr"
         return f"what it said is on {place} of SocketProtector -f{kept}"
+
+    @property
+    def keeps_words(self) -> bool:
+        """Whether each worker's last words are known here, however many write."""
+        return self._relayed
 
 
 def _lines(data: bytes) -> str:

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from socketprotector.core.fleet import PHASES
 from tests.pages import links
 from tests.running import ROOT
 
@@ -162,6 +163,24 @@ def test_options_have_their_dashes(pages: dict[Path, Page]) -> None:
     ]
 
     assert not changed
+
+
+def test_each_page_has_a_heading(pages: dict[Path, Page]) -> None:
+    without = [path for path in pages if "<h1>" not in path.read_text(encoding="utf-8")]
+
+    assert without == [SITE / "index.html"]  # which leads on to another one
+
+
+def test_the_phases_are_drawn_with_each_arrow() -> None:
+    text = (SITE / "ARCHITECTURE.html").read_text(encoding="utf-8")
+    drawn = text[text.index('<svg class="phases"') :].partition("</svg>")[0]
+
+    assert "stateDiagram" not in text
+    for phase, ways in PHASES.items():
+        assert f">{phase.value}</text>" in drawn
+        for target, why in ways.items():
+            assert f">{why}</text>" in drawn
+            assert f"{phase.value} to {target.value if target else '(end)'}: {why}" in drawn
 
 
 def test_its_search_finds_without_a_server() -> None:

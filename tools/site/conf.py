@@ -8,6 +8,7 @@ Sphinx's own.  What a site needs beside that is put into their text here, as it 
 * `<!-- autodoc MODULE -->` becomes what MODULE makes public, by its docstrings;
 * a link to a folder leads into the repository, because a site has no folders;
 * a link that GitHub's readers see as the page's file (`[log.md](log.md)`) has that page's title;
+* a diagram is drawn;
 * the kinds of blocks that only tests know (tests/pages/page.py) are shown as plain text.
 """
 
@@ -24,6 +25,8 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "client_lib"), str(Path(__file__).parent)]
+
+import phases  # noqa: E402 -- beside this file
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -73,10 +76,11 @@ _ENTRY = re.compile(r"^\* \[([^\]]*)\]\(([^)#]*)\)", re.MULTILINE)
 _AUTODOC = re.compile(r"^<!-- autodoc (\w+) -->$", re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)\)")
 _NAMED_BY_FILE = re.compile(r"(?<!!)\[[\w./-]+\.md\]\(((?![a-z]+:)[^)#\s]+\.md)(#[^)\s]*)?\)")
+_MERMAID = re.compile(r"^```mermaid\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _TITLE = re.compile(r"^# (.*)$", re.MULTILINE)
 #: Lexers of the same name would stumble over these, or there is none.
 _PLAIN = re.compile(
-    r"^```(?:apparmor|conf|control|drawing|haproxy|json status|line|mermaid|message|postinst"
+    r"^```(?:apparmor|conf|control|drawing|haproxy|json status|line|message|postinst"
     r"|report)(?: ours)?$",
     re.MULTILINE,
 )
@@ -136,7 +140,7 @@ def _prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         return f"[{title[1]}]({found[1]}{found[2] or ''})" if title else found[0]
 
     text = _NAMED_BY_FILE.sub(titled, _LINK.sub(outside, source[0]))
-    text = _PLAIN.sub("```text", text)
+    text = _MERMAID.sub(lambda found: phases.picture(found[1]), _PLAIN.sub("```text", text))
     if docname == root_doc:
         text = _with_shelves(text)
     source[0] = _AUTODOC.sub(_documented, text)

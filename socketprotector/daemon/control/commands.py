@@ -140,7 +140,11 @@ class CommandHandler:
         }
 
     def do_crashes(self) -> Mapping[str, Any]:
-        return {"crashes": status.plain(self._effects.reports.run.history.crashes)}
+        output = self._effects.output
+        return {
+            "crashes": status.plain(self._effects.reports.run.history.crashes),
+            "words_at": None if output.keeps_words else output.where_to_look(),
+        }
 
     def _compare(self, client: Client, request: Request) -> None:
         """Answer when a process of its own has compared, which may take seconds."""

@@ -58,10 +58,11 @@ def test_the_fake_answers_as_a_real_protector(
         eventually(lambda: len(status()["generations"]) == 1, "the end of what was tried")
 
         real = status()
-        crashes = client.request("crashes")["crashes"]
+        answer = client.request("crashes")
         workers = client.request("connections")["workers"]
 
     made = fake.status(reloads=[fake.reload(8, "reloaded")], dry_run=fake.reload(9, "passed"))
+    crashes, words_at = answer["crashes"], answer["words_at"]
     owners = [fake.owner(4712, accepted_at_by_fd={})]
     assert differences(real, made) == []
     assert differences(crashes, [fake.crash()], "crashes") == []
@@ -69,6 +70,7 @@ def test_the_fake_answers_as_a_real_protector(
     # Else nothing would have been compared.
     assert real["reloads"]
     assert crashes
+    assert words_at.endswith("; --log-prefix keeps what workers say")
     assert workers[0]["accepted_at_by_fd"] == {}
     assert real["generations"][0]["workers"][0]["accepted"] is not None
     assert differences({"a": 1, "b": ""}, {"a": "", "c": ""}) != []

@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,17 @@ def test_crashes(fake: Fake, ctl: Ctl) -> None:
     )
     fake.answers["crashes"] = lambda *_: {"crashes": []}
     assert ctl("crashes").out == "no crashes\n"
+
+
+def test_crashes_say_what_would_keep_last_words(fake: Fake, ctl: Ctl) -> None:
+    answer: Message = {"crashes": [crash(last_words="")], "words_at": "see the journal; --keep"}
+    fake.answers["crashes"] = lambda *_: answer
+    assert ctl("crashes").out.endswith("\nno last words: see the journal; --keep\n")
+
+    kept: list[Message] = [{"crashes": [crash()]}, {"words_at": None}, {"crashes": []}]
+    for known in kept:
+        fake.answers["crashes"] = partial(lambda known, *_: {**answer, **known}, known)
+        assert "no last words" not in ctl("crashes").out
 
 
 def test_diff(fake: Fake, ctl: Ctl) -> None:

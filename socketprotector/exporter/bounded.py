@@ -7,6 +7,7 @@ time, and is one of a limited number; one too many is closed at once.  Source: s
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from socketserver import BaseRequestHandler, TCPServer, ThreadingMixIn
 from typing import Any
@@ -67,4 +68,6 @@ class BoundedServer(ThreadingMixIn, TCPServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Ignore it: a client has gone away."""
+        """Ignore that a client has gone away, or was too slow; show what is a fault of ours."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)

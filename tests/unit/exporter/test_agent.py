@@ -7,13 +7,14 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from socketserver import BaseRequestHandler
 from typing import Any
 
 import pytest
 
 from socketprotector.ctl.query_all import SocketAnswer
 from socketprotector.exporter.agent import READY_S, Agent, Told, advise
-from socketprotector.exporter.bounded import CONNECTIONS
+from socketprotector.exporter.bounded import CONNECTIONS, BoundedServer
 from tests.running import DEADLINE_S
 from tests.scenarios.starting import needs_ipv6
 from tests.together import together
@@ -230,3 +231,18 @@ def test_one_that_does_not_answer_keeps_what_haproxy_knows(
     web.answers["status"] = lambda connection, _: connection.cut()
 
     assert check(agent, b"web\n") == b""
+
+
+def test_only_that_a_client_has_gone_away_is_not_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong with the exporter itself is: its checks fail without a reason otherwise."""
+    with BoundedServer(("127.0.0.1", 0), BaseRequestHandler) as server:
+        for error in (ConnectionResetError("gone"), TimeoutError("slow"), KeyError("injected")):
+            try:
+                raise error
+            except Exception:
+                server.handle_error(None, ("127.0.0.1", 1))
+
+    said = capsys.readouterr().err
+    assert "KeyError: 'injected'" in said
+    assert "ConnectionResetError" not in said
+    assert "TimeoutError" not in said

@@ -44,8 +44,8 @@ _MODULES: dict[str, tuple[str, ...]] = {
         f"socketprotector.exporter.{each}" for each in ("agent", "http", "web")
     ),
 }
-#: socketprotectorctl for tests.
-CTL = str(Path(__file__).with_name("unit") / "ctl" / "alone.py")
+#: Runs one of these so that it finds no other test's protectors.
+ALONE = str(Path(__file__).with_name("unit") / "alone.py")
 #: Loaded before the first fork; getaddrinfo() of a name loads the codec.
 _LOADED = (
     "encodings.idna",
@@ -73,7 +73,8 @@ def _can(command: Sequence[str], options: dict[str, Any]) -> bool:
     return (
         _SYSCALL is not None
         and words[0] == sys.executable
-        and (words[1] == CTL or (words[1] == "-m" and words[2] in _MODULES))
+        and words[1] in ("-m", ALONE)
+        and words[2] in _MODULES
         and unlike.isdisjoint(options)
         and (environment is None or _early(dict(environment)) == _early(dict(os.environ)))
     )
@@ -207,8 +208,7 @@ def main() -> None:
         if not data:
             return
         message = json.loads(data)
-        if message["argv"][1] == "-m":
-            _load(_MODULES[message["argv"][2]])
+        _load(_MODULES[message["argv"][2]])
         pid = _fork()
         if pid == 0:
             _become(message, descriptors)

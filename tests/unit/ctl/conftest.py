@@ -15,7 +15,7 @@ from tests import forked
 from tests.running import DEADLINE_S, Ended
 from tests.unit.ctl.fake import Fake
 
-COMMAND = (sys.executable, forked.CTL)
+COMMAND = (sys.executable, forked.ALONE, "socketprotector.ctl")
 
 
 @pytest.fixture

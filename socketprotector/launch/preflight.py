@@ -136,13 +136,28 @@ def check_question(settings: Settings, listens: Sequence[Listen]) -> None:
     if settings.health:
         name = question.read_health(settings.health).listener
         _asked_of(f"--health {settings.health}", name, listens)
-    if not settings.policy.answer_decides:
-        return
-    name = question.read(settings.ready_question).listener
-    mine = _asked_of(f"--ready {settings.ready_question}", name, listens)
+    if settings.policy.answer_decides:
+        _reaches_one(settings, *_ready(settings), listens)
+
+
+def _ready(settings: Settings) -> tuple[str, str]:
+    """Return what --ready asks, as it was written, and the name of the listener."""
+    asked = settings.ready_question
+    return f"--ready {asked}", question.read(asked).listener
+
+
+def _settle_check(settings: Settings) -> tuple[str, str] | None:
+    """Return the same of --settle-check; None where that is a command, or nothing."""
+    text = settings.policy.settle_check
+    asked = question.read_settle_check(text) if text else None
+    return (f"--settle-check {text}", asked.listener) if asked and asked.by_http else None
+
+
+def _reaches_one(settings: Settings, asked: str, name: str, listens: Sequence[Listen]) -> None:
+    """Refuse a question at a listener that has one socket for both generations."""
+    mine = _asked_of(asked, name, listens)
     if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
-        where = " ".join(each.text for each in mine)
-        raise UsageError(question.refusal(settings.ready_question, where))
+        raise UsageError(question.refusal(asked, " ".join(each.text for each in mine)))
 
 
 def _asked_of(asked: str, name: str, listens: Sequence[Listen]) -> list[Listen]:
@@ -163,16 +178,10 @@ def check_settle_check(settings: Settings, listens: Sequence[Listen]) -> None:
         raise UsageError("--settle-check without --settle, the time in which it is asked")
     if policy.stop_first:
         raise UsageError("--settle-check with --reload-order stop-first: none stands by meanwhile")
-    asked = question.read_settle_check(policy.settle_check)
-    if asked.kind == question.CHECK:
-        if not os.access("/bin/sh", os.X_OK):
-            raise UsageError("--settle-check check: there is no /bin/sh to run it")
-        return
-    text = f"--settle-check {policy.settle_check}"
-    mine = _asked_of(text, asked.listener, listens)
-    if settings.mode.workers_accept and not any(map(_can_have_two_sockets, mine)):
-        where = " ".join(each.text for each in mine)
-        raise UsageError(question.refusal(text, where))
+    if asked := _settle_check(settings):
+        _reaches_one(settings, *asked, listens)
+    elif not os.access("/bin/sh", os.X_OK):
+        raise UsageError("--settle-check check: there is no /bin/sh to run it")
 
 
 def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
@@ -180,12 +189,14 @@ def check_siblings(settings: Settings, siblings: Collection[int]) -> None:
 
     siblings: the indexes of those that have.
     """
-    if settings.policy.answer_decides and settings.mode.workers_accept:
-        name = question.read(settings.ready_question).listener
+    if not settings.mode.workers_accept:
+        return
+    ready = _ready(settings) if settings.policy.answer_decides else None
+    for asked, name in filter(None, (ready, _settle_check(settings))):
         mine = {n: e for n, e in enumerate(settings.listeners) if name in ("", e.name)}
         if not mine.keys() & siblings:
             where = " ".join(each.text for each in mine.values())
-            raise UsageError(question.refusal(f"--ready {settings.ready_question}", where))
+            raise UsageError(question.refusal(asked, where))
 
 
 def _can_have_two_sockets(listen: Listen) -> bool:

@@ -11,10 +11,15 @@ import re
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from socketprotector.launch import cli
+from socketprotector.launch.preflight import check_siblings
+from socketprotector.launch.resolve import ParsedOptions
+from socketprotector.model.errors import UsageError
+from socketprotector.model.settings import ListenerSettings
 from tests.boundary.conftest import Typed
 from tests.running import Ended
 from tests.together import together
@@ -92,6 +97,10 @@ def test_one_that_is_not_unpacked_says_so(typed: Typed, monkeypatch: pytest.Monk
         (
             [*SETTLES, "http:/x", *LISTENER, "unix:s", "--", "true"],
             "--settle-check http:/x: old and new generation accept from the same socket of unix:s",
+        ),
+        (
+            ["--ready", "http:/x", *LISTENER, "unix:s", "--", "true"],
+            "--ready http:/x: old and new generation accept from the same socket of unix:s",
         ),
         (["--health", "http:[web]/x", "http=0", "--", "true"], "no listener is called web"),
         (["--health", "http:x", "0", "--", "true"], "write http:/path"),
@@ -518,3 +527,17 @@ def test_check_says_that_a_configuration_file_is_valid(typed: Typed) -> None:
 
     assert ended.status == 0, ended
     assert f"{file} is valid; would start" in ended.out
+
+
+@pytest.mark.parametrize("asked", [["--ready", "http:/x"], [*SETTLES, "http:/x"]])
+def test_a_question_is_refused_once_it_is_known_that_there_is_no_second_socket(
+    asked: list[str],
+) -> None:
+    """Under --settle-check each reload would be rolled back."""
+    found = cli.ask([*asked, *LISTENER, "0", "--", "true"])
+    assert isinstance(found, ParsedOptions)
+    settings = replace(found.settings, listeners=(ListenerSettings("tcp:127.0.0.1:80", text="80"),))
+
+    check_siblings(settings, {0})
+    with pytest.raises(UsageError, match=f"{asked[-2]} http:/x: .* of 80 "):
+        check_siblings(settings, ())

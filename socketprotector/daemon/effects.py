@@ -54,7 +54,6 @@ from ..model.errors import what_failed
 from ..model.question import Question
 from ..model.records import Program
 from ..model.settings import Settings
-from ..system.channel import Channel
 from ..system.listener import Listener
 from ..system.loop import SHUT
 from ..system.program_spec import program_of
@@ -69,7 +68,6 @@ from .listener_flags import ListenerFlags
 from .live_settings import LiveSettings
 from .log_output import Output
 from .probe_port import ProbePort, Way
-from .queue_watch import QueueWatch
 from .reports import Reports
 from .runtime import Runtime
 from .settle_check import SettleCheck
@@ -363,22 +361,18 @@ class Effects:
         """Make a way to a generation, None where there can be none.  Raises OSError."""
         if generation.program.mode.workers_accept:
             return self.steering.ask(generation.record.number, asked.listener)
+        channel = generation.channel
         beside = self.forwarder.queue if generation.record.number == self._route else None
-        return self._probe_port(generation.channel, asked, beside)
+        for each in self.forwarder.listeners:
+            if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
+                return ProbePort(self._loop, channel, each.index, beside).way
+        return None
 
     def _reach_serving(self, generation: OpenGeneration, asked: Question) -> Way | None:
         """Make a way to the one that serves, None where there can be none.  Raises OSError."""
         if generation.program.mode.workers_accept:
             return self.steering.reach(asked.listener)
-        return self._probe_port(generation.channel, asked, beside=self.forwarder.queue)
-
-    def _probe_port(
-        self, channel: Channel, asked: Question, beside: QueueWatch | None = None
-    ) -> Way | None:
-        for each in self.forwarder.listeners:
-            if asked.listener in ("", each.settings.name) and channel.knows_of(each.index):
-                return ProbePort(self._loop, channel, each.index, beside).way
-        return None
+        return self._reach(generation, asked)
 
     def _route_to(self, number: int | None) -> None:
         generation = self.generations.get(number) if number is not None else None

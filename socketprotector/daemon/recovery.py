@@ -84,8 +84,7 @@ class Recovery:
                 continue  # not stored yet, so nothing was ever sent to it
             mine = self.left.take(inherited.CHANNEL, record.number)
             each = OpenGeneration.adopt(record, mine)
-            known = self.snapshot.fleet.generation(record.number)
-            if record.released or known is None:
+            if record.released or self.snapshot.fleet.generation(record.number) is None:
                 effects.generations.released[record.number] = each
                 continue
             effects.generations[record.number] = each
